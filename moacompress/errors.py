@@ -1,0 +1,45 @@
+"""Every error a user can meet. A message says what is wrong, where, with the numbers, and how to fix it."""
+
+
+class MoaCompressError(Exception):
+    """Base of all errors that moacompress raises for user input; the command line prints it and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(MoaCompressError):
+    """The request itself is malformed (a budget that does not parse, an unknown task); exits with 2."""
+
+    exit_code = 2
+
+
+class BudgetError(UsageError):
+    """A budget that does not parse or contradicts itself."""
+
+
+class InfeasibleBudgetError(MoaCompressError):
+    """A well-formed budget that no plan meets."""
+
+
+class RecipeError(UsageError):
+    """A recipe with unknown keys or values out of range."""
+
+
+class PlanError(MoaCompressError):
+    """A plan that is malformed, too new, or not for this model."""
+
+
+class ModelError(MoaCompressError):
+    """Not a model, or a model whose attention moacompress can not compress."""
+
+
+class DataError(MoaCompressError):
+    """Calibration or evaluation data that can not be used."""
+
+
+class ArtefactError(MoaCompressError):
+    """A file or folder that exists already, is corrupted, or belongs to another run."""
+
+
+class UnsupportedError(MoaCompressError, NotImplementedError):
+    """Something transformers allows that a compressed model can not do without being silently wrong."""

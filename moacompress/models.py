@@ -1,0 +1,227 @@
+"""Source models: what MODEL may be, its shape, its weights fingerprint, and whether it can be compressed.
+
+MODEL is a hub id, a folder, or a `.gguf` file. Code from a repository never runs unless `trust_remote_code` is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moacompress.errors import ModelError
+from moacompress.plan import DTYPE_BYTES, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_SAMPLES = 1024
+"""Numbers read from every tensor for the weights fingerprint."""
+
+
+@dataclass
+class SourceModel:
+    """A loaded causal LM with its tokenizer.
+
+    Attributes:
+        model: the dense model, in eval mode, weights frozen.
+        tokenizer: its tokenizer.
+        source: MODEL as given, folders and files made absolute.
+        shape: what a plan must know of it.
+        context: longest sequence the model was made for, tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    shape: ModelShape
+    context: int
+
+
+def load_source(
+    source: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> SourceModel:
+    """Loads MODEL dense.
+
+    Args:
+        source: hub id, folder, or `.gguf` file.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (float32 for `.gguf`).
+        device: torch device, such as "cpu" or "cuda".
+        trust_remote_code: run modelling code that comes with the model.
+
+    Raises:
+        ModelError: not a model, or one that can not be compressed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, arguments = locate_source(source)
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
+    if arguments and dtype == "auto":
+        dtype = "float32"
+    arguments["trust_remote_code"] = trust_remote_code
+    try:
+        wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except ImportError as error:
+        raise ModelError(f"{source} needs a package that is not installed: {error}") from error
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source} is not a causal language model that transformers can load: {first}") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        method = _quantization_method(model.config)
+        if method == "moacompress":
+            raise ModelError(f"{source} is compressed already; give the dense model it was made from")
+        if method != "gguf":
+            raise ModelError(f"{source} has weights quantized by {method}; give the model with float weights")
+        # transformers keeps the GGUF mark on the dequantized model and would refuse to save it
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    model.to(device).eval().requires_grad_(False)
+    shape = model_shape(model)
+    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    return SourceModel(model, tokenizer, name if not arguments.get("gguf_file") else str(Path(source).resolve()), shape, context)
+
+
+def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the arguments that transformers' `from_pretrained` takes for MODEL.
+
+    Raises:
+        ModelError: a path that is neither a model folder nor a `.gguf` file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source} is a folder without config.json, not a model")
+        return str(path.resolve()), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{source} does not exist")
+        return str(path.resolve().parent), {"gguf_file": path.name}
+    if path.exists():
+        raise ModelError(f"{source} is neither a model folder nor a .gguf file")
+    return str(source), {}
+
+
+def _quantization_method(config: Any) -> str:
+    found = config.quantization_config
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def config_shape(config: Any, *, dtype: str, fingerprint: str = "") -> ModelShape:
+    """Returns the shape that a transformers config describes.
+
+    Raises:
+        ModelError: the config lacks what a decoder with KV heads has.
+    """
+    text = config.get_text_config(decoder=True)
+    try:
+        layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{getattr(config, 'model_type', 'the model')} is not a decoder with attention heads: {error}"
+        ) from error
+    return ModelShape(
+        model_type=str(text.model_type),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        native_windows=tuple(native_windows(text, layers)),
+        weights_fingerprint=fingerprint,
+    )
+
+
+def native_windows(config: Any, layers: int) -> list[int | None]:
+    """Returns the model's own sliding window of each layer in tokens, None where a layer sees everything.
+
+    Raises:
+        ModelError: a layer type that is neither full nor sliding attention.
+    """
+    size = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        size = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [int(size) if size else None] * layers
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ModelError(f"layers of type {unknown[0]} can not be compressed; full and sliding attention can")
+    return [int(size) if size and kind == "sliding_attention" else None for kind in types[:layers]]
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Returns the shape of a loaded model, fingerprint included.
+
+    Raises:
+        ModelError: the model's attention is not one that moacompress can replace.
+    """
+    check_supported(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"the model's dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
+    return config_shape(model.config, dtype=dtype, fingerprint=weights_fingerprint(model))
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the self-attention module of every decoder layer, in layer order."""
+    found: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        layer: Any = getattr(module, "layer_idx", None)
+        if layer is not None and "Attention" in type(module).__name__:
+            found.setdefault(int(layer), module)
+    return [found[index] for index in sorted(found)]
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses a model whose attention moacompress can not replace.
+
+    Raises:
+        ModelError: says what in the model is not supported.
+    """
+    config = model.config.get_text_config(decoder=True)
+    name = config.model_type
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ModelError(f"{name} is not a decoder-only causal language model")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{name} does not dispatch its attention through transformers' attention interface, so moacompress can not "
+            "replace it"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ModelError(f"{name} caches latent vectors (MLA), not keys and values of heads; it can not be compressed")
+    modules = attention_modules(model)
+    if len(modules) != config.num_hidden_layers:
+        raise ModelError(f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all must have it")
+    if any(getattr(module, "is_causal", True) is False for module in modules):
+        raise ModelError(f"{name} attends in both directions, so no key can be dropped; causal models can be compressed")
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Returns a short hash of the weights: names, shapes and a spread sample of each tensor, rounded to bfloat16.
+
+    Rounding makes a float32 and a bfloat16 load of one checkpoint agree. At most `FINGERPRINT_SAMPLES` numbers of a tensor
+    are read, so it takes well under a second for any model.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
+        sample = flat[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).cpu()
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

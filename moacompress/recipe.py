@@ -1,0 +1,218 @@
+"""Recipes: every choice of a run in one file. `compress --recipe` reads one, every artefact carries its resolved form.
+
+A recipe is YAML (or JSON). Unknown keys are refused with the nearest known one; command-line flags win over the recipe,
+which wins over the defaults here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moacompress.budget import Budget, parse_length
+from moacompress.errors import MoaCompressError, RecipeError
+from moacompress.plan import MIN_WINDOWS, SINKS
+
+Estimator = Literal["fisher", "sample"]
+Solver = Literal["lagrange", "milp"]
+Generator = Literal["needle", "multi-needle", "key-value"]
+
+
+def _lengths(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        return tuple(sorted({parse_length(str(item)) for item in items}))
+    except MoaCompressError as error:
+        raise ValueError(str(error)) from error
+
+
+def _texts(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in items]
+
+
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SourceRecipe(_Section):
+    """One source of calibration samples: exactly one of `generator`, `path`, `dataset`."""
+
+    generator: Generator | None = Field(None, description="synthetic task with known long-range dependency")
+    path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
+    dataset: str | None = Field(None, description="hub id of a `datasets` set")
+    config: str | None = Field(None, description="configuration name of the hub set")
+    split: str = Field("train", description="split of the hub set")
+    haystack: Literal["noise", "prose"] = Field("noise", description="filler of a generator; prose needs `text`")
+    weight: float = Field(1.0, gt=0, le=1000, description="share of the samples, relative to the other sources")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SourceRecipe:
+        if sum(kind is not None for kind in (self.generator, self.path, self.dataset)) != 1:
+            raise ValueError("a source names exactly one of generator, path, dataset")
+        return self
+
+
+class CalibrationRecipe(_Section):
+    """What the heads are profiled on."""
+
+    sources: tuple[SourceRecipe, ...] = Field(
+        (
+            SourceRecipe(generator="needle"),
+            SourceRecipe(generator="multi-needle"),
+            SourceRecipe(generator="key-value", weight=0.5),
+        ),
+        min_length=1,
+    )
+    text: str | None = Field(None, description="file or folder of long prose, the haystack of `prose` sources")
+    lengths: Lengths = Field((512, 1024), min_length=1, max_length=8, description="profiled lengths, tokens")
+    samples: int = Field(24, ge=1, le=100_000, description="calibration samples, over all lengths")
+    validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
+    answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
+
+
+class ProfileRecipe(_Section):
+    """How influence is estimated."""
+
+    draws: int = Field(2, ge=1, le=64, description="random logit cotangents a sample")
+    estimator: Estimator = Field("fisher", description="how rows are added up")
+    min_window: int = Field(32, description="smallest window of any KV head, tokens")
+    sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")
+
+    @field_validator("min_window")
+    @classmethod
+    def _min_window(cls, value: int) -> int:
+        if value not in MIN_WINDOWS:
+            raise ValueError(f"min_window is one of {', '.join(map(str, MIN_WINDOWS))}")
+        return value
+
+    @field_validator("sinks")
+    @classmethod
+    def _sinks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not set(value) <= set(SINKS):
+            raise ValueError(f"sinks are some of {', '.join(map(str, SINKS))}")
+        return tuple(sorted(set(value)))
+
+
+class SearchRecipe(_Section):
+    """How the plan is found."""
+
+    trials: int = Field(16, ge=1, le=100_000, description="measured trials of the study, trial 0 (the pure surrogate) included")
+    timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
+    solver: Solver = Field("lagrange", description="solver inside each trial")
+    ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
+    storage: str | None = Field(None, description="Optuna storage to resume from: sqlite:///FILE, a journal file, or a database URL")
+
+
+class EvaluationRecipe(_Section):
+    """What is measured at the end."""
+
+    tasks: tuple[str, ...] = Field(("needle-noise",), min_length=1)
+    lengths: Lengths = Field((1024,), min_length=1, max_length=16)
+    prompts: int = Field(20, ge=1, le=100_000, description="prompts of each task and length")
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: str | None = Field(None, description="hub id, folder or .gguf file")
+    budget: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), description="budgets that must all hold")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    trust_remote_code: bool = False
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    profile: ProfileRecipe = ProfileRecipe()
+    search: SearchRecipe = SearchRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            try:
+                Budget.parse(text)
+            except MoaCompressError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "recipe") -> Recipe:
+        """Reads a recipe.
+
+        Raises:
+            RecipeError: names the key, what is wrong, and for an unknown key the nearest known one.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where} must be a mapping of keys to values, not {type(data).__name__}")
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_first_problem(error)}") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Reads a YAML or JSON recipe file.
+
+        Raises:
+            RecipeError: unreadable, not YAML, or not a recipe.
+        """
+        import yaml
+
+        path = Path(path)
+        try:
+            if path.stat().st_size > 2**20:
+                raise RecipeError(f"recipe {path} has more than 1 MiB")
+            data = yaml.safe_load(path.read_text("utf-8"))
+        except OSError as error:
+            raise RecipeError(f"can not read recipe {path}: {error.strerror or error}") from error
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+        return Recipe.from_dict(data, f"recipe {path}")
+
+    def override(self, **flags: Any) -> Recipe:
+        """Returns the recipe with flags on top; keys are dotted paths (`search.trials` as `search__trials`), None is unset.
+
+        Raises:
+            RecipeError: as `from_dict`.
+        """
+        data = self.model_dump()
+        for key, value in flags.items():
+            if value is None:
+                continue
+            *sections, name = key.split("__")
+            target = data
+            for section in sections:
+                target = target[section]
+            target[name] = value
+        return Recipe.from_dict(data, "options")
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every choice, defaults included, as JSON values."""
+        return self.model_dump(mode="json")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{_did_you_mean(problem['loc'])}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    section: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next(iter(getattr(annotation, "__args__", ())), annotation)
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"
