@@ -1,0 +1,1 @@
+"""Attention kernels: one tiled reference in plain PyTorch that every faster kernel is checked against."""

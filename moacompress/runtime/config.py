@@ -1,0 +1,43 @@
+"""`quantization_config` of a compressed checkpoint: the plan, as transformers stores and reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moacompress.plan import Plan
+
+METHOD = "moacompress"
+
+
+@register_quantization_config(METHOD)
+class MoaCompressConfig(QuantizationConfigMixin):
+    """Holds the plan in `config.json` under `quantization_config`.
+
+    Args:
+        plan: a plan, or its JSON form.
+        **kwargs: `quant_method` as stored; anything else is refused with the plan's own messages.
+    """
+
+    def __init__(self, plan: Plan | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.plan = plan if isinstance(plan, Plan) else Plan.from_dict(plan)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads the stored form; see `Plan.from_dict` for what is refused."""
+        config = cls(plan=config_dict.get("plan"))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the stored form."""
+        return {"quant_method": METHOD, "plan": self.plan.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns the stored form: nothing in it is a default."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"MoaCompressConfig(plan={self.plan.key()})"

@@ -1,0 +1,158 @@
+"""Fixtures shared by all tests: tiny random models and a tiny tokenizer built on the spot, and the real small model."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moacompress.plan import ModelShape, Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 80},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 80},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 80,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {"num_key_value_heads": None},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 80, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+"""Families and what their tiny configs need beside the common part."""
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Tiny models run faster on one thread, and leave the other cores alone; the real model gets them all."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("real") else 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Returns a function that builds a tiny random dense model: `tiny_model("qwen3", num_hidden_layers=2, seed=1)`."""
+
+    def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings: dict[str, Any] = {
+            "vocab_size": 160,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            # random weights of the usual size give near-uniform attention, under which every mask looks alike
+            "initializer_range": 0.2,
+            **TINY[family],
+            **overrides,
+        }
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    return build
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Returns a character-level tokenizer with a chat template: one token a character, ids below 160."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers.decoders import Fuse
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    letters = ["\n", *(chr(code) for code in range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(special + letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """Returns a folder with a tiny dense Llama, its tokenizer and a licence file; do not write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "dense"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("Licence of the tiny model.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_plan() -> Callable[..., Plan]:
+    """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`."""
+
+    def draw(shape: ModelShape, seed: int = 0, full_share: float = 0.15) -> Plan:
+        from moacompress.plan import MIN_WINDOWS, SINKS, Plan, Rule
+
+        rng = random.Random(seed)
+
+        def rule() -> Rule:
+            if rng.random() < full_share:
+                return Rule.FULL
+            return Rule(rng.choice(SINKS), rng.choice([0, 7, 20, 40, 100]), rng.choice([0, 0, 100, 300, 700]))
+
+        rules = tuple(tuple(rule() for _ in range(shape.kv_heads)) for _ in range(shape.layers))
+        return Plan(shape, rng.choice(MIN_WINDOWS), rules)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Returns the folder of the dense SmolLM2-135M-Instruct in float32 (`make test-data` fetches it)."""
+    given = os.environ.get("MOACOMPRESS_TEST_MODEL")
+    if given:
+        return Path(given)
+    from moacompress.exporter import save_dense
+
+    gguf = next(iter(sorted((ROOT / ".cache").glob("**/SmolLM2-135M-Instruct*.gguf"))), None)
+    if gguf is None:
+        pytest.fail("the real model is not there; run `make test-data`")
+    folder = ROOT / ".cache" / "smollm2-135m-dense"
+    if not folder.exists():
+        save_dense(gguf, folder)
+    return folder

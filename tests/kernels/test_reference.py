@@ -1,0 +1,90 @@
+"""The tiled attention equals plain attention under an explicit mask, on random inputs, and never makes a large tensor."""
+
+import random
+
+import pytest
+import torch
+
+from moacompress.kernels import reference
+from moacompress.kernels.reference import Keys, sparse_attention
+from moacompress.plan import SINKS, Rule
+
+
+def oracle(query, key, value, n, rule, min_window, native, scaling, softcap, sink_logits):
+    """Attention by the definitions, one row at a time."""
+    batch, kv_heads, group, rows, _ = query.shape
+    out = torch.zeros(batch, kv_heads, group, rows, value.shape[-1], dtype=value.dtype)
+    for row in range(rows):
+        i = n - rows + row
+        w = min(i + 1, max(min_window, rule.alpha + rule.beta_q * (i + 1) // 1024))
+        seen = [j for j in range(i + 1) if (j < rule.sink or j > i - w) and (native is None or j > i - native)]
+        scores = torch.einsum("bhgd,bhnd->bhgn", query[:, :, :, row], key[:, :, seen]) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sink_logits is not None:
+            extra = sink_logits[None, :, :, None].expand(batch, -1, -1, 1)
+            weights = torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        out[:, :, :, row] = torch.einsum("bhgn,bhnd->bhgd", weights, value[:, :, seen])
+    return out
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_configurations(seed, monkeypatch):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, kv_heads, group, dim, value_dim = rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([1, 3]), 8, rng.choice([8, 5])
+    n = rng.choice([1, 2, 3, 5, 16, 17, 64, 65, 150])
+    rows = rng.choice([1, n, rng.randint(1, n)])
+    rule = rng.choice([Rule.FULL, Rule(rng.choice(SINKS), rng.choice([0, 7, 30, 80]), rng.choice([0, 100, 500, 1000]))])
+    native = rng.choice([None, None, 1, 5, 40, 100])
+    softcap = rng.choice([None, 2.0])
+    query = torch.randn(batch, kv_heads, group, rows, dim, dtype=torch.float64)
+    key = torch.randn(batch, kv_heads, n, dim, dtype=torch.float64)
+    value = torch.randn(batch, kv_heads, n, value_dim, dtype=torch.float64)
+    sink_logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
+    monkeypatch.setattr(reference, "MAX_TILE", rng.choice([16, 32, 256]))
+    monkeypatch.setattr(reference, "COPY_GAP", rng.choice([0, 64]))
+    settings = (rule, 16, native, 0.3, softcap, sink_logits)
+    found = sparse_attention(query, Keys(key, value, [(0, n)]), n, *settings)
+    expected = oracle(query, key, value, n, *settings)
+    assert (found - expected).abs().max() < 1e-12
+
+
+def test_columns_of_pieces():
+    keys = Keys(torch.zeros(1, 1, 42, 2), torch.zeros(1, 1, 42, 2), [(0, 16), (100, 20), (130, 6)])
+    assert keys.columns(0, 16) == (0, 16)
+    assert keys.columns(4, 100) == (4, 16)
+    assert keys.columns(50, 60) == (16, 16)
+    assert keys.columns(99, 101) == (16, 17)
+    assert keys.columns(110, 133) == (26, 39)
+    assert keys.columns(0, 1000) == (0, 42)
+    assert keys.positions().tolist() == [*range(16), *range(100, 120), *range(130, 136)]
+
+
+def test_long_inputs_stay_in_tiles(monkeypatch):
+    """At 6,000 tokens no score tensor comes near rows x keys."""
+    largest = 0
+    plain = reference.attend
+
+    def spy(query, keys, values, visible, *rest):
+        nonlocal largest
+        largest = max(largest, query[..., 0].numel() * keys.shape[2])
+        return plain(query, keys, values, visible, *rest)
+
+    monkeypatch.setattr(reference, "attend", spy)
+    n = 6000
+    query, key = torch.randn(1, 2, 2, n, 4), torch.randn(1, 2, n, 4)
+    for rule in (Rule(4, 64, 0), Rule(64, 0, 512), Rule(4, 0, 1023)):
+        sparse_attention(query, Keys(key, key, [(0, n)]), n, rule, 16, None, 0.5)
+    assert 0 < largest <= reference.TILE_SCORES * 1.1
+
+
+def test_full_attention_with_a_native_window_does_not_take_the_causal_short_cut():
+    n = 40
+    query, key = torch.randn(1, 1, 1, n, 4), torch.randn(1, 1, n, 4)
+    windowed = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL, 16, 10, 0.5)
+    whole = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL, 16, None, 0.5)
+    assert torch.allclose(windowed[:, :, :, :10], whole[:, :, :, :10], atol=1e-6)
+    assert not torch.allclose(windowed[:, :, :, 10:], whole[:, :, :, 10:], atol=1e-3)

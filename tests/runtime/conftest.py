@@ -1,0 +1,75 @@
+"""The oracle of the runtime tests: a stock model whose attention uses explicit masks, written from the definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from moacompress.plan import Plan
+
+_MASKS: dict[int, torch.Tensor] = {}
+
+
+def explicit_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
+    """Returns bool `[kv_heads, n, n]`, True where visible, by the words of the definition and nothing shared with the code."""
+    mask = torch.zeros(plan.model.kv_heads, n, n, dtype=torch.bool)
+    native = plan.model.native_windows[layer]
+    for head, rule in enumerate(plan.rules[layer]):
+        for i in range(n):
+            w = min(i + 1, max(plan.min_window, rule.alpha + rule.beta_q * (i + 1) // 1024))
+            for j in range(i + 1):
+                seen = j < rule.sink or j > i - w
+                mask[head, i, j] = seen and (native is None or j > i - native)
+    return mask
+
+
+def _explicit_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, softcap: Any = None, **kw: Any
+) -> tuple[torch.Tensor, None]:
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_MASKS[module.layer_idx].repeat_interleave(group, 0), -torch.inf)
+    if kw.get("s_aux") is not None:
+        sinks = kw["s_aux"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("explicit_mask", _explicit_attention)
+AttentionMaskInterface.register("explicit_mask", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def explicit_logits() -> Callable[[PreTrainedModel, Plan, torch.Tensor], torch.Tensor]:
+    """Returns a function giving a dense model's logits under a plan's explicit masks: `[batch, n, vocabulary]`."""
+
+    def run(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
+        _MASKS.clear()
+        _MASKS.update({layer: explicit_mask(plan, layer, ids.shape[1]) for layer in range(plan.model.layers)})
+        before = model.config._attn_implementation_internal
+        model.config._attn_implementation_internal = "explicit_mask"
+        try:
+            return model(ids, use_cache=False).logits
+        finally:
+            model.config._attn_implementation_internal = before
+
+    return run
+
+
+@pytest.fixture
+def token_ids() -> Callable[..., torch.Tensor]:
+    """Returns a function that draws token ids: `token_ids(rows, length)`."""
+
+    def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    return draw

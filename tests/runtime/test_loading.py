@@ -1,0 +1,193 @@
+"""Plain `from_pretrained` and `save_pretrained`, in this process and in a fresh one, and the ways around a model."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import moacompress.runtime.loading  # noqa: F401
+from moacompress.errors import PlanError, UnsupportedError
+from moacompress.models import model_shape
+from moacompress.plan import Plan
+from moacompress.runtime import attach, detach
+from moacompress.runtime.attaching import attached_plan
+from moacompress.runtime.cache import PlanCache
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
+
+
+@pytest.fixture
+def compressed(tmp_path, tiny_model, random_plan):
+    """Returns a function that saves a compressed tiny model and returns (folder, model, plan)."""
+
+    def make(family="llama"):
+        model = tiny_model(family)
+        plan = random_plan(model_shape(model), 2)
+        attach(model, plan)
+        model.save_pretrained(tmp_path / family)
+        return tmp_path / family, model, plan
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, compressed, token_ids, tmp_path):
+    folder, model, plan = compressed(family)
+    ids = token_ids(1, 100)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert attached_plan(loaded).to_dict() == plan.to_dict()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+        loaded.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(ids).logits, expected)
+    first, second = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again"))
+    assert first == second
+    assert first["architectures"] == [type(model).__name__]
+
+
+def test_fresh_process_needs_no_import(compressed):
+    folder, model, _ = compressed()
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(m(torch.tensor([[3, 4, 5]])).cache).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.stdout.strip() == "PlanCache", done.stderr
+
+
+def test_base_model_loads(compressed, token_ids):
+    folder, model, _ = compressed()
+    ids = token_ids(1, 60)
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+
+
+def test_dtype_and_device_map(compressed, token_ids, tmp_path):
+    folder, model, plan = compressed()
+    ids = token_ids(1, 60)
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half(ids).cache.kv_bytes() * 2 == plan.kv_bytes(60)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")(ids).logits, expected)
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+        places |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+        offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+        assert torch.equal(offloaded(ids).logits, expected)
+        out = offloaded.generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(out, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def test_float_conversions_are_allowed_after_loading(compressed):
+    folder, _, _ = compressed()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.half().dtype == torch.float16
+    assert model.to(torch.float32).dtype == torch.float32
+
+
+def test_detach_after_loading_gives_the_dense_model(compressed, tiny_model, token_ids, tmp_path):
+    folder, _, _ = compressed()
+    ids = token_ids(1, 60)
+    model = detach(AutoModelForCausalLM.from_pretrained(folder))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    model.set_attn_implementation("eager")
+    assert not isinstance(model(ids).cache, PlanCache)
+
+
+def test_attach_replaces_and_detach_restores(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    ids = token_ids(1, 100)
+    first, second = (random_plan(model_shape(model), seed) for seed in (1, 2))
+    with torch.no_grad():
+        dense = model(ids).logits
+        under_second = attach(model, second)(ids).logits
+        attach(model, first)
+        assert torch.equal(attach(model, second)(ids).logits, under_second)
+        assert attached_plan(model) is second
+        assert torch.equal(detach(model)(ids).logits, dense)
+    assert detach(model) is model
+    assert model.config._attn_implementation == "sdpa"
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    assert sum(hooks) == 0
+
+
+def test_copies_are_independent(tiny_model, random_plan, token_ids):
+    model = attach(tiny_model(), random_plan(model_shape(tiny_model()), 1))
+    ids = token_ids(1, 100)
+    with torch.no_grad():
+        expected = model(ids).logits
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(ids).logits, expected)
+        assert torch.equal(twin.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+
+
+def test_plan_of_another_model_is_refused(compressed, tiny_model, random_plan):
+    folder, _, plan = compressed()
+    with pytest.raises(PlanError, match="its layers is 3, the model's is 2"):
+        attach(tiny_model(num_hidden_layers=2), plan)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["plan"]["layers"][1]["beta_q"][0] = 2000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match="beta_q of layer 1 KV head 0 is 2000, outside 0..1024"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    del config["quantization_config"]["plan"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match="not a moacompress plan"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_fine_tuned_weights_still_load(compressed, token_ids):
+    """Loading checks shapes only: the weights of a compressed model may change."""
+    folder, model, _ = compressed()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    model.save_pretrained(folder)
+    ids = token_ids(1, 50)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
+
+
+def test_from_config_is_refused(compressed):
+    folder, _, _ = compressed()
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="from_config would build a dense model"):
+        AutoModelForCausalLM.from_config(config)
+    del config.quantization_config
+    assert AutoModelForCausalLM.from_config(config) is not None
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_another_attention_is_refused(name, compressed, token_ids):
+    folder, model, _ = compressed()
+    with pytest.raises(UnsupportedError, match="would ignore the plan"):
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
+    with pytest.raises(UnsupportedError, match="would ignore the plan"):
+        model.set_attn_implementation(name)
+    model.config._attn_implementation_internal = name
+    with pytest.raises(UnsupportedError, match="would ignore the plan"):
+        model(token_ids(1, 10))
+
+
+def test_the_attention_without_a_plan_is_refused(tiny_model, token_ids):
+    model = tiny_model()
+    model.set_attn_implementation("moacompress")
+    with pytest.raises(UnsupportedError, match="has no plan"):
+        model(token_ids(1, 10))
+
+
+def test_plan_json_round_trips_through_the_config(compressed):
+    folder, _, plan = compressed()
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "moacompress"
+    assert Plan.from_dict(stored["plan"]) == plan

@@ -1,0 +1,117 @@
+"""What a compressed model can not do raises one clear error and is never silently wrong."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from moacompress.errors import UnsupportedError
+from moacompress.models import model_shape
+from moacompress.runtime import attach
+
+
+@pytest.fixture
+def model(tiny_model, random_plan):
+    model = tiny_model()
+    return attach(model, random_plan(model_shape(model), 1))
+
+
+@pytest.fixture
+def ids(token_ids):
+    return token_ids(2, 20)
+
+
+def refuses(match, call):
+    with pytest.raises(UnsupportedError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "hole"])
+def test_unequal_lengths(side, model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, {"left": slice(0, 5), "right": slice(15, 20), "hole": slice(8, 10)}[side]] = 0
+    refuses("unequal length", lambda: model(ids, attention_mask=mask))
+    refuses("unequal length", lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2))
+
+
+def test_beam_search(model, ids):
+    refuses("beam_search is not supported", lambda: model.generate(ids, num_beams=2, max_new_tokens=2))
+    refuses("beam", lambda: model(ids).cache.reorder_cache(torch.tensor([1, 0])))
+
+
+def test_assisted_decoding(model, ids, tiny_model):
+    assistant = tiny_model(seed=1)
+    refuses("assisted_generation", lambda: model.generate(ids[:1], assistant_model=assistant, max_new_tokens=4))
+    refuses("as an assistant", lambda: assistant.generate(ids[:1], assistant_model=model, max_new_tokens=4))
+    refuses("assisted_generation", lambda: model.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=4))
+    refuses("rolled back", lambda: model(ids).cache.crop(-1))
+    refuses("rolled back", lambda: model(ids).cache.activate_past_recording())
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized", "dynamic", "offloaded_static"])
+def test_other_cache_implementations(kind, model, ids):
+    refuses("brings its own cache", lambda: model.generate(ids, cache_implementation=kind, max_new_tokens=2))
+
+
+def test_paged_and_continuous_batching(model, ids):
+    match = "continuous batching"
+    refuses(match, lambda: model.generate(ids, cache_implementation="paged", max_new_tokens=2))
+    refuses(match, lambda: model.generate_batch(inputs=ids.tolist()))
+    refuses(match, lambda: model.init_continuous_batching())
+    refuses(match, lambda: model.continuous_batching_context_manager())
+
+
+def test_other_cache_objects(model, ids):
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
+        match = f"can not use a {type(cache).__name__}"
+        refuses(match, lambda cache=cache: model(ids, cache=cache))
+        refuses(match, lambda cache=cache: model(ids, past_key_values=cache))
+        refuses(match, lambda cache=cache: model.generate(ids, cache=cache, max_new_tokens=2))
+
+
+def test_cache_of_another_plan(model, ids, tiny_model, random_plan):
+    other = tiny_model()
+    attach(other, random_plan(model_shape(other), 2))
+    cache = other(ids).cache
+    refuses("another plan", lambda: model(ids[:, :1], cache=cache))
+
+
+def test_packed_sequences(model, ids):
+    restart = torch.cat((torch.arange(12), torch.arange(8)))[None]
+    refuses("packed", lambda: model(ids, position_ids=restart, use_cache=False))
+    refuses("packed", lambda: model(ids, position_ids=restart))
+    refuses("packed", lambda: model(ids, position_ids=torch.arange(3, 23)[None]))
+    bounds = torch.tensor([0, 12, 20], dtype=torch.int32)
+    refuses("packed", lambda: model(ids, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds))
+
+
+def test_masks_that_are_not_two_dimensional(model, ids):
+    mask = torch.zeros(2, 1, 20, 20)
+    refuses("mask of shape", lambda: model(ids, attention_mask=mask))
+    refuses("mask of shape", lambda: model(ids, attention_mask={"full_attention": mask}))
+
+
+def test_not_causal(model, ids):
+    refuses("is_causal=False", lambda: model(ids, is_causal=False))
+    model.config.is_causal = False
+    refuses("is_causal=False", lambda: model(ids))
+
+
+def test_attention_weights(model, ids):
+    refuses("output_attentions", lambda: model(ids, output_attentions=True))
+    refuses("output_attentions", lambda: model.generate(ids, output_attentions=True, return_dict_in_generate=True))
+
+
+def test_attention_dropout(tiny_model, random_plan, ids):
+    model = tiny_model(attention_dropout=0.1)
+    attach(model, random_plan(model_shape(model), 1)).train()
+    refuses("dropout", lambda: model(ids, use_cache=False))
+    model.eval()(ids)
+
+
+def test_overlaid_masks(tiny_model, random_plan, ids):
+    model = tiny_model("gemma3_text")
+    attach(model, random_plan(model_shape(model), 1))
+    model(ids)
+    model.config.use_bidirectional_attention = True
+    refuses("stock causal", lambda: model(ids))
