@@ -1,0 +1,67 @@
+"""The few numbers that a study tunes: they bend the surrogate, and the solver turns the bent surrogate into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.search.surrogate import Floats, Surrogate
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+DEPTH_KNOTS = 5
+DEPTH_RANGE = 1.0
+LENGTH_RANGE = 1.0
+EXPONENT_RANGE = 0.5
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The search space of one model and its profiled lengths. Every knob is a logarithm; all 0 is the surrogate itself.
+
+    `depth_K`: multipliers of the cost, from the first layer to the last, interpolated between the knots.
+    `length_N`: weight of the profiled length N, relative to the longest.
+    `exponent`: exponent on the cost; above 0 it favours the costliest KV heads.
+
+    Attributes:
+        layers: layers of the model.
+        lengths: profiled lengths, ascending.
+    """
+
+    layers: int
+    lengths: tuple[int, ...]
+
+    @property
+    def ranges(self) -> dict[str, float]:
+        """Each knob's largest absolute value."""
+        return {
+            **{f"depth_{knot}": DEPTH_RANGE for knot in range(min(DEPTH_KNOTS, self.layers))},
+            **{f"length_{length}": LENGTH_RANGE for length in self.lengths[:-1]},
+            "exponent": EXPONENT_RANGE,
+        }
+
+    @property
+    def neutral(self) -> dict[str, float]:
+        """The values that leave the surrogate as it is."""
+        return dict.fromkeys(self.ranges, 0.0)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Returns the knobs in Optuna's terms."""
+        from optuna.distributions import FloatDistribution
+
+        return {name: FloatDistribution(-limit, limit) for name, limit in self.ranges.items()}
+
+    def bend(self, surrogate: Surrogate, values: Mapping[str, float]) -> Floats:
+        """Returns the costs of every rule under the knobs, [layers, kv_heads, rules]; only their ratios count."""
+        weights = np.exp([values.get(f"length_{length}", 0.0) for length in self.lengths])
+        costs: Floats = surrogate.costs(weights) ** np.exp(values["exponent"])
+        return costs * self._multipliers(values)[:, None, None]
+
+    def _multipliers(self, values: Mapping[str, float]) -> Floats:
+        knots: Sequence[float] = [values[name] for name in self.ranges if name.startswith("depth_")]
+        at = np.linspace(0, len(knots) - 1, self.layers)
+        return np.exp(np.interp(at, np.arange(len(knots)), knots))

@@ -1,0 +1,220 @@
+"""The ledger of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
+
+A search that was killed and started again finds its finished trials, ablations and baselines here and goes on as if it
+had never stopped: the sampler is made anew for every trial from the seed and the number of finished trials, so that no
+random state is lost. One process works on a study at a time: a trial marked as running when a ledger opens was killed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from moacompress.errors import ArtefactError, RecipeError
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+JOURNAL_SUFFIXES = (".log", ".journal")
+STARTUP_TRIALS = 5
+"""Trials, the first included, before the Gaussian process has anything to say."""
+LOCK_GRACE = 5
+"""Seconds after which the lock of a killed process is taken over; a lock is held for milliseconds."""
+
+
+class Ledger:
+    """What one search has measured so far.
+
+    Args:
+        storage: None for memory, a journal file ending in .log or .journal, or a database URL.
+        name: name of the study.
+        profile: fingerprint of the profile that the study belongs to.
+        distributions: the knobs.
+        neutral: knobs of the first trial.
+        seed: of the sampler.
+
+    Raises:
+        RecipeError: `storage` is none of these.
+        ArtefactError: the storage can not be used, or holds a study of another profile under this name.
+    """
+
+    def __init__(
+        self,
+        storage: str | None,
+        name: str,
+        profile: str,
+        distributions: Mapping[str, BaseDistribution],
+        neutral: Mapping[str, float],
+        seed: int,
+    ) -> None:
+        self._where = shown(storage)
+        self._distributions, self._seed = dict(distributions), seed
+        with self._guard():
+            self._study = self._open(storage, name, profile)
+            self._fail_stale()
+            if not self._study.get_trials(deepcopy=False, states=_states("COMPLETE", "WAITING")):
+                self._study.enqueue_trial(dict(neutral))
+
+    def recall(self, name: str) -> Any:
+        """Returns what `remember` kept under this name, or None."""
+        with self._guard():
+            return self._study.user_attrs.get(name)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps a JSON value."""
+        with self._guard():
+            self._study.set_user_attr(name, value)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Returns the finished trials, in order; their place in the list is their index."""
+        with self._guard():
+            return self._study.get_trials(deepcopy=False, states=_states("COMPLETE"))
+
+    def ask(self) -> Trial:
+        """Starts the next trial; its `params` are the knobs."""
+        from optuna.samplers import GPSampler
+
+        index = len(self.finished())
+        seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
+        with self._guard():
+            self._study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
+            return self._study.ask(self._distributions)
+
+    def report(self, trial: Trial, value: float, step: int) -> bool:
+        """Keeps the value of one sample; returns whether the trial is hopeless already."""
+        with self._guard():
+            trial.report(value, step)
+            return trial.should_prune()
+
+    def tell(self, trial: Trial, value: float, **attributes: Any) -> None:
+        """Finishes a trial; from then on it is never repeated."""
+        with self._guard():
+            for name, attribute in attributes.items():
+                trial.set_user_attr(name, attribute)
+            self._study.tell(trial, value)
+
+    def _open(self, storage: str | None, name: str, profile: str) -> Study:
+        import optuna
+
+        study = optuna.create_study(
+            storage=_storage(storage),
+            study_name=name,
+            direction="minimize",
+            pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1),
+            load_if_exists=True,
+        )
+        owner = study.user_attrs.get("profile")
+        if owner is None:
+            study.set_user_attr("profile", profile)
+        elif owner != profile:
+            raise ArtefactError(
+                f"{self._where} holds the study {name} of another profile ({owner}, this one is {profile}); choose "
+                "another storage"
+            )
+        return study
+
+    def _fail_stale(self) -> None:
+        """Marks the trials of a killed process as failed and queues their knobs again."""
+        from optuna.trial import TrialState
+
+        for trial in self._study.get_trials(deepcopy=False, states=_states("RUNNING")):
+            knobs = trial.system_attrs.get("fixed_params") or trial.params
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            # incomplete knobs need no queue: the sampler draws the same ones again
+            if set(knobs) == set(self._distributions):
+                self._study.enqueue_trial(knobs)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Turns whatever a storage raises into one error that names it."""
+        from optuna.exceptions import OptunaError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (OptunaError, SQLAlchemyError, OSError, ImportError, ValueError, KeyError) as error:
+            reason = " ".join((str(error) or type(error).__name__).split())
+            raise ArtefactError(
+                f"can not use the study storage {self._where}: {reason[:300]}; check that it is there and writable, or "
+                "choose another one with --storage"
+            ) from error
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna's log and its warnings about experimental parts off the screen; its settings are set back."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def shown(storage: str | None) -> str:
+    """Returns a storage as it may be shown: without user and password."""
+    if storage is None:
+        return "in memory"
+    if "://" not in storage:
+        return storage
+    try:
+        parts = urlsplit(storage)
+    except ValueError:
+        return storage.split("://")[0] + "://..."
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _storage(storage: str | None) -> BaseStorage:
+    from optuna.storages import InMemoryStorage, RDBStorage
+
+    if storage is None:
+        return InMemoryStorage()
+    if "://" in storage:
+        return RDBStorage(storage)
+    if storage.endswith(JOURNAL_SUFFIXES):
+        return _journal(Path(storage).absolute())
+    raise RecipeError(
+        f"storage {storage!r} is neither a journal file ending in .journal or .log nor a URL such as sqlite:///study.db"
+    )
+
+
+def _journal(path: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(path), grace_period=LOCK_GRACE)
+    if path.exists():
+        lock.acquire()
+        try:
+            _drop_half_line(path)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cuts what a killed process left of its last line; the journal would be unreadable after the next one."""
+    with path.open("rb+") as file:
+        data = file.read()
+        if data and not data.endswith(b"\n"):
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def _states(*names: str) -> tuple[Any, ...]:
+    from optuna.trial import TrialState
+
+    return tuple(TrialState[name] for name in names)

@@ -1,0 +1,76 @@
+"""What a search is asked for, and the fingerprint that it is resumed by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moacompress.artefacts import fingerprint
+from moacompress.budget import Budget
+from moacompress.calibration.samples import fingerprint_samples
+from moacompress.calibration.store import Profile
+from moacompress.recipe import Recipe
+from moacompress.search.cost import budget_limits
+from moacompress.search.knobs import Knobs
+from moacompress.search.surrogate import Surrogate
+
+SEARCH_VERSION = 1
+"""Part of a study's name: raised when the same request would be searched in another way."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, known before the model is loaded.
+
+    Attributes:
+        profile: the profile.
+        recipe: the resolved recipe.
+        asked: the budgets as given.
+        limits: most KV bytes at every length that the budgets restrict.
+        surrogate: not yet calibrated.
+    """
+
+    profile: Profile
+    recipe: Recipe
+    asked: tuple[str, ...]
+    limits: dict[int, int]
+    surrogate: Surrogate
+
+    @staticmethod
+    def of(profile: Profile, budget: str | Sequence[str] | None, recipe: Recipe) -> Request:
+        """Reads the budgets and the profile.
+
+        Raises:
+            BudgetError: as `find_plan`.
+            InfeasibleBudgetError: as `find_plan`.
+        """
+        asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
+        budgets = [Budget.parse(text) for text in asked]
+        limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window)
+        surrogate = Surrogate.build(
+            profile.influence(recipe.profile.estimator), profile.rules, profile.min_window, max(profile.lengths)
+        )
+        return Request(profile, recipe, asked, limits, surrogate)
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of all that decides the result but for how long the search may take."""
+        search = self.recipe.search
+        return fingerprint(
+            {
+                "version": SEARCH_VERSION,
+                "profile": self.profile.fingerprint,
+                "validation": fingerprint_samples(self.profile.validation),
+                "limits": [[n, limit] for n, limit in self.limits.items()],
+                "estimator": self.recipe.profile.estimator,
+                "solver": search.solver,
+                "ablations": search.ablations,
+                "seed": self.recipe.seed,
+            }
+        )
+
+    @property
+    def knobs(self) -> Knobs:
+        """What the study tunes."""
+        return Knobs(self.profile.shape.layers, self.profile.lengths)

@@ -1,0 +1,189 @@
+"""The surrogate: what a plan is predicted to do to the model, as a sum over its KV heads.
+
+The profile's influence is made monotone over nested rules (a rule that keeps less is never cheaper) and calibrated to
+measured harm as `c * influence ** gamma`: a knapsack needs magnitudes, not ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moacompress.errors import ArtefactError
+from moacompress.plan import Plan, Rule, window
+from moacompress.search.cost import Ints
+
+Floats = npt.NDArray[np.float64]
+
+GAMMA_RANGE = (0.5, 1.5)
+"""The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this."""
+FLOOR = 1e-12
+"""Nats below which a harm or an influence is numerical noise."""
+MIN_POINTS = 3
+"""Ablations below which nothing is fitted."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`harm = c * influence ** gamma`, in nats, as fitted to measured ablations.
+
+    Attributes:
+        c: scale, positive.
+        gamma: exponent, within `GAMMA_RANGE`.
+        points: ablations it was fitted to; 0 for the identity.
+    """
+
+    c: float = 1.0
+    gamma: float = 1.0
+    points: int = 0
+
+    def __call__(self, influence: Floats) -> Floats:
+        """Returns predicted harm in nats."""
+        return self.c * np.power(influence, self.gamma)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Predicted harm of every rule on every KV head.
+
+    Attributes:
+        rules: candidate rules, the full one first.
+        influence: float64 [lengths, layers, kv_heads, rules], nats; 0 for the full rule.
+        supersets: bool [rules, rules]; `[a, b]` is whether b keeps everything that a keeps, at every length.
+        calibration: from influence to measured harm.
+    """
+
+    rules: tuple[Rule, ...]
+    influence: Floats
+    supersets: npt.NDArray[np.bool_]
+    calibration: Calibration = Calibration()
+
+    @staticmethod
+    def build(influence: Floats, rules: Sequence[Rule], min_window: int, max_length: int) -> Surrogate:
+        """Returns the uncalibrated surrogate of a profile.
+
+        Args:
+            influence: [lengths, layers, kv_heads, rules], nats.
+            rules: candidate rules, `rules[0]` full.
+            min_window: smallest window, tokens.
+            max_length: longest profiled length; nesting is judged up to it.
+
+        Raises:
+            ArtefactError: the influence holds NaN, infinity or negative numbers.
+        """
+        if not (np.isfinite(influence).all() and (influence >= 0).all()):
+            raise ArtefactError("the profile's influence holds numbers that are not finite or negative; profile again")
+        influence = np.array(influence, np.float64)
+        influence[..., [rule.is_full for rule in rules]] = 0.0
+        return Surrogate(tuple(rules), influence, nested(rules, min_window, max_length))
+
+    def raw(self, length_weights: npt.ArrayLike | None = None) -> Floats:
+        """Returns monotone influence averaged over lengths, [layers, kv_heads, rules].
+
+        Args:
+            length_weights: positive weights of the profiled lengths, [lengths]; equal by default.
+        """
+        weights = np.ones(len(self.influence)) if length_weights is None else np.asarray(length_weights, np.float64)
+        return monotone(np.tensordot(weights / weights.sum(), self.influence, axes=1), self.supersets)
+
+    def costs(self, length_weights: npt.ArrayLike | None = None) -> Floats:
+        """Returns predicted harm in nats, [layers, kv_heads, rules]; see `raw`."""
+        return self.calibration(self.raw(length_weights))
+
+    def calibrated(self, calibration: Calibration) -> Surrogate:
+        """Returns the same influence under another calibration."""
+        return replace(self, calibration=calibration)
+
+    def predicted(self, plan: Plan) -> float | None:
+        """Returns the predicted harm of a plan in nats, or None where a rule of it is no candidate."""
+        index = {rule: number for number, rule in enumerate(self.rules)}
+        choice = [[index.get(rule, -1) for rule in row] for row in plan.rules]
+        if any(number < 0 for row in choice for number in row):
+            return None
+        return float(np.take_along_axis(self.costs(), np.array(choice)[..., None], axis=-1).sum())
+
+
+def nested(rules: Sequence[Rule], min_window: int, max_length: int) -> npt.NDArray[np.bool_]:
+    """Returns `[a, b]`: rule b keeps at least the keys that rule a keeps, for every n up to `max_length`."""
+    n: Ints = np.unique(np.linspace(1, max_length, min(max_length, 4096)).astype(np.int64))[:, None]
+    alpha, beta_q, sink = (np.array([getattr(rule, name) for rule in rules]) for name in ("alpha", "beta_q", "sink"))
+    windows = window(n, alpha, beta_q, min_window)
+    within = np.stack([(windows[:, [a]] <= windows).all(axis=0) for a in range(len(rules))])
+    full = np.array([rule.is_full for rule in rules])
+    supersets: npt.NDArray[np.bool_] = within & (sink[:, None] <= sink) | full
+    return supersets
+
+
+def monotone(influence: Floats, supersets: npt.NDArray[np.bool_]) -> Floats:
+    """Returns the running maximum from full down: a rule costs at least what any rule that keeps more costs.
+
+    Args:
+        influence: [..., rules].
+        supersets: see `nested`; every rule is a superset of itself.
+    """
+    return np.stack([influence[..., row].max(axis=-1) for row in supersets], axis=-1)
+
+
+def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
+    """Fits `log harm = log c + gamma * log influence` by robust least squares.
+
+    Args:
+        influence: predicted influence of each ablation, nats, [ablations].
+        measured: its measured harm, nats, [ablations].
+
+    Returns:
+        The identity when fewer than `MIN_POINTS` ablations are above the noise.
+    """
+    from scipy.optimize import least_squares
+
+    x, y = np.asarray(influence, np.float64), np.asarray(measured, np.float64)
+    usable = (x > FLOOR) & (y > FLOOR)
+    x, y = np.log(x[usable]), np.log(y[usable])
+    if len(x) < MIN_POINTS:
+        return Calibration()
+
+    def residual(parameters: Floats) -> Floats:
+        residuals: Floats = parameters[0] + parameters[1] * x - y
+        return residuals
+
+    low, high = GAMMA_RANGE
+    start = [float(np.median(y - x)), 1.0]
+    found = least_squares(residual, start, loss="soft_l1", bounds=([-np.inf, low], [np.inf, high]))
+    return Calibration(c=math.exp(found.x[0]), gamma=float(found.x[1]), points=len(x))
+
+
+def pick_ablations(influence: Floats, count: int, seed: int, decades: float = 5.0) -> list[tuple[int, int, int]]:
+    """Chooses single-KV-head ablations that span the predicted influence and the layers.
+
+    Args:
+        influence: monotone influence, [layers, kv_heads, rules].
+        count: number of ablations.
+        seed: breaks ties.
+        decades: range below the largest influence that is worth measuring.
+
+    Returns:
+        Distinct `(layer, kv_head, rule)`, largest influence first; fewer than `count` when there are not as many.
+    """
+    where = np.argwhere(influence > max(FLOOR, influence.max() * 10.0**-decades))
+    if not count or not len(where):
+        return []
+    logs = np.log(influence[tuple(where.T)])
+    noise = np.random.default_rng(seed).random(len(where))
+    used = np.zeros(influence.shape[0], int)
+    taken = np.zeros(len(where), bool)
+    picks = []
+    targets = np.linspace(logs.max(), logs.min(), count)
+    width = max(float(logs.max() - logs.min()) / count, 1e-9)
+    for target in targets[: len(where)]:
+        distance = np.abs(logs - target) / width
+        score = distance + used[where[:, 0]] + 1e-3 * noise + np.where(taken, np.inf, 0.0)
+        best = int(np.argmin(score))
+        taken[best] = True
+        layer, head, rule = (int(part) for part in where[best])
+        used[layer] += 1
+        picks.append((layer, head, rule))
+    return picks

@@ -1,0 +1,134 @@
+"""Synthetic profiles with heavy-tailed influence, and a stand-in for the model that measures a hidden truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile, Statistics
+from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.recipe import Recipe
+from moacompress.search.space import candidate_rules
+
+LENGTHS = (256, 512)
+MIN_WINDOW = 32
+
+
+def keep_shares(rules: tuple[Rule, ...], n: int, natives: tuple[int | None, ...]) -> np.ndarray:
+    """[layers, rules]: kept / n."""
+    return np.array([[rule.kept(n, MIN_WINDOW, native) / n for rule in rules] for native in natives])
+
+
+def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int = 8, **search: Any) -> Profile:
+    """A profile of a model that does not exist: a few KV heads matter a lot, most hardly at all."""
+    rng = np.random.default_rng(seed)
+    natives = tuple(64 if layer % 5 == 4 else None for layer in range(layers))
+    shape = ModelShape("llama", layers, 2 * kv_heads, kv_heads, 16, "float32", natives, f"weights{seed}")
+    rules = candidate_rules(max(LENGTHS), (4, 16, 64), MIN_WINDOW)
+    weight = np.exp(rng.normal(-4, 2.5, (layers, kv_heads, 1)))
+    steep = rng.uniform(1, 4, (layers, kv_heads, 1))
+    lengths = np.repeat(LENGTHS, 4)
+    squares = np.stack(
+        [
+            weight * (1 - keep_shares(rules, n, natives))[:, None] ** steep * np.exp(rng.normal(0, 0.5, (2, 1, 1, 1)))
+            for n in lengths
+        ]
+    ).astype(np.float32)
+    squares[..., 0] = 0
+    ids = rng.integers(3, 99, (samples, max(LENGTHS)))
+    validation = [
+        Sample(ids[i, :n].astype(np.int64), np.arange(n) >= n - 4, "needle/noise", n)
+        for i, n in enumerate(np.resize(LENGTHS, samples).tolist())
+    ]
+    recipe = Recipe.from_dict(
+        {
+            "calibration": {"lengths": list(LENGTHS)},
+            "search": {"trials": 8, "ablations": 5, **search},
+            "profile": {"min_window": MIN_WINDOW},
+        }
+    )
+    return Profile(
+        path=Path("profile"),
+        source="model",
+        shape=shape,
+        lengths=LENGTHS,
+        rules=rules,
+        min_window=MIN_WINDOW,
+        recipe=recipe,
+        fingerprint=f"profile{seed}",
+        calibration_fingerprint="calibration",
+        validation=validation,
+        seconds=1.0,
+        sample_lengths=lengths.astype(np.int64),
+        statistics=Statistics(squares, np.sqrt(squares)),
+    )
+
+
+class FakeObjective:
+    """Harm by a hidden truth near the profile's: no model runs.
+
+    Attributes:
+        calls: (plan key, sample) measured, in order.
+        dies_at: number of the measurement at which it fails; None for never.
+        kills: die by SIGKILL, not by an exception.
+    """
+
+    def __init__(self, profile: Profile, dies_at: int | None = None, kills: bool = False) -> None:
+        self.profile, self.size, self.dies_at, self.kills = profile, len(profile.validation), dies_at, kills
+        self.calls: list[tuple[str, int]] = []
+        rng = np.random.default_rng(7)
+        truth = profile.influence("fisher").mean(0) * np.exp(
+            rng.normal(0, 1, (*profile.influence("fisher").shape[1:3], 1))
+        )
+        self.truth = truth / truth.max()
+        self.sample_scale = np.exp(rng.normal(0, 0.7, self.size))
+        self.index = {rule: number for number, rule in enumerate(profile.rules)}
+
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[Callable[[int], float]]:
+        def harm(number: int) -> float:
+            if len(self.calls) == self.dies_at:
+                if self.kills:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
+            self.calls.append((plan.key(), number))
+            total = sum(
+                self._cost(layer, head, rule) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row)
+            )
+            return float(total * self.sample_scale[number])
+
+        yield harm
+
+    def _cost(self, layer: int, head: int, rule: Rule) -> float:
+        if rule in self.index:
+            return float(self.truth[layer, head, self.index[rule]])
+        keeps = rule.kept(512, MIN_WINDOW) / 512  # a uniform window is no candidate
+        return float(self.truth[layer, head].max() * (1 - keeps) ** 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Everything here is tiny: threads that wait for each other only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def profiles() -> Callable[..., Profile]:
+    return make_profile
+
+
+@pytest.fixture
+def fake_objective() -> type[FakeObjective]:
+    return FakeObjective

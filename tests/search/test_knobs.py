@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moacompress.calibration.store import Profile
+from moacompress.search.knobs import Knobs
+from moacompress.search.surrogate import Calibration, Surrogate
+
+Profiles = Callable[..., Profile]
+
+
+def test_neutral_knobs_leave_the_surrogate_alone(profiles: Profiles) -> None:
+    profile = profiles()
+    surrogate = Surrogate.build(profile.influence("fisher"), profile.rules, 32, 512).calibrated(
+        Calibration(3.0, 0.9, 4)
+    )
+    knobs = Knobs(6, profile.lengths)
+    assert list(knobs.neutral) == ["depth_0", "depth_1", "depth_2", "depth_3", "depth_4", "length_256", "exponent"]
+    assert set(knobs.distributions()) == set(knobs.neutral)
+    np.testing.assert_array_equal(knobs.bend(surrogate, knobs.neutral), surrogate.costs())
+    bent = knobs.bend(surrogate, {**knobs.neutral, "depth_0": 1.0})
+    np.testing.assert_allclose(bent[0], surrogate.costs()[0] * np.e)
+    np.testing.assert_array_equal(bent[2:], surrogate.costs()[2:])
+    bent = knobs.bend(surrogate, {**knobs.neutral, "exponent": np.log(2), "length_256": np.log(3)})
+    np.testing.assert_allclose(bent, surrogate.costs([3, 1]) ** 2)
+
+
+def test_models_of_few_layers_have_few_knots() -> None:
+    assert list(Knobs(1, (512,)).neutral) == ["depth_0", "exponent"]

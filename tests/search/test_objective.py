@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.calibration.samples import Sample
+from moacompress.errors import DataError, ModelError
+from moacompress.models import model_shape
+from moacompress.plan import Plan, Rule
+from moacompress.search import objective
+from moacompress.search.objective import Objective, answer_logits, kl
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [
+        Sample(rng.integers(3, 150, n).astype(np.int64), np.isin(np.arange(n), [n // 2, n - 2, n - 1]), "text", 256)
+        for n in (150, 200, 200)
+    ]
+
+
+def test_harm_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_kl(tiny_model: Any, samples: list[Sample]) -> None:
+    model = tiny_model("llama")
+    shape = model_shape(model)
+    ids = torch.from_numpy(samples[0].input_ids)[None]
+    before = model(ids).logits
+    measure = Objective(model, samples)
+    assert measure.harms(Plan.full(shape)).max() < 1e-8
+    sparse = Plan.uniform(shape, Rule(4, 32, 0), 32)
+    harms = measure.harms(sparse)
+    assert harms.shape == (3,)
+    assert (harms > 1e-4).all()
+    assert measure.harms(sparse, [2]) == pytest.approx(harms[2:], rel=1e-6)
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+    from moacompress.runtime import attach, detach
+
+    attach(model, sparse)
+    under = model(ids, use_cache=False).logits
+    detach(model)
+    rows = np.flatnonzero(samples[0].answer_mask) - 1
+    p, q = before[0, rows].double().log_softmax(-1), under[0, rows].double().log_softmax(-1)
+    assert harms[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_dense_logits_beyond_the_memory_limit_are_computed_again(
+    tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    sparse = Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)
+    expected = Objective(model, samples).harms(sparse)
+    monkeypatch.setattr(objective, "MAX_DENSE_BYTES", 3 * 160 * 4)
+    measure = Objective(model, samples)
+    for _ in range(2):
+        np.testing.assert_allclose(measure.harms(sparse), expected, rtol=1e-6)
+    assert len(measure._dense) == 1
+
+
+def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[Sample]) -> None:
+    model = tiny_model("llama")
+    ids = torch.from_numpy(samples[0].input_ids)[None]
+    before = model(ids).logits
+    measure = Objective(model, samples)
+
+    def interrupted() -> None:
+        with measure.under(Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)) as harm:
+            harm(0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+def test_answer_logits_are_those_before_the_answer_tokens(tiny_model: Any, samples: list[Sample]) -> None:
+    model = tiny_model("llama")
+    whole = model(torch.from_numpy(samples[0].input_ids)[None]).logits[0]
+    rows = np.flatnonzero(samples[0].answer_mask) - 1
+    torch.testing.assert_close(answer_logits(model, samples[0]), whole[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_kl_of_known_distributions() -> None:
+    p, q = torch.tensor([[0.5, 0.5], [1 / 3, 2 / 3]]), torch.tensor([[0.25, 0.75], [1 / 3, 2 / 3]])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)
+    assert kl(p.log(), q.log()) == pytest.approx(expected / 2, rel=1e-6)
+    assert kl(q.log(), q.log()) == 0
+
+
+def test_bad_input(tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="no validation samples"):
+        Objective(None, [])
+    model = tiny_model("llama")
+    measure = Objective(model, samples)
+    measure.harms(Plan.full(model_shape(model)))
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ModelError, match="sample 0 are not finite"):
+        measure.harms(Plan.full(model_shape(model)))

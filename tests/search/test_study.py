@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
+from moacompress.plan import Plan
+from moacompress.progress import Progress
+from moacompress.search import study
+from moacompress.search.study import find_plan
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Search:
+    """Runs `find_plan` without a model; returns the result and the stand-in that counted."""
+
+    def run(
+        profile: Profile | None = None, budget: Any = "50%", dies_at: int | None = None, **arguments: Any
+    ) -> tuple[Any, Any]:
+        profile = profile or profiles()
+        fake = fake_objective(profile, dies_at)
+        monkeypatch.setattr(study, "Objective", lambda model, samples: fake)
+        source = SimpleNamespace(model=None, source="model", shape=profile.shape)
+        arguments.setdefault("model", source)
+        try:
+            return find_plan(profile, budget, **arguments), fake
+        except KeyboardInterrupt:
+            return None, fake
+
+    return run
+
+
+def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    profile = profiles(trials=12)
+    result, fake = search(profile, out=out)
+    plan = Plan.load(out)
+    assert plan == result.plan
+    assert result.path == out
+    for n in profile.lengths:
+        assert plan.kv_bytes(n) <= profile.shape.dense_kv_bytes(n) // 2
+        assert result.kv_bytes[str(n)] == {"dense": profile.shape.dense_kv_bytes(n), "plan": plan.kv_bytes(n)}
+    assert result.trials == 12
+    assert 8 <= result.measured_plans <= 12
+    assert result.harm["plan"] <= result.harm["trial0"] * 1.2
+    assert result.harm["plan"] < result.harm["uniform"]
+    assert result.harm["plan"] == pytest.approx(np.mean(_harms(fake, plan)))
+    assert plan.provenance["source"] == "model"
+    assert plan.provenance["profile"] == profile.fingerprint
+    assert plan.provenance["recipe"]["budget"] == ["50%"]
+    assert plan.budget["asked"] == ["50%"]
+    assert plan.quality["samples"] == 8
+    assert plan.quality["baselines"]["uniform"]["harm"] == result.harm["uniform"]
+    assert all(
+        plan.quality["baselines"]["uniform"]["kv_bytes"][str(n)] <= profile.shape.dense_kv_bytes(n) // 2
+        for n in profile.lengths
+    )
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO
+
+
+def _harms(fake: Any, plan: Plan) -> list[float]:
+    with fake.under(plan) as harm:
+        return [harm(number) for number in range(fake.size)]
+
+
+def test_same_seed_same_plan_without_storage(search: Search, profiles: Profiles) -> None:
+    first, second = search()[0], search()[0]
+    assert first.plan == second.plan
+    other = search(recipe=profiles().recipe.override(seed=5))[0]
+    assert other.plan.provenance["search"] != first.plan.provenance["search"]
+
+
+def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    whole, fake = search(out=tmp_path / "whole.json")
+    total = len(fake.calls)
+    out, measured, runs = tmp_path / "plan.json", [], 0
+    result = None
+    while result is None:
+        runs += 1
+        result, fake = search(out=out, dies_at=17)
+        measured += fake.calls
+    assert runs > 5
+    assert result.plan == whole.plan
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # only the plan at hand when it died is measured again: at most its 8 samples a run
+    assert len(measured) - total <= 8 * (runs - 1)
+    finished, fake = search(out=out)
+    assert fake.calls == []
+    assert finished.plan == whole.plan
+
+
+SCRIPT = """
+import importlib.util, sys
+from types import SimpleNamespace
+spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
+fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
+from moacompress.search import study
+profile = fakes.make_profile()
+study.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
+source = SimpleNamespace(model=None, source="model", shape=profile.shape)
+study.find_plan(profile, "50%", out=sys.argv[2], model=source)
+"""
+
+
+def test_sigkill_and_again(search: Search, tmp_path: Path) -> None:
+    whole, fake = search(out=tmp_path / "whole.json")
+    out = tmp_path / "plan.json"
+    half = len(fake.calls) // 2 + 20
+    command = [sys.executable, "-c", SCRIPT, str(HERE / "conftest.py"), str(out), str(half)]
+    killed = subprocess.run(command, cwd=HERE.parent.parent, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    journal = tmp_path / "plan.study.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 8, "worker')  # what a kill in the middle of a write leaves
+    result, rest = search(out=out)
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert result.plan == whole.plan
+    assert len(rest.calls) + half - len(fake.calls) <= 8
+
+
+def test_more_trials_go_on_with_the_same_study(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    search(profiles(trials=4), out=out)
+    result, fake = search(profiles(trials=7), out=out)
+    assert result.trials == 7
+    assert len(fake.calls) <= 3 * 8
+    again, fake = search(profiles(trials=5), out=out)
+    assert again.trials == 7
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kind: str) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db" if kind == "sqlite" else str(tmp_path / "sub" / "s.log")
+    profile = profiles(trials=6, storage=storage)
+    killed, _ = search(profile, dies_at=60)
+    assert killed is None
+    result, fake = search(profile)
+    assert result.plan.rules == search(profiles(trials=6))[0].plan.rules
+    assert len(fake.calls) < 140
+    assert storage not in json.dumps(result.plan.to_dict())
+    again, fake = search(profile)
+    assert fake.calls == []
+    assert again.plan == result.plan
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("nowhere", "neither a journal file"),
+        ("sqlite:////nonexistent/folder/s.db", "can not use the study storage"),
+        ("nosuchdb://user:secret@host/x", "can not use the study storage nosuchdb://host/x"),
+        ("/proc/nothing/s.journal", "can not use the study storage"),
+    ],
+)
+def test_storage_that_is_not_there(search: Search, profiles: Profiles, storage: str, message: str) -> None:
+    from moacompress.errors import MoaCompressError
+
+    with pytest.raises(MoaCompressError, match=message) as error:
+        search(profiles(storage=storage))
+    assert "secret" not in str(error.value)
+
+
+def test_garbage_in_the_journal(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    path = tmp_path / "s.journal"
+    path.write_text("not json\nnor this\n")
+    with pytest.raises(ArtefactError, match="can not use the study storage"):
+        search(profiles(storage=str(path)))
+
+
+def test_a_study_of_another_profile_is_refused(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    storage = str(tmp_path / "s.journal")
+    result, _ = search(profiles(trials=1, storage=storage))
+    backend = optuna.storages.journal.JournalFileBackend(storage)
+    name = f"moacompress-{result.plan.provenance['search']}"
+    optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name=name).set_user_attr(
+        "profile", "other"
+    )
+    with pytest.raises(ArtefactError, match="of another profile"):
+        search(profiles(trials=1, storage=storage))
+
+
+def test_what_is_at_the_output_already(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    out.write_text("{}")
+    with pytest.raises(ArtefactError, match="is not a plan"):
+        search(profiles(trials=2), out=out)
+    search(profiles(trials=2), out=out, overwrite=True)
+    with pytest.raises(ArtefactError, match="another search"):
+        search(profiles(trials=2), "60%", out=out)
+    assert Plan.load(out).budget["asked"] == ["50%"]
+    search(profiles(trials=2), "60%", out=out, overwrite=True)
+    assert Plan.load(out).budget["asked"] == ["60%"]
+    with pytest.raises(ArtefactError, match="exists already"):
+        search(profiles(trials=2), out=tmp_path, overwrite=True)
+
+
+def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles()
+    with pytest.raises(BudgetError, match="no budget"):
+        search(profile, None)
+    with pytest.raises(BudgetError, match="bare number"):
+        search(profile, "25")
+    with pytest.raises(InfeasibleBudgetError, match="at least"):
+        search(profile, "1%")
+    other = SimpleNamespace(model=None, source="other", shape=replace(profile.shape, weights_fingerprint="other"))
+    with pytest.raises(ModelError, match="other weights"):
+        search(profile, model=other)
+    with pytest.raises(ArtefactError, match=r"no profile\.json"):
+        find_plan(tmp_path, "25%")
+
+
+def test_several_budgets_all_hold(search: Search, profiles: Profiles) -> None:
+    profile = profiles(trials=2)
+    result, _ = search(profile, ["60%", "40%@512"])
+    assert result.plan.kv_share(512) <= 0.4
+    assert result.plan.kv_share(256) <= 0.6
+
+
+def test_the_recipes_budget_is_the_default(search: Search, profiles: Profiles) -> None:
+    profile = profiles(trials=1)
+    result, _ = search(profile, None, recipe=profile.recipe.override(budget=["55%"]))
+    assert result.plan.budget["asked"] == ["55%"]
+
+
+def test_a_better_uniform_window_is_returned_and_said(
+    search: Search,
+    profiles: Profiles,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fake_objective: Any,
+) -> None:
+    monkeypatch.setattr(fake_objective, "_cost", lambda self, layer, head, rule: 0.1 if rule in self.index else 0.01)
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        result, _ = search(profiles(trials=3))
+    assert "no trial beats the uniform window" in caplog.text
+    assert len({rule for row in result.plan.rules for rule in row}) == 1
+    assert result.harm["plan"] == result.harm["uniform"] < result.harm["trial0"]
+
+
+def test_timeout_leaves_the_first_trial(search: Search, profiles: Profiles) -> None:
+    result, _ = search(profiles(timeout=1e-6))
+    assert result.trials == 1
+    assert result.best_trial == 0
+
+
+def test_hopeless_plans_are_pruned_and_never_win(
+    search: Search, profiles: Profiles, fake_objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def _keys(fake: Any) -> list[str]:
+        return [key for key, _ in fake.calls]
+
+    honest = fake_objective._cost
+    monkeypatch.setattr(
+        fake_objective, "_cost", lambda self, *where: honest(self, *where) * (1 if len(set(_keys(self))) < 10 else 50)
+    )
+
+    profile = profiles(trials=8, ablations=0)
+    result, fake = search(profile)
+    counts = {key: _keys(fake).count(key) for key in _keys(fake)}
+    seen = [count for count in counts.values() if count < fake.size]
+    assert seen, "a plan 50 times worse is not measured on all samples"
+    assert counts[result.plan.key()] == fake.size
+
+
+def test_progress_tells_the_best_so_far(search: Search, profiles: Profiles) -> None:
+    class Record(Progress):
+        def __init__(self) -> None:
+            self.log: list[Any] = []
+
+        def start(self, what: str, total: int) -> None:
+            self.log.append((what, total))
+
+        def step(self, note: str = "") -> None:
+            self.log.append(note)
+
+    record = Record()
+    search(profiles(trials=3), progress=record)
+    assert ("calibrating", 5) in record.log
+    assert ("searching", 3) in record.log
+    assert "best" in record.log[-1]
+    assert "uniform" in record.log[-1]
+
+
+@pytest.mark.parametrize("solver", ["milp", "lagrange"])
+def test_both_solvers_and_estimators(search: Search, profiles: Profiles, solver: str) -> None:
+    profile = profiles(trials=2, solver=solver)
+    result, _ = search(profile, recipe=profile.recipe.override(profile__estimator="sample"))
+    assert result.plan.kv_share(512) <= 0.5

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.errors import ArtefactError
+from moacompress.plan import Plan, Rule, kept, segments
+from moacompress.search.surrogate import GAMMA_RANGE, Calibration, Surrogate, fit, monotone, nested, pick_ablations
+
+Profiles = Callable[..., Profile]
+
+
+def build(profile: Profile) -> Surrogate:
+    return Surrogate.build(profile.influence("fisher"), profile.rules, profile.min_window, max(profile.lengths))
+
+
+def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -> None:
+    rules = profiles().rules
+    supersets = nested(rules, 32, 512)
+    assert supersets.diagonal().all()
+    assert supersets[:, 0].all()
+    for a, small in enumerate(rules):
+        for b, large in enumerate(rules):
+            inside = True
+            for n in range(1, 513, 7):
+                _, sink_a, start_a = segments(n, small.sink, small.alpha, small.beta_q, 32)
+                _, sink_b, start_b = segments(n, large.sink, large.alpha, large.beta_q, 32)
+                inside &= start_b <= start_a and (sink_a <= sink_b or sink_a >= start_b)
+            if supersets[a, b]:
+                assert inside
+                assert kept(512, small.sink, small.alpha, small.beta_q, 32) <= kept(
+                    512, large.sink, large.alpha, large.beta_q, 32
+                )
+
+
+def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
+    profile = profiles()
+    noisy = profile.influence("fisher") * np.exp(np.random.default_rng(0).normal(0, 2, (2, 6, 2, len(profile.rules))))
+    surrogate = Surrogate.build(noisy, profile.rules, 32, 512).calibrated(Calibration(2.0, 0.8, 5))
+    costs = surrogate.costs([1.0, 3.0])
+    assert (costs[..., 0] == 0).all()
+    for a, b in np.argwhere(surrogate.supersets):
+        assert (costs[..., a] >= costs[..., b]).all()
+    assert (surrogate.raw() >= surrogate.influence.mean(0) * (1 - 1e-12)).all()
+    np.testing.assert_allclose(costs, 2.0 * surrogate.raw([1.0, 3.0]) ** 0.8)
+
+
+def test_monotone_keeps_what_is_monotone() -> None:
+    supersets = np.tril(np.ones((3, 3), bool))
+    np.testing.assert_array_equal(monotone(np.array([0.0, 1.0, 2.0]), supersets), [0, 1, 2])
+    np.testing.assert_array_equal(monotone(np.array([0.0, 3.0, 2.0]), supersets), [0, 3, 3])
+
+
+def test_broken_influence_is_refused(profiles: Profiles) -> None:
+    influence = profiles().influence("fisher")
+    influence[0, 0, 0, 1] = np.nan
+    with pytest.raises(ArtefactError, match="not finite"):
+        Surrogate.build(influence, profiles().rules, 32, 512)
+
+
+def test_fit_finds_a_power_law_despite_an_outlier() -> None:
+    x = np.logspace(-6, 0, 12)
+    y = 3.0 * x**0.8 * np.exp(np.random.default_rng(0).normal(0, 0.05, 12))
+    y[4] *= 1000
+    found = fit(x, y)
+    assert found.points == 12
+    assert found.c == pytest.approx(3.0, rel=0.3)
+    assert found.gamma == pytest.approx(0.8, abs=0.05)
+
+
+def test_fit_stays_sane() -> None:
+    x = np.logspace(-3, 0, 6)
+    assert fit(x, x**4).gamma == pytest.approx(GAMMA_RANGE[1])
+    assert fit(x, np.zeros(6)) == Calibration()
+    assert fit([], []) == Calibration()
+    assert fit(x, -x) == Calibration()
+
+
+def test_ablations_span_decades_and_layers(profiles: Profiles) -> None:
+    surrogate = build(profiles(layers=12))
+    influence = surrogate.raw()
+    picks = pick_ablations(influence, 10, seed=0)
+    assert picks == pick_ablations(influence, 10, seed=0)
+    assert len(set(picks)) == 10
+    values = [influence[pick] for pick in picks]
+    assert max(values) / min(values) > 1e3
+    assert len({layer for layer, _, _ in picks}) >= 8
+    assert all(rule != 0 for _, _, rule in picks)
+    assert pick_ablations(influence, 0, seed=0) == []
+    assert pick_ablations(np.zeros_like(influence), 5, seed=0) == []
+    assert len(pick_ablations(influence[:1, :1, :3], 50, seed=0)) <= 3
+
+
+def test_predicted_harm_adds_up(profiles: Profiles) -> None:
+    profile = profiles()
+    surrogate = build(profile)
+    assert surrogate.predicted(Plan.full(profile.shape)) == 0
+    plan = Plan.uniform(profile.shape, profile.rules[3], 32)
+    assert surrogate.predicted(plan) == pytest.approx(surrogate.costs()[..., 3].sum())
+    assert surrogate.predicted(Plan.uniform(profile.shape, Rule(4, 33, 7), 32)) is None
