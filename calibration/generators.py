@@ -1,0 +1,220 @@
+"""Synthetic tasks that need one place far back: RULER's needles and a JSON object of keys and values.
+
+Every prompt is fitted to a length in tokens: chat template, answer prefix and room for the answer included, as near
+    below it
+as one sentence of noise, one word of prose or one pair of keys and values allows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from moacompress.calibration.pools import KEYS_PER_SPLIT, NOISE, Prose, Split, draw_keys, draw_numbers, sentence_ends
+from moacompress.calibration.prompts import Prompt, encode_prompt, encode_text
+from moacompress.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Haystack = Literal["noise", "prose"]
+ANSWER_ROOM = 4
+"""Tokens kept free after the reference answer, for a full stop and the closing token."""
+_PROBE = 64
+
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+ONE_KEY = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+)
+PREFIX = "The special magic number for {key} mentioned in the provided text is"
+PAIRS = (
+    "Extract the value corresponding to the specified key in the JSON object below.\n{context}\n"
+    'What is the value of the key "{key}"?'
+)
+PAIRS_PREFIX = '"{key}":'
+
+
+@dataclass(frozen=True)
+class Task:
+    """One synthetic task.
+
+    Attributes:
+        name: as given on the command line and written in results.
+        kind: `needle`, `multi-needle` or `key-value`, as in recipes.
+        haystack: the filler; None where the task makes its own.
+    """
+
+    name: str
+    kind: str
+    haystack: Haystack | None
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("needle-noise", "needle", "noise"),
+        Task("needle-prose", "needle", "prose"),
+        Task("multi-needle-noise", "multi-needle", "noise"),
+        Task("multi-needle-prose", "multi-needle", "prose"),
+        Task("key-value", "key-value", None),
+    )
+}
+KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
+
+
+def find_task(name: str) -> Task:
+    """Returns the task of that name.
+
+    Raises:
+        UsageError: unknown; names the nearest known one.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known tasks are {', '.join(TASKS)}"
+        raise UsageError(f"unknown task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def make_prompt(
+    task: str | Task,
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text: Prose | None = None,
+) -> Prompt:
+    """Returns a prompt of a task, at most `length` tokens with its answer.
+
+    Args:
+        task: a task or its name.
+        rng: draws keys, values, depth and prose; the same state gives the same prompt.
+        split: the pools to draw from.
+        tokenizer: the model's.
+        length: tokens, template, prefix and answer included.
+        text: the prose of prose tasks.
+
+    Raises:
+        UsageError: unknown task.
+        DataError: `length` is too short for the task or the prose too short for `length`; a prose task without `text`.
+    """
+    task = find_task(task) if isinstance(task, str) else task
+    if task.kind == "key-value":
+        return make_key_value(rng, split, tokenizer, length)
+    return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind])
+
+
+def make_needle(
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    haystack: Haystack = "noise",
+    text: Prose | None = None,
+    keys: int = 1,
+) -> Prompt:
+    """Returns RULER's needle in a haystack: `keys` needles at uniform depths, one of them asked for.
+
+    Arguments and errors are those of `make_prompt`.
+    """
+    kind = "needle" if keys == 1 else "multi-needle"
+    task = f"{kind}-{haystack}"
+    names, values = draw_keys(rng, split, keys), draw_numbers(rng, split, keys)
+    needles = [NEEDLE.format(key=key, value=value) for key, value in zip(names, values, strict=True)]
+    depths = rng.random(keys)
+    asked = int(rng.integers(keys))
+    if haystack == "prose":
+        if text is None:
+            raise DataError(f"task {task} needs prose: give a .txt file or a folder of them as text")
+        words = text.words(rng, split)
+        limit = len(words)
+    else:
+        words, limit = [], length
+    prefix = PREFIX.format(key=names[asked])
+
+    def user(count: int) -> str:
+        prose = haystack == "prose"
+        context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
+        return ONE_KEY.format(context=context, key=names[asked])
+
+    count = _fit(tokenizer, user, prefix, values[asked], length, limit, task)
+    if haystack == "prose" and count == limit:
+        raise DataError(
+            f"the {split} part of {text.name if text else ''} has {limit:,} words, too few for a prompt of {length:,} "
+            "tokens; give longer text"
+        )
+    return Prompt(user(count), prefix, values[asked], task, kind)
+
+
+def make_key_value(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
+    """Returns a JSON object of word keys and 7-digit values, one of which is asked for.
+
+    Arguments and errors are those of `make_prompt`.
+    """
+    limit = min(length, KEYS_PER_SPLIT) - 1
+    (asked, *others), (value, *fillers) = draw_keys(rng, split, limit + 1), draw_numbers(rng, split, limit + 1)
+    depth = float(rng.random())
+    prefix = PAIRS_PREFIX.format(key=asked)
+
+    def user(count: int) -> str:
+        pairs = [f'"{key}": {number}' for key, number in zip(others[:count], fillers, strict=False)]
+        pairs.insert(round(depth * count), f'"{asked}": {value}')
+        return PAIRS.format(context="{" + ",\n".join(pairs) + "}", key=asked)
+
+    count = _fit(tokenizer, user, prefix, value, length, limit, "key-value")
+    return Prompt(user(count), prefix, value, "key-value", "key-value")
+
+
+def _noise_context(sentences: int, needles: list[str], depths: np.ndarray) -> str:
+    """Returns `sentences` sentences of noise, five a line, with each needle on a line of its own."""
+    whole, rest = divmod(sentences, len(NOISE))
+    lines = [" ".join(NOISE)] * whole + ([" ".join(NOISE[:rest])] if rest else [])
+    for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
+        lines.insert(round(depth * whole), needle)
+    return "\n".join(lines)
+
+
+def _prose_context(words: list[str], needles: list[str], depths: np.ndarray) -> str:
+    """Returns the words with each needle after the sentence end nearest to its depth."""
+    ends = np.array([0, *sentence_ends(words)])
+    pieces = list(words)
+    for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
+        pieces.insert(int(ends[np.abs(ends - depth * len(words)).argmin()]), needle)
+    return " ".join(pieces)
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    user: Callable[[int], str],
+    prefix: str,
+    answer: str,
+    length: int,
+    limit: int,
+    task: str,
+) -> int:
+    """Returns the largest number of filler pieces, up to `limit`, with which prompt and answer fit `length` tokens.
+
+    The tokens per piece, measured once, say where to look next, so a prompt is tokenized only a few times.
+    """
+    room = len(encode_text(tokenizer, f" {answer}", special=False)) + ANSWER_ROOM
+
+    def tokens(count: int) -> int:
+        return len(encode_prompt(tokenizer, user(count), prefix)) + room
+
+    low, low_tokens, high = 0, tokens(0), limit + 1
+    if low_tokens > length:
+        raise DataError(f"a prompt of task {task} takes at least {low_tokens} tokens; {length} were asked for")
+    probe = min(_PROBE, limit)
+    slope = max((tokens(probe) - low_tokens) / max(probe, 1), 1.0)
+    while high - low > 1:
+        guess = min(max(low + round((length - low_tokens) / slope), low + 1), high - 1)
+        size = tokens(guess)
+        if size <= length:
+            low, low_tokens = guess, size
+        else:
+            high = guess
+    return low

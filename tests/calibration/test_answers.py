@@ -1,0 +1,147 @@
+"""Rendering, masks, and the dense model's greedy answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from moacompress.calibration.answers import Draft, answer_drafts, finish_sample, generate_greedy, stop_tokens
+from moacompress.calibration.prompts import Prompt, encode_conversation, encode_prompt, encode_reference, encode_text
+from moacompress.errors import DataError
+from moacompress.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Build = Callable[..., "PreTrainedModel"]
+CHAT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "yes."},
+    {"role": "user", "content": "sure?"},
+]
+
+
+def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
+
+
+def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
+    return str(tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag]))
+
+
+def test_prompt_through_the_template(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = encode_prompt(tiny_tokenizer, "hi", "It is")
+    assert tiny_tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nIt is"
+
+
+def test_prompt_of_a_base_model(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tiny_tokenizer.decode(encode_prompt(without_template(tiny_tokenizer), "hi", "It is")) == "hi\nIt is"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_reference(tiny_tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
+    prompt = Prompt("what?", "It is", "42", "needle-noise", "needle")
+    ids, answer, is_value = encode_reference(tokenizer, prompt)
+    assert ids == encode_prompt(tokenizer, "what?", "It is")
+    assert tokenizer.decode(answer) == " 42"
+    assert is_value == [False, True, True]
+
+
+def test_conversation_mask_by_prefixes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, mask = encode_conversation(tiny_tokenizer, CHAT)
+    assert str(tiny_tokenizer.decode(ids)).endswith("sure?<|im_end|>\n<|im_start|>assistant\n")
+    assert marked(tiny_tokenizer, ids, mask) == "yes.<|im_end|>"
+
+
+def test_conversation_mask_by_generation_marks(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == "
+        "'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    plain = encode_conversation(tiny_tokenizer, CHAT)
+    assert encode_conversation(tokenizer, CHAT) == plain
+
+
+def test_template_that_is_no_prefix(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}" + str(tiny_tokenizer.chat_template)
+    with pytest.raises(DataError, match=r"first 1 turns of a conversation differently .*token 0 of \d+"):
+        encode_conversation(tokenizer, CHAT)
+
+
+def test_template_that_refuses(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="refuses a conversation with the roles user: roles must alternate"):
+        encode_prompt(tokenizer, "hi")
+
+
+def test_greedy_is_greedy_and_stops(tiny_model: Build) -> None:
+    import torch
+
+    model = tiny_model("llama")
+    prompt = [5, 9, 77, 30]
+    ids = torch.tensor([prompt])
+    wanted = []
+    for _ in range(6):
+        token = int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+        wanted.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    model.generation_config.do_sample = True
+    model.generation_config.repetition_penalty = 5.0
+    assert generate_greedy(model, [prompt, prompt], 6) == [wanted, wanted]
+    model.generation_config.eos_token_id = [wanted[2], 3]
+    assert stop_tokens(model) == {wanted[2], 3}
+    first = wanted.index(wanted[2])
+    assert generate_greedy(model, [prompt], 6) == [wanted[: first + 1]]
+
+
+def test_greedy_goes_on_from_a_cache(tiny_model: Build) -> None:
+    import torch
+
+    model = tiny_model("llama", seed=3)
+    prompt = list(range(10, 40))
+    cache = model(input_ids=torch.tensor([prompt[:-1]]), use_cache=True).cache
+    assert generate_greedy(model, [prompt], 5, cache) == generate_greedy(model, [prompt], 5)
+
+
+def test_drafts_keep_their_order(tiny_model: Build) -> None:
+    class Steps(Progress):
+        count = 0
+
+        def step(self, note: str = "") -> None:
+            self.count += 1
+
+    model, steps = tiny_model("llama"), Steps()
+    sizes = [80, 90, 80, 100]
+    drafts = [Draft([7 + i] * n, [False] * n, 6, f"s{i}", 120) for i, n in enumerate(sizes)]
+    text = Draft([9] * 120, [False] * 100 + [True] * 20, 0, "text", 120)
+    samples = answer_drafts(model, [*drafts, text], steps)
+    assert [sample.source for sample in samples] == ["s0", "s1", "s2", "s3", "text"]
+    assert steps.count == 5
+    for draft, sample in zip(drafts, samples, strict=False):
+        (answer,) = generate_greedy(model, [draft.ids], 6)
+        assert sample.input_ids.tolist() == [*draft.ids, *answer]
+        assert sample.answer_mask.sum() == len(answer)
+    assert samples[-1].input_ids.tolist() == [9] * 120
+    assert samples[-1].answer_mask.sum() == 20
+
+
+def test_short_sample_is_refused() -> None:
+    with pytest.raises(DataError, match="longer than the largest sink"):
+        finish_sample(Draft([1] * 20, [False] * 20, 5, "file:a.jsonl", 512), [2, 3])
+
+
+def test_text_of_a_tokenizer_with_special_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tiny_tokenizer.decode(encode_text(tiny_tokenizer, "ab")) == "ab"
