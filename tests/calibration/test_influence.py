@@ -1,0 +1,211 @@
+"""The tiled float32 pass against the definition: dense float64 attention with and without the rule's explicit mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moacompress.calibration.influence import (
+    AttentionSpec,
+    InfluenceSums,
+    ProfiledAttention,
+    RuleTable,
+    attend,
+    attend_backward,
+)
+from moacompress.plan import Rule
+
+MIN_WINDOW = 16
+RULES = (
+    Rule.FULL,
+    *(
+        Rule(sink, alpha, beta)
+        for sink in (4, 16, 64)
+        for alpha, beta in ((16, 0), (32, 0), (0, 256), (9, 700), (90, 0))
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: its sizes and what is special about its attention."""
+
+    n: int
+    heads: int
+    kv_heads: int
+    native: int | None = None
+    softcap: float | None = None
+    learned_sink: bool = False
+    sharpness: float = 1.0
+
+    def draw(self) -> tuple[list[Tensor], Tensor | None, AttentionSpec]:
+        torch.manual_seed(self.n + self.heads)
+        size = 8
+        query, grad = torch.randn(2, 1, self.heads, self.n, size, dtype=torch.float64)
+        key, value = torch.randn(2, 1, self.kv_heads, self.n, size, dtype=torch.float64)
+        sink = torch.randn(self.heads, dtype=torch.float64) + 1 if self.learned_sink else None
+        return [query * self.sharpness, key, value, grad], sink, AttentionSpec(size**-0.5, self.native, self.softcap)
+
+
+CASES = {
+    "mha": Case(150, 4, 4),
+    "gqa": Case(200, 6, 2),
+    "one tile exactly": Case(64, 4, 2),
+    "shorter than a window": Case(9, 4, 2),
+    "peaked": Case(170, 4, 2, sharpness=6.0),
+    "native window": Case(190, 4, 2, native=40),
+    "native window wider than the rules": Case(190, 4, 2, native=120),
+    "native window wider than the row": Case(100, 4, 2, native=300),
+    "softcap": Case(130, 4, 2, softcap=2.0, sharpness=3.0),
+    "learned sink": Case(150, 4, 2, learned_sink=True),
+    "everything": Case(201, 6, 3, native=70, softcap=3.0, learned_sink=True, sharpness=2.0),
+}
+
+
+class Keep:
+    """A collector that keeps every delta."""
+
+    def __init__(self, n: int, kv_heads: int, rules: int) -> None:
+        self.deltas = torch.zeros(kv_heads, n, rules, dtype=torch.float64)
+
+    def add(self, rows: Tensor, deltas: Tensor) -> None:
+        self.deltas[:, rows] = deltas.double()
+
+
+def visible(n: int, rule: Rule, native: int | None) -> Tensor:
+    """The rule of the design, spelled out: `[queries, keys]`."""
+    windows = [min(i + 1, max(MIN_WINDOW, rule.alpha + ((rule.beta_q * (i + 1)) >> 10))) for i in range(n)]
+    query, key = torch.arange(n)[:, None], torch.arange(n)[None]
+    mask = (key <= query) & ((key < rule.sink) | (key > query - torch.tensor(windows)[:, None]))
+    return mask if native is None else mask & (key > query - native)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, spec: AttentionSpec, mask: Tensor) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(group, 1).mT * spec.scaling
+    if spec.softcap is not None:
+        logits = spec.softcap * (logits / spec.softcap).tanh()
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        logits = torch.cat([logits, sink.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
+    return logits.softmax(-1)[..., : key.shape[2]] @ value.repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_deltas_match_the_definition(case: Case) -> None:
+    (query, key, value, grad), sink, spec = case.draw()
+    full = dense(query, key, value, sink, spec, visible(case.n, Rule.FULL, case.native))
+    wanted = []
+    for rule in RULES:
+        under = dense(query, key, value, sink, spec, visible(case.n, rule, case.native))
+        wanted.append((grad * (under - full)).sum(-1)[0].view(case.kv_heads, -1, case.n).sum(1))
+    expected = torch.stack(wanted, -1)
+
+    q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
+    s = None if sink is None else sink.float()
+    out = attend(q, k, v, spec, s)
+    assert torch.allclose(out.double(), full, atol=2e-6)
+    keep = Keep(case.n, case.kv_heads, len(RULES))
+    attend_backward(q, k, v, g, spec, s, RuleTable.of(RULES, MIN_WINDOW), keep)
+    assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert (keep.deltas[..., 0] == 0).all()
+    assert (keep.deltas[expected == 0] == 0).all()  # exactly zero where the rule masks nothing
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gradients_are_exact(case: Case) -> None:
+    (query, key, value, grad), sink, spec = case.draw()
+    ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    table, sums = RuleTable.of(RULES, MIN_WINDOW), InfluenceSums(case.kv_heads, len(RULES))
+    out = ProfiledAttention.apply(*ours, sink, spec, table, sums)  # type: ignore[no-untyped-call]
+    q, k, v = theirs
+    reference = dense(q, k, v, sink, spec, visible(case.n, Rule.FULL, case.native))
+    assert torch.allclose(out, reference, atol=1e-12)
+    out.backward(grad)
+    reference.backward(grad)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert float((mine.grad - other.grad).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("tile", [1, 13, 64, 500])
+def test_tile_size_does_not_matter(tile: int) -> None:
+    case = CASES["everything"]
+    (query, key, value, grad), sink, spec = case.draw()
+    table = RuleTable.of(RULES, MIN_WINDOW)
+    assert torch.allclose(
+        attend(query, key, value, spec, sink, tile), attend(query, key, value, spec, sink), atol=1e-12
+    )
+    whole, tiled = Keep(case.n, 3, len(RULES)), Keep(case.n, 3, len(RULES))
+    first = attend_backward(query, key, value, grad, spec, sink, table, whole)
+    second = attend_backward(query, key, value, grad, spec, sink, table, tiled, tile)
+    assert torch.allclose(whole.deltas, tiled.deltas, atol=1e-11)
+    for a, b in zip(first, second, strict=True):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+def test_rows_without_cotangent_take_no_part() -> None:
+    (query, key, value, grad), sink, spec = CASES["gqa"].draw()
+    table, rows = RuleTable.of(RULES, MIN_WINDOW), torch.tensor([3, 70, 71, 150])
+    sparse = torch.zeros_like(grad)
+    sparse[:, :, rows] = grad[:, :, rows]
+    seen: list[Tensor] = []
+
+    class Rows(Keep):
+        def add(self, rows: Tensor, deltas: Tensor) -> None:
+            seen.append(rows)
+            super().add(rows, deltas)
+
+    some, full = Rows(200, 2, len(RULES)), Keep(200, 2, len(RULES))
+    attend_backward(query, key, value, sparse, spec, sink, table, some)
+    attend_backward(query, key, value, grad, spec, sink, table, full)
+    assert torch.cat(seen).tolist() == rows.tolist()
+    assert torch.allclose(some.deltas[:, rows], full.deltas[:, rows], atol=1e-12)
+    none = attend_backward(query, key, value, torch.zeros_like(grad), spec, sink, table, Keep(200, 2, len(RULES)))
+    assert all(not gradient.any() for gradient in none)
+
+
+def test_a_window_that_holds_almost_nothing_is_exact() -> None:
+    """Rows whose window has 1e-6 of the probability: sums that began at the far end would lose it in float32."""
+    (query, key, value, grad), _, spec = Case(300, 2, 1).draw()
+    key[:, :, 5:60] = 0
+    key[:, :, 5:60, 0], query[..., 0] = 14.0, 3.0
+    rule = (Rule.FULL, Rule(4, 32, 0))
+    full = dense(query, key, value, None, spec, visible(300, Rule.FULL, None))
+    under = dense(query, key, value, None, spec, visible(300, rule[1], None))
+    expected = (grad * (under - full)).sum(-1)[0].sum(0)
+    q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
+    keep = Keep(300, 1, 2)
+    attend_backward(q, k, v, g, spec, None, RuleTable.of(rule, MIN_WINDOW), keep)
+    assert float((keep.deltas[0, :, 1] - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_sums_are_of_the_group() -> None:
+    case = CASES["gqa"]
+    (query, key, value, grad), sink, spec = case.draw()
+    table = RuleTable.of(RULES, MIN_WINDOW)
+    keep, sums = Keep(case.n, 2, len(RULES)), InfluenceSums(2, len(RULES))
+    attend_backward(query, key, value, grad, spec, sink, table, keep)
+    attend_backward(query, key, value, grad, spec, sink, table, sums)
+    assert torch.allclose(sums.total, keep.deltas.sum(1))
+    assert torch.allclose(sums.squares, keep.deltas.square().sum(1))
+    sums.reset()
+    assert not sums.total.any()
+    assert not sums.squares.any()
+
+
+def test_bfloat16_computes_in_float32() -> None:
+    (query, key, value, grad), sink, spec = CASES["gqa"].draw()
+    low = [tensor.bfloat16() for tensor in (query, key, value, grad)]
+    table, deltas = RuleTable.of(RULES, MIN_WINDOW), []
+    for q, k, v, g in (low, [tensor.float() for tensor in low]):
+        keep = Keep(200, 2, len(RULES))
+        gradients = attend_backward(q, k, v, g, spec, sink, table, keep)
+        assert [gradient.dtype for gradient in gradients] == [q.dtype] * 3
+        deltas.append(keep.deltas)
+    assert torch.allclose(deltas[0], deltas[1], atol=1e-12)

@@ -1,0 +1,327 @@
+"""Profiling tiny models: exact attention, the Fisher identity, and runs that are stopped and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.calibration import profiler
+from moacompress.calibration.influence import InfluenceSums, RuleTable
+from moacompress.calibration.profiler import answer_logits, logit_cotangent, profile, sample_statistics
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile, Statistics, sample_path
+from moacompress.errors import ArtefactError, DataError
+from moacompress.models import SourceModel, model_shape
+from moacompress.plan import Plan, Rule
+from moacompress.progress import Progress
+from moacompress.recipe import Recipe
+from moacompress.runtime import attach, detach
+
+Factory = Callable[..., PreTrainedModel]
+RECIPE = Recipe.from_dict(
+    {"calibration": {"lengths": [128, 192], "samples": 4, "validation_samples": 2}, "profile": {"draws": 2}}
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None) -> list[Sample]:
+    """Stands in for the data: random ids, which is all that the profiler needs."""
+    rng = np.random.default_rng([recipe.seed, split == "calibration"])
+    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+    return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the data; returns the splits made."""
+    made: list[str] = []
+
+    def build(source: Any, recipe: Recipe, split: str, progress: Any = None) -> list[Sample]:
+        made.append(split)
+        return make_samples(source, recipe, split)
+
+    monkeypatch.setattr("moacompress.calibration.data.build_samples", build)
+    return made
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the indices of the samples that were really profiled."""
+    indices: list[int] = []
+
+    def counted(*args: Any) -> Statistics:
+        indices.append(args[-1])
+        return sample_statistics(*args)
+
+    monkeypatch.setattr(profiler, "sample_statistics", counted)
+    return indices
+
+
+@pytest.fixture
+def source(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    model = tiny_model("llama")
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
+def test_attention_is_the_model_s_own(tiny_model: Factory) -> None:
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss"):
+        model = tiny_model(family)
+        shape, ids = model_shape(model), torch.randint(3, 150, (1, 150), generator=torch.Generator().manual_seed(1))
+        rows = torch.tensor([0, 20, 70, 149])
+        table = RuleTable.of((Rule.FULL,), 32)
+        sums = [InfluenceSums(shape.kv_heads, 1) for _ in range(shape.layers)]
+        before = model.config._attn_implementation
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0, rows]
+            with profiler._profiled(model, profiler._Recording(table, shape.native_windows, sums)):
+                assert model.config._attn_implementation == profiler.ATTENTION
+                got = answer_logits(model, model.get_input_embeddings()(ids), rows)
+        assert model.config._attn_implementation == before
+        assert got.shape == expected.shape
+        assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max())), family
+
+
+def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Factory) -> None:
+    rules = (Rule.FULL, Rule(4, 32, 0), Rule(4, 100, 0), Rule(64, 0, 512))
+    for family in ("qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss"):
+        model = tiny_model(family)
+        shape = model_shape(model)
+        sample = make_samples(None, RECIPE, "calibration")[0]
+        found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, 1, 0, 0)
+        assert found.squares.shape == found.total.shape == (1, shape.layers, shape.kv_heads, 4)
+        assert found.finite
+        assert not found.squares[..., 0].any()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        for layer, native in enumerate(shape.native_windows):
+            masks = native is None or native > 32
+            assert found.squares[0, layer, :, 1].all() == masks, family
+
+
+def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([logit_cotangent(logits, generator) for _ in range(20_000)]).double()
+    p = logits.double().softmax(-1)[0]
+    assert torch.allclose(draws.T @ draws / len(draws), p.diag() - p[:, None] * p, atol=0.01)
+    assert float(draws.sum(-1).abs().max()) < 1e-6
+    eight = logit_cotangent(logits.expand(8, 4), torch.Generator().manual_seed(0))
+    assert eight.shape == (8, 4)
+
+
+def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
+    """Single KV heads and the whole plan, for a window so wide that the second order is all there is."""
+    model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.08)
+    shape, n, rule = model_shape(model), 160, Rule(4, 140, 0)
+    ids = np.random.default_rng(1).integers(3, 150, n)
+    sample = Sample(ids, np.arange(n) >= n - 24, "random", n)
+    found = sample_statistics(model, shape, RuleTable.of((Rule.FULL, rule), 32), sample, 400, 0, 0)
+    total = found.total[..., 1].astype(np.float64)
+    rows, exact = np.flatnonzero(sample.answer_mask) - 1, model.double()
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = exact(torch.from_numpy(ids)[None], use_cache=False).logits
+            return logits[0, rows].log_softmax(-1)
+
+    def kl(heads: list[tuple[int, int]]) -> float:
+        rules = [[rule if (layer, head) in heads else Rule.FULL for head in range(2)] for layer in range(2)]
+        attach(exact, Plan(shape, 32, tuple(map(tuple, rules))))
+        changed = log_probabilities()
+        detach(exact)
+        return float((dense.exp() * (dense - changed)).sum(-1).mean())
+
+    dense = log_probabilities()
+    heads = [(layer, head) for layer in range(2) for head in range(2)]
+    for chosen in [*([one] for one in heads), heads]:
+        predicted = (np.sum([total[:, layer, head] for layer, head in chosen], 0) ** 2).mean() / 2
+        assert predicted == pytest.approx(kl(chosen), rel=0.25), chosen
+    fisher = found.squares[..., 1].mean(0) / 2
+    assert [float(fisher[head]) for head in heads] == pytest.approx([kl([head]) for head in heads], rel=0.25)
+
+
+def test_attention_is_restored_after_an_error(source: SourceModel) -> None:
+    before = source.model.config._attn_implementation
+    recording = profiler._Recording(RuleTable.of((Rule.FULL,), 32), source.shape.native_windows, [])
+    with pytest.raises(IndexError), profiler._profiled(source.model, recording):
+        source.model(torch.arange(5)[None])
+    assert source.model.config._attn_implementation == before
+    with pytest.raises(LookupError):
+        profiler._recording.get()
+
+
+def test_profile_of_a_folder(tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]) -> None:
+    made = profile(str(tiny_folder), tmp_path / "p", RECIPE)
+    assert data == ["calibration", "validation"]
+    assert done == [0, 1, 2, 3]
+    assert made.source == str(tiny_folder)
+    assert (made.lengths, made.rules[0], len(made.validation)) == ((128, 192), Rule.FULL, 2)
+    for estimator in ("fisher", "sample"):
+        influence = made.influence(estimator)
+        assert influence.shape == (2, 3, 2, len(made.rules))
+        assert not influence[..., 0].any()
+        assert (influence[..., 1:] > 0).any()
+    assert json.loads((tmp_path / "p" / "profile.json").read_text())["complete"] is True
+
+    again = profile(tiny_folder, tmp_path / "p", RECIPE.override(profile__estimator="sample"))
+    assert (len(data), len(done)) == (2, 4)
+    assert again.recipe.profile.estimator == "sample"
+    assert np.array_equal(again.influence("fisher"), made.influence("fisher"))
+    with pytest.raises(ArtefactError, match="--overwrite"):
+        profile(tiny_folder, tmp_path / "p", RECIPE.override(seed=1))
+
+
+class StopAt(Progress):
+    """Interrupts as soon as so many samples are profiled."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self, note: str = "") -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_is_taken_up_where_it_was(
+    source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
+) -> None:
+    whole = tmp_path / "whole"
+    profile(source, whole, RECIPE)
+    data.clear()
+    done.clear()
+    out = tmp_path / "stopped"
+    for steps in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            profile(source, out, RECIPE, progress=StopAt(steps))
+    with pytest.raises(ArtefactError, match="not finished"):
+        Profile.load(out)
+    sample_path(out, 1).write_bytes(sample_path(out, 1).read_bytes()[:-3])
+    profile(source, out, RECIPE)
+    assert data == ["calibration", "validation"]
+    assert done == [0, 1, 2, 1, 3]
+    assert (out / "influence.safetensors").read_bytes() == (whole / "influence.safetensors").read_bytes()
+
+
+def test_a_damaged_profile_is_repaired(source: SourceModel, tmp_path: Path, data: list[str], done: list[int]) -> None:
+    out = tmp_path / "p"
+    made = profile(source, out, RECIPE)
+    for name, redone in (("influence", 0), ("validation", 1), ("calibration", 1)):
+        path = out / f"{name}.safetensors"
+        before = path.read_bytes()
+        path.write_bytes(before[: len(before) // 2])
+        data.clear()
+        if name == "calibration":  # search does not need it
+            assert Profile.load(out).fingerprint == made.fingerprint
+            (out / "influence.safetensors").unlink()
+        else:
+            with pytest.raises(ArtefactError, match=f"{name}.*run the same profile command again"):
+                Profile.load(out)
+        assert profile(source, out, RECIPE).fingerprint == made.fingerprint
+        assert len(data) == redone
+        assert len(path.read_bytes()) == len(before)
+    (out / "profile.json").write_text("{")
+    assert np.array_equal(profile(source, out, RECIPE).influence("fisher"), made.influence("fisher"))
+    assert len(done) == 4  # no sample was profiled twice
+
+
+def test_a_killed_process_ends_with_the_same_bytes(
+    source: SourceModel, tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]
+) -> None:
+    script = f"""
+import importlib.util, os, signal, sys
+import torch
+import moacompress.calibration.data
+from moacompress.calibration.profiler import profile
+from moacompress.progress import Progress
+spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+moacompress.calibration.data.build_samples = tests.make_samples
+torch.set_num_threads(1)
+class Kill(Progress):
+    def step(self, note=""):
+        os.kill(os.getpid(), signal.SIGKILL)
+profile({str(tiny_folder)!r}, {str(tmp_path / "p")!r}, tests.RECIPE, progress=Kill())
+"""
+    root = Path(__file__).resolve().parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert sample_path(tmp_path / "p", 0).exists()
+    profile(str(tiny_folder), tmp_path / "p", RECIPE)
+    assert (data, done) == ([], [1, 2, 3])
+    profile(source, tmp_path / "whole", RECIPE)
+    first, second = ((tmp_path / name / "influence.safetensors").read_bytes() for name in ("p", "whole"))
+    assert first == second
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
+    def statistics(model: Any, shape: Any, table: Any, sample: Any, draws: int, seed: int, index: int) -> Statistics:
+        values = np.full((draws, shape.layers, shape.kv_heads, len(table.sink)), index, np.float32)
+        values[..., 0] = 0
+        if index in indices:
+            values[0, 0, 0, 1] = np.inf
+        return Statistics(values, values)
+
+    monkeypatch.setattr(profiler, "sample_statistics", statistics)
+
+
+def test_samples_that_are_not_finite_are_left_out(
+    source: SourceModel, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPE.override(calibration__samples=20)
+    poison(monkeypatch, {3})
+    made = profile(source, tmp_path / "one", recipe)
+    assert len(made.sample_lengths) == 19
+    assert made.influence("fisher")[0, 0, 0, 1] == pytest.approx((45 - 3) / 9 / 2)
+    poison(monkeypatch, {3, 12})
+    with pytest.raises(DataError, match="2 of 20 samples"):
+        profile(source, tmp_path / "two", recipe)
+    poison(monkeypatch, {0})
+    with pytest.raises(DataError, match="1 of 2 samples"):
+        profile(source, tmp_path / "all", RECIPE.override(calibration__samples=2))
+
+
+def test_a_model_with_nan_is_one_clear_error(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+    source.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        profile(source, tmp_path / "p", RECIPE)
+
+
+def test_lengths_that_can_not_be_profiled(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+    for lengths, message in (([128, 8192], "length 8,192 is beyond .* 4,096"), ([96, 512], "length 96 is too short")):
+        with pytest.raises(DataError, match=message):
+            profile(source, tmp_path / "p", RECIPE.override(calibration__lengths=lengths))
+    assert not (tmp_path / "p").exists()
+    assert data == []
+
+
+def test_a_changed_data_file_is_another_request(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+    rows = tmp_path / "qa.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    recipe = RECIPE.override(calibration__sources=[{"path": str(rows)}])
+    made = profile(source, tmp_path / "p", recipe)
+    assert profile(source, tmp_path / "p", recipe).fingerprint == made.fingerprint
+    rows.write_text('{"prompt": "b"}\n')
+    with pytest.raises(ArtefactError, match="another model or recipe"):
+        profile(source, tmp_path / "p", recipe)

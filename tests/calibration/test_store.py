@@ -1,0 +1,234 @@
+"""The profile's folder: what is read back, what is refused, what a resumed run trusts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
+from moacompress.calibration.store import (
+    Head,
+    Profile,
+    Statistics,
+    merge,
+    prepare,
+    read_sample,
+    read_samples,
+    request_fingerprint,
+    sample_path,
+    write_sample,
+)
+from moacompress.errors import ArtefactError, UsageError
+from moacompress.plan import ModelShape, Rule
+from moacompress.recipe import Recipe
+
+SHAPE = ModelShape("llama", 3, 4, 2, 16, "float32", (None, 24, None), "0123456789abcdef")
+RULES = (Rule.FULL, Rule(4, 32, 0), Rule(16, 0, 256))
+RECIPE = Recipe.from_dict({"calibration": {"lengths": [128, 256]}, "profile": {"draws": 2}})
+LENGTHS = (128, 128, 256)
+
+
+def head(**changes: Any) -> Head:
+    request = request_fingerprint(SHAPE, RULES, RECIPE, {})
+    return replace(Head("some/model", SHAPE, RULES, RECIPE, request), **changes)
+
+
+def statistics(seed: int) -> Statistics:
+    rng = np.random.default_rng(seed)
+    total = rng.normal(size=head().sample_shape).astype(np.float32)
+    squares = rng.random(head().sample_shape).astype(np.float32)
+    total[..., 0] = squares[..., 0] = 0
+    return Statistics(squares, total)
+
+
+def samples() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [Sample(rng.integers(0, 99, n), np.arange(n) > n - 5, "needle/noise", n) for n in (100, 200)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished profile of three samples."""
+    out = tmp_path / "profile"
+    begun = prepare(out, head(), False)
+    for split in ("calibration", "validation"):
+        save_samples(out / f"{split}.safetensors", samples())
+    mark = fingerprint_samples(samples())
+    begun = replace(begun, fingerprint="f00d", calibration_fingerprint=mark, validation_fingerprint=mark, seconds=3.5)
+    for index in range(len(LENGTHS)):
+        write_sample(out, index, statistics(index), "f00d", 1.0)
+    merge(out, begun, LENGTHS, [statistics(index) for index in range(len(LENGTHS))])
+    return out
+
+
+def test_round_trip(folder: Path) -> None:
+    profile = Profile.load(folder)
+    assert (profile.source, profile.shape, profile.rules, profile.recipe) == ("some/model", SHAPE, RULES, RECIPE)
+    assert (profile.lengths, profile.min_window, profile.seconds) == ((128, 256), 32, 3.5)
+    assert profile.fingerprint == "f00d"
+    assert profile.calibration_fingerprint == fingerprint_samples(profile.validation)
+    assert profile.sample_lengths.tolist() == list(LENGTHS)
+    assert np.array_equal(profile.statistics.total[1], statistics(1).total)
+
+
+def test_influence_is_half_the_mean_of_samples_and_draws(folder: Path) -> None:
+    profile = Profile.load(folder)
+    first, second, third = (statistics(index) for index in range(3))
+    fisher, sample = profile.influence("fisher"), profile.influence("sample")
+    assert fisher.shape == sample.shape == (2, 3, 2, 3)
+    assert fisher.dtype == np.float64
+    expected = (first.squares[0] + first.squares[1] + second.squares[0] + second.squares[1]).astype(np.float64) / 8
+    assert np.allclose(fisher[0], expected, rtol=1e-6)
+    assert np.allclose(sample[1], (third.total.astype(np.float64) ** 2).mean(0) / 2, rtol=1e-12)
+    assert not fisher[..., 0].any()
+    assert not sample[..., 0].any()
+    with pytest.raises(UsageError, match="'moa' is not one of fisher, sample"):
+        profile.influence("moa")
+
+
+def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
+    bad = statistics(1)
+    bad.squares[0, 0, 0, 1] = np.nan
+    out = tmp_path / "profile"
+    begun = replace(prepare(out, head(), False), skipped=(1,))
+    save_samples(out / "validation.safetensors", samples())
+    merge(out, begun, LENGTHS, [statistics(0), bad, statistics(2)])
+    profile = Profile.load(out)
+    assert profile.sample_lengths.tolist() == [128, 256]
+    assert np.isfinite(profile.influence("fisher")).all()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", ["influence.safetensors", "validation.safetensors", "profile.json"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"")], ids=["cut", "gone", "empty"])
+def test_damage_is_one_error_that_names_the_file(folder: Path, name: str, damage: Any) -> None:
+    damage(folder / name)
+    with pytest.raises(ArtefactError, match=name) as error:
+        Profile.load(folder)
+    assert "run the same profile command again" in str(error.value) or "moacompress profile" in str(error.value)
+
+
+def test_a_flipped_bit_is_noticed(folder: Path) -> None:
+    flip(folder / "influence.safetensors")
+    with pytest.raises(ArtefactError, match="not those that were written"):
+        Profile.load(folder)
+
+
+def test_an_unfinished_profile_says_what_to_do(tmp_path: Path) -> None:
+    prepare(tmp_path / "profile", head(), False)
+    with pytest.raises(ArtefactError, match="not finished; run the same profile command again"):
+        Profile.load(tmp_path / "profile")
+    with pytest.raises(ArtefactError, match="is not a profile"):
+        Profile.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rules", "shape", "recipe", "skipped", "digest"])
+@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, "delete"])
+def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
+    path = folder / "profile.json"
+    data = json.loads(path.read_text())
+    if value == "delete":
+        del data[key]
+    else:
+        data[key] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ArtefactError):
+        Profile.load(folder)
+
+
+def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
+    path = folder / "profile.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    for use in (lambda: Profile.load(folder), lambda: prepare(folder, head(), False)):
+        with pytest.raises(ArtefactError, match="version 2, this moacompress reads up to 1"):
+            use()
+    assert (folder / "influence.safetensors").exists()
+
+
+def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
+    later = RECIPE.override(profile__estimator="sample", search__trials=3)
+    found = prepare(folder, head(recipe=later, source="moved/model"), False)
+    assert found.complete
+    assert Profile.load(folder).recipe == later
+    assert Profile.load(folder).source == "moved/model"
+
+    other = head(request="another")
+    with pytest.raises(ArtefactError, match="another model or recipe"):
+        prepare(folder, other, False)
+    assert Profile.load(folder)
+    assert prepare(folder, other, True) == other
+    assert sorted(path.name for path in folder.iterdir()) == ["profile.json"]
+
+
+def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ArtefactError, match="exists already and is not a profile"):
+            prepare(path, head(), False)
+    assert prepare(tmp_path / "file", head(), True) == head()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".profile.json.abc.tmp").write_text("half a fi")  # killed in the very first write
+    assert prepare(tmp_path / "empty", head(), False) == head()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "profile.json").write_text('{"format": "something else"}')
+    with pytest.raises(ArtefactError, match="format"):
+        prepare(foreign, head(), False)
+    assert prepare(foreign, head(), True) == head()
+
+
+def test_a_cut_head_is_repaired_without_trusting_the_samples(folder: Path) -> None:
+    cut(folder / "profile.json")
+    assert prepare(folder, head(), False) == head()
+    assert read_samples(folder / "calibration.safetensors", "") is None
+    assert read_sample(folder, 0, "f00d", head().sample_shape) is not None
+
+
+def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
+    shape, path = head().sample_shape, sample_path(folder, 1)
+    found = read_sample(folder, 1, "f00d", shape)
+    assert found is not None
+    assert np.array_equal(found[0].squares, statistics(1).squares)
+    assert found[1] == 1.0
+    assert read_sample(folder, 1, "other", shape) is None
+    assert read_sample(folder, 1, "f00d", (*shape[:3], 4)) is None
+    assert read_sample(folder, 9, "f00d", shape) is None
+    path.write_bytes(sample_path(folder, 0).read_bytes())
+    assert read_sample(folder, 1, "f00d", shape) is None
+    for damage in (flip, cut):
+        write_sample(folder, 1, statistics(1), "f00d", 1.0)
+        damage(path)
+        assert read_sample(folder, 1, "f00d", shape) is None
+
+
+def test_the_request_depends_on_what_decides_the_numbers() -> None:
+    base = request_fingerprint(SHAPE, RULES, RECIPE, {})
+    same = [
+        RECIPE.override(profile__estimator="sample"),
+        RECIPE.override(search__trials=2, evaluation__prompts=3, budget="25%"),
+    ]
+    assert {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in same} == {base}
+    others = [RECIPE.override(seed=1), RECIPE.override(profile__draws=3), RECIPE.override(calibration__samples=3)]
+    hashes = {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in others}
+    hashes |= {
+        request_fingerprint(replace(SHAPE, weights_fingerprint="other"), RULES, RECIPE, {}),
+        request_fingerprint(SHAPE, RULES[:2], RECIPE, {}),
+        request_fingerprint(SHAPE, RULES, RECIPE, {"qa.jsonl": "0"}),
+    }
+    assert base not in hashes
+    assert len(hashes) == 6
