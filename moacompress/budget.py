@@ -1,7 +1,7 @@
 """Budgets: how many KV bytes a plan may take, and at which lengths.
 
-Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length only),
-`512MiB@32k` (absolute). k is 1024. Several budgets must all hold.
+Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length
+only), `512MiB@32k` (absolute). k is 1024. Several budgets must all hold.
 """
 
 from __future__ import annotations
@@ -129,6 +129,6 @@ def check_feasible(limits: Mapping[int, int], smallest: Mapping[int, int], shape
             dense = shape.dense_kv_bytes(length)
             need = -(-1000 * smallest[length] // dense) / 10
             raise InfeasibleBudgetError(
-                f"no plan fits {limit:,} KV bytes at {format_length(length)} tokens ({limit / dense:.1%} of dense): the "
-                f"smallest takes {smallest[length]:,} bytes; ask for at least {need:.1f}% there"
+                f"no plan fits {limit:,} KV bytes at {format_length(length)} tokens ({limit / dense:.1%} of dense): "
+                f"the smallest takes {smallest[length]:,} bytes; ask for at least {need:.1f}% there"
             )

@@ -1,6 +1,7 @@
 """Source models: what MODEL may be, its shape, its weights fingerprint, and whether it can be compressed.
 
-MODEL is a hub id, a folder, or a `.gguf` file. Code from a repository never runs unless `trust_remote_code` is asked for.
+MODEL is a hub id, a folder, or a `.gguf` file. Code from a repository never runs unless `trust_remote_code` is asked
+for.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def load_source(
     model.to(device).eval().requires_grad_(False)
     shape = model_shape(model)
     context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
-    return SourceModel(model, tokenizer, name if not arguments.get("gguf_file") else str(Path(source).resolve()), shape, context)
+    place = str(Path(source).resolve()) if "gguf_file" in arguments else name
+    return SourceModel(model, tokenizer, place, shape, context)
 
 
 def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -204,16 +206,16 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} caches latent vectors (MLA), not keys and values of heads; it can not be compressed")
     modules = attention_modules(model)
     if len(modules) != config.num_hidden_layers:
-        raise ModelError(f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all must have it")
+        raise ModelError(f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all need it")
     if any(getattr(module, "is_causal", True) is False for module in modules):
-        raise ModelError(f"{name} attends in both directions, so no key can be dropped; causal models can be compressed")
+        raise ModelError(f"{name} attends in both directions, so no key can be dropped; only causal models work")
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Returns a short hash of the weights: names, shapes and a spread sample of each tensor, rounded to bfloat16.
 
-    Rounding makes a float32 and a bfloat16 load of one checkpoint agree. At most `FINGERPRINT_SAMPLES` numbers of a tensor
-    are read, so it takes well under a second for any model.
+    Rounding makes a float32 and a bfloat16 load of one checkpoint agree. At most `FINGERPRINT_SAMPLES` numbers of a
+    tensor are read, so it takes well under a second for any model.
     """
     import torch
 

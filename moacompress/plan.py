@@ -1,7 +1,7 @@
 """The plan: which keys every KV head keeps. The one definition of window, visible, kept, slots and bytes.
 
-All of it is integer arithmetic, so that search, cost, cache and report agree to the token. Reading a plan never runs code
-from it, never unpickles and never fetches.
+All of it is integer arithmetic, so that search, cost, cache and report agree to the token. Reading a plan never runs
+code from it, never unpickles and never fetches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from moacompress.artefacts import MAX_JSON_BYTES, finite_json, fingerprint, read_json, write_json
+from moacompress.artefacts import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
 from moacompress.errors import ArtefactError, PlanError
 
 FORMAT = "moacompress-plan"
@@ -53,7 +53,7 @@ def window(n: Ints, alpha: Any, beta_q: Any, min_window: int) -> Ints:
         beta_q: growth per token in 1/1024.
         min_window: smallest window of the plan, tokens.
     """
-    w: Any = alpha + ((beta_q * n) >> 10)  # type: ignore[operator]
+    w: Any = alpha + ((beta_q * n) >> 10)
     return _min(_max(w, min_window), n)  # type: ignore[no-any-return]
 
 
@@ -164,7 +164,7 @@ class ModelShape:
     def dense_kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the KV bytes of the dense model at `n` tokens, native windows respected, in whole blocks."""
         per_layer = (Rule.FULL.slots(n, MIN_WINDOWS[0], native) for native in self.native_windows)
-        return batch * self.kv_heads * self.slot_bytes * sum(per_layer)
+        return int(batch * self.kv_heads * self.slot_bytes * sum(per_layer))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -226,7 +226,7 @@ class Plan:
             rule.kept(n, self.min_window, native) / Rule.FULL.kept(n, self.min_window, native)
             for rule, native in self._heads()
         ]
-        return sum(shares) / len(shares)
+        return float(sum(shares) / len(shares))
 
     def key(self) -> str:
         """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""

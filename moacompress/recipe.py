@@ -103,11 +103,11 @@ class ProfileRecipe(_Section):
 class SearchRecipe(_Section):
     """How the plan is found."""
 
-    trials: int = Field(16, ge=1, le=100_000, description="measured trials of the study, trial 0 (the pure surrogate) included")
+    trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
     timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
     solver: Solver = Field("lagrange", description="solver inside each trial")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
-    storage: str | None = Field(None, description="Optuna storage to resume from: sqlite:///FILE, a journal file, or a database URL")
+    storage: str | None = Field(None, description="Optuna storage: sqlite:///FILE, a journal file, or a database URL")
 
 
 class EvaluationRecipe(_Section):
@@ -177,7 +177,10 @@ class Recipe(_Section):
         return Recipe.from_dict(data, f"recipe {path}")
 
     def override(self, **flags: Any) -> Recipe:
-        """Returns the recipe with flags on top; keys are dotted paths (`search.trials` as `search__trials`), None is unset.
+        """Returns the recipe with flags on top.
+
+        Args:
+            **flags: dotted keys with `__` for the dot (`search__trials`); None is not given.
 
         Raises:
             RecipeError: as `from_dict`.

@@ -156,7 +156,7 @@ def visible_keys(
     """
     first, sink_end, start = segments(lengths, rule.sink, rule.alpha, rule.beta_q, min_window, native_window)
     visible: torch.Tensor = (positions >= first) & (positions < sink_end)
-    return visible | ((positions >= start) & (positions < lengths))
+    return visible.logical_or_((positions >= start) & (positions < lengths))
 
 
 def _is_plain_causal(

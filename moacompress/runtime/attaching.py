@@ -201,7 +201,9 @@ def _check_mask(mask: Any) -> None:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise UnsupportedError(f"an attention mask of shape {shape} is not supported by a compressed model; pass a 2-D one of ones")
+        raise UnsupportedError(
+            f"an attention mask of shape {shape} is not supported by a compressed model; pass a 2-D one of ones"
+        )
     if not bool((mask != 0).all()):
         raise UnsupportedError(UNEQUAL_LENGTHS)
 
@@ -243,7 +245,9 @@ def _prepare_cache(
         raise MoaCompressError("the plan was taken off this model by hand; use moacompress.detach(model)")
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or generation_config.is_assistant:
         what = "as an assistant" if generation_config.is_assistant else f"with {generation_mode.value}"
-        raise UnsupportedError(f"generating {what} is not supported by a compressed model; use greedy search or sampling")
+        raise UnsupportedError(
+            f"generating {what} is not supported by a compressed model; use greedy search or sampling"
+        )
     if generation_config.cache_implementation is not None:
         raise UnsupportedError(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "

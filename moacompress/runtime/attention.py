@@ -177,7 +177,9 @@ def _refuse(
     is_causal: bool | None,
 ) -> None:
     if attention_mask is not None:
-        raise UnsupportedError("a ready-made attention mask is not supported by a compressed model; pass a 2-D one of ones")
+        raise UnsupportedError(
+            "a ready-made attention mask is not supported by a compressed model; pass a 2-D one of ones"
+        )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedError("is_causal=False is not supported: a plan is made for causal attention")
     if dropout:

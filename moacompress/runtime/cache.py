@@ -48,26 +48,20 @@ class HeadStore:
             value: `[batch, heads, tokens, value_dim]`.
             n: tokens in the cache before the chunk.
         """
-        tokens = key.shape[2]
-        if self._keys is None or self._values is None:
-            return Keys(key, value, [(n, tokens)])
-        a, b, c, d = self._runs
-        used = (b - a) * BLOCK + n - c * BLOCK
-        pieces = [(a * BLOCK, (b - a) * BLOCK), (c * BLOCK, n - c * BLOCK), (n, tokens)]
-        keys = torch.cat((self._keys[:, :, :used], key), 2)
-        values = torch.cat((self._values[:, :, :used], value), 2)
-        return Keys(keys, values, pieces)
+        if self._keys is None:
+            return Keys(key, value, [(n, key.shape[2])])
+        held = self.committed(n)
+        keys, values = torch.cat((held.keys, key), 2), torch.cat((held.values, value), 2)
+        return Keys(keys, values, [*held.pieces, (n, key.shape[2])])
 
     def committed(self, n: int) -> Keys:
-        """Returns the cached keys and values at `n` tokens, without copying."""
-        assert self._keys is not None and self._values is not None
-        a, b, c, d = self._runs
-        used = (b - a) * BLOCK + n - c * BLOCK
-        return Keys(
-            self._keys[:, :, :used],
-            self._values[:, :, :used],
-            [(a * BLOCK, (b - a) * BLOCK), (c * BLOCK, n - c * BLOCK)],
-        )
+        """Returns the cached keys and values at `n` tokens, without copying; something must have been committed."""
+        assert self._keys is not None
+        assert self._values is not None
+        a, b, c, _ = self._runs
+        pieces = [(a * BLOCK, (b - a) * BLOCK), (c * BLOCK, n - c * BLOCK)]
+        used = sum(count for _, count in pieces)
+        return Keys(self._keys[:, :, :used], self._values[:, :, :used], pieces)
 
     def commit(self, key: torch.Tensor, value: torch.Tensor, n: int) -> None:
         """Takes in a chunk and frees every block that no later query sees.

@@ -34,7 +34,13 @@ def oracle(query, key, value, n, rule, min_window, native, scaling, softcap, sin
 def test_random_configurations(seed, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    batch, kv_heads, group, dim, value_dim = rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([1, 3]), 8, rng.choice([8, 5])
+    batch, kv_heads, group, dim, value_dim = (
+        rng.choice([1, 2]),
+        rng.choice([1, 3]),
+        rng.choice([1, 3]),
+        8,
+        rng.choice([8, 5]),
+    )
     n = rng.choice([1, 2, 3, 5, 16, 17, 64, 65, 150])
     rows = rng.choice([1, n, rng.randint(1, n)])
     rule = rng.choice([Rule.FULL, Rule(rng.choice(SINKS), rng.choice([0, 7, 30, 80]), rng.choice([0, 100, 500, 1000]))])

@@ -28,7 +28,14 @@ def explicit_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
 
 
 def _explicit_attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, softcap: Any = None, **kw: Any
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: Any = None,
+    softcap: Any = None,
+    **kw: Any,
 ) -> tuple[torch.Tensor, None]:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -69,7 +69,9 @@ def _in_pieces(model, ids, sizes):
 EDGE_LENGTHS = sorted({1, 2, *(n for sink in SINKS for n in (sink - 1, sink, sink + 1)), 15, 33, 100, 200})
 
 
-@pytest.mark.parametrize("rule", [Rule(4, 0, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 700), Rule(64, 100, 1023)])
+@pytest.mark.parametrize(
+    "rule", [Rule(4, 0, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 700), Rule(64, 100, 1023)]
+)
 def test_every_length_around_sinks_and_windows(rule, tiny_model, explicit_logits, token_ids):
     model = tiny_model("llama", num_hidden_layers=2)
     shape = model_shape(model)
@@ -91,7 +93,13 @@ def test_windows_count_from_the_tokens_so_far_not_from_the_prompt(tiny_model, ra
     model = tiny_model()
     attach(model, random_plan(model_shape(model), 5))
     ids = token_ids(1, 120)
-    kept = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None)
+    kept = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     whole = model.generate(ids, **kept)
     first = model.generate(ids[:, :50], **{**kept, "max_new_tokens": 1})
     again = model.generate(ids, cache=first.cache, **kept)
@@ -108,10 +116,8 @@ def test_chunked_prefill(chunk, tiny_model, random_plan, token_ids):
     model = tiny_model()
     attach(model, random_plan(model_shape(model), 2, full_share=0))
     ids = token_ids(2, 150)
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None)
-    assert torch.equal(
-        model.generate(ids, prefill_chunk_size=chunk, **settings), model.generate(ids, **settings)
-    )
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **settings), model.generate(ids, **settings))
 
 
 def test_sampling_is_that_of_the_explicit_mask(tiny_model, random_plan, explicit_logits, token_ids):
@@ -120,7 +126,9 @@ def test_sampling_is_that_of_the_explicit_mask(tiny_model, random_plan, explicit
     ids = token_ids(1, 60)
     attach(model, plan)
     torch.manual_seed(7)
-    out = model.generate(ids, max_new_tokens=15, do_sample=True, temperature=0.7, top_k=0, num_return_sequences=3, eos_token_id=None)
+    out = model.generate(
+        ids, max_new_tokens=15, do_sample=True, temperature=0.7, top_k=0, num_return_sequences=3, eos_token_id=None
+    )
     detach(model)
     torch.manual_seed(7)
     rows = ids.repeat(3, 1)
@@ -134,7 +142,7 @@ def test_batch_equals_single(tiny_model, random_plan, token_ids):
     model = tiny_model()
     attach(model, random_plan(model_shape(model), 3))
     ids = token_ids(3, 100)
-    settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=None)
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     together = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     alone = [model.generate(row[None], attention_mask=torch.ones(1, 100), **settings)[0] for row in ids]
     assert torch.equal(together, torch.stack(alone))

@@ -21,7 +21,7 @@ def test_bytes_are_the_plans_at_every_length(family, seed, tiny_model, random_pl
     ids = token_ids(2, 140)
     cache = PlanCache(plan)
     with torch.no_grad():
-        for at in range(0, 40):
+        for at in range(40):
             model(ids[:, at : at + 1], cache=cache)
             assert cache.kv_bytes() == plan.kv_bytes(at + 1, batch=2)
         model(ids[:, 40:137], cache=cache)

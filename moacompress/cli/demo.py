@@ -1,0 +1,60 @@
+"""`moacompress demo`: the whole way on a small real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.options import Overwrite
+from moacompress.errors import DataError
+
+MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
+SQUAD_FILE = "squad.json"
+
+
+@verb(
+    "moacompress demo -o runs/demo",
+    "moacompress demo -o runs/demo --data .cache --json",
+)
+def demo(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Where `make test-data` put model and data.")] = Path(
+        ".cache"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The model (folder or .gguf) instead of the one in --data.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> Output:
+    """Compress a small real model, start to end.
+
+    SmolLM2-135M-Instruct keeps a quarter of its KV cache and is measured, on a laptop's CPU.
+    """
+    model = model or _find(data, MODEL_FILE)
+    squad = _find(data, SQUAD_FILE)
+
+    from moacompress.demo import run_demo
+    from moacompress.report.summary import summary_tables
+
+    summary = run_demo(out, model, squad, overwrite=overwrite, progress=run.progress)
+    return Output(
+        summary,
+        [
+            *summary_tables(summary),
+            f'Load it with AutoModelForCausalLM.from_pretrained("{out / "model"}")',
+            f"Look inside with: moacompress inspect {out}",
+        ],
+    )
+
+
+def _find(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(f"**/{pattern}"))
+    if not found:
+        raise DataError(
+            f"no {pattern} in {folder}; fetch it with `make test-data`, or say where with --data or --model"
+        )
+    return found[0]

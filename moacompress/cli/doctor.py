@@ -1,0 +1,41 @@
+"""`moacompress doctor`: is the environment right, and can this model be compressed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.options import TrustRemoteCode
+
+
+@verb(
+    "moacompress doctor",
+    "moacompress doctor path/to/model",
+    "moacompress doctor path/to/model.gguf --json",
+)
+def doctor(
+    run: Run,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or .gguf file.", show_default=False)
+    ] = None,
+    trust_remote_code: TrustRemoteCode = None,
+) -> Output:
+    """Check the environment, and whether MODEL works.
+
+    The weights of MODEL are not loaded. Exits with 1 if something does not work.
+    """
+    from moacompress.doctor import check_environment, check_model
+    from moacompress.report.health import environment_table, model_table
+
+    data = check_environment()
+    show = [environment_table(data)]
+    problems = list(data["problems"])
+    data["model"] = None
+    if model is not None:
+        data["model"] = check_model(model, trust_remote_code=bool(trust_remote_code))
+        problems += data["model"]["problems"]
+        show.append(model_table(data["model"]))
+    verdict = [f"problem: {problem}" for problem in problems] or ["Everything is in order."]
+    return Output(data, [*show, *verdict], exit_code=1 if problems else 0)

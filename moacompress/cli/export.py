@@ -1,0 +1,48 @@
+"""`moacompress export`: a folder that plain `from_pretrained` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.options import Overwrite, TrustRemoteCode
+
+
+@verb(
+    "moacompress export path/to/model plan.json -o model/",
+    "moacompress export path/to/model plan.json -o model/ --overwrite --json",
+)
+def export(
+    run: Run,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path("model"),
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = None,
+) -> Output:
+    """Write a checkpoint that from_pretrained loads.
+
+    It is loaded and made to generate in a fresh process before it is moved into place.
+    """
+    from moacompress.exporter import export as export_model
+    from moacompress.plan import Plan
+    from moacompress.report.inspection import inspect_plan, kv_table
+
+    loaded = Plan.load(plan)
+    folder = export_model(
+        model,
+        loaded,
+        out,
+        overwrite=overwrite,
+        trust_remote_code=bool(trust_remote_code),
+        progress=run.progress,
+    )
+    inspected = inspect_plan(loaded)
+    data = {"model": str(folder), "plan": str(plan), "kv_bytes": inspected["kv_bytes"]}
+    return Output(
+        data,
+        [kv_table(inspected), f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")'],
+    )

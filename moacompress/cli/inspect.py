@@ -1,0 +1,37 @@
+"""`moacompress inspect`: what a plan keeps and what it costs, without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.locate import find_plan_file
+from moacompress.cli.options import Lengths
+
+
+@verb(
+    "moacompress inspect plan.json",
+    "moacompress inspect runs/mine --lengths 1k,4k,32k",
+    "moacompress inspect runs/mine/model --json",
+)
+def inspect(
+    run: Run,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
+    lengths: Lengths = None,
+) -> Output:
+    """Show what a plan keeps and what it costs.
+
+    KV bytes at several lengths, and the kept share of every layer and KV head. The model is not loaded.
+    """
+    from moacompress.budget import parse_lengths
+    from moacompress.plan import Plan
+    from moacompress.report.inspection import inspect_plan, kept_map, kv_table, overview
+
+    file = find_plan_file(path)
+    plan = Plan.load(file)
+    weights = [folder for folder in (file.parent, file.parent / "model") if (folder / "config.json").is_file()]
+    data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, weights[0] if weights else None)
+    return Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])

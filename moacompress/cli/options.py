@@ -1,0 +1,71 @@
+"""Options that several verbs share, with one wording, and how their texts are read."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from moacompress.errors import UsageError
+from moacompress.recipe import Generator
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and belongs to another run.")]
+TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run modelling code of MODEL.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),
+]
+Lengths = Annotated[str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")]
+Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+
+
+def split_list(text: str | None) -> tuple[str, ...] | None:
+    """Returns the items of a list such as `dense,uniform`, or None if it was not given."""
+    if text is None:
+        return None
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def required_model(given: str | None, recipe_model: str | None) -> str:
+    """Returns MODEL, from the command line or from the recipe.
+
+    Raises:
+        UsageError: neither names one.
+    """
+    model = given or recipe_model
+    if not model:
+        raise UsageError(
+            "no model given; name one as MODEL (hub id, folder or .gguf file) or as `model:` in the recipe"
+        )
+    return model
+
+
+def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
+    """Returns the recipe form of `--source`: generators, `generator-prose`, data files and hub sets.
+
+    Raises:
+        UsageError: a name that is none of them.
+    """
+    return [_source(name) for name in given] if given else None
+
+
+def _source(name: str) -> dict[str, Any]:
+    generators = get_args(Generator)
+    kind, _, haystack = name.rpartition("-")
+    if name in generators:
+        return {"generator": name}
+    if kind in generators and haystack in ("noise", "prose"):
+        return {"generator": kind, "haystack": haystack}
+    if Path(name).suffix in DATA_SUFFIXES or Path(name).exists():
+        return {"path": name}
+    if "/" in name:
+        return {"dataset": name}
+    near = difflib.get_close_matches(name, generators, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it is a generator ({', '.join(generators)}), a file or a hub id"
+    raise UsageError(f"unknown source {name!r}; {hint}")

@@ -1,0 +1,135 @@
+"""What a plan keeps and costs: the fields of `inspect --json`, a table, and a map of layers and KV heads."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from moacompress.artefacts import MAX_JSON_BYTES
+from moacompress.budget import Budget, format_length, reference_length
+from moacompress.errors import ArtefactError
+from moacompress.plan import Plan, Rule
+from moacompress.report.tables import facts, readable_bytes, section
+
+DEFAULT_LENGTHS = (1024, 2048, 4096)
+"""Lengths shown for a plan that does not say which it was made for."""
+SHADES = "▁▂▃▄▅▆▇█"
+MAP_COLUMNS = 80
+"""Most layers in one row of the map."""
+
+
+def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path | None = None) -> dict[str, Any]:
+    """Returns the fields of `inspect --json`.
+
+    Args:
+        plan: the plan.
+        lengths: where KV bytes are stated, tokens; by default those in the plan.
+        folder: the compressed checkpoint, for its parameters.
+
+    Raises:
+        ArtefactError: the checkpoint's weights can not be read.
+    """
+    own = sorted(int(n) for n in plan.budget.get("bytes", {}) if str(n).isdecimal() and int(n) > 0)
+    chosen = list(lengths or own or DEFAULT_LENGTHS)
+    profiled = [n for n in plan.provenance.get("lengths", []) if isinstance(n, int)] or own or chosen
+    reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], profiled)
+    parameters = None if folder is None else count_parameters(folder)
+    return {
+        "density": plan.density(reference),
+        "reference_length": reference,
+        "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
+        "layers": plan.model.layers,
+        "kv_heads": plan.model.kv_heads,
+        "shared_layers": [],
+        # no layer's weights are dropped as long as no layer shares another's attention
+        "parameters": None if parameters is None else {"dense": parameters, "plan": parameters},
+        "min_window": plan.min_window,
+        "budget": list(plan.budget.get("asked", [])),
+    }
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Returns the numbers in a checkpoint's safetensors files, read from their headers; None if there are none.
+
+    Raises:
+        ArtefactError: a file is cut short or is not safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(map(_numbers_in, files)) if files else None
+
+
+def _numbers_in(file: Path) -> int:
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > MAX_JSON_BYTES:
+                raise ValueError(f"a header of {size:,} bytes")
+            text = stream.read(size)
+        if len(text) < size:
+            raise ValueError(f"{len(text):,} of {size:,} bytes of its header")
+        header = json.loads(text)
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtefactError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def overview(plan: Plan, data: dict[str, Any]) -> Group:
+    """Returns the facts of a plan as rows of name and value."""
+    reference = data["reference_length"]
+    distinct = {Rule.FULL if rule.is_full else rule for row in plan.rules for rule in row}
+    full = sum(rule.is_full for row in plan.rules for rule in row)
+    shape = plan.model
+    heads = shape.layers * shape.kv_heads
+    rows = {
+        "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
+        "budget": ", ".join(data["budget"]) or "none asked for",
+        "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
+        "KV heads": f"{heads}, {full} of them full, {len(distinct)} distinct rules, no window under {plan.min_window}",
+    }
+    if data["parameters"] is not None:
+        rows["parameters"] = f"{data['parameters']['plan']:,}"
+    return facts("Plan", rows)
+
+
+def kv_table(data: dict[str, Any]) -> Group:
+    """Returns the KV bytes at each length."""
+    rows = [
+        (
+            format_length(int(length)),
+            readable_bytes(numbers["dense"]),
+            readable_bytes(numbers["plan"]),
+            f"{numbers['plan'] / numbers['dense']:.1%}",
+        )
+        for length, numbers in data["kv_bytes"].items()
+    ]
+    return section("KV cache, batch 1", ("tokens", "dense", "this plan", "share"), rows)
+
+
+def kept_map(plan: Plan, n: int) -> Text:
+    """Returns a map of the kept share: a column for each layer, a row for each KV head.
+
+    Args:
+        plan: the plan.
+        n: tokens so far.
+    """
+    lines = [f"Kept share of each KV head at {format_length(n)} tokens ({SHADES[0]} least, {SHADES[-1]} all):"]
+    for first in range(0, plan.model.layers, MAP_COLUMNS):
+        layers = range(first, min(first + MAP_COLUMNS, plan.model.layers))
+        lines.append(f"layers {layers[0]}-{layers[-1]}")
+        for head in range(plan.model.kv_heads):
+            row = "".join(_shade(plan, layer, head, n) for layer in layers)
+            lines.append(f"KV head {head:<4}{row}")
+    return Text("\n".join(lines), no_wrap=True, overflow="crop")
+
+
+def _shade(plan: Plan, layer: int, head: int, n: int) -> str:
+    native = plan.model.native_windows[layer]
+    share = plan.rules[layer][head].kept(n, plan.min_window, native) / Rule.FULL.kept(n, plan.min_window, native)
+    return SHADES[min(int(share * (len(SHADES) - 1)), len(SHADES) - 1)]

@@ -1,0 +1,45 @@
+"""The look of all tables, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+
+def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
+    """Returns a titled table: the first column to the left, the others, numbers, to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return Group(Text(title, style="bold"), table)
+
+
+def facts(title: str, rows: Mapping[str, str]) -> Group:
+    """Returns titled lines of name and value."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    return Group(Text(title, style="bold"), table, "")
+
+
+def readable_bytes(count: int) -> str:
+    """Returns `24.0 MiB` for 25165824."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def readable_number(value: float | None, form: str = ".3g") -> str:
+    """Returns the number in a format, `-` for None."""
+    return "-" if value is None else format(value, form)

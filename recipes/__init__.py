@@ -1,0 +1,1 @@
+"""Recipes that come with moacompress, `<model>/<goal>.yaml`. Data only: no code lives here."""

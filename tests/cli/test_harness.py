@@ -1,0 +1,209 @@
+"""What holds for every verb: help, one JSON object, exit codes, one line for an error, nothing heavy for help."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import moacompress
+from moacompress.cli import VERBS, app
+from moacompress.cli.harness import Common, Output, Run, Verb, verb
+from moacompress.cli.progress import RichProgress
+from moacompress.errors import BudgetError, ModelError
+from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.progress import Progress
+from moacompress.recipe import Recipe
+
+RUNNER = CliRunner()
+HEAVY = ("torch", "transformers", "optuna", "datasets")
+
+
+def call(function: Callable[[Run], Output], *arguments: str) -> Any:
+    """Runs a verb of its own, made of `function`, beside another so that it keeps its name."""
+    program = typer.Typer(rich_markup_mode=None)
+    program.command("probe")(Verb(function, ()))
+    program.command("other")(lambda: None)
+    return RUNNER.invoke(program, ["probe", *arguments])
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_ends_with_examples_that_parse(name: str) -> None:
+    result = RUNNER.invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    for option in ("--json", "--verbose", "--quiet", "--debug", "--seed", "--device", "--dtype"):
+        assert option in result.stdout
+    examples = VERBS[name].examples
+    assert result.stdout.rstrip().endswith(examples[-1])
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for example in examples:
+        program, verb_name, *arguments = shlex.split(example)
+        assert (program, verb_name) == ("moacompress", name)
+        commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["profile", "--help"], ["compress", "--help"], ["inspect", "PLAN"]]
+)
+def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None:
+    shape = ModelShape("llama", 2, 4, 2, 16, "float32", (None, None), "0" * 16)
+    Plan.uniform(shape, Rule(4, 0, 256)).save(tmp_path / "plan.json")
+    arguments = [str(tmp_path / "plan.json") if argument == "PLAN" else argument for argument in arguments]
+    code = (
+        "import sys\nfrom moacompress.cli import main\nsys.argv = ['moacompress', *sys.argv[1:]]\n"
+        f"try:\n    main()\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+
+
+def test_version() -> None:
+    result = RUNNER.invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"moacompress {moacompress.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspct", "x"], "Did you mean 'inspect'?"),
+        (["inspect", "--lenghts", "1k", "x"], "--lengths"),
+        (["inspect"], "Missing argument"),
+        (["search", "profile", "--trials", "many"], "Invalid value for '--trials'"),
+        (["compress", "--budget", "25%"], "no model given"),
+        (["compress", "m", "--budget", "25"], "did you mean '25%'?"),
+        (["compress", "m", "--budget", "0"], "outside (0%, 100%]"),
+        (["compress", "m", "--budget", "abc"], "is not understood"),
+        (["compress", "m", "--budget", "25%,12%"], "names several plans"),
+        (["compress", "m", "--lengths", "1x"], "length '1x' is not a number of tokens"),
+        (["compress", "m", "--dtype", "int4"], "dtype: "),
+        (["compress", "m", "--recipe", "none.yaml"], "can not read recipe none.yaml"),
+        (["profile", "m", "--source", "nedle"], "did you mean 'needle'?"),
+        (["profile", "m", "--draws", "0"], "profile.draws: "),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_error_is_one_line_and_its_exit_code() -> None:
+    def fails(run: Run) -> Output:
+        raise ModelError("it is\nnot a model")
+
+    result = call(fails, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "moacompress: error: it is not a model\n"
+
+    def misused(run: Run) -> Output:
+        raise BudgetError("no")
+
+    assert call(misused).exit_code == 2
+    assert "Traceback" in call(fails, "--debug").stderr
+
+
+def test_what_nobody_expected_is_one_line_too() -> None:
+    def breaks(run: Run) -> Output:
+        raise KeyError("oops")
+
+    result = call(breaks)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "moacompress: error: KeyError: 'oops'; run again with --debug\n"
+    assert "Traceback" in call(breaks, "--debug").stderr
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
+    def interrupted(run: Run) -> Output:
+        raise KeyboardInterrupt
+
+    result = call(interrupted)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert (
+        result.stderr
+        == "moacompress: interrupted; what was finished is kept, and the same command goes on from there\n"
+    )
+
+
+def noisy(run: Run) -> Output:
+    print("a library talks")
+    warnings.warn("and warns", stacklevel=1)
+    logging.getLogger("moacompress.somewhere").warning("be careful")
+    logging.getLogger("moacompress.somewhere").info("by the way")
+    run.progress.start("work", 2)
+    run.progress.step()
+    run.progress.done()
+    return Output({"a": float("nan"), "b": (1, "ä\n")}, ["shown [to] people"], exit_code=1)
+
+
+def test_json_is_one_object_on_one_line_and_nothing_else() -> None:
+    result = call(noisy, "--json")
+    assert result.exit_code == 1
+    assert result.stdout.count("\n") == 1
+    assert json.loads(result.stdout) == {"a": None, "b": [1, "ä\n"]}
+    assert "a library talks" in result.stderr
+    assert "work: 1/2" in result.stderr
+    assert "moacompress: warning: be careful" in result.stderr
+    assert "and warns" not in result.stderr
+    assert "by the way" not in result.stderr
+
+
+def test_people_see_text_and_choose_how_much() -> None:
+    assert call(noisy).stdout == "shown [to] people\n"
+    assert "moacompress: info: by the way" in call(noisy, "-v").stderr
+    quiet = call(noisy, "-q").stderr
+    assert "work" not in quiet
+    assert "be careful" not in quiet
+
+
+def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("seed: 3\nsearch: {trials: 5, ablations: 1}\n")
+    run = Run(Common(seed=7), Progress())
+    recipe = run.recipe(file, search__trials=9, calibration__samples=None)
+    assert (recipe.seed, recipe.search.trials, recipe.search.ablations) == (7, 9, 1)
+    assert recipe.calibration.samples == Recipe().calibration.samples
+    base = Recipe().override(search__ablations=2)
+    assert Run(Common(), Progress()).recipe(None, base=base).search.ablations == 2
+
+
+def test_own_options_come_before_the_common_ones() -> None:
+    @verb("moacompress x --own 1")
+    def function(run: Run, own: int = 3) -> Output:
+        """Does it."""
+        return Output({"own": own})
+
+    program = typer.Typer(rich_markup_mode=None)
+    program.command()(function)
+    assert json.loads(RUNNER.invoke(program, ["--own", "4", "--json"]).stdout) == {"own": 4}
+    text = RUNNER.invoke(program, ["--help"]).stdout
+    assert text.index("--own") < text.index("--json")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_ends_what_it_began(terminal: bool, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w+") as file:
+        progress = RichProgress(Console(file=file, force_terminal=terminal, width=100))
+        progress.done()
+        progress.start("first", 2)
+        progress.step("half [way]")
+        progress.start("second", 1)
+        progress.step()
+        progress.done()
+        progress.done()
+        file.seek(0)
+        text = file.read()
+    assert "first" in text
+    assert "1/1" in text

@@ -1,0 +1,105 @@
+"""`inspect`: the fields that others read, and the map for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.errors import ArtefactError
+from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.report.inspection import count_parameters, inspect_plan, kept_map
+from moacompress.report.tables import readable_bytes, readable_number
+
+RUNNER = CliRunner()
+
+
+def plan(layers: int = 2, **notes: Any) -> Plan:
+    shape = ModelShape("llama", layers, 4, 2, 16, "float32", (None,) * layers, "0" * 16)
+    rows = ((Rule.FULL, Rule(4, 0, 256)), (Rule(64, 0, 128), Rule(16, 32, 0)))
+    return Plan(shape, 32, tuple(rows[layer % 2] for layer in range(layers))).with_notes(**notes)
+
+
+NOTES: dict[str, Any] = {
+    "budget": {"asked": ["40%@1k"], "bytes": {"512": {}, "1024": {}, "2048": {}}},
+    "provenance": {"lengths": [512, 2048]},
+}
+
+
+def test_a_bare_plan(tmp_path: Path) -> None:
+    made = plan(**NOTES)
+    made.save(tmp_path / "plan.json")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), "--json"])
+    assert result.exit_code == 0
+    data = json.loads(result.stdout)
+    assert data["reference_length"] == 1024
+    assert data["density"] == made.density(1024)
+    assert data["kv_bytes"] == {
+        str(n): {"dense": made.model.dense_kv_bytes(n), "plan": made.kv_bytes(n)} for n in (512, 1024, 2048)
+    }
+    assert (data["layers"], data["kv_heads"], data["shared_layers"], data["parameters"]) == (2, 2, [], None)
+
+
+def test_lengths_are_those_asked_for_or_in_the_plan_or_the_usual() -> None:
+    assert list(inspect_plan(plan(**NOTES), [300])["kv_bytes"]) == ["300"]
+    assert list(inspect_plan(plan())["kv_bytes"]) == ["1024", "2048", "4096"]
+    assert inspect_plan(plan())["reference_length"] == 4096
+    assert inspect_plan(plan(provenance={"lengths": [512, 2048]}))["reference_length"] == 2048
+
+
+@pytest.mark.parametrize("where", ["out", "out/model", "out/model/plan.json"])
+def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    plan(**NOTES).save(folder / "plan.json")
+    plan(**NOTES).save(tmp_path / "out" / "plan.json")
+    save_file({"a": np.zeros((3, 5), np.float32)}, folder / "model-1.safetensors", {"format": "pt"})
+    save_file({"b": np.zeros(7, np.float32), "c": np.zeros((), np.float32)}, folder / "model-2.safetensors")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path / where), "--json"])
+    assert json.loads(result.stdout)["parameters"] == {"dense": 23, "plan": 23}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x05\x00\x00\x00\x00\x00\x00\x00{}", b"\x02" + b"\x00" * 7 + b"[]"]
+)
+def test_weights_that_are_damaged(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ArtefactError, match="is not a whole safetensors file"):
+        count_parameters(tmp_path)
+
+
+def test_people_see_tables_within_100_columns(tmp_path: Path) -> None:
+    plan(layers=170, **NOTES).save(tmp_path / "plan.json")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert "layers 160-169" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_the_map_has_a_row_for_each_head_and_a_column_for_each_layer() -> None:
+    lines = kept_map(plan(), 1024).plain.splitlines()
+    assert lines[1:] == ["layers 0-1", "KV head 0   █▂", "KV head 1   ▂▁"]
+
+
+def test_numbers() -> None:
+    assert [readable_bytes(n) for n in (0, 1023, 1024, 25165824, 2**50)] == [
+        "0 B", "1023 B", "1.0 KiB", "24.0 MiB", "1024.0 TiB"
+    ]  # fmt: skip
+    assert (readable_number(None), readable_number(0.12345)) == ("-", "0.123")
+
+
+def test_failures(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    (tmp_path / "plan.json").write_text("{}")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path), "--json"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "not a moacompress plan" in result.stderr

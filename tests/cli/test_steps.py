@@ -1,0 +1,96 @@
+"""The verbs one after another on a tiny model: each takes what the one before left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: str | Path, exit_code: int = 0) -> Any:
+    """Runs a verb with --json and returns its object."""
+    result = RUNNER.invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout.count("\n") == (exit_code == 0)
+    return json.loads(result.stdout) if exit_code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Returns a folder with a profile, a plan and an exported model."""
+    place = tmp_path_factory.mktemp("steps")
+    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
+    made = run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *small)
+    assert (made["lengths"], made["samples"], made["layers"], made["kv_heads"]) == ([768], 2, 3, 2)
+    found = run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", "--trials", "2")
+    assert found["plan"] == str(place / "plan.json")
+    assert {"plan", "trial0", "uniform"} <= set(found["harm"])
+    assert found["kv_bytes"]["768"]["plan"] * 2 <= found["kv_bytes"]["768"]["dense"]
+    assert found["trials"] >= found["measured_plans"] >= 1
+    run("export", tiny_folder, place / "plan.json", "-o", place / "model")
+    return place
+
+
+def test_inspect_agrees_with_the_search(place: Path) -> None:
+    for path in (place, place / "model", place / "plan.json"):
+        data = run("inspect", path)
+        assert data["reference_length"] == 768
+        assert data["kv_bytes"]["768"]["plan"] * 2 <= data["kv_bytes"]["768"]["dense"]
+    assert run("inspect", place / "model")["parameters"]["plan"] > 0
+
+
+def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (place / "profile").rglob("*") if file.is_file()}
+    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
+    run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *small)
+    assert {file: file.stat().st_mtime_ns for file in (place / "profile").rglob("*") if file.is_file()} == before
+
+
+def test_another_run_is_not_touched_without_overwrite(place: Path, tiny_folder: Path) -> None:
+    message = run("export", tiny_folder, place / "plan.json", "-o", place / "model", exit_code=1)
+    assert "exists already" in message
+    message = run("profile", tiny_folder, "-o", place / "profile", "--lengths", "800", exit_code=1)
+    assert "--overwrite" in message
+    message = run("search", place / "profile", "--budget", "60%", "-o", place / "plan.json", exit_code=1)
+    assert "--overwrite" in message
+
+
+def test_eval(place: Path) -> None:
+    data = run(
+        "eval", place / "model", "--tasks", "needle-noise", "--lengths", "768", "--prompts", "2",
+        "-o", place / "eval.json",
+    )  # fmt: skip
+    assert {row["model"] for row in data["results"]} == {"dense", "uniform", "plan"}
+    assert {row["metric"] for row in data["results"]} >= {"exact_match", "nll"}
+    assert (place / "eval.json").is_file()
+
+
+def test_a_budget_below_any_plan_says_the_smallest(place: Path) -> None:
+    message = run("search", place / "profile", "--budget", "0.5%", "-o", place / "small.json", exit_code=1)
+    assert "ask for at least" in message
+
+
+def test_doctor_knows_both(place: Path, tiny_folder: Path) -> None:
+    assert run("doctor", tiny_folder)["model"]["compressed"] is False
+    assert run("doctor", place / "model")["model"]["compressed"] is True
+    result = RUNNER.invoke(app, ["doctor", str(place), "--json"])
+    assert result.exit_code == 1
+    assert "without config.json" in json.loads(result.stdout)["model"]["problems"][0]
+
+
+def test_a_missing_or_half_written_profile(place: Path, tmp_path: Path) -> None:
+    assert "profile" in run("search", tmp_path, "--budget", "25%", "-o", tmp_path / "plan.json", exit_code=1)
+    (tmp_path / "profile.json").write_text("{")
+    assert "profile" in run("search", tmp_path, "--budget", "25%", "-o", tmp_path / "plan.json", exit_code=1)
+
+
+def test_demo_without_its_data_says_how_to_get_it(tmp_path: Path) -> None:
+    message = run("demo", "-o", tmp_path / "demo", "--data", tmp_path, exit_code=1)
+    assert "make test-data" in message

@@ -1,0 +1,54 @@
+"""The runtime on SmolLM2-135M."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moacompress.models import model_shape
+from moacompress.pipeline import measured_kv_bytes
+from moacompress.plan import Plan, Rule
+from moacompress.runtime import attach, detach
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return AutoModelForCausalLM.from_pretrained(smollm2).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(100, 40_000, (1, 300), generator=torch.Generator().manual_seed(0))
+
+
+def test_full_span_equals_stock(model, ids):
+    with torch.no_grad():
+        stock = model(ids, use_cache=False, logits_to_keep=32).logits
+        tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+        attach(model, Plan.full(model_shape(model)))
+        assert (model(ids, use_cache=False, logits_to_keep=32).logits - stock).abs().max() < 1e-3 * stock.abs().max()
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), tokens)
+    detach(model)
+
+
+def test_cached_equals_uncached_under_a_sparse_plan(model, ids, random_plan):
+    attach(model, random_plan(model_shape(model), 1))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False, logits_to_keep=8).logits
+        cache = model(ids[:, :200], logits_to_keep=1).cache
+        model(ids[:, 200:292], cache=cache, logits_to_keep=1)
+        steps = [model(ids[:, at : at + 1], cache=cache).logits for at in range(292, 300)]
+    detach(model)
+    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-3 * whole.abs().max()
+
+
+def test_bytes_of_the_live_cache_are_the_plans(model, smollm2, tmp_path):
+    shape = model_shape(model)
+    rows = [(Rule(4, 0, 128), Rule(64, 96, 64), Rule(16, 256, 0))] * shape.layers
+    plan = Plan(shape, 32, tuple(rows))
+    attach(model, plan)
+    model.save_pretrained(tmp_path)
+    detach(model)
+    assert measured_kv_bytes(tmp_path, 1024) == plan.kv_bytes(1024)
+    assert plan.kv_bytes(1024) < 0.25 * shape.dense_kv_bytes(1024)

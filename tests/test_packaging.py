@@ -1,0 +1,153 @@
+"""What is shipped: every package once, under moacompress, with its data; and the wheel works on its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = ("calibration", "recipes", "search")
+"""Folders at the root that are packages inside moacompress."""
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    data: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    return data
+
+
+def test_every_package_is_listed(project: dict[str, Any]) -> None:
+    inside = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for init in (ROOT / "moacompress").rglob("__init__.py")
+        if init.relative_to(ROOT).parts[1] not in LINKS  # whether rglob follows links depends on the Python version
+    }
+    mapped = {
+        "moacompress." + ".".join(init.parent.relative_to(ROOT).parts)
+        for link in LINKS
+        for init in (ROOT / link).rglob("__init__.py")
+    }
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(inside | mapped)
+    for link in LINKS:
+        assert project["tool"]["setuptools"]["package-dir"][f"moacompress.{link}"] == link
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    tops = [ROOT / "moacompress", *(ROOT / link for link in LINKS)]
+    folders = {file.parent for top in tops for file in top.rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_root_folders_are_links_inside_the_package() -> None:
+    for link in LINKS:
+        path = ROOT / "moacompress" / link
+        assert path.is_symlink()
+        assert os.readlink(path) == f"../{link}"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, project: dict[str, Any]) -> Path:
+    """Returns a folder with the sdist, and the wheel that was built from it."""
+    place = tmp_path_factory.mktemp("build")
+    tree = place / "tree"
+    tree.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("moacompress", *LINKS):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "_moacompress_autoload.py"):
+        shutil.copyfile(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place / "dist"), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return place / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_ships_everything_once(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"moacompress", "_moacompress_autoload.py"}
+    expected = {"_moacompress_autoload.py", "moacompress/py.typed"}
+    for file in (ROOT / "moacompress").rglob("*.py"):
+        if file.relative_to(ROOT).parts[1] not in LINKS:
+            expected.add(str(file.relative_to(ROOT)))
+    for link in LINKS:
+        files = [*(ROOT / link).rglob("*.py"), *(ROOT / link).rglob("*.yaml")]
+        expected |= {f"moacompress/{file.relative_to(ROOT)}" for file in files}
+    assert {name for name in names if ".dist-info" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_registers_itself(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    text = archive.read(name).decode()
+    assert "[torch.backends]\nmoacompress = _moacompress_autoload:autoload" in text
+    assert "moacompress = moacompress.cli:main" in text
+
+
+_IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+from importlib import resources
+sys.path.insert(0, sys.argv[1])
+import moacompress
+assert moacompress.__file__.startswith(sys.argv[1]), moacompress.__file__
+names = [module.name for module in pkgutil.walk_packages(moacompress.__path__, "moacompress.")]
+for name in names:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+recipes = resources.files("moacompress.recipes")
+files = [file for folder in recipes.iterdir() if folder.is_dir() for file in folder.iterdir()]
+found = [file.name for file in files if file.name.endswith(".yaml")]
+for bare in ("search", "calibration", "recipes"):
+    try:
+        importlib.import_module(bare)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(bare)
+print(json.dumps({"modules": names, "recipes": found}))
+"""
+
+
+def test_the_installed_wheel_imports_whole(wheel: Path, tmp_path: Path, project: dict[str, Any]) -> None:
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_ALL, str(target)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = yaml.safe_load(done.stdout.strip().splitlines()[-1])
+    assert {*project["tool"]["setuptools"]["packages"]} - {"moacompress"} <= set(found["modules"])
+    assert sorted(found["recipes"]) == sorted(file.name for file in (ROOT / "recipes").rglob("*.yaml"))
+
+
+def test_the_version_is_in_the_changelog(project: dict[str, Any]) -> None:
+    versions = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert versions[0] == project["project"]["version"]
+
+
+def test_the_bare_names_are_never_imported() -> None:
+    bare = re.compile(r"^\s*(?:from|import) (?:search|calibration|recipes)\b", re.MULTILINE)
+    files = [file for top in ("moacompress", *LINKS, "tests") for file in (ROOT / top).rglob("*.py")]
+    assert [str(file) for file in files if bare.search(file.read_text("utf-8"))] == []

@@ -1,0 +1,144 @@
+"""The whole way on a tiny model: what is left on disk, what is reused, and what a kill costs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from moacompress import pipeline
+from moacompress.errors import ArtefactError, BudgetError, InfeasibleBudgetError, RecipeError
+from moacompress.pipeline import compress, quality_table
+from moacompress.plan import Plan
+from moacompress.recipe import Recipe
+
+SETTINGS = {
+    "budget": "50%",
+    "calibration": {
+        "sources": [{"generator": "needle"}],
+        "lengths": [700, 800],
+        "samples": 4,
+        "validation_samples": 2,
+        "answer_tokens": 4,
+    },
+    "profile": {"draws": 1},
+    "search": {"trials": 4, "ablations": 2},
+    "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder):
+    return Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)})
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, compress(recipe, out)
+
+
+def test_summary_and_artefacts(finished):
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {path.name for path in out.iterdir()} >= {"profile", "plan.json", "model", "eval.json", "summary.json"}
+    plan = Plan.load(out / "plan.json")
+    assert summary["reference_length"] == 800
+    assert summary["kv_bytes"]["planned"] == plan.kv_bytes(800) == summary["kv_bytes"]["measured"]
+    assert summary["kv_bytes"]["planned"] <= 0.5 * summary["kv_bytes"]["dense"]
+    assert plan.kv_bytes(700) <= 0.5 * plan.model.dense_kv_bytes(700)
+    assert set(summary["quality"]["needle-noise@700"]) == {"dense", "uniform", "plan", "prompts", "nll"}
+    assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
+    assert plan.provenance["recipe"]["calibration"]["samples"] == 4
+
+
+def test_second_run_reuses_everything(finished, recipe):
+    out, summary = finished
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    begun = time.perf_counter()
+    again = compress(recipe, out)
+    assert time.perf_counter() - begun < 60
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
+    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "plan.json", "profile.json"}
+
+
+def test_another_recipe_is_refused_and_overwrite_starts_anew(finished, recipe, tmp_path):
+    out, _ = finished
+    with pytest.raises(ArtefactError, match="holds another run"):
+        compress(recipe.override(seed=1), out)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"holds another run \(plan.json\)"):
+        compress(recipe, tmp_path)
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+def test_what_is_missing_is_said_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="no model given"):
+        compress(Recipe(budget=("25%",)), tmp_path / "out")
+    with pytest.raises(RecipeError, match="no budget given"):
+        compress(recipe.override(budget=[]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_budget_that_no_plan_meets(finished, recipe, tmp_path):
+    out, _ = finished
+    from moacompress.search.study import find_plan
+
+    with pytest.raises(InfeasibleBudgetError, match=r"ask for at least \d+\.\d%"):
+        find_plan(out / "profile", "1%")
+    with pytest.raises(BudgetError, match="did you mean '25%'"):
+        find_plan(out / "profile", "25")
+
+
+def test_quality_table():
+    rows = [
+        {"task": "t", "length": 8, "metric": "exact_match", "model": "plan", "value": 0.5, "prompts": 4},
+        {"task": "t", "length": 8, "metric": "nll", "model": "plan", "value": 0.7, "prompts": 4},
+    ]
+    assert quality_table(rows) == {"t@8": {"plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
+
+
+def test_clock_adds_up_over_runs(tmp_path):
+    for _ in range(2):
+        clock = pipeline._Clock(tmp_path / "seconds.json")
+        clock.run("step", lambda: time.sleep(0.06))
+    assert json.loads((tmp_path / "seconds.json").read_text())["step"] >= 0.1
+
+
+def _run(recipe_file, out, kill_after=None):
+    """Runs `compress` in a process of its own; kills it without warning after some seconds."""
+    command = [sys.executable, "-m", "moacompress", "compress", "--recipe", str(recipe_file), "-o", str(out), "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        _, errors = process.communicate(timeout=kill_after)
+        assert process.returncode == 0, errors
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def _comparable(out):
+    plan = json.loads((out / "plan.json").read_text())
+    results = json.loads((out / "eval.json").read_text())["results"]
+    profile = (out / "profile" / "influence.safetensors").read_bytes()
+    return plan, results, profile
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.heavy)])
+def test_killed_at_random_points_ends_the_same(kills, finished, recipe, tmp_path):
+    whole, _ = finished
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe.resolved()))
+    rng = random.Random(kills)
+    for _ in range(kills):
+        _run(file, out, kill_after=rng.uniform(4, 16))
+    _run(file, out)
+    assert _comparable(out) == _comparable(whole)
+    leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert leftovers == []

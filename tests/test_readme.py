@@ -1,0 +1,66 @@
+"""Every command in the README parses, and its Python is Python that names what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import moacompress
+from moacompress.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def parse(command: str) -> None:
+    """Parses a command line as the program does, and runs nothing."""
+    _, verb, *arguments = shlex.split(command)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands[verb].make_context(verb, arguments)
+
+
+def test_there_are_commands() -> None:
+    verbs = {command.split()[1] for command in COMMANDS if command.startswith("moacompress ")}
+    assert {"doctor", "compress", "inspect", "profile", "search", "export", "eval"} <= verbs
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "moacompress":
+        parse(command)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text("utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    else:
+        assert program == "pip"
+
+
+def test_every_verb_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)", README, re.MULTILINE)
+    assert set(typer.main.get_command(app).commands) <= set(rows)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python(block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moacompress":
+            assert node.attr in moacompress.__all__
+
+
+def test_links_to_files() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []

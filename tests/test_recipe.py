@@ -1,0 +1,107 @@
+"""Recipes: unknown keys, values out of range, what wins over what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moacompress.errors import RecipeError
+from moacompress.recipe import Recipe
+
+
+def test_an_empty_recipe_is_the_defaults() -> None:
+    recipe = Recipe.from_dict({})
+    assert recipe == Recipe()
+    assert recipe.calibration.lengths == (512, 1024)
+    assert json.loads(json.dumps(recipe.resolved())) == recipe.resolved()
+    assert Recipe.from_dict(recipe.resolved()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'?"),
+        ({"search": {"trails": 3}}, "unknown key 'search.trails'; did you mean 'trials'?"),
+        ({"calibration": {"sources": [{"generatr": "needle"}]}}, "did you mean 'generator'?"),
+        ({"profile": {"qqq": 3}}, "known keys are draws, estimator, min_window, sinks"),
+        ({"search": {"trials": 0}}, "search.trials: "),
+        ({"search": {"trials": "many"}}, "search.trials: "),
+        ({"profile": {"min_window": 17}}, "profile.min_window: min_window is one of 16, 32, 64"),
+        ({"profile": {"sinks": [4, 5]}}, "profile.sinks: sinks are some of 4, 16, 64"),
+        ({"profile": {"estimator": "moa"}}, "profile.estimator: "),
+        ({"calibration": {"lengths": "1k,abc"}}, "length 'abc' is not a number of tokens"),
+        ({"calibration": {"sources": []}}, "calibration.sources: "),
+        ({"calibration": {"sources": [{}]}}, "exactly one of generator, path, dataset"),
+        ({"calibration": {"sources": [{"generator": "needle", "path": "x"}]}}, "exactly one of"),
+        ({"calibration": {"sources": [{"generator": "nedle"}]}}, "calibration.sources.0.generator: "),
+        ({"calibration": {"sources": [{"generator": "needle", "weight": 0}]}}, "weight"),
+        ({"budget": "25"}, "budget: budget '25' is a bare number above 1; did you mean '25%'?"),
+        ({"budget": 25}, "did you mean '25%'?"),
+        ({"budget": ["25%", "abc"]}, "'abc' is not understood"),
+        ({"seed": -1}, "seed: "),
+        ({"dtype": "int8"}, "dtype: "),
+        ({"evaluation": {"tasks": []}}, "evaluation.tasks: "),
+        ([], "must be a mapping"),
+        (None, "must be a mapping"),
+        ("model", "must be a mapping"),
+    ],
+)
+def test_refused(data: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict(data)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: some/model\nbudget: 25%\ncalibration:\n  lengths: 1k,2k\n  samples: 8\n")
+    recipe = Recipe.load(path)
+    assert (recipe.model, recipe.budget, recipe.calibration.lengths) == ("some/model", ("25%",), (1024, 2048))
+    path.write_text(json.dumps(recipe.resolved()))
+    assert Recipe.load(path) == recipe
+    path.write_text("budget: 0.25\n")
+    assert Recipe.load(path).budget == ("0.25",)
+    path.write_text("budget: [0.25, 512MiB@32k]\n")
+    assert Recipe.load(path).budget == ("0.25", "512MiB@32k")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "is not valid YAML"),
+        (b"\xff\xfe\xff", "is not valid YAML"),
+        (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
+        (b"[" * 100_000, "is not valid YAML"),
+        (b"x: " + b"y" * 2**20, "more than 1 MiB"),
+        (b"", "must be a mapping"),
+    ],
+    ids=["half", "not-utf8", "code", "deep", "large", "empty"],
+)
+def test_damaged_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as error:
+        Recipe.load(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="can not read recipe .*: No such file"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_flags_win_and_none_is_unset() -> None:
+    recipe = Recipe.from_dict({"seed": 3, "search": {"trials": 5, "ablations": 2}})
+    changed = recipe.override(search__trials=9, calibration__lengths="2k", budget=["10%"], seed=None)
+    assert (changed.search.trials, changed.search.ablations, changed.seed) == (9, 2, 3)
+    assert changed.calibration.lengths == (2048,)
+    assert changed.budget == ("10%",)
+    assert recipe.search.trials == 5
+    with pytest.raises(RecipeError, match=r"options: search\.trials: "):
+        recipe.override(search__trials=0)

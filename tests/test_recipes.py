@@ -1,0 +1,30 @@
+"""Every recipe that is shipped loads, names its model and can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moacompress.budget import Budget
+from moacompress.recipe import Recipe
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert "smollm2-135m/demo.yaml" in [str(file.relative_to(FOLDER)) for file in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
+def test_recipe(file: Path) -> None:
+    from moacompress.calibration.generators import find_task
+
+    recipe = Recipe.load(file)
+    assert recipe.model
+    assert [Budget.parse(text) for text in recipe.budget]
+    for task in recipe.evaluation.tasks:
+        find_task(task)
+    assert recipe.calibration.samples >= len(recipe.calibration.lengths)
+    assert file.read_text("utf-8").startswith("# ")
