@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from moacompress.calibration.fitting import largest_fit
 from moacompress.calibration.pools import KEYS_PER_SPLIT, NOISE, Prose, Split, draw_keys, draw_numbers, sentence_ends
 from moacompress.calibration.prompts import Prompt, encode_prompt, encode_text
 from moacompress.errors import DataError, UsageError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Haystack = Literal["noise", "prose"]
 ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
-_PROBE = 64
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 ONE_KEY = (
@@ -196,25 +196,6 @@ def _fit(
     limit: int,
     task: str,
 ) -> int:
-    """Returns the largest number of filler pieces, up to `limit`, with which prompt and answer fit `length` tokens.
-
-    The tokens per piece, measured once, say where to look next, so a prompt is tokenized only a few times.
-    """
+    """Returns the largest number of filler pieces, up to `limit`, with which prompt and answer fit `length` tokens."""
     room = len(encode_text(tokenizer, f" {answer}", special=False)) + ANSWER_ROOM
-
-    def tokens(count: int) -> int:
-        return len(encode_prompt(tokenizer, user(count), prefix)) + room
-
-    low, low_tokens, high = 0, tokens(0), limit + 1
-    if low_tokens > length:
-        raise DataError(f"a prompt of task {task} takes at least {low_tokens} tokens; {length} were asked for")
-    probe = min(_PROBE, limit)
-    slope = max((tokens(probe) - low_tokens) / max(probe, 1), 1.0)
-    while high - low > 1:
-        guess = min(max(low + round((length - low_tokens) / slope), low + 1), high - 1)
-        size = tokens(guess)
-        if size <= length:
-            low, low_tokens = guess, size
-        else:
-            high = guess
-    return low
+    return largest_fit(lambda count: len(encode_prompt(tokenizer, user(count), prefix)) + room, length, limit, task)

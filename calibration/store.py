@@ -287,13 +287,16 @@ def _same_request(folder: Path, head: Head, overwrite: bool) -> Head | None:
             return replace(head, seconds=0.0)
         if found.request == head.request:
             return found
+        if not any(folder.rglob("*.safetensors")):
+            return None  # the other request failed before anything was saved
         if not overwrite:
             raise ArtefactError(
                 f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
                 f"one is {head.request}); choose another folder or pass --overwrite"
             )
-    elif not overwrite:
-        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder or pass --overwrite")
+    else:
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
     return None
 
 

@@ -55,7 +55,7 @@ def export(
         model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded).
         plan: a plan or its file.
         out: the folder to make.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing model; any other folder is left alone.
         trust_remote_code: run modelling code that comes with the model.
         progress: is told of the steps.
 
@@ -74,6 +74,9 @@ def export(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     if out.exists() and not overwrite:
         raise ArtefactError(f"{out} exists already; choose another folder or pass --overwrite")
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
     progress.start("export", 3)
     if isinstance(model, SourceModel):
         source = model

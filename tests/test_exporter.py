@@ -67,14 +67,21 @@ def test_a_loaded_model_stays_dense(tiny_folder, plan, tmp_path):
 
 def test_existing_folder_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "precious.txt").write_text("mine")
+    shutil.copytree(exported, target)
+    (target / "extra.txt").write_text("mine")
     with pytest.raises(ArtefactError, match="exists already"):
         export(tiny_folder, plan, target)
-    assert (target / "precious.txt").read_text() == "mine"
+    assert (target / "extra.txt").read_text() == "mine"
     export(tiny_folder, plan, target, overwrite=True)
     assert exported_plan(target) == plan
-    assert not (target / "precious.txt").exists()
+    assert not (target / "extra.txt").exists()
+
+
+def test_overwrite_never_replaces_what_is_not_a_model(tiny_folder, plan, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match="is not a model"):
+        export(tiny_folder, plan, tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
 def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp_path):

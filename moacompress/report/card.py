@@ -66,7 +66,7 @@ def _quality(plan: Plan) -> str:
     harm: dict[str, Any] = plan.quality.get("measured_harm") or {}
     if not harm:
         return ""
-    rows = ["| model | KL(dense || model), nats per answer token |", "| --- | ---: |"]
+    rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
     rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in harm.items() if value is not None]
     samples = plan.quality.get("samples")
     note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""

@@ -178,9 +178,10 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ArtefactError, match="exists already and is not a profile"):
-            prepare(path, head(), False)
-    assert prepare(tmp_path / "file", head(), True) == head()
+        for overwrite in (False, True):
+            with pytest.raises(ArtefactError, match="exists already and is not a profile"):
+                prepare(path, head(), overwrite)
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".profile.json.abc.tmp").write_text("half a fi")  # killed in the very first write
     assert prepare(tmp_path / "empty", head(), False) == head()
@@ -190,6 +191,11 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="format"):
         prepare(foreign, head(), False)
     assert prepare(foreign, head(), True) == head()
+
+
+def test_a_request_that_failed_before_anything_was_saved_is_in_nobodys_way(tmp_path: Path) -> None:
+    prepare(tmp_path / "p", head(request="first"), False)
+    assert prepare(tmp_path / "p", head(request="second"), False) == head(request="second")
 
 
 def test_a_cut_head_is_repaired_without_trusting_the_samples(folder: Path) -> None:

@@ -1,0 +1,38 @@
+"""How many pieces of filler a prompt takes to come near its length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moacompress.errors import DataError
+
+_PROBE = 64
+
+
+def largest_fit(tokens: Callable[[int], int], length: int, limit: int, task: str) -> int:
+    """Returns the largest number of filler pieces, up to `limit`, with which a prompt fits `length` tokens.
+
+    The tokens per piece, measured once, say where to look next, so a prompt is tokenized only a few times.
+
+    Args:
+        tokens: the tokens of a prompt with so many pieces, more with every piece.
+        length: tokens it may have.
+        limit: pieces there are.
+        task: name for the message.
+
+    Raises:
+        DataError: it is too long without any filler.
+    """
+    low, low_tokens, high = 0, tokens(0), limit + 1
+    if low_tokens > length:
+        raise DataError(f"a prompt of task {task} takes at least {low_tokens} tokens; {length} were asked for")
+    probe = min(_PROBE, limit)
+    slope = max((tokens(probe) - low_tokens) / max(probe, 1), 1.0)
+    while high - low > 1:
+        guess = min(max(low + round((length - low_tokens) / slope), low + 1), high - 1)
+        size = tokens(guess)
+        if size <= length:
+            low, low_tokens = guess, size
+        else:
+            high = guess
+    return low
