@@ -7,6 +7,8 @@ from collections.abc import Callable
 from moacompress.errors import DataError
 
 _PROBE = 64
+_GUESSES = 16
+"""After so many guesses from the tokens per piece the rest is halved."""
 
 
 def largest_fit(tokens: Callable[[int], int], length: int, limit: int, task: str) -> int:
@@ -23,16 +25,21 @@ def largest_fit(tokens: Callable[[int], int], length: int, limit: int, task: str
     Raises:
         DataError: it is too long without any filler.
     """
-    low, low_tokens, high = 0, tokens(0), limit + 1
+    low, low_tokens = 0, tokens(0)
     if low_tokens > length:
         raise DataError(f"a prompt of task {task} takes at least {low_tokens} tokens; {length} were asked for")
+    high, high_tokens = limit + 1, 0  # the tokens are known once a prompt was too long
     probe = min(_PROBE, limit)
     slope = max((tokens(probe) - low_tokens) / max(probe, 1), 1.0)
+    guesses = 0
     while high - low > 1:
-        guess = min(max(low + round((length - low_tokens) / slope), low + 1), high - 1)
-        size = tokens(guess)
+        if high_tokens:
+            slope = (high_tokens - low_tokens) / (high - low)
+        guess = low + round((length - low_tokens) / slope) if guesses < _GUESSES else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        size, guesses = tokens(guess), guesses + 1
         if size <= length:
             low, low_tokens = guess, size
         else:
-            high = guess
+            high, high_tokens = guess, size
     return low

@@ -26,12 +26,12 @@ Haystack = Literal["noise", "prose"]
 ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
-NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 ONE_KEY = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
 )
-PREFIX = "The special magic number for {key} mentioned in the provided text is"
+PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"
 PAIRS = (
     "Extract the value corresponding to the specified key in the JSON object below.\n{context}\n"
     'What is the value of the key "{key}"?'
@@ -124,7 +124,7 @@ def make_needle(
     kind = "needle" if keys == 1 else "multi-needle"
     task = f"{kind}-{haystack}"
     names, values = draw_keys(rng, split, keys), draw_numbers(rng, split, keys)
-    needles = [NEEDLE.format(key=key, value=value) for key, value in zip(names, values, strict=True)]
+    needles = [NEEDLE.format(kind="number", key=key, value=value) for key, value in zip(names, values, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
     if haystack == "prose":
@@ -134,12 +134,12 @@ def make_needle(
         limit = len(words)
     else:
         words, limit = [], length
-    prefix = PREFIX.format(key=names[asked])
+    prefix = PREFIX.format(kind="number", key=names[asked])
 
     def user(count: int) -> str:
         prose = haystack == "prose"
         context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
-        return ONE_KEY.format(context=context, key=names[asked])
+        return ONE_KEY.format(kind="number", context=context, key=names[asked])
 
     count = _fit(tokenizer, user, prefix, values[asked], length, limit, task)
     if haystack == "prose" and count == limit:

@@ -8,6 +8,7 @@ one fixed line in every split: it holds nothing to learn.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ def draw_numbers(rng: np.random.Generator, split: Split, count: int) -> list[str
     while len(numbers) < count:
         numbers.setdefault(first + step * int(rng.integers(size)))
     return [str(number) for number in numbers]
+
+
+def draw_uuids(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    """Returns `count` random UUIDs (version 4) whose residue mod 3 is the split's."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        drawn = uuid.UUID(bytes=rng.bytes(16), version=4)
+        if drawn.int % len(SPLITS) == SPLITS.index(split):
+            found[str(drawn)] = None
+    return list(found)
 
 
 @dataclass(frozen=True)

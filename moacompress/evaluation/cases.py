@@ -1,0 +1,49 @@
+"""One prompt to be scored, with its reference: what the tasks make and the scores are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Match = Literal["all", "any", "last-integer"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt to be scored.
+
+    Attributes:
+        task: name of its task.
+        length: nominal length, tokens; prompt and generated answer stay within it.
+        prompt_ids: everything before the answer, chat template and answer prefix included.
+        answer_ids: the reference answer that teacher forcing feeds after the prompt.
+        is_value: for each of `answer_ids` whether it counts in accuracy and NLL: the digits where the answer is a
+            number, the value's tokens otherwise; at least one does.
+        references: strings looked for in the greedy answer, whatever their case.
+        match: how. `all`: the share of references found (RULER); `any`: 1 if one is found (question answering);
+            `last-integer`: 1 if the last integer of the answer is the reference (LongEval).
+        new_tokens: most tokens generated.
+        turn_at: `prompt_ids[turn_at:]` is a second turn, fed as a forward of its own on the cache of the first part;
+            None for a prompt of one part.
+    """
+
+    task: str
+    length: int
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    is_value: list[bool]
+    references: tuple[str, ...]
+    match: Match
+    new_tokens: int
+    turn_at: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, the reference answer included."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def mean_tokens(cases: Sequence[Case]) -> int:
+    """Returns the mean number of tokens of the cases, rounded: the length at which their KV bytes are stated."""
+    return round(sum(case.tokens for case in cases) / len(cases))

@@ -1,0 +1,125 @@
+"""RULER's common words (`cwe`) and frequent words (`fwe`): what appears most often in a long list.
+
+Common words are drawn from a list of our own and then from pairs of words, where RULER uses the word lists of the
+wonderwords package. Every prompt is shuffled in its own way, where RULER shuffles all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+from moacompress.calibration.pools import KEYS_PER_SPLIT, draw_keys
+from moacompress.errors import DataError
+from moacompress.evaluation.drafts import Answer, Draft
+from moacompress.evaluation.request import Request
+from moacompress.evaluation.vocabulary import WORDS
+
+COMMON = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
+)
+COMMON_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+COMMON_WORDS = 10
+SHORT = 4096
+"""Below so many tokens the common words and the others are repeated less often."""
+
+FREQUENT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
+    "three most frequently appeared words in the above coded text?"
+)
+FREQUENT_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+ALPHA = 2.0
+LETTERS = 6
+TOKENS_PER_CODE = 50
+FEWEST = 60
+"""With so many words drawn the three most frequent ones have different counts."""
+DOTS = "..."
+
+
+def make_common(request: Request) -> Draft:
+    """Returns a prompt with a solved example, in a turn of its own, and the list whose ten common words are asked for.
+
+    Raises:
+        DataError: the length is too short.
+    """
+    short = request.length < SHORT
+    often, seldom = (6, 1) if short else (30, 3)
+    size, example_often, example_seldom = (20, 3, 1) if short else (40, 10, 3)
+    rng = request.rng
+    example = draw_words(rng, size)
+    shown = _mix(example[:COMMON_WORDS], example[COMMON_WORDS:], example_often, example_seldom, rng)
+    words = draw_words(rng, min(len(WORDS) + KEYS_PER_SPLIT, COMMON_WORDS + request.length))
+    common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
+    shuffled = request.fork()
+
+    def write(count: int) -> Draft:
+        listed = _mix(common, others[:count], often, seldom, shuffled(count))
+        return render_common((shown, example[:COMMON_WORDS]), (listed, common))
+
+    return request.fit(write, len(others))
+
+
+def render_common(example: tuple[Sequence[str], Sequence[str]], asked: tuple[Sequence[str], Sequence[str]]) -> Draft:
+    """Returns the prompt; both arguments are the words as listed, and the common ones among them."""
+    first, second = (COMMON.format(context=Answer.numbered(listed, "").text) for listed, _ in (example, asked))
+    solved = COMMON_PREFIX.lstrip() + Answer.numbered(example[1], "").text
+    listed, common = asked
+    # the model can but list them as they come up
+    ordered = sorted(common, key=list(listed).index)
+    return Draft((first, solved, second), COMMON_PREFIX, Answer.numbered(ordered, ""), tuple(ordered))
+
+
+def draw_words(rng: np.random.Generator, count: int) -> list[str]:
+    """Returns `count` different words in random order; where the list has too few, pairs of words follow."""
+    words = [WORDS[index] for index in rng.permutation(len(WORDS))[:count].tolist()]
+    return words + draw_keys(rng, "evaluation", count - len(words))
+
+
+def make_frequent(request: Request) -> Draft:
+    """Returns a prompt of coded words whose frequencies follow a power law; the most frequent one is dots.
+
+    Raises:
+        DataError: the length is too short.
+    """
+    size = request.length // TOKENS_PER_CODE
+    if size <= 3:
+        raise DataError(
+            f"task {request.task} takes at least {4 * TOKENS_PER_CODE} tokens; {request.length} were asked for"
+        )
+    codes = _draw_codes(request.rng, size)
+    shuffled = request.fork()
+
+    def write(count: int) -> Draft:
+        text = spread(codes, FEWEST + count)
+        return render_frequent([text[i] for i in shuffled(count).permutation(len(text)).tolist()], codes[1:4])
+
+    return request.fit(write, request.length)
+
+
+def render_frequent(text: Sequence[str], frequent: Sequence[str]) -> Draft:
+    """Returns the prompt of a coded text and its three most frequent words, the most frequent first."""
+    user = FREQUENT.format(context=" ".join(text))
+    return Draft((user,), FREQUENT_PREFIX, Answer.of(*frequent), tuple(frequent))
+
+
+def spread(codes: Sequence[str], words: int) -> list[str]:
+    """Returns every code, by rank, as often as the zeta distribution of exponent 2 has it among `words` draws."""
+    zeta = math.pi**2 / 6
+    return [code for rank, code in enumerate(codes, 1) for _ in range(int(words * rank**-ALPHA / zeta))]
+
+
+def _draw_codes(rng: np.random.Generator, size: int) -> list[str]:
+    codes: dict[str, None] = {DOTS: None}
+    while len(codes) < size:
+        codes["".join(rng.choice(list(string.ascii_lowercase), LETTERS).tolist())] = None
+    return list(codes)
+
+
+def _mix(common: Sequence[str], others: Sequence[str], often: int, seldom: int, rng: np.random.Generator) -> list[str]:
+    words = [*common] * often + [*others] * seldom
+    return [words[index] for index in rng.permutation(len(words)).tolist()]

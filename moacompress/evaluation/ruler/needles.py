@@ -1,0 +1,158 @@
+"""RULER's needles in a haystack: one or more sentences of a key and its value, hidden in noise, prose or their like.
+
+Prose is the user's text from a random sentence on, where RULER always takes the beginning of one collection of essays.
+Sentences are told apart by their closing punctuation, where RULER asks NLTK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moacompress.calibration.generators import NEEDLE, ONE_KEY, PREFIX
+from moacompress.calibration.pools import (
+    KEYS_PER_SPLIT,
+    NOISE,
+    Prose,
+    draw_keys,
+    draw_numbers,
+    draw_uuids,
+    sentence_ends,
+)
+from moacompress.errors import DataError
+from moacompress.evaluation.drafts import Answer, Draft
+from moacompress.evaluation.request import Request
+
+Kind = Literal["word", "number", "uuid"]
+Context = Callable[[int], str]
+
+MANY_KEYS = (
+    "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind}s afterwards.\n{context}\nWhat are all the special magic {kind}s for {key} mentioned in the provided "
+    "text?"
+)
+MANY_PREFIX = "The special magic {kind}s for {key} mentioned in the provided text are"
+DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
+"""Where in prose a needle may be, in percent of the sentences."""
+LINE_TOKENS = 4
+"""A line of needles surely has more tokens: how many lines are drawn at most."""
+_DRAW = {"word": draw_keys, "number": draw_numbers, "uuid": draw_uuids}
+
+
+@dataclass(frozen=True)
+class Needles:
+    """One of the published settings.
+
+    Attributes:
+        haystack: `noise` repeats one line, `needles` has other needles, `prose` is the user's text.
+        keys: how many keys are hidden.
+        values: how many values each has.
+        queries: how many keys are asked for.
+        key_kind: what a key is.
+        kind: what a value is.
+    """
+
+    haystack: Literal["noise", "prose", "needles"]
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+    key_kind: Kind = "word"
+    kind: Kind = "number"
+
+
+def make_needles(request: Request, needles: Needles) -> Draft:
+    """Returns a prompt that hides the needles at random depths and asks for some.
+
+    Raises:
+        DataError: the length is too short, or the prose is.
+    """
+    rng = request.rng
+    keys = _DRAW[needles.key_kind](rng, "evaluation", needles.keys)
+    drawn = iter(_DRAW[needles.kind](rng, "evaluation", needles.keys * needles.values))
+    pairs = [(key, next(drawn)) for key in keys for _ in range(needles.values)]
+    pairs = [pairs[index] for index in rng.permutation(len(pairs)).tolist()]
+    asked = [keys[index] for index in rng.permutation(needles.keys)[: needles.queries].tolist()]
+    # values of one key are listed as the text has them, keys as the question has them
+    wanted = [value for key in asked for owner, value in pairs if owner == key]
+    texts = [needle(needles.kind, key, value) for key, value in pairs]
+    short = None
+    if needles.haystack == "prose":
+        context, limit, short = _prose(request, texts)
+    else:
+        lines = [" ".join(NOISE)] if needles.haystack == "noise" else _distractors(request, needles, keys)
+        depths = np.sort(rng.random(len(texts)))
+        limit = request.length
+
+        def context(count: int) -> str:
+            return in_lines([lines[i % len(lines)] for i in range(count)], texts, depths)
+
+    return request.fit(lambda count: question(needles.kind, context(count), asked, wanted), limit, short)
+
+
+def question(kind: Kind, context: str, asked: Sequence[str], wanted: Sequence[str]) -> Draft:
+    """Returns the prompt about the keys `asked`, whose values are `wanted`; one value is asked for in the singular."""
+    template, prefix = (ONE_KEY, PREFIX) if len(wanted) == 1 else (MANY_KEYS, MANY_PREFIX)
+    key = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+    user = template.format(kind=kind, context=context, key=key)
+    opening = " " + prefix.format(kind=kind, key=key)
+    return Draft((user,), opening, Answer.of(*wanted), tuple(wanted))
+
+
+def needle(kind: Kind, key: str, value: str) -> str:
+    """Returns the sentence that hides a value."""
+    return NEEDLE.format(kind=kind, key=key, value=value)
+
+
+def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
+    """Returns the lines with every needle on a line of its own.
+
+    Args:
+        lines: the haystack.
+        needles: as they are to follow each other.
+        depths: for each needle the share of the lines before it, rising.
+    """
+    context = list(lines)
+    for depth, text in reversed(list(zip(depths, needles, strict=True))):
+        context.insert(int(depth * len(lines)), text)
+    return "\n".join(context)
+
+
+def in_sentences(words: Sequence[str], needles: Sequence[str], depths: Sequence[int] | np.ndarray) -> str:
+    """Returns prose with every needle between two sentences.
+
+    Args:
+        words: the prose.
+        needles: as they are to follow each other.
+        depths: for each needle the percent of the sentences before it, rising.
+    """
+    ends = [0, *sentence_ends(words)]
+    context = list(words)
+    for depth, text in reversed(list(zip(depths, needles, strict=True))):
+        context.insert(ends[int(depth) * (len(ends) - 1) // 100], text)
+    return " ".join(context)
+
+
+def _prose(request: Request, texts: Sequence[str]) -> tuple[Context, int, str]:
+    prose: Prose | None = request.resources.prose
+    if prose is None:
+        raise DataError(f"task {request.task} needs prose")
+    words = prose.words(request.rng, "evaluation")
+    depths = np.sort(request.rng.choice(DEPTHS, len(texts), replace=False))
+    short = (
+        f"the evaluation part of {prose.name} has {len(words):,} words, too few for a prompt of {request.length:,} "
+        "tokens; give longer text"
+    )
+    return lambda count: in_sentences(words[:count], texts, depths), len(words), short
+
+
+def _distractors(request: Request, needles: Needles, keys: Sequence[str]) -> list[str]:
+    """Returns needles of other keys; where a long prompt needs more keys than there are, they come again."""
+    count = request.length // LINE_TOKENS
+    pool = min(count, KEYS_PER_SPLIT - len(keys)) if needles.key_kind == "word" else count
+    drawn = _DRAW[needles.key_kind](request.rng, "evaluation", pool + len(keys))
+    others = [key for key in drawn if key not in keys][:pool]
+    values = _DRAW[needles.kind](request.rng, "evaluation", count)
+    return [needle(needles.kind, others[i % len(others)], value) for i, value in enumerate(values)]

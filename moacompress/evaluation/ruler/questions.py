@@ -1,0 +1,63 @@
+"""RULER's question answering: a SQuAD question whose document is hidden among others of the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from moacompress.evaluation.drafts import Answer, Draft
+from moacompress.evaluation.request import Request
+from moacompress.evaluation.squad import Question, Questions
+
+TEMPLATE = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+    "The following are given documents.\n\n{context}\n\n"
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+    "Question: {question}"
+)
+DOCUMENT = "Document {number}:\n{document}"
+PREFIX = " Answer:"
+STRIDE = 1000
+"""A question whose document is too long makes way for the one so many places further on."""
+TRIES = 50
+
+
+def make_question(request: Request) -> Draft:
+    """Returns a prompt of one question; documents of its article are taken first, then any, as many as fit.
+
+    Two prompts of one seed share a question only beyond `STRIDE` prompts.
+
+    Raises:
+        DataError: no SQuAD file, or the length is too short.
+    """
+    known = request.resources.questions
+    order = np.random.default_rng(request.seed).permutation(len(known.questions))
+    stride = STRIDE if len(order) > STRIDE else 1
+    tried = [known.questions[order[(request.index + i * stride) % len(order)]] for i in range(TRIES)]
+    alone = ((question, render(question, (question.document,), known)) for question in tried)
+    question = next((question for question, draft in alone if request.tokens(draft) <= request.length), tried[0])
+    others = _distractors(question, known, request)
+    rank = request.rng.random(len(known.documents))  # shuffles any choice of documents
+
+    def write(count: int) -> Draft:
+        chosen = sorted((question.document, *others[:count]), key=lambda index: float(rank[index]))
+        return render(question, chosen, known)
+
+    return request.fit(write, len(others))
+
+
+def render(question: Question, chosen: Sequence[int], known: Questions) -> Draft:
+    """Returns the prompt of a question with the documents `chosen`, in that order."""
+    documents = [DOCUMENT.format(number=i, document=known.documents[index]) for i, index in enumerate(chosen, 1)]
+    user = TEMPLATE.format(context="\n\n".join(documents), question=question.text)
+    return Draft((user,), PREFIX, Answer.of(question.answers[0]), question.answers)
+
+
+def _distractors(question: Question, known: Questions, request: Request) -> list[int]:
+    near = [question.article[i] for i in request.rng.permutation(len(question.article)).tolist()]
+    taken = {question.document, *near}
+    most = max(request.length // 8 - len(near), 0)  # no document is so short
+    far = (index for index in request.rng.permutation(len(known.documents)).tolist() if index not in taken)
+    return [*near, *islice(far, most)]

@@ -1,0 +1,49 @@
+"""A second question on a context that was read before the first: two needles in noise, asked for one after the other.
+
+The first question is answered by its reference. What the first answer did not need may be what the second one needs, so
+a cache that keeps only what one question points to fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moacompress.calibration.generators import PREFIX
+from moacompress.calibration.pools import NOISE, draw_keys, draw_numbers
+from moacompress.evaluation.drafts import Answer, Draft
+from moacompress.evaluation.request import Request
+from moacompress.evaluation.ruler.needles import in_lines, needle
+
+CONTEXT = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the numbers afterwards.\n{context}\n{question}"
+)
+QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+
+
+def make_second_question(request: Request) -> Draft:
+    """Returns a conversation of two questions, the first of them answered.
+
+    Raises:
+        DataError: the length is too short.
+    """
+    rng = request.rng
+    keys, values = draw_keys(rng, "evaluation", 2), draw_numbers(rng, "evaluation", 2)
+    depths = np.sort(rng.random(2))
+    hidden = rng.permutation(2).tolist()
+    needles = [needle("number", keys[index], values[index]) for index in hidden]
+
+    def write(count: int) -> Draft:
+        return render(in_lines([" ".join(NOISE)] * count, needles, depths), keys, values)
+
+    return request.fit(write, request.length)
+
+
+def render(context: str, keys: Sequence[str], values: Sequence[str]) -> Draft:
+    """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
+    first, second = (QUESTION.format(key=key) for key in keys)
+    said, prefix = (PREFIX.format(kind="number", key=key) for key in keys)
+    messages = (CONTEXT.format(context=context, question=first), f"{said} {values[0]}.", second)
+    return Draft(messages, f" {prefix}", Answer.of(values[1]), (values[1],), second_turn=True)

@@ -1,0 +1,172 @@
+"""The registry: every task fits its length, is the same every time, and says what it needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from moacompress.calibration.pools import NOISE, NOUNS, Prose
+from moacompress.errors import DataError, UsageError
+from moacompress.evaluation.ruler.tracking import TEMPLATE
+from moacompress.evaluation.tasks import TASKS, Resources, check_resources, expand_tasks, find_task, make_cases
+from moacompress.evaluation.vocabulary import WORDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RULER = (
+    *("niah-single-1", "niah-single-2", "niah-single-3", "niah-multikey-1", "niah-multikey-2", "niah-multikey-3"),
+    *("niah-multivalue", "niah-multiquery", "vt", "cwe", "fwe", "qa-squad"),
+)
+PROSE = {
+    *("needle-prose", "multi-needle-prose", "niah-single-2", "niah-single-3", "niah-multikey-1"),
+    *("niah-multivalue", "niah-multiquery"),
+}
+ANSWERS = {  # match, most tokens generated (0: as the reference), what a reference looks like
+    **dict.fromkeys(("needle-noise", "needle-prose", "multi-needle-noise", "multi-needle-prose"), ("all", 0, r"\d{7}")),
+    "key-value": ("all", 0, r"\d{7}"),
+    **dict.fromkeys(("niah-single-1", "niah-single-2", "niah-multikey-1", "niah-multikey-2"), ("all", 128, r"\d{7}")),
+    **dict.fromkeys(("niah-multivalue", "niah-multiquery"), ("all", 128, r"\d{7}")),
+    **dict.fromkeys(("niah-single-3", "niah-multikey-3"), ("all", 128, r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}")),
+    "vt": ("all", 30, "[A-Z]{5}"),
+    "cwe": ("all", 120, "[a-z]+"),
+    "fwe": ("all", 50, "[a-z]{6}"),
+    "qa-squad": ("any", 32, ".+"),
+    "lines": ("last-integer", 100, r"\d{1,5}"),
+    "recall": ("all", 0, "[a-z]+"),
+    "second-question": ("all", 0, r"\d{7}"),
+}
+CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> Resources:
+    """Returns prose of the list of words, and a SQuAD file of it."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in range(3):
+        words = [f"{word}." if i % 9 == 8 else word for i, word in enumerate(WORDS[name:] + WORDS[:name])]
+        (folder / f"{name}.txt").write_text(" ".join(words * 2))
+
+    def paragraph(article: int, number: int) -> dict[str, Any]:
+        at = 50 * article + 7 * number
+        question = {"question": f"What comes {number}th?", "answers": [{"text": " ".join(WORDS[at : at + 3])}]}
+        return {"context": " ".join(WORDS[at : at + 40 + number]), "qas": [question]}
+
+    data = [{"paragraphs": [paragraph(article, number) for number in range(10)]} for article in range(12)]
+    (folder / "squad.json").write_text(json.dumps({"data": data}))
+    return Resources(Prose.load(folder), folder / "squad.json")
+
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerBase:
+    """Returns a small byte-level tokenizer like those of real models: words are tokens, digits stand alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2500,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), *[" ".join(NOISE)] * 20, TEMPLATE], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    wrapped.chat_template = CHAT
+    return wrapped
+
+
+@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resources: Resources) -> None:
+    match, new_tokens, reference = ANSWERS[task]
+    line = 120 if task in ("niah-multikey-3", "qa-squad") else 50  # the longest piece of filler
+    cases = make_cases(task, length, 4, 0, bpe, resources)
+    for case in cases:
+        used = len(case.prompt_ids) + max(case.new_tokens, len(case.answer_ids))
+        assert length - line < used <= length
+        assert (case.task, case.length, case.match) == (task, length, match)
+        assert case.new_tokens == (new_tokens or len(case.answer_ids) + 4)
+        assert all(re.fullmatch(reference, text) for text in case.references)
+        assert len(case.is_value) == len(case.answer_ids)
+        values = [str(bpe.decode([i])) for i, counts in zip(case.answer_ids, case.is_value, strict=True) if counts]
+        wanted = case.references[:1] if match == "any" else case.references
+        if TASKS[task].is_number:
+            assert values == [digit for number in wanted for digit in number]  # the digits and nothing else
+        else:
+            assert re.sub("[ -]", "", "".join(values)) == re.sub("[ -]", "", "".join(wanted))
+        assert (case.turn_at is not None) == (task == "second-question")
+        text = str(bpe.decode(case.prompt_ids))
+        assert all(text.count(value) >= 1 for value in wanted)
+        assert text.count("<|im_start|>assistant") == {"recall": 0, "cwe": 2, "second-question": 2}.get(task, 1)
+        whole = str(bpe.decode([*case.prompt_ids, *case.answer_ids]))
+        assert whole.startswith(text)
+        assert bpe(whole, add_special_tokens=False)["input_ids"] == [*case.prompt_ids, *case.answer_ids]
+    assert cases == make_cases(task, length, 5, 0, bpe, resources)[:4]
+    assert len({tuple(case.prompt_ids) for case in cases}) == 4
+    assert not {tuple(c.prompt_ids) for c in cases} & {
+        tuple(c.prompt_ids) for c in make_cases(task, length, 4, 1, bpe, resources)
+    }
+
+
+def test_values_are_of_the_evaluation_pool(bpe: PreTrainedTokenizerBase, resources: Resources) -> None:
+    others = {noun for index, noun in enumerate(NOUNS) if index % 3 != 2}
+    for name in TASKS:
+        if name in ("qa-squad", "lines"):
+            continue
+        for case in make_cases(name, 1024, 2, 0, bpe, resources):
+            text = str(bpe.decode(case.prompt_ids))
+            keys = re.findall(r"\b[a-z]+-([a-z]+)\b", text)
+            assert not others & set(keys)
+            assert {int(number) % 3 for number in re.findall(r"\b\d{7}\b", text)} <= {2}
+
+
+def test_all_has_what_there_are_texts_for(resources: Resources) -> None:
+    assert expand_tasks(("ruler", "recall", "vt")) == (*RULER, "recall")
+    assert expand_tasks(["all"], resources) == tuple(TASKS)
+    assert set(expand_tasks(["all"])) == set(TASKS) - PROSE - {"qa-squad"}
+    assert set(expand_tasks(["all"], Resources(prose=resources.prose))) == set(TASKS) - {"qa-squad"}
+    assert expand_tasks(()) == ()
+
+
+def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    check_resources(TASKS, resources)
+    with pytest.raises(DataError, match=r"task niah-single-2 needs prose: give a \.txt file or a folder"):
+        check_resources(RULER, Resources())
+    with pytest.raises(DataError, match="task qa-squad needs SQuAD's questions: give a SQuAD file"):
+        make_cases("qa-squad", 1024, 1, 0, tiny_tokenizer)
+    with pytest.raises(DataError, match="can not read SQuAD file"):
+        check_resources(("qa-squad",), Resources(squad=tmp_path / "none.json"))
+    (tmp_path / "short.txt").write_text("word " * 2688)
+    short = Resources(Prose.load(tmp_path / "short.txt"))
+    with pytest.raises(DataError, match=r"has 896 words, too few for a prompt of 60,000 tokens; give longer text"):
+        make_cases("niah-single-2", 60_000, 1, 0, tiny_tokenizer, short)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_too_short(task: str, tiny_tokenizer: PreTrainedTokenizerBase, resources: Resources) -> None:
+    length = 4 if task == "recall" else 100
+    with pytest.raises(DataError, match=rf"task {task} takes at least \d+ tokens; {length} were asked for"):
+        make_cases(task, length, 1, 0, tiny_tokenizer, resources)
+
+
+def test_unknown() -> None:
+    with pytest.raises(UsageError, match="unknown task 'niah-single-4'; did you mean 'niah-single-"):
+        find_task("niah-single-4")
+    with pytest.raises(UsageError, match="unknown task 'rular'; did you mean 'ruler'"):
+        expand_tasks(["vt", "rular"])
+    with pytest.raises(UsageError, match="unknown task 'xyzzy'; known tasks are needle-noise, "):
+        expand_tasks(["xyzzy"])
+    assert set(ANSWERS) == set(TASKS)
+    assert {name for name, task in TASKS.items() if task.needs == "prose"} == PROSE
