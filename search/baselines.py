@@ -1,12 +1,88 @@
-"""Plans that need no search, at the same bytes: what a found plan has to beat."""
+"""Plans that need no search, at the same bytes: what a found plan has to beat.
+
+Every baseline is a list of candidates, at least one for each sink, of which the best measured counts: a plan must beat
+the alternative at its best. Bytes are those of cache slots, native windows respected, as everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from moacompress.budget import format_length
-from moacompress.errors import InfeasibleBudgetError
+from moacompress.errors import InfeasibleBudgetError, UsageError
 from moacompress.plan import BETA_ONE, SINKS, ModelShape, Plan, Rule
+from moacompress.search.cost import slot_limits, slot_table
+from moacompress.search.solver import solve
+from moacompress.search.surrogate import Floats, Surrogate
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+
+STREAMING_WINDOW = 256
+"""Widest fixed window of a streaming KV head, tokens."""
+
+
+def baseline_plans(
+    name: str, shape: ModelShape, n: int, kv_bytes: int, min_window: int, profile: Profile | None = None
+) -> list[Plan]:
+    """Returns the candidates of a baseline that take at most `kv_bytes` at `n` tokens; see `plans_within`."""
+    return plans_within(name, shape, {n: kv_bytes}, min_window, profile)
+
+
+def plans_within(
+    name: str,
+    shape: ModelShape,
+    limits: Mapping[int, int],
+    min_window: int = 32,
+    profile: Profile | None = None,
+    sinks: Sequence[int] = SINKS,
+) -> list[Plan]:
+    """Returns the candidates of a baseline within byte limits, as near below them as the baseline allows.
+
+    Args:
+        name: one of `BASELINES`:
+            `uniform`: one sink and fixed window for every KV head (StreamingLLM);
+            `uniform-elastic`: one sink and share of the tokens so far for every KV head;
+            `per-layer`: one rule of the profile for all KV heads of a layer, least predicted harm;
+            `split`: KV heads keep everything or a sink and a short window (DuoAttention), those that the short window
+            would harm most keep everything, as many as fit.
+        shape: the model; native windows are respected.
+        limits: most KV bytes at each length, tokens; all hold.
+        min_window: smallest window, tokens.
+        profile: what `per-layer` and `split` are predicted from.
+        sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
+
+    Returns:
+        At least one plan, all different; of `per-layer` and `split` the one of least predicted harm first.
+
+    Raises:
+        UsageError: unknown name, or no profile of this model where one is needed.
+        InfeasibleBudgetError: no candidate fits.
+    """
+    if name not in _UNPROFILED and name not in _PROFILED:
+        near = difflib.get_close_matches(name, BASELINES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BASELINES)}"
+        raise UsageError(f"unknown baseline {name!r}; {hint}")
+    if name in _UNPROFILED:
+        made = [_UNPROFILED[name](shape, limits, sink, min_window) for sink in sinks]
+        found = [plan for plan in made if plan is not None]
+    else:
+        costs = _Costs.of(name, shape, min_window, profile)
+        ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, limits, sink)]
+        found = [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
+    if not found:
+        n, limit = next(iter(limits.items()))
+        raise InfeasibleBudgetError(
+            f"no {name} plan fits {limit:,} KV bytes at {format_length(n)} tokens"
+            + (f" and {len(limits) - 1} more limits" if len(limits) > 1 else "")
+            + f": a window of {min_window} tokens with a sink of {min(sinks)} takes "
+            f"{_kv_bytes(shape, Rule(min(sinks), min_window, 0), min_window, n):,}"
+        )
+    return list({plan.key(): plan for plan in reversed(found)}.values())[::-1]
 
 
 def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window: int = 32) -> Plan:
@@ -24,7 +100,7 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
     """
     plan = _fixed(shape, {n: kv_bytes}, sink, min_window)
     if plan is None:
-        smallest = Plan.uniform(shape, Rule(sink, min_window, 0), min_window).kv_bytes(n)
+        smallest = _kv_bytes(shape, Rule(sink, min_window, 0), min_window, n)
         raise InfeasibleBudgetError(
             f"no uniform window with a sink of {sink} fits {kv_bytes:,} KV bytes at {format_length(n)} tokens: the "
             f"smallest, {min_window} tokens, takes {smallest:,}"
@@ -49,11 +125,10 @@ def uniform_plans(
         Distinct plans; empty where even the smallest window is too large.
     """
     plans: dict[str, Plan] = {}
+    makers = [_fixed, _elastic] if len(limits) > 1 else [_fixed]
     for sink in sinks:
-        made = [_fixed(shape, limits, sink, min_window)]
-        if len(limits) > 1:
-            made.append(_elastic(shape, limits, sink, min_window))
-        for plan in made:
+        for make in makers:
+            plan = make(shape, limits, sink, min_window)
             if plan is not None:
                 plans.setdefault(plan.key(), plan)
     return list(plans.values())
@@ -65,17 +140,101 @@ def _fixed(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: 
 
 
 def _elastic(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int) -> Plan | None:
-    """The fastest growing window, then a fixed part of what is left."""
     beta_q = _widest(0, BETA_ONE, lambda b: _fits(shape, Rule(sink, 0, b), limits, min_window))
-    if beta_q is None:
-        return None
-    alpha = _widest(0, max(limits), lambda a: _fits(shape, Rule(sink, a, beta_q), limits, min_window))
-    return Plan.uniform(shape, Rule(sink, alpha or 0, beta_q), min_window)
+    return None if beta_q is None else Plan.uniform(shape, Rule(sink, 0, beta_q), min_window)
+
+
+class _Costs:
+    """Predicted harm and slots of a profile's rules, and plans made of them.
+
+    Attributes:
+        rules: those of the profile.
+        harm: nats, mean over the profile's lengths, monotone, [layers, kv_heads, rules].
+    """
+
+    def __init__(self, shape: ModelShape, min_window: int, rules: tuple[Rule, ...], harm: Floats) -> None:
+        self.shape, self.min_window, self.rules, self.harm = shape, min_window, rules, harm
+
+    @staticmethod
+    def of(name: str, shape: ModelShape, min_window: int, profile: Profile | None) -> _Costs:
+        if profile is None:
+            raise UsageError(
+                f"the baseline {name} is made from a profile and there is none; give the folder of a finished profile, or "
+                f"leave {name} out"
+            )
+        if profile.shape.weights_fingerprint != shape.weights_fingerprint:
+            raise UsageError(
+                f"the baseline {name} needs a profile of this model (weights {shape.weights_fingerprint}); that in "
+                f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
+            )
+        influence = profile.influence(profile.recipe.profile.estimator)
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        return _Costs(shape, min_window, profile.rules, surrogate.costs())
+
+    def slots(self, numbers: Sequence[int], limits: Mapping[int, int]) -> np.ndarray:
+        """Returns the slots of the numbered rules, int64 [lengths, layers, kv_heads, rules]."""
+        return slot_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
+
+    def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
+        """Returns the predicted harm and the plan of a choice of rules, [layers, kv_heads]."""
+        harm = float(np.take_along_axis(self.harm, choice[..., None], axis=-1).sum())
+        rules = tuple(tuple(self.rules[number] for number in row) for row in choice.tolist())
+        return harm, Plan(self.shape, self.min_window, rules)
+
+
+def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
+    """The choice of one rule for each layer of least predicted harm."""
+    numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
+    slots = costs.slots(numbers, limits).sum(axis=2)
+    try:
+        solution = solve(costs.harm[..., numbers].sum(axis=1), slots, slot_limits(limits, costs.shape))
+    except InfeasibleBudgetError:
+        return
+    layers = np.array(numbers)[solution.choice]
+    yield costs.plan(np.repeat(layers[:, None], costs.shape.kv_heads, axis=1))
+
+
+def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
+    """For each streaming window: everything for the KV heads that it would harm most, as many as fit."""
+    full = next(number for number, rule in enumerate(costs.rules) if rule.is_full)
+    for number, rule in enumerate(costs.rules):
+        if rule.sink != sink or rule.beta_q or rule.alpha > STREAMING_WINDOW:
+            continue
+        streaming, everything = np.moveaxis(costs.slots([number, full], limits), -1, 0)
+        left = slot_limits(limits, costs.shape) - streaming.sum(axis=(1, 2))
+        if (left < 0).any():
+            continue
+        choice = np.full(costs.harm.shape[:2], number)
+        # where all full heads take the same slots these are the first ones; a native window may fit in where no other does
+        for head in np.argsort(-costs.harm[..., number], axis=None, kind="stable"):
+            layer_head = np.unravel_index(head, choice.shape)
+            added = (everything - streaming)[(slice(None), *layer_head)]
+            if (added <= left).all():
+                left = left - added
+                choice[layer_head] = full
+        yield costs.plan(choice)
+
+
+_UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int], Plan | None]] = {
+    "uniform": _fixed,
+    "uniform-elastic": _elastic,
+}
+_PROFILED: dict[str, Callable[[_Costs, Mapping[int, int], int], Iterable[tuple[float, Plan]]]] = {
+    "per-layer": _per_layer,
+    "split": _split,
+}
+BASELINES = (*_UNPROFILED, *_PROFILED)
+"""Names of the baselines; those after the first two need a profile."""
 
 
 def _fits(shape: ModelShape, rule: Rule, limits: Mapping[int, int], min_window: int) -> bool:
-    plan = Plan.uniform(shape, rule, min_window)
-    return all(plan.kv_bytes(n) <= limit for n, limit in limits.items())
+    return all(_kv_bytes(shape, rule, min_window, n) <= limit for n, limit in limits.items())
+
+
+def _kv_bytes(shape: ModelShape, rule: Rule, min_window: int, n: int) -> int:
+    """Returns the bytes at `n` tokens if every KV head has the rule."""
+    slots = sum(rule.slots(n, min_window, native) for native in shape.native_windows)
+    return int(slots * shape.kv_heads * shape.slot_bytes)
 
 
 def _widest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

@@ -1,10 +1,19 @@
+"""Baselines within the same bytes, against every plan of their kind there is."""
+
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from moacompress.errors import InfeasibleBudgetError
-from moacompress.plan import ModelShape, Plan, Rule
-from moacompress.search.baselines import uniform_plan, uniform_plans
+from moacompress.calibration.store import Profile
+from moacompress.errors import InfeasibleBudgetError, UsageError
+from moacompress.plan import BETA_ONE, ModelShape, Plan, Rule
+from moacompress.search.baselines import BASELINES, baseline_plans, plans_within, uniform_plan, uniform_plans
+from moacompress.search.surrogate import Surrogate
 
 DENSE = ModelShape("llama", 3, 4, 2, 16, "float32", (None,) * 3, "w")
 SLIDING = ModelShape("gemma3_text", 3, 4, 2, 16, "bfloat16", (64, None, 64), "w")
@@ -54,3 +63,138 @@ def test_uniform_plans_of_one_length_are_fixed() -> None:
     plans = uniform_plans(DENSE, {1024: DENSE.dense_kv_bytes(1024) // 4}, 32, sinks=(4, 64))
     assert [(p.rules[0][0].sink, p.rules[0][0].beta_q) for p in plans] == [(4, 0), (64, 0)]
     assert uniform_plans(DENSE, {1024: 10}, 32) == []
+
+
+@pytest.fixture
+def profile(profiles: Callable[..., Profile]) -> Profile:
+    """Of three layers, of which one slides over 64 tokens, with two KV heads each."""
+    made = profiles(layers=3)
+    return replace(made, shape=replace(made.shape, native_windows=(None, 64, None)))
+
+
+def predicted(profile: Profile) -> np.ndarray:
+    """[layers, kv_heads, rules], nats."""
+    influence = profile.influence(profile.recipe.profile.estimator)
+    return Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
+
+
+def bytes_of(profile: Profile, rules: tuple[tuple[Rule, ...], ...], n: int) -> int:
+    return Plan(profile.shape, profile.min_window, rules).kv_bytes(n)
+
+
+def fits(profile: Profile, rules: tuple[tuple[Rule, ...], ...], limits: dict[int, int]) -> bool:
+    return all(bytes_of(profile, rules, n) <= limit for n, limit in limits.items())
+
+
+LIMITS = [{512: 0.3}, {500: 0.5}, {256: 0.4, 512: 0.4}, {256: 0.9, 512: 0.35}]
+
+
+@pytest.mark.parametrize("shares", LIMITS)
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_is_within_the_limits(profile: Profile, name: str, shares: dict[int, float]) -> None:
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    plans = plans_within(name, profile.shape, limits, 32, profile)
+    assert len({plan.key() for plan in plans}) == len(plans) >= 2
+    assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
+    assert all((plan.min_window, plan.model) == (32, profile.shape) for plan in plans)
+    if len(limits) == 1:
+        ((n, limit),) = limits.items()
+        assert baseline_plans(name, profile.shape, n, limit, 32, profile) == plans
+
+
+@pytest.mark.parametrize("shares", LIMITS)
+def test_elastic_grows_as_fast_as_fits(profile: Profile, shares: dict[int, float]) -> None:
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    for plan in plans_within("uniform-elastic", profile.shape, limits, 16):
+        (rule,) = {rule for row in plan.rules for rule in row}
+        assert rule.alpha == 0
+        faster = [Rule(rule.sink, 0, beta_q) for beta_q in range(rule.beta_q + 1, BETA_ONE + 1)]
+        assert not any(fits(replace(profile, min_window=16), ((r,) * 2,) * 3, limits) for r in faster)
+
+
+@pytest.mark.parametrize("shares", LIMITS)
+def test_per_layer_is_the_least_harm(profile: Profile, shares: dict[int, float]) -> None:
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    few = {
+        0,
+        *(number for number, rule in enumerate(profile.rules) if rule.alpha in (32, 128) or rule.beta_q in (64, 256)),
+    }
+    numbers = sorted(few)
+    statistics = replace(
+        profile.statistics,
+        squares=profile.statistics.squares[..., numbers],
+        total=profile.statistics.total[..., numbers],
+    )
+    profile = replace(profile, rules=tuple(profile.rules[number] for number in numbers), statistics=statistics)
+    harm = predicted(profile)
+    found = []
+    for sink in (4, 16, 64):
+        offered = [number for number, rule in enumerate(profile.rules) if rule.is_full or rule.sink == sink]
+        choices = [
+            (float(sum(harm[layer, :, number].sum() for layer, number in enumerate(choice))), choice)
+            for choice in itertools.product(offered, repeat=3)
+            if fits(profile, tuple((profile.rules[number],) * 2 for number in choice), limits)
+        ]
+        found.append(min(choices)[0])
+    plans = plans_within("per-layer", profile.shape, limits, 32, profile)
+    index = {rule: number for number, rule in enumerate(profile.rules)}
+    assert all(len(set(row)) == 1 for plan in plans for row in plan.rules)
+    harms = [sum(harm[i, :, index[row[0]]].sum() for i, row in enumerate(plan.rules)) for plan in plans]
+    assert harms == pytest.approx(sorted(found), rel=1e-9)
+
+
+@pytest.mark.parametrize("shares", LIMITS)
+@pytest.mark.parametrize("natives", [(None, None, None), (None, 64, None)])
+def test_split_keeps_the_heads_that_need_it(
+    profile: Profile, shares: dict[int, float], natives: tuple[int | None, ...]
+) -> None:
+    profile = replace(profile, shape=replace(profile.shape, native_windows=natives))
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    plans = plans_within("split", profile.shape, limits, 32, profile)
+    assert {rule.sink for plan in plans for row in plan.rules for rule in row if not rule.is_full} == {4, 16, 64}
+    harm = predicted(profile)
+    index = {rule: number for number, rule in enumerate(profile.rules)}
+    left_over = []
+    for plan in plans:
+        (streaming,) = {rule for row in plan.rules for rule in row if not rule.is_full}
+        assert streaming.beta_q == 0
+        assert 32 <= streaming.alpha <= 256
+        cost = harm[..., index[streaming]]
+        heads = list(itertools.product(range(3), range(2)))
+        full = {head for head in heads if plan.rules[head[0]][head[1]].is_full}
+        left_over.append(sum(cost[head] for head in heads if head not in full))
+        for other in set(heads) - full:  # nothing more fits, and what is left out would be harmed less
+            more = [list(row) for row in plan.rules]
+            more[other[0]][other[1]] = Rule.FULL
+            assert not fits(profile, tuple(map(tuple, more)), limits)
+            if not any(natives):
+                assert all(cost[other] <= cost[head] for head in full)
+    assert left_over == sorted(left_over)
+
+
+def test_where_only_one_block_of_sinks_fits(profile: Profile) -> None:
+    limit = Plan.uniform(profile.shape, Rule(4, 32, 0), 32).kv_bytes(512)
+    for name in BASELINES:
+        plans = baseline_plans(name, profile.shape, 512, limit, 32, profile)
+        assert {rule.sink for plan in plans for row in plan.rules for rule in row} == {4, 16}
+        assert {plan.kv_bytes(512) for plan in plans} == {limit}
+        with pytest.raises(InfeasibleBudgetError, match=f"no {name} plan fits .* a sink of 4 takes {limit:,}"):
+            baseline_plans(name, profile.shape, 512, limit - 1, 32, profile)
+
+
+def test_all_of_the_bytes_is_everything(profile: Profile) -> None:
+    limit = profile.shape.dense_kv_bytes(512)
+    for name in BASELINES:
+        plan = baseline_plans(name, profile.shape, 512, limit, 32, profile)[0]
+        assert plan.kept(512) == Plan.full(profile.shape).kept(512)
+
+
+def test_bad_requests(profile: Profile) -> None:
+    with pytest.raises(UsageError, match="unknown baseline 'per-layers'; did you mean 'per-layer'"):
+        baseline_plans("per-layers", profile.shape, 512, 10**9, 32, profile)
+    for name in ("per-layer", "split"):
+        with pytest.raises(UsageError, match=f"the baseline {name} is made from a profile and there is none"):
+            baseline_plans(name, profile.shape, 512, 10**9, 32)
+        other = replace(profile.shape, weights_fingerprint="other")
+        with pytest.raises(UsageError, match=r"needs a profile of this model \(weights other\)"):
+            baseline_plans(name, other, 512, 10**9, 32, profile)

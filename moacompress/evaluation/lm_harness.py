@@ -1,0 +1,163 @@
+"""The bridge to lm-evaluation-harness: any of its tasks, on a model that is loaded already.
+
+A compressed model takes no padding, so requests run one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moacompress.errors import DataError, MoaCompressError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RESAMPLES = 1000
+"""Of the harness's bootstraps, for metrics that are no means; its own default takes minutes."""
+_Z95 = 1.959963984540054
+
+
+def run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    seed: int = 0,
+    name: str = "plan",
+) -> list[dict[str, Any]]:
+    """Runs tasks of lm-evaluation-harness on a model.
+
+    Args:
+        model: dense or under a plan.
+        tokenizer: its tokenizer.
+        tasks: names of tasks, groups or tags, or paths of task files (`.yaml`).
+        limit: only the first documents of every task; None for all.
+        include_path: folder with more task files.
+        seed: of few-shot examples and sampling.
+        name: the `model` of the rows.
+
+    Returns:
+        Rows of `model, task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed by
+        its filter if it has one (`exact_match,flexible-extract`); `ci95` is 1.96 standard errors around the value, None
+        where the harness gives none; `prompts` counts documents.
+
+    Raises:
+        UsageError: lm-evaluation-harness is not installed, unknown task, or nothing to do.
+        DataError: a task's data can not be loaded.
+    """
+    evaluator, manager_class, model_class = _harness()
+    if not tasks or (limit is not None and limit < 1):
+        raise UsageError(f"nothing to evaluate: {len(tasks)} tasks of lm-evaluation-harness, limit {limit}")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
+        manager = _manager(manager_class, tasks, include_path)
+        with _quiet("lm_eval"):  # it warns of every model that is loaded already
+            harnessed = model_class(
+                pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1
+            )
+        try:
+            found = evaluator.simple_evaluate(
+                model=harnessed,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except MoaCompressError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(f"lm-evaluation-harness can not run {', '.join(tasks)}: {first}") from error
+    return _rows(found, name)
+
+
+def _harness() -> tuple[Any, Any, Any]:
+    """Returns the modules and classes of the harness, imported only here: it takes seconds."""
+    try:
+        evaluator = importlib.import_module("lm_eval.evaluator")
+        manager = importlib.import_module("lm_eval.tasks").TaskManager
+        model = importlib.import_module("lm_eval.models.huggingface").HFLM
+    except ImportError as error:
+        raise UsageError(
+            f"lm-evaluation-harness is needed and can not be imported ({error}); install it with "
+            "`pip install 'moacompress[eval]'`"
+        ) from error
+    return evaluator, manager, model
+
+
+def _manager(manager_class: Any, tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Returns a manager that knows all tasks; the harness's own are read, which takes long, only if one is asked for."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"{include_path} is no folder of task files")
+    own = None if include_path is None else str(include_path)
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not Path(file).is_file():
+            raise UsageError(f"there is no task file {file}")
+    manager = manager_class(include_path=own, include_defaults=False)
+    unknown = sorted(set(tasks) - set(files) - set(manager.all_tasks))
+    if not unknown:
+        return manager
+    manager = manager_class(include_path=own)
+    for task in unknown:
+        if task not in manager.task_index:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` shows all"
+            raise UsageError(f"lm-evaluation-harness has no task {task!r}; {hint}")
+    return manager
+
+
+def _rows(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    rows = []
+    for task, metrics in found["results"].items():
+        prompts = _documents(found, task)
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            known = isinstance(error, int | float)
+            rows.append(
+                {
+                    "model": name,
+                    "task": task,
+                    "length": None,
+                    "metric": metric if kind == "none" else key,
+                    "value": float(value),
+                    "ci95": [float(value - _Z95 * error), float(value + _Z95 * error)] if known else None,
+                    "prompts": prompts,
+                }
+            )
+    return rows
+
+
+def _documents(found: dict[str, Any], task: str) -> int:
+    """Returns the documents of a task, or of all tasks of a group."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_documents(found, part) for part in found["group_subtasks"].get(task, ()))
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Lets only errors of a logger through."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

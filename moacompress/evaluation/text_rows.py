@@ -1,0 +1,70 @@
+"""From measurements on long text to the rows of an evaluation: perplexity by position, KL and agreement with dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from moacompress.evaluation.contenders import Contender
+from moacompress.evaluation.ledger import Entry
+from moacompress.evaluation.rows import Cell, Row, difference_row, result_row
+from moacompress.evaluation.stats import Interval, mean, paired_difference, perplexity_difference
+
+TEXT = "text"
+"""Name of the task. A row's `prompts` are windows of text, and intervals are over windows."""
+PERPLEXITIES = {"ppl_early": "nll_early", "ppl_late": "nll_late"}
+"""Perplexity at the positions [1, N/2) and [N/2, N) of windows of N tokens, and the measurement that it comes from."""
+TEXT_METRICS = (*PERPLEXITIES, "kl", "top1_agreement")
+"""`kl`: KL(dense || model) in nats a token, `top1_agreement`: share of tokens that both rank first; both in [N/2, N)."""
+
+
+@dataclass(frozen=True)
+class TextMeasured:
+    """A contender with its numbers, one entry for each window."""
+
+    contender: Contender
+    entries: list[Entry]
+
+    def values(self, name: str) -> list[float]:
+        """Returns one number for each window."""
+        return [entry[name] for entry in self.entries]
+
+
+def best_text_candidates(measured: Iterable[TextMeasured]) -> list[TextMeasured]:
+    """Returns one of each name: the candidate that predicts the late half best, the first of equals."""
+    best: dict[str, TextMeasured] = {}
+    for one in measured:
+        held = best.get(one.contender.name)
+        if held is None or sum(one.values("nll_late")) < sum(held.values("nll_late")):
+            best[one.contender.name] = one
+    return list(best.values())
+
+
+def text_result_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> list[Row]:
+    """Returns the rows `TEXT_METRICS` of every model."""
+    return [
+        result_row(cell, one.contender, metric, *_value(one, metric, seed), cell.prompts)
+        for one in field
+        for metric in TEXT_METRICS
+    ]
+
+
+def text_difference_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> list[Row]:
+    """Returns the rows of the plan (first in `field`) minus every other model, paired by window."""
+    ours, *others = field
+    rows = []
+    for one in others:
+        for metric in TEXT_METRICS:
+            name = PERPLEXITIES.get(metric, metric)
+            compare = perplexity_difference if metric in PERPLEXITIES else paired_difference
+            value, interval = compare(ours.values(name), one.values(name), seed)
+            rows.append(difference_row(cell, ours.contender, one.contender, metric, value, interval))
+    return rows
+
+
+def _value(measured: TextMeasured, metric: str, seed: int) -> tuple[float, Interval]:
+    if metric in PERPLEXITIES:
+        value, (low, high) = mean(measured.values(PERPLEXITIES[metric]), seed)
+        return math.exp(value), (math.exp(low), math.exp(high))
+    return mean(measured.values(metric), seed)

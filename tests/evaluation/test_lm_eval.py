@@ -1,0 +1,188 @@
+"""lm-evaluation-harness on a tiny model, with local task files and data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from moacompress.errors import DataError, UsageError
+from moacompress.evaluation.lm_harness import run_lm_eval
+from moacompress.models import model_shape
+from moacompress.plan import Plan
+from moacompress.runtime import attach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS: dict[str, dict[str, Any]] = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{story}}\nThe colour is",
+        "doc_to_target": "label",
+        "doc_to_choice": ["red", "green", "blue"],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 1,
+        "fewshot_split": "test",
+    },
+    "tiny_answer": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{story}}\nThe colour is",
+        "doc_to_target": "{{['red', 'green', 'blue'][label]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [
+            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "chrf", "aggregation": "chrf", "higher_is_better": True},
+        ],
+    },
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{story}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of three task files, a group of two of them, and their ten documents."""
+    folder = tmp_path_factory.mktemp("tasks")
+    stories = [
+        {"story": f"{n} balls roll over the hill and {n + 1} come back. " * 3, "label": n % 3} for n in range(10)
+    ]
+    data = folder / "stories.jsonl"
+    data.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))  # JSON is YAML
+    group = {"group": "tiny", "task": ["tiny_choice", "tiny_text"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "tiny.yaml").write_text(json.dumps(group))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are cached in a folder of the tests."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def test_rows(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    random_plan: Callable[..., Plan],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = tiny_model("llama")
+    seen = []
+    original = type(model).forward
+
+    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        seen.append((len(input_ids), kwargs.get("attention_mask")))
+        return original(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", recorded)
+    attach(model, random_plan(model_shape(model), seed=1))
+    rows = run_lm_eval(model, tiny_tokenizer, ["tiny_choice", "tiny_answer", "tiny_text"], limit=4, include_path=folder)
+    assert {(row["task"], row["metric"]) for row in rows} == {
+        ("tiny_choice", "acc"),
+        ("tiny_answer", "exact_match"),
+        ("tiny_answer", "chrf"),
+        ("tiny_text", "word_perplexity"),
+        ("tiny_text", "bits_per_byte"),
+    }
+    for row in rows:
+        assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts"]
+        assert (row["model"], row["length"], row["prompts"]) == ("plan", None, 4)
+        if row["ci95"] is not None:
+            assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
+    assert all(row["ci95"] is not None for row in rows if row["metric"] in ("acc", "exact_match"))
+    assert all(count == 1 and (mask is None or bool(mask.all())) for count, mask in seen)
+    assert capsys.readouterr().out == ""
+    again = run_lm_eval(
+        model, tiny_tokenizer, ["tiny_choice", "tiny_answer", "tiny_text"], limit=4, include_path=folder
+    )
+    assert again == rows
+
+
+def test_full_span_is_dense(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    random_plan: Callable[..., Plan],
+    folder: Path,
+) -> None:
+    model: Any = tiny_model("llama")
+    shape = model_shape(model)
+    tasks = ["tiny", "tiny_answer"]
+    dense = run_lm_eval(model, tiny_tokenizer, tasks, include_path=folder, name="dense")
+    assert {row["task"]: row["prompts"] for row in dense} == {
+        "tiny": 20,
+        "tiny_choice": 10,
+        "tiny_text": 10,
+        "tiny_answer": 10,
+    }
+    full = run_lm_eval(attach(model, Plan.full(shape)), tiny_tokenizer, tasks, include_path=folder, name="dense")
+    sparse = run_lm_eval(
+        attach(model, random_plan(shape, seed=1)), tiny_tokenizer, tasks, include_path=folder, name="dense"
+    )
+    assert [row["value"] for row in full] == pytest.approx([row["value"] for row in dense], rel=1e-5)
+    assert [row["value"] for row in sparse] != pytest.approx([row["value"] for row in dense], rel=1e-3)
+
+
+def test_loglikelihood_is_the_models_own(
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    model: Any = tiny_model("llama")
+    rows = run_lm_eval(model, tiny_tokenizer, [str(folder / "tiny_text.yaml")], limit=1)
+    (value,) = (row["value"] for row in rows if row["metric"] == "bits_per_byte")
+    story = json.loads((folder / "stories.jsonl").read_text().splitlines()[0])["story"]
+    ids = [tiny_tokenizer.bos_token_id, *tiny_tokenizer(story)["input_ids"]]
+    logits = model(torch.tensor([ids])).logits[0, :-1]
+    nll = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+    assert value == pytest.approx(nll / len(story) / 0.6931471805599453, rel=1e-4)
+
+
+def test_bad_requests(
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path, tmp_path: Path
+) -> None:
+    model: Any = tiny_model("llama")
+    with pytest.raises(UsageError, match="nothing to evaluate: 0 tasks"):
+        run_lm_eval(model, tiny_tokenizer, [])
+    with pytest.raises(UsageError, match="limit 0"):
+        run_lm_eval(model, tiny_tokenizer, ["tiny_text"], limit=0, include_path=folder)
+    with pytest.raises(UsageError, match="no folder of task files"):
+        run_lm_eval(model, tiny_tokenizer, ["tiny_text"], include_path=tmp_path / "missing")
+    with pytest.raises(UsageError, match=r"there is no task file missing\.yaml"):
+        run_lm_eval(model, tiny_tokenizer, ["missing.yaml"])
+    task = json.loads((folder / "tiny_text.yaml").read_text())
+    task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "missing.jsonl")
+    (tmp_path / "broken.yaml").write_text(json.dumps(task))
+    with pytest.raises(DataError, match=r"can not run .*broken\.yaml: Unable to find .*missing\.jsonl"):
+        run_lm_eval(model, tiny_tokenizer, [str(tmp_path / "broken.yaml")])
+
+
+def test_unknown_task(
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    with pytest.raises(UsageError, match="lm-evaluation-harness has no task 'tiny_choise'; did you mean 'tiny_choice'"):
+        run_lm_eval(tiny_model("llama"), tiny_tokenizer, ["tiny_choise"], include_path=folder)
+
+
+def test_not_installed(
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(UsageError, match=r"No module named 'lm_eval.*pip install 'moacompress\[eval\]'"):
+        run_lm_eval(tiny_model("llama"), tiny_tokenizer, ["tiny_text"])

@@ -1,0 +1,204 @@
+"""Windows of text and the scores on them: against plain logits, and in memory that does not grow with the window."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+import moacompress.evaluation.text as text
+from moacompress.calibration.pools import Prose
+from moacompress.errors import DataError, ModelError
+from moacompress.evaluation.text import Half, head_logits, perplexity, read, score_window, text_scores, text_windows
+from moacompress.models import model_shape
+from moacompress.plan import Plan
+from moacompress.runtime import attach, detach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "granite": {"logits_scaling": 7.0},
+    "cohere2": {"logit_scale": 0.3, "sliding_window": 80},
+}
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
+    """Nine documents of numbered words, so that every token says where it is from."""
+    folder = tmp_path_factory.mktemp("texts")
+    for document in range(9):
+        words = " ".join(f"{document}w{word}." for word in range(120 + 10 * document))
+        (folder / f"{document}.txt").write_text(words)
+    return Prose.load(folder)
+
+
+@pytest.fixture(scope="module")
+def window() -> list[int]:
+    return np.random.default_rng(0).integers(3, 160, 301).tolist()
+
+
+def build(tiny_model: Callable[..., PreTrainedModel], family: str) -> PreTrainedModel:
+    """A tiny model, of a family that the fixture does not know too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    llama: Any = tiny_model("llama").config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    settings = {name: getattr(llama, name) for name in names}
+    torch.manual_seed(0)
+    rest = {"initializer_range": 0.2, "pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 16, **FAMILIES[family]}
+    config = AutoConfig.for_model(family, **settings, **rest)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def plain_scores(logits: torch.Tensor, dense: torch.Tensor, window: list[int]) -> list[list[float]]:
+    """[half][nll, kl, agreement], by the definition."""
+    n = len(window)
+    q, p = logits.double().log_softmax(-1), dense.double().log_softmax(-1)
+    halves = []
+    for positions in (range(1, n // 2), range(n // 2, n)):
+        rows = [
+            (
+                -q[t - 1, window[t]],
+                (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum(),
+                q[t - 1].argmax() == p[t - 1].argmax(),
+            )
+            for t in positions
+        ]
+        halves.append([float(np.mean([float(row[i]) for row in rows])) for i in range(3)])
+    return halves
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_from_plain_logits(
+    tiny_model: Callable[..., PreTrainedModel], random_plan: Callable[..., Plan], window: list[int], family: str
+) -> None:
+    model: Any = build(tiny_model, family)
+    plan = random_plan(model_shape(model), seed=2)
+    ids = torch.tensor([window])
+    dense_logits = model(ids, use_cache=False).logits[0]
+    dense = read(model, window)
+    assert torch.allclose(head_logits(model, dense.states), dense_logits.float(), atol=1e-5)
+    attach(model, plan)
+    wanted = plain_scores(model(ids, use_cache=False).logits[0], dense_logits, window)
+    (score,) = text_scores(model, [dense], [window])
+    for half, numbers in zip((score.early, score.late), wanted, strict=True):
+        assert (half.nll, half.kl, half.agreement) == pytest.approx(tuple(numbers), rel=1e-4, abs=1e-5)
+    assert score.late.kl > 1e-3
+    assert score.late.agreement < 1
+
+
+def test_dense_against_itself(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+    model: Any = tiny_model("llama")
+    dense = read(model, window)
+    for score in (score_window(dense, dense, window), *text_scores(model, model, [window])):
+        assert (score.early.kl, score.late.kl) == (0, 0)
+        assert (score.early.agreement, score.late.agreement) == (1, 1)
+        nll = torch.nn.functional.cross_entropy(model(torch.tensor([window])).logits[0, :-1], torch.tensor(window[1:]))
+        halves = (score.early.nll * (301 // 2 - 1) + score.late.nll * (301 - 301 // 2)) / 300
+        assert halves == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_full_span_is_exactly_dense(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+    model: Any = tiny_model("llama")
+    dense = read(model, window)
+    wanted = score_window(dense, dense, window)
+    attach(model, Plan.full(model_shape(detach(model))))
+    assert text_scores(model, [dense], [window]) == [wanted]
+
+
+def test_few_rows_at_a_time(
+    tiny_model: Callable[..., PreTrainedModel],
+    random_plan: Callable[..., Plan],
+    window: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = tiny_model("llama")
+    dense = read(model, window)
+    attach(model, random_plan(model_shape(model), seed=2))
+    whole = text_scores(model, [dense], [window])[0]
+    seen: list[int] = []
+    original = text.head_logits
+
+    def counted(model: Any, states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(states))
+        return original(model, states)
+
+    monkeypatch.setattr(text, "head_logits", counted)
+    monkeypatch.setattr(text, "MAX_LOGITS", 160 * 7)
+    (score,) = text_scores(model, [dense], [window])
+    assert max(seen) == 7
+    assert sum(seen) == 2 * 300
+    for ours, theirs in ((score.early, whole.early), (score.late, whole.late)):
+        assert (ours.nll, ours.kl) == pytest.approx((theirs.nll, theirs.kl), abs=1e-5)
+    assert model.model._forward_hooks == {}
+
+
+def test_other_vocabulary(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+    with pytest.raises(ModelError, match="160 tokens in its vocabulary, the dense one 200"):
+        text_scores(tiny_model("llama"), tiny_model("llama", vocab_size=200), [window])
+
+
+def test_logits_that_are_not_finite(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        text_scores(model, model, [window])
+
+
+def test_perplexity() -> None:
+    assert perplexity([Half(1.0, 0, 1), Half(3.0, 0, 1)]) == pytest.approx(math.exp(2))
+
+
+def test_windows(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    windows = text_windows(prose, tiny_tokenizer, 100, 12, seed=3)
+    assert [len(window) for window in windows] == [100] * 12
+    texts = [str(tiny_tokenizer.decode(window)) for window in windows]
+    pool = [" ".join(document) for document in prose.pools["evaluation"]]
+    places = []
+    for piece in texts:
+        (document,) = (number for number, whole in enumerate(pool) if piece in whole)
+        places.append((document, pool[document].index(piece)))
+    assert {document for document, _ in places[:3]} == {0, 1, 2}
+    for document in range(3):
+        starts = sorted(start for where, start in places if where == document)
+        assert all(b - a >= 100 for a, b in itertools.pairwise(starts))
+    assert text_windows(prose, tiny_tokenizer, 100, 5, seed=3) == windows[:5]
+    assert text_windows(prose, tiny_tokenizer, 100, 5, seed=4) != windows[:5]
+
+
+def test_all_windows_of_a_text_can_be_had(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    fit = sum(len(" ".join(document)) // 200 for document in prose.pools["evaluation"])
+    assert len(text_windows(prose, tiny_tokenizer, 200, fit)) == fit
+    with pytest.raises(
+        DataError, match=rf"has {fit} windows of 200 tokens for evaluation .*, {fit + 1} were asked for"
+    ):
+        text_windows(prose, tiny_tokenizer, 200, fit + 1)
+    with pytest.raises(DataError, match=r"has 0 windows of 9,000 tokens"):
+        text_windows(prose, tiny_tokenizer, 9000, 1)
+    with pytest.raises(DataError, match="at least 4 tokens; 3 were asked for"):
+        text_windows(prose, tiny_tokenizer, 3, 1)
+
+
+def test_a_beginning_token_counts(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    backend: Any = tiny_tokenizer.backend_tokenizer
+    before = backend.post_processor
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    try:
+        windows = text_windows(prose, tiny_tokenizer, 100, 3)
+    finally:
+        backend.post_processor = before
+    assert [len(window) for window in windows] == [100] * 3
+    assert all(window[0] == 1 and 1 not in window[1:] and 2 not in window for window in windows)
