@@ -146,11 +146,11 @@ def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns `{task@length: {dense, uniform, plan, nll: {...}, prompts}}` from an evaluation's rows: exact match, and NLL."""
     table: dict[str, dict[str, Any]] = {}
     for row in results:
+        if row["metric"] not in ("exact_match", "nll"):
+            continue
         entry = table.setdefault(f"{row['task']}@{row['length']}", {"prompts": row["prompts"], "nll": {}})
-        if row["metric"] == "exact_match":
-            entry[row["model"]] = row["value"]
-        elif row["metric"] == "nll":
-            entry["nll"][row["model"]] = row["value"]
+        held = entry if row["metric"] == "exact_match" else entry["nll"]
+        held[row["model"]] = row["value"]
     return table
 
 

@@ -100,6 +100,8 @@ def test_quality_table():
     rows = [
         {"task": "t", "length": 8, "metric": "exact_match", "model": "plan", "value": 0.5, "prompts": 4},
         {"task": "t", "length": 8, "metric": "nll", "model": "plan", "value": 0.7, "prompts": 4},
+        {"task": "t", "length": 8, "metric": "retention", "model": "plan", "value": 0.9, "prompts": 2},
+        {"task": "text", "length": 8, "metric": "kl", "model": "plan", "value": 0.1, "prompts": 4},
     ]
     assert quality_table(rows) == {"t@8": {"plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
 

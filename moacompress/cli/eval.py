@@ -1,4 +1,4 @@
-"""`moacompress eval`: a compressed model on synthetic tasks, beside the dense model and a uniform window."""
+"""`moacompress eval`: a compressed model on held-out tasks and text, beside dense and the usual alternatives."""
 
 from __future__ import annotations
 
@@ -7,53 +7,113 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
-from moacompress.cli.locate import find_model_folder
+from moacompress.cli.harness import Output, Run, say, verb
 from moacompress.cli.options import Lengths, Text, split_list
+from moacompress.errors import UsageError
 
 
 @verb(
-    "moacompress eval runs/mine --tasks needle-noise --lengths 1k --prompts 50",
-    "moacompress eval runs/mine/model --tasks needle-noise,needle-prose --text prose/ -o eval.json",
-    "moacompress eval runs/mine --against dense --json",
+    "moacompress eval runs/mine --tasks niah-single-1,key-value --lengths 1k,2k --prompts 50 -o runs/mine/eval.json",
+    "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
+    "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
+    "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
 )
 def evaluate(
     run: Run,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
     against: Annotated[
-        str, typer.Option(metavar="LIST", help="What to measure beside it: dense, uniform, or none.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to measure beside it: dense, uniform, uniform:4, uniform-elastic, per-layer, split, folders of other "
+            "compressed models of the same weights, or none.",
+        ),
     ] = "dense,uniform",
-    tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks, such as needle-noise,key-value.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Tasks, such as niah-single-1, or ruler, all, and text for long text."),
+    ] = None,
     lengths: Lengths = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
     text: Text = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the results here too.")] = None,
+    squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD as JSON, for question answering.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Profile that per-layer and split are made from; by default the run's own."),
+    ] = None,
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Exit with 1 where a value of the plan is lower: exact_match=0.9, niah-single-1:retention=0.95 or "
+            "key-value@2k:accuracy=0.9.",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tasks of lm-evaluation-harness (names or .yaml files); --prompts then limits their documents too.",
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all rows as CSV.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run goes on from there."),
+    ] = None,
 ) -> Output:
-    """Measure a compressed model beside the dense one.
+    """Measure a compressed model beside dense and others.
 
-    Exact match and NLL of the answer, on prompts that it was not calibrated on.
+    All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
+    the tasks are needle-noise and, where --text is given, text; none of them where --lm-eval is.
     """
-    folder = find_model_folder(path)
+    named = split_list(tasks)
+    if named == ():
+        raise UsageError("no tasks given; name some, such as --tasks needle-noise,key-value")
+    harness = split_list(lm_eval) or ()
+    if lm_eval is not None and not harness:
+        raise UsageError("no tasks of lm-evaluation-harness given; name some, or leave --lm-eval out")
     recipe = run.recipe(
-        evaluation__tasks=split_list(tasks),
+        evaluation__tasks=named,
         evaluation__lengths=lengths,
         evaluation__prompts=prompts,
         calibration__text=text,
     )
 
-    from moacompress.evaluation import evaluate as evaluate_model
-    from moacompress.report.summary import results_table
+    from moacompress.evaluation.runner import evaluate as evaluate_model
+    from moacompress.evaluation.runner import task_names
+    from moacompress.evaluation.text_rows import TEXT
+    from moacompress.evaluation.thresholds import failures, parse_thresholds
+    from moacompress.report.evaluation import csv_text, evaluation_tables
 
-    scores = evaluate_model(
-        folder,
+    chosen = recipe.evaluation.tasks
+    if named is None:
+        chosen = () if harness else (*chosen, TEXT) if text is not None else chosen
+    thresholds = parse_thresholds(fail_under, task_names(chosen))
+    report = evaluate_model(
+        path,
         against=tuple(name for name in split_list(against) or () if name != "none"),
-        tasks=recipe.evaluation.tasks,
+        tasks=chosen,
         lengths=recipe.evaluation.lengths,
         prompts=recipe.evaluation.prompts,
         text=recipe.calibration.text,
+        squad=squad,
+        profile=profile,
+        every_candidate=True,
+        lm_eval=harness,
+        lm_eval_limit=prompts,
         seed=recipe.seed,
+        dtype=recipe.dtype,
         device=recipe.device,
         out=out,
         progress=run.progress,
     )
-    return Output(scores, [results_table(scores["results"])])
+    if csv is not None:
+        from moacompress.artefacts import write_text
+
+        write_text(csv, csv_text(report))
+    failed = failures(thresholds, report["results"])
+    if failed:
+        say("below the threshold: " + "; ".join(failed))
+    data = report if fail_under is None else {**report, "failures": failed}
+    return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))

@@ -1,7 +1,9 @@
-"""Evaluation: what a compressed model still does, measured beside the dense one and a uniform window at equal bytes.
+"""Evaluation: what a compressed model still does, measured beside the dense one and the alternatives at equal bytes.
 
-`tasks` makes the prompts, `scoring` scores one of them, `stats` puts intervals around the scores, `ledger` keeps them,
-and `runner` does it all. Nothing here changes a plan.
+Prompts: `tasks` (the registry), `cases` (one prompt), and a module for each family of tasks. Measuring: `checkpoint` (the
+weights), `contenders` (the plans on them), `scoring` (prompts), `text` (long text), `scores` (all of them, by way of the
+`ledger`), `lm_harness` (another project's tasks). Numbers: `stats` (intervals), `rows` and `text_rows` (results),
+`thresholds`. `runner` does it all. Nothing here changes a plan.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
-"""The ledger of scores: one JSON line for every model and prompt, so that a run that was stopped goes on where it was.
+"""The ledger of measurements: one JSON line for every model and prompt, so that a run that was stopped goes on.
 
-A score is filed under a hash of everything it depends on, so lines of another plan or other prompts are never mistaken.
+An entry is filed under a hash of everything it depends on, so lines of another plan or other prompts are never
+mistaken.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moacompress.artefacts import canonical_json
 from moacompress.errors import ArtefactError
-from moacompress.evaluation.scoring import Score
+
+Entry = dict[str, float]
 
 
 class Ledger:
-    """Scores in memory and, if a path is given, on disk.
+    """Named numbers in memory and, if a path is given, on disk.
 
     Args:
         path: the JSON lines file, or None.
@@ -26,7 +30,7 @@ class Ledger:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._scores: dict[str, Score] = {}
+        self._entries: dict[str, Entry] = {}
         if path is None or not path.exists():
             return
         try:
@@ -36,22 +40,22 @@ class Ledger:
         for line in lines:
             parsed = _parse(line)
             if parsed is not None:
-                self._scores[parsed[0]] = parsed[1]
+                self._entries[parsed[0]] = parsed[1]
 
-    def get(self, key: str) -> Score | None:
-        """Returns the score filed under `key`, or None."""
-        return self._scores.get(key)
+    def get(self, key: str) -> Entry | None:
+        """Returns the numbers filed under `key`, or None."""
+        return self._entries.get(key)
 
-    def add(self, key: str, score: Score, **notes: Any) -> None:
-        """Files a score and writes its line; `notes` are for a human reader.
+    def add(self, key: str, numbers: Mapping[str, float], **notes: Any) -> None:
+        """Files numbers and writes their line; `notes` are for a human reader.
 
         Raises:
             ArtefactError: the line can not be written.
         """
-        self._scores[key] = score
+        self._entries[key] = dict(numbers)
         if self._path is None:
             return
-        line = canonical_json({"key": key, "hit": score.hit, "nll": score.nll, **notes})
+        line = canonical_json({"key": key, "numbers": dict(numbers), **notes})
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -61,10 +65,11 @@ class Ledger:
             raise ArtefactError(f"can not write {self._path}: {error.strerror or error}") from error
 
 
-def _parse(line: str) -> tuple[str, Score] | None:
-    """Reads a line; None for one that was cut off."""
+def _parse(line: str) -> tuple[str, Entry] | None:
+    """Reads a line; None for one that was cut off, or is of another kind."""
     try:
         data = json.loads(line)
-        return str(data["key"]), Score(bool(data["hit"]), float(data["nll"]))
-    except (ValueError, KeyError, TypeError):
+        numbers = {str(name): float(value) for name, value in data["numbers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return (str(data["key"]), numbers) if "key" in data and all(map(math.isfinite, numbers.values())) else None

@@ -1,57 +1,31 @@
-"""Evaluation of a compressed checkpoint, beside the dense model and uniform windows at the plan's bytes."""
+"""Evaluation of a compressed checkpoint, beside the dense model and the usual alternatives at the plan's bytes."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moacompress.artefacts import fingerprint, read_json, write_json
-from moacompress.errors import DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.artefacts import write_json
+from moacompress.calibration.pools import Prose
+from moacompress.errors import DataError, UsageError
+from moacompress.evaluation.cases import Case, mean_tokens
+from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
+from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
 from moacompress.evaluation.ledger import Ledger
-from moacompress.evaluation.scoring import Score, score_case
-from moacompress.evaluation.stats import Interval, bootstrap_mean, paired_difference, wilson
-from moacompress.evaluation.tasks import Case, make_cases, mean_tokens
-from moacompress.plan import DTYPE_BYTES, SINKS, Plan
+from moacompress.evaluation.rows import Cell, Measured, Row, at_floor, best_candidates, difference_rows, result_rows
+from moacompress.evaluation.scores import Scorer
+from moacompress.evaluation.tasks import Resources, check_resources, expand_tasks, make_cases
+from moacompress.evaluation.text import text_windows
+from moacompress.evaluation.text_rows import (
+    TEXT,
+    TextMeasured,
+    best_text_candidates,
+    text_difference_rows,
+    text_result_rows,
+)
 from moacompress.progress import SILENT, Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-BASELINES = ("dense", "uniform", *(f"uniform:{sink}" for sink in SINKS))
-METRICS = ("exact_match", "nll")
-SCORE_VERSION = 1
-"""Part of every ledger key: raised when the same prompt would be scored in another way."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to be measured on one task and length.
-
-    Attributes:
-        name: as in the results; uniform windows of which only the best is reported share one.
-        plan: what it runs under, None for dense.
-        kv_bytes: at the mean number of tokens of the prompts.
-    """
-
-    name: str
-    plan: Plan | None
-    kv_bytes: int
-
-    @property
-    def sink(self) -> int | None:
-        """The sink of a uniform window, None for others."""
-        return self.plan.rules[0][0].sink if self.plan is not None and self.name != "plan" else None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: Plan
-    identity: tuple[str, ...]  # what scores depend on besides plan and prompt
 
 
 def evaluate(
@@ -62,25 +36,39 @@ def evaluate(
     lengths: Sequence[int] = (1024,),
     prompts: int = 20,
     text: str | Path | None = None,
+    squad: str | Path | None = None,
+    profile: str | Path | None = None,
+    every_candidate: bool = False,
+    lm_eval: Sequence[str] = (),
+    lm_eval_limit: int | None = None,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a compressed model on held-out prompts.
+    """Measures a compressed model on held-out prompts and text.
 
-    All models are the same loaded weights, with the plan, without it (dense), or under a uniform window that takes at
-    most the plan's KV bytes at the prompts' mean length. `uniform` has the sink that the search found best; where the
-    plan does not say, every sink is run and the one with the lowest mean NLL is reported.
+    All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
+    plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
+    prompts' mean length. A baseline with several candidates (sinks, streaming windows) is represented by the one with
+    the lowest mean NLL on these very prompts.
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
-        against: what to measure beside the plan: `dense`, `uniform`, `uniform:4`, `uniform:16`, `uniform:64`.
-        tasks: names of tasks.
+        against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `per-layer` and
+            `split`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; folders of other compressed checkpoints
+            of the same weights.
+        tasks: names of tasks or of groups of them; `text` for perplexity by position, KL and top-1 agreement with
+            dense on windows of `text`.
         lengths: prompt lengths, tokens, template and answer included.
         prompts: prompts of each task and length.
-        text: file or folder of the prose of prose tasks.
+        text: file or folder of long prose, for prose tasks and for `text`; its evaluation third is used.
+        squad: SQuAD as JSON, for question answering.
+        profile: folder of the profile that `per-layer` and `split` are made from; the one beside `target` by default.
+        every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
+        lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
+        lm_eval_limit: only the first documents of each of them; None for all.
         seed: of prompts and intervals.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
@@ -89,214 +77,132 @@ def evaluate(
         progress: told about every score.
 
     Returns:
-        `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes` (and `tokens`, the mean; `sink`
-            of a
-        uniform window); `exact_match` with Wilson's interval, `nll` in nats a token with a bootstrap interval.
-        `differences`: rows of plan minus each other `model`, with paired bootstrap intervals.
+        `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
+            are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
+            `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
+            `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
+        `differences`: rows of the plan minus each other `model`, paired by prompt.
+        `at_floor`: `task` and `length` of what the dense model can not do itself, so that nothing follows from it.
+        `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed anew each time.
 
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, or no prompts.
-        DataError: prompts can not be made at a length.
-        PlanError, ModelError, ArtefactError: the checkpoint is damaged, or `out` can not be written.
-        InfeasibleBudgetError: no uniform window is small enough.
+        DataError: prompts can not be made at a length, or what they are made of is missing.
+        PlanError: the plan is damaged, or another folder or the profile has other weights.
+        ModelError, ArtefactError: the checkpoint is damaged, or `out` can not be written.
+        InfeasibleBudgetError: no plan of a baseline is small enough.
     """
-    from moacompress.calibration.generators import find_task
-    from moacompress.calibration.pools import Prose
-
     progress = progress or SILENT
     folder = compressed_folder(Path(target))
-    for name in against:
-        _check_baseline(name)
-    for task in tasks:
-        find_task(task)
-    if prompts < 1 or not tasks or not lengths:
-        raise UsageError(f"nothing to evaluate: {len(tasks)} tasks, {len(lengths)} lengths, {prompts} prompts")
-    prose = Prose.load(text) if text is not None else None
-    loaded = _load(folder, dtype, device)
-    _check_context(loaded.model, lengths)
-    cells = [make_cases(t, n, prompts, seed, loaded.tokenizer, prose) for t in tasks for n in lengths]
-    fields = [_contenders(loaded.plan, against, mean_tokens(cases)) for cases in cells]
+    check_names(against)
+    task_names(tasks)  # an unknown name is said before texts are read
+    resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad)
+    names = task_names(tasks, resources)
+    if prompts < 1 or not lengths or not (names or lm_eval):
+        raise UsageError(f"nothing to evaluate: {len(names)} tasks, {len(lengths)} lengths, {prompts} prompts")
+    check_resources((name for name in names if name != TEXT), resources)
+    if TEXT in names and text is None:
+        raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
+    checkpoint = load_checkpoint(folder, dtype, device)
+    checkpoint.check_lengths(lengths)
+    field = make_field(checkpoint, against, profile, every_candidate)
     ledger = Ledger(Path(out).with_name(f"{Path(out).stem}.scores.jsonl") if out is not None else None)
-    progress.start("evaluating", sum(len(contenders) * prompts for contenders in fields))
-    results: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    for cases, contenders in zip(cells, fields, strict=True):
-        scored = [(c, _score_all(loaded, c, cases, ledger, progress)) for c in contenders]
-        best = _best_of_each_name(scored)
-        results += [row for contender, scores in best for row in _result_rows(contender, scores, cases, seed)]
-        differences += _difference_rows(best, cases, seed)
+    bench = _Bench(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
+    wanted = [(task, length) for task in names for length in sorted(set(lengths))]
+    progress.start("evaluating", sum(bench.check(task, length) for task, length in wanted))
+    results: list[Row] = []
+    differences: list[Row] = []
+    for task, length in wanted:
+        rows, paired = (bench.text if task == TEXT else bench.task)(task, length)
+        results += rows
+        differences += paired
     progress.done()
-    report = {"results": results, "differences": differences}
+    report: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
+    if lm_eval:
+        report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
     if out is not None:
         write_json(Path(out), report)
     return report
 
 
-def compressed_folder(target: Path) -> Path:
-    """Returns the compressed checkpoint that `target` is or holds under `model/`.
+def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
+    """Returns the tasks with groups expanded and without repeats; `text` comes last.
+
+    Args:
+        tasks: names of tasks and groups; `all` holds what can be made, `text` too where there is prose.
+        resources: what there is, for `all`.
 
     Raises:
-        UsageError: there is none; says what `target` is instead.
+        UsageError: unknown; names the nearest known one.
     """
-    for folder in (target, target / "model"):
-        if (folder / "config.json").is_file():
-            config = read_json(folder / "config.json", "config")
-            quantization = config.get("quantization_config") if isinstance(config, dict) else None
-            if isinstance(quantization, dict) and quantization.get("quant_method") == "moacompress":
-                return folder
-            raise UsageError(
-                f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "
-                "--budget 25% -o OUT`) and evaluate OUT, which measures the dense model too"
-            )
-    raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
+    given = list(dict.fromkeys(tasks))
+    prose = resources is not None and resources.prose is not None
+    with_text = TEXT in given or ("all" in given and prose)
+    return [*expand_tasks((name for name in given if name != TEXT), resources), *([TEXT] if with_text else [])]
 
 
-def _check_baseline(name: str) -> None:
-    if name not in BASELINES:
-        near = difflib.get_close_matches(name, BASELINES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BASELINES)}"
-        raise UsageError(f"can not evaluate against {name!r}; {hint}")
+def _lm_eval_rows(
+    checkpoint: Checkpoint, field: Field, tasks: Sequence[str], limit: int | None, seed: int, progress: Progress
+) -> list[Row]:
+    """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
+    from moacompress.evaluation.lm_harness import run_lm_eval
 
-
-def _check_context(model: PreTrainedModel, lengths: Sequence[int]) -> None:
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
-    if context and max(lengths) > context:
-        raise DataError(
-            f"prompts of {max(lengths):,} tokens were asked for; the model was made for at most {context:,}"
-        )
-
-
-def _load(folder: Path, dtype: str, device: str) -> _Loaded:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
-    from moacompress.models import weights_fingerprint
-
-    if dtype != "auto" and dtype not in DTYPE_BYTES:
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
-    plan = Plan.load(folder / "plan.json")
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
-        model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"can not load the compressed model {folder}: {first}") from error
-    identity = (weights_fingerprint(model), str(model.dtype), torch.device(device).type)
-    return _Loaded(model, tokenizer, plan, identity)
-
-
-def _contenders(plan: Plan, against: Sequence[str], tokens: int) -> list[Contender]:
-    """Returns the models to run at a length of `tokens`, the plan first, without repeats."""
-    from moacompress.search.baselines import uniform_plan
-
-    limit = plan.kv_bytes(tokens)
-    found = [Contender("plan", plan, limit)]
-    for name in dict.fromkeys(against):
-        if name == "dense":
-            found.append(Contender(name, None, plan.model.dense_kv_bytes(tokens)))
-            continue
-        sinks = [int(name.partition(":")[2])] if ":" in name else _uniform_sinks(plan)
-        problem = None
-        fitting = []
-        for sink in sinks:
-            try:
-                fitting.append(uniform_plan(plan.model, tokens, limit, sink, plan.min_window))
-            except InfeasibleBudgetError as error:
-                problem = error
-        if problem is not None and not fitting:
-            raise problem
-        found += [Contender(name, uniform, uniform.kv_bytes(tokens)) for uniform in fitting]
-    return found
-
-
-def _uniform_sinks(plan: Plan) -> Sequence[int]:
-    """Returns the sink that the search found best for a uniform window, or all where the plan does not say."""
-    baselines = plan.quality.get("baselines")
-    uniform = baselines.get("uniform") if isinstance(baselines, dict) else None
-    sink = uniform.get("sink") if isinstance(uniform, dict) else None
-    return (sink,) if sink in SINKS else SINKS
-
-
-def _score_all(
-    loaded: _Loaded, contender: Contender, cases: Sequence[Case], ledger: Ledger, progress: Progress
-) -> list[Score]:
-    """Returns the contender's score on every case; the model gets the contender's plan only if one is missing."""
-    what = contender.plan.key() if contender.plan is not None else "dense"
-    scores = []
-    for index, case in enumerate(cases):
-        key = fingerprint([SCORE_VERSION, what, *loaded.identity, case.prompt_ids, case.answer_ids])
-        score = ledger.get(key)
-        if score is None:
-            _put_on(loaded.model, contender.plan)
-            score = score_case(loaded.model, loaded.tokenizer, case)
-            ledger.add(key, score, model=contender.name, task=case.task, length=case.length, prompt=index)
-        scores.append(score)
-        progress.step(f"{contender.name} {case.task} {case.length:,}")
-    return scores
-
-
-def _put_on(model: PreTrainedModel, plan: Plan | None) -> None:
-    """Makes the model run under `plan` (None: dense); nothing is done where it does already."""
-    from moacompress.runtime import attach, detach
-    from moacompress.runtime.attaching import attached_plan
-
-    current = attached_plan(model)
-    if plan is None:
-        detach(model)
-    elif current is None or current.key() != plan.key():
-        attach(detach(model), plan)
-
-
-def _best_of_each_name(scored: list[tuple[Contender, list[Score]]]) -> list[tuple[Contender, list[Score]]]:
-    """Of contenders with one name keeps that with the lowest mean NLL."""
-    best: dict[str, tuple[Contender, list[Score]]] = {}
-    for contender, scores in scored:
-        held = best.get(contender.name)
-        if held is None or sum(score.nll for score in scores) < sum(score.nll for score in held[1]):
-            best[contender.name] = contender, scores
-    return list(best.values())
-
-
-def _values(scores: Sequence[Score], metric: str) -> list[float]:
-    return [float(score.hit) if metric == "exact_match" else score.nll for score in scores]
-
-
-def _row(model: str, cases: Sequence[Case], metric: str, value: float, interval: Interval) -> dict[str, Any]:
-    return {
-        "model": model,
-        "task": cases[0].task,
-        "length": cases[0].length,
-        "metric": metric,
-        "value": value,
-        "ci95": list(interval),
-        "prompts": len(cases),
-    }
-
-
-def _result_rows(
-    contender: Contender, scores: Sequence[Score], cases: Sequence[Case], seed: int
-) -> list[dict[str, Any]]:
+    contenders = field.without_baselines()
+    progress.start("lm-evaluation-harness", len(contenders))
     rows = []
-    for metric in METRICS:
-        values = _values(scores, metric)
-        hits = sum(score.hit for score in scores)
-        interval = wilson(hits, len(values)) if metric == "exact_match" else bootstrap_mean(values, seed)
-        row = _row(contender.name, cases, metric, sum(values) / len(values), interval)
-        row |= {"kv_bytes": contender.kv_bytes, "tokens": mean_tokens(cases)}
-        rows.append(row if contender.sink is None else {**row, "sink": contender.sink})
+    for name, plan in contenders.items():
+        rows += run_lm_eval(checkpoint.put_on(plan), checkpoint.tokenizer, tasks, limit, seed=seed, name=name)
+        progress.step(name)
+    progress.done()
     return rows
 
 
-def _difference_rows(
-    best: list[tuple[Contender, list[Score]]], cases: Sequence[Case], seed: int
-) -> list[dict[str, Any]]:
-    (_, ours), *others = best
-    rows = []
-    for contender, theirs in others:
-        for metric in METRICS:
-            value, interval = paired_difference(_values(ours, metric), _values(theirs, metric), seed)
-            rows.append(_row(contender.name, cases, metric, value, interval))
-    return rows
+@dataclass(frozen=True)
+class _Bench:
+    """All that is the same for every task and length."""
+
+    checkpoint: Checkpoint
+    resources: Resources
+    field: Field
+    scorer: Scorer
+    prompts: int
+    seed: int
+
+    def check(self, task: str, length: int) -> int:
+        """Returns the number of scores a task and length takes, after one prompt of it could be made.
+
+        Whatever is wrong with the request is found here, before the first minute of work.
+        """
+        if task == TEXT:
+            self._windows(length)
+            tokens = length
+        else:
+            tokens = mean_tokens(self._cases(task, length, 1))
+        return len(self.field.at(tokens)) * self.prompts
+
+    def task(self, task: str, length: int) -> tuple[list[Row], list[Row]]:
+        """Returns the rows and the differences of a task with prompts."""
+        cases = self._cases(task, length, self.prompts)
+        cell = Cell(task, length, len(cases), mean_tokens(cases))
+        field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._contenders(cell)]
+        best = best_candidates(field)
+        return result_rows(cell, best, self.seed), difference_rows(cell, best, self.seed)
+
+    def text(self, task: str, length: int) -> tuple[list[Row], list[Row]]:
+        """Returns the rows and the differences on long text."""
+        windows = self._windows(length)
+        cell = Cell(task, length, len(windows), length)
+        contenders = self._contenders(cell)
+        entries = self.scorer.windows(contenders, windows, task)
+        best = best_text_candidates(TextMeasured(*pair) for pair in zip(contenders, entries, strict=True))
+        return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
+
+    def _contenders(self, cell: Cell) -> list[Contender]:
+        return self.field.at(cell.tokens)
+
+    def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
+        return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)
+
+    def _windows(self, length: int) -> list[list[int]]:
+        assert self.resources.prose is not None
+        return text_windows(self.resources.prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

@@ -1,4 +1,7 @@
-"""Intervals: Wilson's for shares, percentile bootstraps for means and for paired differences."""
+"""Intervals: Wilson's for shares of yes and no, percentile bootstraps for means and for paired differences.
+
+All intervals are of 95%. The bootstrap's seed is fixed by the caller, so the same scores give the same interval.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,23 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES = 10_000
+FLOOR = 0.2
+"""A rate whose interval ends below this is at floor: the model can not do the task, and losing nothing proves nothing."""
 _Z95 = 1.959963984540054
 _CHUNK = 10**7
 
 
-def wilson(successes: int, n: int) -> Interval:
+def wilson(successes: float, n: int) -> Interval:
     """Returns Wilson's 95% score interval of a share.
 
     Args:
-        successes: how often it held, `0 <= successes <= n`.
+        successes: how often it held, `0 <= successes <= n`. Half a success is allowed: of all numbers in [0, 1] with
+            the same mean, zeros and ones spread most, so the interval is then wide rather than narrow.
         n: how often it was tried, at least 1.
     """
     share, z2 = successes / n, _Z95**2
@@ -28,15 +36,41 @@ def wilson(successes: int, n: int) -> Interval:
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Returns the 95% percentile bootstrap interval of the mean of `values` (at least one)."""
-    data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(data))
-    means = [
-        data[rng.integers(len(data), size=(min(rows, resamples - done), len(data)))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return float(low), float(high)
+    return _percentiles(_resampled_means(np.asarray(values, dtype=np.float64), seed, resamples))
+
+
+def mean(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """Returns the mean of numbers of any size and its bootstrap interval."""
+    value = math.fsum(values) / len(values)
+    return value, _around(value, bootstrap_mean(values, seed))
+
+
+def rate(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """Returns the mean of shares in [0, 1] and its interval.
+
+    Wilson's where every share is 0 or 1, or where all are the same and a bootstrap would see no spread; otherwise the
+    bootstrap's.
+    """
+    value = math.fsum(values) / len(values)
+    if all(share in (0.0, 1.0) for share in values) or len(set(values)) == 1:
+        return value, _around(value, wilson(math.fsum(values), len(values)))
+    return value, _around(value, bootstrap_mean(values, seed))
+
+
+def retention(dense: Sequence[float], model: Sequence[float], seed: int = 0) -> tuple[float, Interval, int] | None:
+    """Returns what a model keeps of what dense can do.
+
+    Args:
+        dense: exact match of the dense model, one a prompt.
+        model: of the other model on the same prompts, in the same order.
+        seed: of the resampling.
+
+    Returns:
+        The model's mean exact match on the prompts that dense gets fully right, its interval as in `rate`, and the
+        number of these prompts; None where there are none.
+    """
+    kept = [ours for theirs, ours in zip(dense, model, strict=True) if theirs == 1.0]
+    return (*rate(kept, seed), len(kept)) if kept else None
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
@@ -47,5 +81,39 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
         second: scores of another on the same prompts, in the same order.
         seed: of the resampling.
     """
-    differences = np.subtract(first, second, dtype=np.float64)
-    return float(differences.mean()), bootstrap_mean(differences.tolist(), seed)
+    return mean(np.subtract(first, second, dtype=np.float64).tolist(), seed)
+
+
+def perplexity_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """Returns `exp(mean(first)) - exp(mean(second))` and its 95% paired bootstrap interval.
+
+    Args:
+        first: NLL of one model, nats a token, one a window.
+        second: NLL of another on the same windows, in the same order.
+        seed: of the resampling.
+    """
+    # one seed draws the same windows for both
+    drawn = [np.exp(_resampled_means(np.asarray(column, dtype=np.float64), seed)) for column in (first, second)]
+    value = math.exp(math.fsum(first) / len(first)) - math.exp(math.fsum(second) / len(second))
+    return value, _around(value, _percentiles(drawn[0] - drawn[1]))
+
+
+def _resampled_means(data: Floats, seed: int, resamples: int = RESAMPLES) -> Floats:
+    """Returns the means of `resamples` samples drawn from `data` with replacement."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(data))
+    means = [
+        data[rng.integers(len(data), size=(min(rows, resamples - done), len(data)))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    return np.concatenate(means)
+
+
+def _percentiles(values: Floats) -> Interval:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _around(value: float, interval: Interval) -> Interval:
+    """Returns the interval, with the value in it whatever the last bits of its ends are."""
+    return min(interval[0], value), max(interval[1], value)

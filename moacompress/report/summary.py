@@ -1,8 +1,8 @@
-"""What a run came to, for people: the tables that `compress`, `search`, `eval` and `demo` end with."""
+"""What a run came to, for people: the tables that `compress`, `search` and `demo` end with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -58,23 +58,3 @@ def harm_table(harm: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[
     at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
     rows = [(NAMES.get(name, name), readable_number(value)) for name, value in harm.items()]
     return section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats a token"), rows)
-
-
-def results_table(results: Iterable[Mapping[str, Any]]) -> Group:
-    """Returns the rows of `eval --json`, one line for each model, task, length and metric."""
-    columns = ("task", "tokens", "metric", "model", "value", "95% interval", "prompts", "KV cache")
-    return section("Evaluation", columns, [_result(row) for row in results])
-
-
-def _result(row: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = row.get("ci95") or (None, None)
-    return (
-        row["task"],
-        format_length(int(row["length"])),
-        row["metric"].replace("_", " "),
-        row["model"],
-        readable_number(row["value"], ".3f"),
-        "-" if low is None or high is None else f"{low:.3f}-{high:.3f}",
-        str(row["prompts"]),
-        "-" if row.get("kv_bytes") is None else readable_bytes(row["kv_bytes"]),
-    )

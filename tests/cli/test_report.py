@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from moacompress.report.summary import harm_table, results_table, summary_tables
+from moacompress.report.evaluation import csv_text, evaluation_tables
+from moacompress.report.summary import harm_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
     "model": "some/model",
@@ -45,19 +46,42 @@ def test_harm_names_what_was_measured() -> None:
     assert [line.split()[-1] for line in lines] == ["0.01", "0.02", "-"]
 
 
-def test_results_fit_on_a_line() -> None:
-    row = {
-        "model": "uniform",
-        "task": "multi-needle-noise",
-        "length": 4096,
-        "metric": "exact_match",
-        "value": 0.5,
-        "ci95": [0.25, 0.75],
-        "prompts": 100,
-        "kv_bytes": 25165824,
+def result(model: str, metric: str, value: float, **changes: Any) -> dict[str, Any]:
+    row = {"model": model, "task": "multi-needle-noise", "length": 4096, "metric": metric, "value": value}
+    row |= {"ci95": [value - 0.25, value + 0.25], "prompts": 100, "kv_bytes": 25165824, "tokens": 4000}
+    return row | changes
+
+
+def test_models_are_beside_each_other_on_lines_that_fit() -> None:
+    names = ("plan", "dense", "uniform-elastic", "a/folder/with/a/very/long/name/model")
+    metrics = ("exact_match", "accuracy", "nll", "retention")
+    rows = [result(name, metric, 0.5) for name in names for metric in metrics]
+    rows = [row for row in rows if (row["model"], row["metric"]) != ("plan", "retention")]
+    paired = [result(name, metric, -0.5, kv_bytes_of_model=1) for name in names[1:] for metric in metrics[:3]]
+    floor = [{"task": "multi-needle-noise", "length": 4096}]
+    text = shown(*evaluation_tables({"results": rows, "differences": paired, "at_floor": floor}))
+    lines = text.splitlines()
+    assert sum("multi-needle-noise@4k*" in line for line in lines) == 2
+    at = next(index for index, line in enumerate(lines) if "@4k*" in line)
+    plan, dense, elastic, folder = lines[at + 1 : at + 5]
+    assert plan.split() == ["plan", "24.0", "MiB", "100", "0.50", "0.25-0.75", "-", "0.50", "0.500"]
+    assert "0.50 0.25-0.75 (100)" in dense
+    assert elastic.strip().startswith("uniform-elastic ")
+    assert folder.strip().startswith("…ery/long/name/model ")
+    assert "-0.50 [-0.75 -0.25]" in text
+    assert "no evidence" in lines[-1]
+
+
+def test_csv_has_every_row() -> None:
+    report = {
+        "results": [result("plan", "nll", 0.5, sink=4)],
+        "differences": [result("dense", "nll", 0.1)],
+        "lm_eval": [
+            {"model": "plan", "task": "t", "length": None, "metric": "acc", "value": 1.0, "ci95": None, "prompts": 3}
+        ],
     }
-    text = shown(results_table([row, {**row, "ci95": None, "kv_bytes": None}]))
-    lines = [line for line in text.splitlines() if "multi-needle" in line]
-    assert "0.250-0.750" in lines[0]
-    assert "24.0 MiB" in lines[0]
-    assert lines[1].split()[-3:] == ["-", "100", "-"]
+    head, first, second, third = csv_text(report).splitlines()
+    assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
+    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,"
+    assert second.startswith("difference,dense,")
+    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,"

@@ -1,22 +1,40 @@
-"""Scores of one prompt, against straightforward ways to compute them."""
+"""Scores of prompts, against straightforward ways to compute them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moacompress.calibration.answers import generate_greedy
-from moacompress.evaluation.scoring import score_case
-from moacompress.evaluation.tasks import Case, make_cases, mean_tokens
+from moacompress.errors import ModelError, UsageError
+from moacompress.evaluation import scoring
+from moacompress.evaluation.cases import Case, Match
+from moacompress.evaluation.scoring import batches, match_share, score_batch, score_case
 from moacompress.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Build = Callable[..., "PreTrainedModel"]
+CASE = Case("t", 600, [4] * 600, [5, 6], [True, True], ("ab",), "all", 8)
+
+
+def random_cases(count: int, turn_at: int | None = None, size: int = 600) -> list[Case]:
+    rng = np.random.default_rng(3)
+    cases = []
+    for index in range(count):
+        answer = rng.integers(4, 100, 5 + index % 3).tolist()
+        counts = [False, *[True] * (len(answer) - 2), False]
+        ids = rng.integers(4, 100, size).tolist()
+        cases.append(Case("t", size, ids, answer, counts, ("a", "~~"), "all", 12, turn_at))
+    return cases
 
 
 @pytest.fixture(params=["dense", "plan"])
@@ -28,38 +46,154 @@ def model(request: pytest.FixtureRequest, tiny_model: Build, random_plan: Callab
     return built if request.param == "dense" else attach(built, random_plan(model_shape(built)))
 
 
-@pytest.fixture
-def case(tiny_tokenizer: PreTrainedTokenizerBase) -> Case:
-    return make_cases("needle-noise", 700, 1, 0, tiny_tokenizer, None)[0]
-
-
-def test_nll_is_that_of_one_uncached_forward(
-    model: PreTrainedModel, case: Case, tiny_tokenizer: PreTrainedTokenizerBase
+def test_teacher_forced_numbers_are_those_of_one_uncached_forward(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    import torch
-
+    (case,) = random_cases(1)
     ids = torch.tensor([[*case.prompt_ids, *case.answer_ids]])
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     begin = len(case.prompt_ids)
-    losses = [-float(logits[begin + i - 1, token]) for i, token in enumerate(case.answer_ids)]
-    values = [loss for loss, counts in zip(losses, case.is_value, strict=True) if counts]
-    assert len(values) == 7
-    assert score_case(model, tiny_tokenizer, case).nll == pytest.approx(sum(values) / 7, abs=1e-4)
+    rows = [logits[begin + i - 1] for i, counts in enumerate(case.is_value) if counts]
+    targets = [token for token, counts in zip(case.answer_ids, case.is_value, strict=True) if counts]
+    score = score_case(model, tiny_tokenizer, case)
+    assert score.nll == pytest.approx(-sum(float(r[t]) for r, t in zip(rows, targets, strict=True)) / 3, abs=1e-4)
+    said = [int(row.argmax()) for row in rows]
+    answer = [case.answer_ids[0], said[0], *case.answer_ids[2:]]
+    assert score_case(model, tiny_tokenizer, replace(case, answer_ids=answer)).accuracy >= 1 / 3
+    assert score.accuracy == pytest.approx(sum(a == b for a, b in zip(said, targets, strict=True)) / 3)
 
 
-def test_hit_is_the_reference_in_the_greedy_answer(
-    model: PreTrainedModel, case: Case, tiny_tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox"])
+def test_dense_is_transformers_own_model(
+    family: str, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert not score_case(model, tiny_tokenizer, case).hit
-    (said,) = generate_greedy(model, [case.prompt_ids], len(case.answer_ids))
+    """The dense model is scored under a plan that keeps everything, so that rounding is the same for all."""
+    from moacompress.models import model_shape
+    from moacompress.runtime import attach
+
+    model, cases = tiny_model(family), random_cases(3, turn_at=400)
+    stock = score_batch(model, tiny_tokenizer, cases)
+    dense = score_batch(attach(model, Plan.full(model_shape(model))), tiny_tokenizer, cases)
+    assert [score.nll for score in dense] == pytest.approx([score.nll for score in stock], abs=1e-4)
+    assert [(s.exact_match, s.accuracy) for s in dense] == [(s.exact_match, s.accuracy) for s in stock]
+
+
+@pytest.mark.parametrize("turn_at", [None, 400])
+def test_batched_and_single_agree(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, turn_at: int | None
+) -> None:
+    cases = random_cases(5, turn_at)
+    for index in (0, 3):  # what these two say is looked for, what the others say is not
+        (said,) = generate_greedy(model, [cases[index].prompt_ids], 4)
+        cases[index] = replace(cases[index], references=(str(tiny_tokenizer.decode(said)),))
+    together = score_batch(model, tiny_tokenizer, cases)
+    alone = [score_case(model, tiny_tokenizer, case) for case in cases]
+    assert [score.nll for score in together] == pytest.approx([score.nll for score in alone], abs=1e-4)
+    assert [(s.exact_match, s.accuracy) for s in together] == [(s.exact_match, s.accuracy) for s in alone]
+    assert [score.exact_match for score in together] == [1.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_a_second_turn_is_a_forward_of_its_own(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, turns = random_cases(1)[0], random_cases(1, turn_at=400)[0]
+    expected = score_case(model, tiny_tokenizer, whole)
+    sizes = []
+    original = type(model).forward
+
+    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        sizes.append(input_ids.shape[1])
+        return original(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", recorded)
+    score = score_case(model, tiny_tokenizer, turns)
+    assert sizes[:3] == [400, 199, len(turns.answer_ids)]
+    assert score.nll == pytest.approx(expected.nll, abs=1e-4)
+    assert (score.exact_match, score.accuracy) == (expected.exact_match, expected.accuracy)
+
+
+@pytest.mark.parametrize("match", ["all", "any", "last-integer"])
+@pytest.mark.parametrize("references", [(1, 3), (2, 9), (30, 40)])
+def test_stopping_early_changes_no_score(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, match: Match, references: tuple[int, int]
+) -> None:
+    (case,) = random_cases(1)
+    (said,) = generate_greedy(model, [case.prompt_ids], 24)
     spoken = str(tiny_tokenizer.decode(said, skip_special_tokens=True))
-    assert score_case(model, tiny_tokenizer, replace(case, answer=spoken[1:4].swapcase())).hit
+    looked_for = (spoken[references[0] : references[0] + 2].swapcase(), spoken[references[1] : references[1] + 2])
+    case = replace(case, references=looked_for if all(looked_for) else ("~~no", "~~"), match=match, new_tokens=24)
+    assert score_case(model, tiny_tokenizer, case).exact_match == match_share(case, spoken)
 
 
-def test_cases_are_nested_and_seeded(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    five = make_cases("key-value", 500, 5, 7, tiny_tokenizer, None)
-    assert five[:3] == make_cases("key-value", 500, 3, 7, tiny_tokenizer, None)
-    assert five != make_cases("key-value", 500, 5, 8, tiny_tokenizer, None)
-    assert all(case.tokens <= 500 for case in five)
-    assert 450 < mean_tokens(five) <= 500
+def test_generation_ends_with_the_last_reference_or_a_closing_token(
+    tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    (case,) = random_cases(1)
+    (said,) = generate_greedy(model, [case.prompt_ids], 12)
+    forwards = []
+    original = type(model).forward
+
+    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        forwards.append(input_ids.shape[1])
+        return original(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", recorded)
+
+    def generated(case: Case) -> int:
+        forwards.clear()
+        score_case(model, tiny_tokenizer, case)
+        return len(forwards) - 2  # the prompt, and the teacher-forced pass
+
+    third = str(tiny_tokenizer.decode(said[:3]))
+    assert generated(replace(case, references=(third,))) == 3
+    assert generated(replace(case, references=(third, "~~"))) == 12
+    assert generated(replace(case, references=("1",), match="last-integer")) == 12
+    monkeypatch.setattr(scoring, "stop_tokens", lambda model: {said[1]})
+    assert generated(replace(case, references=("~~",))) == 2
+
+
+@pytest.mark.parametrize(
+    ("match", "references", "answer", "share"),
+    [
+        ("all", ("12", "34"), "it is 12", 0.5),
+        ("all", ("12", "34"), "34, 12", 1.0),
+        ("all", ("Abc",), "aBC.", 1.0),
+        ("any", ("x", "Denver Broncos"), "the denver broncos", 1.0),
+        ("any", ("x",), "y", 0.0),
+        ("last-integer", ("345",), "line 12 holds <345>.", 1.0),
+        ("last-integer", ("345",), "<345> of line 12", 0.0),
+        ("last-integer", ("345",), "none", 0.0),
+        ("last-integer", ("345",), "00345", 1.0),
+        ("last-integer", ("345",), "3451", 0.0),
+    ],
+)
+def test_match_rules(match: Match, references: tuple[str, ...], answer: str, share: float) -> None:
+    assert match_share(replace(CASE, match=match, references=references), answer) == share
+
+
+@given(st.text(max_size=30), st.text(max_size=10), st.text(min_size=1, max_size=4), st.sampled_from(["all", "any"]))
+def test_what_is_found_stays_found(answer: str, more: str, reference: str, match: Match) -> None:
+    case = replace(CASE, match=match, references=(reference, answer[2:5] or "x"))
+    assert match_share(case, answer + more) >= match_share(case, answer)
+
+
+def test_batches_are_of_one_length_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [*random_cases(7), *random_cases(2, turn_at=400), *random_cases(2, size=500)]
+    assert batches(cases, 160) == [[*range(7)], [7, 8], [9, 10]]
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 2000)
+    assert batches(cases, 160) == [[0, 1, 2], [3, 4, 5], [6], [7, 8], [9, 10]]
+    assert [len(batch) for batch in batches(cases, 10**9)] == [1] * 11
+
+
+def test_prompts_of_different_lengths_are_refused(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="can not be scored together"):
+        score_batch(tiny_model("llama"), tiny_tokenizer, [*random_cases(1), *random_cases(1, size=500)])
+
+
+def test_logits_that_are_not_finite(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.weight[3] = float("inf")
+    with pytest.raises(ModelError, match="logits are not finite on a prompt of t with 600 tokens in float32"):
+        score_case(model, tiny_tokenizer, random_cases(1)[0])

@@ -1,0 +1,112 @@
+"""The compressed checkpoint that is evaluated: finding it, loading it, and putting other plans on its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moacompress.artefacts import read_json
+from moacompress.errors import DataError, ModelError, UsageError
+from moacompress.plan import DTYPE_BYTES, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded compressed checkpoint.
+
+    Attributes:
+        folder: where it lies.
+        model: its weights; the plan on them changes, see `put_on`.
+        tokenizer: its tokenizer.
+        plan: its plan.
+        weights: fingerprint of the weights.
+        identity: what scores depend on besides plan and prompt: weights, dtype, kind of device.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    weights: str
+    identity: tuple[str, ...]
+
+    def put_on(self, plan: Plan) -> PreTrainedModel:
+        """Returns the model under `plan`; nothing is done where it runs under it already."""
+        from moacompress.runtime import attach, detach
+        from moacompress.runtime.attaching import attached_plan
+
+        current = attached_plan(self.model)
+        if current is None or current.key() != plan.key():
+            attach(detach(self.model), plan)
+        return self.model
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Refuses prompts that are longer than what the model was made for.
+
+        Raises:
+            DataError: with both numbers.
+        """
+        context = int(getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+        if context and max(lengths) > context:
+            raise DataError(
+                f"prompts of {max(lengths):,} tokens were asked for; the model was made for at most {context:,}"
+            )
+
+
+def compressed_folder(target: Path) -> Path:
+    """Returns the compressed checkpoint that `target` is or holds under `model/`.
+
+    Raises:
+        UsageError: there is none; says what `target` is instead.
+    """
+    for folder in (target, target / "model"):
+        if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json", "config")
+            quantization = config.get("quantization_config") if isinstance(config, dict) else None
+            if isinstance(quantization, dict) and quantization.get("quant_method") == "moacompress":
+                return folder
+            raise UsageError(
+                f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "
+                "--budget 25% -o OUT`) and evaluate OUT, which measures the dense model too"
+            )
+    raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
+
+
+def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
+    """Loads a compressed checkpoint.
+
+    Args:
+        folder: as `compressed_folder` returns it.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+        device: torch device.
+
+    Raises:
+        UsageError: another dtype.
+        PlanError: its plan is missing or damaged.
+        ModelError: it can not be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
+    from moacompress.models import weights_fingerprint
+
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
+    plan = Plan.load(folder / "plan.json")
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+        model.to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"can not load the compressed model {folder}: {first}") from error
+    weights = weights_fingerprint(model)
+    identity = (weights, str(model.dtype), torch.device(device).type)
+    return Checkpoint(folder, model, tokenizer, plan, weights, identity)

@@ -1,0 +1,177 @@
+"""Who is measured on a set of prompts: the plan, the dense model, baselines at the plan's bytes, and other plans."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moacompress.calibration.store import Profile
+from moacompress.errors import PlanError, UsageError
+from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
+from moacompress.plan import SINKS, Plan, window
+from moacompress.search.baselines import BASELINES, baseline_plans, uniform_plan
+
+PLAN, DENSE = "plan", "dense"
+NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS))
+"""What can be measured against by name; anything else is another compressed checkpoint."""
+NEED_PROFILE = ("per-layer", "split")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to be measured on one task and length.
+
+    Attributes:
+        name: as in the results; candidates of which only the best is reported share one.
+        plan: what it runs under. The dense model runs under a plan that keeps everything: the same kernels then compute
+            all contenders, and a difference between them is the plan's doing and never one of rounding.
+        kv_bytes: at the mean number of tokens of the prompts.
+    """
+
+    name: str
+    plan: Plan
+    kv_bytes: int
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """Returns `sink` and `window` (tokens, at that length) where all KV heads of a baseline that are not full agree."""
+        if self.name.partition(":")[0] not in BASELINES:
+            return {}
+        rules = [rule for row in self.plan.rules for rule in row if not rule.is_full]
+        sinks = {rule.sink for rule in rules}
+        windows = {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules}
+        agreed = {"sink": sinks, "window": windows}
+        return {name: values.pop() for name, values in agreed.items() if len(values) == 1}
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a checkpoint is measured against.
+
+    Attributes:
+        plan: the checkpoint's own.
+        against: names and folders, without repeats, in the order asked for.
+        others: the plan of each of `against` that is a folder.
+        profile: the profile that some baselines are made from, or None.
+        every_candidate: try every sink of a baseline, also where the search has found one to be best.
+    """
+
+    plan: Plan
+    against: tuple[str, ...]
+    others: dict[str, Plan]
+    profile: Profile | None
+    every_candidate: bool
+
+    def at(self, tokens: int) -> list[Contender]:
+        """Returns the models to run on prompts of `tokens` tokens, the plan first.
+
+        Raises:
+            InfeasibleBudgetError: a baseline has no plan that is small enough.
+        """
+        shape, limit = self.plan.model, self.plan.kv_bytes(tokens)
+        found = [Contender(PLAN, self.plan, limit)]
+        for name in self.against:
+            if name == DENSE:
+                found.append(Contender(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
+            elif name in self.others:
+                found.append(Contender(name, self.others[name], self.others[name].kv_bytes(tokens)))
+            else:
+                plans = self._baseline(name, tokens, limit)
+                found += [Contender(name, plan, plan.kv_bytes(tokens)) for plan in plans]
+        return found
+
+    def without_baselines(self) -> dict[str, Plan]:
+        """Returns by name the plans that are the same at every length: the checkpoint's own, dense, and other folders'."""
+        fixed = {PLAN: self.plan, **self.others}
+        return fixed | ({DENSE: Plan.full(self.plan.model)} if DENSE in self.against else {})
+
+    def _baseline(self, name: str, tokens: int, limit: int) -> list[Plan]:
+        """Returns the candidates of a baseline."""
+        shape, min_window = self.plan.model, self.plan.min_window
+        if ":" in name:
+            return [uniform_plan(shape, tokens, limit, int(name.partition(":")[2]), min_window)]
+        plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile)
+        known = None if self.every_candidate else _known_sink(self.plan, name)
+        fitting = [
+            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.is_full}
+        ]
+        return fitting or plans
+
+
+def make_field(
+    checkpoint: Checkpoint, against: Sequence[str], profile: str | Path | None, every_candidate: bool
+) -> Field:
+    """Returns what a checkpoint is measured against.
+
+    Args:
+        checkpoint: the checkpoint.
+        against: see `NAMED`, or folders of other compressed checkpoints of the same dense weights.
+        profile: folder of a profile of the same weights, for `NEED_PROFILE`.
+        every_candidate: see `Field`.
+
+    Raises:
+        UsageError: a baseline that needs a profile, and there is none.
+        PlanError: a plan of other weights.
+    """
+    names = tuple(dict.fromkeys(against))
+    found = _profile(checkpoint, names, profile)
+    others = {name: _other_plan(checkpoint, name) for name in names if name not in NAMED}
+    return Field(checkpoint.plan, names, others, found, every_candidate)
+
+
+def check_names(against: Sequence[str]) -> None:
+    """Refuses what is neither a known name nor a folder.
+
+    Raises:
+        UsageError: names the nearest known one.
+    """
+    for name in against:
+        if name in NAMED:
+            continue
+        if Path(name).exists():
+            compressed_folder(Path(name))
+            continue
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMED)} and compressed folders"
+        raise UsageError(f"can not evaluate against {name!r}; {hint}")
+
+
+def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | None) -> Profile | None:
+    needed = [name for name in names if name in NEED_PROFILE]
+    if not needed:
+        return None
+    beside = [folder / "profile" for folder in (checkpoint.folder, checkpoint.folder.parent)]
+    path = Path(given) if given is not None else next((folder for folder in beside if folder.is_dir()), None)
+    if path is None:
+        raise UsageError(
+            f"{needed[0]} is made from a profile and there is none beside {checkpoint.folder}; give one (--profile DIR)"
+        )
+    profile = Profile.load(path)
+    if profile.shape.weights_fingerprint != checkpoint.weights:
+        raise PlanError(
+            f"the profile {path} is of other weights: fingerprint {profile.shape.weights_fingerprint}, the model has "
+            f"{checkpoint.weights}; give the profile that the plan was found with"
+        )
+    return profile
+
+
+def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
+    """Returns the plan of another compressed folder, once its weights are known to be the same."""
+    other = load_checkpoint(compressed_folder(Path(name)), "auto", "cpu")
+    other.plan.check_model(checkpoint.plan.model, weights=False)
+    if other.weights != checkpoint.weights:
+        raise PlanError(
+            f"{name} has other weights than {checkpoint.folder}: fingerprint {other.weights}, not {checkpoint.weights}; only "
+            "plans on the same dense weights are compared, so evaluate it on its own"
+        )
+    return other.plan
+
+
+def _known_sink(plan: Plan, name: str) -> int | None:
+    """Returns the sink that the search found best for a baseline, or None where the plan does not say."""
+    baselines = plan.quality.get("baselines")
+    noted = baselines.get(name) if isinstance(baselines, dict) else None
+    sink = noted.get("sink") if isinstance(noted, dict) else None
+    return sink if sink in SINKS else None

@@ -1,0 +1,118 @@
+"""From scores to the rows of an evaluation: values with intervals, differences, and what is at floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moacompress.evaluation.contenders import DENSE, Contender
+from moacompress.evaluation.scoring import Score
+from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_difference, rate, retention
+
+SCORES = ("exact_match", "accuracy", "nll")
+"""Metrics that every prompt has; `differences` are of these."""
+METRICS = (*SCORES, "retention")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one length.
+
+    Attributes:
+        task: its name.
+        length: nominal length, tokens.
+        prompts: how many prompts, or windows of text.
+        tokens: their mean number of tokens, where KV bytes are stated.
+    """
+
+    task: str
+    length: int
+    prompts: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contender with its scores, one for each prompt of a cell."""
+
+    contender: Contender
+    scores: list[Score]
+
+    def values(self, metric: str) -> list[float]:
+        """Returns one number for each prompt."""
+        return [getattr(score, metric) for score in self.scores]
+
+
+def best_candidates(measured: Iterable[Measured]) -> list[Measured]:
+    """Returns one of each name: the candidate with the lowest mean NLL, the first of equals."""
+    best: dict[str, Measured] = {}
+    for one in measured:
+        held = best.get(one.contender.name)
+        if held is None or sum(one.values("nll")) < sum(held.values("nll")):
+            best[one.contender.name] = one
+    return list(best.values())
+
+
+def result_rows(cell: Cell, field: Sequence[Measured], seed: int) -> list[Row]:
+    """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right."""
+    dense = next((one.values("exact_match") for one in field if one.contender.name == DENSE), None)
+    rows = []
+    for one in field:
+        for metric in SCORES:
+            value, interval = (mean if metric == "nll" else rate)(one.values(metric), seed)
+            rows.append(result_row(cell, one.contender, metric, value, interval, cell.prompts))
+        kept = retention(dense, one.values("exact_match"), seed) if dense is not None else None
+        if kept is not None:
+            rows.append(result_row(cell, one.contender, "retention", *kept))
+    return rows
+
+
+def result_row(cell: Cell, contender: Contender, metric: str, value: float, interval: Interval, prompts: int) -> Row:
+    """Returns one row of `results`."""
+    return {
+        **_row(cell, contender.name, metric, value, interval, prompts),
+        "kv_bytes": contender.kv_bytes,
+        "tokens": cell.tokens,
+        **contender.description(cell.tokens),
+    }
+
+
+def difference_rows(cell: Cell, field: Sequence[Measured], seed: int) -> list[Row]:
+    """Returns the rows of the plan (first in `field`) minus every other model, paired by prompt."""
+    ours, *others = field
+    return [
+        difference_row(cell, ours.contender, one.contender, metric, *paired_difference(
+            ours.values(metric), one.values(metric), seed
+        ))
+        for one in others
+        for metric in SCORES
+    ]  # fmt: skip
+
+
+def difference_row(cell: Cell, plan: Contender, other: Contender, metric: str, value: float, interval: Interval) -> Row:
+    """Returns one row of `differences`: the plan minus another model."""
+    row = _row(cell, other.name, metric, value, interval, cell.prompts)
+    return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
+
+
+def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `{task, length}` of what the dense model itself can not do: its interval of exact match ends below `FLOOR`."""
+    return [
+        {"task": row["task"], "length": row["length"]}
+        for row in results
+        if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"][1] < FLOOR
+    ]
+
+
+def _row(cell: Cell, model: str, metric: str, value: float, interval: Interval, prompts: int) -> Row:
+    return {
+        "model": model,
+        "task": cell.task,
+        "length": cell.length,
+        "metric": metric,
+        "value": value,
+        "ci95": list(interval),
+        "prompts": prompts,
+    }

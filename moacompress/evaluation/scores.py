@@ -1,0 +1,93 @@
+"""Scores of a whole set of prompts or windows, taken from the ledger where they are in it.
+
+A batch is the unit: its scores are filed under all that is in it, so a score never depends on which of its neighbours
+were computed before a stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from moacompress.artefacts import fingerprint
+from moacompress.evaluation.cases import Case
+from moacompress.evaluation.checkpoint import Checkpoint
+from moacompress.evaluation.contenders import Contender
+from moacompress.evaluation.ledger import Entry, Ledger
+from moacompress.evaluation.scoring import Score, batches, score_batch
+from moacompress.evaluation.text import States, read, score_window
+from moacompress.plan import Plan
+from moacompress.progress import Progress
+
+SCORE_VERSION = 2
+"""Part of every ledger key: raised when the same prompt would be scored in another way."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores a checkpoint's weights under one plan after another."""
+
+    checkpoint: Checkpoint
+    ledger: Ledger
+    progress: Progress
+
+    def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:
+        """Returns the contender's score on every case."""
+        model = self.checkpoint.model
+        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        scores: dict[int, Score] = {}
+        for members in batches(cases, vocabulary):
+            batch = [cases[index] for index in members]
+            content = fingerprint([asdict(case) for case in batch])
+            keys = [self._key(contender.plan, content, row) for row in range(len(batch))]
+            held = [entry for entry in map(self.ledger.get, keys) if entry is not None]
+            if len(held) == len(batch):
+                found = [Score(**entry) for entry in held]
+            else:
+                found = score_batch(self.checkpoint.put_on(contender.plan), self.checkpoint.tokenizer, batch)
+            for index, key, case, score in zip(members, keys, batch, found, strict=True):
+                scores[index] = score
+                self._file(key, asdict(score), contender, case.task, case.length, index)
+        return [scores[index] for index in range(len(cases))]
+
+    def windows(
+        self, contenders: Sequence[Contender], windows: Sequence[Sequence[int]], task: str
+    ) -> list[list[Entry]]:
+        """Returns for every contender its numbers on every window of text.
+
+        The dense model is read only where a number is missing, once for each window.
+
+        Returns:
+            For each contender and window `nll_early`, `nll_late`, `kl` and `top1_agreement`, the last two of the late
+            half.
+        """
+        found: list[list[Entry]] = [[] for _ in contenders]
+        dense_plan = Plan.full(self.checkpoint.plan.model)
+        for index, window in enumerate(windows):
+            content = fingerprint(list(window))
+            dense: States | None = None
+            for contender, column in zip(contenders, found, strict=True):
+                key = self._key(contender.plan, content, "text")
+                entry = self.ledger.get(key)
+                if entry is None:
+                    dense = dense or read(self.checkpoint.put_on(dense_plan), window)
+                    is_dense = contender.plan.key() == dense_plan.key()
+                    ours = dense if is_dense else read(self.checkpoint.put_on(contender.plan), window)
+                    score = score_window(ours, dense, window)
+                    entry = {
+                        "nll_early": score.early.nll,
+                        "nll_late": score.late.nll,
+                        "kl": score.late.kl,
+                        "top1_agreement": score.late.agreement,
+                    }
+                column.append(entry)
+                self._file(key, entry, contender, task, len(window), index)
+        return found
+
+    def _key(self, plan: Plan, content: str, part: int | str) -> str:
+        return fingerprint([SCORE_VERSION, plan.key(), *self.checkpoint.identity, content, part])
+
+    def _file(self, key: str, numbers: Entry, contender: Contender, task: str, length: int, index: int) -> None:
+        if self.ledger.get(key) is None:
+            self.ledger.add(key, numbers, model=contender.name, task=task, length=length, prompt=index)
+        self.progress.step(f"{contender.name} {task} {length:,}")

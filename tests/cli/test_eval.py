@@ -1,0 +1,194 @@
+"""`moacompress eval` on a tiny run: what it prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from moacompress.cli import app
+
+RUNNER = CliRunner()
+SMALL = ("--lengths", "768", "--prompts", "2")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return RUNNER.invoke(app, ["eval", *map(str, arguments)])
+
+
+def measure(*arguments: str | Path) -> Any:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def problem(*arguments: str | Path, exit_code: int = 2) -> str:
+    """Runs a request that fails and returns its one line."""
+    result = invoke(*arguments, "-q", "--json")
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout == ""
+    line = [line for line in result.stderr.splitlines() if line.startswith("moacompress: ")]
+    assert len(line) == 1
+    return line[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Returns a run's folder with a profile and a compressed model."""
+    from moacompress.calibration.profiler import profile
+    from moacompress.exporter import export
+    from moacompress.recipe import Recipe
+    from moacompress.search.study import find_plan
+
+    place = tmp_path_factory.mktemp("eval") / "OUT"
+    settings = {"sources": [{"generator": "needle"}], "lengths": [768], "samples": 2, "validation_samples": 2}
+    recipe = Recipe.from_dict(
+        {"calibration": settings, "profile": {"draws": 1}, "search": {"trials": 1, "ablations": 1}}
+    )
+    found = find_plan(profile(tiny_folder, place / "profile", recipe), "50%", out=place / "plan.json")
+    export(tiny_folder, found.plan, place / "model")
+    return place
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text(" ".join(f"On day {n} there were {n * n} of them." for n in range(2400)))
+    return path
+
+
+def test_all_baselines_with_the_profile_of_the_run(place: Path, tmp_path: Path) -> None:
+    names = ["dense", "uniform", "uniform-elastic", "per-layer", "split", "uniform:4"]
+    for path in (place, place / "model"):
+        data = measure(path, "--against", ",".join(names), *SMALL)
+        assert list(dict.fromkeys(row["model"] for row in data["results"])) == ["plan", *names]
+        kv_bytes = {row["model"]: row["kv_bytes"] for row in data["results"]}
+        assert all(kv_bytes[name] <= kv_bytes["plan"] < kv_bytes["dense"] for name in names[1:])
+    shutil.copytree(place / "model", tmp_path / "model")
+    arguments = (tmp_path / "model", "--against", "per-layer", *SMALL)
+    assert "made from a profile and there is none" in problem(*arguments)
+    again = measure(*arguments, "--profile", place / "profile")
+    row = {row["model"]: row["value"] for row in data["results"] if row["metric"] == "nll"}
+    assert row["per-layer"] == next(
+        r["value"] for r in again["results"] if r["model"] == "per-layer" and r["metric"] == "nll"
+    )
+
+
+def test_a_profile_of_other_weights(place: Path, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from moacompress.calibration.profiler import profile
+    from moacompress.calibration.store import Profile
+
+    tiny_model("llama", seed=4).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    profile(tmp_path / "other", tmp_path / "profile", Profile.load(place / "profile").recipe)
+    message = problem(place, "--against", "split", "--profile", tmp_path / "profile", *SMALL, exit_code=1)
+    assert "is of other weights" in message
+
+
+def test_files(place: Path, prose: Path, tmp_path: Path) -> None:
+    out, table = tmp_path / "eval.json", tmp_path / "eval.csv"
+    data = measure(place, "--tasks", "key-value,text", "--text", prose, *SMALL, "-o", out, "--csv", table)
+    assert json.loads(out.read_text()) == data
+    assert (tmp_path / "eval.scores.jsonl").is_file()
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == len(data["results"]) + len(data["differences"])
+    for row, result in zip(rows, data["results"], strict=False):
+        assert (row["kind"], row["model"], row["metric"]) == ("result", result["model"], result["metric"])
+        assert [float(row[name]) for name in ("value", "low", "high")] == [result["value"], *result["ci95"]]
+        assert (int(row["prompts"]), int(row["kv_bytes"])) == (result["prompts"], result["kv_bytes"])
+    assert rows[-1]["kind"] == "difference"
+
+
+def test_text_is_measured_where_it_is_given(place: Path, prose: Path) -> None:
+    def tasks(*arguments: str | Path) -> set[str]:
+        return {row["task"] for row in measure(place, "--against", "none", *SMALL, *arguments)["results"]}
+
+    assert tasks("--text", prose) == {"needle-noise", "text"}
+    assert tasks("--text", prose, "--tasks", "needle-prose") == {"needle-prose"}
+    assert tasks() == {"needle-noise"}
+
+
+def test_tables(place: Path, prose: Path) -> None:
+    result = invoke(place, "--text", prose, "--lengths", "768", "--prompts", "20", "-q")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    for part in ("needle-noise@768*", "text@768", "  dense", "  uniform", "exact match", "same top", "no evidence"):
+        assert part in result.stdout
+    assert sum(line.strip().startswith("plan") for line in lines) == 2
+
+
+def test_fail_under(place: Path) -> None:
+    arguments = (place, "--against", "none", *SMALL)
+    assert measure(*arguments, "--fail-under", "exact_match=0")["failures"] == []
+    result = invoke(*arguments, "--fail-under", "exact_match=0.5, needle-noise@768:retention=0.9", "--json", "-q")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["failures"] == [
+        "needle-noise@768:exact_match is 0.000, less than 0.5",
+        "needle-noise@768:retention=0.9 (nothing measured)",
+    ]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("moacompress: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("moacompress: below the threshold: needle-noise@768:exact_match is 0.000")
+    assert "did you mean 'exact_match'" in problem(*arguments, "--fail-under", "exact_mach=0.5")
+    assert "unknown task 'key-value'" in problem(*arguments, "--fail-under", "key-value:exact_match=0.5")
+
+
+def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"q": f"is {n} even", "a": n % 2}) + "\n" for n in range(6))
+    )
+    task = {
+        "task": "even",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}:",
+        "doc_to_target": "a",
+        "doc_to_choice": ["yes", "no"],
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "even.yaml").write_text(json.dumps(task))
+    data = measure(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "--csv", tmp_path / "t.csv")
+    assert data["results"] == []
+    rows = [(row["model"], row["task"], row["metric"], row["prompts"]) for row in data["lm_eval"]]
+    assert rows == [("plan", "even", "acc", 4), ("dense", "even", "acc", 4)]
+    assert "lm_eval,plan,even" in (tmp_path / "t.csv").read_text()
+    shown = invoke(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "-q").stdout
+    assert "lm-evaluation-harness" in shown
+    assert "acc" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("--tasks", "needle-nose"), 2, "unknown task 'needle-nose'; did you mean 'needle-noise'"),
+        (("--tasks", ","), 2, "no tasks given"),
+        (("--lm-eval", ""), 2, "no tasks of lm-evaluation-harness given"),
+        (("--lengths", "8k"), 1, "8,192 tokens were asked for; the model was made for at most 4,096"),
+        (("--against", "dense,unifrom"), 2, "can not evaluate against 'unifrom'; did you mean 'uniform'"),
+        (("--tasks", "qa-squad"), 1, "qa-squad needs SQuAD's questions"),
+        (("--tasks", "niah-single-2"), 1, "niah-single-2 needs prose"),
+        (("--tasks", "text"), 1, "task text needs prose"),
+        (("--text", "missing.txt"), 1, "can not read missing.txt"),
+        (("--prompts", "0"), 2, "evaluation.prompts"),
+    ],
+)
+def test_one_clear_sentence(place: Path, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+    assert message in problem(place, *arguments, exit_code=exit_code)
+
+
+def test_not_a_compressed_model(place: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    assert "is a model but not a compressed one; compress it first" in problem(tiny_folder)
+    assert "no compressed checkpoint" in problem(tmp_path)
+    assert "is a model but not a compressed one" in problem(place, "--against", tiny_folder)
