@@ -17,9 +17,9 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.errors import MoaCompressError, PlanError, UnsupportedError
 from moacompress.models import attention_modules, check_supported, config_shape
-from moacompress.plan import Plan, Rule
+from moacompress.plan import Plan
 from moacompress.runtime.attention import CONTEXT, NAME, UNEQUAL_LENGTHS, LayerContext
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache import PlanCache, rule_groups
 from moacompress.runtime.config import MoaCompressConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -120,12 +120,9 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:
-    groups: dict[Rule, list[int]] = {}
-    for head, rule in enumerate(plan.rules[layer]):
-        groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
     return LayerContext(
         layer=layer,
-        groups=tuple((rule, tuple(heads)) for rule, heads in groups.items()),
+        groups=rule_groups(plan.rules[layer]),
         kv_heads=plan.model.kv_heads,
         min_window=plan.min_window,
         native_window=plan.model.native_windows[layer],

@@ -19,6 +19,14 @@ from moacompress.kernels.reference import Keys
 from moacompress.plan import BLOCK, Plan, Rule, block_runs
 
 
+def rule_groups(rules: Sequence[Rule]) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
+    """Returns the KV heads of a layer by rule: they are attended to, and cached, together. Every full rule is one."""
+    groups: dict[Rule, list[int]] = {}
+    for head, rule in enumerate(rules):
+        groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
+    return tuple((rule, tuple(heads)) for rule, heads in groups.items())
+
+
 class HeadStore:
     """Keys and values of the KV heads of a layer that share one rule.
 
@@ -127,10 +135,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     def __init__(self, rules: Sequence[Rule], min_window: int, native_window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        groups: dict[Rule, list[int]] = {}
-        for head, rule in enumerate(rules):
-            groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
-        self.stores = [HeadStore(rule, heads, min_window, native_window) for rule, heads in groups.items()]
+        self.stores = [HeadStore(rule, heads, min_window, native_window) for rule, heads in rule_groups(rules)]
         self.tokens = 0
         self._batch = -1
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
