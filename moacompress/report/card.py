@@ -21,8 +21,7 @@ def model_card(plan: Plan) -> str:
         _front_matter(source),
         f"# {name}, compressed",
         f"`{name}` with a smaller KV cache: the same weights, and for each of its {plan.model.layers} x "
-        f"{plan.model.kv_heads} KV heads its own sinks and attention window, found by "
-        "[moacompress](https://pypi.org/project/moacompress/).",
+        f"{plan.model.kv_heads} KV heads its own sinks and attention window, found by moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
         "## KV cache\n\n" + _bytes_table(plan),
