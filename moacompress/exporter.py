@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moacompress.artefacts import new_folder, read_json, write_text
+from moacompress.artefacts import new_folder, write_text
 from moacompress.errors import ArtefactError, MoaCompressError, PlanError
-from moacompress.models import SourceModel, load_source
+from moacompress.models import SourceModel, is_compressed, load_source
 from moacompress.plan import Plan
 from moacompress.progress import Progress
 from moacompress.report.card import model_card
@@ -108,11 +108,8 @@ def export(
 
 def exported_plan(folder: Path) -> Plan | None:
     """Returns the plan of a compressed checkpoint, or None if the folder is not one."""
-    config = folder / "config.json"
-    if not config.is_file() or not (folder / "plan.json").is_file():
-        return None
-    quantization = read_json(config, "config").get("quantization_config") or {}
-    return Plan.load(folder / "plan.json") if quantization.get("quant_method") == "moacompress" else None
+    found = folder / "plan.json"
+    return Plan.load(found) if found.is_file() and is_compressed(folder) else None
 
 
 def save_dense(model: str | Path | SourceModel, out: str | Path) -> Path:

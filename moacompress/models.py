@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moacompress.artefacts import read_json
 from moacompress.errors import ModelError
 from moacompress.plan import DTYPE_BYTES, ModelShape
 
@@ -111,6 +112,18 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     if path.exists():
         raise ModelError(f"{source} is neither a model folder nor a .gguf file")
     return str(source), {}
+
+
+def is_compressed(folder: Path) -> bool:
+    """Returns whether `folder` holds the config of a compressed checkpoint; no weights and no plan are read.
+
+    Raises:
+        ArtefactError: its config.json is not JSON.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "config") if path.is_file() else None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("quant_method") == "moacompress"
 
 
 def _quantization_method(config: Any) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.artefacts import read_json
 from moacompress.errors import DataError, ModelError, UsageError
+from moacompress.models import is_compressed
 from moacompress.plan import DTYPE_BYTES, Plan
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ def compressed_folder(target: Path) -> Path:
     """
     for folder in (target, target / "model"):
         if (folder / "config.json").is_file():
-            config = read_json(folder / "config.json", "config")
-            quantization = config.get("quantization_config") if isinstance(config, dict) else None
-            if isinstance(quantization, dict) and quantization.get("quant_method") == "moacompress":
+            if is_compressed(folder):
                 return folder
             raise UsageError(
                 f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.cli.locate import find_model_folder, find_plan_file
+from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import read_sources, required_model, split_list
 from moacompress.errors import ArtefactError, UsageError
 from moacompress.recipe import Recipe
@@ -47,16 +47,10 @@ def test_sources(tmp_path: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     model = tmp_path / "out" / "model"
     model.mkdir(parents=True)
-    with pytest.raises(ArtefactError, match="holds no compressed model"):
-        find_model_folder(tmp_path / "out")
     with pytest.raises(ArtefactError, match="holds no plan.json; make a plan with `moacompress search`"):
         find_plan_file(tmp_path / "out")
-    for name in ("config.json", "plan.json"):
-        (model / name).write_text("{}")
-    assert find_model_folder(tmp_path / "out") == find_model_folder(model) == model
+    (model / "plan.json").write_text("{}")
     assert find_plan_file(tmp_path / "out") == find_plan_file(model) == model / "plan.json"
     assert find_plan_file(model / "plan.json") == model / "plan.json"
-    with pytest.raises(ArtefactError, match="does not exist"):
-        find_model_folder(tmp_path / "none")
     with pytest.raises(ArtefactError, match="does not exist"):
         find_plan_file(tmp_path / "none")
