@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.samples import Kind, Sample
 from moacompress.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from moacompress.calibration.answer_store import AnswerStore
 
 BATCH_TOKENS = 8192
 """Prompts of equal length are answered together, up to this many tokens."""
@@ -30,6 +32,7 @@ class Draft:
         room: most tokens of the answer to come; 0 for plain text, which has none.
         source: see `Sample`.
         length: see `Sample`.
+        kind: see `Sample`.
     """
 
     ids: Sequence[int]
@@ -37,6 +40,7 @@ class Draft:
     room: int
     source: str
     length: int
+    kind: Kind = "answer"
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -85,41 +89,69 @@ def generate_greedy(
     return [_until_stop(row, stop) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def answer_drafts(model: PreTrainedModel, drafts: Sequence[Draft], progress: Progress | None = None) -> list[Sample]:
+def answer_drafts(
+    model: PreTrainedModel,
+    drafts: Sequence[Draft],
+    progress: Progress | None = None,
+    answers: AnswerStore | None = None,
+) -> list[Sample]:
     """Returns the drafts as samples, each ended by the dense model's own answer of at most `room` tokens.
 
     Args:
         model: the dense model.
         drafts: prompts; those of equal length and room are answered in one batch.
         progress: told about every draft.
+        answers: batches of which all answers are in it are not answered again, and new ones are added to it. Batches
+            do not depend on it, so a run that was stopped ends with the answers of one that was not.
 
     Raises:
         DataError: a sample is no longer than the largest sink.
+        ArtefactError: answers can not be written.
     """
     progress = progress or SILENT
     progress.start("the dense model's answers", len(drafts))
+    samples: dict[int, Sample] = {}
+    for members in _batches(drafts):
+        found = _answer_batch(model, [drafts[index].ids for index in members], drafts[members[0]].room, answers)
+        for index, answer in zip(members, found, strict=True):
+            samples[index] = finish_sample(drafts[index], answer)
+            progress.step(drafts[index].source)
+    progress.done()
+    return [samples[index] for index in range(len(drafts))]
+
+
+def _batches(drafts: Sequence[Draft]) -> list[list[int]]:
+    """Returns the indices of drafts that are answered together: equal length and room, at most `BATCH_TOKENS`."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, draft in enumerate(drafts):
         groups.setdefault((len(draft.ids), draft.room), []).append(index)
-    samples: dict[int, Sample] = {}
-    for (size, room), members in groups.items():
+    batches = []
+    for (size, _), members in groups.items():
         batch = max(1, BATCH_TOKENS // max(size, 1))
-        for first in range(0, len(members), batch):
-            chosen = members[first : first + batch]
-            prompts = [drafts[index].ids for index in chosen]
-            answers = generate_greedy(model, prompts, room) if room else [[] for _ in chosen]
-            for index, answer in zip(chosen, answers, strict=True):
-                samples[index] = finish_sample(drafts[index], answer)
-                progress.step(drafts[index].source)
-    progress.done()
-    return [samples[index] for index in range(len(drafts))]
+        batches += [members[first : first + batch] for first in range(0, len(members), batch)]
+    return batches
+
+
+def _answer_batch(
+    model: PreTrainedModel, prompts: list[Sequence[int]], room: int, store: AnswerStore | None
+) -> list[list[int]]:
+    if not room:
+        return [[] for _ in prompts]
+    known = [store.get(prompt, room) for prompt in prompts] if store is not None else []
+    found = [answer for answer in known if answer is not None]
+    if len(found) == len(prompts):
+        return found
+    made = generate_greedy(model, prompts, room)
+    if store is not None:
+        store.add(prompts, room, made)
+    return made
 
 
 def finish_sample(draft: Draft, answer: Sequence[int]) -> Sample:
     """Returns the draft followed by an answer, whose tokens are all targets."""
     ids = np.array([*draft.ids, *answer], dtype=np.int64)
     mask = np.array([*draft.mask, *([True] * len(answer))], dtype=np.bool_)
-    return Sample(ids, mask, draft.source, draft.length)
+    return Sample(ids, mask, draft.source, draft.length, draft.kind)
 
 
 def _until_stop(ids: list[int], stop: set[int]) -> list[int]:

@@ -1,17 +1,21 @@
-"""Calibration samples from a recipe: generators, local files and hub sets, answered by the dense model.
+"""Calibration samples from a recipe: generators, local files and hub sets, answered by the dense model; plain text.
 
-Deterministic by the recipe's seed. Calibration and validation never share a key, a value, a row or a stretch of text.
+Deterministic by the recipe's seed. Calibration and validation never share a key, a value, a row, a document of
+questions or a stretch of text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moacompress.calibration.answers import Draft, answer_drafts
 from moacompress.calibration.generators import ANSWER_ROOM, TASKS, make_prompt
+from moacompress.calibration.joined import joined_drafts
+from moacompress.calibration.plain import chop
 from moacompress.calibration.pools import SPLITS, Prose, Split
 from moacompress.calibration.prompts import encode_conversation, encode_prompt, encode_text
 from moacompress.calibration.rows import (
@@ -30,46 +34,88 @@ from moacompress.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from moacompress.calibration.answer_store import AnswerStore
     from moacompress.models import SourceModel
     from moacompress.progress import Progress
     from moacompress.recipe import Recipe, SourceRecipe
 
-TEXT_TARGETS = 32
-"""Target positions of a sample of plain text."""
+_TEXT_STREAM = 2**31
+"""Stands in the seed of `text_samples` where a source has its number."""
 
 
-def build_samples(source: SourceModel, recipe: Recipe, split: Split, progress: Progress | None = None) -> list[Sample]:
+def build_samples(
+    source: SourceModel,
+    recipe: Recipe,
+    split: Split,
+    progress: Progress | None = None,
+    answers: AnswerStore | None = None,
+) -> list[Sample]:
     """Returns the samples of a split, spread evenly over the recipe's lengths and by weight over its sources.
+
+    After them come, for calibration, `text_samples` samples of plain text.
 
     Args:
         source: the dense model, which answers.
         recipe: `calibration` and `seed` count.
         split: "calibration" gives `samples` samples, "validation" `validation_samples`.
         progress: told about every answer.
+        answers: where answers are kept, if at all.
+
+    Raises:
+        DataError: from `make_drafts`.
+        ArtefactError: answers can not be written.
+    """
+    return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
+
+
+def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Draft]:
+    """Returns the samples of a split before the dense model has answered; the model does not run.
+
+    Arguments are those of `build_samples`.
 
     Raises:
         DataError: data missing, empty, without the columns needed, or too short; lengths that the model or the samples
             can not have; fewer samples than lengths.
     """
-    calibration = recipe.calibration
+    calibration, tokenizer = recipe.calibration, source.tokenizer
     count = calibration.samples if split == "calibration" else calibration.validation_samples
-    _check_lengths(calibration.lengths, count, source.context, split)
-    text = None
-    if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
-        if calibration.text is None:
-            raise DataError("a source has the haystack prose, but calibration.text names no file or folder of it")
-        text = Prose.load(calibration.text)
+    check_counts(calibration.lengths, count, source.context, split)
+    prose = _load_prose(recipe, split)
     shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
     drafts: list[Draft] = []
     for number, part in enumerate(calibration.sources):
         wanted = {length: row[number] for length, row in zip(calibration.lengths, shares, strict=True) if row[number]}
         seed = (recipe.seed, SPLITS.index(split), number)
         if part.generator is not None:
-            drafts += _generated(part, wanted, split, seed, source.tokenizer, text, calibration.answer_tokens)
+            drafts += _generated(part, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
         elif wanted:
-            drafts += _from_rows(part, wanted, split, seed, source.tokenizer, calibration.answer_tokens)
+            drafts += _from_rows(part, wanted, split, seed, tokenizer, calibration.answer_tokens)
     drafts.sort(key=lambda draft: draft.length)
-    return answer_drafts(source.model, drafts, progress)
+    if split == "calibration" and prose is not None and calibration.text_samples:
+        drafts += _text_drafts(recipe, prose, split, tokenizer)
+    return drafts
+
+
+def _load_prose(recipe: Recipe, split: Split) -> Prose | None:
+    calibration = recipe.calibration
+    if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
+        needed = "a source has the haystack prose"
+    elif split == "calibration" and calibration.text_samples:
+        needed = f"{calibration.text_samples} samples of plain text were asked for"
+    else:
+        return None
+    if calibration.text is None:
+        raise DataError(f"{needed}, but calibration.text names no file or folder of it")
+    return Prose.load(calibration.text)
+
+
+def _text_drafts(recipe: Recipe, prose: Prose, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[Draft]:
+    calibration = recipe.calibration
+    shares = spread(calibration.text_samples, len(calibration.lengths), [1.0])
+    wanted = {length: row[0] for length, row in zip(calibration.lengths, shares, strict=True)}
+    rng = np.random.default_rng((recipe.seed, SPLITS.index(split), _TEXT_STREAM))
+    documents = [" ".join(words) for words in prose.pools[split]]
+    return chop(documents, wanted, f"text:{Path(prose.name).name}", rng, tokenizer)
 
 
 def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]]:
@@ -94,7 +140,33 @@ def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]
     return table
 
 
-def _check_lengths(lengths: Sequence[int], count: int, context: int, split: Split) -> None:
+def varied(drafts: Sequence[Draft], count: int) -> list[Draft]:
+    """Returns `count` of the drafts, of as many sources and lengths as there are, in their order."""
+    sources = list(dict.fromkeys(draft.source for draft in drafts))
+    lengths = sorted({draft.length for draft in drafts})
+    seen: dict[tuple[str, int], int] = {}
+    ranks = []
+    for index, draft in enumerate(drafts):
+        again = seen.setdefault((draft.source, draft.length), 0)
+        seen[draft.source, draft.length] += 1
+        number = sources.index(draft.source)
+        turn = (lengths.index(draft.length) - number) % len(lengths)  # the first turn has one length of every source
+        ranks.append((again, turn, number, index))
+    return [drafts[index] for index in sorted(rank[-1] for rank in sorted(ranks)[:count])]
+
+
+def check_counts(lengths: Sequence[int], count: int, context: int, split: Split) -> None:
+    """Refuses lengths and numbers of samples that there can not be.
+
+    Args:
+        lengths: tokens.
+        count: samples, over all lengths.
+        context: the model's, tokens; 0 if it has none.
+        split: what the samples are for.
+
+    Raises:
+        DataError: lengths that are too short or beyond the context, or fewer samples than lengths.
+    """
     if min(lengths) <= SHORTEST:
         raise DataError(
             f"samples of {min(lengths)} tokens were asked for; they must be longer than the largest sink, {SHORTEST} "
@@ -124,7 +196,7 @@ def _generated(
         for index in range(count):
             rng = np.random.default_rng((*seed, length, index))
             prompt = make_prompt(task, rng, split, tokenizer, length, text)
-            ids = encode_prompt(tokenizer, prompt.user, prompt.prefix)
+            ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
             needed = len(encode_text(tokenizer, f" {prompt.answer}", special=False)) + ANSWER_ROOM
             room = min(answer_tokens, needed, length - len(ids))
             name = kind if task.haystack is None else f"{kind}/{task.haystack}"
@@ -148,11 +220,9 @@ def _from_rows(
             documents = [split_text(field(rows[0], "text", name, 0), split)]
         else:
             documents = [field(rows[i], "text", name, i) for i in split_rows(len(rows), split, name)]
-        return [draft for length, n in wanted.items() for draft in _chop(documents, n, length, name, rng, tokenizer)]
-    if kind == "messages" and tokenizer.chat_template is None:
-        raise DataError(
-            f"{name} holds `messages`, but the model has no chat template; give rows with `prompt` or `text`"
-        )
+        return chop(documents, wanted, name, rng, tokenizer)
+    if kind == "question":
+        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens)
     order = rng.permutation(split_rows(len(rows), split, name)).tolist()
     picker = _RowPicker(rows, order, name, kind == "messages", tokenizer)
     return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
@@ -196,39 +266,3 @@ class _RowPicker:
                 ids = encode_prompt(self.tokenizer, field(self.rows[index], "prompt", self.name, index))
                 self.encoded[index] = ids, [False] * len(ids)
         return self.encoded[index]
-
-
-def _chop(
-    documents: Sequence[str],
-    count: int,
-    length: int,
-    name: str,
-    rng: np.random.Generator,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Draft]:
-    """Returns `count` stretches of exactly `length` tokens, from as many documents as there are, begun at random."""
-    start_ids = [token for token in encode_text(tokenizer, "") if token == tokenizer.bos_token_id]
-    body = length - len(start_ids)
-    long: list[list[int]] = []
-    longest = 0
-    for index in rng.permutation(len(documents)).tolist():
-        ids = encode_text(tokenizer, documents[index], special=False)
-        longest = max(longest, len(ids))
-        if len(ids) >= body:
-            long.append(ids)
-        if len(long) == count:
-            break
-    if not long:
-        raise DataError(
-            f"the longest of {len(documents)} texts of {name} has {longest:,} tokens; stretches of {length:,} were "
-            "asked for: give longer texts or shorter lengths"
-        )
-    drafts = []
-    for index in range(count):
-        ids = long[index % len(long)]
-        begin = int(rng.integers(len(ids) - body + 1))
-        mask = np.zeros(length, dtype=np.bool_)
-        later = np.arange(length // 2, length)
-        mask[rng.choice(later, size=min(TEXT_TARGETS, len(later)), replace=False)] = True
-        drafts.append(Draft([*start_ids, *ids[begin : begin + body]], mask.tolist(), 0, name, length))
-    return drafts

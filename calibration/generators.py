@@ -1,8 +1,7 @@
-"""Synthetic tasks that need one place far back: RULER's needles and a JSON object of keys and values.
+"""Synthetic tasks that need one place far back: RULER's needles, a JSON object of keys and values, associative recall.
 
 Every prompt is fitted to a length in tokens: chat template, answer prefix and room for the answer included, as near
-    below it
-as one sentence of noise, one word of prose or one pair of keys and values allows.
+below it as one sentence of noise, one word of prose or one pair of keys and values allows.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from moacompress.calibration.fitting import largest_fit
 from moacompress.calibration.pools import KEYS_PER_SPLIT, NOISE, Prose, Split, draw_keys, draw_numbers, sentence_ends
 from moacompress.calibration.prompts import Prompt, encode_prompt, encode_text
+from moacompress.calibration.recall import WORDS, Recall, most_pairs, pairs_text, question
 from moacompress.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Task:
 
     Attributes:
         name: as given on the command line and written in results.
-        kind: `needle`, `multi-needle` or `key-value`, as in recipes.
+        kind: `needle`, `multi-needle`, `key-value` or `recall`, as in recipes.
         haystack: the filler; None where the task makes its own.
     """
 
@@ -62,6 +62,7 @@ TASKS = {
         Task("multi-needle-noise", "multi-needle", "noise"),
         Task("multi-needle-prose", "multi-needle", "prose"),
         Task("key-value", "key-value", None),
+        Task("recall", "recall", None),
     )
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
@@ -105,6 +106,8 @@ def make_prompt(
     task = find_task(task) if isinstance(task, str) else task
     if task.kind == "key-value":
         return make_key_value(rng, split, tokenizer, length)
+    if task.kind == "recall":
+        return make_recall(rng, split, tokenizer, length)
     return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind])
 
 
@@ -169,6 +172,31 @@ def make_key_value(rng: np.random.Generator, split: Split, tokenizer: PreTrained
     return Prompt(user(count), prefix, value, "key-value", "key-value")
 
 
+def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
+    """Returns lines of a key and a word each, and one key once more; no chat template, no instructions.
+
+    Arguments and errors are those of `make_prompt`.
+
+    Raises:
+        DataError: evaluation makes its own, or more keys are needed than there are.
+    """
+    if split not in WORDS:
+        raise DataError(f"the generator recall has no words for {split}; use the evaluation task recall")
+    limit = most_pairs(length)
+    recall = Recall.draw(rng, split, limit, WORDS[split])
+
+    def user(count: int) -> str:
+        return pairs_text(recall.pairs(count))
+
+    count = _fit(tokenizer, user, question(recall.asked), recall.value, length, limit, "recall", plain=True)
+    if count == limit:
+        raise DataError(
+            f"the generator recall has {KEYS_PER_SPLIT:,} keys, too few for a prompt of {length:,} tokens; ask for "
+            "shorter lengths"
+        )
+    return Prompt(user(count), question(recall.asked), recall.value, "recall", "recall", plain=True)
+
+
 def _noise_context(sentences: int, needles: list[str], depths: np.ndarray) -> str:
     """Returns `sentences` sentences of noise, five a line, with each needle on a line of its own."""
     whole, rest = divmod(sentences, len(NOISE))
@@ -195,7 +223,12 @@ def _fit(
     length: int,
     limit: int,
     task: str,
+    plain: bool = False,
 ) -> int:
     """Returns the largest number of filler pieces, up to `limit`, with which prompt and answer fit `length` tokens."""
     room = len(encode_text(tokenizer, f" {answer}", special=False)) + ANSWER_ROOM
-    return largest_fit(lambda count: len(encode_prompt(tokenizer, user(count), prefix)) + room, length, limit, task)
+
+    def tokens(count: int) -> int:
+        return len(encode_prompt(tokenizer, user(count), prefix, plain)) + room
+
+    return largest_fit(tokens, length, limit, task)

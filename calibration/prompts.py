@@ -20,10 +20,11 @@ class Prompt:
 
     Attributes:
         user: what the user says.
-        prefix: how the answer begins; given to the model, not scored. May be empty.
+        prefix: how the answer begins; given to the model, not scored. May be empty. See `encode_prompt`.
         answer: the reference, the value alone.
         task: name of the task, such as `needle-noise`.
-        kind: `needle`, `multi-needle` or `key-value`.
+        kind: `needle`, `multi-needle`, `key-value` or `recall`.
+        plain: the text goes to the model as it is, without the chat template.
     """
 
     user: str
@@ -31,6 +32,7 @@ class Prompt:
     answer: str
     task: str
     kind: str
+    plain: bool = False
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
@@ -59,16 +61,19 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, g
     return str(text)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "") -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "", plain: bool = False) -> list[int]:
     """Returns the token ids after which the answer follows.
 
     With a chat template: the user's turn, the assistant's header, the prefix. Without: `user`, a line break, the
-        prefix.
+    prefix. White space that the prefix begins with stands in place of the line break, and is dropped after a header
+    that ends in white space. If `plain`, `user` and the prefix go to the model as they are.
     """
+    if plain:
+        return encode_text(tokenizer, user + prefix)
     if tokenizer.chat_template is None:
-        return encode_text(tokenizer, f"{user}\n{prefix}")
+        return encode_text(tokenizer, user + ("" if prefix[:1].isspace() else "\n") + prefix)
     rendered = render_messages(tokenizer, [{"role": "user", "content": user}], generate=True)
-    return encode_text(tokenizer, rendered + prefix, special=False)
+    return encode_text(tokenizer, rendered + (prefix.lstrip() if rendered[-1:].isspace() else prefix), special=False)
 
 
 def encode_reference(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], list[int], list[bool]]:
@@ -81,9 +86,9 @@ def encode_reference(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tupl
         The ids before the answer, the answer's ids, and for each of these whether it carries part of the value (white
         space alone does not).
     """
-    alone = encode_prompt(tokenizer, prompt.user, prompt.prefix)
+    alone = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
     space = " " if prompt.prefix else ""
-    whole = encode_prompt(tokenizer, prompt.user, f"{prompt.prefix}{space}{prompt.answer}")
+    whole = encode_prompt(tokenizer, prompt.user, f"{prompt.prefix}{space}{prompt.answer}", prompt.plain)
     cut = _common(alone, whole)
     answer = whole[cut:]
     return whole[:cut], answer, [bool(str(tokenizer.decode([token])).strip()) for token in answer]
@@ -92,8 +97,10 @@ def encode_reference(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tupl
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Returns token ids and answer mask of a conversation that the assistant continues.
 
+    Without a chat template the turns follow each other, a line break after each.
+
     Args:
-        tokenizer: one with a chat template.
+        tokenizer: the model's.
         messages: all turns before the assistant's last one.
 
     Returns:
@@ -102,8 +109,11 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
     Raises:
         DataError: the template refuses the conversation, or renders the beginning of a conversation differently from
-            the same turns inside the whole, so that turns can not be told apart.
+            the same turns inside the whole, so that turns can not be told apart; or there is no template and the
+            tokenizer does not tell where its tokens stand in the text.
     """
+    if tokenizer.chat_template is None:
+        return _encode_turns(tokenizer, messages)
     ids = encode_text(tokenizer, render_messages(tokenizer, messages, generate=True), special=False)
     mask = [False] * len(ids)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -120,6 +130,28 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
         closing = [i for i in range(start, end) if ids[i] == tokenizer.eos_token_id]
         mask[start : (closing[0] + 1 if closing else end)] = [True] * ((closing[0] + 1 if closing else end) - start)
     return ids, mask
+
+
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+    """Returns `encode_conversation` of a base model; a token that spans a turn's boundary belongs to the answer."""
+    text, answers = "", []
+    for message in messages:
+        if message["role"] == "assistant":
+            answers.append((len(text), len(text) + len(message["content"])))
+        text += f"{message['content']}\n"
+    if not answers:
+        ids = encode_text(tokenizer, text)
+        return ids, [False] * len(ids)
+    try:
+        encoded: Any = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise DataError(
+            "the model has no chat template and its tokenizer does not tell where tokens stand in the text, so the "
+            "assistant's turns can not be found; give rows with one assistant turn"
+        ) from error
+    places = encoded["offset_mapping"]
+    mask = [any(max(first, begin) < min(last, end) for begin, end in answers) for first, last in places]
+    return list(encoded["input_ids"]), mask
 
 
 def _prefix_length(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int], *, generate: bool) -> int:

@@ -1,4 +1,4 @@
-"""Rows of data: local files and hub sets, read into mappings with `messages`, `prompt` or `text`."""
+"""Rows of data: local files and hub sets, read into mappings with `messages`, `prompt`, a question or `text`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from typing import Any, Literal
 
 from moacompress.artefacts import canonical_json
 from moacompress.calibration.pools import Split, read_documents
+from moacompress.calibration.squad import parse_articles
 from moacompress.errors import DataError
 from moacompress.recipe import SourceRecipe
 
 Row = Mapping[str, Any]
-Kind = Literal["messages", "prompt", "text"]
-KINDS: tuple[Kind, ...] = ("messages", "prompt", "text")
+Kind = Literal["messages", "prompt", "question", "text"]
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+    "question": ("context", "question"),
+    "text": ("text",),
+}
+"""The columns that each kind of row has, the first kind that fits counts."""
+ARTICLE = "article"
+"""Column with the number of a question's article, of rows from a file in SQuAD's form."""
 _EVERY = 3
 """One row in three is kept for validation."""
 
@@ -37,16 +46,16 @@ def source_name(source: SourceRecipe) -> str:
 
 
 def row_kind(rows: Sequence[Row], name: str) -> Kind:
-    """Returns which column the rows are read by.
+    """Returns which columns the rows are read by.
 
     Raises:
         DataError: no row has one that is known.
     """
-    found = next((kind for kind in KINDS if kind in rows[0]), None)
+    found = next((kind for kind, columns in COLUMNS.items() if all(column in rows[0] for column in columns)), None)
     if found is None:
         raise DataError(
             f"{name} has the columns {', '.join(sorted(rows[0])) or '(none)'}; rows need `messages`, `prompt` (and "
-            "optionally `answer`) or `text`"
+            "optionally `answer`), `context` with `question`, or `text`"
         )
     return found
 
@@ -135,12 +144,23 @@ def _read_json(path: Path) -> list[Any]:
     try:
         if path.suffix == ".json":
             rows = json.loads(text)
+            if isinstance(rows, dict) and "data" in rows:
+                return _squad_rows(rows, path)
             if not isinstance(rows, list):
-                raise DataError(f"{path} must hold a list of rows, not {type(rows).__name__}")
+                raise DataError(f"{path} must hold a list of rows, not {type(rows).__name__}, or be in SQuAD's form")
             return rows
         return [_parse_line(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _squad_rows(data: Any, path: Path) -> list[Any]:
+    return [
+        {"context": paragraph.context, "question": asked.text, "answer": asked.answers[0], ARTICLE: number}
+        for number, article in enumerate(parse_articles(data, path))
+        for paragraph in article
+        for asked in paragraph.questions
+    ]
 
 
 def _parse_line(line: str, path: Path, number: int) -> Any:

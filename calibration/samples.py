@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from moacompress.errors import ArtefactError, DataError
 from moacompress.plan import SINKS
 
 FORMAT = "moacompress-samples"
+Kind = Literal["answer", "text"]
+"""What the targets of a sample are: tokens of an answer, or positions of plain text."""
 SHORTEST = max(SINKS)
 """A sample of this many tokens or fewer is all sink: no rule can be told from another on it."""
 
@@ -30,12 +33,14 @@ class Sample:
             is False.
         source: where it came from, such as `needle/noise` or `file:qa.jsonl`.
         length: the nominal length that it was made for, tokens.
+        kind: see `Kind`.
     """
 
     input_ids: npt.NDArray[np.int64]
     answer_mask: npt.NDArray[np.bool_]
     source: str
     length: int
+    kind: Kind = "answer"
 
     def __post_init__(self) -> None:
         n = len(self.input_ids)
@@ -83,12 +88,17 @@ def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
         "offsets": np.cumsum([0, *sizes], dtype=np.int64),
         "lengths": np.array([sample.length for sample in samples], np.int64),
     }
-    notes = {"format": FORMAT, "version": "1", "sources": json.dumps([sample.source for sample in samples])}
+    notes = {
+        "format": FORMAT,
+        "version": "1",
+        "sources": json.dumps([sample.source for sample in samples]),
+        "kinds": json.dumps([sample.kind for sample in samples]),
+    }
     write_bytes(Path(path), save(tensors, metadata=notes))
 
 
 def load_samples(path: str | Path) -> list[Sample]:
-    """Reads what `save_samples` wrote.
+    """Reads what `save_samples` wrote; in a file without kinds all samples are answers.
 
     Raises:
         ArtefactError: missing, not such a file, or inconsistent.
@@ -104,11 +114,13 @@ def load_samples(path: str | Path) -> list[Sample]:
                 file.get_tensor(name) for name in ("input_ids", "answer_mask", "offsets", "lengths")
             )
             sources = json.loads(notes["sources"])
+            kinds = json.loads(notes["kinds"]) if "kinds" in notes else ["answer"] * len(sources)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ArtefactError(f"can not read samples {path}: {error}; make them anew") from error
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
-        and len(offsets) == len(lengths) + 1 == len(sources) + 1
+        and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1
+        and all(kind in get_args(Kind) for kind in kinds)
         and len(ids) == len(mask)
         and (np.diff(offsets) >= 0).all()
         and (offsets[0], offsets[-1]) == (0, len(ids))
@@ -119,8 +131,8 @@ def load_samples(path: str | Path) -> list[Sample]:
         )
     try:
         return [
-            Sample(ids[a:b].astype(np.int64), mask[a:b].astype(np.bool_), str(source), int(length))
-            for a, b, source, length in zip(offsets[:-1], offsets[1:], sources, lengths, strict=True)
+            Sample(ids[a:b].astype(np.int64), mask[a:b].astype(np.bool_), str(source), int(length), kind)
+            for a, b, source, length, kind in zip(offsets[:-1], offsets[1:], sources, lengths, kinds, strict=True)
         ]
     except DataError as error:
         raise ArtefactError(f"samples {path} are damaged: {error}; make them anew") from error

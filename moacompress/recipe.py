@@ -16,9 +16,9 @@ from moacompress.budget import Budget, parse_length
 from moacompress.errors import MoaCompressError, RecipeError
 from moacompress.plan import MIN_WINDOWS, SINKS
 
-Estimator = Literal["fisher", "sample"]
+Estimator = Literal["fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]
-Generator = Literal["needle", "multi-needle", "key-value"]
+Generator = Literal["needle", "multi-needle", "key-value", "recall"]
 
 
 def _lengths(value: Any) -> Any:
@@ -73,6 +73,7 @@ class CalibrationRecipe(_Section):
     text: str | None = Field(None, description="file or folder of long prose, the haystack of `prose` sources")
     lengths: Lengths = Field((512, 1024), min_length=1, max_length=8, description="profiled lengths, tokens")
     samples: int = Field(24, ge=1, le=100_000, description="calibration samples, over all lengths")
+    text_samples: int = Field(0, ge=0, le=100_000, description="samples of plain text from `text` beside them")
     validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
 
@@ -81,9 +82,18 @@ class ProfileRecipe(_Section):
     """How influence is estimated."""
 
     draws: int = Field(2, ge=1, le=64, description="random logit cotangents a sample")
-    estimator: Estimator = Field("fisher", description="how rows are added up")
+    estimator: Estimator = Field("fisher", description="statistic that the search goes by")
+    baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
+    heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
+    anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
     min_window: int = Field(32, description="smallest window of any KV head, tokens")
     sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")
+
+    @model_validator(mode="after")
+    def _recorded(self) -> ProfileRecipe:
+        if self.estimator not in ("fisher", "sample"):
+            object.__setattr__(self, "baselines", True)  # what the search goes by must be there
+        return self
 
     @field_validator("min_window")
     @classmethod
@@ -105,6 +115,7 @@ class SearchRecipe(_Section):
 
     trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
     timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
+    text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
     solver: Solver = Field("lagrange", description="solver inside each trial")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     storage: str | None = Field(None, description="Optuna storage: sqlite:///FILE, a journal file, or a database URL")

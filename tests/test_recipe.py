@@ -26,12 +26,12 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'?"),
         ({"search": {"trails": 3}}, "unknown key 'search.trails'; did you mean 'trials'?"),
         ({"calibration": {"sources": [{"generatr": "needle"}]}}, "did you mean 'generator'?"),
-        ({"profile": {"qqq": 3}}, "known keys are draws, estimator, min_window, sinks"),
+        ({"profile": {"qqq": 3}}, "known keys are draws, estimator, baselines, heads, anchors, min_window, sinks"),
         ({"search": {"trials": 0}}, "search.trials: "),
         ({"search": {"trials": "many"}}, "search.trials: "),
         ({"profile": {"min_window": 17}}, "profile.min_window: min_window is one of 16, 32, 64"),
         ({"profile": {"sinks": [4, 5]}}, "profile.sinks: sinks are some of 4, 16, 64"),
-        ({"profile": {"estimator": "moa"}}, "profile.estimator: "),
+        ({"profile": {"estimator": "best"}}, "profile.estimator: "),
         ({"calibration": {"lengths": "1k,abc"}}, "length 'abc' is not a number of tokens"),
         ({"calibration": {"sources": []}}, "calibration.sources: "),
         ({"calibration": {"sources": [{}]}}, "exactly one of generator, path, dataset"),
@@ -105,3 +105,9 @@ def test_flags_win_and_none_is_unset() -> None:
     assert recipe.search.trials == 5
     with pytest.raises(RecipeError, match=r"options: search\.trials: "):
         recipe.override(search__trials=0)
+
+
+def test_an_estimator_of_others_is_recorded() -> None:
+    assert not Recipe().profile.baselines
+    assert Recipe.from_dict({"profile": {"estimator": "moa"}}).profile.baselines
+    assert Recipe().override(profile__estimator="gold-fisher").profile.baselines

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import moacompress
-from moacompress.cli import compress, demo, doctor, eval, export, inspect, profile, search
+from moacompress.cli import compress, data, demo, doctor, eval, export, inspect, profile, search
 from moacompress.cli.harness import INTERRUPTED, say
 
 VERBS = {
@@ -24,6 +24,8 @@ VERBS = {
     "doctor": doctor.doctor,
     "demo": demo.demo,
 }
+GROUPS = {"data": data.app}
+"""Verbs that have verbs of their own."""
 
 app = typer.Typer(
     name="moacompress",
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 for _name, _command in VERBS.items():
     app.command(_name, help=_command.help, epilog=_command.epilog)(_command)
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
 
 
 def _show_version(wanted: bool) -> None:

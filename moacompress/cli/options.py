@@ -20,6 +20,10 @@ Budgets = Annotated[
     typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),
 ]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),
+]
 Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moacompress.artefacts import read_json
+from moacompress.calibration.pools import SPLITS
+from moacompress.calibration.squad import Paragraph, parse_articles
 from moacompress.errors import ArtefactError, DataError
 
 
@@ -29,7 +30,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """All answerable questions of a file and all its documents, each document once."""
+    """The answerable questions and the documents of a file's evaluation third, each document once.
+
+    Every third article is evaluation's, so that calibration with the same file never sees its documents; one that two
+    articles share belongs to the first.
+    """
 
     questions: tuple[Question, ...]
     documents: tuple[str, ...]
@@ -39,31 +44,42 @@ class Questions:
         """Reads a SQuAD file.
 
         Raises:
-            DataError: unreadable, or not SQuAD, or without an answerable question.
+            DataError: unreadable, or not SQuAD, or without an answerable question in every third article.
         """
         try:
             data = read_json(Path(path), "SQuAD file")
         except ArtefactError as error:
             raise DataError(str(error)) from error
-        try:
-            return _parse(data["data"], path)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a SQuAD file: {type(error).__name__} {error}") from error
+        questions = _index(_evaluation_third(parse_articles(data, path)))
+        if not questions.questions:
+            raise DataError(
+                f"{path} has no answerable question in every third article, which are evaluation's; give a file with more "
+                "articles"
+            )
+        return questions
 
 
-def _parse(articles: Any, path: str | Path) -> Questions:
-    documents = sorted({paragraph["context"] for article in articles for paragraph in article["paragraphs"]})
+def _evaluation_third(articles: list[list[Paragraph]]) -> list[list[Paragraph]]:
+    first: dict[str, int] = {}
+    for number, article in enumerate(articles):
+        for paragraph in article:
+            first.setdefault(paragraph.context.strip(), number)
+    ours = SPLITS.index("evaluation")
+    return [
+        [paragraph for paragraph in article if first[paragraph.context.strip()] == number]
+        for number, article in enumerate(articles)
+        if number % len(SPLITS) == ours
+    ]
+
+
+def _index(articles: list[list[Paragraph]]) -> Questions:
+    documents = sorted({paragraph.context for article in articles for paragraph in article})
     index = {document: i for i, document in enumerate(documents)}
     questions = []
     for article in articles:
-        members = [index[paragraph["context"]] for paragraph in article["paragraphs"]]
-        for paragraph in article["paragraphs"]:
-            own = index[paragraph["context"]]
+        members = [index[paragraph.context] for paragraph in article]
+        for paragraph in article:
+            own = index[paragraph.context]
             others = tuple(member for member in dict.fromkeys(members) if member != own)
-            for asked in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"] if answer["text"].strip()))
-                if answers and not asked.get("is_impossible", False):
-                    questions.append(Question(asked["question"].strip(), answers, own, others))
-    if not questions:
-        raise DataError(f"{path} has no answerable question")
+            questions += [Question(asked.text, asked.answers, own, others) for asked in paragraph.questions]
     return Questions(tuple(questions), tuple(documents))

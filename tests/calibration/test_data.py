@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
-from moacompress.calibration.answers import generate_greedy
-from moacompress.calibration.data import build_samples, spread
+from moacompress.calibration.answer_store import AnswerStore
+from moacompress.calibration.answers import Draft, generate_greedy
+from moacompress.calibration.data import build_samples, make_drafts, spread, varied
+from moacompress.calibration.pools import SPLITS, Prose
+from moacompress.calibration.prompts import encode_conversation
 from moacompress.calibration.samples import Sample, fingerprint_samples
 from moacompress.errors import DataError
-from moacompress.recipe import Recipe
+from moacompress.recipe import Generator, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +37,12 @@ def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTraine
 def recipe(sources: Any, lengths: Sequence[int] = (256,), samples: int = 4, **calibration: Any) -> Recipe:
     part = {"sources": sources, "lengths": list(lengths), "samples": samples, "validation_samples": samples}
     return Recipe.from_dict({"calibration": {"answer_tokens": 8, **part, **calibration}})
+
+
+def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    base: Any = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> str:
@@ -156,11 +167,36 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("empty.jsonl", "", r"file:empty.jsonl has no rows"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt', r"line 2 of .*bad.jsonl is not valid JSON"),
         ("bad.json", "[", r"bad.json is not valid JSON"),
-        ("dict.json", "{}", r"dict.json must hold a list of rows, not dict"),
+        ("dict.json", "{}", r"dict.json must hold a list of rows, not dict, or be in SQuAD's form"),
+        ("empty.json", "[]", r"file:empty.json has no rows"),
+        ("blank.txt", " ", r"blank.txt has no text"),
+        ("squad.json", '{"data": 5}', r"squad.json is not a SQuAD file: TypeError"),
+        ("squad.json", '{"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}', r"context is int, not text"),
+        ("squad.json", '{"data": []}', r"squad.json has no answerable question"),
+        (
+            "qa.json",
+            '[{"context": "a", "question": "b"}, {"context": "c"}]',
+            r"row 1 of file:qa.json has no text under 'question'",
+        ),
+        ("qa.json", json.dumps([{"context": "a", "question": "b"}]), r"has 1 documents or articles with questions"),
+        (
+            "qa.json",
+            json.dumps([{"context": f"{i}", "question": "b"} for i in range(9)]),
+            r"give more questions or shorter",
+        ),
+        (
+            "rows.json",
+            '[{"prompt": "a"}, {"text": "b"}, {"text": "c"}]',
+            r"row 2 of file:rows.json has no text under 'prompt'",
+        ),
         ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
         ("x.csv", "a", r"x.csv is no .jsonl, .json, .parquet or .txt file"),
         ("x.parquet", "a", r"can not read .*x.parquet: "),
-        ("cols.json", '[{"question": 1, "id": 2}]', r"has the columns id, question; rows need `messages`, `prompt`"),
+        (
+            "cols.json",
+            '[{"question": 1, "id": 2}]',
+            r"has the columns id, question; rows need `messages`, .*`context` with `question`",
+        ),
         ("one.json", '[{"prompt": "a"}]', r"has 1 row; calibration and validation need at least one each"),
         (
             "null.json",
@@ -207,11 +243,199 @@ def test_lengths_that_can_not_be(source: SourceModel) -> None:
         build_samples(source, recipe([{"generator": "needle", "haystack": "prose"}]), "calibration")
 
 
-def test_messages_need_a_chat_template(source: SourceModel, tmp_path: Path) -> None:
-    import copy
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i:02d}" + "q" * 100},
+                {"role": "assistant", "content": "first."},
+                {"role": "user", "content": "z" * 30},
+                {"role": "assistant", "content": "human answer"},
+            ]
+        }
+        for i in range(count)
+    ]
 
-    source.tokenizer = copy.deepcopy(source.tokenizer)
-    source.tokenizer.chat_template = None
-    path = write_rows(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": f"{i}"}]} for i in range(3)])
-    with pytest.raises(DataError, match="the model has no chat template"):
-        build_samples(source, recipe([{"path": path}]), "calibration")
+
+def questions(count: int, size: int = 60) -> list[dict[str, str]]:
+    return [{"context": f"D{i:03d} " + "y" * size, "question": f"What of D{i:03d}?"} for i in range(count)]
+
+
+SOURCES = ("needle", "multi-needle", "key-value", "recall", "prompts", "conversations", "questions", "squad", "text")
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Returns a function that makes a source of any kind."""
+
+    def make(name: str) -> dict[str, Any]:
+        if name in get_args(Generator):
+            return {"generator": name}
+        path = tmp_path / f"{name}.{'txt' if name == 'text' else 'json' if name == 'squad' else 'jsonl'}"
+        if name == "text":
+            path.write_text(" ".join(f"w{i:04d}" for i in range(900)))
+        elif name == "squad":
+            asked = [{"context": row["context"], "qas": [{**row, "answers": [{"text": "y"}]}]} for row in questions(60)]
+            path.write_text(json.dumps({"data": [{"paragraphs": asked[i : i + 6]} for i in range(0, 60, 6)]}))
+        else:
+            rows = {"prompts": prompts(30, 700), "conversations": conversations(30), "questions": questions(60)}
+            write_rows(path, rows[name])
+        return {"path": str(path)}
+
+    return make
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_with_and_without_a_chat_template(
+    source: SourceModel, part: Callable[[str], dict[str, Any]], name: str, chat: bool
+) -> None:
+    source.tokenizer = source.tokenizer if chat else without_template(source.tokenizer)
+    length = 256 if name == "conversations" else 800
+    asked = recipe([part(name)], (length,), 3)
+    samples = build_samples(source, asked, "calibration")
+    assert fingerprint_samples(samples) == fingerprint_samples(build_samples(source, asked, "calibration"))
+    assert len(samples) == 3
+    others = build_samples(source, asked, "validation")
+    assert not {tuple(s.input_ids) for s in samples} & {tuple(s.input_ids) for s in others}
+    drafts = make_drafts(source, asked, "calibration")
+    for sample, draft in zip(samples, drafts, strict=True):
+        assert (sample.length, sample.kind) == (length, "text" if name == "text" else "answer")
+        assert ("<|im_start|>" in text_of(source, sample)) == (chat and name not in ("recall", "text"))
+        if name == "text":
+            continue
+        # after the prompt, all is the dense model's answer, and nothing else is but earlier turns of the assistant
+        cut = len(draft.ids)
+        (answer,) = generate_greedy(source.model, [list(draft.ids)], draft.room)
+        assert sample.input_ids[cut:].tolist() == answer
+        assert sample.answer_mask[cut:].all()
+        before = str(source.tokenizer.decode(sample.input_ids[:cut][sample.answer_mask[:cut]]))
+        assert before == ("" if name != "conversations" else "first.<|im_end|>" if chat else "first.")
+
+
+def test_turns_of_a_base_model_are_found_by_where_tokens_stand(source: SourceModel) -> None:
+    """The assistant's text is also in the user's, so a search for it would find too much or the wrong place."""
+    base = without_template(source.tokenizer)
+    turns = [
+        {"role": "user", "content": "say yes. or no."},
+        {"role": "assistant", "content": "yes."},
+        {"role": "user", "content": "yes.?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "yes."},
+    ]
+    ids, mask = encode_conversation(base, turns)
+    text = str(base.decode(ids))
+    assert text == "say yes. or no.\nyes.\nyes.?\n\nyes.\n"
+    assert [index for index, flag in enumerate(mask) if flag] == [16, 17, 18, 19]
+
+    class Slow:
+        chat_template = None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            if options.get("return_offsets_mapping"):
+                raise NotImplementedError
+            return {"input_ids": [1] * len(text)}
+
+    slow: Any = Slow()
+    assert encode_conversation(slow, turns[:1]) == ([1] * 16, [False] * 16)
+    with pytest.raises(DataError, match="does not tell where tokens stand in the text, .*one assistant turn"):
+        encode_conversation(slow, turns)
+
+
+def prose(tmp_path: Path, documents: int, words: int = 400) -> str:
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    for name in range(documents):
+        (folder / f"{name}.txt").write_text(" ".join(f"{name}w{i:04d}" for i in range(words)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("documents", [1, 6])
+def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path, documents: int) -> None:
+    text = prose(tmp_path, documents)
+    given = partial(recipe, [{"generator": "needle"}], (700, 768), 4, text=text)
+    plain = build_samples(source, given(), "calibration")
+    samples = build_samples(source, given(text_samples=5), "calibration")
+    assert fingerprint_samples(samples[:4]) == fingerprint_samples(plain)
+    assert [sample.kind for sample in samples] == ["answer"] * 4 + ["text"] * 5
+    assert [sample.length for sample in samples[4:]] == [700, 700, 768, 768, 768]
+    pool = Prose.load(text).pools["calibration"]
+    words = {word for document in pool for word in document}
+    for sample in samples[4:]:
+        assert sample.source == "text:prose"
+        assert len(sample.input_ids) == sample.length
+        assert sample.answer_mask.sum() == 32
+        assert not sample.answer_mask[: sample.length // 2].any()
+        assert set(text_of(source, sample).split()[1:-1]) <= words
+    assert len({tuple(sample.answer_mask) for sample in samples[4:]}) == 5
+    again = build_samples(source, given(text_samples=5), "calibration")
+    assert [s.answer_mask.tolist() for s in again] == [s.answer_mask.tolist() for s in samples]
+    validation = build_samples(source, given(text_samples=5), "validation")
+    assert {sample.kind for sample in validation} == {"answer"}
+
+
+def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path) -> None:
+    needle = [{"generator": "needle"}]
+    with pytest.raises(DataError, match=r"2 samples of plain text were asked for, but calibration.text names no file"):
+        build_samples(source, recipe(needle, (700,), text_samples=2), "calibration")
+    short = recipe(needle, (700,), text_samples=2, text=prose(tmp_path, 3, 50))
+    with pytest.raises(DataError, match=r"the longest of 1 texts of text:prose has 349 tokens; stretches of 700 were"):
+        build_samples(source, short, "calibration")
+    assert len(build_samples(source, short, "validation")) == 4
+
+
+def test_questions_of_calibration_validation_and_evaluation_share_no_document(
+    source: SourceModel, part: Callable[[str], dict[str, Any]]
+) -> None:
+    asked = recipe([part("squad")], (800,), 4)
+    seen = {}
+    for split in SPLITS[:2]:
+        text = " ".join(text_of(source, sample) for sample in build_samples(source, asked, split))
+        seen[split] = {
+            int(word[1:]) // 6 for word in text.replace("?", "").split() if word[0] == "D" and word[1:].isdigit()
+        }
+    assert {article % 3 for article in seen["calibration"]} == {0}
+    assert {article % 3 for article in seen["validation"]} == {1}
+
+
+def test_a_run_that_was_stopped_while_it_answered_goes_on(
+    source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moacompress.calibration import answers
+
+    monkeypatch.setattr(answers, "BATCH_TOKENS", 1600)
+    asked = recipe([{"generator": "needle"}, {"generator": "recall"}], (700, 800), 8)
+    plain = build_samples(source, asked, "calibration")
+    path, calls = tmp_path / "answers.jsonl", []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return generate_greedy(*arguments)
+
+    monkeypatch.setattr(answers, "generate_greedy", counted)
+    store = partial(AnswerStore, path, source.shape.weights_fingerprint, "float32")
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        build_samples(source, asked, "calibration", answers=store())
+    stop = 0
+    assert path.read_bytes().count(b"\n") == 2
+    with path.open("ab") as file:
+        file.write(b'{"answers": {"ab')
+    resumed = build_samples(source, asked, "calibration", answers=store())
+    for before, after in zip(plain, resumed, strict=True):
+        assert before.input_ids.tolist() == after.input_ids.tolist()
+    made, calls[:] = len(calls) - 3, []
+    assert made > 0
+    build_samples(source, asked, "calibration", answers=store())
+    assert not calls
+    build_samples(source, asked, "validation", answers=store())
+    assert calls
+
+
+def test_varied_takes_every_source_and_length_first() -> None:
+    drafts = [Draft([1], [False], 1, name, length) for length in (1, 2) for name in "aaabbc"]
+    assert [(draft.source, draft.length) for draft in varied(drafts, 3)] == [("a", 1), ("c", 1), ("b", 2)]
+    assert {(draft.source, draft.length) for draft in varied(drafts, 6)} == {(n, i) for n in "abc" for i in (1, 2)}
+    assert varied(drafts, 99) == drafts

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from moacompress.calibration.generators import ANSWER_ROOM, TASKS, find_task, make_key_value, make_needle, make_prompt
-from moacompress.calibration.pools import NOUNS, SPLITS, Prose, Split, draw_keys, draw_numbers
+from moacompress.calibration.generators import (
+    ANSWER_ROOM,
+    TASKS,
+    find_task,
+    make_key_value,
+    make_needle,
+    make_prompt,
+    make_recall,
+)
+from moacompress.calibration.pools import ADJECTIVES, NOUNS, SPLITS, Prose, Split, draw_keys, draw_numbers
 from moacompress.calibration.prompts import encode_prompt
+from moacompress.calibration.recall import WORDS
 from moacompress.errors import DataError, UsageError
+from moacompress.evaluation import tasks, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,20 +70,31 @@ def test_prose_begins_at_a_sentence_and_wraps(prose: Prose) -> None:
         assert int(first[1:].rstrip(".")) % 7 == 0
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", SPLITS)
+def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    base: Any = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
+
+
+@pytest.mark.parametrize(
+    ("task", "split"), [pair for pair in product(TASKS, SPLITS) if pair != ("recall", "evaluation")]
+)
 @pytest.mark.parametrize("length", [1024, 1500])
+@pytest.mark.parametrize("chat", [True, False])
 def test_prompts_fit_closely(
-    task: str, split: Split, length: int, tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose
+    task: str, split: Split, length: int, chat: bool, tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose
 ) -> None:
+    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
     for seed in range(3):
-        prompt = make_prompt(task, rng(seed), split, tiny_tokenizer, length, prose)
+        prompt = make_prompt(task, rng(seed), split, tokenizer, length, prose)
+        ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
         # one token a character; the space before the answer counts
-        used = len(encode_prompt(tiny_tokenizer, prompt.user, prompt.prefix)) + len(prompt.answer) + 1 + ANSWER_ROOM
+        used = len(ids) + len(prompt.answer) + 1 + ANSWER_ROOM
         assert length - 30 < used <= length
         assert prompt.answer in prompt.user
         assert (prompt.task, prompt.kind) == (task, TASKS[task].kind)
-        assert prompt == make_prompt(task, rng(seed), split, tiny_tokenizer, length, prose)
+        assert ("<|im_start|>" in str(tokenizer.decode(ids))) == (chat and not prompt.plain)
+        assert prompt == make_prompt(task, rng(seed), split, tokenizer, length, prose)
 
 
 def test_needle_format(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -118,6 +141,50 @@ def test_key_value_is_json(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert pairs[prompt.prefix.strip('":')] == int(prompt.answer)
     assert len(pairs) > 15
     assert len(set(pairs.values())) == len(pairs)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_recall_is_pairs_and_one_key(tiny_tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
+    places = []
+    for seed in range(30):
+        prompt = make_recall(rng(seed), "calibration", tokenizer, 900)
+        text = str(tokenizer.decode(encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)))
+        *lines, asked = text.split("\n")
+        pairs = dict(line.split(": ") for line in lines)
+        assert len(pairs) == len(lines) > 20
+        assert pairs[asked.removesuffix(":")] == prompt.answer
+        assert list(pairs.values()).count(prompt.answer) == 1
+        places.append(list(pairs).index(asked.removesuffix(":")) / len(pairs))
+    assert min(places) < 0.2
+    assert max(places) > 0.8
+
+
+def test_words_of_recall_are_those_of_no_other_split(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    everything = [*WORDS["calibration"], *WORDS["validation"], *vocabulary.WORDS, *NOUNS, *ADJECTIVES]
+    assert len(set(everything)) == len(everything)
+    seen: dict[str, set[str]] = {"keys": set(), "values": set()}
+    for case in tasks.make_cases("recall", 1500, 20, 0, tiny_tokenizer):
+        pairs = [line.split(": ") for line in str(tiny_tokenizer.decode(case.prompt_ids)).split("\n")[:-1]]
+        seen["keys"] |= {key for key, _ in pairs}
+        seen["values"] |= {value for _, value in pairs}
+    assert len(seen["values"]) > 300
+    for split in ("calibration", "validation"):
+        for seed in range(20):
+            prompt = make_recall(rng(seed), split, tiny_tokenizer, 1500)
+            pairs = [line.split(": ") for line in prompt.user.split("\n")[:-1]]
+            assert {value for _, value in pairs} <= set(WORDS[split])
+            assert not seen["keys"] & {key for key, _ in pairs}
+            assert not seen["values"] & {value for _, value in pairs}
+
+
+def test_recall_has_an_end(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="recall has no words for evaluation; use the evaluation task recall"):
+        make_recall(rng(), "evaluation", tiny_tokenizer, 900)
+    with pytest.raises(DataError, match=r"recall has [\d,]+ keys, too few for a prompt of 400,000 tokens"):
+        make_recall(rng(), "calibration", tiny_tokenizer, 400_000)
+    with pytest.raises(DataError, match=r"task recall takes at least \d+ tokens; 20 were asked for"):
+        make_recall(rng(), "calibration", tiny_tokenizer, 20)
 
 
 def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:

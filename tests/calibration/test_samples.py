@@ -7,18 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moacompress.calibration.samples import Sample, fingerprint_sample, fingerprint_samples, load_samples, save_samples
+from moacompress.calibration.samples import (
+    Kind,
+    Sample,
+    fingerprint_sample,
+    fingerprint_samples,
+    load_samples,
+    save_samples,
+)
 from moacompress.errors import ArtefactError, DataError
 
 
-def sample(n: int = 80, answer: int = 5, length: int = 100, seed: int = 0, source: str = "needle/noise") -> Sample:
+def sample(
+    n: int = 80,
+    answer: int = 5,
+    length: int = 100,
+    seed: int = 0,
+    source: str = "needle/noise",
+    kind: Kind = "answer",
+) -> Sample:
     mask = np.zeros(n, np.bool_)
     mask[n - answer :] = True
-    return Sample(np.random.default_rng(seed).integers(0, 99, n), mask, source, length)
+    return Sample(np.random.default_rng(seed).integers(0, 99, n), mask, source, length, kind)
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    samples = [sample(), sample(100, 1, 100, 1, "file:ä.jsonl"), sample(65, 64, 4096, 2)]
+    samples = [sample(), sample(100, 1, 100, 1, "file:ä.jsonl"), sample(65, 64, 4096, 2, kind="text")]
     save_samples(tmp_path / "s.safetensors", samples)
     loaded = load_samples(tmp_path / "s.safetensors")
     for before, after in zip(samples, loaded, strict=True):
@@ -26,12 +40,40 @@ def test_round_trip(tmp_path: Path) -> None:
         assert after.input_ids.dtype == np.int64
         assert (before.answer_mask == after.answer_mask).all()
         assert after.answer_mask.dtype == np.bool_
-        assert (before.source, before.length) == (after.source, after.length)
+        assert (before.source, before.length, before.kind) == (after.source, after.length, after.kind)
 
 
 def test_no_samples_round_trip(tmp_path: Path) -> None:
     save_samples(tmp_path / "s.safetensors", [])
     assert load_samples(tmp_path / "s.safetensors") == []
+
+
+def rewrite(path: Path, **notes: str | None) -> None:
+    """Changes what a file of samples notes beside its tensors; None takes a note away."""
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    with safe_open(path, framework="numpy") as file:
+        changed = {**file.metadata(), **notes}
+    save_file(load_file(path), path, metadata={name: text for name, text in changed.items() if text is not None})
+
+
+def test_a_file_without_kinds_holds_answers(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    save_samples(path, [sample(), sample(kind="text")])
+    mark = fingerprint_samples(load_samples(path))
+    rewrite(path, kinds=None)
+    assert [one.kind for one in load_samples(path)] == ["answer", "answer"]
+    assert fingerprint_samples(load_samples(path)) == mark
+
+
+@pytest.mark.parametrize("kinds", ['["answer"]', '["answer", "poem"]', '["answer", {}]', "["])
+def test_kinds_that_can_not_be(tmp_path: Path, kinds: str) -> None:
+    path = tmp_path / "s.safetensors"
+    save_samples(path, [sample(), sample()])
+    rewrite(path, kinds=kinds)
+    with pytest.raises(ArtefactError, match="make them anew"):
+        load_samples(path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "text"])
@@ -82,3 +124,8 @@ def test_fingerprints() -> None:
     assert fingerprint_sample(first) != fingerprint_sample(second)
     assert fingerprint_samples([first, second]) == fingerprint_samples([second, first])
     assert fingerprint_samples([first, second]) != fingerprint_samples([first])
+
+
+def test_fingerprint_stays() -> None:
+    mask = np.arange(80) >= 75
+    assert fingerprint_sample(Sample(np.arange(80), mask, "x", 80)) == "c8160ed519660b7b"

@@ -7,18 +7,11 @@ from itertools import islice
 
 import numpy as np
 
+from moacompress.calibration.joined import DOCUMENT, PREFIX, TEMPLATE
 from moacompress.evaluation.drafts import Answer, Draft
 from moacompress.evaluation.request import Request
 from moacompress.evaluation.squad import Question, Questions
 
-TEMPLATE = (
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-    "The following are given documents.\n\n{context}\n\n"
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-    "Question: {question}"
-)
-DOCUMENT = "Document {number}:\n{document}"
-PREFIX = " Answer:"
 STRIDE = 1000
 """A question whose document is too long makes way for the one so many places further on."""
 TRIES = 50

@@ -1,0 +1,78 @@
+"""`moacompress data`: the data that a profile is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.options import (
+    Lengths,
+    Model,
+    RecipeFile,
+    Sources,
+    Text,
+    TrustRemoteCode,
+    read_sources,
+    required_model,
+)
+
+
+@verb(
+    "moacompress data preview path/to/model",
+    "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
+    "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
+)
+def preview(
+    run: Run,
+    model: Model = None,
+    recipe: RecipeFile = None,
+    source: Sources = None,
+    text: Text = None,
+    lengths: Lengths = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples shown, of as many sources and lengths as there are.")] = 3,
+    trust_remote_code: TrustRemoteCode = None,
+) -> Output:
+    """Show some calibration samples, with the tokens that count marked.
+
+    They are among those that `moacompress profile` would make of the same options, the answers of MODEL included.
+    """
+    resolved = run.recipe(
+        recipe,
+        calibration__sources=read_sources(source),
+        calibration__text=text,
+        calibration__lengths=lengths,
+        trust_remote_code=trust_remote_code,
+    )
+    name = required_model(model, resolved.model)
+
+    from moacompress.calibration.answers import answer_drafts
+    from moacompress.calibration.data import make_drafts, varied
+    from moacompress.models import load_source
+    from moacompress.report.samples import ShownSample, as_json
+
+    loaded = load_source(
+        name, dtype=resolved.dtype, device=resolved.device, trust_remote_code=resolved.trust_remote_code
+    )
+    drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
+    samples = answer_drafts(loaded.model, drafts, run.progress)
+    return Output(
+        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in samples]},
+        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(samples)}") for i, sample in enumerate(samples, 1)],
+    )
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Look at the data that a profile is made of."""
+
+
+app.command("preview", help=preview.help, epilog=preview.epilog)(preview)

@@ -1,0 +1,187 @@
+"""`moacompress data preview`: the samples that a profile would be made of, for people and as JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from moacompress.calibration.samples import Sample
+from moacompress.cli import app
+from moacompress.cli.data import preview
+from moacompress.report.samples import CLOSE, OPEN, ShownSample, pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def base_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """Returns the folder of a tiny model without a chat template."""
+    folder = tmp_path_factory.mktemp("base") / "dense"
+    base: Any = copy.deepcopy(tiny_tokenizer)
+    base.chat_template = None
+    tiny_model("llama").save_pretrained(folder)
+    base.save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: str | Path, exit_code: int = 0) -> Any:
+    result = RUNNER.invoke(app, ["data", "preview", *map(str, arguments), "--json"])
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout.count("\n") == (exit_code == 0)
+    return json.loads(result.stdout) if exit_code == 0 else result.stderr
+
+
+def test_help_ends_with_examples_that_parse() -> None:
+    result = RUNNER.invoke(app, ["data", "preview", "--help"])
+    assert result.exit_code == 0
+    for option in ("--json", "--verbose", "--quiet", "--debug", "--seed", "--device", "--dtype"):
+        assert option in result.stdout
+    assert result.stdout.rstrip().endswith(preview.examples[-1])
+    group = typer.main.get_command(app).commands["data"]  # type: ignore[attr-defined]
+    for example in preview.examples:
+        program, verb, name, *arguments = shlex.split(example)
+        assert (program, verb, name) == ("moacompress", "data", "preview")
+        group.commands[name].make_context(name, arguments)
+    assert "preview" in RUNNER.invoke(app, ["data", "--help"]).stdout
+    assert "data" in RUNNER.invoke(app, ["--help"]).stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom moacompress.cli import main\nsys.argv = ['moacompress', 'data', 'preview', '--help']\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False False"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, chat: bool, tmp_path: Path) -> None:
+    from moacompress.calibration.data import build_samples
+    from moacompress.models import load_source
+    from moacompress.recipe import Recipe
+
+    folder = tiny_folder if chat else base_folder
+    (tmp_path / "prose.txt").write_text(" ".join(f"w{i:04d}" for i in range(600)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 4\ncalibration: {samples: 6, text_samples: 2, answer_tokens: 8}\n")
+    flags = ("--source", "needle", "--source", "recall", "--text", tmp_path / "prose.txt", "--lengths", "700,768")
+    data = run(folder, "--recipe", recipe, *flags, "--count", "3")
+    sources = [{"generator": "needle"}, {"generator": "recall"}]
+    resolved = Recipe.load(recipe).override(
+        calibration__sources=sources, calibration__text=str(tmp_path / "prose.txt"), calibration__lengths="700,768"
+    )
+    made = {tuple(s.input_ids): s for s in build_samples(load_source(folder), resolved, "calibration")}
+    assert len(made) == 8
+    assert {sample["source"] for sample in data["samples"]} == {"needle/noise", "recall", "text:prose.txt"}
+    assert {sample["length"] for sample in data["samples"]} == {700, 768}
+    for sample in data["samples"]:
+        same = made[tuple(sample["ids"])]
+        assert sample["mask"] == same.answer_mask.tolist()
+        assert (sample["source"], sample["kind"], sample["length"]) == (same.source, same.kind, same.length)
+        assert (sample["tokens"], sample["answer_tokens"]) == (len(same.input_ids), same.answer_mask.sum())
+        assert sample["text"].endswith(sample["answer"]) == (sample["kind"] == "answer")
+        assert ("<|im_start|>user" in sample["text"]) == (chat and sample["source"] == "needle/noise")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path, base_folder: Path, chat: bool) -> None:
+    folder = str(tiny_folder if chat else base_folder)
+    arguments = ("--source", "needle", "--lengths", "1k", "--count", "2")
+    shown = RUNNER.invoke(app, ["data", "preview", folder, *arguments])
+    assert shown.exit_code == 0, shown.stderr
+    data = run(folder, *arguments)
+    assert shown.stdout.count(OPEN) == shown.stdout.count(CLOSE) == 2
+    flat = shown.stdout.replace("\n", "")
+    for number, sample in enumerate(data["samples"], 1):
+        title = (
+            f"{number}/2  needle/noise  length 1,024: {sample['tokens']:,} tokens, {sample['answer_tokens']} of them"
+        )
+        assert title in flat
+        assert f"{OPEN}{sample['answer']}{CLOSE}".replace("\n", "").replace(" ", "") in flat.replace(" ", "")
+        left_out = sample["tokens"] - 60 - 120
+        assert f"… {left_out:,} tokens left out …" in shown.stdout
+        assert sample["text"][:60].replace("\n", "").replace(" ", "") in flat.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "no model given"),
+        (("MODEL", "--source", "nedle"), 2, "did you mean 'needle'?"),
+        (("MODEL", "--count", "0"), 2, "Invalid value for '--count'"),
+        (("MODEL", "--lengths", "128"), 1, "takes at least"),
+        (("MODEL", "--source", "needle-prose"), 1, "calibration.text names no file or folder"),
+        (("MODEL", "--source", "none.jsonl"), 1, "can not read none.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: tuple[str, ...], code: int, message: str, tiny_folder: Path) -> None:
+    given = [str(tiny_folder) if argument == "MODEL" else argument for argument in arguments]
+    assert message in run(*given, exit_code=code)
+
+
+def sample(mask: list[int], n: int = 400, text: str = "", kind: Any = "answer") -> Sample:
+    marked = np.zeros(n, np.bool_)
+    marked[mask] = True
+    return Sample(np.arange(n) % 90 + 5, marked, f"file:{text}", n, kind)
+
+
+def test_pieces_cover_all_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    for mask, kind in (([398, 399], "answer"), ([200, 201, 399], "answer"), ([150, 220, 260], "text"), ([70], "text")):
+        given = sample(mask, kind=kind)
+        found = pieces(given, tiny_tokenizer)
+        assert sum(piece.tokens for piece in found) == 400
+        assert sum(piece.tokens for piece in found if piece.counts) == len(mask)
+        at = 0
+        for piece in found:
+            ids = given.input_ids[at : at + piece.tokens]
+            assert piece.text is None or piece.text == tiny_tokenizer.decode(ids)
+            at += piece.tokens
+    assert not any(piece.text is None for piece in pieces(sample([99], n=100), tiny_tokenizer))
+    assert [piece.tokens for piece in pieces(sample([398, 399]), tiny_tokenizer)] == [60, 220, 118, 2]
+
+
+def shown(given: Sample, tokenizer: Any, **console: Any) -> str:
+    file = StringIO()
+    Console(file=file, width=100, highlight=False, **console).print(ShownSample(given, tokenizer, "1/1"))
+    return file.getvalue()
+
+
+def test_answers_are_marked_by_colour_on_a_terminal(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    given = sample([398, 399])
+    answer = str(tiny_tokenizer.decode(given.input_ids[-2:]))
+    coloured = shown(given, tiny_tokenizer, force_terminal=True, color_system="standard")
+    assert OPEN not in coloured
+    assert f"\x1b[1;30;42m{answer}\x1b[0m" in coloured
+    for plain in (shown(given, tiny_tokenizer), shown(given, tiny_tokenizer, force_terminal=True, no_color=True)):
+        assert f"{OPEN}{answer}{CLOSE}" in plain
+
+
+def test_text_of_a_file_gives_the_terminal_no_orders() -> None:
+    class Evil:
+        def decode(self, ids: Any) -> str:
+            return "\x1b]0;title\x07[bold]x\r" if len(ids) else ""
+
+    text = shown(sample([99], n=100), Evil())
+    assert "\x1b" not in text
+    assert "\\x1b]0;title\\x07[bold]x\\r" in text
