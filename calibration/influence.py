@@ -9,12 +9,16 @@ with both sums over the visible keys, and `e_i` the probability of a learned sin
 This is exact, not a first-order expansion: the expansion is in how the loss depends on O. The query heads of a KV group
 are added before anything is squared. Queries are worked on in tiles of rows, so nothing of size N x N is ever held, and
 one pair of cumulative sums over the keys serves all rules.
+
+A layer may itself run under a plan. Then O and D are those under the plan, P stays the dense model's, and the same
+formula says what every change of a rule does, up or down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,38 +70,7 @@ class RuleTable:
         return sink_end, start
 
 
-class Collector(Protocol):
-    """What receives the deltas of every tile of rows."""
-
-    def add(self, rows: Tensor, deltas: Tensor) -> None:
-        """Takes the deltas `d_i(r)`, `[kv_heads, len(rows), rules]`, of the query positions `rows`."""
-
-
-class InfluenceSums:
-    """The two statistics of one layer and one backward pass, in float64.
-
-    Attributes:
-        squares: `sum_i d_i^2`, `[kv_heads, rules]`.
-        total: `sum_i d_i`, `[kv_heads, rules]`; its square is the per-sample estimator.
-    """
-
-    def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
-        self.squares = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
-        self.total = torch.zeros_like(self.squares)
-
-    def reset(self) -> None:
-        """Forgets everything, for the next backward pass."""
-        self.squares.zero_()
-        self.total.zero_()
-
-    def add(self, rows: Tensor, deltas: Tensor) -> None:
-        """Adds a tile of deltas `[kv_heads, rows, rules]`."""
-        deltas = deltas.double()
-        self.total += deltas.sum(1)
-        self.squares += deltas.square_().sum(1)
-
-
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Query rows `rows` and the keys `[low, high)`, which hold all that any of them sees.
 
     Keys are kept newest first: column 0 of a tile is key `high - 1`, so that plain cumulative sums run outward from the
@@ -111,6 +84,7 @@ class _Tile(NamedTuple):
 
     @property
     def high(self) -> int:
+        """End of its keys: the last row sees itself."""
         return self.last_row + 1
 
     def columns(self, n: int) -> slice:
@@ -118,15 +92,15 @@ class _Tile(NamedTuple):
         return slice(n - self.high, n - self.low)
 
 
-def _tiles(rows: Tensor, native_window: int | None, size: int) -> list[_Tile]:
+def _tiles(rows: Tensor, native_window: int | None, size: int) -> list[Tile]:
     tiles = []
     for part in rows.split(size):
         first, last = (int(end) for end in part[[0, -1]].tolist())
-        tiles.append(_Tile(part, first, last, 0 if native_window is None else max(0, first + 1 - native_window)))
+        tiles.append(Tile(part, first, last, 0 if native_window is None else max(0, first + 1 - native_window)))
     return tiles
 
 
-def _mask_logits(logits: Tensor, tile: _Tile, native_window: int | None) -> None:
+def _mask_logits(logits: Tensor, tile: Tile, native_window: int | None) -> None:
     """Sets to -inf what the dense model does not see, in place; only the two edges of the band are touched.
 
     Args:
@@ -143,8 +117,13 @@ def _mask_logits(logits: Tensor, tile: _Tile, native_window: int | None) -> None
         logits[..., len(keys) - past :].masked_fill_(keys[len(keys) - past :] <= rows - native_window, -torch.inf)
 
 
-def _probabilities(
-    query: Tensor, keys: Tensor, tile: _Tile, spec: AttentionSpec, sink_logit: Tensor | None
+def tile_probabilities(
+    query: Tensor,
+    keys: Tensor,
+    tile: Tile,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    plan: RuleTable | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the attention probabilities of a tile.
 
@@ -154,6 +133,7 @@ def _probabilities(
         tile: which rows and keys.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[kv_heads, group, 1, 1]`, or None.
+        plan: the rule of each KV head, or None for the dense model.
 
     Returns:
         Probabilities `[kv_heads, group, rows, keys]`; that of the learned sink `[kv_heads, group, rows, 1]` or None;
@@ -166,59 +146,128 @@ def _probabilities(
         slope = 1 - logits.square()
         logits.mul_(spec.softcap)
     _mask_logits(logits, tile, spec.native_window)
+    if plan is not None:
+        _mask_plan(logits, tile, plan, spec.native_window, -torch.inf)
     if sink_logit is None:
         return torch.softmax(logits, -1), None, slope
     total = torch.logaddexp(torch.logsumexp(logits, -1, keepdim=True), sink_logit)
     return logits.sub_(total).exp_(), (sink_logit - total).exp_(), slope
 
 
-def rule_deltas(
-    probabilities: Tensor,
-    centred: Tensor,
-    tile: _Tile,
-    table: RuleTable,
-    native_window: int | None,
-    escaped: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Returns `d_i(r)` of a tile's rows, summed over the query heads of each KV group.
+@dataclass(frozen=True)
+class TileView:
+    """What the backward pass of one layer knows about a tile of rows; collectors read from it what they need.
 
-    Args:
-        probabilities: P, `[kv_heads, group, rows, keys of the tile]`, newest key first, zero where nothing is seen.
-        centred: `P * (G - D)`, same shape.
+    Attributes:
         tile: which rows and keys.
         table: the rules.
         native_window: the model's own sliding window, or None.
+        probabilities: P, the dense model's, `[kv_heads, group, rows, keys of the tile]`, newest key first, zero where
+            nothing is seen.
+        centred: `P * (G - D)`, same shape; D is that of the output as the layer computes it.
         escaped: with a learned sink logit, its probability e and `e * D`, both `[kv_heads, group, rows, 1]`.
-
-    Returns:
-        `[kv_heads, rows, rules]`, exactly 0 where a rule masks nothing.
+        plan: the rule that each KV head runs under, or None for the dense model.
+        query: scaled queries of the rows, `[kv_heads, group * rows, head_dim]`.
+        cotangent: dO of the rows, same shape.
+        keys: keys of the tile, newest first, `[kv_heads, keys, head_dim]`.
+        values: as `keys`.
     """
-    sink_end, start = table.segments(tile.rows + 1, native_window)
-    shape = (*probabilities.shape[:-1], len(table.sink))
-    window_at = (tile.high - 1 - start).expand(shape)
-    # What the native window hides has probability 0, so the sinks' prefix sums may begin at the tile's oldest key.
-    oldest = min(int(table.sink.max()), tile.high) - tile.low
-    sink_at = (sink_end - tile.low).clamp_(0, max(oldest, 0)).expand(shape)
 
-    def visible(values: Tensor) -> Tensor:
-        total = values.cumsum(-1).gather(-1, window_at)
-        if oldest > 0:
-            prefix = functional.pad(values[..., -oldest:].flip(-1).cumsum(-1), (1, 0))
-            total += prefix.gather(-1, sink_at)
+    tile: Tile
+    table: RuleTable
+    native_window: int | None
+    probabilities: Tensor
+    centred: Tensor
+    escaped: tuple[Tensor, Tensor] | None
+    plan: RuleTable | None
+    query: Tensor
+    cotangent: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Query positions, int64 `[rows]`."""
+        return self.tile.rows
+
+    @cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """`(sink_end, start)` of every row and rule, each `[rows, rules]`; see `RuleTable.segments`."""
+        return self.table.segments(self.rows + 1, self.native_window)
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """`d_i(r)`, summed over the query heads of each KV group: `[kv_heads, rows, rules]`.
+
+        Exactly 0 where a rule sees the very keys that the layer sees now.
+        """
+        mass, pull = self.visible(self.probabilities), self.visible(self.centred)
+        if self.escaped is not None:
+            mass += self.escaped[0]
+            pull -= self.escaped[1]
+        deltas = pull.div_(mass.clamp_min_(torch.finfo(mass.dtype).tiny)).sum(1)
+        return deltas.masked_fill_(self._unchanged(), 0)
+
+    def visible(self, values: Tensor) -> Tensor:
+        """Returns sums over the keys that each rule sees, `[kv_heads, group, rows, rules]`.
+
+        Args:
+            values: `[kv_heads, group, rows, keys of the tile]`, zero where the dense model sees nothing.
+        """
+        shape = (*values.shape[:-1], len(self.table.sink))
+        total = values.cumsum(-1).gather(-1, self._window_at.expand(shape))
+        if self._oldest > 0:
+            prefix = functional.pad(values[..., -self._oldest :].flip(-1).cumsum(-1), (1, 0))
+            total += prefix.gather(-1, self._sink_at.expand(shape))
         return total
 
-    mass, pull = visible(probabilities), visible(centred)
-    if escaped is not None:
-        mass += escaped[0]
-        pull -= escaped[1]
-    deltas = pull.div_(mass.clamp_min_(torch.finfo(mass.dtype).tiny))
-    return deltas.masked_fill_(sink_end >= start, 0).sum(1)
+    @cached_property
+    def _window_at(self) -> Tensor:
+        return self.tile.high - 1 - self.segments[1]
+
+    @cached_property
+    def _oldest(self) -> int:
+        """Columns that may be sinks. What the native window hides has probability 0: sums begin at the tile's oldest."""
+        return max(0, min(int(self.table.sink.max()), self.tile.high) - self.tile.low)
+
+    @cached_property
+    def _sink_at(self) -> Tensor:
+        return (self.segments[0] - self.tile.low).clamp(0, self._oldest)
+
+    def _unchanged(self) -> Tensor:
+        """Returns which rules see what the layer sees now, broadcastable to `[kv_heads, rows, rules]`."""
+        sink_end, start = self.segments
+        if self.plan is None:
+            return sink_end >= start
+        now_end, now_start = (edge.T[..., None] for edge in self.plan.segments(self.rows + 1, self.native_window))
+        same = (sink_end == now_end) & (start == now_start)
+        return same | ((sink_end >= start) & (now_end >= now_start))
+
+
+class Collector(Protocol):
+    """What receives every tile of rows of a layer's backward pass."""
+
+    def add(self, view: TileView) -> None:
+        """Takes one tile."""
+
+
+def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, native_window: int | None, fill: float) -> Tensor:
+    """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
+    sink_end, start = (edge.T[..., None] for edge in plan.segments(tile.rows + 1, native_window))
+    keys = torch.arange(tile.high - 1, tile.low - 1, -1, device=logits.device)
+    return logits.masked_fill_(((keys >= sink_end) & (keys < start))[:, None], fill)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sink_logit: Tensor | None = None, tile: int = TILE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None = None,
+    plan: RuleTable | None = None,
+    tile: int = TILE,
 ) -> Tensor:
-    """Returns dense causal attention as the model defines it.
+    """Returns causal attention as the model defines it, dense or under a plan.
 
     Args:
         query: `[1, heads, N, head_dim]`.
@@ -226,6 +275,7 @@ def attend(
         value: as `key`.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
+        plan: the rule of each KV head, or None for the dense model.
         tile: query rows worked on at a time.
 
     Returns:
@@ -234,7 +284,7 @@ def attend(
     heads, n, size = query.shape[1:]
     kv_heads = key.shape[1]
     native = spec.native_window
-    if (native is None or native >= n) and spec.softcap is None and sink_logit is None:
+    if (native is None or native >= n) and spec.softcap is None and sink_logit is None and plan is None:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=spec.scaling, enable_gqa=heads != kv_heads
         )
@@ -245,7 +295,7 @@ def attend(
     for part in _tiles(torch.arange(n, device=query.device), native, tile):
         rows, at = slice(part.first_row, part.high), part.columns(n)
         scaled = (query[0, :, rows].to(work) * spec.scaling).reshape(kv_heads, -1, size)
-        probabilities, _, _ = _probabilities(scaled, keys[:, at], part, spec, sink)
+        probabilities, _, _ = tile_probabilities(scaled, keys[:, at], part, spec, sink, plan)
         out[0, :, rows] = torch.bmm(probabilities.flatten(1, 2), values[:, at]).view(heads, -1, size)
     return out
 
@@ -258,10 +308,11 @@ def attend_backward(
     spec: AttentionSpec,
     sink_logit: Tensor | None,
     table: RuleTable,
-    collector: Collector,
+    collectors: Sequence[Collector],
+    plan: RuleTable | None = None,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of `attend` and hands every row's deltas to `collector`.
+    """Returns the gradients of `attend` and hands every tile to the collectors.
 
     Rows whose cotangent is exactly zero (after the last answer token; in the last layer, all but the answer) take no
     part.
@@ -274,7 +325,8 @@ def attend_backward(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         table: the rules.
-        collector: receives the deltas.
+        collectors: receive the tiles.
+        plan: the rule of each KV head, or None for the dense model.
         tile: query rows worked on at a time.
 
     Returns:
@@ -290,17 +342,38 @@ def attend_backward(
         at = part.columns(n)
         scaled, pulled = (tensor[0, :, part.rows].to(work).reshape(kv_heads, -1, size) for tensor in (query, grad))
         scaled = scaled * spec.scaling
-        probabilities, escape, slope = _probabilities(scaled, keys[:, at], part, spec, sink)
+        probabilities, escape, slope = tile_probabilities(scaled, keys[:, at], part, spec, sink)
+        attended = probabilities
+        if plan is not None:
+            attended = _mask_plan(probabilities.clone(), part, plan, spec.native_window, 0)
+            mass = attended.sum(-1, keepdim=True) if escape is None else attended.sum(-1, keepdim=True) + escape
+            attended.div_(mass)
         centred = torch.bmm(pulled, values[:, at].transpose(1, 2)).view_as(probabilities)
         # dO . O from these very P and G: a stored O is rounded to the model's dtype, which would swamp small deltas
-        delta = (probabilities * centred).sum(-1, keepdim=True)
-        centred.sub_(delta).mul_(probabilities)
-        escaped = None if escape is None else (escape, escape * delta)
-        collector.add(part.rows, rule_deltas(probabilities, centred, part, table, spec.native_window, escaped))
-        grad_logits = (centred if slope is None else centred.mul_(slope)).flatten(1, 2)
+        delta = (attended * centred).sum(-1, keepdim=True)
+        centred.sub_(delta)
+        grad_logits = centred * attended if plan is not None else None
+        centred.mul_(probabilities)
+        view = TileView(
+            tile=part,
+            table=table,
+            native_window=spec.native_window,
+            probabilities=probabilities,
+            centred=centred,
+            escaped=None if escape is None else (escape, escape * delta),
+            plan=plan,
+            query=scaled,
+            cotangent=pulled,
+            keys=keys[:, at],
+            values=values[:, at],
+        )
+        for collector in collectors:
+            collector.add(view)
+        grad_logits = centred if grad_logits is None else grad_logits
+        grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
         grad_query[:, part.rows] = torch.bmm(grad_logits, keys[:, at]).mul_(spec.scaling).view(heads, -1, size)
         grad_keys[:, at].baddbmm_(grad_logits.transpose(1, 2), scaled)
-        grad_values[:, at].baddbmm_(probabilities.flatten(1, 2).transpose(1, 2), pulled)
+        grad_values[:, at].baddbmm_(attended.flatten(1, 2).transpose(1, 2), pulled)
     return (
         grad_query[None].to(query.dtype),
         grad_keys.flip(1)[None].to(key.dtype),
@@ -313,7 +386,7 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class ProfiledAttention(torch.autograd.Function):
-    """`attend`, whose backward pass runs `attend_backward` and so fills a collector, once for every backward."""
+    """`attend`, whose backward pass runs `attend_backward` and so fills collectors, once for every backward."""
 
     @staticmethod
     def forward(
@@ -324,17 +397,19 @@ class ProfiledAttention(torch.autograd.Function):
         sink_logit: Tensor | None,
         spec: AttentionSpec,
         table: RuleTable,
-        collector: Collector,
+        collectors: Sequence[Collector],
+        plan: RuleTable | None = None,
     ) -> Tensor:
-        """Returns `attend(query, key, value, spec, sink_logit)`."""
+        """Returns `attend(query, key, value, spec, sink_logit, plan)`."""
         ctx.save_for_backward(query, key, value, sink_logit)
-        ctx.spec, ctx.table, ctx.collector = spec, table, collector
-        return attend(query, key, value, spec, sink_logit)
+        ctx.spec, ctx.table, ctx.collectors, ctx.plan = spec, table, collectors, plan
+        return attend(query, key, value, spec, sink_logit, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of query, key and value; the learned sink is a weight, and weights are frozen."""
         query, key, value, sink_logit = ctx.saved_tensors
-        spec, table, collector = ctx.spec, ctx.table, ctx.collector
-        gradients = attend_backward(query, key, value, grads[0], spec, sink_logit, table, collector)
-        return (*gradients, None, None, None, None)
+        gradients = attend_backward(
+            query, key, value, grads[0], ctx.spec, sink_logit, ctx.table, ctx.collectors, ctx.plan
+        )
+        return (*gradients, None, None, None, None, None)

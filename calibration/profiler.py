@@ -1,35 +1,38 @@
-"""Profiling: how much the dense model's answers change if a KV head keeps less, for every head and candidate rule.
+"""Profiling: how much the model's answers change if a KV head keeps less, for every head and candidate rule.
 
 What is predicted is the KL divergence to the dense model. Its gradient there is zero: its curvature is what counts.
 So each backward pass starts at the logits of the answer tokens from a random cotangent z with covariance
 diag(p) - p p^T, the Fisher matrix of the next-token distribution. Then the expected square of `sum_i d_i(r)` (see
 `influence`) is twice the KL of rule r to second order. A few draws of z serve a sample.
+
+Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
+term of what a change of rule does, beside half the curvature at the plan's own distribution.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moacompress.calibration.influence import AttentionSpec, InfluenceSums, ProfiledAttention, RuleTable
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.heads import HeadSums
+from moacompress.calibration.influence import Collector, RuleTable
+from moacompress.calibration.passes import Cotangent, Recording, Tape, hidden_states, output_logits
 from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
+from moacompress.calibration.sharing import CopySums, copyable
+from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import (
     Head,
     Profile,
-    Statistics,
     fingerprint_ordered,
     merge,
     prepare,
@@ -38,88 +41,20 @@ from moacompress.calibration.store import (
     request_fingerprint,
     write_sample,
 )
-from moacompress.errors import ArtefactError, DataError, ModelError
+from moacompress.errors import ArtefactError, DataError
 from moacompress.models import SourceModel, load_source
-from moacompress.plan import ModelShape
+from moacompress.plan import ModelShape, Plan
 from moacompress.progress import SILENT, Progress
-from moacompress.recipe import Recipe
+from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.search.space import candidate_rules
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = "moacompress_profile"
-"""Name of the profiling attention among transformers' attention functions."""
 MAX_SKIPPED = 0.05
 """Share of the samples that may be left out because a number in them is not finite."""
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """What the attention layers of one forward pass need: the rules, and where each layer puts its sums."""
-
-    table: RuleTable
-    native_windows: tuple[int | None, ...]
-    sums: list[InfluenceSums]
-
-
-_recording: ContextVar[_Recording] = ContextVar("moacompress_recording")
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer."""
-    if attention_mask is not None or kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
-        raise ModelError(
-            f"{type(module).__name__} attends with a mask or bias of its own; only causal attention can be profiled"
-        )
-    recording, layer = _recording.get(), int(module.layer_idx)  # type: ignore[arg-type]
-    spec = AttentionSpec(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        native_window=recording.native_windows[layer],
-        softcap=softcap,
-    )
-    out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, s_aux, spec, recording.table, recording.sums[layer]
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask function beside `_attention`, which needs none: a sample is one row without padding."""
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
-
-
-@contextmanager
-def _profiled(model: PreTrainedModel, recording: _Recording) -> Iterator[None]:
-    """Lets the model attend through `_attention`, and puts everything back."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    token = _recording.set(recording)
-    try:
-        for config, _ in before:
-            config._attn_implementation = ATTENTION
-        yield
-    finally:
-        _recording.reset(token)
-        for config, name in before:
-            config._attn_implementation = name
-
-
-def logit_cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
+def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | None = None) -> Tensor:
     """Draws a cotangent whose covariance is the Fisher matrix of the next-token distributions, averaged over tokens.
 
     `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
@@ -127,6 +62,7 @@ def logit_cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         logits: `[tokens, vocabulary]`.
         generator: on the CPU, so that every device draws the same numbers.
+        tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
 
     Returns:
         Shape and dtype of `logits`.
@@ -134,7 +70,7 @@ def logit_cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
     p = torch.softmax(logits.float(), -1)
     noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
     z = noise - p * noise.sum(-1, keepdim=True)
-    return z.div(len(logits) ** 0.5).to(logits.dtype)
+    return z.div((tokens or len(logits)) ** 0.5).to(logits.dtype)
 
 
 def _generator(seed: int, sample: int, draw: int) -> torch.Generator:
@@ -142,19 +78,36 @@ def _generator(seed: int, sample: int, draw: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def answer_logits(model: PreTrainedModel, embeddings: Tensor, rows: Tensor) -> Tensor:
-    """Returns the logits of some positions, `[len(rows), vocabulary]`; the others never pass the output layer.
+def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
+    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`; see `logit_cotangent`."""
+    return lambda logits, part: logit_cotangent(logits, generator, tokens)
+
+
+def label_cotangent(labels: Tensor) -> Cotangent:
+    """Returns the gradient of the mean cross-entropy of `labels`, int64 `[tokens]`, as MoA starts from it."""
+
+    def gradient(logits: Tensor, part: slice) -> Tensor:
+        p = torch.softmax(logits.float(), -1)
+        p.scatter_add_(1, labels[part, None], p.new_full((len(p), 1), -1.0))
+        return p.div_(len(labels)).to(logits.dtype)
+
+    return gradient
+
+
+def divergence_cotangent(model: PreTrainedModel, dense: Tensor) -> Cotangent:
+    """Returns the gradient of the mean KL(dense || model) at the model's logits.
 
     Args:
-        model: any causal LM.
-        embeddings: `[1, N, hidden]`.
-        rows: int64 positions.
+        model: the model; only its output layer is used.
+        dense: what the dense model's output layer gets, `[tokens, hidden]`.
     """
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: Tensor = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=rows).logits[0]
-    else:
-        logits = model(inputs_embeds=embeddings, use_cache=False).logits[0, rows]
-    return logits
+
+    def gradient(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            p = torch.softmax(output_logits(model, dense[part]).float(), -1)
+        return (torch.softmax(logits.float(), -1) - p).div_(len(dense)).to(logits.dtype)
+
+    return gradient
 
 
 def sample_statistics(
@@ -162,43 +115,80 @@ def sample_statistics(
     shape: ModelShape,
     table: RuleTable,
     sample: Sample,
-    draws: int,
+    chosen: ProfileRecipe,
+    around: Plan | None,
     seed: int,
     index: int,
 ) -> Statistics:
-    """Runs one sample forward and `draws` times backward.
+    """Runs one sample forward and several times backward.
 
     Args:
         model: the dense model, weights frozen.
         shape: its shape.
         table: the rules, on the model's device.
         sample: the sample.
-        draws: number of cotangents.
+        chosen: how many cotangents, and which statistics beside the influence.
+        around: the plan to profile around, or None for the dense model.
         seed: the run's seed.
         index: number of the sample; with `seed` it decides the cotangents.
 
     Returns:
-        Statistics, `[draws, layers, kv_heads, rules]`; they may hold numbers that are not finite.
+        See `store.Statistics`; the numbers may be not finite.
     """
-    size = shape.kv_heads, len(table.sink)
-    recording = _Recording(
-        table, shape.native_windows, [InfluenceSums(*size, model.device) for _ in range(shape.layers)]
-    )
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids)[None].to(model.device)
-    squares = np.zeros((draws, shape.layers, *size), np.float32)
-    total = np.zeros_like(squares)
-    with _profiled(model, recording), torch.enable_grad():
-        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = answer_logits(model, embeddings, rows)
-        for draw in range(draws):
-            for sums in recording.sums:
-                sums.reset()
-            z = logit_cotangent(logits.detach(), _generator(seed, index, draw))
-            torch.autograd.grad(logits, embeddings, z, retain_graph=draw + 1 < draws)
-            squares[draw] = torch.stack([sums.squares for sums in recording.sums]).cpu().numpy()
-            total[draw] = torch.stack([sums.total for sums in recording.sums]).cpu().numpy()
-    return Statistics(squares, total)
+    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    dense = _dense_states(model, ids, rows) if around is not None else None
+    size = shape.kv_heads, len(table.sink), model.device
+    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
+    squares = np.zeros((shape.layers, *size[:2]), np.float64)
+    totals: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0)
+    heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
+    copies = [
+        CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
+        for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
+        if recording.attended is not None
+    ]
+    with Tape(model, recording, ids, rows) as tape:
+        if dense is not None:
+            tape.backward(divergence_cotangent(model, dense), [[sums] for sums in influence], last=False)
+            found["first"] = torch.stack([sums.total for sums in influence])
+        if chosen.baselines:
+            baselines = [BaselineSums(*size) for _ in range(shape.layers)]
+            _reset(influence)
+            pairs: list[list[Collector]] = [[a, b] for a, b in zip(influence, baselines, strict=True)]
+            tape.backward(label_cotangent(ids[rows + 1]), pairs, last=False)
+            found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
+        for draw in range(chosen.draws):
+            _reset(influence)
+            cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
+            wanted: list[Sequence[Collector]] = [influence, copies, heads if draw == 0 else []]
+            tape.backward(cotangent, list(zip(*filter(None, wanted), strict=True)), last=draw + 1 == chosen.draws)
+            for copied in copies:
+                copied.end()
+            squares += torch.stack([sums.squares for sums in influence]).cpu().numpy()
+            totals.append(torch.stack([sums.total for sums in influence]))
+    found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
+    arrays = {name: value.float().cpu().numpy() for name, value in (found | {"total": torch.stack(totals)}).items()}
+    return Statistics({**arrays, "squares": (squares / chosen.draws).astype(np.float32)})
+
+
+def _dense_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
+    """Returns what the dense model's output layer gets at `rows`, `[rows, hidden]`."""
+    with torch.no_grad():
+        return hidden_states(model, model.get_input_embeddings()(ids[None]))[0, rows]
+
+
+def _reset(collectors: Sequence[InfluenceSums]) -> None:
+    for sums in collectors:
+        sums.reset()
+
+
+def _stacked(collectors: Sequence[InfluenceSums | BaselineSums | HeadSums | CopySums]) -> dict[str, Tensor]:
+    """Returns the sums of all layers by name, layers in front."""
+    layers = [sums.tensors() for sums in collectors]
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def profile(
@@ -206,6 +196,7 @@ def profile(
     out: str | Path,
     recipe: Recipe,
     *,
+    around: Plan | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
@@ -215,29 +206,34 @@ def profile(
         model: MODEL (hub id, folder, `.gguf` file), or a loaded model.
         out: the folder. With the same request in it, finished samples are kept and a finished profile is returned.
         recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype`, `device`, `trust_remote_code`.
+        around: a plan of this model: profile what every change of a rule would do to the model under it.
         overwrite: replace whatever else is in the folder.
         progress: receives the progress.
 
     Raises:
         ModelError: the model can not be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
+        PlanError: `around` is a plan of another model.
         ArtefactError: the folder holds something else, or can not be written.
     """
     out, progress = Path(out), progress or SILENT
     source = model if isinstance(model, SourceModel) else _load(model, recipe)
-    _check_lengths(source, recipe)
+    check_lengths(source, recipe)
     chosen = recipe.profile
     rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
-    request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe))
-    head = prepare(out, Head(source.source, source.shape, rules, recipe, request), overwrite)
+    if around is not None:
+        around.check_model(source.shape, weights=True)
+    key = around.key() if around is not None else ""
+    request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe), key)
+    head = prepare(out, Head(source.source, source.shape, rules, recipe, request, key), overwrite)
     if head.complete:
         try:
             return Profile.load(out)
         except ArtefactError as error:
             logger.warning("%s; repairing it", str(error).partition("; run")[0])
     head, samples = _make_samples(out, source, head, progress)
-    statistics, head = _run_samples(out, source, head, samples, progress)
-    merge(out, head, [sample.length for sample in samples], statistics)
+    statistics, head = _run_samples(out, source, head, samples, around, progress)
+    merge(out, head, samples, statistics)
     return Profile.load(out)
 
 
@@ -245,7 +241,12 @@ def _load(model: str | Path, recipe: Recipe) -> SourceModel:
     return load_source(model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
 
 
-def _check_lengths(source: SourceModel, recipe: Recipe) -> None:
+def check_lengths(source: SourceModel, recipe: Recipe) -> None:
+    """Refuses lengths that can not be profiled.
+
+    Raises:
+        DataError: beyond the model's context, or so short that no rule would leave anything out.
+    """
     shortest, longest = min(recipe.calibration.lengths), max(recipe.calibration.lengths)
     if source.context and longest > source.context:
         raise DataError(
@@ -304,31 +305,36 @@ def _make_samples(out: Path, source: SourceModel, head: Head, progress: Progress
 def _stored_or_built(
     out: Path, split: str, expected: str, source: SourceModel, head: Head, progress: Progress
 ) -> list[Sample]:
+    from moacompress.calibration.answer_store import AnswerStore
     from moacompress.calibration.data import build_samples
 
     path = out / f"{split}.safetensors"
     samples = read_samples(path, expected)
     if samples is None:
         samples = build_samples(
-            source, head.recipe, "calibration" if split == "calibration" else "validation", progress
+            source,
+            head.recipe,
+            "calibration" if split == "calibration" else "validation",
+            progress,
+            AnswerStore(out / "answers.jsonl", source.shape.weights_fingerprint, source.shape.dtype),
         )
         save_samples(path, samples)
     return samples
 
 
 def _run_samples(
-    out: Path, source: SourceModel, head: Head, samples: Sequence[Sample], progress: Progress
+    out: Path, source: SourceModel, head: Head, samples: Sequence[Sample], around: Plan | None, progress: Progress
 ) -> tuple[list[Statistics], Head]:
     """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
     table = RuleTable.of(head.rules, head.recipe.profile.min_window, source.model.device)
     done, skipped, seconds = [], [], 0.0
     progress.start("profiling", len(samples))
     for index, sample in enumerate(samples):
-        found = read_sample(out, index, head.fingerprint, head.sample_shape)
+        found = read_sample(out, index, head.fingerprint, head.array_shapes)
         if found is None:
             begin = time.perf_counter()
             statistics = sample_statistics(
-                source.model, source.shape, table, sample, head.recipe.profile.draws, head.recipe.seed, index
+                source.model, source.shape, table, sample, head.recipe.profile, around, head.recipe.seed, index
             )
             found = statistics, time.perf_counter() - begin
             write_sample(out, index, statistics, head.fingerprint, found[1])
@@ -336,7 +342,7 @@ def _run_samples(
         seconds += found[1]
         if not found[0].finite:
             skipped.append(index)
-            logger.warning("sample %d (%s) has numbers that are not finite; it is left out", index, sample.source)
+            logger.warning("sample %d (%s) is left out: %s is not finite", index, sample.source, found[0].not_finite())
             _check_skipped(skipped, samples)
         progress.step(f"{sample.length} tokens")
     progress.done()

@@ -24,41 +24,16 @@ import numpy.typing as npt
 
 from moacompress.artefacts import fingerprint, read_json, write_bytes, write_json
 from moacompress.calibration.samples import Sample, fingerprint_samples, load_samples
+from moacompress.calibration.statistics import ESTIMATORS, Statistics, available, estimate
 from moacompress.errors import ArtefactError, MoaCompressError, UsageError
-from moacompress.plan import ModelShape, Rule
+from moacompress.plan import SINKS, ModelShape, Rule
 from moacompress.recipe import Recipe
 
+KINDS = ("answer", "text")
+DISTANCE_BINS = 18
+"""Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
 FORMAT = "moacompress-profile"
-VERSION = 1
-ESTIMATORS = ("fisher", "sample")
-
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """What the backward passes of a sample say (or of many: then with an axis for the sample in front).
-
-    Attributes:
-        squares: `sum_i d_i^2` over the sample's rows, float32 `[draws, layers, kv_heads, rules]`.
-        total: `sum_i d_i`, same shape.
-    """
-
-    squares: Floats
-    total: Floats
-
-    @property
-    def finite(self) -> bool:
-        """Whether no number is NaN or infinite."""
-        return bool(np.isfinite(self.squares).all() and np.isfinite(self.total).all())
-
-    def tensors(self) -> dict[str, Floats]:
-        """Returns the arrays by their names on disk."""
-        return {"squares": self.squares, "total": self.total}
-
-    def digest(self) -> str:
-        """Returns a hash of all numbers."""
-        return hashlib.sha256(self.squares.tobytes() + self.total.tobytes()).hexdigest()
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +53,9 @@ class Profile:
         validation: the samples that plans are measured on.
         seconds: time that the samples took.
         sample_lengths: nominal length of every profiled sample, int64 `[samples]`.
-        statistics: of every profiled sample, `[samples, draws, layers, kv_heads, rules]`.
+        sample_kinds: kind of every profiled sample, "answer" or "text".
+        statistics: of every profiled sample.
+        around: key of the plan that was profiled around; empty for the dense model.
     """
 
     path: Path
@@ -93,29 +70,58 @@ class Profile:
     validation: list[Sample]
     seconds: float
     sample_lengths: npt.NDArray[np.int64]
+    sample_kinds: tuple[str, ...]
     statistics: Statistics
+    around: str = ""
 
-    def influence(self, estimator: str) -> npt.NDArray[np.float64]:
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Those of `ESTIMATORS` that the profile holds the statistics of."""
+        return available(self.statistics)
+
+    def influence(self, estimator: str, kind: str = "answer") -> npt.NDArray[np.float64]:
         """Returns the predicted KL of one rule on one KV head, in nats per answer token.
 
-        Half the mean of the statistic over the samples and draws of a length.
+        Around a plan it is the predicted change of KL: the signed first-order term plus half the curvature.
 
         Args:
-            estimator: "fisher" (`sum_i d_i^2`) or "sample" (`(sum_i d_i)^2`).
+            estimator: one of `estimators`.
+            kind: of the samples: "answer", or "text" for those of plain text.
 
         Returns:
-            float64 `[lengths, layers, kv_heads, rules]`; 0 for `rules[0]`.
+            float64 `[lengths, layers, kv_heads, rules]`; 0 for `rules[0]`, around a plan for the rule that a KV head has.
 
         Raises:
-            UsageError: another estimator.
+            UsageError: an estimator or a kind of samples that the profile does not hold.
         """
         if estimator not in ESTIMATORS:
             raise UsageError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-        chosen = self.statistics.squares if estimator == "fisher" else self.statistics.total
-        values = chosen.astype(np.float64)
-        if estimator == "sample":
-            values **= 2
-        return np.stack([values[self.sample_lengths == length].mean((0, 1)) / 2 for length in self.lengths])
+        if estimator not in self.estimators:
+            raise UsageError(f"the profile has no statistics for the estimator {estimator!r}; profile with --baselines")
+        if kind not in self.sample_kinds:
+            held = ", ".join(sorted(set(self.sample_kinds)))
+            raise UsageError(f"the profile has no samples of kind {kind!r} but {held}; profile with such samples")
+        return np.stack([self._at(length, estimator, kind) for length in self.lengths])
+
+    def _at(self, length: int, estimator: str, kind: str) -> npt.NDArray[np.float64]:
+        of_kind = np.array([found == kind for found in self.sample_kinds])
+        here = np.flatnonzero(of_kind & (self.sample_lengths == length))
+        # a few samples of plain text need not be of every length
+        chosen = self.statistics.take(here if len(here) else np.flatnonzero(of_kind))
+        found = estimate(chosen, estimator)
+        if "first" in chosen.arrays:
+            found = found + chosen.arrays["first"].astype(np.float64).mean(0)
+        return found
+
+    def subset(self, samples: Sequence[int]) -> Profile:
+        """Returns the same profile with only some of its samples, by index; every length must stay."""
+        index = np.asarray(samples, np.int64)
+        return replace(
+            self,
+            sample_lengths=self.sample_lengths[index],
+            sample_kinds=tuple(self.sample_kinds[number] for number in index.tolist()),
+            statistics=self.statistics.take(index),
+        )
 
     @staticmethod
     def load(path: str | Path) -> Profile:
@@ -131,7 +137,7 @@ class Profile:
                 f"the profile in {path} is not finished; run the same profile command again to finish it"
             )
         validation = _samples(path / "validation.safetensors", head.validation_fingerprint)
-        lengths, statistics = _read_merged(path / "influence.safetensors", head)
+        lengths, kinds, statistics = _read_merged(path / "influence.safetensors", head)
         return Profile(
             path=path,
             source=head.source,
@@ -145,7 +151,9 @@ class Profile:
             validation=validation,
             seconds=head.seconds,
             sample_lengths=lengths,
+            sample_kinds=kinds,
             statistics=statistics,
+            around=head.around,
         )
 
 
@@ -159,6 +167,7 @@ class Head:
         rules: the candidate rules.
         recipe: the resolved recipe.
         request: fingerprint of what was asked for, known before any sample is made.
+        around: key of the plan that is profiled around; empty for the dense model.
         fingerprint: fingerprint of the request and the calibration samples; empty until they are made.
         calibration_fingerprint: of the calibration samples' token ids; empty until they are made.
         validation_fingerprint: of the validation samples' token ids; empty until they are made.
@@ -173,6 +182,7 @@ class Head:
     rules: tuple[Rule, ...]
     recipe: Recipe
     request: str
+    around: str = ""
     fingerprint: str = ""
     calibration_fingerprint: str = ""
     validation_fingerprint: str = ""
@@ -187,9 +197,20 @@ class Head:
         return self.recipe.calibration.lengths
 
     @property
-    def sample_shape(self) -> tuple[int, int, int, int]:
-        """Shape of a sample's statistics, `(draws, layers, kv_heads, rules)`."""
-        return self.recipe.profile.draws, self.shape.layers, self.shape.kv_heads, len(self.rules)
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every array of a sample's statistics."""
+        profile, size = self.recipe.profile, (self.shape.layers, self.shape.kv_heads, len(self.rules))
+        names = ["squares"]
+        names += ["first"] if self.around else []
+        names += ["moa", "mass", "gold_squares", "gold_total"] if profile.baselines else []
+        heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
+        pairs = size[0], profile.anchors, size[1], size[1]
+        return {
+            "total": (profile.draws, *size),
+            **dict.fromkeys(names, size),
+            **(heads if profile.heads else {}),
+            **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if profile.anchors else (), pairs),
+        }
 
     def write(self, folder: Path) -> None:
         """Writes `profile.json`, atomically."""
@@ -219,7 +240,15 @@ class Head:
         data = _json(path)
         try:
             shape = {**data["shape"], "native_windows": tuple(data["shape"]["native_windows"])}
-            names = ("source", "request", "fingerprint", "calibration_fingerprint", "validation_fingerprint", "digest")
+            names = (
+                "source",
+                "request",
+                "around",
+                "fingerprint",
+                "calibration_fingerprint",
+                "validation_fingerprint",
+                "digest",
+            )
             return Head(
                 shape=ModelShape(**shape),
                 rules=tuple(Rule(*map(int, rule)) for rule in data["rules"]),
@@ -242,7 +271,8 @@ def prepare(folder: Path, head: Head, overwrite: bool) -> Head:
         overwrite: replace whatever else is in the folder.
 
     Returns:
-        The head on disk, with the recipe of this run and where it found the model.
+        The head on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
+        for statistics that the earlier one did not record.
 
     Raises:
         ArtefactError: the folder holds something else and `overwrite` is False, or can not be written.
@@ -259,12 +289,24 @@ def prepare(folder: Path, head: Head, overwrite: bool) -> Head:
         except OSError as error:
             raise ArtefactError(f"can not write {folder}: {error.strerror or error}") from error
         found = head
-    elif (found.recipe, found.source) != (head.recipe, head.source):
-        found = replace(found, recipe=head.recipe, source=head.source)
     else:
-        return found
+        recipe = _with_recorded(head.recipe, found.recipe)
+        if (found.recipe, found.source) == (recipe, head.source):
+            return found
+        wanted = replace(found, recipe=recipe, source=head.source)
+        found = replace(wanted, complete=found.complete and wanted.array_shapes == found.array_shapes)
     found.write(folder)
     return found
+
+
+def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
+    """Returns the recipe with the statistics that an earlier run recorded beside those it asks for."""
+    ours, theirs = recipe.profile, earlier.profile
+    return recipe.override(
+        profile__baselines=ours.baselines or theirs.baselines,
+        profile__heads=ours.heads or theirs.heads,
+        profile__anchors=max(ours.anchors, theirs.anchors),
+    )
 
 
 def _same_request(folder: Path, head: Head, overwrite: bool) -> Head | None:
@@ -300,13 +342,13 @@ def _same_request(folder: Path, head: Head, overwrite: bool) -> Head | None:
     return None
 
 
-def merge(folder: Path, head: Head, lengths: Sequence[int], statistics: Sequence[Statistics]) -> Head:
+def merge(folder: Path, head: Head, samples: Sequence[Sample], statistics: Sequence[Statistics]) -> Head:
     """Writes `influence.safetensors` and then marks the profile as complete.
 
     Args:
         folder: the profile's folder.
         head: its head, all but `digest` and `complete` filled in.
-        lengths: nominal length of every sample.
+        samples: the profiled samples.
         statistics: of every sample, those in `head.skipped` included.
 
     Returns:
@@ -314,12 +356,11 @@ def merge(folder: Path, head: Head, lengths: Sequence[int], statistics: Sequence
     """
     from safetensors.numpy import save
 
-    used = [index for index in range(len(lengths)) if index not in head.skipped]
-    merged = Statistics(
-        np.stack([statistics[index].squares for index in used]), np.stack([statistics[index].total for index in used])
-    )
-    nominal = np.array([lengths[index] for index in used], np.int64)
-    write_bytes(folder / "influence.safetensors", save({**merged.tensors(), "lengths": nominal}))
+    used = [index for index in range(len(samples)) if index not in head.skipped]
+    merged = Statistics.stack([statistics[index] for index in used])
+    lengths = np.array([samples[index].length for index in used], np.int64)
+    kinds = np.array([KINDS.index(samples[index].kind) for index in used], np.uint8)
+    write_bytes(folder / "influence.safetensors", save({**merged.arrays, "lengths": lengths, "kinds": kinds}))
     head = replace(head, digest=merged.digest(), complete=True)
     head.write(folder)
     return head
@@ -343,29 +384,30 @@ def write_sample(folder: Path, index: int, statistics: Statistics, owner: str, s
     from safetensors.numpy import save
 
     notes = {"profile": owner, "index": str(index), "digest": statistics.digest(), "seconds": f"{seconds:.3f}"}
-    write_bytes(sample_path(folder, index), save(statistics.tensors(), metadata=notes))
+    write_bytes(sample_path(folder, index), save(dict(statistics.arrays), metadata=notes))
 
 
-def read_sample(folder: Path, index: int, owner: str, shape: tuple[int, ...]) -> tuple[Statistics, float] | None:
+def read_sample(
+    folder: Path, index: int, owner: str, shapes: dict[str, tuple[int, ...]]
+) -> tuple[Statistics, float] | None:
     """Returns the statistics and the seconds of a finished sample; None if it has to be done (again).
 
     Args:
         folder: the profile's folder.
         index: number of the sample.
         owner: fingerprint of the profile.
-        shape: `(draws, layers, kv_heads, rules)`.
+        shapes: of every array.
     """
     path = sample_path(folder, index)
     if not path.is_file():
         return None
     try:
         arrays, notes = _read(path)
-        statistics = Statistics(arrays["squares"], arrays["total"])
         seconds = float(notes["seconds"])
     except (ArtefactError, KeyError, ValueError):
         return None
-    whole = statistics.squares.shape == statistics.total.shape == shape
-    if not whole or (notes.get("profile"), notes.get("index")) != (owner, str(index)):
+    statistics = Statistics(arrays)
+    if statistics.shapes != shapes or (notes.get("profile"), notes.get("index")) != (owner, str(index)):
         return None
     return (statistics, seconds) if notes.get("digest") == statistics.digest() else None
 
@@ -414,19 +456,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise _damaged(path, str(error)) from error
 
 
-def _read_merged(path: Path, head: Head) -> tuple[npt.NDArray[np.int64], Statistics]:
+def _read_merged(path: Path, head: Head) -> tuple[npt.NDArray[np.int64], tuple[str, ...], Statistics]:
     arrays, _ = _read(path)
-    if set(arrays) != {"squares", "total", "lengths"}:
+    wanted = head.array_shapes
+    if set(arrays) != {*wanted, "lengths", "kinds"}:
         raise _damaged(path, f"it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    statistics, lengths = Statistics(arrays["squares"], arrays["total"]), arrays["lengths"]
-    shape = (len(lengths), *head.sample_shape)
-    if statistics.squares.shape != shape or statistics.total.shape != shape:
-        raise _damaged(path, f"its arrays have shape {statistics.squares.shape}, not {shape}")
+    lengths, kinds = arrays.pop("lengths"), arrays.pop("kinds")
+    statistics = Statistics(arrays)
+    for name, shape in statistics.shapes.items():
+        if shape != (len(lengths), *wanted[name]):
+            raise _damaged(path, f"its array {name} has shape {shape}, not {(len(lengths), *wanted[name])}")
     if not statistics.finite or statistics.digest() != head.digest:
         raise _damaged(path, "its numbers are not those that were written")
     if set(lengths.tolist()) != set(head.lengths):
         raise _damaged(path, f"it has samples of {sorted(set(lengths.tolist()))} tokens, not {list(head.lengths)}")
-    return lengths, statistics
+    if kinds.shape != lengths.shape or (kinds >= len(KINDS)).any():
+        raise _damaged(path, "its kinds of samples are not known")
+    return lengths, tuple(KINDS[kind] for kind in kinds.tolist()), statistics
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -469,19 +515,23 @@ def _damaged(path: Path, why: str) -> ArtefactError:
     return ArtefactError(f"profile file {path} is damaged: {why}; run the same profile command again to repair it")
 
 
-def request_fingerprint(shape: ModelShape, rules: Sequence[Rule], recipe: Recipe, files: dict[str, str]) -> str:
+def request_fingerprint(
+    shape: ModelShape, rules: Sequence[Rule], recipe: Recipe, files: dict[str, str], around: str = ""
+) -> str:
     """Returns a hash of all that decides a profile's numbers and is known before its samples are made.
 
-    Choices that only matter later (estimator, search, evaluation) are not in it.
+    Choices that only matter later (estimator, search, evaluation) are not in it, nor is which statistics are recorded.
 
     Args:
         shape: the model, with its weights fingerprint.
         rules: the candidate rules.
         recipe: the run.
         files: digest of every local file that samples are made of.
+        around: key of the plan that is profiled around; empty for the dense model.
     """
     return fingerprint(
         {
+            "around": around,
             "version": VERSION,
             "model": shape.to_dict(),
             "rules": [(rule.sink, rule.alpha, rule.beta_q) for rule in rules],

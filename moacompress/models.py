@@ -200,6 +200,18 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [found[index] for index in sorted(found)]
 
 
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the decoder layers in order: the modules that hold one attention module each, as a direct child."""
+    attention = {id(module): index for index, module in enumerate(attention_modules(model))}
+    found = {
+        attention[id(child)]: module
+        for module in model.modules()
+        for child in module.children()
+        if id(child) in attention
+    }
+    return [found[index] for index in sorted(found)]
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Refuses a model whose attention moacompress can not replace.
 

@@ -10,10 +10,11 @@ from moacompress.artefacts import fingerprint
 from moacompress.budget import Budget
 from moacompress.calibration.samples import fingerprint_samples
 from moacompress.calibration.store import Profile
+from moacompress.errors import UsageError
 from moacompress.recipe import Recipe
 from moacompress.search.cost import budget_limits
 from moacompress.search.knobs import Knobs
-from moacompress.search.surrogate import Surrogate
+from moacompress.search.surrogate import Floats, Surrogate
 
 SEARCH_VERSION = 1
 """Part of a study's name: raised when the same request would be searched in another way."""
@@ -44,13 +45,17 @@ class Request:
         Raises:
             BudgetError: as `find_plan`.
             InfeasibleBudgetError: as `find_plan`.
+            UsageError: a profile around a plan.
         """
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window)
-        surrogate = Surrogate.build(
-            profile.influence(recipe.profile.estimator), profile.rules, profile.min_window, max(profile.lengths)
-        )
+        if profile.around:
+            raise UsageError(
+                f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
+            )
+        influence = _influence(profile, recipe)
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return Request(profile, recipe, asked, limits, surrogate)
 
     @cached_property
@@ -64,6 +69,7 @@ class Request:
                 "validation": fingerprint_samples(self.profile.validation),
                 "limits": [[n, limit] for n, limit in self.limits.items()],
                 "estimator": self.recipe.profile.estimator,
+                "text_weight": search.text_weight,
                 "solver": search.solver,
                 "ablations": search.ablations,
                 "seed": self.recipe.seed,
@@ -74,3 +80,11 @@ class Request:
     def knobs(self) -> Knobs:
         """What the study tunes."""
         return Knobs(self.profile.shape.layers, self.profile.lengths)
+
+
+def _influence(profile: Profile, recipe: Recipe) -> Floats:
+    """Returns the influence on answers, with that on plain text beside it by its weight where both were profiled."""
+    kinds, estimator = sorted(set(profile.sample_kinds)), recipe.profile.estimator
+    if kinds != ["answer", "text"]:
+        return profile.influence(estimator, kinds[0])
+    return profile.influence(estimator) + recipe.search.text_weight * profile.influence(estimator, "text")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.influence import (
     AttentionSpec,
-    InfluenceSums,
     ProfiledAttention,
     RuleTable,
+    TileView,
     attend,
     attend_backward,
 )
@@ -71,8 +72,8 @@ class Keep:
     def __init__(self, n: int, kv_heads: int, rules: int) -> None:
         self.deltas = torch.zeros(kv_heads, n, rules, dtype=torch.float64)
 
-    def add(self, rows: Tensor, deltas: Tensor) -> None:
-        self.deltas[:, rows] = deltas.double()
+    def add(self, view: TileView) -> None:
+        self.deltas[:, view.rows] = view.deltas.double()
 
 
 def visible(n: int, rule: Rule, native: int | None) -> Tensor:
@@ -109,7 +110,7 @@ def test_deltas_match_the_definition(case: Case) -> None:
     out = attend(q, k, v, spec, s)
     assert torch.allclose(out.double(), full, atol=2e-6)
     keep = Keep(case.n, case.kv_heads, len(RULES))
-    attend_backward(q, k, v, g, spec, s, RuleTable.of(RULES, MIN_WINDOW), keep)
+    attend_backward(q, k, v, g, spec, s, RuleTable.of(RULES, MIN_WINDOW), [keep])
     assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert (keep.deltas[..., 0] == 0).all()
     assert (keep.deltas[expected == 0] == 0).all()  # exactly zero where the rule masks nothing
@@ -121,7 +122,7 @@ def test_gradients_are_exact(case: Case) -> None:
     ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     table, sums = RuleTable.of(RULES, MIN_WINDOW), InfluenceSums(case.kv_heads, len(RULES))
-    out = ProfiledAttention.apply(*ours, sink, spec, table, sums)  # type: ignore[no-untyped-call]
+    out = ProfiledAttention.apply(*ours, sink, spec, table, [sums])  # type: ignore[no-untyped-call]
     q, k, v = theirs
     reference = dense(q, k, v, sink, spec, visible(case.n, Rule.FULL, case.native))
     assert torch.allclose(out, reference, atol=1e-12)
@@ -139,11 +140,11 @@ def test_tile_size_does_not_matter(tile: int) -> None:
     (query, key, value, grad), sink, spec = case.draw()
     table = RuleTable.of(RULES, MIN_WINDOW)
     assert torch.allclose(
-        attend(query, key, value, spec, sink, tile), attend(query, key, value, spec, sink), atol=1e-12
+        attend(query, key, value, spec, sink, tile=tile), attend(query, key, value, spec, sink), atol=1e-12
     )
     whole, tiled = Keep(case.n, 3, len(RULES)), Keep(case.n, 3, len(RULES))
-    first = attend_backward(query, key, value, grad, spec, sink, table, whole)
-    second = attend_backward(query, key, value, grad, spec, sink, table, tiled, tile)
+    first = attend_backward(query, key, value, grad, spec, sink, table, [whole])
+    second = attend_backward(query, key, value, grad, spec, sink, table, [tiled], tile=tile)
     assert torch.allclose(whole.deltas, tiled.deltas, atol=1e-11)
     for a, b in zip(first, second, strict=True):
         assert torch.allclose(a, b, atol=1e-11)
@@ -157,16 +158,16 @@ def test_rows_without_cotangent_take_no_part() -> None:
     seen: list[Tensor] = []
 
     class Rows(Keep):
-        def add(self, rows: Tensor, deltas: Tensor) -> None:
-            seen.append(rows)
-            super().add(rows, deltas)
+        def add(self, view: TileView) -> None:
+            seen.append(view.rows)
+            super().add(view)
 
     some, full = Rows(200, 2, len(RULES)), Keep(200, 2, len(RULES))
-    attend_backward(query, key, value, sparse, spec, sink, table, some)
-    attend_backward(query, key, value, grad, spec, sink, table, full)
+    attend_backward(query, key, value, sparse, spec, sink, table, [some])
+    attend_backward(query, key, value, grad, spec, sink, table, [full])
     assert torch.cat(seen).tolist() == rows.tolist()
     assert torch.allclose(some.deltas[:, rows], full.deltas[:, rows], atol=1e-12)
-    none = attend_backward(query, key, value, torch.zeros_like(grad), spec, sink, table, Keep(200, 2, len(RULES)))
+    none = attend_backward(query, key, value, torch.zeros_like(grad), spec, sink, table, [Keep(200, 2, len(RULES))])
     assert all(not gradient.any() for gradient in none)
 
 
@@ -181,7 +182,7 @@ def test_a_window_that_holds_almost_nothing_is_exact() -> None:
     expected = (grad * (under - full)).sum(-1)[0].sum(0)
     q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
     keep = Keep(300, 1, 2)
-    attend_backward(q, k, v, g, spec, None, RuleTable.of(rule, MIN_WINDOW), keep)
+    attend_backward(q, k, v, g, spec, None, RuleTable.of(rule, MIN_WINDOW), [keep])
     assert float((keep.deltas[0, :, 1] - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
@@ -190,8 +191,8 @@ def test_sums_are_of_the_group() -> None:
     (query, key, value, grad), sink, spec = case.draw()
     table = RuleTable.of(RULES, MIN_WINDOW)
     keep, sums = Keep(case.n, 2, len(RULES)), InfluenceSums(2, len(RULES))
-    attend_backward(query, key, value, grad, spec, sink, table, keep)
-    attend_backward(query, key, value, grad, spec, sink, table, sums)
+    attend_backward(query, key, value, grad, spec, sink, table, [keep])
+    attend_backward(query, key, value, grad, spec, sink, table, [sums])
     assert torch.allclose(sums.total, keep.deltas.sum(1))
     assert torch.allclose(sums.squares, keep.deltas.square().sum(1))
     sums.reset()
@@ -205,7 +206,81 @@ def test_bfloat16_computes_in_float32() -> None:
     table, deltas = RuleTable.of(RULES, MIN_WINDOW), []
     for q, k, v, g in (low, [tensor.float() for tensor in low]):
         keep = Keep(200, 2, len(RULES))
-        gradients = attend_backward(q, k, v, g, spec, sink, table, keep)
+        gradients = attend_backward(q, k, v, g, spec, sink, table, [keep])
         assert [gradient.dtype for gradient in gradients] == [q.dtype] * 3
         deltas.append(keep.deltas)
     assert torch.allclose(deltas[0], deltas[1], atol=1e-12)
+
+
+def plan_of(case: Case) -> tuple[RuleTable, list[Rule]]:
+    rules = [Rule(4, 32, 0), Rule.FULL, Rule(16, 9, 700), Rule(64, 16, 0)][: case.kv_heads]
+    return RuleTable.of(rules, MIN_WINDOW), rules
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_around_a_plan_every_change_up_or_down_is_exact(case: Case) -> None:
+    (query, key, value, grad), sink, spec = case.draw()
+    plan, chosen = plan_of(case)
+    group = case.heads // case.kv_heads
+    masks = torch.stack([visible(case.n, rule, case.native) for rule in chosen]).repeat_interleave(group, 0)
+    theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    now = dense(theirs[0], theirs[1], theirs[2], sink, spec, masks)
+    now.backward(grad)
+    wanted = []
+    for rule in RULES:
+        under = dense(query, key, value, sink, spec, visible(case.n, rule, case.native))
+        wanted.append((grad * (under - now.detach())).sum(-1)[0].view(case.kv_heads, -1, case.n).sum(1))
+    expected = torch.stack(wanted, -1)
+
+    table = RuleTable.of(RULES, MIN_WINDOW)
+    assert torch.allclose(attend(query, key, value, spec, sink, plan), now, atol=1e-12)
+    exact = attend_backward(query, key, value, grad, spec, sink, table, [], plan)
+    for mine, other in zip(exact, theirs, strict=True):
+        assert other.grad is not None
+        assert float((mine - other.grad).abs().max()) < 1e-10
+    q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
+    keep = Keep(case.n, case.kv_heads, len(RULES))
+    attend_backward(q, k, v, g, spec, None if sink is None else sink.float(), table, [keep], plan)
+    assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    for head, rule in enumerate(chosen):
+        if rule in RULES:
+            assert (keep.deltas[head, :, RULES.index(rule)] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_estimators_of_others_match_their_definition(case: Case) -> None:
+    """MoA's |E| and the masked probability from whole float64 matrices."""
+    (query, key, value, grad), sink, spec = case.draw()
+    sums = BaselineSums(case.kv_heads, len(RULES))
+    attend_backward(query, key, value, grad, spec, sink, RuleTable.of(RULES, MIN_WINDOW), [sums])
+    group = case.heads // case.kv_heads
+    eye = torch.eye(case.n, dtype=torch.float64).expand(1, case.kv_heads, -1, -1)
+    full = visible(case.n, Rule.FULL, case.native)
+    p = dense(query, key, eye, sink, spec, full)[0]
+    g = grad[0] @ value[0].repeat_interleave(group, 0).mT
+    effect = (p * (g - (p * g).sum(-1, keepdim=True)) / (1 - p).clamp_min(torch.finfo(p.dtype).eps)).abs()
+    for index, rule in enumerate(RULES):
+        hidden = full & ~visible(case.n, rule, case.native)
+        moa = (effect * hidden).sum((1, 2)).view(case.kv_heads, -1).sum(1)
+        mass = (p * hidden).sum(-1).view(case.kv_heads, -1).mean(1)
+        assert torch.allclose(sums.moa[:, index], moa, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(sums.mass[:, index], mass, rtol=1e-6, atol=1e-12)
+    sums.reset()
+    assert not sums.moa.any()
+    assert not sums.mass.any()
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    """Rows behind the last token have no cotangent, and no earlier row sees them."""
+    (query, key, value, grad), sink, spec = CASES["everything"].draw()
+    table, n = RuleTable.of(RULES, MIN_WINDOW), 201
+    pad = [torch.nn.functional.pad(tensor, (0, 0, 0, 40), value=7.0) for tensor in (query, key, value)]
+    padded, alone = Keep(n + 40, 3, len(RULES)), Keep(n, 3, len(RULES))
+    silent = torch.nn.functional.pad(grad, (0, 0, 0, 40))
+    got = attend_backward(pad[0], pad[1], pad[2], silent, spec, sink, table, [padded])
+    expected = attend_backward(query, key, value, grad, spec, sink, table, [alone])
+    assert torch.allclose(padded.deltas[:, :n], alone.deltas, atol=1e-12)
+    assert not padded.deltas[:, n:].any()
+    for mine, other in zip(got, expected, strict=True):
+        assert torch.allclose(mine[:, :, :n], other, atol=1e-12)
+        assert not mine[:, :, n:].any()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,26 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration import profiler
-from moacompress.calibration.influence import InfluenceSums, RuleTable
-from moacompress.calibration.profiler import answer_logits, logit_cotangent, profile, sample_statistics
+from moacompress.calibration import passes, profiler
+from moacompress.calibration.influence import RuleTable
+from moacompress.calibration.profiler import logit_cotangent, profile, sample_statistics
 from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile, Statistics, sample_path
-from moacompress.errors import ArtefactError, DataError
-from moacompress.models import SourceModel, model_shape
+from moacompress.calibration.statistics import ESTIMATORS, Statistics
+from moacompress.calibration.store import Profile, sample_path
+from moacompress.errors import ArtefactError, DataError, PlanError
+from moacompress.models import SourceModel, decoder_layers, model_shape
 from moacompress.plan import Plan, Rule
 from moacompress.progress import Progress
-from moacompress.recipe import Recipe
+from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.runtime import attach, detach
 
 Factory = Callable[..., PreTrainedModel]
 RECIPE = Recipe.from_dict(
     {"calibration": {"lengths": [128, 192], "samples": 4, "validation_samples": 2}, "profile": {"draws": 2}}
 )
+ALL = ProfileRecipe(draws=1, baselines=True)
+SOME = ProfileRecipe.model_construct(draws=60, baselines=False)
+MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,7 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None) -> list[Sample]:
+def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
     """Stands in for the data: random ids, which is all that the profiler needs."""
     rng = np.random.default_rng([recipe.seed, split == "calibration"])
     count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
@@ -55,7 +60,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the data; returns the splits made."""
     made: list[str] = []
 
-    def build(source: Any, recipe: Recipe, split: str, progress: Any = None) -> list[Sample]:
+    def build(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
         made.append(split)
         return make_samples(source, recipe, split)
 
@@ -87,14 +92,13 @@ def test_attention_is_the_model_s_own(tiny_model: Factory) -> None:
         model = tiny_model(family)
         shape, ids = model_shape(model), torch.randint(3, 150, (1, 150), generator=torch.Generator().manual_seed(1))
         rows = torch.tensor([0, 20, 70, 149])
-        table = RuleTable.of((Rule.FULL,), 32)
-        sums = [InfluenceSums(shape.kv_heads, 1) for _ in range(shape.layers)]
+        recording = passes.Recording.of(shape, RuleTable.of((Rule.FULL,), 32))
         before = model.config._attn_implementation
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits[0, rows]
-            with profiler._profiled(model, profiler._Recording(table, shape.native_windows, sums)):
-                assert model.config._attn_implementation == profiler.ATTENTION
-                got = answer_logits(model, model.get_input_embeddings()(ids), rows)
+            with passes.Tape(model, recording, ids[0], rows) as tape:
+                assert model.config._attn_implementation == passes.ATTENTION
+                got = passes.output_logits(model, tape.hidden)
         assert model.config._attn_implementation == before
         assert got.shape == expected.shape
         assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max())), family
@@ -106,14 +110,18 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
         model = tiny_model(family)
         shape = model_shape(model)
         sample = make_samples(None, RECIPE, "calibration")[0]
-        found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, 1, 0, 0)
-        assert found.squares.shape == found.total.shape == (1, shape.layers, shape.kv_heads, 4)
+        found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, ALL, None, 0, 0)
+        size = shape.layers, shape.kv_heads, 4
+        assert found.shapes == {"total": (1, *size)} | dict.fromkeys(
+            ("squares", "moa", "mass", "gold_squares", "gold_total"), size
+        )
         assert found.finite
-        assert not found.squares[..., 0].any()
+        assert not any(array[..., 0].any() for array in found.arrays.values())
         assert all(parameter.grad is None for parameter in model.parameters())
         for layer, native in enumerate(shape.native_windows):
             masks = native is None or native > 32
-            assert found.squares[0, layer, :, 1].all() == masks, family
+            for array in found.arrays.values():
+                assert array[..., layer, :, 1].all() == masks, family
 
 
 def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
@@ -133,8 +141,8 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     shape, n, rule = model_shape(model), 160, Rule(4, 140, 0)
     ids = np.random.default_rng(1).integers(3, 150, n)
     sample = Sample(ids, np.arange(n) >= n - 24, "random", n)
-    found = sample_statistics(model, shape, RuleTable.of((Rule.FULL, rule), 32), sample, 400, 0, 0)
-    total = found.total[..., 1].astype(np.float64)
+    found = sample_statistics(model, shape, RuleTable.of((Rule.FULL, rule), 32), sample, MANY, None, 0, 0)
+    total = found.arrays["total"][..., 1].astype(np.float64)
     rows, exact = np.flatnonzero(sample.answer_mask) - 1, model.double()
 
     def log_probabilities() -> torch.Tensor:
@@ -154,18 +162,23 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     for chosen in [*([one] for one in heads), heads]:
         predicted = (np.sum([total[:, layer, head] for layer, head in chosen], 0) ** 2).mean() / 2
         assert predicted == pytest.approx(kl(chosen), rel=0.25), chosen
-    fisher = found.squares[..., 1].mean(0) / 2
+    fisher = found.arrays["squares"][..., 1] / 2
     assert [float(fisher[head]) for head in heads] == pytest.approx([kl([head]) for head in heads], rel=0.25)
 
 
-def test_attention_is_restored_after_an_error(source: SourceModel) -> None:
+def test_the_model_is_restored_after_an_error(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     before = source.model.config._attn_implementation
-    recording = profiler._Recording(RuleTable.of((Rule.FULL,), 32), source.shape.native_windows, [])
-    with pytest.raises(IndexError), profiler._profiled(source.model, recording):
-        source.model(torch.arange(5)[None])
+    recording = passes.Recording.of(source.shape, RuleTable.of((Rule.FULL,), 32))
+    ids, forwards = torch.arange(5), [layer.forward for layer in decoder_layers(source.model)]
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 2)
+    with pytest.raises(IndexError), passes.Tape(source.model, recording, ids, torch.tensor([7])):
+        pass
+    with pytest.raises(ZeroDivisionError), passes.Tape(source.model, recording, ids, torch.tensor([3])):
+        raise ZeroDivisionError
     assert source.model.config._attn_implementation == before
+    assert [layer.forward for layer in decoder_layers(source.model)] == forwards
     with pytest.raises(LookupError):
-        profiler._recording.get()
+        passes._recording.get()
 
 
 def test_profile_of_a_folder(tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]) -> None:
@@ -276,12 +289,14 @@ profile({str(tiny_folder)!r}, {str(tmp_path / "p")!r}, tests.RECIPE, progress=Ki
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
-    def statistics(model: Any, shape: Any, table: Any, sample: Any, draws: int, seed: int, index: int) -> Statistics:
-        values = np.full((draws, shape.layers, shape.kv_heads, len(table.sink)), index, np.float32)
+    def statistics(
+        model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int
+    ) -> Statistics:
+        values = np.full((chosen.draws, shape.layers, shape.kv_heads, len(table.sink)), index, np.float32)
         values[..., 0] = 0
         if index in indices:
             values[0, 0, 0, 1] = np.inf
-        return Statistics(values, values)
+        return Statistics({"squares": values.mean(0), "total": values})
 
     monkeypatch.setattr(profiler, "sample_statistics", statistics)
 
@@ -325,3 +340,122 @@ def test_a_changed_data_file_is_another_request(source: SourceModel, tmp_path: P
     rows.write_text('{"prompt": "b"}\n')
     with pytest.raises(ArtefactError, match="another model or recipe"):
         profile(source, tmp_path / "p", recipe)
+
+
+def divergence(model: PreTrainedModel, sample: Sample, plan: Plan, dense: torch.Tensor | None = None) -> Any:
+    """Mean KL(dense || plan) at the answer tokens, in float64; without `dense` the dense log-probabilities."""
+    rows, ids = np.flatnonzero(sample.answer_mask) - 1, torch.from_numpy(sample.input_ids)[None]
+    if dense is not None:
+        attach(model, plan)
+    with torch.no_grad():
+        found: torch.Tensor = model(ids, use_cache=False).logits[0, rows].log_softmax(-1)
+    if dense is None:
+        return found
+    detach(model)
+    return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+def test_around_a_plan_the_change_of_kl_is_predicted_with_its_sign(tiny_model: Factory) -> None:
+    """Small steps up and down from a plan that already costs something, one KV head at a time."""
+    model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.08)
+    shape, n = model_shape(model), 160
+    rules = (Rule.FULL, Rule(4, 120, 0), Rule(4, 116, 0), Rule(4, 124, 0))
+    plan = Plan(shape, 32, ((rules[1], rules[1]), (rules[1], rules[1])))
+    sample = Sample(np.random.default_rng(1).integers(3, 150, n), np.arange(n) >= n - 24, "random", n)
+    found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, SOME, plan, 0, 0).arrays
+    predicted = found["first"].astype(np.float64) + (found["total"].astype(np.float64) ** 2).mean(0) / 2
+    assert not predicted[..., 1].any()
+    exact = model.double()
+    dense = divergence(exact, sample, plan)
+    now = divergence(exact, sample, plan, dense)
+    signs = set()
+    for layer, head, rule in ((layer, head, rule) for layer in range(2) for head in range(2) for rule in (2, 3)):
+        changed = [list(row) for row in plan.rules]
+        changed[layer][head] = rules[rule]
+        measured = divergence(exact, sample, Plan(shape, 32, tuple(map(tuple, changed))), dense) - now
+        assert predicted[layer, head, rule] == pytest.approx(measured, rel=0.15, abs=0.02 * now), (layer, head, rule)
+        signs.add(measured > 0)
+    assert signs == {True, False}
+
+
+def test_around_the_full_plan_is_the_dense_profile(source: SourceModel) -> None:
+    sample = make_samples(None, RECIPE, "calibration")[0]
+    table = RuleTable.of((Rule.FULL, Rule(4, 32, 0), Rule(16, 0, 256)), 32)
+    full = Plan.full(source.shape)
+    around, dense = (
+        sample_statistics(source.model, source.shape, table, sample, ALL, plan, 0, 0).arrays for plan in (full, None)
+    )
+    assert not around["first"].any()
+    assert all(np.array_equal(around[name], dense[name]) for name in dense)
+
+
+def test_profile_around_a_plan(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+    dense = profile(source, tmp_path / "dense", RECIPE)
+    rule = next(number for number, rule in enumerate(dense.rules) if (rule.sink, rule.alpha, rule.beta_q) == (4, 64, 0))
+    plan = Plan(source.shape, 32, tuple((dense.rules[rule], Rule.FULL) for _ in range(source.shape.layers)))
+    made = profile(source, tmp_path / "around", RECIPE, around=plan)
+    assert made.around == plan.key()
+    assert made.calibration_fingerprint == dense.calibration_fingerprint
+    assert made.fingerprint != dense.fingerprint
+    influence = made.influence("fisher")
+    assert not influence[:, :, 0, rule].any()
+    assert not influence[:, :, 1, 0].any()
+    assert (influence < 0).any()
+    assert np.array_equal(Profile.load(tmp_path / "around").influence("sample"), made.influence("sample"))
+    other = replace(plan.model, layers=plan.model.layers, weights_fingerprint="0" * 16)
+    with pytest.raises(PlanError, match="fingerprint"):
+        profile(source, tmp_path / "other", RECIPE, around=replace(plan, model=other))
+    with pytest.raises(ArtefactError, match="another model or recipe"):
+        profile(source, tmp_path / "dense", RECIPE, around=plan)
+
+
+def test_statistics_asked_for_later_are_added(
+    source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
+) -> None:
+    plain = profile(source, tmp_path / "p", RECIPE)
+    assert plain.estimators == ("fisher", "sample")
+    more = profile(source, tmp_path / "p", RECIPE.override(profile__baselines=True))
+    assert more.estimators == ESTIMATORS
+    assert np.array_equal(more.influence("fisher"), plain.influence("fisher"))
+    assert (len(data), done) == (2, [0, 1, 2, 3] * 2)  # the samples stay
+    again = profile(source, tmp_path / "p", RECIPE)
+    assert again.estimators == ESTIMATORS
+    assert len(done) == 8
+    for name in ESTIMATORS:
+        influence = again.influence(name)
+        assert influence.shape == (2, 3, 2, len(again.rules))
+        assert not influence[..., 0].any()
+        assert (influence[..., 1:] > 0).any()
+
+
+def test_a_full_disk_leaves_a_sound_profile(
+    source: SourceModel, tmp_path: Path, data: list[str], done: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up at every file in turn; then there is room again."""
+    whole = profile(source, tmp_path / "whole", RECIPE)
+    done.clear()
+    sync, out, free = os.fsync, tmp_path / "p", 0
+    leftovers: list[Path] = []
+
+    def full(descriptor: int) -> None:
+        nonlocal free
+        free -= 1
+        if free < 0:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    messages: list[str] = []
+    for room in range(20):
+        free = room
+        try:
+            made = profile(source, out, RECIPE)
+            break
+        except ArtefactError as error:
+            messages.append(str(error))
+            leftovers += list(out.rglob("*.tmp"))
+    assert len(messages) > 3
+    assert all("No space left on device; nothing was changed" in message for message in messages)
+    assert not leftovers
+    assert np.array_equal(made.influence("fisher"), whole.influence("fisher"))
+    assert sorted(set(done)) == [0, 1, 2, 3]

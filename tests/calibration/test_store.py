@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
+from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import (
     Head,
     Profile,
-    Statistics,
     merge,
     prepare,
     read_sample,
@@ -31,6 +31,7 @@ SHAPE = ModelShape("llama", 3, 4, 2, 16, "float32", (None, 24, None), "012345678
 RULES = (Rule.FULL, Rule(4, 32, 0), Rule(16, 0, 256))
 RECIPE = Recipe.from_dict({"calibration": {"lengths": [128, 256]}, "profile": {"draws": 2}})
 LENGTHS = (128, 128, 256)
+PROFILED = [Sample(np.arange(n - 1), np.arange(n - 1) > n - 5, "random", n) for n in LENGTHS]
 
 
 def head(**changes: Any) -> Head:
@@ -40,10 +41,10 @@ def head(**changes: Any) -> Head:
 
 def statistics(seed: int) -> Statistics:
     rng = np.random.default_rng(seed)
-    total = rng.normal(size=head().sample_shape).astype(np.float32)
-    squares = rng.random(head().sample_shape).astype(np.float32)
-    total[..., 0] = squares[..., 0] = 0
-    return Statistics(squares, total)
+    arrays = {name: rng.random(shape).astype(np.float32) for name, shape in head().array_shapes.items()}
+    for array in arrays.values():
+        array[..., 0] = 0
+    return Statistics(arrays)
 
 
 def samples() -> list[Sample]:
@@ -62,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
     begun = replace(begun, fingerprint="f00d", calibration_fingerprint=mark, validation_fingerprint=mark, seconds=3.5)
     for index in range(len(LENGTHS)):
         write_sample(out, index, statistics(index), "f00d", 1.0)
-    merge(out, begun, LENGTHS, [statistics(index) for index in range(len(LENGTHS))])
+    merge(out, begun, PROFILED, [statistics(index) for index in range(len(LENGTHS))])
     return out
 
 
@@ -73,7 +74,10 @@ def test_round_trip(folder: Path) -> None:
     assert profile.fingerprint == "f00d"
     assert profile.calibration_fingerprint == fingerprint_samples(profile.validation)
     assert profile.sample_lengths.tolist() == list(LENGTHS)
-    assert np.array_equal(profile.statistics.total[1], statistics(1).total)
+    assert profile.sample_kinds == ("answer",) * 3
+    assert profile.estimators == ("fisher", "sample")
+    for name, array in statistics(1).arrays.items():
+        assert np.array_equal(profile.statistics.arrays[name][1], array)
 
 
 def test_influence_is_half_the_mean_of_samples_and_draws(folder: Path) -> None:
@@ -82,22 +86,27 @@ def test_influence_is_half_the_mean_of_samples_and_draws(folder: Path) -> None:
     fisher, sample = profile.influence("fisher"), profile.influence("sample")
     assert fisher.shape == sample.shape == (2, 3, 2, 3)
     assert fisher.dtype == np.float64
-    expected = (first.squares[0] + first.squares[1] + second.squares[0] + second.squares[1]).astype(np.float64) / 8
+    expected = (first.arrays["squares"].astype(np.float64) + second.arrays["squares"]) / 4
     assert np.allclose(fisher[0], expected, rtol=1e-6)
-    assert np.allclose(sample[1], (third.total.astype(np.float64) ** 2).mean(0) / 2, rtol=1e-12)
+    assert np.allclose(sample[1], (third.arrays["total"].astype(np.float64) ** 2).mean(0) / 2, rtol=1e-12)
     assert not fisher[..., 0].any()
     assert not sample[..., 0].any()
-    with pytest.raises(UsageError, match="'moa' is not one of fisher, sample"):
+    with pytest.raises(UsageError, match="no statistics for the estimator 'moa'"):
         profile.influence("moa")
+    with pytest.raises(UsageError, match="'best' is not one of fisher, sample"):
+        profile.influence("best")
+    with pytest.raises(UsageError, match="no samples of kind 'text' but answer"):
+        profile.influence("fisher", "text")
 
 
 def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
     bad = statistics(1)
-    bad.squares[0, 0, 0, 1] = np.nan
+    bad.arrays["squares"][1, 0, 1] = np.nan
+    assert bad.not_finite() == "squares of layer 1"
     out = tmp_path / "profile"
     begun = replace(prepare(out, head(), False), skipped=(1,))
     save_samples(out / "validation.safetensors", samples())
-    merge(out, begun, LENGTHS, [statistics(0), bad, statistics(2)])
+    merge(out, begun, PROFILED, [statistics(0), bad, statistics(2)])
     profile = Profile.load(out)
     assert profile.sample_lengths.tolist() == [128, 256]
     assert np.isfinite(profile.influence("fisher")).all()
@@ -152,9 +161,9 @@ def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
 
 def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
     path = folder / "profile.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     for use in (lambda: Profile.load(folder), lambda: prepare(folder, head(), False)):
-        with pytest.raises(ArtefactError, match="version 2, this moacompress reads up to 1"):
+        with pytest.raises(ArtefactError, match="version 3, this moacompress reads up to 2"):
             use()
     assert (folder / "influence.safetensors").exists()
 
@@ -202,17 +211,17 @@ def test_a_cut_head_is_repaired_without_trusting_the_samples(folder: Path) -> No
     cut(folder / "profile.json")
     assert prepare(folder, head(), False) == head()
     assert read_samples(folder / "calibration.safetensors", "") is None
-    assert read_sample(folder, 0, "f00d", head().sample_shape) is not None
+    assert read_sample(folder, 0, "f00d", head().array_shapes) is not None
 
 
 def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
-    shape, path = head().sample_shape, sample_path(folder, 1)
+    shape, path = head().array_shapes, sample_path(folder, 1)
     found = read_sample(folder, 1, "f00d", shape)
     assert found is not None
-    assert np.array_equal(found[0].squares, statistics(1).squares)
+    assert found[0].digest() == statistics(1).digest()
     assert found[1] == 1.0
     assert read_sample(folder, 1, "other", shape) is None
-    assert read_sample(folder, 1, "f00d", (*shape[:3], 4)) is None
+    assert read_sample(folder, 1, "f00d", {**shape, "total": (2, 3, 2, 4)}) is None
     assert read_sample(folder, 9, "f00d", shape) is None
     path.write_bytes(sample_path(folder, 0).read_bytes())
     assert read_sample(folder, 1, "f00d", shape) is None

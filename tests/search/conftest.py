@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile, Statistics
+from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.store import Profile
 from moacompress.plan import ModelShape, Plan, Rule
 from moacompress.recipe import Recipe
 from moacompress.search.space import candidate_rules
@@ -69,7 +70,8 @@ def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int
         validation=validation,
         seconds=1.0,
         sample_lengths=lengths.astype(np.int64),
-        statistics=Statistics(squares, np.sqrt(squares)),
+        sample_kinds=("answer",) * len(lengths),
+        statistics=Statistics({"squares": squares[:, 0], "total": np.sqrt(squares)}),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.errors import InfeasibleBudgetError, UsageError
 from moacompress.plan import BETA_ONE, ModelShape, Plan, Rule
@@ -120,11 +121,7 @@ def test_per_layer_is_the_least_harm(profile: Profile, shares: dict[int, float])
         *(number for number, rule in enumerate(profile.rules) if rule.alpha in (32, 128) or rule.beta_q in (64, 256)),
     }
     numbers = sorted(few)
-    statistics = replace(
-        profile.statistics,
-        squares=profile.statistics.squares[..., numbers],
-        total=profile.statistics.total[..., numbers],
-    )
+    statistics = Statistics({name: array[..., numbers] for name, array in profile.statistics.arrays.items()})
     profile = replace(profile, rules=tuple(profile.rules[number] for number in numbers), statistics=statistics)
     harm = predicted(profile)
     found = []

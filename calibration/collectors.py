@@ -1,0 +1,86 @@
+"""What is gathered from a layer's backward pass, one small class a statistic; see `influence.TileView`.
+
+Every collector is of one layer and adds up in float64. `tensors` gives its sums by name, `reset` forgets them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moacompress.calibration.influence import TileView
+
+
+class InfluenceSums:
+    """The sums of one backward pass that the expected harm is made of.
+
+    Attributes:
+        squares: `sum_i d_i^2`, `[kv_heads, rules]`.
+        total: `sum_i d_i`, `[kv_heads, rules]`; its square is the per-sample estimator.
+    """
+
+    def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
+        self.squares = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
+        self.total = torch.zeros_like(self.squares)
+
+    def reset(self) -> None:
+        """Forgets everything, for the next backward pass."""
+        self.squares.zero_()
+        self.total.zero_()
+
+    def add(self, view: TileView) -> None:
+        """Adds a tile."""
+        deltas = view.deltas.double()
+        self.total += deltas.sum(1)
+        self.squares += deltas.square_().sum(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the sums by name, `[kv_heads, rules]`."""
+        return {"squares": self.squares, "total": self.total}
+
+
+class BaselineSums:
+    """The sums of the estimators that others use, as baselines.
+
+    Attributes:
+        moa: MoA's `sum |E_ij|` over what a rule masks, `E_ij = -P_ij / (1 - P_ij) (G_ij - D_i)` (arXiv 2406.14909,
+            equation 3), query heads of a group added, `[kv_heads, rules]`. The loss is whatever the backward pass
+            began at; MoA's own is the cross-entropy of the answer.
+        mass: probability that a rule masks, mean over query heads and rows, `[kv_heads, rules]`.
+    """
+
+    def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
+        self.moa = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
+        self._mass = torch.zeros_like(self.moa)
+        self._rows = 0
+
+    def reset(self) -> None:
+        """Forgets everything, for the next backward pass."""
+        self.moa.zero_()
+        self._mass.zero_()
+        self._rows = 0
+
+    def add(self, view: TileView) -> None:
+        """Adds a tile."""
+        alone = 1 - view.probabilities
+        effect = view.centred.abs().div_(alone.clamp_min_(torch.finfo(alone.dtype).eps))
+        self.moa += _masked(view, effect).sum((1, 2))
+        self._mass += _masked(view, view.probabilities).mean(1).sum(1)
+        self._rows += len(view.rows)
+
+    @property
+    def mass(self) -> Tensor:
+        """See the class."""
+        return self._mass / max(1, self._rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the sums by name, `[kv_heads, rules]`."""
+        return {"moa": self.moa, "mass": self.mass}
+
+
+def _masked(view: TileView, values: Tensor) -> Tensor:
+    """Returns sums of non-negative values over the keys that each rule hides, `[kv_heads, group, rows, rules]`."""
+    values = values.double()
+    hidden = values.sum(-1, keepdim=True) - view.visible(values)
+    sink_end, start = view.segments
+    return hidden.clamp_min_(0).masked_fill_(sink_end >= start, 0)

@@ -1,0 +1,223 @@
+"""What a profile will take, before anything heavy starts: samples, tokens, time and peak memory of every length.
+
+Two short passes of the real model and one tile of attention are timed, then scaled: what the model does beside
+attention grows with the tokens, a tile with its keys, and a sample of N tokens has N / TILE tiles whose mean sees half
+the keys. Memory is counted, not modelled: every tensor of the short passes while it is alive, at two lengths, and the
+line through both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moacompress.calibration import passes
+from moacompress.calibration.answers import BATCH_TOKENS
+from moacompress.calibration.data import check_counts, spread
+from moacompress.calibration.influence import TILE
+from moacompress.calibration.plain import TARGETS
+from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
+from moacompress.calibration.profiler import check_lengths
+from moacompress.models import SourceModel, load_source
+from moacompress.plan import Plan
+from moacompress.progress import SILENT, Progress
+from moacompress.recipe import Recipe
+from moacompress.report.tables import readable_bytes
+
+
+@dataclass(frozen=True)
+class LengthEstimate:
+    """What the samples of one length will take.
+
+    Attributes:
+        length: nominal length, tokens.
+        samples: calibration samples, without those of plain text.
+        text_samples: calibration samples of plain text.
+        validation_samples: held-out samples, which are answered but not profiled.
+        tokens: of all these samples, as if each had `length`.
+        answer_seconds: for the dense model's answers, one sample after the other.
+        profile_seconds: for the passes.
+        peak_bytes: the most bytes of tensors that are alive at a time, weights included; Python and what the allocator
+            holds back come on top.
+    """
+
+    length: int
+    samples: int
+    text_samples: int
+    validation_samples: int
+    tokens: int
+    answer_seconds: float
+    profile_seconds: float
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """All of its time."""
+        return self.answer_seconds + self.profile_seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a profile will take.
+
+    Attributes:
+        lengths: of every length, ascending.
+        weight_bytes: the model's weights, part of every `peak_bytes`.
+    """
+
+    lengths: tuple[LengthEstimate, ...]
+    weight_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """All of the time."""
+        return sum(part.seconds for part in self.lengths)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that any length takes."""
+        return max(part.peak_bytes for part in self.lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values: totals, and the same of every length."""
+        counts = ("samples", "text_samples", "validation_samples", "tokens")
+        return {
+            "estimate": True,
+            **{name: sum(getattr(part, name) for part in self.lengths) for name in counts},
+            "seconds": round(self.seconds, 3),
+            "peak_bytes": self.peak_bytes,
+            "weight_bytes": self.weight_bytes,
+            "lengths": [
+                {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(part).items()}
+                | {"seconds": round(part.seconds, 3)}
+                for part in self.lengths
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """Returns what a person sees."""
+        total = self.to_dict()
+        return [
+            "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
+            *(
+                f"{part.length:,} tokens: {_counted(asdict(part))}, "
+                f"{_duration(part.seconds)}, {readable_bytes(part.peak_bytes)}"
+                for part in self.lengths
+            ),
+            f"In all: {_counted(total)}, {total['tokens']:,} tokens, about {_duration(self.seconds)}.",
+            f"Memory: about {readable_bytes(self.peak_bytes)} at most, {readable_bytes(self.weight_bytes)} of it weights, "
+            "beside Python's own.",
+        ]
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    text = f" + {counts['text_samples']} plain-text" if counts["text_samples"] else ""
+    return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def dry_run(
+    model: str | SourceModel, recipe: Recipe, progress: Progress | None = None, *, around: Plan | None = None
+) -> Estimate:
+    """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
+
+    Args:
+        model: MODEL, or a loaded model.
+        recipe: the run.
+        progress: receives the progress.
+        around: the plan to profile around, or None.
+
+    Raises:
+        ModelError: the model can not be loaded or profiled.
+        DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
+        PlanError: `around` is a plan of another model.
+    """
+    source = (
+        model
+        if isinstance(model, SourceModel)
+        else load_source(model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    )
+    check_lengths(source, recipe)
+    asked = recipe.calibration
+    check_counts(asked.lengths, asked.samples, source.context, "calibration")
+    check_counts(asked.lengths, asked.validation_samples, source.context, "validation")
+    if around is not None:
+        around.check_model(source.shape, weights=True)
+    progress = progress or SILENT
+    lengths = asked.lengths
+    progress.start("timing short passes", 1 + len(lengths))
+    probe = Probe(source, recipe, around)
+    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
+    progress.step(f"{SHORT[-1]} tokens")
+    counts = asked.samples, asked.text_samples, asked.validation_samples
+    shares = ([row[0] for row in spread(count, len(lengths), [1.0])] for count in counts)
+    parts = []
+    for length, *numbers in zip(lengths, *shares, strict=True):
+        parts.append(arithmetic.estimate(length, *numbers))
+        progress.step(f"{length} tokens")
+    progress.done()
+    return Estimate(tuple(parts), probe.weight_bytes)
+
+
+class _Arithmetic:
+    """Makes what a probe finds into an estimate.
+
+    Args:
+        probe: of the model.
+        answer_tokens: longest answer.
+    """
+
+    def __init__(self, probe: Probe, answer_tokens: int) -> None:
+        self._probe, self._answer = probe, answer_tokens
+        self._forward, self._backward = probe.beside
+        self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
+        self._output_bytes = max(map(probe.output_bytes, self._output))
+        self._lines: dict[bool, tuple[Line, Line]] = {}
+
+    def estimate(self, length: int, samples: int, texts: int, validation: int) -> LengthEstimate:
+        """Returns the estimate of one length from its numbers of samples."""
+        answered = samples + validation
+        attention = self._probe.attention(length)
+        forward = self._forward * length + sum(layer.forward for layer in attention)
+        profiling = {
+            targets: self._sample_seconds(length, targets, forward, attention) for targets in (self._answer, TARGETS)
+        }
+        return LengthEstimate(
+            length=length,
+            samples=samples,
+            text_samples=texts,
+            validation_samples=validation,
+            tokens=(answered + texts) * length,
+            answer_seconds=answered * (forward + self._answer * self._probe.decode_seconds(length)),
+            profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
+            peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
+        )
+
+    def _sample_seconds(
+        self, length: int, targets: int, forward: float, attention: Sequence[AttentionSeconds]
+    ) -> float:
+        """Returns the seconds of one sample's passes; `forward` and `attention` are those at its length."""
+        again = forward if length > passes.KEEP_TOKENS else 0.0
+        backward = again + self._backward * length + self._output[targets] + sum(layer.idle for layer in attention)
+        total = self._probe.passes.total() * backward + forward * (2 if self._probe.around else 1)
+        for gathered, count in self._probe.passes.items():
+            *full, last = (layer.tiles[gathered] for layer in attention)
+            # in the last layer only the rows of the targets have a gradient
+            total += count * (math.ceil(length / TILE) * sum(full) + math.ceil(targets / TILE) * last)
+        return total
+
+    def _peak(self, length: int, answered: int) -> int:
+        """Returns the most bytes beside the weights that a sample or a batch of answers takes."""
+        twice = length > passes.KEEP_TOKENS
+        if twice not in self._lines:
+            self._lines[twice] = self._probe.sample_lines(twice)
+        kept, busy = (line.at(length) for line in self._lines[twice])
+        batch = min(answered, max(1, BATCH_TOKENS // length))
+        return max(kept + self._output_bytes, busy, self._probe.answer_bytes(length, batch))

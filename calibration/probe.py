@@ -1,0 +1,353 @@
+"""Times and memory of the parts that profiling is made of, from short passes of the real model and a tile of attention."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import DynamicCache
+
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.heads import HeadSums
+from moacompress.calibration.influence import TILE, Collector, RuleTable, attend, attend_backward
+from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
+from moacompress.calibration.profiler import fisher_cotangent
+from moacompress.calibration.sharing import Attended, CopySums, copyable
+from moacompress.models import SourceModel
+from moacompress.plan import Plan
+from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.search.space import candidate_rules
+
+SHORT = (128, 192)
+"""Tokens of the short passes."""
+PRIME = (73, 157)
+"""As `SHORT`, but primes, each before twice a prime: a tensor's size tells whether it is one of pairs of tokens."""
+ATTEND_TOKENS = 2048
+"""Longest sequence whose whole forward attention is timed."""
+REPEATS = 3
+"""Every time is the median of so many, after one that does not count."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that come to be in its block, as long as anything keeps them.
+
+    Args:
+        counts: whether a tensor of so many bytes counts; all do by default.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most that were alive at a time, after any operation.
+    """
+
+    def __init__(self, counts: Callable[[int], bool] = bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counts = counts
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            tensor.untyped_storage().data_ptr() for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), given)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self._counts(size) or place in self._alive or place in given:
+            return
+
+        def gone(_: object) -> None:
+            del self._alive[place]
+            self.now -= size
+
+        self._alive[place] = weakref.ref(storage, gone)
+        self.now += size
+
+
+class Gathered(NamedTuple):
+    """What a backward pass gathers beside the influence."""
+
+    baselines: bool = False
+    copies: bool = False
+    heads: bool = False
+
+    @staticmethod
+    def of(chosen: ProfileRecipe, around: bool) -> Counter[Gathered]:
+        """Returns how many passes of each kind a sample takes."""
+        copies = chosen.anchors > 0
+        found = Counter({Gathered(copies=copies, heads=chosen.heads): 1})
+        found[Gathered(copies=copies)] += chosen.draws - 1
+        found[Gathered(baselines=True)] += int(chosen.baselines)
+        found[Gathered()] += int(around)
+        return +found
+
+
+class _Layer(NamedTuple):
+    """What decides how long a layer's attention takes: its window, whether it has a plan, the anchors it is tried with."""
+
+    window: int | None
+    planned: bool
+    anchors: int
+
+
+class AttentionSeconds(NamedTuple):
+    """Seconds of one layer's attention: forward, backward without any tile, and a mean tile of every kind of pass."""
+
+    forward: float
+    idle: float
+    tiles: dict[Gathered, float]
+
+
+class Line(NamedTuple):
+    """Bytes as a straight line of tokens."""
+
+    start: float
+    slope: float
+
+    @staticmethod
+    def through(tokens: tuple[int, int], found: Sequence[int]) -> Line:
+        """Returns the line through two points."""
+        slope = (found[1] - found[0]) / (tokens[1] - tokens[0])
+        return Line(found[0] - slope * tokens[0], slope)
+
+    def at(self, tokens: int) -> int:
+        """Returns the bytes of so many tokens."""
+        return round(self.start + self.slope * tokens)
+
+
+class Probe:
+    """Times and counts what an estimate is made of.
+
+    Args:
+        source: the model.
+        recipe: the run.
+        around: the plan to profile around, or None.
+
+    Attributes:
+        around: as given.
+        passes: how many backward passes of each kind a sample takes.
+    """
+
+    def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
+        self._model, self._shape, self.around = source.model, source.shape, around
+        chosen, device = recipe.profile, source.model.device
+        rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
+        self._table = RuleTable.of(rules, chosen.min_window, device)
+        self._plans = Recording.of(source.shape, self._table, around).plans
+        self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
+        self._kinds = [
+            _Layer(window, plan is not None, sum(may))
+            for window, plan, may in zip(source.shape.native_windows, self._plans, self._allowed, strict=True)
+        ]
+        self.passes = Gathered.of(chosen, around is not None)
+        vocabulary = int(source.model.config.get_text_config(decoder=True).vocab_size)
+        self._chunk: int = chunks(vocabulary, vocabulary)[0].stop
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self._ids = torch.randint(vocabulary, (SHORT[-1],), generator=generator).to(device)
+        kept = Recording.of(source.shape, self._table, keep=True)
+        with self._tape(kept, SHORT[-1]) as tape:
+            self._hidden, self._attended = tape.hidden, dict(kept.attended or {})
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, shared ones once."""
+        storages = [tensor.untyped_storage() for tensor in (*self._model.parameters(), *self._model.buffers())]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    @cached_property
+    def beside(self) -> tuple[float, float]:
+        """Seconds a token of everything but attention and the output layer, forward and backward."""
+        n, layers = SHORT[-1], self._shape.layers
+        forward, backward = [], []
+        for _ in range(REPEATS):
+            begin = self._now()
+            with self._tape(Recording.of(self._shape, self._table), n) as tape:
+                forward.append(self._now() - begin)
+                begin = self._now()
+                tape.backward(self._cotangent(1), [[]] * layers, last=True)
+                backward.append(self._now() - begin)
+        windows = self._shape.native_windows
+        long = {window: _stretched(self._attended[layer], n) for layer, window in enumerate(windows)}
+        ahead = {window: self._timed(partial(_forward, one)) for window, one in long.items()}
+        back = {window: self._timed(partial(_backward, one, n, self._table, [])) for window, one in long.items()}
+        attended = sum(ahead[window] for window in windows), sum(back[window] for window in windows[:-1])
+        found = median(forward) - attended[0], median(backward) - attended[1] - self.output_seconds(1)
+        return max(0.0, found[0]) / n, max(0.0, found[1]) / n
+
+    def attention(self, length: int) -> list[AttentionSeconds]:
+        """Returns the seconds of every layer's attention; layers of one kind are timed once."""
+        first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
+        timed = {kind: self._layer(layer, length) for kind, layer in first.items()}
+        return [timed[kind] for kind in self._kinds]
+
+    def _layer(self, layer: int, length: int) -> AttentionSeconds:
+        window, anchors = self._kinds[layer].window, self._kinds[layer].anchors
+        pairs, whole = _pairs(length, window), min(length, ATTEND_TOKENS)
+        attended = replace(self._attended[layer], plan=self._plans[layer])
+        forward = self._timed(partial(_forward, _stretched(attended, whole))) * pairs / _pairs(whole, window)
+        keys = min(length, round(pairs / length) + TILE // 2)
+        mean = _stretched(attended, keys)
+        idle = self._timed(partial(_backward, mean, 0, self._table, []))
+        tiles = {}
+        for wanted in self.passes:
+            collectors = self._collectors(wanted, dict.fromkeys(range(anchors + 1), mean), anchors, [True] * anchors)
+            busy = self._timed(partial(_backward, mean, TILE, self._table, collectors))
+            tiles[wanted] = max(0.0, busy - idle)
+        return AttentionSeconds(forward, idle * length / keys, tiles)
+
+    def _collectors(
+        self, wanted: Gathered, attended: Mapping[int, Attended], layer: int, allowed: Sequence[bool]
+    ) -> list[Collector]:
+        size = self._shape.kv_heads, len(self._table.sink), self._table.sink.device
+        found: list[Collector] = [InfluenceSums(*size)]
+        if wanted.baselines:
+            found.append(BaselineSums(*size))
+        if wanted.copies:
+            found.append(CopySums(attended, layer, allowed, size[0], size[2]))
+        if wanted.heads:
+            found.append(HeadSums(size[0], size[2]))
+        return found
+
+    def output_seconds(self, targets: int) -> float:
+        """Returns the seconds that the output layer takes to start a backward pass from so many targets."""
+        rows = min(targets, self._chunk)
+        return self._timed(partial(self._output, rows)) * targets / rows
+
+    def _output(self, rows: int) -> None:
+        with torch.enable_grad():
+            hidden = self._hidden.expand(rows, -1).clone().requires_grad_()
+            logits = output_logits(self._model, hidden)
+            torch.autograd.grad(logits, hidden, self._cotangent(rows)(logits.detach(), slice(0, rows)))
+
+    def decode_seconds(self, length: int) -> float:
+        """Returns the seconds of one more token after `length` tokens."""
+        cache = DynamicCache(config=self._model.config)
+        for layer, attended in sorted(self._attended.items()):
+            key = _stretched(attended, length).key
+            cache.update(key, key, layer)
+        token: dict[str, Any] = {"input_ids": self._ids[None, :1], "cache": cache, "use_cache": True}
+        with torch.no_grad():
+            return self._timed(lambda: self._model(**token))
+
+    def sample_lines(self, twice: bool) -> tuple[Line, Line]:
+        """Returns the bytes that the forward pass keeps, and the most that are alive in the backward pass.
+
+        Args:
+            twice: whether every layer keeps its input alone and runs twice.
+        """
+        wanted = Gathered(*(any(one) for one in zip(*self.passes, strict=True)))
+        kept, busy = [], []
+        for n in SHORT:
+            recording = Recording.of(self._shape, self._table, self.around, keep=wanted.copies)
+            attended = {} if recording.attended is None else recording.attended
+            collectors = [self._collectors(wanted, attended, *layer) for layer in enumerate(self._allowed)]
+            layers = checkpointed(self._model) if twice else nullcontext()
+            with LiveBytes() as live, layers, self._tape(recording, n) as tape:
+                kept.append(live.now)
+                tape.backward(self._cotangent(1), collectors, last=self.passes.total() == 1)
+                busy.append(live.peak)
+        return Line.through(SHORT, kept), Line.through(SHORT, busy)
+
+    def answer_bytes(self, length: int, batch: int) -> int:
+        """Returns the most bytes that are alive while so many prompts of a length are read, their cache included."""
+        line, pairs = self._answer_bytes
+        return batch * (line.at(length) + round(pairs * length**2))
+
+    @cached_property
+    def _answer_bytes(self) -> tuple[Line, float]:
+        """Bytes of reading one prompt by tokens, and by pairs of tokens where the model attends without tiles."""
+        other, square = [], []
+        for n in PRIME:
+            single, pair = partial(_of_pairs, n, False), partial(_of_pairs, n, True)
+            with torch.no_grad(), LiveBytes(single) as singles, LiveBytes(pair) as pairs:
+                self._model.base_model(input_ids=self._ids[None, :n], use_cache=True)
+            other.append(singles.peak)
+            square.append(pairs.peak)
+        return Line.through(PRIME, other), square[-1] / PRIME[-1] ** 2
+
+    def output_bytes(self, targets: int) -> int:
+        """Returns the bytes that the output layer takes to start a backward pass from so many targets."""
+        with LiveBytes() as live:
+            self._output(min(targets, self._chunk))
+        peak: int = live.peak
+        return peak
+
+    def _tape(self, recording: Recording, n: int) -> Tape:
+        """Returns the tape of `n` tokens whose last alone predicts a target."""
+        return Tape(self._model, recording, self._ids[:n], torch.tensor([n - 1], device=self._ids.device))
+
+    def _cotangent(self, rows: int) -> Cotangent:
+        return fisher_cotangent(rows, torch.Generator().manual_seed(0))
+
+    def _now(self) -> float:
+        if self._ids.device.type != "cpu":
+            torch.accelerator.synchronize(self._ids.device)
+        return time.perf_counter()
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Returns the median of the seconds that `work` takes, after one time that does not count."""
+        seconds = []
+        for _ in range(1 + REPEATS):
+            begin = self._now()
+            work()
+            seconds.append(self._now() - begin)
+        return median(seconds[1:])
+
+
+def _of_pairs(n: int, wanted: bool, size: int) -> bool:
+    """Returns whether a tensor of `size` bytes has numbers for `n * n` pairs (or one more a row, a learned sink), or not."""
+    return size > 0 and (0 in (size % n**2, size % (n * (n + 1)))) == wanted
+
+
+def _pairs(n: int, window: int | None) -> int:
+    """Returns how many pairs of a row and a key that it sees there are among `n` tokens."""
+    band = n if window is None else min(n, window)
+    return band * (band + 1) // 2 + (n - band) * band
+
+
+def _stretched(attended: Attended, n: int) -> Attended:
+    """Returns a layer's queries and keys for `n` tokens, repeated as often as it takes."""
+
+    def stretch(tensor: Tensor) -> Tensor:
+        return tensor.repeat(1, 1, -(-n // tensor.shape[2]), 1)[:, :, :n].contiguous()
+
+    return replace(attended, query=stretch(attended.query), key=stretch(attended.key))
+
+
+@torch.no_grad()
+def _forward(attended: Attended) -> None:
+    attend(attended.query, attended.key, attended.key, attended.spec, attended.sink_logit, attended.plan)
+
+
+@torch.no_grad()
+def _backward(attended: Attended, rows: int, table: RuleTable, collectors: Sequence[Collector]) -> None:
+    """Runs the backward pass of attention in which only the last `rows` rows have a cotangent."""
+    grad = torch.zeros_like(attended.query)
+    grad[:, :, grad.shape[2] - rows :] = attended.query[:, :, grad.shape[2] - rows :]
+    attend_backward(
+        attended.query,
+        attended.key,
+        attended.key,
+        grad,
+        attended.spec,
+        attended.sink_logit,
+        table,
+        collectors,
+        attended.plan,
+    )

@@ -1,0 +1,118 @@
+"""The statistics of profiled samples, and the estimators that make predicted harm of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Doubles: TypeAlias = npt.NDArray[np.float64]
+
+ESTIMATORS = ("fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
+"""Ways to predict harm; those after the first two need a profile with `profile.baselines`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What the backward passes of a sample say (or of many: then every array has an axis for the sample in front).
+
+    Attributes:
+        arrays: by name, float32, `[layers, kv_heads, rules]` each:
+            `squares`: `sum_i d_i^2` over the sample's rows, mean over the draws of the cotangent;
+            `total`: `sum_i d_i` of each draw, so with an axis for the draw in front;
+            `first`: around a plan, `sum_i d_i` from the gradient of KL(dense || plan), signed;
+            `moa`, `mass`, `gold_squares`, `gold_total`: from the gold label; see `collectors.BaselineSums`;
+            `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
+            `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
+    """
+
+    arrays: Mapping[str, Floats]
+
+    @staticmethod
+    def stack(samples: Sequence[Statistics]) -> Statistics:
+        """Returns the statistics of many samples."""
+        return Statistics({name: np.stack([one.arrays[name] for one in samples]) for name in samples[0].arrays})
+
+    @property
+    def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        return all(bool(np.isfinite(array).all()) for array in self.arrays.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every array."""
+        return {name: array.shape for name, array in self.arrays.items()}
+
+    def not_finite(self) -> str:
+        """Returns of one sample the first array with a number that is not finite, and the layer; empty if there is none."""
+        for name, array in self.arrays.items():
+            bad = np.argwhere(~np.isfinite(array))
+            if len(bad):
+                return f"{name} of layer {bad[0][1 if name == 'total' else 0]}"
+        return ""
+
+    def take(self, samples: npt.NDArray[np.int64]) -> Statistics:
+        """Returns the statistics of some of many samples."""
+        return Statistics({name: array[samples] for name, array in self.arrays.items()})
+
+    def digest(self) -> str:
+        """Returns a hash of all numbers."""
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            digest.update(name.encode())
+            digest.update(self.arrays[name].tobytes())
+        return digest.hexdigest()
+
+
+def available(statistics: Statistics) -> tuple[str, ...]:
+    """Returns the estimators that the statistics of samples allow."""
+    return tuple(name for name in ESTIMATORS if _NEEDS[name] in statistics.arrays)
+
+
+def estimate(statistics: Statistics, estimator: str) -> Doubles:
+    """Returns predicted harm in nats per answer token, mean over samples: `[layers, kv_heads, rules]`.
+
+    Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
+
+    Args:
+        statistics: of at least one sample, the axis for samples in front.
+        estimator: one that is `available`.
+    """
+    values = statistics.arrays[_NEEDS[estimator]].astype(np.float64)
+    mean: Doubles = _MEANS[estimator](values).mean(0)
+    return mean
+
+
+def _same(values: Doubles) -> Doubles:
+    return values
+
+
+def _half(values: Doubles) -> Doubles:
+    return values / 2
+
+
+def _half_square(values: Doubles) -> Doubles:
+    return values**2 / 2
+
+
+_NEEDS = {
+    "fisher": "squares",
+    "sample": "total",
+    "moa": "moa",
+    "mass": "mass",
+    "gold-fisher": "gold_squares",
+    "gold-sample": "gold_total",
+}
+_MEANS: dict[str, Callable[[Doubles], Doubles]] = {
+    "fisher": _half,
+    "sample": lambda values: _half_square(values).mean(1),  # over the draws
+    "moa": _same,
+    "mass": _same,
+    "gold-fisher": _half,
+    "gold-sample": _half_square,
+}

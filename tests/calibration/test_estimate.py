@@ -1,0 +1,255 @@
+"""The estimate of a profile's time and memory, on tiny models."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.calibration import passes, probe
+from moacompress.calibration.estimate import Estimate, LengthEstimate, dry_run
+from moacompress.calibration.influence import RuleTable
+from moacompress.calibration.probe import Gathered, LiveBytes, Probe
+from moacompress.calibration.profiler import sample_statistics
+from moacompress.calibration.samples import Sample
+from moacompress.errors import DataError, ModelError, PlanError
+from moacompress.models import SourceModel, model_shape
+from moacompress.plan import Plan, Rule
+from moacompress.progress import Progress
+from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.search.space import candidate_rules
+
+Factory = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times everything once only, where no test looks at the seconds."""
+    monkeypatch.setattr(probe, "REPEATS", 1)
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., SourceModel]:
+    """Returns a function that loads a tiny model: `load("mistral", num_hidden_layers=2)`."""
+
+    def build(family: str = "llama", **overrides: Any) -> SourceModel:
+        model = tiny_model(family, **overrides)
+        return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+    return build
+
+
+def recipe(*lengths: int, profile: dict[str, Any] | None = None, **calibration: Any) -> Recipe:
+    numbers = {"samples": 5, "validation_samples": 3, "answer_tokens": 8, **calibration}
+    return Recipe.from_dict({"calibration": {"lengths": lengths, **numbers}, "profile": profile or {}})
+
+
+def random_sample(n: int, targets: int = 8) -> Sample:
+    return Sample(np.random.default_rng(0).integers(3, 150, n), np.arange(n) >= n - targets, "random", n)
+
+
+@pytest.mark.usefixtures("quick")
+def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> None:
+    found = dry_run(load(), recipe(128, 256, text="book.txt", text_samples=3))
+    assert [(part.length, part.samples, part.text_samples, part.validation_samples) for part in found.lengths] == [
+        (128, 2, 1, 1),
+        (256, 3, 2, 2),
+    ]
+    assert [part.tokens for part in found.lengths] == [4 * 128, 7 * 256]
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["estimate"] is True
+    for name in ("samples", "text_samples", "validation_samples", "tokens"):
+        assert data[name] == sum(part[name] for part in data["lengths"])
+    assert (data["samples"], data["text_samples"], data["validation_samples"]) == (5, 3, 3)
+    assert data["seconds"] == pytest.approx(sum(part["seconds"] for part in data["lengths"]), abs=0.01)
+    for part in data["lengths"]:
+        assert part["seconds"] == pytest.approx(part["answer_seconds"] + part["profile_seconds"], abs=0.01)
+        assert part["answer_seconds"] > 0
+        assert part["peak_bytes"] > data["weight_bytes"]
+    assert data["peak_bytes"] == max(part["peak_bytes"] for part in data["lengths"])
+
+
+def test_weights_are_counted_once(load: Callable[..., SourceModel]) -> None:
+    tied, free = (load(tie_word_embeddings=tie) for tie in (True, False))
+    counts = [Probe(source, recipe(128), None).weight_bytes for source in (tied, free)]
+    assert counts[1] - counts[0] == 160 * 64 * 4
+    assert counts[0] >= sum(parameter.numel() * 4 for parameter in tied.model.parameters())
+
+
+def test_a_person_sees_that_it_is_an_estimate() -> None:
+    parts = (
+        LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20),
+        LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20),
+    )
+    assert Estimate(parts, 513 * 2**20).lines() == [
+        "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
+        "512 tokens: 12 calibration and 6 validation samples, 50 s, 800.0 MiB",
+        "4,096 tokens: 12 + 2 plain-text calibration and 6 validation samples, 2.5 h, 1.2 GiB",
+        "In all: 24 + 2 plain-text calibration and 12 validation samples, 91,136 tokens, about 2.5 h.",
+        "Memory: about 1.2 GiB at most, 513.0 MiB of it weights, beside Python's own.",
+    ]
+
+
+def test_longer_samples_take_longer_and_more_memory(load: Callable[..., SourceModel]) -> None:
+    for family in ("llama", "mistral", "gemma2", "gpt_oss"):
+        short, long = dry_run(load(family), recipe(256, 1536, samples=2, validation_samples=2)).lengths
+        assert long.profile_seconds > 2 * short.profile_seconds, family
+        assert long.answer_seconds > short.answer_seconds, family
+        assert long.peak_bytes > 2 * short.peak_bytes - 10**6, family
+
+
+@pytest.mark.usefixtures("quick")
+def test_running_layers_twice_takes_less_memory(
+    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, wanted = load(num_hidden_layers=8), recipe(1024, samples=1, validation_samples=1)
+    kept = dry_run(source, wanted).lengths[0].peak_bytes
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 1023)
+    assert dry_run(source, wanted).lengths[0].peak_bytes < kept / 2
+
+
+def test_more_passes_take_longer(load: Callable[..., SourceModel]) -> None:
+    plain = Gathered.of(ProfileRecipe(draws=3), around=False)
+    assert plain == {Gathered(): 3}
+    everything = ProfileRecipe(draws=3, baselines=True, heads=True, anchors=2)
+    assert Gathered.of(everything, around=True) == {
+        Gathered(copies=True, heads=True): 1,
+        Gathered(copies=True): 2,
+        Gathered(baselines=True): 1,
+        Gathered(): 1,
+    }
+    source = load()
+    two, twelve = (dry_run(source, recipe(512, profile={"draws": draws})).lengths[0] for draws in (2, 12))
+    assert twelve.profile_seconds > 2.5 * two.profile_seconds
+    rich = dry_run(source, recipe(512, profile={"draws": 2, "baselines": True, "heads": True, "anchors": 2})).lengths[0]
+    assert rich.profile_seconds > 1.3 * two.profile_seconds
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.usefixtures("quick")
+def test_memory_is_that_of_a_real_sample(
+    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, family: str, twice: bool
+) -> None:
+    """Extrapolated from short passes, it is what a sample of eight times their length really takes."""
+    n, source = 1024, load(family, sliding_window=2048 if family != "llama" else None)
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 0 if twice else n)
+    chosen = recipe(n, samples=1, validation_samples=1)
+    rules = candidate_rules(n, chosen.profile.sinks, chosen.profile.min_window)
+    table = RuleTable.of(rules, chosen.profile.min_window)
+    with LiveBytes() as live:
+        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
+    ids = torch.from_numpy(random_sample(n).input_ids).expand(2, -1)
+    with torch.no_grad(), LiveBytes() as reading:
+        source.model.base_model(input_ids=ids, use_cache=True)
+    found = dry_run(source, chosen)
+    assert found.peak_bytes - found.weight_bytes == pytest.approx(max(live.peak, reading.peak), rel=0.1)
+
+
+def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> None:
+    """Within a factor of three: tiny models take milliseconds, which are hard to time on a busy machine."""
+    n, source = 768, load(hidden_size=128, intermediate_size=512)
+    chosen = recipe(n, samples=1, validation_samples=1)
+    rules = candidate_rules(n, chosen.profile.sinks, chosen.profile.min_window)
+    table, seconds = RuleTable.of(rules, chosen.profile.min_window), []
+    for _ in range(4):
+        begin = time.perf_counter()
+        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
+        seconds.append(time.perf_counter() - begin)
+    ratio = dry_run(source, chosen).lengths[0].profile_seconds / float(np.median(seconds[1:]))
+    assert 1 / 3 < ratio < 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_around_a_plan_takes_a_pass_more(
+    load: Callable[..., SourceModel], random_plan: Callable[..., Plan], tiny_model: Factory
+) -> None:
+    source = load()
+    plan = random_plan(source.shape, seed=1)
+    assert Probe(source, recipe(256), plan).passes.total() == Probe(source, recipe(256), None).passes.total() + 1
+    assert dry_run(source, recipe(256), around=plan).seconds > 0
+    other = random_plan(model_shape(tiny_model("llama", seed=5)), seed=1)
+    with pytest.raises(PlanError):
+        dry_run(source, recipe(256), around=other)
+
+
+def test_bad_lengths_are_refused_before_anything_runs(
+    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("moacompress.calibration.estimate.Probe", None)
+    with pytest.raises(DataError, match="length 8,192 is beyond the model's context of 4,096 tokens"):
+        dry_run(load(), recipe(256, 8192))
+    with pytest.raises(DataError, match="length 96 is too short to profile"):
+        dry_run(load(), recipe(96, 256))
+    with pytest.raises(ModelError):
+        dry_run(str(tmp_path / "nothing.gguf"), recipe(256))
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_is_written_and_the_model_is_as_before(
+    tiny_folder: Path, load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+
+    class Told(Progress):
+        def start(self, what: str, total: int) -> None:
+            told.append(f"{what} {total}")
+
+        def step(self, note: str = "") -> None:
+            told.append(note)
+
+    before = sorted(tiny_folder.rglob("*"))
+    assert dry_run(str(tiny_folder), recipe(128, 192), Told()).seconds > 0
+    assert told == ["timing short passes 3", "192 tokens", "128 tokens", "192 tokens"]
+    assert sorted(tiny_folder.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
+    source = load()
+    attention, weights = source.model.config._attn_implementation, source.shape.weights_fingerprint
+    dry_run(source, recipe(128))
+    assert source.model.config._attn_implementation == attention
+    assert model_shape(source.model).weights_fingerprint == weights
+    assert all(parameter.grad is None for parameter in source.model.parameters())
+
+
+def test_live_bytes_are_those_of_tensors_that_something_keeps() -> None:
+    weight = torch.ones(1000, requires_grad=True)
+    with LiveBytes() as live:
+        view = weight.view(10, 100).t()
+        assert live.now == 0
+        double = weight * 2
+        assert (live.now, live.peak) == (4000, 4000)
+        double.mul_(2)
+        half = double[:500]
+        del double
+        gc.collect()
+        assert live.now == 4000  # the view keeps it
+        exp = weight.exp()
+        result = exp.square()
+        del exp
+        assert live.now == 12_000  # autograd keeps it
+        del result, half, view
+        gc.collect()
+        assert live.now == 0
+        assert live.peak == 12_000
+
+
+def test_pairs_of_rows_and_keys() -> None:
+    for n, window in ((7, None), (7, 3), (7, 7), (7, 20)):
+        seen = sum(min(row + 1, window or n) for row in range(n))
+        assert probe._pairs(n, window) == seen
+
+
+def test_full_plans_are_no_plan(load: Callable[..., SourceModel]) -> None:
+    source = load()
+    rules = tuple(tuple(Rule.FULL for _ in range(source.shape.kv_heads)) for _ in range(source.shape.layers))
+    probed = Probe(source, recipe(128), Plan(source.shape, 32, rules))
+    assert all(not kind.planned for kind in probed._kinds)

@@ -1,0 +1,426 @@
+"""Passes through tiny models of many families: against float64 brute force, with and without keeping activations."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from moacompress.calibration import passes, profiler
+from moacompress.calibration.collectors import InfluenceSums
+from moacompress.calibration.influence import Collector, RuleTable, TileView
+from moacompress.calibration.passes import Recording, Tape, hidden_states, output_logits
+from moacompress.calibration.probe import LiveBytes
+from moacompress.calibration.profiler import fisher_cotangent, label_cotangent, sample_statistics
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.statistics import Statistics
+from moacompress.models import attention_modules, decoder_layers, model_shape
+from moacompress.plan import Rule
+from moacompress.recipe import ProfileRecipe
+
+MIN_WINDOW = 16
+RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200), Rule(16, 110, 0))
+DRAWS = 3
+CHOSEN = ProfileRecipe(draws=DRAWS)
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 512}
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3 without positions in a layer": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "llama3 rotary scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn rotary scaling": ("llama", {"rope_parameters": YARN}),
+    "granite": ("granite", {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    "cohere": ("cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
+}
+"""Models beside the families of the shared fixture: family and what its config needs beside the common part."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
+EVERY = (*FAMILIES, *SPECIAL)
+SOME = ("llama", "gemma2", "gpt_neox", "gpt_oss", "smollm3 without positions in a layer")
+
+Factory = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def build(tiny_model: Callable[..., PreTrainedModel]) -> Factory:
+    """Returns a function that builds one of `EVERY`."""
+
+    def make(name: str, **overrides: Any) -> PreTrainedModel:
+        if name not in SPECIAL:
+            return tiny_model(name, **overrides)
+        family, settings = SPECIAL[name]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**COMMON, **settings, **overrides})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        return model
+
+    return make
+
+
+def random_sample(n: int, answer: int = 12, seed: int = 0) -> Sample:
+    ids = np.random.default_rng(seed).integers(3, 150, n)
+    return Sample(ids, (np.arange(n) >= n - answer - 3) & (np.arange(n) < n - 3), "random", n)
+
+
+def statistics(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe = CHOSEN) -> Statistics:
+    return sample_statistics(model, model_shape(model), RuleTable.of(RULES, MIN_WINDOW), sample, chosen, None, 0, 0)
+
+
+# --- against float64 -------------------------------------------------------------------------------------------------
+
+
+class Exact(TorchFunctionMode):
+    """Lets a float64 model stay in float64 where its code asks for float32 (norms, routers)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrows = func is Tensor.float or (func is Tensor.to and torch.float32 in args[1:])
+        if narrows and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def double(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a float64 copy. Rotary frequencies stay as they are, so that both models turn by the same angles."""
+    wide = copy.deepcopy(model).double()
+    for module, own in zip(wide.modules(), model.modules(), strict=True):
+        for name, buffer in own.named_buffers(recurse=False):
+            if "inv_freq" in name:
+                setattr(module, name, buffer.clone())
+    if hasattr(wide.config, "_experts_implementation"):
+        wide.set_experts_implementation("eager")  # grouped matrix products are not there in float64
+    return wide
+
+
+@dataclass
+class Seen:
+    """What one attention layer was called with, and what it returned."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    scaling: float
+    softcap: float | None
+    sink_logit: Tensor | None
+    out: Tensor = field(init=False)
+
+    def attend(self, visible: Tensor) -> Tensor:
+        """Returns the plain attention output `[heads, N, head_dim]` over `visible`, `[heads or 1, N, N]`."""
+        group = self.query.shape[1] // self.key.shape[1]
+        key, value = (tensor[0].repeat_interleave(group, 0) for tensor in (self.key, self.value))
+        logits = self.query[0] @ key.transpose(1, 2) * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits.masked_fill(~(visible & self.visible), -torch.inf)
+        if self.sink_logit is not None:
+            logits = torch.cat([logits, self.sink_logit[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+        return torch.softmax(logits, -1)[..., : key.shape[1]] @ value
+
+
+SEEN: list[Seen] = []
+
+
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    assert attention_mask is not None
+    assert query.dtype == torch.float64
+    visible = attention_mask[0, 0] > -1
+    seen = Seen(query, key, value, visible, kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    seen.out = seen.attend(torch.ones_like(visible))
+    SEEN.append(seen)
+    return seen.out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register("test_plain", plain_attention)
+AttentionMaskInterface.register("test_plain", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+def rule_visible(rule: Rule, n: int) -> Tensor:
+    """Returns which keys a rule lets which row see, `[n, n]`, from the definition of a window."""
+    rows, keys = torch.arange(n)[:, None], torch.arange(n)
+    window = torch.clamp(rule.alpha + ((rule.beta_q * (rows + 1)) >> 10), min=MIN_WINDOW)
+    if rule == Rule.FULL:
+        window = rows + 1
+    return (keys <= rows) & ((keys < rule.sink) | (keys > rows - torch.minimum(window, rows + 1)))
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def brute_force(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
+    """Returns d_i of every draw and layer, `[kv_heads, N, rules]`, of a float64 model: O by masks, dO by autograd."""
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    ids, n = torch.from_numpy(sample.input_ids)[None], len(sample.input_ids)
+    SEEN.clear()
+    with attention(model, "test_plain"), Exact():
+        embeddings = model.get_input_embeddings()(ids).requires_grad_()
+        logits = model(inputs_embeds=embeddings, use_cache=False).logits[0, rows]
+        cotangents = [
+            fisher_cotangent(len(rows), profiler._generator(0, 0, draw))(logits.detach(), slice(0, len(rows)))
+            for draw in range(DRAWS)
+        ]
+        outs = [seen.out for seen in SEEN]
+        pulled = [torch.autograd.grad(logits, outs, z, retain_graph=True) for z in cotangents]
+    assert logits.dtype == torch.float64
+    found = []
+    with torch.no_grad():
+        for grads in pulled:
+            layers = []
+            for seen, grad in zip(SEEN, grads, strict=True):
+                deltas = [(grad * (seen.attend(rule_visible(rule, n)) - seen.out)).sum(-1) for rule in RULES]
+                kv_heads = seen.key.shape[1]
+                layers.append(torch.stack(deltas, -1).view(kv_heads, -1, n, len(RULES)).sum(1))
+            found.append(layers)
+    SEEN.clear()
+    return found
+
+
+class Deltas:
+    """Keeps every d_i of a layer, `[kv_heads, N, rules]`."""
+
+    def __init__(self, kv_heads: int, n: int) -> None:
+        self.values = torch.zeros(kv_heads, n, len(RULES), dtype=torch.float64)
+
+    def add(self, view: TileView) -> None:
+        self.values[:, view.rows] = view.deltas.double()
+
+
+def every_delta(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
+    """Returns what `brute_force` does, from the profiler's passes in the model's own dtype."""
+    shape, n = model_shape(model), len(sample.input_ids)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    found = []
+    with Tape(
+        model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), torch.from_numpy(sample.input_ids), rows
+    ) as tape:
+        for draw in range(DRAWS):
+            layers = [Deltas(shape.kv_heads, n) for _ in range(shape.layers)]
+            cotangent = fisher_cotangent(len(rows), profiler._generator(0, 0, draw))
+            tape.backward(cotangent, [[layer] for layer in layers], last=draw + 1 == DRAWS)
+            found.append([layer.values for layer in layers])
+    return found
+
+
+def worst_error(got: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    """Returns the largest error of any d_i, as a share of the largest d_i of its draw and layer."""
+    pairs = [pair for one, other in zip(got, expected, strict=True) for pair in zip(one, other, strict=True)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_delta_is_that_of_float64(build: Factory, name: str) -> None:
+    """The formula and the gradients that are passed on are exact: in float64 nothing but rounding is left."""
+    wide, sample = double(build(name)), random_sample(150)
+    with Exact():
+        got = every_delta(wide, sample)
+    assert worst_error(got, brute_force(wide, sample)) < 1e-10
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_statistics_in_float32_are_those_of_float64(build: Factory, name: str) -> None:
+    """A smaller initialisation, so that the model itself does not magnify the rounding of its first layer."""
+    model, sample = build(name, initializer_range=0.1), random_sample(150)
+    expected = brute_force(double(model), sample)
+    assert worst_error(every_delta(model, sample), expected) < 1e-5
+
+    exact = torch.stack([torch.stack(layers) for layers in expected])  # [draws, layers, kv_heads, N, rules]
+    found = {key: torch.from_numpy(array).double() for key, array in statistics(model, sample).arrays.items()}
+    total, squares = exact.sum(3), exact.square().sum(3).mean(0)
+    largest = exact.abs().sum(3).amax((2, 3), keepdim=True)
+    assert found["total"].shape == total.shape
+    assert float(((found["total"] - total).abs() / largest).max()) < 1e-5
+    assert float(((found["squares"] - squares).abs() / squares.amax((1, 2), keepdim=True)).max()) < 1e-5
+    assert float(squares[..., 1:5].amin()) > 0  # these rules hide something even in a native window
+
+
+# --- with and without keeping activations ----------------------------------------------------------------------------
+
+
+class Pulled:
+    """Keeps the cotangents of a layer's rows."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def add(self, view: TileView) -> None:
+        self.values.append(view.cotangent.clone())
+
+
+def gradients(model: PreTrainedModel, sample: Sample) -> list[Tensor]:
+    """Returns every cotangent of every layer's attention, and that of the embeddings, of all draws from one tape."""
+    shape, ids = model_shape(model), torch.from_numpy(sample.input_ids)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    first, found = decoder_layers(model)[0], []
+
+    def watch(module: Any, args: Any, kwargs: Any) -> None:
+        (args[0] if args else kwargs["hidden_states"]).register_hook(lambda grad: found.append(grad.clone()))
+
+    handle = first.register_forward_pre_hook(watch, with_kwargs=True)
+    with Tape(model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), ids, rows) as tape:
+        for draw in range(DRAWS):
+            layers = [Pulled() for _ in range(shape.layers)]
+            tape.backward(label_cotangent(ids[rows + 1] + draw), [[layer] for layer in layers], last=draw + 1 == DRAWS)
+            found += [value for layer in layers for value in layer.values]
+    handle.remove()
+    return found
+
+
+def all_equal(got: Statistics, expected: Statistics) -> bool:
+    return got.arrays.keys() == expected.arrays.keys() and all(
+        np.array_equal(got.arrays[key], expected.arrays[key]) for key in expected.arrays
+    )
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_running_layers_twice_changes_no_bit(build: Factory, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = build(name), random_sample(150)
+    kept, pulled = statistics(model, sample), gradients(model, sample)
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
+    assert all_equal(statistics(model, sample), kept)
+    twice = gradients(model, sample)
+    assert len(twice) == len(pulled) > 3 * DRAWS
+    assert all(torch.equal(a, b) for a, b in zip(twice, pulled, strict=True))
+
+
+def test_long_samples_run_every_layer_again(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = build("llama"), random_sample(150)
+    runs: list[int] = []
+    for module in attention_modules(model):
+        module.register_forward_pre_hook(lambda *_: runs.append(1))
+    statistics(model, sample)
+    assert len(runs) == 3
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 149)
+    statistics(model, sample)
+    assert len(runs) == 3 + 3 * (1 + DRAWS)
+
+
+def test_the_backward_pass_may_run_in_another_thread(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
+    model, sample = build("gemma2"), random_sample(150)
+    shape, ids = model_shape(model), torch.from_numpy(sample.input_ids)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    sums = [InfluenceSums(shape.kv_heads, len(RULES)) for _ in range(shape.layers)]
+    failed: list[BaseException] = []
+
+    def backward(tape: Tape) -> None:
+        try:
+            tape.backward(fisher_cotangent(len(rows), profiler._generator(0, 0, 0)), [[one] for one in sums], last=True)
+        except BaseException as error:
+            failed.append(error)
+
+    with Tape(model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), ids, rows) as tape:
+        thread = threading.Thread(target=backward, args=(tape,))
+        thread.start()
+        thread.join()
+    assert not failed
+    expected = statistics(model, sample, ProfileRecipe(draws=1)).arrays
+    assert np.array_equal(torch.stack([one.total for one in sums]).float().numpy(), expected["total"][0])
+    assert np.array_equal(torch.stack([one.squares for one in sums]).float().numpy(), expected["squares"])
+
+
+# --- the output layer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_output_logits_are_the_model_s_own(build: Factory, name: str) -> None:
+    model, ids = build(name), torch.from_numpy(random_sample(100).input_ids)[None]
+    with torch.no_grad():
+        hidden = hidden_states(model, model.get_input_embeddings()(ids))[0]
+        assert torch.equal(output_logits(model, hidden), model(ids, use_cache=False).logits[0])
+    scaled = getattr(model.config, "logit_scale", None) or getattr(model.config, "logits_scaling", None)
+    if scaled is not None:
+        head = hidden @ model.get_output_embeddings().weight.T
+        assert not torch.allclose(head, output_logits(model, hidden))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_logits_in_chunks_are_those_in_one_piece(build: Factory, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample, sizes = build(name), random_sample(150, answer=20), list[int]()
+    chosen = ProfileRecipe(draws=2, baselines=True)
+
+    def counted(*args: Any) -> Tensor:
+        sizes.append(len(args[1]))
+        return output_logits(*args)
+
+    monkeypatch.setattr(passes, "output_logits", counted)
+    whole = statistics(model, sample, chosen)
+    assert sizes == [20] * 3
+    sizes.clear()
+    monkeypatch.setattr(passes, "CHUNK_LOGITS", 3 * 160 + 1)
+    chunked = statistics(model, sample, chosen)
+    assert sizes == [3, 3, 3, 3, 3, 3, 2] * 3
+    for key, array in whole.arrays.items():
+        scale = np.abs(array).max(axis=(-1, -2), keepdims=True)
+        assert float((np.abs(chunked.arrays[key] - array) / scale).max()) < 1e-5, key
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def live_bytes(model: PreTrainedModel, n: int) -> tuple[int, int]:
+    """Returns the bytes that a tape of `n` tokens keeps, and the most that are alive in two passes from it."""
+    shape, ids = model_shape(model), torch.from_numpy(random_sample(n).input_ids)
+    table, rows = RuleTable.of(RULES, MIN_WINDOW), torch.tensor([n - 2])
+    sums: list[list[Collector]] = [[InfluenceSums(shape.kv_heads, len(RULES))] for _ in range(shape.layers)]
+    with LiveBytes() as live, Tape(model, Recording.of(shape, table), ids, rows) as tape:
+        kept = live.now
+        for last in (False, True):
+            tape.backward(label_cotangent(ids[rows + 1]), sums, last)
+    assert live.now < kept / 10
+    return kept, live.peak
+
+
+def test_a_long_sample_keeps_one_input_a_layer(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, layers = 256, (3, 7)
+    whole = [live_bytes(build("llama", num_hidden_layers=count), n)[0] for count in layers]
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
+    kept = [live_bytes(build("llama", num_hidden_layers=count), n)[0] for count in layers]
+    assert kept[1] - kept[0] == (7 - 3) * n * 64 * 4
+    assert whole[1] - whole[0] > 5 * (kept[1] - kept[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_peak_memory_is_linear_in_the_tokens(build: Factory, name: str) -> None:
+    """Nothing of tokens x tokens, and of a long sample nothing of layers x all that a layer works with."""
+    model = build(name)
+    peaks = [live_bytes(model, n)[1] for n in (2048, 3072, 4096)]
+    assert peaks[2] < 2.02 * peaks[0]
+    assert abs(peaks[2] - 2 * peaks[1] + peaks[0]) < 0.01 * peaks[0]

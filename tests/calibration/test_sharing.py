@@ -1,0 +1,365 @@
+"""Copies of an earlier layer's attention: the tiled sums against dense float64 attention and autograd through models."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.calibration import passes, profiler
+from moacompress.calibration.influence import AttentionSpec, RuleTable, attend, attend_backward
+from moacompress.calibration.profiler import fisher_cotangent, profile, sample_statistics
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
+from moacompress.calibration.statistics import Statistics
+from moacompress.errors import UsageError
+from moacompress.models import SourceModel, model_shape
+from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.recipe import ProfileRecipe, Recipe
+
+Factory = Callable[..., PreTrainedModel]
+MIN_WINDOW = 16
+TABLE = RuleTable.of((Rule.FULL, Rule(4, 16, 0)), MIN_WINDOW)
+CHOSEN = ProfileRecipe(draws=2, anchors=2)
+NAMES = ("copy_squares", "copy_totals", "copy_cosine")
+ONE = [True]
+
+
+def seen(n: int, native: int | None, rules: tuple[Rule, ...], group: int) -> Tensor:
+    """What every query head sees: `[heads, n, n]`."""
+    query, key = torch.arange(n)[:, None], torch.arange(n)
+    masks = []
+    for rule in rules:
+        windows = [min(i + 1, max(MIN_WINDOW, rule.alpha + ((rule.beta_q * (i + 1)) >> 10))) for i in range(n)]
+        mask = (key <= query) & ((key < rule.sink) | (key > query - torch.tensor(windows)[:, None]))
+        masks.append(mask if native is None else mask & (key > query - native))
+    return torch.stack(masks).repeat_interleave(group, 0)
+
+
+def probabilities_of(query: Tensor, key: Tensor, spec: AttentionSpec, sink: Tensor | None, mask: Tensor) -> Tensor:
+    """Whole matrices `[heads, n, n]`, by the book."""
+    logits = query[0] @ key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).mT * spec.scaling
+    if spec.softcap is not None:
+        logits = spec.softcap * (logits / spec.softcap).tanh()
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        logits = torch.cat([logits, sink[:, None, None].expand(-1, logits.shape[1], 1).to(logits.dtype)], -1)
+    return logits.softmax(-1)[..., : key.shape[2]]
+
+
+def grouped(tensor: Tensor, kv_heads: int) -> Tensor:
+    return tensor.view(kv_heads, -1, *tensor.shape[1:])
+
+
+def cosines(own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
+    """Mean cosine over rows and groups, `[kv_heads, other's kv_heads]`, from `[kv_heads, group, n, n]`."""
+    pair = torch.nn.functional.cosine_similarity(
+        own[:, None][..., rows, :], other[None][..., rows, :], dim=-1, eps=1e-300
+    )
+    return pair.mean((2, 3))
+
+
+def around(kv_heads: int) -> tuple[Rule, ...]:
+    return (Rule(4, 32, 0), Rule.FULL, Rule(16, 9, 700), Rule(64, 16, 0))[:kv_heads]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "mha": {"kv_heads": 4},
+    "gqa": {},
+    "native window": {"native": 40},
+    "softcap": {"softcap": 2.0},
+    "learned sink": {"learned": True},
+    "around a plan": {"planned": True},
+    "everything": {"native": 70, "softcap": 3.0, "learned": True, "planned": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_sums_match_the_definition(case: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    n, heads, kv_heads, size = 170, 4, case.get("kv_heads", 2), 8
+    group, native, planned = heads // kv_heads, case.get("native"), case.get("planned", False)
+    # values away from zero: what all keys have in common must cancel
+    queries, keys = torch.randn(2, 1, heads, n, size).double() * 2, torch.randn(2, 1, kv_heads, n, size).double()
+    value, grads = torch.randn(1, kv_heads, n, size).double() + 3, torch.randn(2, 1, heads, n, size).double()
+    sinks = [torch.randn(heads).double() + 1 if case.get("learned") else None for _ in range(2)]
+    rules = (around(kv_heads)[::-1], around(kv_heads)) if planned else ((Rule.FULL,) * kv_heads,) * 2
+    spec = AttentionSpec(size**-0.5, native, case.get("softcap"))
+    alive = torch.arange(5, n)
+    grads[:, :, :, :5] = 0
+
+    ps = [probabilities_of(queries[k], keys[k], spec, sinks[k], seen(n, native, rules[k], group)) for k in range(2)]
+    other, own = (grouped(p, kv_heads) for p in ps)
+    out = own @ value[0][:, None]
+    copied = torch.einsum("mgij,hjd->hmgid", other, value[0])
+    deltas = [((copied - out[:, None]) * grouped(grad[0], kv_heads)[:, None]).sum((2, 4)) for grad in grads]
+    expected = {
+        "copy_squares": torch.stack([d.square().sum(-1) for d in deltas]).mean(0),
+        "copy_totals": torch.stack([d.sum(-1).square() for d in deltas]).mean(0),
+        "copy_cosine": cosines(own, other, alive),
+    }
+
+    plans = [RuleTable.of(rule, MIN_WINDOW) if planned else None for rule in rules]
+    attended = {
+        layer: Attended(
+            queries[layer].to(dtype),
+            keys[layer].to(dtype),
+            None if sink is None else sink.to(dtype),
+            spec,
+            plans[layer],
+        )
+        for layer, sink in enumerate(sinks)
+    }
+    sums = CopySums(attended, 1, ONE, kv_heads)
+    mine = attended[1]
+    assert torch.allclose(
+        attend(mine.query, mine.key, value.to(dtype), spec, mine.sink_logit, mine.plan).double(),
+        out.reshape(1, heads, n, size),
+        atol=1e-4,
+    )
+    for grad in grads:
+        attend_backward(
+            mine.query, mine.key, value.to(dtype), grad.to(dtype), spec, mine.sink_logit, TABLE, [sums], mine.plan
+        )
+        sums.end()
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for name, found in sums.tensors().items():
+        assert found.shape == (1, kv_heads, kv_heads)
+        largest = float(expected[name].max())
+        assert float((found[0] - expected[name]).abs().max()) < tolerance * largest, name
+
+
+def test_a_copy_of_itself_costs_nothing() -> None:
+    torch.manual_seed(0)
+    query, grad = torch.randn(2, 1, 4, 100, 8)
+    key, value = torch.randn(2, 1, 2, 100, 8)
+    spec = AttentionSpec(8**-0.5)
+    same = Attended(query, key, None, spec)
+    sums = CopySums({0: same, 1: same}, 1, ONE, 2)
+    attend_backward(query, key, value, grad, spec, None, TABLE, [sums])
+    sums.end()
+    found = sums.tensors()
+    assert float(found["copy_squares"][0].diagonal().max()) < 1e-10
+    assert float(found["copy_squares"][0, 0, 1]) > 1
+    assert found["copy_cosine"][0].diagonal().tolist() == pytest.approx([1, 1])
+    assert float(found["copy_cosine"][0, 0, 1]) < 0.99
+
+
+def test_which_layers_may_be_copied() -> None:
+    assert copyable((None, None, 64, None, 64, 32), 2).tolist() == [
+        [False, False],
+        [True, False],
+        [False, False],
+        [False, True],
+        [False, True],
+        [False, False],
+    ]
+    assert copyable((None, None), 0).shape == (2, 0)
+    assert copyable((None, 8), 5).shape == (2, 5)
+
+
+REFERENCE = "moacompress_test_copies"
+
+
+class Reference:
+    """Dense attention by the book that moves towards every copy by weights, which are 0: `[own, anchor, n]` each.
+
+    The derivative of the loss by such a weight is `d_i` by definition.
+    """
+
+    current: Reference
+
+    def __init__(self, shape: ModelShape, anchors: int, plan: Plan | None) -> None:
+        self.shape, self.anchors, self.plan = shape, anchors, plan
+        self.probabilities: list[Tensor] = []
+        self.weights: dict[tuple[int, int], Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sink: Any) -> Tensor:
+        n, kv_heads = query.shape[2], key.shape[1]
+        rules = self.plan.rules[layer] if self.plan is not None else (Rule.FULL,) * kv_heads
+        mask = seen(n, spec.native_window, rules, query.shape[1] // kv_heads)
+        own = grouped(probabilities_of(query, key, spec, sink, mask), kv_heads)
+        self.probabilities.append(own)
+        out = own @ value[0][:, None]
+        for index in range(min(self.anchors, layer)):
+            if self.shape.native_windows[layer - 1 - index] == spec.native_window:
+                weights = torch.zeros(kv_heads, kv_heads, n, dtype=query.dtype, requires_grad=True)
+                self.weights[layer, index] = weights
+                copied = torch.einsum("mgij,hjd->hmgid", self.probabilities[layer - 1 - index], value[0])
+                moved = torch.einsum("hmi,hmgid->hgid", weights, copied - out[:, None])
+                out = out + moved - moved.detach()
+        return out.flatten(0, 1)[None].transpose(1, 2)
+
+
+def _reference(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **extra: Any
+) -> tuple[Tensor, None]:
+    layer, reference = int(module.layer_idx), Reference.current
+    spec = AttentionSpec(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        reference.shape.native_windows[layer],
+        extra.get("softcap"),
+    )
+    return reference.attend(layer, query, key, value, spec, extra.get("s_aux")), None
+
+
+AttentionInterface.register(REFERENCE, _reference)
+AttentionMaskInterface.register(REFERENCE, lambda *args, **kwargs: None)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, reference: Reference) -> Iterator[None]:
+    before = model.config._attn_implementation
+    Reference.current, model.config._attn_implementation = reference, REFERENCE
+    yield
+    model.config._attn_implementation = before
+
+
+def random_sample(n: int, answer: int = 9) -> Sample:
+    return Sample(np.random.default_rng(n).integers(3, 150, n), np.arange(n) >= n - answer, "random", n)
+
+
+def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan: Plan | None) -> dict[str, Tensor]:
+    """Statistics of copies by autograd through the whole model, in its own dtype."""
+    shape, n = model_shape(model), len(sample.input_ids)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    size = shape.layers, chosen.anchors, shape.kv_heads, shape.kv_heads
+    found = {name: torch.zeros(size, dtype=torch.float64) for name in NAMES}
+    reference = Reference(shape, chosen.anchors, plan)
+    with attending(model, reference):
+        logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, rows]
+    for draw in range(chosen.draws):
+        cotangent = fisher_cotangent(len(rows), profiler._generator(7, 0, draw))(logits.detach(), slice(None))
+        pairs = list(reference.weights)
+        deltas = torch.autograd.grad(logits, [reference.weights[pair] for pair in pairs], cotangent, retain_graph=True)
+        for pair, delta in zip(pairs, deltas, strict=True):
+            found["copy_squares"][pair] += delta.square().sum(-1) / chosen.draws
+            found["copy_totals"][pair] += delta.sum(-1).square() / chosen.draws
+    for layer, index in reference.weights:
+        alive = rows if layer == shape.layers - 1 else torch.arange(n - 1)
+        own, other = (reference.probabilities[place].detach() for place in (layer, layer - 1 - index))
+        found["copy_cosine"][layer, index] = cosines(own, other, alive)
+    return found
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_oss"])
+def test_statistics_of_a_model_match_autograd(tiny_model: Factory, family: str, planned: bool) -> None:
+    model = tiny_model(family, num_hidden_layers=3).double()
+    model.set_experts_implementation("eager")  # grouped products of experts know no float64
+    shape, sample = model_shape(model), random_sample(130)
+    plan = Plan(shape, MIN_WINDOW, (around(2), (Rule.FULL,) * 2, around(2)[::-1])) if planned else None
+    expected = defined(model, sample, CHOSEN, plan)
+    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, plan, 7, 0)
+    may = copyable(shape.native_windows, 2)
+    assert may.any()
+    for name in NAMES:
+        array = found.arrays[name]
+        assert array.shape == (3, 2, 2, 2)
+        assert not array[~may].any()
+        assert (array[may] > 0).all()
+        largest = expected[name].amax((-1, -2), keepdim=True).clamp_min(1e-30)
+        assert float(((torch.from_numpy(array) - expected[name]).abs() / largest).max()) < 1e-5, name
+
+
+def test_copies_change_nothing_else_and_long_samples_agree(
+    tiny_model: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sample = tiny_model("llama", num_hidden_layers=4), random_sample(150)
+    shape = model_shape(model)
+    plain = sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=2), None, 0, 0)
+    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, None, 0, 0)
+    assert set(found.arrays) == {*plain.arrays, *NAMES}
+    for name, array in plain.arrays.items():
+        assert np.array_equal(found.arrays[name], array)
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 10)
+    twice = sample_statistics(model, shape, TABLE, sample, CHOSEN, None, 0, 0)
+    for name in NAMES:
+        assert np.array_equal(twice.arrays[name], found.arrays[name])
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_nothing_is_held_after_the_tape(tiny_model: Factory, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(passes, "KEEP_TOKENS", limit)
+    model, ids, rows = tiny_model("llama"), torch.arange(3, 43), torch.tensor([38])
+    recording = passes.Recording.of(model_shape(model), TABLE, keep=True)
+    attended = recording.attended
+    assert attended is not None
+    held = []
+    with passes.Tape(model, recording, ids, rows) as tape:
+        assert sorted(attended) == [0, 1, 2]
+        tape.backward(lambda logits, part: logits, [[]] * 3, last=True)
+        assert not any(one.query.requires_grad or one.key.requires_grad for one in attended.values())
+        held = [weakref.ref(tensor) for one in attended.values() for tensor in (one.query, one.key)]
+        assert all(reference() is not None for reference in held)
+    gc.collect()
+    assert attended == {}
+    assert not any(reference() is not None for reference in held)
+    with pytest.raises(IndexError), passes.Tape(model, recording, ids, torch.tensor([99])):
+        pass
+    assert attended == {}
+
+
+def test_what_a_copy_is_predicted_to_cost() -> None:
+    squares = np.arange(24, dtype=np.float32).reshape(2, 3, 1, 2, 2)
+    statistics = Statistics({"copy_squares": squares, "copy_totals": squares * 4})
+    fisher, sample = copy_influence(statistics, "fisher"), copy_influence(statistics, "sample")
+    assert fisher.dtype == np.float64
+    assert fisher.shape == (3, 1, 2, 2)
+    assert fisher[1, 0].tolist() == [[5, 5.5], [6, 6.5]]
+    assert np.array_equal(sample, fisher * 4)
+    with pytest.raises(UsageError, match="'mass' does not predict what a copy costs; choose one of fisher, sample"):
+        copy_influence(statistics, "mass")
+    with pytest.raises(UsageError, match="no statistics of copies"):
+        copy_influence(Statistics({"squares": squares}), "fisher")
+
+
+def test_each_head_takes_its_cheapest_anchor_head() -> None:
+    assert best_head_map(np.array([[3.0, 1.0, 2.0], [0.5, 4.0, 0.75], [9.0, 8.0, 7.0]])) == ((1, 0, 2), 8.5)
+
+
+def test_a_profile_records_heads_and_copies(
+    tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
+        lengths = [128, 160] if split == "calibration" else [128]
+        return [random_sample(length) for length in lengths]
+
+    monkeypatch.setattr("moacompress.calibration.data.build_samples", build)
+    model = tiny_model("llama")
+    source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+    recipe = Recipe.from_dict(
+        {
+            "calibration": {"lengths": [128, 160], "samples": 2, "validation_samples": 1},
+            "profile": {"draws": 2, "heads": True, "anchors": 2},
+        }
+    )
+    made = profile(source, tmp_path / "p", recipe)
+    arrays = made.statistics.arrays
+    assert {name: arrays[name].shape for name in ("distance", "sink_mass", "entropy", *NAMES)} == {
+        "distance": (2, 3, 2, 18),
+        "sink_mass": (2, 3, 2, 3),
+        "entropy": (2, 3, 2),
+        **dict.fromkeys(NAMES, (2, 3, 2, 2, 2)),
+    }
+    assert np.allclose(arrays["distance"].sum(-1), 1, atol=1e-5)
+    influence = copy_influence(made.statistics, "fisher")
+    for layer, index in ((1, 0), (2, 0), (2, 1)):
+        head_map, cost = best_head_map(influence[layer, index])
+        assert cost == pytest.approx(sum(influence[layer, index, own, head] for own, head in enumerate(head_map)))
+        assert cost > 0
+    table = RuleTable.of(made.rules, made.min_window)
+    for index, length in enumerate((128, 160)):
+        alone = sample_statistics(model, source.shape, table, random_sample(length), recipe.profile, None, 0, index)
+        for name, array in alone.arrays.items():
+            assert np.array_equal(arrays[name][index], array), name
