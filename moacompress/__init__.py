@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moacompress.plan import Plan
     from moacompress.recipe import Recipe
     from moacompress.runtime import attach, detach
+    from moacompress.search.audit import audit
     from moacompress.search.study import find_plan
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "attach",
+    "audit",
     "compress",
     "detach",
     "evaluate",
@@ -38,6 +40,7 @@ _HOMES = {
     "Plan": "moacompress.plan",
     "Recipe": "moacompress.recipe",
     "attach": "moacompress.runtime",
+    "audit": "moacompress.search.audit",
     "compress": "moacompress.pipeline",
     "detach": "moacompress.runtime",
     "evaluate": "moacompress.evaluation",

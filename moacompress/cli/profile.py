@@ -1,29 +1,41 @@
-"""`moacompress profile`: how much every rule on every KV head would cost."""
+"""`moacompress profile`: how much every rule on every KV head would cost, and whether that is so."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import (
     Lengths,
     Model,
     Overwrite,
     RecipeFile,
+    Sources,
     Text,
     TrustRemoteCode,
     read_sources,
     required_model,
 )
+from moacompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+
+AUDIT_KEYS = ("audit", "audit_plans", "fisher_minus_moa", "chosen_minus_moa", "split_half", "points", "plans")
+"""What `--json` takes over from an audit."""
 
 
 @verb(
     "moacompress profile path/to/model -o profile/",
-    "moacompress profile path/to/model.gguf -o profile/ --lengths 1k,2k --samples 48",
+    "moacompress profile path/to/model.gguf -o profile/ --lengths 1k,2k --samples 48 --dry-run",
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
+    "moacompress profile path/to/model -o audited/ --audit 120 --audit-plans 40 --budget 25%",
+    "moacompress profile path/to/model -o around/ --around plan.json",
 )
 def profile(
     run: Run,
@@ -32,37 +44,113 @@ def profile(
     recipe: RecipeFile = None,
     lengths: Lengths = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples, over all lengths.")] = None,
+    text_samples: Annotated[int | None, typer.Option(help="Samples of plain text from --text beside them.")] = None,
     validation_samples: Annotated[int | None, typer.Option(help="Samples on which plans are measured.")] = None,
     draws: Annotated[int | None, typer.Option(help="Random logit cotangents a sample.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="How rows are added up: fisher or sample.")] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What the search goes by: fisher or sample; of --baselines also moa and mass."
+        ),
     ] = None,
+    baselines: Annotated[
+        bool | None,
+        typer.Option("--baselines", help="Also profile MoA's estimator, attention mass and the gold label."),
+    ] = None,
+    heads: Annotated[
+        bool | None, typer.Option("--heads", help="Also profile distances, sink mass and entropy of every KV head.")
+    ] = None,
+    anchors: Annotated[
+        int | None, typer.Option(metavar="N", help="Also profile sharing with N earlier layers of every layer.")
+    ] = None,
+    source: Sources = None,
     text: Text = None,
+    around: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Profile what every change of this plan would do.")
+    ] = None,
+    audit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Then measure K ablations of one KV head and compare them with every estimator."
+        ),
+    ] = None,
+    audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,
+    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of these plans.")] = "25%",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take (tokens, time, memory), and profile nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:
     """Predict what every KV head loses by each rule.
 
-    Writes a profile of MODEL at several lengths. A run that was stopped goes on with the same command.
+    Writes a profile of MODEL at several lengths. A run that was stopped goes on with the same command. With --audit the
+    predictions are compared with measured harm, in DIR/audit.json and DIR/audit.html.
     """
+    if around is not None and audit is not None:
+        raise UsageError("--audit compares predictions for the dense model; run it without --around")
     resolved = run.recipe(
         recipe,
         calibration__lengths=lengths,
         calibration__samples=samples,
+        calibration__text_samples=text_samples,
         calibration__validation_samples=validation_samples,
         calibration__sources=read_sources(source),
         calibration__text=text,
         profile__draws=draws,
         profile__estimator=estimator,
+        profile__baselines=baselines if audit is None else True,
+        profile__heads=heads,
+        profile__anchors=anchors,
         trust_remote_code=trust_remote_code,
     )
     name = required_model(model, resolved.model)
+    resolved = resolved.override(model=name)
+
+    from moacompress.plan import Plan
+
+    plan = None if around is None else Plan.load(find_plan_file(around))
+    if dry_run:
+        from moacompress.calibration.estimate import dry_run as estimate
+
+        expected = estimate(name, resolved, run.progress, around=plan)
+        return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
+    from moacompress.models import load_source
 
-    made = profile_model(name, out, resolved.override(model=name), overwrite=overwrite, progress=run.progress)
+    loaded = load_source(
+        name, dtype=resolved.dtype, device=resolved.device, trust_remote_code=resolved.trust_remote_code
+    )
+    if audit is not None:
+        from moacompress.search.audit import check_audit
+
+        check_audit(loaded.shape, resolved, audit, audit_plans, budget)
+    made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
+    data, show = _profile_output(made, out)
+    if audit is not None:
+        from moacompress.report.audit import audit_tables
+        from moacompress.search.audit import audit as audit_profile
+
+        found = audit_profile(
+            made,
+            loaded,
+            audit,
+            audit_plans,
+            budget,
+            seed=resolved.seed,
+            progress=run.progress,
+            overwrite=overwrite,
+        )
+        data |= {key: found.data[key] for key in AUDIT_KEYS if key in found.data}
+        data["audit_samples"] = found.data["samples"]
+        show += audit_tables(found.data)
+    if plan is None:
+        show.append(f"Next: moacompress search {out} --budget 25% -o plan.json")
+    return Output(data, show)
+
+
+def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[RenderableType]]:
     data = {
         "profile": str(out),
         "model": made.source,
@@ -73,13 +161,9 @@ def profile(
         "layers": made.shape.layers,
         "kv_heads": made.shape.kv_heads,
         "rules": len(made.rules),
+        "estimators": list(made.estimators),
+        "around": made.around,
         "seconds": made.seconds,
     }
     work = f"{made.shape.layers * made.shape.kv_heads} KV heads x {len(made.rules)} rules on {data['samples']} samples"
-    return Output(
-        data,
-        [
-            f"Profiled {work} in {made.seconds:.0f} s.",
-            f"Next: moacompress search {out} --budget 25% -o plan.json",
-        ],
-    )
+    return data, [f"Profiled {work} in {made.seconds:.0f} s."]

@@ -1,0 +1,295 @@
+"""The audit of a profile: is predicted harm close to measured harm, in rank and in magnitude?
+
+Measured are ablations of single KV heads and whole plans of equal bytes, on held-out samples, and every estimator that
+the profile holds is judged by the same measurements. The reference is the model under the full plan: the dense model,
+computed by the same attention as the plans, so that a difference is the plan's alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moacompress.artefacts import fingerprint, finite_json, read_json, write_json, write_text
+from moacompress.budget import Budget
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile, fingerprint_ordered
+from moacompress.errors import ArtefactError, DataError, ModelError
+from moacompress.models import SourceModel
+from moacompress.plan import ModelShape
+from moacompress.progress import SILENT, Progress
+from moacompress.recipe import Recipe
+from moacompress.search.audit_statistics import Estimate, assess
+from moacompress.search.audit_subjects import (
+    Knapsack,
+    ablation,
+    check_counts,
+    choose_ablations,
+    chosen_plan,
+    equal_byte_choices,
+    masking_rules,
+)
+from moacompress.search.cost import budget_limits
+from moacompress.search.measuring import measured_harms
+from moacompress.search.request import Request
+from moacompress.search.space import candidate_rules
+from moacompress.search.split_half import split_half
+from moacompress.search.surrogate import Floats, Surrogate
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "moacompress-audit"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        request: fingerprint of what was asked for.
+        data: `model`, `profile` (fingerprint), `samples`, `budget`, `estimator` (the recipe's), and the results:
+            `audit`: for each estimator `spearman, ci95, slope, slope_ci95, n`, of the ablations, and the calibration
+            `c, gamma` to all of them;
+            `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, regret_ci95, n`;
+            `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
+            `split_half`: see `split_half`;
+            `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
+            and the cross-fitted harm `calibrated`;
+            `plans`: each plan, `key, noise, kv_bytes, measured`, and for each estimator the harm `calibrated`.
+            Harms are in nats per answer token.
+    """
+
+    request: str
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {"format": FORMAT, "version": VERSION, "request": self.request, **self.data}
+
+    @staticmethod
+    def load(path: Path) -> Audit:
+        """Reads an audit.
+
+        Raises:
+            ArtefactError: unreadable, or not an audit of this version.
+        """
+        data = read_json(path, "audit")
+        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+            raise ArtefactError(f"{path} is not an audit that this moacompress reads; choose another file")
+        return Audit(str(data.get("request")), {key: data[key] for key in data if key not in _HEAD})
+
+
+_HEAD = ("format", "version", "request")
+
+
+def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budget: str) -> None:
+    """Refuses an audit that can not be, before anything is profiled.
+
+    Raises:
+        UsageError: no ablation, or more than there are; fewer than no plans; a budget that does not parse.
+        InfeasibleBudgetError: no plan fits the budget.
+    """
+    lengths, chosen = recipe.calibration.lengths, recipe.profile
+    rules = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
+    check_counts(shape, masking_rules(shape, rules, chosen.min_window, lengths), count, plans)
+    budget_limits([Budget.parse(budget)], shape, lengths, rules, chosen.min_window)
+
+
+def audit(
+    profile: Profile,
+    model: SourceModel,
+    count: int,
+    plans: int = 40,
+    budget: str = "25%",
+    samples: Sequence[Sample] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Audit:
+    """Measures ablations and plans and compares every estimator of a profile with them.
+
+    The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`. A scatter plot is
+    written beside it too.
+
+    Args:
+        profile: of the dense model.
+        model: the model that was profiled.
+        count: ablations of single KV heads.
+        plans: plans of equal bytes.
+        budget: of the plans.
+        samples: held-out samples; by default the profile's validation samples.
+        seed: of all that is drawn.
+        out: the file of the result; by default `audit.json` in the profile's folder.
+        progress: told of every measurement.
+        overwrite: replace an audit of another request.
+
+    Raises:
+        UsageError: counts that there can not be, a budget that does not parse, or a profile around a plan.
+        InfeasibleBudgetError: no plan fits the budget.
+        DataError: no samples.
+        ModelError: another model than the profile's, or logits that are not finite.
+        ArtefactError: `out` is something else, or can not be written.
+    """
+    _check_weights(profile, model)
+    samples = list(profile.validation if samples is None else samples)
+    if not samples:
+        raise DataError("there are no held-out samples to measure on; profile with validation samples")
+    request = Request.of(profile, budget, profile.recipe)
+    masking = masking_rules(
+        profile.shape, profile.rules, profile.min_window, [len(sample.input_ids) for sample in samples]
+    )
+    check_counts(profile.shape, masking, count, plans)
+    path = profile.path / "audit.json" if out is None else Path(out)
+    key = _key(request, samples, count, plans, seed)
+    found = _found(path, key, overwrite)
+    if found is None:
+        made = _run(request, model, samples, masking, count, plans, seed, path, progress or SILENT)
+        found = Audit(key, finite_json(made))
+        _plot(path, found)
+        write_json(path, found.to_dict())
+    elif not _page(path).exists():
+        _plot(path, found)
+    return found
+
+
+def _check_weights(profile: Profile, model: SourceModel) -> None:
+    ours, theirs = profile.shape.weights_fingerprint, model.shape.weights_fingerprint
+    if ours != theirs:
+        raise ModelError(
+            f"the profile in {profile.path} is of other weights (fingerprint {ours}) than {model.source} ({theirs}); audit "
+            "with the model that was profiled"
+        )
+
+
+def _key(request: Request, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:
+    profile = request.profile
+    return fingerprint(
+        {
+            "version": VERSION,
+            "profile": profile.fingerprint,
+            "estimators": list(profile.estimators),
+            "search": request.key,
+            "samples": fingerprint_ordered(samples),
+            "counts": [count, plans],
+            "seed": seed,
+        }
+    )
+
+
+def _found(path: Path, key: str, overwrite: bool) -> Audit | None:
+    """Returns the audit of the same request at `path`; None if it is to be made."""
+    if not path.exists():
+        return None
+    try:
+        found = Audit.load(path)
+    except ArtefactError:
+        if overwrite and path.is_file():
+            return None
+        raise
+    if found.request == key:
+        return found
+    if not overwrite:
+        raise ArtefactError(
+            f"{path} holds the audit of another request ({found.request}, this one is {key}); choose another file or "
+            "pass --overwrite"
+        )
+    return None
+
+
+def _run(
+    request: Request,
+    model: SourceModel,
+    samples: Sequence[Sample],
+    masking: Sequence[Sequence[int]],
+    count: int,
+    plans: int,
+    seed: int,
+    path: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    profile = request.profile
+    picks = choose_ablations(profile.shape, masking, count, seed)
+    chosen = equal_byte_choices(request.surrogate.raw(), Knapsack.of(request), plans, seed)
+    if len(chosen) < plans:
+        logger.warning("only %d different plans of %d were found at %s", len(chosen), plans, request.asked[0])
+    measured_plans = [ablation(profile, pick) for pick in picks]
+    measured_plans += [chosen_plan(profile, choice) for _, choice in chosen]
+    ledger = path.with_name(f"{path.stem}.ledger.jsonl")
+    harms = measured_harms(model, samples, measured_plans, ledger, progress).mean(axis=1)
+    influence = predicted_influence(profile, samples)
+    results = assess(influence, picks, harms[:count], [choice for _, choice in chosen], harms[count:], seed)
+    estimator = request.recipe.profile.estimator
+    correlations = results.correlations
+    differences = {
+        f"{name}_minus_moa": _difference(correlations[of], correlations["moa"])
+        for name, of in (("fisher", "fisher"), ("chosen", estimator))
+        if "moa" in correlations
+    }
+    for point in results.points:
+        rule = profile.rules[point["rule"]]
+        point["rule"] = {"sink": rule.sink, "alpha": rule.alpha, "beta_q": rule.beta_q}
+    for row, (noise, _), plan in zip(results.plan_points, chosen, measured_plans[count:], strict=True):
+        row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.limits}}
+    return {
+        "model": model.source,
+        "profile": profile.fingerprint,
+        "samples": len(samples),
+        "budget": request.asked[0],
+        "estimator": estimator,
+        "audit": results.ablations,
+        "audit_plans": results.plans,
+        **differences,
+        "split_half": split_half(request, seed),
+        "points": results.points,
+        "plans": results.plan_points,
+    }
+
+
+def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str, Floats]:
+    """Returns what every estimator predicts on samples like these, by estimator: [layers, kv_heads, rules], monotone.
+
+    Each sample counts with the influence at the profiled length nearest to its own, of its kind.
+
+    Args:
+        profile: of the dense model.
+        samples: those measured on.
+    """
+    groups = Counter(
+        (sample.kind, int(np.abs(np.array(profile.lengths) - sample.length).argmin())) for sample in samples
+    )
+    found = {}
+    for estimator in profile.estimators:
+        of_kind = {kind: profile.influence(estimator, kind) for kind in {kind for kind, _ in groups}}
+        influence = np.stack([of_kind[kind][length] for kind, length in groups])
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        found[estimator] = surrogate.raw(list(groups.values()))
+    return found
+
+
+def _difference(one: Estimate, other: Estimate) -> dict[str, Any]:
+    difference = one - other
+    return {"value": difference.value, "ci95": difference.ci95}
+
+
+def _page(path: Path) -> Path:
+    return path.with_suffix(".html")
+
+
+def _plot(path: Path, found: Audit) -> None:
+    """Writes the scatter plot beside an audit, if plotly is there."""
+    from moacompress.report.audit import scatter_html
+
+    try:
+        write_text(_page(path), scatter_html(found.data))
+    except ImportError:
+        logger.warning(
+            'no plot was made: it needs plotly; pip install "moacompress[report]" and run the same command again'
+        )

@@ -1,0 +1,76 @@
+"""Measured harm of many plans on many samples, each computed once in the life of a ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moacompress.artefacts import fingerprint
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import fingerprint_ordered
+from moacompress.errors import ModelError
+from moacompress.evaluation.ledger import Ledger
+from moacompress.models import SourceModel
+from moacompress.plan import Plan
+from moacompress.progress import Progress
+from moacompress.search.objective import answer_logits, kl
+from moacompress.search.prefix import first_changed, record, resumed
+from moacompress.search.surrogate import Floats
+
+
+def measured_harms(
+    model: SourceModel, samples: Sequence[Sample], plans: Sequence[Plan], path: Path, progress: Progress
+) -> Floats:
+    """Returns the harm of every plan on every sample, float64 [plans, samples], nats per answer token.
+
+    Each sample is run whole once; a plan is run from the first layer that it changes.
+
+    Args:
+        model: dense.
+        samples: what to measure on.
+        plans: for this model.
+        path: the ledger; what it holds is not measured again.
+        progress: told of every harm that is measured.
+
+    Raises:
+        ModelError: logits that are not finite.
+        ArtefactError: the ledger can not be read or written.
+    """
+    from moacompress import runtime
+
+    ledger = Ledger(path)
+    marks = [fingerprint_ordered([sample]) for sample in samples]
+    of_model = [model.shape.weights_fingerprint, model.shape.dtype]
+    keys = [[fingerprint([*of_model, plan.key(), mark]) for mark in marks] for plan in plans]
+    missing = [[row for row, key in enumerate(column) if ledger.get(key) is None] for column in zip(*keys, strict=True)]
+    progress.start("measuring", sum(map(len, missing)))
+    try:
+        for number, rows in enumerate(missing):
+            for row, harm in _harms_of_sample(model, samples[number], {row: plans[row] for row in rows}):
+                if not math.isfinite(harm):
+                    raise ModelError(f"the logits of held-out sample {number} are not finite; try --dtype float32")
+                ledger.add(keys[row][number], {"harm": harm}, plan=plans[row].key(), sample=number)
+                progress.step(f"sample {number + 1} of {len(samples)}: {harm:.2g} nats")
+    finally:
+        runtime.detach(model.model)
+    progress.done()
+    return np.array([[(ledger.get(key) or {})["harm"] for key in row] for row in keys])
+
+
+def _harms_of_sample(source: SourceModel, sample: Sample, plans: Mapping[int, Plan]) -> Iterator[tuple[int, float]]:
+    """Yields the harm of every plan, by its number; leaves the model under the last one."""
+    from moacompress import runtime
+
+    if not plans:
+        return
+    model = source.model
+    runtime.attach(model, Plan.full(source.shape))
+    prefix, dense = record(model, lambda: answer_logits(model, sample))
+    for number, plan in plans.items():
+        runtime.attach(model, plan)
+        with resumed(model, prefix, first_changed(plan)):
+            harm = kl(dense, answer_logits(model, sample))
+        yield number, harm

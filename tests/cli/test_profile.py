@@ -1,0 +1,135 @@
+"""`moacompress profile` and its flags: the audit, profiling around a plan, and what a dry run says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.calibration.store import Profile
+from moacompress.cli import app
+from moacompress.plan import Plan, Rule
+
+RUNNER = CliRunner()
+SMALL = (
+    "--lengths", "768", "--samples", "4", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3",
+)  # fmt: skip
+AUDIT = ("--audit", "6", "--audit-plans", "3", "--budget", "50%")
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return RUNNER.invoke(app, ["profile", *map(str, arguments)])
+
+
+def refused(*arguments: str | Path) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code in (1, 2), result.output
+    assert result.stdout == ""
+    assert result.stderr.count("moacompress: ") == 1  # one line, beside the bars of loading
+    return str(result.stderr).partition("moacompress: error: ")[2]
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder of an audited profile, and what `--json` said."""
+    out = tmp_path_factory.mktemp("audited") / "profile"
+    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return out, json.loads(result.stdout)
+
+
+def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dict[str, Any]]) -> None:
+    out, data = audited
+    assert data["samples"] == 4
+    assert data["audit_samples"] == 2
+    assert {"fisher", "moa", "mass"} <= set(data["audit"]) == set(data["audit_plans"]) == set(data["estimators"])
+    assert set(data["audit"]) == set(Profile.load(out).estimators)
+    assert {"spearman", "ci95", "slope", "n"} <= set(data["audit"]["fisher"])
+    assert {"spearman", "ci95", "slope", "regret", "n"} <= set(data["audit_plans"]["fisher"])
+    assert set(data["fisher_minus_moa"]) == {"value", "ci95"}
+    assert (len(data["points"]), data["audit"]["moa"]["n"]) == (6, 6)
+    stored = json.loads((out / "audit.json").read_text())
+    assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
+    assert (out / "audit.html").is_file()
+
+
+def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
+    out, data = audited
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT)
+    assert result.exit_code == 0, result.stderr
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
+    assert "6 ablations of one KV head on 2 held-out samples" in result.stdout
+    assert "Spearman of fisher minus that of moa" in result.stdout
+    assert all(name in result.stdout for name in data["audit"])
+
+
+def test_another_audit_is_not_touched_without_overwrite(
+    audited: tuple[Path, dict[str, Any]], tiny_folder: Path
+) -> None:
+    out, _ = audited
+    more = ("--audit", "7", "--audit-plans", "0")
+    message = refused(tiny_folder, "-o", out, *SMALL, *more)
+    assert "audit.json holds the audit of another request" in message
+    assert "--overwrite" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--audit", "0"), "an audit of 0 ablations is not possible"),
+        (("--audit", "100000"), "ask for 1 to "),
+        (("--audit", "4", "--audit-plans", "-1"), "an audit of -1 plans is not possible"),
+        (("--audit", "4", "--budget", "0.1%"), "ask for at least"),
+        (("--audit", "4", "--budget", "some"), "is not understood"),
+        (("--audit", "4", "--around", "plan.json"), "run it without --around"),
+        (("--around", "none.json"), "none.json does not exist"),
+        (("--anchors", "-1"), "profile.anchors"),
+        (("--text-samples", "3"), "text"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_the_work(
+    flags: tuple[str, ...], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert message in refused(tiny_folder, "-o", tmp_path / "profile", *SMALL, *flags)
+    assert not list((tmp_path / "profile").glob("samples/*"))
+
+
+def test_flags_reach_the_recipe(tiny_folder: Path, tmp_path: Path) -> None:
+    flags = ("--baselines", "--heads", "--anchors", "1", "--estimator", "moa")
+    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    recipe = Profile.load(tmp_path / "profile").recipe.profile
+    assert (recipe.baselines, recipe.heads, recipe.anchors, recipe.estimator) == (True, True, 1, "moa")
+    assert "audit" not in json.loads(result.stdout)
+
+
+def test_an_audit_of_a_profile_without_baselines_adds_them(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--json")
+    assert plain.exit_code == 0, plain.stderr
+    assert "moa" not in json.loads(plain.stdout)["estimators"]
+    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, *AUDIT, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "moa" in json.loads(result.stdout)["audit"]
+
+
+def test_around_a_plan(audited: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path) -> None:
+    plan = Plan.uniform(Profile.load(audited[0]).shape, Rule(4, 0, 512))
+    plan.save(tmp_path / "plan.json")
+    result = invoke(tiny_folder, "-o", tmp_path / "around", *SMALL, "--around", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["around"] == plan.key() == Profile.load(tmp_path / "around").around
+
+
+def test_a_dry_run_profiles_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert isinstance(json.loads(result.stdout), dict)
+    shown = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--dry-run")
+    assert shown.exit_code == 0
+    assert shown.stdout.strip()
+    assert not (tmp_path / "profile").exists()

@@ -1,0 +1,466 @@
+"""The audit: what it measures, what its numbers mean, and that it can be stopped and taken up again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.calibration.profiler import profile as profile_model
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile
+from moacompress.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.models import SourceModel, model_shape
+from moacompress.plan import ModelShape
+from moacompress.recipe import Recipe
+from moacompress.report.audit import audit_tables, scatter_html
+from moacompress.search import measuring
+from moacompress.search.audit import audit, check_audit, predicted_influence
+from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
+from moacompress.search.audit_subjects import (
+    Knapsack,
+    ablation,
+    check_counts,
+    choose_ablations,
+    chosen_plan,
+    equal_byte_choices,
+    masking_rules,
+    total_cost,
+)
+from moacompress.search.objective import Objective, kl
+from moacompress.search.request import Request
+from moacompress.search.split_half import halves, split_half
+
+Profiles = Callable[..., Profile]
+COUNT, PLANS, BUDGET = 12, 5, "50%"
+
+
+def masking(profile: Profile) -> list[list[int]]:
+    return masking_rules(profile.shape, profile.rules, profile.min_window, list(profile.lengths))
+
+
+# What is measured
+
+
+def test_ablations_are_spread_over_layers_heads_and_rules(profiles: Profiles) -> None:
+    profile = profiles(layers=7, kv_heads=3)
+    masks = masking(profile)
+    for seed in range(5):
+        picks = choose_ablations(profile.shape, masks, 60, seed)
+        assert len(set(picks)) == 60
+        layers = Counter(layer for layer, _, _ in picks)
+        assert set(layers.values()) <= {60 // 7, 60 // 7 + 1}
+        for layer in range(7):
+            heads = Counter(head for at, head, _ in picks if at == layer)
+            assert max(heads.values()) - min(heads.values()) <= 1
+        places = [masks[layer].index(rule) / len(masks[layer]) for layer, _, rule in picks]
+        assert np.histogram(places, 4, (0, 1))[0].min() >= 10
+    assert choose_ablations(profile.shape, masks, 60, 4) == picks != choose_ablations(profile.shape, masks, 60, 3)
+
+
+def test_ablations_always_mask_something(profiles: Profiles) -> None:
+    profile = profiles()
+    masks = masking(profile)
+    for layer, native in enumerate(profile.shape.native_windows):
+        keeps = [sum(profile.rules[rule].kept(n, 32, native) for n in profile.lengths) for rule in masks[layer]]
+        assert keeps == sorted(keeps)
+        left_out = set(range(len(profile.rules))) - set(masks[layer])
+        for length in profile.lengths:
+            assert all(
+                profile.rules[rule].kept(length, 32, native) == min(length, native or length) for rule in left_out
+            )
+    assert len(masks[4]) < len(masks[0])  # a native window of 64 tokens is narrower than most rules
+    every = choose_ablations(profile.shape, masks, 2 * sum(map(len, masks)), 0)
+    assert len(set(every)) == 2 * sum(map(len, masks))
+
+
+def test_ablations_are_chosen_without_a_look_at_the_influence(profiles: Profiles) -> None:
+    one, other = profiles(seed=0), profiles(seed=1)
+    assert not np.array_equal(one.influence("fisher"), other.influence("fisher"))
+    assert choose_ablations(one.shape, masking(one), 9, 0) == choose_ablations(other.shape, masking(other), 9, 0)
+
+
+def test_an_ablation_cuts_one_head(profiles: Profiles) -> None:
+    profile = profiles()
+    plan = ablation(profile, (3, 1, 5))
+    cut = [(layer, head) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row) if not rule.is_full]
+    assert cut == [(3, 1)]
+    assert plan.rules[3][1] == profile.rules[5]
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**6])
+def test_counts_that_there_can_not_be(profiles: Profiles, count: int) -> None:
+    profile = profiles()
+    there = 2 * sum(map(len, masking(profile)))
+    with pytest.raises(
+        UsageError, match=rf"of {count:,} ablations is not possible: 12 KV heads .* ask for 1 to {there}"
+    ):
+        check_counts(profile.shape, masking(profile), count, 3)
+    with pytest.raises(UsageError, match="audit of -1 plans is not possible"):
+        check_counts(profile.shape, masking(profile), 3, -1)
+    check_counts(profile.shape, masking(profile), there, 0)
+
+
+def test_an_audit_is_refused_before_anything_is_profiled(profiles: Profiles) -> None:
+    profile = profiles()
+    check_audit(profile.shape, profile.recipe, 9, 4, "40%")
+    with pytest.raises(UsageError, match="of 0 ablations"):
+        check_audit(profile.shape, profile.recipe, 0, 4, "40%")
+    with pytest.raises(InfeasibleBudgetError, match="ask for at least"):
+        check_audit(profile.shape, profile.recipe, 9, 4, "0.5%")
+    with pytest.raises(UsageError, match="is not understood"):
+        check_audit(profile.shape, profile.recipe, 9, 4, "much")
+
+
+def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> None:
+    profile = profiles(layers=12)
+    request = Request.of(profile, "30%", profile.recipe)
+    costs = request.surrogate.raw()
+    chosen = equal_byte_choices(costs, Knapsack.of(request), 12, seed=3)
+    plans = [chosen_plan(profile, choice) for _, choice in chosen]
+    assert len({plan.key() for plan in plans}) == len(plans) == 12
+    for plan in plans:
+        shares = [plan.kv_bytes(n) / limit for n, limit in request.limits.items()]
+        assert 0.97 < max(shares) <= 1  # at the length that binds
+    totals = [total_cost(costs, choice) for _, choice in chosen]
+    assert totals[0] == min(totals)
+    widths = [width for width, _ in chosen]
+    assert widths == sorted(widths)
+    assert (widths[0], widths[1], widths[-1]) == (0.0, 0.1, 2.0)
+    assert np.mean(totals[1:4]) < np.mean(totals[-3:])
+    assert equal_byte_choices(costs, Knapsack.of(request), 0, seed=3) == []
+
+
+# What the numbers mean
+
+
+def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray) -> Any:
+    """An audit of a model whose harm is the sum of `truth` over its KV heads."""
+    picks = choose_ablations(profile.shape, masking(profile), 40, 0)
+    chosen = equal_byte_choices(truth, Knapsack.of(Request.of(profile, "30%", profile.recipe)), 15, 0)
+    choices = [choice for _, choice in chosen]
+    measured = np.array([truth[pick] for pick in picks])
+    plans = np.array([total_cost(truth, choice) for choice in choices])
+    return assess(tables, picks, measured, choices, plans, 0)
+
+
+def test_an_estimator_that_is_the_harm_is_perfect_and_noise_is_not(profiles: Profiles) -> None:
+    profile = profiles(layers=12)
+    truth = predicted_influence(profile, profile.validation)["fisher"]
+    noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
+    found = assessed(profile, {"fisher": truth, "scaled": (3 * truth) ** 1.25, "noise": noise}, truth)
+    for name in ("fisher", "scaled"):
+        one, plans = found.ablations[name], found.plans[name]
+        assert one["spearman"] == pytest.approx(1)
+        assert one["ci95"] == pytest.approx((1, 1))
+        assert one["slope"] == pytest.approx(1, abs=1e-4)
+        assert plans["spearman"] == pytest.approx(1)
+        assert plans["slope"] == pytest.approx(1, abs=1e-3)
+        assert plans["regret"] == pytest.approx(0, abs=1e-9)
+        assert (one["n"], plans["n"]) == (40, 15)
+    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx((0.8, 1 / 3), rel=1e-3)
+    noisy = found.ablations["noise"]
+    assert abs(noisy["spearman"]) < 0.5
+    assert noisy["ci95"][0] < noisy["spearman"] < noisy["ci95"][1]
+    assert abs(noisy["slope"] - 1) > 0.3
+    difference = found.correlations["fisher"] - found.correlations["noise"]
+    assert difference.value == pytest.approx(1 - noisy["spearman"])
+    assert 0 < difference.ci95[0] < difference.value < difference.ci95[1]
+    point = found.points[0]
+    assert set(point["predicted"]) == set(point["calibrated"]) == {"fisher", "scaled", "noise"}
+    assert point["predicted"]["fisher"] == pytest.approx(point["measured"])
+
+
+def test_spearman_is_scipy_s() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, 30).astype(float), rng.integers(0, 9, 30).astype(float)
+    assert spearman(x, y, 0).value == pytest.approx(spearmanr(x, y).statistic)
+    related = x + rng.normal(0, 2, 30)
+    found = spearman(x, related, 0)
+    assert found.ci95[0] < found.value < found.ci95[1]
+    assert found.ci95 == spearman(x, related, 0).ci95
+
+
+def test_slope_of_a_power() -> None:
+    x = np.logspace(-5, 0, 20)
+    assert slope(x, 7 * x**0.6, 0).value == pytest.approx(0.6)
+    assert slope(x, 7 * x**0.6, 0).ci95 == pytest.approx((0.6, 0.6))
+    with_nothing = np.append(x, 0.0)  # a harm of 0 has no logarithm
+    assert slope(with_nothing, 7 * with_nothing**0.6, 0).value == pytest.approx(0.6)
+
+
+def test_regret_of_a_bad_choice() -> None:
+    measured = np.array([0.3, 0.2, 0.5])
+    assert regret(np.array([2.0, 1.0, 3.0]), measured, 0).value == 0
+    assert regret(np.array([2.0, 3.0, 1.0]), measured, 0).value == pytest.approx(1.5)
+
+
+def test_no_point_is_calibrated_by_its_own_half() -> None:
+    x = np.logspace(-4, 0, 40)
+    measured = x.copy()
+    before = cross_fitted(x, measured, 0)
+    assert before == pytest.approx(x, rel=1e-6)
+    order = np.random.default_rng(0).permutation(40)
+    measured[order[::2]] *= 10  # the first half is ten times as harmful as predicted
+    after = cross_fitted(x, measured, 0)
+    assert after[order[::2]] == pytest.approx(x[order[::2]], rel=1e-6)
+    assert after[order[1::2]] == pytest.approx(10 * x[order[1::2]], rel=1e-3)
+
+
+def test_numbers_that_can_not_be_had() -> None:
+    same = np.ones(5)
+    assert np.isnan(spearman(same, np.arange(5.0), 0).value)
+    assert np.isnan(slope(np.zeros(5), same, 0).value)
+    assert all(np.isnan(slope(np.zeros(5), same, 0).ci95))
+
+
+def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Profiles) -> None:
+    profile = profiles()
+    long = [sample for sample in profile.validation if sample.length == 512]
+    short = [sample for sample in profile.validation if sample.length == 256]
+    at_long, at_short = (predicted_influence(profile, samples)["fisher"] for samples in (long, short))
+    only_long = replace(profile, lengths=(512,)).influence("fisher")[0]
+    assert at_long.max() == pytest.approx(only_long.max())
+    assert not np.allclose(at_long, at_short)
+    beyond = Sample(np.arange(600) % 90 + 3, np.arange(600) > 590, "needle", 600)
+    assert predicted_influence(profile, [beyond])["fisher"] == pytest.approx(at_long)
+    with pytest.raises(UsageError, match="no samples of kind 'text'"):
+        predicted_influence(profile, [replace(beyond, kind="text")])
+
+
+# Split halves
+
+
+def test_halves_are_disjoint_and_alike(profiles: Profiles) -> None:
+    profile = profiles()
+    for count in (4, 6, 8):
+        for seed in range(5):
+            one, other = halves(profile, count, np.random.default_rng(seed))
+            assert len({*one.tolist(), *other.tolist()}) == len(one) + len(other) == count
+            for half in (one, other):
+                counts = Counter(profile.sample_lengths[half].tolist())
+                assert set(counts) == {256, 512}
+                assert abs(counts[256] - counts[512]) <= 1
+
+
+def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
+    profile = profiles(layers=10)
+    rng = np.random.default_rng(0)
+    base = profile.statistics.arrays["squares"][[0, 4]]  # one of each length
+    squares = np.concatenate([base] * 16) * np.exp(rng.normal(0, 1.5, (32, *base.shape[1:3], 1))).astype(np.float32)
+    noisy = replace(
+        profile,
+        sample_lengths=np.tile(np.array([256, 512]), 16),
+        sample_kinds=("answer",) * 32,
+        statistics=replace(profile.statistics, arrays={"squares": squares}),
+    )
+    found = split_half(Request.of(noisy, "30%", noisy.recipe), 0)
+    assert [row["samples"] for row in found] == [16, 24, 32]
+    ratios = [row["ratio"] for row in found]
+    assert ratios[0] > ratios[-1] > 0.99
+    assert ratios[0] > 1.02
+    for row in found:
+        assert row["ci95"][0] <= row["ratio"] <= row["ci95"][1] <= row["max"]
+    same = replace(noisy, statistics=replace(profile.statistics, arrays={"squares": np.concatenate([base] * 16)}))
+    assert split_half(Request.of(same, "30%", same.recipe), 0)[-1]["ratio"] == pytest.approx(1)
+
+
+# The whole of it, on a tiny model
+
+
+def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
+    """Stands in for the data: random ids."""
+    rng = np.random.default_rng([recipe.seed, split == "calibration"])
+    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+    return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    model = tiny_model("llama")
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
+@pytest.fixture(scope="module")
+def audited(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    recipe = Recipe.from_dict(
+        {
+            "calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 3},
+            "profile": {"draws": 1, "baselines": True},
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.data.build_samples", make_samples)
+        return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
+
+
+def run(profile: Profile, source: SourceModel, out: Path, **more: Any) -> Any:
+    return audit(profile, source, COUNT, PLANS, BUDGET, out=out / "audit.json", **more)
+
+
+class Calls(list[float]):
+    """The harms that are really measured, in order.
+
+    Attributes:
+        dies_at: number of the harm at which it all ends; None for never.
+    """
+
+    dies_at: int | None = None
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls = Calls()
+
+    def counted(*args: Any) -> float:
+        if len(calls) == calls.dies_at:
+            raise KeyboardInterrupt
+        calls.append(kl(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(measuring, "kl", counted)
+    return calls
+
+
+def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
+    found = run(audited, source, tmp_path)
+    data = json.loads((tmp_path / "audit.json").read_text())
+    assert {key: data[key] for key in found.data} == found.data
+    assert set(data["audit"]) == set(data["audit_plans"]) == set(audited.estimators)
+    assert {"fisher", "sample", "moa", "mass"} <= set(data["audit"])
+    for row in data["audit"].values():
+        assert {"spearman", "ci95", "slope", "n"} <= set(row)
+        assert row["n"] == COUNT
+        assert -1 <= row["ci95"][0] <= row["spearman"] <= row["ci95"][1] <= 1
+    for row in data["audit_plans"].values():
+        assert {"spearman", "ci95", "slope", "regret", "n"} <= set(row)
+        assert row["regret"] >= 0
+    difference = data["fisher_minus_moa"]
+    assert difference["value"] == pytest.approx(data["audit"]["fisher"]["spearman"] - data["audit"]["moa"]["spearman"])
+    assert difference == data["chosen_minus_moa"]
+    assert [row["samples"] for row in data["split_half"]] == [4]
+    assert len(measured) == (COUNT + len(data["plans"])) * 3
+    assert data["audit"]["fisher"]["spearman"] > 0.5  # second order is right about a tiny smooth model
+
+
+def test_measured_harm_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
+    data = run(audited, source, tmp_path).data
+    objective = Objective(source.model, audited.validation)
+    index = {(rule.sink, rule.alpha, rule.beta_q): number for number, rule in enumerate(audited.rules)}
+    for point in data["points"][:4]:
+        rule = index[tuple(point["rule"].values())]
+        plan = ablation(audited, (point["layer"], point["kv_head"], rule))
+        assert point["measured"] == pytest.approx(objective.harms(plan).mean(), rel=1e-3, abs=1e-7)
+        influence = predicted_influence(audited, audited.validation)["moa"]
+        assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
+    assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
+    limits = Request.of(audited, BUDGET, audited.recipe).limits
+    assert all(plan["kv_bytes"][str(n)] <= limit for plan in data["plans"] for n, limit in limits.items())
+
+
+def test_killed_and_taken_up_again_is_the_same_to_the_byte(
+    audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls
+) -> None:
+    run(audited, source, tmp_path / "whole")
+    total = len(measured)
+    measured.dies_at = total + total // 2
+    with pytest.raises(KeyboardInterrupt):
+        run(audited, source, tmp_path / "killed")
+    measured.dies_at = None
+    assert not (tmp_path / "killed" / "audit.json").exists()
+    assert getattr(source.model, "_moacompress", None) is None
+    ledger = tmp_path / "killed" / "audit.ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-20])  # the last line was just being written
+    run(audited, source, tmp_path / "killed")
+    assert len(measured) == 2 * total + 1
+    for name in ("audit.json", "audit.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_run_measures_nothing(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
+    first = run(audited, source, tmp_path)
+    before = (tmp_path / "audit.json").stat().st_mtime_ns
+    done = len(measured)
+    again = run(audited, source, tmp_path)
+    assert (again.request, again.data) == (first.request, first.data)
+    assert len(measured) == done
+    assert (tmp_path / "audit.json").stat().st_mtime_ns == before
+    with pytest.raises(ArtefactError, match="audit of another request .* or pass --overwrite"):
+        run(audited, source, tmp_path, seed=1)
+    assert run(audited, source, tmp_path, seed=1, overwrite=True).request != first.request
+
+
+def test_what_can_not_be_audited(
+    audited: Profile, source: SourceModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    other = tiny_model("llama", seed=1)
+    stranger = replace(source, model=other, shape=model_shape(other))
+    with pytest.raises(ModelError, match="is of other weights .* audit with the model that was profiled"):
+        run(audited, stranger, tmp_path)
+    with pytest.raises(DataError, match="no held-out samples"):
+        run(replace(audited, validation=[]), source, tmp_path)
+    with pytest.raises(UsageError, match="around a plan"):
+        run(replace(audited, around="abc"), source, tmp_path)
+    (tmp_path / "audit.json").write_text('{"format": "something else"}')
+    with pytest.raises(ArtefactError, match="not an audit"):
+        run(audited, source, tmp_path)
+
+
+def test_the_plot_shows_every_estimator(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
+    found = run(audited, source, tmp_path)
+    page = (tmp_path / "audit.html").read_text("utf-8")
+    assert page == scatter_html(found.data)
+    for name in audited.estimators:
+        assert page.count(f'"name":"{name}"') == 2
+    assert f"{COUNT} ablations" in page
+    assert 'src="http' not in page  # nothing is fetched
+
+
+def test_without_plotly_one_line_says_how_to_get_it(
+    audited: Profile,
+    source: SourceModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with caplog.at_level(logging.WARNING):
+        run(audited, source, tmp_path)
+    assert [record.message for record in caplog.records if 'pip install "moacompress[report]"' in record.message]
+    assert not (tmp_path / "audit.html").exists()
+    monkeypatch.undo()
+    run(audited, source, tmp_path)
+    assert (tmp_path / "audit.html").exists()
+
+
+def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in audit_tables(run(audited, source, tmp_path).data):
+        console.print(part)
+    text = console.export_text()
+    for name in audited.estimators:
+        assert text.count(name) >= 2
+    assert "fisher*" in text
+    assert "Spearman of fisher minus that of moa" in text
+
+
+def test_native_windows_only(profiles: Profiles) -> None:
+    shape = ModelShape("mistral", 2, 2, 1, 16, "float32", (64, 64), "weights")
+    rules = profiles().rules
+    for row in masking_rules(shape, rules, 32, [512]):
+        assert row
+        assert all(rules[rule].kept(512, 32, 64) < 64 for rule in row)

@@ -1,0 +1,116 @@
+"""Reusing unchanged layers gives the numbers of a whole forward pass, to the bit, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moacompress.calibration.samples import Sample
+from moacompress.models import attention_modules, decoder_layers, model_shape
+from moacompress.plan import Plan, Rule
+from moacompress.runtime import attach, detach
+from moacompress.search.objective import answer_logits
+from moacompress.search.prefix import first_changed, record, resumed
+
+Factory = Callable[..., PreTrainedModel]
+FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
+
+
+def make_sample(n: int = 160, seed: int = 0) -> Sample:
+    rng = np.random.default_rng(seed)
+    return Sample(rng.integers(3, 150, n), np.isin(np.arange(n), [n // 2, n - 2, n - 1]), "random", n)
+
+
+def ablated(plan: Plan, layer: int) -> Plan:
+    """Returns the full plan with the first KV head of one layer cut short."""
+    rows = [list(row) for row in plan.rules]
+    rows[layer][0] = Rule(4, 32, 0)
+    return Plan(plan.model, plan.min_window, tuple(map(tuple, rows)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: str) -> None:
+    model, sample = tiny_model(family), make_sample()
+    full = Plan.full(model_shape(model))
+    attach(model, full)
+    prefix, dense = record(model, lambda: answer_logits(model, sample))
+    assert torch.equal(dense, answer_logits(model, sample))
+    for _ in range(2):  # what was recorded is not worn by use
+        for layer in range(full.model.layers):
+            plan = ablated(full, layer)
+            assert first_changed(plan) == layer
+            attach(model, plan)
+            whole = answer_logits(model, sample)
+            with resumed(model, prefix, layer):
+                assert torch.equal(answer_logits(model, sample), whole)
+            assert not torch.equal(whole, dense)
+    attach(model, full)
+    assert first_changed(full) == full.model.layers
+    with resumed(model, prefix, full.model.layers):
+        assert torch.equal(answer_logits(model, sample), dense)
+
+
+def test_layers_before_are_not_computed_and_those_after_are(tiny_model: Factory) -> None:
+    model, sample = tiny_model("llama"), make_sample()
+    prefix, _ = record(model, lambda: answer_logits(model, sample))
+    ran: list[int] = []
+    for layer, module in enumerate(attention_modules(model)):
+        module.register_forward_pre_hook(lambda *args, layer=layer: ran.append(layer))  # type: ignore[misc]
+    with resumed(model, prefix, 2):
+        answer_logits(model, sample)
+    assert ran == [2]
+    answer_logits(model, sample)
+    assert ran == [2, 0, 1, 2]
+
+
+def test_layers_that_return_tuples(tiny_model: Factory) -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.self_attn = inner.self_attn
+            self.whole = [inner]
+
+        def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+            state = hidden[0] if isinstance(hidden, tuple) else hidden
+            return self.whole[0](state, *args, **kwargs), "beside"
+
+    model, sample = tiny_model("llama"), make_sample()
+    layers: Any = model.model.layers
+    last = layers[2]
+    layers[0], layers[1] = Wrapped(layers[0]), Wrapped(layers[1])
+    inner = last.forward
+    last.forward = lambda hidden, *args, **kwargs: inner(hidden[0], *args, **kwargs)
+    prefix, whole = record(model, lambda: answer_logits(model, sample))
+    assert prefix.outputs[1][1] == "beside"
+    with resumed(model, prefix, 2):
+        assert torch.equal(answer_logits(model, sample), whole)
+
+
+def test_the_model_is_as_before_after_an_error(tiny_model: Factory) -> None:
+    model, sample = tiny_model("gemma2"), make_sample()
+    before = answer_logits(model, sample)
+
+    def fails() -> None:
+        answer_logits(model, sample)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(model, fails)
+    assert all(not module._forward_hooks for module in model.modules())
+    prefix, _ = record(model, lambda: answer_logits(model, sample))
+
+    def interrupted() -> None:
+        with resumed(model, prefix, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all("forward" not in vars(module) for module in decoder_layers(model))
+    other = make_sample(seed=1)
+    assert not torch.equal(answer_logits(model, other), before)
+    assert torch.equal(answer_logits(detach(model), sample), before)
