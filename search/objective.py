@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moacompress.calibration.passes import hidden_states, output_logits
 from moacompress.calibration.samples import Sample
 from moacompress.errors import DataError, ModelError
 from moacompress.plan import Plan
@@ -103,8 +104,8 @@ def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
     ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64))[None].to(model.device)
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
-    return logits.float()
+        states = hidden_states(model, model.get_input_embeddings()(ids))[0, rows]
+        return output_logits(model, states).float()
 
 
 def kl(dense: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Every command in the README parses, and its Python is Python that names what exists."""
+"""Every command in the README and in docs parses, and its Python is Python that names what exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from moacompress.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("**/*.md")))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 COMMANDS = [
     line.split("#")[0].strip()
     for language, block in BLOCKS
