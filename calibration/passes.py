@@ -141,6 +141,19 @@ def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[N
 
 
 @contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Lets no weight ask for a gradient: a backward pass then keeps what the way to the inputs needs, and no more."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Lets every decoder layer keep its input alone; a backward pass runs it again."""
 
@@ -189,7 +202,7 @@ class Tape:
     """A sample's forward pass, from which backward passes start. A context manager: the model is as before afterwards.
 
     Args:
-        model: weights frozen.
+        model: any causal LM that dispatches its attention; its weights are frozen meanwhile.
         recording: rules, and the plan that the model runs under.
         ids: int64 `[N]`.
         rows: int64 `[targets]`, the positions whose logits predict a target.
@@ -207,6 +220,7 @@ class Tape:
     def __enter__(self) -> Tape:
         with self._stack:
             self._stack.enter_context(torch.enable_grad())
+            self._stack.enter_context(frozen(self._model))
             self._stack.enter_context(recorded(self._model, self._recording))
             if self._recording.attended is not None:
                 self._stack.callback(self._recording.attended.clear)

@@ -16,7 +16,7 @@ from moacompress.budget import Budget, parse_length
 from moacompress.errors import MoaCompressError, RecipeError
 from moacompress.plan import MIN_WINDOWS, SINKS
 
-Estimator = Literal["fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
+Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]
 Generator = Literal["needle", "multi-needle", "key-value", "recall"]
 
@@ -72,7 +72,7 @@ class CalibrationRecipe(_Section):
     )
     text: str | None = Field(None, description="file or folder of long prose, the haystack of `prose` sources")
     lengths: Lengths = Field((512, 1024), min_length=1, max_length=8, description="profiled lengths, tokens")
-    samples: int = Field(24, ge=1, le=100_000, description="calibration samples, over all lengths")
+    samples: int = Field(96, ge=1, le=100_000, description="calibration samples, over all lengths")
     text_samples: int = Field(0, ge=0, le=100_000, description="samples of plain text from `text` beside them")
     validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
@@ -82,7 +82,7 @@ class ProfileRecipe(_Section):
     """How influence is estimated."""
 
     draws: int = Field(2, ge=1, le=64, description="random logit cotangents a sample")
-    estimator: Estimator = Field("fisher", description="statistic that the search goes by")
+    estimator: Estimator = Field("robust", description="statistic that the search goes by")
     baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
     heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
     anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
@@ -91,7 +91,7 @@ class ProfileRecipe(_Section):
 
     @model_validator(mode="after")
     def _recorded(self) -> ProfileRecipe:
-        if self.estimator not in ("fisher", "sample"):
+        if self.estimator not in ("robust", "fisher", "sample"):
             object.__setattr__(self, "baselines", True)  # what the search goes by must be there
         return self
 

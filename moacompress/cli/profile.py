@@ -50,7 +50,8 @@ def profile(
     estimator: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What the search goes by: fisher or sample; of --baselines also moa and mass."
+            metavar="NAME",
+            help="What the search goes by: robust, fisher, sample, or a baseline: moa, mass, gold-fisher, gold-sample.",
         ),
     ] = None,
     baselines: Annotated[

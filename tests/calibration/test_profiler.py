@@ -166,6 +166,21 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     assert [float(fisher[head]) for head in heads] == pytest.approx([kl([head]) for head in heads], rel=0.25)
 
 
+def test_weights_are_frozen_meanwhile(source: SourceModel) -> None:
+    sample, table = make_samples(None, RECIPE, "calibration")[0], RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32)
+    one, two = source.model.model.layers[0].mlp.up_proj, source.model.lm_head
+    expected = sample_statistics(source.model, source.shape, table, sample, ALL, None, 0, 0)
+    for module in (one, two):
+        module.weight.requires_grad_(True)
+    got = sample_statistics(source.model, source.shape, table, sample, ALL, None, 0, 0)
+    assert got.digest() == expected.digest()
+    assert [name for name, weight in source.model.named_parameters() if weight.requires_grad] == [
+        "model.layers.0.mlp.up_proj.weight",
+        "lm_head.weight",
+    ]
+    assert one.weight.grad is None
+
+
 def test_the_model_is_restored_after_an_error(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     before = source.model.config._attn_implementation
     recording = passes.Recording.of(source.shape, RuleTable.of((Rule.FULL,), 32))
@@ -413,7 +428,7 @@ def test_statistics_asked_for_later_are_added(
     source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
 ) -> None:
     plain = profile(source, tmp_path / "p", RECIPE)
-    assert plain.estimators == ("fisher", "sample")
+    assert plain.estimators == ("robust", "fisher", "sample")
     more = profile(source, tmp_path / "p", RECIPE.override(profile__baselines=True))
     assert more.estimators == ESTIMATORS
     assert np.array_equal(more.influence("fisher"), plain.influence("fisher"))

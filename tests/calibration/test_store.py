@@ -75,7 +75,7 @@ def test_round_trip(folder: Path) -> None:
     assert profile.calibration_fingerprint == fingerprint_samples(profile.validation)
     assert profile.sample_lengths.tolist() == list(LENGTHS)
     assert profile.sample_kinds == ("answer",) * 3
-    assert profile.estimators == ("fisher", "sample")
+    assert profile.estimators == ("robust", "fisher", "sample")
     for name, array in statistics(1).arrays.items():
         assert np.array_equal(profile.statistics.arrays[name][1], array)
 
@@ -93,10 +93,31 @@ def test_influence_is_half_the_mean_of_samples_and_draws(folder: Path) -> None:
     assert not sample[..., 0].any()
     with pytest.raises(UsageError, match="no statistics for the estimator 'moa'"):
         profile.influence("moa")
-    with pytest.raises(UsageError, match="'best' is not one of fisher, sample"):
+    with pytest.raises(UsageError, match="'best' is not one of robust, fisher, sample"):
         profile.influence("best")
     with pytest.raises(UsageError, match="no samples of kind 'text' but answer"):
         profile.influence("fisher", "text")
+
+
+def test_robust_is_a_power_mean_below_the_mean(folder: Path) -> None:
+    profile = Profile.load(folder)
+    squares = np.stack([statistics(index).arrays["squares"] for index in range(2)]).astype(np.float64) / 2
+    assert np.allclose(profile.influence("robust")[0], (squares**0.75).mean(0) ** (4 / 3), rtol=1e-6)
+    assert (profile.influence("robust")[0] <= profile.influence("fisher")[0]).all()
+    assert np.allclose(profile.influence("robust")[1], profile.influence("fisher")[1])  # one sample is its own mean
+
+
+def test_kinds_are_apart_and_a_subset_keeps_them(folder: Path) -> None:
+    profile = replace(Profile.load(folder), sample_kinds=("answer", "text", "answer"))
+    alone = [statistics(index).arrays["squares"].astype(np.float64) / 2 for index in range(3)]
+    assert np.allclose(profile.influence("fisher"), np.stack([alone[0], alone[2]]))
+    # plain text was not profiled at 256 tokens: what there is serves there too
+    assert np.allclose(profile.influence("fisher", "text"), np.stack([alone[1], alone[1]]))
+    part = profile.subset([2, 0])
+    assert (part.sample_lengths.tolist(), part.sample_kinds) == ([256, 128], ("answer", "answer"))
+    assert np.array_equal(part.influence("fisher"), profile.influence("fisher"))
+    with pytest.raises(UsageError, match="no samples of kind 'text'"):
+        part.influence("fisher", "text")
 
 
 def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
