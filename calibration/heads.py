@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moacompress.calibration.head import DISTANCE_BINS
 from moacompress.calibration.influence import TileView
-from moacompress.calibration.store import DISTANCE_BINS
 from moacompress.plan import SINKS
 
 EDGES = torch.tensor([2**power for power in range(DISTANCE_BINS - 1)])

@@ -24,23 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.head import Head, prepare, request_fingerprint
 from moacompress.calibration.heads import HeadSums
 from moacompress.calibration.influence import Collector, RuleTable
 from moacompress.calibration.passes import Cotangent, Recording, Tape, hidden_states, output_logits
-from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
+from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import (
-    Head,
-    Profile,
-    fingerprint_ordered,
-    merge,
-    prepare,
-    read_sample,
-    read_samples,
-    request_fingerprint,
-    write_sample,
-)
+from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.errors import ArtefactError, DataError
 from moacompress.models import SourceModel, load_source
 from moacompress.plan import ModelShape, Plan

@@ -72,6 +72,16 @@ def fingerprint_samples(samples: Iterable[Sample]) -> str:
     return hashlib.sha256("".join(sorted(fingerprint_sample(sample) for sample in samples)).encode()).hexdigest()[:16]
 
 
+def fingerprint_ordered(samples: Sequence[Sample]) -> str:
+    """Returns a hash of all that the profile takes from samples: ids, answers and lengths, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{len(sample.input_ids)} {sample.length} ".encode())
+        digest.update(np.ascontiguousarray(sample.input_ids, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(sample.answer_mask, np.uint8).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Writes samples to one safetensors file, atomically: ids and masks end to end, with the offsets of each sample.
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from moacompress.artefacts import fingerprint, finite_json, read_json, write_json, write_text
 from moacompress.budget import Budget
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile, fingerprint_ordered
+from moacompress.calibration.samples import Sample, fingerprint_ordered
+from moacompress.calibration.store import Profile
 from moacompress.errors import ArtefactError, DataError, ModelError
 from moacompress.models import SourceModel
 from moacompress.plan import ModelShape

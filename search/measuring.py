@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moacompress.artefacts import fingerprint
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import fingerprint_ordered
+from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.errors import ModelError
 from moacompress.evaluation.ledger import Ledger
 from moacompress.models import SourceModel

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moacompress.calibration.head import DISTANCE_BINS
 from moacompress.calibration.heads import HeadSums
 from moacompress.calibration.influence import AttentionSpec, RuleTable, attend_backward
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import DISTANCE_BINS
 from moacompress.models import model_shape
 from moacompress.plan import SINKS, Rule
 from moacompress.recipe import ProfileRecipe

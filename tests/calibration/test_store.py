@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moacompress.calibration.head import Head, prepare, request_fingerprint
 from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
 from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import (
-    Head,
-    Profile,
-    merge,
-    prepare,
-    read_sample,
-    read_samples,
-    request_fingerprint,
-    sample_path,
-    write_sample,
-)
+from moacompress.calibration.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
 from moacompress.errors import ArtefactError, UsageError
 from moacompress.plan import ModelShape, Rule
 from moacompress.recipe import Recipe
