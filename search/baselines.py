@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,15 +50,17 @@ def plans_within(
             `uniform-elastic`: one sink and share of the tokens so far for every KV head;
             `per-layer`: one rule of the profile for all KV heads of a layer, least predicted harm;
             `split`: KV heads keep everything or a sink and a short window (DuoAttention), those that the short window
-            would harm most keep everything, as many as fit.
+            would harm most keep everything, as many as fit;
+            `moa`: the choice of rules of least influence by MoA's own estimator, one sink for all KV heads; the profile
+            must have been made with `--baselines`.
         shape: the model; native windows are respected.
         limits: most KV bytes at each length, tokens; all hold.
         min_window: smallest window, tokens.
-        profile: what `per-layer` and `split` are predicted from.
+        profile: what all but the first two are predicted from.
         sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
 
     Returns:
-        At least one plan, all different; of `per-layer` and `split` the one of least predicted harm first.
+        At least one plan, all different; of those made from a profile the one of least predicted harm first.
 
     Raises:
         UsageError: unknown name, or no profile of this model where one is needed.
@@ -108,32 +111,6 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
     return plan
 
 
-def uniform_plans(
-    shape: ModelShape, limits: Mapping[int, int], min_window: int = 32, sinks: Sequence[int] = SINKS
-) -> list[Plan]:
-    """Returns the uniform plans within byte limits.
-
-    For every sink the widest fixed window and, for several lengths, the widest elastic one.
-
-    Args:
-        shape: the model.
-        limits: most KV bytes at each length; all hold.
-        min_window: smallest window, tokens.
-        sinks: sink sizes on offer.
-
-    Returns:
-        Distinct plans; empty where even the smallest window is too large.
-    """
-    plans: dict[str, Plan] = {}
-    makers = [_fixed, _elastic] if len(limits) > 1 else [_fixed]
-    for sink in sinks:
-        for make in makers:
-            plan = make(shape, limits, sink, min_window)
-            if plan is not None:
-                plans.setdefault(plan.key(), plan)
-    return list(plans.values())
-
-
 def _fixed(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int) -> Plan | None:
     alpha = _widest(min_window, max(limits), lambda a: _fits(shape, Rule(sink, a, 0), limits, min_window))
     return None if alpha is None else Plan.uniform(shape, Rule(sink, alpha, 0), min_window)
@@ -167,7 +144,7 @@ class _Costs:
                 f"the baseline {name} needs a profile of this model (weights {shape.weights_fingerprint}); that in "
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
             )
-        influence = profile.influence(profile.recipe.profile.estimator)
+        influence = profile.influence("moa" if name == "moa" else profile.recipe.profile.estimator)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
 
@@ -215,6 +192,21 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
         yield costs.plan(choice)
 
 
+def _moa(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
+    """The choice of a rule for each KV head of least predicted harm."""
+    numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
+    slots = costs.slots(numbers, limits)
+    try:
+        solution = solve(
+            costs.harm[..., numbers].reshape(-1, len(numbers)),
+            slots.reshape(len(slots), -1, len(numbers)),
+            slot_limits(limits, costs.shape),
+        )
+    except InfeasibleBudgetError:
+        return
+    yield costs.plan(np.array(numbers)[solution.choice].reshape(costs.harm.shape[:2]))
+
+
 _UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int], Plan | None]] = {
     "uniform": _fixed,
     "uniform-elastic": _elastic,
@@ -222,9 +214,31 @@ _UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int], Plan 
 _PROFILED: dict[str, Callable[[_Costs, Mapping[int, int], int], Iterable[tuple[float, Plan]]]] = {
     "per-layer": _per_layer,
     "split": _split,
+    "moa": _moa,
 }
 BASELINES = (*_UNPROFILED, *_PROFILED)
 """Names of the baselines; those after the first two need a profile."""
+FAMILIES = {"uniform": ("uniform", "uniform-elastic"), "per_layer": ("per-layer",), "duo": ("split",), "moa": ("moa",)}
+"""What a search measures beside its plans, and the baselines whose best candidate stands for it."""
+
+
+def family_plans(
+    family: str, shape: ModelShape, limits: Mapping[int, int], profile: Profile, sinks: Sequence[int]
+) -> list[Plan]:
+    """Returns the candidates of one of `FAMILIES`; empty where none fits, or the profile lacks what they are made from.
+
+    Arguments are those of `plans_within`.
+    """
+    found: dict[str, Plan] = {}
+    for name in FAMILIES[family]:
+        if name == "moa" and name not in profile.estimators:
+            continue
+        if name == "uniform-elastic" and len(limits) == 1:
+            continue  # at one length it is a fixed window
+        with suppress(InfeasibleBudgetError):
+            plans = plans_within(name, shape, limits, profile.min_window, profile, sinks)
+            found |= {plan.key(): plan for plan in plans}
+    return list(found.values())
 
 
 def _fits(shape: ModelShape, rule: Rule, limits: Mapping[int, int], min_window: int) -> bool:

@@ -24,7 +24,8 @@ class SearchResult:
         trials: finished trials of the study, those of earlier runs included.
         measured_plans: distinct plans that trials measured.
         best_trial: index of the best trial.
-        harm: mean harm in nats of "plan", "trial0" and "uniform" (None where no uniform window fits).
+        harm: mean harm in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
+            candidate within the budget, or the profile lacks what it is made from).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
     """
@@ -90,15 +91,20 @@ def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
 
 
 def baseline_note(plan: Plan, harm: float, lengths: Iterable[int]) -> dict[str, Any]:
-    """Returns what a plan says about the uniform window that it was measured beside."""
-    rule = plan.rules[0][0]
-    return {
-        "sink": rule.sink,
-        "alpha": rule.alpha,
-        "beta_q": rule.beta_q,
+    """Returns what a plan says about a baseline that it was measured beside; `sink` is there where all share one."""
+    rules = {rule for row in plan.rules for rule in row if not rule.is_full}
+    sinks = {rule.sink for rule in rules}
+    note: dict[str, Any] = {
+        "key": plan.key(),
         "harm": harm,
         "kv_bytes": {str(n): plan.kv_bytes(n) for n in sorted(set(lengths))},
     }
+    if len(sinks) == 1:
+        note["sink"] = sinks.pop()
+    if len(rules) == 1 and all(not rule.is_full for row in plan.rules for rule in row):
+        (rule,) = rules
+        note |= {"alpha": rule.alpha, "beta_q": rule.beta_q}
+    return note
 
 
 def versions() -> dict[str, str]:

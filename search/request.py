@@ -16,7 +16,7 @@ from moacompress.search.cost import budget_limits
 from moacompress.search.knobs import Knobs
 from moacompress.search.surrogate import Floats, Surrogate
 
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 
@@ -72,6 +72,7 @@ class Request:
                 "text_weight": search.text_weight,
                 "solver": search.solver,
                 "ablations": search.ablations,
+                "moa": "moa" in self.profile.estimators,
                 "seed": self.recipe.seed,
             }
         )

@@ -2,8 +2,8 @@
 
 A trial's knobs bend the surrogate, the solver turns it into a plan within the budget, and the plan's harm is measured
 on validation samples. A trial's value is its mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
-sample, so that a trial that is pruned half-way has a value on the same scale. Uniform windows of the same bytes are
-measured beside.
+sample, so that a trial that is pruned half-way has a value on the same scale. Plans of the same bytes that need no
+search are measured beside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from moacompress.models import SourceModel, load_source
 from moacompress.plan import Plan, Rule
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
-from moacompress.search.baselines import uniform_plans
+from moacompress.search.alternatives import Alternative, measure_alternatives
+from moacompress.search.baselines import FAMILIES
 from moacompress.search.cost import slot_limits, slot_table
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.objective import Measure, Objective
@@ -77,7 +78,7 @@ def find_plan(
         progress: told of every measurement.
 
     Returns:
-        The plan with its numbers. It is a uniform window if that measured better.
+        The plan with its numbers. It is a baseline's if that measured better.
 
     Raises:
         BudgetError: the budget does not parse, or there is none.
@@ -171,12 +172,12 @@ class Search:
         self.order: list[int] = np.random.default_rng(request.recipe.seed).permutation(measure.size).tolist()
         self.slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
         self.surrogate = request.surrogate
-        self.uniform: tuple[Plan, float] | None = None
+        self.alternatives: dict[str, Alternative] = {}
 
     def run(self) -> Plan:
-        """Measures what is missing and returns the better of the best trial and the best uniform window."""
+        """Measures what is missing and returns the better of the best trial and the best alternative."""
         self.surrogate = self._calibrate()
-        self.uniform = self._measure_uniform()
+        self.alternatives = measure_alternatives(self.request, self.order, self._harms, self.progress)
         tried = self._tried()
         limit, timeout = self.request.recipe.search.trials, self.request.recipe.search.timeout
         self.progress.start("searching", limit)
@@ -213,23 +214,6 @@ class Search:
             self.progress.step(f"layer {layer} KV head {head}, {profile.rules[rule]}: {measured[-1]:.2g} nats")
         self.progress.done()
         return self.surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
-
-    def _measure_uniform(self) -> tuple[Plan, float] | None:
-        """Returns the uniform window of least mean harm within the same bytes, and that harm."""
-        profile = self.request.profile
-        sinks = sorted({rule.sink for rule in profile.rules[1:]})
-        plans = uniform_plans(profile.shape, self.request.limits, profile.min_window, sinks)
-        self.progress.start("measuring uniform windows", len(plans))
-        found: list[tuple[float, int, Plan]] = []
-        for plan in plans:
-            harm = float(np.mean(self._harms("uniform", plan, self.order)))
-            found.append((harm, len(found), plan))
-            self.progress.step(f"{plan.rules[0][0]}: {harm:.3g} nats")
-        self.progress.done()
-        if not found:
-            return None
-        harm, _, plan = min(found)
-        return plan, harm
 
     def _harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
         """Returns the harm of each numbered sample, measured at most once in the life of the study."""
@@ -291,7 +275,10 @@ class Search:
 
     def _standing(self, best: Tried) -> str:
         note = f"best {np.mean(best.harms):.3g} nats (trial {best.index})"
-        return note if self.uniform is None else f"{note}, uniform {self.uniform[1]:.3g}"
+        if not self.alternatives:
+            return note
+        family, other = min(self.alternatives.items(), key=lambda item: item[1].harm)
+        return f"{note}, {family} {other.harm:.3g}"
 
     def _write(self, tried: Sequence[Tried], *, finished: bool) -> Plan:
         """Returns the best plan with its notes, and writes it to `out`."""
@@ -301,23 +288,22 @@ class Search:
         harm: dict[str, float | None] = {
             "plan": float(np.mean(best.harms)),
             "trial0": float(np.mean(tried[0].harms)),
-            "uniform": None if self.uniform is None else self.uniform[1],
+            **{family: self.alternatives[family].harm if family in self.alternatives else None for family in FAMILIES},
         }
         lengths = {*profile.lengths, *self.request.limits}
-        baselines = {}
-        if self.uniform is not None:
-            window, uniform_harm = self.uniform
-            baselines["uniform"] = baseline_note(window, uniform_harm, lengths)
-            if uniform_harm < np.mean(best.harms):
+        baselines = {
+            family: baseline_note(other.plan, other.harm, lengths) for family, other in self.alternatives.items()
+        }
+        for family, other in self.alternatives.items():
+            if other.harm < float(harm["plan"] or 0.0):
                 if finished:
                     logger.warning(
-                        "no trial beats the uniform window %s: it measures %.3g nats, the best trial %.3g; the uniform "
-                        "plan is returned",
-                        window.rules[0][0],
-                        uniform_harm,
+                        "no trial beats the baseline %s: it measures %.3g nats, the best trial %.3g; its plan is returned",
+                        family,
+                        other.harm,
                         np.mean(best.harms),
                     )
-                plan, harm["plan"] = window, uniform_harm
+                plan, harm["plan"] = other.plan, other.harm
         resolved = recipe.resolved()
         resolved["budget"] = list(self.request.asked)
         resolved["search"]["storage"] = None  # a place, maybe with a password, and no choice about the plan

@@ -17,7 +17,7 @@ from moacompress.search.baselines import BASELINES, baseline_plans, uniform_plan
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS))
 """What can be measured against by name; anything else is another compressed checkpoint."""
-NEED_PROFILE = ("per-layer", "split")
+NEED_PROFILE = ("per-layer", "split", "moa")
 
 
 @dataclass(frozen=True)

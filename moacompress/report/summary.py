@@ -10,7 +10,15 @@ from rich.console import Group, RenderableType
 from moacompress.budget import format_length
 from moacompress.report.tables import readable_bytes, readable_number, section
 
-NAMES = {"plan": "this plan", "dense": "dense", "uniform": "uniform window", "trial0": "surrogate's first plan"}
+NAMES = {
+    "plan": "this plan",
+    "dense": "dense",
+    "trial0": "surrogate's first plan",
+    "uniform": "uniform window",
+    "per_layer": "one rule per layer",
+    "duo": "full and streaming heads",
+    "moa": "MoA's estimator",
+}
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:

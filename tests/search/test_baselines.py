@@ -13,7 +13,7 @@ from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.errors import InfeasibleBudgetError, UsageError
 from moacompress.plan import BETA_ONE, ModelShape, Plan, Rule
-from moacompress.search.baselines import BASELINES, baseline_plans, plans_within, uniform_plan, uniform_plans
+from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, family_plans, plans_within, uniform_plan
 from moacompress.search.surrogate import Surrogate
 
 DENSE = ModelShape("llama", 3, 4, 2, 16, "float32", (None,) * 3, "w")
@@ -48,29 +48,17 @@ def test_too_small_a_budget_says_the_smallest() -> None:
         uniform_plan(DENSE, 1024, 10, 4, 32)
 
 
-def test_uniform_plans_hold_at_every_length() -> None:
-    limits = {n: DENSE.dense_kv_bytes(n) // 4 for n in (512, 1024)}
-    plans = uniform_plans(DENSE, limits, 32)
-    assert len({plan.key() for plan in plans}) == len(plans) >= 5
-    assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
-    elastic = [plan.rules[0][0] for plan in plans if plan.rules[0][0].beta_q]
-    fixed = [plan.rules[0][0] for plan in plans if not plan.rules[0][0].beta_q]
-    assert {rule.sink for rule in elastic} == {rule.sink for rule in fixed} == {4, 16, 64}
-    by_sink = {rule.sink: rule for rule in elastic}
-    assert all(by_sink[rule.sink].kept(1024, 32) > rule.kept(1024, 32) for rule in fixed)
-
-
-def test_uniform_plans_of_one_length_are_fixed() -> None:
-    plans = uniform_plans(DENSE, {1024: DENSE.dense_kv_bytes(1024) // 4}, 32, sinks=(4, 64))
-    assert [(p.rules[0][0].sink, p.rules[0][0].beta_q) for p in plans] == [(4, 0), (64, 0)]
-    assert uniform_plans(DENSE, {1024: 10}, 32) == []
-
-
 @pytest.fixture
 def profile(profiles: Callable[..., Profile]) -> Profile:
     """Of three layers, of which one slides over 64 tokens, with two KV heads each."""
     made = profiles(layers=3)
-    return replace(made, shape=replace(made.shape, native_windows=(None, 64, None)))
+    squares = made.statistics.arrays["squares"]
+    moa = squares**0.5 * np.random.default_rng(3).uniform(0.5, 2, squares.shape).astype(np.float32)
+    return replace(
+        made,
+        shape=replace(made.shape, native_windows=(None, 64, None)),
+        statistics=Statistics({**made.statistics.arrays, "moa": moa}),
+    )
 
 
 def predicted(profile: Profile) -> np.ndarray:
@@ -195,3 +183,52 @@ def test_bad_requests(profile: Profile) -> None:
         other = replace(profile.shape, weights_fingerprint="other")
         with pytest.raises(UsageError, match=r"needs a profile of this model \(weights other\)"):
             baseline_plans(name, other, 512, 10**9, 32, profile)
+
+
+def test_a_family_of_uniform_windows_holds_at_every_length(profile: Profile) -> None:
+    limits = {n: profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths}
+    plans = family_plans("uniform", profile.shape, limits, profile, (4, 16, 64))
+    assert len({plan.key() for plan in plans}) == len(plans) >= 5
+    assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
+    elastic = [plan.rules[0][0] for plan in plans if plan.rules[0][0].beta_q]
+    fixed = [plan.rules[0][0] for plan in plans if not plan.rules[0][0].beta_q]
+    assert {rule.sink for rule in elastic} == {rule.sink for rule in fixed} == {4, 16, 64}
+    by_sink = {rule.sink: rule for rule in elastic}
+    longest = max(profile.lengths)
+    assert all(by_sink[rule.sink].kept(longest, 32) > rule.kept(longest, 32) for rule in fixed)
+
+
+def test_uniform_windows_of_one_length_are_fixed(profile: Profile) -> None:
+    limits = {512: profile.shape.dense_kv_bytes(512) // 2}
+    plans = family_plans("uniform", profile.shape, limits, profile, (4, 64))
+    assert [(p.rules[0][0].sink, p.rules[0][0].beta_q) for p in plans] == [(4, 0), (64, 0)]
+
+
+def test_a_family_that_can_not_be_is_empty(profile: Profile) -> None:
+    assert all(family_plans(name, profile.shape, {512: 10}, profile, (4, 16, 64)) == [] for name in FAMILIES)
+    limits = {512: profile.shape.dense_kv_bytes(512) // 2}
+    plain = replace(
+        profile,
+        statistics=Statistics({name: profile.statistics.arrays[name] for name in ("squares", "total")}),
+    )
+    assert [len(family_plans("moa", p.shape, limits, p, (4, 16))) for p in (plain, profile)] == [0, 2]
+    with pytest.raises(UsageError, match="no statistics for the estimator 'moa'; profile with --baselines"):
+        plans_within("moa", profile.shape, limits, 32, plain)
+
+
+@pytest.mark.parametrize("shares", LIMITS)
+def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[int, float]) -> None:
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    plans = plans_within("moa", profile.shape, limits, 32, profile)
+    assert len(plans) == 3
+    surrogate = Surrogate.build(profile.influence("moa"), profile.rules, 32, max(profile.lengths))
+    harms = [surrogate.predicted(plan) or 0.0 for plan in plans]
+    assert harms == sorted(harms)
+    rng = np.random.default_rng(0)
+    for plan, harm in zip(plans, harms, strict=True):
+        (sink,) = {rule.sink for row in plan.rules for rule in row if not rule.is_full}
+        offered = [rule for rule in profile.rules if rule.is_full or rule.sink == sink]
+        for _ in range(300):
+            drawn = tuple(tuple(offered[i] for i in rng.integers(len(offered), size=2)) for _ in range(3))
+            if fits(profile, drawn, limits):
+                assert (surrogate.predicted(Plan(profile.shape, 32, drawn)) or 0.0) >= harm * (1 - 5e-3)
