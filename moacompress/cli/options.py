@@ -24,6 +24,9 @@ Sources = Annotated[
     list[str] | None,
     typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),
 ]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples, over all lengths.")]
+TextSamples = Annotated[int | None, typer.Option(help="Samples of plain text from --text beside them.")]
+ValidationSamples = Annotated[int | None, typer.Option(help="Samples on which plans are measured.")]
 Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
