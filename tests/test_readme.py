@@ -46,6 +46,8 @@ def test_command(command: str) -> None:
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
     else:
         assert program == "pip"
 
