@@ -98,6 +98,16 @@ class Profile:
             raise UsageError(f"the profile has no samples of kind {kind!r} but {held}; profile with such samples")
         return np.stack([self._at(length, estimator, kind) for length in self.lengths])
 
+    def blended(self, estimator: str, text_weight: float) -> npt.NDArray[np.float64]:
+        """Returns the influence on answers and, by its weight, on plain text; where only one was profiled, that alone.
+
+        Arguments, shape and errors are those of `influence`.
+        """
+        kinds = sorted(set(self.sample_kinds))
+        if kinds != ["answer", "text"]:
+            return self.influence(estimator, kinds[0])
+        return self.influence(estimator) + text_weight * self.influence(estimator, "text")
+
     def _at(self, length: int, estimator: str, kind: str) -> npt.NDArray[np.float64]:
         of_kind = np.array([found == kind for found in self.sample_kinds])
         here = np.flatnonzero(of_kind & (self.sample_lengths == length))

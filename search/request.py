@@ -14,7 +14,7 @@ from moacompress.errors import UsageError
 from moacompress.recipe import Recipe
 from moacompress.search.cost import budget_limits
 from moacompress.search.knobs import Knobs
-from moacompress.search.surrogate import Floats, Surrogate
+from moacompress.search.surrogate import Surrogate
 
 SEARCH_VERSION = 2
 """Part of a study's name: raised when the same request would be searched in another way."""
@@ -54,7 +54,7 @@ class Request:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
             )
-        influence = _influence(profile, recipe)
+        influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return Request(profile, recipe, asked, limits, surrogate)
 
@@ -81,11 +81,3 @@ class Request:
     def knobs(self) -> Knobs:
         """What the study tunes."""
         return Knobs(self.profile.shape.layers, self.profile.lengths)
-
-
-def _influence(profile: Profile, recipe: Recipe) -> Floats:
-    """Returns the influence on answers, with that on plain text beside it by its weight where both were profiled."""
-    kinds, estimator = sorted(set(profile.sample_kinds)), recipe.profile.estimator
-    if kinds != ["answer", "text"]:
-        return profile.influence(estimator, kinds[0])
-    return profile.influence(estimator) + recipe.search.text_weight * profile.influence(estimator, "text")

@@ -23,7 +23,7 @@ from moacompress.calibration.profiler import logit_cotangent, profile, sample_st
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.store import Profile, sample_path
-from moacompress.errors import ArtefactError, DataError, PlanError
+from moacompress.errors import ArtefactError, DataError, PlanError, UsageError
 from moacompress.models import SourceModel, decoder_layers, model_shape
 from moacompress.plan import Plan, Rule
 from moacompress.progress import Progress
@@ -474,3 +474,36 @@ def test_a_full_disk_leaves_a_sound_profile(
     assert not leftovers
     assert np.array_equal(made.influence("fisher"), whole.influence("fisher"))
     assert sorted(set(done)) == [0, 1, 2, 3]
+
+
+def test_plain_text_is_profiled_beside_the_answers(source: SourceModel, tmp_path: Path) -> None:
+    """With real samples: the data is not replaced here."""
+    text = tmp_path / "book.txt"
+    text.write_text(" ".join(f"Sentence number {index} says little about the sea." for index in range(4000)))
+    recipe = Recipe.from_dict(
+        {
+            "calibration": {
+                "sources": [{"generator": "recall"}],
+                "text": str(text),
+                "lengths": [600, 700],
+                "samples": 2,
+                "text_samples": 2,
+                "validation_samples": 2,
+                "answer_tokens": 4,
+            },
+            "profile": {"draws": 1},
+        }
+    )
+    made = profile(source, tmp_path / "p", recipe)
+    assert made.sample_kinds == ("answer", "answer", "text", "text")
+    assert made.sample_lengths.tolist() == [600, 700, 600, 700]
+    assert {sample.kind for sample in made.validation} == {"answer"}
+    answers, plain = made.influence("fisher"), made.influence("fisher", "text")
+    assert answers.shape == plain.shape
+    assert (plain[..., 1:] > 0).any()
+    assert not np.array_equal(answers, plain)
+    plain_only = recipe.override(calibration__sources=[{"path": str(text)}], calibration__text_samples=0)
+    only = profile(source, tmp_path / "only", plain_only)
+    assert set(only.sample_kinds) == {"text"}
+    with pytest.raises(UsageError, match="no samples of kind 'answer' but text"):
+        only.influence("fisher")
