@@ -454,7 +454,7 @@ def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, 
     text = console.export_text()
     for name in audited.estimators:
         assert text.count(name) >= 2
-    assert "fisher*" in text
+    assert "robust*" in text
     assert "Spearman of fisher minus that of moa" in text
 
 
