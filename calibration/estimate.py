@@ -20,7 +20,7 @@ from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
 from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
 from moacompress.calibration.profiler import check_lengths
-from moacompress.models import SourceModel, load_source
+from moacompress.models import SourceModel, load_for
 from moacompress.plan import Plan
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
@@ -139,11 +139,7 @@ def dry_run(
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
         PlanError: `around` is a plan of another model.
     """
-    source = (
-        model
-        if isinstance(model, SourceModel)
-        else load_source(model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-    )
+    source = load_for(recipe, model)
     check_lengths(source, recipe)
     asked = recipe.calibration
     check_counts(asked.lengths, asked.samples, source.context, "calibration")

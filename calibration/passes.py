@@ -181,6 +181,18 @@ def hidden_states(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
     return states
 
 
+def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
+    """Returns what the output layer gets at some positions, `[rows, hidden]`, without a way back.
+
+    Args:
+        model: dense or under a plan.
+        ids: int64 `[N]`.
+        rows: int64 positions.
+    """
+    with torch.no_grad():
+        return hidden_states(model, model.get_input_embeddings()(ids[None]))[0, rows]
+
+
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Returns the logits of hidden states `[rows, hidden]`, as the model's own forward makes them: `[rows, vocabulary]`."""
 

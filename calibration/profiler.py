@@ -27,13 +27,13 @@ from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.head import Head, prepare, request_fingerprint
 from moacompress.calibration.heads import HeadSums
 from moacompress.calibration.influence import Collector, RuleTable
-from moacompress.calibration.passes import Cotangent, Recording, Tape, hidden_states, output_logits
+from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, target_states
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.errors import ArtefactError, DataError
-from moacompress.models import SourceModel, load_source
+from moacompress.models import SourceModel, load_for
 from moacompress.plan import ModelShape, Plan
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import ProfileRecipe, Recipe
@@ -128,7 +128,7 @@ def sample_statistics(
     """
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
     ids = torch.from_numpy(sample.input_ids).to(model.device)
-    dense = _dense_states(model, ids, rows) if around is not None else None
+    dense = target_states(model, ids, rows) if around is not None else None
     size = shape.kv_heads, len(table.sink), model.device
     influence = [InfluenceSums(*size) for _ in range(shape.layers)]
     squares = np.zeros((shape.layers, *size[:2]), np.float64)
@@ -163,12 +163,6 @@ def sample_statistics(
     found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
     arrays = {name: value.float().cpu().numpy() for name, value in (found | {"total": torch.stack(totals)}).items()}
     return Statistics({**arrays, "squares": (squares / chosen.draws).astype(np.float32)})
-
-
-def _dense_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
-    """Returns what the dense model's output layer gets at `rows`, `[rows, hidden]`."""
-    with torch.no_grad():
-        return hidden_states(model, model.get_input_embeddings()(ids[None]))[0, rows]
 
 
 def _reset(collectors: Sequence[InfluenceSums]) -> None:
@@ -208,7 +202,7 @@ def profile(
         ArtefactError: the folder holds something else, or can not be written.
     """
     out, progress = Path(out), progress or SILENT
-    source = model if isinstance(model, SourceModel) else _load(model, recipe)
+    source = load_for(recipe, model)
     check_lengths(source, recipe)
     chosen = recipe.profile
     rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
@@ -226,10 +220,6 @@ def profile(
     statistics, head = _run_samples(out, source, head, samples, around, progress)
     merge(out, head, samples, statistics)
     return Profile.load(out)
-
-
-def _load(model: str | Path, recipe: Recipe) -> SourceModel:
-    return load_source(model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
 
 
 def check_lengths(source: SourceModel, recipe: Recipe) -> None:

@@ -85,16 +85,17 @@ def power_mean(values: Doubles, power: float) -> Doubles:
     return mean
 
 
-def estimate(statistics: Statistics, estimator: str) -> Doubles:
-    """Returns predicted harm in nats per answer token, a mean over samples: `[layers, kv_heads, rules]`.
+def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64]) -> Doubles:
+    """Returns predicted harm in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
     Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
 
     Args:
-        statistics: of at least one sample, the axis for samples in front.
+        statistics: of samples, their axis in front.
         estimator: one that is `available`.
+        samples: indices of at least one.
     """
-    values = statistics.arrays[_NEEDS[estimator]].astype(np.float64)
+    values = statistics.arrays[_NEEDS[estimator]][samples].astype(np.float64)
     return power_mean(_OF_SAMPLE[estimator](values), POWER if estimator == "robust" else 1.0)
 
 

@@ -15,20 +15,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from moacompress.artefacts import write_bytes
 from moacompress.calibration.head import Head, damaged
-from moacompress.calibration.samples import Sample, fingerprint_samples, load_samples
+from moacompress.calibration.samples import Kind, Sample, fingerprint_samples, load_samples
 from moacompress.calibration.statistics import ESTIMATORS, Statistics, available, estimate
-from moacompress.errors import ArtefactError, UsageError
+from moacompress.errors import ArtefactError, ModelError, UsageError
 from moacompress.plan import ModelShape, Rule
 from moacompress.recipe import Recipe
 
-KINDS = ("answer", "text")
+if TYPE_CHECKING:
+    from moacompress.models import SourceModel
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,23 @@ class Profile:
             raise UsageError(f"the profile has no samples of kind {kind!r} but {held}; profile with such samples")
         return np.stack([self._at(length, estimator, kind) for length in self.lengths])
 
+    def check_model(self, source: SourceModel, doing: str) -> None:
+        """Refuses a model that is not the one that was profiled.
+
+        Args:
+            source: the model at hand.
+            doing: what it is wanted for, a verb.
+
+        Raises:
+            ModelError: other weights.
+        """
+        ours, theirs = self.shape.weights_fingerprint, source.shape.weights_fingerprint
+        if ours != theirs:
+            raise ModelError(
+                f"the profile in {self.path} is of other weights (fingerprint {ours}) than {source.source} ({theirs}); "
+                f"profile this model, or {doing} with the model that was profiled"
+            )
+
     def blended(self, estimator: str, text_weight: float) -> npt.NDArray[np.float64]:
         """Returns the influence on answers and, by its weight, on plain text; where only one was profiled, that alone.
 
@@ -112,10 +132,10 @@ class Profile:
         of_kind = np.array([found == kind for found in self.sample_kinds])
         here = np.flatnonzero(of_kind & (self.sample_lengths == length))
         # a few samples of plain text need not be of every length
-        chosen = self.statistics.take(here if len(here) else np.flatnonzero(of_kind))
-        found = estimate(chosen, estimator)
-        if "first" in chosen.arrays:
-            found = found + chosen.arrays["first"].astype(np.float64).mean(0)
+        chosen = here if len(here) else np.flatnonzero(of_kind)
+        found = estimate(self.statistics, estimator, chosen)
+        if "first" in self.statistics.arrays:
+            found = found + self.statistics.arrays["first"][chosen].astype(np.float64).mean(0)
         return found
 
     def subset(self, samples: Sequence[int]) -> Profile:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moacompress.recipe import Recipe
+
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_SAMPLES = 1024
@@ -92,6 +94,13 @@ def load_source(
     context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
     place = str(Path(source).resolve()) if "gguf_file" in arguments else name
     return SourceModel(model, tokenizer, place, shape, context)
+
+
+def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
+    """Returns MODEL loaded as a recipe says, and a loaded model as it is; errors are those of `load_source`."""
+    if isinstance(source, SourceModel):
+        return source
+    return load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
 
 
 def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:

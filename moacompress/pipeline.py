@@ -96,13 +96,11 @@ def compress(
 def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> SearchResult:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
-    from moacompress.models import load_source
+    from moacompress.models import load_for
     from moacompress.search.study import find_plan
 
     assert recipe.model is not None
-    source = load_source(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
+    source = load_for(recipe, recipe.model)
     profiled = clock.run("profile", lambda: profile(source, out / "profile", recipe, progress=progress))
     plan_file = out / "plan.json"
     found = clock.run(

@@ -20,22 +20,15 @@ from moacompress.artefacts import fingerprint, finite_json, read_json, write_jso
 from moacompress.budget import Budget
 from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.store import Profile
-from moacompress.errors import ArtefactError, DataError, ModelError
+from moacompress.errors import ArtefactError, DataError
 from moacompress.models import SourceModel
 from moacompress.plan import ModelShape
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
 from moacompress.search.audit_statistics import Estimate, assess
-from moacompress.search.audit_subjects import (
-    Knapsack,
-    ablation,
-    check_counts,
-    choose_ablations,
-    chosen_plan,
-    equal_byte_choices,
-    masking_rules,
-)
+from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.cost import budget_limits
+from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
 from moacompress.search.measuring import measured_harms
 from moacompress.search.request import Request
 from moacompress.search.space import candidate_rules
@@ -138,7 +131,7 @@ def audit(
         ModelError: another model than the profile's, or logits that are not finite.
         ArtefactError: `out` is something else, or can not be written.
     """
-    _check_weights(profile, model)
+    profile.check_model(model, "audit")
     samples = list(profile.validation if samples is None else samples)
     if not samples:
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
@@ -158,15 +151,6 @@ def audit(
     elif not _page(path).exists():
         _plot(path, found)
     return found
-
-
-def _check_weights(profile: Profile, model: SourceModel) -> None:
-    ours, theirs = profile.shape.weights_fingerprint, model.shape.weights_fingerprint
-    if ours != theirs:
-        raise ModelError(
-            f"the profile in {profile.path} is of other weights (fingerprint {ours}) than {model.source} ({theirs}); audit "
-            "with the model that was profiled"
-        )
 
 
 def _key(request: Request, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from moacompress.search.audit_subjects import Pick, total_cost
+from moacompress.search.knapsack import Pick, total_cost
 from moacompress.search.surrogate import FLOOR, Floats, fit
 
 Ints = npt.NDArray[np.int64]

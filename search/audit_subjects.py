@@ -7,25 +7,19 @@ estimator they would flatter it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from moacompress.calibration.store import Profile
 from moacompress.errors import UsageError
-from moacompress.plan import ModelShape, Plan, Rule
-from moacompress.search.cost import Ints, slot_limits, slot_table
-from moacompress.search.request import Request
-from moacompress.search.solver import solve
+from moacompress.plan import ModelShape, Rule
+from moacompress.search.cost import Ints
+from moacompress.search.knapsack import Knapsack, Pick
 from moacompress.search.surrogate import Floats
 
 NOISE = (0.1, 2.0)
 """Widths of the lognormal noise on a KV head's costs, from the first plan beside the optimum to the last."""
 REDRAWS = 10
 """Draws of noise for one plan, after which it is given up: there are not that many different plans."""
-
-Pick = tuple[int, int, int]
-"""`(layer, kv_head, rule)`."""
 
 
 def masking_rules(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> list[list[int]]:
@@ -94,47 +88,6 @@ def choose_ablations(shape: ModelShape, masking: Sequence[Sequence[int]], count:
     return picks
 
 
-def ablation(profile: Profile, pick: Pick) -> Plan:
-    """Returns the plan in which one KV head has a rule and all others keep everything."""
-    layer, head, rule = pick
-    rules = [[Rule.FULL] * profile.shape.kv_heads for _ in range(profile.shape.layers)]
-    rules[layer][head] = profile.rules[rule]
-    return Plan(profile.shape, profile.min_window, tuple(map(tuple, rules)))
-
-
-@dataclass(frozen=True)
-class Knapsack:
-    """A budget for a profile's rules, ready for the solver.
-
-    Attributes:
-        slots: int64 [lengths, layers, kv_heads, rules].
-        limits: most slots at every length, int64 [lengths].
-        solver: "lagrange" or "milp".
-    """
-
-    slots: Ints
-    limits: Ints
-    solver: str
-
-    @staticmethod
-    def of(request: Request) -> Knapsack:
-        """Returns the knapsack of a request."""
-        profile = request.profile
-        slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
-        return Knapsack(slots, slot_limits(request.limits, profile.shape), request.recipe.search.solver)
-
-    def choose(self, costs: Floats) -> Ints:
-        """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
-        lengths, layers, kv_heads, rules = self.slots.shape
-        found = solve(costs.reshape(-1, rules), self.slots.reshape(lengths, -1, rules), self.limits, solver=self.solver)
-        return found.choice.reshape(layers, kv_heads)
-
-
-def total_cost(costs: Floats, choice: Ints) -> float:
-    """Returns the summed cost of a choice: costs [layers, kv_heads, rules], choice [layers, kv_heads]."""
-    return float(np.take_along_axis(costs, choice[..., None], axis=-1).sum())
-
-
 def equal_byte_choices(costs: Floats, knapsack: Knapsack, count: int, seed: int) -> list[tuple[float, Ints]]:
     """Returns different choices of rules, all filling one budget: the optimum, and optima of noisy costs.
 
@@ -161,9 +114,3 @@ def equal_byte_choices(costs: Floats, knapsack: Knapsack, count: int, seed: int)
                 found.append((width, choice))
                 break
     return found
-
-
-def chosen_plan(profile: Profile, choice: Ints) -> Plan:
-    """Returns the plan of a choice of rules."""
-    rows = tuple(tuple(profile.rules[number] for number in row) for row in choice.tolist())
-    return Plan(profile.shape, profile.min_window, rows)

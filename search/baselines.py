@@ -17,6 +17,7 @@ from moacompress.budget import format_length
 from moacompress.errors import InfeasibleBudgetError, UsageError
 from moacompress.plan import BETA_ONE, SINKS, ModelShape, Plan, Rule
 from moacompress.search.cost import slot_limits, slot_table
+from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.solver import solve
 from moacompress.search.surrogate import Floats, Surrogate
 
@@ -155,7 +156,7 @@ class _Costs:
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
         """Returns the predicted harm and the plan of a choice of rules, [layers, kv_heads]."""
-        harm = float(np.take_along_axis(self.harm, choice[..., None], axis=-1).sum())
+        harm = total_cost(self.harm, choice)
         rules = tuple(tuple(self.rules[number] for number in row) for row in choice.tolist())
         return harm, Plan(self.shape, self.min_window, rules)
 
@@ -196,16 +197,12 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
 def _moa(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of a rule for each KV head of least predicted harm."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
-    slots = costs.slots(numbers, limits)
+    knapsack = Knapsack(costs.slots(numbers, limits), slot_limits(limits, costs.shape), "lagrange")
     try:
-        solution = solve(
-            costs.harm[..., numbers].reshape(-1, len(numbers)),
-            slots.reshape(len(slots), -1, len(numbers)),
-            slot_limits(limits, costs.shape),
-        )
+        choice = knapsack.choose(costs.harm[..., numbers])
     except InfeasibleBudgetError:
         return
-    yield costs.plan(np.array(numbers)[solution.choice].reshape(costs.harm.shape[:2]))
+    yield costs.plan(np.array(numbers)[choice])
 
 
 _UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int], Plan | None]] = {

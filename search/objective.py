@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moacompress.calibration.passes import hidden_states, output_logits
+from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.samples import Sample
 from moacompress.errors import DataError, ModelError
 from moacompress.plan import Plan
@@ -102,10 +102,9 @@ def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
     Only those rows go through the language-model head.
     """
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
-    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64))[None].to(model.device)
+    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
     with torch.inference_mode():
-        states = hidden_states(model, model.get_input_embeddings()(ids))[0, rows]
-        return output_logits(model, states).float()
+        return output_logits(model, target_states(model, ids, rows)).float()
 
 
 def kl(dense: torch.Tensor, other: torch.Tensor) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.search.audit_subjects import Knapsack, total_cost
 from moacompress.search.cost import Ints
+from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.request import Request
 from moacompress.search.surrogate import FLOOR, Floats
 
@@ -32,6 +32,7 @@ def split_half(request: Request, seed: int) -> list[dict[str, Any]]:
     """
     there = len(request.profile.sample_lengths)
     rng = np.random.default_rng(seed)
+    knapsack = Knapsack.of(request)
     found = []
     for count in [*(number for number in LADDER if number < there), there]:
         splits = [halves(request.profile, count, rng) for _ in range(SPLITS)]
@@ -39,7 +40,7 @@ def split_half(request: Request, seed: int) -> list[dict[str, Any]]:
             _kinds(request.profile, half) == set(request.profile.sample_kinds) for two in splits for half in two
         ):
             continue
-        ratios = np.array([_ratios(request, *two) for two in splits])
+        ratios = np.array([_ratios(request, knapsack, *two) for two in splits])
         means = ratios.mean(axis=1)
         drawn = means[rng.integers(SPLITS, size=(RESAMPLES, SPLITS))].mean(axis=1)
         low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
@@ -72,12 +73,11 @@ def _kinds(profile: Profile, samples: Ints) -> set[str]:
     return {profile.sample_kinds[index] for index in samples.tolist()}
 
 
-def _ratios(request: Request, *two: Ints) -> list[float]:
+def _ratios(request: Request, knapsack: Knapsack, *two: Ints) -> list[float]:
     costs: list[Floats] = []
     for half in two:
         part = Request.of(request.profile.subset(half.tolist()), request.asked, request.recipe)
         costs.append(part.surrogate.raw())
-    knapsack = Knapsack.of(request)
     choices = [knapsack.choose(cost) for cost in costs]
     own = [total_cost(cost, choice) for cost, choice in zip(costs, choices, strict=True)]
     other = [total_cost(cost, choice) for cost, choice in zip(costs, choices[::-1], strict=True)]

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.errors import ModelError
-from moacompress.models import SourceModel, load_source
-from moacompress.plan import Plan, Rule
+from moacompress.models import SourceModel, load_for
+from moacompress.plan import Plan
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
 from moacompress.search.alternatives import Alternative, measure_alternatives
 from moacompress.search.baselines import FAMILIES
-from moacompress.search.cost import slot_limits, slot_table
+from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.objective import Measure, Objective
 from moacompress.search.outcome import (
@@ -38,7 +37,6 @@ from moacompress.search.outcome import (
     versions,
 )
 from moacompress.search.request import Request
-from moacompress.search.solver import solve
 from moacompress.search.surrogate import Surrogate, fit, pick_ablations
 
 if TYPE_CHECKING:
@@ -107,25 +105,12 @@ def find_plan(
             request.knobs.neutral,
             request.recipe.seed,
         )
-        measure = Objective(_profiled_model(profile, request.recipe, model), profile.validation)
+        source = load_for(request.recipe, profile.source) if model is None else model
+        profile.check_model(source, "search")
+        measure = Objective(source.model, profile.validation)
         search = Search(request, ledger, measure, path, progress or SILENT, started)
         plan = search.run()
     return SearchResult.of(plan, path, time.monotonic() - started)
-
-
-def _profiled_model(profile: Profile, recipe: Recipe, source: SourceModel | None) -> Any:
-    """Returns the loaded dense model of the profile."""
-    if source is None:
-        source = load_source(
-            profile.source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-        )
-    ours, theirs = profile.shape.weights_fingerprint, source.shape.weights_fingerprint
-    if ours != theirs:
-        raise ModelError(
-            f"the profile in {profile.path} is of other weights (fingerprint {ours}) than {source.source} ({theirs}); "
-            "profile this model, or search with the model that was profiled"
-        )
-    return source.model
 
 
 @dataclass(frozen=True)
@@ -168,9 +153,8 @@ class Search:
     ) -> None:
         self.request, self.ledger, self.measure = request, ledger, measure
         self.out, self.progress, self.started = out, progress, started
-        profile = request.profile
         self.order: list[int] = np.random.default_rng(request.recipe.seed).permutation(measure.size).tolist()
-        self.slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
+        self.knapsack = Knapsack.of(request)
         self.surrogate = request.surrogate
         self.alternatives: dict[str, Alternative] = {}
 
@@ -206,11 +190,9 @@ class Search:
         numbers = nearest[:ABLATION_SAMPLES]
         self.progress.start("calibrating", len(picks))
         measured = []
-        for layer, head, rule in picks:
-            rules = [[Rule.FULL] * profile.shape.kv_heads for _ in range(profile.shape.layers)]
-            rules[layer][head] = profile.rules[rule]
-            plan = Plan(profile.shape, profile.min_window, tuple(map(tuple, rules)))
-            measured.append(float(np.mean(self._harms("ablation", plan, numbers))))
+        for pick in picks:
+            measured.append(float(np.mean(self._harms("ablation", ablation(profile, pick), numbers))))
+            layer, head, rule = pick
             self.progress.step(f"layer {layer} KV head {head}, {profile.rules[rule]}: {measured[-1]:.2g} nats")
         self.progress.done()
         return self.surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
@@ -249,17 +231,8 @@ class Search:
 
     def _plan(self, knobs: dict[str, Any]) -> Plan:
         """Returns the plan that the solver makes of the bent surrogate; it is within the limits."""
-        profile, shape = self.request.profile, self.request.profile.shape
         costs = self.request.knobs.bend(self.surrogate, knobs)
-        rules = len(profile.rules)
-        solution = solve(
-            costs.reshape(-1, rules),
-            self.slots.reshape(len(self.slots), -1, rules),
-            slot_limits(self.request.limits, shape),
-            solver=self.request.recipe.search.solver,
-        )
-        choice = solution.choice.reshape(shape.layers, shape.kv_heads)
-        return Plan(shape, profile.min_window, tuple(tuple(profile.rules[number] for number in row) for row in choice))
+        return chosen_plan(self.request.profile, self.knapsack.choose(costs))
 
     def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""

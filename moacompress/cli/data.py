@@ -49,12 +49,10 @@ def preview(
 
     from moacompress.calibration.answers import answer_drafts
     from moacompress.calibration.data import make_drafts, varied
-    from moacompress.models import load_source
+    from moacompress.models import load_for
     from moacompress.report.samples import ShownSample, as_json
 
-    loaded = load_source(
-        name, dtype=resolved.dtype, device=resolved.device, trust_remote_code=resolved.trust_remote_code
-    )
+    loaded = load_for(resolved, name)
     drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
     samples = answer_drafts(loaded.model, drafts, run.progress)
     return Output(

@@ -121,11 +121,9 @@ def profile(
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
-    from moacompress.models import load_source
+    from moacompress.models import load_for
 
-    loaded = load_source(
-        name, dtype=resolved.dtype, device=resolved.device, trust_remote_code=resolved.trust_remote_code
-    )
+    loaded = load_for(resolved, name)
     if audit is not None:
         from moacompress.search.audit import check_audit
 

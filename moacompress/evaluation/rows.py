@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from moacompress.evaluation.contenders import DENSE, Contender
 from moacompress.evaluation.scoring import Score
@@ -45,12 +45,29 @@ class Measured:
         return [getattr(score, metric) for score in self.scores]
 
 
-def best_candidates(measured: Iterable[Measured]) -> list[Measured]:
-    """Returns one of each name: the candidate with the lowest mean NLL, the first of equals."""
-    best: dict[str, Measured] = {}
+class _Scored(Protocol):
+    """A contender with its numbers."""
+
+    @property
+    def contender(self) -> Contender: ...
+
+    def values(self, name: str, /) -> list[float]: ...
+
+
+Candidate = TypeVar("Candidate", bound=_Scored)
+
+
+def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Candidate]:
+    """Returns one of each name: the candidate with the lowest mean NLL, the first of equals.
+
+    Args:
+        measured: all candidates on the same prompts or windows.
+        nll: name of the values that decide.
+    """
+    best: dict[str, Candidate] = {}
     for one in measured:
         held = best.get(one.contender.name)
-        if held is None or sum(one.values("nll")) < sum(held.values("nll")):
+        if held is None or sum(one.values(nll)) < sum(held.values(nll)):
             best[one.contender.name] = one
     return list(best.values())
 

@@ -21,7 +21,6 @@ from moacompress.evaluation.text import text_windows
 from moacompress.evaluation.text_rows import (
     TEXT,
     TextMeasured,
-    best_text_candidates,
     text_difference_rows,
     text_result_rows,
 )
@@ -194,7 +193,8 @@ class _Bench:
         cell = Cell(task, length, len(windows), length)
         contenders = self._contenders(cell)
         entries = self.scorer.windows(contenders, windows, task)
-        best = best_text_candidates(TextMeasured(*pair) for pair in zip(contenders, entries, strict=True))
+        measured = [TextMeasured(*pair) for pair in zip(contenders, entries, strict=True)]
+        best = best_candidates(measured, "nll_late")
         return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
 
     def _contenders(self, cell: Cell) -> list[Contender]:

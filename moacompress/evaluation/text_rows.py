@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moacompress.evaluation.contenders import Contender
@@ -29,16 +29,6 @@ class TextMeasured:
     def values(self, name: str) -> list[float]:
         """Returns one number for each window."""
         return [entry[name] for entry in self.entries]
-
-
-def best_text_candidates(measured: Iterable[TextMeasured]) -> list[TextMeasured]:
-    """Returns one of each name: the candidate that predicts the late half best, the first of equals."""
-    best: dict[str, TextMeasured] = {}
-    for one in measured:
-        held = best.get(one.contender.name)
-        if held is None or sum(one.values("nll_late")) < sum(held.values("nll_late")):
-            best[one.contender.name] = one
-    return list(best.values())
 
 
 def text_result_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> list[Row]:

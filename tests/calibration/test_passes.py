@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moacompress.calibration import passes, profiler
@@ -34,19 +34,6 @@ RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 2
 DRAWS = 3
 CHOSEN = ProfileRecipe(draws=DRAWS)
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -79,10 +66,7 @@ def build(tiny_model: Callable[..., PreTrainedModel]) -> Factory:
         if name not in SPECIAL:
             return tiny_model(name, **overrides)
         family, settings = SPECIAL[name]
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**COMMON, **settings, **overrides})
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        return model
+        return tiny_model(family, **{**settings, **overrides})
 
     return make
 

@@ -26,16 +26,8 @@ from moacompress.report.audit import audit_tables, scatter_html
 from moacompress.search import measuring
 from moacompress.search.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
-from moacompress.search.audit_subjects import (
-    Knapsack,
-    ablation,
-    check_counts,
-    choose_ablations,
-    chosen_plan,
-    equal_byte_choices,
-    masking_rules,
-    total_cost,
-)
+from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
+from moacompress.search.knapsack import Knapsack, ablation, chosen_plan, total_cost
 from moacompress.search.objective import Objective, kl
 from moacompress.search.request import Request
 from moacompress.search.split_half import halves, split_half

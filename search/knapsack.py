@@ -1,0 +1,67 @@
+"""From costs of rules to a plan within a budget, and the plans that single choices make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.plan import Plan, Rule
+from moacompress.search.cost import Ints, slot_limits, slot_table
+from moacompress.search.solver import solve
+from moacompress.search.surrogate import Floats
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+    from moacompress.search.request import Request
+
+Pick = tuple[int, int, int]
+"""`(layer, kv_head, rule)`."""
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """A budget for a profile's rules, ready for the solver.
+
+    Attributes:
+        slots: int64 [lengths, layers, kv_heads, rules].
+        limits: most slots at every length, int64 [lengths].
+        solver: "lagrange" or "milp".
+    """
+
+    slots: Ints
+    limits: Ints
+    solver: str
+
+    @staticmethod
+    def of(request: Request) -> Knapsack:
+        """Returns the knapsack of a request."""
+        profile = request.profile
+        slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
+        return Knapsack(slots, slot_limits(request.limits, profile.shape), request.recipe.search.solver)
+
+    def choose(self, costs: Floats) -> Ints:
+        """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
+        lengths, layers, kv_heads, rules = self.slots.shape
+        found = solve(costs.reshape(-1, rules), self.slots.reshape(lengths, -1, rules), self.limits, solver=self.solver)
+        return found.choice.reshape(layers, kv_heads)
+
+
+def total_cost(costs: Floats, choice: Ints) -> float:
+    """Returns the summed cost of a choice: costs [layers, kv_heads, rules], choice [layers, kv_heads]."""
+    return float(np.take_along_axis(costs, choice[..., None], axis=-1).sum())
+
+
+def chosen_plan(profile: Profile, choice: Ints) -> Plan:
+    """Returns the plan of a choice of rules."""
+    rows = tuple(tuple(profile.rules[number] for number in row) for row in choice.tolist())
+    return Plan(profile.shape, profile.min_window, rows)
+
+
+def ablation(profile: Profile, pick: Pick) -> Plan:
+    """Returns the plan in which one KV head has a rule and all others keep everything."""
+    layer, head, rule = pick
+    rules = [[Rule.FULL] * profile.shape.kv_heads for _ in range(profile.shape.layers)]
+    rules[layer][head] = profile.rules[rule]
+    return Plan(profile.shape, profile.min_window, tuple(map(tuple, rules)))
