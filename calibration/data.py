@@ -6,6 +6,7 @@ questions or a stretch of text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from moacompress.progress import Progress
     from moacompress.recipe import Recipe, SourceRecipe
 
+logger = logging.getLogger(__name__)
+
 _TEXT_STREAM = 2**31
 """Stands in the seed of `text_samples` where a source has its number."""
 
@@ -52,7 +55,7 @@ def build_samples(
 ) -> list[Sample]:
     """Returns the samples of a split, spread evenly over the recipe's lengths and by weight over its sources.
 
-    After them come, for calibration, `text_samples` samples of plain text.
+    After them come samples of plain text: `text_samples` for calibration, and as large a share of the validation samples.
 
     Args:
         source: the dense model, which answers.
@@ -91,8 +94,13 @@ def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Draft
         elif wanted:
             drafts += _from_rows(part, wanted, split, seed, tokenizer, calibration.answer_tokens)
     drafts.sort(key=lambda draft: draft.length)
-    if split == "calibration" and prose is not None and calibration.text_samples:
-        drafts += _text_drafts(recipe, prose, split, tokenizer)
+    if prose is not None and calibration.text_samples:
+        try:
+            drafts += _text_drafts(recipe, prose, split, tokenizer)
+        except DataError as error:
+            if split == "calibration":
+                raise
+            logger.warning("plans will not be measured on plain text: of the %s texts, %s", split, error)
     return drafts
 
 
@@ -100,7 +108,7 @@ def _load_prose(recipe: Recipe, split: Split) -> Prose | None:
     calibration = recipe.calibration
     if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
         needed = "a source has the haystack prose"
-    elif split == "calibration" and calibration.text_samples:
+    elif calibration.text_samples:
         needed = f"{calibration.text_samples} samples of plain text were asked for"
     else:
         return None
@@ -111,7 +119,10 @@ def _load_prose(recipe: Recipe, split: Split) -> Prose | None:
 
 def _text_drafts(recipe: Recipe, prose: Prose, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[Draft]:
     calibration = recipe.calibration
-    shares = spread(calibration.text_samples, len(calibration.lengths), [1.0])
+    count = calibration.text_samples
+    if split == "validation":
+        count = max(1, round(count * calibration.validation_samples / calibration.samples))
+    shares = spread(count, len(calibration.lengths), [1.0])
     wanted = {length: row[0] for length, row in zip(calibration.lengths, shares, strict=True)}
     rng = np.random.default_rng((recipe.seed, SPLITS.index(split), _TEXT_STREAM))
     documents = [" ".join(words) for words in prose.pools[split]]

@@ -101,6 +101,14 @@ class Profile:
             raise UsageError(f"the profile has no samples of kind {kind!r} but {held}; profile with such samples")
         return np.stack([self._at(length, estimator, kind) for length in self.lengths])
 
+    def calibration_samples(self) -> list[Sample]:
+        """Reads the samples that were profiled, those left out included.
+
+        Raises:
+            ArtefactError: they are not there, or not those that were profiled.
+        """
+        return _samples(self.path / "calibration.safetensors", self.calibration_fingerprint)
+
     def check_model(self, source: SourceModel, doing: str) -> None:
         """Refuses a model that is not the one that was profiled.
 

@@ -6,6 +6,7 @@ only), `512MiB@32k` (absolute). k is 1024. Several budgets must all hold.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,29 @@ class Budget:
             return dict.fromkeys(lengths, self.bytes)
         assert self.share is not None
         return {length: int(self.share * shape.dense_kv_bytes(length)) for length in lengths}
+
+
+def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the budgets of every plan that is asked for: commas ask for several plans, each with the other budgets too.
+
+    Args:
+        asked: such as `["50%,25%", "512MiB@32k"]`, which asks for two plans.
+
+    Raises:
+        BudgetError: one does not parse, or the same plan is asked for twice.
+    """
+    found = list(itertools.product(*([part.strip() for part in str(text).split(",")] for text in asked)))
+    parsed = [[Budget.parse(text) for text in budgets] for budgets in found]
+    if len({tuple((one.share, one.bytes, one.length) for one in budgets) for budgets in parsed}) < len(found):
+        raise BudgetError(
+            f"the budgets {' and '.join(map(str, asked))} ask for the same plan twice; name every budget once"
+        )
+    return found
+
+
+def label(budgets: Sequence[str]) -> str:
+    """Returns budgets as part of a file's name: `25%@8k` is `25-8k`."""
+    return "_".join(re.sub(r"[^0-9A-Za-z.]+", "-", text).strip("-") for text in budgets)
 
 
 def byte_limits(budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from moacompress.search.outcome import SearchResult
 
 Result = TypeVar("Result")
-ARTEFACTS = ("profile", "plan.json", "plan.study.journal", "model", "eval.json", "eval.scores.jsonl", "summary.json")
+ARTEFACTS = (
+    "profile",
+    "plan.json",
+    "plan.study.journal",
+    "plan.rounds",
+    "plan.explain.json",
+    "model",
+    "eval.json",
+    "eval.scores.jsonl",
+    "summary.json",
+)
 """What a run leaves in its folder, besides `recipe.json` and `seconds.json`."""
 GENERATED = 8
 """Tokens generated at the reference length when the cache's bytes are counted."""

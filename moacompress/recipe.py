@@ -118,7 +118,20 @@ class SearchRecipe(_Section):
     text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
     solver: Solver = Field("lagrange", description="solver inside each trial")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
+    alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
+    rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")
+    round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples of a round")
+    moves: int = Field(10, ge=0, le=10_000, description="KV heads measured with more, and with less, at the end")
+    floors: dict[int, float] = Field({}, description="smallest share of its KV bytes that a layer keeps, by layer")
     storage: str | None = Field(None, description="Optuna storage: sqlite:///FILE, a journal file, or a database URL")
+
+    @field_validator("floors")
+    @classmethod
+    def _floors(cls, value: dict[int, float]) -> dict[int, float]:
+        for layer, share in value.items():
+            if layer < 0 or not 0 < share <= 1:
+                raise ValueError(f"floor {share:g} of layer {layer} is not a share in (0, 1] of a layer from 0 up")
+        return value
 
 
 class EvaluationRecipe(_Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +9,18 @@ import numpy as np
 from moacompress.plan import Plan
 from moacompress.progress import Progress
 from moacompress.search.baselines import FAMILIES, family_plans
+from moacompress.search.cost import layer_floors, meets
+from moacompress.search.judge import Judge
 from moacompress.search.request import Request
 
 SCREENED = 3
 """Samples on which all candidates of a family are measured."""
 FINALISTS = 2
 """Candidates of a family that are measured on all samples: the best of the screening."""
+CLOSE = 1.25
+"""Harm of a second finalist in the screening, relative to the first's, above which it is left out."""
 CANDIDATES = 6
 """Candidates of a family, those predicted to be best first."""
-
-Measured = Callable[[str, Plan, Sequence[int]], list[float]]
-"""Harms of a plan on numbered samples, in nats; the text says what they are measured for."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,40 @@ class Alternative:
     harm: float
 
 
-def measure_alternatives(
-    request: Request, order: Sequence[int], measured: Measured, progress: Progress
-) -> dict[str, Alternative]:
+def measure_alternatives(request: Request, judge: Judge, progress: Progress) -> dict[str, Alternative]:
     """Returns the best candidate of every family that has one within the request's limits.
 
     Args:
         request: what is searched for.
-        order: all samples, by number.
-        measured: measures.
+        judge: measures.
         progress: told of every measurement.
     """
     profile = request.profile
+    floors = layer_floors(request.recipe.search.floors, profile.shape)
     sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
     field = {
-        family: family_plans(family, profile.shape, request.limits, profile, sinks)[:CANDIDATES] for family in FAMILIES
+        family: [
+            plan
+            for plan in family_plans(family, profile.shape, request.limits, profile, sinks)
+            if meets(plan, floors, request.limits)
+        ][:CANDIDATES]
+        for family in FAMILIES
     }
-    progress.start("measuring alternatives", sum(len(plans) + min(len(plans), FINALISTS) for plans in field.values()))
+    progress.start("measuring alternatives", len(field))
     found = {}
     for family, plans in field.items():
-        screened = []
-        for plan in plans:
-            screened.append(float(np.mean(measured("screening", plan, order[:SCREENED]))))
-            progress.step(f"{family}: {screened[-1]:.3g} nats")
-        finalists = [plans[index] for index in np.argsort(screened, kind="stable")[:FINALISTS]]
+        screened = [judge.harms("screening", plan, judge.order[:SCREENED]) for plan in plans]
+        means = [float(np.mean(harms)) for harms in screened]
+        ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
         best: Alternative | None = None
-        for plan in finalists:
-            first, rest = measured("screening", plan, order[:SCREENED]), measured("finalist", plan, order[SCREENED:])
-            harm = float(np.mean([*first, *rest]))
-            progress.step(f"{family}: {harm:.3g} nats")
+        for index in ranked:
+            if means[index] > CLOSE * means[ranked[0]]:
+                continue
+            rest = judge.harms("finalist", plans[index], judge.order[SCREENED:])
+            harm = float(np.mean([*screened[index], *rest]))
             if best is None or harm < best.harm:
-                best = Alternative(plan, harm)
+                best = Alternative(plans[index], harm)
+        progress.step("nothing fits" if best is None else f"{family}: {best.harm:.3g} nats")
         if best is not None:
             found[family] = best
     progress.done()

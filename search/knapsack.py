@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.plan import Plan, Rule
-from moacompress.search.cost import Ints, slot_limits, slot_table
+from moacompress.search.cost import Ints, floored, layer_floors, slot_limits, slot_table
 from moacompress.search.solver import solve
 from moacompress.search.surrogate import Floats
 
@@ -39,6 +39,7 @@ class Knapsack:
         """Returns the knapsack of a request."""
         profile = request.profile
         slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
+        slots = floored(slots, layer_floors(request.recipe.search.floors, profile.shape))
         return Knapsack(slots, slot_limits(request.limits, profile.shape), request.recipe.search.solver)
 
     def choose(self, costs: Floats) -> Ints:

@@ -8,7 +8,7 @@ random state is lost. One process works on a study at a time: a trial marked as 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ class Ledger:
         distributions: the knobs.
         neutral: knobs of the first trial.
         seed: of the sampler.
+        starts: knobs that are tried right after, such as those that won at another budget.
+        objectives: numbers that a trial has, all to be small; only with one are trials given up half-way.
 
     Raises:
         RecipeError: `storage` is none of these.
@@ -55,14 +57,17 @@ class Ledger:
         distributions: Mapping[str, BaseDistribution],
         neutral: Mapping[str, float],
         seed: int,
+        starts: Sequence[Mapping[str, float]] = (),
+        objectives: int = 1,
     ) -> None:
         self._where = shown(storage)
         self._distributions, self._seed = dict(distributions), seed
         with self._guard():
-            self._study = self._open(storage, name, profile)
+            self._study = self._open(storage, name, profile, objectives)
             self._fail_stale()
             if not self._study.get_trials(deepcopy=False, states=_states("COMPLETE", "WAITING")):
-                self._study.enqueue_trial(dict(neutral))
+                for knobs in (neutral, *starts):
+                    self._study.enqueue_trial(dict(knobs), skip_if_exists=True)
 
     def recall(self, name: str) -> Any:
         """Returns what `remember` kept under this name, or None."""
@@ -78,6 +83,19 @@ class Ledger:
         """Returns the finished trials, in order; their place in the list is their index."""
         with self._guard():
             return self._study.get_trials(deepcopy=False, states=_states("COMPLETE"))
+
+    def importances(self) -> dict[str, float]:
+        """Returns the share of the variation between trials that goes with each knob; empty where there are too few."""
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+        if len({trial.value for trial in self.finished()}) < STARTUP_TRIALS:
+            return {}
+        try:
+            with self._guard():
+                found = get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator())
+        except (RuntimeError, ArtefactError):  # knobs that never changed
+            return {}
+        return {name: float(share) for name, share in found.items()}
 
     def ask(self) -> Trial:
         """Starts the next trial; its `params` are the knobs."""
@@ -95,20 +113,20 @@ class Ledger:
             trial.report(value, step)
             return trial.should_prune()
 
-    def tell(self, trial: Trial, value: float, **attributes: Any) -> None:
-        """Finishes a trial; from then on it is never repeated."""
+    def tell(self, trial: Trial, value: float | Sequence[float], **attributes: Any) -> None:
+        """Finishes a trial with its value, or one for every objective; from then on it is never repeated."""
         with self._guard():
             for name, attribute in attributes.items():
                 trial.set_user_attr(name, attribute)
             self._study.tell(trial, value)
 
-    def _open(self, storage: str | None, name: str, profile: str) -> Study:
+    def _open(self, storage: str | None, name: str, profile: str, objectives: int) -> Study:
         import optuna
 
         study = optuna.create_study(
             storage=_storage(storage),
             study_name=name,
-            direction="minimize",
+            directions=["minimize"] * objectives,
             pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1),
             load_if_exists=True,
         )

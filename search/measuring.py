@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,7 @@ from moacompress.evaluation.ledger import Ledger
 from moacompress.models import SourceModel
 from moacompress.plan import Plan
 from moacompress.progress import Progress
-from moacompress.search.objective import answer_logits, kl
-from moacompress.search.prefix import first_changed, record, resumed
+from moacompress.search.objective import harms_of_sample
 from moacompress.search.surrogate import Floats
 
 
@@ -48,7 +47,8 @@ def measured_harms(
     progress.start("measuring", sum(map(len, missing)))
     try:
         for number, rows in enumerate(missing):
-            for row, harm in _harms_of_sample(model, samples[number], {row: plans[row] for row in rows}):
+            wanted = {row: plans[row] for row in rows}
+            for row, harm in harms_of_sample(model.model, samples[number], wanted, None, Plan.full(model.shape)):
                 if not math.isfinite(harm):
                     raise ModelError(f"the logits of held-out sample {number} are not finite; try --dtype float32")
                 ledger.add(keys[row][number], {"harm": harm}, plan=plans[row].key(), sample=number)
@@ -57,19 +57,3 @@ def measured_harms(
         runtime.detach(model.model)
     progress.done()
     return np.array([[(ledger.get(key) or {})["harm"] for key in row] for row in keys])
-
-
-def _harms_of_sample(source: SourceModel, sample: Sample, plans: Mapping[int, Plan]) -> Iterator[tuple[int, float]]:
-    """Yields the harm of every plan, by its number; leaves the model under the last one."""
-    from moacompress import runtime
-
-    if not plans:
-        return
-    model = source.model
-    runtime.attach(model, Plan.full(source.shape))
-    prefix, dense = record(model, lambda: answer_logits(model, sample))
-    for number, plan in plans.items():
-        runtime.attach(model, plan)
-        with resumed(model, prefix, first_changed(plan)):
-            harm = kl(dense, answer_logits(model, sample))
-        yield number, harm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.samples import Sample
 from moacompress.errors import DataError, ModelError
 from moacompress.plan import Plan
+from moacompress.search.prefix import first_changed, record, resumed
 
 MAX_DENSE_BYTES = 2 * 2**30
 """Dense logits kept in memory; beyond them they are computed again whenever a plan is measured."""
@@ -30,6 +31,10 @@ class Measure(Protocol):
 
     def under(self, plan: Plan) -> Any:
         """Returns a context manager that yields the `Harm` of `plan`; the model is dense again when it ends."""
+        ...
+
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+        """Returns the harms of many plans on one sample; it is quick for those that differ from `base` in late layers."""
         ...
 
 
@@ -63,19 +68,14 @@ class Objective:
 
         def harm(number: int) -> float:
             nonlocal attached
-            dense = self._dense.get(number)
-            if dense is None:
-                if attached:
-                    runtime.detach(self.model)
-                    attached = False
-                dense = self._remember(number, answer_logits(self.model, self.samples[number]))
+            if attached and number not in self._dense:
+                runtime.detach(self.model)
+                attached = False
+            dense = self._dense_logits(number)
             if not attached:
                 runtime.attach(self.model, plan)
                 attached = True
-            value = kl(dense, answer_logits(self.model, self.samples[number]))
-            if not math.isfinite(value):
-                raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
-            return value
+            return _finite(kl(dense, answer_logits(self.model, self.samples[number])), number)
 
         try:
             yield harm
@@ -83,17 +83,63 @@ class Objective:
             if attached:
                 runtime.detach(self.model)
 
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
+        from moacompress import runtime
+
+        dense = self._dense_logits(number)
+        try:
+            found = harms_of_sample(self.model, self.samples[number], dict(enumerate(plans)), dense, base)
+            return [_finite(harm, number) for _, harm in found]
+        finally:
+            runtime.detach(self.model)
+
     def harms(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the harm of every sample (or of those numbered), float64 [samples], nats."""
         with self.under(plan) as harm:
             return np.array([harm(number) for number in (range(self.size) if numbers is None else numbers)])
 
-    def _remember(self, number: int, logits: torch.Tensor) -> torch.Tensor:
+    def _dense_logits(self, number: int) -> torch.Tensor:
+        """Returns the dense model's logits at a sample's answer; the model is under no plan."""
+        if number in self._dense:
+            return self._dense[number]
+        logits = answer_logits(self.model, self.samples[number])
         size = logits.numel() * logits.element_size()
         if self._dense_bytes + size <= MAX_DENSE_BYTES:
             self._dense[number] = logits
             self._dense_bytes += size
         return logits
+
+
+def _finite(harm: float, number: int) -> float:
+    if not math.isfinite(harm):
+        raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
+    return harm
+
+
+def harms_of_sample(
+    model: Any, sample: Sample, plans: Mapping[int, Plan], dense: torch.Tensor | None, base: Plan
+) -> Iterator[tuple[int, float]]:
+    """Yields the harm of every plan, by its number; leaves the model under the last one.
+
+    Args:
+        model: a transformers causal LM.
+        sample: the sample.
+        plans: by number.
+        dense: the dense model's logits at the sample's answer; None where `base` is the full plan, which has them.
+        base: plans start from the first layer in which they differ from it.
+    """
+    from moacompress import runtime
+
+    if not plans:
+        return
+    runtime.attach(model, base)
+    prefix, logits = record(model, lambda: answer_logits(model, sample))
+    for number, plan in plans.items():
+        runtime.attach(model, plan)
+        with resumed(model, prefix, first_changed(plan, base)):
+            harm = kl(logits if dense is None else dense, answer_logits(model, sample))
+        yield number, harm
 
 
 def answer_logits(model: Any, sample: Sample) -> torch.Tensor:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moacompress.artefacts import read_json
 from moacompress.errors import ArtefactError, PlanError
 from moacompress.plan import Plan, Rule
 
@@ -28,6 +29,7 @@ class SearchResult:
             candidate within the budget, or the profile lacks what it is made from).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
+        explanation: see `explain.explain`; empty where there is none beside the plan.
     """
 
     plan: Plan
@@ -38,11 +40,15 @@ class SearchResult:
     harm: dict[str, float | None]
     kv_bytes: dict[str, dict[str, int]]
     seconds: float
+    explanation: dict[str, Any]
 
     @staticmethod
-    def of(plan: Plan, path: Path | None, seconds: float) -> SearchResult:
-        """Reads the result off the notes of a plan that a search made."""
+    def of(plan: Plan, path: Path | None, seconds: float, explanation: dict[str, Any] | None = None) -> SearchResult:
+        """Reads the result off the notes of a plan that a search made, and off what is beside it."""
         made = plan.provenance
+        if explanation is None:
+            beside = explanation_path(path) if path is not None else None
+            explanation = read_json(beside, "explanation") if beside is not None and beside.exists() else {}
         return SearchResult(
             plan=plan,
             path=path,
@@ -52,7 +58,13 @@ class SearchResult:
             harm=dict(plan.quality["measured_harm"]),
             kv_bytes={n: dict(numbers) for n, numbers in plan.budget["bytes"].items()},
             seconds=seconds,
+            explanation=explanation,
         )
+
+
+def explanation_path(out: Path) -> Path:
+    """Returns where the explanation of a plan is."""
+    return out.with_suffix(".explain.json")
 
 
 def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:

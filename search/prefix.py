@@ -1,7 +1,7 @@
 """Reuse of unchanged layers: a forward pass that starts where a plan first changes the model.
 
-Under a plan whose first layers keep everything, these layers give what they give under the full plan. So one forward
-pass of a sample records the output of every decoder layer, and the passes of all plans on that sample start from it.
+Two plans that agree in their first layers give the same there. So one forward pass of a sample under one plan records the
+output of every decoder layer, and the passes of other plans on that sample start from it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class Prefix:
     outputs: tuple[Any, ...]
 
 
-def first_changed(plan: Plan) -> int:
-    """Returns the first layer in which a KV head does not keep everything; the number of layers where none does."""
-    return next(
-        (layer for layer, row in enumerate(plan.rules) if not all(rule.is_full for rule in row)), plan.model.layers
-    )
+def first_changed(plan: Plan, base: Plan) -> int:
+    """Returns the first layer in which two plans differ; the number of layers where none does."""
+    pairs = enumerate(zip(plan.rules, base.rules, strict=True))
+    return next((layer for layer, (ours, theirs) in pairs if ours != theirs), plan.model.layers)
 
 
 def record(model: torch.nn.Module, forward: Callable[[], Result]) -> tuple[Prefix, Result]:
@@ -43,8 +42,7 @@ def record(model: torch.nn.Module, forward: Callable[[], Result]) -> tuple[Prefi
 
     Args:
         model: a causal LM.
-        forward: runs the model once, without a cache. For exactly the numbers that plans are compared with, the model
-            is under its full plan.
+        forward: runs the model once, without a cache.
     """
     layers = decoder_layers(model)
     outputs: list[Any] = [None] * len(layers)
@@ -68,8 +66,8 @@ def record(model: torch.nn.Module, forward: Callable[[], Result]) -> tuple[Prefi
 def resumed(model: torch.nn.Module, prefix: Prefix, layer: int) -> Iterator[None]:
     """Lets the layers before `layer` return what was recorded, at once, for the block's length.
 
-    A forward pass of the same tokens, without a cache, then has the logits of a whole pass, if under the model's plan
-    these layers keep everything.
+    A forward pass of the same tokens, without a cache, then has the logits of a whole pass, if these layers have the rules
+    that they were recorded under.
 
     Args:
         model: the model that was recorded.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from moacompress.artefacts import fingerprint
 from moacompress.budget import Budget
@@ -12,11 +13,13 @@ from moacompress.calibration.samples import fingerprint_samples
 from moacompress.calibration.store import Profile
 from moacompress.errors import UsageError
 from moacompress.recipe import Recipe
-from moacompress.search.cost import budget_limits
+from moacompress.search.cost import budget_limits, layer_floors
 from moacompress.search.knobs import Knobs
 from moacompress.search.surrogate import Surrogate
 
-SEARCH_VERSION = 2
+Knob: TypeAlias = Mapping[str, float]
+
+SEARCH_VERSION = 3
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 
@@ -30,6 +33,7 @@ class Request:
         asked: the budgets as given.
         limits: most KV bytes at every length that the budgets restrict.
         surrogate: not yet calibrated.
+        starts: knobs that are tried right after the neutral ones.
     """
 
     profile: Profile
@@ -37,9 +41,12 @@ class Request:
     asked: tuple[str, ...]
     limits: dict[int, int]
     surrogate: Surrogate
+    starts: tuple[Knob, ...] = ()
 
     @staticmethod
-    def of(profile: Profile, budget: str | Sequence[str] | None, recipe: Recipe) -> Request:
+    def of(
+        profile: Profile, budget: str | Sequence[str] | None, recipe: Recipe, starts: Sequence[Knob] = ()
+    ) -> Request:
         """Reads the budgets and the profile.
 
         Raises:
@@ -49,14 +56,15 @@ class Request:
         """
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
-        limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window)
+        floors = layer_floors(recipe.search.floors, profile.shape)
+        limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors)
         if profile.around:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
             )
         influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        return Request(profile, recipe, asked, limits, surrogate)
+        return Request(profile, recipe, asked, limits, surrogate, tuple(starts))
 
     @cached_property
     def key(self) -> str:
@@ -72,6 +80,11 @@ class Request:
                 "text_weight": search.text_weight,
                 "solver": search.solver,
                 "ablations": search.ablations,
+                "rounds": [search.rounds, search.round_samples if search.rounds else 0],
+                "moves": search.moves,
+                "floors": search.floors,
+                "alternatives": search.alternatives,
+                "starts": [dict(knobs) for knobs in self.starts],
                 "moa": "moa" in self.profile.estimators,
                 "seed": self.recipe.seed,
             }

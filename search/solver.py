@@ -109,7 +109,7 @@ def _relaxed(costs: Floats, slots: Ints, limits: Ints) -> Solution | None:
         return Solution(cheapest, _total(costs, cheapest), 0.0)
     # a limit of nothing is only met by rules of no slots; 1 keeps the shares finite
     shares = slots / np.maximum(limits, 1)[:, None, None]
-    prices, bound = _best_prices(costs, shares)
+    prices, bound = best_prices(costs, shares)
     priced = np.tensordot(prices, shares, axes=1)
     near = _near(costs + priced, slots)
     costs, slots = np.take_along_axis(costs, near, 1), np.take_along_axis(slots, near[None], 2)
@@ -249,11 +249,15 @@ class _Dual:
         return value, slope
 
 
-def _best_prices(costs: Floats, shares: Floats) -> tuple[Floats, float]:
+def best_prices(costs: Floats, shares: Floats) -> tuple[Floats, float]:
     """Maximises the dual.
 
     Equal prices first, by bisection on their logarithm; then, for several lengths, Kelley's cutting planes in a box
     around them.
+
+    Args:
+        costs: cost of every rule on every head, at least 0, [heads, rules].
+        shares: slots as shares of the limits, [lengths, heads, rules].
 
     Returns:
         Prices [lengths] and the dual value there, a lower bound on the cost.

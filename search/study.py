@@ -1,9 +1,10 @@
-"""Finding a plan: a solver inside every trial, Optuna around it, the real model as the judge.
+"""Finding a plan: a solver inside every trial, Optuna around it, the real model as the judge; then rounds and moves.
 
 A trial's knobs bend the surrogate, the solver turns it into a plan within the budget, and the plan's harm is measured
 on validation samples. A trial's value is its mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
-sample, so that a trial that is pruned half-way has a value on the same scale. Plans of the same bytes that need no
-search are measured beside.
+sample, so that a trial that is pruned half-way has a value on the same scale. What the best trial found is then improved
+by profiling around it, and by measuring single KV heads near the threshold. Plans of the same bytes that need no search
+are measured beside.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from moacompress.artefacts import write_json
 from moacompress.calibration.store import Profile
 from moacompress.models import SourceModel, load_for
 from moacompress.plan import Plan
@@ -24,31 +26,32 @@ from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
 from moacompress.search.alternatives import Alternative, measure_alternatives
 from moacompress.search.baselines import FAMILIES
-from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
+from moacompress.search.explain import Stage, explain
+from moacompress.search.judge import Judge
+from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.ledger import Ledger, quiet_optuna
+from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
 from moacompress.search.outcome import (
     SearchResult,
     baseline_note,
     bytes_note,
+    explanation_path,
     found_before,
-    pack,
     unpack,
     versions,
 )
-from moacompress.search.request import Request
-from moacompress.search.surrogate import Surrogate, fit, pick_ablations
-
-if TYPE_CHECKING:
-    from optuna import Trial
+from moacompress.search.request import Knob, Request
+from moacompress.search.rounds import MOVED, Around, ProfileAround, choice_of, moved, spread_samples
+from moacompress.search.surrogate import Floats
+from moacompress.search.trials import Trials, Tried, best_trial, log_ratio, log_ratios
 
 __all__ = ["SearchResult", "find_plan"]
 
 logger = logging.getLogger(__name__)
 
-EPSILON = 1e-3
-"""Nats added to a harm before its logarithm: differences far below it do not matter."""
-ABLATION_SAMPLES = 3
+MOVE_SAMPLES = 12
+"""Calibration samples on which single moves are measured."""
 
 
 def find_plan(
@@ -59,12 +62,14 @@ def find_plan(
     out: str | Path | None = None,
     overwrite: bool = False,
     model: SourceModel | None = None,
+    starts: Sequence[Knob] = (),
     progress: Progress | None = None,
 ) -> SearchResult:
     """Finds the plan of least measured harm within a budget.
 
     The same call continues where a killed one stopped: everything measured is kept in `recipe.search.storage`, by
-    default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`.
+    default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. What was profiled
+    around plans is kept in a folder beside `out` (`plan.rounds`), and why the plan is as it is in `plan.explain.json`.
 
     Args:
         profile: a finished profile, or its folder.
@@ -73,6 +78,7 @@ def find_plan(
         out: where the best plan so far is always kept, and the result in the end.
         overwrite: replace a plan of another search at `out`.
         model: the profile's model where it is loaded already; by default it is loaded.
+        starts: knobs that are tried right after the surrogate's own plan, such as those that won at another budget.
         progress: told of every measurement.
 
     Returns:
@@ -87,13 +93,14 @@ def find_plan(
     started = time.monotonic()
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
-    request = Request.of(profile, budget, recipe or profile.recipe)
+    request = Request.of(profile, budget, recipe or profile.recipe, starts)
+    settings = request.recipe.search
     path = None if out is None else Path(out)
     if path is not None:
-        plan = found_before(path, request.key, request.recipe.search.trials, overwrite)
+        plan = found_before(path, request.key, settings.trials, overwrite)
         if plan is not None:
             return SearchResult.of(plan, path, time.monotonic() - started)
-    storage = request.recipe.search.storage
+    storage = settings.storage
     if storage is None and path is not None:
         storage = str(path.with_suffix(".study.journal"))
     with quiet_optuna():
@@ -104,36 +111,47 @@ def find_plan(
             request.knobs.distributions(),
             request.knobs.neutral,
             request.recipe.seed,
+            starts,
         )
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
         measure = Objective(source.model, profile.validation)
-        search = Search(request, ledger, measure, path, progress or SILENT, started)
+        around = trainer = None
+        if settings.rounds or settings.moves:
+            samples = profile.calibration_samples()
+            around = _around(request, source, samples, None if path is None else path.with_suffix(".rounds"))
+            answers = [sample for sample in samples if sample.kind == "answer"] or samples
+            trainer = Objective(source.model, spread_samples(answers, MOVE_SAMPLES))
+        search = Search(request, ledger, measure, around, trainer, path, progress or SILENT, started)
         plan = search.run()
-    return SearchResult.of(plan, path, time.monotonic() - started)
+    return SearchResult.of(plan, path, time.monotonic() - started, search.explanation)
+
+
+def _around(request: Request, source: SourceModel, samples: Any, folder: Path | None) -> Around:
+    chosen = spread_samples(samples, request.recipe.search.round_samples)
+    return ProfileAround(request.profile, request.recipe, source, chosen, folder)
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A finished trial.
+class Standing:
+    """The best plan so far.
 
     Attributes:
-        index: its place among the finished trials; 0 is the surrogate's own plan.
-        key: of its plan.
-        plan: its rules, packed.
-        harms: nats, in the order of the shuffled samples; fewer than all where it was pruned.
+        plan: the plan, without notes.
+        harms: nats, in the order of the shuffled samples.
         value: mean log-ratio to trial 0.
-        pruned: whether it was given up half-way.
-        measured: whether it was measured, and not known from an earlier trial of the same plan.
+        stage: what it comes from.
     """
 
-    index: int
-    key: str
-    plan: dict[str, Any]
+    plan: Plan
     harms: list[float]
     value: float
-    pruned: bool
-    measured: bool
+    stage: str
+
+    @property
+    def harm(self) -> float:
+        """Mean harm, nats."""
+        return float(np.mean(self.harms))
 
 
 class Search:
@@ -142,124 +160,157 @@ class Search:
     Args:
         request: what is asked for.
         ledger: what is measured already.
-        measure: the model.
+        measure: the model on validation samples.
+        around: profiles around a plan; None where neither rounds nor moves are wanted.
+        trainer: the model on calibration samples, for moves; None likewise.
         out: where the best plan is written, or None.
         progress: told of every measurement.
         started: `time.monotonic()` from which the timeout counts.
+
+    Attributes:
+        explanation: why the plan is as it is; empty until `run` has returned.
     """
 
     def __init__(
-        self, request: Request, ledger: Ledger, measure: Measure, out: Path | None, progress: Progress, started: float
+        self,
+        request: Request,
+        ledger: Ledger,
+        measure: Measure,
+        around: Around | None,
+        trainer: Measure | None,
+        out: Path | None,
+        progress: Progress,
+        started: float,
     ) -> None:
-        self.request, self.ledger, self.measure = request, ledger, measure
+        self.request, self.ledger = request, ledger
+        self.judge = Judge.of(ledger, measure, request.recipe.seed)
+        self.around, self.trainer = around, trainer
         self.out, self.progress, self.started = out, progress, started
-        self.order: list[int] = np.random.default_rng(request.recipe.seed).permutation(measure.size).tolist()
         self.knapsack = Knapsack.of(request)
         self.surrogate = request.surrogate
         self.alternatives: dict[str, Alternative] = {}
+        self.trials = Trials(ledger, measure, self.judge.order, self._plan)
+        self.stages: list[Stage] = []
+        self.explanation: dict[str, Any] = {}
+        self.stopped = False
 
     def run(self) -> Plan:
-        """Measures what is missing and returns the better of the best trial and the best alternative."""
-        self.surrogate = self._calibrate()
-        self.alternatives = measure_alternatives(self.request, self.order, self._harms, self.progress)
-        tried = self._tried()
-        limit, timeout = self.request.recipe.search.trials, self.request.recipe.search.timeout
+        """Measures what is missing and returns the better of the best plan found and the best alternative."""
+        self.surrogate = self.judge.calibrated(self.request, self.progress)
+        if self.request.recipe.search.alternatives:
+            self.alternatives = measure_alternatives(self.request, self.judge, self.progress)
+        tried = self._study()
+        best = _standing(self.request, best_trial(tried))
+        first = _standing(self.request, tried[0])
+        self.stages += [Stage.of("surrogate", first.plan, first.harms, 0.0, True)]
+        self.stages += [Stage.of("study", best.plan, best.harms, best.value, best.value < 0)]
+        best, change = self._rounds(tried, best)
+        best = self._moves(tried, best, change)
+        return self._write(tried, best, finished=True)
+
+    def _over(self) -> bool:
+        """Whether the time is up."""
+        timeout = self.request.recipe.search.timeout
+        if timeout is None or time.monotonic() - self.started <= timeout:
+            return False
+        if not self.stopped:
+            logger.info("the search stops: %g seconds are over", timeout)
+        self.stopped = True
+        return True
+
+    def _study(self) -> list[Tried]:
+        """Runs the trials that are missing; at least one is there afterwards."""
+        tried, limit = self.trials.finished(), self.request.recipe.search.trials
         self.progress.start("searching", limit)
         for _ in tried[:limit]:
             self.progress.step()
-        while len(tried) < limit:
-            if tried and timeout is not None and time.monotonic() - self.started > timeout:
-                logger.info("the search stops after %d of %d trials: %g seconds are over", len(tried), limit, timeout)
-                break
-            self._try(tried)
-            tried = self._tried()
-            best = _best(tried)
+        while len(tried) < limit and not (tried and self._over()):
+            self.trials.run(tried)
+            tried = self.trials.finished()
+            best = best_trial(tried)
             if best.index == len(tried) - 1:
-                self._write(tried, finished=False)
-            self.progress.step(self._standing(best))
+                self._write(tried, _standing(self.request, best), finished=False)
+            self.progress.step(self._note(_standing(self.request, best)))
         self.progress.done()
-        return self._write(tried, finished=True)
+        return tried
 
-    def _calibrate(self) -> Surrogate:
-        """Fits the surrogate to measured ablations of single KV heads, at the shortest length (the cheapest)."""
-        recipe, profile = self.request.recipe, self.request.profile
-        shortest = Surrogate(self.surrogate.rules, self.surrogate.influence[:1], self.surrogate.supersets)
-        influence = shortest.raw()
-        picks = pick_ablations(influence, recipe.search.ablations, recipe.seed)
-        nearest = sorted(self.order, key=lambda number: profile.validation[number].length)
-        numbers = nearest[:ABLATION_SAMPLES]
-        self.progress.start("calibrating", len(picks))
-        measured = []
-        for pick in picks:
-            measured.append(float(np.mean(self._harms("ablation", ablation(profile, pick), numbers))))
-            layer, head, rule = pick
-            self.progress.step(f"layer {layer} KV head {head}, {profile.rules[rule]}: {measured[-1]:.2g} nats")
+    def _rounds(self, tried: Sequence[Tried], best: Standing) -> tuple[Standing, Floats | None]:
+        """Profiles around the best plan and moves bytes, as long as that helps.
+
+        Returns:
+            The best plan, and the predicted changes around it where they are known.
+        """
+        change: Floats | None = None
+        for number in range(1, self.request.recipe.search.rounds + 1):
+            if self.around is None or self._over():
+                break
+            change = self.around(best.plan, self.progress)
+            better = self._round(number, tried, best, change)
+            if better is None:
+                break
+            best, change = better, None
+            self._write(tried, best, finished=False)
+        return best, change
+
+    def _round(self, number: int, tried: Sequence[Tried], best: Standing, change: Floats) -> Standing | None:
+        """Returns the better plan that moving some of the bytes gives, or None."""
+        choice = choice_of(self.request.profile, best.plan)
+        for share in (MOVED, MOVED / 4):
+            plan = chosen_plan(self.request.profile, moved(self.knapsack, change, choice, share))
+            if plan.key() == best.plan.key():
+                continue
+            found = self._measured(f"round {number}", plan, tried)
+            name = f"round {number}, {share:.1%} moved"
+            self.stages.append(Stage.of(name, plan, found.harms, found.value, found.value < best.value))
+            if found.value < best.value:
+                return found
+        return None
+
+    def _moves(self, tried: Sequence[Tried], best: Standing, change: Floats | None) -> Standing:
+        """Measures single KV heads near the threshold and makes the moves that pay together."""
+        count = self.request.recipe.search.moves
+        if not count or self.trainer is None or self._over():
+            return best
+        profile = self.request.profile
+        choice = choice_of(profile, best.plan)
+        moves = marginal_moves(self.knapsack, self.surrogate.costs() if change is None else change, choice, count)
+        plans = [best.plan, *(chosen_plan(profile, move.on(choice)) for move in moves)]
+        self.progress.start("measuring moves", self.trainer.size)
+        harms = []
+        for number in range(self.trainer.size):
+            harms.append(self.judge.many("moves", number, plans, best.plan, self.trainer))
+            self.progress.step()
         self.progress.done()
-        return self.surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
+        ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
+        plan = chosen_plan(profile, combined(self.knapsack, choice, moves, ratios)) if moves else best.plan
+        if plan.key() == best.plan.key():
+            return best
+        found = self._measured("moves", plan, tried)
+        self.stages.append(Stage.of("moves", plan, found.harms, found.value, found.value < best.value))
+        return found if found.value < best.value else best
 
-    def _harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
-        """Returns the harm of each numbered sample, measured at most once in the life of the study."""
-        name = f"{kind}:{plan.key()}"
-        known = self.ledger.recall(name)
-        if known is not None:
-            return [float(value) for value in known]
-        with self.measure.under(plan) as harm:
-            harms = [harm(number) for number in numbers]
-        self.ledger.remember(name, harms)
-        return harms
-
-    def _tried(self) -> list[Tried]:
-        trials = self.ledger.finished()
-        return [Tried(index, value=trial.value or 0.0, **trial.user_attrs) for index, trial in enumerate(trials)]
-
-    def _try(self, tried: Sequence[Tried]) -> None:
-        """Runs the next trial."""
-        trial = self.ledger.ask()
-        plan = self._plan(trial.params)
-        key = plan.key()
-        twin = next((old for old in tried if old.key == key), None)
-        if twin is not None:
-            for step, ratio in enumerate(_log_ratios(twin.harms, tried[0].harms)):
-                self.ledger.report(trial, ratio, step)
-            harms, pruned = twin.harms, twin.pruned
-        else:
-            harms, pruned = self._race(trial, plan, tried[0].harms if tried else None)
-        value = float(np.mean(_log_ratios(harms, tried[0].harms if tried else harms)))
-        self.ledger.tell(
-            trial, value, key=key, plan=pack(plan), harms=list(harms), pruned=pruned, measured=twin is None
-        )
+    def _measured(self, stage: str, plan: Plan, tried: Sequence[Tried]) -> Standing:
+        harms = self.judge.harms("improved", plan, self.judge.order)
+        return Standing(plan, harms, log_ratio(harms, tried[0].harms), stage)
 
     def _plan(self, knobs: dict[str, Any]) -> Plan:
         """Returns the plan that the solver makes of the bent surrogate; it is within the limits."""
         costs = self.request.knobs.bend(self.surrogate, knobs)
         return chosen_plan(self.request.profile, self.knapsack.choose(costs))
 
-    def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
-        """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
-        harms: list[float] = []
-        with self.measure.under(plan) as harm:
-            for step, number in enumerate(self.order):
-                harms.append(harm(number))
-                ratio = _log_ratios(harms[-1:], (reference or harms)[step : step + 1])[0]
-                hopeless = self.ledger.report(trial, ratio, step)
-                if hopeless and reference is not None and step + 1 < len(self.order):
-                    return harms, True
-        return harms, False
-
-    def _standing(self, best: Tried) -> str:
-        note = f"best {np.mean(best.harms):.3g} nats (trial {best.index})"
+    def _note(self, best: Standing) -> str:
+        note = f"best {best.harm:.3g} nats ({best.stage})"
         if not self.alternatives:
             return note
         family, other = min(self.alternatives.items(), key=lambda item: item[1].harm)
         return f"{note}, {family} {other.harm:.3g}"
 
-    def _write(self, tried: Sequence[Tried], *, finished: bool) -> Plan:
+    def _write(self, tried: Sequence[Tried], best: Standing, *, finished: bool) -> Plan:
         """Returns the best plan with its notes, and writes it to `out`."""
-        best = _best(tried)
         profile, recipe = self.request.profile, self.request.recipe
-        plan = Plan(profile.shape, profile.min_window, unpack(best.plan))
+        plan = best.plan
         harm: dict[str, float | None] = {
-            "plan": float(np.mean(best.harms)),
+            "plan": best.harm,
             "trial0": float(np.mean(tried[0].harms)),
             **{family: self.alternatives[family].harm if family in self.alternatives else None for family in FAMILIES},
         }
@@ -271,10 +322,11 @@ class Search:
             if other.harm < float(harm["plan"] or 0.0):
                 if finished:
                     logger.warning(
-                        "no trial beats the baseline %s: it measures %.3g nats, the best trial %.3g; its plan is returned",
+                        "nothing that was found beats the baseline %s: it measures %.3g nats, the best plan %.3g; its plan is "
+                        "returned",
                         family,
                         other.harm,
-                        np.mean(best.harms),
+                        best.harm,
                     )
                 plan, harm["plan"] = other.plan, other.harm
         resolved = recipe.resolved()
@@ -286,7 +338,7 @@ class Search:
                 "predicted_harm": self.surrogate.predicted(plan),
                 "measured_harm": harm,
                 "baselines": baselines,
-                "samples": self.measure.size,
+                "samples": self.judge.measure.size,
             },
             provenance={
                 "source": profile.source,
@@ -295,25 +347,34 @@ class Search:
                 "lengths": list(profile.lengths),
                 "seed": recipe.seed,
                 "search": self.request.key,
-                "finished": finished,
+                "finished": finished and not self.stopped,
                 "trials": len(tried),
                 "measured_plans": sum(trial.measured for trial in tried),
-                "best_trial": best.index,
+                "best_trial": best_trial(tried).index,
+                "knobs": best_trial(tried).knobs,
+                "stage": best.stage,
                 "surrogate": dict(self.surrogate.calibration.__dict__),
                 "versions": versions(),
                 "recipe": resolved,
             },
         )
+        if finished:
+            self.explanation = explain(
+                self.request,
+                self.surrogate,
+                plan,
+                tried,
+                self.ledger.importances(),
+                self.stages,
+                plan.quality["measured_harm"],
+            )
         if self.out is not None:
+            if finished:
+                write_json(explanation_path(self.out), self.explanation)
             plan.save(self.out)
         return plan
 
 
-def _best(tried: Sequence[Tried]) -> Tried:
-    """Returns the trial of least value among those measured on all samples; trial 0 always is."""
-    return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))
-
-
-def _log_ratios(harms: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Returns `log((harm + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
-    return [float(np.log((harm + EPSILON) / (base + EPSILON))) for harm, base in zip(harms, reference, strict=False)]
+def _standing(request: Request, trial: Tried) -> Standing:
+    plan = Plan(request.profile.shape, request.profile.min_window, unpack(trial.plan))
+    return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")

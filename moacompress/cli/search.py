@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import Output, Run, verb
-from moacompress.cli.options import Budgets, Overwrite, RecipeFile
+from moacompress.cli.options import Overwrite, RecipeFile
+from moacompress.errors import BudgetError
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+    from moacompress.search.outcome import SearchResult
 
 
 @verb(
     "moacompress search profile/ --budget 25% -o plan.json",
     "moacompress search profile/ --budget 25% --budget 512MiB@32k -o plan.json --trials 40",
+    "moacompress search profile/ --budget 50%,25%,12.5% -o plans/plan.json",
+    "moacompress search profile/ --budget 50%,12.5% --front -o plans/plan.json --trials 40",
+    "moacompress search profile/ --max-loss 1% -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
 )
 def search(
     run: Run,
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.")],
-    budget: Budgets = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="BUDGET",
+            help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold; with commas: one plan each.",
+        ),
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="Instead of a budget: find the smallest one whose plan raises the perplexity of the dense model's own "
+            "answers by at most this, such as 1%.",
+        ),
+    ] = None,
+    front: Annotated[
+        bool,
+        typer.Option("--front", help="Search the front of harm and bytes between the smallest and the largest budget."),
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path("plan.json"),
     recipe: RecipeFile = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Times that the best plan is profiled around and improved.")
+    ] = None,
+    moves: Annotated[int | None, typer.Option(help="KV heads measured with more, and with less, at the end.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which no new trial, round or move starts.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     overwrite: Overwrite = False,
@@ -32,25 +65,72 @@ def search(
 
     Plans are measured on the model of PROFILE. A search that was stopped goes on with the same command.
     """
+    from moacompress.budget import split_budgets
     from moacompress.calibration.store import Profile
 
+    if max_loss is not None and (budget or front):
+        raise BudgetError(
+            "--max-loss finds the budget itself; give either --max-loss or --budget, and --front only with budgets"
+        )
+    asked = split_budgets(budget) if budget else []
     loaded = Profile.load(profile)
     resolved = run.recipe(
         recipe,
         base=loaded.recipe,
-        budget=budget,
+        budget=list(asked[0]) if len(asked) == 1 else None,
         search__trials=trials,
+        search__rounds=rounds,
+        search__moves=moves,
         search__timeout=timeout,
         search__solver=solver,
         search__storage=storage,
     )
+    options: dict[str, Any] = {"recipe": resolved, "out": out, "progress": run.progress}
+    if front:
+        from moacompress.search.front import find_front
 
-    from moacompress.report.summary import harm_table
+        shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
+        return _several(loaded, find_front(loaded, shares, **options))
+    options["overwrite"] = overwrite
+    if max_loss is not None:
+        from moacompress.search.several import Loss, find_smallest
+
+        return _one(loaded, find_smallest(loaded, Loss.parse(max_loss), **options), out)
+    if len(asked) > 1:
+        from moacompress.search.several import find_plans
+
+        return _several(loaded, find_plans(loaded, asked, **options))
     from moacompress.search.study import find_plan
 
-    found = find_plan(loaded, None, recipe=resolved, out=out, overwrite=overwrite, progress=run.progress)
-    data = {
-        "plan": str(out),
+    return _one(loaded, find_plan(loaded, None, **options), out)
+
+
+def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
+    from moacompress.report.search import explanation_tables
+    from moacompress.report.summary import harm_table
+
+    return Output(
+        {"plan": str(out), **_numbers(found)},
+        [
+            harm_table(found.harm, found.kv_bytes),
+            *explanation_tables(found.explanation),
+            f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}.",
+            f"Next: moacompress export {profile.source} {out} -o model/",
+        ],
+    )
+
+
+def _several(profile: Profile, found: list[SearchResult]) -> Output:
+    from moacompress.report.search import front_table
+
+    return Output(
+        {"plans": [{"plan": str(result.path), **_numbers(result)} for result in found]},
+        [front_table(found), f"Next: moacompress export {profile.source} {found[0].path} -o model/"],
+    )
+
+
+def _numbers(found: SearchResult) -> dict[str, Any]:
+    return {
         "trials": found.trials,
         "measured_plans": found.measured_plans,
         "best_trial": found.best_trial,
@@ -58,11 +138,3 @@ def search(
         "kv_bytes": found.kv_bytes,
         "seconds": found.seconds,
     }
-    return Output(
-        data,
-        [
-            harm_table(found.harm, found.kv_bytes),
-            f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}.",
-            f"Next: moacompress export {loaded.source} {out} -o model/",
-        ],
-    )

@@ -17,6 +17,7 @@ from moacompress.budget import Budget, format_length, reference_length
 from moacompress.errors import ArtefactError
 from moacompress.plan import Plan, Rule
 from moacompress.report.tables import facts, readable_bytes, section
+from moacompress.search.cost import attention_flops
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
@@ -45,6 +46,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "density": plan.density(reference),
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
+        "attention_flops": {str(n): _flops(plan, n) for n in chosen},
         "layers": plan.model.layers,
         "kv_heads": plan.model.kv_heads,
         "shared_layers": [],
@@ -53,6 +55,11 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
     }
+
+
+def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
+    dense, ours = attention_flops(Plan.full(plan.model), n), attention_flops(plan, n)
+    return {phase: {"dense": dense[phase], "plan": ours[phase]} for phase in dense}
 
 
 def count_parameters(folder: Path) -> int | None:
@@ -99,17 +106,21 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
 
 
 def kv_table(data: dict[str, Any]) -> Group:
-    """Returns the KV bytes at each length."""
-    rows = [
-        (
-            format_length(int(length)),
-            readable_bytes(numbers["dense"]),
-            readable_bytes(numbers["plan"]),
-            f"{numbers['plan'] / numbers['dense']:.1%}",
+    """Returns the KV bytes at each length, and the share of attention's work that is left."""
+    rows = []
+    for length, numbers in data["kv_bytes"].items():
+        work = data["attention_flops"][length]
+        rows.append(
+            (
+                format_length(int(length)),
+                readable_bytes(numbers["dense"]),
+                readable_bytes(numbers["plan"]),
+                f"{numbers['plan'] / numbers['dense']:.1%}",
+                *(f"{work[phase]['plan'] / work[phase]['dense']:.1%}" for phase in ("prefill", "decode")),
+            )
         )
-        for length, numbers in data["kv_bytes"].items()
-    ]
-    return section("KV cache, batch 1", ("tokens", "dense", "this plan", "share"), rows)
+    titles = ("tokens", "dense", "this plan", "share", "attention FLOPs, prefill", "decode")
+    return section("KV cache, batch 1", titles, rows)
 
 
 def kept_map(plan: Plan, n: int) -> Text:

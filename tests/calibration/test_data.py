@@ -371,10 +371,20 @@ def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path
     again = build_samples(source, given(text_samples=5), "calibration")
     assert [s.answer_mask.tolist() for s in again] == [s.answer_mask.tolist() for s in samples]
     validation = build_samples(source, given(text_samples=5), "validation")
-    assert {sample.kind for sample in validation} == {"answer"}
+    texts = [sample for sample in validation if sample.kind == "text"]
+    assert [sample.length for sample in texts] == [
+        700,
+        700,
+        768,
+        768,
+        768,
+    ]  # as many samples of both splits, so as many texts
+    held = {word for document in Prose.load(text).pools["validation"] for word in document}
+    assert all(set(text_of(source, sample).split()[1:-1]) <= held - words for sample in texts)
+    assert len(validation) == 4 + len(texts)
 
 
-def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path) -> None:
+def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     needle = [{"generator": "needle"}]
     with pytest.raises(DataError, match=r"2 samples of plain text were asked for, but calibration.text names no file"):
         build_samples(source, recipe(needle, (700,), text_samples=2), "calibration")
@@ -382,6 +392,7 @@ def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"the longest of 1 texts of text:prose has 349 tokens; stretches of 700 were"):
         build_samples(source, short, "calibration")
     assert len(build_samples(source, short, "validation")) == 4
+    assert "plans will not be measured on plain text: of the validation texts, the longest of 1" in caplog.text
 
 
 def test_questions_of_calibration_validation_and_evaluation_share_no_document(

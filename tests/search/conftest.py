@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int
     recipe = Recipe.from_dict(
         {
             "calibration": {"lengths": list(LENGTHS)},
-            "search": {"trials": 8, "ablations": 5, **search},
+            "search": {"trials": 8, "ablations": 5, "rounds": 0, "moves": 0, **search},
             "profile": {"min_window": MIN_WINDOW},
         }
     )
@@ -110,6 +110,21 @@ class FakeObjective:
 
         yield harm
 
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+        """The harms of many plans on one sample."""
+        harms = []
+        for plan in plans:
+            with self.under(plan) as harm:
+                harms.append(harm(number))
+        return harms
+
+    def around(self, plan: Plan, progress: Any) -> np.ndarray:
+        """The true change of harm of every rule."""
+        here = [
+            [self._cost(layer, head, rule) for head, rule in enumerate(row)] for layer, row in enumerate(plan.rules)
+        ]
+        return self.truth - np.array(here)[..., None]
+
     def _cost(self, layer: int, head: int, rule: Rule) -> float:
         if rule in self.index:
             return float(self.truth[layer, head, self.index[rule]])
@@ -134,3 +149,25 @@ def profiles() -> Callable[..., Profile]:
 @pytest.fixture
 def fake_objective() -> type[FakeObjective]:
     return FakeObjective
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+    """A tiny model, as `load_source` gives a real one."""
+    from moacompress.models import SourceModel, model_shape
+
+    model = tiny_model("llama")
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
+@pytest.fixture(scope="session")
+def random_samples() -> Callable[..., list[Sample]]:
+    """Stands in for the data, `build_samples`: random ids."""
+
+    def build(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
+        rng = np.random.default_rng([recipe.seed, split == "calibration"])
+        count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+        lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+        return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
+
+    return build

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
@@ -23,7 +23,7 @@ from moacompress.models import SourceModel, model_shape
 from moacompress.plan import ModelShape
 from moacompress.recipe import Recipe
 from moacompress.report.audit import audit_tables, scatter_html
-from moacompress.search import measuring
+from moacompress.search import objective
 from moacompress.search.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
@@ -271,22 +271,10 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
 # The whole of it, on a tiny model
 
 
-def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
-    """Stands in for the data: random ids."""
-    rng = np.random.default_rng([recipe.seed, split == "calibration"])
-    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
-    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
-    return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
-
-
 @pytest.fixture(scope="module")
-def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
-
-
-@pytest.fixture(scope="module")
-def audited(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+def audited(
+    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
     recipe = Recipe.from_dict(
         {
             "calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 3},
@@ -294,7 +282,7 @@ def audited(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Pr
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.build_samples", make_samples)
+        patch.setattr("moacompress.calibration.data.build_samples", random_samples)
         return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 
@@ -322,7 +310,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.append(kl(*args))
         return calls[-1]
 
-    monkeypatch.setattr(measuring, "kl", counted)
+    monkeypatch.setattr(objective, "kl", counted)
     return calls
 
 

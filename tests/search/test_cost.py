@@ -9,7 +9,15 @@ from moacompress.budget import Budget
 from moacompress.calibration.store import Profile
 from moacompress.errors import BudgetError, InfeasibleBudgetError
 from moacompress.plan import Plan
-from moacompress.search.cost import budget_limits, slot_limits, slot_table, smallest_bytes
+from moacompress.search.cost import (
+    attention_flops,
+    budget_limits,
+    floored,
+    layer_floors,
+    slot_limits,
+    slot_table,
+    smallest_bytes,
+)
 
 Profiles = Callable[..., Profile]
 
@@ -49,3 +57,27 @@ def test_smallest_plan_is_one_rule(profiles: Profiles) -> None:
     rule = min(profile.rules, key=lambda rule: (rule.sink, rule.kept(512, 32)))
     plan = Plan.uniform(profile.shape, min(r for r in profile.rules if r.sink == rule.sink and r.alpha == 32), 32)
     assert smallest == {n: plan.kv_bytes(n) for n in (256, 512)}
+
+
+def test_flops_count_what_is_kept(profiles: Profiles) -> None:
+    profile = profiles(layers=2)
+    shape, n = profile.shape, 200
+    rule = profile.rules[5]
+    plan = Plan.uniform(shape, rule, profile.min_window)
+    each = 4 * shape.head_dim * shape.heads  # two products, a multiply-add is two
+    found = attention_flops(plan, n)
+    assert found["decode"] == each * shape.layers * rule.kept(n, profile.min_window)
+    assert found["prefill"] == each * shape.layers * sum(rule.kept(i, profile.min_window) for i in range(1, n + 1))
+    assert attention_flops(Plan.full(shape), n)["prefill"] == each * shape.layers * n * (n + 1) // 2
+
+
+def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:
+    profile = profiles()
+    table = slot_table(profile.shape, profile.rules, profile.min_window, profile.lengths)
+    floors = layer_floors({1: 0.5}, profile.shape)
+    found = floored(table, floors)
+    assert np.array_equal(found[:, [0, 2, 3]], table[:, [0, 2, 3]])
+    assert (found[:, 1] >= table[:, 1, :, :1] / 2).all()
+    assert (found[:, 1] < table[:, 1, :, :1]).any()
+    arguments = (profile.shape, profile.rules, profile.min_window, profile.lengths)
+    assert all(smallest_bytes(*arguments, floors)[n] > smallest_bytes(*arguments)[n] for n in profile.lengths)

@@ -43,14 +43,14 @@ def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: st
     for _ in range(2):  # what was recorded is not worn by use
         for layer in range(full.model.layers):
             plan = ablated(full, layer)
-            assert first_changed(plan) == layer
+            assert first_changed(plan, full) == layer
             attach(model, plan)
             whole = answer_logits(model, sample)
             with resumed(model, prefix, layer):
                 assert torch.equal(answer_logits(model, sample), whole)
             assert not torch.equal(whole, dense)
     attach(model, full)
-    assert first_changed(full) == full.model.layers
+    assert first_changed(full, full) == full.model.layers
     with resumed(model, prefix, full.model.layers):
         assert torch.equal(answer_logits(model, sample), dense)
 

@@ -1,0 +1,123 @@
+"""Why a plan is as it is: which KV heads stay long, which knobs mattered, and what each step of the search gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moacompress.plan import Plan
+from moacompress.search.outcome import pack, unpack
+from moacompress.search.surrogate import Surrogate
+from moacompress.search.trials import Tried
+
+if TYPE_CHECKING:
+    from moacompress.search.request import Request
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the search.
+
+    Attributes:
+        name: what it was.
+        harm: of its plan, nats.
+        log_ratio: mean paired log-ratio of that harm to the surrogate's own plan.
+        kept: whether its plan became the best one.
+        plan: its plan's rules, as `outcome.pack` packs them.
+    """
+
+    name: str
+    harm: float
+    log_ratio: float
+    kept: bool
+    plan: dict[str, Any]
+
+    @staticmethod
+    def of(name: str, plan: Plan, harms: Sequence[float], value: float, kept: bool) -> Stage:
+        """Returns the step that came to a plan with these harms."""
+        return Stage(name, float(np.mean(harms)), value, kept, pack(plan))
+
+
+def explain(
+    request: Request,
+    surrogate: Surrogate,
+    plan: Plan,
+    tried: Sequence[Tried],
+    importances: Mapping[str, float],
+    stages: Sequence[Stage],
+    harm: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """Returns what a search can say about its plan, as JSON values.
+
+    Args:
+        request: what was asked for.
+        surrogate: calibrated.
+        plan: the plan that is returned.
+        tried: the finished trials.
+        importances: share of the variation between trials that goes with each knob.
+        stages: steps of the search.
+        harm: measured, by name.
+
+    Returns:
+        `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
+        harm in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
+        `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
+        `stages`, `harm`.
+    """
+    return {
+        "format": "moacompress-explanation",
+        "plan": plan.key(),
+        "budget": list(request.asked),
+        "harm": dict(harm),
+        "stages": [asdict(stage) for stage in stages],
+        "knobs": dict(sorted(importances.items(), key=lambda item: -item[1])),
+        "predicted": _predicted(request, surrogate, tried),
+        "heads": head_rows(request, surrogate, plan),
+    }
+
+
+def head_rows(request: Request, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
+    """Returns a row of every KV head, those first whose range is worth most; see `explain`."""
+    n, limit = max(request.limits.items())
+    profile, shape = request.profile, request.profile.shape
+    average = limit // shape.slot_bytes // (shape.layers * shape.kv_heads)
+    costs = surrogate.costs()
+    number = {rule: index for index, rule in enumerate(surrogate.rules)}
+    rows = []
+    for layer, rules in enumerate(plan.rules):
+        native = shape.native_windows[layer]
+        slots = np.array([rule.slots(n, profile.min_window, native) for rule in surrogate.rules])
+        fits = slots <= max(average, int(slots.min()))
+        for head, rule in enumerate(rules):
+            at_average = float(costs[layer, head][fits].min())
+            own = float(costs[layer, head, number[rule]]) if rule in number else None
+            rows.append(
+                {
+                    "layer": layer,
+                    "kv_head": head,
+                    "rule": "full" if rule.is_full else asdict(rule),
+                    "kept": int(rule.kept(n, profile.min_window, native)),
+                    "of": n if native is None else min(n, native),
+                    "harm": own,
+                    "saves": None if own is None else at_average - own,
+                }
+            )
+    return sorted(rows, key=lambda row: -(row["saves"] or 0.0))
+
+
+def _predicted(request: Request, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:
+    """Returns predicted and measured harm of the distinct plans that were measured on all samples."""
+    from scipy.stats import spearmanr
+
+    profile = request.profile
+    pairs = []
+    for trial in tried:
+        if trial.measured and not trial.pruned:
+            plan = Plan(profile.shape, profile.min_window, unpack(trial.plan))
+            pairs.append([surrogate.predicted(plan), float(np.mean(trial.harms))])
+    predicted, measured = zip(*pairs, strict=True)
+    varied = min(len(set(predicted)), len(set(measured))) > 2
+    return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

@@ -1,0 +1,175 @@
+"""The front of harm and bytes: one study with two objectives, in which the budget is a knob like the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moacompress.artefacts import fingerprint
+from moacompress.budget import Budget
+from moacompress.calibration.store import Profile
+from moacompress.errors import BudgetError
+from moacompress.models import SourceModel, load_for
+from moacompress.plan import Plan
+from moacompress.progress import SILENT, Progress
+from moacompress.recipe import Recipe
+from moacompress.search.cost import slot_limits
+from moacompress.search.judge import Judge
+from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.ledger import Ledger, quiet_optuna
+from moacompress.search.objective import Objective
+from moacompress.search.outcome import SearchResult, bytes_note, pack, unpack, versions
+from moacompress.search.request import Request
+from moacompress.search.several import named, write_front
+
+SHARE = "log_share"
+"""Name of the knob that is the logarithm of the budget, a share of the dense bytes."""
+STARTS = 4
+"""Budgets, evenly spread on a logarithmic scale, at which the surrogate's own plan is tried first."""
+
+
+def find_front(
+    profile: Profile,
+    budgets: Sequence[str],
+    *,
+    recipe: Recipe,
+    out: Path,
+    model: SourceModel | None = None,
+    progress: Progress | None = None,
+) -> list[SearchResult]:
+    """Finds plans between two budgets of which none is beaten in both bytes and measured harm.
+
+    Args:
+        profile: a finished profile.
+        budgets: at least two shares of the dense bytes; the smallest and the largest count.
+        recipe: the run; `search.trials` trials are measured, rounds and moves are not made.
+        out: `plan.json` stands for `plan-front-1.json` and so on, the smallest first, and `plan.front.json` for all of them.
+        model: the profile's model where it is loaded already.
+        progress: told of every measurement.
+
+    Returns:
+        The plans of the front, the smallest first.
+
+    Raises:
+        BudgetError: not two different shares.
+        MoaCompressError: as `find_plan`.
+    """
+    started, progress = time.monotonic(), progress or SILENT
+    low, high = _shares(budgets)
+    request = Request.of(profile, f"{low:.6f}", recipe)
+    key = fingerprint(["front", request.key, low, high])
+    storage = recipe.search.storage or str(out.with_suffix(".front.journal"))
+    distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
+    neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
+    with quiet_optuna():
+        ledger = Ledger(
+            storage,
+            f"moacompress-{key}",
+            profile.fingerprint,
+            distributions,
+            neutral[0],
+            recipe.seed,
+            neutral[1:],
+            objectives=2,
+        )
+        source = load_for(recipe, profile.source) if model is None else model
+        profile.check_model(source, "search")
+        judge = Judge.of(ledger, Objective(source.model, profile.validation), recipe.seed)
+        surrogate = judge.calibrated(request, progress)
+        knapsack = Knapsack.of(request)
+        progress.start("searching the front", recipe.search.trials)
+        for _ in ledger.finished()[: recipe.search.trials]:
+            progress.step()
+        timeout = recipe.search.timeout
+        while len(done := ledger.finished()) < recipe.search.trials:
+            if done and timeout is not None and time.monotonic() - started > timeout:
+                break
+            trial = ledger.ask()
+            share = float(np.exp(trial.params[SHARE]))
+            limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
+            choice = replace(knapsack, limits=slot_limits(limits, profile.shape)).choose(
+                request.knobs.bend(surrogate, {name: value for name, value in trial.params.items() if name != SHARE})
+            )
+            plan = chosen_plan(profile, choice)
+            harm = float(np.mean(judge.harms("front", plan, judge.order)))
+            kept = max(plan.kv_share(n) for n in profile.lengths)
+            ledger.tell(trial, [harm, kept], plan=pack(plan))
+            progress.step(f"{kept:.1%} of the bytes: {harm:.3g} nats")
+        progress.done()
+        points = [
+            _Point(trial.values[0], trial.values[1], trial.user_attrs["plan"], number)
+            for number, trial in enumerate(ledger.finished())
+        ]
+    results = []
+    for number, point in enumerate(_front(points), start=1):
+        plan = _noted(request, point, len(points))
+        path = named(out, f"front-{number}")
+        plan.save(path)
+        results.append(SearchResult.of(plan, path, time.monotonic() - started, {}))
+    write_front(out, results)
+    return results
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A trial: its mean harm in nats, its share of the dense bytes at the length where that is most, its plan."""
+
+    harm: float
+    share: float
+    packed: dict[str, Any]
+    index: int
+
+
+def _front(points: Sequence[_Point]) -> list[_Point]:
+    """Returns the points that no other beats in both numbers, the smallest first."""
+    found: list[_Point] = []
+    for point in sorted(points, key=lambda point: (point.share, point.harm)):
+        if not found or point.harm < found[-1].harm:
+            found.append(point)
+    return found
+
+
+def _shares(budgets: Sequence[str]) -> tuple[float, float]:
+    parsed = [Budget.parse(text) for text in budgets]
+    shares = {budget.share for budget in parsed if budget.share is not None and budget.length is None}
+    if len(shares) < 2 or any(budget.share is None or budget.length is not None for budget in parsed):
+        raise BudgetError(
+            f"a front lies between two shares of the dense bytes; {', '.join(budgets) or 'nothing'} was given: write "
+            "--budget 50%,12.5%"
+        )
+    return min(shares), max(shares)
+
+
+def _uniform(low: float, high: float) -> Any:
+    from optuna.distributions import FloatDistribution
+
+    return FloatDistribution(float(low), float(high))
+
+
+def _noted(request: Request, point: _Point, trials: int) -> Plan:
+    profile = request.profile
+    plan = Plan(profile.shape, profile.min_window, unpack(point.packed))
+    resolved = request.recipe.resolved()
+    resolved["search"]["storage"] = None
+    return plan.with_notes(
+        budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
+        quality={"measured_harm": {"plan": point.harm}, "samples": len(profile.validation)},
+        provenance={
+            "source": profile.source,
+            "profile": profile.fingerprint,
+            "calibration": profile.calibration_fingerprint,
+            "lengths": list(profile.lengths),
+            "seed": request.recipe.seed,
+            "trials": trials,
+            "measured_plans": trials,
+            "best_trial": point.index,
+            "versions": versions(),
+            "recipe": resolved,
+        },
+    )

@@ -1,0 +1,98 @@
+"""Measured moves: the surrogate is least sure about the KV heads nearest the threshold, so those are tried on the model.
+
+Every move is one KV head with its next best rule, measured alone under the plan at hand; a small knapsack of what was
+measured then says which of them to make together. They are measured on calibration samples, so that the validation samples,
+which decide whether the result is better, have not chosen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moacompress.search.cost import Ints
+from moacompress.search.knapsack import Knapsack
+from moacompress.search.solver import best_prices, solve
+from moacompress.search.surrogate import Floats
+
+
+@dataclass(frozen=True)
+class Move:
+    """One KV head with another rule.
+
+    Attributes:
+        layer: its layer.
+        head: its KV head.
+        rule: number of the new rule.
+    """
+
+    layer: int
+    head: int
+    rule: int
+
+    def on(self, choice: Ints) -> Ints:
+        """Returns the choice with the move made."""
+        changed = choice.copy()
+        changed[self.layer, self.head] = self.rule
+        return changed
+
+
+def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) -> list[Move]:
+    """Returns the moves that are predicted to matter least: as many that take slots as that give some back.
+
+    Args:
+        knapsack: slots and limits.
+        costs: predicted harm of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
+        choice: the present rule of every KV head, `[layers, kv_heads]`.
+        count: moves of each kind, of different KV heads.
+    """
+    rules = costs.shape[-1]
+    flat = (costs - costs.min(axis=-1, keepdims=True)).reshape(-1, rules)
+    slots = knapsack.slots.reshape(len(knapsack.limits), -1, rules)
+    shares = slots / np.maximum(knapsack.limits, 1)[:, None, None]
+    reduced = flat + np.tensordot(best_prices(flat, shares)[0], shares, axes=1)
+    heads = np.arange(len(flat))
+    now = choice.reshape(-1)
+    lost = reduced - reduced[heads, now][:, None]
+    added = (slots - slots[:, heads, now][:, :, None])[-1]
+    moves = []
+    for kind in (added > 0, added < 0):
+        candidates = np.where(kind, lost, np.inf)
+        rule = np.argmin(candidates, axis=1)
+        least = candidates[heads, rule]
+        order = [head for head in np.argsort(least, kind="stable")[:count].tolist() if np.isfinite(least[head])]
+        moves += [Move(head // choice.shape[1], head % choice.shape[1], int(rule[head])) for head in order]
+    return moves
+
+
+def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Floats) -> Ints:
+    """Returns the choice with the best of the moves made, together within the limits.
+
+    Args:
+        knapsack: slots and limits.
+        choice: the present rule of every KV head, `[layers, kv_heads]`.
+        moves: what was measured.
+        ratios: measured log-ratio of the harm after a move to that before, `[moves, samples]`. A move counts by its mean
+            plus its standard error: what looks best of many noisy numbers is usually less good.
+    """
+    error = ratios.std(axis=1, ddof=1) / np.sqrt(ratios.shape[1]) if ratios.shape[1] > 1 else 0.0
+    worth = ratios.mean(axis=1) + error
+    heads = sorted({(move.layer, move.head) for move in moves})
+    options = {head: [int(choice[head])] for head in heads}
+    worths: dict[tuple[int, int], list[float]] = {head: [0.0] for head in heads}
+    for move, value in zip(moves, worth.tolist(), strict=True):
+        options[move.layer, move.head].append(move.rule)
+        worths[move.layer, move.head].append(value)
+    most = max(map(len, options.values()))
+    rules = np.array([options[head] + options[head][:1] * (most - len(options[head])) for head in heads])
+    costs = np.array([worths[head] + worths[head][:1] * (most - len(worths[head])) for head in heads])
+    where = np.array(heads).T
+    slots = np.stack([table[where[0][:, None], where[1][:, None], rules] for table in knapsack.slots])
+    used = np.take_along_axis(knapsack.slots, choice[None, ..., None], axis=-1).sum(axis=(1, 2, 3))
+    left = knapsack.limits - used + slots[:, :, 0].sum(axis=1)
+    picked = solve(costs - costs.min(axis=1, keepdims=True), slots, left, solver=knapsack.solver).choice
+    changed = choice.copy()
+    changed[where[0], where[1]] = rules[np.arange(len(heads)), picked]
+    return changed

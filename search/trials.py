@@ -1,0 +1,118 @@
+"""The trials of a study: knobs in, a plan by the solver, measured sample by sample until it is done or hopeless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moacompress.plan import Plan
+from moacompress.search.ledger import Ledger
+from moacompress.search.objective import Measure
+from moacompress.search.outcome import pack
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+EPSILON = 1e-3
+"""Nats added to a harm before its logarithm: differences far below it do not matter."""
+
+
+def log_ratios(harms: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Returns `log((harm + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
+    return [float(np.log((harm + EPSILON) / (base + EPSILON))) for harm, base in zip(harms, reference, strict=False)]
+
+
+def log_ratio(harms: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the mean of `log_ratios`: what plans are compared by."""
+    return float(np.mean(log_ratios(harms, reference)))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A finished trial.
+
+    Attributes:
+        index: its place among the finished trials; 0 is the surrogate's own plan.
+        key: of its plan.
+        plan: its rules, packed.
+        harms: nats, in the order of the shuffled samples; fewer than all where it was pruned.
+        value: mean log-ratio to trial 0.
+        pruned: whether it was given up half-way.
+        measured: whether it was measured, and not known from an earlier trial of the same plan.
+        knobs: its knobs.
+    """
+
+    index: int
+    key: str
+    plan: dict[str, Any]
+    harms: list[float]
+    value: float
+    pruned: bool
+    measured: bool
+    knobs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs the trials of a study and knows those that are finished.
+
+    Attributes:
+        ledger: where they are kept.
+        measure: the model.
+        order: the samples' numbers, shuffled.
+        plan_of: makes a plan of knobs; it is within the limits.
+    """
+
+    ledger: Ledger
+    measure: Measure
+    order: Sequence[int]
+    plan_of: Callable[[dict[str, Any]], Plan]
+
+    def finished(self) -> list[Tried]:
+        """Returns the finished trials."""
+        trials = self.ledger.finished()
+        return [
+            Tried(index, value=trial.value or 0.0, knobs=trial.params, **trial.user_attrs)
+            for index, trial in enumerate(trials)
+        ]
+
+    def run(self, tried: Sequence[Tried]) -> None:
+        """Runs the next trial.
+
+        Args:
+            tried: those that are finished.
+        """
+        trial = self.ledger.ask()
+        plan = self.plan_of(trial.params)
+        key = plan.key()
+        twin = next((old for old in tried if old.key == key), None)
+        if twin is not None:
+            for step, ratio in enumerate(log_ratios(twin.harms, tried[0].harms)):
+                self.ledger.report(trial, ratio, step)
+            harms, pruned = twin.harms, twin.pruned
+        else:
+            harms, pruned = self._race(trial, plan, tried[0].harms if tried else None)
+        value = log_ratio(harms, tried[0].harms if tried else harms)
+        self.ledger.tell(
+            trial, value, key=key, plan=pack(plan), harms=list(harms), pruned=pruned, measured=twin is None
+        )
+
+    def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
+        """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
+        harms: list[float] = []
+        with self.measure.under(plan) as harm:
+            for step, number in enumerate(self.order):
+                harms.append(harm(number))
+                ratio = log_ratios(harms[-1:], (reference or harms)[step : step + 1])[0]
+                hopeless = self.ledger.report(trial, ratio, step)
+                if hopeless and reference is not None and step + 1 < len(self.order):
+                    return harms, True
+        return harms, False
+
+
+def best_trial(tried: Sequence[Tried]) -> Tried:
+    """Returns the trial of least value among those measured on all samples; trial 0 always is."""
+    return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))

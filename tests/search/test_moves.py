@@ -1,0 +1,71 @@
+"""Measured moves: which KV heads are tried, and which of the moves are made together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moacompress.calibration.store import Profile
+from moacompress.search.knapsack import Knapsack
+from moacompress.search.moves import Move, combined, marginal_moves
+from moacompress.search.request import Request
+
+Profiles = Callable[..., Profile]
+
+
+def setting(profiles: Profiles) -> tuple[Knapsack, np.ndarray, np.ndarray]:
+    profile = profiles()
+    request = Request.of(profile, "50%", profile.recipe)
+    knapsack = Knapsack.of(request)
+    costs = request.surrogate.costs()
+    return knapsack, costs, knapsack.choose(costs)
+
+
+def slots(knapsack: Knapsack, choice: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
+
+
+def test_moves_go_both_ways_and_are_the_least_sure(profiles: Profiles) -> None:
+    knapsack, costs, choice = setting(profiles)
+    moves = marginal_moves(knapsack, costs, choice, 3)
+    before = slots(knapsack, choice)[-1]
+    added = [int(slots(knapsack, move.on(choice))[-1].sum() - before.sum()) for move in moves]
+    assert sum(change > 0 for change in added) == sum(change < 0 for change in added) == 3
+    assert len({(move.layer, move.head) for move in moves[:3]}) == 3
+    for move in moves:
+        changed = move.on(choice)
+        assert (changed != choice).sum() == 1
+        assert changed[move.layer, move.head] == move.rule
+    assert marginal_moves(knapsack, costs - 5.0, choice, 3) == moves  # only differences count
+    every = marginal_moves(knapsack, costs, choice, 100)
+    assert len(every) <= 2 * choice.size
+    assert moves[0] in every
+
+
+def test_what_pays_is_made_together_within_the_limits(profiles: Profiles) -> None:
+    knapsack, costs, choice = setting(profiles)
+    moves = marginal_moves(knapsack, costs, choice, 4)
+    before = slots(knapsack, choice)[-1].sum()
+    worth = np.array([-1.0 if slots(knapsack, m.on(choice))[-1].sum() > before else 0.1 for m in moves])
+    ratios = np.repeat(worth[:, None], 5, axis=1)
+    changed = combined(knapsack, choice, moves, ratios)
+    assert (slots(knapsack, changed).sum((1, 2)) <= knapsack.limits).all()
+    made = [move for move in moves if changed[move.layer, move.head] == move.rule]
+    assert any(slots(knapsack, move.on(choice))[-1].sum() > before for move in made)
+    others = np.ones_like(choice, bool)
+    for move in moves:
+        others[move.layer, move.head] = False
+    assert np.array_equal(changed[others], choice[others])
+    assert np.array_equal(combined(knapsack, choice, moves, np.abs(ratios)), choice)  # nothing pays
+
+
+def test_noise_does_not_pay(profiles: Profiles) -> None:
+    knapsack, costs, choice = setting(profiles)
+    moves = marginal_moves(knapsack, costs, choice, 4)
+    down = [m for m in moves if slots(knapsack, m.on(choice))[-1].sum() < slots(knapsack, choice)[-1].sum()]
+    noisy = np.array([[-1.0, 0.9, -0.9, 0.8]] * len(down))  # mean -0.05, error 0.5
+    assert np.array_equal(combined(knapsack, choice, down, noisy), choice)
+    sure = np.full((len(down), 4), -0.05)
+    assert not np.array_equal(combined(knapsack, choice, down, sure), choice)
+    assert np.array_equal(combined(knapsack, choice, [Move(0, 0, int(choice[0, 0]))], np.zeros((1, 1))), choice)

@@ -1,0 +1,105 @@
+"""Rounds: what is profiled around a plan, how far one round goes, and that finished samples are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moacompress.calibration import profiler
+from moacompress.calibration.profiler import profile as profile_model
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile
+from moacompress.models import SourceModel
+from moacompress.progress import SILENT
+from moacompress.recipe import Recipe
+from moacompress.search import rounds
+from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.request import Request
+from moacompress.search.rounds import ProfileAround, choice_of, moved, spread_samples
+
+Profiles = Callable[..., Profile]
+
+
+@pytest.fixture(scope="module")
+def profiled(
+    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Profile]:
+    recipe = Recipe.from_dict(
+        {"calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 2}, "profile": {"draws": 1}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.data.build_samples", random_samples)
+        yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", recipe)
+
+
+def test_around_is_what_the_profiler_says_around_the_plan(
+    source: SourceModel, profiled: Profile, tmp_path: Path
+) -> None:
+    samples = profiled.calibration_samples()
+    assert len(samples) == 4
+    plan = chosen_plan(profiled, np.full((3, 2), 3))
+    change = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    assert change.shape == (3, 2, len(profiled.rules))
+    assert not change[..., 3].any()
+    whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan)
+    assert np.array_equal(change, whole.influence("robust").mean(0))
+    assert (change < 0).any()
+    assert (change > 0).any()
+
+
+def test_finished_samples_are_kept(
+    source: SourceModel, profiled: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = chosen_plan(profiled, np.full((3, 2), 3))
+    around = ProfileAround(profiled, profiled.recipe, source, profiled.calibration_samples(), tmp_path)
+    calls: list[int] = []
+
+    def counted(*arguments: object) -> object:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return profiler.sample_statistics(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rounds, "sample_statistics", counted)
+    with pytest.raises(KeyboardInterrupt):
+        around(plan, SILENT)
+    calls.clear()
+    first = around(plan, SILENT)
+    assert len(calls) == 1
+    calls.clear()
+    assert np.array_equal(around(plan, SILENT), first)
+    assert not calls
+    other = chosen_plan(profiled, np.full((3, 2), 4))
+    with pytest.raises(KeyboardInterrupt):  # another plan is another matter
+        around(other, SILENT)
+
+
+def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
+    profile = profiles()
+    request = Request.of(profile, "50%", profile.recipe)
+    knapsack = Knapsack.of(request)
+    choice = knapsack.choose(request.surrogate.costs())
+    rng = np.random.default_rng(0)
+    change = rng.normal(size=(*choice.shape, len(profile.rules)))
+    np.put_along_axis(change, choice[..., None], 0.0, axis=-1)
+    before = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
+    reached = []
+    for share in (0.02, 0.1, 1.0):
+        after_choice = moved(knapsack, change, choice, share)
+        after = np.take_along_axis(knapsack.slots, after_choice[None, ..., None], -1)[..., 0]
+        assert (after.sum((1, 2)) <= knapsack.limits).all()
+        assert np.abs(after - before)[-1].sum() <= 2 * share * knapsack.limits[-1]
+        reached.append(float(np.take_along_axis(change, after_choice[..., None], -1).sum()))
+    assert 0 >= reached[0] > reached[1] > reached[2]
+    assert np.array_equal(moved(knapsack, np.abs(change), choice), choice)  # nothing helps
+    assert np.array_equal(choice_of(profile, chosen_plan(profile, choice)), choice)
+
+
+def test_samples_are_spread(profiles: Profiles) -> None:
+    samples = profiles(samples=9).validation
+    assert spread_samples(samples, 3) == [samples[0], samples[4], samples[8]]
+    assert spread_samples(samples, 20) == samples
+    assert spread_samples(samples, 1) == samples[:1]
