@@ -93,9 +93,8 @@ def find_front(
             trial = ledger.ask()
             share = float(np.exp(trial.params[SHARE]))
             limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-            choice = replace(knapsack, limits=slot_limits(limits, profile.shape)).choose(
-                request.knobs.bend(surrogate, {name: value for name, value in trial.params.items() if name != SHARE})
-            )
+            here = replace(knapsack, limits=slot_limits(limits, profile.shape))
+            choice = request.choice(surrogate, here, {name: at for name, at in trial.params.items() if name != SHARE})
             plan = chosen_plan(profile, choice)
             harm = float(np.mean(judge.harms("front", plan, judge.order)))
             kept = max(plan.kv_share(n) for n in profile.lengths)

@@ -17,31 +17,40 @@ DEPTH_KNOTS = 5
 DEPTH_RANGE = 1.0
 LENGTH_RANGE = 1.0
 EXPONENT_RANGE = 0.5
+COHERENCE_RANGE = 0.8
+START_COHERENCE = 0.3
+"""Tried right after the surrogate's own plan."""
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """The search space of one model and its profiled lengths. Every knob is a logarithm; all 0 is the surrogate itself.
+    """The search space of one model and its profiled lengths; all knobs at 0 are the surrogate itself.
+
+    All but `coherence` are logarithms.
 
     `depth_K`: multipliers of the cost, from the first layer to the last, interpolated between the knots.
     `length_N`: weight of the profiled length N, relative to the longest.
     `exponent`: exponent on the cost; above 0 it favours the costliest KV heads.
+    `coherence`: share of the quadratic form, which knows what KV heads do together; see `quadratic`.
 
     Attributes:
         layers: layers of the model.
         lengths: profiled lengths, ascending.
+        coherent: whether there is a quadratic form.
     """
 
     layers: int
     lengths: tuple[int, ...]
+    coherent: bool = False
 
     @property
-    def ranges(self) -> dict[str, float]:
-        """Each knob's largest absolute value."""
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Each knob's smallest and largest value."""
         return {
-            **{f"depth_{knot}": DEPTH_RANGE for knot in range(min(DEPTH_KNOTS, self.layers))},
-            **{f"length_{length}": LENGTH_RANGE for length in self.lengths[:-1]},
-            "exponent": EXPONENT_RANGE,
+            **{f"depth_{knot}": (-DEPTH_RANGE, DEPTH_RANGE) for knot in range(min(DEPTH_KNOTS, self.layers))},
+            **{f"length_{length}": (-LENGTH_RANGE, LENGTH_RANGE) for length in self.lengths[:-1]},
+            "exponent": (-EXPONENT_RANGE, EXPONENT_RANGE),
+            **({"coherence": (0.0, COHERENCE_RANGE)} if self.coherent else {}),
         }
 
     @property
@@ -53,7 +62,12 @@ class Knobs:
         """Returns the knobs in Optuna's terms."""
         from optuna.distributions import FloatDistribution
 
-        return {name: FloatDistribution(-limit, limit) for name, limit in self.ranges.items()}
+        return {name: FloatDistribution(low, high) for name, (low, high) in self.ranges.items()}
+
+    @property
+    def starts(self) -> list[dict[str, float]]:
+        """What is tried right after the neutral values."""
+        return [{**self.neutral, "coherence": START_COHERENCE}] if self.coherent else []
 
     def bend(self, surrogate: Surrogate, values: Mapping[str, float]) -> Floats:
         """Returns the costs of every rule under the knobs, [layers, kv_heads, rules]; only their ratios count."""

@@ -13,8 +13,10 @@ from moacompress.calibration.samples import fingerprint_samples
 from moacompress.calibration.store import Profile
 from moacompress.errors import UsageError
 from moacompress.recipe import Recipe
-from moacompress.search.cost import budget_limits, layer_floors
+from moacompress.search.cost import Ints, budget_limits, layer_floors
+from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.knobs import Knobs
+from moacompress.search.quadratic import Quadratic
 from moacompress.search.surrogate import Surrogate
 
 Knob: TypeAlias = Mapping[str, float]
@@ -93,4 +95,26 @@ class Request:
     @property
     def knobs(self) -> Knobs:
         """What the study tunes."""
-        return Knobs(self.profile.shape.layers, self.profile.lengths)
+        return Knobs(self.profile.shape.layers, self.profile.lengths, self.quadratic is not None)
+
+    @cached_property
+    def quadratic(self) -> Quadratic | None:
+        """What KV heads do together, where the profile has enough samples to say it."""
+        return Quadratic.of(self.profile, self.recipe.search.text_weight)
+
+    def choice(self, surrogate: Surrogate, knapsack: Knapsack, knobs: Knob) -> Ints:
+        """Returns the rule of every KV head that the solver chooses under some knobs, int64 `[layers, kv_heads]`.
+
+        Args:
+            surrogate: calibrated.
+            knapsack: slots and limits.
+            knobs: values of `knobs`.
+        """
+        bent = self.knobs.bend(surrogate, knobs)
+        choice = knapsack.choose(bent)
+        share = knobs.get("coherence", 0.0)
+        if self.quadratic is None or not share:
+            return choice
+        # bending leaves only ratios: brought back to nats, so that it can be added to the quadratic form
+        nats = total_cost(surrogate.raw(), choice) / max(total_cost(bent, choice), 1e-300)
+        return self.quadratic.refined(choice, bent * nats, share, knapsack)

@@ -111,7 +111,7 @@ def find_plan(
             request.knobs.distributions(),
             request.knobs.neutral,
             request.recipe.seed,
-            starts,
+            [*starts, *request.knobs.starts],
         )
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
@@ -295,8 +295,7 @@ class Search:
 
     def _plan(self, knobs: dict[str, Any]) -> Plan:
         """Returns the plan that the solver makes of the bent surrogate; it is within the limits."""
-        costs = self.request.knobs.bend(self.surrogate, knobs)
-        return chosen_plan(self.request.profile, self.knapsack.choose(costs))
+        return chosen_plan(self.request.profile, self.request.choice(self.surrogate, self.knapsack, knobs))
 
     def _note(self, best: Standing) -> str:
         note = f"best {best.harm:.3g} nats ({best.stage})"

@@ -1,0 +1,108 @@
+"""What KV heads do together: the quadratic form of the harm, shrunk towards the sum over heads, and a local search in it.
+
+To second order harm is half the mean square of the *sum* over KV heads of what each moves along a random cotangent; the
+surrogate adds up the squares of each alone. The sum knows which heads cancel or add up, but it is estimated from few samples:
+alone it overfits, so it is mixed with the surrogate, and a study decides how much of it helps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moacompress.calibration.store import Profile
+from moacompress.search.cost import Ints
+from moacompress.search.knapsack import Knapsack
+from moacompress.search.solver import best_prices
+from moacompress.search.surrogate import Floats
+
+MIN_ROWS = 32
+"""Sums (one for every draw of every sample) below which the form says nothing."""
+CANDIDATES = 300
+"""Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
+MAX_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The quadratic form of a profile.
+
+    Attributes:
+        rows: what a rule on a KV head moves along each cotangent, `[rows, heads, rules]`, heads of all layers in one axis. Half
+            the sum over rows of the squared sum over heads is predicted harm, nats.
+    """
+
+    rows: Floats
+
+    @staticmethod
+    def of(profile: Profile, text_weight: float) -> Quadratic | None:
+        """Returns the form of a profile, lengths weighing the same; None where it has too few samples.
+
+        Args:
+            profile: of the dense model.
+            text_weight: weight of plain text beside answers.
+        """
+        totals = profile.statistics.arrays["total"].astype(np.float64)  # [samples, draws, layers, kv_heads, rules]
+        samples, draws = totals.shape[:2]
+        if samples * draws < MIN_ROWS:
+            return None
+        kinds = np.array(profile.sample_kinds)
+        weights = np.zeros(samples)
+        for kind in set(profile.sample_kinds):
+            for length in profile.lengths:
+                here = (kinds == kind) & (profile.sample_lengths == length)
+                lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
+                weights[here] = 1 / (lengths * max(1, here.sum()))
+        if {"answer", "text"} == set(profile.sample_kinds):
+            weights[kinds == "text"] *= text_weight
+        scale = np.sqrt(weights / draws)[:, None, None, None, None]
+        return Quadratic((totals * scale).reshape(samples * draws, -1, totals.shape[-1]))
+
+    def harm(self, choice: Ints) -> float:
+        """Returns the predicted harm of a choice of rules, `[layers, kv_heads]`, in nats."""
+        return float((self._chosen(choice.reshape(-1)).sum(axis=1) ** 2).sum() / 2)
+
+    def _chosen(self, choice: Ints) -> Floats:
+        return self.rows[:, np.arange(len(choice)), choice]
+
+    def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
+        """Returns a choice within the limits that no change of one KV head, or of two, improves.
+
+        What is lowered is `(1 - share) * costs + share * harm`.
+
+        Args:
+            choice: where to begin, within the limits, `[layers, kv_heads]`.
+            costs: predicted harm of every rule alone, in nats, `[layers, kv_heads, rules]`.
+            share: of this form in what is lowered, 0 to 1.
+            knapsack: slots and limits.
+        """
+        rules = costs.shape[-1]
+        alone = costs.reshape(-1, rules)
+        slots = knapsack.slots.reshape(len(knapsack.limits), -1, rules)
+        shares = slots / np.maximum(knapsack.limits, 1)[:, None, None]
+        priced = np.tensordot(best_prices(alone, shares)[0], shares, axes=1)
+        now = choice.reshape(-1).copy()
+        heads = np.arange(len(now))
+        for _ in range(MAX_STEPS):
+            moved = self.rows - self._chosen(now)[:, :, None]
+            total = self._chosen(now).sum(axis=1)
+            together = np.tensordot(total, moved, axes=1) + (moved**2).sum(axis=0) / 2
+            change = (1 - share) * (alone - alone[heads, now][:, None]) + share * together
+            reduced = change + priced - priced[heads, now][:, None]
+            reduced[heads, now] = np.inf
+            moves = np.argsort(reduced, axis=None, kind="stable")[: min(CANDIDATES, reduced.size - len(heads))]
+            head, rule = np.divmod(moves, rules)
+            gain = change[head, rule]
+            effect = moved[:, head, rule]
+            added = slots[:, head, rule] - slots[:, head, now[head]]
+            left = knapsack.limits - slots[:, heads, now].sum(axis=1)
+            fits = (added[:, :, None] + added[:, None, :] <= left[:, None, None]).all(axis=0) & (head[:, None] != head)
+            pairs = np.where(fits, gain[:, None] + gain + share * effect.T @ effect, np.inf)
+            np.fill_diagonal(pairs, np.where((added <= left[:, None]).all(axis=0), gain, np.inf))  # one change alone
+            best = int(np.argmin(pairs))
+            if not pairs.flat[best] < -1e-9:
+                break
+            for move in set(divmod(best, len(moves))):
+                now[head[move]] = rule[move]
+        return now.reshape(choice.shape)

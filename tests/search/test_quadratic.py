@@ -1,0 +1,98 @@
+"""The quadratic form: it is the definition, and the local search ends where no change of one or two KV heads helps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.store import Profile
+from moacompress.search.knapsack import Knapsack, total_cost
+from moacompress.search.knobs import START_COHERENCE
+from moacompress.search.quadratic import MIN_ROWS, Quadratic
+from moacompress.search.request import Request
+
+Profiles = Callable[..., Profile]
+
+
+def coherent(profiles: Profiles, samples: int = 40, text: int = 0, seed: int = 0) -> Profile:
+    """A small profile in which KV heads act together: what one moves another moves too, or moves back."""
+    profile = profiles(layers=2)
+    rng = np.random.default_rng(seed)
+    size = np.sqrt(profile.statistics.arrays["squares"][0]).astype(np.float64)  # [layers, kv_heads, rules]
+    common = rng.normal(size=(samples + text, 2, 1, 1, 1)) * rng.choice([-1, 1], (1, 1, *size.shape[:2], 1))
+    totals = (size * (common + 0.3 * rng.normal(size=(samples + text, 2, *size.shape[:2], 1)))).astype(np.float32)
+    squares = (totals**2).mean(1)
+    return replace(
+        profile,
+        sample_lengths=np.resize(profile.lengths, samples + text).astype(np.int64),
+        sample_kinds=("answer",) * samples + ("text",) * text,
+        statistics=Statistics({"squares": squares, "total": totals}),
+    )
+
+
+def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
+    profile = coherent(profiles, samples=21, text=5)
+    form = Quadratic.of(profile, 0.25)
+    assert form is not None
+    rng = np.random.default_rng(1)
+    choice = rng.integers(0, len(profile.rules), (2, 2))
+    picked = np.take_along_axis(profile.statistics.arrays["total"], choice[None, None, ..., None], -1)[..., 0]
+    squares = (picked.astype(np.float64).sum((2, 3)) ** 2).mean(1) / 2
+    kinds, wanted = np.array(profile.sample_kinds), 0.0
+    for kind, weight in (("answer", 1.0), ("text", 0.25)):
+        means = [squares[(kinds == kind) & (profile.sample_lengths == n)].mean() for n in profile.lengths]
+        wanted += weight * float(np.mean(means))
+    assert form.harm(choice) == pytest.approx(wanted)
+    single = np.zeros((2, 2), int)
+    single[1, 0] = 9  # one head alone: the per-sample estimator
+    assert form.harm(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
+    assert Quadratic.of(coherent(profiles, samples=MIN_ROWS // 2 - 1), 0.25) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed: int) -> None:
+    profile = coherent(profiles, seed=seed)
+    request = Request.of(profile, "50%", profile.recipe)
+    knapsack = Knapsack.of(request)
+    form, costs, share = request.quadratic, request.surrogate.costs(), 0.6
+    assert form is not None
+
+    def value(choice: np.ndarray) -> float:
+        return (1 - share) * total_cost(costs, choice) + share * form.harm(choice)
+
+    def fits(choice: np.ndarray) -> bool:
+        used = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1).sum((1, 2, 3))
+        return bool((used <= knapsack.limits).all())
+
+    start = knapsack.choose(costs)
+    end = form.refined(start, costs, share, knapsack)
+    assert fits(end)
+    assert value(end) <= value(start)
+    heads = list(itertools.product(range(2), range(2)))
+    rules = range(len(profile.rules))
+    for first, second in itertools.combinations(heads, 2):
+        for a, b in itertools.product(rules, rules):
+            other = end.copy()
+            other[first], other[second] = a, b
+            assert not fits(other) or value(other) >= value(end) - 1e-8
+    assert np.array_equal(form.refined(start, costs, 0.0, knapsack), start)
+
+
+def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
+    profile = coherent(profiles)
+    request = Request.of(profile, "50%", profile.recipe)
+    assert request.knobs.starts == [{**request.knobs.neutral, "coherence": START_COHERENCE}]
+    knapsack = Knapsack.of(request)
+    neutral = request.choice(request.surrogate, knapsack, request.knobs.neutral)
+    assert np.array_equal(neutral, knapsack.choose(request.surrogate.costs()))
+    bent = request.choice(request.surrogate, knapsack, request.knobs.starts[0])
+    assert request.quadratic is not None
+    assert request.quadratic.harm(bent) < request.quadratic.harm(neutral)
+    few = Request.of(coherent(profiles, samples=8), "50%", profile.recipe)
+    assert few.knobs.starts == []
+    assert "coherence" not in few.knobs.ranges
