@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moacompress.plan import Rule, segments, window
 
 TILE_SCORES = 1 << 22
-MAX_TILE = 256
+MAX_TILE = 128
 COPY_GAP = 64
 """Two column ranges closer than this are read as one range with a mask: cheaper than copying them together."""
 
@@ -71,6 +71,8 @@ def attend(
     """
     batch, kv_heads, group, rows, head_dim = query.shape
     columns = keys.shape[2]
+    if softcap is None and sink_logits is None and (visible is None or visible.ndim == 2):
+        return _fused(query, keys, values, visible, scaling)
     scores = torch.matmul(query.reshape(batch, kv_heads, group * rows, head_dim), keys.transpose(2, 3))
     scores = scores.view(batch, kv_heads, group, rows, columns)
     if scores.dtype in (torch.float16, torch.bfloat16):
@@ -85,6 +87,22 @@ def attend(
         scores = torch.cat((scores, column), -1)
     weights = scores.softmax(-1)[..., :columns].to(values.dtype)
     out = torch.matmul(weights.view(batch, kv_heads, group * rows, columns), values)
+    return out.view(batch, kv_heads, group, rows, values.shape[-1])
+
+
+def _fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """`attend` without its extras, by torch's fused attention, which is two to three times as fast."""
+    batch, kv_heads, group, rows, head_dim = query.shape
+    mask = None
+    if visible is not None:
+        mask = query.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    # KV heads join the batch, so that the query heads of a group share keys and values without a copy
+    k, v = (t.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for t in (keys, values))
+    out = F.scaled_dot_product_attention(
+        query.reshape(batch * kv_heads, group, rows, head_dim), k, v, attn_mask=mask, scale=scaling
+    )
     return out.view(batch, kv_heads, group, rows, values.shape[-1])
 
 
