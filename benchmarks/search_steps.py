@@ -1,4 +1,4 @@
-"""What each step of a search gives on held-out samples: the surrogate's plan, the study's, every round's, the moves'.
+"""What each step of a search gives on held-out samples, and the plans that need no search, at the same bytes.
 
     python benchmarks/search_steps.py profile/ plan.json --samples 24 --json
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,11 @@ from moacompress.evaluation.stats import mean
 from moacompress.models import load_for
 from moacompress.plan import Plan
 from moacompress.progress import Progress
+from moacompress.recipe import Recipe
+from moacompress.search.baselines import family_plans
 from moacompress.search.measuring import measured_harms
 from moacompress.search.outcome import explanation_path, unpack
+from moacompress.search.request import Request
 from moacompress.search.trials import log_ratios
 
 
@@ -34,44 +38,74 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24, help="held-out samples")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     options = parser.parse_args()
-    profile = Profile.load(options.profile)
+    profile, found = Profile.load(options.profile), Plan.load(options.plan)
     stages = read_json(explanation_path(options.plan), "explanation")["stages"]
-    stages = [stage for stage in stages if stage["kept"]]
-    plans = [Plan(profile.shape, profile.min_window, unpack(stage["plan"])) for stage in stages]
+    names = [stage["name"] for stage in stages if stage["kept"]]
+    plans = [Plan(profile.shape, profile.min_window, unpack(stage["plan"])) for stage in stages if stage["kept"]]
+    others = baselines(profile, found)
     source = load_for(profile.recipe, profile.source)
     recipe = profile.recipe.override(calibration__validation_samples=options.samples, calibration__text_samples=0)
     samples = build_samples(source, recipe, "evaluation")
-    harms = measured_harms(source, samples, plans, options.plan.with_suffix(".steps.jsonl"), Progress())
-    rows = []
-    for number, stage in enumerate(stages):
-        before = harms[max(0, number - 1)].tolist()
-        ratio, (low, high) = mean(log_ratios(harms[number].tolist(), before))
-        total, (total_low, total_high) = mean(log_ratios(harms[number].tolist(), harms[0].tolist()))
-        rows.append(
-            {
-                "stage": stage["name"],
-                "harm": float(harms[number].mean()),
-                "median": float(np.median(harms[number])),
-                "against_before": {
-                    "value": float(np.expm1(ratio)),
-                    "ci95": [float(np.expm1(low)), float(np.expm1(high))],
-                },
-                "against_surrogate": {
-                    "value": float(np.expm1(total)),
-                    "ci95": [float(np.expm1(total_low)), float(np.expm1(total_high))],
-                },
-            }
-        )
+    ledger = options.plan.with_suffix(".steps.jsonl")
+    harms = measured_harms(source, samples, [*plans, *others.values()], ledger, Progress())
+    last = len(plans) - 1
+    rows = [row(name, harms[i], harms[max(0, i - 1)], harms[0]) for i, name in enumerate(names)]
+    rows += [row(name, harms[len(plans) + i], harms[last], harms[0]) for i, name in enumerate(others)]
     if options.json:
-        print(json.dumps({"samples": len(samples), "stages": rows}))
+        print(json.dumps({"samples": len(samples), "rows": rows}))
         return
-    for row in rows:
-        step, whole = row["against_before"], row["against_surrogate"]
+    print(f"{len(samples)} samples; the change is against the row before, of a baseline against the last step")
+    for one in rows:
         print(
-            f"{row['stage']:24} {row['harm']:.4f} nats (median {row['median']:.4f}), {step['value']:+.1%} "
-            f"[{step['ci95'][0]:+.1%}, {step['ci95'][1]:+.1%}] against the step before, {whole['value']:+.1%} "
-            f"[{whole['ci95'][0]:+.1%}, {whole['ci95'][1]:+.1%}] against the surrogate's plan"
+            f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; {shown(one['change'])}, median ratio "
+            f"{one['median_ratio']['value']:.3f} [{one['median_ratio']['ci95'][0]:.3f}, {one['median_ratio']['ci95'][1]:.3f}]; "
+            f"{shown(one['change_of_first'])} against the surrogate's own plan"
         )
+
+
+def baselines(profile: Profile, found: Plan) -> dict[str, Plan]:
+    """Returns the baselines that a plan was measured beside, by family."""
+    recipe = Recipe.from_dict(found.provenance["recipe"])
+    limits = Request.of(profile, found.budget["asked"], recipe).limits
+    sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
+    keys = {family: note["key"] for family, note in found.quality["baselines"].items()}
+    return {
+        family: plan
+        for family, key in keys.items()
+        for plan in family_plans(family, profile.shape, limits, profile, sinks)
+        if plan.key() == key
+    }
+
+
+def row(name: str, harms: np.ndarray, before: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    """Returns the numbers of a plan: its harm, and the paired changes against two others, with 95% bootstrap intervals."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(harms), size=(10_000, len(harms)))
+    ratios = np.array(log_ratios(harms.tolist(), before.tolist()))
+    medians = np.exp(np.median(ratios[picks], axis=1))
+    return {
+        "plan": name,
+        "harm": float(harms.mean()),
+        "median": float(np.median(harms)),
+        "change": change(harms, before),
+        "median_ratio": {
+            "value": float(np.exp(np.median(ratios))),
+            "ci95": [float(end) for end in np.quantile(medians, (0.025, 0.975))],
+        },
+        "change_of_first": change(harms, first),
+    }
+
+
+def change(harms: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+    """Returns the geometric mean of the paired ratios, less one."""
+    value, ends = mean(log_ratios(harms.tolist(), before.tolist()))
+    return {"value": float(np.expm1(value)), "ci95": [float(np.expm1(end)) for end in ends]}
+
+
+def shown(number: dict[str, Any]) -> str:
+    """Returns a change with its interval, for people."""
+    low, high = number["ci95"]
+    return f"{number['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 if __name__ == "__main__":
