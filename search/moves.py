@@ -67,18 +67,19 @@ def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) 
     return moves
 
 
-def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Floats) -> Ints:
+def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Floats, caution: float = 1.0) -> Ints:
     """Returns the choice with the best of the moves made, together within the limits.
 
     Args:
         knapsack: slots and limits.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         moves: what was measured.
-        ratios: measured log-ratio of the harm after a move to that before, `[moves, samples]`. A move counts by its mean
-            plus its standard error: what looks best of many noisy numbers is usually less good.
+        ratios: measured log-ratio of the harm after a move to that before, `[moves, samples]`.
+        caution: a move counts by its mean plus so many standard errors: what looks best of many noisy numbers is usually less
+            good.
     """
     error = ratios.std(axis=1, ddof=1) / np.sqrt(ratios.shape[1]) if ratios.shape[1] > 1 else 0.0
-    worth = ratios.mean(axis=1) + error
+    worth = ratios.mean(axis=1) + caution * error
     heads = sorted({(move.layer, move.head) for move in moves})
     options = {head: [int(choice[head])] for head in heads}
     worths: dict[tuple[int, int], list[float]] = {head: [0.0] for head in heads}

@@ -1,4 +1,4 @@
-"""What KV heads do together: the quadratic form of the harm, shrunk towards the sum over heads, and a local search in it.
+"""What KV heads do together: a quadratic model of the harm, shrunk towards the sum over heads, and a local search in it.
 
 To second order harm is half the mean square of the *sum* over KV heads of what each moves along a random cotangent; the
 surrogate adds up the squares of each alone. The sum knows which heads cancel or add up, but it is estimated from few samples:
@@ -17,8 +17,6 @@ from moacompress.search.knapsack import Knapsack
 from moacompress.search.solver import best_prices
 from moacompress.search.surrogate import Floats
 
-MIN_ROWS = 32
-"""Sums (one for every draw of every sample) below which the form says nothing."""
 CANDIDATES = 300
 """Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
 MAX_STEPS = 300
@@ -29,24 +27,25 @@ class Quadratic:
     """The quadratic form of a profile.
 
     Attributes:
-        rows: what a rule on a KV head moves along each cotangent, `[rows, heads, rules]`, heads of all layers in one axis. Half
-            the sum over rows of the squared sum over heads is predicted harm, nats.
+        rows: what a rule on a KV head moves along each cotangent, `[rows, heads, rules]`, heads of all layers in one axis.
+        linear: first-order change of harm, nats, `[heads, rules]`; 0 around the dense model. Predicted harm is its sum over
+            heads, and half the sum over rows of the squared sum over heads. Around a plan it is the change against that plan.
     """
 
     rows: Floats
+    linear: Floats
 
     @staticmethod
-    def of(profile: Profile, text_weight: float) -> Quadratic | None:
-        """Returns the form of a profile, lengths weighing the same; None where it has too few samples.
+    def of(profile: Profile, text_weight: float) -> Quadratic:
+        """Returns the form of a profile, lengths weighing the same.
 
         Args:
-            profile: of the dense model.
+            profile: of the dense model, or around a plan.
             text_weight: weight of plain text beside answers.
         """
-        totals = profile.statistics.arrays["total"].astype(np.float64)  # [samples, draws, layers, kv_heads, rules]
+        arrays = profile.statistics.arrays
+        totals = arrays["total"].astype(np.float64)  # [samples, draws, layers, kv_heads, rules]
         samples, draws = totals.shape[:2]
-        if samples * draws < MIN_ROWS:
-            return None
         kinds = np.array(profile.sample_kinds)
         weights = np.zeros(samples)
         for kind in set(profile.sample_kinds):
@@ -57,14 +56,36 @@ class Quadratic:
         if {"answer", "text"} == set(profile.sample_kinds):
             weights[kinds == "text"] *= text_weight
         scale = np.sqrt(weights / draws)[:, None, None, None, None]
-        return Quadratic((totals * scale).reshape(samples * draws, -1, totals.shape[-1]))
+        rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
+        if "first" not in arrays:
+            return Quadratic(rows, np.zeros(rows.shape[1:]))
+        return Quadratic(
+            rows, np.tensordot(weights, arrays["first"].astype(np.float64), axes=1).reshape(rows.shape[1:])
+        )
+
+    def joined(self, other: Quadratic) -> Quadratic:
+        """Returns the mean of two forms, each weighing as much as it has rows."""
+        ours, theirs = (len(form.rows) / (len(self.rows) + len(other.rows)) for form in (self, other))
+        rows = np.concatenate([self.rows * ours**0.5, other.rows * theirs**0.5])
+        return Quadratic(rows, ours * self.linear + theirs * other.linear)
 
     def harm(self, choice: Ints) -> float:
         """Returns the predicted harm of a choice of rules, `[layers, kv_heads]`, in nats."""
-        return float((self._chosen(choice.reshape(-1)).sum(axis=1) ** 2).sum() / 2)
+        chosen = choice.reshape(-1)
+        first = self.linear[np.arange(len(chosen)), chosen].sum()
+        return float(first + (self._chosen(chosen).sum(axis=1) ** 2).sum() / 2)
 
     def _chosen(self, choice: Ints) -> Floats:
         return self.rows[:, np.arange(len(choice)), choice]
+
+    def changes(self, choice: Ints) -> Floats:
+        """Returns the predicted change of harm by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
+        now = choice.reshape(-1)
+        return self._changes(now, self.rows - self._chosen(now)[:, :, None]).reshape(*choice.shape, -1)
+
+    def _changes(self, now: Ints, moved: Floats) -> Floats:
+        found: Floats = np.tensordot(self._chosen(now).sum(axis=1), moved, axes=1) + (moved**2).sum(axis=0) / 2
+        return found + self.linear - self.linear[np.arange(len(now)), now][:, None]
 
     def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
         """Returns a choice within the limits that no change of one KV head, or of two, improves.
@@ -86,8 +107,7 @@ class Quadratic:
         heads = np.arange(len(now))
         for _ in range(MAX_STEPS):
             moved = self.rows - self._chosen(now)[:, :, None]
-            total = self._chosen(now).sum(axis=1)
-            together = np.tensordot(total, moved, axes=1) + (moved**2).sum(axis=0) / 2
+            together = self._changes(now, moved)
             change = (1 - share) * (alone - alone[heads, now][:, None]) + share * together
             reduced = change + priced - priced[heads, now][:, None]
             reduced[heads, now] = np.inf

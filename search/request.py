@@ -17,10 +17,12 @@ from moacompress.search.cost import Ints, budget_limits, layer_floors
 from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.knobs import Knobs
 from moacompress.search.quadratic import Quadratic
-from moacompress.search.surrogate import Surrogate
+from moacompress.search.surrogate import Floats, Surrogate
 
 Knob: TypeAlias = Mapping[str, float]
 
+MIN_ROWS = 32
+"""Draws of all samples below which the quadratic form says nothing."""
 SEARCH_VERSION = 3
 """Part of a study's name: raised when the same request would be searched in another way."""
 
@@ -100,7 +102,8 @@ class Request:
     @cached_property
     def quadratic(self) -> Quadratic | None:
         """What KV heads do together, where the profile has enough samples to say it."""
-        return Quadratic.of(self.profile, self.recipe.search.text_weight)
+        samples, draws = self.profile.statistics.arrays["total"].shape[:2]
+        return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
 
     def choice(self, surrogate: Surrogate, knapsack: Knapsack, knobs: Knob) -> Ints:
         """Returns the rule of every KV head that the solver chooses under some knobs, int64 `[layers, kv_heads]`.
@@ -110,11 +113,19 @@ class Request:
             knapsack: slots and limits.
             knobs: values of `knobs`.
         """
-        bent = self.knobs.bend(surrogate, knobs)
-        choice = knapsack.choose(bent)
+        choice = knapsack.choose(self.knobs.bend(surrogate, knobs))
         share = knobs.get("coherence", 0.0)
         if self.quadratic is None or not share:
             return choice
-        # bending leaves only ratios: brought back to nats, so that it can be added to the quadratic form
-        nats = total_cost(surrogate.raw(), choice) / max(total_cost(bent, choice), 1e-300)
-        return self.quadratic.refined(choice, bent * nats, share, knapsack)
+        return self.quadratic.refined(choice, self.bent(surrogate, knobs, choice), share, knapsack)
+
+    def bent(self, surrogate: Surrogate, knobs: Knob, choice: Ints) -> Floats:
+        """Returns the bent costs in nats, `[layers, kv_heads, rules]`: of bending only ratios count, so they are scaled.
+
+        Args:
+            surrogate: calibrated.
+            knobs: values of `knobs`.
+            choice: the choice whose total is the surrogate's own.
+        """
+        bent = self.knobs.bend(surrogate, knobs)
+        return bent * (total_cost(surrogate.raw(), choice) / max(total_cost(bent, choice), 1e-300))

@@ -2,7 +2,9 @@
 
 At a tight budget nearly every KV head is cut, and what a rule would do to the dense model says little about what it does
 to the model under the plan: heads that were spare there are needed here. Around the plan the gradient of the KL is not
-zero, so the change of every rule has a sign.
+zero, so the change of every rule has a sign. Those of many heads must not be added up, though: what gains alone can be the
+same gain, and a few samples around the plan tell less than the many of the profile. So both are joined in one quadratic form,
+which is minimised near the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from moacompress.progress import Progress
 from moacompress.recipe import Recipe
 from moacompress.search.cost import Ints
 from moacompress.search.knapsack import Knapsack
-from moacompress.search.solver import solve
+from moacompress.search.quadratic import Quadratic
 from moacompress.search.surrogate import Floats
 
 MOVED = 0.1
@@ -35,10 +37,10 @@ MOVED = 0.1
 
 
 class Around(Protocol):
-    """What a round needs: the predicted change of harm of every rule, under a plan."""
+    """What a round needs: a quadratic model of the change of harm around a plan."""
 
-    def __call__(self, plan: Plan, progress: Progress) -> Floats:
-        """Returns nats, signed, 0 for the rules that the plan has, `[layers, kv_heads, rules]`."""
+    def __call__(self, plan: Plan, progress: Progress) -> Quadratic:
+        """Returns the model; it is 0 for the rules that the plan has."""
         ...
 
 
@@ -60,7 +62,7 @@ class ProfileAround:
     samples: Sequence[Sample]
     folder: Path | None
 
-    def __call__(self, plan: Plan, progress: Progress) -> Floats:
+    def __call__(self, plan: Plan, progress: Progress) -> Quadratic:
         """See `Around`.
 
         Raises:
@@ -105,8 +107,7 @@ class ProfileAround:
             statistics=Statistics.stack(found),
             around=plan.key(),
         )
-        change: Floats = around.blended(self.recipe.profile.estimator, self.recipe.search.text_weight).mean(axis=0)
-        return change
+        return Quadratic.of(around, self.recipe.search.text_weight)
 
 
 def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -115,12 +116,16 @@ def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[pick] for pick in picks.tolist()]
 
 
-def moved(knapsack: Knapsack, change: Floats, choice: Ints, share: float = MOVED) -> Ints:
+def moved(
+    knapsack: Knapsack, form: Quadratic, costs: Floats, weight: float, choice: Ints, share: float = MOVED
+) -> Ints:
     """Returns the choice of least predicted harm within reach of the present one.
 
     Args:
         knapsack: slots and limits.
-        change: predicted change of harm, `[layers, kv_heads, rules]`.
+        form: predicts harm, or its change.
+        costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.
+        weight: of `form` beside `costs`, 0 to 1.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         share: of the longest length's limit that may change hands.
 
@@ -128,13 +133,10 @@ def moved(knapsack: Knapsack, change: Floats, choice: Ints, share: float = MOVED
         int64 `[layers, kv_heads]`.
     """
     here = np.take_along_axis(knapsack.slots, choice[None, ..., None], axis=-1)
-    distance = np.abs(knapsack.slots - here)[-1]
+    distance = np.abs(knapsack.slots - here)[-1:]
     limit = int(2 * share * knapsack.limits[-1])  # what is taken from one head and given to another counts twice
-    rules = change.shape[-1]
-    costs = (change - change.min(axis=-1, keepdims=True)).reshape(-1, rules)
-    slots = np.concatenate([knapsack.slots, distance[None]]).reshape(len(knapsack.limits) + 1, -1, rules)
-    found = solve(costs, slots, np.append(knapsack.limits, limit), solver=knapsack.solver)
-    return found.choice.reshape(choice.shape)
+    near = replace(knapsack, slots=np.concatenate([knapsack.slots, distance]), limits=np.append(knapsack.limits, limit))
+    return form.refined(choice, costs, weight, near)
 
 
 def choice_of(profile: Profile, plan: Plan) -> Ints:

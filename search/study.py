@@ -26,9 +26,11 @@ from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
 from moacompress.search.alternatives import Alternative, measure_alternatives
 from moacompress.search.baselines import FAMILIES
+from moacompress.search.cost import Ints
 from moacompress.search.explain import Stage, explain
 from moacompress.search.judge import Judge
 from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.knobs import START_COHERENCE
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
@@ -41,6 +43,7 @@ from moacompress.search.outcome import (
     unpack,
     versions,
 )
+from moacompress.search.quadratic import Quadratic
 from moacompress.search.request import Knob, Request
 from moacompress.search.rounds import MOVED, Around, ProfileAround, choice_of, moved, spread_samples
 from moacompress.search.surrogate import Floats
@@ -50,6 +53,8 @@ __all__ = ["SearchResult", "find_plan"]
 
 logger = logging.getLogger(__name__)
 
+CAUTIONS = (1.0, 0.0)
+"""Standard errors that a move must pay for; the later ones are tried where the earlier ones do not help."""
 MOVE_SAMPLES = 12
 """Calibration samples on which single moves are measured."""
 
@@ -234,29 +239,35 @@ class Search:
         self.progress.done()
         return tried
 
-    def _rounds(self, tried: Sequence[Tried], best: Standing) -> tuple[Standing, Floats | None]:
+    def _rounds(self, tried: Sequence[Tried], best: Standing) -> tuple[Standing, Floats]:
         """Profiles around the best plan and moves bytes, as long as that helps.
 
         Returns:
-            The best plan, and the predicted changes around it where they are known.
+            The best plan, and the predicted change of harm by every change of one KV head under it.
         """
-        change: Floats | None = None
+        form = self.request.quadratic
         for number in range(1, self.request.recipe.search.rounds + 1):
             if self.around is None or self._over():
                 break
-            change = self.around(best.plan, self.progress)
-            better = self._round(number, tried, best, change)
+            around = self.around(best.plan, self.progress)
+            form = around if self.request.quadratic is None else self.request.quadratic.joined(around)
+            better = self._round(number, tried, best, form)
             if better is None:
                 break
-            best, change = better, None
+            best = better
             self._write(tried, best, finished=False)
-        return best, change
-
-    def _round(self, number: int, tried: Sequence[Tried], best: Standing, change: Floats) -> Standing | None:
-        """Returns the better plan that moving some of the bytes gives, or None."""
         choice = choice_of(self.request.profile, best.plan)
+        costs = self.surrogate.costs()
+        return best, costs if form is None else costs - _at(costs, choice) + form.changes(choice)
+
+    def _round(self, number: int, tried: Sequence[Tried], best: Standing, form: Quadratic) -> Standing | None:
+        """Returns the better plan that moving some of the bytes gives, or None."""
+        profile, knobs = self.request.profile, best_trial(tried).knobs
+        choice = choice_of(profile, best.plan)
+        costs = self.request.bent(self.surrogate, knobs, choice)
+        weight = max(knobs.get("coherence", 0.0), START_COHERENCE)
         for share in (MOVED, MOVED / 4):
-            plan = chosen_plan(self.request.profile, moved(self.knapsack, change, choice, share))
+            plan = chosen_plan(profile, moved(self.knapsack, form, costs, weight, choice, share))
             if plan.key() == best.plan.key():
                 continue
             found = self._measured(f"round {number}", plan, tried)
@@ -266,14 +277,14 @@ class Search:
                 return found
         return None
 
-    def _moves(self, tried: Sequence[Tried], best: Standing, change: Floats | None) -> Standing:
+    def _moves(self, tried: Sequence[Tried], best: Standing, change: Floats) -> Standing:
         """Measures single KV heads near the threshold and makes the moves that pay together."""
         count = self.request.recipe.search.moves
         if not count or self.trainer is None or self._over():
             return best
         profile = self.request.profile
         choice = choice_of(profile, best.plan)
-        moves = marginal_moves(self.knapsack, self.surrogate.costs() if change is None else change, choice, count)
+        moves = marginal_moves(self.knapsack, change, choice, count)
         plans = [best.plan, *(chosen_plan(profile, move.on(choice)) for move in moves)]
         self.progress.start("measuring moves", self.trainer.size)
         harms = []
@@ -282,12 +293,15 @@ class Search:
             self.progress.step()
         self.progress.done()
         ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
-        plan = chosen_plan(profile, combined(self.knapsack, choice, moves, ratios)) if moves else best.plan
-        if plan.key() == best.plan.key():
-            return best
-        found = self._measured("moves", plan, tried)
-        self.stages.append(Stage.of("moves", plan, found.harms, found.value, found.value < best.value))
-        return found if found.value < best.value else best
+        for caution in CAUTIONS if moves else ():
+            plan = chosen_plan(profile, combined(self.knapsack, choice, moves, ratios, caution))
+            if plan.key() == best.plan.key():
+                continue
+            found = self._measured("moves", plan, tried)
+            self.stages.append(Stage.of("moves", plan, found.harms, found.value, found.value < best.value))
+            if found.value < best.value:
+                return found
+        return best
 
     def _measured(self, stage: str, plan: Plan, tried: Sequence[Tried]) -> Standing:
         harms = self.judge.harms("improved", plan, self.judge.order)
@@ -372,6 +386,12 @@ class Search:
                 write_json(explanation_path(self.out), self.explanation)
             plan.save(self.out)
         return plan
+
+
+def _at(costs: Floats, choice: Ints) -> Floats:
+    """Returns the cost of every KV head's rule, `[layers, kv_heads, 1]`."""
+    found: Floats = np.take_along_axis(costs, choice[..., None], axis=-1)
+    return found
 
 
 def _standing(request: Request, trial: Tried) -> Standing:

@@ -13,8 +13,8 @@ from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.knobs import START_COHERENCE
-from moacompress.search.quadratic import MIN_ROWS, Quadratic
-from moacompress.search.request import Request
+from moacompress.search.quadratic import Quadratic
+from moacompress.search.request import MIN_ROWS, Request
 
 Profiles = Callable[..., Profile]
 
@@ -38,7 +38,6 @@ def coherent(profiles: Profiles, samples: int = 40, text: int = 0, seed: int = 0
 def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     profile = coherent(profiles, samples=21, text=5)
     form = Quadratic.of(profile, 0.25)
-    assert form is not None
     rng = np.random.default_rng(1)
     choice = rng.integers(0, len(profile.rules), (2, 2))
     picked = np.take_along_axis(profile.statistics.arrays["total"], choice[None, None, ..., None], -1)[..., 0]
@@ -51,7 +50,8 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     single = np.zeros((2, 2), int)
     single[1, 0] = 9  # one head alone: the per-sample estimator
     assert form.harm(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
-    assert Quadratic.of(coherent(profiles, samples=MIN_ROWS // 2 - 1), 0.25) is None
+    few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
+    assert Request.of(few, "50%", few.recipe).quadratic is None
 
 
 @pytest.mark.parametrize("seed", range(4))

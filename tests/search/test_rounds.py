@@ -17,6 +17,7 @@ from moacompress.progress import SILENT
 from moacompress.recipe import Recipe
 from moacompress.search import rounds
 from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.quadratic import Quadratic
 from moacompress.search.request import Request
 from moacompress.search.rounds import ProfileAround, choice_of, moved, spread_samples
 
@@ -40,14 +41,17 @@ def test_around_is_what_the_profiler_says_around_the_plan(
 ) -> None:
     samples = profiled.calibration_samples()
     assert len(samples) == 4
-    plan = chosen_plan(profiled, np.full((3, 2), 3))
-    change = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
-    assert change.shape == (3, 2, len(profiled.rules))
-    assert not change[..., 3].any()
+    choice = np.full((3, 2), 3)
+    plan = chosen_plan(profiled, choice)
+    form = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    assert form.harm(choice) == 0
+    changes = form.changes(choice)
+    assert changes.shape == (3, 2, len(profiled.rules))
+    assert not changes[..., 3].any()
     whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan)
-    assert np.array_equal(change, whole.influence("robust").mean(0))
-    assert (change < 0).any()
-    assert (change > 0).any()
+    assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
+    assert (changes < 0).any()
+    assert (changes > 0).any()
 
 
 def test_finished_samples_are_kept(
@@ -70,7 +74,7 @@ def test_finished_samples_are_kept(
     first = around(plan, SILENT)
     assert len(calls) == 1
     calls.clear()
-    assert np.array_equal(around(plan, SILENT), first)
+    assert np.array_equal(around(plan, SILENT).linear, first.linear)
     assert not calls
     other = chosen_plan(profiled, np.full((3, 2), 4))
     with pytest.raises(KeyboardInterrupt):  # another plan is another matter
@@ -81,21 +85,36 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     profile = profiles()
     request = Request.of(profile, "50%", profile.recipe)
     knapsack = Knapsack.of(request)
-    choice = knapsack.choose(request.surrogate.costs())
+    costs = request.surrogate.costs()
+    choice = knapsack.choose(costs)
     rng = np.random.default_rng(0)
-    change = rng.normal(size=(*choice.shape, len(profile.rules)))
-    np.put_along_axis(change, choice[..., None], 0.0, axis=-1)
+    linear = rng.normal(size=(choice.size, len(profile.rules)))
+    linear -= linear[np.arange(choice.size), choice.reshape(-1)][:, None]
+    form = Quadratic(rng.normal(size=(3, *linear.shape)) * 0.01, linear)
     before = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
     reached = []
     for share in (0.02, 0.1, 1.0):
-        after_choice = moved(knapsack, change, choice, share)
-        after = np.take_along_axis(knapsack.slots, after_choice[None, ..., None], -1)[..., 0]
+        end = moved(knapsack, form, costs, 0.9, choice, share)
+        after = np.take_along_axis(knapsack.slots, end[None, ..., None], -1)[..., 0]
         assert (after.sum((1, 2)) <= knapsack.limits).all()
         assert np.abs(after - before)[-1].sum() <= 2 * share * knapsack.limits[-1]
-        reached.append(float(np.take_along_axis(change, after_choice[..., None], -1).sum()))
+        reached.append(form.harm(end) - form.harm(choice))
     assert 0 >= reached[0] > reached[1] > reached[2]
-    assert np.array_equal(moved(knapsack, np.abs(change), choice), choice)  # nothing helps
+    worse = Quadratic(np.zeros((1, *linear.shape)), np.abs(linear))
+    assert np.array_equal(moved(knapsack, worse, costs, 0.9, choice), choice)  # nothing helps
     assert np.array_equal(choice_of(profile, chosen_plan(profile, choice)), choice)
+
+
+def test_forms_are_joined_by_their_rows() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (Quadratic(rng.normal(size=(rows, 4, 5)), rng.normal(size=(4, 5))) for rows in (30, 10))
+    choice = rng.integers(0, 5, (2, 2))
+    assert one.joined(other).harm(choice) == pytest.approx(0.75 * one.harm(choice) + 0.25 * other.harm(choice))
+    base = one.harm(choice)
+    for layer, head, rule in ((0, 0, 1), (1, 1, 4)):
+        changed = choice.copy()
+        changed[layer, head] = rule
+        assert one.changes(choice)[layer, head, rule] == pytest.approx(one.harm(changed) - base)
 
 
 def test_samples_are_spread(profiles: Profiles) -> None:

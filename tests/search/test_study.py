@@ -353,7 +353,12 @@ def test_rounds_that_do_not_help_are_not_taken(
     search: Search, profiles: Profiles, fake_objective: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = fake_objective.around
-    monkeypatch.setattr(fake_objective, "around", lambda self, *arguments: -honest(self, *arguments))
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        form = honest(self, *arguments)
+        return replace(form, linear=-form.linear)
+
+    monkeypatch.setattr(fake_objective, "around", wrong)
     one_shot = search(profiles(trials=1))[0]
     misled = search(profiles(trials=1, rounds=3))[0]
     assert misled.plan.rules == one_shot.plan.rules
