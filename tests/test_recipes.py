@@ -19,7 +19,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
 def test_recipe(file: Path) -> None:
-    from moacompress.calibration.generators import find_task
+    from moacompress.evaluation.tasks import find_task
 
     recipe = Recipe.load(file)
     assert recipe.model
