@@ -1,4 +1,4 @@
-"""The attention that transformers calls under the name `moacompress`, and its mask function, which only refuses."""
+"""The attention that transformers calls under the name `moacompress`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers import AttentionInterface
 
 from moacompress.errors import UnsupportedError
 from moacompress.kernels.reference import Keys, sparse_attention
 from moacompress.plan import Rule
-from moacompress.runtime.cache import PlanCacheLayer
+from moacompress.runtime import masks
+from moacompress.runtime.chunk import Chunk, Group
+from moacompress.runtime.layer import PlanCacheLayer
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
@@ -63,7 +65,7 @@ def attention_forward(
         query: `[batch, heads, tokens, head_dim]`.
         key: `[batch, kv_heads, tokens, head_dim]`, of these tokens only.
         value: `[batch, kv_heads, tokens, value_dim]`.
-        attention_mask: must be None: the plan is the mask.
+        attention_mask: which tokens are real, bool `[batch, tokens]`, or None where all are; what a padded query gets is 0.
         scaling: factor on the scores, `head_dim ** -0.5` if None.
         dropout: must be 0.
         sliding_window: the layer's own window, checked against the plan's.
@@ -81,31 +83,73 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     batch, heads, tokens, head_dim = query.shape
-    group = heads // context.kv_heads
+    _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     scale = scaling if scaling is not None else head_dim**-0.5
-    grouped = query.view(batch, context.kv_heads, group, tokens, head_dim)
-    sinks = None if s_aux is None else s_aux.view(context.kv_heads, group)
-    cache = context.cache
-    past = cache.tokens if cache is not None else 0
-    if cache is not None:
-        cache.take_pending()
-    out = value.new_empty(batch, context.kv_heads, group, tokens, value.shape[-1])
-    for index, (rule, members) in enumerate(context.groups):
+    grouped = query.view(batch, context.kv_heads, heads // context.kv_heads, tokens, head_dim)
+    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
+    cache, chunk = context.cache, Chunk.of(attention_mask, tokens)
+    past = np.zeros(batch, np.int64) if cache is None else cache.lengths
+    single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first
+    if cache is not None and single:
+        cache.commit(chunk)
+    out = value.new_zeros(*grouped.shape[:-1], value.shape[-1]) if chunk.real is not None else None
+    for group in chunk.groups(past):
+        chunk_keys, chunk_values = group.take(key), group.take(value)
+        result = _attend(context, group, group.take(grouped), chunk_keys, chunk_values, single, scale, softcap, sinks)
+        if group.rows is None and group.columns is None:
+            out = result
+        else:
+            out = value.new_zeros(*grouped.shape[:-1], value.shape[-1]) if out is None else out
+            out = group.put(out, result)
+    if cache is not None and not single:
+        cache.commit(chunk)
+    if out is None:  # no tokens at all
+        out = value.new_zeros(*grouped.shape[:-1], value.shape[-1])
+    return out.reshape(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    context: LayerContext,
+    group: Group,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    committed: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attends for rows that have as many tokens each.
+
+    Args:
+        context: the layer's.
+        group: the rows.
+        query: `[rows, kv_heads, group, tokens, head_dim]`.
+        key: `[rows, kv_heads, tokens, head_dim]`, of these tokens only.
+        value: `[rows, kv_heads, tokens, value_dim]`.
+        committed: these tokens are in the cache already.
+        scale: factor on the scores.
+        softcap: bound of the scores by tanh.
+        sinks: learned sink logits, `[kv_heads, group]`.
+
+    Returns:
+        `[rows, kv_heads, group, tokens, value_dim]`.
+    """
+    out = value.new_empty(*query.shape[:-1], value.shape[-1])
+    for rule, members in context.groups:
         pick = _picker(members, context.kv_heads)
         k, v = pick(key, 1), pick(value, 1)
-        if cache is None:
-            keys = Keys(k, v, [(0, tokens)])
-        elif tokens == 1:
-            cache.stores[index].commit(k, v, past)
-            keys = cache.stores[index].committed(past + 1)
+        if context.cache is None:
+            keys = Keys(k, v, [(0, group.tokens)])
+        elif committed:
+            keys = context.cache.committed(group, members)
         else:
-            keys = cache.stores[index].with_chunk(k, v, past)
+            keys = context.cache.with_chunk(group, members, k, v)
         result = sparse_attention(
-            pick(grouped, 1),
+            pick(query, 1),
             keys,
-            past + tokens,
+            group.past + group.tokens,
             rule,
             context.min_window,
             context.native_window,
@@ -113,58 +157,10 @@ def attention_forward(
             softcap,
             None if sinks is None else pick(sinks, 0),
         )
-        if cache is not None and tokens > 1:
-            cache.stores[index].commit(k, v, past)
         if len(members) == context.kv_heads:
-            out = result
-        else:
-            out[:, list(members)] = result
-    if cache is not None:
-        cache.advance(tokens)
-    return out.reshape(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
-
-
-def no_mask(
-    *,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> None:
-    """Takes transformers' request for a mask; the plan is the mask, so all but the stock ones are refused.
-
-    Raises:
-        UnsupportedError: padding, packed sequences, bidirectional or overlaid masks.
-    """
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise UnsupportedError(UNEQUAL_LENGTHS)
-    if use_vmap or not _is_stock(mask_function, local_size):
-        raise UnsupportedError(
-            "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
-            "(packed sequences, bidirectional attention, or an overlay)"
-        )
-
-
-UNEQUAL_LENGTHS = (
-    "rows of unequal length (a mask with zeros) are not supported by a compressed model; run prompts of equal length "
-    "together, or one at a time"
-)
-
-
-def _is_stock(mask_function: Callable[..., Any], local_size: int | None) -> bool:
-    if mask_function is causal_mask_function:
-        return True
-    # transformers composes a sliding mask as and_masks(window overlay, causal): a closure over just these two
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
-    overlay = getattr(functions[0], "__qualname__", "") if functions else ""
-    return (
-        local_size is not None
-        and len(functions) == 2
-        and overlay.startswith("sliding_window_overlay")
-        and functions[1] is causal_mask_function
-    )
+            return result
+        out[:, list(members)] = result
+    return out
 
 
 def _refuse(
@@ -176,10 +172,8 @@ def _refuse(
     sliding_window: int | None,
     is_causal: bool | None,
 ) -> None:
-    if attention_mask is not None:
-        raise UnsupportedError(
-            "a ready-made attention mask is not supported by a compressed model; pass a 2-D one of ones"
-        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedError(MASK_SHAPE.format(tuple(attention_mask.shape)))
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedError("is_causal=False is not supported: a plan is made for causal attention")
     if dropout:
@@ -205,7 +199,13 @@ def _picker(members: tuple[int, ...], kv_heads: int) -> Callable[[torch.Tensor, 
     return lambda tensor, dim: tensor.index_select(dim, torch.tensor(members, device=tensor.device))
 
 
+MASK_SHAPE = (
+    "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
+    "which tokens are real"
+)
+
+
 def register() -> None:
     """Makes the attention and its mask function known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, no_mask)
+    masks.register(NAME)

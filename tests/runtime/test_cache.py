@@ -1,20 +1,34 @@
-"""The cache holds what the plan says, to the byte, at every length, and frees the rest."""
+"""The cache holds what the plan says, to the block, at every length; memory is freed, shared, and never moved."""
 
+import copy
 import gc
+import threading
+import weakref
 
 import pytest
 import torch
 
 from moacompress.errors import UnsupportedError
 from moacompress.models import model_shape
-from moacompress.plan import Plan, Rule
+from moacompress.plan import BLOCK, Plan, Rule
 from moacompress.runtime import attach
-from moacompress.runtime.cache import HeadStore, PlanCache
+from moacompress.runtime.blocks import LEAST_GROWTH, SLACK
+from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.layer import LAG
+
+
+def used_bytes(cache, plan):
+    """Bytes of the blocks that the cache's tables name."""
+    return sum(layer.blocks for layer in cache.layers) * BLOCK * plan.model.slot_bytes
+
+
+def settings(**more):
+    return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **more}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("seed", range(3))
-def test_bytes_are_the_plans_at_every_length(family, seed, tiny_model, random_plan, token_ids):
+def test_blocks_are_the_plans_at_every_length(family, seed, tiny_model, random_plan, token_ids):
     model = tiny_model(family)
     plan = random_plan(model_shape(model), seed)
     attach(model, plan)
@@ -23,98 +37,234 @@ def test_bytes_are_the_plans_at_every_length(family, seed, tiny_model, random_pl
     with torch.no_grad():
         for at in range(40):
             model(ids[:, at : at + 1], cache=cache)
-            assert cache.kv_bytes() == plan.kv_bytes(at + 1, batch=2)
+            assert used_bytes(cache, plan) == plan.kv_bytes(at + 1, batch=2)
         model(ids[:, 40:137], cache=cache)
     assert cache.get_seq_length() == 137
-    assert cache.kv_bytes() == plan.kv_bytes(137, batch=2)
+    assert used_bytes(cache, plan) == plan.kv_bytes(137, batch=2)
 
 
-def test_memory_is_really_freed(tiny_model, token_ids):
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_is_the_plans_where_the_length_is_known(seed, tiny_model, random_plan, token_ids):
+    """`generate` knows how long it may get: what it takes is the most that the plan needs on the way, and no more."""
+    model = tiny_model()
+    plan = random_plan(model_shape(model), seed)
+    attach(model, plan)
+    out = model.generate(token_ids(1, 100, seed), **settings(max_new_tokens=41))
+    shape = plan.model
+    most = sum(
+        max(sum(rule.slots(n, plan.min_window) for rule in rules) for n in range(100, 141)) for rules in plan.rules
+    )
+    assert out.cache.get_seq_length() == 140
+    assert out.cache.kv_bytes() == most * shape.slot_bytes
+    assert most * shape.slot_bytes <= plan.kv_bytes(140) + shape.layers * shape.kv_heads * BLOCK * shape.slot_bytes
+    assert all(len(layer._pool.keys) == 1 for layer in out.cache.layers)
+
+
+def test_memory_stays_within_the_stated_slack_where_it_is_not(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 2, full_share=0.3)
+    attach(model, plan)
+    cache, ids = PlanCache(plan), token_ids(1, 700)
+    most = 0
+    with torch.no_grad():
+        for at in range(0, 700, 7):
+            places = {t.data_ptr() for layer in cache.layers for t in layer.tensors}
+            model(ids[:, at : at + 7], cache=cache, logits_to_keep=1)
+            assert places <= {t.data_ptr() for layer in cache.layers for t in layer.tensors}, "growing moves nothing"
+            for layer, rules in zip(cache.layers, plan.rules, strict=True):
+                needed = sum(rule.slots(at + 7, plan.min_window) for rule in rules) // BLOCK
+                most = max(most, needed)
+                assert layer.blocks == needed
+                assert len(layer._pool.refs) <= max(most * (1 + 1 / SLACK), most + LEAST_GROWTH)
+
+
+def test_the_prompt_is_really_freed(tiny_model, token_ids):
     """No tensor anywhere in the process is as long as the prompt once a narrow plan has prefilled it."""
     model = tiny_model()
     attach(model, Plan.uniform(model_shape(model), Rule(4, 32, 0)))
     with torch.no_grad():
         cache = model(token_ids(1, 777)).cache
     gc.collect()
-    longest = max(max(t.shape) for layer in cache.layers for store in layer.stores for t in store.tensors)
-    assert longest <= 16 + 48
+    assert all(layer.blocks <= 2 * 4 for layer in cache.layers)
     leftovers = [o for o in gc.get_objects() if type(o) is torch.Tensor and 777 in o.shape and o.ndim == 4]
     assert not leftovers
 
 
-def test_store_keeps_exactly_the_visible_keys():
-    """Random chunks: every key the next query sees is there, unchanged, at its position."""
-    generator = torch.Generator().manual_seed(0)
-    everything = torch.randn(2, 1, 400, 4, generator=generator)
-    for rule, native in [(Rule(4, 20, 0), None), (Rule(16, 0, 300), None), (Rule(64, 30, 100), 90), (Rule.FULL, 50)]:
-        store, n = HeadStore(rule, [0], 16, native), 0
-        while n < 380:
-            size = int(torch.randint(1, 60, (), generator=generator)) if n % 3 else 1
-            size = min(size, 400 - n)
-            chunk = everything[:, :, n : n + size]
-            store.commit(chunk, -chunk, n)
-            n += size
-            keys = store.committed(n)
-            found = dict(zip(keys.positions().tolist(), keys.keys[0, 0], strict=True))
-            visible = [
-                j
-                for j in range(n)
-                if (j < rule.sink or j >= n - min(n, max(16, rule.alpha + rule.beta_q * n // 1024)))
-                and (native is None or j >= n - native)
-            ]
-            for j in visible:
-                assert torch.equal(found[j], everything[0, 0, j])
-            assert torch.equal(keys.values, -keys.keys)
-            assert store.tensors[0].shape[2] == rule.slots(n, 16, native)
-
-
-def test_rows_can_be_selected_and_repeated(tiny_model, random_plan, token_ids):
+def test_padding_takes_no_memory(tiny_model, random_plan, token_ids):
     model = tiny_model()
-    attach(model, random_plan(model_shape(model), 1))
-    ids = token_ids(3, 60)
+    plan = random_plan(model_shape(model), 1)
+    attach(model, plan)
+    ids, mask = token_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[0, :150] = 0
     with torch.no_grad():
-        cache = model(ids[:, :50]).cache
-        cache.batch_select_indices(torch.tensor([2, 0]))
-        found = model(ids[[2, 0], 50:], cache=cache).logits
-        expected = model(ids, use_cache=False).logits[[2, 0], 50:]
-    assert (found - expected).abs().max() < 1e-4
-    with torch.no_grad():
-        cache = model(ids[:1, :50]).cache
-        cache.batch_repeat_interleave(3)
-        found = model(ids[:1, 50:].repeat(3, 1), cache=cache).logits
-    assert (found - model(ids[:1], use_cache=False).logits[:, 50:]).abs().max() < 1e-4
+        cache = model(ids, attention_mask=mask).cache
+    assert used_bytes(cache, plan) == plan.kv_bytes(50) + plan.kv_bytes(200)
+    assert cache.get_seq_length() == 200
 
 
-def test_reset_empties_the_cache(tiny_model, random_plan, token_ids):
-    model = attach(tiny_model(), random_plan(model_shape(tiny_model()), 1))
-    ids = token_ids(1, 30)
+def test_beams_share_blocks(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 2, full_share=0.5)
+    attach(model, plan)
     with torch.no_grad():
+        cache = model(token_ids(1, 160)).cache
+        one = used_bytes(cache, plan)
+        cache.batch_repeat_interleave(4)
+        assert cache.batch_size == 4
+        assert used_bytes(cache, plan) == one
+        model(token_ids(4, 1, seed=1), cache=cache)
+        heads = plan.model.layers * plan.model.kv_heads
+        assert used_bytes(cache, plan) <= one + 4 * heads * BLOCK * plan.model.slot_bytes
+        cache.reorder_cache(torch.tensor([2, 2, 2, 2]))
+        assert used_bytes(cache, plan) == plan.kv_bytes(161)
+        pool = cache.layers[0]._pool
+        assert pool.used == cache.layers[0].blocks, "what no row has any more is free"
+
+
+def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 3)
+    attach(model, plan)
+    ids = token_ids(1, 220)
+    with torch.no_grad():
+        cache = model(ids[:, :150]).cache
+        pools = [layer._pool for layer in cache.layers]
+        held = [pool.refs.copy() for pool in pools]
+        expected = model(ids[:, 150:200], cache=copy.deepcopy(cache)).logits
+        again = model(ids[:, 150:200], cache=cache.fork()).logits
+        assert torch.equal(again, expected)
+        gc.collect()
+        for pool, before in zip(pools, held, strict=True):
+            assert (pool.refs[: len(before)] == before).all()
+            assert not pool.refs[len(before) :].any()
+        assert torch.equal(model(ids[:, 150:200], cache=cache).logits, expected)
+    gone = weakref.ref(pools[0])
+    del cache, pools
+    gc.collect()
+    assert gone() is None
+
+
+def test_forks_in_threads(tiny_model, random_plan, token_ids):
+    """Continuations of one kept prefix run at the same time, each on a fork, and give what they give alone."""
+    model = tiny_model()
+    attach(model, random_plan(model_shape(model), 4))
+    prefix = token_ids(1, 120)
+    with torch.no_grad():
+        kept = model(prefix).cache
+    prompts = [torch.cat((prefix, token_ids(1, 5 + seed, seed)), 1) for seed in range(6)]
+    expected = [model.generate(prompt, **settings(max_new_tokens=30)).sequences for prompt in prompts]
+    found: dict[int, torch.Tensor] = {}
+
+    def run(number):
+        found[number] = model.generate(
+            prompts[number],
+            cache=kept.fork(),
+            attention_mask=torch.ones_like(prompts[number]),
+            **settings(max_new_tokens=30),
+        ).sequences
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], expected[number]) for number in range(6))
+
+
+def test_rolling_back_needs_a_record(tiny_model, token_ids):
+    model = tiny_model()
+    plan = Plan.uniform(model_shape(model), Rule(4, 40, 0))
+    attach(model, plan)
+    ids = token_ids(1, 300)
+    with torch.no_grad():
+        expected = model(ids[:, :260], use_cache=False).logits[:, 240:]
+        cache = model(ids[:, :250]).cache
+        with pytest.raises(UnsupportedError, match="can not be rolled back by 40 tokens"):
+            cache.crop(-40)
+        recorded = PlanCache(plan)
+        recorded.activate_past_recording()
+        model(ids[:, :200], cache=recorded)
+        model(ids[:, 100:150], cache=recorded)
+        recorded.crop(-50)
+        model(ids[:, 200:230], cache=recorded)
+        recorded.crop(0)
+        model(ids[:, :30], cache=recorded)
+        recorded.crop(-30)
+        model(ids[:, 230:240], cache=recorded)
+        assert (model(ids[:, 240:260], cache=recorded).logits - expected).abs().max() < 1e-4
+        with pytest.raises(UnsupportedError, match=f"the last {LAG} tokens"):
+            recorded.crop(-LAG - 60)
+        with pytest.raises(UnsupportedError, match=r"crop\(5\) is not possible"):
+            recorded.crop(5)
+        with pytest.raises(UnsupportedError, match=r"crop\(-500\) is not possible on a cache of 260 tokens"):
+            recorded.crop(-500)
+
+
+def test_a_recording_cache_stays_bounded(tiny_model, token_ids):
+    model = tiny_model()
+    plan = Plan.uniform(model_shape(model), Rule(4, 32, 0))
+    attach(model, plan)
+    cache = PlanCache(plan)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for size in (900, *[11] * 20):
+            model(token_ids(1, size), cache=cache, logits_to_keep=1)
+            cache.crop(-4 if size == 11 else 0)
+    per_head = (plan.rules[0][0].slots(1000, plan.min_window) + LAG) // BLOCK + 1
+    assert max(layer.blocks for layer in cache.layers) <= per_head * plan.model.kv_heads
+
+
+def test_a_full_span_cache_rolls_back_without_a_record(tiny_model, token_ids):
+    model = tiny_model()
+    attach(model, Plan.full(model_shape(model)))
+    ids = token_ids(1, 100)
+    with torch.no_grad():
+        expected = model(ids[:, :60], use_cache=False).logits[:, 30:]
         cache = model(ids).cache
-        cache.reset()
-        assert cache.get_seq_length() == 0
-        assert cache.kv_bytes() == 0
-        assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
+        cache.crop(-70)
+        assert (model(ids[:, 30:60], cache=cache).logits - expected).abs().max() < 1e-5
 
 
-def test_a_forward_that_broke_off_poisons_its_cache(tiny_model, random_plan, token_ids, monkeypatch):
-    """A cache whose layers stand at different lengths must not go on as if nothing had happened."""
-    model = attach(tiny_model(), random_plan(model_shape(tiny_model()), 1))
+def test_an_interrupted_forward_is_noticed(tiny_model, random_plan, token_ids, monkeypatch):
+    model = tiny_model()
+    attach(model, random_plan(model_shape(model), 2))
     ids = token_ids(1, 30)
     cache = model(ids).cache
+    layer = model.model.layers[1]
+    original = layer.forward
 
-    def interrupt(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moacompress.runtime.attention.sparse_attention", interrupt)
+    monkeypatch.setattr(layer, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model(ids[:, :1], cache=cache)
-    monkeypatch.undo()
-    with pytest.raises(UnsupportedError, match="middle of a forward"):
+    monkeypatch.setattr(layer, "forward", original)
+    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
         model(ids[:, :1], cache=cache)
+    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
+        cache.fork()
 
 
-def test_batch_of_another_size_is_refused(tiny_model, random_plan, token_ids):
-    model = attach(tiny_model(), random_plan(model_shape(tiny_model()), 1))
-    cache = model(token_ids(2, 30)).cache
-    with pytest.raises(UnsupportedError, match="2 rows, the input has 1"):
-        model(token_ids(1, 1), cache=cache)
+def test_batch_operations(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    attach(model, random_plan(model_shape(model), 2))
+    ids = token_ids(3, 60)
+    with torch.no_grad():
+        cache = model(ids).cache
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        assert cache.batch_size == 4
+        rows = ids[[2, 2, 0, 0]]
+        step = token_ids(4, 1, seed=9)
+        expected = model(torch.cat((rows, step), 1), use_cache=False).logits[:, -1]
+        found = model(step, cache=cache).logits[:, -1]
+        assert (found - expected).abs().max() < 1e-4
+        cache.batch_select_indices(torch.tensor([True, False, False, True]))
+        assert cache.batch_size == 2
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.kv_bytes() == 0
+    assert cache.batch_size == -1
+    with pytest.raises(UnsupportedError, match="holds 3 rows, the input has 2"):
+        model(ids[:2, :1], cache=model(ids).cache)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.errors import UnsupportedError
 from moacompress.models import model_shape
@@ -26,26 +27,41 @@ def refuses(match, call):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "hole"])
-def test_unequal_lengths(side, model, ids):
+@pytest.mark.parametrize("where", [slice(15, 20), slice(19, 20), slice(0, 20)])
+def test_prompts_that_end_in_padding(where, model, ids):
     mask = torch.ones_like(ids)
-    mask[0, {"left": slice(0, 5), "right": slice(15, 20), "hole": slice(8, 10)}[side]] = 0
-    refuses("unequal length", lambda: model(ids, attention_mask=mask))
-    refuses("unequal length", lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2))
+    mask[0, where] = 0
+    refuses("pad on the left", lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2))
 
 
-def test_beam_search(model, ids):
-    refuses("beam_search is not supported", lambda: model.generate(ids, num_beams=2, max_new_tokens=2))
-    refuses("beam", lambda: model(ids).cache.reorder_cache(torch.tensor([1, 0])))
+def test_masks_that_do_not_fit(model, ids):
+    refuses(r"shape \(2, 19\) and should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(2, 19)))
+    refuses(r"should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(1, 20)))
+    cache = model(ids).cache
+    step, match = ids[:, :1], "20 tokens in the cache and 1 new ones"
+    refuses(match, lambda: model(step, attention_mask=torch.ones(2, 1), cache=cache))
 
 
-def test_assisted_decoding(model, ids, tiny_model):
-    assistant = tiny_model(seed=1)
-    refuses("assisted_generation", lambda: model.generate(ids[:1], assistant_model=assistant, max_new_tokens=4))
-    refuses("as an assistant", lambda: assistant.generate(ids[:1], assistant_model=model, max_new_tokens=4))
-    refuses("assisted_generation", lambda: model.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=4))
-    refuses("rolled back", lambda: model(ids).cache.crop(-1))
-    refuses("rolled back", lambda: model(ids).cache.activate_past_recording())
+def test_masks_that_change_their_mind(model, ids):
+    cache, mask = model(ids).cache, torch.ones(2, 21)
+    mask[1, 3] = 0
+    refuses("says otherwise of tokens", lambda: model(ids[:, :1], attention_mask=mask, cache=cache))
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    cache = model(ids, attention_mask=padded).cache
+    refuses("says otherwise of tokens", lambda: model(ids[:, :1], attention_mask=torch.ones(2, 21), cache=cache))
+    assert model(ids[:, :1], cache=cache).logits.shape == (2, 1, 160)
+
+
+@pytest.mark.parametrize(
+    "mode", ["contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"]
+)
+def test_other_ways_of_generating(mode, model):
+    config = model.generation_config
+    refuses(
+        f"generating with {mode} is not supported",
+        lambda: model._prepare_cache_for_generation(config, {}, GenerationMode(mode), 1, 20),
+    )
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized", "dynamic", "offloaded_static"])
@@ -80,7 +96,11 @@ def test_packed_sequences(model, ids):
     restart = torch.cat((torch.arange(12), torch.arange(8)))[None]
     refuses("packed", lambda: model(ids, position_ids=restart, use_cache=False))
     refuses("packed", lambda: model(ids, position_ids=restart))
-    refuses("packed", lambda: model(ids, position_ids=torch.arange(3, 23)[None]))
+    backwards = torch.arange(20).flip(0)[None]
+    refuses("packed", lambda: model(ids, position_ids=backwards))
+    cache = model(ids, position_ids=torch.arange(20)[None]).cache
+    refuses("packed", lambda: model(ids[:, :1], position_ids=torch.tensor([[7]]), cache=cache))
+    refuses("packed", lambda: model(ids, position_ids=torch.arange(20).expand(3, 2, 20)))
     bounds = torch.tensor([0, 12, 20], dtype=torch.int32)
     refuses("packed", lambda: model(ids, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds))
 

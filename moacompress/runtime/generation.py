@@ -1,0 +1,82 @@
+"""Methods of a model that stand in for transformers' own while it is under a plan: `generate` and what surrounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.generation.configuration_utils import GenerationMode
+
+from moacompress.errors import MoaCompressError, UnsupportedError
+from moacompress.runtime.attention import NAME
+from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.hooks import check_cache
+
+MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+
+
+def _prepare_cache(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Stands in for `GenerationMixin._prepare_cache_for_generation`."""
+    attachment = getattr(self, "_moacompress", None)
+    if attachment is None:
+        raise MoaCompressError("the plan was taken off this model by hand; use moacompress.detach(model)")
+    if generation_mode not in MODES:
+        raise UnsupportedError(
+            f"generating with {generation_mode.value} is not supported by a compressed model; use greedy search, sampling, "
+            "beam search or assisted decoding"
+        )
+    if generation_config.cache_implementation is not None:
+        raise UnsupportedError(
+            f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
+            "its own cache; leave it out"
+        )
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool((mask[:, -1] != 0).all()):
+        raise UnsupportedError(
+            "a prompt ends in padding, so that generating would go on from a padded token; pad on the left "
+            '(tokenizer.padding_side = "left")'
+        )
+    cache = check_cache(model_kwargs.get("cache"), attachment.plan.key())
+    if cache is not None:
+        cache._is_user_defined = True
+    elif generation_config.use_cache is not False:
+        cache = model_kwargs["cache"] = PlanCache(attachment.plan, reserve=max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+
+
+def _refuse_other_attention(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    if attn_implementation != NAME:
+        raise UnsupportedError(
+            f"set_attn_implementation({attn_implementation!r}) would ignore the plan; use moacompress.detach(model) to get the "
+            "dense model back"
+        )
+
+
+def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
+    raise UnsupportedError(
+        "continuous batching and paged caches are not supported by a compressed model; use model.generate with its own cache"
+    )
+
+
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "set_attn_implementation": _refuse_other_attention,
+    "generate_batch": _refuse_continuous_batching,
+    "init_continuous_batching": _refuse_continuous_batching,
+    "continuous_batching_context_manager": _refuse_continuous_batching,
+}
+"""Methods of a model that stand in for transformers' own while a plan is attached."""

@@ -1,0 +1,179 @@
+"""What happens before the decoder and before each attention module of a model under a plan.
+
+The hooks hold no state of a forward: the plan's part of a layer is fixed, what changes lives in the cache, and which tokens
+are real goes through the model as its mask. So threads can share a model, and layers can be computed again for a backward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from moacompress.errors import UnsupportedError
+from moacompress.plan import Plan
+from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerContext
+from moacompress.runtime.blocks import Ints
+from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.chunk import Bools
+
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+_LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
+
+
+@dataclass
+class AttentionHook:
+    """Hands a layer's part of the plan, and its cache, to the attention."""
+
+    context: LayerContext
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
+        if module.config._attn_implementation != NAME:
+            raise UnsupportedError(
+                f"the attention implementation was changed to {module.config._attn_implementation!r}, which would ignore "
+                "the plan; use moacompress.detach(model) to get the dense model back"
+            )
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        layer = None if cache is None else cache.layers[self.context.layer]
+        return args, {**kwargs, CONTEXT: replace(self.context, cache=layer)}
+
+
+class DecoderHook:
+    """Checks the inputs of a forward, brings the cache and tells it which tokens are real."""
+
+    def __init__(self, plan: Plan, decoder: torch.nn.Module) -> None:
+        self.plan = plan
+        self.plan_key = plan.key()
+        parameters = inspect.signature(type(decoder).forward).parameters
+        self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        _check_rest(module, kwargs)
+        name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")
+        cache = check_cache(kwargs.get(name), self.plan_key)
+        if cache is None and self._wants_cache(module, kwargs):
+            cache = PlanCache(self.plan)
+            kwargs[name] = cache
+        if cache is not None:
+            cache.check_whole()
+        size = next((kwargs[n].shape[:2] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+        if size is None:
+            return (), kwargs  # the decoder has its own words for that
+        mask = kwargs.pop("attention_mask", None)
+        real = read_mask(mask, cache, *size)
+        last = _check_positions(kwargs.get("position_ids"), real, cache, *size)
+        if cache is not None:
+            cache.real, cache.last_position = real, last
+        if real is not None and not real[:, real.shape[1] - size[1] :].all():
+            kwargs["attention_mask"] = mask
+        return (), kwargs
+
+    @staticmethod
+    def _wants_cache(module: Any, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(module.config, "use_cache", False)
+        return bool(wanted) and not (getattr(module, "gradient_checkpointing", False) and module.training)
+
+
+def check_cache(cache: Any, plan_key: str) -> PlanCache | None:
+    """Returns the cache if it is one that this plan can use.
+
+    Raises:
+        UnsupportedError: another kind of cache, or one of another plan.
+    """
+    if cache is None or (isinstance(cache, PlanCache) and cache.plan_key == plan_key):
+        return cache
+    if isinstance(cache, PlanCache):
+        raise UnsupportedError("the cache belongs to another plan; start a new one for this model")
+    raise UnsupportedError(
+        f"a compressed model brings its own cache and can not use a {type(cache).__name__}; pass no cache, or the one that "
+        "the model returned"
+    )
+
+
+def read_mask(mask: Any, cache: PlanCache | None, rows: int, tokens: int) -> Bools | None:
+    """Returns which tokens are real, those in the cache first, bool `[rows, columns]`; None where all are.
+
+    Args:
+        mask: what the caller gave, or None: then all tokens of this forward are real.
+        cache: the cache, or None.
+        rows: of the batch.
+        tokens: fed to every row in this forward.
+
+    Raises:
+        UnsupportedError: a mask of another shape, or one that takes back what it said of tokens that are in the cache.
+    """
+    past = cache.get_seq_length() if cache is not None else 0
+    seen = cache.seen(rows) if cache is not None and cache.real is not None else None
+    if mask is None:
+        return None if seen is None else np.concatenate([seen, np.ones((rows, tokens), np.bool_)], axis=1)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise UnsupportedError(
+            MASK_SHAPE.format(tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__)
+        )
+    if tuple(mask.shape) != (rows, past + tokens):
+        raise UnsupportedError(
+            f"the attention mask has the shape {tuple(mask.shape)} and should have ({rows}, {past + tokens}): {past} tokens in "
+            f"the cache and {tokens} new ones"
+        )
+    real: Bools = (mask.detach() != 0).cpu().numpy()
+    if not (real[:, :past].all() if seen is None else np.array_equal(real[:, :past], seen)):
+        raise UnsupportedError(
+            "the attention mask says otherwise of tokens that are in the cache than when they were fed; a compressed cache "
+            "can not hide or show them later, so start a new one"
+        )
+    return None if real.all() else real
+
+
+def _check_positions(
+    positions: Any, real: Bools | None, cache: PlanCache | None, rows: int, tokens: int
+) -> Ints | None:
+    """Refuses position ids that do not count the real tokens of a row, or its columns, one by one.
+
+    Returns:
+        The last position of every row, `[rows]`; None where the caller gave none.
+    """
+    if positions is None:
+        return None
+    message = "position_ids that do not count on (packed sequences, or gaps) are not supported by a compressed model; "
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != tokens:
+        raise UnsupportedError(message + _LEFT_PADDED)
+    found = np.broadcast_to(positions.detach().cpu().numpy(), (rows, tokens))
+    last = cache.last_position if cache is not None else None
+    ends = np.zeros(rows, np.int64) if last is None else last.copy()
+    for row in range(rows):
+        columns = np.arange(tokens)
+        if real is not None:
+            columns = columns[real[row, real.shape[1] - tokens :]]
+        if not len(columns):
+            continue
+        steps, gaps = np.diff(found[row, columns]), np.diff(columns)
+        start = last is None or found[row, columns[0]] == last[row] + 1 or not cache or not _counts(cache, row)
+        if not ((steps == 1) | (steps == gaps)).all() or not start:
+            raise UnsupportedError(message + _LEFT_PADDED)
+        ends[row] = found[row, columns[-1]]
+    return ends
+
+
+def _counts(cache: PlanCache, row: int) -> bool:
+    """Whether a row of the cache has real tokens."""
+    layer = cache.layers[0]
+    return layer.is_initialized and bool(layer.lengths[row])
+
+
+def _check_rest(module: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions") or (
+        kwargs.get("output_attentions") is None and getattr(module.config, "output_attentions", False)
+    ):
+        raise UnsupportedError("output_attentions is not supported: a compressed model never makes the whole matrix")
+    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+        raise UnsupportedError("packed sequences (cu_seq_lens) are not supported by a compressed model")
+    if getattr(module.config, "is_causal", True) is False or kwargs.get("is_causal") is False:
+        raise UnsupportedError("is_causal=False is not supported: a plan is made for causal attention")

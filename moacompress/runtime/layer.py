@@ -1,0 +1,442 @@
+"""The cache of one layer: a block table for every row and KV head, and what a forward does to it.
+
+Token j of a row lives in its head's logical block j // 16. Which logical blocks are there follows from the number of tokens
+in the row by arithmetic (`plan.block_runs`), so growing appends a block, forgetting frees one, and nothing is ever moved.
+The tokens of a row are those that its mask calls real: padding is never written and never counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from moacompress.errors import UnsupportedError
+from moacompress.kernels.reference import Keys
+from moacompress.plan import BLOCK, Rule, block_runs
+from moacompress.runtime.blocks import Ids, Ints, Pool, ragged_ranges
+from moacompress.runtime.chunk import Chunk, Group
+
+LAG = 128
+"""Tokens that a cache which is rolled back (drafts) keeps longer than its plan says."""
+LONGEST_LOOK = 4096
+"""Steps over which the largest cache on the way to a reserved length is looked for."""
+
+
+def rule_groups(rules: Sequence[Rule]) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
+    """Returns the KV heads of a layer by rule: they are attended to together. Every full rule is one."""
+    groups: dict[Rule, list[int]] = {}
+    for head, rule in enumerate(rules):
+        groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
+    return tuple((rule, tuple(heads)) for rule, heads in groups.items())
+
+
+class Runs(NamedTuple):
+    """Logical blocks of every row and KV head: the sinks' `[a, b)` and the window's `[c, d)`, each int64 `[rows, heads]`."""
+
+    a: Ints
+    b: Ints
+    c: Ints
+    d: Ints
+
+    @property
+    def blocks(self) -> int:
+        """All of them together."""
+        return int((self.b - self.a + self.d - self.c).sum())
+
+
+class _Table:
+    """The block table `[rows, heads, logical blocks]`; -1 where there is no block."""
+
+    def __init__(self, rows: int, heads: int) -> None:
+        self.ids: Ids = np.full((rows, heads, 4), -1, np.int32)
+
+    def widen(self, blocks: int) -> None:
+        rows, heads, width = self.ids.shape
+        if blocks > width:
+            more = np.full((rows, heads, max(blocks, 2 * width) - width), -1, np.int32)
+            self.ids = np.concatenate([self.ids, more], axis=2)
+
+
+class PlanCacheLayer(CacheLayerMixin):
+    """The cache of one layer; the attention reads and commits it, transformers only asks for its length.
+
+    Args:
+        rules: the rule of every KV head.
+        min_window: the plan's smallest window, tokens.
+        native_window: the layer's own sliding window in tokens, or None.
+        reserve: tokens of a row for which memory is taken at once, or None.
+
+    Attributes:
+        columns: tokens fed so far, padding included; transformers' length.
+        lengths: real tokens of every row, `[rows]`.
+        record_past: whether `LAG` tokens are kept longer, so that drafts can be rolled back.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(
+        self, rules: Sequence[Rule], min_window: int, native_window: int | None, reserve: int | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rules = tuple(rules)
+        self._bounds = (min_window, native_window)
+        columns = zip(*((rule.sink, rule.alpha, rule.beta_q) for rule in self.rules), strict=True)
+        self._sink, self._alpha, self._beta_q = (np.array(column, np.int64) for column in columns)
+        self.reserve = reserve
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        heads = len(self.rules)
+        self.columns = 0
+        self.lengths: Ints = np.zeros(0, np.int64)
+        self._runs = Runs(*(np.zeros((0, heads), np.int64),) * 4)
+        self._table = _Table(0, heads)
+        self._pool: Pool | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.is_initialized = False
+        self._finalizer: Any = None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether drafts can be rolled back: while a little more than the plan's is kept."""
+        return self.record_past
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the cache, -1 while it is empty."""
+        return len(self.lengths) if self.is_initialized else -1
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that hold memory."""
+        return [] if self._pool is None else self._pool.tensors
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in use, those that other caches use too included."""
+        return int(np.count_nonzero(np.unique(self._table.ids) >= 0))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of a chunk; the attention that follows commits it.
+
+        Args:
+            key_states: `[batch, kv_heads, tokens, head_dim]`.
+            value_states: `[batch, kv_heads, tokens, value_dim]`.
+            *args: ignored.
+            **kwargs: ignored.
+        """
+        if self._pending is not None:
+            raise UnsupportedError(
+                "this cache was left in the middle of a forward (an interrupt, or an attention that is not moacompress's); "
+                "start a new one"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != len(self.lengths):
+            raise UnsupportedError(f"the cache holds {len(self.lengths)} rows, the input has {key_states.shape[0]}")
+        self._pending = key_states, value_states
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes the number of rows, the dimensions and the device; no memory yet."""
+        rows, heads = key_states.shape[0], len(self.rules)
+        self.lengths = np.zeros(rows, np.int64)
+        self._runs = Runs(*(np.zeros((rows, heads), np.int64),) * 4)
+        self._use(Pool(key_states, value_states), _Table(rows, heads))
+        self.is_initialized = True
+
+    def take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the chunk of the running forward; the caller commits it."""
+        assert self._pending is not None
+        return self._pending
+
+    def commit(self, chunk: Chunk) -> None:
+        """Takes in the chunk of the running forward, and frees every block that no later query sees.
+
+        Args:
+            chunk: which of its tokens are real.
+        """
+        key, value = self.take_pending()
+        before, counts = self.lengths, chunk.counts(len(self.lengths))
+        lengths = before + counts
+        runs = self._kept(lengths)
+        assert self._pool is not None
+        with self._pool.lock:
+            if not self._pool.tensors:
+                self._pool.reserve(self._needed(lengths, runs, self.columns + chunk.columns))
+            self._free(runs)
+            self._extend(before, counts, runs)
+        self._runs, self.lengths = runs, lengths
+        self._write(key, value, before, chunk)
+        self.columns += chunk.columns
+        self._pending = None
+
+    def committed(self, group: Group, heads: Sequence[int]) -> Keys:
+        """Returns the cached keys and values of some rows and of KV heads that share a rule.
+
+        Args:
+            group: the rows; they have as many tokens each.
+            heads: the KV heads.
+        """
+        assert self._pool is not None
+        rows = np.arange(len(self.lengths)) if group.rows is None else group.rows
+        n = int(self.lengths[rows[0]])
+        # rows can hold more than their rule says (drafts that were rolled back), by different amounts: what all hold
+        a, b, c = (int(run[rows][:, heads].max()) for run in self._runs[:3])
+        blocks = [*range(a, b), *range(c, -(-n // BLOCK))]
+        keys, values = self._pool.gather(self._table.ids[rows[:, None], np.array(heads)[None]][:, :, blocks])
+        pieces = [(a * BLOCK, (b - a) * BLOCK), (c * BLOCK, n - c * BLOCK)]
+        used = sum(count for _, count in pieces)
+        return Keys(keys[:, :, :used], values[:, :, :used], pieces)
+
+    def with_chunk(self, group: Group, heads: Sequence[int], key: torch.Tensor, value: torch.Tensor) -> Keys:
+        """Returns the cached keys and values followed by those of the running chunk.
+
+        Args:
+            group: rows with as many tokens each, in the cache and in the chunk.
+            heads: KV heads that share a rule.
+            key: `[rows, heads, tokens, head_dim]`, of these alone.
+            value: `[rows, heads, tokens, value_dim]`.
+        """
+        own = (group.past, group.tokens)
+        if not group.past:
+            return Keys(key, value, [own])
+        held = self.committed(group, heads)
+        return Keys(torch.cat((held.keys, key), 2), torch.cat((held.values, value), 2), [*held.pieces, own])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns `(kv_length, kv_offset)` as transformers asks for it."""
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the number of tokens fed so far, padding included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """Returns -1: the cache grows as long as memory lasts."""
+        return -1
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._clear()
+
+    def select(self, rows: Ints) -> None:
+        """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
+        if not self.is_initialized:
+            return
+        assert self._pool is not None
+        old = self._table.ids
+        with self._pool.lock:
+            self._pool.retain(old[rows])
+            self._pool.release(old)
+        self._table.ids = old[rows]
+        self.lengths = self.lengths[rows]
+        self._runs = Runs(*(run[rows] for run in self._runs))
+
+    def check_roll_back(self, counts: Ints) -> None:
+        """Refuses to forget so many of the last real tokens of every row, `[rows]`.
+
+        Raises:
+            UnsupportedError: what the earlier length needs is gone.
+        """
+        lengths = self.lengths - counts
+        needed, held = self._runs_at(lengths), self._runs
+        gone = (needed.c < held.c) | ((needed.a < held.a) & (needed.b > needed.a))
+        if bool((lengths < 0).any() or gone.any()):
+            kept = (
+                f"the last {LAG} tokens can be rolled back" if self.record_past else "nothing was kept to roll back to"
+            )
+            raise UnsupportedError(
+                f"a compressed cache can not be rolled back by {int(counts.max())} tokens: evicted keys are gone and {kept}; "
+                "draft fewer tokens at a time, or fork() the cache before what is to be undone"
+            )
+
+    def roll_back(self, counts: Ints, columns: int) -> None:
+        """Forgets the last real tokens of every row.
+
+        Args:
+            counts: how many, `[rows]`.
+            columns: tokens fed that they were, padding included.
+
+        Raises:
+            UnsupportedError: see `check_roll_back`.
+        """
+        self.check_roll_back(counts)
+        lengths, held = self.lengths - counts, self._runs
+        end = -(-lengths[:, None] // BLOCK)
+        assert self._pool is not None
+        with self._pool.lock:
+            self._drop(*ragged_ranges(np.maximum(held.a, end), held.b))
+            self._drop(*ragged_ranges(np.maximum(held.c, end), held.d))
+        d = np.broadcast_to(end, held.d.shape)
+        self._runs = Runs(np.minimum(held.a, d), np.minimum(held.b, d), np.minimum(held.c, d), d.copy())
+        self.lengths, self.columns = lengths, self.columns - columns
+
+    def fork(self) -> PlanCacheLayer:
+        """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
+        if self._pending is not None:
+            raise UnsupportedError("a cache can not be forked in the middle of a forward")
+        other = PlanCacheLayer(self.rules, *self._bounds, self.reserve)
+        other.record_past = self.record_past
+        if not self.is_initialized:
+            return other
+        assert self._pool is not None
+        table = _Table(0, len(self.rules))
+        table.ids = self._table.ids.copy()
+        with self._pool.lock:
+            self._pool.retain(table.ids)
+        other._use(self._pool, table)
+        other.columns, other.lengths, other._runs = self.columns, self.lengths, self._runs
+        other.is_initialized = True
+        return other
+
+    def activate_past_recording(self) -> None:
+        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens of every row; see `PlanCache.crop`, which knows of padding."""
+        count = abs(tokens_to_remove)
+        if count and self.is_initialized:
+            self.roll_back(np.full(len(self.lengths), count, np.int64), count)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""
+        self.select(beam_idx.detach().cpu().numpy())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows of the batch, in that order."""
+        rows = indices.detach().cpu()
+        self.select((torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows).numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch; the copies share blocks."""
+        self.select(np.arange(len(self.lengths)).repeat(repeats))
+
+    def offload(self) -> None:
+        """Refused: the cache stays on its device."""
+        raise UnsupportedError("an offloaded cache is not supported by moacompress; its own cache is small already")
+
+    prefetch = offload
+
+    def _use(self, pool: Pool, table: _Table) -> None:
+        self._pool, self._table = pool, table
+        # a fork that is dropped gives its blocks back to those that live on
+        self._finalizer = weakref.finalize(self, _give_back, pool, table)
+        self._finalizer.atexit = False
+
+    def _runs_at(self, n: Ints) -> Runs:
+        """Returns the blocks that the rules touch at so many tokens, `[rows]`."""
+        shape = (len(n), len(self.rules))
+        runs = block_runs(n[:, None], self._sink, self._alpha, self._beta_q, *self._bounds)
+        return Runs(*(np.broadcast_to(run, shape) for run in runs))
+
+    def _kept(self, lengths: Ints) -> Runs:
+        """Returns the blocks to hold at so many tokens: what the rules touch, and what rolling back may need."""
+        if not self.record_past:
+            runs = self._runs_at(lengths)
+        else:
+            runs = self._runs_at(np.maximum(lengths - LAG, 0))._replace(d=self._runs_at(lengths).d)
+        held = self._runs
+        a, c = np.maximum(held.a, runs.a), np.maximum(held.c, runs.c)  # what is gone stays gone
+        # sinks that were taken in stay until a native window passes them; while the window reaches them they are its own
+        b = np.maximum(np.minimum(np.maximum(held.b, runs.b), c), a)
+        return Runs(a, b, c, np.broadcast_to(runs.d, a.shape))
+
+    def _needed(self, lengths: Ints, runs: Runs, columns: int) -> int:
+        """Returns the blocks to take memory for: those at these lengths, or the most on the way to the reserved one."""
+        left = (self.reserve or 0) - columns
+        if left <= 0 or self.record_past:
+            return runs.blocks
+        total = 0
+        for n, count in zip(*np.unique(lengths, return_counts=True), strict=True):
+            way = np.arange(max(n, n + left - LONGEST_LOOK), n + left + 1)
+            at = self._runs_at(way)
+            total += int(count) * int((at.b - at.a + at.d - at.c).sum(axis=1).max())
+        return max(total, runs.blocks)
+
+    def _free(self, runs: Runs) -> None:
+        """Gives back the blocks that are held and not in `runs`."""
+        held = self._runs
+        self._drop(*ragged_ranges(held.a, np.minimum(runs.a, held.b)))
+        owner, number = ragged_ranges(held.c, np.minimum(runs.c, held.d))
+        if len(owner):
+            a, b = runs.a.reshape(-1)[owner], runs.b.reshape(-1)[owner]
+            loose = (number < a) | (number >= b)
+            self._drop(owner[loose], number[loose])
+
+    def _drop(self, owner: Ints, number: Ints) -> None:
+        if not len(owner):
+            return
+        assert self._pool is not None
+        rows, heads = np.divmod(owner, len(self.rules))
+        self._pool.release(self._table.ids[rows, heads, number])
+        self._table.ids[rows, heads, number] = -1
+
+    def _extend(self, before: Ints, counts: Ints, runs: Runs) -> None:
+        """Puts a free block wherever `runs` has one more, and a copy in place of a shared one that will be written to."""
+        assert self._pool is not None
+        pool, table = self._pool, self._table
+        table.widen(int(runs.d.max(initial=0)))
+        end = -(-before[:, None] // BLOCK)
+        new = [ragged_ranges(np.maximum(low, end), high) for low, high in ((runs.a, runs.b), (runs.c, runs.d))]
+        owner, number = (np.concatenate(parts) for parts in zip(*new, strict=True))
+        if len(owner):
+            rows, heads = np.divmod(owner, len(self.rules))
+            table.ids[rows, heads, number] = pool.take(len(owner))
+        if not pool.shared:
+            return
+        open_rows = np.flatnonzero((before % BLOCK != 0) & (counts > 0))
+        last = table.ids[open_rows, :, before[open_rows] // BLOCK]
+        row, head = np.nonzero((last >= 0) & (pool.refs[np.maximum(last, 0)] > 1))
+        if len(row):
+            sources = last[row, head]
+            copies = pool.take(len(row))
+            pool.copy(sources, copies)
+            pool.release(sources)
+            table.ids[open_rows[row], head, before[open_rows[row]] // BLOCK] = copies
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
+        """Copies the real tokens of the chunk that stay into their blocks."""
+        assert self._pool is not None
+        heads = len(self.rules)
+        if chunk.columns == 1:
+            rows = np.flatnonzero(self.lengths > before)
+            ids = self._table.ids[rows, :, before[rows] // BLOCK].astype(np.int64)
+            slots = (ids * BLOCK + (before[rows] % BLOCK)[:, None]).reshape(-1)
+            picked = [
+                t[:, :, 0] if len(rows) == len(t) else t[torch.from_numpy(rows).to(t.device), :, 0]
+                for t in (key, value)
+            ]
+            self._pool.write(slots, *(t.flatten(0, 1).detach() for t in picked))
+            return
+        for row in range(len(before)):
+            a, b, c = (run[row] * BLOCK for run in self._runs[:3])
+            first, end = before[row], self.lengths[row]
+            parts = [
+                ragged_ranges(np.maximum(a, first), np.minimum(b, end)),
+                ragged_ranges(np.maximum(c, first), np.full(heads, end)),
+            ]
+            head, position = (np.concatenate(part) for part in zip(*parts, strict=True))
+            slots = self._table.ids[row][head, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
+            real = chunk.where(row)
+            column = position - first if real is None else real[position - first]
+            h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(key.device) for t in (head, column))
+            self._pool.write(slots, key[row, h, at].detach(), value[row, h, at].detach())
+
+
+def _give_back(pool: Pool, table: _Table) -> None:
+    with pool.lock:
+        pool.release(table.ids)

@@ -1,0 +1,59 @@
+"""What a compressed model takes for a mask: padding, row by row; anything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from moacompress.errors import UnsupportedError
+
+
+def plan_mask(
+    *,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    q_length: int | None = None,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Takes transformers' request for a mask; the plan is the mask, so all but the stock ones are refused.
+
+    Returns:
+        Which tokens of the forward are real, bool `[batch, tokens]`, or None where all are.
+
+    Raises:
+        UnsupportedError: packed sequences, bidirectional or overlaid masks.
+    """
+    if use_vmap or not _is_stock(mask_function, local_size):
+        raise UnsupportedError(
+            "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
+            "(packed sequences, bidirectional attention, or an overlay)"
+        )
+    if attention_mask is None or q_length is None:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - q_length :].bool()
+
+
+def _is_stock(mask_function: Callable[..., Any], local_size: int | None) -> bool:
+    if mask_function is causal_mask_function:
+        return True
+    # transformers composes a sliding mask as and_masks(window overlay, causal): a closure over just these two
+    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
+    overlay = getattr(functions[0], "__qualname__", "") if functions else ""
+    return (
+        local_size is not None
+        and len(functions) == 2
+        and overlay.startswith("sliding_window_overlay")
+        and functions[1] is causal_mask_function
+    )
+
+
+def register(name: str) -> None:
+    """Makes the mask function known to transformers under the attention's name."""
+    AttentionMaskInterface.register(name, plan_mask)

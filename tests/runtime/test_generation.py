@@ -1,0 +1,331 @@
+"""Every way of generating with a compressed model gives what a dense model with the explicit mask gives."""
+
+import threading
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from moacompress.models import model_shape
+from moacompress.plan import Plan, Rule
+from moacompress.runtime import attach, detach
+from moacompress.runtime.cache import PlanCache
+
+TOLERANCE = 1e-4
+CLEAR = 1e-3
+"""Difference of the two best logits beyond which tokens must agree: GEMMs of other shapes round differently."""
+
+
+@pytest.fixture
+def model(tiny_model, random_plan):
+    model = tiny_model()
+    return attach(model, random_plan(model_shape(model), 3))
+
+
+def settings(**more):
+    return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
+
+
+def padded(rows, side="left", holes=0):
+    """Joins rows of unequal length to ids and mask; `holes` pads are put into the middle of every row."""
+    width = max(map(len, rows)) + holes
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        at = torch.arange(len(row))
+        at[len(row) // 2 :] += holes
+        at += width - len(row) - holes if side == "left" else 0
+        ids[number, at], mask[number, at] = row, 1
+    return ids, mask
+
+
+def positions_of(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def assert_same_tokens(model, prompt, found, expected):
+    """Tokens agree up to the first place where the two best logits of the reference are too near to tell."""
+    if torch.equal(found, expected):
+        return
+    with torch.no_grad():
+        logits = model(expected[None], use_cache=False).logits[0]
+    for at in range(len(prompt), len(expected)):
+        best = logits[at - 1].topk(2).values
+        if best[0] - best[1] <= CLEAR:
+            return
+        assert found[at] == expected[at], f"token {at}"
+
+
+@pytest.fixture
+def rows(token_ids):
+    return [token_ids(1, size, seed=size)[0] for size in (70, 7, 41, 100)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("holes", [0, 9])
+@pytest.mark.parametrize("cached", [False, True])
+def test_padded_logits_are_those_of_single_rows(side, holes, cached, model, rows, explicit_logits):
+    ids, mask = padded(rows, side, holes)
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=cached).logits
+        plan = model.config.quantization_config.plan
+        detach(model)
+        for number, row in enumerate(rows):
+            expected = explicit_logits(model, plan, row[None])[0]
+            assert (found[number, mask[number].bool()] - expected).abs().max() < TOLERANCE
+
+
+def test_padded_chunks_and_steps(model, rows, token_ids):
+    """Two padded chunks and single steps, without position_ids or a mask where all is real: windows count real tokens."""
+    ids, mask = padded(rows)
+    more, more_mask = padded([row[:5] for row in rows], holes=4)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, position_ids=positions_of(mask)).cache
+        whole = torch.cat((mask, more_mask), 1)
+        positions = positions_of(whole)
+        model(more, attention_mask=whole, position_ids=positions[:, ids.shape[1] :], cache=cache)
+        step = token_ids(4, 1, seed=5)
+        found = model(step, position_ids=positions[:, -1:] + 1, cache=cache).logits[:, -1]
+        for number, row in enumerate(rows):
+            sequence = torch.cat((row, row[:5], step[number]))[None]
+            expected = model(sequence, use_cache=False).logits[0, -1]
+            assert (found[number] - expected).abs().max() < TOLERANCE
+
+
+def test_a_row_of_padding_alone(model, token_ids):
+    ids = token_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask)
+        assert out.cache.layers[0].lengths.tolist() == [0, 30]
+        assert torch.isfinite(out.logits).all()
+        step = model(ids[:, :1], attention_mask=torch.cat((mask, torch.ones(2, 1)), 1), cache=out.cache)
+        alone = model(ids[:1, :1], use_cache=False).logits
+    assert (step.logits[0] - alone[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_left_padded_greedy(chunk, model, rows):
+    ids, mask = padded(rows)
+    together = model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **settings(max_new_tokens=25))
+    for number, row in enumerate(rows):
+        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings(max_new_tokens=25))[0]
+        found = together[number][ids.shape[1] - len(row) :]
+        assert_same_tokens(model, row, found, alone)
+
+
+def test_prompts_with_holes(model, rows):
+    ids, mask = padded(rows, holes=6)
+    together = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=15))[:, ids.shape[1] :]
+    for number, row in enumerate(rows):
+        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings(max_new_tokens=15))[0]
+        assert_same_tokens(model, row, torch.cat((row, together[number])), alone)
+
+
+def test_rows_that_end_early(model, rows):
+    """A row that met its end is padded while the others go on; they are not disturbed."""
+    ids, mask = padded(rows)
+    free = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=20))
+    end = int(free[1, ids.shape[1] + 3])
+    found = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=20, eos_token_id=end))
+    for row in range(len(rows)):
+        new = free[row, ids.shape[1] :].tolist()
+        length = new.index(end) + 1 if end in new else len(new)
+        assert found[row, ids.shape[1] :][:length].tolist() == new[:length]
+
+
+def reference_beams(logits_of, prompt, beams, steps):
+    """Beam search by its definition, on whole sequences without a cache; length penalty 1, no end token."""
+    hypotheses = [(0.0, prompt)]
+    for _ in range(steps):
+        batch = torch.stack([ids for _, ids in hypotheses])
+        scores = logits_of(batch)[:, -1].log_softmax(-1)
+        grown = [
+            (score + float(scores[number, token]), torch.cat((ids, torch.tensor([token]))))
+            for number, (score, ids) in enumerate(hypotheses)
+            for token in scores[number].topk(2 * beams).indices.tolist()
+        ]
+        hypotheses = sorted(grown, key=lambda item: -item[0])[:beams]
+    return hypotheses
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beam_search(beams, model, token_ids, explicit_logits):
+    prompt = token_ids(1, 90, seed=3)[0]
+    found = model.generate(
+        prompt[None], **settings(num_beams=beams, num_return_sequences=beams, max_new_tokens=12, length_penalty=0.0)
+    )
+    plan = model.config.quantization_config.plan
+    detach(model)
+    with torch.no_grad():
+        expected = reference_beams(lambda ids: explicit_logits(model, plan, ids), prompt, beams, 12)
+    assert torch.equal(found, torch.stack([ids for _, ids in expected]))
+
+
+def test_beam_search_of_padded_rows(model, rows):
+    ids, mask = padded(rows)
+    kinds = settings(num_beams=3, max_new_tokens=10)
+    together = model.generate(ids, attention_mask=mask, **kinds)[:, ids.shape[1] :]
+    for number, row in enumerate(rows):
+        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **kinds)[0, len(row) :]
+        assert torch.equal(together[number], alone)
+
+
+def test_beam_sampling_and_return_sequences(model, rows):
+    """Runs with shared blocks equal those with caches of their own: full span needs no plan to compare with."""
+    ids, mask = padded(rows[:2])
+    plan = model.config.quantization_config.plan
+    kinds = settings(max_new_tokens=12, num_return_sequences=3) | {"do_sample": True}
+    torch.manual_seed(0)
+    sampled = model.generate(ids, attention_mask=mask, **kinds)
+    torch.manual_seed(0)
+    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **kinds)
+    assert torch.equal(sampled, uncached)
+    torch.manual_seed(1)
+    beams = model.generate(ids, attention_mask=mask, num_beams=4, **kinds)
+    torch.manual_seed(1)
+    assert torch.equal(beams, model.generate(ids, attention_mask=mask, num_beams=4, use_cache=False, **kinds))
+    detach(model)
+    stock = model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8))
+    attach(model, Plan.full(plan.model))
+    assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8)), stock)
+
+
+@pytest.fixture
+def repetitive(token_ids):
+    return token_ids(1, 12, seed=4).repeat(1, 12)
+
+
+def test_prompt_lookup(model, repetitive):
+    expected = model.generate(repetitive, **settings(max_new_tokens=60))
+    found = model.generate(repetitive, prompt_lookup_num_tokens=7, **settings(max_new_tokens=60))
+    assert_same_tokens(model, repetitive[0], found[0], expected[0])
+
+
+@pytest.mark.parametrize("who", ["target", "assistant", "both"])
+def test_assisted_decoding(who, model, tiny_model, random_plan, repetitive):
+    other = tiny_model()
+    if who == "both":
+        attach(other, random_plan(model_shape(other), 8))
+    target, assistant = (other, model) if who == "assistant" else (model, other)
+    assistant.generation_config.num_assistant_tokens = 9
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    expected = target.generate(repetitive, **settings(max_new_tokens=60))
+    drafted = []
+    forward = target.forward
+
+    def spy(*args, **kwargs):
+        drafted.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    target.forward = spy
+    found = target.generate(
+        repetitive, assistant_model=assistant, return_dict_in_generate=True, **settings(max_new_tokens=60)
+    )
+    del target.forward
+    assert_same_tokens(target, repetitive[0], found.sequences[0], expected[0])
+    assert max(drafted[1:]) > 5, "drafts were verified, or this shows nothing"
+    assert len(drafted) < 60 or who != "target"
+
+
+def test_assisted_decoding_keeps_memory_bounded(tiny_model, token_ids):
+    model = tiny_model()
+    plan = Plan.uniform(model_shape(model), Rule(4, 32, 0))
+    attach(model, plan)
+    out = model.generate(
+        token_ids(1, 12).repeat(1, 60),
+        prompt_lookup_num_tokens=10,
+        return_dict_in_generate=True,
+        **settings(max_new_tokens=50),
+    )
+    blocks = (plan.rules[0][0].slots(770, plan.min_window) + 128) // 16 + 2
+    assert max(layer.blocks for layer in out.cache.layers) <= blocks * plan.model.kv_heads
+
+
+def test_turns_on_one_cache(model, token_ids):
+    """A conversation that keeps its cache says what one that starts anew says; a fork starts from the kept prefix."""
+    system = token_ids(1, 60, seed=1)
+    with torch.no_grad():
+        prefix = model(system).cache
+    for seed in (2, 3):
+        ids, cache = system, prefix.fork()
+        for turn in range(3):
+            ids = torch.cat((ids, token_ids(1, 9, seed=10 * seed + turn)), 1)
+            kinds = settings(max_new_tokens=11, return_dict_in_generate=True)
+            out = model.generate(ids, cache=cache, attention_mask=torch.ones_like(ids), **kinds)
+            fresh = model.generate(ids, attention_mask=torch.ones_like(ids), **settings(max_new_tokens=11))
+            assert_same_tokens(model, ids[0], out.sequences[0], fresh[0])
+            ids, cache = out.sequences, out.cache
+
+
+def test_streamers_and_stopping(model, tiny_tokenizer, token_ids):
+    ids = token_ids(1, 50)
+    expected = model.generate(ids, **settings(max_new_tokens=12))[0, 50:]
+    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True)
+    thread = threading.Thread(target=lambda: model.generate(ids, streamer=streamer, **settings(max_new_tokens=12)))
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tiny_tokenizer.decode(expected)
+
+    class Enough(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 55)
+
+    found = model.generate(ids, stopping_criteria=StoppingCriteriaList([Enough()]), **settings(max_new_tokens=12))
+    assert torch.equal(found[0, 50:], expected[:5])
+
+
+def test_threads_share_a_model(model, rows):
+    expected = [model.generate(row[None], **settings(max_new_tokens=20)) for row in rows]
+    found: dict[int, torch.Tensor] = {}
+
+    def run(number):
+        for _ in range(3):
+            found[number] = model.generate(rows[number][None], **settings(max_new_tokens=20))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], expected[number]) for number in range(len(rows)))
+
+
+def test_a_loop_of_ones_own(model, rows):
+    """`model(...)` in a loop with the cache that it returned, padded, equals generate."""
+    ids, mask = padded(rows)
+    expected = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=8))
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions_of(mask))
+        assert isinstance(out.cache, PlanCache)
+        sequences, positions = ids, positions_of(mask)[:, -1:]
+        for _ in range(8):
+            token = out.logits[:, -1:].argmax(-1)
+            sequences, positions = torch.cat((sequences, token), 1), positions + 1
+            out = model(token, position_ids=positions, cache=out.cache)
+    assert torch.equal(sequences, expected)
+
+
+def test_training_on_padded_rows(tiny_model, random_plan, rows):
+    """Gradients of a padded batch are the sum of those of its rows, also with layers that are computed twice."""
+    model = tiny_model(num_hidden_layers=2).requires_grad_(True)
+    attach(model, random_plan(model_shape(model), 4))
+    weights = list(model.parameters())
+
+    def loss(ids, mask):
+        logits = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
+        return (logits.logsumexp(-1) * mask).sum()
+
+    expected = [torch.zeros_like(weight) for weight in weights]
+    for row in rows:
+        for total, part in zip(expected, torch.autograd.grad(loss(*padded([row])), weights), strict=True):
+            total += part
+    for twice in (False, True):
+        if twice:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        found = torch.autograd.grad(loss(*padded(rows)), weights)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

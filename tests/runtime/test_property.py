@@ -1,0 +1,224 @@
+"""Random plans through random sequences of operations, cache and attention against attention with explicit masks.
+
+`MOACOMPRESS_EXAMPLES=20000 pytest tests/runtime/test_property.py` looks longer and elsewhere than the 500 of every run.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moacompress.errors import UnsupportedError
+from moacompress.plan import MIN_WINDOWS, SINKS, ModelShape, Plan, Rule
+from moacompress.runtime.attention import CONTEXT, LayerContext, attention_forward
+from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.hooks import read_mask
+from moacompress.runtime.layer import LAG, rule_groups
+
+EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
+LAYERS, DIM = 2, 4
+MODULE = types.SimpleNamespace(is_causal=True)
+
+RULES = st.one_of(
+    st.just(Rule.FULL),
+    st.builds(Rule, st.sampled_from(SINKS), st.integers(0, 90), st.sampled_from([0, 0, 64, 200, 500, 1000])),
+)
+
+
+@st.composite
+def plans(draw):
+    kv_heads = draw(st.integers(1, 3))
+    native = draw(st.sampled_from([None, None, None, 1, 7, 30, 70]))
+    shape = ModelShape(
+        "llama", LAYERS, kv_heads * draw(st.integers(1, 2)), kv_heads, DIM, "float64", (None, native), ""
+    )
+    rules = tuple(tuple(draw(RULES) for _ in range(kv_heads)) for _ in range(LAYERS))
+    return Plan(shape, draw(st.sampled_from(MIN_WINDOWS)), rules)
+
+
+@dataclass
+class World:
+    """A cache, and beside it all keys and values that were ever fed.
+
+    `rows[r][layer]` is a pair `[kv_heads, tokens, dim]` of the real tokens of row r; `real` is the whole mask.
+    """
+
+    cache: PlanCache
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    real: np.ndarray
+    recorded: bool
+
+    def fork(self, cache):
+        return World(cache, [list(row) for row in self.rows], self.real.copy(), self.recorded)
+
+
+def expected(plan, layer, query, key, value):
+    """Attention of the last rows of one sequence by the words of the definition: `[heads, tokens, dim]`."""
+    heads, tokens, _ = query.shape
+    n, group = key.shape[1], heads // plan.model.kv_heads
+    out = torch.zeros(heads, tokens, DIM, dtype=query.dtype)
+    i, j = np.arange(n - tokens, n)[:, None], np.arange(n)[None]
+    native = plan.model.native_windows[layer]
+    for head in range(heads):
+        rule = plan.rules[layer][head // group]
+        w = np.minimum(i + 1, np.maximum(plan.min_window, rule.alpha + rule.beta_q * (i + 1) // 1024))
+        seen = (j <= i) & ((j < rule.sink) | (j > i - w))
+        if native is not None:
+            seen &= j > i - native
+        scores = query[head] @ key[head // group].T * DIM**-0.5
+        weights = scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1)
+        out[head] = weights @ value[head // group]
+    return out
+
+
+def feed(plan, world, tokens, real, generator):
+    """Runs one forward through cache and attention, and checks every output of a real token."""
+    batch, shape = len(world.rows), plan.model
+    mask = torch.from_numpy(np.concatenate([world.real, real], axis=1))
+    if mask.all():
+        mask = None
+    world.cache.real = read_mask(mask, world.cache, batch, tokens)
+    chunk_mask = None if real.all() else torch.from_numpy(real)
+    for layer, cache_layer in enumerate(world.cache.layers):
+        query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=torch.float64)
+        key, value = (
+            torch.randn(batch, shape.kv_heads, tokens, DIM, generator=generator, dtype=torch.float64) for _ in range(2)
+        )
+        world.cache.update(key, value, layer)
+        context = LayerContext(
+            layer,
+            rule_groups(plan.rules[layer]),
+            shape.kv_heads,
+            plan.min_window,
+            shape.native_windows[layer],
+            cache_layer,
+        )
+        found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **{CONTEXT: context})
+        found = found.transpose(1, 2)
+        for row in range(batch):
+            at = np.flatnonzero(real[row])
+            before = world.rows[row][layer]
+            k, v = (torch.cat((old, new[row][:, at]), 1) for old, new in zip(before, (key, value), strict=True))
+            world.rows[row][layer] = k, v
+            if len(at):
+                wanted = expected(plan, layer, query[row][:, at], k, v)
+                assert (found[row][:, at] - wanted).abs().max() < 1e-10
+            assert not found[row][:, ~real[row]].any()
+    world.real = np.concatenate([world.real, real], axis=1)
+
+
+def crop(plan, world, count):
+    """Rolls back, which must work within the lag of a recording cache, and may be refused beyond."""
+    columns = world.real.shape[1]
+    removed = world.real[:, columns - count :].sum(1)
+    before = [layer.blocks for layer in world.cache.layers]
+    try:
+        world.cache.crop(-count)
+    except UnsupportedError:
+        assert not (world.recorded and count <= LAG)
+        assert [layer.blocks for layer in world.cache.layers] == before, "all layers or none"
+        return
+    world.real = world.real[:, : columns - count]
+    for row, gone in zip(world.rows, removed.tolist(), strict=True):
+        for layer, (k, v) in enumerate(row):
+            row[layer] = k[:, : k.shape[1] - gone], v[:, : v.shape[1] - gone]
+
+
+def select(world, rows):
+    world.rows = [list(world.rows[row]) for row in rows]
+    world.real = world.real[rows]
+
+
+def check_blocks(plan, worlds):
+    """Every block that a table names is counted, and a cache that does not record holds what the plan says."""
+    for world in worlds:
+        for layer, cache_layer in enumerate(world.cache.layers):
+            ids = cache_layer._table.ids
+            for row in range(len(world.rows)):
+                n = world.rows[row][layer][0].shape[1]
+                assert cache_layer.lengths[row] == n
+                held = int((ids[row] >= 0).sum()) * 16
+                native = plan.model.native_windows[layer]
+                slots = sum(rule.slots(n, plan.min_window, native) for rule in plan.rules[layer])
+                assert held == slots or (world.recorded and held >= 0)
+                assert held <= slots + (LAG + 32) * len(plan.rules[layer]) + 16 * len(plan.rules[layer])
+    pools = {id(layer._pool): layer._pool for world in worlds for layer in world.cache.layers}
+    for pool in pools.values():
+        named = np.concatenate(
+            [layer._table.ids.reshape(-1) for world in worlds for layer in world.cache.layers if layer._pool is pool]
+        )
+        counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
+        assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()
+        assert not pool.shared or (counts == pool.refs).all()
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="MOACOMPRESS_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data())
+def test_any_sequence_of_operations(data):
+    plan = data.draw(plans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    batch = data.draw(st.integers(1, 3))
+    empty = torch.zeros(plan.model.kv_heads, 0, DIM, dtype=torch.float64)
+    cache = PlanCache(plan, reserve=data.draw(st.sampled_from([None, 40, 200])))
+    recorded = data.draw(st.booleans())
+    if recorded:
+        cache.activate_past_recording()
+    worlds = [World(cache, [[(empty, empty)] * LAYERS for _ in range(batch)], np.zeros((batch, 0), bool), recorded)]
+    for step in range(data.draw(st.integers(2, 9))):
+        world = worlds[data.draw(st.integers(0, len(worlds) - 1))]
+        rows, columns = world.real.shape
+        operation = (
+            "feed"
+            if not step
+            else data.draw(
+                st.sampled_from(
+                    ["feed", "feed", "step", "step", "pad", "reorder", "repeat", "select", "crop", "fork", "record"]
+                )
+            )
+        )
+        if operation == "feed":
+            tokens = data.draw(st.integers(1, 110))
+            feed(plan, world, tokens, np.ones((rows, tokens), bool), generator)
+        elif operation == "step":
+            for _ in range(data.draw(st.integers(1, 20))):
+                feed(plan, world, 1, np.ones((rows, 1), bool), generator)
+        elif operation == "pad":
+            tokens = data.draw(st.integers(1, 40))
+            kind = data.draw(st.sampled_from(["left", "right", "holes"]))
+            real = np.ones((rows, tokens), bool)
+            for row in range(rows):
+                if kind == "holes":
+                    real[row] = np.array(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
+                else:
+                    pads = data.draw(st.integers(0, tokens))
+                    real[row, slice(0, pads) if kind == "left" else slice(tokens - pads, tokens)] = False
+            feed(plan, world, tokens, real, generator)
+        elif operation in ("reorder", "select"):
+            size = rows if operation == "reorder" else data.draw(st.integers(1, rows))
+            picks = data.draw(st.lists(st.integers(0, rows - 1), min_size=size, max_size=size))
+            (world.cache.reorder_cache if operation == "reorder" else world.cache.batch_select_indices)(
+                torch.tensor(picks)
+            )
+            select(world, picks)
+        elif operation == "repeat" and rows <= 2:
+            world.cache.batch_repeat_interleave(2)
+            select(world, np.arange(rows).repeat(2).tolist())
+        elif operation == "crop":
+            crop(plan, world, data.draw(st.integers(0, min(columns, 150))))
+        elif operation == "fork" and len(worlds) < 3:
+            worlds.append(world.fork(world.cache.fork()))
+        elif operation == "record" and not columns:
+            world.cache.activate_past_recording()
+            world.recorded = True
+        check_blocks(plan, worlds)
