@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from moacompress.budget import parse_lengths
+from moacompress.memory import peak_rss, rss
 
 TARGETS = 32
 """Answer tokens of the sample."""
-
-
-def peak_rss() -> int:
-    """Returns the most bytes that this process had in memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def rss() -> int:
-    """Returns the bytes that this process has in memory now; where there is no /proc, the most that it had so far."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_rss()
 
 
 def measure(model: str, length: int) -> dict[str, float]:

@@ -13,6 +13,8 @@ from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_differenc
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
 METRICS = (*SCORES, "retention")
+POOLED = "all tasks"
+"""Task of the rows that pool all prompts."""
 Row = dict[str, Any]
 
 
@@ -112,6 +114,55 @@ def difference_row(cell: Cell, plan: Contender, other: Contender, metric: str, v
     """Returns one row of `differences`: the plan minus another model."""
     row = _row(cell, other.name, metric, value, interval, cell.prompts)
     return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
+
+
+def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[Row], list[Row]]:
+    """Returns the rows and the differences of all prompts of all cells together, under the task `POOLED` without a length.
+
+    Differences also have `retention`: of the prompts that dense gets right.
+
+    Args:
+        fields: the models of every cell, the plan first; only those that all cells have are pooled.
+        seed: of the intervals.
+    """
+    names = [one.contender.name for one in fields[0]]
+    names = [name for name in names if all(name in {one.contender.name for one in field} for field in fields)]
+    columns = {name: [next(one for one in field if one.contender.name == name) for field in fields] for name in names}
+    scores = {
+        name: {metric: [value for one in column for value in one.values(metric)] for metric in SCORES}
+        for name, column in columns.items()
+    }
+    count = sum(len(field[0].scores) for field in fields)
+    right = [value == 1.0 for value in scores[DENSE]["exact_match"]] if DENSE in scores else []
+    results, differences = [], []
+    for name, column in columns.items():
+        share = sum(one.contender.kv_bytes * len(one.scores) for one in column) / count
+        values: dict[str, list[float]] = dict(scores[name])
+        if any(right):
+            values["retention"] = [value for value, good in zip(values["exact_match"], right, strict=True) if good]
+        for metric, numbers in values.items():
+            value, interval = (mean if metric == "nll" else rate)(numbers, seed)
+            row = _pooled_row(name, metric, value, interval, len(numbers))
+            results.append({**row, "kv_bytes": round(share)})
+        if name == names[0]:
+            ours = values
+            continue
+        for metric, numbers in values.items():
+            value, interval = paired_difference(ours[metric], numbers, seed)
+            differences.append(_pooled_row(name, metric, value, interval, len(numbers)))
+    return results, differences
+
+
+def _pooled_row(name: str, metric: str, value: float, interval: Interval, prompts: int) -> Row:
+    return {
+        "model": name,
+        "task": POOLED,
+        "length": None,
+        "metric": metric,
+        "value": value,
+        "ci95": list(interval),
+        "prompts": prompts,
+    }
 
 
 def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

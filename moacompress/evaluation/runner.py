@@ -14,7 +14,16 @@ from moacompress.evaluation.cases import Case, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
 from moacompress.evaluation.ledger import Ledger
-from moacompress.evaluation.rows import Cell, Measured, Row, at_floor, best_candidates, difference_rows, result_rows
+from moacompress.evaluation.rows import (
+    Cell,
+    Measured,
+    Row,
+    at_floor,
+    best_candidates,
+    difference_rows,
+    pooled_rows,
+    result_rows,
+)
 from moacompress.evaluation.scores import Scorer
 from moacompress.evaluation.tasks import Resources, check_resources, expand_tasks, make_cases
 from moacompress.evaluation.text import text_windows
@@ -81,6 +90,8 @@ def evaluate(
             `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
             `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
         `differences`: rows of the plan minus each other `model`, paired by prompt.
+        `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
+            differences there have `retention` too.
         `at_floor`: `task` and `length` of what the dense model can not do itself, so that nothing follows from it.
         `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed anew each time.
 
@@ -111,12 +122,20 @@ def evaluate(
     progress.start("evaluating", sum(bench.check(task, length) for task, length in wanted))
     results: list[Row] = []
     differences: list[Row] = []
+    fields: list[list[Measured]] = []
     for task, length in wanted:
-        rows, paired = (bench.text if task == TEXT else bench.task)(task, length)
+        if task == TEXT:
+            rows, paired = bench.text(task, length)
+        else:
+            cell, field_of_cell = bench.task(task, length)
+            fields.append(field_of_cell)
+            rows, paired = result_rows(cell, field_of_cell, seed), difference_rows(cell, field_of_cell, seed)
         results += rows
         differences += paired
     progress.done()
     report: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
+    if len(fields) > 1:
+        report["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, seed), strict=True))
     if lm_eval:
         report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
     if out is not None:
@@ -179,13 +198,12 @@ class _Bench:
             tokens = mean_tokens(self._cases(task, length, 1))
         return len(self.field.at(tokens)) * self.prompts
 
-    def task(self, task: str, length: int) -> tuple[list[Row], list[Row]]:
-        """Returns the rows and the differences of a task with prompts."""
+    def task(self, task: str, length: int) -> tuple[Cell, list[Measured]]:
+        """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
         cell = Cell(task, length, len(cases), mean_tokens(cases))
         field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._contenders(cell)]
-        best = best_candidates(field)
-        return result_rows(cell, best, self.seed), difference_rows(cell, best, self.seed)
+        return cell, best_candidates(field)
 
     def text(self, task: str, length: int) -> tuple[list[Row], list[Row]]:
         """Returns the rows and the differences on long text."""

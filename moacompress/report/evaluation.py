@@ -23,6 +23,8 @@ CSV_COLUMNS = (
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
 DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
+POOLED_TITLE = "All prompts of all tasks and lengths together"
+POOLED_DIFFERENCE_TITLE = "All prompts: this plan minus the other model, paired, with 95% interval"
 FLOOR_NOTE = "* Dense can not do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
@@ -48,6 +50,21 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if paired:
         columns = ("", "n", "exact match", "accuracy", "NLL")
         shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, floor)))
+    if report.get("pooled"):
+        columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
+        shown.append(
+            section(POOLED_TITLE, columns, [_pooled_line(m) for m in _groups(report["pooled"]["results"])[0].items()])
+        )
+        apart = [
+            (
+                _short(model),
+                *(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll")),
+            )
+            for group in _groups(report["pooled"]["differences"])
+            for model, metrics in group.items()
+        ]
+        if apart:
+            shown.append(section(POOLED_DIFFERENCE_TITLE, ("", "exact match", "retention", "NLL"), apart))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
         lines = [
@@ -67,8 +84,14 @@ def csv_text(report: Mapping[str, Any]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for name, kind in (("results", "result"), ("differences", "difference"), ("lm_eval", "lm_eval")):
-        for row in report.get(name, ()):
+    pooled = report.get("pooled", {})
+    parts = {
+        "result": [*report["results"], *pooled.get("results", ())],
+        "difference": [*report["differences"], *pooled.get("differences", ())],
+        "lm_eval": report.get("lm_eval", ()),
+    }
+    for kind, rows in parts.items():
+        for row in rows:
             low, high = row["ci95"] or ("", "")
             writer.writerow({**row, "kind": kind, "low": low, "high": high})
     return file.getvalue()
@@ -92,8 +115,11 @@ def _lines(
         star = "*" if (first["task"], first["length"]) in floor else ""
         yield (f"{first['task']}@{format_length(first['length'])}{star}",)
         for model, metrics in group.items():
-            name = model if len(model) <= NAME_WIDTH else f"…{model[1 - NAME_WIDTH :]}"
-            yield (f"  {name}", *line(metrics))
+            yield (f"  {_short(model)}", *line(metrics))
+
+
+def _short(model: str) -> str:
+    return model if len(model) <= NAME_WIDTH else f"…{model[1 - NAME_WIDTH :]}"
 
 
 def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
@@ -104,6 +130,19 @@ def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
         _number(metrics["exact_match"], 2),
         "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
         f"{metrics['accuracy']['value']:.2f}",
+        f"{metrics['nll']['value']:.3f}",
+    )
+
+
+def _pooled_line(item: tuple[str, Mapping[str, Row]]) -> Sequence[str]:
+    model, metrics = item
+    kept = metrics.get("retention")
+    return (
+        _short(model),
+        readable_bytes(metrics["exact_match"]["kv_bytes"]),
+        str(metrics["exact_match"]["prompts"]),
+        _number(metrics["exact_match"], 2),
+        "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
         f"{metrics['nll']['value']:.3f}",
     )
 

@@ -72,6 +72,22 @@ def test_models_are_beside_each_other_on_lines_that_fit() -> None:
     assert "no evidence" in lines[-1]
 
 
+def test_pooled_prompts_have_tables_of_their_own() -> None:
+    names = ("plan", "a/folder/with/a/very/long/name/model")
+    row = {"task": "all tasks", "length": None, "prompts": 240}
+    rows = [result(name, metric, 0.5, **row) for name in names for metric in ("exact_match", "nll", "retention")]
+    paired = [result(names[1], metric, -0.5, **row) for metric in ("exact_match", "nll", "retention")]
+    report = {"results": [], "differences": [], "at_floor": [], "pooled": {"results": rows, "differences": paired}}
+    text = shown(*evaluation_tables(report))
+    assert "0.50 0.25-0.75 (240)" in text
+    assert "…ery/long/name/model" in text
+    assert text.count("-0.50 [-0.75 -0.25]") == 3
+    assert (
+        sum(line.startswith(("result,plan,all tasks,,", "difference,a/")) for line in csv_text(report).splitlines())
+        == 6
+    )
+
+
 def test_csv_has_every_row() -> None:
     report = {
         "results": [result("plan", "nll", 0.5, sink=4)],

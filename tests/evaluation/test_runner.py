@@ -208,6 +208,36 @@ def test_retention_is_on_the_prompts_that_dense_gets_right(compressed: Path, mon
     assert kept["prompts"] == round(30 * exact["value"])
     assert 0 < kept["value"] < 1
     assert (rows["dense", "retention"]["value"], rows["dense", "retention"]["prompts"]) == (1.0, kept["prompts"])
+    assert "pooled" not in report  # of one task there is nothing to pool
+
+
+def test_pooled_rows_are_of_all_prompts(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks of other difficulty: the numbers together are those of their prompts, paired, and of what dense gets right."""
+
+    def scripted(model: Any, tokenizer: Any, cases: Any) -> list[scoring.Score]:
+        from moacompress.runtime.attaching import attached_plan
+
+        plan = attached_plan(model)
+        assert plan is not None
+        dense = plan.key() == Plan.full(plan.model).key()
+        hard = cases[0].task == "key-value"
+        return [scoring.Score(float((dense and not hard) or sum(c.prompt_ids) % 4 >= 2), 0.5, 2.0 * hard) for c in cases]
+
+    monkeypatch.setattr(scores, "score_batch", scripted)
+    report = run(compressed, tasks=("needle-noise", "key-value"), against=("dense",), prompts=20)
+    value = values(report, "task", "model", "metric")
+    pooled = {(row["model"], row["metric"]): row for row in report["pooled"]["results"]}
+    for model in ("plan", "dense"):
+        parts = [value[task, model, "exact_match"] for task in ("needle-noise", "key-value")]
+        assert pooled[model, "exact_match"]["value"] == pytest.approx(sum(parts) / 2)
+        assert pooled[model, "exact_match"]["prompts"] == 40
+        assert pooled[model, "nll"]["value"] == 1.0
+    right = round(40 * pooled["dense", "exact_match"]["value"])
+    assert pooled["plan", "retention"]["prompts"] == right < 40
+    assert pooled["plan", "retention"]["value"] == pytest.approx(40 * pooled["plan", "exact_match"]["value"] / right)
+    apart = {row["metric"]: row for row in report["pooled"]["differences"]}
+    assert apart["retention"]["value"] == pytest.approx(pooled["plan", "retention"]["value"] - 1)
+    assert apart["retention"]["ci95"][1] < 0
 
 
 def test_at_floor(compressed: Path) -> None:
