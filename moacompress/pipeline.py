@@ -33,8 +33,6 @@ ARTEFACTS = (
     "summary.json",
 )
 """What a run leaves in its folder, besides `recipe.json` and `seconds.json`."""
-GENERATED = 8
-"""Tokens generated at the reference length when the cache's bytes are counted."""
 
 
 def compress(
@@ -123,7 +121,10 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> Se
 
 
 def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
-    """Returns the bytes of the live cache after a real `generate` that ends with `length` tokens in it.
+    """Returns the bytes of memory that the cache holds after a real `generate` on a prompt of `length` tokens.
+
+    One token is generated, which is not fed back. At lengths before and after, a window that straddles a block can take one
+    more block per KV head.
 
     Args:
         folder: a compressed checkpoint.
@@ -137,13 +138,11 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.to(device)
-    generated = min(GENERATED, length)
-    prompt = torch.full((1, length + 1 - generated), 3, device=device)  # the last token generated is never fed back
+    prompt = torch.full((1, length), 3, device=device)
     out: Any = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=generated,
-        min_new_tokens=generated,
+        max_new_tokens=1,
         do_sample=False,
         return_dict_in_generate=True,
     )

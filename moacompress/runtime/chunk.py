@@ -87,6 +87,10 @@ class Chunk:
         counts: Ints = self.real.sum(axis=1, dtype=np.int64)
         return counts
 
+    def of_rows(self, rows: Ints) -> Chunk:
+        """Returns the chunk of some rows of the batch."""
+        return self if self.real is None else Chunk(self.columns, self.real[rows])
+
     def where(self, row: int) -> Ints | None:
         """Returns the columns of a row's real tokens, in order; None where all are."""
         return None if self.real is None else np.flatnonzero(self.real[row])

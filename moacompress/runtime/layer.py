@@ -167,6 +167,19 @@ class PlanCacheLayer(CacheLayerMixin):
             chunk: which of its tokens are real.
         """
         key, value = self.take_pending()
+        twins = self._twins(key, value, chunk)
+        if twins is None:
+            self._commit(key, value, chunk)
+        else:
+            unique, inverse = np.unique(twins, return_inverse=True)
+            at = torch.from_numpy(unique).to(key.device)
+            self.select(unique)
+            self._commit(key[at], value[at], chunk.of_rows(unique))
+            self.select(inverse)
+        self.columns += chunk.columns
+        self._pending = None
+
+    def _commit(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
         before, counts = self.lengths, chunk.counts(len(self.lengths))
         lengths = before + counts
         runs = self._kept(lengths)
@@ -178,8 +191,34 @@ class PlanCacheLayer(CacheLayerMixin):
             self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
         self._write(key, value, before, chunk)
-        self.columns += chunk.columns
-        self._pending = None
+
+    def _twins(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
+        """Returns the first row that is the same as each, to the bit, before and in a chunk; None where all differ.
+
+        So are the rows that `generate` repeats for beams and return sequences: they get their blocks once. That their tokens
+        are the same would not be enough (adapters of single rows), so keys and values are compared.
+        """
+        rows = len(self.lengths)
+        if rows < 2 or chunk.columns < 2:
+            return None
+        last = key[:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
+        twins = np.arange(rows)
+        for members in np.split(*_sorted_groups(np.unique(last, axis=0, return_inverse=True)[1].reshape(-1))):
+            for at, row in enumerate(members):
+                for other in members[:at]:
+                    if twins[other] == other and self._same(row, other, key, value, chunk):
+                        twins[row] = other
+                        break
+        return twins if bool((twins != np.arange(rows)).any()) else None
+
+    def _same(self, row: int, other: int, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> bool:
+        return (
+            bool(self.lengths[row] == self.lengths[other])
+            and np.array_equal(self._table.ids[row], self._table.ids[other])
+            and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
+            and torch.equal(key[row], key[other])
+            and torch.equal(value[row], value[other])
+        )
 
     def committed(self, group: Group, heads: Sequence[int]) -> Keys:
         """Returns the cached keys and values of some rows and of KV heads that share a rule.
@@ -435,6 +474,12 @@ class PlanCacheLayer(CacheLayerMixin):
             column = position - first if real is None else real[position - first]
             h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(key.device) for t in (head, column))
             self._pool.write(slots, key[row, h, at].detach(), value[row, h, at].detach())
+
+
+def _sorted_groups(numbers: Ints) -> tuple[Ints, Ints]:
+    """Returns the places of equal numbers one after the other, and where each group but the first begins."""
+    order = np.argsort(numbers, kind="stable")
+    return order, np.flatnonzero(np.diff(numbers[order])) + 1
 
 
 def _give_back(pool: Pool, table: _Table) -> None:

@@ -221,7 +221,9 @@ def test_pooled_rows_are_of_all_prompts(compressed: Path, monkeypatch: pytest.Mo
         assert plan is not None
         dense = plan.key() == Plan.full(plan.model).key()
         hard = cases[0].task == "key-value"
-        return [scoring.Score(float((dense and not hard) or sum(c.prompt_ids) % 4 >= 2), 0.5, 2.0 * hard) for c in cases]
+        return [
+            scoring.Score(float((dense and not hard) or sum(c.prompt_ids) % 4 >= 2), 0.5, 2.0 * hard) for c in cases
+        ]
 
     monkeypatch.setattr(scores, "score_batch", scripted)
     report = run(compressed, tasks=("needle-noise", "key-value"), against=("dense",), prompts=20)

@@ -121,6 +121,39 @@ def test_beams_share_blocks(tiny_model, random_plan, token_ids):
         assert pool.used == cache.layers[0].blocks, "what no row has any more is free"
 
 
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_repeated_prompts_are_held_once(chunk, tiny_model, random_plan, token_ids):
+    """The rows that `generate` makes of one prompt share its blocks from the first forward on; other rows have their own."""
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 2, full_share=0.5)
+    attach(model, plan)
+    ids = token_ids(2, 150)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **settings(max_new_tokens=1, num_return_sequences=3, do_sample=True, prefill_chunk_size=chunk),
+    )
+    assert out.cache.batch_size == 6
+    assert used_bytes(out.cache, plan) == plan.kv_bytes(150, batch=2)
+    tables = out.cache.layers[0]._table.ids
+    assert (tables[0] == tables[2]).all()
+    assert not (tables[0] == tables[3]).all()
+
+
+def test_rows_that_look_the_same_are_not_joined_unless_they_are(tiny_model, random_plan, token_ids):
+    """Rows with the last token, or all tokens, of another row but other keys have blocks of their own."""
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 2)
+    attach(model, plan)
+    ids = token_ids(1, 60).repeat(3, 1)
+    ids[1, 5] += 1
+    positions = torch.arange(60).repeat(3, 1)
+    positions[2] += 7
+    with torch.no_grad():
+        cache = model(ids, position_ids=positions).cache
+        assert used_bytes(cache, plan) == plan.kv_bytes(60, batch=3)
+
+
 def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_ids):
     model = tiny_model()
     plan = random_plan(model_shape(model), 3)

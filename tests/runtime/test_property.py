@@ -77,8 +77,8 @@ def expected(plan, layer, query, key, value):
     return out
 
 
-def feed(plan, world, tokens, real, generator):
-    """Runs one forward through cache and attention, and checks every output of a real token."""
+def feed(plan, world, tokens, real, generator, same=False):
+    """Runs one forward through cache and attention, and checks every output of a real token; `same`: of equal rows."""
     batch, shape = len(world.rows), plan.model
     mask = torch.from_numpy(np.concatenate([world.real, real], axis=1))
     if mask.all():
@@ -90,6 +90,8 @@ def feed(plan, world, tokens, real, generator):
         key, value = (
             torch.randn(batch, shape.kv_heads, tokens, DIM, generator=generator, dtype=torch.float64) for _ in range(2)
         )
+        if same:
+            key, value = (tensor[:1].expand_as(tensor).contiguous() for tensor in (key, value))
         world.cache.update(key, value, layer)
         context = LayerContext(
             layer,
@@ -189,7 +191,7 @@ def test_any_sequence_of_operations(data):
         )
         if operation == "feed":
             tokens = data.draw(st.integers(1, 110))
-            feed(plan, world, tokens, np.ones((rows, tokens), bool), generator)
+            feed(plan, world, tokens, np.ones((rows, tokens), bool), generator, same=data.draw(st.booleans()))
         elif operation == "step":
             for _ in range(data.draw(st.integers(1, 20))):
                 feed(plan, world, 1, np.ones((rows, 1), bool), generator)
