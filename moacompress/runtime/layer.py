@@ -187,8 +187,11 @@ class PlanCacheLayer(CacheLayerMixin):
         with self._pool.lock:
             if not self._pool.tensors:
                 self._pool.reserve(self._needed(lengths, runs, self.columns + chunk.columns))
-            self._free(runs)
-            self._extend(before, counts, runs)
+            if self._pool.shared or not self._stays(
+                runs
+            ):  # most steps of decoding only write into a block that is there
+                self._free(runs)
+                self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
         self._write(key, value, before, chunk)
 
@@ -405,6 +408,10 @@ class PlanCacheLayer(CacheLayerMixin):
             at = self._runs_at(way)
             total += int(count) * int((at.b - at.a + at.d - at.c).sum(axis=1).max())
         return max(total, runs.blocks)
+
+    def _stays(self, runs: Runs) -> bool:
+        """Whether `runs` are the blocks that are held already."""
+        return all(np.array_equal(new, old) for new, old in zip(runs, self._runs, strict=True))
 
     def _free(self, runs: Runs) -> None:
         """Gives back the blocks that are held and not in `runs`."""
