@@ -113,6 +113,11 @@ def test_native_windows(tiny_model: Callable[..., Any]) -> None:
     assert model_shape(tiny_model("gemma3_text", sliding_window=24)).native_windows == (24, None, 24)
     assert model_shape(tiny_model("llama")).native_windows == (None, None, None)
     assert model_shape(tiny_model("qwen2", sliding_window=24)).native_windows == (None, None, None)
+    assert model_shape(tiny_model("cohere2", sliding_window=24)).native_windows == (24, None, 24)
+    assert model_shape(tiny_model("smollm3", sliding_window=24)).native_windows == (None, None, None)
+    # SmolLM3 puts its windows on the layers without rotary embeddings
+    sliding = tiny_model("smollm3", sliding_window=24, use_sliding_window=True)
+    assert model_shape(sliding).native_windows == (None, 24, None)
 
     class Config:
         sliding_window = 24
