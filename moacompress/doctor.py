@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import platform
@@ -11,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.errors import MoaCompressError, ModelError
-from moacompress.models import check_supported, config_shape, locate_source
+from moacompress.errors import MoaCompressError, ModelError, one_line
+from moacompress.models import config_shape, locate_source, module_problems
+from moacompress.support import config_problems, quantization_method, stored_problems
+from moacompress.weight_files import gguf_problems, weight_problems
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "datasets", "safetensors", "numpy", "scipy")
 EXTRAS = {"demo": "gguf", "offload": "accelerate"}
@@ -64,17 +67,27 @@ def check_model(source: str, *, trust_remote_code: bool = False) -> dict[str, An
         config = _load_config(source, trust_remote_code)
         facts["model_type"] = config.model_type
         facts["context"] = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        facts["compressed"] = _is_compressed(config)
-        if not facts["compressed"]:
-            check_supported(_skeleton(config, trust_remote_code))
+        facts["compressed"] = quantization_method(config) == "moacompress"
+        found = config_problems(config)
+        # what the modules tell is told by the config already, and an unsupported model may not even build
+        facts["problems"] = [*stored_problems(config), *(found or _skeleton_problems(config, trust_remote_code))]
+        facts["problems"] += _file_problems(source)
         shape = config_shape(config, dtype="float32")
         facts |= {name: getattr(shape, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
         facts["sliding_layers"] = sum(window is not None for window in shape.native_windows)
         if facts["compressed"]:
             _check_plan(Path(source), config)
     except MoaCompressError as error:
-        facts["problems"].append(str(error))
+        if not (facts["problems"] and isinstance(error, ModelError)):  # then the shape has no more to say
+            facts["problems"].append(str(error))
     return facts
+
+
+def _file_problems(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        return weight_problems(path)
+    return gguf_problems(path) if path.is_file() else []
 
 
 def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -87,27 +100,27 @@ def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     except ImportError as error:
         raise ModelError(f"{source} needs a package that is not installed: {error}") from error
     except Exception as error:  # damaged files raise whatever their parsers raise
-        raise ModelError(f"{source} is not a model that transformers knows: {_first_line(error)}") from error
+        raise ModelError(f"{source} is not a model that transformers knows: {one_line(error)}") from error
 
 
-def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """Returns the model without memory for its weights."""
+def _skeleton_problems(config: PreTrainedConfig, trust_remote_code: bool) -> list[str]:
+    """Returns `module_problems` of the model without memory for its weights.
+
+    Raises:
+        ModelError: transformers has no causal language model for this config.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a .gguf file's mark; the skeleton has no weights to be quantized
+        del config.quantization_config  # the skeleton has no weights to be quantized
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{config.model_type} is not a causal language model: {_first_line(error)}") from error
-
-
-def _is_compressed(config: PreTrainedConfig) -> bool:
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method)) == "moacompress"
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config that contradicts itself raises whatever the modules raise
+        raise ModelError(f"{config.model_type} is not a causal language model: {one_line(error)}") from error
+    return module_problems(model)
 
 
 def _check_plan(folder: Path, config: PreTrainedConfig) -> None:
@@ -165,7 +178,3 @@ def _gpus() -> list[str]:
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     except (ImportError, RuntimeError):
         return []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

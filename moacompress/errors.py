@@ -43,3 +43,10 @@ class ArtefactError(MoaCompressError):
 
 class UnsupportedError(MoaCompressError, NotImplementedError):
     """Something transformers allows that a compressed model can not do without being silently wrong."""
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the first line of another library's message, with the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.artefacts import read_json
-from moacompress.errors import ModelError
+from moacompress.errors import MoaCompressError, ModelError, one_line
 from moacompress.plan import DTYPE_BYTES, ModelShape
+from moacompress.support import config_problems, native_windows, quantization_method, size_problems, stored_problems
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +76,18 @@ def load_source(
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except MoaCompressError:
+        raise
     except ImportError as error:
         raise ModelError(f"{source} needs a package that is not installed: {error}") from error
     except Exception as error:  # damaged files raise whatever their parsers raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source} is not a causal language model that transformers can load: {first}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        method = _quantization_method(model.config)
-        if method == "moacompress":
-            raise ModelError(f"{source} is compressed already; give the dense model it was made from")
-        if method != "gguf":
-            raise ModelError(f"{source} has weights quantized by {method}; give the model with float weights")
+        raise ModelError(
+            f"{source} is not a causal language model that transformers can load: {one_line(error)}"
+        ) from error
+    problems = stored_problems(model.config)
+    if problems:
+        raise ModelError(f"{source} can not be used: {problems[0]}")
+    if quantization_method(model.config) is not None:
         # transformers keeps the GGUF mark on the dequantized model and would refuse to save it
         del model.config.quantization_config
         model.hf_quantizer = None
@@ -135,12 +138,6 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("quant_method") == "moacompress"
 
 
-def _quantization_method(config: Any) -> str:
-    found = config.quantization_config
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    return str(getattr(method, "value", method))
-
-
 def config_shape(config: Any, *, dtype: str, fingerprint: str = "") -> ModelShape:
     """Returns the shape that a transformers config describes.
 
@@ -148,14 +145,16 @@ def config_shape(config: Any, *, dtype: str, fingerprint: str = "") -> ModelShap
         ModelError: the config lacks what a decoder with KV heads has.
     """
     text = config.get_text_config(decoder=True)
+    problems = size_problems(text)
+    if problems:
+        raise ModelError(f"{getattr(text, 'model_type', 'the model')} {problems[0]}")
     try:
         layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{getattr(config, 'model_type', 'the model')} is not a decoder with attention heads: {error}"
-        ) from error
+    except Exception as error:  # a config's properties raise whatever they like
+        name = getattr(config, "model_type", "the model")
+        raise ModelError(f"{name} is not a decoder with attention heads: {one_line(error)}") from error
     return ModelShape(
         model_type=str(text.model_type),
         layers=layers,
@@ -166,24 +165,6 @@ def config_shape(config: Any, *, dtype: str, fingerprint: str = "") -> ModelShap
         native_windows=tuple(native_windows(text, layers)),
         weights_fingerprint=fingerprint,
     )
-
-
-def native_windows(config: Any, layers: int) -> list[int | None]:
-    """Returns the model's own sliding window of each layer in tokens, None where a layer sees everything.
-
-    Raises:
-        ModelError: a layer type that is neither full nor sliding attention.
-    """
-    size = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        size = None
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return [int(size) if size else None] * layers
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ModelError(f"layers of type {unknown[0]} can not be compressed; full and sliding attention can")
-    return [int(size) if size and kind == "sliding_attention" else None for kind in types[:layers]]
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -204,7 +185,7 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     found: dict[int, torch.nn.Module] = {}
     for module in model.modules():
         layer: Any = getattr(module, "layer_idx", None)
-        if layer is not None and "Attention" in type(module).__name__:
+        if layer is not None and "Attention" in type(module).__name__ and hasattr(module, "config"):
             found.setdefault(int(layer), module)
     return [found[index] for index in sorted(found)]
 
@@ -227,22 +208,63 @@ def check_supported(model: PreTrainedModel) -> None:
     Raises:
         ModelError: says what in the model is not supported.
     """
+    problems = config_problems(model.config) or module_problems(model)
+    if problems:
+        raise ModelError(problems[0])
+
+
+def module_problems(model: PreTrainedModel) -> list[str]:
+    """Returns what in the modules of a model can not be compressed, one sentence each; weights may be on "meta".
+
+    Args:
+        model: a model whose config has no `config_problems`.
+    """
     config = model.config.get_text_config(decoder=True)
     name = config.model_type
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise ModelError(f"{name} is not a decoder-only causal language model")
+    if not model.can_generate():
+        return [f"{name} is not a decoder-only causal language model"]
     if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(
-            f"{name} does not dispatch its attention through transformers' attention interface, so moacompress can not "
-            "replace it"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise ModelError(f"{name} caches latent vectors (MLA), not keys and values of heads; it can not be compressed")
+        base = model.base_model
+        alibi = any("alibi" in attribute and callable(getattr(base, attribute)) for attribute in dir(base))
+        return [
+            f"{name} {'adds ALiBi biases to the scores and ' if alibi else ''}does not dispatch its attention through "
+            "transformers' attention interface, so moacompress can not replace it"
+        ]
+    decoder: Any = model.get_decoder()
+    if not hasattr(decoder, "config"):
+        return [f"{name} gives a {type(decoder).__name__} as its decoder, so moacompress can not bring its cache"]
     modules = attention_modules(model)
     if len(modules) != config.num_hidden_layers:
-        raise ModelError(f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all need it")
+        return [f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all need it"]
     if any(getattr(module, "is_causal", True) is False for module in modules):
-        raise ModelError(f"{name} attends in both directions, so no key can be dropped; only causal models work")
+        return [f"{name} attends in both directions, so no key can be dropped; only causal models work"]
+    return [*_uneven_projections(name, config, modules), *_windows_of_its_own(name, config, decoder)]
+
+
+def _uneven_projections(name: str, config: Any, modules: list[torch.nn.Module]) -> list[str]:
+    """A plan knows one number of KV heads, and one size of keys and values."""
+    shape = config_shape(config, dtype="float32")
+    for layer, module in enumerate(modules):
+        for kind in ("k_proj", "v_proj"):
+            width = getattr(getattr(module, kind, None), "out_features", None)
+            if width is not None and width != shape.kv_heads * shape.head_dim:
+                return [
+                    f"{name} has other KV heads in layer {layer}: its {kind} gives {width} numbers a token, not "
+                    f"{shape.kv_heads} KV heads of {shape.head_dim}; all layers need the same"
+                ]
+    return []
+
+
+def _windows_of_its_own(name: str, config: Any, decoder: Any) -> list[str]:
+    """A plan trusts the windows in the config, so the model must apply them through transformers' masks."""
+    windows = native_windows(config, config.num_hidden_layers)
+    module = sys.modules.get(type(decoder).__module__)
+    if all(window is None for window in windows) or hasattr(module, "create_sliding_window_causal_mask"):
+        return []
+    return [
+        f"{name} has a sliding_window of {config.sliding_window} in its config, which it does not apply through "
+        "transformers' masks, so what its layers see is not known"
+    ]
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

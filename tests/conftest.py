@@ -22,19 +22,37 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 80},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 80},
-    "gemma3_text": {
+    "gemma3_text": {"head_dim": 16, "sliding_window": 80, "layer_types": ALTERNATING},
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gpt_neox": {"num_key_value_heads": None},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 2.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5},
+    "cohere2": {"sliding_window": 80, "layer_types": ALTERNATING},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "ministral3": {
         "head_dim": 16,
         "sliding_window": 80,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        # queries grow from position 64 on, as they do in the real models from 16,384 on
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 64.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
-    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "gpt_neox": {"num_key_value_heads": None},
     "gpt_oss": {"head_dim": 16, "sliding_window": 80, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 """Families and what their tiny configs need beside the common part."""
@@ -76,6 +94,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
     return build
+
+
+@pytest.fixture(params=TINY)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family of `TINY` in turn: a test that asks for it passes through all of them."""
+    return str(request.param)
 
 
 CHAT_TEMPLATE = (

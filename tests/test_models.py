@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from moacompress.errors import ModelError
-from moacompress.models import check_supported, load_source, model_shape, native_windows, weights_fingerprint
+from moacompress.models import check_supported, load_source, model_shape, weights_fingerprint
+from moacompress.support import native_windows
 
 TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": (
         {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
-        "bloom does not dispatch its attention through transformers' attention interface",
+        "bloom adds ALiBi biases to the scores and does not dispatch its attention through",
     ),
     "mpt": (
         {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 64},
-        "mpt does not dispatch its attention through transformers' attention interface",
+        "mpt adds ALiBi biases to the scores of all layers (attn_config.alibi)",
     ),
     "bert": (
         {
@@ -62,7 +63,7 @@ def test_attention_that_can_not_be_replaced_is_refused(family: str) -> None:
 def test_a_folder_of_an_unsupported_model_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     other_model("bloom").save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="bloom does not dispatch"):
+    with pytest.raises(ModelError, match="bloom adds ALiBi biases"):
         load_source(tmp_path)
 
 
@@ -113,12 +114,20 @@ def test_native_windows(tiny_model: Callable[..., Any]) -> None:
     assert model_shape(tiny_model("gemma3_text", sliding_window=24)).native_windows == (24, None, 24)
     assert model_shape(tiny_model("llama")).native_windows == (None, None, None)
     assert model_shape(tiny_model("qwen2", sliding_window=24)).native_windows == (None, None, None)
+    assert model_shape(tiny_model("cohere2", sliding_window=24)).native_windows == (24, None, 24)
+    assert model_shape(tiny_model("smollm3", sliding_window=24)).native_windows == (None, None, None)
+    # SmolLM3 puts its windows on the layers without rotary embeddings
+    sliding = tiny_model("smollm3", sliding_window=24, use_sliding_window=True)
+    assert model_shape(sliding).native_windows == (None, 24, None)
 
     class Config:
         sliding_window = 24
         layer_types = ("full_attention", "linear_attention")
 
-    with pytest.raises(ModelError, match="layers of type linear_attention"):
+    with pytest.raises(
+        ModelError,
+        match=r"layers of type linear_attention that keep a state, not keys and values: layers 1 \(layer_types\)",
+    ):
         native_windows(Config(), 2)
 
 

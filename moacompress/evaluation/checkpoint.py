@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.errors import DataError, ModelError, UsageError
+from moacompress.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
 from moacompress.models import is_compressed
 from moacompress.plan import DTYPE_BYTES, Plan
 
@@ -102,9 +102,10 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"can not load the compressed model {folder}: {first}") from error
+    except MoaCompressError:
+        raise
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        raise ModelError(f"can not load the compressed model {folder}: {one_line(error)}") from error
     weights = weights_fingerprint(model)
     identity = (weights, str(model.dtype), torch.device(device).type)
     return Checkpoint(folder, model, tokenizer, plan, weights, identity)

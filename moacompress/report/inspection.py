@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +9,11 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from moacompress.artefacts import MAX_JSON_BYTES
 from moacompress.budget import Budget, format_length, reference_length
-from moacompress.errors import ArtefactError
 from moacompress.plan import Plan, Rule
 from moacompress.report.tables import facts, readable_bytes, section
 from moacompress.search.cost import attention_flops
+from moacompress.weight_files import total_numbers
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
@@ -69,22 +65,7 @@ def count_parameters(folder: Path) -> int | None:
         ArtefactError: a file is cut short or is not safetensors.
     """
     files = sorted(folder.glob("*.safetensors"))
-    return sum(map(_numbers_in, files)) if files else None
-
-
-def _numbers_in(file: Path) -> int:
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > MAX_JSON_BYTES:
-                raise ValueError(f"a header of {size:,} bytes")
-            text = stream.read(size)
-        if len(text) < size:
-            raise ValueError(f"{len(text):,} of {size:,} bytes of its header")
-        header = json.loads(text)
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{file} is not a whole safetensors file: {error}") from error
+    return total_numbers(files) if files else None
 
 
 def overview(plan: Plan, data: dict[str, Any]) -> Group:

@@ -79,7 +79,11 @@ def test_a_budget_below_any_plan_says_the_smallest(place: Path) -> None:
 
 def test_doctor_knows_both(place: Path, tiny_folder: Path) -> None:
     assert run("doctor", tiny_folder)["model"]["compressed"] is False
-    assert run("doctor", place / "model")["model"]["compressed"] is True
+    result = RUNNER.invoke(app, ["doctor", str(place / "model"), "--json"])
+    assert result.exit_code == 1
+    model = json.loads(result.stdout)["model"]
+    assert model["compressed"] is True
+    assert ["compressed already" in problem for problem in model["problems"]] == [True]
     result = RUNNER.invoke(app, ["doctor", str(place), "--json"])
     assert result.exit_code == 1
     assert "without config.json" in json.loads(result.stdout)["model"]["problems"][0]

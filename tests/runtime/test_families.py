@@ -1,0 +1,146 @@
+"""Every supported family, one matrix: what a plan means is the same in all of them.
+
+The oracle is the family's own eager attention with a ready-made mask for every head, so that its scaling, soft caps, sink
+logits and rotary embeddings are transformers' own. The tests that need one family only are in the other files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+
+from moacompress.models import model_shape
+from moacompress.plan import Plan, segments
+from moacompress.runtime import attach, detach
+from moacompress.runtime.attaching import attached_plan
+
+EXACT = 1e-5
+"""Largest difference in fp32 where only the order of sums differs, as a share of the largest logit."""
+_MASKS: dict[int, torch.Tensor] = {}
+
+
+def plan_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
+    """Returns the mask to add to the scores of a layer's query heads, `[1, heads, n, n]`, made from the plan."""
+    count = torch.arange(1, n + 1)[:, None]
+    key = torch.arange(n)[None]
+    native = plan.model.native_windows[layer]
+    masks = []
+    for rule in plan.rules[layer]:
+        first, sink_end, start = segments(count, rule.sink, rule.alpha, rule.beta_q, plan.min_window, native)
+        seen = ((first <= key) & (key < sink_end)) | ((start <= key) & (key < count))
+        masks.append(torch.zeros(n, n).masked_fill(~seen, torch.finfo(torch.float32).min))
+    group = plan.model.heads // plan.model.kv_heads
+    return torch.stack(masks).repeat_interleave(group, 0)[None]
+
+
+def _stock_eager(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    forward = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return forward(module, query, key, value, _MASKS[module.layer_idx], **kwargs)
+
+
+AttentionInterface.register("stock_eager_with_plan_masks", _stock_eager)
+AttentionMaskInterface.register("stock_eager_with_plan_masks", lambda *args, **kwargs: None)
+
+
+def stock_logits(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
+    """Returns a dense model's logits under ready-made masks: `[batch, n, vocabulary]`."""
+    _MASKS.update({layer: plan_mask(plan, layer, ids.shape[1]) for layer in range(plan.model.layers)})
+    before = model.config._attn_implementation_internal
+    model.config._attn_implementation_internal = "stock_eager_with_plan_masks"
+    try:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+    finally:
+        model.config._attn_implementation_internal = before
+        _MASKS.clear()
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest difference as a share of the largest expected number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture
+def sparse(family: str, tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> tuple[Any, Plan]:
+    """A tiny dense model of the family and a sparse plan for it."""
+    model = tiny_model(family)
+    return model, random_plan(model_shape(model), seed=4, full_share=0.1)
+
+
+def test_full_span_is_the_stock_model(family: str, tiny_model: Callable[..., Any], token_ids: Any) -> None:
+    model = tiny_model(family)
+    ids = token_ids(2, 120)
+    stock = logits(model, ids, use_cache=False)
+    attach(model, Plan.full(model_shape(model)))
+    assert difference(logits(model, ids, use_cache=False), stock) < EXACT
+    assert difference(logits(model, ids), stock) < EXACT
+
+
+def test_a_sparse_plan_is_the_stock_model_with_its_masks(sparse: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = sparse
+    ids = token_ids(2, 150)
+    expected = stock_logits(model, plan, ids)
+    full = stock_logits(model, Plan.full(plan.model), ids)
+    dense = logits(model, ids, use_cache=False)
+    assert difference(full, dense) < EXACT, "the oracle itself must be the stock model where nothing is masked"
+    assert difference(expected, dense) > 0.01, "the plan must change the model, or this shows nothing"
+    attach(model, plan)
+    assert difference(logits(model, ids, use_cache=False), expected) < EXACT
+
+
+def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = sparse
+    ids = token_ids(2, 150)
+    attach(model, plan)
+    whole = logits(model, ids, use_cache=False)
+    cache, parts, at = None, [], 0
+    for size in (60, 1, 1, 40, 1, 33, 1, 1, 12):
+        with torch.no_grad():
+            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
+        cache, at = out.cache, at + size
+        parts.append(out.logits)
+        assert cache.kv_bytes() == plan.kv_bytes(at, batch=2)
+    assert at == ids.shape[1]
+    assert difference(torch.cat(parts, 1), whole) < EXACT
+
+
+def test_generated_tokens_are_the_argmax_of_a_cacheless_forward(sparse: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = sparse
+    ids = token_ids(1, 90)
+    attach(model, plan)
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    steps = logits(model, out[:, :-1], use_cache=False)[:, 89:]
+    assert torch.equal(steps.argmax(-1), out[:, 90:])
+
+
+def test_batch_is_single(sparse: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = sparse
+    ids = token_ids(3, 110)
+    attach(model, plan)
+    together = logits(model, ids)
+    for row, found in zip(ids, together, strict=True):
+        assert difference(found[None], logits(model, row[None])) < EXACT
+
+
+def test_a_saved_model_loads_bit_equal(sparse: tuple[Any, Plan], token_ids: Any, tmp_path: Any) -> None:
+    model, plan = sparse
+    ids = token_ids(1, 130)
+    dense = logits(model, ids)
+    attach(model, plan)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert attached_plan(loaded) == plan
+    assert torch.equal(logits(loaded, ids), expected)
+    assert torch.equal(logits(detach(loaded), ids), dense)
