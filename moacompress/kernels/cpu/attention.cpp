@@ -1,0 +1,258 @@
+// Decode and prefill: what is visible, cut into tasks, and the results of decode's tasks put together.
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "tasks.h"
+
+namespace moacompress {
+namespace {
+
+const char* block_of(const Pool& pool, int32_t id, int64_t element) {
+  int64_t s = pool.segments - 1;
+  while (s > 0 && id < pool.first_block[s]) s--;
+  if (s < 0 || id < 0 || id >= pool.first_block[s + 1]) return nullptr;
+  return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s] * element;
+}
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t to_f16(float x) {
+  uint32_t bits, half;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) half = 0x7e00;
+  else if (bits >= 0x477ff000) half = 0x7c00;
+  else if (bits < 0x38800000) {  // subnormal: the adder rounds
+    const float shifted = std::fabs(x) + 0.5f;
+    std::memcpy(&half, &shifted, 4);
+    half -= 0x3f000000;
+  } else half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;
+  return uint16_t(sign | half);
+}
+
+void put(DType dtype, void* row, int64_t i, float x) {
+  if (dtype == F32) static_cast<float*>(row)[i] = x;
+  else static_cast<uint16_t*>(row)[i] = dtype == BF16 ? to_bf16(x) : to_f16(x);
+}
+
+// What the query of one (row, KV head) reads: the sinks' blocks [a, b), then the window's blocks [c, d). A block that both touch is
+// read twice, each time for its own tokens.
+struct Runs {
+  Visible see;
+  int64_t n, a, b, c, d;
+  int64_t count() const { return b - a + d - c; }
+};
+
+Runs runs_of(int64_t n, const Rule& rule) {
+  const Visible see = visible(n, rule);
+  const int64_t a = see.first / BLOCK, b = see.sink_end > see.first ? (see.sink_end + BLOCK - 1) / BLOCK : a;
+  return {see, n, a, b, see.start / BLOCK, (n + BLOCK - 1) / BLOCK};
+}
+
+struct DecodeJob {
+  const DecodeCall& call;
+  const Kernels& kernels;
+  int64_t pairs, stride;       // (row, KV head) pairs; floats of one task's result
+  int64_t* first_chunk;        // [pairs + 1] tasks of all pairs before
+  std::atomic<int64_t>* left;  // [pairs] tasks that are not done
+  float* partial;              // [tasks, stride]: peak [group], total [group], mixed [group, value_dim]
+
+  Runs runs_of_pair(int64_t pair) const {
+    return runs_of(call.lengths[pair / call.shape.kv_heads], call.rules.of(pair % call.shape.kv_heads));
+  }
+
+  int64_t pair_of(int64_t chunk) const {  // the last pair whose first task is at most `chunk`
+    int64_t low = 0, high = pairs;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_chunk[middle] <= chunk ? low : high) = middle;
+    }
+    return low;
+  }
+
+  Status run(int64_t index, float* scratch) const {
+    const Shape& shape = call.shape;
+    const int64_t pair = pair_of(index), row = pair / shape.kv_heads, head = pair % shape.kv_heads;
+    const int64_t element = int64_t(element_size(shape.dtype));
+    const Runs runs = runs_of_pair(pair);
+    DecodeChunk chunk = {};
+    chunk.group = shape.group;
+    chunk.head_dim = shape.head_dim;
+    chunk.value_dim = shape.value_dim;
+    chunk.query =
+        static_cast<const char*>(call.query) + (row * call.query_row + head * shape.group * call.query_head) * element;
+    chunk.query_head = call.query_head;
+    chunk.scaling = call.scores.scaling;
+    chunk.softcap = call.scores.softcap;
+    float* result = partial + index * stride;
+    chunk.peak = result;
+    chunk.total = result + shape.group;
+    chunk.mixed = result + 2 * shape.group;
+    chunk.scratch = scratch;
+    const int64_t begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
+    chunk.blocks = smaller(CHUNK_BLOCKS, runs.count() - begin);
+    const int32_t* ids = call.table.ids + pair * call.table.width;
+    for (int64_t k = 0; k < chunk.blocks; k++) {
+      const int64_t i = begin + k, sinks = runs.b - runs.a;
+      const int64_t block = i < sinks ? runs.a + i : runs.c + i - sinks, at = block * BLOCK;
+      const int64_t low = i < sinks ? runs.see.first : runs.see.start, high = i < sinks ? runs.see.sink_end : runs.n;
+      const int32_t id = block < call.table.width ? ids[block] : -1;
+      chunk.begin[k] = int(larger(low - at, 0));
+      chunk.end[k] = int(smaller(high - at, BLOCK));
+      chunk.keys[k] = block_of(call.keys, id, element);
+      chunk.values[k] = block_of(call.values, id, element);
+      if (!chunk.keys[k] || !chunk.values[k]) return MISSING_BLOCK;
+    }
+    kernels.decode[shape.dtype](chunk);
+    if (left[pair].fetch_sub(1) == 1) merge(pair);
+    return OK;
+  }
+
+  // Puts the results of a pair's tasks together, in their order whichever thread comes last.
+  void merge(int64_t pair) const {
+    const Shape& shape = call.shape;
+    const int64_t begin = first_chunk[pair], end = first_chunk[pair + 1];
+    for (int64_t g = 0; g < shape.group; g++) {
+      const int64_t head = pair % shape.kv_heads * shape.group + g, at = pair * shape.group + g;
+      char* out = static_cast<char*>(call.out) + at * shape.value_dim * int64_t(element_size(shape.dtype));
+      float peak = -INFINITY, total = 0.f;
+      for (int64_t c = begin; c < end; c++) peak = std::fmax(peak, partial[c * stride + g]);
+      if (begin < end && call.scores.sink_logits) {
+        peak = std::fmax(peak, call.scores.sink_logits[head]);
+        total = std::exp(call.scores.sink_logits[head] - peak);
+      }
+      float* mixed = partial + begin * stride + 2 * shape.group + g * shape.value_dim;
+      for (int64_t c = begin; c < end; c++) {
+        const float* part = partial + c * stride;
+        const float weight = std::exp(part[g] - peak);
+        total += weight * part[shape.group + g];
+        part += 2 * shape.group + g * shape.value_dim;
+        for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] = c == begin ? weight * part[d] : mixed[d] + weight * part[d];
+      }
+      for (int64_t d = 0; d < shape.value_dim; d++) put(shape.dtype, out, d, begin < end ? mixed[d] / total : 0.f);
+      call.lse[at] = begin < end ? peak + std::log(total) : -INFINITY;
+    }
+  }
+};
+
+struct PrefillJob {
+  const PrefillCall& call;
+  const Kernels& kernels;
+  int64_t rows, tiles;  // query rows of a tile; tiles of a row
+
+  Status run(int64_t index, float* scratch) const {
+    const Shape& shape = call.shape;
+    const int64_t element = int64_t(element_size(shape.dtype));
+    // the last tiles see the most keys in the mean: they come first, so that no thread is left with a long one
+    const int64_t tile = tiles - 1 - index / (shape.rows * shape.kv_heads), pair = index % (shape.rows * shape.kv_heads);
+    const int64_t row = pair / shape.kv_heads, head = pair % shape.kv_heads, first = tile * rows;
+    const int64_t end = smaller(first + rows, call.tokens), real = smaller(end, call.valid[row]);
+    char* out = static_cast<char*>(call.out) + (row * call.out_at.row + head * shape.group * call.out_at.head) * element;
+    float* lse = call.lse + pair * shape.group * call.tokens;
+    for (int64_t g = 0; g < shape.group; g++)
+      for (int64_t t = larger(first, real); t < end; t++) {
+        std::memset(out + (g * call.out_at.head + t * call.out_at.token) * element, 0, size_t(shape.value_dim * element));
+        lse[g * call.tokens + t] = -INFINITY;
+      }
+    if (first >= real) return OK;
+    const int64_t past = call.past[row];
+    PrefillTile work = {};
+    work.group = shape.group;
+    work.rows = real - first;
+    work.head_dim = shape.head_dim;
+    work.value_dim = shape.value_dim;
+    const Strides &q = call.query_at, &k = call.key_at, &v = call.value_at;
+    work.query =
+        static_cast<const char*>(call.query) + (row * q.row + head * shape.group * q.head + first * q.token) * element;
+    work.query_head_bytes = q.head * element;
+    work.query_row_bytes = q.token * element;
+    work.rule = call.rules.of(head);
+    work.low = past + first + 1;
+    work.source.columns = columns_of(work.low, past + real, work.rule);
+    work.source.past = past;
+    work.source.ids = call.table.ids + pair * call.table.width;
+    work.source.width = call.table.width;
+    work.source.keys = &call.keys;
+    work.source.values = &call.values;
+    work.source.key = static_cast<const char*>(call.key) + (row * k.row + head * k.head) * element;
+    work.source.value = static_cast<const char*>(call.value) + (row * v.row + head * v.head) * element;
+    work.source.key_bytes = k.token * element;
+    work.source.value_bytes = v.token * element;
+    work.source.key_row_bytes = shape.head_dim * element;
+    work.source.value_row_bytes = shape.value_dim * element;
+    work.source.element = size_t(element);
+    work.scaling = call.scores.scaling;
+    work.softcap = call.scores.softcap;
+    work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * shape.group : nullptr;
+    work.out = out + first * call.out_at.token * element;
+    work.out_head_bytes = call.out_at.head * element;
+    work.out_row_bytes = call.out_at.token * element;
+    work.lse = lse + first;
+    work.lse_head = call.tokens;
+    return kernels.prefill[shape.dtype](work, scratch) ? OK : MISSING_BLOCK;
+  }
+};
+
+}  // namespace
+
+bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values) {
+  const char *key = nullptr, *value = nullptr;
+  int64_t block = -1;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t position = source.columns.position(column + i), ahead = position - source.past;
+    if (ahead >= 0) {
+      keys[i] = source.key + ahead * source.key_bytes;
+      values[i] = source.value + ahead * source.value_bytes;
+      continue;
+    }
+    if (position / BLOCK != block) {
+      block = position / BLOCK;
+      const int32_t id = block < source.width ? source.ids[block] : -1;
+      key = block_of(*source.keys, id, int64_t(source.element));
+      value = block_of(*source.values, id, int64_t(source.element));
+      if (!key || !value) return false;
+    }
+    keys[i] = key + position % BLOCK * source.key_row_bytes;
+    values[i] = value + position % BLOCK * source.value_row_bytes;
+  }
+  return true;
+}
+
+Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
+  const Shape& shape = call.shape;
+  const int64_t pairs = shape.rows * shape.kv_heads, stride = shape.group * (2 + shape.value_dim);
+  const Buffer<int64_t> first_chunk(size_t(pairs + 1));
+  const Buffer<std::atomic<int64_t>> left(static_cast<size_t>(pairs));
+  if (!first_chunk.get() || !left.get()) return NO_MEMORY;
+  DecodeJob job = {call, kernels_of(isa), pairs, stride, first_chunk.get(), left.get(), nullptr};
+  first_chunk[0] = 0;
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const int64_t chunks = (job.runs_of_pair(pair).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
+    new (&left[size_t(pair)]) std::atomic<int64_t>(chunks);
+    first_chunk[size_t(pair) + 1] = first_chunk[size_t(pair)] + chunks;
+    if (chunks == 0) job.merge(pair);
+  }
+  const int64_t tasks = first_chunk[size_t(pairs)];
+  const Buffer<float> partial(size_t(tasks * stride));
+  if (!partial.get()) return NO_MEMORY;
+  job.partial = partial.get();
+  const size_t scratch = job.kernels.decode_scratch(shape.group, shape.head_dim);
+  return run_tasks(parallel, tasks, scratch, [&](int64_t i, float* at) { return job.run(i, at); });
+}
+
+Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa) {
+  const Shape& shape = call.shape;
+  const int64_t rows = smaller(tile_rows(shape.group), larger(call.tokens, 1));
+  const PrefillJob job = {call, kernels_of(isa), rows, (call.tokens + rows - 1) / rows};
+  const size_t scratch = job.kernels.tile_scratch(shape.group * rows, shape.head_dim, shape.value_dim);
+  const int64_t tasks = job.tiles * shape.rows * shape.kv_heads;
+  return run_tasks(parallel, tasks, scratch, [&](int64_t i, float* at) { return job.run(i, at); });
+}
+
+}  // namespace moacompress

@@ -1,0 +1,196 @@
+// Attention over block tables on the CPU, without torch: plain pointers, strides in elements, storage in float32, bfloat16 or
+// float16, accumulation in float32.
+//
+// `attention.cpp` and `backward.cpp` cut the work into tasks of a fixed size that depend on one (row, KV head) only and hand them
+// to kernels written once (kernels.inl) and compiled once per instruction set. So every result is bit-equal for any number of
+// threads and whatever else is in the batch. This header is read by the files of the instruction sets: no std templates here, or
+// the linker may keep the copy that was compiled for a processor that is not there.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "visible.h"
+
+namespace moacompress {
+
+enum DType : int { F32 = 0, BF16 = 1, F16 = 2 };
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Status : int { OK = 0, NO_MEMORY = 1, MISSING_BLOCK = 2 };
+
+constexpr int64_t CHUNK_BLOCKS = 16;  // cache blocks of one decode task
+constexpr int64_t TILE = 64;          // keys of one step of prefill and backward
+
+static MOACOMPRESS_INLINE size_t element_size(DType dtype) { return dtype == F32 ? 4 : 2; }
+
+// Runs `body(arg)` on up to `threads` threads at once; the bodies share out the tasks themselves.
+struct Parallel {
+  int threads;
+  void (*run)(void* pool, int threads, void (*body)(void*), void* arg);
+  void* pool;
+};
+
+struct Strides {
+  int64_t row, head, token;
+};
+
+// A growing list of segments `[blocks, 16, dim]`; a block's tokens lie side by side. Segment s holds the block ids
+// [first_block[s], first_block[s + 1]).
+struct Pool {
+  int64_t segments;
+  const void* const* base;
+  const int64_t* block_stride;
+  const int64_t* first_block;
+};
+
+struct Rules {
+  const int64_t *sink, *alpha, *beta_q;  // [kv_heads]
+  int64_t min_window, native_window;
+  MOACOMPRESS_INLINE Rule of(int64_t head) const { return {sink[head], alpha[head], beta_q[head], min_window, native_window}; }
+};
+
+struct Shape {
+  DType dtype;
+  int64_t rows, kv_heads, group, head_dim, value_dim;
+};
+
+struct Scores {
+  float scaling, softcap;    // softcap: 0 = none
+  const float* sink_logits;  // [kv_heads * group] or null
+};
+
+struct Table {
+  const int32_t* ids;  // [rows, kv_heads, width]
+  int64_t width;
+};
+
+struct DecodeCall {
+  Shape shape;
+  Rules rules;
+  Scores scores;
+  const void* query;  // [rows, heads, head_dim]
+  int64_t query_row, query_head;
+  Pool keys, values;
+  Table table;
+  const int64_t* lengths;  // [rows]
+  void* out;               // [rows, heads, value_dim], dense
+  float* lse;              // [rows, heads], dense
+};
+
+struct PrefillCall {
+  Shape shape;
+  Rules rules;
+  Scores scores;
+  int64_t tokens;
+  const void *query, *key, *value;
+  Strides query_at, key_at, value_at;
+  Pool keys, values;  // no segments: nothing is in the cache
+  Table table;
+  const int64_t *past, *valid;  // [rows]
+  void* out;
+  Strides out_at;
+  float* lse;  // [rows, heads, tokens], dense
+};
+
+// Gradients of a prefill without cache. `delta` is rowsum(dout * out) - dlse, FlashAttention's delta.
+struct BackwardCall {
+  Shape shape;
+  Rules rules;
+  Scores scores;
+  int64_t tokens;
+  const void *query, *key, *value, *dout;
+  Strides query_at, key_at, value_at, dout_at;
+  const int64_t* valid;
+  const float *lse, *delta;  // [rows, heads, tokens], dense
+  void *dquery, *dkey, *dvalue;
+  Strides dquery_at, dkey_at, dvalue_at;
+};
+
+constexpr int64_t TILE_LANES = 192, MIN_ROWS = 8;
+// Query rows of a tile: about TILE_LANES lanes, whatever the group.
+static MOACOMPRESS_INLINE int64_t tile_rows(int64_t group) { return larger(TILE_LANES / group, MIN_ROWS); }
+
+Isa best_isa();            // the best that this processor and this build have
+bool isa_works(Isa isa);
+const char* isa_name(Isa isa);
+Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa);
+Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
+Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
+
+// ---- what the files of the instruction sets implement ----
+
+// One decode task: some blocks of one (row, KV head), read once for all query heads of the group.
+struct DecodeChunk {
+  int64_t group, head_dim, value_dim, blocks;
+  const void* query;
+  int64_t query_head;
+  const void* keys[CHUNK_BLOCKS];  // first token of each block
+  const void* values[CHUNK_BLOCKS];
+  int begin[CHUNK_BLOCKS], end[CHUNK_BLOCKS];  // tokens [begin, end) of each block are visible
+  float scaling, softcap;
+  float *peak, *total;  // [group] largest score, and sum of exp(score - peak)
+  float* mixed;         // [group, value_dim] sum of exp(score - peak) * value
+  float* scratch;       // `decode_scratch` floats
+};
+
+// Finds the key and value rows of columns [column, column + count) of a task.
+struct RowSource {
+  Columns columns;
+  int64_t past;
+  const int32_t* ids;  // the (row, KV head)'s part of the table
+  int64_t width;
+  const Pool *keys, *values;
+  const char *key, *value;  // chunk of the (row, KV head)
+  int64_t key_bytes, value_bytes;          // from token to token of the chunk
+  int64_t key_row_bytes, value_row_bytes;  // from token to token of a block
+  size_t element;
+};
+bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values);
+
+// One task of prefill: query rows [0, rows) of the `group` heads of one (row, KV head). A lane is (head, row), head * rows + row.
+struct PrefillTile {
+  int64_t group, rows, head_dim, value_dim;
+  const char* query;  // of the tile's first row and the group's first head
+  int64_t query_head_bytes, query_row_bytes;
+  RowSource source;
+  Rule rule;
+  int64_t low;  // tokens so far at the first row, itself included
+  float scaling, softcap;
+  const float* sink_logits;  // [group] or null
+  char* out;
+  int64_t out_head_bytes, out_row_bytes;
+  float* lse;
+  int64_t lse_head;
+  // backward only: gradient of the query goes to `out`; `lse` is read
+  const char* dout;
+  int64_t dout_head_bytes, dout_row_bytes;
+  const float* delta;
+};
+
+// One task of the backward of keys and values: keys [first, first + count) of one (row, KV head).
+struct KeyTile {
+  int64_t group, tokens, first, count, head_dim, value_dim;
+  Rule rule;
+  const char *query, *key, *value, *dout;  // of the (row, KV head), first token
+  int64_t query_head_bytes, query_row_bytes, key_bytes, value_bytes, dout_head_bytes, dout_row_bytes;
+  const float *lse, *delta;
+  int64_t lse_head;
+  float scaling, softcap;
+  char *dkey, *dvalue;
+  int64_t dkey_bytes, dvalue_bytes;
+};
+
+struct Kernels {
+  size_t (*decode_scratch)(int64_t group, int64_t head_dim);
+  size_t (*tile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim);  // of all tile kernels, in floats
+  void (*decode[3])(const DecodeChunk&);
+  bool (*prefill[3])(const PrefillTile&, float* scratch);
+  bool (*backward_query[3])(const PrefillTile&, float* scratch);
+  void (*backward_key[3])(const KeyTile&, float* scratch);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#endif
+
+}  // namespace moacompress

@@ -1,0 +1,679 @@
+// The kernels, written once over the vectors of a vec_*.h and included by one file per instruction set.
+//
+// Decode reads each key and value once for a whole group; its dot products run along the head dimension. Prefill and backward put
+// queries (or keys, in the backward of keys and values) in the lanes of vectors and broadcast the rows of the other side, so that
+// those rows are used where they lie: no packing, and the softmax needs no sum across a vector.
+
+#include "core.h"
+
+namespace moacompress {
+namespace {
+
+constexpr int LANES = PANEL * W;
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float NOTHING = -1e30f;  // peak of a lane that has seen no key
+constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
+constexpr int CHUNK_STRIDE = CHUNK + 16;
+
+inline V exp2(V x) {  // relative error 2e-7; 0 below 2^-126
+  const V low = set1(-126.f);
+  const Mask normal = at_least(x, low);
+  x = min(max(x, low), set1(127.f));
+  const V n = round(x), r = x - n;
+  V y = set1(1.535336188319500e-4f);
+  y = fma(y, r, set1(1.339887440266574e-3f));
+  y = fma(y, r, set1(9.618437357674640e-3f));
+  y = fma(y, r, set1(5.550332471162809e-2f));
+  y = fma(y, r, set1(2.402264791363012e-1f));
+  y = fma(y, r, set1(6.931472028550421e-1f));
+  y = fma(y, r, set1(1.f));
+  return select(normal, times_power_of_two(y, n), zero());
+}
+
+inline V capped(V x, float scaling, float softcap) {  // softcap * tanh(x * scaling / softcap)
+  const V twice = min(x * set1(2.f * LOG2_E * scaling / softcap), set1(60.f));
+  const V e = exp2(twice);
+  return set1(softcap) - set1(2.f * softcap) / (e + set1(1.f));
+}
+
+template <class T> inline void widen_row(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
+}
+template <class T> inline void narrow_row(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
+}
+
+// ---- decode ----
+
+// Dot products along a row that is widened to float32 as it is read.
+template <class T> struct Widened {
+  typedef float Query;
+  typedef V Register;
+  static constexpr int STEP = W;
+  static inline V key(const T* p) { return load(p); }
+  static inline V key_part(const T* p, int n) { return load_part(p, n); }
+  static inline V query(const float* p) { return load(p); }
+  static inline V dot(V key, V query, V sum) { return fma(key, query, sum); }
+  static inline void keep(const T* from, int64_t n, float* to) { widen_row(from, n, to); }
+};
+template <class T> struct DotOf { typedef Widened<T> type; };
+#ifdef MOACOMPRESS_BF16_DOT
+// Dot products of pairs of bfloat16, summed in float32 by the processor.
+struct DotPairs {
+  typedef bf16 Query;
+  typedef __m512i Register;
+  static constexpr int STEP = 2 * W;
+  static inline __m512i key(const bf16* p) { return _mm512_loadu_si512(p); }
+  static inline __m512i key_part(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }
+  static inline __m512i query(const bf16* p) { return _mm512_loadu_si512(p); }
+  static inline V dot(__m512i key, __m512i query, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)key, (__m512bh)query); }
+  static inline void keep(const bf16* from, int64_t n, bf16* to) { memcpy(to, from, size_t(n) * 2); }
+};
+template <> struct DotOf<bf16> { typedef DotPairs type; };
+#endif
+
+inline int64_t padded(int64_t dim) { return (dim + 2 * W - 1) / (2 * W) * (2 * W); }
+
+size_t decode_scratch(int64_t group, int64_t head_dim) {
+  return size_t(group) * size_t(CHUNK_STRIDE + padded(head_dim));
+}
+
+// Scores of HEADS query heads with the tokens [begin, end) of a block; `next` is read ahead.
+template <class T, int HEADS, int STEPS>
+inline void score_block(const T* keys, const char* next, int begin, int end, const typename DotOf<T>::type::Query* query,
+                        int64_t query_stride, int64_t dim, float* to) {
+  typedef typename DotOf<T>::type Op;
+  const int64_t steps = STEPS ? STEPS : dim / Op::STEP;
+  const int tail = STEPS ? 0 : int(dim - steps * Op::STEP);
+  const int64_t bytes = dim * int64_t(sizeof(T));
+  for (int t = begin; t < end; t += 4) {
+    const T* rows[4];
+    V sums[HEADS][4];
+    for (int i = 0; i < 4; i++) {
+      rows[i] = keys + (t + i < end ? t + i : end - 1) * dim;
+      for (int h = 0; h < HEADS; h++) sums[h][i] = zero();
+    }
+    if (next)
+      for (int64_t line = t * bytes; line < (t + 4) * bytes; line += 64) prefetch(next + line);
+    for (int64_t s = 0; s < steps; s++) {
+      typename Op::Register key[4];
+      for (int i = 0; i < 4; i++) key[i] = Op::key(rows[i] + s * Op::STEP);
+      for (int h = 0; h < HEADS; h++) {
+        const typename Op::Register q = Op::query(query + h * query_stride + s * Op::STEP);
+        for (int i = 0; i < 4; i++) sums[h][i] = Op::dot(key[i], q, sums[h][i]);
+      }
+    }
+    if (tail) {
+      typename Op::Register key[4];
+      for (int i = 0; i < 4; i++) key[i] = Op::key_part(rows[i] + steps * Op::STEP, tail);
+      for (int h = 0; h < HEADS; h++) {
+        const typename Op::Register q = Op::query(query + h * query_stride + steps * Op::STEP);
+        for (int i = 0; i < 4; i++) sums[h][i] = Op::dot(key[i], q, sums[h][i]);
+      }
+    }
+    for (int h = 0; h < HEADS; h++)  // up to three too many; the next tokens write over them
+      sum4(sums[h][0], sums[h][1], sums[h][2], sums[h][3], to + h * CHUNK_STRIDE + (t - begin));
+  }
+}
+
+template <class T, int HEADS>
+inline void score_heads(const T* keys, const char* next, int begin, int end, const typename DotOf<T>::type::Query* query,
+                        int64_t query_stride, int64_t dim, float* to) {
+  typedef typename DotOf<T>::type Op;
+  if (dim == 64) score_block<T, HEADS, 64 / Op::STEP>(keys, next, begin, end, query, query_stride, dim, to);
+  else if (dim == 128) score_block<T, HEADS, 128 / Op::STEP>(keys, next, begin, end, query, query_stride, dim, to);
+  else score_block<T, HEADS, 0>(keys, next, begin, end, query, query_stride, dim, to);
+}
+
+// Adds weights * values of all blocks for HEADS heads and VECS vectors of value columns (PART columns if VECS is 0).
+template <class T, int HEADS, int VECS>
+inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t column, int part, bool ahead, float* to) {
+  constexpr int N = VECS ? VECS : 1;
+  V sums[HEADS][N];
+  for (int h = 0; h < HEADS; h++)
+    for (int v = 0; v < N; v++) sums[h][v] = zero();
+  const int64_t bytes = c.value_dim * int64_t(sizeof(T));
+  for (int64_t b = 0; b < c.blocks; b++) {
+    const T* row = (const T*)c.values[b] + c.begin[b] * c.value_dim + column;
+    const char* next = ahead && b + 1 < c.blocks ? (const char*)c.values[b + 1] : nullptr;
+    for (int t = c.begin[b]; t < c.end[b]; t++, row += c.value_dim, weights++) {
+      if (next)
+        for (int64_t line = t * bytes; line < (t + 1) * bytes; line += 64) prefetch(next + line);
+      V value[N];
+      for (int v = 0; v < N; v++) value[v] = VECS ? load(row + v * W) : load_part(row, part);
+      for (int h = 0; h < HEADS; h++) {
+        const V weight = set1(weights[h * CHUNK_STRIDE]);
+        for (int v = 0; v < N; v++) sums[h][v] = fma(weight, value[v], sums[h][v]);
+      }
+    }
+  }
+  for (int h = 0; h < HEADS; h++)
+    for (int v = 0; v < N; v++) {
+      float* at = to + h * c.value_dim + column + v * W;
+      if (VECS) store(at, sums[h][v]);
+      else store_part(at, sums[h][v], part);
+    }
+}
+
+template <class T, int HEADS> inline void mix_heads(const DecodeChunk& c, const float* weights, bool ahead, float* to) {
+  int64_t column = 0;
+  for (; column + LANES <= c.value_dim; column += LANES, ahead = false)
+    mix_blocks<T, HEADS, PANEL>(c, weights, column, 0, ahead, to);
+  for (; column + W <= c.value_dim; column += W, ahead = false) mix_blocks<T, HEADS, 1>(c, weights, column, 0, ahead, to);
+  if (column < c.value_dim) mix_blocks<T, HEADS, 0>(c, weights, column, int(c.value_dim - column), ahead, to);
+}
+
+template <class T> void decode_chunk(const DecodeChunk& c) {
+  typedef typename DotOf<T>::type::Query Query;
+  const int64_t stride = padded(c.head_dim) * int64_t(sizeof(float) / sizeof(Query));
+  float* scores = c.scratch;
+  Query* query = (Query*)(c.scratch + c.group * CHUNK_STRIDE);
+  for (int64_t h = 0; h < c.group; h++) {
+    memset((void*)(query + h * stride), 0, size_t(stride) * sizeof(Query));
+    DotOf<T>::type::keep((const T*)c.query + h * c.query_head, c.head_dim, query + h * stride);
+  }
+  int tokens = 0;
+  for (int64_t b = 0; b < c.blocks; b++) {
+    const T* keys = (const T*)c.keys[b];
+    const char* next = b + 1 < c.blocks ? (const char*)c.keys[b + 1] : (const char*)c.values[0];
+    if (b + 1 == c.blocks && c.value_dim > c.head_dim) next = nullptr;
+    for (int64_t h = 0; h < c.group; h += 4, next = nullptr) {
+      const Query* q = query + h * stride;
+      float* to = scores + h * CHUNK_STRIDE + tokens;
+      switch (smaller(c.group - h, 4)) {
+        case 1: score_heads<T, 1>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
+        case 2: score_heads<T, 2>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
+        case 3: score_heads<T, 3>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
+        default: score_heads<T, 4>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to);
+      }
+    }
+    tokens += c.end[b] - c.begin[b];
+  }
+  for (int64_t h = 0; h < c.group; h++) {
+    float* row = scores + h * CHUNK_STRIDE;
+    for (int t = tokens; t < CHUNK_STRIDE; t++) row[t] = -__builtin_inff();
+    V peaks = set1(-__builtin_inff());
+    for (int t = 0; t < tokens; t += W) {
+      V x = load(row + t);
+      x = c.softcap > 0 ? select(at_least(x, set1(-3e38f)), capped(x, c.scaling, c.softcap), x) : x * set1(c.scaling);
+      store(row + t, x);
+      peaks = max(peaks, x);
+    }
+    const float peak = largest(peaks);
+    V totals = zero();
+    for (int t = 0; t < tokens; t += W) {
+      const V p = exp2((load(row + t) - set1(peak)) * set1(LOG2_E));
+      store(row + t, p);
+      totals = totals + p;
+    }
+    c.peak[h] = peak;
+    c.total[h] = sum(totals);
+  }
+  for (int64_t h = 0; h < c.group; h += 4) {
+    const float* weights = scores + h * CHUNK_STRIDE;
+    float* to = c.mixed + h * c.value_dim;
+    switch (smaller(c.group - h, 4)) {
+      case 1: mix_heads<T, 1>(c, weights, h == 0, to); break;
+      case 2: mix_heads<T, 2>(c, weights, h == 0, to); break;
+      case 3: mix_heads<T, 3>(c, weights, h == 0, to); break;
+      default: mix_heads<T, 4>(c, weights, h == 0, to);
+    }
+  }
+}
+
+// ---- tiles: prefill and backward ----
+
+// A cell is 4 bytes: one float32, or a pair of bfloat16 that the processor multiplies and sums in float32.
+struct Float32 {
+  typedef V Register;
+  static inline V spread(const char* p) { float x; memcpy(&x, p, 4); return set1(x); }
+  static inline V lanes(const float* p) { return load(p); }
+  static inline V step(V sum, V a, V b) { return fma(a, b, sum); }
+};
+#ifdef MOACOMPRESS_BF16_DOT
+struct Pairs {
+  typedef __m512i Register;
+  static inline __m512i spread(const char* p) { int x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+  static inline __m512i lanes(const float* p) { return _mm512_loadu_si512(p); }
+  static inline V step(V sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+// to[r][lane] = sum over k of rows[r][k] * panel[k][lane], for ROWS rows and VECS vectors of lanes.
+template <class Op, int ROWS, int VECS>
+inline void dot_rows(const char* const* rows, int64_t depth, const float* panel, float* to) {
+  V sums[ROWS][VECS];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECS; v++) sums[r][v] = zero();
+  for (int64_t k = 0; k < depth; k++, panel += LANES) {
+    typename Op::Register b[VECS];
+    for (int v = 0; v < VECS; v++) b[v] = Op::lanes(panel + v * W);
+    for (int r = 0; r < ROWS; r++) {
+      const typename Op::Register a = Op::spread(rows[r] + k * 4);
+      for (int v = 0; v < VECS; v++) sums[r][v] = Op::step(sums[r][v], a, b[v]);
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECS; v++) store(to + r * LANES + v * W, sums[r][v]);
+}
+template <class Op, int VECS>
+inline void dots(const char* const* rows, int64_t count, int64_t depth, const float* panel, float* to) {
+  for (int64_t r = 0; r < count; r += 4) {  // `rows` repeats its last entry up to a multiple of four
+    dot_rows<Op, 4, VECS>(rows + r, depth, panel, to + r * LANES);
+  }
+}
+
+// to[c][lane] = to[c][lane] * factor[lane] + sum over k of rows[k][column + c] * panel[k][lane], for COLUMNS columns.
+template <class Op, int COLUMNS, int VECS>
+inline void mix_columns(const char* const* rows, int64_t count, int64_t column, const float* panel, const V* factor, float* to) {
+  V sums[COLUMNS][VECS];
+  for (int c = 0; c < COLUMNS; c++)
+    for (int v = 0; v < VECS; v++) {
+      sums[c][v] = load(to + (column + c) * LANES + v * W);
+      if (factor) sums[c][v] = sums[c][v] * factor[v];
+    }
+  for (int64_t k = 0; k < count; k++, panel += LANES) {
+    typename Op::Register b[VECS];
+    for (int v = 0; v < VECS; v++) b[v] = Op::lanes(panel + v * W);
+    for (int c = 0; c < COLUMNS; c++) {
+      const typename Op::Register a = Op::spread(rows[k] + (column + c) * 4);
+      for (int v = 0; v < VECS; v++) sums[c][v] = Op::step(sums[c][v], a, b[v]);
+    }
+  }
+  for (int c = 0; c < COLUMNS; c++)
+    for (int v = 0; v < VECS; v++) store(to + (column + c) * LANES + v * W, sums[c][v]);
+}
+template <class Op, int VECS>
+inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
+  int64_t c = 0;
+  for (; c + 4 <= columns; c += 4) mix_columns<Op, 4, VECS>(rows, count, c, panel, factor, to);
+  for (; c < columns; c++) mix_columns<Op, 1, VECS>(rows, count, c, panel, factor, to);
+}
+
+// Calls f with the number of vectors that `lanes` lanes of a panel need, as a template argument.
+#define MOACOMPRESS_VECTORS(lanes, call)     \
+  do {                                       \
+    if ((lanes) <= W) { constexpr int VECS = 1; call; }                          \
+    else if (PANEL > 2 && (lanes) <= 2 * W) { constexpr int VECS = PANEL > 2 ? 2 : 1; call; } \
+    else { constexpr int VECS = PANEL; call; }                                   \
+  } while (0)
+
+inline void repeat_last(const char** rows, int64_t count) {
+  for (int64_t i = count; i % 4; i++) rows[i] = rows[count - 1];
+}
+
+// Rows as float32: where they lie, or widened into `store`.
+inline void as_floats(const void* const* from, int64_t count, int64_t, float*, const float*, const char** to) {
+  for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
+  repeat_last(to, count);
+}
+template <class T>
+inline void as_floats(const void* const* from, int64_t count, int64_t dim, float* store, const T*, const char** to) {
+  for (int64_t i = 0; i < count; i++) {
+    widen_row((const T*)from[i], dim, store + i * dim);
+    to[i] = (const char*)(store + i * dim);
+  }
+  repeat_last(to, count);
+}
+
+// Writes a row into one lane of the panels.
+template <class T> inline void into_lane(const T* row, int64_t dim, int64_t lane, float* buffer, float* panels) {
+  widen_row(row, dim, buffer);
+  float* to = panels + lane / LANES * dim * LANES + lane % LANES;
+  for (int64_t d = 0; d < dim; d++) to[d * LANES] = buffer[d];
+}
+template <class T> inline void out_of_lane(const float* panels, int64_t dim, int64_t lane, float factor, float* buffer, T* row) {
+  const float* from = panels + lane / LANES * dim * LANES + lane % LANES;
+  for (int64_t d = 0; d < dim; d++) buffer[d] = from[d * LANES] * factor;
+  narrow_row(buffer, dim, row);
+}
+
+inline int64_t panels_of(int64_t lanes) { return (lanes + LANES - 1) / LANES; }
+
+size_t tile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim) {
+  const int64_t most = larger(panels_of(lanes), panels_of(TILE)) * LANES, dims = head_dim + value_dim;
+  return size_t(2 * most * dims + 8 * most + 3 * TILE * LANES + 2 * TILE * dims + dims + 2 * W);
+}
+
+// Bounds of what each lane sees, in columns of the tile: [a, b) and [c, d).
+struct Bounds {
+  float *a, *b, *c, *d;
+};
+inline Mask seen(V column, V a, V b, V c, V d) {
+  // x < b as b - 1 >= x: the bounds are whole numbers
+  const V one = set1(1.f);
+  return either(both(at_least(column, a), at_least(b - one, column)), both(at_least(column, c), at_least(d - one, column)));
+}
+inline void set_bounds(const PrefillTile& t, int64_t lanes, const Bounds& to) {
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const bool real = lane < t.group * t.rows;
+    const int64_t n = t.low + lane % t.rows;
+    const Visible v = visible(n, t.rule);
+    const Columns& columns = t.source.columns;
+    to.a[lane] = real ? float(columns.column(v.first)) : 0.f;
+    to.b[lane] = real ? float(columns.column(v.sink_end)) : 0.f;
+    to.c[lane] = real ? float(columns.column(v.start)) : 0.f;
+    to.d[lane] = real ? float(columns.column(n)) : 0.f;
+  }
+}
+// Whether every row of the tile sees all of the columns [begin, end).
+inline bool all_seen(const PrefillTile& t, int64_t begin, int64_t end) {
+  const Columns& columns = t.source.columns;
+  const Visible a = visible(t.low, t.rule), b = visible(t.low + t.rows - 1, t.rule);
+  return (columns.column(b.start) <= begin && end <= columns.column(t.low)) ||
+         (columns.column(b.first) <= begin && end <= columns.column(a.sink_end));
+}
+
+// Scores -> weights relative to the lane's new peak, in place; returns in `factor` what older sums must be scaled by.
+template <int VECS>
+inline void softmax_step(float* scores, int64_t count, int64_t begin, bool all, const Bounds& bounds, float scaling,
+                         float softcap, float* peak, float* total, V* factor) {
+  const V to_log2 = set1(softcap > 0 ? LOG2_E : scaling * LOG2_E);
+  for (int v = 0; v < VECS; v++) {
+    float* at = scores + v * W;
+    const V before = load(peak + v * W);
+    V now = before;
+    if (all && softcap <= 0) {
+      for (int64_t j = 0; j < count; j++) now = max(now, load(at + j * LANES));
+    } else {
+      const V a = load(bounds.a + v * W), b = load(bounds.b + v * W), c = load(bounds.c + v * W), d = load(bounds.d + v * W);
+      for (int64_t j = 0; j < count; j++) {
+        V x = load(at + j * LANES);
+        if (softcap > 0) x = capped(x, scaling, softcap);
+        if (!all) x = select(seen(set1(float(begin + j)), a, b, c, d), x, set1(-__builtin_inff()));
+        store(at + j * LANES, x);
+        now = max(now, x);
+      }
+    }
+    V sum = zero();
+    for (int64_t j = 0; j < count; j++) {
+      const V p = exp2((load(at + j * LANES) - now) * to_log2);
+      store(at + j * LANES, p);
+      sum = sum + p;
+    }
+    factor[v] = exp2((before - now) * to_log2);
+    store(total + v * W, fma(load(total + v * W), factor[v], sum));
+    store(peak + v * W, now);
+  }
+}
+
+#ifdef MOACOMPRESS_BF16_DOT
+inline __m512i round_bits(V x) {  // to bfloat16, in the upper half
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+// Weights of two keys in one cell; the keys beyond `count` are zero.
+template <int VECS> inline void pair_weights(float* weights, int64_t count) {
+  for (int64_t k = 0; 2 * k < count; k++)
+    for (int v = 0; v < VECS; v++) {
+      const float* at = weights + 2 * k * LANES + v * W;
+      const __m512i low = _mm512_srli_epi32(round_bits(load(at)), 16);
+      const __m512i high = 2 * k + 1 < count ? round_bits(load(at + LANES)) : _mm512_setzero_si512();
+      const __m512i cell = _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi32(int(0xffff0000))));
+      _mm512_storeu_si512(weights + k * LANES + v * W, cell);
+    }
+}
+// Values of two keys in one cell.
+inline void pair_values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+  for (int64_t k = 0; 2 * k < count; k++) {
+    const uint16_t *a = (const uint16_t*)from[2 * k], *b = 2 * k + 1 < count ? (const uint16_t*)from[2 * k + 1] : nullptr;
+    uint32_t* row = (uint32_t*)(store + k * dim);
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + d)));
+      const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + d))) : _mm512_setzero_si512();
+      _mm512_storeu_si512(row + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    for (; d < dim; d++) row[d] = uint32_t(a[d]) | (b ? uint32_t(b[d]) << 16 : 0u);
+    to[k] = (const char*)row;
+  }
+}
+#endif
+
+// How a dtype's tiles are multiplied.
+template <class T> struct FloatTile {
+  typedef Float32 Op;
+  static inline int64_t depth(int64_t dim) { return dim; }
+  static inline void lane(const T* row, int64_t dim, int64_t lane, float* buffer, float* panels) {
+    into_lane(row, dim, lane, buffer, panels);
+  }
+  static inline void keys(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+    as_floats(from, count, dim, store, (const T*)nullptr, to);
+  }
+  static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+    as_floats(from, count, dim, store, (const T*)nullptr, to);
+    return count;
+  }
+  template <int VECS> static inline void weights(float*, int64_t) {}
+};
+#ifdef MOACOMPRESS_BF16_DOT
+struct PairTile {
+  typedef Pairs Op;
+  static inline int64_t depth(int64_t dim) { return dim / 2; }
+  static inline void lane(const bf16* row, int64_t dim, int64_t lane, float*, float* panels) {
+    float* to = panels + lane / LANES * (dim / 2) * LANES + lane % LANES;
+    for (int64_t d = 0; d < dim / 2; d++) memcpy(to + d * LANES, row + 2 * d, 4);
+  }
+  static inline void keys(const void* const* from, int64_t count, int64_t, float*, const char** to) {
+    for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
+    repeat_last(to, count);
+  }
+  static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+    pair_values(from, count, dim, store, to);
+    return (count + 1) / 2;
+  }
+  template <int VECS> static inline void weights(float* at, int64_t count) { pair_weights<VECS>(at, count); }
+};
+#endif
+
+template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* scratch) {
+  typedef typename Tile::Op Op;
+  const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
+  const int64_t depth = Tile::depth(t.head_dim);
+  float* query = scratch;
+  float* out = query + all_lanes * depth;
+  float* peak = out + all_lanes * t.value_dim;
+  float* total = peak + all_lanes;
+  const Bounds bounds = {total + all_lanes, total + 2 * all_lanes, total + 3 * all_lanes, total + 4 * all_lanes};
+  float* scores = total + 5 * all_lanes;
+  float* key_store = scores + TILE * LANES;
+  float* value_store = key_store + TILE * t.head_dim;
+  float* buffer = value_store + TILE * t.value_dim;
+
+  memset(query, 0, size_t(all_lanes * (depth + t.value_dim)) * sizeof(float));
+  for (int64_t lane = 0; lane < lanes; lane++)
+    Tile::lane((const T*)(t.query + lane / t.rows * t.query_head_bytes + lane % t.rows * t.query_row_bytes), t.head_dim, lane,
+               buffer, query);
+  for (int64_t lane = 0; lane < all_lanes; lane++) peak[lane] = NOTHING, total[lane] = 0.f;
+  set_bounds(t, all_lanes, bounds);
+
+  const void *keys[TILE], *values[TILE];
+  const char *key_rows[TILE], *value_rows[TILE];
+  const int64_t columns = t.source.columns.count();
+  for (int64_t begin = 0; begin < columns; begin += TILE) {
+    const int64_t count = smaller(TILE, columns - begin);
+    if (!find_rows(t.source, begin, count, keys, values)) return false;
+    Tile::keys(keys, count, t.head_dim, key_store, key_rows);
+    const int64_t cells = Tile::values(values, count, t.value_dim, value_store, value_rows);
+    const bool all = all_seen(t, begin, begin + count);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t at = panel * LANES;
+      const Bounds here = {bounds.a + at, bounds.b + at, bounds.c + at, bounds.d + at};
+      V factor[PANEL];
+      MOACOMPRESS_VECTORS(lanes - at, ({
+        dots<Op, VECS>(key_rows, count, depth, query + at * depth, scores);
+        softmax_step<VECS>(scores, count, begin, all, here, t.scaling, t.softcap, peak + at, total + at, factor);
+        Tile::template weights<VECS>(scores, count);
+        mix<Op, VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
+      }));
+    }
+  }
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const int64_t head = lane / t.rows, row = lane % t.rows;
+    float top = peak[lane] * (t.softcap > 0 ? 1.f : t.scaling), sum = total[lane], factor = 1.f;
+    if (t.sink_logits) {
+      const float logit = t.sink_logits[head], most = logit > top ? logit : top;
+      factor = __builtin_expf(top - most);
+      sum = sum * factor + __builtin_expf(logit - most);
+      top = most;
+    }
+    t.lse[head * t.lse_head + row] = top + __builtin_logf(sum);
+    out_of_lane(out, t.value_dim, lane, factor / sum, buffer, (T*)(t.out + head * t.out_head_bytes + row * t.out_row_bytes));
+  }
+  return true;
+}
+
+template <class T> bool prefill_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, FloatTile<T>>(t, scratch); }
+#ifdef MOACOMPRESS_BF16_DOT
+template <> bool prefill_tile<bf16>(const PrefillTile& t, float* scratch) {
+  if (t.head_dim % 2) return prefill_with<bf16, FloatTile<bf16>>(t, scratch);
+  return prefill_with<bf16, PairTile>(t, scratch);
+}
+#endif
+
+// Scores and their gradients' first factor -> weights P and gradients of the scores dS, both in place.
+inline void weigh(V& score, V& grad, Mask visible, V lse, V delta, float scaling, float softcap) {
+  V slope = set1(scaling), x = score * set1(scaling);
+  if (softcap > 0) {
+    x = capped(score, scaling, softcap);
+    const V share = x * set1(1.f / softcap);
+    slope = slope * (set1(1.f) - share * share);
+  }
+  score = select(visible, exp2((x - lse) * set1(LOG2_E)), zero());
+  grad = select(visible, score * (grad - delta) * slope, zero());
+}
+
+template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch) {
+  const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
+  float* query = scratch;
+  float* dout = query + all_lanes * t.head_dim;
+  float* dquery = dout + all_lanes * t.value_dim;
+  float* lse = dquery + all_lanes * t.head_dim;
+  float* delta = lse + all_lanes;
+  const Bounds bounds = {delta + all_lanes, delta + 2 * all_lanes, delta + 3 * all_lanes, delta + 4 * all_lanes};
+  float* scores = delta + 5 * all_lanes;
+  float* grads = scores + TILE * LANES;
+  float* key_store = grads + TILE * LANES;
+  float* value_store = key_store + TILE * t.head_dim;
+  float* buffer = value_store + TILE * t.value_dim;
+
+  memset(query, 0, size_t(all_lanes * (2 * t.head_dim + t.value_dim + 2)) * sizeof(float));
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const int64_t head = lane / t.rows, row = lane % t.rows;
+    into_lane((const T*)(t.query + head * t.query_head_bytes + row * t.query_row_bytes), t.head_dim, lane, buffer, query);
+    into_lane((const T*)(t.dout + head * t.dout_head_bytes + row * t.dout_row_bytes), t.value_dim, lane, buffer, dout);
+    lse[lane] = t.lse[head * t.lse_head + row];
+    delta[lane] = t.delta[head * t.lse_head + row];
+  }
+  set_bounds(t, all_lanes, bounds);
+
+  const void *keys[TILE], *values[TILE];
+  const char *key_rows[TILE], *value_rows[TILE];
+  const int64_t columns = t.source.columns.count();
+  for (int64_t begin = 0; begin < columns; begin += TILE) {
+    const int64_t count = smaller(TILE, columns - begin);
+    if (!find_rows(t.source, begin, count, keys, values)) return false;
+    as_floats(keys, count, t.head_dim, key_store, (const T*)nullptr, key_rows);
+    as_floats(values, count, t.value_dim, value_store, (const T*)nullptr, value_rows);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t at = panel * LANES;
+      dots<Float32, PANEL>(key_rows, count, t.head_dim, query + at * t.head_dim, scores);
+      dots<Float32, PANEL>(value_rows, count, t.value_dim, dout + at * t.value_dim, grads);
+      for (int v = 0; v < PANEL; v++) {
+        const int64_t lane = at + v * W;
+        const V a = load(bounds.a + lane), b = load(bounds.b + lane), c = load(bounds.c + lane), d = load(bounds.d + lane);
+        for (int64_t j = 0; j < count; j++) {
+          const int64_t cell = j * LANES + v * W;
+          V score = load(scores + cell), grad = load(grads + cell);
+          weigh(score, grad, seen(set1(float(begin + j)), a, b, c, d), load(lse + lane), load(delta + lane), t.scaling,
+                t.softcap);
+          store(grads + cell, grad);
+        }
+      }
+      mix<Float32, PANEL>(key_rows, count, t.head_dim, grads, nullptr, dquery + at * t.head_dim);
+    }
+  }
+  for (int64_t lane = 0; lane < lanes; lane++)
+    out_of_lane(dquery, t.head_dim, lane, 1.f, buffer,
+                (T*)(t.out + lane / t.rows * t.out_head_bytes + lane % t.rows * t.out_row_bytes));
+  return true;
+}
+
+template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
+  const int64_t panels = panels_of(t.count), all_lanes = panels * LANES;
+  float* key = scratch;
+  float* value = key + all_lanes * t.head_dim;
+  float* dkey = value + all_lanes * t.value_dim;
+  float* dvalue = dkey + all_lanes * t.head_dim;
+  float* scores = dvalue + all_lanes * t.value_dim;
+  float* grads = scores + TILE * LANES;
+  float* query_store = grads + TILE * LANES;
+  float* dout_store = query_store + TILE * t.head_dim;
+  float* position = dout_store + TILE * t.value_dim;
+  float* buffer = position + all_lanes;
+
+  memset(key, 0, size_t(all_lanes * 2 * (t.head_dim + t.value_dim)) * sizeof(float));
+  for (int64_t lane = 0; lane < t.count; lane++) {
+    into_lane((const T*)(t.key + (t.first + lane) * t.key_bytes), t.head_dim, lane, buffer, key);
+    into_lane((const T*)(t.value + (t.first + lane) * t.value_bytes), t.value_dim, lane, buffer, value);
+  }
+  for (int64_t lane = 0; lane < all_lanes; lane++) position[lane] = lane < t.count ? float(t.first + lane) : -1.f;
+
+  const void *queries[TILE], *douts[TILE];
+  const char *query_rows[TILE], *dout_rows[TILE];
+  for (int64_t begin = t.first; begin < t.tokens; begin += TILE) {
+    const int64_t count = smaller(TILE, t.tokens - begin), last = t.first + t.count;
+    const Columns columns = columns_of(begin + 1, begin + count, t.rule);
+    const bool sinks = columns.first < last && t.first < columns.first + columns.head;
+    if (!sinks && !(columns.start < last && t.first < columns.end)) continue;
+    for (int64_t head = 0; head < t.group; head++) {
+      for (int64_t i = 0; i < count; i++) {
+        queries[i] = t.query + head * t.query_head_bytes + (begin + i) * t.query_row_bytes;
+        douts[i] = t.dout + head * t.dout_head_bytes + (begin + i) * t.dout_row_bytes;
+      }
+      as_floats(queries, count, t.head_dim, query_store, (const T*)nullptr, query_rows);
+      as_floats(douts, count, t.value_dim, dout_store, (const T*)nullptr, dout_rows);
+      const float *lse = t.lse + head * t.lse_head + begin, *delta = t.delta + head * t.lse_head + begin;
+      for (int64_t panel = 0; panel < panels; panel++) {
+        const int64_t at = panel * LANES;
+        dots<Float32, PANEL>(query_rows, count, t.head_dim, key + at * t.head_dim, scores);
+        dots<Float32, PANEL>(dout_rows, count, t.value_dim, value + at * t.value_dim, grads);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t n = begin + i + 1;
+          const Visible see = visible(n, t.rule);
+          const V a = set1(float(see.first)), b = set1(float(see.sink_end)), c = set1(float(see.start)), d = set1(float(n));
+          for (int v = 0; v < PANEL; v++) {
+            const int64_t cell = i * LANES + v * W;
+            V score = load(scores + cell), grad = load(grads + cell);
+            weigh(score, grad, seen(load(position + at + v * W), a, b, c, d), set1(lse[i]), set1(delta[i]), t.scaling,
+                  t.softcap);
+            store(scores + cell, score);
+            store(grads + cell, grad);
+          }
+        }
+        mix<Float32, PANEL>(dout_rows, count, t.value_dim, scores, nullptr, dvalue + at * t.value_dim);
+        mix<Float32, PANEL>(query_rows, count, t.head_dim, grads, nullptr, dkey + at * t.head_dim);
+      }
+    }
+  }
+  for (int64_t lane = 0; lane < t.count; lane++) {
+    out_of_lane(dkey, t.head_dim, lane, 1.f, buffer, (T*)(t.dkey + (t.first + lane) * t.dkey_bytes));
+    out_of_lane(dvalue, t.value_dim, lane, 1.f, buffer, (T*)(t.dvalue + (t.first + lane) * t.dvalue_bytes));
+  }
+}
+
+}  // namespace
+
+#define MOACOMPRESS_KERNELS(name)                                                                   \
+  const Kernels name = {decode_scratch,                                                             \
+                        tile_scratch,                                                               \
+                        {decode_chunk<float>, decode_chunk<bf16>, decode_chunk<f16>},               \
+                        {prefill_tile<float>, prefill_tile<bf16>, prefill_tile<f16>},               \
+                        {backward_query_tile<float>, backward_query_tile<bf16>, backward_query_tile<f16>}, \
+                        {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}}
+
+}  // namespace moacompress

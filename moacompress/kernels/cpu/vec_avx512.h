@@ -1,0 +1,70 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ and VL.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+typedef __m512 V;
+typedef __mmask16 Mask;
+constexpr int W = 16;
+constexpr int PANEL = 4;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline V set1(float x) { return _mm512_set1_ps(x); }
+inline V zero() { return _mm512_setzero_ps(); }
+inline Mask first_lanes(int n) { return Mask((1u << n) - 1); }
+inline V widen(__m256i x, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline V widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+template <class T> inline V load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p), T()); }
+inline V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+template <class T> inline V load_part(const T* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T()); }
+inline __m256i narrow(V v, bf16) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline __m256i narrow(V v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+template <class T> inline void store(T* p, V v) { _mm256_storeu_si256((__m256i*)p, narrow(v, T())); }
+inline void store_part(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+template <class T> inline void store_part(T* p, V v, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(v, T())); }
+
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+inline V min(V a, V b) { return _mm512_min_ps(a, b); }
+inline Mask at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline Mask both(Mask a, Mask b) { return Mask(a & b); }
+inline Mask either(Mask a, Mask b) { return Mask(a | b); }
+inline V select(Mask m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
+inline V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V times_power_of_two(V x, V n) { return _mm512_scalef_ps(x, n); }
+inline __m256 halves_max(V v) { return _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline __m256 halves_sum(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline float largest(V v) {
+  const __m256 h = halves_max(v);
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float sum(V v) {
+  const __m256 h = halves_sum(v);
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline void sum4(V a, V b, V c, V d, float* to) {
+  const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const V lo = _mm512_shuffle_ps(ab, cd, 0x44), hi = _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m256 h = halves_sum(_mm512_add_ps(lo, hi));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+}  // namespace

@@ -1,0 +1,73 @@
+// Vectors of 4 floats by the compiler's own vector types: any processor.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+constexpr int W = 4;
+constexpr int PANEL = 2;  // vectors of lanes that the microkernels work on at once
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline float widen(float x) { return x; }
+inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+inline float widen(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
+inline float widen(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  if (rest >= 0x0f800000) return from_bits(sign | rest | 0x7f800000);  // infinity and NaN
+  return from_bits(sign | to_bits(from_bits(rest) * from_bits(0x77800000)));  // 2^112: subnormals come out right
+}
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) {
+  const uint32_t bits = to_bits(x);
+  to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, f16* to) {
+  const uint32_t sign = (to_bits(x) >> 16) & 0x8000, rest = to_bits(x) & 0x7fffffff;
+  uint32_t bits;
+  if (rest > 0x7f800000) bits = 0x7e00;
+  else if (rest >= 0x477ff000) bits = 0x7c00;  // rounds to infinity
+  else if (rest < 0x38800000) bits = to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f);  // subnormal: the adder rounds
+  else bits = (rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13;
+  to->bits = uint16_t(sign | bits);
+}
+
+inline V set1(float x) { return V{x, x, x, x}; }
+inline V zero() { return V{0, 0, 0, 0}; }
+template <class T> inline V load_part(const T* p, int n) {
+  V v = zero();
+  for (int i = 0; i < n; i++) v[i] = widen(p[i]);
+  return v;
+}
+inline V load(const float* p) { V v; memcpy(&v, p, 16); return v; }
+template <class T> inline V load(const T* p) { return load_part(p, W); }
+template <class T> inline void store_part(T* p, V v, int n) {
+  for (int i = 0; i < n; i++) narrow(v[i], p + i);
+}
+inline void store(float* p, V v) { memcpy(p, &v, 16); }
+template <class T> inline void store(T* p, V v) { store_part(p, v, W); }
+
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V min(V a, V b) { return a < b ? a : b; }
+inline Mask at_least(V a, V b) { return a >= b; }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Mask either(Mask a, Mask b) { return a | b; }
+inline V select(Mask m, V a, V b) { return m ? a : b; }
+inline V round(V x) { return (x + set1(12582912.f)) - set1(12582912.f); }
+inline V times_power_of_two(V x, V n) {
+  Mask bits = (__builtin_convertvector(n, Mask) + 127) << 23;
+  V power; memcpy(&power, &bits, 16);
+  return x * power;
+}
+inline float largest(V v) { const V a = max(v, V{v[2], v[3], v[0], v[1]}); return a[0] > a[1] ? a[0] : a[1]; }
+inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline void sum4(V a, V b, V c, V d, float* to) { to[0] = sum(a); to[1] = sum(b); to[2] = sum(c); to[3] = sum(d); }
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace

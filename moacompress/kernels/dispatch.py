@@ -1,0 +1,174 @@
+"""Which kernel runs: the compiled one for the CPU, or the reference in plain PyTorch.
+
+`MOACOMPRESS_KERNEL=cpu` or `=reference` overrides the choice; a kernel that was asked for and can not run is an error, never a
+silent change.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moacompress.errors import UnsupportedError, UsageError
+from moacompress.kernels import cpu_ops
+from moacompress.kernels.block_reference import reference_decode, reference_prefill
+
+KERNELS = ("cpu", "reference")
+VARIABLE = "MOACOMPRESS_KERNEL"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs on the CPU.
+
+    Attributes:
+        name: one of `KERNELS`.
+        isa: instruction set of a compiled kernel, or None.
+        reason: why this one.
+        asked: whether the environment names it.
+    """
+
+    name: str
+    isa: str | None
+    reason: str
+    asked: bool = False
+
+
+def choose(wanted: str | None, built: cpu_ops.Built) -> Choice:
+    """Returns the kernel to run.
+
+    Args:
+        wanted: value of MOACOMPRESS_KERNEL, or None or empty for the best there is.
+        built: whether the compiled kernels can run.
+
+    Raises:
+        UsageError: no kernel of that name.
+        UnsupportedError: the kernel that is asked for can not run.
+    """
+    if wanted and wanted not in KERNELS:
+        raise UsageError(f"{VARIABLE} is {wanted!r}, not one of {', '.join(KERNELS)}")
+    if wanted == "reference":
+        return Choice("reference", None, f"{VARIABLE} asks for it", asked=True)
+    if built.isa is not None:
+        reason = f"{VARIABLE} asks for it" if wanted else "the extension is built for this machine"
+        return Choice("cpu", built.isa, reason, asked=bool(wanted))
+    if wanted:
+        raise UnsupportedError(f"{VARIABLE} asks for the kernel 'cpu', which can not run: {built.reason}")
+    return Choice("reference", None, built.reason or "")
+
+
+@functools.cache
+def chosen() -> Choice:
+    """Returns the kernel of this process; says which, once.
+
+    Raises:
+        UsageError: MOACOMPRESS_KERNEL or MOACOMPRESS_ISA names nothing that there is.
+        UnsupportedError: the kernel that is asked for can not run.
+    """
+    choice = choose(os.environ.get(VARIABLE), cpu_ops.load())
+    logger.info("kernel: %s%s (%s)", choice.name, f", {choice.isa}" if choice.isa else "", choice.reason)
+    return choice
+
+
+def kernel_for(query: torch.Tensor) -> str:
+    """Returns the name of the kernel that runs for tensors of this device and dtype.
+
+    Raises:
+        UnsupportedError: the environment asks for a kernel that does not know the dtype or the device.
+    """
+    name: str = _chosen_name()
+    if name == "cpu" and (query.device.type != "cpu" or query.dtype not in cpu_ops.DTYPES):
+        if chosen().asked:
+            raise UnsupportedError(
+                f"{VARIABLE}=cpu can not run {query.dtype} on {query.device.type}; it knows float32, bfloat16 and float16 on "
+                f"the CPU; unset {VARIABLE}"
+            )
+        return "reference"
+    return name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen_name() -> str:
+    """A constant to `torch.compile`, which can not trace the loading of a library."""
+    return chosen().name
+
+
+def decode(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    sink: torch.Tensor,
+    alpha: torch.Tensor,
+    beta_q: torch.Tensor,
+    min_window: int,
+    native_window: int,
+    scaling: float,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query per row over its blocks; arguments and results as of `reference_decode`."""
+    rules = (sink, alpha, beta_q, min_window, native_window, scaling, softcap)
+    if kernel_for(query) == "reference":
+        return reference_decode(query, keys, values, table, lengths, *rules, sink_logits)
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
+        _rows(query), list(keys), list(values), table, lengths, *rules, _floats(sink_logits)
+    )
+    return found
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    table: torch.Tensor,
+    past: torch.Tensor,
+    valid: torch.Tensor,
+    sink: torch.Tensor,
+    alpha: torch.Tensor,
+    beta_q: torch.Tensor,
+    min_window: int,
+    native_window: int,
+    scaling: float,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a chunk over cache and chunk; arguments and results as of `reference_prefill`.
+
+    Without segments (no cache) it has gradients for the query, key, value and learned logits.
+    """
+    rules = (sink, alpha, beta_q, min_window, native_window, scaling, softcap)
+    if kernel_for(query) == "reference":
+        return reference_prefill(query, key, value, keys, values, table, past, valid, *rules, sink_logits)
+    chunk = (_rows(query), _rows(key), _rows(value))
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
+        *chunk, list(keys), list(values), table, past, valid, *rules, _floats(sink_logits)
+    )
+    return found
+
+
+def prefill_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rules: Any, **more: Any) -> Any:
+    """`prefill` where no row has a past and every token is real: `rules` are those of `prefill` from `sink` on."""
+    rows, kv_heads, tokens = key.shape[:3]
+    table = torch.empty((rows, kv_heads, 0), dtype=torch.int32, device=query.device)
+    past = torch.zeros(rows, dtype=torch.int64, device=query.device)
+    return prefill(query, key, value, (), (), table, past, torch.full_like(past, tokens), *rules, **more)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor with its last dimension contiguous; the others may have any strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

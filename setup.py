@@ -1,0 +1,147 @@
+"""Builds the CPU kernels where torch's headers and a C++ compiler are there; everything else is in pyproject.toml.
+
+torch is no build requirement, so an isolated `pip install .` never downloads it: it installs without the kernels, and the
+package runs on its reference. `pip install --no-build-isolation .` builds them against the torch that is installed. What is
+missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+FOLDER = "moacompress/kernels/cpu"
+REQUIRE = os.environ.get("MOACOMPRESS_REQUIRE_EXT") == "1"
+TORCH = (2, 10)
+"""Oldest torch whose stable ABI has what the bindings use."""
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+SETS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_bf16.cpp": (*AVX512, "-mavx512bf16")}
+"""Flags of the sources that are for one instruction set: only they may use it."""
+
+
+def compiler() -> list[str] | None:
+    """Returns the command of the C++ compiler: `CXX`, or the first that is found, or None."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def torch_folder() -> Path | None:
+    """Returns the folder of an installed torch that is new enough and has headers, without importing it."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        version = importlib.metadata.version("torch")
+    except (ImportError, ValueError):
+        return None
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if spec is None or spec.origin is None or numbers is None or (int(numbers[1]), int(numbers[2])) < TORCH:
+        return None
+    folder = Path(spec.origin).parent
+    return folder if (folder / "include/torch/csrc/stable/ops.h").exists() else None
+
+
+def missing() -> str | None:
+    """Returns what keeps the kernels from being built, or None."""
+    if sys.platform != "linux":
+        return f"they are built on Linux only, this is {sys.platform}"
+    if torch_folder() is None:
+        least = ".".join(map(str, TORCH))
+        return f"torch {least} or newer is not there at build time (pip install --no-build-isolation uses the installed one)"
+    if compiler() is None:
+        return f"no C++ compiler ({os.environ.get('CXX') or 'c++, g++, clang++'})"
+    return None
+
+
+def instruction_flags(source: str) -> tuple[str, ...]:
+    """Returns the flags of a source that is for one instruction set.
+
+    Args:
+        source: its file name.
+    """
+    return SETS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+class BuildKernels(build_ext):
+    """Compiles every source with the flags of its instruction set and links them to torch's library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Returns the library's path: it is loaded by torch and is no Python module, so its name bears no Python version."""
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds the library.
+
+        Raises:
+            CompileError: a source does not compile, or the objects do not link.
+        """
+        command, torch = compiler(), torch_folder()
+        if command is None or torch is None:
+            raise CompileError(f"the CPU kernels can not be built: {missing()}")
+        target = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp) / "kernels"
+        objects.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def compile_source(source: str) -> str:
+            name = Path(source).name
+            flags = [*FLAGS, *instruction_flags(name)]
+            if name == "binding.cpp":
+                flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch / "include")]
+            made = str(objects / f"{name}.o")
+            _run([*command, *flags, "-c", source, "-o", made])
+            return made
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            made = list(pool.map(compile_source, ext.sources))
+        _run([*command, "-shared", "-o", str(target), *made, "-L", str(torch / "lib"), "-ltorch_cpu"])
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags a wheel that holds the library for its platform and for any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Returns `(python, abi, platform)`."""
+        python, abi, plat = super().get_tag()
+        return ("py3", "none", plat) if self.distribution.has_ext_modules() else (python, abi, plat)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def extensions() -> list[Extension]:
+    """Returns the extension, or nothing where it can not be built."""
+    reason = missing()
+    if reason is not None:
+        if REQUIRE:
+            raise SystemExit(f"MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels can not be built: {reason}")
+        print(f"moacompress installs without its CPU kernels: {reason}", file=sys.stderr)
+        return []
+    root = Path(__file__).parent
+    sources = sorted(str(source.relative_to(root)) for source in (root / FOLDER).glob("*.cpp"))
+    depends = sorted(str(path.relative_to(root)) for end in ("h", "inl") for path in (root / FOLDER).glob(f"*.{end}"))
+    return [Extension("moacompress.kernels.cpu.libmoacompress_cpu", sources, depends=depends, optional=not REQUIRE)]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel})

@@ -1,0 +1,227 @@
+"""Random attention over block tables: ragged rows, several segments, and NaN wherever no query may look."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.kernels import cpu_ops
+from moacompress.plan import segments
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NAN = float("nan")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Case:
+    """The arguments of a prefill and of a decode over the same pool; `past` is decode's `lengths`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    table: torch.Tensor
+    past: torch.Tensor
+    valid: torch.Tensor
+    sink: torch.Tensor
+    alpha: torch.Tensor
+    beta_q: torch.Tensor
+    min_window: int
+    native_window: int
+    scaling: float
+    softcap: float
+    sink_logits: torch.Tensor | None
+
+    @property
+    def rules(self) -> tuple[Any, ...]:
+        numbers = (self.min_window, self.native_window, self.scaling, self.softcap, self.sink_logits)
+        return (self.sink, self.alpha, self.beta_q, *numbers)
+
+    @property
+    def prefill(self) -> tuple[Any, ...]:
+        chunk = (self.query, self.key, self.value)
+        return (*chunk, self.keys, self.values, self.table, self.past, self.valid, *self.rules)
+
+    @property
+    def decode(self) -> tuple[Any, ...]:
+        return (self.query[:, :, 0], self.keys, self.values, self.table, self.past, *self.rules)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        logits = self.sink_logits
+        moved = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
+        moved |= {name: [t.to(dtype) for t in getattr(self, name)] for name in ("keys", "values")}
+        moved["sink_logits"] = logits.to(torch.float64) if logits is not None and dtype == torch.float64 else logits
+        return Case(**{**self.__dict__, **moved})
+
+    def row(self, row: int) -> Case:
+        """The same with one row of the batch alone."""
+        picked = {name: getattr(self, name)[row : row + 1] for name in ("query", "key", "value", "past", "valid")}
+        return Case(**{**self.__dict__, **picked, "table": self.table[row : row + 1].contiguous()})
+
+
+def _strided(rng: random.Random, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of the shape `[rows, heads, tokens, dim]`, laid out in one of the ways that models have."""
+    rows, heads, tokens, dim = sizes
+    kind = rng.randrange(4)
+    if kind == 0:
+        return torch.randn(sizes, dtype=dtype)
+    if kind == 1:
+        return torch.randn(rows, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+    if kind == 2:  # a part of a fused projection, at an odd offset
+        return (
+            torch.randn(rows, tokens, heads * dim + 7, dtype=dtype)[..., 3:-4]
+            .view(rows, tokens, heads, dim)
+            .transpose(1, 2)
+        )
+    return torch.randn(rows, heads, tokens, dim + 5, dtype=dtype)[..., :dim]
+
+
+def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
+    """Returns a random case; `fixed` sets what the names below say."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+
+    def pick(name: str, *of: Any) -> Any:
+        chosen = rng.choice(of)
+        return fixed.get(name, chosen)
+
+    rows, kv_heads, group = pick("rows", 1, 2, 3), pick("kv_heads", 1, 2, 3), pick("group", 1, 2, 3, 4, 7)
+    dim, value_dim = pick("dim", 16, 24, 64, 80, 128, 256, 20, 9), pick("value_dim", 16, 40, 64, 128, 192, 256, 33)
+    tokens, heads = pick("tokens", 1, 2, 5, 16, 33, 70, 150), kv_heads * group
+    past = [pick("past", 0, 1, 2, 15, 16, 17, 31, 100, 333, 500) for _ in range(rows)]
+    valid = [pick("valid", tokens, tokens, rng.randint(0, tokens)) for _ in range(rows)]
+    if rng.random() < 0.25 and "rules" not in fixed:
+        rules: list[tuple[int, int, int]] = [(4, 0, 1024)] * kv_heads
+    else:
+        rules = [
+            (rng.choice([4, 16, 64]), rng.choice([0, 7, 40, 128, 512]), rng.choice([0, 0, 100, 256, 700, 1024]))
+            for _ in range(kv_heads)
+        ]
+    rules = fixed.get("rules", rules)
+    min_window, native = pick("min_window", 16, 32, 64), pick("native_window", 0, 0, 0, 1, 9, 60, 300)
+    softcap = pick("softcap", 0.0, 0.0, 2.0, 30.0)
+    logits = torch.randn(heads) * 2 if pick("logits", False, False, True) else None
+
+    width = (max(past) + 15) // 16 + rng.randint(0, 2)
+    table = torch.full((rows, kv_heads, width), -1, dtype=torch.int32)
+    spare = rng.randint(0, 5)
+    ids = list(range(rows * kv_heads * width + spare))
+    rng.shuffle(ids)
+    pool_k = torch.full((len(ids), 16, dim), NAN, dtype=dtype)
+    pool_v = torch.full((len(ids), 16, value_dim), NAN, dtype=dtype)
+    for row in range(rows):
+        for head, rule in enumerate(rules):
+            # what decode's query sees, and what a query of the chunk does: that of the first one, for all bounds grow
+            seen = torch.zeros(past[row], dtype=torch.bool)
+            for n in (past[row], past[row] + 1):
+                first, sink_end, start = segments(n, rule[0], rule[1], rule[2], min_window, native or None)
+                seen[first:sink_end] = True
+                seen[start:n] = True
+                seen[first : max(first, min(rule[0], start))] = True
+            positions = seen.nonzero().flatten()
+            for block in (positions // 16).unique().tolist():
+                table[row, head, block] = ids.pop()
+            at = table[row, head][positions // 16].long(), positions % 16
+            pool_k[at] = torch.randn(len(positions), dim, dtype=dtype)
+            pool_v[at] = torch.randn(len(positions), value_dim, dtype=dtype)
+    cuts = sorted(rng.randint(0, len(pool_k)) for _ in range(pick("cuts", 0, 0, 1, 2)))
+    query = _strided(rng, rows, heads, tokens, dim, dtype=dtype)
+    key = _strided(rng, rows, kv_heads, tokens, dim, dtype=dtype)
+    value = _strided(rng, rows, kv_heads, tokens, value_dim, dtype=dtype)
+    for row in range(rows):
+        if valid[row] < tokens:
+            for tensor in (query, key, value):
+                # decode reads the first query of every row, also of one without real tokens in the chunk
+                tensor[row, :, max(valid[row], 1) if tensor is query else valid[row] :] = NAN
+    return Case(
+        query=query,
+        key=key,
+        value=value,
+        keys=list(pool_k.tensor_split(cuts)),
+        values=list(pool_v.tensor_split(cuts)),
+        table=table,
+        past=torch.tensor(past),
+        valid=torch.tensor(valid),
+        sink=torch.tensor([rule[0] for rule in rules]),
+        alpha=torch.tensor([rule[1] for rule in rules]),
+        beta_q=torch.tensor([rule[2] for rule in rules]),
+        min_window=min_window,
+        native_window=native,
+        scaling=pick("scaling", dim**-0.5, 0.3),
+        softcap=softcap,
+        sink_logits=logits,
+    )
+
+
+@pytest.fixture
+def random_case() -> Callable[..., Case]:
+    return build
+
+
+@pytest.fixture
+def close() -> Callable[..., None]:
+    """Compares `(out, lse)` with those of a float64 reference."""
+
+    def compare(found: Any, expected: Any, dtype: torch.dtype) -> None:
+        out, lse = found
+        wanted, wanted_lse = expected
+        assert out.dtype == dtype
+        assert out.shape == wanted.shape
+        assert lse.shape == wanted_lse.shape
+        assert not out.isnan().any()
+        real = wanted_lse.isfinite()
+        assert torch.equal(lse.isfinite(), real)
+        assert bool((lse[~real] == float("-inf")).all())
+        assert bool((out[~real] == 0).all())
+        error = (out.double() - wanted).abs() / (1 + wanted.abs())
+        assert error.numel() == 0 or error.max() < TOLERANCE[dtype], error.max()
+        error = (lse.double() - wanted_lse)[real].abs()
+        assert error.numel() == 0 or error.max() < max(1e-4, TOLERANCE[dtype] / 100), error.max()
+
+    return compare
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[Callable[[int], None]]:
+    """One thread, unless a test sets another number: the tensors are small, and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are filled with NaN, so that an output that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def isa() -> Iterator[Callable[[str], None]]:
+    """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
+    from moacompress.errors import UsageError
+
+    built = cpu_ops.load()
+    if built.isa is None:
+        pytest.skip(f"the compiled kernels can not run: {built.reason}")
+
+    def choose(name: str) -> None:
+        try:
+            cpu_ops.set_isa(name)
+        except UsageError as error:
+            pytest.skip(str(error))
+
+    yield choose
+    assert built.isa is not None
+    cpu_ops.set_isa(built.isa)

@@ -1,0 +1,254 @@
+// The kernels' core without torch, against a plain sum in double precision. Built with the address and undefined-behaviour
+// sanitizers: every tensor is its own allocation of its exact size, and what no query sees is NaN.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../moacompress/kernels/cpu/core.h"
+
+using namespace moacompress;
+
+namespace {
+
+std::mt19937 random_source(7);
+
+int64_t pick(int64_t low, int64_t high) { return low + int64_t(random_source() % uint32_t(high - low + 1)); }
+int64_t pick_of(std::vector<int64_t> of) { return of[size_t(pick(0, int64_t(of.size()) - 1))]; }
+
+// Numbers that all three dtypes hold exactly, so that one double-precision result fits them all.
+double number() { return double(pick(-12, 12)) / 8; }
+
+struct Data {
+  DType dtype;
+  int64_t count;
+  std::unique_ptr<char[]> bytes;
+  Data(DType d, int64_t n) : dtype(d), count(n), bytes(new char[size_t(n) * element_size(d)]) {
+    for (int64_t i = 0; i < n; i++) set(i, NAN);
+  }
+  void set(int64_t i, double x) {
+    const float f = float(x);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint16_t half = uint16_t(bits >> 16);
+    if (dtype == F32) {
+      std::memcpy(bytes.get() + 4 * i, &f, 4);
+      return;
+    }
+    if (dtype == F16) half = std::isnan(x) ? 0x7e00 : x == 0 ? 0 : uint16_t((half & 0x8000) | (((bits & 0x7fffffff) - 0x38000000) >> 13));
+    std::memcpy(bytes.get() + 2 * i, &half, 2);
+  }
+  double get(int64_t i) const {
+    uint32_t bits = 0;
+    uint16_t half;
+    float f;
+    if (dtype == F32) std::memcpy(&bits, bytes.get() + 4 * i, 4);
+    else {
+      std::memcpy(&half, bytes.get() + 2 * i, 2);
+      if (dtype == BF16) bits = uint32_t(half) << 16;
+      else {
+        const double sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, rest = half & 1023;
+        if (exponent == 31) return NAN;
+        return sign * (exponent > 0 ? std::ldexp(1024 + rest, int(exponent) - 25) : std::ldexp(rest, -24));
+      }
+    }
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+};
+
+void run_threads(void*, int threads, void (*body)(void*), void* arg) {
+  std::vector<std::thread> pool;
+  for (int i = 0; i < threads; i++) pool.emplace_back(body, arg);
+  for (std::thread& thread : pool) thread.join();
+}
+
+int failures = 0;
+
+void near(double found, double wanted, double tolerance, const char* what, int isa, int dtype) {
+  if (std::isinf(wanted) ? found == wanted : std::fabs(found - wanted) <= tolerance) return;
+  if (failures++ < 10) std::printf("%s, %s, dtype %d: %g instead of %g\n", what, isa_name(Isa(isa)), dtype, found, wanted);
+}
+
+// One (row, KV head, query) by the definitions: out[value_dim], then lse.
+template <class Key, class Value>
+std::vector<double> plain(const double* query, int64_t dim, int64_t value_dim, int64_t n, const Rule& rule, const Scores& scores,
+                          int64_t head, Key key, Value value) {
+  const Visible see = visible(n, rule);
+  std::vector<double> out(size_t(value_dim) + 1, 0.0);
+  double total = scores.sink_logits ? std::exp(double(scores.sink_logits[head])) : 0;
+  for (int64_t j = 0; j < n; j++) {
+    if (!((j >= see.first && j < see.sink_end) || j >= see.start)) continue;
+    double x = 0;
+    for (int64_t d = 0; d < dim; d++) x += query[d] * key(j, d);
+    x *= scores.scaling;
+    if (scores.softcap > 0) x = scores.softcap * std::tanh(x / scores.softcap);
+    total += std::exp(x);
+    for (int64_t d = 0; d < value_dim; d++) out[size_t(d)] += std::exp(x) * value(j, d);
+  }
+  for (int64_t d = 0; d < value_dim; d++) out[size_t(d)] /= total;
+  out[size_t(value_dim)] = std::log(total);
+  return out;
+}
+
+void test(Isa isa, DType dtype) {
+  const double tolerance = dtype == F32 ? 2e-5 : dtype == F16 ? 3e-3 : 3e-2;
+  const int64_t rows = pick(1, 3), kv_heads = pick(1, 2), group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
+  const int64_t dim = pick_of({16, 24, 40, 64, 80, 13, 128}), value_dim = pick_of({16, 24, 64, 72, 9, 128});
+  const int64_t tokens = pick_of({1, 3, 17, 70});
+  std::vector<int64_t> past, valid, sink, alpha, beta_q;
+  int64_t longest = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    past.push_back(pick_of({0, 1, 15, 16, 40, 100, 300}));
+    valid.push_back(pick(0, tokens));
+    longest = larger(longest, past.back());
+  }
+  for (int64_t h = 0; h < kv_heads; h++) {
+    sink.push_back(pick_of({4, 16, 64}));
+    alpha.push_back(pick_of({0, 20, 64, 1000}));
+    beta_q.push_back(pick_of({0, 100, 600, 1024}));
+  }
+  std::vector<float> logits;
+  for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
+  const Rules rules = {sink.data(), alpha.data(), beta_q.data(), pick_of({1, 16, 32}), pick_of({0, 0, 5, 50})};
+  const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
+  const Shape shape = {dtype, rows, kv_heads, group, dim, value_dim};
+
+  // the pool in two segments; every block of every (row, KV head) has an id, in random order
+  const int64_t width = (longest + BLOCK - 1) / BLOCK + 1, blocks = rows * kv_heads * width, cut = blocks / 3;
+  std::vector<int32_t> table(static_cast<size_t>(blocks));
+  for (size_t i = 0; i < table.size(); i++) table[i] = int32_t(i);
+  std::shuffle(table.begin(), table.end(), random_source);
+  Data k0(dtype, cut * BLOCK * dim), k1(dtype, (blocks - cut) * BLOCK * dim);
+  Data v0(dtype, cut * BLOCK * value_dim), v1(dtype, (blocks - cut) * BLOCK * value_dim);
+  const auto cell = [&](Data& a, Data& b, int64_t pair, int64_t j, int64_t size, int64_t d, double* set) {
+    const int64_t id = table[size_t(pair * width + j / BLOCK)];
+    Data& segment = id < cut ? a : b;
+    const int64_t at = ((id < cut ? id : id - cut) * BLOCK + j % BLOCK) * size + d;
+    if (set) segment.set(at, *set);
+    return segment.get(at);
+  };
+  for (int64_t pair = 0; pair < rows * kv_heads; pair++) {
+    const int64_t n = past[size_t(pair / kv_heads)];
+    // what decode sees, and what the first query of a chunk sees or a later one
+    for (int64_t j = 0; j < n; j++) {
+      const Visible a = visible(n, rules.of(pair % kv_heads)), b = visible(n + 1, rules.of(pair % kv_heads));
+      if (!((j >= a.first && j < larger(a.sink_end, b.sink_end)) || j >= smaller(a.start, b.start))) continue;
+      for (int64_t d = 0; d < larger(dim, value_dim); d++) {
+        double x = number();
+        if (d < dim) cell(k0, k1, pair, j, dim, d, &x);
+        x = number();
+        if (d < value_dim) cell(v0, v1, pair, j, value_dim, d, &x);
+      }
+    }
+  }
+  const void *key_base[] = {k0.bytes.get(), k1.bytes.get()}, *value_base[] = {v0.bytes.get(), v1.bytes.get()};
+  const int64_t first_block[] = {0, cut, blocks}, key_stride[] = {BLOCK * dim, BLOCK * dim};
+  const int64_t value_stride[] = {BLOCK * value_dim, BLOCK * value_dim};
+  const Pool keys = {2, key_base, key_stride, first_block}, values = {2, value_base, value_stride, first_block};
+
+  Data query(dtype, rows * heads * tokens * dim), key(dtype, rows * kv_heads * tokens * dim);
+  Data value(dtype, rows * kv_heads * tokens * value_dim), out(dtype, rows * heads * tokens * value_dim);
+  for (int64_t i = 0; i < query.count; i++) query.set(i, number());
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t h = 0; h < kv_heads; h++)
+      for (int64_t t = 0; t < valid[size_t(r)]; t++) {
+        for (int64_t d = 0; d < dim; d++) key.set(((r * kv_heads + h) * tokens + t) * dim + d, number());
+        for (int64_t d = 0; d < value_dim; d++) value.set(((r * kv_heads + h) * tokens + t) * value_dim + d, number());
+      }
+  std::unique_ptr<float[]> lse(new float[size_t(rows * heads * tokens)]);
+  const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
+  const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
+  PrefillCall call = {shape,  rules, scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(),
+                      strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), keys, values,
+                      {table.data(), width}, past.data(), valid.data(), out.bytes.get(), strides(heads, value_dim), lse.get()};
+  if (prefill(call, parallel, isa) != OK) failures++, std::printf("prefill failed\n");
+  std::vector<double> q(static_cast<size_t>(dim));
+  const auto compare = [&](const Data& found, const float* found_lse, int64_t at, const std::vector<double>& wanted, const char* what) {
+    for (int64_t d = 0; d < value_dim; d++) near(found.get(at * value_dim + d), wanted[size_t(d)], tolerance, what, isa, dtype);
+    near(found_lse[at], wanted[size_t(value_dim)], 1e-4, what, isa, dtype);
+  };
+  std::vector<double> nothing(size_t(value_dim) + 1, 0.0);
+  nothing.back() = -INFINITY;
+  for (int64_t lane = 0; lane < rows * heads * tokens; lane++) {
+    const int64_t r = lane / tokens / heads, h = lane / tokens % heads, t = lane % tokens, pair = r * kv_heads + h / group;
+    for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get(lane * dim + d);
+    const int64_t before = past[size_t(r)];
+    const auto from = [&](Data& a, Data& b, const Data& chunk, int64_t size) {
+      return [&, size, pair, before](int64_t j, int64_t d) {
+        return j < before ? cell(a, b, pair, j, size, d, nullptr) : chunk.get((pair * tokens + j - before) * size + d);
+      };
+    };
+    compare(out, lse.get(), lane,
+            t < valid[size_t(r)] ? plain(q.data(), dim, value_dim, before + t + 1, rules.of(h / group), scores, h,
+                                         from(k0, k1, key, dim), from(v0, v1, value, value_dim))
+                                 : nothing,
+            "prefill");
+  }
+
+  DecodeCall one = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, keys, values,
+                    {table.data(), width}, past.data(), nullptr, nullptr};
+  Data small(dtype, rows * heads * value_dim);
+  std::unique_ptr<float[]> small_lse(new float[size_t(rows * heads)]);
+  one.out = small.bytes.get();
+  one.lse = small_lse.get();
+  if (decode(one, parallel, isa) != OK) failures++, std::printf("decode failed\n");
+  for (int64_t lane = 0; lane < rows * heads; lane++) {
+    const int64_t r = lane / heads, h = lane % heads, pair = r * kv_heads + h / group;
+    for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get(lane * tokens * dim + d);
+    const auto from = [&](Data& a, Data& b, int64_t size) {
+      return [&, size, pair](int64_t j, int64_t d) { return cell(a, b, pair, j, size, d, nullptr); };
+    };
+    compare(small, small_lse.get(), lane,
+            past[size_t(r)] ? plain(q.data(), dim, value_dim, past[size_t(r)], rules.of(h / group), scores, h, from(k0, k1, dim),
+                                    from(v0, v1, value_dim))
+                            : nothing,
+            "decode");
+  }
+
+  // the backward: that it stays inside its memory and writes all of it; Python's tests compare its numbers
+  Data dout(dtype, rows * heads * tokens * value_dim), dquery(dtype, query.count), dkey(dtype, key.count), dvalue(dtype, value.count);
+  for (int64_t i = 0; i < dout.count; i++) dout.set(i, number());
+  std::vector<int64_t> none(static_cast<size_t>(rows), 0);
+  call.past = none.data();
+  if (prefill(call, parallel, isa) != OK) failures++, std::printf("prefill without cache failed\n");
+  std::unique_ptr<float[]> delta(new float[size_t(rows * heads * tokens)]);
+  for (int64_t i = 0; i < rows * heads * tokens; i++) delta[size_t(i)] = float(number());
+  const BackwardCall back = {shape, rules, scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(),
+                             dout.bytes.get(), strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim),
+                             strides(heads, value_dim), valid.data(), lse.get(), delta.get(), dquery.bytes.get(),
+                             dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
+                             strides(kv_heads, value_dim)};
+  if (backward(back, parallel, isa) != OK) failures++, std::printf("backward failed\n");
+  for (const Data* data : {&dquery, &dkey, &dvalue})
+    for (int64_t i = 0; i < data->count; i++)
+      if (std::isnan(data->get(i)) && failures++ < 10) std::printf("backward left NaN, %s\n", isa_name(isa));
+
+  // a table without the blocks is refused, not read
+  for (int32_t& id : table) id = pick(0, 1) ? -1 : int32_t(blocks);
+  call.past = past.data();
+  bool needed = false;
+  for (int64_t r = 0; r < rows; r++) needed = needed || past[size_t(r)] > 0;
+  const Status wanted = needed ? MISSING_BLOCK : OK;
+  if (decode(one, parallel, isa) != wanted) failures++, std::printf("decode took a missing block\n");
+}
+
+}  // namespace
+
+int main() {
+  int tests = 0;
+  for (int isa = PORTABLE; isa <= AVX512_BF16; isa++) {
+    if (!isa_works(Isa(isa))) {
+      std::printf("%s: not on this processor\n", isa_name(Isa(isa)));
+      continue;
+    }
+    for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
+  }
+  std::printf("%d tests, %d failures\n", tests, failures);
+  return failures != 0;
+}

@@ -1,0 +1,139 @@
+"""The compiled kernels equal the reference on random inputs, whatever the instruction set, the threads and the batch."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.kernels.block_reference import reference_decode, reference_prefill
+from moacompress.plan import segments
+
+OPS = torch.ops.moacompress_cpu
+
+
+@pytest.fixture(autouse=True)
+def _built(isa):
+    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+
+
+@pytest.mark.parametrize("seed", range(340))
+def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
+    isa(cpu_ops.ISAS[seed % 4])
+    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    case = random_case(seed, dtype)
+    exact = case.to(torch.float64)
+    close(OPS.prefill(*case.prefill), reference_prefill(*exact.prefill), dtype)
+    close(OPS.decode(*case.decode), reference_decode(*exact.decode), dtype)
+
+
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_threads_and_batch_change_no_bit(name, dtype, random_case, isa, threads):
+    isa(name)
+    case = random_case(11, dtype, rows=3, kv_heads=2, group=3, tokens=200, past=700, native_window=0, valid=190)
+    results = []
+    for count in (1, 17, 2):
+        threads(count)
+        results.append((*OPS.decode(*case.decode), *OPS.prefill(*case.prefill)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for row in range(3):
+        alone = case.row(row)
+        found = (*OPS.decode(*alone.decode), *OPS.prefill(*alone.prefill))
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(results[0], found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_lengths_0_and_1(dtype, random_case, close):
+    case = random_case(5, dtype, rows=3, past=1, native_window=0, logits=True)
+    case.past = torch.tensor([0, 1, 1])
+    found = OPS.decode(*case.decode)
+    close(found, reference_decode(*case.to(torch.float64).decode), dtype)
+    assert not found[0][0].any()
+    assert (found[1][0] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_40_000_tokens(dtype, close):
+    """As decode, and as the past of a chunk."""
+    torch.manual_seed(3)
+    n, dim = 40_000, 64
+    query, key, value = (torch.randn(1, heads, 20, dim).to(dtype) for heads in (3, 1, 1))
+    pool = torch.randn(n // 16, 16, dim).to(dtype)
+    table = torch.randperm(n // 16).to(torch.int32).view(1, 1, -1)
+    for rule in ((4, 0, 1024), (64, 1000, 256)):
+        rules = (*(torch.tensor([x]) for x in rule), 16, 0, dim**-0.5, 0.0, None)
+        exact = [t.double() for t in (query, key, value, pool)]
+        one = (table, torch.tensor([n]), *rules)
+        expected = reference_decode(exact[0][:, :, 0], [exact[3]], [exact[3]], *one)
+        close(OPS.decode(query[:, :, 0], [pool], [pool], *one), expected, dtype)
+        chunk = (table, torch.tensor([n]), torch.tensor([20]), *rules)
+        expected = reference_prefill(*exact[:3], [exact[3]], [exact[3]], *chunk)
+        close(OPS.prefill(query, key, value, [pool], [pool], *chunk), expected, dtype)
+
+
+def test_everything_visible_is_causal_attention():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 300, 64) for heads in (6, 2, 2))
+    rules = (torch.full((2,), 4), torch.zeros(2, dtype=torch.int64), torch.full((2,), 1024), 16, 0, 0.125)
+    out, _ = dispatch.prefill_alone(query, key, value, *rules)
+    wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.125, enable_gqa=True)
+    assert (out - wanted).abs().max() < 1e-5
+
+
+def test_large_scores_do_not_overflow(close):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 90, 32) * 40 for _ in range(3))
+    rules = (torch.tensor([4]), torch.tensor([30]), torch.tensor([0]), 16, 0, 1.0)
+    found = dispatch.prefill_alone(query, key, value, *rules)
+    empty = torch.empty((1, 1, 0), dtype=torch.int32)
+    chunk = ((), (), empty, torch.tensor([0]), torch.tensor([90]))
+    wanted, wanted_lse = reference_prefill(query.double(), key.double(), value.double(), *chunk, *rules)
+    assert ((found[0] - wanted).abs() / (1 + wanted.abs())).max() < 1e-2  # scores of thousands have an ulp of 2e-4
+    assert ((found[1] - wanted_lse).abs() / wanted_lse.abs()).max() < 1e-5
+
+
+def test_visible_is_as_in_the_plan():
+    rng = random.Random(0)
+    for _ in range(3000):
+        n = rng.choice([0, 1, rng.randint(0, 300), rng.randint(0, 1 << 24)])
+        rule = (rng.choice([4, 16, 64]), rng.choice([0, 100, 1 << 24]), rng.choice([0, 1, 500, 1023, 1024]))
+        min_window, native = rng.choice([16, 64]), rng.choice([0, 1, 50, 4096])
+        assert cpu_ops.visible(n, *rule, min_window, native) == segments(n, *rule, min_window, native or None)
+
+
+def test_bad_arguments_are_refused(random_case):
+    case = random_case(
+        1, torch.float32, rows=1, past=100, kv_heads=2, group=2, dim=64, native_window=0, tokens=2, valid=2
+    )
+    good = case.decode
+
+    def refused(match, **changes):
+        with pytest.raises(RuntimeError, match=match):
+            OPS.decode(*type(case)(**{**case.__dict__, **changes}).decode)
+
+    OPS.decode(*good)
+    refused("a block that a query sees has no id", table=torch.full_like(case.table, -1))
+    refused("a block that a query sees has no id", table=torch.full_like(case.table, 10_000))
+    refused("table has another dtype", table=case.table.long())
+    refused(r"lengths has the shape \[2\], not \[1\]", past=torch.tensor([1, 2]))
+    refused("row 0 has -1 tokens", past=torch.tensor([-1]))
+    refused("sink has the shape", sink=torch.tensor([4]))
+    refused("KV head 0 has sink 4, alpha -1", sink=torch.tensor([4, 4]), alpha=torch.tensor([-1, 0]))
+    refused("scaling is 0, not positive", scaling=0.0)
+    refused("min_window is 0", min_window=0)
+    refused("query must be float32, bfloat16 or float16", query=case.query.double())
+    refused("keys has another dtype", keys=[t.half() for t in case.keys])
+    refused("segments of keys and 0 of values", values=[])
+    refused(r"has the shape \[\d+, 16, 64\], not \[any, 16, 32\]", query=case.query[..., :32])
+    refused("4 query heads are no multiple of 3 KV heads", table=case.table[:, :1].expand(1, 3, -1).contiguous())
+    with pytest.raises(RuntimeError, match="100 tokens before the chunk and 3 real ones of 2"):
+        OPS.prefill(*type(case)(**{**case.__dict__, "valid": torch.tensor([3])}).prefill)
+    with pytest.raises(RuntimeError, match="last dimension of query must be contiguous"):
+        OPS.prefill(
+            *type(case)(**{**case.__dict__, "query": case.query.transpose(2, 3).contiguous().transpose(2, 3)}).prefill
+        )

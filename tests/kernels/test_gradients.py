@@ -1,0 +1,119 @@
+"""Gradients of the compiled prefill equal those of the reference, and what has none says so."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from moacompress.errors import UnsupportedError
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.kernels.block_reference import reference_prefill
+
+OPS = torch.ops.moacompress_cpu
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@pytest.fixture(autouse=True)
+def _built(isa):
+    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+
+
+def gradients(run, case, dout, dlse):
+    """Output and gradients of query, key, value and learned logits."""
+    inputs = [case.query, case.key, case.value, case.sink_logits]
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    changed = dict(zip(("query", "key", "value", "sink_logits"), leaves, strict=True))
+    out, lse = run(*type(case)(**{**case.__dict__, **changed}).prefill)
+    real = lse.isfinite()
+    loss = (out * dout.to(out.dtype)).sum() + (lse.masked_fill(~real, 0) * dlse.masked_fill(~real, 0)).sum()
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    for leaf in wanted:  # a batch without real tokens does not depend on them at all
+        loss = loss + 0 * leaf.nan_to_num(0).sum()
+    return torch.autograd.grad(loss, wanted)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_configurations(seed, random_case, isa, poisoned_memory):
+    isa(cpu_ops.ISAS[seed % 4])
+    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    case = random_case(seed, dtype, past=0, cuts=0, scaling=0.25)
+    case.keys, case.values = [], []
+    torch.manual_seed(seed)
+    dout = torch.randn(*case.query.shape[:3], case.value.shape[-1])
+    dlse = torch.randn(case.query.shape[:3])
+    found = gradients(OPS.prefill, case, dout, dlse)
+    # NaN past the real tokens is never read forward; plain autograd would multiply it by zero
+    exact = case.to(torch.float64)
+    exact.query, exact.key, exact.value = (t.nan_to_num(0) for t in (exact.query, exact.key, exact.value))
+    expected = gradients(reference_prefill, exact, dout.double(), dlse.double())
+    for mine, wanted in zip(found, expected, strict=True):
+        assert mine.shape == wanted.shape
+        error = (mine.double() - wanted).abs() / (1 + wanted.abs().max())
+        assert error.numel() == 0 or error.max() < TOLERANCE[dtype], error.max()
+
+
+def test_gradcheck(random_case):
+    """Against finite differences of the kernel itself, in float32: so with wide steps."""
+    case = random_case(
+        3, torch.float32, past=0, cuts=0, rows=2, kv_heads=2, group=2, dim=16, value_dim=16, tokens=5, logits=True
+    )
+    case.keys, case.values, case.softcap, case.scaling = [], [], 3.0, 0.25
+    case.valid = torch.tensor([5, 3])
+    case.query, case.key, case.value = (torch.randn_like(t.contiguous()) for t in (case.query, case.key, case.value))
+
+    def run(query, key, value, logits):
+        out, lse = OPS.prefill(query, key, value, *case.prefill[3:-1], logits)
+        return out, lse.masked_fill(~lse.isfinite(), 0)
+
+    leaves = [t.detach().requires_grad_() for t in (case.query, case.key, case.value, case.sink_logits)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gradcheck warns of inputs that are not in double precision
+        assert torch.autograd.gradcheck(run, leaves, eps=2e-2, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+def test_threads_change_no_bit(name, random_case, isa, threads):
+    isa(name)
+    case = random_case(7, torch.float32, past=0, cuts=0, rows=2, tokens=150, valid=140)
+    case.keys, case.values = [], []
+    dout, dlse = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
+    results = []
+    for count in (1, 17):
+        threads(count)
+        results.append(gradients(OPS.prefill, case, dout, dlse))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_with_a_cache_there_are_no_gradients(random_case):
+    case = random_case(1, torch.float32, rows=1, past=33, tokens=4, valid=4)
+    case.query = case.query.detach().clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match="a prefill over a cache has no gradients"):
+        OPS.prefill(*case.prefill)[0].sum().backward()
+    with pytest.raises(UnsupportedError, match="decode has no gradients"):
+        OPS.decode(*case.decode)[0].sum().backward()
+
+
+def test_what_torch_must_know(random_case):
+    """Schemas, fakes and autograd registrations, by torch's own checks."""
+    case = random_case(2, torch.float32, rows=2, past=0, cuts=0, tokens=6, valid=6, logits=True)
+    case.keys, case.values = [], []
+    leaves = [t.detach().requires_grad_() for t in case.prefill[:3]]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(OPS.prefill.default, (*leaves, *case.prefill[3:]), test_utils=tests)
+    case = random_case(2, torch.float32, rows=2, past=40, tokens=1)
+    torch.library.opcheck(OPS.decode.default, case.decode, test_utils=(tests[0], tests[2]))
+
+
+def test_compiled_graphs_hold_the_operators(random_case):
+    case = random_case(4, torch.float32, rows=2, past=40, tokens=3, valid=3)
+    eager = dispatch.decode(*case.decode), dispatch.prefill(*case.prefill)
+    dispatch.chosen.cache_clear()  # nothing need have run before
+
+    def both():
+        return dispatch.decode(*case.decode), dispatch.prefill(*case.prefill)
+
+    found = torch.compile(both, backend="aot_eager", fullgraph=True)()
+    for pair, other in zip(eager, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, other, strict=True))
