@@ -16,7 +16,6 @@ from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
-from moacompress.runtime.layer import rule_groups
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -115,10 +114,4 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:
-    return LayerContext(
-        layer=layer,
-        groups=rule_groups(plan.rules[layer]),
-        kv_heads=plan.model.kv_heads,
-        min_window=plan.min_window,
-        native_window=plan.model.native_windows[layer],
-    )
+    return LayerContext.of(layer, plan.rules[layer], plan.min_window, plan.model.native_windows[layer])

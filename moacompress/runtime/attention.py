@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from transformers import AttentionInterface
 
 from moacompress.errors import UnsupportedError
+from moacompress.kernels import dispatch
 from moacompress.kernels.reference import Keys, sparse_attention
 from moacompress.plan import Rule
 from moacompress.runtime import masks
+from moacompress.runtime.blocks import Ints
 from moacompress.runtime.chunk import Chunk, Group
-from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.layer import PlanCacheLayer, rule_groups
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
@@ -33,6 +35,7 @@ class LayerContext:
         kv_heads: KV heads of the layer.
         min_window: the plan's smallest window, tokens.
         native_window: the layer's own sliding window in tokens, or None.
+        columns: sink, alpha and beta_q of every KV head, each int64 `[kv_heads]`.
         cache: the layer's cache, or None.
     """
 
@@ -41,7 +44,22 @@ class LayerContext:
     kv_heads: int
     min_window: int
     native_window: int | None
+    columns: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     cache: PlanCacheLayer | None = None
+
+    @staticmethod
+    def of(
+        layer: int,
+        rules: Sequence[Rule],
+        min_window: int,
+        native_window: int | None,
+        cache: PlanCacheLayer | None = None,
+    ) -> LayerContext:
+        """Returns the context of a layer with these rules."""
+        table = torch.tensor([(rule.sink, rule.alpha, rule.beta_q) for rule in rules], dtype=torch.int64)
+        sink, alpha, beta_q = table.T.contiguous().unbind(0)
+        columns = (sink, alpha, beta_q)
+        return LayerContext(layer, rule_groups(rules), len(rules), min_window, native_window, columns, cache)
 
 
 def attention_forward(
@@ -83,30 +101,96 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    batch, heads, tokens, head_dim = query.shape
+    batch, _, tokens, head_dim = query.shape
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     scale = scaling if scaling is not None else head_dim**-0.5
-    grouped = query.view(batch, context.kv_heads, heads // context.kv_heads, tokens, head_dim)
-    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
     cache, chunk = context.cache, Chunk.of(attention_mask, tokens)
     past = np.zeros(batch, np.int64) if cache is None else cache.lengths
+    attend = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
     single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first
     if cache is not None and single:
         cache.commit(chunk)
-    out = value.new_zeros(*grouped.shape[:-1], value.shape[-1]) if chunk.real is not None else None
-    for group in chunk.groups(past):
-        chunk_keys, chunk_values = group.take(key), group.take(value)
-        result = _attend(context, group, group.take(grouped), chunk_keys, chunk_values, single, scale, softcap, sinks)
-        if group.rows is None and group.columns is None:
-            out = result
-        else:
-            out = value.new_zeros(*grouped.shape[:-1], value.shape[-1]) if out is None else out
-            out = group.put(out, result)
+    out = attend(context, chunk, past, query, key, value, scale, softcap, s_aux)
     if cache is not None and not single:
         cache.commit(chunk)
-    if out is None:  # no tokens at all
-        out = value.new_zeros(*grouped.shape[:-1], value.shape[-1])
-    return out.reshape(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _needs_reference(query: torch.Tensor, cache: PlanCacheLayer | None, past: Ints) -> bool:
+    """Whether the compiled kernels can not do this: another dtype or device, or gradients through what is in a cache."""
+    if dispatch.kernel_for(query) == "reference":
+        return True
+    return cache is not None and query.requires_grad and (query.shape[2] == 1 or bool(past.any()))
+
+
+def _compiled(
+    context: LayerContext,
+    chunk: Chunk,
+    past: Ints,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attends by the compiled kernels, all rows and heads in one call; arguments and result as of `_grouped`."""
+    rules = (*context.columns, context.min_window, context.native_window or 0, scale, softcap or 0.0, s_aux)
+    cache, counts = context.cache, chunk.counts(len(past))
+    if cache is not None and chunk.columns == 1:
+        lengths = torch.from_numpy(np.where(counts > 0, past + counts, 0))
+        out, _ = dispatch.decode(query[:, :, 0], *cache.blocks_of_rows(), lengths, *rules)
+        return out[:, :, None]
+    before, valid = torch.from_numpy(past), torch.from_numpy(counts)
+    held = cache.blocks_of_rows() if cache is not None and past.any() else _no_blocks(key)
+    if chunk.real is None:
+        out, _ = dispatch.prefill(query, key, value, *held, before, valid, *rules)
+        return out
+    order = torch.from_numpy(chunk.order())[:, None, :, None]
+    query, key, value = (t.gather(2, order.expand_as(t)) for t in (query, key, value))
+    out, _ = dispatch.prefill(query, key, value, *held, before, valid, *rules)
+    return torch.zeros_like(out).scatter(2, order.expand_as(out), out)
+
+
+def _no_blocks(key: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    return [], [], torch.empty((*key.shape[:2], 0), dtype=torch.int32)
+
+
+def _grouped(
+    context: LayerContext,
+    chunk: Chunk,
+    past: Ints,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attends in plain PyTorch, rows of equal length and KV heads of equal rules together.
+
+    Args:
+        context: the layer's; a chunk of one token is in its cache already.
+        chunk: which tokens are real.
+        past: tokens of every row before the chunk, `[batch]`.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        scale: factor on the scores.
+        softcap: bound of the scores by tanh.
+        s_aux: learned sink logits, `[heads]`.
+
+    Returns:
+        `[batch, heads, tokens, value_dim]`, 0 for padding.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    grouped = query.view(batch, context.kv_heads, heads // context.kv_heads, tokens, head_dim)
+    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
+    out = value.new_zeros(*grouped.shape[:-1], value.shape[-1])
+    for group in chunk.groups(past):
+        rows = (group.take(grouped), group.take(key), group.take(value))
+        out = group.put(out, _attend(context, group, *rows, tokens == 1, scale, softcap, sinks))
+    return out.view(batch, heads, tokens, -1)
 
 
 def _attend(
@@ -142,7 +226,7 @@ def _attend(
         k, v = pick(key, 1), pick(value, 1)
         if context.cache is None:
             keys = Keys(k, v, [(0, group.tokens)])
-        elif committed:
+        elif committed:  # the only token of the chunk
             keys = context.cache.committed(group, members)
         else:
             keys = context.cache.with_chunk(group, members, k, v)

@@ -95,6 +95,11 @@ class Chunk:
         """Returns the columns of a row's real tokens, in order; None where all are."""
         return None if self.real is None else np.flatnonzero(self.real[row])
 
+    def order(self) -> Ints:
+        """Returns all columns of every row, the real ones first, `[batch, columns]`; some must be padding."""
+        assert self.real is not None
+        return np.argsort(~self.real, axis=1, kind="stable")
+
     def groups(self, past: Ints) -> list[Group]:
         """Returns the rows by what they have before and in this forward; rows without real tokens are left out.
 

@@ -223,6 +223,11 @@ class PlanCacheLayer(CacheLayerMixin):
             and torch.equal(value[row], value[other])
         )
 
+    def blocks_of_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Returns the pool's segments of keys and of values, and the block table: what `kernels.dispatch` reads."""
+        assert self._pool is not None
+        return self._pool.keys, self._pool.values, torch.from_numpy(self._table.ids)
+
     def committed(self, group: Group, heads: Sequence[int]) -> Keys:
         """Returns the cached keys and values of some rows and of KV heads that share a rule.
 
