@@ -26,11 +26,13 @@ help: ## show the targets
 
 setup: $(READY) ## make .venv with everything in it
 
-$(READY): pyproject.toml
+# torch comes before the package, and the package is built without isolation: its kernels are compiled against this torch.
+$(READY): pyproject.toml setup.py $(wildcard moacompress/kernels/cpu/*.cpp moacompress/kernels/cpu/*.h moacompress/kernels/cpu/*.inl)
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "torch>=2.10"
-	$(BIN)/pip install --quiet --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]"
 	touch $@
 
 test-data: $(DATA:%=$(CACHE)/%) texts ## fetch the demo's model and data, and long texts, into .cache

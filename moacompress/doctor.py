@@ -40,12 +40,16 @@ def check_environment() -> dict[str, Any]:
     problems = [f"{name} is not installed" for name in PACKAGES if _version(name) is None]
     if not autoload["registered"]:
         problems.append(f"from_pretrained would not see compressed checkpoints: {autoload['reason']}")
+    kernel = _kernel()
+    if kernel["name"] is None:
+        problems.append(kernel["reason"])
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": {"name": _cpu_name(), "cores": _cores()},
         "gpus": _gpus(),
+        "kernel": kernel,
         "autoload": autoload,
         "extras": {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()},
         "problems": problems,
@@ -148,6 +152,17 @@ def _check_autoload() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError) as error:
         said, reason = False, str(error)
     return {"registered": said, "switch": os.environ.get(SWITCH), "reason": None if said else reason}
+
+
+def _kernel() -> dict[str, str | None]:
+    """Returns the attention kernel that will run on the CPU, its instruction set, and why; without a name if none can run."""
+    try:
+        from moacompress.kernels import cpu_ops, dispatch
+
+        choice = dispatch.choose(os.environ.get(dispatch.VARIABLE), cpu_ops.load())
+    except (MoaCompressError, ImportError) as error:
+        return {"name": None, "isa": None, "reason": _first_line(error)}
+    return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
 
 
 def _version(package: str) -> str | None:

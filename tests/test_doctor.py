@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moacompress import doctor
 from moacompress.doctor import check_environment, check_model
@@ -27,6 +28,31 @@ def test_environment(environment: dict[str, Any]) -> None:
     assert environment["cpu"]["cores"] >= 1
     assert set(environment["extras"]) == {"demo", "offload"}
     json.dumps(environment)
+
+
+def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.kernels import cpu_ops
+    from moacompress.report.health import environment_table
+
+    kernel = environment["kernel"]
+    assert kernel["name"] == ("reference" if cpu_ops.load().isa is None else "cpu")
+    assert kernel["isa"] == cpu_ops.load().isa
+    monkeypatch.setenv("MOACOMPRESS_KERNEL", "reference")
+    asked = doctor._kernel()
+    assert asked == {"name": "reference", "isa": None, "reason": "MOACOMPRESS_KERNEL asks for it"}
+    monkeypatch.setenv("MOACOMPRESS_KERNEL", "fast")
+    wrong = doctor._kernel()
+    assert wrong["name"] is None
+    assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, reference"
+    for found, text in ((asked, "reference: MOACOMPRESS_KERNEL asks for it"), (wrong, "none: MOACOMPRESS_KERNEL is")):
+        assert text in shown(environment_table({**environment, "kernel": found}))
+
+
+def shown(table: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def test_a_switched_off_autoload_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

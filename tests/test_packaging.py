@@ -20,6 +20,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+LIBRARY = "moacompress/kernels/cpu/libmoacompress_cpu.so"
 LINKS = ("calibration", "recipes", "search")
 """Folders at the root that are packages inside moacompress."""
 
@@ -60,20 +62,32 @@ def test_root_folders_are_links_inside_the_package() -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, project: dict[str, Any]) -> Path:
-    """Returns a folder with the sdist, and the wheel that was built from it."""
-    place = tmp_path_factory.mktemp("build")
-    tree = place / "tree"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a copy of what a checkout holds: no built library."""
+    tree = tmp_path_factory.mktemp("source") / "tree"
     tree.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in ("moacompress", *LINKS):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "_moacompress_autoload.py"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "_moacompress_autoload.py"):
         shutil.copyfile(ROOT / name, tree / name)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place / "dist"), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tree
+
+
+def run_build(tree: Path, out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds with the packages of this environment; the kernels without optimisation, which is seconds instead of a minute."""
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(out), str(tree)]
+    settings = {**os.environ, "CXXFLAGS": "-O0", **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the sdist, and the wheel that was built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    done = run_build(tree, out)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return place / "dist"
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +108,9 @@ def test_the_wheel_ships_everything_once(wheel: Path) -> None:
     for link in LINKS:
         files = [*(ROOT / link).rglob("*.py"), *(ROOT / link).rglob("*.yaml")]
         expected |= {f"moacompress/{file.relative_to(ROOT)}" for file in files}
+    if COMPILER:
+        expected.add(LIBRARY)
+        assert wheel.name.split("-", 2)[2].startswith("py3-none-linux")  # for any Python, for this platform
     assert {name for name in names if ".dist-info" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -129,17 +146,79 @@ print(json.dumps({"modules": names, "recipes": found}))
 """
 
 
-def test_the_installed_wheel_imports_whole(wheel: Path, tmp_path: Path, project: dict[str, Any]) -> None:
-    target = tmp_path / "target"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder that the wheel is installed into."""
+    target = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    return target
+
+
+def test_the_installed_wheel_imports_whole(installed: Path, tmp_path: Path, project: dict[str, Any]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORT_ALL, str(target)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "-c", _IMPORT_ALL, str(installed)], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = yaml.safe_load(done.stdout.strip().splitlines()[-1])
     assert {*project["tool"]["setuptools"]["packages"]} - {"moacompress"} <= set(found["modules"])
     assert sorted(found["recipes"]) == sorted(file.name for file in (ROOT / "recipes").rglob("*.yaml"))
+
+
+_RUN_KERNEL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from moacompress.kernels import dispatch
+x = torch.randn(1, 1, 40, 16)
+rules = (torch.tensor([4]), torch.tensor([0]), torch.tensor([1024]), 16, 0, 0.25)
+out, _ = dispatch.prefill_alone(x, x, x, *rules)
+plain = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+assert torch.allclose(out, plain, atol=1e-5)
+print(dispatch.chosen().name)
+"""
+
+
+def test_the_installed_wheel_runs_its_kernels(installed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _RUN_KERNEL, str(installed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["cpu" if COMPILER else "reference"]
+
+
+def test_torch_is_no_build_requirement(project: dict[str, Any]) -> None:
+    assert project["build-system"]["requires"] == ["setuptools>=77"]
+
+
+_NO_TORCH = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [("torch", "torch 2.10 or newer is not there at build time"), ("compiler", "no C++ compiler (no-such-compiler)")],
+)
+def test_without_torch_or_compiler_it_builds_without_kernels(lacks: str, said: str, tree: Path, tmp_path: Path) -> None:
+    environment = {"CXX": "no-such-compiler"}
+    if lacks == "torch":
+        (tmp_path / "sitecustomize.py").write_text(_NO_TORCH)
+        environment = {"PYTHONPATH": str(tmp_path)}
+    done = run_build(tree, tmp_path / "dist", "--wheel", **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert LIBRARY not in zipfile.ZipFile(wheel).namelist()
+    assert "moacompress/kernels/dispatch.py" in zipfile.ZipFile(wheel).namelist()
+    refused = run_build(tree, tmp_path / "dist", "--wheel", MOACOMPRESS_REQUIRE_EXT="1", **environment)
+    assert refused.returncode != 0
+    assert "MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels can not be built" in refused.stdout + refused.stderr
 
 
 def test_the_version_is_in_the_changelog(project: dict[str, Any]) -> None:

@@ -20,6 +20,9 @@ def environment_table(data: Mapping[str, Any]) -> Group:
     rows |= {name: version or "not installed" for name, version in data["versions"].items()}
     rows["CPU"] = f"{data['cpu']['name']}, {data['cpu']['cores']} cores"
     rows["GPU"] = ", ".join(data["gpus"]) or "none"
+    kernel = data["kernel"]
+    named = f"{kernel['name']}, {kernel['isa']}" if kernel["isa"] else kernel["name"] or "none"
+    rows["kernel"] = f"{named}: {kernel['reason']}"
     rows["autoload"] = "registers with transformers" if data["autoload"]["registered"] else "does not register"
     rows["extras"] = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in data["extras"].items())
     return facts("Environment", rows)
