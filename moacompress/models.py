@@ -17,6 +17,7 @@ from moacompress.artefacts import read_json
 from moacompress.errors import MoaCompressError, ModelError, one_line
 from moacompress.plan import DTYPE_BYTES, ModelShape
 from moacompress.support import config_problems, native_windows, quantization_method, size_problems, stored_problems
+from moacompress.weight_files import weight_problems
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +62,10 @@ def load_source(
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
-        ModelError: not a model, or one that can not be compressed.
+        ModelError: not a model, one that can not be compressed, or one whose files are damaged or pickles.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name, arguments = locate_source(source)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
@@ -73,8 +74,16 @@ def load_source(
         dtype = "float32"
     arguments["trust_remote_code"] = trust_remote_code
     try:
+        if "gguf_file" not in arguments:
+            config = AutoConfig.from_pretrained(name, **arguments)
+            problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
+            if problems:
+                raise ModelError(f"{source} can not be used: {problems[0]}")
+            arguments["use_safetensors"] = True  # a pickle can run code when it is opened
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
+        model, info = loaded
+        arguments.pop("use_safetensors", None)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     except MoaCompressError:
         raise
@@ -84,9 +93,11 @@ def load_source(
         raise ModelError(
             f"{source} is not a causal language model that transformers can load: {one_line(error)}"
         ) from error
-    problems = stored_problems(model.config)
-    if problems:
-        raise ModelError(f"{source} can not be used: {problems[0]}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, such as {missing[0]}, which would be drawn at random"
+        )
     if quantization_method(model.config) is not None:
         # transformers keeps the GGUF mark on the dequantized model and would refuse to save it
         del model.config.quantization_config

@@ -28,6 +28,8 @@ MAX_ALPHA = 1 << 24
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 4096, 4096
 MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
+MAX_NOTES = 1 << 24
+"""Most numbers and characters in a plan's notes: a plan in a config.json has no file size of its own to check."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 Ints = TypeVar("Ints")  # a Python int, or an int64 numpy array or torch tensor
@@ -435,15 +437,44 @@ def _parse(data: Any) -> Plan:
             raise PlanError(f"{where} shares attention, which this moacompress does not support; upgrade moacompress")
         rules.append(tuple(Rule(*values) for values in zip(*columns, strict=True)))
     notes: dict[str, Any] = {}
+    room = MAX_NOTES
     for name in ("budget", "quality", "provenance"):
         notes[name] = data.get(name, {})
-        if not isinstance(notes[name], dict) or not _finite(notes[name]):
-            raise PlanError(f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep")
+        room = _room_after(notes[name], room) if isinstance(notes[name], dict) else -1
+        if room < 0:
+            raise PlanError(
+                f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_NOTES:,} numbers "
+                "and characters with the other notes"
+            )
+    _check_notes(notes["budget"], notes["provenance"])
     return Plan(shape, data["min_window"], tuple(rules), **notes)
 
 
-def _finite(value: Any, depth: int = MAX_DEPTH) -> bool:
+def _room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:
+    """Returns the room that is left after `value`, negative where it is too much, too deep or not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return -1
     if isinstance(value, dict | list):
-        items = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_finite(item, depth - 1) for item in items)
-    return not isinstance(value, float) or math.isfinite(value)
+        if depth == 0:
+            return -1
+        for item in value.items() if isinstance(value, dict) else value:
+            parts = item if isinstance(value, dict) else (item,)
+            for part in parts:
+                room = _room_after(part, room, depth - 1)
+                if room < 0:
+                    return -1
+    return room - (len(value) if isinstance(value, str) else 1)
+
+
+def _check_notes(budget: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Refuses notes of another form than those that are read back; the others are only kept."""
+    asked, sizes = budget.get("asked", []), budget.get("bytes", {})
+    if not isinstance(asked, list) or not all(isinstance(text, str) and len(text) <= 64 for text in asked):
+        raise PlanError(f"budget.asked must be a list of budgets, not {_short(asked)!r}")
+    if not isinstance(sizes, dict) or not all(str(n).isdecimal() and len(n) <= 9 and int(n) for n in sizes):
+        raise PlanError(f"budget.bytes must be an object of lengths, not {_short(list(sizes))!r}")
+    lengths = provenance.get("lengths", [])
+    if not isinstance(lengths, list):
+        raise PlanError(f"provenance.lengths must be a list, not {_short(lengths)!r}")
+    for n in lengths:
+        _whole(n, "a length in provenance.lengths", 1, MAX_ALPHA)

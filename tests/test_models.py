@@ -89,7 +89,7 @@ def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
         load_source(path)
 
 
-@pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}', '{"model_type": "t5"}'])
+@pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}'])
 def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelError, match="not a causal language model that transformers can load"):
@@ -105,7 +105,7 @@ def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> 
     for file in tiny_folder.iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
-    with pytest.raises(ModelError, match="not a causal language model that transformers can load"):
+    with pytest.raises(ModelError, match="is not a whole safetensors file: its tensors take"):
         load_source(tmp_path)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moacompress.errors import PlanError
 from moacompress.plan import Plan
 
 METHOD = "moacompress"
@@ -18,17 +19,25 @@ class MoaCompressConfig(QuantizationConfigMixin):
 
     Args:
         plan: a plan, or its JSON form.
-        **kwargs: `quant_method` as stored; anything else is refused with the plan's own messages.
+        **kwargs: `quant_method` as stored.
+
+    Raises:
+        PlanError: the plan is malformed, or something else stands beside it.
     """
 
     def __init__(self, plan: Plan | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        unknown = sorted(str(key) for key in kwargs if key != "quant_method")
+        if unknown:
+            raise PlanError(
+                f"quantization_config has the unknown key {unknown[0][:60]!r}; known are plan, quant_method"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.plan = plan if isinstance(plan, Plan) else Plan.from_dict(plan)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Reads the stored form; see `Plan.from_dict` for what is refused."""
-        config = cls(plan=config_dict.get("plan"))
+        config = cls(**{str(key): value for key, value in config_dict.items()})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,22 +2,30 @@
 
 The one path that keeps plain `from_pretrained`, `save_pretrained`, `device_map` and `dtype` for every model family is a
 registered quantizer that quantizes nothing: it only puts the plan on the model.
+
+A checkpoint is not trusted: its plan and config are compared before the model is built, the headers of its weight files
+before a tensor is read, and a weight that no file holds is refused where transformers would draw it at random.
 """
 
 from __future__ import annotations
 
 import functools
+import re
+import types
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from moacompress.errors import UnsupportedError
-from moacompress.models import check_supported
+from moacompress.errors import ArtefactError, UnsupportedError
+from moacompress.models import check_supported, config_shape
 from moacompress.runtime import attention
 from moacompress.runtime.attaching import install
 from moacompress.runtime.config import METHOD, MoaCompressConfig
+from moacompress.weight_files import check_weights
 
 
 @register_quantizer(METHOD)
@@ -52,9 +60,16 @@ class MoaCompressQuantizer(HfQuantizer):
                 "loading to get the dense model"
             )
         config._attn_implementation = attention.NAME
+        plan = self.quantization_config.plan
+        plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=False)
+        if getattr(config, "dtype", None) is None:
+            config.dtype = plan.model.dtype  # transformers would open the weights, pickles too, to find it out
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        check_weights(files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        model.__dict__[_MISSING_HOOK] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
         install(model, self.quantization_config.plan)
@@ -62,7 +77,35 @@ class MoaCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
+        model.__dict__.pop(_MISSING_HOOK, None)
         return model
+
+
+_MISSING_HOOK = "_move_missing_keys_from_meta_to_device"
+"""The method of a model that makes room for the weights that no file held, before they are drawn at random."""
+
+
+def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands in for it while a compressed checkpoint is loaded.
+
+    A head that is new, such as a classifier on the checkpoint of a language model, is still drawn at random.
+
+    Raises:
+        ArtefactError: a weight of the checkpoint's own model is missing or has another shape.
+    """
+    tied = model.all_tied_weights_keys
+    there = {name for pair in tied.items() for name in pair if not set(pair) <= set(missing)}
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
+    weights = {name for name in model.state_dict() if not ignored.search(name)}
+    prefix = f"{model.base_model_prefix}."
+    own = model.base_model is model or model.can_generate()
+    lost = sorted(name for name in set(missing) & weights - there if own or name.startswith(prefix))
+    if lost:
+        raise ArtefactError(
+            f"the compressed checkpoint lacks {len(lost)} of its weights, or holds them in another shape, such as {lost[0]}; "
+            "transformers would draw them at random, so export it again"
+        )
+    getattr(type(model), _MISSING_HOOK)(model, missing, *args, **kwargs)
 
 
 def _guard_from_config() -> None:
@@ -73,7 +116,9 @@ def _guard_from_config() -> None:
     def guarded(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> Any:
         found = getattr(config, "quantization_config", None)
         method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        if method == METHOD:
+        # a part of a model that from_pretrained builds is built like this too, on "meta": the plan is put on it afterwards
+        loading = isinstance(found, MoaCompressConfig) and torch.get_default_device().type == "meta"
+        if method == METHOD and not loading:
             raise UnsupportedError(
                 "from_config would build a dense model from a compressed checkpoint's config and ignore its plan; use "
                 "from_pretrained, or delete config.quantization_config for a dense model"

@@ -1,0 +1,311 @@
+"""Plans and checkpoints that nobody vouches for: refused in one sentence, before memory is taken, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from moacompress.doctor import check_model
+from moacompress.errors import MoaCompressError
+from moacompress.evaluation.checkpoint import load_checkpoint
+from moacompress.models import load_source, model_shape
+from moacompress.plan import Plan
+from moacompress.report.inspection import inspect_plan
+from moacompress.runtime import attach
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+MiB = 2**20
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any, random_plan: Callable[..., Plan]
+) -> Path:
+    """A compressed tiny Llama, whole."""
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 2)
+    attach(model, plan).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    plan.save(tmp_path / "model" / "plan.json")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_with_dtype(dtype: Any) -> Callable[[Path], Any]:
+    return lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def refuses(folder: Path, match: str, load: Callable[[Path], Any] = AutoModelForCausalLM.from_pretrained) -> None:
+    with pytest.raises(MoaCompressError, match=match) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def in_plan(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        target = config["quantization_config"]["plan"]
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+
+    return change
+
+
+def deep(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+ALPHAS: list[Any] = [
+    *(10**30, -(10**30), -1, 1.5, 1e300, float("nan"), float("inf"), True, "7", None),
+    [7],
+    {},
+]
+PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    *((in_plan("layers", 1, "alpha", 0, value=value), "alpha of layer 1 KV head 0") for value in ALPHAS),
+    (in_plan("layers", 1, "beta_q", 1, value=-512), "beta_q of layer 1 KV head 1 is -512"),
+    (in_plan("layers", 1, "sink", 1, value=-4), "sink of layer 1 KV head 1 is -4"),
+    (in_plan("min_window", value=-32), "min_window is -32"),
+    (in_plan("min_window", value=10**12), "min_window is 1000000000000"),
+    (in_plan("model", "heads", value=-4), "model.heads is -4"),
+    (in_plan("model", "kv_heads", value=-2), "model.kv_heads is -2"),
+    (in_plan("model", "kv_heads", value=10**9), "model.kv_heads is 1000000000, outside"),
+    (in_plan("model", "native_windows", value=[-1, None, None]), "native_windows of layer 0 is -1"),
+    (in_plan("model", "layers", value=10**9), "model.layers is 1000000000, outside"),
+    (in_plan("model", "layers", value=4000), "native_windows has 3 entries, not 4000"),
+    (in_plan("layers", value=[]), "layers has 0 entries, not 3"),
+    (in_plan("layers", value=[{}] * 3000), "layers has 3000 entries, not 3"),
+    (in_plan("quality", value=deep(80)), "quality must be an object of finite numbers and texts, at most 64 deep"),
+    (
+        in_plan("provenance", value={"a": "x" * (17 * MiB)}),
+        "provenance must be .* and 16,777,216 numbers and characters",
+    ),
+    (
+        in_plan("provenance", value={"a": [0] * (17 * MiB)}),
+        "provenance must be .* and 16,777,216 numbers and characters",
+    ),
+    (in_plan("budget", value={"asked": 5}), "budget.asked must be a list of budgets"),
+    (in_plan("budget", value={"bytes": {"-1": {}}}), "budget.bytes must be an object of lengths"),
+    (in_plan("provenance", value={"lengths": [10**30]}), "a length in provenance.lengths is"),
+    (lambda config: config["quantization_config"].update(bits=4), "quantization_config has the unknown key 'bits'"),
+    (lambda config: config["quantization_config"].update(plan=[1]), "not a moacompress plan"),
+    (lambda config: config.update(num_hidden_layers=5000), "num_hidden_layers 5000, outside"),
+    (lambda config: config.update(num_hidden_layers=2), "its layers is 3, the model's is 2"),
+    (lambda config: config.update(sliding_window=9, model_type="mistral"), "its model_type is llama"),
+    (lambda config: config.update(num_key_value_heads=4), "its kv_heads is 2, the model's is 4"),
+]
+
+
+@pytest.mark.parametrize(("change", "match"), PLANS, ids=range(len(PLANS)))
+def test_a_hostile_plan_or_config(change: Any, match: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(folder, change)
+    from transformers import LlamaForCausalLM
+
+    def build(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", build)
+    refuses(folder, re.escape(match) if ".*" not in match else match)
+
+
+def test_a_plan_file_of_100_megabytes(folder: Path) -> None:
+    with (folder / "plan.json").open("r+b") as file:
+        file.truncate(100 * MiB)
+    for load in (Plan.load, lambda path: load_checkpoint(path.parent, "auto", "cpu")):
+        refuses(folder / "plan.json", "has 104,857,600 bytes; at most 67,108,864 are read", load)
+
+
+def test_notes_that_are_no_numbers_do_not_break_inspect(folder: Path) -> None:
+    data = json.loads((folder / "plan.json").read_text())
+    data["budget"] = {"asked": ["nonsense"], "bytes": {"512": 3}}
+    data["provenance"] = {"lengths": [512]}
+    (folder / "plan.json").write_text(json.dumps(data))
+    refuses(folder / "plan.json", "nonsense", lambda path: inspect_plan(Plan.load(path)))
+
+
+# --- weight files
+
+
+def header(entries: Any, size: int | None = None, data: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def entry(shape: list[Any], end: int, dtype: str = "F32", begin: int = 0) -> dict[str, Any]:
+    return {WEIGHT: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
+
+
+class Canary:
+    """Runs when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+GiB10 = 10 * 2**30
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is not a whole safetensors file"),
+    "header of 10 GiB": (header({}, GiB10), "claims a header of 10,737,418,240 bytes, the file has 10"),
+    "header of 2**63": (header({}, 2**63), "claims a header of 9,223,372,036,854,775,808 bytes"),
+    "header longer than the file": (header({}, 50), "claims a header of 50 bytes, the file has 10"),
+    "data of 10 GiB": (header(entry([GiB10 // 4], GiB10)), "its tensors take 10,737,418,240 bytes, the file has 0"),
+    "shape and size disagree": (header(entry([2**40], 4), data=b"1234"), "takes 4 bytes of the file"),
+    "negative offsets": (header(entry([1], -4)), "is not a tensor"),
+    "backward offsets": (header(entry([1], 0, begin=4)), "takes -4 bytes"),
+    "a float shape": (header(entry([1.0], 4), data=b"1234"), "is not a tensor"),
+    "a bool shape": (header(entry([True], 4), data=b"1234"), "is not a tensor"),
+    "no object": (header([1]), "its header is not an object"),
+    "not JSON": (header(b"{"), "is not a whole safetensors file"),
+    "not UTF-8": (header(b"\xff\xfe"), "is not a whole safetensors file"),
+    "nested": (header(b"[" * 100_000), "is not a whole safetensors file"),
+    "bytes left over": (header({}, data=b"x" * 100), "its tensors take 0 bytes, the file has 100"),
+    "another shape": (
+        header(entry([2], 8), data=b"x" * 8),
+        r"has a tensor .*up_proj.weight of shape \[2\], the model needs",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_hostile_weights_file(kind: str, folder: Path) -> None:
+    content, match = FILES[kind]
+    (folder / "model.safetensors").write_bytes(content)
+    refuses(folder, match)
+    refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("protocol", ["zip", "plain"])
+def test_nothing_is_unpickled(name: str, protocol: str, folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it was unpickled"
+    (folder / "model.safetensors").unlink()
+    with (folder / name).open("wb") as file:
+        if protocol == "zip":
+            torch.save({WEIGHT: Canary(mark)}, file)
+        else:
+            pickle.dump({WEIGHT: Canary(mark)}, file)
+    match = "pickle" if name.endswith("bin") or protocol == "zip" else "is not a whole safetensors file"
+    for dtype in ("auto", torch.float32):
+        refuses(folder, match, load_with_dtype(dtype))
+    # without a dtype in the config transformers would open the first file to find it out
+    edit_config(folder, lambda config: config.pop("dtype", None))
+    refuses(folder, match, load_with_dtype("auto"))
+    refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
+    edit_config(folder, lambda config: config.pop("quantization_config"))  # and as the dense source of an export
+    refuses(folder, match, load_source)
+    assert match in check_model(str(folder))["problems"][0]
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Canary(mark)))
+    assert mark.exists(), "the canary must sing where it is let out, or this shows nothing"
+
+
+@pytest.mark.parametrize(
+    "name", [WEIGHT, "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.k_proj.weight"]
+)
+def test_a_missing_tensor_is_never_drawn_at_random(name: str, folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.pop(name))
+    refuses(folder, f"lacks 1 of its weights, or holds them in another shape, such as {name}")
+    edit_config(folder, lambda config: config.pop("architectures"))
+    refuses(folder, "lacks 1 of its weights")
+    edit_config(folder, lambda config: config.pop("quantization_config"))
+    refuses(folder, f"lacks 1 of its weights, such as {name}", load_source)
+
+
+def test_a_missing_tensor_of_an_absurd_size_takes_no_memory(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.pop("model.embed_tokens.weight"))
+    edit_config(folder, lambda config: config.update(vocab_size=2**40))
+    refuses(folder, "has a tensor lm_head.weight of shape")
+    edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    refuses(folder, "lacks 2 of its weights")
+
+
+def test_what_is_whole_still_loads(
+    folder: Path, tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """The base model without its head, a new head on it, and tied weights that are stored once."""
+    assert AutoModelForCausalLM.from_pretrained(folder) is not None
+    assert AutoModel.from_pretrained(folder) is not None
+    with_head = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert with_head.score.weight.shape == (3, 64)
+    edit_weights(folder, lambda weights: weights.pop(WEIGHT))
+    refuses(folder, "lacks 1 of its weights", AutoModel.from_pretrained)
+    refuses(folder, "lacks 1 of its weights", AutoModelForSequenceClassification.from_pretrained)
+    tied = tiny_model(tie_word_embeddings=True)
+    attach(tied, random_plan(model_shape(tied), 1)).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    edit_weights(tmp_path / "tied", lambda weights: weights.pop("model.embed_tokens.weight"))
+    refuses(tmp_path / "tied", "lacks 2 of its weights")
+
+
+LIMITED = """
+import resource, sys
+import torch
+from transformers import AutoModelForCausalLM
+import moacompress.runtime.loading
+from moacompress.errors import MoaCompressError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 256 * 2**20, resource.RLIM_INFINITY))
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except MoaCompressError as error:
+    print("refused", type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit counts from what is used already")
+@pytest.mark.parametrize("kind", ["header", "tensor", "missing", "plan"])
+def test_refusals_take_no_memory(kind: str, folder: Path) -> None:
+    """With 256 MiB to spare: a file of 10 GiB of zeros, tensors and layers that would need as much."""
+    file = folder / "model.safetensors"
+    if kind == "header":
+        file.write_bytes(struct.pack("<Q", GiB10))
+    elif kind == "tensor":
+        file.write_bytes(header(entry([GiB10 // 4], GiB10)))
+    elif kind == "missing":
+        edit_weights(folder, lambda weights: (weights.pop("model.embed_tokens.weight"), weights.pop("lm_head.weight")))
+        edit_config(folder, lambda config: config.update(vocab_size=2**36))
+    else:
+        edit_config(folder, lambda config: config.update(num_hidden_layers=10**9))
+    if kind in ("header", "tensor"):
+        with file.open("r+b") as stream:  # the bytes that the file claims are there, as a hole
+            stream.truncate(file.stat().st_size + GiB10)
+    done = subprocess.run([sys.executable, "-c", LIMITED, folder], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("refused"), done.stderr[-600:]
+
+
+def test_limits_hold(tmp_path: Path) -> None:
+    """The limit of the test above does stop a process that takes more."""
+    code = LIMITED.split("try:")[0] + "\ntry:\n    torch.ones(2**30)\nexcept RuntimeError:\n    print('stopped')"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "stopped", done.stderr[-600:]
