@@ -161,7 +161,7 @@ def _kernel() -> dict[str, str | None]:
 
         choice = dispatch.choose(os.environ.get(dispatch.VARIABLE), cpu_ops.load())
     except (MoaCompressError, ImportError) as error:
-        return {"name": None, "isa": None, "reason": _first_line(error)}
+        return {"name": None, "isa": None, "reason": one_line(error)}
     return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
 
 

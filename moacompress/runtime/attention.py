@@ -135,7 +135,14 @@ def _compiled(
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attends by the compiled kernels, all rows and heads in one call; arguments and result as of `_grouped`."""
-    rules = (*context.columns, context.min_window, context.native_window or 0, scale, softcap or 0.0, s_aux)
+    rules: tuple[Any, ...] = (
+        *context.columns,
+        context.min_window,
+        context.native_window or 0,
+        scale,
+        softcap or 0.0,
+        s_aux,
+    )
     cache, counts = context.cache, chunk.counts(len(past))
     if cache is not None and chunk.columns == 1:
         lengths = torch.from_numpy(np.where(counts > 0, past + counts, 0))
