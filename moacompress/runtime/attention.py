@@ -56,7 +56,9 @@ class LayerContext:
         cache: PlanCacheLayer | None = None,
     ) -> LayerContext:
         """Returns the context of a layer with these rules."""
-        table = torch.tensor([(rule.sink, rule.alpha, rule.beta_q) for rule in rules], dtype=torch.int64)
+        # on the CPU also where transformers builds the model on another device, or on none
+        numbers = [(rule.sink, rule.alpha, rule.beta_q) for rule in rules]
+        table = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         sink, alpha, beta_q = table.T.contiguous().unbind(0)
         columns = (sink, alpha, beta_q)
         return LayerContext(layer, rule_groups(rules), len(rules), min_window, native_window, columns, cache)

@@ -63,6 +63,10 @@ class PlanCache(Cache):
         }
         return sum(storages.values())
 
+    def used_bytes(self) -> int:
+        """Returns the bytes of the blocks in use: what the plan says where nothing is shared, padded or recorded."""
+        return sum(layer.used_bytes for layer in self.layers)
+
     def fork(self) -> PlanCache:
         """Returns a cache with the same content, for another continuation of the same prefix.
 

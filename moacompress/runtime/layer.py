@@ -124,6 +124,13 @@ class PlanCacheLayer(CacheLayerMixin):
         """Blocks in use, those that other caches use too included."""
         return int(np.count_nonzero(np.unique(self._table.ids) >= 0))
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of `blocks`."""
+        if self._pool is None or not self._pool.tensors:
+            return 0
+        return self.blocks * sum(segments[0][:1].nbytes for segments in (self._pool.keys, self._pool.values))
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,11 +17,6 @@ from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.layer import LAG
 
 
-def used_bytes(cache, plan):
-    """Bytes of the blocks that the cache's tables name."""
-    return sum(layer.blocks for layer in cache.layers) * BLOCK * plan.model.slot_bytes
-
-
 def settings(**more):
     return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **more}
 
@@ -37,10 +32,10 @@ def test_blocks_are_the_plans_at_every_length(family, seed, tiny_model, random_p
     with torch.no_grad():
         for at in range(40):
             model(ids[:, at : at + 1], cache=cache)
-            assert used_bytes(cache, plan) == plan.kv_bytes(at + 1, batch=2)
+            assert cache.used_bytes() == plan.kv_bytes(at + 1, batch=2)
         model(ids[:, 40:137], cache=cache)
     assert cache.get_seq_length() == 137
-    assert used_bytes(cache, plan) == plan.kv_bytes(137, batch=2)
+    assert cache.used_bytes() == plan.kv_bytes(137, batch=2)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -98,7 +93,7 @@ def test_padding_takes_no_memory(tiny_model, random_plan, token_ids):
     mask[0, :150] = 0
     with torch.no_grad():
         cache = model(ids, attention_mask=mask).cache
-    assert used_bytes(cache, plan) == plan.kv_bytes(50) + plan.kv_bytes(200)
+    assert cache.used_bytes() == plan.kv_bytes(50) + plan.kv_bytes(200)
     assert cache.get_seq_length() == 200
 
 
@@ -108,15 +103,15 @@ def test_beams_share_blocks(tiny_model, random_plan, token_ids):
     attach(model, plan)
     with torch.no_grad():
         cache = model(token_ids(1, 160)).cache
-        one = used_bytes(cache, plan)
+        one = cache.used_bytes()
         cache.batch_repeat_interleave(4)
         assert cache.batch_size == 4
-        assert used_bytes(cache, plan) == one
+        assert cache.used_bytes() == one
         model(token_ids(4, 1, seed=1), cache=cache)
         heads = plan.model.layers * plan.model.kv_heads
-        assert used_bytes(cache, plan) <= one + 4 * heads * BLOCK * plan.model.slot_bytes
+        assert cache.used_bytes() <= one + 4 * heads * BLOCK * plan.model.slot_bytes
         cache.reorder_cache(torch.tensor([2, 2, 2, 2]))
-        assert used_bytes(cache, plan) == plan.kv_bytes(161)
+        assert cache.used_bytes() == plan.kv_bytes(161)
         pool = cache.layers[0]._pool
         assert pool.used == cache.layers[0].blocks, "what no row has any more is free"
 
@@ -134,7 +129,7 @@ def test_repeated_prompts_are_held_once(chunk, tiny_model, random_plan, token_id
         **settings(max_new_tokens=1, num_return_sequences=3, do_sample=True, prefill_chunk_size=chunk),
     )
     assert out.cache.batch_size == 6
-    assert used_bytes(out.cache, plan) == plan.kv_bytes(150, batch=2)
+    assert out.cache.used_bytes() == plan.kv_bytes(150, batch=2)
     tables = out.cache.layers[0]._table.ids
     assert (tables[0] == tables[2]).all()
     assert not (tables[0] == tables[3]).all()
@@ -151,7 +146,7 @@ def test_rows_that_look_the_same_are_not_joined_unless_they_are(tiny_model, rand
     positions[2] += 7
     with torch.no_grad():
         cache = model(ids, position_ids=positions).cache
-        assert used_bytes(cache, plan) == plan.kv_bytes(60, batch=3)
+        assert cache.used_bytes() == plan.kv_bytes(60, batch=3)
 
 
 def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_ids):

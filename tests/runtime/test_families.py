@@ -109,7 +109,7 @@ def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:
             out = model(ids[:, at : at + size], cache=cache, use_cache=True)
         cache, at = out.cache, at + size
         parts.append(out.logits)
-        assert cache.kv_bytes() == plan.kv_bytes(at, batch=2)
+        assert cache.used_bytes() == plan.kv_bytes(at, batch=2)
     assert at == ids.shape[1]
     assert difference(torch.cat(parts, 1), whole) < EXACT
 
