@@ -25,7 +25,6 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
-        last_position: position id of the last real token of every row, `[rows]`; None before the first forward.
     """
 
     layers: list[PlanCacheLayer]  # type: ignore[assignment]
@@ -33,7 +32,7 @@ class PlanCache(Cache):
     def __init__(self, plan: Plan, reserve: int | None = None) -> None:
         self.plan_key = plan.key()
         self.real: Bools | None = None
-        self.last_position: Ints | None = None
+        self._positions: tuple[int, Ints] | None = None
         self._is_user_defined = False
         layers = zip(plan.rules, plan.model.native_windows, strict=True)
         super().__init__(layers=[PlanCacheLayer(rules, plan.min_window, native, reserve) for rules, native in layers])
@@ -53,6 +52,24 @@ class PlanCache(Cache):
         if self.real is None:
             return np.ones((rows, columns), np.bool_)
         return self.real[:, :columns]
+
+    @property
+    def last_position(self) -> Ints | None:
+        """Position id of the last real token of every row, `[rows]`; None where the caller gave none."""
+        if self._positions is None or self._positions[0] != self.get_seq_length():  # a forward that never ended
+            return None
+        return self._positions[1]
+
+    def expect(self, real: Bools | None, last_position: Ints | None, tokens: int) -> None:
+        """Takes note of what a forward that begins will have added to the cache when it ends.
+
+        Args:
+            real: as the attribute.
+            last_position: as the property.
+            tokens: fed to every row.
+        """
+        self.real = real
+        self._positions = None if last_position is None else (self.get_seq_length() + tokens, last_position)
 
     def kv_bytes(self) -> int:
         """Returns the bytes of all tensors that hold memory for the cache, each storage counted once."""
@@ -107,6 +124,7 @@ class PlanCache(Cache):
         count = -tokens_to_remove
         if not count or not self.layers[0].is_initialized:
             return
+        last = self.last_position
         removed = self.seen(self.batch_size)[:, columns - count :].sum(axis=1, dtype=np.int64)
         for layer in self.layers:  # all or none
             layer.check_roll_back(removed)
@@ -114,8 +132,7 @@ class PlanCache(Cache):
             layer.roll_back(removed, count)
         if self.real is not None:
             self.real = self.real[:, : columns - count]
-        if self.last_position is not None:
-            self.last_position = self.last_position - removed
+        self._positions = None if last is None else (columns - count, last - removed)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""
@@ -136,10 +153,10 @@ class PlanCache(Cache):
     def reset(self) -> None:
         """Empties the cache."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.real = self.last_position = None
+        self.real = self._positions = None
 
     def _select(self, rows: Any) -> None:
         if self.real is not None:
             self.real = self.real[rows]
-        if self.last_position is not None:
-            self.last_position = self.last_position[rows]
+        if self._positions is not None:
+            self._positions = self._positions[0], self._positions[1][rows]

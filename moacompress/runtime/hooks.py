@@ -69,7 +69,7 @@ class DecoderHook:
         real = read_mask(mask, cache, *size)
         last = _check_positions(kwargs.get("position_ids"), real, cache, *size)
         if cache is not None:
-            cache.real, cache.last_position = real, last
+            cache.expect(real, last, size[1])
         if real is not None and not real[:, real.shape[1] - size[1] :].all():
             kwargs["attention_mask"] = mask
         return (), kwargs

@@ -91,6 +91,20 @@ def test_padded_chunks_and_steps(model, rows, token_ids):
             assert (found[number] - expected).abs().max() < TOLERANCE
 
 
+def test_a_forward_that_failed_early_leaves_the_cache_as_it_was(model, token_ids, monkeypatch):
+    ids = token_ids(1, 40)
+    positions = torch.arange(41)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1]
+        cache = model(ids[:, :39], position_ids=positions[:, :39]).cache
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.embed_tokens, "forward", lambda ids: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, 39:], position_ids=positions[:, 39:40], attention_mask=torch.ones(1, 40), cache=cache)
+        found = model(ids[:, 39:], position_ids=positions[:, 39:40], cache=cache).logits[:, -1]
+    assert (found - expected).abs().max() < TOLERANCE
+
+
 def test_a_row_of_padding_alone(model, token_ids):
     ids = token_ids(2, 30)
     mask = torch.ones_like(ids)
