@@ -307,7 +307,8 @@ class PlanCacheLayer(CacheLayerMixin):
         """
         lengths = self.lengths - counts
         needed, held = self._runs_at(lengths), self._runs
-        gone = (needed.c < held.c) | ((needed.a < held.a) & (needed.b > needed.a))
+        apart = np.minimum(needed.b, held.c) > np.maximum(needed.a, held.b)  # sinks between those held and the window
+        gone = (needed.c < held.c) | ((needed.b > needed.a) & ((needed.a < held.a) | apart))
         if bool((lengths < 0).any() or gone.any()):
             kept = (
                 f"the last {LAG} tokens can be rolled back" if self.record_past else "nothing was kept to roll back to"
@@ -399,14 +400,15 @@ class PlanCacheLayer(CacheLayerMixin):
 
     def _kept(self, lengths: Ints) -> Runs:
         """Returns the blocks to hold at so many tokens: what the rules touch, and what rolling back may need."""
-        if not self.record_past:
-            runs = self._runs_at(lengths)
-        else:
-            runs = self._runs_at(np.maximum(lengths - LAG, 0))._replace(d=self._runs_at(lengths).d)
+        runs = self._runs_at(lengths)
+        if self.record_past:
+            earlier = self._runs_at(np.maximum(lengths - LAG, 0))
+            runs = Runs(earlier.a, np.maximum(earlier.b, runs.b), earlier.c, runs.d)
         held = self._runs
         a, c = np.maximum(held.a, runs.a), np.maximum(held.c, runs.c)  # what is gone stays gone
-        # sinks that were taken in stay until a native window passes them; while the window reaches them they are its own
-        b = np.maximum(np.minimum(np.maximum(held.b, runs.b), c), a)
+        b = np.maximum(np.minimum(runs.b, c), a)
+        # sinks grow out of the window they lie in; once apart from it they can only shrink
+        b = np.where(held.b >= held.c, b, np.minimum(b, np.maximum(held.b, a)))
         return Runs(a, b, c, np.broadcast_to(runs.d, a.shape))
 
     def _needed(self, lengths: Ints, runs: Runs, columns: int) -> int:
@@ -428,11 +430,10 @@ class PlanCacheLayer(CacheLayerMixin):
     def _free(self, runs: Runs) -> None:
         """Gives back the blocks that are held and not in `runs`."""
         held = self._runs
-        self._drop(*ragged_ranges(held.a, np.minimum(runs.a, held.b)))
-        owner, number = ragged_ranges(held.c, np.minimum(runs.c, held.d))
-        if len(owner):
-            a, b = runs.a.reshape(-1)[owner], runs.b.reshape(-1)[owner]
-            loose = (number < a) | (number >= b)
+        a, b, c = (run.reshape(-1) for run in runs[:3])
+        for low, high in ((held.a, held.b), (held.c, np.minimum(runs.c, held.d))):
+            owner, number = ragged_ranges(low, high)
+            loose = ((number < a[owner]) | (number >= b[owner])) & (number < c[owner])
             self._drop(owner[loose], number[loose])
 
     def _drop(self, owner: Ints, number: Ints) -> None:
