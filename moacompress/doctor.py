@@ -39,7 +39,7 @@ def check_environment() -> dict[str, Any]:
         problems.append(f"from_pretrained would not see compressed checkpoints: {autoload['reason']}")
     kernel = _kernel()
     if kernel["name"] is None:
-        problems.append(kernel["reason"])
+        problems.append(str(kernel["reason"]))
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
