@@ -150,10 +150,6 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     return dquery, dkey, dvalue, [], [], *[None] * 10, dlogits
 
 
-def _refuse_decode(ctx: Any, *grads: Any) -> None:
-    raise UnsupportedError("decode has no gradients; train without a cache (use_cache=False)")
-
-
 def _register() -> None:
     fakes: dict[str, Callable[..., Any]] = {
         "decode": _fake_decode,
@@ -163,4 +159,3 @@ def _register() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"moacompress_cpu::{name}", fake)
     torch.library.register_autograd("moacompress_cpu::prefill", _backward, setup_context=_keep)
-    torch.library.register_autograd("moacompress_cpu::decode", _refuse_decode)

@@ -115,7 +115,15 @@ def decode(
     softcap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query per row over its blocks; arguments and results as of `reference_decode`."""
+    """Attention of one query per row over its blocks; arguments and results as of `reference_decode`.
+
+    Raises:
+        UnsupportedError: the query needs gradients; or as `kernel_for` and `reference_decode` say.
+    """
+    if query.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
+        )
     rules = (sink, alpha, beta_q, min_window, native_window, scaling, softcap)
     if kernel_for(query) == "reference":
         return reference_decode(query, keys, values, table, lengths, *rules, sink_logits)

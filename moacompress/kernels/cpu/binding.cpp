@@ -62,11 +62,11 @@ void check(const Tensor& t, const Shapes& shape, ScalarType type, const char* op
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has another dtype than it must have");
   bool fits = t.dim() == int64_t(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] < 0 || t.size(int64_t(i)) == shape[i];
+  if (fits) return;
   std::string wanted;
-  for (size_t i = 0; i < shape.size(); i++) {
-    if (fits && shape[i] >= 0 && t.size(int64_t(i)) != shape[i]) fits = false;
+  for (size_t i = 0; i < shape.size(); i++)
     wanted += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
-  }
   STD_TORCH_CHECK(fits, op, ": ", name, " has the shape ", text(t), ", not [", wanted, "]");
 }
 

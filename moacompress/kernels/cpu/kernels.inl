@@ -12,6 +12,8 @@ namespace {
 constexpr int LANES = PANEL * W;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float NOTHING = -1e30f;  // peak of a lane that has seen no key
+// Decode reads this many blocks ahead, into the second cache: the first one has too few outstanding misses to keep memory busy.
+constexpr int64_t AHEAD = 2;
 constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
 constexpr int CHUNK_STRIDE = CHUNK + 16;
 
@@ -99,12 +101,21 @@ inline void score_block(const T* keys, const char* next, int begin, int end, con
     }
     if (next)
       for (int64_t line = t * bytes; line < (t + 4) * bytes; line += 64) prefetch(next + line);
-    for (int64_t s = 0; s < steps; s++) {
-      typename Op::Register key[4];
-      for (int i = 0; i < 4; i++) key[i] = Op::key(rows[i] + s * Op::STEP);
-      for (int h = 0; h < HEADS; h++) {
-        const typename Op::Register q = Op::query(query + h * query_stride + s * Op::STEP);
-        for (int i = 0; i < 4; i++) sums[h][i] = Op::dot(key[i], q, sums[h][i]);
+    if (STEPS >= 8) {  // long rows one after the other: memory is read ahead best in its order
+      for (int i = 0; i < 4; i++)
+        for (int64_t s = 0; s < steps; s++) {
+          const typename Op::Register key = Op::key(rows[i] + s * Op::STEP);
+          for (int h = 0; h < HEADS; h++)
+            sums[h][i] = Op::dot(key, Op::query(query + h * query_stride + s * Op::STEP), sums[h][i]);
+        }
+    } else {  // short rows together: each part of a query is loaded once for four keys
+      for (int64_t s = 0; s < steps; s++) {
+        typename Op::Register key[4];
+        for (int i = 0; i < 4; i++) key[i] = Op::key(rows[i] + s * Op::STEP);
+        for (int h = 0; h < HEADS; h++) {
+          const typename Op::Register q = Op::query(query + h * query_stride + s * Op::STEP);
+          for (int i = 0; i < 4; i++) sums[h][i] = Op::dot(key[i], q, sums[h][i]);
+        }
       }
     }
     if (tail) {
@@ -139,7 +150,7 @@ inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t colum
   const int64_t bytes = c.value_dim * int64_t(sizeof(T));
   for (int64_t b = 0; b < c.blocks; b++) {
     const T* row = (const T*)c.values[b] + c.begin[b] * c.value_dim + column;
-    const char* next = ahead && b + 1 < c.blocks ? (const char*)c.values[b + 1] : nullptr;
+    const char* next = ahead && b + AHEAD < c.blocks ? (const char*)c.values[b + AHEAD] : nullptr;
     for (int t = c.begin[b]; t < c.end[b]; t++, row += c.value_dim, weights++) {
       if (next)
         for (int64_t line = t * bytes; line < (t + 1) * bytes; line += 64) prefetch(next + line);
@@ -161,6 +172,17 @@ inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t colum
 
 template <class T, int HEADS> inline void mix_heads(const DecodeChunk& c, const float* weights, bool ahead, float* to) {
   int64_t column = 0;
+  constexpr int WIDE = 2 * PANEL;  // vectors: whole rows are read in memory's order, by two heads at once for want of registers
+  if constexpr (WIDE >= 8 && HEADS > 2) {
+    if (c.value_dim >= WIDE * W) {
+      mix_heads<T, 2>(c, weights, ahead, to);
+      mix_heads<T, HEADS - 2>(c, weights + 2 * CHUNK_STRIDE, false, to + 2 * c.value_dim);
+      return;
+    }
+  } else if constexpr (WIDE >= 8) {
+    for (; column + WIDE * W <= c.value_dim; column += WIDE * W, ahead = false)
+      mix_blocks<T, HEADS, WIDE>(c, weights, column, 0, ahead, to);
+  }
   for (; column + LANES <= c.value_dim; column += LANES, ahead = false)
     mix_blocks<T, HEADS, PANEL>(c, weights, column, 0, ahead, to);
   for (; column + W <= c.value_dim; column += W, ahead = false) mix_blocks<T, HEADS, 1>(c, weights, column, 0, ahead, to);
@@ -179,8 +201,8 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
   int tokens = 0;
   for (int64_t b = 0; b < c.blocks; b++) {
     const T* keys = (const T*)c.keys[b];
-    const char* next = b + 1 < c.blocks ? (const char*)c.keys[b + 1] : (const char*)c.values[0];
-    if (b + 1 == c.blocks && c.value_dim > c.head_dim) next = nullptr;
+    const int64_t ahead = b + AHEAD - c.blocks;  // past the last keys come the first values
+    const char* next = ahead < 0 ? (const char*)c.keys[b + AHEAD] : ahead < c.blocks ? (const char*)c.values[ahead] : nullptr;
     for (int64_t h = 0; h < c.group; h += 4, next = nullptr) {
       const Query* q = query + h * stride;
       float* to = scores + h * CHUNK_STRIDE + tokens;

@@ -68,6 +68,6 @@ inline V times_power_of_two(V x, V n) {
 inline float largest(V v) { const V a = max(v, V{v[2], v[3], v[0], v[1]}); return a[0] > a[1] ? a[0] : a[1]; }
 inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline void sum4(V a, V b, V c, V d, float* to) { to[0] = sum(a); to[1] = sum(b); to[2] = sum(c); to[3] = sum(d); }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace

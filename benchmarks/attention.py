@@ -1,0 +1,230 @@
+"""Decode and prefill of one layer: under a plan, at full span, torch's own attention, and what the machine could do at best.
+
+    python benchmarks/attention.py --json
+
+Tensors rotate over half a gigabyte, so that the last cache does not decide. `limit_ms` is the larger of two times measured
+here: reading as many bytes as the kept keys and values have, and the multiplications of their attention at the measured peak.
+`sdpa_best_ms` is the faster of torch's two forms of grouped attention. All are medians, in milliseconds, for one layer.
+On a busy machine `--cpu-time` counts the time of one thread on its core instead of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moacompress.kernels import dispatch
+from moacompress.plan import BLOCK, Rule, kept, slots
+
+MIN_WINDOW = 16
+ROTATE_BYTES = 512 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of a layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.heads}/{self.kv_heads}x{self.head_dim}"
+
+
+SHAPES = (Heads(9, 3, 64), Heads(32, 8, 128))
+
+
+clock = time.perf_counter
+
+
+def median_ms(run: Callable[[], Any], times: int) -> float:
+    """Returns the median time of a call, after one that is not counted."""
+    run()
+    taken = []
+    for _ in range(times):
+        begin = clock()
+        run()
+        taken.append(clock() - begin)
+    return statistics.median(taken) * 1e3
+
+
+def rules(shape: Heads, rule: Rule) -> tuple[Any, ...]:
+    """Returns one rule for all KV heads, as the kernels take it."""
+    columns = (torch.full((shape.kv_heads,), x) for x in (rule.sink, rule.alpha, rule.beta_q))
+    return (*columns, MIN_WINDOW, 0, shape.head_dim**-0.5)
+
+
+def kept_rule(n: int, share: float, elastic: bool = False) -> Rule:
+    """Returns a rule with 16 sinks that holds this share of a cache of n tokens."""
+    window = int(n * share) - 16
+    return Rule(16, 0, (window << 10) // n) if elastic else Rule(16, window, 0)
+
+
+def read_ms(bytes_: int, times: int) -> float:
+    """Returns the time to read this many bytes that are in no cache, with torch's threads."""
+    pool = torch.zeros(max(ROTATE_BYTES, 2 * bytes_) // 4)
+    parts = itertools.cycle(pool.split(bytes_ // 4)[: pool.numel() * 4 // bytes_])
+    return median_ms(lambda: next(parts).sum(), times)
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Returns multiplications and additions a second that torch's matrix product reaches."""
+    size = 1024
+    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / (median_ms(lambda: a @ b, 9) / 1e3)
+
+
+scattered = False
+
+
+def decode_pools(shape: Heads, n: int, batch: int, dtype: torch.dtype) -> Iterator[Any]:
+    """Yields `(keys, values, table)` without end: pools that together are larger than any cache.
+
+    The blocks of a KV head lie side by side, as after one prefill, or anywhere.
+    """
+    blocks = batch * shape.kv_heads * (n // BLOCK)
+    bytes_ = 2 * blocks * BLOCK * shape.head_dim * dtype.itemsize
+    pools = []
+    for _ in range(max(2, -(-ROTATE_BYTES // bytes_))):
+        keys, values = (torch.randn(blocks, BLOCK, shape.head_dim).to(dtype) for _ in range(2))
+        ids = torch.randperm(blocks) if scattered else torch.arange(blocks)
+        table = ids.to(torch.int32).view(batch, shape.kv_heads, n // BLOCK)
+        pools.append((keys, values, table))
+    return itertools.cycle(pools)
+
+
+def bench_decode(shape: Heads, n: int, batch: int, name: str, share: float, times: int, flops: float) -> dict[str, Any]:
+    """Returns one row of `decode`."""
+    dtype = DTYPES[name]
+    pools = decode_pools(shape, n, batch, dtype)
+    query = torch.randn(batch, shape.heads, shape.head_dim).to(dtype)
+    lengths = torch.full((batch,), n)
+    rule = kept_rule(n, share)
+
+    def ours(rule: Rule) -> Callable[[], Any]:
+        chosen = rules(shape, rule)
+
+        def run() -> Any:
+            keys, values, table = next(pools)
+            return dispatch.decode(query, [keys], [values], table, lengths, *chosen)
+
+        return run
+
+    def grouped() -> Any:
+        k, v = (t.view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools)[:2])
+        return F.scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True)
+
+    def packed() -> Any:
+        k, v = (t.view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools)[:2])
+        return F.scaled_dot_product_attention(query.view(batch, shape.kv_heads, -1, shape.head_dim), k, v)
+
+    held = batch * shape.kv_heads * 2 * shape.head_dim * dtype.itemsize * int(rule.slots(n, MIN_WINDOW))
+    work = batch * shape.heads * 4 * shape.head_dim * int(rule.kept(n, MIN_WINDOW))
+    return {
+        "length": n,
+        "batch": batch,
+        "dtype": name,
+        "heads": str(shape),
+        "kept": int(slots(n, rule.sink, rule.alpha, rule.beta_q, MIN_WINDOW)) / n,
+        "ms": median_ms(ours(rule), times),
+        "full_span_ms": median_ms(ours(Rule.FULL), times),
+        "limit_ms": max(read_ms(held, times), work / flops * 1e3),
+        "sdpa_best_ms": min(median_ms(run, max(3, times // 4)) for run in (grouped, packed)),
+    }
+
+
+def bench_prefill(shape: Heads, n: int, name: str, plan: str, times: int, sdpa_ms: float) -> dict[str, Any]:
+    """Returns one row of `prefill`."""
+    rule = {"full": Rule.FULL, "alpha": kept_rule(n, 0.25), "beta": kept_rule(n, 0.25, elastic=True)}[plan]
+    query, key, value = chunk(shape, n, DTYPES[name])
+    chosen = rules(shape, rule)
+    counts = torch.arange(1, n + 1)
+    seen = int(kept(counts, rule.sink, rule.alpha, rule.beta_q, MIN_WINDOW).sum())
+    return {
+        "length": n,
+        "dtype": name,
+        "heads": str(shape),
+        "plan": plan,
+        "visible_share": seen / int(counts.sum()),
+        "ms": median_ms(lambda: dispatch.prefill_alone(query, key, value, *chosen), times),
+        "sdpa_ms": sdpa_ms,
+    }
+
+
+def chunk(shape: Heads, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Returns query, key and value as a model's projections leave them."""
+    counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+    return tuple(torch.randn(1, n, heads, shape.head_dim).to(dtype).transpose(1, 2) for heads in counts)
+
+
+def sdpa_prefill_ms(shape: Heads, n: int, dtype: torch.dtype, times: int) -> float:
+    """Returns the time of torch's causal attention on contiguous tensors."""
+    query, key, value = (t.contiguous() for t in chunk(shape, n, dtype))
+    return median_ms(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), times)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    parser.add_argument("--quick", action="store_true", help="the smaller shape, shorter and fewer times")
+    parser.add_argument("--threads", type=int, help="threads of torch, all cores by default")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its time on the core: for a busy machine")
+    parser.add_argument("--scattered", action="store_true", help="decode: blocks at random places of the pool")
+    chosen = parser.parse_args()
+    global clock, scattered
+    scattered = chosen.scattered
+    if chosen.cpu_time:
+        clock, chosen.threads = time.thread_time, 1
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    n, times = (2048, 5) if chosen.quick else (8192, 25)
+    shapes = SHAPES[:1] if chosen.quick else SHAPES
+    result: dict[str, Any] = {
+        "kernel": dispatch.chosen().name,
+        "isa": dispatch.chosen().isa,
+        "decode": [],
+        "prefill": [],
+    }
+    result |= {
+        "threads": torch.get_num_threads(),
+        "clock": clock.__name__,
+        "scattered": scattered,
+        "torch": torch.__version__,
+    }
+
+    def note(part: str, row: dict[str, Any]) -> None:
+        result[part].append(row)
+        if not chosen.json:
+            print(
+                part,
+                ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
+
+    for shape, name in itertools.product(shapes, DTYPES):
+        flops = peak_flops(torch.float32)  # sums are in float32, whatever the storage
+        for batch in (1, 8):
+            note("decode", bench_decode(shape, n, batch, name, 0.25, times, flops))
+    for shape, name in itertools.product(shapes, DTYPES):
+        few = max(2, times // 8)
+        sdpa_ms = sdpa_prefill_ms(shape, n, DTYPES[name], few)
+        for plan in ("full", "alpha", "beta"):
+            note("prefill", bench_prefill(shape, n, name, plan, few, sdpa_ms))
+    if chosen.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
