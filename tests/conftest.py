@@ -180,3 +180,13 @@ def smollm2() -> Path:
     if not folder.exists():
         save_dense(gguf, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Returns the .gguf file of Gemma 3 270M, whose windows are 512 tokens in five of six layers (`make gemma`)."""
+    given = os.environ.get("MOACOMPRESS_TEST_GEMMA")
+    found = [Path(given)] if given else sorted((ROOT / ".cache").glob("**/gemma-3-270m*.gguf"))
+    if not found:
+        pytest.fail("Gemma 3 270M is not there; run `make gemma`")
+    return found[0]
