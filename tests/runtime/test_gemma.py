@@ -54,12 +54,12 @@ def test_cached_equals_uncached_and_the_cache_obeys_the_plan(
     with torch.no_grad():
         whole = model(ids, use_cache=False, logits_to_keep=8).logits
         cache = model(ids[:, :530], logits_to_keep=1).cache
-        assert cache.kv_bytes() == plan.kv_bytes(530)
+        assert cache.used_bytes() == plan.kv_bytes(530)
         model(ids[:, 530 : LENGTH - 8], cache=cache, logits_to_keep=1)
         steps = []
         for at in range(LENGTH - 8, LENGTH):
             steps.append(model(ids[:, at : at + 1], cache=cache).logits)
-            assert cache.kv_bytes() == plan.kv_bytes(at + 1)
+            assert cache.used_bytes() == plan.kv_bytes(at + 1)
     detach(model)
     assert (torch.cat(steps, 1) - whole).abs().max() < 1e-3 * whole.abs().max()
     assert plan.kv_bytes(LENGTH) < source.shape.dense_kv_bytes(LENGTH)
