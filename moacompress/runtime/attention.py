@@ -85,7 +85,8 @@ def attention_forward(
         query: `[batch, heads, tokens, head_dim]`.
         key: `[batch, kv_heads, tokens, head_dim]`, of these tokens only.
         value: `[batch, kv_heads, tokens, value_dim]`.
-        attention_mask: which tokens are real, bool `[batch, tokens]`, or None where all are; what a padded query gets is 0.
+        attention_mask: which tokens are real, bool `[batch, tokens]`, or None where all are; what a padded query gets is 0, but
+            in the last column.
         scaling: factor on the scores, `head_dim ** -0.5` if None.
         dropout: must be 0.
         sliding_window: the layer's own window, checked against the plan's.
@@ -115,6 +116,8 @@ def attention_forward(
     out = attend(context, chunk, past, query, key, value, scale, softcap, s_aux)
     if cache is not None and not single:
         cache.commit(chunk)
+    if chunk.real is not None and not chunk.real[:, -1].all():
+        out = _with_padded_ends(context, chunk, past, query, key, value, out, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -200,6 +203,54 @@ def _grouped(
         rows = (group.take(grouped), group.take(key), group.take(value))
         out = group.put(out, _attend(context, group, *rows, tokens == 1, scale, softcap, sinks))
     return out.view(batch, heads, tokens, -1)
+
+
+def _with_padded_ends(
+    context: LayerContext,
+    chunk: Chunk,
+    past: Ints,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns `out` with attention for the last column of rows that end in padding.
+
+    `generate` goes on from the last column, whatever it holds. As in the dense model a padded query sees what is real before
+    it: what the row's last real token sees.
+
+    Args:
+        context: the layer's; the chunk is in its cache already.
+        chunk: some row of it ends in padding.
+        past: tokens of every row before the chunk, `[batch]`.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        out: `[batch, heads, tokens, value_dim]`.
+        scale: factor on the scores.
+        softcap: bound of the scores by tanh.
+        s_aux: learned sink logits, `[heads]`.
+    """
+    assert chunk.real is not None
+    lengths = past + chunk.counts(len(past))
+    ends = np.flatnonzero(~chunk.real[:, -1] & (lengths > 0))
+    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
+    column = out[:, :, -1]
+    for n in np.unique(lengths[ends]).tolist():
+        rows = ends[lengths[ends] == n]
+        at = torch.from_numpy(rows).to(out.device)
+        last = query[:, :, -1:].index_select(0, at).view(len(rows), context.kv_heads, -1, 1, query.shape[-1])
+        if context.cache is None:
+            group = Group(rows, 0, n, np.stack([np.flatnonzero(chunk.real[row]) for row in rows]))
+        else:
+            group = Group(rows, n, 0, None)
+        held = (group.take(key), group.take(value))
+        result = _attend(context, group, last, *held, True, scale, softcap, sinks)
+        column = column.index_copy(0, at, result.reshape(len(rows), -1, result.shape[-1]))
+    return torch.cat((out[:, :, :-1], column[:, :, None]), 2)
 
 
 def _attend(

@@ -55,7 +55,7 @@ class PlanCache(Cache):
 
     @property
     def last_position(self) -> Ints | None:
-        """Position id of the last real token of every row, `[rows]`; None where the caller gave none."""
+        """Position id of the last token of every row, `[rows]`, -1 where it is not known; None where the caller gave none."""
         if self._positions is None or self._positions[0] != self.get_seq_length():  # a forward that never ended
             return None
         return self._positions[1]
@@ -132,7 +132,7 @@ class PlanCache(Cache):
             layer.roll_back(removed, count)
         if self.real is not None:
             self.real = self.real[:, : columns - count]
-        self._positions = None if last is None else (columns - count, last - removed)
+        self._positions = None if last is None else (columns - count, np.where(last < 0, -1, last - removed))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""

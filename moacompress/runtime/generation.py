@@ -43,12 +43,6 @@ def _prepare_cache(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
             "its own cache; leave it out"
         )
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and not bool((mask[:, -1] != 0).all()):
-        raise UnsupportedError(
-            "a prompt ends in padding, so that generating would go on from a padded token; pad on the left "
-            '(tokenizer.padding_side = "left")'
-        )
     cache = check_cache(model_kwargs.get("cache"), attachment.plan.key())
     if cache is not None:
         cache._is_user_defined = True

@@ -135,10 +135,10 @@ def read_mask(mask: Any, cache: PlanCache | None, rows: int, tokens: int) -> Boo
 def _check_positions(
     positions: Any, real: Bools | None, cache: PlanCache | None, rows: int, tokens: int
 ) -> Ints | None:
-    """Refuses position ids that do not count the real tokens of a row, or its columns, one by one.
+    """Refuses position ids that do not count on from one real token of a row to the next, where no padding is between them.
 
     Returns:
-        The last position of every row, `[rows]`; None where the caller gave none.
+        The last position of every row, `[rows]`, -1 where it is not known; None where the caller gave none.
     """
     if positions is None:
         return None
@@ -147,25 +147,21 @@ def _check_positions(
         raise UnsupportedError(message + _LEFT_PADDED)
     found = np.broadcast_to(positions.detach().cpu().numpy(), (rows, tokens))
     last = cache.last_position if cache is not None else None
-    ends = np.zeros(rows, np.int64) if last is None else last.copy()
+    ends = np.full(rows, -1, np.int64) if last is None else last.copy()
     for row in range(rows):
         columns = np.arange(tokens)
         if real is not None:
             columns = columns[real[row, real.shape[1] - tokens :]]
         if not len(columns):
+            ends[row] = -1
             continue
         steps, gaps = np.diff(found[row, columns]), np.diff(columns)
-        start = last is None or found[row, columns[0]] == last[row] + 1 or not cache or not _counts(cache, row)
-        if not ((steps == 1) | (steps == gaps)).all() or not start:
+        start = last is None or last[row] < 0 or found[row, columns[0]] == last[row] + 1
+        if not ((steps == 1) | (gaps > 1)).all() or not start:
             raise UnsupportedError(message + _LEFT_PADDED)
-        ends[row] = found[row, columns[-1]]
+        # a row that ends in padding goes on from that, wherever it is put
+        ends[row] = found[row, -1] if columns[-1] == tokens - 1 else -1
     return ends
-
-
-def _counts(cache: PlanCache, row: int) -> bool:
-    """Whether a row of the cache has real tokens."""
-    layer = cache.layers[0]
-    return layer.is_initialized and bool(layer.lengths[row])
 
 
 def _check_rest(module: Any, kwargs: dict[str, Any]) -> None:

@@ -136,6 +136,21 @@ def test_prompts_with_holes(model, rows):
         assert_same_tokens(model, row, torch.cat((row, together[number])), alone)
 
 
+@pytest.mark.parametrize("kinds", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}])
+def test_prompts_that_end_in_padding(kinds, model, rows):
+    """Generating goes on from a padded token then, in a dense model too; with and without a cache the same."""
+    ids, mask = padded(rows, "right")
+    plan = model.config.quantization_config.plan
+    kinds = settings(max_new_tokens=10, **kinds)
+    if "prefill_chunk_size" not in kinds:
+        uncached = model.generate(ids, attention_mask=mask, use_cache=False, **kinds)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **kinds), uncached)
+    detach(model)
+    stock = model.generate(ids, attention_mask=mask, **kinds)
+    attach(model, Plan.full(plan.model))
+    assert torch.equal(model.generate(ids, attention_mask=mask, **kinds), stock)
+
+
 def test_rows_that_end_early(model, rows):
     """A row that met its end is padded while the others go on; they are not disturbed."""
     ids, mask = padded(rows)

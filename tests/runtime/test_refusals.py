@@ -27,13 +27,6 @@ def refuses(match, call):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("where", [slice(15, 20), slice(19, 20), slice(0, 20)])
-def test_prompts_that_end_in_padding(where, model, ids):
-    mask = torch.ones_like(ids)
-    mask[0, where] = 0
-    refuses("pad on the left", lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2))
-
-
 def test_masks_that_do_not_fit(model, ids):
     refuses(r"shape \(2, 19\) and should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(2, 19)))
     refuses(r"should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(1, 20)))
