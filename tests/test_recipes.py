@@ -28,3 +28,18 @@ def test_recipe(file: Path) -> None:
         find_task(task)
     assert recipe.calibration.samples >= len(recipe.calibration.lengths)
     assert file.read_text("utf-8").startswith("# ")
+
+
+PLANS = sorted((FOLDER.parent / "docs" / "plans").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PLANS, ids=[file.name for file in PLANS])
+def test_published_plan(file: Path) -> None:
+    from moacompress.plan import Plan
+
+    plan = Plan.load(file)
+    share = Budget.parse(*plan.budget["asked"]).share
+    assert share is not None
+    for length, taken in plan.budget["bytes"].items():
+        assert plan.kv_bytes(int(length)) == taken["plan"] <= share * taken["dense"]
+    assert not Path(plan.provenance["source"]).is_absolute()
