@@ -2,6 +2,7 @@
 
 The hooks hold no state of a forward: the plan's part of a layer is fixed, what changes lives in the cache, and which tokens
 are real goes through the model as its mask. So threads can share a model, and layers can be computed again for a backward pass.
+`torch.compile` leaves them, the cache and the attention as they are: what it compiles is the model around them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class AttentionHook:
 
     context: LayerContext
 
+    @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         if module.config._attn_implementation != NAME:
@@ -51,6 +53,7 @@ class DecoderHook:
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
 
+    @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
