@@ -2,13 +2,16 @@
 
     python benchmarks/soak.py runs/mine/model --minutes 10 --threads 4 --json
 
-Fails if a thread meets an error, or if memory is not flat: at the end at most a twentieth above what it was after a quarter of
-the time. Some generations repeat one prompt, whose tokens must always be the same.
+Fails if a thread meets an error, or if memory is not flat. The time goes in ten rounds; between them nothing runs, the allocator
+gives back what it can, and the memory of the process is read: after the last round it must be at most a twentieth above what it was
+after the first three. Some generations repeat one prompt, whose tokens must always be the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import random
@@ -20,7 +23,8 @@ from typing import Any
 from moacompress.memory import rss
 
 GROWTH = 1.05
-"""Most memory at the end, as a multiple of that after a quarter of the time."""
+"""Most memory at the end, as a multiple of that after the first rounds."""
+ROUNDS, FIRST_ROUNDS = 10, 3
 PROBE_TOKENS = 12
 
 
@@ -52,7 +56,7 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
     torch.set_num_threads(1)
     counts = {"finished": 0, "cancelled": 0}
     errors: list[str] = []
-    lock, end = threading.Lock(), time.monotonic() + seconds
+    lock = threading.Lock()
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(3, 10_000, (1, 100), generator=generator)
     with torch.inference_mode():
@@ -65,8 +69,7 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
     }
     expected = model.generate(prefix, attention_mask=torch.ones_like(prefix), **kinds)
 
-    def work(number: int) -> None:
-        rng = random.Random(number)
+    def work(rng: random.Random, end: float) -> None:
         while time.monotonic() < end and not errors:
             try:
                 one(rng)
@@ -111,25 +114,25 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
             **{**kinds, "max_new_tokens": rng.randint(1, 20), **way},
         )
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
     memory = []
-    while any(worker.is_alive() for worker in workers):
-        time.sleep(min(5.0, seconds / 20))
-        memory.append(rss())
+    for turn in range(ROUNDS):
+        end = time.monotonic() + seconds / ROUNDS
+        workers = [threading.Thread(target=work, args=(random.Random(f"{turn} {n}"), end)) for n in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        memory.append(settled_rss())
+    first, last = max(memory[:FIRST_ROUNDS]), memory[-1]
+    return {**counts, "errors": errors, "flat": last <= GROWTH * first, "rss_bytes": memory}
+
+
+def settled_rss() -> int:
+    """Returns the memory of the process once what is free is given back to the system, where the C library can do that."""
     gc.collect()
-    settled = memory[len(memory) // 4 : len(memory) // 2]
-    last = memory[-max(1, len(memory) // 4) :]
-    flat = max(last) <= GROWTH * max(settled)
-    return {
-        **counts,
-        "errors": errors,
-        "flat": flat,
-        "settled_bytes": max(settled),
-        "last_bytes": max(last),
-        "rss_bytes": memory,
-    }
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return rss()
 
 
 if __name__ == "__main__":

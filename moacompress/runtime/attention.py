@@ -64,7 +64,7 @@ class LayerContext:
         return LayerContext(layer, rule_groups(rules), len(rules), min_window, native_window, columns, cache)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -31,7 +31,7 @@ class AttentionHook:
 
     context: LayerContext
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         if module.config._attn_implementation != NAME:
@@ -53,7 +53,7 @@ class DecoderHook:
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}

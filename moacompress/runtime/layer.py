@@ -131,7 +131,7 @@ class PlanCacheLayer(CacheLayerMixin):
             return 0
         return self.blocks * sum(segments[0][:1].nbytes for segments in (self._pool.keys, self._pool.values))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
