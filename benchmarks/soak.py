@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py runs/mine/model --minutes 10 --threads 4 --json
 
-Fails if a thread meets an error, or if memory is not flat. The time goes in ten rounds; between them nothing runs, the allocator
-gives back what it can, and the memory of the process is read: after the last round it must be at most a twentieth above what it was
-after the first three. Some generations repeat one prompt, whose tokens must always be the same.
+Fails if a thread meets an error, or if memory is not flat. The time goes in ten rounds; between them nothing runs, the
+allocator gives back what it can, and the memory of the process is read: after the last round it must be at most a twentieth
+above what it was after the first three. Some generations repeat one prompt, whose tokens must always be the same.
 """
 
 from __future__ import annotations
