@@ -16,7 +16,7 @@ from moacompress.kernels.reference import Keys, sparse_attention
 from moacompress.plan import Rule
 from moacompress.runtime import masks
 from moacompress.runtime.blocks import Ints
-from moacompress.runtime.chunk import Chunk, Group
+from moacompress.runtime.chunk import Bools, Chunk, Group
 from moacompress.runtime.layer import PlanCacheLayer, rule_groups
 
 NAME = "moacompress"
@@ -107,19 +107,53 @@ def attention_forward(
         )
     batch, _, tokens, head_dim = query.shape
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
-    scale = scaling if scaling is not None else head_dim**-0.5
     cache, chunk = context.cache, Chunk.of(attention_mask, tokens)
     past = np.zeros(batch, np.int64) if cache is None else cache.lengths
+    scale = scaling if scaling is not None else head_dim**-0.5
+    step = _Step(context, chunk, past, query, key, value, scale, softcap, s_aux)
     attend = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
     single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first
     if cache is not None and single:
         cache.commit(chunk)
-    out = attend(context, chunk, past, query, key, value, scale, softcap, s_aux)
+    out = attend(step)
     if cache is not None and not single:
         cache.commit(chunk)
     if chunk.real is not None and not chunk.real[:, -1].all():
-        out = _with_padded_ends(context, chunk, past, query, key, value, out, scale, softcap, s_aux)
+        out = _with_padded_ends(step, chunk.real, out)
     return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer's part of a forward.
+
+    Attributes:
+        context: the layer's.
+        chunk: which tokens are real.
+        past: tokens of every row before the chunk, `[batch]`.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        scale: factor on the scores.
+        softcap: bound of the scores by tanh.
+        s_aux: learned sink logits, `[heads]`.
+    """
+
+    context: LayerContext
+    chunk: Chunk
+    past: Ints
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    softcap: float | None
+    s_aux: torch.Tensor | None
+
+    @property
+    def grouped_query(self) -> torch.Tensor:
+        """The query heads by KV head, `[batch, kv_heads, group, tokens, head_dim]`."""
+        batch, heads, tokens, head_dim = self.query.shape
+        return self.query.view(batch, self.context.kv_heads, heads // self.context.kv_heads, tokens, head_dim)
 
 
 def _needs_reference(query: torch.Tensor, cache: PlanCacheLayer | None, past: Ints) -> bool:
@@ -129,38 +163,29 @@ def _needs_reference(query: torch.Tensor, cache: PlanCacheLayer | None, past: In
     return cache is not None and query.requires_grad and (query.shape[2] == 1 or bool(past.any()))
 
 
-def _compiled(
-    context: LayerContext,
-    chunk: Chunk,
-    past: Ints,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attends by the compiled kernels, all rows and heads in one call; arguments and result as of `_grouped`."""
-    rules: tuple[Any, ...] = (
-        *context.columns,
-        context.min_window,
-        context.native_window or 0,
-        scale,
-        softcap or 0.0,
-        s_aux,
-    )
+def _compiled(step: _Step) -> torch.Tensor:
+    """Attends by the compiled kernels, all rows and heads in one call.
+
+    A chunk of one token is in its cache already, any other is not.
+
+    Returns:
+        `[batch, heads, tokens, value_dim]`, 0 for padding.
+    """
+    context, chunk, past = step.context, step.chunk, step.past
+    bounds = (context.min_window, context.native_window or 0, step.scale, step.softcap or 0.0)
+    rules: tuple[Any, ...] = (*context.columns, *bounds, step.s_aux)
     cache, counts = context.cache, chunk.counts(len(past))
     if cache is not None and chunk.columns == 1:
         lengths = torch.from_numpy(np.where(counts > 0, past + counts, 0))
-        out, _ = dispatch.decode(query[:, :, 0], *cache.blocks_of_rows(), lengths, *rules)
+        out, _ = dispatch.decode(step.query[:, :, 0], *cache.blocks_of_rows(), lengths, *rules)
         return out[:, :, None]
     before, valid = torch.from_numpy(past), torch.from_numpy(counts)
-    held = cache.blocks_of_rows() if cache is not None and past.any() else _no_blocks(key)
+    held = cache.blocks_of_rows() if cache is not None and past.any() else _no_blocks(step.key)
     if chunk.real is None:
-        out, _ = dispatch.prefill(query, key, value, *held, before, valid, *rules)
+        out, _ = dispatch.prefill(step.query, step.key, step.value, *held, before, valid, *rules)
         return out
     order = torch.from_numpy(chunk.order())[:, None, :, None]
-    query, key, value = (t.gather(2, order.expand_as(t)) for t in (query, key, value))
+    query, key, value = (t.gather(2, order.expand_as(t)) for t in (step.query, step.key, step.value))
     out, _ = dispatch.prefill(query, key, value, *held, before, valid, *rules)
     return torch.zeros_like(out).scatter(2, order.expand_as(out), out)
 
@@ -169,125 +194,68 @@ def _no_blocks(key: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor
     return [], [], torch.empty((*key.shape[:2], 0), dtype=torch.int32)
 
 
-def _grouped(
-    context: LayerContext,
-    chunk: Chunk,
-    past: Ints,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attends in plain PyTorch, rows of equal length and KV heads of equal rules together.
-
-    Args:
-        context: the layer's; a chunk of one token is in its cache already.
-        chunk: which tokens are real.
-        past: tokens of every row before the chunk, `[batch]`.
-        query: `[batch, heads, tokens, head_dim]`.
-        key: `[batch, kv_heads, tokens, head_dim]`.
-        value: `[batch, kv_heads, tokens, value_dim]`.
-        scale: factor on the scores.
-        softcap: bound of the scores by tanh.
-        s_aux: learned sink logits, `[heads]`.
-
-    Returns:
-        `[batch, heads, tokens, value_dim]`, 0 for padding.
-    """
-    batch, heads, tokens, head_dim = query.shape
-    grouped = query.view(batch, context.kv_heads, heads // context.kv_heads, tokens, head_dim)
-    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
-    out = value.new_zeros(*grouped.shape[:-1], value.shape[-1])
-    for group in chunk.groups(past):
-        rows = (group.take(grouped), group.take(key), group.take(value))
-        out = group.put(out, _attend(context, group, *rows, tokens == 1, scale, softcap, sinks))
-    return out.view(batch, heads, tokens, -1)
+def _grouped(step: _Step) -> torch.Tensor:
+    """Attends in plain PyTorch, rows of equal length and KV heads of equal rules together; otherwise as `_compiled`."""
+    query, value = step.grouped_query, step.value
+    out = value.new_zeros(*query.shape[:-1], value.shape[-1])
+    for group in step.chunk.groups(step.past):
+        rows = (group.take(query), group.take(step.key), group.take(value))
+        out = group.put(out, _attend(step, group, *rows, committed=step.chunk.columns == 1))
+    return out.view(*step.query.shape[:-1], -1)
 
 
-def _with_padded_ends(
-    context: LayerContext,
-    chunk: Chunk,
-    past: Ints,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
+def _with_padded_ends(step: _Step, real: Bools, out: torch.Tensor) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 
     `generate` goes on from the last column, whatever it holds. As in the dense model a padded query sees what is real before
     it: what the row's last real token sees.
 
     Args:
-        context: the layer's; the chunk is in its cache already.
-        chunk: some row of it ends in padding.
-        past: tokens of every row before the chunk, `[batch]`.
-        query: `[batch, heads, tokens, head_dim]`.
-        key: `[batch, kv_heads, tokens, head_dim]`.
-        value: `[batch, kv_heads, tokens, value_dim]`.
+        step: its chunk is in the cache already.
+        real: which tokens of the chunk are, `[batch, tokens]`.
         out: `[batch, heads, tokens, value_dim]`.
-        scale: factor on the scores.
-        softcap: bound of the scores by tanh.
-        s_aux: learned sink logits, `[heads]`.
     """
-    assert chunk.real is not None
-    lengths = past + chunk.counts(len(past))
-    ends = np.flatnonzero(~chunk.real[:, -1] & (lengths > 0))
-    sinks = None if s_aux is None else s_aux.view(context.kv_heads, -1)
-    column = out[:, :, -1]
+    lengths = step.past + step.chunk.counts(len(step.past))
+    ends = np.flatnonzero(~real[:, -1] & (lengths > 0))
+    query, column = step.grouped_query[:, :, :, -1:], out[:, :, -1]
     for n in np.unique(lengths[ends]).tolist():
         rows = ends[lengths[ends] == n]
         at = torch.from_numpy(rows).to(out.device)
-        last = query[:, :, -1:].index_select(0, at).view(len(rows), context.kv_heads, -1, 1, query.shape[-1])
-        if context.cache is None:
-            group = Group(rows, 0, n, np.stack([np.flatnonzero(chunk.real[row]) for row in rows]))
+        if step.context.cache is None:
+            group = Group(rows, 0, n, np.stack([np.flatnonzero(real[row]) for row in rows]))
         else:
             group = Group(rows, n, 0, None)
-        held = (group.take(key), group.take(value))
-        result = _attend(context, group, last, *held, True, scale, softcap, sinks)
+        held = (group.take(step.key), group.take(step.value))
+        result = _attend(step, group, query.index_select(0, at), *held, committed=True)
         column = column.index_copy(0, at, result.reshape(len(rows), -1, result.shape[-1]))
     return torch.cat((out[:, :, :-1], column[:, :, None]), 2)
 
 
 def _attend(
-    context: LayerContext,
-    group: Group,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    committed: bool,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    step: _Step, group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, committed: bool
 ) -> torch.Tensor:
     """Attends for rows that have as many tokens each.
 
     Args:
-        context: the layer's.
+        step: what they are part of.
         group: the rows.
         query: `[rows, kv_heads, group, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`, of these tokens only.
+        key: `[rows, kv_heads, tokens, head_dim]`, of the chunk.
         value: `[rows, kv_heads, tokens, value_dim]`.
-        committed: these tokens are in the cache already.
-        scale: factor on the scores.
-        softcap: bound of the scores by tanh.
-        sinks: learned sink logits, `[kv_heads, group]`.
+        committed: the chunk is in the cache already, if there is one.
 
     Returns:
         `[rows, kv_heads, group, tokens, value_dim]`.
     """
+    context = step.context
+    sinks = None if step.s_aux is None else step.s_aux.view(context.kv_heads, -1)
     out = value.new_empty(*query.shape[:-1], value.shape[-1])
     for rule, members in context.groups:
         pick = _picker(members, context.kv_heads)
         k, v = pick(key, 1), pick(value, 1)
         if context.cache is None:
             keys = Keys(k, v, [(0, group.tokens)])
-        elif committed:  # the only token of the chunk
+        elif committed:
             keys = context.cache.committed(group, members)
         else:
             keys = context.cache.with_chunk(group, members, k, v)
@@ -298,8 +266,8 @@ def _attend(
             rule,
             context.min_window,
             context.native_window,
-            scale,
-            softcap,
+            step.scale,
+            step.softcap,
             None if sinks is None else pick(sinks, 0),
         )
         if len(members) == context.kv_heads:
