@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from moacompress.evaluation.contenders import DENSE, Contender
 from moacompress.evaluation.scoring import Score
-from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_difference, rate, retention
+from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_difference, rate, retained, retention
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
@@ -91,7 +91,7 @@ def result_rows(cell: Cell, field: Sequence[Measured], seed: int) -> list[Row]:
 def result_row(cell: Cell, contender: Contender, metric: str, value: float, interval: Interval, prompts: int) -> Row:
     """Returns one row of `results`."""
     return {
-        **_row(cell, contender.name, metric, value, interval, prompts),
+        **_row(cell.task, cell.length, contender.name, metric, value, interval, prompts),
         "kv_bytes": contender.kv_bytes,
         "tokens": cell.tokens,
         **contender.description(cell.tokens),
@@ -112,7 +112,7 @@ def difference_rows(cell: Cell, field: Sequence[Measured], seed: int) -> list[Ro
 
 def difference_row(cell: Cell, plan: Contender, other: Contender, metric: str, value: float, interval: Interval) -> Row:
     """Returns one row of `differences`: the plan minus another model."""
-    row = _row(cell, other.name, metric, value, interval, cell.prompts)
+    row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
     return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
 
 
@@ -133,36 +133,24 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         for name, column in columns.items()
     }
     count = sum(len(field[0].scores) for field in fields)
-    right = [value == 1.0 for value in scores[DENSE]["exact_match"]] if DENSE in scores else []
+    dense = scores[DENSE]["exact_match"] if DENSE in scores else []
     results, differences = [], []
     for name, column in columns.items():
         share = sum(one.contender.kv_bytes * len(one.scores) for one in column) / count
         values: dict[str, list[float]] = dict(scores[name])
-        if any(right):
-            values["retention"] = [value for value, good in zip(values["exact_match"], right, strict=True) if good]
+        if 1.0 in dense:
+            values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
             value, interval = (mean if metric == "nll" else rate)(numbers, seed)
-            row = _pooled_row(name, metric, value, interval, len(numbers))
+            row = _row(POOLED, None, name, metric, value, interval, len(numbers))
             results.append({**row, "kv_bytes": round(share)})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
             value, interval = paired_difference(ours[metric], numbers, seed)
-            differences.append(_pooled_row(name, metric, value, interval, len(numbers)))
+            differences.append(_row(POOLED, None, name, metric, value, interval, len(numbers)))
     return results, differences
-
-
-def _pooled_row(name: str, metric: str, value: float, interval: Interval, prompts: int) -> Row:
-    return {
-        "model": name,
-        "task": POOLED,
-        "length": None,
-        "metric": metric,
-        "value": value,
-        "ci95": list(interval),
-        "prompts": prompts,
-    }
 
 
 def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -174,11 +162,11 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _row(cell: Cell, model: str, metric: str, value: float, interval: Interval, prompts: int) -> Row:
+def _row(task: str, length: int | None, model: str, metric: str, value: float, interval: Interval, prompts: int) -> Row:
     return {
         "model": model,
-        "task": cell.task,
-        "length": cell.length,
+        "task": task,
+        "length": length,
         "metric": metric,
         "value": value,
         "ci95": list(interval),

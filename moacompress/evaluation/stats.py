@@ -57,6 +57,11 @@ def rate(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
     return value, _around(value, bootstrap_mean(values, seed))
 
 
+def retained(dense: Sequence[float], model: Sequence[float]) -> list[float]:
+    """Returns exact match of a model on the prompts that dense gets fully right; arguments as of `retention`."""
+    return [ours for theirs, ours in zip(dense, model, strict=True) if theirs == 1.0]
+
+
 def retention(dense: Sequence[float], model: Sequence[float], seed: int = 0) -> tuple[float, Interval, int] | None:
     """Returns what a model keeps of what dense can do.
 
@@ -69,7 +74,7 @@ def retention(dense: Sequence[float], model: Sequence[float], seed: int = 0) -> 
         The model's mean exact match on the prompts that dense gets fully right, its interval as in `rate`, and the
         number of these prompts; None where there are none.
     """
-    kept = [ours for theirs, ours in zip(dense, model, strict=True) if theirs == 1.0]
+    kept = retained(dense, model)
     return (*rate(kept, seed), len(kept)) if kept else None
 
 

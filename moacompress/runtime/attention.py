@@ -184,7 +184,7 @@ def _compiled(step: _Step) -> torch.Tensor:
     if chunk.real is None:
         out, _ = dispatch.prefill(step.query, step.key, step.value, *held, before, valid, *rules)
         return out
-    order = torch.from_numpy(chunk.order())[:, None, :, None]
+    order = torch.from_numpy(chunk.order)[:, None, :, None]
     query, key, value = (t.gather(2, order.expand_as(t)) for t in (step.query, step.key, step.value))
     out, _ = dispatch.prefill(query, key, value, *held, before, valid, *rules)
     return torch.zeros_like(out).scatter(2, order.expand_as(out), out)
@@ -221,10 +221,8 @@ def _with_padded_ends(step: _Step, real: Bools, out: torch.Tensor) -> torch.Tens
     for n in np.unique(lengths[ends]).tolist():
         rows = ends[lengths[ends] == n]
         at = torch.from_numpy(rows).to(out.device)
-        if step.context.cache is None:
-            group = Group(rows, 0, n, np.stack([np.flatnonzero(real[row]) for row in rows]))
-        else:
-            group = Group(rows, n, 0, None)
+        cached = step.context.cache is not None
+        group = Group(rows, n, 0, None) if cached else Group(rows, 0, n, step.chunk.order[rows, :n])
         held = (group.take(step.key), group.take(step.value))
         result = _attend(step, group, query.index_select(0, at), *held, committed=True)
         column = column.index_copy(0, at, result.reshape(len(rows), -1, result.shape[-1]))

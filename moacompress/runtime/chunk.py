@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -82,10 +83,7 @@ class Chunk:
 
     def counts(self, batch: int) -> Ints:
         """Returns the real tokens of every row, int64 `[batch]`."""
-        if self.real is None:
-            return np.full(batch, self.columns, np.int64)
-        counts: Ints = self.real.sum(axis=1, dtype=np.int64)
-        return counts
+        return np.full(batch, self.columns, np.int64) if self.real is None else self._counts
 
     def of_rows(self, rows: Ints) -> Chunk:
         """Returns the chunk of some rows of the batch."""
@@ -93,12 +91,19 @@ class Chunk:
 
     def where(self, row: int) -> Ints | None:
         """Returns the columns of a row's real tokens, in order; None where all are."""
-        return None if self.real is None else np.flatnonzero(self.real[row])
+        return None if self.real is None else self.order[row, : self._counts[row]]
 
+    @cached_property
     def order(self) -> Ints:
-        """Returns all columns of every row, the real ones first, `[batch, columns]`; some must be padding."""
+        """All columns of every row, the real ones first and in order, `[batch, columns]`; some must be padding."""
         assert self.real is not None
         return np.argsort(~self.real, axis=1, kind="stable")
+
+    @cached_property
+    def _counts(self) -> Ints:
+        assert self.real is not None
+        counts: Ints = self.real.sum(axis=1, dtype=np.int64)
+        return counts
 
     def groups(self, past: Ints) -> list[Group]:
         """Returns the rows by what they have before and in this forward; rows without real tokens are left out.
@@ -115,10 +120,8 @@ class Chunk:
             if not tokens:
                 continue
             rows = np.flatnonzero((past == before) & (counts == tokens))
-            at = None
-            if self.real is not None and tokens < self.columns:
-                at = np.stack([np.flatnonzero(self.real[row]) for row in rows])
-            found.append(Group(rows, before, tokens, at))
+            padded = self.real is not None and tokens < self.columns
+            found.append(Group(rows, before, tokens, self.order[rows, :tokens] if padded else None))
         return found
 
 

@@ -195,9 +195,8 @@ class PlanCacheLayer(CacheLayerMixin):
         with self._pool.lock:
             if not self._pool.tensors:
                 self._pool.reserve(self._needed(lengths, runs, self.columns + chunk.columns))
-            if self._pool.shared or not self._stays(
-                runs
-            ):  # most steps of decoding only write into a block that is there
+            # most steps of decoding only write into a block that is there
+            if self._pool.shared or not self._stays(runs):
                 self._free(runs)
                 self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
