@@ -206,11 +206,12 @@ def _generated(
     for length, count in wanted.items():
         for index in range(count):
             rng = np.random.default_rng((*seed, length, index))
-            prompt = make_prompt(task, rng, split, tokenizer, length, text)
+            prompt = make_prompt(task, rng, split, tokenizer, length, text, part.values)
             ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
             needed = len(encode_text(tokenizer, f" {prompt.answer}", special=False)) + ANSWER_ROOM
             room = min(answer_tokens, needed, length - len(ids))
-            name = kind if task.haystack is None else f"{kind}/{task.haystack}"
+            parts = (kind, task.haystack, None if part.values == "numbers" else part.values)
+            name = "/".join(filter(None, parts))
             drafts.append(Draft(ids, [False] * len(ids), room, name, length))
     return drafts
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moacompress.calibration.fitting import largest_fit
-from moacompress.calibration.pools import KEYS_PER_SPLIT, NOISE, Prose, Split, draw_keys, draw_numbers, sentence_ends
+from moacompress.calibration.pools import (
+    KEYS_PER_SPLIT,
+    NOISE,
+    Prose,
+    Split,
+    draw_keys,
+    draw_numbers,
+    draw_uuids,
+    sentence_ends,
+)
 from moacompress.calibration.prompts import Prompt, encode_prompt, encode_text
 from moacompress.calibration.recall import WORDS, Recall, most_pairs, pairs_text, question
 from moacompress.errors import DataError, UsageError
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Haystack = Literal["noise", "prose"]
+Values = Literal["numbers", "uuids"]
 ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
@@ -66,6 +76,8 @@ TASKS = {
     )
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
+_KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid"}
+_DRAW = {"numbers": draw_numbers, "uuids": draw_uuids}
 
 
 def find_task(name: str) -> Task:
@@ -88,6 +100,7 @@ def make_prompt(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     text: Prose | None = None,
+    values: Values = "numbers",
 ) -> Prompt:
     """Returns a prompt of a task, at most `length` tokens with its answer.
 
@@ -98,6 +111,7 @@ def make_prompt(
         tokenizer: the model's.
         length: tokens, template, prefix and answer included.
         text: the prose of prose tasks.
+        values: what is hidden and asked for; `recall` has words of its own.
 
     Raises:
         UsageError: unknown task.
@@ -105,10 +119,10 @@ def make_prompt(
     """
     task = find_task(task) if isinstance(task, str) else task
     if task.kind == "key-value":
-        return make_key_value(rng, split, tokenizer, length)
+        return make_key_value(rng, split, tokenizer, length, values)
     if task.kind == "recall":
         return make_recall(rng, split, tokenizer, length)
-    return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind])
+    return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind], values)
 
 
 def make_needle(
@@ -119,15 +133,16 @@ def make_needle(
     haystack: Haystack = "noise",
     text: Prose | None = None,
     keys: int = 1,
+    values: Values = "numbers",
 ) -> Prompt:
     """Returns RULER's needle in a haystack: `keys` needles at uniform depths, one of them asked for.
 
     Arguments and errors are those of `make_prompt`.
     """
     kind = "needle" if keys == 1 else "multi-needle"
-    task = f"{kind}-{haystack}"
-    names, values = draw_keys(rng, split, keys), draw_numbers(rng, split, keys)
-    needles = [NEEDLE.format(kind="number", key=key, value=value) for key, value in zip(names, values, strict=True)]
+    task, noun = f"{kind}-{haystack}", _KIND_OF_VALUE[values]
+    names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
+    needles = [NEEDLE.format(kind=noun, key=key, value=value) for key, value in zip(names, hidden, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
     if haystack == "prose":
@@ -137,39 +152,47 @@ def make_needle(
         limit = len(words)
     else:
         words, limit = [], length
-    prefix = PREFIX.format(kind="number", key=names[asked])
+    prefix = PREFIX.format(kind=noun, key=names[asked])
 
     def user(count: int) -> str:
         prose = haystack == "prose"
         context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
-        return ONE_KEY.format(kind="number", context=context, key=names[asked])
+        return ONE_KEY.format(kind=noun, context=context, key=names[asked])
 
-    count = _fit(tokenizer, user, prefix, values[asked], length, limit, task)
+    count = _fit(tokenizer, user, prefix, hidden[asked], length, limit, task)
     if haystack == "prose" and count == limit:
         raise DataError(
             f"the {split} part of {text.name if text else ''} has {limit:,} words, too few for a prompt of {length:,} "
             "tokens; give longer text"
         )
-    return Prompt(user(count), prefix, values[asked], task, kind)
+    return Prompt(user(count), prefix, hidden[asked], task, kind)
 
 
-def make_key_value(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
-    """Returns a JSON object of word keys and 7-digit values, one of which is asked for.
+def make_key_value(
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    values: Values = "numbers",
+) -> Prompt:
+    """Returns a JSON object of word keys and 7-digit numbers or UUIDs, one of which is asked for.
 
     Arguments and errors are those of `make_prompt`.
     """
     limit = min(length, KEYS_PER_SPLIT) - 1
-    (asked, *others), (value, *fillers) = draw_keys(rng, split, limit + 1), draw_numbers(rng, split, limit + 1)
+    (asked, *others), (value, *fillers) = draw_keys(rng, split, limit + 1), _DRAW[values](rng, split, limit + 1)
+    quote = "" if values == "numbers" else '"'
     depth = float(rng.random())
     prefix = PAIRS_PREFIX.format(key=asked)
 
     def user(count: int) -> str:
-        pairs = [f'"{key}": {number}' for key, number in zip(others[:count], fillers, strict=False)]
-        pairs.insert(round(depth * count), f'"{asked}": {value}')
+        pairs = [f'"{key}": {quote}{filler}{quote}' for key, filler in zip(others[:count], fillers, strict=False)]
+        pairs.insert(round(depth * count), f'"{asked}": {quote}{value}{quote}')
         return PAIRS.format(context="{" + ",\n".join(pairs) + "}", key=asked)
 
-    count = _fit(tokenizer, user, prefix, value, length, limit, "key-value")
-    return Prompt(user(count), prefix, value, "key-value", "key-value")
+    answer = f"{quote}{value}{quote}"
+    count = _fit(tokenizer, user, prefix, answer, length, limit, "key-value")
+    return Prompt(user(count), prefix, answer, "key-value", "key-value")
 
 
 def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:

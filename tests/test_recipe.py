@@ -35,6 +35,10 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"calibration": {"lengths": "1k,abc"}}, "length 'abc' is not a number of tokens"),
         ({"calibration": {"sources": []}}, "calibration.sources: "),
         ({"calibration": {"sources": [{}]}}, "exactly one of generator, path, dataset"),
+        (
+            {"calibration": {"sources": [{"generator": "recall", "values": "uuids"}]}},
+            "only needles and key-value pairs have values; recall has none to choose",
+        ),
         ({"calibration": {"sources": [{"generator": "needle", "path": "x"}]}}, "exactly one of"),
         ({"calibration": {"sources": [{"generator": "nedle"}]}}, "calibration.sources.0.generator: "),
         ({"calibration": {"sources": [{"generator": "needle", "weight": 0}]}}, "weight"),

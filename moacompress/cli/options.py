@@ -54,7 +54,7 @@ def required_model(given: str | None, recipe_model: str | None) -> str:
 
 
 def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
-    """Returns the recipe form of `--source`: generators, `generator-prose`, data files and hub sets.
+    """Returns the recipe form of `--source`: generators, `generator-prose`, `-uuids` of both, data files and hub sets.
 
     Raises:
         UsageError: a name that is none of them.
@@ -64,11 +64,13 @@ def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
 
 def _source(name: str) -> dict[str, Any]:
     generators = get_args(Generator)
-    kind, _, haystack = name.rpartition("-")
-    if name in generators:
-        return {"generator": name}
+    task = name.removesuffix("-uuids")
+    values = {} if task == name else {"values": "uuids"}
+    kind, _, haystack = task.rpartition("-")
+    if task in generators:
+        return {"generator": task, **values}
     if kind in generators and haystack in ("noise", "prose"):
-        return {"generator": kind, "haystack": haystack}
+        return {"generator": kind, "haystack": haystack, **values}
     if Path(name).suffix in DATA_SUFFIXES or Path(name).exists():
         return {"path": name}
     if "/" in name:

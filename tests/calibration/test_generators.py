@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import uuid
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,18 @@ def test_needle_format(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert f"One of the special magic numbers for {key} is: {prompt.answer}." in lines
     assert lines[-1] == f"What is the special magic number for {key} mentioned in the provided text?"
     assert "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again." in lines
+
+
+def test_needles_and_pairs_of_uuids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    one = make_needle(rng(1), "calibration", tiny_tokenizer, 700, values="uuids")
+    assert one.user.startswith("A special magic uuid is hidden within the following text.")
+    assert one.prefix.startswith("The special magic uuid for ")
+    assert f" is: {one.answer}." in one.user
+    pairs = make_key_value(rng(1), "calibration", tiny_tokenizer, 900, "uuids")
+    body = json.loads(pairs.user[pairs.user.index("{") : pairs.user.rindex("}") + 1])
+    assert body[json.loads(pairs.prefix.removesuffix(":"))] == json.loads(pairs.answer)
+    for value in (one.answer, *body.values()):
+        assert uuid.UUID(value).int % len(SPLITS) == SPLITS.index("calibration")
 
 
 def test_four_needles_one_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -26,17 +26,28 @@ def test_the_model_is_given_or_in_the_recipe() -> None:
 
 def test_sources(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    given = ["needle", "multi-needle-prose", "key-value", "qa.jsonl", str(tmp_path / "texts"), "some/set"]
+    given = [
+        "needle",
+        "multi-needle-prose",
+        "key-value",
+        "key-value-uuids",
+        "needle-prose-uuids",
+        "qa.jsonl",
+        str(tmp_path / "texts"),
+        "some/set",
+    ]
     sources = read_sources(given)
     assert sources == [
         {"generator": "needle"},
         {"generator": "multi-needle", "haystack": "prose"},
         {"generator": "key-value"},
+        {"generator": "key-value", "values": "uuids"},
+        {"generator": "needle", "haystack": "prose", "values": "uuids"},
         {"path": "qa.jsonl"},
         {"path": str(tmp_path / "texts")},
         {"dataset": "some/set"},
     ]
-    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 6
+    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 8
     assert read_sources(None) is None
     with pytest.raises(UsageError, match="unknown source 'nedle'; did you mean 'needle'?"):
         read_sources(["nedle"])
