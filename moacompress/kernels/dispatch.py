@@ -133,6 +133,32 @@ def decode(
     return found
 
 
+def advance(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    *state: torch.Tensor | int,
+) -> int:
+    """Puts one more token of every row into its cache; only where `kernel_for(key)` is compiled.
+
+    Args:
+        key: `[rows, kv_heads, 1, head_dim]`.
+        value: `[rows, kv_heads, 1, value_dim]`.
+        keys: the pool's segments, `[blocks, 16, head_dim]` each; written to.
+        values: its segments of values; written to.
+        *state: what is written to: the block table, int32 `[rows, kv_heads, width]`, the tokens of every row, int64 `[rows]`,
+            the blocks held (`runtime.runs.Runs.ends`), int64 `[4, rows, kv_heads]`, and how many table entries name each block,
+            int32 `[blocks]`; then sink, alpha and beta_q, the smallest and the native window (0: none), and the tokens that are
+            kept longer for rolling back.
+
+    Returns:
+        0; or the number of blocks that the pool lacks, or -1 where the table is too narrow: the call is then made again.
+    """
+    missing: int = torch.ops.moacompress_cpu.advance(_rows(key), _rows(value), list(keys), list(values), *state)
+    return missing
+
+
 def prefill(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moacompress.errors import PlanError
 from moacompress.models import attention_modules, check_supported, config_shape
 from moacompress.plan import Plan
+from moacompress.runtime import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
 from moacompress.runtime.generation import OVERRIDES

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,18 +18,21 @@ from moacompress.kernels.reference import Keys, sparse_attention
 from moacompress.plan import Rule
 from moacompress.runtime import masks
 from moacompress.runtime.blocks import Ints
+from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.chunk import Bools, Chunk, Group
 from moacompress.runtime.layer import PlanCacheLayer, rule_groups
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
 CONTEXT = "moacompress_context"
-"""Keyword under which a layer's context reaches the attention."""
+"""Keyword under which a `LayerCall` reaches the attention."""
+_contexts: weakref.WeakValueDictionary[int, LayerContext] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What the attention of one layer needs in one forward.
+    """What the attention of one layer needs to know of the plan.
 
     Attributes:
         layer: index of the layer.
@@ -36,7 +41,7 @@ class LayerContext:
         min_window: the plan's smallest window, tokens.
         native_window: the layer's own sliding window in tokens, or None.
         columns: sink, alpha and beta_q of every KV head, each int64 `[kv_heads]`.
-        cache: the layer's cache, or None.
+        number: names it in a compiled model, whose graph holds no such objects; see `find`.
     """
 
     layer: int
@@ -45,26 +50,34 @@ class LayerContext:
     min_window: int
     native_window: int | None
     columns: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    cache: PlanCacheLayer | None = None
+    number: int = field(default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        _contexts[self.number] = self
 
     @staticmethod
-    def of(
-        layer: int,
-        rules: Sequence[Rule],
-        min_window: int,
-        native_window: int | None,
-        cache: PlanCacheLayer | None = None,
-    ) -> LayerContext:
+    def find(number: int) -> LayerContext:
+        """Returns the context of a number."""
+        return _contexts[number]
+
+    @staticmethod
+    def of(layer: int, rules: Sequence[Rule], min_window: int, native_window: int | None) -> LayerContext:
         """Returns the context of a layer with these rules."""
         # on the CPU also where transformers builds the model on another device, or on none
         numbers = [(rule.sink, rule.alpha, rule.beta_q) for rule in rules]
         table = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         sink, alpha, beta_q = table.T.contiguous().unbind(0)
         columns = (sink, alpha, beta_q)
-        return LayerContext(layer, rule_groups(rules), len(rules), min_window, native_window, columns, cache)
+        return LayerContext(layer, rule_groups(rules), len(rules), min_window, native_window, columns)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+class LayerCall(NamedTuple):
+    """What the hook of a layer hands to its attention: the context, and the model's cache or None."""
+
+    context: LayerContext
+    cache: PlanCache | None
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -94,23 +107,49 @@ def attention_forward(
         softcap: bound of the scores by tanh.
         s_aux: learned sink logit of each query head, `[heads]`.
         is_causal: must not be False.
-        **kwargs: holds the `LayerContext`.
+        **kwargs: holds the `LayerCall`.
 
     Returns:
         `[batch, tokens, heads, value_dim]` and None: there are no attention weights to give.
     """
-    context = kwargs.get(CONTEXT)
-    if not isinstance(context, LayerContext):
+    call = kwargs.get(CONTEXT)
+    if not isinstance(call, LayerCall):
         raise UnsupportedError(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    batch, _, tokens, head_dim = query.shape
+    context, cache = call
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
-    cache, chunk = context.cache, Chunk.of(attention_mask, tokens)
-    past = np.zeros(batch, np.int64) if cache is None else cache.lengths
-    scale = scaling if scaling is not None else head_dim**-0.5
-    step = _Step(context, chunk, past, query, key, value, scale, softcap, s_aux)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    tensors = (query, key, value, attention_mask)
+    if not torch.compiler.is_compiling():
+        return attend(context, cache, *tensors, scale, softcap, s_aux), None
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        handle = None if cache is None else cache.handle
+        return torch.ops.moacompress.attend(*tensors, handle, context.number, scale, softcap or 0.0, s_aux), None
+    if cache is None and attention_mask is None and dispatch.kernel_for(query) != "reference":
+        rules = (*context.columns, context.min_window, context.native_window or 0, scale, softcap or 0.0, s_aux)
+        out, _ = dispatch.prefill_alone(query, key, value, *rules)
+        return out.transpose(1, 2).contiguous(), None
+    return _attend_around(context, cache, *tensors, scale, softcap, s_aux), None
+
+
+def attend(
+    context: LayerContext,
+    whole: PlanCache | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attends and commits; arguments and result as of `attention_forward`, which checks them, with the model's cache."""
+    batch, _, tokens, _ = query.shape
+    cache, chunk = None if whole is None else whole.layers[context.layer], Chunk.of(attention_mask, tokens)
+    past = np.zeros(batch, np.int64) if cache is None else cache.lengths.copy()  # a commit may count on in place
+    step = _Step(context, cache, chunk, past, query, key, value, scale, softcap, s_aux)
     attend = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
     single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first
     if cache is not None and single:
@@ -120,7 +159,13 @@ def attention_forward(
         cache.commit(chunk)
     if chunk.real is not None and not chunk.real[:, -1].all():
         out = _with_padded_ends(step, chunk.real, out)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+@torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]
+def _attend_around(*arguments: Any) -> torch.Tensor:
+    """`attend` where a compiled model can not hold it whole: the model around it is compiled."""
+    return attend(*arguments)
 
 
 @dataclass(frozen=True)
@@ -129,6 +174,7 @@ class _Step:
 
     Attributes:
         context: the layer's.
+        cache: the layer's cache, or None.
         chunk: which tokens are real.
         past: tokens of every row before the chunk, `[batch]`.
         query: `[batch, heads, tokens, head_dim]`.
@@ -140,6 +186,7 @@ class _Step:
     """
 
     context: LayerContext
+    cache: PlanCacheLayer | None
     chunk: Chunk
     past: Ints
     query: torch.Tensor
@@ -174,7 +221,7 @@ def _compiled(step: _Step) -> torch.Tensor:
     context, chunk, past = step.context, step.chunk, step.past
     bounds = (context.min_window, context.native_window or 0, step.scale, step.softcap or 0.0)
     rules: tuple[Any, ...] = (*context.columns, *bounds, step.s_aux)
-    cache, counts = context.cache, chunk.counts(len(past))
+    cache, counts = step.cache, chunk.counts(len(past))
     if cache is not None and chunk.columns == 1:
         lengths = torch.from_numpy(np.where(counts > 0, past + counts, 0))
         out, _ = dispatch.decode(step.query[:, :, 0], *cache.blocks_of_rows(), lengths, *rules)
@@ -221,7 +268,7 @@ def _with_padded_ends(step: _Step, real: Bools, out: torch.Tensor) -> torch.Tens
     for n in np.unique(lengths[ends]).tolist():
         rows = ends[lengths[ends] == n]
         at = torch.from_numpy(rows).to(out.device)
-        cached = step.context.cache is not None
+        cached = step.cache is not None
         group = Group(rows, n, 0, None) if cached else Group(rows, 0, n, step.chunk.order[rows, :n])
         held = (group.take(step.key), group.take(step.value))
         result = _attend(step, group, query.index_select(0, at), *held, committed=True)
@@ -251,12 +298,12 @@ def _attend(
     for rule, members in context.groups:
         pick = _picker(members, context.kv_heads)
         k, v = pick(key, 1), pick(value, 1)
-        if context.cache is None:
+        if step.cache is None:
             keys = Keys(k, v, [(0, group.tokens)])
         elif committed:
-            keys = context.cache.committed(group, members)
+            keys = step.cache.committed(group, members)
         else:
-            keys = context.cache.with_chunk(group, members, k, v)
+            keys = step.cache.with_chunk(group, members, k, v)
         result = sparse_attention(
             pick(query, 1),
             keys,

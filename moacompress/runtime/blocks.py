@@ -72,13 +72,16 @@ class Pool:
         """Returns the ids of `count` free blocks, which are then named once each; grows where there are too few."""
         free = np.flatnonzero(self.refs == 0)
         if len(free) < count:
-            size = len(self.refs)
-            growth = max(count - len(free), size // SLACK, LEAST_GROWTH) if size else count
-            self.reserve(size + growth)
+            self.grow(count - len(free))
             free = np.flatnonzero(self.refs == 0)
         taken = free[:count].astype(np.int32)
         self.refs[taken] = 1
         return taken
+
+    def grow(self, missing: int) -> None:
+        """Adds a segment of at least so many blocks."""
+        size = len(self.refs)
+        self.reserve(size + (max(missing, size // SLACK, LEAST_GROWTH) if size else missing))
 
     def retain(self, ids: Ids) -> None:
         """Counts every id (with repeats) once more; those below 0 are no blocks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from moacompress.runtime.blocks import Ints
 from moacompress.runtime.chunk import Bools
 from moacompress.runtime.layer import PlanCacheLayer
 
+_caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
 
 class PlanCache(Cache):
     """The KV cache of a compressed model.
@@ -25,6 +30,7 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
+        handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
     """
 
     layers: list[PlanCacheLayer]  # type: ignore[assignment]
@@ -36,6 +42,25 @@ class PlanCache(Cache):
         self._is_user_defined = False
         layers = zip(plan.rules, plan.model.native_windows, strict=True)
         super().__init__(layers=[PlanCacheLayer(rules, plan.min_window, native, reserve) for rules, native in layers])
+        self._take_handle()
+
+    def _take_handle(self) -> None:
+        number = next(_numbers)
+        self.handle = torch.tensor(number, device="cpu")
+        _caches[number] = self
+
+    @staticmethod
+    def find(handle: torch.Tensor) -> PlanCache:
+        """Returns the cache of a handle."""
+        return _caches[int(handle)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of a layer's chunk; see `PlanCacheLayer.update`."""
+        if torch.compiler.is_compiling():  # the operator that attends takes the chunk itself
+            return key_states, value_states
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def check_whole(self) -> None:
         """Refuses a cache whose layers do not agree: a forward was interrupted between two of them.
@@ -96,6 +121,7 @@ class PlanCache(Cache):
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() for layer in self.layers]
+        other._take_handle()
         return other
 
     def __copy__(self) -> PlanCache:

@@ -77,7 +77,8 @@ class Chunk:
             return Chunk(columns)
         known: Chunk | None = getattr(mask, _ATTRIBUTE, None)
         if known is None:
-            known = Chunk(columns, mask.detach().cpu().numpy())
+            real = mask.detach().cpu().numpy()
+            known = Chunk(columns, None if real.all() else real)
             setattr(mask, _ATTRIBUTE, known)
         return known
 

@@ -2,13 +2,13 @@
 
 The hooks hold no state of a forward: the plan's part of a layer is fixed, what changes lives in the cache, and which tokens
 are real goes through the model as its mask. So threads can share a model, and layers can be computed again for a backward pass.
-`torch.compile` leaves them, the cache and the attention as they are: what it compiles is the model around them.
+`torch.compile` traces them; what depends on data is behind two operators, see `ops`.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from moacompress.errors import UnsupportedError
 from moacompress.plan import Plan
-from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerContext
+from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerCall, LayerContext
 from moacompress.runtime.blocks import Ints
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.chunk import Bools
@@ -31,7 +31,6 @@ class AttentionHook:
 
     context: LayerContext
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         if module.config._attn_implementation != NAME:
@@ -40,8 +39,7 @@ class AttentionHook:
                 "the plan; use moacompress.detach(model) to get the dense model back"
             )
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        layer = None if cache is None else cache.layers[self.context.layer]
-        return args, {**kwargs, CONTEXT: replace(self.context, cache=layer)}
+        return args, {**kwargs, CONTEXT: LayerCall(self.context, cache)}
 
 
 class DecoderHook:
@@ -53,7 +51,6 @@ class DecoderHook:
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -61,21 +58,24 @@ class DecoderHook:
         name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")
         cache = check_cache(kwargs.get(name), self.plan_key)
         if cache is None and self._wants_cache(module, kwargs):
-            cache = PlanCache(self.plan)
-            kwargs[name] = cache
-        if cache is not None:
-            cache.check_whole()
-        size = next((kwargs[n].shape[:2] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
-        if size is None:
+            cache = kwargs[name] = self._new_cache()
+        fed = next((n for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+        if fed is None:
             return (), kwargs  # the decoder has its own words for that
-        mask = kwargs.pop("attention_mask", None)
-        real = read_mask(mask, cache, *size)
-        last = _check_positions(kwargs.get("position_ids"), real, cache, *size)
-        if cache is not None:
-            cache.expect(real, last, size[1])
-        if real is not None and not real[:, real.shape[1] - size[1] :].all():
-            kwargs["attention_mask"] = mask
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if torch.compiler.is_compiling():
+            handle = None if cache is None else cache.handle
+            kwargs[fed] = torch.ops.moacompress.begin(kwargs[fed], handle, as_tensor(mask), as_tensor(positions))
+            return (), kwargs
+        rows, tokens = kwargs[fed].shape[:2]
+        real = begin(cache, mask, positions, rows, tokens)
+        if real is None or real[:, real.shape[1] - tokens :].all():
+            kwargs.pop("attention_mask", None)
         return (), kwargs
+
+    @torch.compiler.disable(reason="a cache can not be made in a compiled graph: pass one, cache=PlanCache(plan)")  # type: ignore[untyped-decorator]
+    def _new_cache(self) -> PlanCache:
+        return PlanCache(self.plan)
 
     @staticmethod
     def _wants_cache(module: Any, kwargs: dict[str, Any]) -> bool:
@@ -83,6 +83,42 @@ class DecoderHook:
         if wanted is None:
             wanted = getattr(module.config, "use_cache", False)
         return bool(wanted) and not (getattr(module, "gradient_checkpointing", False) and module.training)
+
+
+def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens: int) -> Bools | None:
+    """Checks the inputs of a forward, and tells the cache what it will have added when it ends.
+
+    Args:
+        cache: the cache, or None.
+        mask: as the caller gave it, or None.
+        positions: likewise.
+        rows: of the batch.
+        tokens: fed to every row.
+
+    Returns:
+        Which tokens are real, as `read_mask`.
+
+    Raises:
+        UnsupportedError: a mask or positions that a plan can not be kept with, or a cache of an interrupted forward.
+    """
+    if cache is not None:
+        cache.check_whole()
+    real = read_mask(mask, cache, rows, tokens)
+    last = _check_positions(positions, real, cache, rows, tokens)
+    if cache is not None:
+        cache.expect(real, last, tokens)
+    return real
+
+
+def as_tensor(given: Any) -> torch.Tensor | None:
+    """Returns a mask or position ids for an operator.
+
+    Raises:
+        UnsupportedError: something else than a tensor.
+    """
+    if given is None or isinstance(given, torch.Tensor):
+        return given
+    raise UnsupportedError(MASK_SHAPE.format(type(given).__name__))
 
 
 def check_cache(cache: Any, plan_key: str) -> PlanCache | None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from moacompress.errors import UnsupportedError
+from moacompress.kernels import dispatch
 from moacompress.kernels.reference import Keys
-from moacompress.plan import BLOCK, Rule, block_runs
+from moacompress.plan import BLOCK, Rule
 from moacompress.runtime.blocks import Ids, Ints, Pool, ragged_ranges
 from moacompress.runtime.chunk import Chunk, Group
+from moacompress.runtime.runs import LAG, RunRule, Runs
 
-LAG = 128
-"""Tokens that a cache which is rolled back (drafts) keeps longer than its plan says."""
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
 
@@ -33,20 +33,6 @@ def rule_groups(rules: Sequence[Rule]) -> tuple[tuple[Rule, tuple[int, ...]], ..
     for head, rule in enumerate(rules):
         groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
     return tuple((rule, tuple(heads)) for rule, heads in groups.items())
-
-
-class Runs(NamedTuple):
-    """Logical blocks of every row and KV head: the sinks' `[a, b)` and the window's `[c, d)`, each int64 `[rows, heads]`."""
-
-    a: Ints
-    b: Ints
-    c: Ints
-    d: Ints
-
-    @property
-    def blocks(self) -> int:
-        """All of them together."""
-        return int((self.b - self.a + self.d - self.c).sum())
 
 
 class _Table:
@@ -86,9 +72,7 @@ class PlanCacheLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rules = tuple(rules)
-        self._bounds = (min_window, native_window)
-        columns = zip(*((rule.sink, rule.alpha, rule.beta_q) for rule in self.rules), strict=True)
-        self._sink, self._alpha, self._beta_q = (np.array(column, np.int64) for column in columns)
+        self._rule = RunRule(self.rules, min_window, native_window)
         self.reserve = reserve
         self.record_past = False
         self._clear()
@@ -97,7 +81,7 @@ class PlanCacheLayer(CacheLayerMixin):
         heads = len(self.rules)
         self.columns = 0
         self.lengths: Ints = np.zeros(0, np.int64)
-        self._runs = Runs(*(np.zeros((0, heads), np.int64),) * 4)
+        self._runs = Runs.none(0, heads)
         self._table = _Table(0, heads)
         self._pool: Pool | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -108,6 +92,10 @@ class PlanCacheLayer(CacheLayerMixin):
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether drafts can be rolled back: while a little more than the plan's is kept."""
         return self.record_past
+
+    @property
+    def _lag(self) -> int:
+        return LAG if self.record_past else 0
 
     @property
     def batch_size(self) -> int:
@@ -131,7 +119,6 @@ class PlanCacheLayer(CacheLayerMixin):
             return 0
         return self.blocks * sum(segments[0][:1].nbytes for segments in (self._pool.keys, self._pool.values))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +146,7 @@ class PlanCacheLayer(CacheLayerMixin):
         """Takes the number of rows, the dimensions and the device; no memory yet."""
         rows, heads = key_states.shape[0], len(self.rules)
         self.lengths = np.zeros(rows, np.int64)
-        self._runs = Runs(*(np.zeros((rows, heads), np.int64),) * 4)
+        self._runs = Runs.none(rows, heads)
         self._use(Pool(key_states, value_states), _Table(rows, heads))
         self.is_initialized = True
 
@@ -188,19 +175,37 @@ class PlanCacheLayer(CacheLayerMixin):
         self._pending = None
 
     def _commit(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
+        if chunk.columns == 1 and chunk.real is None and self._advance(key, value):
+            return
         before, counts = self.lengths, chunk.counts(len(self.lengths))
         lengths = before + counts
-        runs = self._kept(lengths)
+        runs = self._rule.kept(lengths, self._runs, self._lag)
         assert self._pool is not None
         with self._pool.lock:
             if not self._pool.tensors:
                 self._pool.reserve(self._needed(lengths, runs, self.columns + chunk.columns))
-            # most steps of decoding only write into a block that is there
-            if self._pool.shared or not self._stays(runs):
-                self._free(runs)
-                self._extend(before, counts, runs)
+            self._free(runs)
+            self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
         self._write(key, value, before, chunk)
+
+    def _advance(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Takes in one real token of every row in one compiled call; False where there is none for these tensors."""
+        pool, table = self._pool, self._table
+        assert pool is not None
+        if not pool.tensors or pool.keys[0].dtype != key.dtype or dispatch.kernel_for(key) != "cpu":
+            return False
+        token = key.detach(), value.detach()
+        with pool.lock:
+            while True:
+                state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
+                missing = dispatch.advance(*token, pool.keys, pool.values, *state, *self._rule.columns, self._lag)
+                if not missing:
+                    return True
+                if missing < 0:
+                    table.widen(int(self.lengths.max()) // BLOCK + 1)
+                else:
+                    pool.grow(missing)
 
     def _twins(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
         """Returns the first row that is the same as each, to the bit, before and in a chunk; None where all differ.
@@ -246,7 +251,7 @@ class PlanCacheLayer(CacheLayerMixin):
         rows = np.arange(len(self.lengths)) if group.rows is None else group.rows
         n = int(self.lengths[rows[0]])
         # rows can hold more than their rule says (drafts that were rolled back), by different amounts: what all hold
-        a, b, c = (int(run[rows][:, heads].max()) for run in self._runs[:3])
+        a, b, c = (int(run[rows][:, heads].max()) for run in self._runs.ends[:3])
         blocks = [*range(a, b), *range(c, -(-n // BLOCK))]
         keys, values = self._pool.gather(self._table.ids[rows[:, None], np.array(heads)[None]][:, :, blocks])
         pieces = [(a * BLOCK, (b - a) * BLOCK), (c * BLOCK, n - c * BLOCK)]
@@ -295,9 +300,9 @@ class PlanCacheLayer(CacheLayerMixin):
         with self._pool.lock:
             self._pool.retain(old[rows])
             self._pool.release(old)
-        self._table.ids = old[rows]
+        self._table.ids = old.take(rows, axis=0)
         self.lengths = self.lengths[rows]
-        self._runs = Runs(*(run[rows] for run in self._runs))
+        self._runs = self._runs.of_rows(rows)
 
     def check_roll_back(self, counts: Ints) -> None:
         """Refuses to forget so many of the last real tokens of every row, `[rows]`.
@@ -306,7 +311,7 @@ class PlanCacheLayer(CacheLayerMixin):
             UnsupportedError: what the earlier length needs is gone.
         """
         lengths = self.lengths - counts
-        needed, held = self._runs_at(lengths), self._runs
+        needed, held = self._rule.at(lengths), self._runs
         apart = np.minimum(needed.b, held.c) > np.maximum(needed.a, held.b)  # sinks between those held and the window
         gone = (needed.c < held.c) | ((needed.b > needed.a) & ((needed.a < held.a) | apart))
         if bool((lengths < 0).any() or gone.any()):
@@ -335,15 +340,14 @@ class PlanCacheLayer(CacheLayerMixin):
         with self._pool.lock:
             self._drop(*ragged_ranges(np.maximum(held.a, end), held.b))
             self._drop(*ragged_ranges(np.maximum(held.c, end), held.d))
-        d = np.broadcast_to(end, held.d.shape)
-        self._runs = Runs(np.minimum(held.a, d), np.minimum(held.b, d), np.minimum(held.c, d), d.copy())
+        self._runs = Runs(np.minimum(held.ends, end))
         self.lengths, self.columns = lengths, self.columns - columns
 
     def fork(self) -> PlanCacheLayer:
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
         if self._pending is not None:
             raise UnsupportedError("a cache can not be forked in the middle of a forward")
-        other = PlanCacheLayer(self.rules, *self._bounds, self.reserve)
+        other = PlanCacheLayer(self.rules, *self._rule.bounds, self.reserve)
         other.record_past = self.record_past
         if not self.is_initialized:
             return other
@@ -353,7 +357,7 @@ class PlanCacheLayer(CacheLayerMixin):
         with self._pool.lock:
             self._pool.retain(table.ids)
         other._use(self._pool, table)
-        other.columns, other.lengths, other._runs = self.columns, self.lengths, self._runs
+        other.columns, other.lengths, other._runs = self.columns, self.lengths.copy(), Runs(self._runs.ends.copy())
         other.is_initialized = True
         return other
 
@@ -392,25 +396,6 @@ class PlanCacheLayer(CacheLayerMixin):
         self._finalizer = weakref.finalize(self, _give_back, pool, table)
         self._finalizer.atexit = False
 
-    def _runs_at(self, n: Ints) -> Runs:
-        """Returns the blocks that the rules touch at so many tokens, `[rows]`."""
-        shape = (len(n), len(self.rules))
-        runs = block_runs(n[:, None], self._sink, self._alpha, self._beta_q, *self._bounds)
-        return Runs(*(np.broadcast_to(run, shape) for run in runs))
-
-    def _kept(self, lengths: Ints) -> Runs:
-        """Returns the blocks to hold at so many tokens: what the rules touch, and what rolling back may need."""
-        runs = self._runs_at(lengths)
-        if self.record_past:
-            earlier = self._runs_at(np.maximum(lengths - LAG, 0))
-            runs = Runs(earlier.a, np.maximum(earlier.b, runs.b), earlier.c, runs.d)
-        held = self._runs
-        a, c = np.maximum(held.a, runs.a), np.maximum(held.c, runs.c)  # what is gone stays gone
-        b = np.maximum(np.minimum(runs.b, c), a)
-        # sinks grow out of the window they lie in; once apart from it they can only shrink
-        b = np.where(held.b >= held.c, b, np.minimum(b, np.maximum(held.b, a)))
-        return Runs(a, b, c, np.broadcast_to(runs.d, a.shape))
-
     def _needed(self, lengths: Ints, runs: Runs, columns: int) -> int:
         """Returns the blocks to take memory for: those at these lengths, or the most on the way to the reserved one."""
         left = (self.reserve or 0) - columns
@@ -419,18 +404,14 @@ class PlanCacheLayer(CacheLayerMixin):
         total = 0
         for n, count in zip(*np.unique(lengths, return_counts=True), strict=True):
             way = np.arange(max(n, n + left - LONGEST_LOOK), n + left + 1)
-            at = self._runs_at(way)
+            at = self._rule.at(way)
             total += int(count) * int((at.b - at.a + at.d - at.c).sum(axis=1).max())
         return max(total, runs.blocks)
-
-    def _stays(self, runs: Runs) -> bool:
-        """Whether `runs` are the blocks that are held already."""
-        return all(np.array_equal(new, old) for new, old in zip(runs, self._runs, strict=True))
 
     def _free(self, runs: Runs) -> None:
         """Gives back the blocks that are held and not in `runs`."""
         held = self._runs
-        a, b, c = (run.reshape(-1) for run in runs[:3])
+        a, b, c = (run.reshape(-1) for run in runs.ends[:3])
         for low, high in ((held.a, held.b), (held.c, np.minimum(runs.c, held.d))):
             owner, number = ragged_ranges(low, high)
             loose = ((number < a[owner]) | (number >= b[owner])) & (number < c[owner])
@@ -482,7 +463,7 @@ class PlanCacheLayer(CacheLayerMixin):
             self._pool.write(slots, *(t.flatten(0, 1).detach() for t in picked))
             return
         for row in range(len(before)):
-            a, b, c = (run[row] * BLOCK for run in self._runs[:3])
+            a, b, c = self._runs.ends[:3, row] * BLOCK
             first, end = before[row], self.lengths[row]
             parts = [
                 ragged_ranges(np.maximum(a, first), np.minimum(b, end)),

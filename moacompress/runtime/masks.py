@@ -29,7 +29,9 @@ def plan_mask(
     Raises:
         UnsupportedError: packed sequences, bidirectional or overlaid masks.
     """
-    if use_vmap or not _is_stock(mask_function, local_size):
+    # what a mask is made of can not be traced. All overlays ask for vmap, packed sequences show in the position ids that the
+    # decoder's hook checks, and layers with other masks of their own are refused when the plan is put on the model
+    if use_vmap or not (torch.compiler.is_compiling() or _is_stock(mask_function, local_size)):
         raise UnsupportedError(
             "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
             "(packed sequences, bidirectional attention, or an overlay)"

@@ -238,10 +238,72 @@ void test(Isa isa, DType dtype) {
   if (decode(one, parallel, isa) != wanted) failures++, std::printf("decode took a missing block\n");
 }
 
+// Many single tokens into a cache of two segments that begins empty: it stays inside its memory, every token that a later query sees
+// is where the table says, blocks are counted as often as they are named, and a pool or a table that is too small changes nothing.
+void test_advance(DType dtype) {
+  const int64_t rows = pick(1, 3), kv_heads = pick(1, 3), pairs = rows * kv_heads, dim = pick(1, 9), value_dim = pick(1, 20);
+  const int64_t steps = pick(1, 200), width = (steps + BLOCK - 1) / BLOCK, blocks = pairs * width, cut = blocks / 3;
+  std::vector<int64_t> sink, alpha, beta_q, lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(4 * pairs), 0);
+  for (int64_t h = 0; h < kv_heads; h++) {
+    sink.push_back(pick_of({4, 16, 64}));
+    alpha.push_back(pick_of({0, 20, 64, 1000}));
+    beta_q.push_back(pick_of({0, 100, 600, 1024}));
+  }
+  const Rules rules = {sink.data(), alpha.data(), beta_q.data(), pick_of({1, 16, 32}), pick_of({0, 0, 5, 50})};
+  std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), refs(static_cast<size_t>(blocks), 0);
+  Data k0(dtype, cut * BLOCK * dim), k1(dtype, (blocks - cut) * BLOCK * dim);
+  Data v0(dtype, cut * BLOCK * value_dim), v1(dtype, (blocks - cut) * BLOCK * value_dim);
+  const void *key_base[] = {k0.bytes.get(), k1.bytes.get()}, *value_base[] = {v0.bytes.get(), v1.bytes.get()};
+  const int64_t first_block[] = {0, cut, blocks}, key_stride[] = {BLOCK * dim, BLOCK * dim};
+  const int64_t value_stride[] = {BLOCK * value_dim, BLOCK * value_dim};
+  Data key(dtype, pairs * dim), value(dtype, pairs * value_dim);
+  AdvanceCall call = {{dtype, rows, kv_heads, 1, dim, value_dim}, rules, pick_of({0, 0, 20}), key.bytes.get(), value.bytes.get(),
+                      {kv_heads * dim, dim, dim}, {kv_heads * value_dim, value_dim, value_dim},
+                      {2, key_base, key_stride, first_block}, {2, value_base, value_stride, first_block}, table.data(), width,
+                      lengths.data(), runs.data(), refs.data(), blocks};
+  const auto number_of = [](int64_t pair, int64_t j, int64_t d) { return double((pair * 31 + j * 7 + d * 3) % 97 - 48) / 8; };
+  const auto fail = [](const char* what) {
+    if (failures++ < 10) std::printf("advance: %s\n", what);
+  };
+  std::fill(refs.begin(), refs.end(), 1);
+  if (advance(call) != pairs || lengths[0] != 0) fail("a full pool was written to");
+  std::fill(refs.begin(), refs.end(), 0);
+  for (int64_t n = 1; n <= steps; n++) {
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      for (int64_t d = 0; d < dim; d++) key.set(pair * dim + d, number_of(pair, n - 1, d));
+      for (int64_t d = 0; d < value_dim; d++) value.set(pair * value_dim + d, number_of(pair, n - 1, d + 50));
+    }
+    if (advance(call) != 0 || lengths[0] != n) fail("a token was not taken");
+    std::vector<int32_t> named(static_cast<size_t>(blocks), 0);
+    for (const int32_t id : table)
+      if (id >= 0) named[size_t(id)]++;
+    if (named != refs) fail("blocks are not counted as they are named");
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const Visible see = visible(n, rules.of(pair % kv_heads));
+      for (int64_t j = 0; j < n; j++) {
+        if (!((j >= see.first && j < see.sink_end) || j >= see.start)) continue;
+        const int32_t id = table[size_t(pair * width + j / BLOCK)];
+        if (id < 0) {
+          fail("a block that is seen is gone");
+          continue;
+        }
+        const int64_t at = (id < cut ? id : id - cut) * BLOCK + j % BLOCK;
+        for (int64_t d = 0; d < dim; d++)
+          if ((id < cut ? k0 : k1).get(at * dim + d) != number_of(pair, j, d)) fail("a key is not where it should be");
+        for (int64_t d = 0; d < value_dim; d++)
+          if ((id < cut ? v0 : v1).get(at * value_dim + d) != number_of(pair, j, d + 50)) fail("a value is not where it should be");
+      }
+    }
+  }
+  for (int64_t& n : lengths) n = width * BLOCK;
+  if (advance(call) != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
+}
+
 }  // namespace
 
 int main() {
   int tests = 0;
+  for (int i = 0; i < 24; i++, tests++) test_advance(DType(i % 3));
   for (int isa = PORTABLE; isa <= AVX512_BF16; isa++) {
     if (!isa_works(Isa(isa))) {
       std::printf("%s: not on this processor\n", isa_name(Isa(isa)));

@@ -14,7 +14,7 @@ from moacompress.plan import BLOCK, Plan, Rule
 from moacompress.runtime import attach
 from moacompress.runtime.blocks import LEAST_GROWTH, SLACK
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.layer import LAG
+from moacompress.runtime.runs import LAG
 
 
 def settings(**more):

@@ -337,26 +337,6 @@ def test_a_loop_of_ones_own(model, rows):
     assert torch.equal(sequences, expected)
 
 
-def test_a_compiled_model_says_the_same(model, token_ids):
-    """`torch.compile` compiles around the attention and its cache; single steps and padding included."""
-    ids = token_ids(2, 90)
-    mask = torch.ones_like(ids)
-    mask[0, :20] = 0
-    positions = positions_of(mask)
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        compiled = torch.compile(model, backend="eager", dynamic=True)
-        whole = compiled(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        out = compiled(ids[:, :80], attention_mask=mask[:, :80], position_ids=positions[:, :80])
-        steps = [
-            compiled(ids[:, at : at + 1], position_ids=positions[:, at : at + 1], cache=out.cache)
-            for at in range(80, 90)
-        ]
-    torch._dynamo.reset()
-    assert (whole - expected)[mask.bool()].abs().max() < TOLERANCE
-    assert (torch.cat([step.logits for step in steps], 1) - expected[:, 80:]).abs().max() < TOLERANCE
-
-
 def test_training_on_padded_rows(tiny_model, random_plan, rows):
     """Gradients of a padded batch are the sum of those of its rows, also with layers that are computed twice."""
     model = tiny_model(num_hidden_layers=2).requires_grad_(True)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from moacompress.errors import UnsupportedError
 from moacompress.plan import MIN_WINDOWS, SINKS, ModelShape, Plan, Rule
-from moacompress.runtime.attention import CONTEXT, LayerContext, attention_forward
+from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attention_forward
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import read_mask
-from moacompress.runtime.layer import LAG
+from moacompress.runtime.runs import LAG
 
 EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
 LAYERS, DIM = 2, 4
@@ -93,7 +93,7 @@ def feed(plan, world, tokens, real, generator, same=False):
         mask = None
     world.cache.real = read_mask(mask, world.cache, batch, tokens)
     chunk_mask = None if real.all() else torch.from_numpy(real)
-    for layer, cache_layer in enumerate(world.cache.layers):
+    for layer in range(len(world.cache.layers)):
         dtype = world.rows[0][layer][0].dtype
         query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=dtype)
         key, value = (
@@ -102,8 +102,10 @@ def feed(plan, world, tokens, real, generator, same=False):
         if same:
             key, value = (tensor[:1].expand_as(tensor).contiguous() for tensor in (key, value))
         world.cache.update(key, value, layer)
-        context = LayerContext.of(layer, plan.rules[layer], plan.min_window, shape.native_windows[layer], cache_layer)
-        found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **{CONTEXT: context})
+        context = LayerContext.of(layer, plan.rules[layer], plan.min_window, shape.native_windows[layer])
+        found, _ = attention_forward(
+            MODULE, query, key, value, chunk_mask, **{CONTEXT: LayerCall(context, world.cache)}
+        )
         found = found.transpose(1, 2)
         for row in range(batch):
             at = np.flatnonzero(real[row])

@@ -88,6 +88,21 @@ const int64_t* numbers(const Tensor& t, int64_t count, const char* op, const cha
 
 Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
+Rules rules_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
+               const Shape& shape, const char* op) {
+  STD_TORCH_CHECK(min_window >= 1, op, ": min_window is ", min_window, ", less than 1");
+  STD_TORCH_CHECK(native_window >= 0, op, ": native_window is ", native_window, "; 0 means none");
+  const Rules rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
+                       numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
+  for (int64_t head = 0; head < shape.kv_heads; head++) {
+    const Rule rule = rules.of(head);
+    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": KV head ", head,
+                    " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
+                    "; they must be at least 0, beta_q at most 1024");
+  }
+  return rules;
+}
+
 struct Rest {
   Rules rules;
   Scores scores;
@@ -95,19 +110,9 @@ struct Rest {
 
 Rest rest_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
              double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
-  STD_TORCH_CHECK(min_window >= 1, op, ": min_window is ", min_window, ", less than 1");
-  STD_TORCH_CHECK(native_window >= 0, op, ": native_window is ", native_window, "; 0 means none");
   STD_TORCH_CHECK(scaling > 0, op, ": scaling is ", scaling, ", not positive");
   STD_TORCH_CHECK(softcap >= 0, op, ": softcap is ", softcap, "; 0 means none");
-  Rest rest;
-  rest.rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
-                numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
-  for (int64_t head = 0; head < shape.kv_heads; head++) {
-    const Rule rule = rest.rules.of(head);
-    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": KV head ", head,
-                    " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
-                    "; they must be at least 0, beta_q at most 1024");
-  }
+  Rest rest = {rules_of(sink, alpha, beta_q, min_window, native_window, shape, op), {}};
   rest.scores = {float(scaling), float(softcap), nullptr};
   if (sink_logits)
     rest.scores.sink_logits = static_cast<const float*>(
@@ -178,6 +183,38 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
                            out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr())};
   check_status(decode(call, parallel(), isa()), op);
   return {out, lse};
+}
+
+int64_t advance_op(Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs,
+                   Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window, int64_t native_window, int64_t lag) {
+  const char* op = "advance";
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
+                  text(value), "; both must have 4 dimensions");
+  STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
+                  " of values; at least one of each, and as many, are needed");
+  const Shape shape = {dtype_of(key, op), key.size(0), key.size(1), 1, key.size(3), value.size(3)};
+  const ScalarType type = key.scalar_type();
+  check_rows(key, {shape.rows, shape.kv_heads, 1, shape.head_dim}, type, op, "key");
+  check_rows(value, {shape.rows, shape.kv_heads, 1, shape.value_dim}, type, op, "value");
+  const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
+  const Shapes pairs = {shape.rows, shape.kv_heads, -1}, bounds = {4, shape.rows, shape.kv_heads};
+  dense(table, pairs, ScalarType::Int, op, "table");
+  dense(runs, bounds, ScalarType::Long, op, "runs");
+  dense(refs, {-1}, ScalarType::Int, op, "refs");
+  const int64_t blocks = refs.size(0);
+  STD_TORCH_CHECK(key_pool.first_block.back() == blocks && value_pool.first_block.back() == blocks, op, ": the pool has ",
+                  key_pool.first_block.back(), " blocks of keys and ", value_pool.first_block.back(), " of values, refs counts ",
+                  blocks);
+  const int64_t* tokens = numbers(lengths, shape.rows, op, "lengths");
+  for (int64_t row = 0; row < shape.rows; row++)
+    STD_TORCH_CHECK(tokens[row] >= 0 && tokens[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
+  STD_TORCH_CHECK(lag >= 0, op, ": lag is ", lag);
+  const Rules rules = rules_of(sink, alpha, beta_q, min_window, native_window, shape, op);
+  const AdvanceCall call = {shape, rules, lag, key.const_data_ptr(), value.const_data_ptr(), strides(key), strides(value),
+                            key_pool.view(), value_pool.view(), static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2),
+                            static_cast<int64_t*>(lengths.mutable_data_ptr()), static_cast<int64_t*>(runs.mutable_data_ptr()),
+                            static_cast<int32_t*>(refs.mutable_data_ptr()), blocks};
+  return advance(call);
 }
 
 std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
@@ -278,6 +315,10 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor sink, Tensor alpha, "
       "Tensor beta_q, int min_window, int native_window, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
   m.def(
+      "advance(Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) table, Tensor(d!) lengths, "
+      "Tensor(e!) runs, Tensor(f!) refs, Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, int lag) "
+      "-> int");
+  m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
       "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, float scaling, float softcap, "
       "Tensor? sink_logits) -> (Tensor, Tensor)");
@@ -289,6 +330,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode_op));
+  m.impl("advance", TORCH_BOX(&advance_op));
   m.impl("prefill", TORCH_BOX(&prefill_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
 }

@@ -91,6 +91,23 @@ struct PrefillCall {
   float* lse;  // [rows, heads, tokens], dense
 };
 
+// One token more in every row. `runs` holds what `layer.py` calls a, b, c and d, each [rows, kv_heads]; `lag` tokens are kept longer
+// (0: none); `refs` counts how many table entries name each block.
+struct AdvanceCall {
+  Shape shape;  // the group is not looked at
+  Rules rules;
+  int64_t lag;
+  const void *key, *value;
+  Strides key_at, value_at;  // one token each: the stride from token to token is not looked at
+  Pool keys, values;         // written to
+  int32_t* ids;              // [rows, kv_heads, width]
+  int64_t width;
+  int64_t *lengths, *runs;  // [rows], [4, rows, kv_heads]
+  int32_t* refs;            // [blocks]
+  int64_t blocks;
+};
+constexpr int64_t TABLE_TOO_NARROW = -1;
+
 // Gradients of a prefill without cache. `delta` is rowsum(dout * out) - dlse, FlashAttention's delta.
 struct BackwardCall {
   Shape shape;
@@ -114,6 +131,9 @@ bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
 Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa);
 Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
+// Returns 0; or how many blocks the pool lacks; or TABLE_TOO_NARROW. Then the call can be made again once there is room: no token
+// is written and no length is changed before.
+int64_t advance(const AdvanceCall& call);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 
 // ---- what the files of the instruction sets implement ----

@@ -1,0 +1,66 @@
+"""What a compiled model calls: operators that `torch.compile` takes into its graph whole and never looks into.
+
+Everything that depends on data (what a mask says, how long a row is, which blocks are free) is behind them, so a graph has no
+breaks and no branches on data, and one graph serves every length. A graph holds tensors and numbers alone: a cache is named by
+`PlanCache.handle`, a layer's part of the plan by `LayerContext.number`. They run in the order of the data: each needs what the
+one before it returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moacompress.runtime import hooks
+from moacompress.runtime.attention import LayerContext, attend
+from moacompress.runtime.cache import PlanCache
+
+_LIBRARY = torch.library.Library("moacompress", "DEF")
+_LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, int context, float scaling, float softcap, "
+    "Tensor? s_aux) -> Tensor"
+)
+
+
+def _cache(handle: torch.Tensor | None) -> PlanCache | None:
+    return None if handle is None else PlanCache.find(handle)
+
+
+def _begin(
+    fed: torch.Tensor, handle: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Does what `hooks.begin` does; returns token ids or embeddings, `[rows, tokens, ...]`, as they are."""
+    hooks.begin(_cache(handle), mask, positions, *fed.shape[:2])
+    return fed.clone()
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor | None,
+    number: int,
+    scaling: float,
+    softcap: float,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Does what `attention.attend` does; without gradients."""
+    context, cache = LayerContext.find(number), _cache(handle)
+    if cache is not None:
+        cache.update(key, value, context.layer)
+    return attend(context, cache, query, key, value, mask, scaling, softcap or None, s_aux)
+
+
+def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    rows, heads, tokens, _ = query.shape
+    return query.new_empty(rows, tokens, heads, value.shape[-1])
+
+
+_LIBRARY.impl("begin", _begin, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("moacompress::begin", lambda fed, *rest: torch.empty_like(fed))
+torch.library.register_fake("moacompress::attend", _fake_attend)
+torch.library.register_autograd("moacompress::begin", lambda ctx, grad: (grad, None, None, None))

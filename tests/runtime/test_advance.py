@@ -1,0 +1,153 @@
+"""One token of every row goes into the cache by a compiled call, which leaves what the Python path leaves."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.plan import BLOCK, Rule
+from moacompress.runtime.chunk import Chunk
+from moacompress.runtime.layer import PlanCacheLayer
+
+HEADS, DIM, VALUE_DIM = 3, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    if dispatch.chosen().name != "cpu":
+        pytest.skip("the compiled kernels can not run")
+
+
+def pair(rng, lag=False, reserve=None):
+    """Two layers with the same random rules; the second one never uses the compiled call."""
+    rules = [
+        Rule(rng.choice((4, 16, 64)), rng.choice((0, 7, 40, 128)), rng.choice((0, 100, 700, 1024)))
+        for _ in range(HEADS)
+    ]
+    bounds = (rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
+    layers = [PlanCacheLayer(rules, *bounds, reserve) for _ in range(2)]
+    for layer in layers:
+        layer.record_past = lag
+    layers[1]._advance = lambda *tensors: False
+    return layers
+
+
+def feed(layers, key, value, real=None):
+    for layer in layers:
+        layer.update(key, value, 0)
+        layer.commit(Chunk.of(real, key.shape[2]))
+
+
+def contents(layer):
+    """Blocks of keys and values in the order of the table, infinite where there is none, 0 behind the last token."""
+    found = []
+    for name in ("keys", "values"):
+        pool = torch.cat(getattr(layer._pool, name))
+        ids = torch.from_numpy(layer._table.ids).long()
+        blocks = torch.where(ids[..., None, None] < 0, torch.inf, pool[ids.clamp_min(0)].double())
+        for row, n in enumerate(layer.lengths):
+            if n % BLOCK:
+                blocks[row, :, n // BLOCK, n % BLOCK :] = 0
+        found.append(blocks)
+    return found
+
+
+def assert_equal(one, other):
+    assert np.array_equal(one.lengths, other.lengths)
+    assert np.array_equal(one._runs.ends, other._runs.ends)
+    width = -(-int(one.lengths.max()) // BLOCK)
+    for a, b in zip(contents(one), contents(other), strict=True):
+        assert torch.equal(a[:, :, :width], b[:, :, :width])
+        assert a[:, :, width:].isinf().all()
+        assert b[:, :, width:].isinf().all()
+
+
+def assert_counted(*layers):
+    """Every block of a pool is counted as often as these layers name it."""
+    pool = layers[0]._pool
+    ids = np.concatenate([layer._table.ids.reshape(-1) for layer in layers])
+    assert np.array_equal(np.bincount(ids[ids >= 0], minlength=len(pool.refs)), pool.refs)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_it_leaves_what_the_python_path_leaves(seed, monkeypatch):
+    """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = cpu_ops.DTYPES[seed % 3]
+    lag, rows = rng.random() < 0.5, rng.choice((1, 2, 3))
+    layers = pair(rng, lag, rng.choice((None, 200)))
+    calls = []
+    advance = dispatch.advance
+    monkeypatch.setattr(dispatch, "advance", lambda *state: calls.append(advance(*state)) or calls[-1])
+    for step in range(14):
+        tokens = rng.choice((1, 1, 1, 5, 40, 100)) if step else 30
+        real = None
+        if tokens > 1 and rng.random() < 0.3:
+            real = torch.ones(rows, tokens, dtype=torch.bool)
+            real[0, : rng.randint(1, tokens - 1)] = False
+        for _ in range(rng.randint(1, 40) if tokens == 1 else 1):
+            key = torch.randn(rows, tokens, HEADS, DIM + 2).to(dtype).transpose(1, 2)[..., 1:-1]
+            feed(layers, key, torch.randn(rows, HEADS, tokens, VALUE_DIM).to(dtype), real)
+            assert_equal(*layers)
+            for layer in layers:
+                assert_counted(layer)
+        if rng.random() < 0.3:
+            order = np.array([rng.randrange(rows) for _ in range(rows)])
+            for layer in layers:
+                layer.select(order)
+        if lag and rng.random() < 0.3:
+            counts = np.full(rows, min(rng.randint(1, 20), int(layers[0].lengths.min())))
+            for layer in layers:
+                layer.roll_back(counts, int(counts[0]))
+        assert_equal(*layers)
+    assert calls.count(0) > 10
+
+
+def test_a_fork_is_not_written_to():
+    layers = pair(random.Random(3))
+    feed(layers, torch.randn(2, HEADS, 37, DIM), torch.randn(2, HEADS, 37, VALUE_DIM))
+    forks = [layer.fork() for layer in layers]
+    forks[1]._advance = layers[1]._advance
+    before = contents(layers[0])
+    for _ in range(30):
+        feed(forks, torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, VALUE_DIM))
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(layers[0]), strict=True))
+    for layer, fork in zip(layers, forks, strict=True):
+        assert_counted(layer, fork)
+    assert_equal(*forks)
+
+
+def test_bad_arguments_are_refused():
+    layer, _ = pair(random.Random(1))
+    feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
+    pool, state = layer._pool, (layer._table.ids, layer.lengths, layer._runs.ends, layer._pool.refs)
+    tensors = ("key", "value", "keys", "values", "table", "lengths", "runs", "refs")
+    names = (*tensors, "sink", "alpha", "beta_q", "min", "native", "lag")
+    token = torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, VALUE_DIM)
+    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), *layer._rule.columns, 0)
+    good = dict(zip(names, arguments, strict=True))
+    before = [array.copy() for array in state]
+
+    def refused(match, **changes):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.moacompress_cpu.advance(*(good | changes).values())
+        assert all(np.array_equal(a, b) for a, b in zip(before, state, strict=True))
+
+    refused("both must have 4 dimensions", key=token[0][0])
+    refused("the shape", key=token[0].repeat(1, 1, 2, 1))
+    refused("another dtype", value=token[1].half())
+    refused("segments of keys and 0 of values", values=[])
+    refused("the shape", keys=[torch.zeros(1, 16, DIM + 1)])
+    refused("blocks of keys and", refs=good["refs"][:-1].clone())
+    refused("table has another dtype", table=good["table"].long())
+    refused("runs has the shape", runs=good["runs"][:3])
+    refused("row 1 has -1 tokens", lengths=torch.tensor([20, -1]))
+    refused("sink has the shape", sink=torch.tensor([4]))
+    refused("min_window is 0", min=0)
+    refused("lag is -1", lag=-1)
+    assert torch.ops.moacompress_cpu.advance(*good.values()) in (0, -1)
