@@ -133,30 +133,37 @@ def decode(
     return found
 
 
-def advance(
+def step(
+    query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
-    *state: torch.Tensor | int,
-) -> int:
-    """Puts one more token of every row into its cache; only where `kernel_for(key)` is compiled.
+    *rest: Any,
+) -> tuple[torch.Tensor, int]:
+    """Puts one more token of every row into its cache and attends to it; only where `kernel_for(query)` is compiled.
 
     Args:
+        query: `[rows, heads, 1, head_dim]`.
         key: `[rows, kv_heads, 1, head_dim]`.
         value: `[rows, kv_heads, 1, value_dim]`.
         keys: the pool's segments, `[blocks, 16, head_dim]` each; written to.
         values: its segments of values; written to.
-        *state: what is written to: the block table, int32 `[rows, kv_heads, width]`, the tokens of every row, int64 `[rows]`,
+        *rest: what is written to: the block table, int32 `[rows, kv_heads, width]`, the tokens of every row, int64 `[rows]`,
             the blocks held (`runtime.runs.Runs.ends`), int64 `[4, rows, kv_heads]`, and how many table entries name each block,
-            int32 `[blocks]`; then sink, alpha and beta_q, the smallest and the native window (0: none), and the tokens that are
-            kept longer for rolling back.
+            int32 `[blocks]`; then sink, alpha and beta_q, the smallest and the native window (0: none), the tokens that are
+            kept longer for rolling back, and scaling, softcap and learned logits as `decode` takes them.
 
     Returns:
-        0; or the number of blocks that the pool lacks, or -1 where the table is too narrow: the call is then made again.
+        `[rows, 1, heads, value_dim]` and 0; or something and the number of blocks that the pool lacks, or -1 where the table is
+        too narrow: the call is then made again.
     """
-    missing: int = torch.ops.moacompress_cpu.advance(_rows(key), _rows(value), list(keys), list(values), *state)
-    return missing
+    *state, sink_logits = rest
+    token = (_rows(query), _rows(key), _rows(value))
+    found: tuple[torch.Tensor, int] = torch.ops.moacompress_cpu.step(
+        *token, list(keys), list(values), *state, _floats(sink_logits)
+    )
+    return found
 
 
 def prefill(

@@ -148,7 +148,11 @@ def attend(
     """Attends and commits; arguments and result as of `attention_forward`, which checks them, with the model's cache."""
     batch, _, tokens, _ = query.shape
     cache, chunk = None if whole is None else whole.layers[context.layer], Chunk.of(attention_mask, tokens)
-    past = np.zeros(batch, np.int64) if cache is None else cache.lengths.copy()  # a commit may count on in place
+    if cache is not None and tokens == 1 and chunk.real is None and not query.requires_grad:
+        stepped = cache.step(query, scale, softcap or 0.0, s_aux)
+        if stepped is not None:
+            return stepped
+    past = np.zeros(batch, np.int64) if cache is None else cache.lengths
     step = _Step(context, cache, chunk, past, query, key, value, scale, softcap, s_aux)
     attend = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
     single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first

@@ -155,6 +155,36 @@ class PlanCacheLayer(CacheLayerMixin):
         assert self._pending is not None
         return self._pending
 
+    def step(self, query: torch.Tensor, *scores: float | torch.Tensor | None) -> torch.Tensor | None:
+        """Takes in the running forward's one token of every row, all real, and attends to it: one compiled call.
+
+        Args:
+            query: `[rows, heads, 1, head_dim]`, without gradients.
+            *scores: scaling, softcap (0: none) and learned logits, as `kernels.dispatch.decode` takes them.
+
+        Returns:
+            `[rows, 1, heads, value_dim]`; None, and nothing is done, where there is no kernel for it or no memory yet.
+        """
+        key, value = self.take_pending()
+        pool, table = self._pool, self._table
+        assert pool is not None
+        if not pool.tensors or pool.keys[0].dtype != query.dtype or dispatch.kernel_for(query) != "cpu":
+            return None
+        with pool.lock:
+            while True:
+                state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
+                rest = (*state, *self._rule.columns, self._lag, *scores)
+                out, missing = dispatch.step(query, key.detach(), value.detach(), pool.keys, pool.values, *rest)
+                if not missing:
+                    break
+                if missing < 0:
+                    table.widen(int(self.lengths.max()) // BLOCK + 1)
+                else:
+                    pool.grow(missing)
+        self.columns += 1
+        self._pending = None
+        return out
+
     def commit(self, chunk: Chunk) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.
 
@@ -175,8 +205,6 @@ class PlanCacheLayer(CacheLayerMixin):
         self._pending = None
 
     def _commit(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
-        if chunk.columns == 1 and chunk.real is None and self._advance(key, value):
-            return
         before, counts = self.lengths, chunk.counts(len(self.lengths))
         lengths = before + counts
         runs = self._rule.kept(lengths, self._runs, self._lag)
@@ -188,24 +216,6 @@ class PlanCacheLayer(CacheLayerMixin):
             self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
         self._write(key, value, before, chunk)
-
-    def _advance(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Takes in one real token of every row in one compiled call; False where there is none for these tensors."""
-        pool, table = self._pool, self._table
-        assert pool is not None
-        if not pool.tensors or pool.keys[0].dtype != key.dtype or dispatch.kernel_for(key) != "cpu":
-            return False
-        token = key.detach(), value.detach()
-        with pool.lock:
-            while True:
-                state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
-                missing = dispatch.advance(*token, pool.keys, pool.values, *state, *self._rule.columns, self._lag)
-                if not missing:
-                    return True
-                if missing < 0:
-                    table.widen(int(self.lengths.max()) // BLOCK + 1)
-                else:
-                    pool.grow(missing)
 
     def _twins(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
         """Returns the first row that is the same as each, to the bit, before and in a chunk; None where all differ.

@@ -1,7 +1,7 @@
 // One token more in every row of a layer's cache: blocks that no later query sees are given back, a free one is taken where a new
 // one begins, one that others name too is copied before it is written to, and the token's keys and values are written.
 //
-// What stays follows from the number of tokens, as moacompress/runtime/layer.py has it for whole chunks; tests hold the two equal.
+// What stays follows from the number of tokens, as moacompress/runtime/runs.py has it for whole chunks; tests hold the two equal.
 #include <cstring>
 
 #include "core.h"

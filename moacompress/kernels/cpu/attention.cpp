@@ -136,7 +136,7 @@ struct DecodeJob {
         for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] = c == begin ? weight * part[d] : mixed[d] + weight * part[d];
       }
       for (int64_t d = 0; d < shape.value_dim; d++) put(shape.dtype, out, d, begin < end ? mixed[d] / total : 0.f);
-      call.lse[at] = begin < end ? peak + std::log(total) : -INFINITY;
+      if (call.lse) call.lse[at] = begin < end ? peak + std::log(total) : -INFINITY;
     }
   }
 };

@@ -185,21 +185,24 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   return {out, lse};
 }
 
-int64_t advance_op(Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs,
-                   Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window, int64_t native_window, int64_t lag) {
-  const char* op = "advance";
+std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
+                                    Tensor lengths, Tensor runs, Tensor refs, Tensor sink, Tensor alpha, Tensor beta_q,
+                                    int64_t min_window, int64_t native_window, int64_t lag, double scaling, double softcap,
+                                    std::optional<Tensor> sink_logits) {
+  const char* op = "step";
   STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
                   text(value), "; both must have 4 dimensions");
   STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
                   " of values; at least one of each, and as many, are needed");
-  const Shape shape = {dtype_of(key, op), key.size(0), key.size(1), 1, key.size(3), value.size(3)};
-  const ScalarType type = key.scalar_type();
+  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const int64_t heads = shape.kv_heads * shape.group;
+  const ScalarType type = query.scalar_type();
+  check_rows(query, {shape.rows, heads, 1, shape.head_dim}, type, op, "query");
   check_rows(key, {shape.rows, shape.kv_heads, 1, shape.head_dim}, type, op, "key");
   check_rows(value, {shape.rows, shape.kv_heads, 1, shape.value_dim}, type, op, "value");
   const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
-  const Shapes pairs = {shape.rows, shape.kv_heads, -1}, bounds = {4, shape.rows, shape.kv_heads};
-  dense(table, pairs, ScalarType::Int, op, "table");
-  dense(runs, bounds, ScalarType::Long, op, "runs");
+  dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
+  dense(runs, {4, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
   dense(refs, {-1}, ScalarType::Int, op, "refs");
   const int64_t blocks = refs.size(0);
   STD_TORCH_CHECK(key_pool.first_block.back() == blocks && value_pool.first_block.back() == blocks, op, ": the pool has ",
@@ -209,12 +212,19 @@ int64_t advance_op(Tensor key, Tensor value, Tensors keys, Tensors values, Tenso
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(tokens[row] >= 0 && tokens[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
   STD_TORCH_CHECK(lag >= 0, op, ": lag is ", lag);
-  const Rules rules = rules_of(sink, alpha, beta_q, min_window, native_window, shape, op);
-  const AdvanceCall call = {shape, rules, lag, key.const_data_ptr(), value.const_data_ptr(), strides(key), strides(value),
-                            key_pool.view(), value_pool.view(), static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2),
-                            static_cast<int64_t*>(lengths.mutable_data_ptr()), static_cast<int64_t*>(runs.mutable_data_ptr()),
-                            static_cast<int32_t*>(refs.mutable_data_ptr()), blocks};
-  return advance(call);
+  const Rest rest = rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, sink_logits, shape, op);
+  int32_t* ids = static_cast<int32_t*>(table.mutable_data_ptr());
+  const AdvanceCall taken = {shape, rest.rules, lag, key.const_data_ptr(), value.const_data_ptr(), strides(key), strides(value),
+                             key_pool.view(), value_pool.view(), ids, table.size(2),
+                             static_cast<int64_t*>(lengths.mutable_data_ptr()), static_cast<int64_t*>(runs.mutable_data_ptr()),
+                             static_cast<int32_t*>(refs.mutable_data_ptr()), blocks};
+  Tensor out = torch::stable::new_empty(query, Shapes{shape.rows, 1, heads, shape.value_dim});
+  const int64_t missing = advance(taken);
+  if (missing) return {out, missing};
+  const DecodeCall call = {shape, rest.rules, rest.scores, query.const_data_ptr(), query.stride(0), query.stride(1),
+                           key_pool.view(), value_pool.view(), {ids, table.size(2)}, tokens, out.mutable_data_ptr(), nullptr};
+  check_status(decode(call, parallel(), isa()), op);
+  return {out, 0};
 }
 
 std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
@@ -315,9 +325,9 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor sink, Tensor alpha, "
       "Tensor beta_q, int min_window, int native_window, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
   m.def(
-      "advance(Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) table, Tensor(d!) lengths, "
-      "Tensor(e!) runs, Tensor(f!) refs, Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, int lag) "
-      "-> int");
+      "step(Tensor query, Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) table, "
+      "Tensor(d!) lengths, Tensor(e!) runs, Tensor(f!) refs, Tensor sink, Tensor alpha, Tensor beta_q, int min_window, "
+      "int native_window, int lag, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, int)");
   m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
       "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, float scaling, float softcap, "
@@ -330,7 +340,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode_op));
-  m.impl("advance", TORCH_BOX(&advance_op));
+  m.impl("step", TORCH_BOX(&step_op));
   m.impl("prefill", TORCH_BOX(&prefill_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
 }

@@ -73,7 +73,7 @@ struct DecodeCall {
   Table table;
   const int64_t* lengths;  // [rows]
   void* out;               // [rows, heads, value_dim], dense
-  float* lse;              // [rows, heads], dense
+  float* lse;              // [rows, heads], dense; or null
 };
 
 struct PrefillCall {
@@ -91,7 +91,7 @@ struct PrefillCall {
   float* lse;  // [rows, heads, tokens], dense
 };
 
-// One token more in every row. `runs` holds what `layer.py` calls a, b, c and d, each [rows, kv_heads]; `lag` tokens are kept longer
+// One token more in every row. `runs` holds what `runs.py` calls a, b, c and d, each [rows, kv_heads]; `lag` tokens are kept longer
 // (0: none); `refs` counts how many table entries name each block.
 struct AdvanceCall {
   Shape shape;  // the group is not looked at

@@ -1,4 +1,4 @@
-"""One token of every row goes into the cache by a compiled call, which leaves what the Python path leaves."""
+"""One token of every row goes into the cache by a compiled call: it leaves and says what the Python path does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from moacompress.plan import BLOCK, Rule
 from moacompress.runtime.chunk import Chunk
 from moacompress.runtime.layer import PlanCacheLayer
 
-HEADS, DIM, VALUE_DIM = 3, 5, 7
+HEADS, GROUP, DIM, VALUE_DIM = 3, 2, 5, 7
+SCORES = (0.4, 0.0, None)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _built():
 
 
 def pair(rng, lag=False, reserve=None):
-    """Two layers with the same random rules; the second one never uses the compiled call."""
+    """Two empty layers with the same random rules."""
     rules = [
         Rule(rng.choice((4, 16, 64)), rng.choice((0, 7, 40, 128)), rng.choice((0, 100, 700, 1024)))
         for _ in range(HEADS)
@@ -32,14 +33,28 @@ def pair(rng, lag=False, reserve=None):
     layers = [PlanCacheLayer(rules, *bounds, reserve) for _ in range(2)]
     for layer in layers:
         layer.record_past = lag
-    layers[1]._advance = lambda *tensors: False
     return layers
 
 
-def feed(layers, key, value, real=None):
+def feed(layers, key, value, real=None, scores=SCORES):
+    """Feeds both; where a single token is all that is fed, the first layer steps and both must say the same.
+
+    Returns:
+        Whether the first layer did step.
+    """
+    rows, _, tokens, _ = key.shape
     for layer in layers:
         layer.update(key, value, 0)
-        layer.commit(Chunk.of(real, key.shape[2]))
+    query, out = torch.randn(rows, HEADS * GROUP, tokens, DIM).to(key.dtype), None
+    if tokens == 1:
+        out = layers[0].step(query, *scores)
+    for layer in layers if out is None else layers[1:]:
+        layer.commit(Chunk.of(real, tokens))
+    if out is not None:
+        lengths, numbers = torch.from_numpy(layers[1].lengths), layers[1]._rule.columns
+        wanted, _ = dispatch.decode(query[:, :, 0], *layers[1].blocks_of_rows(), lengths, *numbers, *scores)
+        assert torch.equal(out, wanted[:, None])
+    return out is not None
 
 
 def contents(layer):
@@ -74,16 +89,15 @@ def assert_counted(*layers):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_it_leaves_what_the_python_path_leaves(seed, monkeypatch):
+def test_it_does_what_the_python_path_does(seed):
     """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = cpu_ops.DTYPES[seed % 3]
     lag, rows = rng.random() < 0.5, rng.choice((1, 2, 3))
     layers = pair(rng, lag, rng.choice((None, 200)))
-    calls = []
-    advance = dispatch.advance
-    monkeypatch.setattr(dispatch, "advance", lambda *state: calls.append(advance(*state)) or calls[-1])
+    scores = (rng.choice((0.2, 1.0)), rng.choice((0.0, 3.0)), rng.choice((None, torch.randn(HEADS * GROUP))))
+    steps = 0
     for step in range(14):
         tokens = rng.choice((1, 1, 1, 5, 40, 100)) if step else 30
         real = None
@@ -92,7 +106,7 @@ def test_it_leaves_what_the_python_path_leaves(seed, monkeypatch):
             real[0, : rng.randint(1, tokens - 1)] = False
         for _ in range(rng.randint(1, 40) if tokens == 1 else 1):
             key = torch.randn(rows, tokens, HEADS, DIM + 2).to(dtype).transpose(1, 2)[..., 1:-1]
-            feed(layers, key, torch.randn(rows, HEADS, tokens, VALUE_DIM).to(dtype), real)
+            steps += feed(layers, key, torch.randn(rows, HEADS, tokens, VALUE_DIM).to(dtype), real, scores)
             assert_equal(*layers)
             for layer in layers:
                 assert_counted(layer)
@@ -105,17 +119,16 @@ def test_it_leaves_what_the_python_path_leaves(seed, monkeypatch):
             for layer in layers:
                 layer.roll_back(counts, int(counts[0]))
         assert_equal(*layers)
-    assert calls.count(0) > 10
+    assert steps > 10
 
 
 def test_a_fork_is_not_written_to():
     layers = pair(random.Random(3))
     feed(layers, torch.randn(2, HEADS, 37, DIM), torch.randn(2, HEADS, 37, VALUE_DIM))
     forks = [layer.fork() for layer in layers]
-    forks[1]._advance = layers[1]._advance
     before = contents(layers[0])
     for _ in range(30):
-        feed(forks, torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, VALUE_DIM))
+        assert feed(forks, torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, VALUE_DIM))
     assert all(torch.equal(a, b) for a, b in zip(before, contents(layers[0]), strict=True))
     for layer, fork in zip(layers, forks, strict=True):
         assert_counted(layer, fork)
@@ -126,21 +139,23 @@ def test_bad_arguments_are_refused():
     layer, _ = pair(random.Random(1))
     feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
     pool, state = layer._pool, (layer._table.ids, layer.lengths, layer._runs.ends, layer._pool.refs)
-    tensors = ("key", "value", "keys", "values", "table", "lengths", "runs", "refs")
-    names = (*tensors, "sink", "alpha", "beta_q", "min", "native", "lag")
-    token = torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, VALUE_DIM)
-    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), *layer._rule.columns, 0)
+    tensors = ("query", "key", "value", "keys", "values", "table", "lengths", "runs", "refs")
+    names = (*tensors, "sink", "alpha", "beta_q", "min", "native", "lag", "scaling", "softcap", "logits")
+    token = (torch.randn(2, heads, 1, dim) for heads, dim in ((HEADS * GROUP, DIM), (HEADS, DIM), (HEADS, VALUE_DIM)))
+    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), *layer._rule.columns, 0, *SCORES)
     good = dict(zip(names, arguments, strict=True))
     before = [array.copy() for array in state]
 
     def refused(match, **changes):
         with pytest.raises(RuntimeError, match=match):
-            torch.ops.moacompress_cpu.advance(*(good | changes).values())
+            torch.ops.moacompress_cpu.step(*(good | changes).values())
         assert all(np.array_equal(a, b) for a, b in zip(before, state, strict=True))
 
-    refused("both must have 4 dimensions", key=token[0][0])
-    refused("the shape", key=token[0].repeat(1, 1, 2, 1))
-    refused("another dtype", value=token[1].half())
+    refused("both must have 4 dimensions", key=good["key"][0])
+    refused("5 query heads are no multiple of 3 KV heads", query=good["query"][:, 1:])
+    refused("query has the shape", query=good["query"].repeat(1, 1, 2, 1))
+    refused("the shape", key=good["key"].repeat(1, 1, 2, 1))
+    refused("another dtype", value=good["value"].half())
     refused("segments of keys and 0 of values", values=[])
     refused("the shape", keys=[torch.zeros(1, 16, DIM + 1)])
     refused("blocks of keys and", refs=good["refs"][:-1].clone())
@@ -150,4 +165,6 @@ def test_bad_arguments_are_refused():
     refused("sink has the shape", sink=torch.tensor([4]))
     refused("min_window is 0", min=0)
     refused("lag is -1", lag=-1)
-    assert torch.ops.moacompress_cpu.advance(*good.values()) in (0, -1)
+    refused("scaling is 0", scaling=0.0)
+    refused("sink_logits has the shape", logits=torch.zeros(HEADS))
+    assert torch.ops.moacompress_cpu.step(*good.values())[1] in (0, -1)
