@@ -211,6 +211,7 @@ class Search:
         self.stages += [Stage.of("study", best.plan, best.harms, best.value, best.value < 0)]
         best, change = self._rounds(tried, best)
         best = self._moves(tried, best, change)
+        best = self._rest(tried, best)
         return self._write(tried, best, finished=True)
 
     def _over(self) -> bool:
@@ -302,6 +303,23 @@ class Search:
             if found.value < best.value:
                 return found
         return best
+
+    def _rest(self, tried: Sequence[Tried], best: Standing) -> Standing:
+        """Spends what is left of the budget: what interactions and moves gave back, or what no rule of theirs fits.
+
+        The plan then sees all that it saw, and more. What the validation samples do not ask for may need it, so it stays unless
+        they say that it is worse, by more than the standard error of their paired differences.
+        """
+        profile = self.request.profile
+        choice = choice_of(profile, best.plan)
+        plan = chosen_plan(profile, self.knapsack.filled(self.surrogate.costs(), choice, self.surrogate.supersets))
+        if plan.key() == best.plan.key() or self._over():
+            return best
+        found = self._measured("rest", plan, tried)
+        ratios = np.array(log_ratios(found.harms, best.harms))
+        kept = ratios.mean() <= ratios.std(ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else ratios.mean() <= 0
+        self.stages.append(Stage.of("rest", plan, found.harms, found.value, bool(kept)))
+        return found if kept else best
 
     def _measured(self, stage: str, plan: Plan, tried: Sequence[Tried]) -> Standing:
         harms = self.judge.harms("improved", plan, self.judge.order)

@@ -69,3 +69,23 @@ def test_noise_does_not_pay(profiles: Profiles) -> None:
     sure = np.full((len(down), 4), -0.05)
     assert not np.array_equal(combined(knapsack, choice, down, sure), choice)
     assert np.array_equal(combined(knapsack, choice, [Move(0, 0, int(choice[0, 0]))], np.zeros((1, 1))), choice)
+
+
+def test_what_is_left_is_spent_on_wider_rules(profiles: Profiles) -> None:
+    profile = profiles()
+    request = Request.of(profile, "50%", profile.recipe)
+    knapsack, surrogate = Knapsack.of(request), request.surrogate
+    costs, rng = surrogate.costs(), np.random.default_rng(0)
+    for _ in range(20):
+        choice = rng.integers(1, costs.shape[-1], costs.shape[:2])
+        if (slots(knapsack, choice).sum(axis=(1, 2)) > knapsack.limits).any():
+            continue
+        filled = knapsack.filled(costs, choice, surrogate.supersets)
+        used = slots(knapsack, filled).sum(axis=(1, 2))
+        assert (used <= knapsack.limits).all()
+        assert (used > slots(knapsack, choice).sum(axis=(1, 2))).any()
+        for before, after in zip(choice.flat, filled.flat, strict=True):
+            assert surrogate.supersets[before, after]
+        assert np.array_equal(knapsack.filled(costs, filled, surrogate.supersets), filled)
+        flat = np.zeros_like(costs)  # nothing is predicted to gain: the bytes are spent all the same
+        assert (slots(knapsack, knapsack.filled(flat, choice, surrogate.supersets)) >= slots(knapsack, choice)).all()

@@ -21,6 +21,7 @@ from moacompress.progress import Progress
 from moacompress.search import study
 from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
+from moacompress.search.knapsack import Knapsack
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -134,6 +135,7 @@ fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
 from moacompress.search import study
 from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
+from moacompress.search.knapsack import Knapsack
 profile = fakes.make_profile()
 study.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
 source = SimpleNamespace(model=None, source="model", shape=profile.shape)
@@ -343,7 +345,7 @@ def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp
     assert [stage["log_ratio"] for stage in kept[1:]] == sorted(
         (stage["log_ratio"] for stage in kept[1:]), reverse=True
     )
-    assert improved.plan.provenance["stage"].startswith(("round", "moves"))
+    assert improved.plan.provenance["stage"].startswith(("round", "moves", "rest"))
     again, fake = search(profiles(trials=1, rounds=3, moves=4), out=out)
     assert fake.calls == []
     assert again.explanation == improved.explanation == json.loads((tmp_path / "plan.explain.json").read_text())
@@ -363,6 +365,32 @@ def test_rounds_that_do_not_help_are_not_taken(
     misled = search(profiles(trials=1, rounds=3))[0]
     assert misled.plan.rules == one_shot.plan.rules
     assert not any(stage["kept"] for stage in misled.explanation["stages"] if stage["name"].startswith("round"))
+
+
+def test_what_is_left_is_spent_unless_that_measures_worse(
+    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the solver is held to the narrowest rule of all KV heads."""
+
+    def shares(plan: Plan) -> list[float]:
+        return [plan.kv_share(n) for n in (256, 512)]
+
+    monkeypatch.setattr(Knapsack, "choose", lambda self, costs: np.ones(costs.shape[:2], np.int64))
+    spent = search(profiles(trials=1, alternatives=False))[0]
+    stages = spent.explanation["stages"]
+    assert [stage["name"] for stage in stages] == ["surrogate", "study", "rest"]
+    assert stages[-1]["kept"]
+    assert max(shares(spent.plan)) > 0.45
+    measured = study.Search._measured
+
+    def worse(self: Any, stage: str, *rest: Any) -> Any:
+        found = measured(self, stage, *rest)
+        return replace(found, harms=[100 * harm for harm in found.harms]) if stage == "rest" else found
+
+    monkeypatch.setattr(study.Search, "_measured", worse)
+    left = search(profiles(trials=1, alternatives=False))[0]
+    assert not left.explanation["stages"][-1]["kept"]
+    assert max(shares(left.plan)) < max(shares(spent.plan))
 
 
 def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles, tmp_path: Path) -> None:
