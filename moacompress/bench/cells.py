@@ -29,13 +29,14 @@ class CellStore:
 
     def __init__(self, out: Path | None, configuration: Mapping[str, Any], overwrite: bool = False) -> None:
         self.configuration: dict[str, Any] = json.loads(canonical_json(finite_json(dict(configuration))))
-        self._path = out.with_name(f"{out.stem}.cells.jsonl") if out is not None else None
+        self._path: Path | None = None
         self._cells: dict[str, dict[str, Any]] = {}
         self._stale = False
-        if out is None or self._path is None:
+        if out is None:
             return
         if out.is_dir():
             raise ArtefactError(f"{out} is a folder; name a file, such as {out / 'bench.json'}")
+        self._path = out.with_name(f"{out.stem}.cells.jsonl")
         for path, found in ((out, _of_result(out)), (self._path, self._read())):
             if found is None or found == self.configuration:
                 continue

@@ -170,4 +170,4 @@ def _sentence(length: int | None, how: str | None, against: str, gaps: Sequence[
         if len(gaps) == 1:
             return f"faster than {name} at {format_length(length)} tokens, the only length measured"
         return f"faster than {name} at every length measured, from {format_length(length)} tokens on"
-    return f"faster than {name} from about {length:,} tokens on (between two measured lengths)"
+    return f"faster than {name} from about {length:,} tokens on (interpolated)"

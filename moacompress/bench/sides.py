@@ -139,7 +139,10 @@ class FilledStaticCache:
         self._counts = [_counts(layer) for layer in self.cache.layers]
 
     def fresh(self) -> StaticCache:
-        """As `FilledCache`: the same cache, with its counts as they were."""
+        """As `FilledCache`: the same cache, with its counts as they were.
+
+        Where the model has a window of its own, a step shifts what is in it; that stays shifted, and takes the same time.
+        """
         for layer, counts in zip(self.cache.layers, self._counts, strict=True):
             for name, count in counts.items():
                 current = getattr(layer, name)

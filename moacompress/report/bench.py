@@ -52,7 +52,7 @@ def _machine(report: Mapping[str, Any]) -> str:
     loads = [found["load_per_core"] for found in report["runs"] if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-    return f"{machine['cpu']}, {threads}{busy}; torch {machine['torch']}, kernel {kernel}"
+    return f"{machine['cpu']}, {threads}{busy}\ntorch {machine['torch']}, kernel {kernel}\n"
 
 
 def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequence[str] = SIDES) -> RenderableType:
@@ -127,7 +127,7 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
             if found and (found["graph_breaks"] or found["recompiles"] or found["graph_calls"] != found["steps"]):
                 yield f"{_cell(row)}: the compiled step of {HEADS[side]} was not one graph all the time."
     for found in report["break_even"]:
-        yield f"Batch {found['batch']}, {DTYPES[found['dtype']]}: a decode step of this plan is {found['text']}."
+        yield f"Batch {found['batch']}, {DTYPES[found['dtype']]}: decoding is {found['text']}."
 
 
 def _named(best: str) -> str:
