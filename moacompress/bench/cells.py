@@ -49,7 +49,7 @@ class CellStore:
             self._cells = {}
 
     def begin(self) -> None:
-        """Makes the file, so that a folder that can not be written is found before the first minute of work.
+        """Makes the file, once: a folder that can not be written is found before the first minute of work.
 
         Raises:
             ArtefactError: it can not be written.
@@ -58,6 +58,7 @@ class CellStore:
             return
         if self._stale:
             self._path.unlink(missing_ok=True)
+            self._stale = False
         if not self._path.exists():
             self._append({"configuration": self.configuration})
 
@@ -71,6 +72,7 @@ class CellStore:
         Raises:
             ArtefactError: its line can not be written.
         """
+        self.begin()
         self._cells[key] = dict(cell)
         self._append({"key": key, "cell": dict(cell)})
 

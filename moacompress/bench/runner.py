@@ -20,7 +20,7 @@ from moacompress.bench.cells import CellStore
 from moacompress.bench.graphs import CompiledForward
 from moacompress.bench.measure import Clock, interleave
 from moacompress.bench.peak import peak_bytes
-from moacompress.bench.request import SPARE_TOKENS, BenchRequest, Cell, check_fits
+from moacompress.bench.request import BenchRequest, Cell, check_fits
 from moacompress.bench.rows import break_even, make_row
 from moacompress.bench.sides import (
     MODELS,
@@ -91,8 +91,7 @@ def run_bench(
     machine = environment()
     configuration = {**request.configuration(plan, folder), **machine}
     store = CellStore(Path(out) if out is not None else None, configuration, overwrite)
-    check_fits(request, plan, folder, available_bytes())
-    store.begin()
+    check_fits(request, plan, folder, _available(request.device))
     bench = _Bench(folder, plan, request, store, progress or SILENT, clock)
     runs = list(bench.rows())
     report = {
@@ -125,6 +124,13 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _available(device: str) -> int | None:
+    """Returns the bytes that can be taken of the memory that a model on this device is in."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes()
 
 
 def _load_per_core() -> float | None:
@@ -211,6 +217,7 @@ class _Bench:
             gc.collect()
             checkpoint = load_checkpoint(self.folder, dtype, self.request.device)
             self._models, self._dtype = make_models(checkpoint.model, self.plan), dtype
+            self.store.begin()  # what can be wrong with the request was found by now
         return self._models
 
     def _variants(self) -> list[str]:
@@ -233,8 +240,7 @@ class _Bench:
         for side in variants:
             model = models["dense" if side == STATIC else side]
             forward: Any = CompiledForward(model.forward) if side in compiled else model
-            room = request.tokens + SPARE_TOKENS
-            filled = filled_cache(side, model, self.plan, cell, room, request.seed, request.device)
+            filled = filled_cache(side, model, self.plan, cell, request.tokens, request.seed, request.device)
             turn = DecodeTurn(forward, filled, ids, cell.length, request.device)
             problem = _warm(turn)
             if problem is not None and side != STATIC:

@@ -12,7 +12,7 @@ import torch
 from moacompress.bench import peak, runner
 from moacompress.bench.request import SIDES, BenchRequest, Cell
 from moacompress.bench.runner import run_bench
-from moacompress.errors import ArtefactError, DataError, MoaCompressError, UsageError
+from moacompress.errors import ArtefactError, DataError, MoaCompressError, ModelError, UsageError
 from moacompress.plan import Plan
 
 SMALL = BenchRequest((96, 160), (1, 2), ("float32",), tokens=2, repeats=2, prefill_repeats=1, peak=False)
@@ -109,6 +109,9 @@ def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder
     monkeypatch.setattr(runner, "available_bytes", lambda: 2**20)
     with pytest.raises(MoaCompressError, match=r"1.0 MiB is available"):
         run_bench(compressed, ONE, out=out)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="can not load the compressed model"):
+        run_bench(compressed, replace(ONE, device="abacus"), out=out)
     assert list(tmp_path.iterdir()) == []
 
 
