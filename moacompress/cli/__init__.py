@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import moacompress
-from moacompress.cli import compress, data, demo, doctor, eval, export, inspect, profile, search
+from moacompress.cli import bench, compress, data, demo, doctor, eval, export, inspect, profile, search
 from moacompress.cli.harness import INTERRUPTED, say
 
 VERBS = {
@@ -20,6 +20,7 @@ VERBS = {
     "export": export.export,
     "compress": compress.compress,
     "eval": eval.evaluate,
+    "bench": bench.bench,
     "inspect": inspect.inspect,
     "doctor": doctor.doctor,
     "demo": demo.demo,

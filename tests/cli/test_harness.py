@@ -54,7 +54,15 @@ def test_help_ends_with_examples_that_parse(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["profile", "--help"], ["compress", "--help"], ["inspect", "PLAN"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["profile", "--help"],
+        ["compress", "--help"],
+        ["bench", "--help"],
+        ["inspect", "PLAN"],
+    ],
 )
 def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None:
     shape = ModelShape("llama", 2, 4, 2, 16, "float32", (None, None), "0" * 16)

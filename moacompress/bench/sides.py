@@ -1,0 +1,281 @@
+"""The sides of a benchmark: one set of weights under a plan, at full span, and dense, each with caches of its own.
+
+For decoding, a cache is filled with random keys and values in place of a prompt's: what they are makes no difference to
+the time, and every row has its own, so that no side reads one row's memory for another's. Every side gets the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from moacompress.bench.request import SPARE_TOKENS, Cell
+from moacompress.errors import MoaCompressError
+from moacompress.plan import ModelShape, Plan
+from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.chunk import Chunk
+
+STATIC = "dense_static"
+"""The dense model with a static cache and a compiled step: `dense_best` if it is faster than `dense`."""
+MODELS = ("plan", "full_span", "dense")
+"""Sides that have a model of their own."""
+
+
+def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel]:
+    """Returns the model of every side in `MODELS`; all have the same weights in memory.
+
+    Args:
+        model: a compressed model, which is made dense.
+        plan: its plan.
+    """
+    dense = detach(model).requires_grad_(False)
+    return {
+        "plan": attach(_twin(dense), plan),
+        "full_span": attach(_twin(dense), Plan.full(plan.model)),
+        "dense": dense,
+    }
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a copy of a model that has the very same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of all parameters, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def shape_in(shape: ModelShape, dtype: str) -> ModelShape:
+    """Returns the shape with another dtype, for what its cache takes."""
+    return replace(shape, dtype=dtype)
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class FilledCache(Protocol):
+    """A cache that holds a cell's tokens, and can be had again as it was.
+
+    Attributes:
+        cache: the cache itself.
+    """
+
+    @property
+    def cache(self) -> Any:
+        """See the class."""
+
+    def fresh(self) -> Any:
+        """Returns the cache as it was filled; what an earlier one took in is gone."""
+
+    def kv_bytes(self) -> int:
+        """Returns the bytes of the keys and values in it as it was filled."""
+
+
+class FilledPlanCache:
+    """The cache of a model under a plan. Its blocks are shared with none but the cache that each turn begins with.
+
+    Args:
+        plan: the plan of the model.
+        shape: of the model; the dtype is that of the cache.
+        cell: tokens and rows.
+        room: tokens of a row that memory is taken for.
+        seed: of what is in it.
+        device: torch device.
+    """
+
+    def __init__(self, plan: Plan, shape: ModelShape, cell: Cell, room: int, seed: int, device: str) -> None:
+        self.cache = PlanCache(plan, reserve=room)
+        for layer, (key, value) in zip(self.cache.layers, random_kv(shape, cell, seed, device), strict=True):
+            layer.update(key, value)
+            layer.commit(Chunk(cell.length))
+
+    def fresh(self) -> PlanCache:
+        """As `FilledCache`."""
+        return self.cache.fork()
+
+    def kv_bytes(self) -> int:
+        """As `FilledCache`."""
+        return self.cache.used_bytes()
+
+
+class FilledDynamicCache:
+    """transformers' default cache; arguments as of `FilledPlanCache`, `config` is the model's."""
+
+    def __init__(self, config: Any, shape: ModelShape, cell: Cell, seed: int, device: str) -> None:
+        self.cache = DynamicCache(config=config)
+        for layer, (key, value) in enumerate(random_kv(shape, cell, seed, device)):
+            self.cache.update(key, value, layer)
+
+    def fresh(self) -> DynamicCache:
+        """As `FilledCache`; a step makes new tensors and leaves those of the filled cache alone."""
+        fresh = copy.copy(self.cache)
+        fresh.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return fresh
+
+    def kv_bytes(self) -> int:
+        """As `FilledCache`."""
+        return _tensor_bytes(self.cache)
+
+
+class FilledStaticCache:
+    """transformers' static cache, which a compiled step writes to in place; arguments as of the others."""
+
+    def __init__(self, config: Any, shape: ModelShape, cell: Cell, room: int, seed: int, device: str) -> None:
+        self.cache = StaticCache(config=config, max_cache_len=room)
+        for layer, (key, value) in enumerate(random_kv(shape, cell, seed, device)):
+            self.cache.update(key, value, layer)
+        self._counts = [_counts(layer) for layer in self.cache.layers]
+
+    def fresh(self) -> StaticCache:
+        """As `FilledCache`: the same cache, with its counts as they were.
+
+        Where the model has a window of its own, a step shifts what is in it; that stays shifted, and takes the same time.
+        """
+        for layer, counts in zip(self.cache.layers, self._counts, strict=True):
+            for name, count in counts.items():
+                current = getattr(layer, name)
+                if isinstance(current, torch.Tensor):
+                    current.fill_(count)  # a compiled step knows it by its address
+                else:
+                    setattr(layer, name, count)
+        return self.cache
+
+    def kv_bytes(self) -> int:
+        """As `FilledCache`."""
+        return _tensor_bytes(self.cache)
+
+
+def _tensor_bytes(cache: Any) -> int:
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+
+
+def _counts(layer: Any) -> dict[str, int]:
+    names = ("cumulative_length", "cumulative_length_int")
+    return {name: int(getattr(layer, name)) for name in names if hasattr(layer, name)}
+
+
+def random_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields keys and values of every layer, `[batch, kv_heads, length, head_dim]` each; a seed gives the same ones."""
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (cell.batch, shape.kv_heads, cell.length, shape.head_dim)
+    dtype: torch.dtype = getattr(torch, cell.dtype)
+    for _ in range(shape.layers):
+        key, value = (torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(2))
+        yield key, value
+
+
+def filled_cache(
+    side: str, model: PreTrainedModel, plan: Plan, cell: Cell, tokens: int, seed: int, device: str
+) -> FilledCache:
+    """Returns the cache of a side (`MODELS`, or `STATIC`) with a cell's tokens in it.
+
+    Args:
+        side: which.
+        model: of the side.
+        plan: the checkpoint's.
+        cell: tokens and rows.
+        tokens: steps that there must be room for.
+        seed: of what is in it.
+        device: torch device.
+    """
+    shape, room = plan.model, cell.length + tokens + SPARE_TOKENS
+    if side == STATIC:
+        return FilledStaticCache(model.config, shape, cell, room, seed, device)
+    if side == "dense":
+        return FilledDynamicCache(model.config, shape, cell, seed, device)
+    return FilledPlanCache(plan if side == "plan" else Plan.full(shape), shape, cell, room, seed, device)
+
+
+class DecodeTurn:
+    """One turn of decoding: steps of one token for every row, from a cell's length on.
+
+    Args:
+        forward: of the model, compiled or not.
+        filled: its cache.
+        ids: what is fed, `[steps, batch, 1]`; the first step belongs to `prepare` and is not timed.
+        length: tokens in the cache before it.
+        device: torch device.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], filled: FilledCache, ids: torch.Tensor, length: int, device: str
+    ) -> None:
+        self.forward, self._filled, self._ids, self._device = forward, filled, ids, device
+        columns = torch.arange(length, length + len(ids), device=device)
+        self._positions = columns[:, None, None].expand(ids.shape).contiguous()
+        self._cache: Any = None
+
+    def use(self, cache: Any) -> None:
+        """Takes the steps on this cache, once, in place of one that is put back before every turn."""
+        self._cache = cache
+
+    def prepare(self) -> None:
+        """Puts the cache back to the cell's length and takes the first step."""
+        self._cache = None  # its blocks are free again before they are needed
+        self._cache = self._filled.fresh()
+        self._step(0)
+        synchronize(self._device)
+
+    def run(self) -> None:
+        """Takes the other steps: what is timed."""
+        for step in range(1, len(self._ids)):
+            self._step(step)
+        synchronize(self._device)
+
+    def _step(self, step: int) -> None:
+        with torch.no_grad():
+            self.forward(
+                input_ids=self._ids[step], position_ids=self._positions[step], cache=self._cache, use_cache=True
+            )
+
+
+class PrefillTurn:
+    """One turn of prefilling: a prompt for every row, in one forward.
+
+    Args:
+        model: of the side.
+        ids: the prompts, `[batch, length]`.
+        device: torch device.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, device: str) -> None:
+        self._model, self._ids, self._device = model, ids, device
+        self._cache: Any = None
+        named = inspect.signature(type(model).forward).parameters
+        self._more = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
+
+    def prepare(self) -> None:
+        """Forgets the cache of the turn before."""
+        self._cache = None
+
+    def run(self) -> None:
+        """Prefills: what is timed."""
+        with torch.no_grad():
+            self._cache = self._model(input_ids=self._ids, use_cache=True, **self._more).cache
+        synchronize(self._device)
+
+
+def random_ids(size: tuple[int, ...], vocabulary: int, seed: int, device: str) -> torch.Tensor:
+    """Returns token ids, the same ones for the same seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, vocabulary, size, generator=generator).to(device)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Returns how many token ids a model takes."""
+    embedding: Any = model.get_input_embeddings()
+    if embedding is None or not getattr(embedding, "num_embeddings", 0):
+        raise MoaCompressError(f"{type(model).__name__} has no table of embeddings, so no prompts can be drawn for it")
+    return int(embedding.num_embeddings)

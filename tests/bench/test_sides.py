@@ -1,0 +1,132 @@
+"""The sides: one set of weights, caches that hold the same and share nothing, and come back as they were."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.bench.request import Cell
+from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids, shape_in
+from moacompress.runtime.attaching import attached_plan
+
+SIDES = ("plan", "full_span", "dense", STATIC)
+
+
+def fill(side, models, plan, cell):
+    model = models["dense" if side == STATIC else side]
+    return model, filled_cache(side, model, plan, cell, 4, 7, "cpu")
+
+
+def step(model, cache, cell, at=0):
+    ids = random_ids((cell.batch, 1), 160, 3, "cpu")
+    position = torch.full((cell.batch, 1), cell.length + at)
+    with torch.no_grad():
+        return model(input_ids=ids, position_ids=position, cache=cache, use_cache=True).logits
+
+
+def test_weights_are_there_once(models, checkpoint):
+    pointers = [
+        [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())] for model in models.values()
+    ]
+    assert pointers[0] == pointers[1] == pointers[2]
+    assert attached_plan(models["plan"]).key() == checkpoint.plan.key()
+    assert all(rule.is_full for row in attached_plan(models["full_span"]).rules for rule in row)
+    assert attached_plan(models["dense"]) is None
+    assert models["dense"].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("length", [200, 256])
+def test_dense_sides_say_the_same(length, models, checkpoint):
+    """So the caches hold the same, and all three attend to all of it."""
+    cell = Cell("float32", length, 2)
+    logits = []
+    for side in SIDES[1:]:
+        model, filled = fill(side, models, checkpoint.plan, cell)
+        logits.append(step(model, filled.fresh(), cell))
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert (logits[2] - logits[1]).abs().max() < 1e-4
+    model, filled = fill("plan", models, checkpoint.plan, cell)
+    assert (step(model, filled.fresh(), cell) - logits[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_cache_comes_back_as_it_was(side, models, checkpoint):
+    cell = Cell("float32", 130, 2)
+    model, filled = fill(side, models, checkpoint.plan, cell)
+    found = []
+    for _ in range(2):
+        cache = filled.fresh()
+        assert int(cache.get_seq_length()) == cell.length
+        found.append(step(model, cache, cell))
+        step(model, cache, cell, at=1)
+        assert int(cache.get_seq_length()) == cell.length + 2
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("length", "batch"), [(100, 1), (512, 3)])
+def test_bytes_are_the_plans(dtype, length, batch, models, checkpoint):
+    cell, plan = Cell(dtype, length, batch), checkpoint.plan
+    expected = plan.slots(length) * batch * shape_in(plan.model, dtype).slot_bytes
+    assert fill("plan", models, plan, cell)[1].kv_bytes() == expected
+    exact = 2 * plan.model.layers * plan.model.kv_heads * plan.model.head_dim * length * batch
+    assert fill("dense", models, plan, cell)[1].kv_bytes() == exact * (4 if dtype == "float32" else 2)
+
+
+def test_rows_share_no_blocks(models, checkpoint):
+    cell = Cell("float32", 256, 4)
+    model, filled = fill("plan", models, checkpoint.plan, cell)
+    turn = DecodeTurn(model, filled, random_ids((4, 4, 1), 160, 0, "cpu"), cell.length, "cpu")
+    turn.prepare()
+    for layer in turn._cache.layers:
+        ids = layer._table.ids[layer._table.ids >= 0]
+        assert len(ids) == len(np.unique(ids))
+        keys = torch.cat([segment.flatten(1) for segment in layer._pool.keys])[np.unique(ids)]
+        assert len(keys.unique(dim=0)) == len(keys)  # and no two hold the same
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_turns_of_decoding_take_steps_from_the_cells_length_on(side, models, checkpoint):
+    cell = Cell("float32", 96, 2)
+    model, filled = fill(side, models, checkpoint.plan, cell)
+    lengths = []
+
+    def forward(cache, **inputs):
+        lengths.append((int(cache.get_seq_length()), int(inputs["position_ids"][0, 0])))
+        return model(cache=cache, **inputs)
+
+    turn = DecodeTurn(forward, filled, random_ids((4, 2, 1), 160, 0, "cpu"), cell.length, "cpu")
+    for _ in range(2):
+        turn.prepare()
+        turn.run()
+    assert lengths == [(n, n) for n in range(96, 100)] * 2
+
+
+@pytest.mark.parametrize("side", SIDES[:3])
+def test_turns_of_prefilling_begin_with_nothing(side, models):
+    turn = PrefillTurn(models[side], random_ids((2, 80), 160, 0, "cpu"), "cpu")
+    for _ in range(2):
+        turn.prepare()
+        assert turn._cache is None
+        turn.run()
+        assert turn._cache.get_seq_length() == 80
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "qwen3_moe"])
+def test_other_families(family, tiny_model, random_plan):
+    """Sliding windows of their own among them: a step from a filled cache is the same in every dense side."""
+    from moacompress.bench.sides import make_models
+    from moacompress.models import model_shape
+    from moacompress.runtime import attach
+
+    model = tiny_model(family)
+    plan = random_plan(model_shape(model), 2)
+    models = make_models(attach(model, plan), plan)
+    cell = Cell("float32", 150, 2)
+    found = []
+    for side in SIDES[1:]:
+        used, filled = fill(side, models, plan, cell)
+        found.append(step(used, filled.fresh(), cell))
+        assert int(filled.fresh().get_seq_length()) == cell.length
+    assert max((logits - found[0]).abs().max() for logits in found) < 1e-3

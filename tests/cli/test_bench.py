@@ -1,0 +1,160 @@
+"""`moacompress bench` on a tiny checkpoint: what it prints and writes, and how it fails. No time is asserted."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from moacompress.cli import app
+
+RUNNER = CliRunner()
+SMALL = ("--lengths", "96,160", "--tokens", "2", "--repeats", "6", "--prefill-repeats", "1", "--no-peak")
+FIELDS = {
+    "phase", "length", "batch", "dtype", "plan_ms", "full_span_ms", "dense_ms", "dense_best_ms", "kv_bytes_plan",
+    "kv_bytes_dense", "weight_bytes", "peak_bytes_plan", "peak_bytes_dense", "kernel",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.bench import graphs
+
+    monkeypatch.setattr(graphs, "BACKEND", "eager")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return RUNNER.invoke(app, ["bench", *map(str, arguments)])
+
+
+def problem(*arguments: str | Path, exit_code: int = 2) -> str:
+    """Runs a request that fails and returns its one line."""
+    result = invoke(*arguments, "-q", "--json")
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout == ""
+    line = [line for line in result.stderr.splitlines() if line.startswith("moacompress: ")]
+    assert len(line) == 1
+    return line[0]
+
+
+def test_json_is_one_line(compressed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    arguments = (*SMALL, "--sides", "plan,full_span,dense", "--batch", "2,1", "--dtype", "float32,bfloat16")
+    result = invoke(compressed, *arguments, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    data = json.loads(result.stdout)
+    assert json.loads(out.read_text()) == data
+    assert len(data["runs"]) == 2 * 2 * 2 * 2
+    assert all(set(row) >= FIELDS for row in data["runs"])
+    assert {row["dtype"] for row in data["runs"]} == {"float32", "bfloat16"}
+    assert {"batch", "dtype", "against", "length", "how", "text"} == set(data["break_even"][0])
+
+
+def test_tables(compressed: Path) -> None:
+    result = invoke(compressed / "model", *SMALL, "--lengths", "96", "--batch", "8", "-q")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    for part in ("Decode, ms a step", "Prefill, seconds", "8 x 96 fp32", "full span", "best dense", "ceiling"):
+        assert part in result.stdout
+    assert sum("decoding is " in line for line in lines) == 2
+
+
+def test_what_was_not_measured_is_not_in_the_tables(compressed: Path) -> None:
+    text = invoke(compressed, *SMALL, "--prefill-repeats", "0", "--sides", "plan,dense", "-q").stdout
+    assert "Prefill" not in text
+    assert "best dense" not in text
+    assert "Peak memory" not in text
+    alone = invoke(compressed, *SMALL, "--sides", "plan", "-q").stdout
+    assert "times as fast" not in alone
+    assert "decoding is" not in alone
+
+
+def test_where_a_plan_is_slower_it_is_said() -> None:
+    from rich.console import Console
+
+    from moacompress.report.bench import bench_tables
+
+    ms = {"plan": 10.0, "full_span": 12.0, "dense": 20.0, "dense_best": 9.0}
+    row: dict[str, Any] = {f"{side}_ms": value for side, value in ms.items()}
+    row |= {
+        "phase": "decode", "length": 1024, "batch": 1, "dtype": "float32", "repeats": 20, "kernel": "cpu",
+        "spread_ms": {side: [value - 1, value + 1] for side, value in ms.items()}, "load_per_core": None,
+        "speedup": {
+            "dense": {"value": 2.0, "ci95": [1.9, 2.1]}, "dense_best": {"value": 0.9, "ci95": None}
+        },
+        "dense_best": "static cache, compiled", "dense_best_refused": None, "graphs": {}, "byte_ratio": 1.5,
+        "weight_bytes": 100, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
+    }  # fmt: skip
+    report = {
+        "runs": [row],
+        "break_even": [{"batch": 1, "dtype": "float32", "text": "not faster than the best dense at 1k tokens"}],
+        "environment": {"cpu": "a CPU", "threads": 2, "torch": "2", "isa": "avx2"},
+    }
+    console = Console(width=100, file=io.StringIO())
+    for part in bench_tables(report):
+        console.print(part, markup=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.90*" in text
+    assert "2.00 1.90-2.10" in text
+    assert "* The plan is slower here" in text
+    assert "1 x 1k fp32: the best dense is the static cache, compiled." in text
+    assert "Batch 1, fp32: decoding is not faster than the best dense at 1k tokens." in text
+
+
+def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.bench import runner
+    from moacompress.bench.request import SIDES
+    from moacompress.report import bench as tables
+
+    asked: list[Any] = []
+
+    def run_bench(path: Path, request: Any, **more: Any) -> dict[str, Any]:
+        asked.append(request)
+        return {"runs": []}
+
+    monkeypatch.setattr(runner, "run_bench", run_bench)
+    monkeypatch.setattr(tables, "bench_tables", lambda report: [])
+    for arguments in ((), ("--quick",), ("--quick", "--lengths", "2k", "--repeats", "9", "--seed", "5")):
+        assert invoke(compressed, *arguments).exit_code == 0
+    default, quick, changed = asked
+    assert (default.lengths, default.batches, default.sides, default.dtypes) == ((1024, 4096), (1,), SIDES, ("auto",))
+    assert (default.tokens, default.repeats, default.peak, default.compile) == (16, 20, True, False)
+    assert (quick.lengths, quick.tokens, quick.repeats) == ((1024,), 8, 7)
+    assert (changed.lengths, changed.tokens, changed.repeats, changed.seed) == ((2048,), 8, 9, 5)
+
+
+def test_another_configuration_needs_overwrite(compressed: Path, tmp_path: Path) -> None:
+    arguments = (compressed, *SMALL, "--sides", "plan", "-o", tmp_path / "bench.json")
+    assert invoke(*arguments).exit_code == 0
+    assert "another configuration: seed 0 where this one has 1" in problem(*arguments, "--seed", "1", exit_code=1)
+    assert invoke(*arguments, "--seed", "1", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("--batch", "0"), 2, "batch is 0; it must be at least 1"),
+        (("--batch", "one"), 2, "batch 'one' is not a number of rows"),
+        (("--batch", ","), 2, "no batch given"),
+        (("--sides", "plan,dence"), 2, "unknown side 'dence'; did you mean 'dense'?"),
+        (("--dtype", "float32,int4"), 2, "unknown dtype 'int4'"),
+        (("--lengths", "1x"), 2, "length '1x' is not a number of tokens"),
+        (("--lengths", "1k,8k"), 1, "a length of 8,192 tokens was asked for; the model was made for at most 4,096"),
+        (("--batch", "100000000"), 1, "would take about"),
+        (("--tokens", "0"), 2, "tokens is 0"),
+        (("-o", "."), 1, "is a folder; name a file"),
+    ],
+)
+def test_one_clear_sentence(compressed: Path, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+    assert message in problem(compressed, *arguments, exit_code=exit_code)
+
+
+def test_not_a_compressed_model(tiny_folder: Path, tmp_path: Path) -> None:
+    assert "is a model but not a compressed one; compress it first" in problem(tiny_folder)
+    assert "no compressed checkpoint" in problem(tmp_path)
