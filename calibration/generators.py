@@ -77,7 +77,6 @@ TASKS = {
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
 _KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid"}
-_DRAW = {"numbers": draw_numbers, "uuids": draw_uuids}
 
 
 def find_task(name: str) -> Task:
@@ -141,7 +140,7 @@ def make_needle(
     """
     kind = "needle" if keys == 1 else "multi-needle"
     task, noun = f"{kind}-{haystack}", _KIND_OF_VALUE[values]
-    names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
+    names, hidden = draw_keys(rng, split, keys), _draw(rng, split, keys, values)
     needles = [NEEDLE.format(kind=noun, key=key, value=value) for key, value in zip(names, hidden, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
@@ -180,7 +179,8 @@ def make_key_value(
     Arguments and errors are those of `make_prompt`.
     """
     limit = min(length, KEYS_PER_SPLIT) - 1
-    (asked, *others), (value, *fillers) = draw_keys(rng, split, limit + 1), _DRAW[values](rng, split, limit + 1)
+    count = limit + 1
+    (asked, *others), (value, *fillers) = draw_keys(rng, split, count), _draw(rng, split, count, values)
     quote = "" if values == "numbers" else '"'
     depth = float(rng.random())
     prefix = PAIRS_PREFIX.format(key=asked)
@@ -193,6 +193,10 @@ def make_key_value(
     answer = f"{quote}{value}{quote}"
     count = _fit(tokenizer, user, prefix, answer, length, limit, "key-value")
     return Prompt(user(count), prefix, answer, "key-value", "key-value")
+
+
+def _draw(rng: np.random.Generator, split: Split, count: int, values: Values) -> list[str]:
+    return (draw_uuids if values == "uuids" else draw_numbers)(rng, split, count)
 
 
 def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
