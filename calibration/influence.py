@@ -12,6 +12,9 @@ one pair of cumulative sums over the keys serves all rules.
 
 A layer may itself run under a plan. Then O and D are those under the plan, P stays the dense model's, and the same
 formula says what every change of a rule does, up or down.
+
+Where the compiled kernels run and all that is wanted are sums, one sweep in C++ makes gradients and sums at once; what
+is here in PyTorch is its reference, and what collectors that look at whole tiles get.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moacompress.kernels import dispatch
 from moacompress.plan import Rule, segments
 
 TILE = 64
@@ -63,6 +67,11 @@ class RuleTable:
         )
         sink, alpha, beta_q = columns.unbind(1)
         return RuleTable(sink, alpha, beta_q, min_window)
+
+    @property
+    def columns(self) -> Tensor:
+        """Sink, alpha and beta_q, `[3, rules]`."""
+        return torch.stack((self.sink, self.alpha, self.beta_q))
 
     def segments(self, n: Tensor, native_window: int | None) -> tuple[Tensor, Tensor]:
         """Returns `(sink_end, start)`, each `[len(n), rules]`: row `n - 1` sees the keys before, and from there on."""
@@ -251,6 +260,38 @@ class Collector(Protocol):
         """Takes one tile."""
 
 
+class LayerSums(NamedTuple):
+    """What a layer's whole backward pass sums up to, each float64 `[kv_heads, rules]`.
+
+    Attributes:
+        squares: `sum_i d_i^2`.
+        total: `sum_i d_i`.
+        moa: MoA's `sum |E_ij|` over what a rule masks; None where no collector asks for it.
+        mass: the probability that a rule masks, mean over query heads, summed over rows; as `moa`.
+        rows: rows that took part.
+    """
+
+    squares: Tensor
+    total: Tensor
+    moa: Tensor | None
+    mass: Tensor | None
+    rows: int
+
+
+@runtime_checkable
+class SumCollector(Collector, Protocol):
+    """A collector that can do with the sums of a whole backward pass, and then is given no tiles.
+
+    Attributes:
+        baselines: whether it needs `moa` and `mass`.
+    """
+
+    baselines: bool
+
+    def take(self, sums: LayerSums) -> None:
+        """Takes what would have come tile by tile."""
+
+
 def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, native_window: int | None, fill: float) -> Tensor:
     """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
     sink_end, start = (edge.T[..., None] for edge in plan.segments(tile.rows + 1, native_window))
@@ -325,13 +366,16 @@ def attend_backward(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         table: the rules.
-        collectors: receive the tiles.
+        collectors: receive the tiles, or the sums of all.
         plan: the rule of each KV head, or None for the dense model.
-        tile: query rows worked on at a time.
+        tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         Gradients of query, key and value.
     """
+    summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
+    if len(summing) == len(collectors) and dispatch.kernel_for(query) == "cpu":
+        return _swept(query, key, value, grad, spec, sink_logit, table, summing, plan)
     (heads, n, size), kv_heads, work = query.shape[1:], key.shape[1], _work_dtype(query)
     keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
     sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
@@ -379,6 +423,41 @@ def attend_backward(
         grad_keys.flip(1)[None].to(key.dtype),
         grad_values.flip(1)[None].to(value.dtype),
     )
+
+
+def _swept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    table: RuleTable,
+    collectors: Sequence[SumCollector],
+    plan: RuleTable | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` by the compiled kernel."""
+    baselines = any(collector.baselines for collector in collectors)
+    *gradients, sums, rows = dispatch.profile_backward(
+        grad,
+        query,
+        key,
+        value,
+        table.columns,
+        table.min_window,
+        None if plan is None else plan.columns,
+        1 if plan is None else plan.min_window,
+        spec.native_window or 0,
+        spec.scaling,
+        spec.softcap or 0.0,
+        sink_logit,
+        baselines,
+    )
+    moa, mass = sums[2:] if baselines else (None, None)
+    found = LayerSums(sums[0], sums[1], moa, mass, rows)
+    for collector in collectors:
+        collector.take(found)
+    return gradients[0], gradients[1], gradients[2]
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:

@@ -696,6 +696,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
                         {decode_chunk<float>, decode_chunk<bf16>, decode_chunk<f16>},               \
                         {prefill_tile<float>, prefill_tile<bf16>, prefill_tile<f16>},               \
                         {backward_query_tile<float>, backward_query_tile<bf16>, backward_query_tile<f16>}, \
-                        {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}}
+                        {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}, \
+                        profile_scratch,                                                            \
+                        {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
+                        {narrow<float>, narrow<bf16>, narrow<f16>}}
 
 }  // namespace moacompress
