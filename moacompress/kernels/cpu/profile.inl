@@ -35,15 +35,19 @@ inline void add_products(const float* from, int64_t panels, const float* rows, i
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECS; v++) store(to + r * stride + v * W, sums[r][v]);
 }
+template <int VECS>
+inline void add_columns(const float* from, int64_t count, int64_t panels, const float* rows, int64_t stride, float* to) {
+  int64_t r = 0;
+  for (; r + 4 < count; r += 6) add_products<6, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+  if (r + 2 < count) add_products<4, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+  else if (r < count) add_products<2, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+}
 // The same for `count` keys, rounded up to a multiple of four, and all columns.
 inline void add_all_products(const float* from, int64_t count, int64_t panels, const float* rows, int64_t stride, float* to) {
-  for (int64_t r = 0; r < count; r += 4) {
-    int64_t c = 0;
-    for (; c + LANES <= stride; c += LANES)
-      add_products<4, PANEL>(from + r * LANES, panels, rows + c, stride, to + r * stride + c);
-    for (; c + 2 * W <= stride; c += 2 * W) add_products<4, 2>(from + r * LANES, panels, rows + c, stride, to + r * stride + c);
-    for (; c < stride; c += W) add_products<4, 1>(from + r * LANES, panels, rows + c, stride, to + r * stride + c);
-  }
+  int64_t c = 0;
+  for (; c + LANES <= stride; c += LANES) add_columns<PANEL>(from, count, panels, rows + c, stride, to + c);
+  for (; c + 2 * W <= stride; c += 2 * W) add_columns<2>(from, count, panels, rows + c, stride, to + c);
+  for (; c < stride; c += W) add_columns<1>(from, count, panels, rows + c, stride, to + c);
 }
 
 constexpr int STREAMS = 3;  // what is summed over keys: p, p (G - D), and MoA's |E|
@@ -97,7 +101,7 @@ inline void float_rows(const char* base, int64_t bytes, int64_t begin, int64_t c
 // Logits as the softmax takes them, G beside them, and the largest logit of every lane.
 template <class T> void profile_scores(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
   const char *key_rows[TILE], *value_rows[TILE];
-  for (int64_t begin = t.low; begin < t.high; begin += TILE) {
+  for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
     const int64_t count = smaller(TILE, t.high - begin), oldest = t.positions[0], newest = t.positions[t.rows - 1];
     const bool all = begin + count <= oldest + 1 && (t.native_window == 0 || begin > newest - t.native_window);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
@@ -138,27 +142,33 @@ inline Mask in_plan(const ProfileScratch& s, int64_t lane, V column) {
 // Sums of the weights and of weights times G, under the plan and of all.
 void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
   const int64_t all_lanes = panels * LANES;
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int v = 0; v < PANEL; v++) {
-      const int64_t lane = panel * LANES + v * W, at = panel * LANES * keys + v * W;
-      const V peak = load(s.peak + lane);
-      V total = zero(), total_rest = zero(), pulled = zero(), pulled_rest = zero(), mass = zero(), mass_rest = zero();
-      for (int64_t j = 0; j < t.high - t.low; j++) {
-        V p = weight_of(load(s.logits + at + j * LANES), peak);
-        if (t.plan) {
-          add_exactly(mass, mass_rest, p);
-          p = select(in_plan(s, lane, set1(float(t.low + j))), p, zero());
+  memset(s.total, 0, size_t(s.running - s.total) * sizeof(float));
+  // oldest keys first: their logits were the last to be made, the newest are the first to be read again
+  for (int64_t begin = t.low; begin < t.high; begin += TILE)
+    for (int64_t panel = 0; panel < panels; panel++)
+      for (int v = 0; v < PANEL; v++) {
+        const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
+        const int64_t count = smaller(TILE, t.high - begin);
+        const V peak = load(s.peak + lane);
+        V total = load(s.total + lane), total_rest = load(s.total + all_lanes + lane);
+        V pulled = load(s.pulled + lane), pulled_rest = load(s.pulled + all_lanes + lane);
+        V mass = load(s.mass + lane), mass_rest = load(s.mass + all_lanes + lane);
+        for (int64_t j = 0; j < count; j++) {
+          V p = weight_of(load(s.logits + at + j * LANES), peak);
+          if (t.plan) {
+            add_exactly(mass, mass_rest, p);
+            p = select(in_plan(s, lane, set1(float(begin + j))), p, zero());
+          }
+          add_exactly(total, total_rest, p);
+          add_exactly(pulled, pulled_rest, p * load(s.pulls + at + j * LANES));
         }
-        add_exactly(total, total_rest, p);
-        add_exactly(pulled, pulled_rest, p * load(s.pulls + at + j * LANES));
+        store(s.total + lane, total);
+        store(s.total + all_lanes + lane, total_rest);
+        store(s.pulled + lane, pulled);
+        store(s.pulled + all_lanes + lane, pulled_rest);
+        store(s.mass + lane, t.plan ? mass : total);
+        store(s.mass + all_lanes + lane, t.plan ? mass_rest : total_rest);
       }
-      store(s.total + lane, total);
-      store(s.total + all_lanes + lane, total_rest);
-      store(s.pulled + lane, pulled);
-      store(s.pulled + all_lanes + lane, pulled_rest);
-      store(s.mass + lane, t.plan ? mass : total);
-      store(s.mass + all_lanes + lane, t.plan ? mass_rest : total_rest);
-    }
 }
 
 // Of the keys [begin, begin + count): the weights p, p (G - D), and |E| where it is asked for.
