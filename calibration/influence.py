@@ -65,7 +65,7 @@ class RuleTable:
         columns = torch.tensor(
             [(rule.sink, rule.alpha, rule.beta_q) for rule in rules], dtype=torch.int64, device=device
         )
-        sink, alpha, beta_q = columns.unbind(1)
+        sink, alpha, beta_q = columns.T.contiguous()
         return RuleTable(sink, alpha, beta_q, min_window)
 
     @property
@@ -317,7 +317,7 @@ def attend(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         plan: the rule of each KV head, or None for the dense model.
-        tile: query rows worked on at a time.
+        tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         `[1, heads, N, head_dim]`.
@@ -325,6 +325,13 @@ def attend(
     heads, n, size = query.shape[1:]
     kv_heads = key.shape[1]
     native = spec.native_window
+    if dispatch.kernel_for(query) == "cpu":
+        rules = plan or RuleTable.of([Rule.FULL] * kv_heads, 1)
+        numbers = (rules.min_window, native or 0, spec.scaling, spec.softcap or 0.0)
+        compiled: Tensor = dispatch.prefill_alone(
+            query, key, value, rules.sink, rules.alpha, rules.beta_q, *numbers, sink_logits=sink_logit
+        )[0]
+        return compiled
     if (native is None or native >= n) and spec.softcap is None and sink_logit is None and plan is None:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=spec.scaling, enable_gqa=heads != kv_heads
