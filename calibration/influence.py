@@ -19,7 +19,7 @@ is here in PyTorch is its reference, and what collectors that look at whole tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -380,17 +380,56 @@ def attend_backward(
     Returns:
         Gradients of query, key and value.
     """
-    summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
-    if len(summing) == len(collectors) and dispatch.kernel_for(query) == "cpu":
-        return _swept(query, key, value, grad, spec, sink_logit, table, summing, plan)
-    (heads, n, size), kv_heads, work = query.shape[1:], key.shape[1], _work_dtype(query)
+    chunk = (query, key, value, grad)
+    if dispatch.kernel_for(query) == "cpu":
+        summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
+        found = _swept(*chunk, spec, sink_logit, table, summing, plan)
+        if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
+            for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile):
+                for collector in looking:
+                    collector.add(view)
+        return found
+    (heads, n, size), work = query.shape[1:], _work_dtype(query)
+    grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
+    grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
+    for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile):
+        for other in collectors:
+            other.add(view)
+        at = view.tile.columns(n)
+        grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
+        grad_query[:, view.rows] = torch.bmm(grad_logits, view.keys).mul_(spec.scaling).view(heads, -1, size)
+        grad_keys[:, at].baddbmm_(grad_logits.transpose(1, 2), view.query)
+        grad_values[:, at].baddbmm_(attended.flatten(1, 2).transpose(1, 2), view.cotangent)
+    return (
+        grad_query[None].to(query.dtype),
+        grad_keys.flip(1)[None].to(key.dtype),
+        grad_values.flip(1)[None].to(value.dtype),
+    )
+
+
+def _views(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    table: RuleTable,
+    plan: RuleTable | None,
+    tile: int,
+) -> Iterator[tuple[TileView, Tensor, Tensor, Tensor | None]]:
+    """Yields tile after tile of `attend_backward`, and what its gradients are made of.
+
+    Yields:
+        The tile; the probabilities that its rows attend with; the gradient of their logits, but for the derivative of the
+        soft cap, which comes last or is None.
+    """
+    kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
     keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
     sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
-    grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     alive = grad[0].ne(0).any(-1).any(0).nonzero()[:, 0]
     for part in _tiles(alive, spec.native_window, tile) if len(alive) else []:
-        at = part.columns(n)
+        at = part.columns(key.shape[2])
         scaled, pulled = (tensor[0, :, part.rows].to(work).reshape(kv_heads, -1, size) for tensor in (query, grad))
         scaled = scaled * spec.scaling
         probabilities, escape, slope = tile_probabilities(scaled, keys[:, at], part, spec, sink)
@@ -403,7 +442,7 @@ def attend_backward(
         # dO . O from these very P and G: a stored O is rounded to the model's dtype, which would swamp small deltas
         delta = (attended * centred).sum(-1, keepdim=True)
         centred.sub_(delta)
-        grad_logits = centred * attended if plan is not None else None
+        grad_logits = centred * attended if plan is not None else centred
         centred.mul_(probabilities)
         view = TileView(
             tile=part,
@@ -418,18 +457,7 @@ def attend_backward(
             keys=keys[:, at],
             values=values[:, at],
         )
-        for collector in collectors:
-            collector.add(view)
-        grad_logits = centred if grad_logits is None else grad_logits
-        grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
-        grad_query[:, part.rows] = torch.bmm(grad_logits, keys[:, at]).mul_(spec.scaling).view(heads, -1, size)
-        grad_keys[:, at].baddbmm_(grad_logits.transpose(1, 2), scaled)
-        grad_values[:, at].baddbmm_(attended.flatten(1, 2).transpose(1, 2), pulled)
-    return (
-        grad_query[None].to(query.dtype),
-        grad_keys.flip(1)[None].to(key.dtype),
-        grad_values.flip(1)[None].to(value.dtype),
-    )
+        yield view, attended, grad_logits, slope
 
 
 def _swept(

@@ -224,26 +224,21 @@ def test_a_window_that_holds_almost_nothing_is_exact() -> None:
         close(mine[:, 2], other[:, 2], 2e-5 if mine is not found[0].squares else 2e-2)
 
 
-def test_what_looks_at_tiles_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_at_tiles_gets_them_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another collector changes no bit of the sums and gradients."""
     case = build(5, torch.float32, n=100, planned=False)
-    calls: list[Any] = []
-    real = dispatch.profile_backward
-
-    def counted(*args: Any) -> Any:
-        calls.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(dispatch, "profile_backward", counted)
-    tiles = Sizes()
-    one, other = sums(case)[0], sums(case)[0]
-    case.backward([one, tiles])
-    assert not calls
-    case.backward([other])
-    assert calls
-    close(other.squares, one.squares, 1e-5)
+    alone, beside, tiles, reference = sums(case)[0], sums(case)[0], Sizes(), sums(case)[0]
+    gradients = case.backward([alone])
+    for mine, other in zip(case.backward([tiles, beside]), gradients, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(beside.squares, alone.squares)
+    assert torch.is_tensor(tiles.total)
+    assert tiles.total.any()
     monkeypatch.setattr(dispatch, "kernel_for", lambda query: "reference")
-    case.backward([other])
-    assert len(calls) == 1
+    monkeypatch.setattr(dispatch, "profile_backward", None)
+    for mine, other in zip(case.backward([reference]), gradients, strict=True):
+        close(mine, other, 1e-5)
+    close(alone.squares, reference.squares, 1e-5)
 
 
 def test_sums_add_up_over_passes() -> None:
