@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moacompress.calibration.influence import LayerSums, TileView
+from moacompress.calibration.influence import TileView
+from moacompress.calibration.sweep import LayerSums
 
 
 class InfluenceSums:

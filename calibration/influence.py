@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moacompress.calibration.sweep import SumCollector, swept
 from moacompress.kernels import dispatch
 from moacompress.plan import Rule, segments
 
@@ -260,38 +261,6 @@ class Collector(Protocol):
         """Takes one tile."""
 
 
-class LayerSums(NamedTuple):
-    """What a layer's whole backward pass sums up to, each float64 `[kv_heads, rules]`.
-
-    Attributes:
-        squares: `sum_i d_i^2`.
-        total: `sum_i d_i`.
-        moa: MoA's `sum |E_ij|` over what a rule masks; None where no collector asks for it.
-        mass: the probability that a rule masks, mean over query heads, summed over rows; as `moa`.
-        rows: rows that took part.
-    """
-
-    squares: Tensor
-    total: Tensor
-    moa: Tensor | None
-    mass: Tensor | None
-    rows: int
-
-
-@runtime_checkable
-class SumCollector(Collector, Protocol):
-    """A collector that can do with the sums of a whole backward pass, and then is given no tiles.
-
-    Attributes:
-        baselines: whether it needs `moa` and `mass`.
-    """
-
-    baselines: bool
-
-    def take(self, sums: LayerSums) -> None:
-        """Takes what would have come tile by tile."""
-
-
 def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, native_window: int | None, fill: float) -> Tensor:
     """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
     sink_end, start = (edge.T[..., None] for edge in plan.segments(tile.rows + 1, native_window))
@@ -383,7 +352,7 @@ def attend_backward(
     chunk = (query, key, value, grad)
     if dispatch.kernel_for(query) == "cpu":
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
-        found = _swept(*chunk, spec, sink_logit, table, summing, plan)
+        found = swept(*chunk, spec, sink_logit, table, summing, plan)
         if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
             for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile):
                 for collector in looking:
@@ -458,41 +427,6 @@ def _views(
             values=values[:, at],
         )
         yield view, attended, grad_logits, slope
-
-
-def _swept(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    spec: AttentionSpec,
-    sink_logit: Tensor | None,
-    table: RuleTable,
-    collectors: Sequence[SumCollector],
-    plan: RuleTable | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_backward` by the compiled kernel."""
-    baselines = any(collector.baselines for collector in collectors)
-    *gradients, sums, rows = dispatch.profile_backward(
-        grad,
-        query,
-        key,
-        value,
-        table.columns,
-        table.min_window,
-        None if plan is None else plan.columns,
-        1 if plan is None else plan.min_window,
-        spec.native_window or 0,
-        spec.scaling,
-        spec.softcap or 0.0,
-        sink_logit,
-        baselines,
-    )
-    moa, mass = sums[2:] if baselines else (None, None)
-    found = LayerSums(sums[0], sums[1], moa, mass, rows)
-    for collector in collectors:
-        collector.take(found)
-    return gradients[0], gradients[1], gradients[2]
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:
