@@ -1,6 +1,7 @@
 """What is gathered from a layer's backward pass, one small class a statistic; see `influence.TileView`.
 
-Every collector is of one layer and adds up in float64. `tensors` gives its sums by name, `reset` forgets them.
+Every collector is of one layer and adds up in float64: tile by tile, or what a compiled sweep over all tiles has summed up
+(`take`). `tensors` gives its sums by name, `reset` forgets them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration.influence import TileView
+from moacompress.calibration.sweep import LayerSums
 
 
 class InfluenceSums:
@@ -18,6 +20,8 @@ class InfluenceSums:
         squares: `sum_i d_i^2`, `[kv_heads, rules]`.
         total: `sum_i d_i`, `[kv_heads, rules]`; its square is the per-sample estimator.
     """
+
+    baselines = False
 
     def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
         self.squares = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
@@ -34,6 +38,11 @@ class InfluenceSums:
         self.total += deltas.sum(1)
         self.squares += deltas.square_().sum(1)
 
+    def take(self, sums: LayerSums) -> None:
+        """Adds the sums of all tiles."""
+        self.total += sums.total
+        self.squares += sums.squares
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns the sums by name, `[kv_heads, rules]`."""
         return {"squares": self.squares, "total": self.total}
@@ -48,6 +57,8 @@ class BaselineSums:
             began at; MoA's own is the cross-entropy of the answer.
         mass: probability that a rule masks, mean over query heads and rows, `[kv_heads, rules]`.
     """
+
+    baselines = True
 
     def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
         self.moa = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
@@ -67,6 +78,14 @@ class BaselineSums:
         self.moa += _masked(view, effect).sum((1, 2))
         self._mass += _masked(view, view.probabilities).mean(1).sum(1)
         self._rows += len(view.rows)
+
+    def take(self, sums: LayerSums) -> None:
+        """Adds the sums of all tiles."""
+        assert sums.moa is not None  # `baselines` asks for it
+        assert sums.mass is not None
+        self.moa += sums.moa
+        self._mass += sums.mass
+        self._rows += sums.rows
 
     @property
     def mass(self) -> Tensor:

@@ -12,11 +12,14 @@ one pair of cumulative sums over the keys serves all rules.
 
 A layer may itself run under a plan. Then O and D are those under the plan, P stays the dense model's, and the same
 formula says what every change of a rule does, up or down.
+
+Where the compiled kernels run and all that is wanted are sums, one sweep in C++ makes gradients and sums at once; what
+is here in PyTorch is its reference, and what collectors that look at whole tiles get.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moacompress.calibration.sweep import SumCollector, swept
+from moacompress.kernels import dispatch
 from moacompress.plan import Rule, segments
 
 TILE = 64
@@ -61,8 +66,13 @@ class RuleTable:
         columns = torch.tensor(
             [(rule.sink, rule.alpha, rule.beta_q) for rule in rules], dtype=torch.int64, device=device
         )
-        sink, alpha, beta_q = columns.unbind(1)
+        sink, alpha, beta_q = columns.T.contiguous()
         return RuleTable(sink, alpha, beta_q, min_window)
+
+    @property
+    def columns(self) -> Tensor:
+        """Sink, alpha and beta_q, `[3, rules]`."""
+        return torch.stack((self.sink, self.alpha, self.beta_q))
 
     def segments(self, n: Tensor, native_window: int | None) -> tuple[Tensor, Tensor]:
         """Returns `(sink_end, start)`, each `[len(n), rules]`: row `n - 1` sees the keys before, and from there on."""
@@ -276,7 +286,7 @@ def attend(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         plan: the rule of each KV head, or None for the dense model.
-        tile: query rows worked on at a time.
+        tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         `[1, heads, N, head_dim]`.
@@ -284,6 +294,13 @@ def attend(
     heads, n, size = query.shape[1:]
     kv_heads = key.shape[1]
     native = spec.native_window
+    if dispatch.kernel_for(query) == "cpu":
+        rules = plan or RuleTable.of([Rule.FULL] * kv_heads, 1)
+        numbers = (rules.min_window, native or 0, spec.scaling, spec.softcap or 0.0)
+        compiled: Tensor = dispatch.prefill_alone(
+            query, key, value, rules.sink, rules.alpha, rules.beta_q, *numbers, sink_logits=sink_logit
+        )[0]
+        return compiled
     if (native is None or native >= n) and spec.softcap is None and sink_logit is None and plan is None:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=spec.scaling, enable_gqa=heads != kv_heads
@@ -325,21 +342,63 @@ def attend_backward(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         table: the rules.
-        collectors: receive the tiles.
+        collectors: receive the tiles, or the sums of all.
         plan: the rule of each KV head, or None for the dense model.
-        tile: query rows worked on at a time.
+        tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         Gradients of query, key and value.
     """
-    (heads, n, size), kv_heads, work = query.shape[1:], key.shape[1], _work_dtype(query)
+    chunk = (query, key, value, grad)
+    if dispatch.kernel_for(query) == "cpu":
+        summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
+        found = swept(*chunk, spec, sink_logit, table, summing, plan)
+        if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
+            for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile):
+                for collector in looking:
+                    collector.add(view)
+        return found
+    (heads, n, size), work = query.shape[1:], _work_dtype(query)
+    grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
+    grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
+    for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile):
+        for other in collectors:
+            other.add(view)
+        at = view.tile.columns(n)
+        grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
+        grad_query[:, view.rows] = torch.bmm(grad_logits, view.keys).mul_(spec.scaling).view(heads, -1, size)
+        grad_keys[:, at].baddbmm_(grad_logits.transpose(1, 2), view.query)
+        grad_values[:, at].baddbmm_(attended.flatten(1, 2).transpose(1, 2), view.cotangent)
+    return (
+        grad_query[None].to(query.dtype),
+        grad_keys.flip(1)[None].to(key.dtype),
+        grad_values.flip(1)[None].to(value.dtype),
+    )
+
+
+def _views(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    table: RuleTable,
+    plan: RuleTable | None,
+    tile: int,
+) -> Iterator[tuple[TileView, Tensor, Tensor, Tensor | None]]:
+    """Yields tile after tile of `attend_backward`, and what its gradients are made of.
+
+    Yields:
+        The tile; the probabilities that its rows attend with; the gradient of their logits, but for the derivative of the
+        soft cap, which comes last or is None.
+    """
+    kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
     keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
     sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
-    grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     alive = grad[0].ne(0).any(-1).any(0).nonzero()[:, 0]
     for part in _tiles(alive, spec.native_window, tile) if len(alive) else []:
-        at = part.columns(n)
+        at = part.columns(key.shape[2])
         scaled, pulled = (tensor[0, :, part.rows].to(work).reshape(kv_heads, -1, size) for tensor in (query, grad))
         scaled = scaled * spec.scaling
         probabilities, escape, slope = tile_probabilities(scaled, keys[:, at], part, spec, sink)
@@ -352,7 +411,7 @@ def attend_backward(
         # dO . O from these very P and G: a stored O is rounded to the model's dtype, which would swamp small deltas
         delta = (attended * centred).sum(-1, keepdim=True)
         centred.sub_(delta)
-        grad_logits = centred * attended if plan is not None else None
+        grad_logits = centred * attended if plan is not None else centred
         centred.mul_(probabilities)
         view = TileView(
             tile=part,
@@ -367,18 +426,7 @@ def attend_backward(
             keys=keys[:, at],
             values=values[:, at],
         )
-        for collector in collectors:
-            collector.add(view)
-        grad_logits = centred if grad_logits is None else grad_logits
-        grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
-        grad_query[:, part.rows] = torch.bmm(grad_logits, keys[:, at]).mul_(spec.scaling).view(heads, -1, size)
-        grad_keys[:, at].baddbmm_(grad_logits.transpose(1, 2), scaled)
-        grad_values[:, at].baddbmm_(attended.flatten(1, 2).transpose(1, 2), pulled)
-    return (
-        grad_query[None].to(query.dtype),
-        grad_keys.flip(1)[None].to(key.dtype),
-        grad_values.flip(1)[None].to(value.dtype),
-    )
+        yield view, attended, grad_logits, slope
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:

@@ -27,7 +27,7 @@ from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.head import Head, prepare, request_fingerprint
 from moacompress.calibration.heads import HeadSums
 from moacompress.calibration.influence import Collector, RuleTable
-from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, target_states
+from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
@@ -128,7 +128,10 @@ def sample_statistics(
     """
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
     ids = torch.from_numpy(sample.input_ids).to(model.device)
-    dense = target_states(model, ids, rows) if around is not None else None
+    dense = None
+    if around is not None:
+        with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
+            dense = target_states(model, ids, rows)
     size = shape.kv_heads, len(table.sink), model.device
     influence = [InfluenceSums(*size) for _ in range(shape.layers)]
     squares = np.zeros((shape.layers, *size[:2]), np.float64)

@@ -206,6 +206,53 @@ def prefill_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *
     return prefill(query, key, value, (), (), table, past, torch.full_like(past, tokens), *rules, **more)
 
 
+def profile_backward(
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: torch.Tensor,
+    min_window: int,
+    plan: torch.Tensor | None,
+    plan_min_window: int,
+    native_window: int,
+    scaling: float,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+    baselines: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Gradients of attention and what every rule would move, in one sweep; only where `kernel_for(query)` is compiled.
+
+    What is computed, and in PyTorch, is in `moacompress.calibration.influence`.
+
+    Args:
+        dout: cotangent of the output, `[1, heads, tokens, value_dim]`.
+        query: `[1, heads, tokens, head_dim]`.
+        key: `[1, kv_heads, tokens, head_dim]`.
+        value: `[1, kv_heads, tokens, value_dim]`.
+        rules: sink, alpha and beta_q, int64 `[3, rules]`; every KV head is asked what each would do.
+        min_window: their smallest window, tokens.
+        plan: the rule that each KV head runs under, int64 `[3, kv_heads]`, or None for the dense model.
+        plan_min_window: its smallest window.
+        native_window: the model's own sliding window, 0 for none.
+        scaling: factor of the logits.
+        softcap: soft cap of the logits, 0 for none.
+        sink_logits: learned sink logits, `[heads]`, or None.
+        baselines: whether to sum MoA's |E| and the masked probability too.
+
+    Returns:
+        Gradients of query, key and value; sums, float64 `[2 or 4, kv_heads, rules]`: of squares and of the deltas, then of the
+        baselines; rows with a cotangent that is not zero: the others take no part.
+    """
+    tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
+    numbers = (plan_min_window, native_window, scaling, softcap)
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+    found = torch.ops.moacompress_cpu.profile_backward(
+        *tensors, rules, min_window, plan, *numbers, _floats(sink_logits), baselines
+    )
+    return found
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensor with its last dimension contiguous; the others may have any strides."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

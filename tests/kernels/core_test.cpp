@@ -238,6 +238,88 @@ void test(Isa isa, DType dtype) {
   if (decode(one, parallel, isa) != wanted) failures++, std::printf("decode took a missing block\n");
 }
 
+// The profile's sweep of one sample against the definitions: what each rule's output moves along the cotangent, and that gradients
+// are finite and zero where they must be. Python's tests compare the gradients.
+void test_profile(Isa isa, DType dtype) {
+  const int64_t kv_heads = pick(1, 3), group = pick_of({1, 2, 3, 5}), heads = kv_heads * group, tokens = pick_of({1, 2, 17, 70, 150});
+  const int64_t dim = pick_of({16, 24, 40, 64, 80, 13}), value_dim = pick_of({16, 24, 64, 9, 72}), rules = pick(1, 9);
+  const auto rule_columns = [](int64_t count, std::vector<int64_t>& sink, std::vector<int64_t>& alpha, std::vector<int64_t>& beta_q) {
+    for (int64_t i = 0; i < count; i++) {
+      sink.push_back(pick_of({4, 16, 64}));
+      alpha.push_back(pick_of({0, 20, 64, 1000}));
+      beta_q.push_back(pick_of({0, 100, 600, 1024}));
+    }
+  };
+  std::vector<int64_t> sink, alpha, beta_q, own_sink, own_alpha, own_beta;
+  rule_columns(rules, sink, alpha, beta_q);
+  rule_columns(kv_heads, own_sink, own_alpha, own_beta);
+  const int64_t native = pick_of({0, 0, 5, 50}), min_window = pick_of({1, 16, 32});
+  const Rules plan = {own_sink.data(), own_alpha.data(), own_beta.data(), pick_of({1, 16}), native};
+  std::vector<float> logits;
+  for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
+  const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
+  const bool planned = pick(0, 1), baselines = pick(0, 1);
+  Data query(dtype, heads * tokens * dim), key(dtype, kv_heads * tokens * dim), value(dtype, kv_heads * tokens * value_dim);
+  Data dout(dtype, heads * tokens * value_dim), dquery(dtype, query.count), dkey(dtype, key.count), dvalue(dtype, value.count);
+  for (Data* data : {&query, &key, &value, &dout})
+    for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+  std::vector<bool> silent;
+  for (int64_t t = 0; t < tokens; t++) {
+    silent.push_back(pick(0, 3) == 0);
+    for (int64_t i = 0; silent.back() && i < heads * value_dim; i++)
+      dout.set(((i / value_dim) * tokens + t) * value_dim + i % value_dim, i % 2 ? 0.0 : -0.0);
+  }
+  const int64_t kinds = baselines ? 4 : 2;
+  std::unique_ptr<double[]> sums(new double[size_t(kinds * kv_heads * rules)]);
+  std::unique_ptr<int64_t> alive(new int64_t(-1));
+  const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
+  const Shape shape = {dtype, 1, kv_heads, group, dim, value_dim};
+  const ProfileCall call = {shape, rules, sink.data(), alpha.data(), beta_q.data(), min_window, native, planned ? &plan : nullptr,
+                            scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), dout.bytes.get(),
+                            strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
+                            dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
+                            strides(kv_heads, value_dim), baselines, sums.get(), alive.get()};
+  const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
+  if (profile(call, parallel, isa) != OK) failures++, std::printf("profile failed\n");
+  for (const Data* data : {&dquery, &dkey, &dvalue})
+    for (int64_t i = 0; i < data->count; i++)
+      if (std::isnan(data->get(i)) && failures++ < 10) std::printf("profile left NaN, %s\n", isa_name(isa));
+
+  std::vector<double> squares(static_cast<size_t>(kv_heads * rules), 0.0), total = squares, size = squares;
+  std::vector<double> q(static_cast<size_t>(dim));
+  const Rules asked = {sink.data(), alpha.data(), beta_q.data(), min_window, native};
+  const Rule full = {0, 0, 1024, 1, native};
+  int64_t rows = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    rows += !silent[size_t(t)];
+    for (int64_t h = 0; h < kv_heads && !silent[size_t(t)]; h++)
+      for (int64_t r = 0; r < rules; r++) {
+        double delta = 0;
+        for (int64_t g = h * group; g < (h + 1) * group; g++) {
+          for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get((g * tokens + t) * dim + d);
+          const auto moved = [&](const Rule& rule) {
+            const std::vector<double> out = plain(
+                q.data(), dim, value_dim, t + 1, rule, scores, g,
+                [&](int64_t j, int64_t d) { return key.get((h * tokens + j) * dim + d); },
+                [&](int64_t j, int64_t d) { return value.get((h * tokens + j) * value_dim + d); });
+            double along = 0;
+            for (int64_t d = 0; d < value_dim; d++) along += out[size_t(d)] * dout.get((g * tokens + t) * value_dim + d);
+            return along;
+          };
+          delta += moved(asked.of(r)) - moved(planned ? plan.of(h) : full);
+        }
+        squares[size_t(h * rules + r)] += delta * delta;
+        total[size_t(h * rules + r)] += delta;
+        size[size_t(h * rules + r)] += std::fabs(delta);
+      }
+  }
+  if (*alive != rows && failures++ < 10) std::printf("profile saw %ld rows, not %ld\n", long(*alive), long(rows));
+  for (int64_t i = 0; i < kv_heads * rules; i++) {
+    near(sums[size_t(i)], squares[size_t(i)], 1e-4 * squares[size_t(i)] + 1e-8, "profile's squares", isa, dtype);
+    near(sums[size_t(kv_heads * rules + i)], total[size_t(i)], 1e-5 * size[size_t(i)] + 1e-4, "profile's total", isa, dtype);
+  }
+}
+
 // Many single tokens into a cache of two segments that begins empty: it stays inside its memory, every token that a later query sees
 // is where the table says, blocks are counted as often as they are named, and a pool or a table that is too small changes nothing.
 void test_advance(DType dtype) {
@@ -310,6 +392,7 @@ int main() {
       continue;
     }
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
   }
   std::printf("%d tests, %d failures\n", tests, failures);
   return failures != 0;

@@ -88,18 +88,23 @@ const int64_t* numbers(const Tensor& t, int64_t count, const char* op, const cha
 
 Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
-Rules rules_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
-               const Shape& shape, const char* op) {
-  STD_TORCH_CHECK(min_window >= 1, op, ": min_window is ", min_window, ", less than 1");
-  STD_TORCH_CHECK(native_window >= 0, op, ": native_window is ", native_window, "; 0 means none");
-  const Rules rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
-                       numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
-  for (int64_t head = 0; head < shape.kv_heads; head++) {
-    const Rule rule = rules.of(head);
-    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": KV head ", head,
+// Refuses numbers that no rule has; `name` is what each of the `count` rules belongs to.
+void check_rules(const Rules& rules, int64_t count, const char* op, const char* name) {
+  STD_TORCH_CHECK(rules.min_window >= 1, op, ": min_window is ", rules.min_window, ", less than 1");
+  STD_TORCH_CHECK(rules.native_window >= 0, op, ": native_window is ", rules.native_window, "; 0 means none");
+  for (int64_t i = 0; i < count; i++) {
+    const Rule rule = rules.of(i);
+    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
                     " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
                     "; they must be at least 0, beta_q at most 1024");
   }
+}
+
+Rules rules_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
+               const Shape& shape, const char* op) {
+  const Rules rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
+                       numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
+  check_rules(rules, shape.kv_heads, op, "KV head");
   return rules;
 }
 
@@ -108,16 +113,20 @@ struct Rest {
   Scores scores;
 };
 
-Rest rest_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
-             double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
+Scores scores_of(double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
   STD_TORCH_CHECK(scaling > 0, op, ": scaling is ", scaling, ", not positive");
   STD_TORCH_CHECK(softcap >= 0, op, ": softcap is ", softcap, "; 0 means none");
-  Rest rest = {rules_of(sink, alpha, beta_q, min_window, native_window, shape, op), {}};
-  rest.scores = {float(scaling), float(softcap), nullptr};
+  Scores scores = {float(scaling), float(softcap), nullptr};
   if (sink_logits)
-    rest.scores.sink_logits = static_cast<const float*>(
+    scores.sink_logits = static_cast<const float*>(
         dense(*sink_logits, {shape.kv_heads * shape.group}, ScalarType::Float, op, "sink_logits"));
-  return rest;
+  return scores;
+}
+
+Rest rest_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
+             double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
+  const Rules rules = rules_of(sink, alpha, beta_q, min_window, native_window, shape, op);
+  return {rules, scores_of(scaling, softcap, sink_logits, shape, op)};
 }
 
 // Views of a pool's segments; must outlive the call.
@@ -294,6 +303,50 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
   return {dquery, dkey, dvalue};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
+    Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, int64_t min_window, std::optional<Tensor> plan,
+    int64_t plan_min_window, int64_t native_window, double scaling, double softcap, std::optional<Tensor> sink_logits,
+    bool baselines) {
+  const char* op = "profile_backward";
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
+                  text(value), "; both must have 4 dimensions");
+  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const ScalarType type = query.scalar_type();
+  const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
+  STD_TORCH_CHECK(shape.rows == 1, op, ": the batch has ", shape.rows, " rows; samples come one by one");
+  STD_TORCH_CHECK(tokens < MAX_TOKENS, op, ": ", tokens, " tokens, of at most ", MAX_TOKENS - 1);
+  check_rows(query, {1, heads, tokens, shape.head_dim}, type, op, "query");
+  check_rows(key, {1, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
+  check_rows(value, {1, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
+  check_rows(dout, {1, heads, tokens, shape.value_dim}, type, op, "dout");
+  const auto columns = [&](const Tensor& table, int64_t count, const char* name) {
+    return static_cast<const int64_t*>(dense(table, {3, count}, ScalarType::Long, op, name));
+  };
+  const int64_t* table = columns(rules, -1, "rules");
+  const int64_t count = rules.size(1);
+  check_rules({table, table + count, table + 2 * count, min_window, native_window}, count, op, "rule");
+  Rules own = {};
+  if (plan) {
+    const int64_t* at = columns(*plan, shape.kv_heads, "plan");
+    own = {at, at + shape.kv_heads, at + 2 * shape.kv_heads, plan_min_window, native_window};
+    check_rules(own, shape.kv_heads, op, "the plan's KV head");
+  }
+  const Scores scores = scores_of(scaling, softcap, sink_logits, shape, op);
+  Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
+  Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
+  Tensor dvalue = new_rows(value, 1, shape.kv_heads, tokens, shape.value_dim);
+  Tensor sums = torch::stable::new_empty(query, Shapes{baselines ? 4 : 2, shape.kv_heads, count}, ScalarType::Double);
+  int64_t alive = 0;
+  const ProfileCall call = {shape, count, table, table + count, table + 2 * count, min_window, native_window,
+                            plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
+                            value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
+                            strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
+                            strides(dquery), strides(dkey), strides(dvalue), baselines,
+                            static_cast<double*>(sums.mutable_data_ptr()), &alive};
+  check_status(profile(call, parallel(), isa()), op);
+  return {dquery, dkey, dvalue, sums, alive};
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -336,6 +389,10 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
       "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, float scaling, float softcap) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, int min_window, Tensor? plan, "
+      "int plan_min_window, int native_window, float scaling, float softcap, Tensor? sink_logits, bool baselines) "
+      "-> (Tensor, Tensor, Tensor, Tensor, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
@@ -343,4 +400,5 @@ STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("step", TORCH_BOX(&step_op));
   m.impl("prefill", TORCH_BOX(&prefill_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
+  m.impl("profile_backward", TORCH_BOX(&profile_op));
 }

@@ -1,10 +1,10 @@
 // Attention over block tables on the CPU, without torch: plain pointers, strides in elements, storage in float32, bfloat16 or
 // float16, accumulation in float32.
 //
-// `attention.cpp` and `backward.cpp` cut the work into tasks of a fixed size that depend on one (row, KV head) only and hand them
-// to kernels written once (kernels.inl) and compiled once per instruction set. So every result is bit-equal for any number of
-// threads and whatever else is in the batch. This header is read by the files of the instruction sets: no std templates here, or
-// the linker may keep the copy that was compiled for a processor that is not there.
+// `attention.cpp`, `backward.cpp` and `profile.cpp` cut the work into tasks of a fixed size that depend on one (row, KV head) only
+// and hand them to kernels written once (kernels.inl, profile.inl) and compiled once per instruction set. So every result is
+// bit-equal for any number of threads and whatever else is in the batch. This header is read by the files of the instruction sets:
+// no std templates here, or the linker may keep the copy that was compiled for a processor that is not there.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -126,6 +126,28 @@ constexpr int64_t TILE_LANES = 192, MIN_ROWS = 8;
 // Query rows of a tile: about TILE_LANES lanes, whatever the group.
 static MOACOMPRESS_INLINE int64_t tile_rows(int64_t group) { return larger(TILE_LANES / group, MIN_ROWS); }
 
+// What an attention layer's backward gives and what every rule would move, of one sample; see `calibration/influence.py`, whose
+// definitions and names these are.
+struct ProfileCall {
+  Shape shape;  // one row
+  int64_t rules;
+  const int64_t *sink, *alpha, *beta_q;  // [rules] every KV head is asked what each of them would do
+  int64_t min_window, native_window;
+  const Rules* plan;  // the rule that each KV head runs under, or null
+  Scores scores;
+  int64_t tokens;
+  const void *query, *key, *value, *dout;
+  Strides query_at, key_at, value_at, dout_at;
+  void *dquery, *dkey, *dvalue;
+  Strides dquery_at, dkey_at, dvalue_at;
+  bool baselines;
+  double* sums;    // [2, or 4 with baselines, kv_heads, rules]: squares and total of d, then MoA's |E| and the masked probability
+  int64_t* alive;  // rows that took part
+};
+
+constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
+constexpr int64_t PROFILE_PAD = 16;     // rows of the gradients in float32 have a multiple of it
+
 Isa best_isa();            // the best that this processor and this build have
 bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
@@ -135,6 +157,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // is written and no length is changed before.
 int64_t advance(const AdvanceCall& call);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
+Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 
 // ---- what the files of the instruction sets implement ----
 
@@ -199,6 +222,44 @@ struct KeyTile {
   int64_t dkey_bytes, dvalue_bytes;
 };
 
+// Where the sums over the keys of a tile are read: once `key` is in, for one row and the cell (row, rule).
+struct ProfileEvent {
+  int32_t key, row, cell;
+};
+
+// Of one lane, its weights being relative to its largest logit: exp of the learned logit, D, the sum of the weights of the dense
+// model, and MoA's sum of |E| over all keys.
+struct LaneSums {
+  double escape, delta, mass, effect;
+};
+
+// One task of the profile: some query rows of the `group` heads of one KV head. A lane is head * rows + row.
+struct ProfileTile {
+  int64_t group, rows, head_dim, value_dim;
+  const int64_t* positions;  // [rows], ascending
+  int64_t low, high;         // keys that any of the rows sees; low is a multiple of TILE
+  int64_t native_window;
+  const Rule* plan;          // or null
+  float scaling, softcap;
+  const float* sink_logits;  // [group] or null
+  const char *query, *key, *value, *dout;  // of the KV head, first token
+  int64_t query_head_bytes, query_row_bytes, key_bytes, value_bytes, dout_head_bytes, dout_row_bytes;
+  char* dquery;
+  int64_t dquery_head_bytes, dquery_row_bytes;
+  float *dkey, *dvalue;  // [tokens up to a multiple of TILE, padded dim] of the KV head; added to
+  int streams;           // 2, or 3 with MoA's |E|
+  int64_t cells;         // rows * rules
+  double* seen;          // [streams, cells, group] sums over what each rule sees; zero before
+  LaneSums* lane_sums;   // [lanes]
+  const ProfileEvent* windows;  // newest key first
+  int64_t window_events;
+  const ProfileEvent* sinks;  // oldest key first
+  int64_t sink_events;
+  void* order;  // whose turn it is to add to the keys of a block
+  void (*wait)(void* order, int64_t block);
+  void (*done)(void* order, int64_t block);
+};
+
 struct Kernels {
   size_t (*decode_scratch)(int64_t group, int64_t head_dim);
   size_t (*tile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim);  // of all tile kernels, in floats
@@ -206,6 +267,9 @@ struct Kernels {
   bool (*prefill[3])(const PrefillTile&, float* scratch);
   bool (*backward_query[3])(const PrefillTile&, float* scratch);
   void (*backward_key[3])(const KeyTile&, float* scratch);
+  size_t (*profile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys);  // floats; keys: a multiple of TILE
+  void (*profile[3])(const ProfileTile&, float* scratch);
+  void (*narrow[3])(const float* from, int64_t count, void* to);
 };
 
 extern const Kernels portable_kernels;

@@ -1,5 +1,6 @@
 #include "vec_portable.h"
 #include "kernels.inl"
+#include "profile.inl"
 
 namespace moacompress {
 MOACOMPRESS_KERNELS(portable_kernels);

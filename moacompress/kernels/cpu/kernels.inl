@@ -284,9 +284,10 @@ inline void dot_rows(const char* const* rows, int64_t depth, const float* panel,
 }
 template <class Op, int VECS>
 inline void dots(const char* const* rows, int64_t count, int64_t depth, const float* panel, float* to) {
-  for (int64_t r = 0; r < count; r += 4) {  // `rows` repeats its last entry up to a multiple of four
-    dot_rows<Op, 4, VECS>(rows + r, depth, panel, to + r * LANES);
-  }
+  int64_t r = 0;  // `rows` repeats its last entry up to a multiple of four
+  for (; r + 4 < count; r += 6) dot_rows<Op, 6, VECS>(rows + r, depth, panel, to + r * LANES);
+  if (r + 2 < count) dot_rows<Op, 4, VECS>(rows + r, depth, panel, to + r * LANES);
+  else if (r < count) dot_rows<Op, 2, VECS>(rows + r, depth, panel, to + r * LANES);
 }
 
 // to[c][lane] = to[c][lane] * factor[lane] + sum over k of rows[k][column + c] * panel[k][lane], for COLUMNS columns.
@@ -312,6 +313,7 @@ inline void mix_columns(const char* const* rows, int64_t count, int64_t column, 
 template <class Op, int VECS>
 inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
   int64_t c = 0;
+  for (; c + 6 <= columns; c += 6) mix_columns<Op, 6, VECS>(rows, count, c, panel, factor, to);
   for (; c + 4 <= columns; c += 4) mix_columns<Op, 4, VECS>(rows, count, c, panel, factor, to);
   for (; c < columns; c++) mix_columns<Op, 1, VECS>(rows, count, c, panel, factor, to);
 }
@@ -696,6 +698,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
                         {decode_chunk<float>, decode_chunk<bf16>, decode_chunk<f16>},               \
                         {prefill_tile<float>, prefill_tile<bf16>, prefill_tile<f16>},               \
                         {backward_query_tile<float>, backward_query_tile<bf16>, backward_query_tile<f16>}, \
-                        {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}}
+                        {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}, \
+                        profile_scratch,                                                            \
+                        {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
+                        {narrow<float>, narrow<bf16>, narrow<f16>}}
 
 }  // namespace moacompress

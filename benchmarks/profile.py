@@ -1,0 +1,149 @@
+"""Time and peak memory of profiling one sample, by length, beside a plain pass: every length in a process of its own.
+
+    python benchmarks/profile.py path/to/model --lengths 1k,2k,4k --json
+
+`profile_s` is one forward and one backward pass of a sample as the profiler makes them, at its default grid of rules.
+`sdpa_s` is a forward and a backward pass of the same tokens through transformers' SDPA attention, from the cross-entropy of
+the same answer tokens down to the embeddings. No weight asks for a gradient in either. Both are medians of passes that take
+turns. `peak_bytes` is what the system says the process had in memory at most (RSS) when the profiler had run and nothing else
+had, Python, libraries and weights included; `before_bytes` is what it had before.
+
+On a busy machine `--cpu-time` counts the time of one thread on its core instead of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moacompress.budget import parse_lengths
+from moacompress.memory import peak_rss, rss
+
+TARGETS = 32
+"""Answer tokens of the sample."""
+
+
+def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+    """Profiles one sample of random tokens in this process, and runs it plainly.
+
+    Args:
+        model: MODEL.
+        length: of the sample, tokens.
+        times: how often each is run and timed.
+        cpu_time: whether to count one thread's time on its core.
+
+    Returns:
+        Length in tokens, kernel, and what the module's docstring says.
+    """
+    import numpy as np
+    import torch
+
+    from moacompress.calibration.influence import RuleTable
+    from moacompress.calibration.passes import frozen
+    from moacompress.calibration.profiler import sample_statistics
+    from moacompress.calibration.samples import Sample
+    from moacompress.kernels import dispatch
+    from moacompress.models import load_source
+    from moacompress.recipe import ProfileRecipe
+    from moacompress.search.space import candidate_rules
+
+    if cpu_time:
+        torch.set_num_threads(1)
+    source, chosen = load_source(model), ProfileRecipe(draws=1)
+    network = source.model
+    table = RuleTable.of(candidate_rules(length, chosen.sinks, chosen.min_window), chosen.min_window)
+    ids = np.random.default_rng(0).integers(0, len(source.tokenizer), length)
+    sample = Sample(ids, np.arange(length) >= length - TARGETS, "random", length)
+    tokens = torch.from_numpy(ids)
+    rows = torch.arange(length - TARGETS - 1, length - 1)
+
+    def profiled() -> None:
+        sample_statistics(network, source.shape, table, sample, chosen, None, 0, 0)
+
+    def plain() -> None:
+        before = network.config._attn_implementation
+        network.set_attn_implementation("sdpa")
+        try:
+            with frozen(network), torch.enable_grad():
+                embeddings = network.get_input_embeddings()(tokens[None]).detach().requires_grad_()
+                logits = network(inputs_embeds=embeddings, use_cache=False, logits_to_keep=rows).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits.float(), tokens[rows + 1])
+                torch.autograd.grad(loss, embeddings)
+        finally:
+            network.set_attn_implementation(before)
+
+    clock = time.thread_time if cpu_time else time.perf_counter
+
+    def timed(run: Callable[[], None]) -> float:
+        begin = clock()
+        run()
+        return clock() - begin
+
+    before = rss()
+    seconds = [[timed(profiled)], []]
+    peak = peak_rss()
+    seconds[1].append(timed(plain))
+    for _ in range(times - 1):
+        seconds[0].append(timed(profiled))
+        seconds[1].append(timed(plain))
+    profile_s, sdpa_s = (round(statistics.median(found), 3) for found in seconds)
+    return {
+        "length": length,
+        "profile_s": profile_s,
+        "sdpa_s": sdpa_s,
+        "before_bytes": before,
+        "peak_bytes": peak,
+        "kernel": dispatch.chosen().name,
+        "threads": torch.get_num_threads(),
+        "clock": clock.__name__,
+    }
+
+
+def run_alone(model: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+    """Returns what `measure` does, from a new process: its peak is not that of another length."""
+    command = [sys.executable, str(Path(__file__).resolve()), model, "--lengths", str(length), "--times", str(times)]
+    command += ["--here", *(["--cpu-time"] if cpu_time else [])]
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    return found
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder or .gguf file")
+    parser.add_argument("--lengths", default="1k,2k,4k", help="tokens, with commas between")
+    parser.add_argument("--times", type=int, default=3, help="passes of each kind that are timed")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its time on the core: for a busy machine")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    # Python puts this folder first, where this very file would be taken for the standard library's `profile`
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+    lengths = parse_lengths(chosen.lengths)
+    if chosen.here:
+        print(json.dumps(measure(chosen.model, lengths[0], chosen.times, chosen.cpu_time)))
+        return
+    runs = []
+    for length in lengths:
+        runs.append(run_alone(chosen.model, length, chosen.times, chosen.cpu_time))
+        if not chosen.json:
+            run = runs[-1]
+            print(
+                f"{length:>7,} tokens: {run['profile_s']:.2f} s, plainly {run['sdpa_s']:.2f} s "
+                f"({run['profile_s'] / run['sdpa_s']:.2f} times); {run['peak_bytes'] / 2**20:,.0f} MiB at most, "
+                f"{run['before_bytes'] / 2**20:,.0f} before the pass",
+                flush=True,
+            )
+    if chosen.json:
+        print(json.dumps({"runs": runs}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The profile's compiled sweep: gradients of attention and the sums of every rule at once, where nobody looks at tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from moacompress.kernels import dispatch
+
+if TYPE_CHECKING:
+    from moacompress.calibration.influence import AttentionSpec, RuleTable
+
+
+class LayerSums(NamedTuple):
+    """What a layer's whole backward pass sums up to, each float64 `[kv_heads, rules]`.
+
+    Attributes:
+        squares: `sum_i d_i^2`.
+        total: `sum_i d_i`.
+        moa: MoA's `sum |E_ij|` over what a rule masks; None where no collector asks for it.
+        mass: the probability that a rule masks, mean over query heads, summed over rows; as `moa`.
+        rows: rows that took part.
+    """
+
+    squares: Tensor
+    total: Tensor
+    moa: Tensor | None
+    mass: Tensor | None
+    rows: int
+
+
+@runtime_checkable
+class SumCollector(Protocol):
+    """A collector that can do with the sums of a whole backward pass, and then is given no tiles.
+
+    Attributes:
+        baselines: whether it needs `moa` and `mass`.
+    """
+
+    baselines: bool
+
+    def take(self, sums: LayerSums) -> None:
+        """Takes what would have come tile by tile."""
+
+
+def swept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    table: RuleTable,
+    collectors: Sequence[SumCollector],
+    plan: RuleTable | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `influence.attend_backward` does for the same arguments; collectors get the sums of all tiles."""
+    baselines = any(collector.baselines for collector in collectors)
+    *gradients, sums, rows = dispatch.profile_backward(
+        grad,
+        query,
+        key,
+        value,
+        table.columns,
+        table.min_window,
+        None if plan is None else plan.columns,
+        1 if plan is None else plan.min_window,
+        spec.native_window or 0,
+        spec.scaling,
+        spec.softcap or 0.0,
+        sink_logit,
+        baselines,
+    )
+    moa, mass = sums[2:] if baselines else (None, None)
+    found = LayerSums(sums[0], sums[1], moa, mass, rows)
+    for collector in collectors:
+        collector.take(found)
+    return gradients[0], gradients[1], gradients[2]

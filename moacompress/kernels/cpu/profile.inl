@@ -1,0 +1,345 @@
+// The profile's sweep, written over the vectors of a vec_*.h as kernels.inl is, and included after it.
+//
+// A tile keeps the logits and dO V^T of its lanes and all their keys in scratch memory, so that five matrix products make all
+// gradients. Weights are relative to the lane's largest logit: p = exp(logit - peak), and what is divided by their sum is the small
+// side of each product. Sums over keys run from the newest key outward, and carry their rounding errors along: a window that holds
+// 1e-6 of the probability, or leaves so much out, keeps its digits.
+
+namespace moacompress {
+namespace {
+
+inline int64_t padded_dim(int64_t dim) { return (dim + PROFILE_PAD - 1) / PROFILE_PAD * PROFILE_PAD; }
+
+// sum + rest += x, exact up to the rounding of `rest` (Knuth's two-sum).
+inline void add_exactly(V& sum, V& rest, V x) {
+  const V now = sum + x, added = now - sum;
+  rest = rest + ((sum - (now - added)) + (x - added));
+  sum = now;
+}
+
+// to[r][column] += sum over lanes of from[r][lane] * rows[lane][column], for ROWS keys and VECS vectors of columns.
+template <int ROWS, int VECS>
+inline void add_products(const float* from, int64_t panels, const float* rows, int64_t stride, float* to) {
+  V sums[ROWS][VECS];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECS; v++) sums[r][v] = load(to + r * stride + v * W);
+  for (int64_t panel = 0; panel < panels; panel++, from += TILE * LANES)
+    for (int64_t lane = 0; lane < LANES; lane++, rows += stride) {
+      V b[VECS];
+      for (int v = 0; v < VECS; v++) b[v] = load(rows + v * W);
+      for (int r = 0; r < ROWS; r++) {
+        const V a = set1(from[r * LANES + lane]);
+        for (int v = 0; v < VECS; v++) sums[r][v] = fma(a, b[v], sums[r][v]);
+      }
+    }
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECS; v++) store(to + r * stride + v * W, sums[r][v]);
+}
+template <int VECS>
+inline void add_columns(const float* from, int64_t count, int64_t panels, const float* rows, int64_t stride, float* to) {
+  int64_t r = 0;
+  for (; r + 4 < count; r += 6) add_products<6, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+  if (r + 2 < count) add_products<4, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+  else if (r < count) add_products<2, VECS>(from + r * LANES, panels, rows, stride, to + r * stride);
+}
+// The same for `count` keys, rounded up to a multiple of four, and all columns.
+inline void add_all_products(const float* from, int64_t count, int64_t panels, const float* rows, int64_t stride, float* to) {
+  int64_t c = 0;
+  for (; c + LANES <= stride; c += LANES) add_columns<PANEL>(from, count, panels, rows + c, stride, to + c);
+  for (; c + 2 * W <= stride; c += 2 * W) add_columns<2>(from, count, panels, rows + c, stride, to + c);
+  for (; c < stride; c += W) add_columns<1>(from, count, panels, rows + c, stride, to + c);
+}
+
+constexpr int STREAMS = 3;  // what is summed over keys: p, p (G - D), and MoA's |E|
+
+// Scratch memory of a tile; all but the whole rows of logits and pulls has the size of a tile.
+struct ProfileScratch {
+  float *query, *dout, *dquery;   // [panels, dim, LANES]
+  float *query_rows, *dout_rows;  // [lanes, padded dim]
+  float *peak, *inverse, *delta, *first, *end, *sink_end, *start;  // [lanes]
+  float *total, *pulled;          // [2, lanes] sum and rest: of the weights that are attended with, and of them times G
+  float *mass;                    // [2, lanes] of all weights, under a plan
+  float *running;                 // [STREAMS, 2, lanes]
+  float *logits, *pulls;          // [panels, keys, LANES]
+  float *weights, *grads, *effects;  // [panels, TILE, LANES]
+  float *key_store, *value_store, *buffer;
+  int64_t floats;
+
+  ProfileScratch(float* base, int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys) {
+    float* at = base;
+    const auto take = [&](int64_t count) {
+      float* found = at;
+      at += (count + 15) / 16 * 16;
+      return found;
+    };
+    const int64_t panels = panels_of(lanes), all = panels * LANES;
+    query = take(all * head_dim), dout = take(all * value_dim), dquery = take(all * head_dim);
+    query_rows = take(all * padded_dim(head_dim)), dout_rows = take(all * padded_dim(value_dim));
+    peak = take(all), inverse = take(all), delta = take(all);
+    first = take(all), end = take(all), sink_end = take(all), start = take(all);
+    total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
+    logits = take(all * keys), pulls = take(all * keys);
+    weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
+    key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), buffer = take(larger(head_dim, value_dim) + 2 * W);
+    floats = at - base;
+  }
+};
+
+size_t profile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys) {
+  float none;
+  return size_t(ProfileScratch(&none, lanes, head_dim, value_dim, keys).floats);
+}
+
+// Pointers to the rows [begin, begin + count) of a KV head, and those rows as float32.
+template <class T>
+inline void float_rows(const char* base, int64_t bytes, int64_t begin, int64_t count, int64_t dim, float* space, const char** to) {
+  const void* from[TILE];
+  for (int64_t i = 0; i < count; i++) from[i] = base + (begin + i) * bytes;
+  as_floats(from, count, dim, space, (const T*)nullptr, to);
+}
+
+// Logits as the softmax takes them, G beside them, and the largest logit of every lane.
+template <class T> void profile_scores(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
+  const char *key_rows[TILE], *value_rows[TILE];
+  for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
+    const int64_t count = smaller(TILE, t.high - begin), oldest = t.positions[0], newest = t.positions[t.rows - 1];
+    const bool all = begin + count <= oldest + 1 && (t.native_window == 0 || begin > newest - t.native_window);
+    float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
+    float_rows<T>(t.value, t.value_bytes, begin, count, t.value_dim, s.value_store, value_rows);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t at = panel * LANES;
+      float* logits = s.logits + at * keys + (begin - t.low) * LANES;
+      dots<Float32, PANEL>(key_rows, count, t.head_dim, s.query + at * t.head_dim, logits);
+      dots<Float32, PANEL>(value_rows, count, t.value_dim, s.dout + at * t.value_dim,
+                           s.pulls + at * keys + (begin - t.low) * LANES);
+      for (int v = 0; v < PANEL; v++) {
+        const V first = load(s.first + at + v * W), last = load(s.end + at + v * W) - set1(1.f);
+        V peak = load(s.peak + at + v * W);
+        for (int64_t j = 0; j < count; j++) {
+          float* cell = logits + j * LANES + v * W;
+          V x = load(cell);
+          if (t.softcap > 0) x = capped(x, 1.f, t.softcap);
+          if (!all) {
+            const V column = set1(float(begin + j));
+            x = select(both(at_least(column, first), at_least(last, column)), x, set1(-__builtin_inff()));
+          }
+          if (t.softcap > 0 || !all) store(cell, x);
+          peak = max(peak, x);
+        }
+        store(s.peak + at + v * W, peak);
+      }
+    }
+  }
+}
+
+inline V weight_of(V logit, V peak) { return exp2((logit - peak) * set1(LOG2_E)); }
+
+// Whether each lane's own rule lets it see a key.
+inline Mask in_plan(const ProfileScratch& s, int64_t lane, V column) {
+  return seen(column, load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
+}
+
+// Sums of the weights and of weights times G, under the plan and of all.
+void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
+  const int64_t all_lanes = panels * LANES;
+  memset(s.total, 0, size_t(s.running - s.total) * sizeof(float));
+  // oldest keys first: their logits were the last to be made, the newest are the first to be read again
+  for (int64_t begin = t.low; begin < t.high; begin += TILE)
+    for (int64_t panel = 0; panel < panels; panel++)
+      for (int v = 0; v < PANEL; v++) {
+        const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
+        const int64_t count = smaller(TILE, t.high - begin);
+        const V peak = load(s.peak + lane);
+        V total = load(s.total + lane), total_rest = load(s.total + all_lanes + lane);
+        V pulled = load(s.pulled + lane), pulled_rest = load(s.pulled + all_lanes + lane);
+        V mass = load(s.mass + lane), mass_rest = load(s.mass + all_lanes + lane);
+        for (int64_t j = 0; j < count; j++) {
+          V p = weight_of(load(s.logits + at + j * LANES), peak);
+          if (t.plan) {
+            add_exactly(mass, mass_rest, p);
+            p = select(in_plan(s, lane, set1(float(begin + j))), p, zero());
+          }
+          add_exactly(total, total_rest, p);
+          add_exactly(pulled, pulled_rest, p * load(s.pulls + at + j * LANES));
+        }
+        store(s.total + lane, total);
+        store(s.total + all_lanes + lane, total_rest);
+        store(s.pulled + lane, pulled);
+        store(s.pulled + all_lanes + lane, pulled_rest);
+        store(s.mass + lane, t.plan ? mass : total);
+        store(s.mass + all_lanes + lane, t.plan ? mass_rest : total_rest);
+      }
+}
+
+// Of the keys [begin, begin + count): the weights p, p (G - D), and |E| where it is asked for.
+void profile_weights(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys, int64_t begin, int64_t count) {
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int v = 0; v < PANEL; v++) {
+      const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
+      const int64_t to = panel * TILE * LANES + v * W;
+      const V peak = load(s.peak + lane), delta = load(s.delta + lane), inverse = load(s.inverse + lane);
+      for (int64_t j = 0; j < count; j++) {
+        const V p = weight_of(load(s.logits + at + j * LANES), peak), c = p * (load(s.pulls + at + j * LANES) - delta);
+        store(s.weights + to + j * LANES, p);
+        store(s.grads + to + j * LANES, c);
+        if (t.streams > 2) {
+          const V alone = max(set1(1.f) - p * inverse, set1(1.1920929e-7f)), effect = c * inverse / alone;
+          store(s.effects + to + j * LANES, max(effect, zero() - effect));
+        }
+      }
+      for (int64_t j = count; j % 4; j++) store(s.weights + to + j * LANES, zero()), store(s.grads + to + j * LANES, zero());
+    }
+}
+
+// Adds the cells [from, end) of the block to the running sums, in steps of `step` (1 or -1).
+void profile_run(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t from, int64_t end, int64_t step) {
+  const int64_t all_lanes = panels * LANES;
+  const float* of[STREAMS] = {s.weights, s.grads, s.effects};
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int stream = 0; stream < t.streams; stream++) {
+      float* running = s.running + stream * 2 * all_lanes + panel * LANES;
+      const float* cells = of[stream] + panel * TILE * LANES;
+      V sum[PANEL], rest[PANEL];
+      for (int v = 0; v < PANEL; v++) sum[v] = load(running + v * W), rest[v] = load(running + all_lanes + v * W);
+      for (int64_t j = from; j != end; j += step)
+        for (int v = 0; v < PANEL; v++) add_exactly(sum[v], rest[v], load(cells + j * LANES + v * W));
+      for (int v = 0; v < PANEL; v++) store(running + v * W, sum[v]), store(running + all_lanes + v * W, rest[v]);
+    }
+}
+
+inline double running_sum(const ProfileScratch& s, int stream, int64_t all_lanes, int64_t lane) {
+  const float* at = s.running + stream * 2 * all_lanes + lane;
+  return double(at[0]) + double(at[all_lanes]);
+}
+
+// Adds the running sums to what the event's rule sees.
+inline void record(const ProfileTile& t, const ProfileScratch& s, int64_t all_lanes, const ProfileEvent& event) {
+  for (int stream = 0; stream < t.streams; stream++)
+    for (int64_t head = 0; head < t.group; head++)
+      t.seen[(stream * t.cells + event.cell) * t.group + head] +=
+          running_sum(s, stream, all_lanes, head * t.rows + event.row);
+}
+
+// Weights -> probabilities under the plan, and p (G - D) -> gradients of the logits, in place.
+void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys, int64_t begin, int64_t count) {
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int v = 0; v < PANEL; v++) {
+      const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
+      float *weights = s.weights + panel * TILE * LANES + v * W, *grads = s.grads + panel * TILE * LANES + v * W;
+      const V total = load(s.total + lane);
+      for (int64_t j = 0; j < count; j++) {
+        V p = load(weights + j * LANES), c = load(grads + j * LANES);
+        if (t.plan) {
+          const Mask mask = in_plan(s, lane, set1(float(begin + j)));
+          p = select(mask, p / total, zero());
+          c = select(mask, c / total, zero());
+        }
+        if (t.softcap > 0) {
+          const V share = load(s.logits + at + j * LANES) * set1(1.f / t.softcap);
+          // what is not seen has a weight of zero and a logit of minus infinity
+          c = select(at_least(share, set1(-2.f)), c * (set1(1.f) - share * share), zero());
+        }
+        store(weights + j * LANES, p);
+        store(grads + j * LANES, c);
+      }
+    }
+}
+
+template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
+  const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
+  const int64_t keys = (t.high - t.low + TILE - 1) / TILE * TILE;
+  const int64_t query_stride = padded_dim(t.head_dim), dout_stride = padded_dim(t.value_dim);
+  const ProfileScratch s(scratch, lanes, t.head_dim, t.value_dim, keys);
+
+  memset(s.query, 0, size_t(s.peak - s.query) * sizeof(float));
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const int64_t head = lane / t.rows, position = t.positions[lane % t.rows];
+    into_lane((const T*)(t.query + head * t.query_head_bytes + position * t.query_row_bytes), t.head_dim, lane, s.buffer, s.query);
+    into_lane((const T*)(t.dout + head * t.dout_head_bytes + position * t.dout_row_bytes), t.value_dim, lane, s.buffer, s.dout);
+  }
+  for (int64_t i = 0; i < all_lanes * t.head_dim; i++) s.query[i] *= t.scaling;
+  for (int64_t lane = 0; lane < all_lanes; lane++) {
+    const bool real = lane < lanes;
+    const int64_t n = real ? t.positions[lane % t.rows] + 1 : 0;
+    const Visible see = visible(n, t.plan ? *t.plan : Rule{0, 0, 1024, 1, t.native_window});
+    s.peak[lane] = real && t.sink_logits ? t.sink_logits[lane / t.rows] : NOTHING;
+    s.first[lane] = float(see.first), s.end[lane] = float(n), s.sink_end[lane] = float(see.sink_end), s.start[lane] = float(see.start);
+  }
+
+  profile_scores<T>(t, s, panels, keys);
+  profile_totals(t, s, panels, keys);
+  for (int64_t lane = 0; lane < all_lanes; lane++) {
+    const bool real = lane < lanes;
+    const double escape = real && t.sink_logits ? double(__builtin_expf(t.sink_logits[lane / t.rows] - s.peak[lane])) : 0;
+    const double mass = double(s.mass[lane]) + double(s.mass[all_lanes + lane]);
+    const double total = double(s.total[lane]) + double(s.total[all_lanes + lane]) + escape;
+    const double pulled = double(s.pulled[lane]) + double(s.pulled[all_lanes + lane]);
+    s.inverse[lane] = real ? float(1 / (mass + escape)) : 0.f;
+    s.delta[lane] = real ? float(pulled / total) : 0.f;
+    s.total[lane] = real ? float(total) : 1.f;
+    if (!real) continue;
+    LaneSums& sums = t.lane_sums[lane];
+    sums.escape = escape;
+    sums.delta = double(s.delta[lane]);
+    sums.mass = mass;
+  }
+  memset(s.query_rows, 0, size_t(s.peak - s.query_rows) * sizeof(float));
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const int64_t head = lane / t.rows, position = t.positions[lane % t.rows];
+    const float share = t.plan ? 1.f : s.inverse[lane];
+    float *query = s.query_rows + lane * query_stride, *dout = s.dout_rows + lane * dout_stride;
+    widen_row((const T*)(t.query + head * t.query_head_bytes + position * t.query_row_bytes), t.head_dim, query);
+    widen_row((const T*)(t.dout + head * t.dout_head_bytes + position * t.dout_row_bytes), t.value_dim, dout);
+    for (int64_t d = 0; d < t.head_dim; d++) query[d] = query[d] * t.scaling * share;
+    for (int64_t d = 0; d < t.value_dim; d++) dout[d] *= share;
+  }
+
+  // newest keys first: an event of key j takes what is summed once j is in
+  memset(s.running, 0, size_t(2 * STREAMS * all_lanes) * sizeof(float));
+  const char* key_rows[TILE];
+  const ProfileEvent *event = t.windows, *events_end = t.windows + t.window_events;
+  for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
+    const int64_t count = smaller(TILE, t.high - begin);
+    profile_weights(t, s, panels, keys, begin, count);
+    for (int64_t j = count - 1; j >= 0;) {
+      const int64_t next = event < events_end && event->key >= begin ? event->key - begin : 0;
+      profile_run(t, s, panels, j, next - 1, -1);
+      for (; event < events_end && event->key == begin + next; event++) record(t, s, all_lanes, *event);
+      j = next - 1;
+    }
+    if (t.plan || t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
+    float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
+    for (int64_t panel = 0; panel < panels; panel++)
+      mix<Float32, PANEL>(key_rows, count, t.head_dim, s.grads + panel * TILE * LANES, nullptr,
+                          s.dquery + panel * LANES * t.head_dim);
+    t.wait(t.order, begin / TILE);
+    add_all_products(s.grads, count, panels, s.query_rows, query_stride, t.dkey + begin * query_stride);
+    add_all_products(s.weights, count, panels, s.dout_rows, dout_stride, t.dvalue + begin * dout_stride);
+    t.done(t.order, begin / TILE);
+  }
+  for (int64_t lane = 0; lane < lanes && t.streams > 2; lane++) t.lane_sums[lane].effect = running_sum(s, 2, all_lanes, lane);
+
+  // sinks, oldest keys first
+  memset(s.running, 0, size_t(2 * STREAMS * all_lanes) * sizeof(float));
+  event = t.sinks, events_end = t.sinks + t.sink_events;
+  for (int64_t begin = t.low; event < events_end; begin += TILE) {
+    const int64_t count = smaller(TILE, t.high - begin);
+    profile_weights(t, s, panels, keys, begin, count);
+    for (int64_t j = 0; j < count && event < events_end;) {
+      const int64_t next = smaller(event->key - begin + 1, count);
+      profile_run(t, s, panels, j, next, 1);
+      for (; event < events_end && event->key == begin + next - 1; event++) record(t, s, all_lanes, *event);
+      j = next;
+    }
+  }
+
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    T* to = (T*)(t.dquery + lane / t.rows * t.dquery_head_bytes + t.positions[lane % t.rows] * t.dquery_row_bytes);
+    out_of_lane(s.dquery, t.head_dim, lane, t.scaling * (t.plan ? 1.f : s.inverse[lane]), s.buffer, to);
+  }
+}
+
+template <class T> void narrow(const float* from, int64_t count, void* to) { narrow_row(from, count, (T*)to); }
+
+}  // namespace
+}  // namespace moacompress

@@ -1,0 +1,338 @@
+"""The profile's compiled sweep equals its reference: gradients, deltas and baselines, whatever is asked of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.influence import (
+    AttentionSpec,
+    Collector,
+    ProfiledAttention,
+    RuleTable,
+    TileView,
+    attend,
+    attend_backward,
+)
+from moacompress.calibration.profiler import sample_statistics
+from moacompress.calibration.samples import Sample
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.models import model_shape
+from moacompress.plan import Rule
+from moacompress.recipe import ProfileRecipe
+
+OPS = torch.ops.moacompress_cpu
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Of gradients, which are rounded to the dtype; sums are made in float32 whatever the dtype."""
+SUMS = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def _built(isa):
+    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+
+
+@dataclass
+class Case:
+    """One layer and the rules it is asked about."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad: Tensor
+    spec: AttentionSpec
+    sink_logit: Tensor | None
+    table: RuleTable
+    plan: RuleTable | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.key.shape[1], len(self.table.sink)
+
+    def exact(self) -> Case:
+        wide = {name: getattr(self, name).double() for name in ("query", "key", "value", "grad")}
+        return replace(self, sink_logit=None if self.sink_logit is None else self.sink_logit.double(), **wide)
+
+    def backward(self, collectors: Sequence[Collector]) -> tuple[Tensor, ...]:
+        chunk = (self.query, self.key, self.value, self.grad)
+        return attend_backward(*chunk, self.spec, self.sink_logit, self.table, collectors, self.plan)
+
+    def arguments(self, **changes: Any) -> list[Any]:
+        """What the operator gets."""
+        plan = self.plan
+        named = {
+            "dout": self.grad,
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "rules": self.table.columns,
+            "min_window": self.table.min_window,
+            "plan": None if plan is None else plan.columns,
+            "plan_min_window": 1 if plan is None else plan.min_window,
+            "native_window": self.spec.native_window or 0,
+            "scaling": self.spec.scaling,
+            "softcap": self.spec.softcap or 0.0,
+            "sink_logits": self.sink_logit,
+            "baselines": True,
+        }
+        assert changes.keys() <= named.keys()
+        return list((named | changes).values())
+
+
+def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
+    """Returns a random case; `fixed` sets what the names below say."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+
+    def pick(name: str, *of: Any) -> Any:
+        chosen = rng.choice(of)
+        return fixed.get(name, chosen)
+
+    kv_heads, group = pick("kv_heads", 1, 2, 3), pick("group", 1, 2, 3, 4)
+    dim, n = pick("dim", 16, 24, 33, 64, 80, 128, 17, 256), pick("n", rng.randint(1, 300), rng.randint(1, 40), 64, 128)
+    heads = kv_heads * group
+
+    def rows(count: int) -> Tensor:
+        if rng.random() < 0.5:  # as a layer's projections leave them
+            return torch.randn(1, n, count, dim).to(dtype).transpose(1, 2)
+        return torch.randn(1, count, n, dim + 3).to(dtype)[..., :dim]
+
+    query, key, value, grad = rows(heads), rows(kv_heads), rows(kv_heads), rows(heads)
+    query = query * pick("sharpness", 1, 1, 4)
+    if pick("silent", False, False, True):
+        grad = grad.contiguous()
+        grad[:, :, torch.rand(n) < rng.choice([0.1, 0.5, 0.95])] = 0
+    windows = ((0, 1024), (16, 0), (40, 0), (128, 0), (0, 100), (9, 300), (0, 700), (100, 200))
+    drawn = [Rule(rng.choice([4, 16, 64]), *rng.choice(windows)) for _ in range(rng.randint(0, 14))]
+    table = RuleTable.of([Rule.FULL, *drawn], pick("min_window", 16, 32))
+    own = [rng.choice([Rule.FULL, Rule(4, 20, 0), *drawn]) for _ in range(kv_heads)]
+    return Case(
+        query=query,
+        key=key,
+        value=value,
+        grad=grad,
+        spec=AttentionSpec(
+            pick("scaling", dim**-0.5, 0.3 * dim**-0.25),
+            pick("native", None, None, 1, 9, 60, 150),
+            pick("softcap", None, None, 2.0, 30.0),
+        ),
+        sink_logit=torch.randn(heads) * 2 if pick("logits", False, True) else None,
+        table=table,
+        plan=RuleTable.of(own, 16) if pick("planned", False, True) else None,
+    )
+
+
+def sums(case: Case) -> tuple[InfluenceSums, BaselineSums]:
+    return InfluenceSums(*case.sizes), BaselineSums(*case.sizes)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, scale: Tensor | float | None = None) -> None:
+    assert found.shape == expected.shape
+    assert not found.isnan().any()
+    most = expected.abs().max() if scale is None else scale
+    error = (found.double() - expected.double()).abs() / (most + 1e-30)
+    assert float(error.max()) < tolerance, float(error.max())
+
+
+class Sizes:
+    """Keeps `sum |d|` of every head and rule: what the rounding of their sum is measured by."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+
+    def add(self, view: TileView) -> None:
+        self.total = self.total + view.deltas.abs().sum(1)
+
+
+@pytest.mark.parametrize("seed", range(320))
+def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_memory: None) -> None:
+    isa(cpu_ops.ISAS[seed % 4])
+    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    case = build(seed, dtype)
+    exact, sizes = sums(case), Sizes()
+    wanted = case.exact().backward([*exact, sizes])
+    *gradients, found, alive = OPS.profile_backward(*case.arguments())
+    assert alive == int(case.grad.ne(0).any(-1).any(1).sum())
+    for mine, other in zip(gradients, wanted, strict=True):
+        assert mine.dtype == dtype
+        close(mine, other, TOLERANCE[dtype])
+    largest = torch.as_tensor(sizes.total, dtype=torch.float64).max()
+    close(found[0], exact[0].squares, 2 * SUMS)
+    close(found[1], exact[0].total, SUMS, largest)
+    close(found[2], exact[1].moa, 10 * SUMS)
+    close(found[3] / max(1, alive), exact[1].mass, SUMS)
+    assert not found[:2, :, 0].any() or case.plan is not None  # the full rule changes nothing
+    # exactly zero where a rule sees what the layer sees
+    assert not found[0][exact[0].squares == 0].any()
+    assert not found[2][exact[1].moa == 0].any()
+    assert not found[3][exact[1].moa == 0].any()
+    only = OPS.profile_backward(*case.arguments(baselines=False))
+    assert torch.equal(only[3], found[:2])
+    assert all(torch.equal(a, b) for a, b in zip(only[:3], gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+def test_threads_change_no_bit(name: str, isa: Callable[[str], None], threads: Callable[[int], None]) -> None:
+    isa(name)
+    for seed, native in ((1, None), (2, 70)):
+        case = build(seed, torch.float32, n=290, kv_heads=2, group=3, dim=48, native=native)
+        results = []
+        for count in (1, 2, 17, 17):
+            threads(count)
+            results.append(OPS.profile_backward(*case.arguments()))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0][:4], other[:4], strict=True))
+
+
+def test_a_group_of_more_heads_than_a_tile_has_lanes() -> None:
+    case = build(3, torch.float32, n=30, kv_heads=1, group=150, dim=16)
+    exact = sums(case)
+    wanted = case.exact().backward(exact)
+    *gradients, found, _ = OPS.profile_backward(*case.arguments())
+    for mine, other in zip((*gradients, found[0]), (*wanted, exact[0].squares), strict=True):
+        close(mine, other, 1e-5)
+
+
+def test_a_window_that_holds_almost_nothing_is_exact() -> None:
+    """Rows whose window has 1e-6 of the probability, and rows that leave as little out."""
+    torch.manual_seed(0)
+    n, size = 300, 8
+    query, grad = torch.randn(2, 1, 1, n, size)
+    key, value = torch.randn(2, 1, 1, n, size)
+    key[:, :, 5:60] = 0
+    key[:, :, 5:60, 0], query[..., 0] = 14.0, 3.0
+    rules = (Rule.FULL, Rule(4, 32, 0), Rule(64, 128, 0))
+    case = Case(query, key, value, grad, AttentionSpec(size**-0.5), None, RuleTable.of(rules, 16), None)
+    exact, found = sums(case), sums(case)
+    case.exact().backward(exact)
+    case.backward(found)
+    for mine, other in (
+        (found[0].squares, exact[0].squares),
+        (found[1].moa, exact[1].moa),
+        (found[1].mass, exact[1].mass),
+    ):
+        close(mine[:, 1], other[:, 1], 2e-5)
+        # one by one: what the last rule changes is a millionth of it. Its deltas are small differences of float32 numbers
+        close(mine[:, 2], other[:, 2], 2e-5 if mine is not found[0].squares else 2e-2)
+
+
+def test_what_looks_at_tiles_gets_them_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another collector changes no bit of the sums and gradients."""
+    case = build(5, torch.float32, n=100, planned=False)
+    alone, beside, tiles, reference = sums(case)[0], sums(case)[0], Sizes(), sums(case)[0]
+    gradients = case.backward([alone])
+    for mine, other in zip(case.backward([tiles, beside]), gradients, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(beside.squares, alone.squares)
+    assert torch.is_tensor(tiles.total)
+    assert tiles.total.any()
+    monkeypatch.setattr(dispatch, "kernel_for", lambda query: "reference")
+    monkeypatch.setattr(dispatch, "profile_backward", None)
+    for mine, other in zip(case.backward([reference]), gradients, strict=True):
+        close(mine, other, 1e-5)
+    close(alone.squares, reference.squares, 1e-5)
+
+
+def test_sums_add_up_over_passes() -> None:
+    case = build(6, torch.float32, n=90)
+    once, twice = sums(case), sums(case)
+    case.backward(once)
+    case.backward(twice)
+    case.backward(twice)
+    assert torch.equal(twice[0].total, 2 * once[0].total)
+    assert torch.equal(twice[1].moa, 2 * once[1].moa)
+    assert torch.equal(twice[1].mass, once[1].mass)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_forward_is_that_of_the_reference(seed: int) -> None:
+    case = build(seed, torch.float32)
+    exact = case.exact()
+    wanted = attend(exact.query, exact.key, exact.value, exact.spec, exact.sink_logit, exact.plan)
+    found = attend(case.query, case.key, case.value, case.spec, case.sink_logit, case.plan)
+    assert ((found - wanted).abs() / (1 + wanted.abs())).max() < 2e-5
+
+
+def test_through_autograd() -> None:
+    case = build(9, torch.bfloat16, n=70)
+    leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
+    collector = sums(case)[0]
+    out = ProfiledAttention.apply(*leaves, case.sink_logit, case.spec, case.table, [collector], case.plan)  # type: ignore[no-untyped-call]
+    # a cotangent whose last dimension is not contiguous
+    out.backward(case.grad.transpose(2, 3).contiguous().transpose(2, 3))
+    for leaf, wanted in zip(leaves, case.backward([]), strict=True):
+        assert torch.equal(leaf.grad, wanted)  # type: ignore[arg-type]
+    assert collector.squares.any() or not case.sizes[1] > 1
+
+
+def test_bad_arguments_are_refused() -> None:
+    case = build(
+        7, torch.float32, n=20, kv_heads=2, group=2, dim=16, planned=True, logits=True, native=None, softcap=None
+    )
+
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            OPS.profile_backward(*case.arguments(**changes))
+
+    OPS.profile_backward(*case.arguments())
+    columns, plan = case.table.columns, case.plan
+    assert plan is not None
+    refused("query must be float32, bfloat16 or float16", query=case.query.double())
+    refused("key has another dtype", key=case.key.half())
+    refused(r"dout has the shape \[1, 4, 19, 16\], not \[1, 4, 20, 16\]", dout=case.grad[:, :, :19])
+    refused(r"value has the shape \[1, 2, 19, 16\], not \[1, 2, 20, 16\]", value=case.value[:, :, :19])
+    refused("4 query heads are no multiple of 3 KV heads", key=case.key[:, :1].expand(1, 3, -1, -1))
+    refused("the batch has 2 rows", query=case.query.expand(2, -1, -1, -1))
+    refused("the last dimension of query must be contiguous", query=case.query.mT.contiguous().mT)
+    refused("rules has another dtype", rules=columns.int())
+    refused(r"rules has the shape \[2, \d+\], not \[3, any\]", rules=columns[:2])
+    refused("rules must be contiguous", rules=columns.T.contiguous().T)
+    refused("rule 0 has sink 4, alpha -1", rules=torch.tensor([[4], [-1], [0]]))
+    refused("rule 1 has sink 4, alpha 0, beta_q 1025", rules=torch.tensor([[4, 4], [0, 0], [0, 1025]]))
+    refused(r"plan has the shape \[3, 1\], not \[3, 2\]", plan=plan.columns[:, :1].contiguous())
+    refused("the plan's KV head 1 has sink -4", plan=torch.tensor([[4, -4], [0, 0], [0, 0]]))
+    refused("min_window is 0", min_window=0)
+    refused("min_window is 0", plan_min_window=0)
+    refused("native_window is -1", native_window=-1)
+    refused("scaling is 0, not positive", scaling=0.0)
+    refused("softcap is -1", softcap=-1.0)
+    refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("around", [False, True])
+def test_statistics_of_a_model(
+    family: str,
+    around: bool,
+    tiny_model: Callable[..., Any],
+    random_plan: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A whole sample, through the choice that the environment makes."""
+    model = tiny_model(family)
+    shape, chosen = model_shape(model), ProfileRecipe(draws=2, baselines=True)
+    ids = np.random.default_rng(0).integers(3, 150, 200)
+    sample = Sample(ids, np.arange(200) >= 185, "random", 200)
+    rules = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200))
+    plan = random_plan(shape, seed=2) if around else None
+    found = []
+    for kernel in ("reference", "cpu"):
+        monkeypatch.setenv(dispatch.VARIABLE, kernel)
+        dispatch.chosen.cache_clear()
+        try:
+            found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, chosen, plan, 0, 0))
+        finally:
+            monkeypatch.delenv(dispatch.VARIABLE)
+            dispatch.chosen.cache_clear()
+    reference, compiled = found
+    assert reference.arrays.keys() == compiled.arrays.keys()
+    for name, wanted in reference.arrays.items():
+        assert np.abs(compiled.arrays[name] - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
