@@ -1,10 +1,10 @@
 // Attention over block tables on the CPU, without torch: plain pointers, strides in elements, storage in float32, bfloat16 or
 // float16, accumulation in float32.
 //
-// `attention.cpp`, `backward.cpp` and `profile.cpp` cut the work into tasks of a fixed size that depend on one (row, KV head) only and hand them
-// to kernels written once (kernels.inl, profile.inl) and compiled once per instruction set. So every result is bit-equal for any number of
-// threads and whatever else is in the batch. This header is read by the files of the instruction sets: no std templates here, or
-// the linker may keep the copy that was compiled for a processor that is not there.
+// `attention.cpp`, `backward.cpp` and `profile.cpp` cut the work into tasks of a fixed size that depend on one (row, KV head) only
+// and hand them to kernels written once (kernels.inl, profile.inl) and compiled once per instruction set. So every result is
+// bit-equal for any number of threads and whatever else is in the batch. This header is read by the files of the instruction sets:
+// no std templates here, or the linker may keep the copy that was compiled for a processor that is not there.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
