@@ -1,8 +1,8 @@
 // The profile's sweep: an attention layer's backward and, from the same weights, what every candidate rule would move.
 //
-// A task is some query rows of one KV head and all keys that they see. Tasks of a KV head add to the gradients of the same keys: they
-// take turns at each block of keys, oldest rows first, so that sums come out the same for any number of threads without a copy of
-// them per thread. A task only ever waits for one that was taken before it, which has a thread already.
+// A task is some query rows of one KV head and all keys that they see. Tasks of a KV head add to the gradients of the same keys:
+// they take turns at each block of keys, oldest rows first, so that sums come out the same for any number of threads without a copy
+// of them per thread. A task only ever waits for one that was taken before it, which has a thread already.
 #include <atomic>
 #include <cfloat>
 #include <cmath>
@@ -289,7 +289,8 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
   job.dkey = dkey.get();
   job.dvalue = dvalue.get();
   job.turns = turns.get();
-  const size_t own = job.workspace(nullptr).bytes / sizeof(float);
+  char nowhere;
+  const size_t own = job.workspace(&nowhere).bytes / sizeof(float);
   const size_t floats = own + job.kernels.profile_scratch(shape.group * rows, shape.head_dim, shape.value_dim, job.most_keys);
   const Status status =
       run_tasks(parallel, tiles * shape.kv_heads, floats, [&](int64_t i, float* at) { return job.run(i, at); });
