@@ -26,7 +26,7 @@ from moacompress.recipe import Recipe
 
 P = ParamSpec("P")
 
-INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on from there"
+INTERRUPTED = "interrupted; what was written is kept, and the same command goes on from there"
 WIDTH = 100
 """Columns of the output when it does not go to a terminal."""
 QUIET_LIBRARIES = {
