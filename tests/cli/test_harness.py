@@ -140,8 +140,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
     result = call(interrupted)
     assert (result.exit_code, result.stdout) == (130, "")
     assert (
-        result.stderr
-        == "moacompress: interrupted; what was written is kept, and the same command goes on from there\n"
+        result.stderr == "moacompress: interrupted; what was written is kept, and the same command goes on from there\n"
     )
 
 
