@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from moacompress.plan import Plan, Rule
 from moacompress.search.cost import Ints, floored, layer_floors, slot_limits, slot_table
@@ -49,14 +48,13 @@ class Knapsack:
         found = solve(costs.reshape(-1, rules), self.slots.reshape(lengths, -1, rules), self.limits, solver=self.solver)
         return found.choice.reshape(layers, kv_heads)
 
-    def filled(self, costs: Floats, choice: Ints, supersets: npt.NDArray[np.bool_]) -> Ints:
-        """Returns the choice with what it leaves of the limits spent on rules that see all that the present ones see.
+    def filled(self, costs: Floats, choice: Ints) -> Ints:
+        """Returns the choice with what it leaves of the limits spent: rules that keep no less at any length, and cost no more.
 
         Args:
             costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`; the largest gain for its slots comes
                 first, among equals the one that takes most of them.
             choice: within the limits, `[layers, kv_heads]`.
-            supersets: see `surrogate.nested`, bool `[rules, rules]`.
         """
         rules = costs.shape[-1]
         flat, now = costs.reshape(-1, rules), choice.reshape(-1).copy()
@@ -67,11 +65,11 @@ class Knapsack:
             used = slots[:, heads, now]
             added = slots - used[:, :, None]
             left = self.limits - used.sum(axis=1)
-            wider = supersets[now] & (added <= left[:, None, None]).all(axis=0) & (added > 0).any(axis=0)
-            head, rule = np.nonzero(wider)
+            wider = (added >= 0).all(axis=0) & (added > 0).any(axis=0) & (added <= left[:, None, None]).all(axis=0)
+            head, rule = np.nonzero(wider & (flat <= flat[heads, now][:, None]))
             if not len(head):
                 return now.reshape(choice.shape)
-            share = (shares[:, head, rule] - shares[:, head, now[head]]).clip(0).sum(axis=0)
+            share = (shares[:, head, rule] - shares[:, head, now[head]]).sum(axis=0)
             gain = (flat[head, now[head]] - flat[head, rule]) / share
             best = np.lexsort((share, gain))[-1]
             now[head[best]] = rule[best]

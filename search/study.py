@@ -305,14 +305,14 @@ class Search:
         return best
 
     def _rest(self, tried: Sequence[Tried], best: Standing) -> Standing:
-        """Spends what is left of the budget: what interactions and moves gave back, or what no rule of theirs fits.
+        """Spends what is left of the budget: what interactions and moves gave back, and what another length left over.
 
-        The plan then sees all that it saw, and more. What the validation samples do not ask for may need it, so it stays unless
-        they say that it is worse, by more than the standard error of their paired differences.
+        No KV head then keeps less at any length of the budget, and some keep more. What the validation samples do not ask for
+        may need it, so it stays unless they say that it is worse, by more than the standard error of their paired differences.
         """
         profile = self.request.profile
-        choice = choice_of(profile, best.plan)
-        plan = chosen_plan(profile, self.knapsack.filled(self.surrogate.costs(), choice, self.surrogate.supersets))
+        filled = self.knapsack.filled(self.surrogate.costs(), choice_of(profile, best.plan))
+        plan = chosen_plan(profile, filled)
         if plan.key() == best.plan.key() or self._over():
             return best
         found = self._measured("rest", plan, tried)

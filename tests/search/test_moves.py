@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from moacompress.calibration.store import Profile
+from moacompress.plan import Rule
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.moves import Move, combined, marginal_moves
 from moacompress.search.request import Request
@@ -72,20 +74,31 @@ def test_noise_does_not_pay(profiles: Profiles) -> None:
 
 
 def test_what_is_left_is_spent_on_wider_rules(profiles: Profiles) -> None:
-    profile = profiles()
-    request = Request.of(profile, "50%", profile.recipe)
-    knapsack, surrogate = Knapsack.of(request), request.surrogate
-    costs, rng = surrogate.costs(), np.random.default_rng(0)
+    knapsack, costs, _ = setting(profiles)
+    rng = np.random.default_rng(0)
+    narrow = np.argsort(knapsack.slots.sum(axis=(0, 1, 2)))[:12]
     for _ in range(20):
-        choice = rng.integers(1, costs.shape[-1], costs.shape[:2])
-        if (slots(knapsack, choice).sum(axis=(1, 2)) > knapsack.limits).any():
-            continue
-        filled = knapsack.filled(costs, choice, surrogate.supersets)
-        used = slots(knapsack, filled).sum(axis=(1, 2))
-        assert (used <= knapsack.limits).all()
-        assert (used > slots(knapsack, choice).sum(axis=(1, 2))).any()
-        for before, after in zip(choice.flat, filled.flat, strict=True):
-            assert surrogate.supersets[before, after]
-        assert np.array_equal(knapsack.filled(costs, filled, surrogate.supersets), filled)
-        flat = np.zeros_like(costs)  # nothing is predicted to gain: the bytes are spent all the same
-        assert (slots(knapsack, knapsack.filled(flat, choice, surrogate.supersets)) >= slots(knapsack, choice)).all()
+        choice = rng.choice(narrow, costs.shape[:2])
+        filled = knapsack.filled(costs, choice)
+        before, after = slots(knapsack, choice), slots(knapsack, filled)
+        assert (after >= before).all()
+        assert (after > before).any()
+        assert (after.sum(axis=(1, 2)) <= knapsack.limits).all()
+        assert (
+            np.take_along_axis(costs, filled[..., None], -1) <= np.take_along_axis(costs, choice[..., None], -1)
+        ).all()
+        assert np.array_equal(knapsack.filled(costs, filled), filled)
+
+
+def test_what_one_length_leaves_over_is_spent_there(profiles: Profiles) -> None:
+    """Where the shorter length binds, windows that grow with n take what is left at the longer one."""
+    knapsack, costs, _ = setting(profiles)
+    choice = np.full(costs.shape[:2], profiles().rules.index(Rule(4, 64, 0)))
+    used = slots(knapsack, choice).sum(axis=(1, 2))
+    tight = replace(knapsack, limits=np.array([used[0], 10 * used[1]]))
+    after = slots(tight, tight.filled(np.zeros_like(costs), choice)).sum(axis=(1, 2))
+    assert after[0] == used[0]
+    assert after[1] > 1.5 * used[1]
+    rising = np.zeros_like(costs)
+    rising[..., choice[0, 0]] = -1  # every other rule is predicted to cost more
+    assert np.array_equal(tight.filled(rising, choice), choice)
