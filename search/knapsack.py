@@ -9,7 +9,7 @@ import numpy as np
 
 from moacompress.plan import Plan, Rule
 from moacompress.search.cost import Ints, floored, layer_floors, slot_limits, slot_table
-from moacompress.search.solver import solve
+from moacompress.search.solver import fill, solve
 from moacompress.search.surrogate import Floats
 
 if TYPE_CHECKING:
@@ -52,27 +52,13 @@ class Knapsack:
         """Returns the choice with what it leaves of the limits spent: rules that keep no less at any length, and cost no more.
 
         Args:
-            costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`; the largest gain for its slots comes
-                first, among equals the one that takes most of them.
+            costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.
             choice: within the limits, `[layers, kv_heads]`.
         """
-        rules = costs.shape[-1]
-        flat, now = costs.reshape(-1, rules), choice.reshape(-1).copy()
-        slots = self.slots.reshape(len(self.limits), -1, rules)
-        shares = slots / np.maximum(self.limits, 1)[:, None, None]
-        heads = np.arange(len(now))
-        while True:
-            used = slots[:, heads, now]
-            added = slots - used[:, :, None]
-            left = self.limits - used.sum(axis=1)
-            wider = (added >= 0).all(axis=0) & (added > 0).any(axis=0) & (added <= left[:, None, None]).all(axis=0)
-            head, rule = np.nonzero(wider & (flat <= flat[heads, now][:, None]))
-            if not len(head):
-                return now.reshape(choice.shape)
-            share = (shares[:, head, rule] - shares[:, head, now[head]]).sum(axis=0)
-            gain = (flat[head, now[head]] - flat[head, rule]) / share
-            best = np.lexsort((share, gain))[-1]
-            now[head[best]] = rule[best]
+        lengths, layers, kv_heads, rules = self.slots.shape
+        slots = self.slots.reshape(lengths, -1, rules)
+        found = fill(choice.reshape(-1), costs.reshape(-1, rules), slots, self.limits, grow=True)
+        return found.reshape(layers, kv_heads)
 
 
 def total_cost(costs: Floats, choice: Ints) -> float:

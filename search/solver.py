@@ -119,7 +119,7 @@ def _relaxed(costs: Floats, slots: Ints, limits: Ints) -> Solution | None:
         choice = _repair(np.argmin(costs + scale * priced, axis=1), costs, slots, limits)
         if choice is None:
             continue
-        choice = _fill(choice, costs, slots, limits)
+        choice = fill(choice, costs, slots, limits)
         choice = _swap(choice, costs, slots, limits, costs + priced)
         if best is None or _total(costs, choice) < _total(costs, best):
             best = choice
@@ -327,19 +327,30 @@ def _repair(choice: Ints, costs: Floats, slots: Ints, limits: Ints) -> Ints | No
     return None
 
 
-def _fill(choice: Ints, costs: Floats, slots: Ints, limits: Ints) -> Ints:
-    """Spends what is left of the limits, on the head that gains most for its slots first."""
+def fill(choice: Ints, costs: Floats, slots: Ints, limits: Ints, *, grow: bool = False) -> Ints:
+    """Returns the choice with what it leaves of the limits spent, on the head that gains most for its slots first.
+
+    Args:
+        choice: within the limits, `[heads]`.
+        costs: `[heads, rules]`.
+        slots: `[lengths, heads, rules]`.
+        limits: `[lengths]`.
+        grow: no head may give up slots at any length, and one that gains nothing takes more all the same: among equal gains
+            for the slots, the rule that takes most of them comes first.
+    """
     choice = choice.copy()
     heads = np.arange(len(choice))
     while True:
         left = limits - _used(slots, choice)
         added = slots - slots[:, heads, choice][:, :, None]
         gain = costs[heads, choice][:, None] - costs
-        head, rule = np.nonzero((gain > 0) & (added <= left[:, None, None]).all(axis=0))
+        wanted = (gain >= 0) & (added >= 0).all(axis=0) & (added > 0).any(axis=0) if grow else gain > 0
+        head, rule = np.nonzero(wanted & (added <= left[:, None, None]).all(axis=0))
         if not len(head):
             return choice
         share = (np.maximum(added[:, head, rule], 0) / np.maximum(limits, 1)[:, None]).sum(axis=0)
-        best = int(np.argmax(gain[head, rule] / np.maximum(share, 1e-12)))
+        worth = gain[head, rule] / np.maximum(share, 1e-12)
+        best = int(np.lexsort((share, worth))[-1] if grow else np.argmax(worth))
         choice[head[best]] = rule[best]
 
 
