@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moacompress.artefacts import canonical_json, finite_json, read_json
+from moacompress.artefacts import append_line, canonical_json, finite_json, read_json, read_lines
 from moacompress.errors import ArtefactError
 
 
@@ -77,26 +77,15 @@ class CellStore:
         self._append({"key": key, "cell": dict(cell)})
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        if self._path is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                # the line break comes first as well: what a kill left half-written must not swallow this line
-                file.write(f"\n{canonical_json(finite_json(dict(value)))}\n")
-        except OSError as error:
-            raise ArtefactError(f"can not write {self._path}: {error.strerror or error}") from error
+        if self._path is not None:
+            append_line(self._path, finite_json(dict(value)))
 
     def _read(self) -> dict[str, Any] | None:
         """Reads the cells; returns the configuration they are of, None where there is no file."""
         if self._path is None or not self._path.exists():
             return None
-        try:
-            lines = self._path.read_text("utf-8", errors="replace").split("\n")
-        except OSError as error:
-            raise ArtefactError(f"can not read {self._path}: {error.strerror or error}") from error
         configuration: dict[str, Any] = {}
-        for line in lines:
+        for line in read_lines(self._path):
             data = _parse(line)
             if isinstance(data.get("configuration"), dict):
                 configuration = data["configuration"]

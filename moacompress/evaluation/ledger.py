@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moacompress.artefacts import canonical_json
-from moacompress.errors import ArtefactError
+from moacompress.artefacts import append_line, read_lines
 
 Entry = dict[str, float]
 
@@ -33,11 +32,7 @@ class Ledger:
         self._entries: dict[str, Entry] = {}
         if path is None or not path.exists():
             return
-        try:
-            lines = path.read_text("utf-8", errors="replace").split("\n")
-        except OSError as error:
-            raise ArtefactError(f"can not read {path}: {error.strerror or error}") from error
-        for line in lines:
+        for line in read_lines(path):
             parsed = _parse(line)
             if parsed is not None:
                 self._entries[parsed[0]] = parsed[1]
@@ -53,16 +48,8 @@ class Ledger:
             ArtefactError: the line can not be written.
         """
         self._entries[key] = dict(numbers)
-        if self._path is None:
-            return
-        line = canonical_json({"key": key, "numbers": dict(numbers), **notes})
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                # the line break comes first as well: what a kill left half-written must not swallow this line
-                file.write(f"\n{line}\n")
-        except OSError as error:
-            raise ArtefactError(f"can not write {self._path}: {error.strerror or error}") from error
+        if self._path is not None:
+            append_line(self._path, {"key": key, "numbers": dict(numbers), **notes})
 
 
 def _parse(line: str) -> tuple[str, Entry] | None:
