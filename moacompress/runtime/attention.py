@@ -154,11 +154,11 @@ def attend(
             return stepped
     past = np.zeros(batch, np.int64) if cache is None else cache.lengths
     step = _Step(context, cache, chunk, past, query, key, value, scale, softcap, s_aux)
-    attend = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
+    way = _grouped if not tokens or _needs_reference(query, cache, past) else _compiled
     single = cache is not None and tokens == 1  # then what is evicted is not seen any more, and can make room first
     if cache is not None and single:
         cache.commit(chunk)
-    out = attend(step)
+    out = way(step)
     if cache is not None and not single:
         cache.commit(chunk)
     if chunk.real is not None and not chunk.real[:, -1].all():

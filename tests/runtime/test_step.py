@@ -20,7 +20,7 @@ SCORES = (0.4, 0.0, None)
 @pytest.fixture(autouse=True)
 def _built():
     if dispatch.chosen().name != "cpu":
-        pytest.skip("the compiled kernels can not run")
+        pytest.skip(f"the compiled kernels do not run: {dispatch.chosen().reason}")
 
 
 def pair(rng, lag=False, reserve=None):

@@ -4,7 +4,7 @@
 // What stays follows from the number of tokens, as moacompress/runtime/runs.py has it for whole chunks; tests hold the two equal.
 #include <cstring>
 
-#include "core.h"
+#include "tasks.h"
 
 namespace moacompress {
 namespace {
@@ -32,11 +32,7 @@ Runs kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held) {
   return {a, b, c, runs.d};
 }
 
-char* block_of(const Pool& pool, int64_t id, int64_t element) {
-  int64_t s = pool.segments - 1;
-  while (s > 0 && id < pool.first_block[s]) s--;
-  return static_cast<char*>(const_cast<void*>(pool.base[s])) + (id - pool.first_block[s]) * pool.block_stride[s] * element;
-}
+char* at_block(const Pool& pool, int64_t id, int64_t element) { return const_cast<char*>(block_of(pool, id, element)); }
 
 struct Job {
   const AdvanceCall& call;
@@ -91,7 +87,7 @@ struct Job {
   }
 
   void copy(const Pool& pool, int64_t to, int64_t from, int64_t dim) const {
-    std::memcpy(block_of(pool, to, element), block_of(pool, from, element), size_t(BLOCK * dim * element));
+    std::memcpy(at_block(pool, to, element), block_of(pool, from, element), size_t(BLOCK * dim * element));
   }
 
   void write(int64_t pair) const {
@@ -99,7 +95,7 @@ struct Job {
     const int32_t id = ids(pair)[before / BLOCK];
     const auto put = [&](const Pool& pool, const void* token, const Strides& at, int64_t dim) {
       const char* from = static_cast<const char*>(token) + (row(pair) * at.row + head * at.head) * element;
-      std::memcpy(block_of(pool, id, element) + before % BLOCK * dim * element, from, size_t(dim * element));
+      std::memcpy(at_block(pool, id, element) + before % BLOCK * dim * element, from, size_t(dim * element));
     };
     put(call.keys, call.key, call.key_at, call.shape.head_dim);
     put(call.values, call.value, call.value_at, call.shape.value_dim);

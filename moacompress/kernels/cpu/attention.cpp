@@ -6,14 +6,15 @@
 #include "tasks.h"
 
 namespace moacompress {
-namespace {
 
-const char* block_of(const Pool& pool, int32_t id, int64_t element) {
+const char* block_of(const Pool& pool, int64_t id, int64_t element) {
   int64_t s = pool.segments - 1;
   while (s > 0 && id < pool.first_block[s]) s--;
   if (s < 0 || id < 0 || id >= pool.first_block[s + 1]) return nullptr;
   return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s] * element;
 }
+
+namespace {
 
 uint16_t to_bf16(float x) {
   uint32_t bits;

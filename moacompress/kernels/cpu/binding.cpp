@@ -156,6 +156,19 @@ Shape shape_of(const Tensor& query, int64_t dims, int64_t kv_heads, int64_t valu
   return shape;
 }
 
+// Checks query, key and value of a chunk; all have as many tokens as the query, or the number that is given.
+Shape chunk_shape(const Tensor& query, const Tensor& key, const Tensor& value, const char* op, int64_t given = -1) {
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
+                  text(value), "; both must have 4 dimensions");
+  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const ScalarType type = query.scalar_type();
+  const int64_t tokens = given < 0 ? query.size(2) : given;
+  check_rows(query, {shape.rows, shape.kv_heads * shape.group, tokens, shape.head_dim}, type, op, "query");
+  check_rows(key, {shape.rows, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
+  check_rows(value, {shape.rows, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
+  return shape;
+}
+
 // Of the shape [rows, heads, tokens, dim] with tokens before heads in memory, as a layer goes on with it.
 Tensor new_rows(const Tensor& like, int64_t rows, int64_t heads, int64_t tokens, int64_t dim) {
   const Shapes sizes = {rows, tokens, heads, dim};
@@ -199,16 +212,11 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
                                     int64_t min_window, int64_t native_window, int64_t lag, double scaling, double softcap,
                                     std::optional<Tensor> sink_logits) {
   const char* op = "step";
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
-                  text(value), "; both must have 4 dimensions");
   STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
                   " of values; at least one of each, and as many, are needed");
-  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const Shape shape = chunk_shape(query, key, value, op, 1);
   const int64_t heads = shape.kv_heads * shape.group;
   const ScalarType type = query.scalar_type();
-  check_rows(query, {shape.rows, heads, 1, shape.head_dim}, type, op, "query");
-  check_rows(key, {shape.rows, shape.kv_heads, 1, shape.head_dim}, type, op, "key");
-  check_rows(value, {shape.rows, shape.kv_heads, 1, shape.value_dim}, type, op, "value");
   const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
   dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
   dense(runs, {4, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
@@ -241,14 +249,9 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
                                       int64_t native_window, double scaling, double softcap,
                                       std::optional<Tensor> sink_logits) {
   const char* op = "prefill";
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
-                  text(value), "; both must have 4 dimensions");
-  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
-  check_rows(query, {shape.rows, heads, tokens, shape.head_dim}, type, op, "query");
-  check_rows(key, {shape.rows, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
-  check_rows(value, {shape.rows, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
   STD_TORCH_CHECK(keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(), " of values");
   const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
   const void* ids = dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
@@ -273,14 +276,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
                                                Tensor valid, Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window,
                                                int64_t native_window, double scaling, double softcap) {
   const char* op = "prefill_backward";
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
-                  text(value), "; both must have 4 dimensions");
-  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
-  check_rows(query, {shape.rows, heads, tokens, shape.head_dim}, type, op, "query");
-  check_rows(key, {shape.rows, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
-  check_rows(value, {shape.rows, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
   check_rows(dout, {shape.rows, heads, tokens, shape.value_dim}, type, op, "dout");
   const Shapes lanes = {shape.rows, heads, tokens};
   const void* lse_at = dense(lse, lanes, ScalarType::Float, op, "lse");
@@ -308,16 +306,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     int64_t plan_min_window, int64_t native_window, double scaling, double softcap, std::optional<Tensor> sink_logits,
     bool baselines) {
   const char* op = "profile_backward";
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
-                  text(value), "; both must have 4 dimensions");
-  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
+  const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
-  STD_TORCH_CHECK(shape.rows == 1, op, ": the batch has ", shape.rows, " rows; samples come one by one");
   STD_TORCH_CHECK(tokens < MAX_TOKENS, op, ": ", tokens, " tokens, of at most ", MAX_TOKENS - 1);
-  check_rows(query, {1, heads, tokens, shape.head_dim}, type, op, "query");
-  check_rows(key, {1, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
-  check_rows(value, {1, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
   check_rows(dout, {1, heads, tokens, shape.value_dim}, type, op, "dout");
   const auto columns = [&](const Tensor& table, int64_t count, const char* name) {
     return static_cast<const int64_t*>(dense(table, {3, count}, ScalarType::Long, op, name));

@@ -1,4 +1,5 @@
-// Sharing out tasks: every thread takes the next one that nobody has. Not for the files of the instruction sets.
+// What the files beside those of the instruction sets share: memory, tasks of which every thread takes the next one that nobody
+// has, and the blocks of a pool.
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -52,5 +53,8 @@ template <class Task> Status run_tasks(const Parallel& parallel, int64_t count, 
 }
 
 const Kernels& kernels_of(Isa isa);
+
+// Returns where a block lies, null if the pool has none of that id; `element` is the size of a number in bytes.
+const char* block_of(const Pool& pool, int64_t id, int64_t element);
 
 }  // namespace moacompress
