@@ -48,6 +48,7 @@ struct Runs {
   Visible see;
   int64_t n, a, b, c, d;
   int64_t count() const { return b - a + d - c; }
+  int64_t block(int64_t i) const { return i < b - a ? a + i : c + i - (b - a); }
 };
 
 Runs runs_of(int64_t n, const Rule& rule) {
@@ -60,6 +61,7 @@ struct DecodeJob {
   const DecodeCall& call;
   const Kernels& kernels;
   int64_t pairs, stride;       // (row, KV head) pairs; floats of one task's result
+  int64_t threads;             // that share the tasks
   int64_t* first_chunk;        // [pairs + 1] tasks of all pairs before
   std::atomic<int64_t>* left;  // [pairs] tasks that are not done
   float* partial;              // [tasks, stride]: peak [group], total [group], mixed [group, value_dim]
@@ -101,7 +103,7 @@ struct DecodeJob {
     const int32_t* ids = call.table.ids + pair * call.table.width;
     for (int64_t k = 0; k < chunk.blocks; k++) {
       const int64_t i = begin + k, sinks = runs.b - runs.a;
-      const int64_t block = i < sinks ? runs.a + i : runs.c + i - sinks, at = block * BLOCK;
+      const int64_t block = runs.block(i), at = block * BLOCK;
       const int64_t low = i < sinks ? runs.see.first : runs.see.start, high = i < sinks ? runs.see.sink_end : runs.n;
       const int32_t id = block < call.table.width ? ids[block] : -1;
       chunk.begin[k] = int(larger(low - at, 0));
@@ -110,9 +112,21 @@ struct DecodeJob {
       chunk.values[k] = block_of(call.values, id, element);
       if (!chunk.keys[k] || !chunk.values[k]) return MISSING_BLOCK;
     }
+    if (index + threads < first_chunk[pairs]) find_coming(index + threads, chunk.coming);
     kernels.decode[shape.dtype](chunk);
     if (left[pair].fetch_sub(1) == 1) merge(pair);
     return OK;
+  }
+
+  // Finds the first key blocks of another task; those that are not there stay null.
+  void find_coming(int64_t index, const void** coming) const {
+    const int64_t pair = pair_of(index), begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
+    const Runs runs = runs_of_pair(pair);
+    for (int64_t k = 0; k < smaller(AHEAD, runs.count() - begin); k++) {
+      const int64_t block = runs.block(begin + k);
+      if (block < call.table.width)
+        coming[k] = block_of(call.keys, call.table.ids[pair * call.table.width + block], int64_t(element_size(call.shape.dtype)));
+    }
   }
 
   // Puts the results of a pair's tasks together, in their order whichever thread comes last.
@@ -231,7 +245,7 @@ Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
   const Buffer<int64_t> first_chunk(size_t(pairs + 1));
   const Buffer<std::atomic<int64_t>> left(static_cast<size_t>(pairs));
   if (!first_chunk.get() || !left.get()) return NO_MEMORY;
-  DecodeJob job = {call, kernels_of(isa), pairs, stride, first_chunk.get(), left.get(), nullptr};
+  DecodeJob job = {call, kernels_of(isa), pairs, stride, parallel.threads, first_chunk.get(), left.get(), nullptr};
   first_chunk[0] = 0;
   for (int64_t pair = 0; pair < pairs; pair++) {
     const int64_t chunks = (job.runs_of_pair(pair).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;

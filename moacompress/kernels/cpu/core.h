@@ -18,6 +18,7 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 enum Status : int { OK = 0, NO_MEMORY = 1, MISSING_BLOCK = 2 };
 
 constexpr int64_t CHUNK_BLOCKS = 16;  // cache blocks of one decode task
+constexpr int64_t AHEAD = 2;          // blocks that decode reads ahead
 constexpr int64_t TILE = 64;          // keys of one step of prefill and backward
 
 static MOACOMPRESS_INLINE size_t element_size(DType dtype) { return dtype == F32 ? 4 : 2; }
@@ -168,6 +169,7 @@ struct DecodeChunk {
   int64_t query_head;
   const void* keys[CHUNK_BLOCKS];  // first token of each block
   const void* values[CHUNK_BLOCKS];
+  const void* coming[AHEAD];  // first blocks of the keys that this thread probably reads next, or null
   int begin[CHUNK_BLOCKS], end[CHUNK_BLOCKS];  // tokens [begin, end) of each block are visible
   float scaling, softcap;
   float *peak, *total;  // [group] largest score, and sum of exp(score - peak)

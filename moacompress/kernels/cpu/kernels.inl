@@ -12,8 +12,6 @@ namespace {
 constexpr int LANES = PANEL * W;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float NOTHING = -1e30f;  // peak of a lane that has seen no key
-// Decode reads this many blocks ahead, into the second cache: the first one has too few outstanding misses to keep memory busy.
-constexpr int64_t AHEAD = 2;
 constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
 constexpr int CHUNK_STRIDE = CHUNK + 16;
 
@@ -150,7 +148,8 @@ inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t colum
   const int64_t bytes = c.value_dim * int64_t(sizeof(T));
   for (int64_t b = 0; b < c.blocks; b++) {
     const T* row = (const T*)c.values[b] + c.begin[b] * c.value_dim + column;
-    const char* next = ahead && b + AHEAD < c.blocks ? (const char*)c.values[b + AHEAD] : nullptr;
+    const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
+    const char* next = !ahead ? nullptr : (const char*)(later < c.blocks ? c.values[later] : c.coming[later - c.blocks]);
     for (int t = c.begin[b]; t < c.end[b]; t++, row += c.value_dim, weights++) {
       if (next)
         for (int64_t line = t * bytes; line < (t + 1) * bytes; line += 64) prefetch(next + line);
@@ -201,8 +200,8 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
   int tokens = 0;
   for (int64_t b = 0; b < c.blocks; b++) {
     const T* keys = (const T*)c.keys[b];
-    const int64_t ahead = b + AHEAD - c.blocks;  // past the last keys come the first values
-    const char* next = ahead < 0 ? (const char*)c.keys[b + AHEAD] : ahead < c.blocks ? (const char*)c.values[ahead] : nullptr;
+    const int64_t later = b + AHEAD, past = later - c.blocks;  // past the last keys come the first values
+    const char* next = (const char*)(past < 0 ? c.keys[later] : past < c.blocks ? c.values[past] : nullptr);
     for (int64_t h = 0; h < c.group; h += 4, next = nullptr) {
       const Query* q = query + h * stride;
       float* to = scores + h * CHUNK_STRIDE + tokens;

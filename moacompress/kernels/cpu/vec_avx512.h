@@ -65,6 +65,6 @@ inline void sum4(V a, V b, V c, V d, float* to) {
   const __m256 h = halves_sum(_mm512_add_ps(lo, hi));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace
