@@ -4,18 +4,20 @@
 
 Tensors rotate over half a gigabyte, so that the last cache does not decide. `limit_ms` is the larger of two times measured
 here: reading as many bytes as the kept keys and values have, and the multiplications of their attention at the measured peak.
-`sdpa_best_ms` is the faster of torch's two forms of grouped attention. All are medians, in milliseconds, for one layer.
+`sdpa_best_ms` is the faster of torch's two forms of grouped attention. All are medians, in milliseconds, for one layer; plan,
+full span and reading take turns.
 On a busy machine `--cpu-time` counts the time of one thread on its core instead of wall time.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
 from moacompress.plan import BLOCK, Rule, kept, slots
+from moacompress.runtime import pack_weights
 
 MIN_WINDOW = 16
 ROTATE_BYTES = 512 << 20
@@ -48,15 +51,24 @@ SHAPES = (Heads(9, 3, 64), Heads(32, 8, 128))
 clock = time.perf_counter
 
 
+def medians_ms(runs: Sequence[Callable[[], Any]], times: int) -> list[float]:
+    """Returns the median time of each call, after one that is not counted.
+
+    They take turns: how fast memory is changes from second to second where others use the machine too.
+    """
+    taken: list[list[float]] = [[] for _ in runs]
+    for turn in range(times + 1):
+        for run, seconds in zip(runs, taken, strict=True):
+            begin = clock()
+            run()
+            if turn:
+                seconds.append(clock() - begin)
+    return [statistics.median(seconds) * 1e3 for seconds in taken]
+
+
 def median_ms(run: Callable[[], Any], times: int) -> float:
-    """Returns the median time of a call, after one that is not counted."""
-    run()
-    taken = []
-    for _ in range(times):
-        begin = clock()
-        run()
-        taken.append(clock() - begin)
-    return statistics.median(taken) * 1e3
+    """Returns the median time of a call; see `medians_ms`."""
+    return medians_ms([run], times)[0]
 
 
 def rules(shape: Heads, rule: Rule) -> tuple[Any, ...]:
@@ -71,18 +83,20 @@ def kept_rule(n: int, share: float, elastic: bool = False) -> Rule:
     return Rule(16, 0, (window << 10) // n) if elastic else Rule(16, window, 0)
 
 
-def read_ms(bytes_: int, times: int) -> float:
-    """Returns the time to read this many bytes that are in no cache, with torch's threads."""
-    pool = torch.zeros(max(ROTATE_BYTES, 2 * bytes_) // 4)
+def reading(bytes_: int) -> Callable[[], Any]:
+    """Returns a call that reads this many bytes that are in no cache, with torch's threads."""
+    pool = torch.ones(max(ROTATE_BYTES, 2 * bytes_) // 4)
     parts = itertools.cycle(pool.split(bytes_ // 4)[: pool.numel() * 4 // bytes_])
-    return median_ms(lambda: next(parts).sum(), times)
+    return lambda: next(parts).sum()
 
 
-def peak_flops(dtype: torch.dtype) -> float:
-    """Returns multiplications and additions a second that torch's matrix product reaches."""
+def peak_flops() -> float:
+    """Returns multiplications and additions a second that matrix products in float32 reach, by MKL or oneDNN."""
     size = 1024
-    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / (median_ms(lambda: a @ b, 9) / 1e3)
+    x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False).requires_grad_(False)
+    packed = copy.deepcopy(layer)
+    pack_weights(packed)
+    return 2 * size**3 / (min(medians_ms([lambda: layer(x), lambda: packed(x)], 9)) / 1e3)
 
 
 scattered = False
@@ -131,15 +145,16 @@ def bench_decode(shape: Heads, n: int, batch: int, name: str, share: float, time
 
     held = batch * shape.kv_heads * 2 * shape.head_dim * dtype.itemsize * int(rule.slots(n, MIN_WINDOW))
     work = batch * shape.heads * 4 * shape.head_dim * int(rule.kept(n, MIN_WINDOW))
+    ms, full_span_ms, read_ms = medians_ms([ours(rule), ours(Rule.FULL), reading(held)], times)
     return {
         "length": n,
         "batch": batch,
         "dtype": name,
         "heads": str(shape),
         "kept": int(slots(n, rule.sink, rule.alpha, rule.beta_q, MIN_WINDOW)) / n,
-        "ms": median_ms(ours(rule), times),
-        "full_span_ms": median_ms(ours(Rule.FULL), times),
-        "limit_ms": max(read_ms(held, times), work / flops * 1e3),
+        "ms": ms,
+        "full_span_ms": full_span_ms,
+        "limit_ms": max(read_ms, work / flops * 1e3),
         "sdpa_best_ms": min(median_ms(run, max(3, times // 4)) for run in (grouped, packed)),
     }
 
@@ -214,7 +229,7 @@ def main() -> None:
             )
 
     for shape, name in itertools.product(shapes, DTYPES):
-        flops = peak_flops(torch.float32)  # sums are in float32, whatever the storage
+        flops = peak_flops()  # sums are in float32, whatever the storage
         for batch in (1, 8):
             note("decode", bench_decode(shape, n, batch, name, 0.25, times, flops))
     for shape, name in itertools.product(shapes, DTYPES):
