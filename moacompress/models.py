@@ -111,10 +111,17 @@ def load_source(
 
 
 def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
-    """Returns MODEL loaded as a recipe says, and a loaded model as it is; errors are those of `load_source`."""
+    """Returns MODEL loaded as a recipe says, its weights packed where there is memory for it, and a loaded model as it is.
+
+    Errors are those of `load_source`.
+    """
     if isinstance(source, SourceModel):
         return source
-    return load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    loaded = load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    from moacompress.runtime.packing import pack_where_it_fits
+
+    pack_where_it_fits(loaded.model)
+    return loaded
 
 
 def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moacompress.errors import ModelError
-from moacompress.models import check_supported, load_source, model_shape, weights_fingerprint
+from moacompress.models import check_supported, load_for, load_source, model_shape, weights_fingerprint
+from moacompress.recipe import Recipe
+from moacompress.runtime.packing import PackedLinear, can_pack
 from moacompress.support import native_windows
 
 TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -51,6 +54,16 @@ def test_a_folder_loads_with_shape_and_context(tiny_folder: Path) -> None:
     assert shape.native_windows == (None, None, None)
     assert not source.model.training
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
+def test_what_is_measured_is_packed(tiny_folder: Path) -> None:
+    recipe = Recipe.from_dict({"model": str(tiny_folder)})
+    plain, packed = load_source(tiny_folder).model, load_for(recipe, tiny_folder).model
+    assert {type(layer) for layer in packed.modules() if isinstance(layer, torch.nn.Linear)} == {PackedLinear}
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", TINY_OTHERS)
@@ -137,8 +150,6 @@ def test_groups_of_one_and_many(tiny_model: Callable[..., Any]) -> None:
 
 
 def test_fingerprints_tell_weights_apart_but_not_dtypes(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    import torch
-
     first = weights_fingerprint(tiny_model("llama"))
     assert first == weights_fingerprint(tiny_model("llama"))
     assert first == weights_fingerprint(tiny_model("llama").to(torch.bfloat16))

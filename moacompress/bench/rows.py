@@ -88,6 +88,7 @@ def make_row(
         "kv_bytes_plan": plan_kv,
         "kv_bytes_dense": dense_kv,
         "weight_bytes": weights,
+        "packed_bytes": measured["packed_bytes"],
         "byte_ratio": (weights + dense_kv) / (weights + plan_kv),
         "peak_bytes_plan": None,
         "peak_bytes_dense": None,

@@ -33,12 +33,13 @@ from moacompress.bench.sides import (
     vocabulary_size,
     weight_bytes,
 )
-from moacompress.errors import MoaCompressError, one_line
+from moacompress.errors import MoaCompressError, UsageError, one_line
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.kernels import dispatch
 from moacompress.memory import available_bytes
 from moacompress.plan import Plan
 from moacompress.progress import SILENT, Progress
+from moacompress.runtime import pack_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,6 +153,7 @@ class _Bench:
     clock: Clock
     _models: dict[str, PreTrainedModel] = field(default_factory=dict)
     _dtype: str = ""
+    _packed: int = 0
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -195,6 +197,7 @@ class _Bench:
             found |= {
                 "sides": list(self.request.sides),
                 "weight_bytes": weight_bytes(models["dense"]),
+                "packed_bytes": self._packed,
                 "kernel": dispatch.kernel_for(probe),
                 "load_per_core": load,
             }
@@ -217,6 +220,12 @@ class _Bench:
             gc.collect()
             checkpoint = load_checkpoint(self.folder, dtype, self.request.device)
             self._models, self._dtype = make_models(checkpoint.model, self.plan), dtype
+            self._packed = pack_weights(*self._models.values()) if self.request.pack else 0
+            if self.request.pack and not self._packed:
+                raise UsageError(
+                    f"there is nothing to pack in {dtype} on {self.request.device}; weights are packed in float32 and "
+                    "bfloat16 on x86-64 processors, where torch has oneDNN: leave --pack out"
+                )
             self.store.begin()  # what can be wrong with the request was found by now
         return self._models
 

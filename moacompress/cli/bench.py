@@ -22,7 +22,7 @@ PREFILL_REPEATS = 3
     "moacompress bench runs/mine --quick",
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
-    "moacompress bench runs/mine --compile --tokens 32 --repeats 40",
+    "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
 )
 def bench(
     run: Run,
@@ -50,6 +50,10 @@ def bench(
     prefill_repeats: Annotated[int, typer.Option(help="Turns of prefilling; 0 for none.")] = PREFILL_REPEATS,
     compile_ours: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step of plan and full_span too.")
+    ] = False,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Pack the weights of all sides (runtime.pack_weights); a second copy of them."),
     ] = False,
     peak: Annotated[
         bool, typer.Option("--peak/--no-peak", help="Measure peak memory, each side in a process of its own.")
@@ -90,6 +94,7 @@ def bench(
         repeats=repeats if repeats is not None else QUICK_REPEATS if quick else REPEATS,
         prefill_repeats=prefill_repeats,
         compile=compile_ours,
+        pack=pack,
         peak=peak,
         seed=recipe.seed,
         device=recipe.device,

@@ -102,6 +102,8 @@ def evaluate(
         ModelError, ArtefactError: the checkpoint is damaged, or `out` can not be written.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
+    from moacompress.runtime.packing import pack_where_it_fits
+
     progress = progress or SILENT
     folder = compressed_folder(Path(target))
     check_names(against)
@@ -114,6 +116,7 @@ def evaluate(
     if TEXT in names and text is None:
         raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
     checkpoint = load_checkpoint(folder, dtype, device)
+    pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
     field = make_field(checkpoint, against, profile, every_candidate)
     ledger = Ledger(Path(out).with_name(f"{Path(out).stem}.scores.jsonl") if out is not None else None)

@@ -52,7 +52,8 @@ def _machine(report: Mapping[str, Any]) -> str:
     loads = [found["load_per_core"] for found in report["runs"] if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-    return f"{machine['cpu']}, {threads}{busy}\ntorch {machine['torch']}, kernel {kernel}\n"
+    packed = ", weights packed on every side" if row["packed_bytes"] else ""
+    return f"{machine['cpu']}, {threads}{busy}{packed}\ntorch {machine['torch']}, kernel {kernel}\n"
 
 
 def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequence[str] = SIDES) -> RenderableType:

@@ -14,6 +14,7 @@ from moacompress.bench.request import SIDES, BenchRequest, Cell
 from moacompress.bench.runner import run_bench
 from moacompress.errors import ArtefactError, DataError, MoaCompressError, ModelError, UsageError
 from moacompress.plan import Plan
+from moacompress.runtime.packing import can_pack
 
 SMALL = BenchRequest((96, 160), (1, 2), ("float32",), tokens=2, repeats=2, prefill_repeats=1, peak=False)
 ONE = replace(SMALL, lengths=(96,), batches=(2,))
@@ -186,3 +187,25 @@ def test_a_peak_that_fails_is_one_sentence(code, said, compressed, monkeypatch):
         peak.peak_bytes(compressed / "model", "plan", Cell("float32", 96, 1), ONE)
     assert said in str(caught.value)
     assert "--no-peak leaves it out" in str(caught.value)
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
+def test_packed_weights_are_those_of_every_side(compressed, tmp_path):
+    request = replace(ONE, pack=True, compile=True, peak=True, sides=("plan", "full_span", "dense_best"))
+    report = run_bench(compressed, request, out=tmp_path / "bench.json")
+    layers = [
+        layer
+        for layer in runner.load_checkpoint(compressed / "model", "float32", "cpu").model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    for row in report["runs"]:
+        assert row["packed_bytes"] == sum(layer.weight.nbytes for layer in layers)
+        assert row["peak_bytes_plan"] > 0
+    (decode,) = (row for row in report["runs"] if row["phase"] == "decode")
+    assert all(found["graph_calls"] == found["steps"] for found in decode["graphs"].values())
+
+
+def test_what_can_not_be_packed_is_refused(compressed, tmp_path):
+    with pytest.raises(UsageError, match="nothing to pack in float16"):
+        run_bench(compressed, replace(ONE, pack=True, dtypes=("float16",)), out=tmp_path / "bench.json")
+    assert not list(tmp_path.iterdir())

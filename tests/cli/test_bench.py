@@ -89,7 +89,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
             "dense": {"value": 2.0, "ci95": [1.9, 2.1]}, "dense_best": {"value": 0.9, "ci95": None}
         },
         "dense_best": "static cache, compiled", "dense_best_refused": None, "graphs": {}, "byte_ratio": 1.5,
-        "weight_bytes": 100, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
+        "weight_bytes": 100, "packed_bytes": 0, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
     }  # fmt: skip
     report = {
         "runs": [row],

@@ -1,0 +1,195 @@
+"""Products with weights that oneDNN keeps packed: what is left of a step on a CPU once attention is cheap.
+
+torch hands products in float32 to MKL, which packs a weight anew for every product and, on processors that are not Intel's,
+leaves much of the machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a
+second copy: the model keeps its own for everything else (embeddings tied to it, checkpoints, training).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import platform
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moacompress.memory import available_bytes
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 64
+"""Rows that a weight is packed for; measured to be as fast as any other number from 1 to 256 rows."""
+SPARE = 3
+"""How many times the packed bytes must be free: they themselves, once more for gradients, and what the model runs in."""
+
+_numbers = itertools.count(1)
+_packs: weakref.WeakValueDictionary[int, _Pack] = weakref.WeakValueDictionary()
+
+_LIBRARY = torch.library.Library("moacompress", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int number) -> Tensor")
+_LIBRARY.define("packed_linear_backward(Tensor grad, Tensor weight, int number) -> Tensor")
+
+
+class _Pack:
+    """The packed form of a weight, and that of its transpose once a gradient asks for it.
+
+    A graph holds its number: tensors in oneDNN's own layout can not be traced.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.number = next(_numbers)
+        self._state = _state(weight)
+        self._packed = _reordered(weight)
+        self._transposed: torch.Tensor | None = None
+        _packs[self.number] = self
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether the weight is what it was when it was packed."""
+        return self._state == _state(weight)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns `x @ weight.T + bias`."""
+        return _product(x, self._packed, bias)
+
+    def gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Returns `grad @ weight`."""
+        if self._transposed is None:
+            self._transposed = _reordered(weight.t())
+        return _product(grad, self._transposed, None)
+
+
+def _state(weight: torch.Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+
+
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS))
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+    return cast(torch.Tensor, product)
+
+
+def _valid(number: int, weight: torch.Tensor, x: torch.Tensor) -> _Pack | None:
+    pack = _packs.get(number)
+    return pack if pack is not None and x.numel() and pack.holds(weight) else None
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, number: int) -> torch.Tensor:
+    pack = _valid(number, weight, x)
+    return nn.functional.linear(x, weight, bias) if pack is None else pack.product(x, bias)
+
+
+def _backward(grad: torch.Tensor, weight: torch.Tensor, number: int) -> torch.Tensor:
+    pack = _valid(number, weight, grad)
+    return grad @ weight if pack is None else pack.gradient(grad, weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, _, ctx.number = inputs
+    ctx.save_for_backward(weight)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    (weight,) = ctx.saved_tensors
+    return torch.ops.moacompress.packed_linear_backward(grad, weight, ctx.number), None, None, None
+
+
+_LIBRARY.impl("packed_linear", _forward, "CPU")
+_LIBRARY.impl("packed_linear_backward", _backward, "CPU")
+torch.library.register_fake(
+    "moacompress::packed_linear", lambda x, weight, bias, number: x.new_empty(*x.shape[:-1], weight.shape[0])
+)
+torch.library.register_fake(
+    "moacompress::packed_linear_backward",
+    lambda grad, weight, number: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
+)
+torch.library.register_autograd("moacompress::packed_linear", _gradients, setup_context=_setup)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed too; see `pack_weights`. Copies of it pack nothing and are right all the same."""
+
+    _pack: _Pack | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns `input @ weight.T + bias`, `[..., out_features]`; with gradients of the weight it is torch's own."""
+        pack, weight = self._pack, self.weight
+        trained = torch.is_grad_enabled() and (
+            weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        if pack is None or trained or input.dtype != weight.dtype or input.device.type != "cpu":
+            return super().forward(input)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _forward(input, weight, self.bias, pack.number)  # an operator takes as long again as a small product
+        return cast(torch.Tensor, torch.ops.moacompress.packed_linear(input, weight, self.bias, pack.number))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+
+
+def can_pack() -> bool:
+    """Returns whether this torch and this machine have what packed weights need."""
+    return (
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def pack_weights(*models: nn.Module) -> int:
+    """Packs the weights of all linear layers on the CPU, so that their products are faster.
+
+    It takes as much memory again as these weights. Nothing else changes: parameters, checkpoints and training are as before. A
+    weight that changes later is not used packed any more; call this again. Models that share weights share the packed ones.
+
+    Args:
+        models: in float32 or bfloat16; what is on other devices or in other dtypes is left alone.
+
+    Returns:
+        Bytes that the packed weights take; 0 where there is nothing to pack, or this machine can not.
+    """
+    if not can_pack():
+        return 0
+    found: dict[int, _Pack] = {}
+    taken = 0
+    for model in models:
+        for layer in _layers(model):
+            weight = layer.weight
+            if id(weight) not in found:
+                found[id(weight)] = _Pack(weight)
+                taken += weight.nbytes
+            layer.__class__ = PackedLinear
+            cast(PackedLinear, layer)._pack = found[id(weight)]
+    return taken
+
+
+def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = available_bytes) -> int:
+    """As `pack_weights`, if there is memory for it; otherwise the model stays as it is."""
+    needed = sum(weight.nbytes for weight in {id(layer.weight): layer.weight for layer in _layers(model)}.values())
+    available = free()
+    if available is not None and available < SPARE * needed:
+        logger.info("weights are not packed: %d MiB are free, %d MiB too few", available >> 20, SPARE * needed >> 20)
+        return 0
+    return pack_weights(model)
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """Returns the layers whose weights can be packed; subclasses may compute something else."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+        and type(layer) in (nn.Linear, PackedLinear)
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in DTYPES
+        and not layer.weight.is_inference()
+    ]
