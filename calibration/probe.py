@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from moacompress.calibration.sharing import Attended, CopySums, copyable
 from moacompress.models import SourceModel
 from moacompress.plan import Plan
 from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.runtime.packing import packed_bytes
 from moacompress.search.space import candidate_rules
 
 SHORT = (128, 192)
@@ -37,6 +38,11 @@ ATTEND_TOKENS = 2048
 """Longest sequence whose whole forward attention is timed."""
 REPEATS = 3
 """Every time is the median of so many, after one that does not count."""
+
+
+def _stored(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a tree but packed weights, which have no storage to ask for and count as weights."""
+    return (tensor for tensor in tree_iter(tree) if isinstance(tensor, Tensor) and not tensor.is_mkldnn)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,13 +63,10 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            tensor.untyped_storage().data_ptr() for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)
-        }
+        given = {tensor.untyped_storage().data_ptr() for tensor in _stored((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), given)
+        for tensor in _stored(result):
+            self._count(tensor.untyped_storage(), given)
         self.peak = max(self.peak, self.now)
         return result
 
@@ -166,9 +169,10 @@ class Probe:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the weights, shared ones once."""
+        """Bytes of the weights, shared ones once, and of their packed forms."""
         storages = [tensor.untyped_storage() for tensor in (*self._model.parameters(), *self._model.buffers())]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return own + packed_bytes(self._model, gradients=True)
 
     @cached_property
     def beside(self) -> tuple[float, float]:

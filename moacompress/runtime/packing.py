@@ -182,6 +182,16 @@ def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = availa
     return pack_weights(model)
 
 
+def packed_bytes(model: nn.Module, *, gradients: bool) -> int:
+    """Returns the bytes of a model's packed weights, and with `gradients` of their transposes too."""
+    packs = {
+        layer._pack.number: layer.weight.nbytes
+        for layer in model.modules()
+        if isinstance(layer, PackedLinear) and layer._pack
+    }
+    return sum(packs.values()) * (2 if gradients else 1)
+
+
 def _layers(model: nn.Module) -> list[nn.Linear]:
     """Returns the layers whose weights can be packed; subclasses may compute something else."""
     return [

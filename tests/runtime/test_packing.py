@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.runtime.packing import PackedLinear, can_pack, pack_weights, pack_where_it_fits
+from moacompress.runtime.packing import PackedLinear, can_pack, pack_weights, pack_where_it_fits, packed_bytes
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
 
@@ -129,3 +129,11 @@ def test_other_layers_are_left_alone():
     layer = Other(4, 4)
     assert pack_weights(layer, linear(dtype=torch.float16)) == 0
     assert type(layer) is Other
+
+
+def test_packed_bytes(tiny_model):
+    model = tiny_model().requires_grad_(False)
+    assert packed_bytes(model, gradients=True) == 0
+    taken = pack_weights(model)
+    assert packed_bytes(model, gradients=False) == taken
+    assert packed_bytes(model, gradients=True) == 2 * taken
