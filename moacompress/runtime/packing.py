@@ -1,7 +1,7 @@
 """Products with weights that oneDNN keeps packed: what is left of a step on a CPU once attention is cheap.
 
-torch hands products in float32 to MKL, which packs a weight anew for every product and, on processors that are not Intel's,
-leaves much of the machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a
+torch hands products in float32 to MKL, which packs a weight anew for every product and, on AMD's processors, leaves much of the
+machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a
 second copy: the model keeps its own for everything else (embeddings tied to it, checkpoints, training).
 """
 
