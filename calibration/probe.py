@@ -169,10 +169,10 @@ class Probe:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the weights, shared ones once, and of their packed forms."""
+        """Bytes of the weights, shared ones once, of their packed forms, and of these transposed, for gradients."""
         storages = [tensor.untyped_storage() for tensor in (*self._model.parameters(), *self._model.buffers())]
         own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-        return own + packed_bytes(self._model, gradients=True)
+        return own + 2 * packed_bytes(self._model)
 
     @cached_property
     def beside(self) -> tuple[float, float]:

@@ -150,8 +150,7 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int,
     decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
     wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))
     prefill = dense + 6 * cell.batch * cell.length * wide * size if request.prefill_repeats or request.peak else 0
-    weights = numbers * size
-    weights *= 1 + request.pack
+    weights = numbers * size * (1 + request.pack)
     alone = weights + LIBRARY_BYTES if request.peak else 0
     return LIBRARY_BYTES + weights + max(decode, prefill + alone)
 

@@ -133,7 +133,6 @@ def test_other_layers_are_left_alone():
 
 def test_packed_bytes(tiny_model):
     model = tiny_model().requires_grad_(False)
-    assert packed_bytes(model, gradients=True) == 0
+    assert packed_bytes(model) == 0
     taken = pack_weights(model)
-    assert packed_bytes(model, gradients=False) == taken
-    assert packed_bytes(model, gradients=True) == 2 * taken
+    assert packed_bytes(model) == taken > 0
