@@ -123,6 +123,10 @@ def _fake_backward(
     return _rows(query, *query.shape), _rows(key, *key.shape), _rows(value, *value.shape)
 
 
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, keys, _, _, _, valid, sink, alpha, beta_q, *numbers, sink_logits = inputs
     ctx.numbers, ctx.cached = numbers, len(keys) > 0
@@ -155,6 +159,7 @@ def _register() -> None:
         "decode": _fake_decode,
         "prefill": _fake_prefill,
         "prefill_backward": _fake_backward,
+        "linear": _fake_linear,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"moacompress_cpu::{name}", fake)

@@ -381,6 +381,25 @@ void test_advance(DType dtype) {
   if (advance(call) != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
 }
 
+void test_linear(Isa isa, DType dtype) {
+  const int64_t rows = pick(0, 20), inputs = pick(0, 90), outputs = pick(1, 60), threads = pick(1, 5);
+  const bool biased = pick(0, 1);
+  Data x(dtype, rows * inputs), weight(dtype, outputs * inputs), bias(dtype, outputs), out(dtype, rows * outputs);
+  for (Data* data : {&x, &weight, &bias})
+    for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+  const LinearCall call = {dtype, rows, inputs, outputs, x.bytes.get(), weight.bytes.get(), biased ? bias.bytes.get() : nullptr,
+                           out.bytes.get()};
+  const Parallel parallel = {int(threads), run_threads, nullptr};
+  if (linear(call, parallel, isa) != OK) failures++;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t o = 0; o < outputs; o++) {
+      double wanted = biased ? bias.get(o) : 0;
+      for (int64_t i = 0; i < inputs; i++) wanted += x.get(r * inputs + i) * weight.get(o * inputs + i);
+      const double relative = dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3;
+      near(out.get(r * outputs + o), wanted, relative * (1 + std::fabs(wanted)), "linear", isa, dtype);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -393,6 +412,7 @@ int main() {
     }
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
   }
   std::printf("%d tests, %d failures\n", tests, failures);
   return failures != 0;

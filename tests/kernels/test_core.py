@@ -53,4 +53,4 @@ def test_under_sanitizers(build_script: ModuleType, tmp_path: Path) -> None:
     ran = subprocess.run([program], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-3000:]
     assert ran.stdout.rstrip().endswith("0 failures")
-    assert int(ran.stdout.split(" tests, ")[0].split()[-1]) >= 72
+    assert int(ran.stdout.split(" tests, ")[0].split()[-1]) >= 160

@@ -8,8 +8,17 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moacompress.runtime.packing import PackedLinear, can_pack, pack_weights, pack_where_it_fits, packed_bytes
+from moacompress.kernels import dispatch
+from moacompress.runtime.packing import (
+    FEW_ROWS,
+    PackedLinear,
+    can_pack,
+    pack_weights,
+    pack_where_it_fits,
+    packed_bytes,
+)
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
 
@@ -66,9 +75,10 @@ def test_a_changed_weight_is_never_stale(change):
     layer = linear()
     pack_weights(layer)
     change(layer)
-    x = torch.randn(3, 24).to(layer.weight.dtype)
+    x = torch.randn(FEW_ROWS + 1, 24).to(layer.weight.dtype)
     expected = nn.functional.linear(x, layer.weight, layer.bias)
     assert torch.equal(layer(x), expected)
+    torch.testing.assert_close(layer(x[:3]), expected[:3], atol=1e-2, rtol=2e-2)
     pack_weights(layer)
     torch.testing.assert_close(layer(x), expected, atol=1e-2, rtol=2e-2)
 
@@ -113,6 +123,38 @@ def test_a_compiled_layer_is_one_graph():
     y = x.clone().requires_grad_()
     compiled(y).sum().backward()
     torch.testing.assert_close(y.grad, layer.weight.sum(0).expand(3, -1), atol=1e-5, rtol=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Takes note of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, monkeypatch):
+    if dispatch.chosen().name != "cpu":
+        pytest.skip(dispatch.chosen().reason)
+    layer = linear(dtype=dtype)
+    pack_weights(layer)
+    x = torch.randn(rows, 1, 24, dtype=dtype)
+
+    def kernels_run(x):
+        with Operators() as seen:
+            layer(x)
+        return "moacompress_cpu::linear" in seen.names
+
+    assert kernels_run(x) == (rows <= FEW_ROWS)
+    assert not kernels_run(x.clone().requires_grad_())
+    monkeypatch.setattr(dispatch, "_chosen_name", lambda: "reference")
+    assert not kernels_run(x)
 
 
 def test_nothing_is_packed_without_room():

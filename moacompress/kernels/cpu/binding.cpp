@@ -340,6 +340,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   return {dquery, dkey, dvalue, sums, alive};
 }
 
+Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  const char* op = "linear";
+  const ScalarType type = x.scalar_type();
+  const DType dtype = dtype_of(x, op);
+  check(weight, {-1, -1}, type, op, "weight");
+  STD_TORCH_CHECK(weight.is_contiguous(), op, ": the weight must be contiguous");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() > 0 && x.size(x.dim() - 1) == inputs, op, ": the input has the shape ", text(x),
+                  " and the weight ", text(weight), "; both must be on the CPU and have the same last dimension");
+  const void* added = bias ? dense(*bias, {outputs}, type, op, "bias") : nullptr;
+  Shapes sizes;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) {
+    sizes.push_back(x.size(i));
+    rows *= x.size(i);
+  }
+  sizes.push_back(outputs);
+  const Tensor from = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  Tensor out = torch::stable::new_empty(x, sizes);
+  const LinearCall call = {dtype, rows, inputs, outputs, from.const_data_ptr(), weight.const_data_ptr(), added,
+                           out.mutable_data_ptr()};
+  check_status(linear(call, parallel(), isa()), op);
+  return out;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -386,6 +411,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, int min_window, Tensor? plan, "
       "int plan_min_window, int native_window, float scaling, float softcap, Tensor? sink_logits, bool baselines) "
       "-> (Tensor, Tensor, Tensor, Tensor, int)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
@@ -394,4 +420,5 @@ STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("prefill", TORCH_BOX(&prefill_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
   m.impl("profile_backward", TORCH_BOX(&profile_op));
+  m.impl("linear", TORCH_BOX(&linear_op));
 }

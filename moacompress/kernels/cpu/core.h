@@ -149,6 +149,14 @@ struct ProfileCall {
 constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
 constexpr int64_t PROFILE_PAD = 16;     // rows of the gradients in float32 have a multiple of it
 
+// A linear layer of a few rows; all dense.
+struct LinearCall {
+  DType dtype;
+  int64_t rows, inputs, outputs;
+  const void *x, *weight, *bias;  // [rows, inputs], [outputs, inputs], [outputs] or null
+  void* out;                      // [rows, outputs]
+};
+
 Isa best_isa();            // the best that this processor and this build have
 bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
@@ -159,6 +167,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 int64_t advance(const AdvanceCall& call);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
+Status linear(const LinearCall& call, const Parallel& parallel, Isa isa);
 
 // ---- what the files of the instruction sets implement ----
 
@@ -262,6 +271,14 @@ struct ProfileTile {
   void (*done)(void* order, int64_t block);
 };
 
+// One task of a linear layer: some of its outputs, for all rows.
+struct LinearTile {
+  int64_t rows, inputs, outputs;
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t out_row;
+};
+
 struct Kernels {
   size_t (*decode_scratch)(int64_t group, int64_t head_dim);
   size_t (*tile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim);  // of all tile kernels, in floats
@@ -272,6 +289,7 @@ struct Kernels {
   size_t (*profile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys);  // floats; keys: a multiple of TILE
   void (*profile[3])(const ProfileTile&, float* scratch);
   void (*narrow[3])(const float* from, int64_t count, void* to);
+  void (*linear[3])(const LinearTile&);
 };
 
 extern const Kernels portable_kernels;

@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #include "vec_avx512.h"
 #include "kernels.inl"
+#include "linear.inl"
 #include "profile.inl"
 
 namespace moacompress {

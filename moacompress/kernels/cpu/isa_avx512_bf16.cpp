@@ -2,6 +2,7 @@
 #define MOACOMPRESS_BF16_DOT
 #include "vec_avx512.h"
 #include "kernels.inl"
+#include "linear.inl"
 #include "profile.inl"
 
 namespace moacompress {

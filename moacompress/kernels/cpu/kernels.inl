@@ -700,6 +700,7 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
                         {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}, \
                         profile_scratch,                                                            \
                         {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
-                        {narrow<float>, narrow<bf16>, narrow<f16>}}
+                        {narrow<float>, narrow<bf16>, narrow<f16>},                                 \
+                        {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>}}
 
 }  // namespace moacompress

@@ -1,0 +1,75 @@
+"""Products of a few rows: equal to torch's in float64, and the same to the bit whatever else is computed beside."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from moacompress.kernels import cpu_ops
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _built(isa):
+    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_products(seed, isa, poisoned_memory):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    isa(cpu_ops.ISAS[seed % 4])
+    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,)])
+    inputs, outputs = rng.choice([0, 1, 7, 16, 31, 32, 64, 100, 577, 1536]), rng.choice([0, 1, 3, 4, 18, 64, 193, 700])
+    x = torch.randn(*size, inputs, dtype=dtype)
+    if rng.random() < 0.3:
+        x = torch.randn(*size, 2 * inputs, dtype=dtype)[..., ::2]
+    weight = torch.randn(outputs, inputs, dtype=dtype)
+    bias = torch.randn(outputs, dtype=dtype) if rng.random() < 0.5 else None
+    found = torch.ops.moacompress_cpu.linear(x, weight, bias)
+    expected = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    bound = TOLERANCE[dtype] * (1 + expected.abs() + inputs**0.5 / 4)
+    assert bool(((found.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
+    isa(name)
+    x, weight, bias = torch.randn(11, 200).to(dtype), torch.randn(333, 200).to(dtype), torch.randn(333).to(dtype)
+    alone = torch.cat([torch.ops.moacompress_cpu.linear(row[None], weight, bias) for row in x])
+    for count in (1, 2, 17):
+        threads(count)
+        for rows in range(1, 12):
+            assert torch.equal(torch.ops.moacompress_cpu.linear(x[:rows], weight, bias), alone[:rows])
+        some = torch.ops.moacompress_cpu.linear(x, weight[5:7].contiguous(), bias[5:7].contiguous())
+        assert torch.equal(some, alone[:, 5:7])
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(4, 5), None, r"\[2, 3\] and the weight \[4, 5\]"),
+        (torch.zeros(2, 3), torch.zeros(4, 3, 1), None, "weight has the shape"),
+        (torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.bfloat16), None, "another dtype"),
+        (torch.zeros(2, 3), torch.zeros(3, 4).t(), None, "weight must be contiguous"),
+        (torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3), "bias has the shape"),
+        (torch.zeros(2, 3).double(), torch.zeros(4, 3).double(), None, "float32, bfloat16 or float16"),
+        (torch.zeros(()), torch.zeros(4, 3), None, r"the input has the shape \[\]"),
+    ],
+)
+def test_refusals(x, weight, bias, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.moacompress_cpu.linear(x, weight, bias)
+
+
+def test_the_fake_has_the_shape_of_the_real_one():
+    arguments = (torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5))
+    torch.library.opcheck(torch.ops.moacompress_cpu.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
