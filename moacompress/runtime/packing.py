@@ -2,8 +2,8 @@
 
 torch hands products in float32 to MKL, which packs a weight anew for every product and, on AMD's processors, leaves much of the
 machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a second copy: the model
-keeps its own for everything else (embeddings tied to it, checkpoints, training). A few rows, as of a decode step, are multiplied by
-the compiled kernels instead, which read the model's own weight as it lies and take a few microseconds less to call.
+keeps its own for everything else (embeddings tied to it, checkpoints, training). A few rows, as of a decode step, are
+multiplied by the compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def can_pack() -> bool:
 def pack_weights(*models: nn.Module) -> int:
     """Packs the weights of all linear layers on the CPU, so that their products are faster.
 
-    It takes as much memory again as these weights; up to FEW_ROWS rows are multiplied without it, by the compiled kernels. Nothing
-    else changes: parameters, checkpoints and training are as before. A weight that changes later is not used packed any more; call
-    this again. Models that share weights share the packed ones.
+    It takes as much memory again as these weights; up to FEW_ROWS rows are multiplied without it, by the compiled kernels.
+    Nothing else changes: parameters, checkpoints and training are as before. A weight that changes later is not used packed any
+    more; call this again. Models that share weights share the packed ones.
 
     Args:
         models: in float32 or bfloat16; what is on other devices or in other dtypes is left alone.

@@ -72,4 +72,6 @@ def test_refusals(x, weight, bias, message):
 
 def test_the_fake_has_the_shape_of_the_real_one():
     arguments = (torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5))
-    torch.library.opcheck(torch.ops.moacompress_cpu.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.moacompress_cpu.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
