@@ -55,7 +55,9 @@ def build_samples(
 ) -> list[Sample]:
     """Returns the samples of a split, spread evenly over the recipe's lengths and by weight over its sources.
 
-    After them come samples of plain text: `text_samples` for calibration, and as large a share of the validation samples.
+    Those of validation have `longer_samples` of twice the longest length beside them, where `longer_counts` finds room for
+    them: whether windows grow as they should shows at a length that nothing was fitted to. After them come samples of plain
+    text: `text_samples` for calibration, and as large a share of the validation samples.
 
     Args:
         source: the dense model, which answers.
@@ -85,9 +87,13 @@ def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Draft
     check_counts(calibration.lengths, count, source.context, split)
     prose = _load_prose(recipe, split)
     shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
+    lengths = list(calibration.lengths)
+    if split == "validation":
+        lengths.append(2 * lengths[-1])
+        shares.append(longer_counts(recipe, source.context))
     drafts: list[Draft] = []
     for number, part in enumerate(calibration.sources):
-        wanted = {length: row[number] for length, row in zip(calibration.lengths, shares, strict=True) if row[number]}
+        wanted = {length: row[number] for length, row in zip(lengths, shares, strict=True) if row[number]}
         seed = (recipe.seed, SPLITS.index(split), number)
         if part.generator is not None:
             drafts += _generated(part, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
@@ -149,6 +155,20 @@ def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]
         carry = [share - got for share, got in zip(due, row, strict=True)]
         table.append(row)
     return table
+
+
+def longer_counts(recipe: Recipe, context: int) -> list[int]:
+    """Returns how many validation samples of twice the longest length each source gives.
+
+    Args:
+        recipe: `longer_samples` are asked for. Generators give them: a file may have none so long.
+        context: the model's, tokens; 0 if it has none. Where it has no room for them there are none.
+    """
+    calibration = recipe.calibration
+    weights = [part.weight if part.generator is not None else 0.0 for part in calibration.sources]
+    if not any(weights) or (context and 2 * max(calibration.lengths) > context):
+        return [0] * len(weights)
+    return spread(calibration.longer_samples, 1, weights)[0]
 
 
 def varied(drafts: Sequence[Draft], count: int) -> list[Draft]:

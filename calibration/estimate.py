@@ -15,7 +15,7 @@ from typing import Any
 
 from moacompress.calibration import passes
 from moacompress.calibration.answers import BATCH_TOKENS
-from moacompress.calibration.data import check_counts, spread
+from moacompress.calibration.data import check_counts, longer_counts, spread
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
 from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
@@ -158,6 +158,8 @@ def dry_run(
     for length, *numbers in zip(lengths, *shares, strict=True):
         parts.append(arithmetic.estimate(length, *numbers))
         progress.step(f"{length} tokens")
+    if longer := sum(longer_counts(recipe, source.context)):
+        parts.append(arithmetic.answers(2 * lengths[-1], longer))
     progress.done()
     return Estimate(tuple(parts), probe.weight_bytes)
 
@@ -191,10 +193,28 @@ class _Arithmetic:
             text_samples=texts,
             validation_samples=validation,
             tokens=(answered + texts) * length,
-            answer_seconds=answered * (forward + self._answer * self._probe.decode_seconds(length)),
+            answer_seconds=self._answer_seconds(length, answered, forward),
             profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
             peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
         )
+
+    def answers(self, length: int, count: int) -> LengthEstimate:
+        """Returns the estimate of validation samples of a length that is not profiled."""
+        batch = min(count, max(1, BATCH_TOKENS // length))
+        forward = self._forward * length + sum(layer.forward for layer in self._probe.attention(length))
+        return LengthEstimate(
+            length=length,
+            samples=0,
+            text_samples=0,
+            validation_samples=count,
+            tokens=count * length,
+            answer_seconds=self._answer_seconds(length, count, forward),
+            profile_seconds=0.0,
+            peak_bytes=self._probe.weight_bytes + self._probe.answer_bytes(length, batch),
+        )
+
+    def _answer_seconds(self, length: int, count: int, forward: float) -> float:
+        return count * (forward + self._answer * self._probe.decode_seconds(length))
 
     def _sample_seconds(
         self, length: int, targets: int, forward: float, attention: Sequence[AttentionSeconds]

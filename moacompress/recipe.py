@@ -82,6 +82,9 @@ class CalibrationRecipe(_Section):
     samples: int = Field(96, ge=1, le=100_000, description="calibration samples, over all lengths")
     text_samples: int = Field(0, ge=0, le=100_000, description="samples of plain text from `text` beside them")
     validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
+    longer_samples: int = Field(
+        2, ge=0, le=10_000, description="of generators, twice as long as the longest, beside the validation samples"
+    )
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
 
 

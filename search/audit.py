@@ -118,7 +118,7 @@ def audit(
         count: ablations of single KV heads.
         plans: plans of equal bytes.
         budget: of the plans.
-        samples: held-out samples; by default the profile's validation samples.
+        samples: held-out samples; by default the profile's validation samples of the lengths that it predicts.
         seed: of all that is drawn.
         out: the file of the result; by default `audit.json` in the profile's folder.
         progress: told of every measurement.
@@ -132,7 +132,9 @@ def audit(
         ArtefactError: `out` is something else, or can not be written.
     """
     profile.check_model(model, "audit")
-    samples = list(profile.validation if samples is None else samples)
+    if samples is None:
+        samples = [sample for sample in profile.validation if sample.length in profile.lengths]
+    samples = list(samples)
     if not samples:
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
     request = Request.of(profile, budget, profile.recipe)

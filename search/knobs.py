@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 DEPTH_KNOTS = 5
-DEPTH_RANGE = 1.0
-LENGTH_RANGE = 1.0
-EXPONENT_RANGE = 0.5
+DEPTH_RANGE = 0.5
+LENGTH_RANGE = 0.5
+EXPONENT_RANGE = 0.25
 COHERENCE_RANGE = 0.8
 START_COHERENCE = 0.3
 """Tried right after the surrogate's own plan."""

@@ -23,7 +23,7 @@ Knob: TypeAlias = Mapping[str, float]
 
 MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
-SEARCH_VERSION = 3
+SEARCH_VERSION = 4
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 

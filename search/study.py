@@ -2,9 +2,9 @@
 
 A trial's knobs bend the surrogate, the solver turns it into a plan within the budget, and the plan's harm is measured
 on validation samples. A trial's value is its mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
-sample, so that a trial that is pruned half-way has a value on the same scale. What the best trial found is then improved
-by profiling around it, and by measuring single KV heads near the threshold. Plans of the same bytes that need no search
-are measured beside.
+sample, so that a trial that is pruned half-way has a value on the same scale. A trial is better only beyond doubt: the best
+of many noisy numbers looks better than it is. The best plan is then improved by profiling around it, and by measuring single KV
+heads near the threshold. Plans of the same bytes that need no search are measured beside.
 """
 
 from __future__ import annotations
@@ -47,7 +47,15 @@ from moacompress.search.quadratic import Quadratic
 from moacompress.search.request import Knob, Request
 from moacompress.search.rounds import MOVED, Around, ProfileAround, choice_of, moved, spread_samples
 from moacompress.search.surrogate import Floats
-from moacompress.search.trials import Trials, Tried, best_trial, log_ratio, log_ratios
+from moacompress.search.trials import (
+    Trials,
+    Tried,
+    best_trial,
+    least_trial,
+    log_ratio,
+    log_ratios,
+    standard_error,
+)
 
 __all__ = ["SearchResult", "find_plan"]
 
@@ -205,10 +213,10 @@ class Search:
         if self.request.recipe.search.alternatives:
             self.alternatives = measure_alternatives(self.request, self.judge, self.progress)
         tried = self._study()
-        best = _standing(self.request, best_trial(tried))
-        first = _standing(self.request, tried[0])
+        best, least, first = (_standing(self.request, of) for of in (best_trial(tried), least_trial(tried), tried[0]))
         self.stages += [Stage.of("surrogate", first.plan, first.harms, 0.0, True)]
-        self.stages += [Stage.of("study", best.plan, best.harms, best.value, best.value < 0)]
+        shown = best if best.value < 0 else least
+        self.stages += [Stage.of("study", shown.plan, shown.harms, shown.value, best.value < 0)]
         best, change = self._rounds(tried, best)
         best = self._moves(tried, best, change)
         best = self._rest(tried, best)
@@ -316,9 +324,8 @@ class Search:
         if plan.key() == best.plan.key() or self._over():
             return best
         found = self._measured("rest", plan, tried)
-        ratios = np.array(log_ratios(found.harms, best.harms))
-        kept = ratios.mean() <= ratios.std(ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else ratios.mean() <= 0
-        self.stages.append(Stage.of("rest", plan, found.harms, found.value, bool(kept)))
+        kept = log_ratio(found.harms, best.harms) <= standard_error(log_ratios(found.harms, best.harms))
+        self.stages.append(Stage.of("rest", plan, found.harms, found.value, kept))
         return found if kept else best
 
     def _measured(self, stage: str, plan: Plan, tried: Sequence[Tried]) -> Standing:

@@ -20,6 +20,11 @@ EPSILON = 1e-3
 """Nats added to a harm before its logarithm: differences far below it do not matter."""
 
 
+CAUTION = 2.0
+"""Standard errors by which a trial must beat trial 0. What looks best of many noisy numbers is usually less good: a trial
+that was better by 1.3 of them on 28 samples was worse on others."""
+
+
 def log_ratios(harms: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Returns `log((harm + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
     return [float(np.log((harm + EPSILON) / (base + EPSILON))) for harm, base in zip(harms, reference, strict=False)]
@@ -113,6 +118,20 @@ class Trials:
         return harms, False
 
 
-def best_trial(tried: Sequence[Tried]) -> Tried:
+def standard_error(ratios: Sequence[float]) -> float:
+    """Returns the standard error of the mean of log-ratios; 0 for a single one, which says nothing about it."""
+    return float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else 0.0
+
+
+def least_trial(tried: Sequence[Tried]) -> Tried:
     """Returns the trial of least value among those measured on all samples; trial 0 always is."""
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))
+
+
+def best_trial(tried: Sequence[Tried]) -> Tried:
+    """Returns the trial of least value among those that beat trial 0 by `CAUTION` standard errors; trial 0 if none does."""
+    first = tried[0]
+    clear = [
+        trial for trial in tried if trial.value + CAUTION * standard_error(log_ratios(trial.harms, first.harms)) < 0
+    ]
+    return least_trial([first, *clear])

@@ -13,7 +13,7 @@ import pytest
 
 from moacompress.calibration.answer_store import AnswerStore
 from moacompress.calibration.answers import Draft, generate_greedy
-from moacompress.calibration.data import build_samples, make_drafts, spread, varied
+from moacompress.calibration.data import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.pools import SPLITS, Prose
 from moacompress.calibration.prompts import encode_conversation
 from moacompress.calibration.samples import Sample, fingerprint_samples
@@ -36,7 +36,7 @@ def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTraine
 
 def recipe(sources: Any, lengths: Sequence[int] = (256,), samples: int = 4, **calibration: Any) -> Recipe:
     part = {"sources": sources, "lengths": list(lengths), "samples": samples, "validation_samples": samples}
-    return Recipe.from_dict({"calibration": {"answer_tokens": 8, **part, **calibration}})
+    return Recipe.from_dict({"calibration": {"answer_tokens": 8, "longer_samples": 0, **part, **calibration}})
 
 
 def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -82,6 +82,22 @@ def test_generators(source: SourceModel) -> None:
         assert sample.answer_mask[cut:].all()
         (answer,) = generate_greedy(source.model, [sample.input_ids[:cut].tolist()], 8)
         assert sample.input_ids[cut:].tolist() == answer
+
+
+def test_validation_has_samples_longer_than_any_that_is_profiled(source: SourceModel, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "qa.jsonl", prompts(12, 480))
+    sources = [{"generator": "needle"}, {"path": path}, {"generator": "key-value", "weight": 2}]
+    asked, plain = recipe(sources, (700,), longer_samples=3), recipe(sources, (700,))
+    samples = build_samples(source, asked, "validation")
+    longer = [sample for sample in samples if sample.length == 1400]
+    assert sorted(sample.source for sample in longer) == ["key-value", "key-value", "needle/noise"]
+    assert all(1300 < len(sample.input_ids) <= 1400 for sample in longer)
+    others = [sample for sample in samples if sample.length < 1400]
+    assert fingerprint_samples(others) == fingerprint_samples(build_samples(source, plain, "validation"))
+    assert {sample.length for sample in build_samples(source, asked, "calibration")} == {700}
+    assert longer_counts(asked, 1399) == [0, 0, 0]
+    assert longer_counts(asked, 0) == longer_counts(asked, 1400) == [1, 0, 2]
+    assert longer_counts(recipe([{"path": path}], longer_samples=3), 0) == [0]
 
 
 def test_deterministic_and_split(source: SourceModel) -> None:

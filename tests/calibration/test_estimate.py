@@ -48,7 +48,7 @@ def load(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> Callab
 
 
 def recipe(*lengths: int, profile: dict[str, Any] | None = None, **calibration: Any) -> Recipe:
-    numbers = {"samples": 5, "validation_samples": 3, "answer_tokens": 8, **calibration}
+    numbers = {"samples": 5, "validation_samples": 3, "longer_samples": 0, "answer_tokens": 8, **calibration}
     return Recipe.from_dict({"calibration": {"lengths": lengths, **numbers}, "profile": profile or {}})
 
 
@@ -75,6 +75,16 @@ def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> Non
         assert part["answer_seconds"] > 0
         assert part["peak_bytes"] > data["weight_bytes"]
     assert data["peak_bytes"] == max(part["peak_bytes"] for part in data["lengths"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_longer_validation_samples_are_answered_alone(load: Callable[..., SourceModel]) -> None:
+    *_, longer = dry_run(load(), recipe(128, 256, longer_samples=3)).lengths
+    assert (longer.length, longer.samples, longer.text_samples, longer.validation_samples) == (512, 0, 0, 3)
+    assert longer.tokens == 3 * 512
+    assert longer.answer_seconds > 0
+    assert longer.profile_seconds == 0
+    assert len(dry_run(load(), recipe(128, 2049, longer_samples=3)).lengths) == 2  # the context ends at 4,096
 
 
 def test_weights_are_counted_once(load: Callable[..., SourceModel]) -> None:

@@ -497,7 +497,8 @@ def test_plain_text_is_profiled_beside_the_answers(source: SourceModel, tmp_path
     made = profile(source, tmp_path / "p", recipe)
     assert made.sample_kinds == ("answer", "answer", "text", "text")
     assert made.sample_lengths.tolist() == [600, 700, 600, 700]
-    assert [sample.kind for sample in made.validation] == ["answer", "answer", "text", "text"]
+    assert [sample.kind for sample in made.validation] == ["answer", "answer", "answer", "answer", "text", "text"]
+    assert [sample.length for sample in made.validation] == [600, 700, 1400, 1400, 600, 700]
     answers, plain = made.influence("fisher"), made.influence("fisher", "text")
     assert answers.shape == plain.shape
     assert (plain[..., 1:] > 0).any()

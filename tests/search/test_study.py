@@ -429,7 +429,7 @@ def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
 
 
 def test_the_explanation_says_which_heads_and_why(search: Search, profiles: Profiles) -> None:
-    result, fake = search(profiles(trials=8))
+    result, fake = search(profiles(trials=14))
     told = result.explanation
     rows = told["heads"]
     shape = fake.profile.shape
