@@ -166,6 +166,34 @@ def step(
     return found
 
 
+def step_hidden(
+    hidden: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    *state: Any,
+) -> tuple[torch.Tensor, int]:
+    """As `step`, from what the attention layer gets: queries, keys and values are made in the same call.
+
+    Args:
+        hidden: `[rows, 1, inputs]`.
+        weights: of the queries, keys and values, `[outputs, inputs]` each, contiguous.
+        biases: theirs, or none.
+        rotary: cosines and sines of the rotary position embeddings, `[rows or 1, 1, head_dim]` each; the two halves of a head
+            are the coordinates that are rotated.
+        *state: what `step` takes from `keys` on.
+
+    Returns:
+        As `step`.
+    """
+    keys, values, *rest, sink_logits = state
+    tables = (_rows(rotary[0]), _rows(rotary[1]), list(keys), list(values))
+    found: tuple[torch.Tensor, int] = torch.ops.moacompress_cpu.step_hidden(
+        hidden, list(weights), list(biases), *tables, *rest, _floats(sink_logits)
+    )
+    return found
+
+
 def prefill(
     query: torch.Tensor,
     key: torch.Tensor,

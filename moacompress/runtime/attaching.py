@@ -15,6 +15,7 @@ from moacompress.plan import Plan
 from moacompress.runtime import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
+from moacompress.runtime.fused import fuse, unfuse
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
 
@@ -70,6 +71,8 @@ def detach(model: Model) -> Model:
         return model
     for handle in attachment.handles:
         handle.remove()
+    for module in attention_modules(model):
+        unfuse(module)
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
@@ -102,6 +105,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder), with_kwargs=True)]
     for layer, module in enumerate(modules):
         handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
+        fuse(module)
     implementations = []
     for config in {id(c): c for c in (m.config for m in model.modules() if isinstance(m, PreTrainedModel))}.values():
         before = config._attn_implementation_internal

@@ -8,7 +8,8 @@ The tokens of a row are those that its mask calls real: padding is never written
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,17 +131,21 @@ class PlanCacheLayer(CacheLayerMixin):
             *args: ignored.
             **kwargs: ignored.
         """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_rows(key_states.shape[0])
+        self._pending = key_states, value_states
+        return key_states, value_states
+
+    def _check_rows(self, rows: int) -> None:
+        """Refuses a chunk that can not follow what the cache has taken in."""
         if self._pending is not None:
             raise UnsupportedError(
                 "this cache was left in the middle of a forward (an interrupt, or an attention that is not moacompress's); "
                 "start a new one"
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != len(self.lengths):
-            raise UnsupportedError(f"the cache holds {len(self.lengths)} rows, the input has {key_states.shape[0]}")
-        self._pending = key_states, value_states
-        return key_states, value_states
+        if rows != len(self.lengths):
+            raise UnsupportedError(f"the cache holds {len(self.lengths)} rows, the input has {rows}")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the number of rows, the dimensions and the device; no memory yet."""
@@ -166,15 +171,39 @@ class PlanCacheLayer(CacheLayerMixin):
             `[rows, 1, heads, value_dim]`; None, and nothing is done, where there is no kernel for it or no memory yet.
         """
         key, value = self.take_pending()
+        out = self._stepped(query, partial(dispatch.step, query, key.detach(), value.detach()), scores)
+        if out is not None:
+            self._pending = None
+        return out
+
+    def step_hidden(
+        self,
+        hidden: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        *scores: float | torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """As `step`, but makes queries, keys and values too; arguments as of `kernels.dispatch.step_hidden`."""
+        if not self.is_initialized:
+            return None
+        self._check_rows(hidden.shape[0])
+        return self._stepped(hidden, partial(dispatch.step_hidden, hidden, weights, biases, rotary), scores)
+
+    def _stepped(
+        self,
+        like: torch.Tensor,
+        call: Callable[..., tuple[torch.Tensor, int]],
+        scores: tuple[float | torch.Tensor | None, ...],
+    ) -> torch.Tensor | None:
         pool, table = self._pool, self._table
         assert pool is not None
-        if not pool.tensors or pool.keys[0].dtype != query.dtype or dispatch.kernel_for(query) != "cpu":
+        if not pool.tensors or pool.keys[0].dtype != like.dtype or dispatch.kernel_for(like) != "cpu":
             return None
         with pool.lock:
             while True:
                 state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
-                rest = (*state, *self._rule.columns, self._lag, *scores)
-                out, missing = dispatch.step(query, key.detach(), value.detach(), pool.keys, pool.values, *rest)
+                out, missing = call(pool.keys, pool.values, *state, *self._rule.columns, self._lag, *scores)
                 if not missing:
                     break
                 if missing < 0:
@@ -182,7 +211,6 @@ class PlanCacheLayer(CacheLayerMixin):
                 else:
                     pool.grow(missing)
         self.columns += 1
-        self._pending = None
         return out
 
     def commit(self, chunk: Chunk) -> None:

@@ -15,12 +15,17 @@ import torch
 from moacompress.runtime import hooks
 from moacompress.runtime.attention import LayerContext, attend
 from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.fused import attend_hidden
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, int context, float scaling, float softcap, "
     "Tensor? s_aux) -> Tensor"
+)
+_LIBRARY.define(
+    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, int context, "
+    "float scaling) -> Tensor"
 )
 
 
@@ -54,6 +59,28 @@ def _attend(
     return attend(context, cache, query, key, value, mask, scaling, softcap or None, s_aux)
 
 
+def _attend_hidden(
+    hidden: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    handle: torch.Tensor,
+    number: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Does what `fused.attend_hidden` does."""
+    context = LayerContext.find(number)
+    return attend_hidden(context, PlanCache.find(handle), hidden, weights, biases, (cos, sin), scaling)
+
+
+def _fake_attend_hidden(
+    hidden: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    head_dim, kv_heads = cos.shape[-1], weights[1].shape[0] // cos.shape[-1]
+    return hidden.new_empty(hidden.shape[0], 1, weights[0].shape[0] // head_dim, weights[2].shape[0] // kv_heads)
+
+
 def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     rows, heads, tokens, _ = query.shape
     return query.new_empty(rows, tokens, heads, value.shape[-1])
@@ -61,6 +88,8 @@ def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 _LIBRARY.impl("begin", _begin, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_hidden", _attend_hidden, "CompositeExplicitAutograd")
 torch.library.register_fake("moacompress::begin", lambda fed, *rest: torch.empty_like(fed))
 torch.library.register_fake("moacompress::attend", _fake_attend)
+torch.library.register_fake("moacompress::attend_hidden", _fake_attend_hidden)
 torch.library.register_autograd("moacompress::begin", lambda ctx, grad: (grad, None, None, None))

@@ -381,23 +381,49 @@ void test_advance(DType dtype) {
   if (advance(call) != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
 }
 
+// Linear layers of the same input, all at once.
 void test_linear(Isa isa, DType dtype) {
-  const int64_t rows = pick(0, 20), inputs = pick(0, 90), outputs = pick(1, 60), threads = pick(1, 5);
-  const bool biased = pick(0, 1);
-  Data x(dtype, rows * inputs), weight(dtype, outputs * inputs), bias(dtype, outputs), out(dtype, rows * outputs);
-  for (Data* data : {&x, &weight, &bias})
-    for (int64_t i = 0; i < data->count; i++) data->set(i, number());
-  const LinearCall call = {dtype, rows, inputs, outputs, x.bytes.get(), weight.bytes.get(), biased ? bias.bytes.get() : nullptr,
-                           out.bytes.get()};
+  const int64_t rows = pick(0, 20), inputs = pick(0, 90), count = pick(1, 3), threads = pick(1, 5);
+  Data x(dtype, rows * inputs);
+  for (int64_t i = 0; i < x.count; i++) x.set(i, number());
+  std::vector<Data> weights, biases, outs;
+  std::vector<LinearCall> calls;
+  for (int64_t c = 0; c < count; c++) {
+    const int64_t outputs = pick(1, 60);
+    weights.emplace_back(dtype, outputs * inputs);
+    biases.emplace_back(dtype, outputs);
+    outs.emplace_back(dtype, rows * outputs);
+    for (Data* data : {&weights.back(), &biases.back()})
+      for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+    calls.push_back({dtype, rows, inputs, outputs, x.bytes.get(), weights.back().bytes.get(),
+                     pick(0, 1) ? biases.back().bytes.get() : nullptr, outs.back().bytes.get()});
+  }
   const Parallel parallel = {int(threads), run_threads, nullptr};
-  if (linear(call, parallel, isa) != OK) failures++;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t o = 0; o < outputs; o++) {
-      double wanted = biased ? bias.get(o) : 0;
-      for (int64_t i = 0; i < inputs; i++) wanted += x.get(r * inputs + i) * weight.get(o * inputs + i);
-      const double relative = dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3;
-      near(out.get(r * outputs + o), wanted, relative * (1 + std::fabs(wanted)), "linear", isa, dtype);
-    }
+  if (linear(calls.data(), count, parallel, isa) != OK) failures++;
+  for (size_t c = 0; c < calls.size(); c++)
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t o = 0; o < calls[c].outputs; o++) {
+        double wanted = calls[c].bias ? biases[c].get(o) : 0;
+        for (int64_t i = 0; i < inputs; i++) wanted += x.get(r * inputs + i) * weights[c].get(o * inputs + i);
+        const double relative = dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3;
+        near(outs[c].get(r * calls[c].outputs + o), wanted, relative * (1 + std::fabs(wanted)), "linear", isa, dtype);
+      }
+}
+
+void test_rotate(Isa isa, DType dtype) {
+  const int64_t rows = pick(1, 4), heads = pick(1, 4), half = pick(1, 40), dim = 2 * half;
+  const bool shared = pick(0, 1);
+  Data x(dtype, rows * heads * dim), before(dtype, rows * heads * dim), cos(dtype, (shared ? 1 : rows) * dim), sin(dtype, cos.count);
+  for (Data* data : {&before, &cos, &sin})
+    for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+  for (int64_t i = 0; i < x.count; i++) x.set(i, before.get(i));
+  rotate({dtype, rows, heads, dim, x.bytes.get(), cos.bytes.get(), sin.bytes.get(), shared ? 0 : dim, shared ? 0 : dim}, isa);
+  for (int64_t i = 0; i < x.count; i++) {
+    const int64_t d = i % dim, at = (shared ? 0 : i / (heads * dim)) * dim + d;
+    const double other = d < half ? -before.get(i + half) : before.get(i - half);
+    const double wanted = before.get(i) * cos.get(at) + other * sin.get(at);
+    near(x.get(i), wanted, (dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3) * (1 + std::fabs(wanted)), "rotate", isa, dtype);
+  }
 }
 
 }  // namespace
@@ -413,6 +439,7 @@ int main() {
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
     for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 60; i++, tests++) test_rotate(Isa(isa), DType(i % 3));
   }
   std::printf("%d tests, %d failures\n", tests, failures);
   return failures != 0;

@@ -168,3 +168,42 @@ def test_bad_arguments_are_refused():
     refused("scaling is 0", scaling=0.0)
     refused("sink_logits has the shape", logits=torch.zeros(HEADS))
     assert torch.ops.moacompress_cpu.step(*good.values())[1] in (0, -1)
+
+
+def test_bad_arguments_of_a_whole_layer_are_refused():
+    (layer, _), dim = pair(random.Random(1)), 6
+    feed([layer], torch.randn(2, HEADS, 20, dim), torch.randn(2, HEADS, 20, VALUE_DIM))
+    pool, state = layer._pool, (layer._table.ids, layer.lengths, layer._runs.ends, layer._pool.refs)
+    names = ("x", "weights", "biases", "cos", "sin", "keys", "values", *range(4), "columns", "lag", *range(4, 7))
+    weights = [torch.randn(outputs, 12) for outputs in (HEADS * GROUP * dim, HEADS * dim, HEADS * VALUE_DIM)]
+    token = (torch.randn(2, 1, 12), weights, [], torch.randn(2, 1, dim), torch.randn(1, 1, dim))
+    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), layer._rule.columns, 0, *SCORES)
+    good = dict(zip(names, arguments, strict=True))
+    before = [array.copy() for array in state]
+
+    def call(**changes):
+        values = [(good | changes)[name] for name in names]
+        at = names.index("columns")
+        return torch.ops.moacompress_cpu.step_hidden(*values[:at], *values[at], *values[at + 1 :])
+
+    def refused(match, **changes):
+        with pytest.raises(RuntimeError, match=match):
+            call(**changes)
+        assert all(np.array_equal(a, b) for a, b in zip(before, state, strict=True))
+
+    refused("2 weights and 0 biases", weights=weights[:2])
+    refused("3 weights and 1 biases", biases=[torch.zeros(HEADS * dim)])
+    refused("bias has the shape", biases=[torch.zeros(1)] * 3)
+    refused("weight has the shape", weights=[weights[0][:, 1:].contiguous(), *weights[1:]])
+    refused("weight must be contiguous", weights=[weights[0].t().contiguous().t(), *weights[1:]])
+    refused("weight has another dtype", weights=[weights[0].half(), *weights[1:]])
+    refused("weight 0 has", weights=[weights[0][1:].contiguous(), *weights[1:]])
+    refused("weight 1 has", weights=[weights[0], weights[1].repeat(2, 1), weights[2]])
+    refused("weight 2 has", weights=[*weights[:2], weights[2][1:].contiguous()])
+    refused("input has the shape", x=torch.randn(2, 2, 12))
+    refused("not an even number", cos=torch.randn(2, 1, dim - 1), sin=torch.randn(2, 1, dim - 1))
+    refused("sin has the shape", sin=torch.randn(1, 1, dim + 2))
+    refused("cos has another dtype", cos=torch.randn(2, 1, dim).half())
+    refused("rotary embeddings of 3 rows for 2", sin=torch.randn(3, 1, dim))
+    refused("lag is -1", lag=-1)
+    assert call()[1] in (0, -1)

@@ -340,29 +340,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   return {dquery, dkey, dvalue, sums, alive};
 }
 
+// Checks a linear layer of `inputs` and returns its call; the output is for the caller to make.
+LinearCall linear_call(const Tensor& x, int64_t rows, const Tensor& weight, const Tensor* bias, const char* op) {
+  const ScalarType type = x.scalar_type();
+  const int64_t inputs = x.size(x.dim() - 1);
+  const void* from = dense(weight, {-1, inputs}, type, op, "weight");
+  const int64_t outputs = weight.size(0);
+  const void* added = bias ? dense(*bias, {outputs}, type, op, "bias") : nullptr;
+  return {dtype_of(x, op), rows, inputs, outputs, x.const_data_ptr(), from, added, nullptr};
+}
+
 Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const char* op = "linear";
-  const ScalarType type = x.scalar_type();
-  const DType dtype = dtype_of(x, op);
-  check(weight, {-1, -1}, type, op, "weight");
-  STD_TORCH_CHECK(weight.is_contiguous(), op, ": the weight must be contiguous");
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() > 0 && x.size(x.dim() - 1) == inputs, op, ": the input has the shape ", text(x),
-                  " and the weight ", text(weight), "; both must be on the CPU and have the same last dimension");
-  const void* added = bias ? dense(*bias, {outputs}, type, op, "bias") : nullptr;
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() > 0, op, ": the input has the shape ", text(x), "; it must be on the CPU and have a dimension");
   Shapes sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) {
     sizes.push_back(x.size(i));
     rows *= x.size(i);
   }
-  sizes.push_back(outputs);
-  const Tensor from = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  LinearCall call = linear_call(x, rows, weight, bias ? &*bias : nullptr, op);
+  sizes.push_back(call.outputs);
   Tensor out = torch::stable::new_empty(x, sizes);
-  const LinearCall call = {dtype, rows, inputs, outputs, from.const_data_ptr(), weight.const_data_ptr(), added,
-                           out.mutable_data_ptr()};
-  check_status(linear(call, parallel(), isa()), op);
+  call.out = out.mutable_data_ptr();
+  check_status(linear(&call, 1, parallel(), isa()), op);
   return out;
+}
+
+// What comes before a step: the queries, keys and values of one token a row, with rotary position embeddings.
+std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Tensor cos, Tensor sin, Tensors keys,
+                                           Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor sink,
+                                           Tensor alpha, Tensor beta_q, int64_t min_window, int64_t native_window, int64_t lag,
+                                           double scaling, double softcap, std::optional<Tensor> sink_logits) {
+  const char* op = "step_hidden";
+  STD_TORCH_CHECK(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
+                  biases.size(), " biases; 3 weights are needed, and 3 biases or none");
+  STD_TORCH_CHECK(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
+                  "; both must have 3 dimensions");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  check(x, {-1, 1, -1}, x.scalar_type(), op, "the input");
+  const ScalarType type = x.scalar_type();
+  const int64_t rows = x.size(0), kv_heads = table.size(1), dim = cos.size(2);
+  STD_TORCH_CHECK(dim > 0 && dim % 2 == 0, op, ": the rotary embeddings have ", dim, " dimensions, not an even number");
+  for (const Tensor* t : {&cos, &sin}) {
+    check_rows(*t, {-1, 1, dim}, type, op, t == &cos ? "cos" : "sin");
+    STD_TORCH_CHECK(t->size(0) == rows || t->size(0) == 1, op, ": rotary embeddings of ", t->size(0), " rows for ", rows);
+  }
+  LinearCall calls[3];
+  Tensors parts;
+  for (size_t i = 0; i < 3; i++) {
+    calls[i] = linear_call(x, rows, weights[i], biases.empty() ? nullptr : &biases[i], op);
+    const int64_t of = i == 0 ? dim : kv_heads * (i == 1 ? dim : 1);
+    STD_TORCH_CHECK(calls[i].outputs > 0 && calls[i].outputs % of == 0 && (i != 1 || calls[i].outputs == of), op, ": weight ", i,
+                    " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
+    const int64_t heads = i == 0 ? calls[i].outputs / dim : kv_heads;
+    parts.push_back(torch::stable::new_empty(x, Shapes{rows, 1, heads, calls[i].outputs / heads}));
+    calls[i].out = parts[i].mutable_data_ptr();
+  }
+  check_status(linear(calls, 3, parallel(), isa()), op);
+  for (size_t i = 0; i < 2; i++)
+    rotate({calls[i].dtype, rows, calls[i].outputs / dim, dim, calls[i].out, cos.const_data_ptr(), sin.const_data_ptr(),
+            cos.size(0) == 1 ? 0 : cos.stride(0), sin.size(0) == 1 ? 0 : sin.stride(0)},
+           isa());
+  for (Tensor& part : parts) part = torch::stable::transpose(part, 1, 2);
+  return step_op(parts[0], parts[1], parts[2], keys, values, table, lengths, runs, refs, sink, alpha, beta_q, min_window,
+                 native_window, lag, scaling, softcap, sink_logits);
 }
 
 }  // namespace
@@ -412,6 +455,11 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "int plan_min_window, int native_window, float scaling, float softcap, Tensor? sink_logits, bool baselines) "
       "-> (Tensor, Tensor, Tensor, Tensor, int)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor(a!)[] keys, "
+      "Tensor(b!)[] values, Tensor(c!) table, Tensor(d!) lengths, Tensor(e!) runs, Tensor(f!) refs, Tensor sink, Tensor alpha, "
+      "Tensor beta_q, int min_window, int native_window, int lag, float scaling, float softcap, Tensor? sink_logits) "
+      "-> (Tensor, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
@@ -421,4 +469,5 @@ STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
   m.impl("profile_backward", TORCH_BOX(&profile_op));
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("step_hidden", TORCH_BOX(&step_hidden_op));
 }

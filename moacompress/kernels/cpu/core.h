@@ -157,6 +157,15 @@ struct LinearCall {
   void* out;                      // [rows, outputs]
 };
 
+// Rotary position embeddings, in place: the two halves of a head are the two coordinates that are rotated.
+struct RotateCall {
+  DType dtype;
+  int64_t rows, heads, dim;  // an even dim
+  void* x;                   // [rows, heads, dim], dense
+  const void *cos, *sin;     // [rows, dim] with strides of a row; 0 where all rows have the same
+  int64_t cos_row, sin_row;
+};
+
 Isa best_isa();            // the best that this processor and this build have
 bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
@@ -167,7 +176,8 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 int64_t advance(const AdvanceCall& call);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
-Status linear(const LinearCall& call, const Parallel& parallel, Isa isa);
+Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
+void rotate(const RotateCall& call, Isa isa);
 
 // ---- what the files of the instruction sets implement ----
 
@@ -290,6 +300,7 @@ struct Kernels {
   void (*profile[3])(const ProfileTile&, float* scratch);
   void (*narrow[3])(const float* from, int64_t count, void* to);
   void (*linear[3])(const LinearTile&);
+  void (*rotate[3])(void* x, const void* cos, const void* sin, int64_t dim);  // one head
 };
 
 extern const Kernels portable_kernels;

@@ -701,6 +701,7 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
                         profile_scratch,                                                            \
                         {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
                         {narrow<float>, narrow<bf16>, narrow<f16>},                                 \
-                        {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>}}
+                        {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>},                  \
+                        {rotate_head<float>, rotate_head<bf16>, rotate_head<f16>}}
 
 }  // namespace moacompress

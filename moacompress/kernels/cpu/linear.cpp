@@ -1,4 +1,4 @@
-// Linear layers of a few rows: the outputs are cut into tasks. Every number is summed up alone, so how they are cut shows nowhere.
+// Linear layers of a few rows: their outputs are cut into tasks. Every number is summed up alone, so how they are cut shows nowhere.
 #include "tasks.h"
 
 namespace moacompress {
@@ -8,26 +8,43 @@ namespace {
 constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, TASKS_A_THREAD = 4;
 }  // namespace
 
-Status linear(const LinearCall& call, const Parallel& parallel, Isa isa) {
+Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
-  const int64_t element = int64_t(element_size(call.dtype)), row = larger(call.inputs * element, 1);
-  const int64_t wanted = call.outputs * row / (larger(parallel.threads, 1) * TASKS_A_THREAD);
-  const int64_t outputs = larger(smaller(larger(wanted, LEAST), MOST) / row / 4 * 4, 4);
-  const int64_t tasks = (call.outputs + outputs - 1) / outputs;
-  return run_tasks(parallel, tasks, 0, [&](int64_t i, float*) {
-    const int64_t first = i * outputs;
+  int64_t bytes = 0, tasks = 0;
+  for (int64_t i = 0; i < count; i++) bytes += calls[i].outputs * calls[i].inputs * int64_t(element_size(calls[i].dtype));
+  const int64_t wanted = smaller(larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST), MOST);
+  const auto outputs_of = [&](const LinearCall& call) {
+    return larger(wanted / larger(call.inputs * int64_t(element_size(call.dtype)), 1) / 4 * 4, 4);
+  };
+  const auto tasks_of = [&](const LinearCall& call) { return (call.outputs + outputs_of(call) - 1) / outputs_of(call); };
+  for (int64_t i = 0; i < count; i++) tasks += tasks_of(calls[i]);
+  return run_tasks(parallel, tasks, 0, [&](int64_t index, float*) {
+    const LinearCall* call = calls;
+    for (; index >= tasks_of(*call); call++) index -= tasks_of(*call);
+    const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call);
     LinearTile tile = {};
-    tile.rows = call.rows;
-    tile.inputs = call.inputs;
-    tile.outputs = smaller(outputs, call.outputs - first);
-    tile.x = call.x;
-    tile.weight = static_cast<const char*>(call.weight) + first * row;
-    if (call.bias) tile.bias = static_cast<const char*>(call.bias) + first * element;
-    tile.out = static_cast<char*>(call.out) + first * element;
-    tile.out_row = call.outputs;
-    kernels.linear[call.dtype](tile);
+    tile.rows = call->rows;
+    tile.inputs = call->inputs;
+    tile.outputs = smaller(outputs_of(*call), call->outputs - first);
+    tile.x = call->x;
+    tile.weight = static_cast<const char*>(call->weight) + first * call->inputs * element;
+    if (call->bias) tile.bias = static_cast<const char*>(call->bias) + first * element;
+    tile.out = static_cast<char*>(call->out) + first * element;
+    tile.out_row = call->outputs;
+    kernels.linear[call->dtype](tile);
     return OK;
   });
+}
+
+void rotate(const RotateCall& call, Isa isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const int64_t element = int64_t(element_size(call.dtype));
+  for (int64_t row = 0; row < call.rows; row++) {
+    const char *cos = static_cast<const char*>(call.cos) + row * call.cos_row * element,
+               *sin = static_cast<const char*>(call.sin) + row * call.sin_row * element;
+    for (int64_t head = 0; head < call.heads; head++)
+      kernels.rotate[call.dtype](static_cast<char*>(call.x) + (row * call.heads + head) * call.dim * element, cos, sin, call.dim);
+  }
 }
 
 }  // namespace moacompress

@@ -65,5 +65,17 @@ template <class T> void linear_tile(const LinearTile& t) {
   }
 }
 
+template <class T> void rotate_head(void* x, const void* cos, const void* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  T *low = static_cast<T*>(x), *high = low + half;
+  const T *c = static_cast<const T*>(cos), *s = static_cast<const T*>(sin);
+  for (int64_t i = 0; i < half; i += W) {
+    const int n = int(half - i < W ? half - i : W);
+    const V a = load_part(low + i, n), b = load_part(high + i, n);
+    store_part(low + i, a * load_part(c + i, n) - b * load_part(s + i, n), n);
+    store_part(high + i, b * load_part(c + half + i, n) + a * load_part(s + half + i, n), n);
+  }
+}
+
 }  // namespace
 }  // namespace moacompress
