@@ -8,7 +8,7 @@ constexpr int FEW = W >= 16 ? 4 : 2;  // rows whose products with four outputs f
 constexpr int MOST = 2 * FEW;         // more rows than that take another pass over the weight
 
 // The products of ROWS rows of the input with OUTPUTS (2 or 4) rows of the weight, [ROWS, OUTPUTS], and maybe two numbers that mean
-// nothing; with `ahead`, what lies that many bytes behind each weight is read ahead.
+// nothing; what lies `ahead` bytes behind each weight is read ahead.
 template <class T, int ROWS, int OUTPUTS>
 inline void products(const T* x, const T* const* weight, int64_t inputs, int64_t ahead, float* to) {
   typedef typename DotOf<T>::type Op;
@@ -19,7 +19,7 @@ inline void products(const T* x, const T* const* weight, int64_t inputs, int64_t
   typename Op::Register w[OUTPUTS];
   for (int64_t i = 0; i < whole; i += Op::STEP) {
     for (int o = 0; o < OUTPUTS; o++) {
-      if (ahead) prefetch((const char*)(weight[o] + i) + ahead);
+      prefetch((const char*)(weight[o] + i) + ahead);
       w[o] = Op::key(weight[o] + i);
     }
     for (int r = 0; r < ROWS; r++) {
