@@ -36,13 +36,14 @@ def main() -> None:
     parser.add_argument("profile", type=Path)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--samples", type=int, default=24, help="held-out samples")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="other plans, measured on the same samples")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     options = parser.parse_args()
     profile, found = Profile.load(options.profile), Plan.load(options.plan)
     stages = read_json(explanation_path(options.plan), "explanation")["stages"]
     names = [stage["name"] for stage in stages if stage["kept"]]
     plans = [Plan(profile.shape, profile.min_window, unpack(stage["plan"])) for stage in stages if stage["kept"]]
-    others = baselines(profile, found)
+    others = baselines(profile, found) | {path.stem: Plan.load(path) for path in options.beside}
     source = load_for(profile.recipe, profile.source)
     recipe = profile.recipe.override(calibration__validation_samples=options.samples, calibration__text_samples=0)
     samples = build_samples(source, recipe, "evaluation")
@@ -54,7 +55,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"samples": len(samples), "rows": rows}))
         return
-    print(f"{len(samples)} samples; the change is against the row before, of a baseline against the last step")
+    print(f"{len(samples)} samples; the change is against the row before, of other plans against the last step")
     for one in rows:
         print(
             f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; {shown(one['change'])}, median ratio "
