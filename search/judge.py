@@ -48,14 +48,18 @@ class Judge:
             plan: the plan.
             numbers: of the samples.
         """
-        name = f"{kind}:{plan.key()}"
-        known = self.ledger.recall(name)
+        known = self.known(kind, plan)
         if known is not None:
-            return [float(value) for value in known]
+            return known
         with self.measure.under(plan) as harm:
             harms = [harm(number) for number in numbers]
-        self.ledger.remember(name, harms)
+        self.ledger.remember(f"{kind}:{plan.key()}", harms)
         return harms
+
+    def known(self, kind: str, plan: Plan) -> list[float] | None:
+        """Returns what `harms` measured before, or None."""
+        found = self.ledger.recall(f"{kind}:{plan.key()}")
+        return None if found is None else [float(value) for value in found]
 
     def many(
         self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None

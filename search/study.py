@@ -20,6 +20,7 @@ import numpy as np
 
 from moacompress.artefacts import write_json
 from moacompress.calibration.store import Profile
+from moacompress.errors import PlanError
 from moacompress.models import SourceModel, load_for
 from moacompress.plan import Plan
 from moacompress.progress import SILENT, Progress
@@ -336,6 +337,20 @@ class Search:
         """Returns the plan that the solver makes of the bent surrogate; it is within the limits."""
         return chosen_plan(self.request.profile, self.request.choice(self.surrogate, self.knapsack, knobs))
 
+    def _earlier(self, tried: Sequence[Tried]) -> Standing | None:
+        """Returns what an earlier run of this search improved, if it is at `out`: one that stops sooner takes nothing back."""
+        if self.out is None or not self.out.exists():
+            return None
+        try:
+            plan = Plan.load(self.out)
+        except PlanError:  # something else, which is to be replaced
+            return None
+        harms = self.judge.known("improved", plan)
+        if harms is None or plan.provenance.get("search") != self.request.key:
+            return None
+        bare = Plan(plan.model, plan.min_window, plan.rules)
+        return Standing(bare, harms, log_ratio(harms, tried[0].harms), plan.provenance["stage"])
+
     def _note(self, best: Standing) -> str:
         note = f"best {best.harm:.3g} nats ({best.stage})"
         if not self.alternatives:
@@ -346,6 +361,7 @@ class Search:
     def _write(self, tried: Sequence[Tried], best: Standing, *, finished: bool) -> Plan:
         """Returns the best plan with its notes, and writes it to `out`."""
         profile, recipe = self.request.profile, self.request.recipe
+        best = min(best, self._earlier(tried) or best, key=lambda standing: standing.value)
         plan = best.plan
         harm: dict[str, float | None] = {
             "plan": best.harm,

@@ -418,6 +418,23 @@ def test_timeout_stops_rounds_and_moves_and_the_same_call_goes_on(
     assert second.harm["plan"] < first.harm["plan"]
 
 
+def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out, harms, stage = tmp_path / "plan.json", [], ""
+    while not stage.startswith("round"):
+        result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
+        assert result is None
+        if out.exists():
+            found = Plan.load(out)
+            stage = found.provenance["stage"]
+            harms.append(found.quality["measured_harm"]["plan"])
+    stopped, _ = search(profiles(trials=1, rounds=3, moves=2, timeout=1e-6), out=out)
+    assert stopped.harm["plan"] == harms[-1] < harms[0]
+    assert stopped.plan.provenance["stage"] == stage
+    assert stopped.plan.provenance["finished"] is False
+    more, _ = search(profiles(trials=3, rounds=3, moves=2, timeout=1e-6), out=out)
+    assert more.harm["plan"] <= harms[-1]
+
+
 def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
     knobs = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
     found = search(profiles(trials=2), starts=[knobs])[0]
