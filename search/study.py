@@ -361,7 +361,8 @@ class Search:
     def _write(self, tried: Sequence[Tried], best: Standing, *, finished: bool) -> Plan:
         """Returns the best plan with its notes, and writes it to `out`."""
         profile, recipe = self.request.profile, self.request.recipe
-        best = min(best, self._earlier(tried) or best, key=lambda standing: standing.value)
+        if self.stopped or not finished:
+            best = min(best, self._earlier(tried) or best, key=lambda standing: standing.value)
         plan = best.plan
         harm: dict[str, float | None] = {
             "plan": best.harm,

@@ -435,6 +435,18 @@ def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Pr
     assert more.harm["plan"] <= harms[-1]
 
 
+def test_the_last_step_of_a_whole_search_stands(
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the budget is spent also where that measures a little worse; the round's plan is on disk by then."""
+    monkeypatch.setattr(
+        study.Search, "_rest", lambda self, tried, best: replace(best, value=best.value + 0.01, stage="rest")
+    )
+    found, _ = search(profiles(trials=1, rounds=1), out=tmp_path / "plan.json")
+    assert any(stage["kept"] for stage in found.explanation["stages"] if stage["name"].startswith("round"))
+    assert found.plan.provenance["stage"] == "rest"
+
+
 def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
     knobs = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
     found = search(profiles(trials=2), starts=[knobs])[0]
