@@ -183,7 +183,7 @@ class _Arithmetic:
         """Returns the estimate of one length from its numbers of samples."""
         answered = samples + validation
         attention = self._probe.attention(length)
-        forward = self._forward * length + sum(layer.forward for layer in attention)
+        forward = self._forward_seconds(length, attention)
         profiling = {
             targets: self._sample_seconds(length, targets, forward, attention) for targets in (self._answer, TARGETS)
         }
@@ -200,8 +200,7 @@ class _Arithmetic:
 
     def answers(self, length: int, count: int) -> LengthEstimate:
         """Returns the estimate of validation samples of a length that is not profiled."""
-        batch = min(count, max(1, BATCH_TOKENS // length))
-        forward = self._forward * length + sum(layer.forward for layer in self._probe.attention(length))
+        forward = self._forward_seconds(length, self._probe.attention(length))
         return LengthEstimate(
             length=length,
             samples=0,
@@ -210,8 +209,15 @@ class _Arithmetic:
             tokens=count * length,
             answer_seconds=self._answer_seconds(length, count, forward),
             profile_seconds=0.0,
-            peak_bytes=self._probe.weight_bytes + self._probe.answer_bytes(length, batch),
+            peak_bytes=self._probe.weight_bytes + self._answer_bytes(length, count),
         )
+
+    def _forward_seconds(self, length: int, attention: Sequence[AttentionSeconds]) -> float:
+        return self._forward * length + sum(layer.forward for layer in attention)
+
+    def _answer_bytes(self, length: int, count: int) -> int:
+        """Returns the bytes beside the weights that answering so many prompts takes."""
+        return self._probe.answer_bytes(length, min(count, max(1, BATCH_TOKENS // length)))
 
     def _answer_seconds(self, length: int, count: int, forward: float) -> float:
         return count * (forward + self._answer * self._probe.decode_seconds(length))
@@ -235,5 +241,4 @@ class _Arithmetic:
         if twice not in self._lines:
             self._lines[twice] = self._probe.sample_lines(twice)
         kept, busy = (line.at(length) for line in self._lines[twice])
-        batch = min(answered, max(1, BATCH_TOKENS // length))
-        return max(kept + self._output_bytes, busy, self._probe.answer_bytes(length, batch))
+        return max(kept + self._output_bytes, busy, self._answer_bytes(length, answered))

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.packing import FEW_ROWS, PackedLinear
+from moacompress.runtime.packing import PackedLinear, is_read_as_it_lies
 
 KNOWN = {
     ("transformers.models.llama.modeling_llama", "LlamaAttention"),
@@ -103,8 +103,7 @@ def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any) -> bool:
     """Whether a forward is one that the compiled call can do."""
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
-    rows, tokens, _ = hidden.shape
-    if tokens != 1 or not 0 < rows <= FEW_ROWS or dispatch.kernel_for(hidden) != "cpu":
+    if hidden.shape[1] != 1 or not hidden.shape[0] or dispatch.kernel_for(hidden) != "cpu":
         return False
     head_dim, kv_heads, window = module.head_dim, call.context.kv_heads, call.context.native_window
     layers = (module.q_proj, module.k_proj, module.v_proj)
@@ -126,11 +125,11 @@ def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any) -> bool:
 
 
 def _is_plain(layer: Any, hidden: torch.Tensor) -> bool:
-    if type(layer) not in (nn.Linear, PackedLinear) or layer._forward_hooks or layer._forward_pre_hooks:
-        return False
-    weight = layer.weight
-    trained = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    return not trained and weight.dtype == hidden.dtype and weight.device == hidden.device and weight.is_contiguous()
+    return (
+        type(layer) in (nn.Linear, PackedLinear)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and is_read_as_it_lies(hidden, layer)
+    )
 
 
 def fuse(module: nn.Module) -> bool:
@@ -145,7 +144,7 @@ def fuse(module: nn.Module) -> bool:
 def unfuse(module: nn.Module) -> None:
     """Gives a layer its own class back; any other is left as it is."""
     if isinstance(module, _Fused):
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = type(module).__bases__[1]
 
 
 def _fused(own: type[nn.Module]) -> type[nn.Module]:

@@ -130,7 +130,7 @@ class PackedLinear(nn.Linear):
         )
         if trained or input.dtype != weight.dtype or input.device.type != "cpu":
             return super().forward(input)
-        if _is_for_kernels(input, weight):
+        if is_read_as_it_lies(input, self) and dispatch.kernel_for(input) == "cpu":
             return cast(torch.Tensor, torch.ops.moacompress_cpu.linear(input, weight, self.bias))
         if pack is None:
             return super().forward(input)
@@ -142,12 +142,23 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
 
-def _is_for_kernels(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_read_as_it_lies(x: torch.Tensor, layer: nn.Linear) -> bool:
+    """Returns whether compiled kernels, where there are some for `x`, can multiply its rows by a layer's own weight.
+
+    Args:
+        x: `[..., in_features]`: few rows, without gradients, like the weight.
+        layer: its weight is contiguous, and nothing of it is trained here.
+    """
+    weight, bias = layer.weight, layer.bias
+    asked = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     return (
-        x.numel() <= FEW_ROWS * weight.shape[1]
-        and not (x.requires_grad and torch.is_grad_enabled())
+        not asked
+        and x.numel() <= FEW_ROWS * weight.shape[1]
+        and x.dtype == weight.dtype
+        and x.device == weight.device
         and weight.is_contiguous()
-        and dispatch.kernel_for(x) == "cpu"
     )
 
 
