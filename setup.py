@@ -103,7 +103,7 @@ class BuildKernels(build_ext):
         def compile_source(source: str) -> str:
             name = Path(source).name
             flags = [*FLAGS, *instruction_flags(name), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-            if name == "binding.cpp":
+            if name.startswith("binding"):
                 flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch / "include")]
             made = str(objects / f"{name}.o")
             _run([*command, *flags, "-c", source, "-o", made])

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,31 @@ def _fake_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fake_step(query: torch.Tensor, key: Any, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
+    rows, heads, _, _ = query.shape
+    return query.new_empty(rows, 1, heads, value.shape[-1]), torch.library.get_ctx().new_dynamic_size()
+
+
+def _fake_step_hidden(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Any, cos: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, Any]:
+    head_dim = cos.shape[-1]
+    queries, keys, values = (weight.shape[0] for weight in weights)
+    out = x.new_empty(x.shape[0], 1, queries // head_dim, values // (keys // head_dim))
+    return out, torch.library.get_ctx().new_dynamic_size()
+
+
+def _fake_step_layer(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
+    return x.new_empty(*x.shape), torch.library.get_ctx().new_dynamic_size()
+
+
+def _fake_profile(
+    dout: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    sums = query.new_empty(4 if rest[-1] else 2, key.shape[1], rules.shape[1], dtype=torch.float64)
+    return *_fake_backward(dout, query, key, value), sums, torch.library.get_ctx().new_dynamic_size()
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, keys, _, _, _, valid, sink, alpha, beta_q, *numbers, sink_logits = inputs
     ctx.numbers, ctx.cached = numbers, len(keys) > 0
@@ -160,6 +185,10 @@ def _register() -> None:
         "prefill": _fake_prefill,
         "prefill_backward": _fake_backward,
         "linear": _fake_linear,
+        "step": _fake_step,
+        "step_hidden": _fake_step_hidden,
+        "step_layer": _fake_step_layer,
+        "profile_backward": _fake_profile,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"moacompress_cpu::{name}", fake)

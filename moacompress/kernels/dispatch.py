@@ -155,8 +155,8 @@ def step(
             kept longer for rolling back, and scaling, softcap and learned logits as `decode` takes them.
 
     Returns:
-        `[rows, 1, heads, value_dim]` and 0; or something and the number of blocks that the pool lacks, or -1 where the table is
-        too narrow: the call is then made again.
+        `[rows, 1, heads, value_dim]` and 0; or something and 1 where the table is too narrow, 1 + n where the pool lacks n
+        blocks: the call is then made again.
     """
     *state, sink_logits = rest
     token = (_rows(query), _rows(key), _rows(value))
@@ -190,6 +190,38 @@ def step_hidden(
     tables = (_rows(rotary[0]), _rows(rotary[1]), list(keys), list(values))
     found: tuple[torch.Tensor, int] = torch.ops.moacompress_cpu.step_hidden(
         hidden, list(weights), list(biases), *tables, *rest, _floats(sink_logits)
+    )
+    return found
+
+
+def step_layer(
+    hidden: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    eps: float,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    *state: Any,
+) -> tuple[torch.Tensor, int]:
+    """As `step_hidden`, for a whole decoder layer: what comes around attention is made in the same call.
+
+    Args:
+        hidden: the residual stream, `[rows, 1, hidden]`.
+        weights: of the queries, keys, values and of what attention gives; then of the feed-forward's gate, of what is gated,
+            and of its last product. `[outputs, inputs]` each, contiguous.
+        biases: of the queries, keys and values, or none.
+        norms: weights of the root mean square norms before attention and before the feed-forward, `[hidden]` each.
+        eps: added to the mean squares.
+        rotary: as of `step_hidden`.
+        *state: likewise.
+
+    Returns:
+        `[rows, 1, hidden]` and the number, as `step`.
+    """
+    keys, values, *rest, sink_logits = state
+    layer = (list(weights), list(biases), list(norms), eps, _rows(rotary[0]), _rows(rotary[1]))
+    found: tuple[torch.Tensor, int] = torch.ops.moacompress_cpu.step_layer(
+        hidden, *layer, list(keys), list(values), *rest, _floats(sink_logits)
     )
     return found
 

@@ -71,7 +71,7 @@ def detach(model: Model) -> Model:
         return model
     for handle in attachment.handles:
         handle.remove()
-    for module in attention_modules(model):
+    for module in model.modules():
         unfuse(module)
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
@@ -105,7 +105,8 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder), with_kwargs=True)]
     for layer, module in enumerate(modules):
         handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
-        fuse(module)
+    for part in model.modules():
+        fuse(part)
     implementations = []
     for config in {id(c): c for c in (m.config for m in model.modules() if isinstance(m, PreTrainedModel))}.values():
         before = config._attn_implementation_internal

@@ -1,35 +1,62 @@
-"""A decode step's attention layer in one compiled call: products, rotary embeddings, the cache's part and attention.
+"""A decode step's decoder layer, or its attention alone, in one compiled call.
 
-A few attention layers of transformers are known here, letter by letter: queries, keys and values are plain linear layers of
-the input, rotated by halves and nothing else. Under a plan their class is a subclass, which makes the call where a forward has
-one token of a few rows and no gradients, and otherwise is the layer that it was. A layer that something else has a hand in
-(adapters in place of its linear layers, hooks on them) is left to itself.
+A few decoder layers of transformers are known here, letter by letter: a norm, attention with plain linear layers and rotary
+embeddings by halves, a norm, a gated feed-forward. Under a plan their class and that of their attention is a subclass, which
+makes the call where a forward has one token of a few rows and no gradients, and otherwise is the layer that it was. A layer
+that something else has a hand in (adapters in place of its linear layers, hooks on its parts) is left to itself; its attention
+may still be fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
+from transformers.activations import ACT2FN
 
 from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.packing import PackedLinear, is_read_as_it_lies
+from moacompress.runtime.hooks import AttentionHook
+from moacompress.runtime.packing import FEW_ROWS, PackedLinear
 
-KNOWN = {
-    ("transformers.models.llama.modeling_llama", "LlamaAttention"),
-    ("transformers.models.mistral.modeling_mistral", "MistralAttention"),
-    ("transformers.models.qwen2.modeling_qwen2", "Qwen2Attention"),
-}
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+"""Models of transformers whose layers are known, and what the names of their classes begin with."""
 PREFIX = "Fused"
+PROJECTIONS, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+PLAIN = (nn.Linear, PackedLinear)
+SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
-class _Fused:
-    """What a fused class puts before the layer's own."""
+class Around(NamedTuple):
+    """What a decoder layer does around its attention.
+
+    Attributes:
+        norms: weights of its two root mean square norms, `[hidden]` each.
+        eps: added to the mean squares.
+        weights: of what attention gives, of the feed-forward's gate, of what is gated, and of its last product.
+    """
+
+    norms: list[torch.Tensor]
+    eps: float
+    weights: list[torch.Tensor]
+
+
+class _Layer(NamedTuple):
+    """A decoder layer that the compiled call can do: its attention, weights and biases of that's projections, and the rest."""
+
+    attention: Any
+    projections: tuple[list[torch.Tensor], list[torch.Tensor]]
+    around: Around
+
+
+class _FusedAttention:
+    """What a fused attention's class puts before the layer's own."""
 
     def forward(
         self,
@@ -41,18 +68,45 @@ class _Fused:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the layer's own."""
         module, call, rotary = cast(Any, self), cast(Any, kwargs.get(CONTEXT)), cast(Any, position_embeddings)
-        if attention_mask is not None or not _fits(module, hidden_states, rotary, call):
+        parts = module._modules
+        found = None if attention_mask is not None else _read((parts.get(name) for name in PROJECTIONS), hidden_states)
+        if found is None or not _fits(module, hidden_states, rotary, call, *found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        layers = (module.q_proj, module.k_proj, module.v_proj)
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
-        arguments = (hidden_states, weights, biases)
+        arguments = (hidden_states, *found)
         if torch.compiler.is_compiling():
             rest = (*rotary, call.cache.handle, call.context.number, module.scaling)
             out = torch.ops.moacompress.attend_hidden(*arguments, *rest)
         else:
             out = attend_hidden(call.context, call.cache, *arguments, rotary, module.scaling)
         return module.o_proj(out.flatten(2)), None
+
+
+class _FusedLayer:
+    """What a fused decoder layer's class puts before the layer's own.
+
+    Attributes:
+        known: the classes of its attention, feed-forward and norms.
+    """
+
+    known: tuple[type[nn.Module], ...]
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As the layer's own."""
+        module, rotary = cast(Any, self), cast(Any, kwargs.get("position_embeddings"))
+        layer = None if attention_mask is not None else _layer(module, hidden_states)
+        call = None if layer is None else _call(layer.attention, kwargs)
+        if layer is None or call is None or not _fits(layer.attention, hidden_states, rotary, call, *layer.projections):
+            whole = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            return cast(torch.Tensor, whole)
+        arguments = (hidden_states, *layer.projections)
+        cache, scaling = cast(PlanCache, call.cache), layer.attention.scaling
+        if torch.compiler.is_compiling():
+            rest = (*layer.around, *rotary, cache.handle, call.context.number, scaling)
+            return cast(torch.Tensor, torch.ops.moacompress.step_layer(*arguments, *rest))
+        return step_layer(call.context, cache, *arguments, layer.around, rotary, scaling)
 
 
 def attend_hidden(
@@ -78,7 +132,8 @@ def attend_hidden(
     Returns:
         `[rows, 1, heads, value_dim]`.
     """
-    out = whole.layers[context.layer].step_hidden(hidden, weights, biases, rotary, scaling, 0.0, None)
+    cache, scores = whole.layers[context.layer], (scaling, 0.0, None)
+    out = cache.step_from(dispatch.step_hidden, hidden, weights, biases, rotary, scores=scores)
     if out is not None:
         return out
     rows, head_dim = hidden.shape[0], rotary[0].shape[-1]
@@ -93,49 +148,151 @@ def attend_hidden(
     return attend(context, whole, query, key, value, None, scaling, None, None)
 
 
+def step_layer(
+    context: LayerContext,
+    whole: PlanCache,
+    hidden: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    around: Around,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+) -> torch.Tensor:
+    """Runs a decoder layer for one token of every row; as `attend_hidden`, with what is around it.
+
+    Returns:
+        `[rows, 1, hidden]`.
+    """
+    cache, layer = whole.layers[context.layer], ([*weights, *around.weights], biases, around.norms, around.eps, rotary)
+    out = cache.step_from(dispatch.step_layer, hidden, *layer, scores=(scaling, 0.0, None))
+    if out is not None:
+        return out
+    normed = normalized(hidden, around.norms[0], around.eps)
+    attended = attend_hidden(context, whole, normed, weights, biases, rotary, scaling)
+    return feed_forward(hidden, attended.flatten(2), around)
+
+
+def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: Around) -> torch.Tensor:
+    """Returns what a decoder layer makes of what attention gave.
+
+    Args:
+        hidden: the residual stream, `[..., hidden]`.
+        attended: `[..., heads * value_dim]`.
+        around: the layer's norms and weights.
+    """
+    output, gate, up, last = around.weights
+    hidden = hidden + linear(attended, output)
+    normed = normalized(hidden, around.norms[1], around.eps)
+    return hidden + linear(silu(linear(normed, gate)) * linear(normed, up), last)
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns the root mean square norm of `[..., hidden]`, in float32 up to its weight."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Returns rotated heads, `[rows, heads, tokens, head_dim]`; cosines and sines are `[rows or 1, tokens, head_dim]`."""
     low, high = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
 
 
-def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any) -> bool:
-    """Whether a forward is one that the compiled call can do."""
+def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Returns weights and biases of linear layers, or None where the compiled kernels can not use them.
+
+    Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
+    """
+    if hidden.numel() > FEW_ROWS * hidden.shape[-1]:
+        return None
+    weights, biases = [], []
+    dtype, device, graded = hidden.dtype, hidden.device, torch.is_grad_enabled()
+    if graded and hidden.requires_grad:
+        return None
+    for layer in layers:
+        if type(layer) not in PLAIN or _is_touched(layer):
+            return None
+        own = layer._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None or weight.dtype != dtype or weight.device != device or not weight.is_contiguous():
+            return None
+        if graded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+    return weights, biases
+
+
+def _fits(
+    module: Any, hidden: torch.Tensor, rotary: Any, call: Any, weights: list[torch.Tensor], biases: list[torch.Tensor]
+) -> bool:
+    """Whether attention's forward is one that the compiled call can do; weights and biases are of its projections."""
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
-    if hidden.shape[1] != 1 or not hidden.shape[0] or dispatch.kernel_for(hidden) != "cpu":
+    rows, tokens, _ = hidden.shape
+    if tokens != 1 or not rows or len(biases) not in (0, 3) or dispatch.kernel_for(hidden) != "cpu":
         return False
-    head_dim, kv_heads, window = module.head_dim, call.context.kv_heads, call.context.native_window
-    layers = (module.q_proj, module.k_proj, module.v_proj)
-    if any(not _is_plain(layer, hidden) for layer in layers) or len({layer.bias is None for layer in layers}) > 1:
-        return False
-    if torch.is_autocast_enabled("cpu") or any(
-        table.dtype != hidden.dtype or table.shape[-1] != head_dim for table in rotary
-    ):
+    head_dim, (cos, sin) = module.head_dim, rotary
+    if torch.is_autocast_enabled("cpu") or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
         return False
     # what does not go together is for the layer itself to refuse
-    sliding = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    sliding, context = (
+        module.__dict__.get("sliding_window", getattr(module.config, "sliding_window", None)),
+        call.context,
+    )
+    queries, keys, values = (weight.shape[0] for weight in weights)
     return (
-        sliding in (None, window)
+        sliding in (None, context.native_window)
         and module.is_causal
-        and module.k_proj.weight.shape[0] == kv_heads * head_dim
-        and module.v_proj.weight.shape[0] % kv_heads == 0
-        and module.q_proj.weight.shape[0] % (kv_heads * head_dim) == 0
+        and cos.shape[-1] == sin.shape[-1] == head_dim
+        and keys == context.kv_heads * head_dim
+        and values % context.kv_heads == 0
+        and queries % keys == 0
     )
 
 
-def _is_plain(layer: Any, hidden: torch.Tensor) -> bool:
-    return (
-        type(layer) in (nn.Linear, PackedLinear)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and is_read_as_it_lies(hidden, layer)
-    )
+def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
+    """Returns the parts of a decoder layer, or None where the compiled call can not do it."""
+    parts = module._modules
+    attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
+    if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
+        return None
+    own, beside = attention._modules, mlp._modules
+    others = (mlp, beside["act_fn"], *norms)
+    if attention._forward_hooks or "forward" in attention.__dict__ or any(map(_is_touched, others)):
+        return None
+    linears = (*(own[name] for name in PROJECTIONS), own["o_proj"], *(beside[name] for name in FEED_FORWARD))
+    found, scales = _read(linears, hidden), [norm._parameters["weight"] for norm in norms]
+    if found is None or len(found[1]) not in (0, 3) or any(part.bias is not None for part in linears[3:]):
+        return None
+    eps = norms[0].variance_epsilon
+    if type(beside["act_fn"]) not in SILU or norms[1].variance_epsilon != eps:
+        return None
+    for scale in scales:
+        if scale.dtype != hidden.dtype or (scale.requires_grad and torch.is_grad_enabled()):
+            return None
+    weights, biases = found
+    return _Layer(attention, (weights[:3], biases), Around(scales, eps, weights[3:]))
+
+
+def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
+    """Returns what the plan's hook hands to a layer's attention; None where another one is there too."""
+    (hook, *others) = attention._forward_pre_hooks.values()
+    if others or not isinstance(hook, AttentionHook):
+        return None
+    return hook.call(attention, kwargs)
+
+
+def _is_touched(module: Any) -> bool:
+    """Whether something runs around a module, or in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def fuse(module: nn.Module) -> bool:
-    """Makes an attention layer's class the fused one, if it is one of `KNOWN`; `unfuse` takes it back."""
+    """Makes the class of an attention or decoder layer a fused one, if it is known; `unfuse` takes it back."""
     own = type(module)
-    if (own.__module__, own.__qualname__) not in KNOWN:
+    if _mixin(own.__module__, own.__qualname__) is None:
         return False
     module.__class__ = _fused(own)
     return True
@@ -143,24 +300,46 @@ def fuse(module: nn.Module) -> bool:
 
 def unfuse(module: nn.Module) -> None:
     """Gives a layer its own class back; any other is left as it is."""
-    if isinstance(module, _Fused):
-        module.__class__ = type(module).__bases__[1]
+    own = _own(type(module))
+    if own is not type(module):
+        module.__class__ = own
+
+
+def _own(kind: type[nn.Module]) -> type[nn.Module]:
+    return kind.__bases__[1] if issubclass(kind, (_FusedAttention, _FusedLayer)) else kind
+
+
+def _mixin(module: str, name: str) -> type | None:
+    """Returns what goes before a class of transformers, or None where it is not known."""
+    for family, prefix in FAMILIES.items():
+        if module == f"transformers.models.{family}.modeling_{family}":
+            return {f"{prefix}Attention": _FusedAttention, f"{prefix}DecoderLayer": _FusedLayer}.get(name)
+    return None
 
 
 def _fused(own: type[nn.Module]) -> type[nn.Module]:
-    known: type[nn.Module] | None = globals().get(f"{PREFIX}{own.__name__}")
+    name = PREFIX + own.__name__
+    known: type[nn.Module] | None = globals().get(name)
     if known is not None:
         return known
-    made = type(f"{PREFIX}{own.__name__}", (_Fused, own), {"__module__": __name__})
-    globals()[made.__name__] = made  # a pickled layer is looked up here
-    return made
+    # FSDP and accelerate look for the layers of a model by the name of their class; pickle goes by the qualified one
+    mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), sys.modules[own.__module__]
+    made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
+    if mixin is _FusedLayer:
+        prefix = own.__name__.removesuffix("DecoderLayer")
+        attention, mlp, norm = (getattr(home, prefix + part) for part in ("Attention", "MLP", "RMSNorm"))
+        made.known = (_fused(attention), mlp, norm, norm)
+    globals()[name] = made
+    return cast("type[nn.Module]", made)
 
 
 def __getattr__(name: str) -> Any:
     """Makes the class of a pickled layer in a process that has fused none yet."""
     import importlib
 
-    for module, own in KNOWN:
-        if name == PREFIX + own:
+    for family in FAMILIES:
+        module = f"transformers.models.{family}.modeling_{family}"
+        own = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and _mixin(module, own) is not None:
             return _fused(getattr(importlib.import_module(module), own))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

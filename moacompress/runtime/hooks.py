@@ -33,13 +33,21 @@ class AttentionHook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
+        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
+
+    def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
+        """Returns what the attention is handed.
+
+        Raises:
+            UnsupportedError: the attention implementation was changed.
+        """
         if module.config._attn_implementation != NAME:
             raise UnsupportedError(
                 f"the attention implementation was changed to {module.config._attn_implementation!r}, which would ignore "
                 "the plan; use moacompress.detach(model) to get the dense model back"
             )
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        return args, {**kwargs, CONTEXT: LayerCall(self.context, cache)}
+        return LayerCall(self.context, cache)
 
 
 class DecoderHook:

@@ -176,19 +176,28 @@ class PlanCacheLayer(CacheLayerMixin):
             self._pending = None
         return out
 
-    def step_hidden(
+    def step_from(
         self,
+        kernel: Callable[..., tuple[torch.Tensor, int]],
         hidden: torch.Tensor,
-        weights: Sequence[torch.Tensor],
-        biases: Sequence[torch.Tensor],
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        *scores: float | torch.Tensor | None,
+        *before: Any,
+        scores: tuple[float | torch.Tensor | None, ...],
     ) -> torch.Tensor | None:
-        """As `step`, but makes queries, keys and values too; arguments as of `kernels.dispatch.step_hidden`."""
+        """As `step`, by a kernel that makes queries, keys and values too.
+
+        Args:
+            kernel: `kernels.dispatch.step_hidden` or `step_layer`.
+            hidden: `[rows, 1, inputs]`, without gradients.
+            *before: its other arguments, up to the pool's.
+            scores: as of `step`.
+
+        Returns:
+            What the kernel gives; or None, as `step`.
+        """
         if not self.is_initialized:
             return None
         self._check_rows(hidden.shape[0])
-        return self._stepped(hidden, partial(dispatch.step_hidden, hidden, weights, biases, rotary), scores)
+        return self._stepped(hidden, partial(kernel, hidden, *before), scores)
 
     def _stepped(
         self,
@@ -203,13 +212,13 @@ class PlanCacheLayer(CacheLayerMixin):
         with pool.lock:
             while True:
                 state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
-                out, missing = call(pool.keys, pool.values, *state, *self._rule.columns, self._lag, *scores)
-                if not missing:
+                out, wanted = call(pool.keys, pool.values, *state, *self._rule.columns, self._lag, *scores)
+                if not wanted:
                     break
-                if missing < 0:
+                if wanted == 1:
                     table.widen(int(self.lengths.max()) // BLOCK + 1)
                 else:
-                    pool.grow(missing)
+                    pool.grow(wanted - 1)
         self.columns += 1
         return out
 

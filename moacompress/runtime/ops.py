@@ -15,7 +15,7 @@ import torch
 from moacompress.runtime import hooks
 from moacompress.runtime.attention import LayerContext, attend
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.fused import attend_hidden
+from moacompress.runtime.fused import Around, attend_hidden, step_layer
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
@@ -26,6 +26,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, int context, "
     "float scaling) -> Tensor"
+)
+_LIBRARY.define(
+    "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor[] around, Tensor cos, "
+    "Tensor sin, Tensor cache, int context, float scaling) -> Tensor"
 )
 
 
@@ -74,6 +78,24 @@ def _attend_hidden(
     return attend_hidden(context, PlanCache.find(handle), hidden, weights, biases, (cos, sin), scaling)
 
 
+def _step_layer(
+    hidden: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    norms: list[torch.Tensor],
+    eps: float,
+    around: list[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    handle: torch.Tensor,
+    number: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Does what `fused.step_layer` does."""
+    context, parts = LayerContext.find(number), (hidden, weights, biases, Around(norms, eps, around))
+    return step_layer(context, PlanCache.find(handle), *parts, (cos, sin), scaling)
+
+
 def _fake_attend_hidden(
     hidden: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
@@ -89,7 +111,9 @@ def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 _LIBRARY.impl("begin", _begin, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_hidden", _attend_hidden, "CompositeExplicitAutograd")
+_LIBRARY.impl("step_layer", _step_layer, "CompositeExplicitAutograd")
 torch.library.register_fake("moacompress::begin", lambda fed, *rest: torch.empty_like(fed))
 torch.library.register_fake("moacompress::attend", _fake_attend)
 torch.library.register_fake("moacompress::attend_hidden", _fake_attend_hidden)
+torch.library.register_fake("moacompress::step_layer", lambda hidden, *rest: torch.empty_like(hidden))
 torch.library.register_autograd("moacompress::begin", lambda ctx, grad: (grad, None, None, None))

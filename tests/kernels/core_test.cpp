@@ -381,22 +381,25 @@ void test_advance(DType dtype) {
   if (advance(call) != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
 }
 
-// Linear layers of the same input, all at once.
+// Linear layers of the same input, all at once, some of them gated or added to something.
 void test_linear(Isa isa, DType dtype) {
   const int64_t rows = pick(0, 20), inputs = pick(0, 90), count = pick(1, 3), threads = pick(1, 5);
   Data x(dtype, rows * inputs);
   for (int64_t i = 0; i < x.count; i++) x.set(i, number());
-  std::vector<Data> weights, biases, outs;
+  std::vector<Data> weights, biases, outs, ups, residuals;
   std::vector<LinearCall> calls;
   for (int64_t c = 0; c < count; c++) {
     const int64_t outputs = pick(1, 60);
     weights.emplace_back(dtype, outputs * inputs);
     biases.emplace_back(dtype, outputs);
     outs.emplace_back(dtype, rows * outputs);
-    for (Data* data : {&weights.back(), &biases.back()})
+    ups.emplace_back(dtype, outputs * inputs);
+    residuals.emplace_back(dtype, rows * outputs);
+    for (Data* data : {&weights.back(), &biases.back(), &ups.back(), &residuals.back()})
       for (int64_t i = 0; i < data->count; i++) data->set(i, number());
     calls.push_back({dtype, rows, inputs, outputs, x.bytes.get(), weights.back().bytes.get(),
-                     pick(0, 1) ? biases.back().bytes.get() : nullptr, outs.back().bytes.get()});
+                     pick(0, 1) ? biases.back().bytes.get() : nullptr, outs.back().bytes.get(),
+                     pick(0, 1) ? ups.back().bytes.get() : nullptr, pick(0, 1) ? residuals.back().bytes.get() : nullptr});
   }
   const Parallel parallel = {int(threads), run_threads, nullptr};
   if (linear(calls.data(), count, parallel, isa) != OK) failures++;
@@ -405,8 +408,15 @@ void test_linear(Isa isa, DType dtype) {
       for (int64_t o = 0; o < calls[c].outputs; o++) {
         double wanted = calls[c].bias ? biases[c].get(o) : 0;
         for (int64_t i = 0; i < inputs; i++) wanted += x.get(r * inputs + i) * weights[c].get(o * inputs + i);
-        const double relative = dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3;
-        near(outs[c].get(r * calls[c].outputs + o), wanted, relative * (1 + std::fabs(wanted)), "linear", isa, dtype);
+        double bound = (dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3) * (1 + std::fabs(wanted));
+        if (calls[c].up) {
+          double up = 0;
+          for (int64_t i = 0; i < inputs; i++) up += x.get(r * inputs + i) * ups[c].get(o * inputs + i);
+          wanted *= up / (1 + std::exp(-wanted));
+          bound *= 3 * (1 + std::fabs(up));
+        }
+        if (calls[c].residual) wanted += residuals[c].get(r * calls[c].outputs + o), bound *= 2;
+        near(outs[c].get(r * calls[c].outputs + o), wanted, bound, "linear", isa, dtype);
       }
 }
 
@@ -426,6 +436,22 @@ void test_rotate(Isa isa, DType dtype) {
   }
 }
 
+void test_norm(Isa isa, DType dtype) {
+  const int64_t rows = pick(0, 5), size = pick(1, 90);
+  Data x(dtype, rows * size), weight(dtype, size), out(dtype, rows * size);
+  for (Data* data : {&x, &weight})
+    for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+  norm({dtype, rows, size, x.bytes.get(), weight.bytes.get(), 1e-2f, out.bytes.get()}, isa);
+  for (int64_t r = 0; r < rows; r++) {
+    double squares = 0;
+    for (int64_t i = 0; i < size; i++) squares += x.get(r * size + i) * x.get(r * size + i);
+    for (int64_t i = 0; i < size; i++) {
+      const double wanted = weight.get(i) * x.get(r * size + i) / std::sqrt(squares / double(size) + 1e-2);
+      near(out.get(r * size + i), wanted, (dtype == F32 ? 1e-6 : dtype == BF16 ? 2e-2 : 2e-3) * (1 + std::fabs(wanted)), "norm", isa, dtype);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -440,6 +466,7 @@ int main() {
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
     for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
     for (int i = 0; i < 60; i++, tests++) test_rotate(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 60; i++, tests++) test_norm(Isa(isa), DType(i % 3));
   }
   std::printf("%d tests, %d failures\n", tests, failures);
   return failures != 0;

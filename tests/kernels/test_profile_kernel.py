@@ -336,3 +336,9 @@ def test_statistics_of_a_model(
     assert reference.arrays.keys() == compiled.arrays.keys()
     for name, wanted in reference.arrays.items():
         assert np.abs(compiled.arrays[name] - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
+
+
+def test_the_fake_has_the_shapes_of_the_real_one() -> None:
+    for baselines in (False, True):
+        arguments = tuple(build(4, torch.float32).arguments(baselines=baselines))
+        torch.library.opcheck(OPS.profile_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,4 +1,4 @@
-"""A decode step's attention layer in one call: the same numbers, where it may be, and the layer as it was elsewhere."""
+"""A decode step's layer, or its attention, in one call: the same numbers where it may be, and the layer as it was elsewhere."""
 
 from __future__ import annotations
 
@@ -25,17 +25,32 @@ def _kernels():
 
 
 @pytest.fixture
-def fitted(monkeypatch):
-    """Whether each call since the last `clear` was made in one."""
-    found = []
-    before = fused._fits
+def calls(monkeypatch):
+    """Counts the compiled calls of whole layers and of attention alone; `[layers, attentions]`, which tests may set back."""
+    found = [0, 0]
 
-    def fits(*arguments):
-        found.append(before(*arguments))
-        return found[-1]
+    def counted(at, own):
+        def call(*arguments):
+            found[at] += 1
+            return own(*arguments)
 
-    monkeypatch.setattr(fused, "_fits", fits)
+        return call
+
+    for at, name in enumerate(("step_layer", "attend_hidden")):
+        monkeypatch.setattr(fused, name, counted(at, getattr(fused, name)))
     return found
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """Leaves every layer to its own forward from where it is called on: whole layers, or attention too."""
+
+    def leave(attention=True):
+        monkeypatch.setattr(fused, "_layer", lambda *arguments: None)
+        if attention:
+            monkeypatch.setattr(fused, "_fits", lambda *arguments: False)
+
+    return leave
 
 
 @pytest.fixture
@@ -59,26 +74,43 @@ def steps(model, rows, count=20, dtype=None):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
-def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, fitted, monkeypatch):
+def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, unfused):
     made = model(family, dtype)
-    found = steps(made, rows)
-    layers = len(attention_modules(made))
-    assert fitted == [False] * layers + [rows <= FEW_ROWS] * layers * 20
-    monkeypatch.setattr(fused, "_fits", lambda *arguments: False)
-    expected = steps(made, rows)
+    found, layers, few = steps(made, rows), len(attention_modules(made)), rows <= FEW_ROWS
+    assert calls == [few * layers * 20, 0]
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
-    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+    for attention in (False, True):
+        unfused(attention)
+        calls[:] = 0, 0
+        expected = steps(made, rows)
+        assert calls == [0, (few and not attention) * layers * 20]
+        assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_the_first_token_needs_no_prompt(model, fitted):
+def test_the_first_token_needs_no_prompt(model, calls):
     made = model()
     ids = torch.randint(3, made.config.vocab_size, (2, 30))
     cache = PlanCache(made._moacompress.plan)
     with torch.no_grad():
         found = torch.cat([made(ids[:, i : i + 1], cache=cache).logits for i in range(30)], 1)
         expected = made(ids, use_cache=False).logits
-    assert sum(fitted) == 30 * len(attention_modules(made))
+    layers = len(attention_modules(made))
+    assert calls == [30 * layers, layers]  # there is no memory before the first, so it is not one call
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_the_parts_are_those_of_transformers(tiny_model):
+    layer = tiny_model("llama").eval().model.layers[0]
+    hidden = torch.randn(2, 3, layer.hidden_size)
+    norm = layer.post_attention_layernorm
+    norm.weight.data.uniform_(0.5, 2)
+    with torch.no_grad():
+        assert torch.equal(fused.normalized(hidden, norm.weight, norm.variance_epsilon), norm(hidden))
+        wanted = hidden + layer.self_attn.o_proj(hidden)
+        wanted = wanted + layer.mlp(norm(wanted))
+        linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        around = fused.Around([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
+        assert torch.equal(fused.feed_forward(hidden, hidden, around), wanted)
 
 
 def test_rotation_is_that_of_transformers():
@@ -104,61 +136,131 @@ def train_biases(layer):
     "change",
     [
         lambda layer: layer.train(),
-        lambda layer: layer.k_proj.requires_grad_(),
-        lambda layer: layer.q_proj.register_forward_hook(lambda *arguments: None),
-        lambda layer: layer.v_proj.register_forward_pre_hook(lambda *arguments: None),
-        lambda layer: setattr(layer, "q_proj", nn.Sequential(layer.q_proj)),
-        lambda layer: setattr(layer.q_proj.weight, "data", layer.q_proj.weight.t().contiguous().t()),
-        train_biases,
-        lambda layer: setattr(layer.q_proj, "bias", nn.Parameter(torch.zeros(layer.q_proj.out_features), False)),
+        lambda layer: layer.self_attn.k_proj.requires_grad_(),
+        lambda layer: layer.self_attn.q_proj.register_forward_hook(lambda *arguments: None),
+        lambda layer: layer.self_attn.v_proj.register_forward_pre_hook(lambda *arguments: None),
+        lambda layer: setattr(layer.self_attn, "q_proj", nn.Sequential(layer.self_attn.q_proj)),
+        lambda layer: setattr(layer.self_attn.q_proj, "forward", layer.self_attn.q_proj.forward),
+        lambda layer: setattr(
+            layer.self_attn.q_proj.weight, "data", layer.self_attn.q_proj.weight.t().contiguous().t()
+        ),
+        lambda layer: train_biases(layer.self_attn),
+        lambda layer: setattr(
+            layer.self_attn.q_proj, "bias", nn.Parameter(torch.zeros(layer.self_attn.q_proj.out_features), False)
+        ),
     ],
 )
-def test_a_layer_that_something_else_has_a_hand_in_is_left_to_itself(change, model, fitted):
+def test_attention_that_something_else_has_a_hand_in_is_left_to_itself(change, model, calls):
+    changed(change, model, calls, attention=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.mlp.up_proj.requires_grad_(),
+        lambda layer: layer.input_layernorm.requires_grad_(),
+        lambda layer: layer.self_attn.register_forward_hook(lambda *arguments: None),
+        lambda layer: layer.self_attn.register_forward_pre_hook(lambda *arguments: None),
+        lambda layer: setattr(layer.self_attn, "forward", layer.self_attn.forward),
+        lambda layer: layer.mlp.register_forward_hook(lambda *arguments: None),
+        lambda layer: layer.mlp.act_fn.register_forward_pre_hook(lambda *arguments: None),
+        lambda layer: layer.post_attention_layernorm.register_forward_hook(lambda *arguments: None),
+        lambda layer: layer.mlp.down_proj.register_forward_hook(lambda *arguments: None),
+        lambda layer: setattr(layer.self_attn, "o_proj", nn.Sequential(layer.self_attn.o_proj)),
+        lambda layer: setattr(layer, "mlp", nn.Sequential(layer.mlp)),
+        lambda layer: setattr(layer.mlp, "act_fn", nn.Sequential(layer.mlp.act_fn)),
+        lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.t().contiguous().t()),
+        lambda layer: setattr(
+            layer.mlp.up_proj, "bias", nn.Parameter(torch.zeros(layer.mlp.up_proj.out_features), False)
+        ),
+        lambda layer: setattr(layer, "input_layernorm", nn.Sequential(layer.input_layernorm)),
+    ],
+)
+def test_a_layer_that_something_else_has_a_hand_in_has_its_attention_fused(change, model, calls):
+    changed(change, model, calls, attention=True)
+
+
+def changed(change, model, calls, attention):
+    """Changes the first of a model's layers, and looks at what is still fused and at the numbers."""
     made = model()
-    expected = steps(made, 2)
-    assert all(fitted[len(attention_modules(made)) :])
-    change(attention_modules(made)[0])
-    fitted.clear()
-    with torch.set_grad_enabled(any(part.requires_grad for part in attention_modules(made)[0].parameters())):
+    expected, layers = steps(made, 2), len(attention_modules(made))
+    assert calls == [20 * layers, 0]
+    first = made.model.layers[0]
+    change(first)
+    trained = any(part.requires_grad for part in first.parameters())
+    with torch.set_grad_enabled(trained):
         ids = torch.randint(3, made.config.vocab_size, (2, 51))
         cache = made(ids[:, :50]).cache
-        fitted.clear()
+        calls[:] = 0, 0
         made(ids[:, 50:], cache=cache)
-    assert not fitted[0]
-    for layer in attention_modules(made):
-        layer.eval()
+    if trained:  # then what comes after the first layer may have gradients too
+        assert calls in ([0, 0], [0, int(attention)], [layers - 1, 0])
+    else:
+        assert calls == [layers - 1, int(attention)]
+    made.eval()
     found = steps(made, 2)
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def test_a_changed_epsilon_keeps_a_layer_to_itself(model, calls):
+    made = model()
+    made.model.layers[0].input_layernorm.variance_epsilon = 0.5
+    found = steps(made, 2)
+    assert calls == [20 * (len(attention_modules(made)) - 1), 20]
+    for name in fused.NORMS:
+        getattr(made.model.layers[0], name).variance_epsilon = 0.5
+    calls[:] = 0, 0
+    assert not torch.equal(steps(made, 2), found)
+    assert calls[1] == 0
+
+
 def test_other_families_and_dense_models_keep_their_classes(tiny_model, random_plan):
     made = tiny_model("llama")
-    own = type(attention_modules(made)[0])
+    layers = [*attention_modules(made), *made.model.layers]
+    own = [type(layer) for layer in layers]
     attach(made, random_plan(model_shape(made), 3))
-    assert type(attention_modules(made)[0]).__name__ == "FusedLlamaAttention"
-    assert isinstance(attention_modules(made)[0], own)
+    for layer, kind in zip(layers, own, strict=True):
+        assert type(layer) is not kind
+        assert isinstance(layer, kind)
+        assert type(layer).__name__ == kind.__name__  # what FSDP and device maps go by
+        assert type(layer).__qualname__ == f"Fused{kind.__name__}"
     attach(made, Plan.full(made._moacompress.plan.model))
     detach(made)
-    assert all(type(layer) is own for layer in attention_modules(made))
+    assert [type(layer) for layer in layers] == own
     other = tiny_model("gemma2")
-    own = type(attention_modules(other)[0])
+    layers = [*attention_modules(other), *other.model.layers]
+    own = [type(layer) for layer in layers]
     attach(other, random_plan(model_shape(other), 3))
-    assert all(type(layer) is own for layer in attention_modules(other))
+    assert [type(layer) for layer in layers] == own
 
 
 def test_copies_and_pickles_of_layers(model):
     made = model()
-    layer = attention_modules(made)[0]
-    assert type(copy.deepcopy(layer)) is type(layer)
-    again = pickle.loads(pickle.dumps(layer))
-    assert type(again) is type(layer)
-    fused.unfuse(again)
-    assert type(again).__name__ == "LlamaAttention"
+    for layer, name in ((attention_modules(made)[0], "LlamaAttention"), (made.model.layers[0], "LlamaDecoderLayer")):
+        assert type(copy.deepcopy(layer)) is type(layer)
+        again = pickle.loads(pickle.dumps(layer))
+        assert type(again) is type(layer)
+        fused.unfuse(again)
+        assert type(again).__qualname__ == name
     with pytest.raises(AttributeError, match="FusedNothing"):
         fused.FusedNothing  # noqa: B018
 
 
-def test_packed_and_compiled(model, fitted):
+def test_gradient_checkpointing_goes_through_the_fused_class(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 40))
+    grads = []
+    for checkpointing in (False, True):
+        made.train().requires_grad_(True).zero_grad()
+        if checkpointing:
+            made.gradient_checkpointing_enable()
+        made(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append(made.model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert calls == [0, 0]
+    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max()
+
+
+def test_packed_and_compiled(model, calls):
     made = model()
     expected = steps(made, 2, 5)
     pack_weights(made)

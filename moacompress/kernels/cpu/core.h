@@ -155,6 +155,17 @@ struct LinearCall {
   int64_t rows, inputs, outputs;
   const void *x, *weight, *bias;  // [rows, inputs], [outputs, inputs], [outputs] or null
   void* out;                      // [rows, outputs]
+  const void* up;                 // or null; [outputs, inputs]: then it is silu(out) times the products with these
+  const void* residual;           // or null; [rows, outputs]: added to what came out
+};
+
+// Root mean square norm; all dense.
+struct NormCall {
+  DType dtype;
+  int64_t rows, size;
+  const void *x, *weight;  // [rows, size], [size]
+  float eps;
+  void* out;               // [rows, size]
 };
 
 // Rotary position embeddings, in place: the two halves of a head are the two coordinates that are rotated.
@@ -178,6 +189,7 @@ Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
 void rotate(const RotateCall& call, Isa isa);
+void norm(const NormCall& call, Isa isa);
 
 // ---- what the files of the instruction sets implement ----
 
@@ -301,6 +313,9 @@ struct Kernels {
   void (*narrow[3])(const float* from, int64_t count, void* to);
   void (*linear[3])(const LinearTile&);
   void (*rotate[3])(void* x, const void* cos, const void* sin, int64_t dim);  // one head
+  void (*gate[3])(void* x, const void* up, int64_t count);                    // x = silu(x) * up
+  void (*add[3])(void* x, const void* other, int64_t count);                  // x += other
+  void (*norm[3])(const void* x, const void* weight, float eps, int64_t count, void* out);  // one row
 };
 
 extern const Kernels portable_kernels;

@@ -702,6 +702,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
                         {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
                         {narrow<float>, narrow<bf16>, narrow<f16>},                                 \
                         {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>},                  \
-                        {rotate_head<float>, rotate_head<bf16>, rotate_head<f16>}}
+                        {rotate_head<float>, rotate_head<bf16>, rotate_head<f16>},                  \
+                        {gate_row<float>, gate_row<bf16>, gate_row<f16>},                           \
+                        {add_row<float>, add_row<bf16>, add_row<f16>},                              \
+                        {norm_row<float>, norm_row<bf16>, norm_row<f16>}}
 
 }  // namespace moacompress

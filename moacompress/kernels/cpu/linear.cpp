@@ -10,28 +10,46 @@ constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, TASKS_A_THREAD = 4;
 
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
-  int64_t bytes = 0, tasks = 0;
-  for (int64_t i = 0; i < count; i++) bytes += calls[i].outputs * calls[i].inputs * int64_t(element_size(calls[i].dtype));
-  const int64_t wanted = smaller(larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST), MOST);
-  const auto outputs_of = [&](const LinearCall& call) {
-    return larger(wanted / larger(call.inputs * int64_t(element_size(call.dtype)), 1) / 4 * 4, 4);
+  const auto bytes_of = [](const LinearCall& call) {  // that one output reads of the weights
+    return call.inputs * int64_t(element_size(call.dtype)) * (call.up ? 2 : 1);
   };
+  int64_t bytes = 0, tasks = 0, scratch = 0;
+  for (int64_t i = 0; i < count; i++) bytes += calls[i].outputs * bytes_of(calls[i]);
+  const int64_t wanted = smaller(larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST), MOST);
+  const auto outputs_of = [&](const LinearCall& call) { return larger(wanted / larger(bytes_of(call), 1) / 4 * 4, 4); };
   const auto tasks_of = [&](const LinearCall& call) { return (call.outputs + outputs_of(call) - 1) / outputs_of(call); };
-  for (int64_t i = 0; i < count; i++) tasks += tasks_of(calls[i]);
-  return run_tasks(parallel, tasks, 0, [&](int64_t index, float*) {
+  for (int64_t i = 0; i < count; i++) {
+    tasks += tasks_of(calls[i]);
+    if (calls[i].up) scratch = larger(scratch, calls[i].rows * smaller(outputs_of(calls[i]), calls[i].outputs));
+  }
+  return run_tasks(parallel, tasks, size_t(scratch), [&](int64_t index, float* beside) {
     const LinearCall* call = calls;
     for (; index >= tasks_of(*call); call++) index -= tasks_of(*call);
-    const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call);
+    const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call), row = call->inputs * element;
     LinearTile tile = {};
     tile.rows = call->rows;
     tile.inputs = call->inputs;
     tile.outputs = smaller(outputs_of(*call), call->outputs - first);
     tile.x = call->x;
-    tile.weight = static_cast<const char*>(call->weight) + first * call->inputs * element;
+    tile.weight = static_cast<const char*>(call->weight) + first * row;
     if (call->bias) tile.bias = static_cast<const char*>(call->bias) + first * element;
     tile.out = static_cast<char*>(call->out) + first * element;
     tile.out_row = call->outputs;
     kernels.linear[call->dtype](tile);
+    LinearTile other = tile;
+    if (call->up) {
+      other.weight = static_cast<const char*>(call->up) + first * row;
+      other.bias = nullptr;
+      other.out = beside;
+      other.out_row = tile.outputs;
+      kernels.linear[call->dtype](other);
+    }
+    for (int64_t r = 0; r < tile.rows && (call->up || call->residual); r++) {
+      char* out = static_cast<char*>(tile.out) + r * tile.out_row * element;
+      if (call->up) kernels.gate[call->dtype](out, static_cast<char*>(other.out) + r * tile.outputs * element, tile.outputs);
+      if (call->residual)
+        kernels.add[call->dtype](out, static_cast<const char*>(call->residual) + (r * call->outputs + first) * element, tile.outputs);
+    }
     return OK;
   });
 }
@@ -45,6 +63,14 @@ void rotate(const RotateCall& call, Isa isa) {
     for (int64_t head = 0; head < call.heads; head++)
       kernels.rotate[call.dtype](static_cast<char*>(call.x) + (row * call.heads + head) * call.dim * element, cos, sin, call.dim);
   }
+}
+
+void norm(const NormCall& call, Isa isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const int64_t bytes = call.size * int64_t(element_size(call.dtype));
+  for (int64_t row = 0; row < call.rows; row++)
+    kernels.norm[call.dtype](static_cast<const char*>(call.x) + row * bytes, call.weight, call.eps, call.size,
+                             static_cast<char*>(call.out) + row * bytes);
 }
 
 }  // namespace moacompress

@@ -77,5 +77,47 @@ template <class T> void rotate_head(void* x, const void* cos, const void* sin, i
   }
 }
 
+// Each step is rounded to T, as a layer written in torch rounds it.
+template <class T> inline V rounded(V x) {
+  T at[W];
+  store(at, x);
+  return load(at);
+}
+template <> inline V rounded<float>(V x) { return x; }
+
+template <class T> void gate_row(void* x, const void* up, int64_t count) {
+  T* gate = static_cast<T*>(x);
+  const T* other = static_cast<const T*>(up);
+  for (int64_t i = 0; i < count; i += W) {
+    const int n = int(count - i < W ? count - i : W);
+    const V g = load_part(gate + i, n);
+    const V activated = rounded<T>(g / (set1(1.f) + exp2(g * set1(-LOG2_E))));
+    store_part(gate + i, activated * load_part(other + i, n), n);
+  }
+}
+
+template <class T> void add_row(void* x, const void* other, int64_t count) {
+  T* to = static_cast<T*>(x);
+  const T* from = static_cast<const T*>(other);
+  for (int64_t i = 0; i < count; i += W) {
+    const int n = int(count - i < W ? count - i : W);
+    store_part(to + i, load_part(to + i, n) + load_part(from + i, n), n);
+  }
+}
+
+template <class T> void norm_row(const void* x, const void* weight, float eps, int64_t count, void* out) {
+  const T *from = static_cast<const T*>(x), *scale = static_cast<const T*>(weight);
+  V squares = zero();
+  for (int64_t i = 0; i < count; i += W) {
+    const V v = load_part(from + i, int(count - i < W ? count - i : W));
+    squares = fma(v, v, squares);
+  }
+  const V factor = set1(1.f / __builtin_sqrtf(sum(squares) / float(count) + eps));
+  for (int64_t i = 0; i < count; i += W) {
+    const int n = int(count - i < W ? count - i : W);
+    store_part(static_cast<T*>(out) + i, load_part(scale + i, n) * rounded<T>(load_part(from + i, n) * factor), n);
+  }
+}
+
 }  // namespace
 }  // namespace moacompress

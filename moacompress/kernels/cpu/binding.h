@@ -1,0 +1,182 @@
+// What the operators share: checks of tensors, and views of them as the kernels take them.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core.h"
+
+namespace moacompress {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Shapes = std::vector<int64_t>;
+
+constexpr int64_t MAX_TOKENS = int64_t(1) << 24;  // positions are compared as float32
+
+inline std::atomic<int> chosen_isa{-1};
+
+inline Isa isa() {
+  int found = chosen_isa.load();
+  if (found < 0) chosen_isa.store(found = best_isa());
+  return Isa(found);
+}
+
+inline void run_on_pool(void*, int threads, void (*body)(void*), void* arg) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(arg);
+  });
+}
+
+inline Parallel parallel() { return {int(torch::stable::get_num_threads()), run_on_pool, nullptr}; }
+
+inline void check_status(Status status, const char* op) {
+  STD_TORCH_CHECK(status != NO_MEMORY, op, ": no memory for scratch space");
+  STD_TORCH_CHECK(status != MISSING_BLOCK, op, ": a block that a query sees has no id of the pool in the table");
+}
+
+inline std::string text(const Tensor& t) {
+  std::string shape = "[";
+  for (int64_t i = 0; i < t.dim(); i++) shape += (i ? ", " : "") + std::to_string(t.size(i));
+  return shape + "]";
+}
+
+inline DType dtype_of(const Tensor& t, const char* op) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+                  ": the query must be float32, bfloat16 or float16");
+  return type == ScalarType::Float ? F32 : type == ScalarType::BFloat16 ? BF16 : F16;
+}
+
+// Refuses a tensor that is not of this shape and dtype on the CPU; -1 is any size.
+inline void check(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has another dtype than it must have");
+  bool fits = t.dim() == int64_t(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] < 0 || t.size(int64_t(i)) == shape[i];
+  if (fits) return;
+  std::string wanted;
+  for (size_t i = 0; i < shape.size(); i++)
+    wanted += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
+  STD_TORCH_CHECK(fits, op, ": ", name, " has the shape ", text(t), ", not [", wanted, "]");
+}
+
+inline void check_rows(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
+  check(t, shape, type, op, name);
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, op, ": the last dimension of ", name,
+                  " must be contiguous");
+}
+
+inline const void* dense(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
+  check(t, shape, type, op, name);
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  return t.const_data_ptr();
+}
+
+inline const int64_t* numbers(const Tensor& t, int64_t count, const char* op, const char* name) {
+  return static_cast<const int64_t*>(dense(t, {count}, ScalarType::Long, op, name));
+}
+
+inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Refuses numbers that no rule has; `name` is what each of the `count` rules belongs to.
+inline void check_rules(const Rules& rules, int64_t count, const char* op, const char* name) {
+  STD_TORCH_CHECK(rules.min_window >= 1, op, ": min_window is ", rules.min_window, ", less than 1");
+  STD_TORCH_CHECK(rules.native_window >= 0, op, ": native_window is ", rules.native_window, "; 0 means none");
+  for (int64_t i = 0; i < count; i++) {
+    const Rule rule = rules.of(i);
+    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
+                    " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
+                    "; they must be at least 0, beta_q at most 1024");
+  }
+}
+
+inline Rules rules_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
+               const Shape& shape, const char* op) {
+  const Rules rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
+                       numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
+  check_rules(rules, shape.kv_heads, op, "KV head");
+  return rules;
+}
+
+struct Rest {
+  Rules rules;
+  Scores scores;
+};
+
+inline Scores scores_of(double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
+  STD_TORCH_CHECK(scaling > 0, op, ": scaling is ", scaling, ", not positive");
+  STD_TORCH_CHECK(softcap >= 0, op, ": softcap is ", softcap, "; 0 means none");
+  Scores scores = {float(scaling), float(softcap), nullptr};
+  if (sink_logits)
+    scores.sink_logits = static_cast<const float*>(
+        dense(*sink_logits, {shape.kv_heads * shape.group}, ScalarType::Float, op, "sink_logits"));
+  return scores;
+}
+
+inline Rest rest_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
+             double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
+  const Rules rules = rules_of(sink, alpha, beta_q, min_window, native_window, shape, op);
+  return {rules, scores_of(scaling, softcap, sink_logits, shape, op)};
+}
+
+// Views of a pool's segments; must outlive the call.
+struct PoolViews {
+  std::vector<const void*> base;
+  std::vector<int64_t> block_stride, first_block{0};
+
+  PoolViews(const Tensors& segments, int64_t dim, ScalarType type, const char* op, const char* name) {
+    for (const Tensor& t : segments) {
+      check_rows(t, {-1, BLOCK, dim}, type, op, name);
+      STD_TORCH_CHECK(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
+      base.push_back(t.const_data_ptr());
+      block_stride.push_back(t.stride(0));
+      first_block.push_back(first_block.back() + t.size(0));
+    }
+  }
+  Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), first_block.data()}; }
+};
+
+inline Shape shape_of(const Tensor& query, int64_t dims, int64_t kv_heads, int64_t value_dim, const char* op) {
+  STD_TORCH_CHECK(query.dim() == dims, op, ": the query has the shape ", text(query), ", not of ", dims, " dimensions");
+  const int64_t heads = query.size(1);
+  STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": ", heads, " query heads are no multiple of ",
+                  kv_heads, " KV heads");
+  const Shape shape = {dtype_of(query, op), query.size(0), kv_heads, heads / kv_heads, query.size(dims - 1), value_dim};
+  STD_TORCH_CHECK(shape.head_dim > 0 && value_dim > 0, op, ": head_dim is ", shape.head_dim, ", value_dim ", value_dim);
+  return shape;
+}
+
+// Checks query, key and value of a chunk; all have as many tokens as the query, or the number that is given.
+inline Shape chunk_shape(const Tensor& query, const Tensor& key, const Tensor& value, const char* op, int64_t given = -1) {
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
+                  text(value), "; both must have 4 dimensions");
+  const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
+  const ScalarType type = query.scalar_type();
+  const int64_t tokens = given < 0 ? query.size(2) : given;
+  check_rows(query, {shape.rows, shape.kv_heads * shape.group, tokens, shape.head_dim}, type, op, "query");
+  check_rows(key, {shape.rows, shape.kv_heads, tokens, shape.head_dim}, type, op, "key");
+  check_rows(value, {shape.rows, shape.kv_heads, tokens, shape.value_dim}, type, op, "value");
+  return shape;
+}
+
+// Of the shape [rows, heads, tokens, dim] with tokens before heads in memory, as a layer goes on with it.
+inline Tensor new_rows(const Tensor& like, int64_t rows, int64_t heads, int64_t tokens, int64_t dim) {
+  const Shapes sizes = {rows, tokens, heads, dim};
+  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
+}
+
+inline Tensor new_floats(const Tensor& like, const Shapes& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+}  // namespace moacompress

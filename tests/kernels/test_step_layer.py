@@ -1,0 +1,202 @@
+"""A whole decoder layer in one call: equal to PyTorch in float64, and the same to the bit whatever else is computed beside."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from moacompress.kernels import cpu_ops
+from moacompress.kernels.block_reference import reference_decode
+from moacompress.plan import Rule
+from moacompress.runtime import fused
+from moacompress.runtime.chunk import Chunk
+from moacompress.runtime.layer import PlanCacheLayer
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def _built(isa):
+    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+
+
+@dataclass
+class Case:
+    """A random decoder layer and a cache with some tokens of every row."""
+
+    cache: PlanCacheLayer
+    x: torch.Tensor
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    norms: list[torch.Tensor]
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    scores: tuple[float, float, torch.Tensor | None]
+    eps: float = 1e-3
+
+    def arguments(self, **changes: Any) -> tuple[Any, ...]:
+        """What the operator takes, in its order; `changes` by name."""
+        cache = self.cache
+        assert cache._pool is not None
+        state = (cache._table.ids, cache.lengths, cache._runs.ends, cache._pool.refs)
+        names = ("x", "weights", "biases", "norms", "eps", "cos", "sin", "keys", "values")
+        layer = (self.x, self.weights, self.biases, self.norms, self.eps, *self.rotary)
+        found = dict(zip(names, (*layer, cache._pool.keys, cache._pool.values), strict=True)) | changes
+        rest = (*map(torch.from_numpy, state), *cache._rule.columns, 0, *self.scores)
+        return (*found.values(), *rest)
+
+    def step(self) -> torch.Tensor:
+        """Makes the call until there is room for the token."""
+        layer = (self.weights, self.biases, self.norms, self.eps, *self.rotary)
+
+        def kernel(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
+            return torch.ops.moacompress_cpu.step_layer(x, *layer, *rest)
+
+        found = self.cache.step_from(kernel, self.x, scores=self.scores)
+        assert found is not None
+        return found
+
+    def expected(self) -> torch.Tensor:
+        """The same in float64, once the token is in the cache."""
+        cache, rows = self.cache, self.x.shape[0]
+        assert cache._pool is not None
+        keys, values, table = cache.blocks_of_rows()
+        x, cos, sin = self.x.double(), *(part.double() for part in self.rotary)
+        output, gate, up, last = (weight.double() for weight in self.weights[3:])
+        normed = normalized(x, self.norms[0].double(), self.eps)
+        bias = self.biases[0].double() if self.biases else None
+        query = linear(normed, self.weights[0].double(), bias).view(rows, 1, -1, cos.shape[-1]).transpose(1, 2)
+        pool = (
+            [part.double() for part in keys],
+            [part.double() for part in values],
+            table,
+            torch.from_numpy(cache.lengths),
+        )
+        rules: tuple[Any, ...] = (*cache._rule.columns, *self.scores)
+        mixed, _ = reference_decode(fused.rotated(query, cos, sin)[:, :, 0], *pool, *rules)
+        hidden = x + linear(mixed.reshape(rows, 1, -1), output)
+        normed = normalized(hidden, self.norms[1].double(), self.eps)
+        gated = torch.nn.functional.silu(linear(normed, gate)) * linear(normed, up)
+        return hidden + linear(gated, last)
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def build(seed: int, dtype: torch.dtype, rows: int | None = None) -> Case:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, heads, group = rows or rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 3)
+    dim, value_dim, hidden, inner = (
+        rng.choice((2, 6, 16, 34)),
+        rng.choice((1, 5, 16)),
+        rng.randint(1, 70),
+        rng.randint(1, 150),
+    )
+    rules = [
+        Rule(rng.choice((4, 16, 64)), rng.choice((0, 7, 40, 128)), rng.choice((0, 100, 700, 1024)))
+        for _ in range(heads)
+    ]
+    cache = PlanCacheLayer(rules, rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
+    tokens = rng.choice((1, 20, 150))
+    cache.update(torch.randn(rows, heads, tokens, dim).to(dtype), torch.randn(rows, heads, tokens, value_dim).to(dtype))
+    cache.commit(Chunk.of(None, tokens))
+    outputs = [heads * group * dim, heads * dim, heads * value_dim]
+    shapes = [*((n, hidden) for n in outputs), (hidden, heads * group * value_dim)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    weights = [(torch.randn(shape) / shape[1] ** 0.5).to(dtype) for shape in shapes]
+    biases = [torch.randn(n).to(dtype) for n in outputs] if rng.random() < 0.5 else []
+    norms = [torch.rand(hidden).to(dtype) + 0.5 for _ in range(2)]
+    angles = torch.randn(rng.choice((1, rows)), 1, dim)
+    rotary = (angles.cos().to(dtype), angles.sin().to(dtype))
+    scores = (rng.choice((0.2, 1.0)), rng.choice((0.0, 3.0)), rng.choice((None, torch.randn(heads * group))))
+    return Case(cache, torch.randn(rows, 1, hidden).to(dtype), weights, biases, norms, rotary, scores)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_layers(seed, isa, poisoned_memory):
+    isa(cpu_ops.ISAS[seed % 4])
+    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    case = build(seed, dtype)
+    for _ in range(2):
+        found, expected = case.step(), case.expected()
+        assert found.dtype == dtype
+        assert found.shape == expected.shape
+        assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
+
+
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
+    isa(name)
+    case = build(5, dtype, rows=4)
+    case.rotary = tuple(part[:1] for part in case.rotary)
+    results = []
+    for count in (1, 2, 17):
+        threads(count)
+        results.append(build(5, dtype, rows=4))
+        results[-1].rotary = case.rotary
+        results[-1] = results[-1].step()
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    for row in range(4):
+        alone = build(5, dtype, rows=4)
+        alone.cache.select(np.array([row]))
+        alone.x, alone.rotary = alone.x[row : row + 1], case.rotary
+        assert torch.equal(alone.step(), results[0][row : row + 1])
+
+
+def test_bad_arguments_are_refused():
+    case = build(8, torch.float32, rows=2)
+    case.biases = []
+    before = [array.copy() for array in (case.cache._table.ids, case.cache.lengths, case.cache._runs.ends)]
+
+    def refused(match, **changes):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.moacompress_cpu.step_layer(*case.arguments(**changes))
+        after = (case.cache._table.ids, case.cache.lengths, case.cache._runs.ends)
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def weights(at, change):
+        return [change(w).contiguous() if i == at else w for i, w in enumerate(case.weights)]
+
+    hidden = case.x.shape[2]
+    refused("6 weights and 2 norms", weights=case.weights[:6])
+    refused("7 weights and 1 norms", norms=case.norms[:1])
+    refused("eps is -1", eps=-1.0)
+    refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
+    refused("a norm has another dtype", norms=[case.norms[0].half(), case.norms[1]])
+    refused("input has the shape", x=torch.randn(2, 2, hidden))
+    refused("weight 1 has", weights=weights(1, lambda w: w.repeat(2, 1)))
+    refused("weight has the shape", weights=weights(3, lambda w: w.repeat(1, 2)))
+    for at in (3, 4, 5, 6):
+        refused(
+            "outputs; the first and last must be|weight has the shape", weights=weights(at, lambda w: w.repeat(2, 1))
+        )
+        refused("weight has another dtype", weights=weights(at, torch.Tensor.half))
+    strided = torch.randn(hidden, 2 * case.weights[6].shape[1])[:, ::2]
+    refused("weight must be contiguous", weights=[*case.weights[:6], strided])
+    assert torch.ops.moacompress_cpu.step_layer(*case.arguments())[1] in (0, 1)
+
+
+def test_fakes_have_the_shapes_of_the_real_ones():
+    case = build(11, torch.float32, rows=2)
+    assert case.step() is not None  # there is room for another token
+    arguments = case.arguments()
+    layer, state = arguments[:7], arguments[7:]
+    heads, dim, value_dim = len(case.cache.rules), layer[5].shape[-1], state[1][0].shape[-1]
+    token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
+    unscored = (*state[:-1], None)
+    calls = {
+        "step": (*token, *unscored),
+        "step_hidden": (layer[0], layer[1][:3], layer[2], *layer[5:], *state),
+        "step_layer": arguments,
+    }
+    for name, given in calls.items():
+        operator = getattr(torch.ops.moacompress_cpu, name).default
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
