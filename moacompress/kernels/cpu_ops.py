@@ -100,6 +100,16 @@ def visible(n: int, sink: int, alpha: int, beta_q: int, min_window: int, native_
     return out[0], out[1], out[2]
 
 
+def forget_layers(number: int) -> None:
+    """Lets go of what `dispatch.read_layers` read."""
+    ctypes.CDLL(str(LIBRARY)).moacompress_forget_layers(ctypes.c_int64(number))
+
+
+def forget_caches(number: int) -> None:
+    """Lets go of what `dispatch.read_caches` read."""
+    ctypes.CDLL(str(LIBRARY)).moacompress_forget_caches(ctypes.c_int64(number))
+
+
 def _rows(like: torch.Tensor, rows: Any, heads: Any, tokens: Any, dim: Any) -> torch.Tensor:
     """Returns an empty `[rows, heads, tokens, dim]` as the operators lay it out: tokens before heads."""
     return like.new_empty(rows, tokens, heads, dim).transpose(1, 2)

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,26 @@ from moacompress.kernels.block_reference import reference_decode, reference_pref
 KERNELS = ("cpu", "reference")
 VARIABLE = "MOACOMPRESS_KERNEL"
 logger = logging.getLogger(__name__)
+
+
+class CacheState(NamedTuple):
+    """A layer's cache as the calls of a step take it; see `step` for shapes.
+
+    Attributes:
+        keys: the pool's segments of keys.
+        values: its segments of values.
+        table: the block table.
+        lengths: tokens of every row.
+        runs: the blocks held.
+        refs: how many table entries name each block.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    table: torch.Tensor
+    lengths: torch.Tensor
+    runs: torch.Tensor
+    refs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -222,6 +242,85 @@ def step_layer(
     layer = (list(weights), list(biases), list(norms), eps, _rows(rotary[0]), _rows(rotary[1]))
     found: tuple[torch.Tensor, int] = torch.ops.moacompress_cpu.step_layer(
         hidden, *layer, list(keys), list(values), *rest, _floats(sink_logits)
+    )
+    return found
+
+
+def read_layers(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    eps: float,
+    head_dim: int,
+    columns: Sequence[torch.Tensor],
+    min_window: int,
+    native_windows: Sequence[int],
+    scaling: float,
+) -> int:
+    """Reads decoder layers for `step_layers`; only where `kernel_for` their weights is compiled.
+
+    Args:
+        weights: seven of each layer, as of `step_layer`.
+        biases: three of each layer, or none at all.
+        norms: two of each layer.
+        eps: added to the mean squares.
+        head_dim: of queries and keys.
+        columns: sink, alpha and beta_q of each layer.
+        min_window: of all.
+        native_windows: of each layer, 0 for none.
+        scaling: factor on the scores.
+
+    Returns:
+        Their number, for `cpu_ops.forget_layers` when they are not needed any more. The tensors stay until then.
+    """
+    rules = (list(columns), min_window, list(native_windows), scaling)
+    number: int = torch.ops.moacompress_cpu.read_layers(list(weights), list(biases), list(norms), eps, head_dim, *rules)
+    return number
+
+
+def read_caches(layers: int, states: Sequence[CacheState], lag: int) -> int:
+    """Reads the caches of decoder layers.
+
+    Args:
+        layers: the layers' number.
+        states: of each layer. All tensors are written to in steps, and the caches must be read anew (`read_cache` if it is one)
+            when there is another in the place of one.
+        lag: tokens that are kept longer for rolling back.
+
+    Returns:
+        Their number, for `cpu_ops.forget_caches`.
+    """
+    keys, values = [t for state in states for t in state[0]], [t for state in states for t in state[1]]
+    segments, parts = [len(state[0]) for state in states], [t for state in states for t in state[2:]]
+    number: int = torch.ops.moacompress_cpu.read_caches(layers, keys, values, segments, parts, lag)
+    return number
+
+
+def read_cache(caches: int, layer: int, state: CacheState, lag: int) -> None:
+    """Reads one layer's cache anew; see `read_caches`."""
+    torch.ops.moacompress_cpu.read_cache(caches, layer, list(state[0]), list(state[1]), list(state[2:]), lag)
+
+
+def step_layers(
+    hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], caches: int, first: int
+) -> tuple[torch.Tensor, int, int]:
+    """As `step_layer` for decoder layers one after the other.
+
+    It writes to caches that it is not given, so it must not be traced.
+
+    Args:
+        hidden: what comes into the layer `first`, `[rows, 1, hidden]`.
+        rotary: as of `step_hidden`.
+        caches: the caches' number.
+        first: the first layer's index.
+
+    Returns:
+        What came out of the last layer that was done, `[rows, 1, hidden]`, if any was; how many layers are done, those before
+        `first` included; and 0 if these are all. Otherwise what the next one wants, as `step` says it; or -1, and nothing is
+        done, where a weight is not in the memory any more that it was read in.
+    """
+    found: tuple[torch.Tensor, int, int] = torch.ops.moacompress_cpu.step_layers(
+        hidden, _rows(rotary[0]), _rows(rotary[1]), caches, first
     )
     return found
 

@@ -15,9 +15,10 @@ from moacompress.plan import Plan
 from moacompress.runtime import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
-from moacompress.runtime.fused import fuse, unfuse
+from moacompress.runtime.fused import are_fused, fuse, read_layers, unfuse
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
+from moacompress.runtime.stack import Stack
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -102,11 +103,12 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if len(modules) != plan.model.layers:
         raise PlanError(f"the plan has {plan.model.layers} layers, the model has attention in {len(modules)}")
     decoder = model.get_decoder() or model.base_model
-    handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder), with_kwargs=True)]
-    for layer, module in enumerate(modules):
-        handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
     for part in model.modules():
         fuse(part)
+    stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) else None
+    handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder, stack), with_kwargs=True)]
+    for layer, module in enumerate(modules):
+        handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
     implementations = []
     for config in {id(c): c for c in (m.config for m in model.modules() if isinstance(m, PreTrainedModel))}.values():
         before = config._attn_implementation_internal

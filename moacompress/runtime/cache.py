@@ -30,6 +30,7 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
+        reading: what `stack` knows of it, or None.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
     """
 
@@ -38,6 +39,7 @@ class PlanCache(Cache):
     def __init__(self, plan: Plan, reserve: int | None = None) -> None:
         self.plan_key = plan.key()
         self.real: Bools | None = None
+        self.reading: Any = None
         self._positions: tuple[int, Ints] | None = None
         self._is_user_defined = False
         layers = zip(plan.rules, plan.model.native_windows, strict=True)
@@ -120,7 +122,7 @@ class PlanCache(Cache):
         self.check_whole()
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers = [layer.fork() for layer in self.layers]
+        other.layers, other.reading = [layer.fork() for layer in self.layers], None
         other._take_handle()
         return other
 
@@ -179,7 +181,7 @@ class PlanCache(Cache):
     def reset(self) -> None:
         """Empties the cache."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.real = self._positions = None
+        self.real = self._positions = self.reading = None
 
     def _select(self, rows: Any) -> None:
         if self.real is not None:

@@ -23,6 +23,7 @@ from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, atte
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import AttentionHook
 from moacompress.runtime.packing import FEW_ROWS, PackedLinear
+from moacompress.runtime.stack import RUN, Reading, Run
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known, and what the names of their classes begin with."""
@@ -95,7 +96,11 @@ class _FusedLayer:
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As the layer's own."""
-        module, rotary = cast(Any, self), cast(Any, kwargs.get("position_embeddings"))
+        module, rotary, run = cast(Any, self), cast(Any, kwargs.get("position_embeddings")), kwargs.pop(RUN, None)
+        if isinstance(run, Run) and not args:
+            out = run.step(module, hidden_states, attention_mask, rotary)
+            if out is not None:
+                return out
         layer = None if attention_mask is not None else _layer(module, hidden_states)
         call = None if layer is None else _call(layer.attention, kwargs)
         if layer is None or call is None or not _fits(layer.attention, hidden_states, rotary, call, *layer.projections):
@@ -287,6 +292,41 @@ def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
 def _is_touched(module: Any) -> bool:
     """Whether something runs around a module, or in its place."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
+    """Reads decoder layers for a step through all of them; None where one of them can not take part.
+
+    Args:
+        layers: the layers.
+        hidden: `[rows, 1, hidden]`, what comes into the first.
+        rotary: cosines and sines of the step.
+        cache: the model's.
+    """
+    reading = Reading(layers)
+    numbers, biased = set(), set()
+    for module in layers:
+        layer = None if _is_touched(module) else _layer(module, hidden)
+        call = None if layer is None else _call(layer.attention, {"cache": cache})
+        if layer is None or call is None or not _fits(layer.attention, hidden, rotary, call, *layer.projections):
+            return None
+        weights, biases = layer.projections
+        reading.weights += [*weights, *layer.around.weights]
+        reading.biases += biases
+        reading.norms += layer.around.norms
+        reading.contexts.append(call.context)
+        numbers.add((layer.around.eps, layer.attention.head_dim, layer.attention.scaling))
+        biased.add(len(biases))
+    if len(numbers) != 1 or len(biased) != 1:
+        return None
+    reading.seal(*numbers.pop())
+    return reading
+
+
+def are_fused(layers: Iterable[nn.Module]) -> bool:
+    """Returns whether there are decoder layers, and the class of every one is a fused one."""
+    kinds = [isinstance(layer, _FusedLayer) for layer in layers]
+    return bool(kinds) and all(kinds)
 
 
 def fuse(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerCall, 
 from moacompress.runtime.blocks import Ints
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.chunk import Bools
+from moacompress.runtime.stack import RUN, Stack
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
@@ -51,9 +52,16 @@ class AttentionHook:
 
 
 class DecoderHook:
-    """Checks the inputs of a forward, brings the cache and tells it which tokens are real."""
+    """Checks the inputs of a forward, brings the cache and tells it which tokens are real.
 
-    def __init__(self, plan: Plan, decoder: torch.nn.Module) -> None:
+    Args:
+        plan: the plan.
+        decoder: what it is a hook of.
+        stack: how all layers make one call, or None where they can not.
+    """
+
+    def __init__(self, plan: Plan, decoder: torch.nn.Module, stack: Stack | None = None) -> None:
+        self.stack = stack
         self.plan = plan
         self.plan_key = plan.key()
         parameters = inspect.signature(type(decoder).forward).parameters
@@ -79,6 +87,8 @@ class DecoderHook:
         real = begin(cache, mask, positions, rows, tokens)
         if real is None or real[:, real.shape[1] - tokens :].all():
             kwargs.pop("attention_mask", None)
+            if tokens == 1 and self.stack is not None and cache is not None:
+                kwargs[RUN] = self.stack.begin(module, cache)
         return (), kwargs
 
     @torch.compiler.disable(reason="a cache can not be made in a compiled graph: pass one, cache=PlanCache(plan)")  # type: ignore[untyped-decorator]

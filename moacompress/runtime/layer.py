@@ -7,6 +7,7 @@ The tokens of a row are those that its mask calls real: padding is never written
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -95,7 +96,8 @@ class PlanCacheLayer(CacheLayerMixin):
         return self.record_past
 
     @property
-    def _lag(self) -> int:
+    def lag(self) -> int:
+        """Tokens that are kept longer than the plan says, so that drafts can be rolled back."""
         return LAG if self.record_past else 0
 
     @property
@@ -205,22 +207,50 @@ class PlanCacheLayer(CacheLayerMixin):
         call: Callable[..., tuple[torch.Tensor, int]],
         scores: tuple[float | torch.Tensor | None, ...],
     ) -> torch.Tensor | None:
-        pool, table = self._pool, self._table
-        assert pool is not None
-        if not pool.tensors or pool.keys[0].dtype != like.dtype or dispatch.kernel_for(like) != "cpu":
+        if not self._has_memory_for(like) or dispatch.kernel_for(like) != "cpu":
             return None
-        with pool.lock:
+        with self.lock:
             while True:
-                state = map(torch.from_numpy, (table.ids, self.lengths, self._runs.ends, pool.refs))
-                out, wanted = call(pool.keys, pool.values, *state, *self._rule.columns, self._lag, *scores)
+                keys, values, *state = self.state()
+                out, wanted = call(keys, values, *state, *self._rule.columns, self.lag, *scores)
                 if not wanted:
                     break
-                if wanted == 1:
-                    table.widen(int(self.lengths.max()) // BLOCK + 1)
-                else:
-                    pool.grow(wanted - 1)
+                self.make_room(wanted)
         self.columns += 1
         return out
+
+    def _has_memory_for(self, like: torch.Tensor) -> bool:
+        pool = self._pool
+        return pool is not None and bool(pool.keys) and pool.keys[0].dtype == like.dtype
+
+    def can_step(self, hidden: torch.Tensor) -> bool:
+        """Whether one more token of every row can be taken in by a compiled call: there is memory, and it is as many rows."""
+        return self._has_memory_for(hidden) and self._pending is None and hidden.shape[0] == len(self.lengths)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Returns what `state` and `can_step` are made of: they say the same as long as these are the same objects."""
+        assert self._pool is not None
+        return self._table.ids, self.lengths, self._runs.ends, self._pool.refs, self._pending
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Of the memory, which forks share; held while `state` is used."""
+        assert self._pool is not None
+        return self._pool.lock
+
+    def state(self) -> dispatch.CacheState:
+        """Returns what a compiled call reads and writes: segments of keys and values, block table, lengths, runs and counts."""
+        assert self._pool is not None
+        return dispatch.CacheState(self._pool.keys, self._pool.values, *map(torch.from_numpy, self.arrays()[:4]))
+
+    def make_room(self, wanted: int) -> None:
+        """Gives a compiled call what it wants: 1 is a wider table, 1 + n are n blocks."""
+        assert self._pool is not None
+        if wanted == 1:
+            self._table.widen(int(self.lengths.max()) // BLOCK + 1)
+        else:
+            with self.lock:
+                self._pool.grow(wanted - 1)
 
     def commit(self, chunk: Chunk) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.
@@ -244,7 +274,7 @@ class PlanCacheLayer(CacheLayerMixin):
     def _commit(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> None:
         before, counts = self.lengths, chunk.counts(len(self.lengths))
         lengths = before + counts
-        runs = self._rule.kept(lengths, self._runs, self._lag)
+        runs = self._rule.kept(lengths, self._runs, self.lag)
         assert self._pool is not None
         with self._pool.lock:
             if not self._pool.tensors:

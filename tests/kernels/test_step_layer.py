@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from moacompress.kernels import cpu_ops
+from moacompress.kernels import cpu_ops, dispatch
 from moacompress.kernels.block_reference import reference_decode
 from moacompress.plan import Rule
 from moacompress.runtime import fused
@@ -166,8 +166,8 @@ def test_bad_arguments_are_refused():
         return [change(w).contiguous() if i == at else w for i, w in enumerate(case.weights)]
 
     hidden = case.x.shape[2]
-    refused("6 weights and 2 norms", weights=case.weights[:6])
-    refused("7 weights and 1 norms", norms=case.norms[:1])
+    refused("6 weights, 0 biases and 2 norms", weights=case.weights[:6])
+    refused("7 weights, 0 biases and 1 norms", norms=case.norms[:1])
     refused("eps is -1", eps=-1.0)
     refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
     refused("a norm has another dtype", norms=[case.norms[0].half(), case.norms[1]])
@@ -182,6 +182,122 @@ def test_bad_arguments_are_refused():
     strided = torch.randn(hidden, 2 * case.weights[6].shape[1])[:, ::2]
     refused("weight must be contiguous", weights=[*case.weights[:6], strided])
     assert torch.ops.moacompress_cpu.step_layer(*case.arguments())[1] in (0, 1)
+
+
+def read(case: Case) -> tuple[int, int]:
+    """Reads a case's layer, twice over as if there were two, and its cache; returns their numbers."""
+    sink, alpha, beta_q, min_window, native = case.cache._rule.columns
+    columns = [sink, alpha, beta_q]
+    rules: tuple[Any, ...] = (columns * 2, min_window, [native] * 2, case.scores[0])
+    weights = (case.weights * 2, case.biases * 2, case.norms * 2, case.eps, case.rotary[0].shape[-1])
+    layers = dispatch.read_layers(*weights, *rules)
+    return layers, dispatch.read_caches(layers, [case.cache.state()] * 2, 0)
+
+
+def plain(seed: int, dtype: torch.dtype, rows: int) -> Case:
+    """A case without softcap and learned logits, with room for some tokens."""
+    case = build(seed, dtype, rows)
+    case.scores = (case.scores[0], 0.0, None)
+    case.step()
+    assert case.cache._pool is not None
+    case.cache._pool.grow(100)
+    case.cache._table.widen(20)
+    return case
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_layers_one_after_the_other(seed):
+    """Both of them have the same weights and, to make it simple, the same cache."""
+    dtype = cpu_ops.DTYPES[seed % 3]
+    case, other = plain(seed, dtype, 2), plain(seed, dtype, 2)
+    layers, caches = read(case)
+    found = dispatch.step_layers(case.x, case.rotary, caches, 0)
+    assert found[1:] == (2, 0)
+    other.x = other.step()
+    assert torch.equal(other.step(), found[0])
+    again = dispatch.step_layers(other.x, case.rotary, caches, 1)
+    assert again[1:] == (2, 0)
+    assert torch.equal(other.step(), again[0])
+    cpu_ops.forget_caches(caches)
+    cpu_ops.forget_layers(layers)
+
+
+def test_weights_that_were_moved_are_seen():
+    case = plain(8, torch.float32, 2)
+    layers, caches = read(case)
+    assert dispatch.step_layers(case.x, case.rotary, caches, 0)[1:] == (2, 0)
+    lengths = case.cache.lengths.copy()
+    case.weights[4].data = case.weights[4].data.clone()
+    assert dispatch.step_layers(case.x, case.rotary, caches, 0)[1:] == (0, -1)
+    assert np.array_equal(lengths, case.cache.lengths)
+    cpu_ops.forget_layers(layers)
+    cpu_ops.forget_caches(caches)
+
+
+def test_what_is_read_is_checked():
+    case = plain(8, torch.float32, 2)
+    case.biases = []
+    sink, alpha, beta_q, min_window, native = case.cache._rule.columns
+    good = {
+        "weights": case.weights,
+        "biases": [],
+        "norms": case.norms,
+        "eps": case.eps,
+        "head_dim": case.rotary[0].shape[-1],
+        "columns": [sink, alpha, beta_q],
+        "min_window": min_window,
+        "native_windows": [native],
+        "scaling": 0.5,
+    }
+
+    def refused(match, **changes):
+        with pytest.raises(RuntimeError, match=match):
+            dispatch.read_layers(**(good | changes))
+
+    refused("6 weights, 0 biases, 2 norms and 3 columns of rules for 1 layers", weights=case.weights[:6])
+    refused("for 0 layers", native_windows=[])
+    refused("for 2 layers", native_windows=[0, 0])
+    refused("weight has another dtype", weights=[case.weights[0], case.weights[1].half(), *case.weights[2:]])
+    refused("a norm has the shape", norms=[case.norms[0][1:], case.norms[1]])
+    refused("eps is -1", eps=-1.0)
+    refused("KV heads of 0", head_dim=0)
+    refused("has .* outputs, for", head_dim=case.rotary[0].shape[-1] + 1)
+    refused("sink has the shape", columns=[sink[None], alpha, beta_q])
+    refused("alpha has the shape", columns=[sink, torch.cat((alpha, alpha)), beta_q])
+    refused("scaling is 0", scaling=0.0)
+    layers, state = dispatch.read_layers(**good), case.cache.state()
+
+    def cache_refused(match, states=(state,), lag=0):
+        with pytest.raises(RuntimeError, match=match):
+            dispatch.read_caches(layers, states, lag)
+
+    cache_refused("2 numbers of segments and 8 parts of caches for 1 layers", [state, state])
+    cache_refused("0 segments of layer 0", [([], [], *state[2:])])
+    cache_refused("segments of layer 0, of .* of keys and 0 of values", [(state[0], [], *state[2:])])
+    cache_refused("lengths has another dtype", [(*state[:3], state[3].int(), *state[4:])])
+    cache_refused("refs counts", [(*state[:5], state[5][:-1].clone())])
+    cache_refused("lag is -1", lag=-1)
+    with pytest.raises(RuntimeError, match="no layers of the number 0"):
+        dispatch.read_caches(0, [state], 0)
+    caches = dispatch.read_caches(layers, [state], 0)
+    for x, match in (
+        (case.x[:1], "input has the shape"),
+        (case.x.half(), "another dtype"),
+        (case.x[:, 0], "the shape"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            dispatch.step_layers(x, case.rotary, caches, 0)
+    with pytest.raises(RuntimeError, match="first layer is 1 of 1"):
+        dispatch.step_layers(case.x, case.rotary, caches, 1)
+    with pytest.raises(RuntimeError, match="cos has the shape"):
+        dispatch.step_layers(case.x, (case.rotary[0][..., 1:], case.rotary[1]), caches, 0)
+    with pytest.raises(RuntimeError, match="layer 1 of 1"):
+        dispatch.read_cache(caches, 1, state, 0)
+    cpu_ops.forget_caches(caches)
+    cpu_ops.forget_caches(caches)
+    with pytest.raises(RuntimeError, match="no caches of the number"):
+        dispatch.step_layers(case.x, case.rotary, caches, 0)
+    cpu_ops.forget_layers(layers)
 
 
 def test_fakes_have_the_shapes_of_the_real_ones():

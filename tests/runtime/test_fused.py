@@ -14,6 +14,7 @@ from moacompress.models import attention_modules, model_shape
 from moacompress.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach, fused
 from moacompress.runtime.packing import FEW_ROWS, pack_weights
+from moacompress.runtime.stack import Stack
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -22,6 +23,12 @@ FAMILIES = ("llama", "mistral", "qwen2")
 def _kernels():
     if dispatch.chosen().name != "cpu":
         pytest.skip(dispatch.chosen().reason)
+
+
+@pytest.fixture(autouse=True)
+def _one_by_one(monkeypatch):
+    """No call for all layers at once: tests/runtime/test_stack.py is about that."""
+    monkeypatch.setattr(Stack, "begin", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -1,0 +1,194 @@
+// A decode step through all decoder layers. What the layers and the caches are is read, and checked, once and remembered under a
+// number: between the products of two layers there is then nothing to convert.
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "step.h"
+
+namespace {
+
+using namespace moacompress;
+
+// Decoder layers in their order. Holds the tensors, and knows when one of them was given other memory.
+struct Layers {
+  Tensors held;
+  std::vector<std::pair<const void*, int64_t>> memory;  // of each: where it is, and how many numbers
+  std::vector<DecoderLayer> layers;
+  std::vector<Rest> rests;
+  ScalarType type;
+  int64_t inputs;
+
+  std::pair<const void*, int64_t> memory_of(size_t i) const { return {held[i].const_data_ptr(), held[i].numel()}; }
+
+  bool same() const {
+    for (size_t i = 0; i < held.size(); i++)
+      if (memory_of(i) != memory[i]) return false;
+    return true;
+  }
+};
+
+// The caches of decoder layers for some rows, and the tensors that each is of. Used by one thread at a time.
+struct Caches {
+  std::shared_ptr<const Layers> layers;
+  int64_t rows;
+  std::vector<std::pair<LayerCache, Tensors>> caches;
+};
+
+// Things that operators name by numbers.
+template <class T> class Named {
+ public:
+  int64_t add(T thing) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    things_[++last_] = std::make_shared<T>(std::move(thing));
+    return last_;
+  }
+  std::shared_ptr<T> find(int64_t number, const char* op, const char* what) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const auto found = things_.find(number);
+    STD_TORCH_CHECK(found != things_.end(), op, ": there are no ", what, " of the number ", number);
+    return found->second;
+  }
+  void forget(int64_t number) {
+    std::shared_ptr<T> last;  // goes after the lock
+    const std::lock_guard<std::mutex> guard(lock_);
+    const auto found = things_.find(number);
+    if (found == things_.end()) return;
+    last = found->second;
+    things_.erase(found);
+  }
+
+ private:
+  std::mutex lock_;
+  std::map<int64_t, std::shared_ptr<T>> things_;
+  int64_t last_ = 0;
+};
+
+Named<Layers>& all_layers() {
+  static auto* all = new Named<Layers>;  // never destroyed: the tensors' library may be gone by then
+  return *all;
+}
+
+Named<Caches>& all_caches() {
+  static auto* all = new Named<Caches>;
+  return *all;
+}
+
+void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors columns,
+                       int64_t min_window, Shapes native_windows, double scaling) {
+  const char* op = "read_layers";
+  const size_t count = native_windows.size();
+  STD_TORCH_CHECK(count && weights.size() == 7 * count && norms.size() == 2 * count &&
+                      (biases.empty() || biases.size() == 3 * count) && columns.size() == 3 * count,
+                  op, ": ", weights.size(), " weights, ", biases.size(), " biases, ", norms.size(), " norms and ", columns.size(),
+                  " columns of rules for ", count, " layers; 7, 3 or none, 2 and 3 of each are needed");
+  check(weights[0], {-1, -1}, weights[0].scalar_type(), op, "weight");
+  Layers read;
+  read.type = weights[0].scalar_type();
+  read.inputs = weights[0].size(1);
+  for (size_t i = 0; i < count; i++) {
+    const Tensor* rule = &columns[3 * i];
+    check(rule[0], {-1}, ScalarType::Long, op, "sink");
+    read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
+                             rule[0].size(0), head_dim, read.type, dtype_of(weights[0], op), op);
+    const Shape& shape = read.layers.back().projections.shape;
+    read.rests.push_back(rest_of(rule[0], rule[1], rule[2], min_window, native_windows[i], scaling, 0.0, std::nullopt, shape, op));
+  }
+  for (const Tensors* some : {&weights, &biases, &norms, &columns}) append(read.held, *some);
+  for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
+  return all_layers().add(std::move(read));
+}
+
+std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size_t layer, const Tensors& keys, const Tensors& values,
+                                        const Tensor* state, int64_t lag, const char* op) {
+  Shape shape = layers.layers[layer].projections.shape;
+  shape.rows = rows;
+  Tensors held(state, state + 4);
+  append(held, keys);
+  append(held, values);
+  return {LayerCache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op), held};
+}
+
+int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors states, int64_t lag) {
+  const char* op = "read_caches";
+  Caches read;
+  read.layers = all_layers().find(layers, op, "layers");
+  const size_t count = read.layers->layers.size();
+  STD_TORCH_CHECK(segments.size() == count && states.size() == 4 * count, op, ": ", segments.size(), " numbers of segments and ",
+                  states.size(), " parts of caches for ", count, " layers; 1 and 4 of each are needed");
+  check(states[1], {-1}, ScalarType::Long, op, "lengths");
+  read.rows = states[1].size(0);
+  int64_t begin = 0;
+  for (size_t i = 0; i < count; i++) {
+    const int64_t own = segments[i];
+    STD_TORCH_CHECK(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
+                    " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
+    const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
+    read.caches.push_back(cache_of(*read.layers, read.rows, i, part(keys), part(values), &states[4 * i], lag, op));
+    begin += own;
+  }
+  STD_TORCH_CHECK(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
+                  keys.size(), " of keys and ", values.size(), " of values");
+  return all_caches().add(std::move(read));
+}
+
+// Reads the cache of one layer anew.
+void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors state, int64_t lag) {
+  const char* op = "read_cache";
+  const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
+  STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == 4, op, ": layer ", layer, " of ",
+                  all->caches.size(), " with ", state.size(), " parts of a cache, of 4");
+  all->caches[size_t(layer)] = cache_of(*all->layers, all->rows, size_t(layer), keys, values, state.data(), lag, op);
+}
+
+// The layers from `first` on, one after the other. Returns what came out of the last one that was done, the number of layers done,
+// and what the next one wants; -1 where the weights are no more what was read.
+std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor sin, int64_t caches, int64_t first) {
+  const char* op = "step_layers";
+  const std::shared_ptr<const Caches> all = all_caches().find(caches, op, "caches");
+  const Layers& read = *all->layers;
+  const int64_t rows = all->rows, count = int64_t(read.layers.size());
+  x = one_token(x, op);
+  check(x, {rows, 1, read.inputs}, read.type, op, "the input");
+  STD_TORCH_CHECK(first >= 0 && first < count, op, ": the first layer is ", first, " of ", count);
+  const Rotary rotary(cos, sin, rows, read.layers[0].projections.shape.head_dim, read.type, op);
+  Tensor out[] = {torch::stable::new_empty(x, Shapes{rows, 1, read.inputs}),
+                  torch::stable::new_empty(x, Shapes{rows, 1, read.inputs})};  // written in turn
+  if (!read.same()) return {out[0], first, -1};
+  const void* from = x.const_data_ptr();
+  Scratch memory;
+  for (int64_t i = first; i < count; i++) {
+    Tensor& to = out[i % 2];
+    const int64_t wanted =
+        read.layers[size_t(i)].step(all->caches[size_t(i)].first, rotary, rows, from, to.mutable_data_ptr(), memory, op);
+    if (wanted) return {out[(i + 1) % 2], i, wanted};
+    from = to.const_data_ptr();
+  }
+  return {out[(count + 1) % 2], count, 0};
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Lets go of what `read_layers` and `read_caches` returned a number for; one that is not there is no error.
+EXPORT void moacompress_forget_layers(int64_t number) { all_layers().forget(number); }
+EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(number); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
+  m.def(
+      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] columns, int min_window, "
+      "int[] native_windows, float scaling) -> int");
+  m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] states, int lag) -> int");
+  m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] state, int lag) -> ()");
+  m.def("step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
+  m.impl("read_layers", TORCH_BOX(&read_layers_op));
+  m.impl("read_caches", TORCH_BOX(&read_caches_op));
+  m.impl("read_cache", TORCH_BOX(&read_cache_op));
+  m.impl("step_layers", TORCH_BOX(&step_layers_op));
+}

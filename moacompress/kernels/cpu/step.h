@@ -1,0 +1,210 @@
+// A decode step's parts as the operators are given them: what they are checked to be once, and what is then done with them.
+#pragma once
+#include "binding.h"
+#include "tasks.h"
+
+namespace moacompress {
+
+// A layer's cache and the rules it is kept by. Views of tensors that must outlive it.
+struct LayerCache {
+  PoolViews keys, values;
+  int32_t* ids;
+  int64_t width, *lengths, *runs;
+  int32_t* refs;
+  int64_t blocks, lag;
+  Rest rest;
+
+  LayerCache(const Tensors& keys, const Tensors& values, const Tensor& table, const Tensor& lengths, const Tensor& runs,
+             const Tensor& refs, const Rest& rest, int64_t lag, const Shape& shape, ScalarType type, const char* op)
+      : keys(keys, shape.head_dim, type, op, "keys"), values(values, shape.value_dim, type, op, "values"), lag(lag), rest(rest) {
+    STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
+                    " of values; at least one of each, and as many, are needed");
+    dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
+    dense(runs, {4, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
+    dense(refs, {-1}, ScalarType::Int, op, "refs");
+    numbers(lengths, shape.rows, op, "lengths");
+    blocks = refs.size(0);
+    STD_TORCH_CHECK(this->keys.first_block.back() == blocks && this->values.first_block.back() == blocks, op, ": the pool has ",
+                    this->keys.first_block.back(), " blocks of keys and ", this->values.first_block.back(),
+                    " of values, refs counts ", blocks);
+    STD_TORCH_CHECK(lag >= 0, op, ": lag is ", lag);
+    ids = static_cast<int32_t*>(table.mutable_data_ptr());
+    width = table.size(2);
+    this->lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
+    this->runs = static_cast<int64_t*>(runs.mutable_data_ptr());
+    this->refs = static_cast<int32_t*>(refs.mutable_data_ptr());
+  }
+};
+
+// One token of every row.
+struct Token {
+  Shape shape;
+  const void *query, *key, *value;
+  Strides query_at, key_at, value_at;
+};
+
+// Takes a token into a cache and attends, to `out`, [rows, heads, value_dim]. Returns 0; or, when nothing is done yet, 1 where the
+// table is too narrow, and 1 + n where the pool lacks n blocks.
+inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op) {
+  const Shape& shape = token.shape;
+  for (int64_t row = 0; row < shape.rows; row++)
+    STD_TORCH_CHECK(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
+                    " tokens");
+  const Rest& rest = cache.rest;
+  const int64_t missing =
+      advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
+               cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks});
+  if (missing) return missing == TABLE_TOO_NARROW ? 1 : 1 + missing;
+  check_status(decode({shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
+                       cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr},
+                      parallel(), isa()),
+               op);
+  return 0;
+}
+
+// Checks a linear layer of `inputs` and returns its call; rows, input and output are for the caller to put in.
+inline LinearCall linear_call(ScalarType type, DType dtype, int64_t inputs, const Tensor& weight, const Tensor* bias, const char* op) {
+  const void* from = dense(weight, {-1, inputs}, type, op, "weight");
+  const int64_t outputs = weight.size(0);
+  const void* added = bias ? dense(*bias, {outputs}, type, op, "bias") : nullptr;
+  return {dtype, 0, inputs, outputs, nullptr, from, added, nullptr, nullptr, nullptr};
+}
+
+inline void run(const LinearCall* calls, int64_t count, const char* op) {
+  check_status(linear(calls, count, parallel(), isa()), op);
+}
+
+// Bytes of some numbers, on lines of the processor's cache of their own.
+inline size_t bytes_of(DType dtype, int64_t count) { return (size_t(count) * element_size(dtype) + 63) / 64 * 64; }
+
+// The input of a step, [rows, 1, inputs], contiguous.
+inline Tensor one_token(const Tensor& x, const char* op) {
+  check(x, {-1, 1, -1}, x.scalar_type(), op, "the input");
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// Rotary position embeddings of one token, for `rows` rows or for all alike.
+struct Rotary {
+  const void *cos, *sin;
+  int64_t cos_row, sin_row;
+
+  Rotary(const Tensor& cos, const Tensor& sin, int64_t rows, int64_t dim, ScalarType type, const char* op)
+      : cos(cos.const_data_ptr()), sin(sin.const_data_ptr()) {
+    STD_TORCH_CHECK(dim > 0 && dim % 2 == 0, op, ": the rotary embeddings have ", dim, " dimensions, not an even number");
+    for (const Tensor* t : {&cos, &sin}) {
+      check_rows(*t, {-1, 1, dim}, type, op, t == &cos ? "cos" : "sin");
+      STD_TORCH_CHECK(t->size(0) == rows || t->size(0) == 1, op, ": rotary embeddings of ", t->size(0), " rows for ", rows);
+    }
+    cos_row = cos.size(0) == 1 ? 0 : cos.stride(0);
+    sin_row = sin.size(0) == 1 ? 0 : sin.stride(0);
+  }
+};
+
+// What makes the queries, keys and values of one token: three weights, and three biases or null.
+struct Projections {
+  LinearCall calls[3];
+  Shape shape;  // of the heads; rows are those of a step
+
+  Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
+              DType dtype, const char* op) {
+    STD_TORCH_CHECK(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
+    for (size_t i = 0; i < 3; i++) {
+      calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
+      const int64_t of = i == 2 ? kv_heads : kv_heads * dim;
+      STD_TORCH_CHECK(calls[i].outputs > 0 && calls[i].outputs % of == 0 && (i != 1 || calls[i].outputs == of), op, ": weight ", i,
+                      " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
+    }
+    shape = {dtype, 0, kv_heads, calls[0].outputs / (kv_heads * dim), dim, calls[2].outputs / kv_heads};
+  }
+
+  size_t bytes(int64_t rows) const {  // that a token takes
+    size_t sum = 0;
+    for (const LinearCall& call : calls) sum += bytes_of(shape.dtype, rows * call.outputs);
+    return sum;
+  }
+
+  // Makes the token of `x`, [rows, inputs], in `bytes` of memory.
+  Token make(const void* x, int64_t rows, const Rotary& rotary, char* to, const char* op) const {
+    LinearCall now[3];
+    for (size_t i = 0; i < 3; i++) {
+      now[i] = calls[i];
+      now[i].rows = rows;
+      now[i].x = x;
+      now[i].out = to;
+      to += bytes_of(shape.dtype, rows * now[i].outputs);
+    }
+    run(now, 3, op);
+    for (size_t i = 0; i < 2; i++)
+      rotate({shape.dtype, rows, now[i].outputs / shape.head_dim, shape.head_dim, now[i].out, rotary.cos, rotary.sin,
+              rotary.cos_row, rotary.sin_row},
+             isa());
+    const auto at = [&](size_t i, int64_t dim) { return Strides{now[i].outputs, dim, now[i].outputs}; };
+    Token token = {shape, now[0].out, now[1].out, now[2].out, at(0, shape.head_dim), at(1, shape.head_dim), at(2, shape.value_dim)};
+    token.shape.rows = rows;
+    return token;
+  }
+};
+
+// Memory that a layer works in; grows to what the largest one wants.
+struct Scratch {
+  std::optional<Buffer<char>> held;
+  size_t bytes = 0;
+
+  char* of(size_t wanted, const char* op) {
+    if (!held || wanted > bytes) held.emplace(bytes = wanted);
+    STD_TORCH_CHECK(held->get(), op, ": no memory for ", wanted, " bytes");
+    return held->get();
+  }
+};
+
+// The weights of a decoder layer, attention and a gated feed-forward, each after a norm and beside the residual stream: seven
+// weights, three biases or null, and two norms.
+struct DecoderLayer {
+  Projections projections;
+  LinearCall output, gate, last;
+  const void* scales[2];
+  float eps;
+
+  DecoderLayer(const Tensor* weights, const Tensor* biases, const Tensor* norms, double eps, int64_t inputs, int64_t kv_heads,
+               int64_t dim, ScalarType type, DType dtype, const char* op)
+      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op), eps(float(eps)) {
+    STD_TORCH_CHECK(eps >= 0, op, ": eps is ", eps);
+    for (size_t i = 0; i < 2; i++) scales[i] = dense(norms[i], {inputs}, type, op, "a norm");
+    const Shape& shape = projections.shape;
+    output = linear_call(type, dtype, shape.kv_heads * shape.group * shape.value_dim, weights[3], nullptr, op);
+    gate = linear_call(type, dtype, inputs, weights[4], nullptr, op);
+    const LinearCall up = linear_call(type, dtype, inputs, weights[5], nullptr, op);
+    last = linear_call(type, dtype, gate.outputs, weights[6], nullptr, op);
+    STD_TORCH_CHECK(up.outputs == gate.outputs && output.outputs == inputs && last.outputs == inputs, op,
+                    ": the weights after attention have ", output.outputs, ", ", gate.outputs, ", ", up.outputs, " and ",
+                    last.outputs, " outputs; the first and last must be ", inputs, ", the others alike");
+    gate.up = up.weight;
+  }
+
+  // One token of every row: `x` to `out`, [rows, inputs] each. Returns as `take`.
+  int64_t step(const LayerCache& cache, const Rotary& rotary, int64_t rows, const void* x, void* out, Scratch& memory,
+               const char* op) const {
+    const DType dtype = output.dtype;
+    const int64_t inputs = output.outputs;
+    const size_t heads = projections.bytes(rows), attended = bytes_of(dtype, rows * output.inputs), wide = bytes_of(dtype, rows * inputs);
+    char* const parts = memory.of(heads + attended + 2 * wide + bytes_of(dtype, rows * gate.outputs), op);
+    char *mixed = parts + heads, *normed = mixed + attended, *hidden = normed + wide, *gated = hidden + wide;
+    const auto normalize = [&](const void* from, const void* scale) { norm({dtype, rows, inputs, from, scale, eps, normed}, isa()); };
+    const auto product = [&](LinearCall call, const void* from, void* to, const void* residual) {
+      call.rows = rows;
+      call.x = from;
+      call.out = to;
+      call.residual = residual;
+      run(&call, 1, op);
+    };
+    normalize(x, scales[0]);
+    if (const int64_t wanted = take(cache, projections.make(normed, rows, rotary, parts, op), mixed, op)) return wanted;
+    product(output, mixed, hidden, x);
+    normalize(hidden, scales[1]);
+    product(gate, normed, gated, nullptr);
+    product(last, gated, out, hidden);
+    return 0;
+  }
+};
+
+}  // namespace moacompress

@@ -1,0 +1,275 @@
+"""A decode step through all decoder layers in one compiled call.
+
+Between two layers' calls a processor runs Python that it has not seen since the layer before, while weights went through its
+caches; for a small model that takes a quarter of a step. So where every layer could make the call of `fused` by itself, the
+first one makes one call for all, and the others hand on what they get.
+
+That nothing else has a hand in any of them is asked at every step, of everything that the layers are made of. What was read is
+kept, by the kernels too, so that asking is a comparison.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from moacompress.errors import UnsupportedError
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.runtime.attention import LayerContext
+from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.packing import FEW_ROWS
+
+RUN = "moacompress_run"
+"""Keyword under which a `Run` reaches the decoder layers."""
+MOVED = -1
+"""What `kernels.dispatch.step_layers` wants when a weight is elsewhere than it was."""
+
+
+@dataclass
+class Reading:
+    """What all decoder layers are made of, as one after the other was read; and how to tell that it still is.
+
+    Attributes:
+        layers: the decoder layers.
+        contexts: their parts of the plan.
+        weights: seven of each layer, as `kernels.dispatch.read_layers` takes them.
+        biases: three of each layer, or none.
+        norms: two of each layer.
+    """
+
+    layers: tuple[Any, ...]
+    contexts: list[LayerContext] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    biases: list[torch.Tensor] = field(default_factory=list)
+    norms: list[torch.Tensor] = field(default_factory=list)
+
+    def seal(self, eps: float, head_dim: int, scaling: float) -> None:
+        """Gives what was read to the kernels, and takes note of everything that `holds` compares."""
+        columns = [column for context in self.contexts for column in context.columns]
+        windows = [context.native_window or 0 for context in self.contexts]
+        rules = (columns, self.contexts[0].min_window, windows, scaling)
+        self.number = dispatch.read_layers(self.weights, self.biases, self.norms, eps, head_dim, *rules)
+        weakref.finalize(self, cpu_ops.forget_layers, self.number).atexit = False
+        self._dtype = self.weights[0].dtype
+        self._hooks: list[dict[int, Any]] = []
+        self._own: list[dict[str, Any]] = []
+        self._watched: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
+        for layer in self.layers:
+            attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+            for module in (layer, attention, mlp, *norms, *attention._modules.values(), *mlp._modules.values()):
+                self._own.append(module.__dict__)
+                self._hooks += [
+                    module._forward_hooks,
+                    *([module._forward_pre_hooks] if module is not attention else ()),
+                ]
+                for held in (module._modules, module._parameters):
+                    self._watch(held, *held)
+            self._watch(attention.__dict__, "training", "scaling")
+            self._watch(attention._forward_pre_hooks, *attention._forward_pre_hooks)
+            self._watch(attention.config.__dict__, "_attn_implementation_internal")
+            for norm in norms:
+                self._watch(norm.__dict__, "variance_epsilon")
+        self._expected = [*self._now()]
+        self._hooks_made = RemovableHandle.next_id
+
+    def _watch(self, held: dict[Any, Any], *names: Any) -> None:
+        if names:
+            self._watched.setdefault(names, []).append(held)
+
+    def _now(self) -> Iterator[Any]:
+        """Goes through what is watched: the names are few and near, where the dictionaries of a model are many and far."""
+        for names, all_held in self._watched.items():
+            if len(names) == 1:
+                yield from map(itemgetter(*names), all_held)
+            else:
+                yield from chain.from_iterable(map(itemgetter(*names), all_held))
+
+    def holds(self, layers: tuple[Any, ...], dtype: torch.dtype) -> bool:
+        """Whether the layers are those that were read, and nothing about them has changed; not whether weights were moved."""
+        if layers != self.layers or dtype != self._dtype:
+            return False
+        made = RemovableHandle.next_id  # how many hooks anything ever got: most steps need not look for them
+        if made != self._hooks_made:
+            if any(self._hooks) or any(len(layer.self_attn._forward_pre_hooks) != 1 for layer in layers):
+                return False
+            self._hooks_made = made
+        if any(map(dict.__contains__, self._own, repeat("forward"))):
+            return False
+        try:
+            return all(map(is_, self._now(), self._expected))
+        except KeyError:
+            return False
+
+    @property
+    def trained(self) -> bool:
+        """Whether some weight has gradients."""
+        return any(tensor.requires_grad for tensor in (*self.weights, *self.biases, *self.norms))
+
+
+class CacheReading:
+    """The caches of all layers as the kernels have read them; the pools' locks are held while it is made and used.
+
+    Args:
+        reading: the layers.
+        caches: their caches; all can step.
+    """
+
+    def __init__(self, reading: Reading, caches: list[PlanCacheLayer]) -> None:
+        self._reading, self._caches, self._lag = reading, caches, caches[0].lag
+        self.number = dispatch.read_caches(reading.number, [cache.state() for cache in caches], self._lag)
+        self._arrays = [cache.arrays() for cache in caches]
+        weakref.finalize(self, cpu_ops.forget_caches, self.number).atexit = False
+
+    def holds(self, reading: Reading, caches: list[PlanCacheLayer]) -> bool:
+        """Whether it is of these, and nothing of them has been replaced since."""
+        if reading is not self._reading or caches is not self._caches or caches[0].lag != self._lag:
+            return False
+        return all(all(map(is_, cache.arrays(), known)) for cache, known in zip(caches, self._arrays, strict=True))
+
+    def read_again(self, layer: int) -> None:
+        """Reads the cache of one layer, by its index, anew."""
+        cache = self._caches[layer]
+        dispatch.read_cache(self.number, layer, cache.state(), self._lag)
+        self._arrays[layer] = cache.arrays()
+
+
+class Stack:
+    """Remembers how the decoder layers of a model were read last.
+
+    Args:
+        read: reads layers for a step: `fused.read_layers`.
+    """
+
+    def __init__(self, read: Callable[..., Reading | None]) -> None:
+        self._read = read
+        self._last: Reading | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def begin(self, decoder: Any, cache: PlanCache) -> Run | None:
+        """Returns what a forward of one real token a row hands to its layers; None where not all layers take part."""
+        layers = tuple(decoder.layers._modules.values())
+        return Run(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
+
+    def reading(self, layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
+        """Returns what the layers are made of, or None where they can not make one call."""
+        last = self._last
+        if last is None or not last.holds(layers, hidden.dtype):
+            last = self._last = self._read(layers, hidden, rotary, cache)
+        if last is None or (torch.is_grad_enabled() and (hidden.requires_grad or last.trained)):
+            return None
+        return last
+
+    def forget(self) -> None:
+        """Has the layers read anew."""
+        self._last = None
+
+
+class Run:
+    """One forward of one token a row through the decoder layers.
+
+    Args:
+        stack: the model's.
+        layers: the decoder layers.
+        cache: the model's cache.
+    """
+
+    def __init__(self, stack: Stack, layers: tuple[Any, ...], cache: PlanCache) -> None:
+        self._stack, self._layers, self._cache = stack, layers, cache
+        self._out: torch.Tensor | None = None
+
+    def step(self, layer: Any, hidden: torch.Tensor, attention_mask: Any, rotary: Any) -> torch.Tensor | None:
+        """Returns what a layer's forward returns, or None where the layer is to do its part by itself.
+
+        Args:
+            layer: the decoder layer.
+            hidden: `[rows, 1, hidden]`.
+            attention_mask: the layer's.
+            rotary: its position embeddings.
+        """
+        if self._out is not None:
+            if hidden is not self._out:
+                raise UnsupportedError(
+                    "something changed the hidden states between two decoder layers, whose step is made in one call; use hooks "
+                    "on the layers, then each does its part by itself"
+                )
+            return hidden
+        if not self._layers or layer is not self._layers[0]:
+            return None
+        if attention_mask is None and rotary is not None and 0 < hidden.shape[0] <= FEW_ROWS and hidden.shape[1] == 1:
+            self._out = self._through(hidden, rotary)
+        if self._out is None:
+            self._layers = ()
+        return self._out
+
+    def _through(self, hidden: torch.Tensor, rotary: Any) -> torch.Tensor | None:
+        if torch.is_autocast_enabled("cpu") or any(part.dtype != hidden.dtype for part in rotary):
+            return None
+        caches = self._cache.layers
+        reading = self._stack.reading(self._layers, hidden, rotary, self._cache)
+        if reading is None or (self._cache.reading is None and not _can_step(caches, hidden)):
+            return None
+        with _AllLocked(caches):  # forks in other threads replace what is read when they make room in the pools
+            known = self._cache.reading
+            if known is None or not known.holds(reading, caches):
+                if not _can_step(caches, hidden):
+                    return None
+                known = self._cache.reading = CacheReading(reading, caches)
+            elif hidden.shape[0] != len(caches[0].lengths):
+                return None  # for the layers to refuse
+            try:
+                out = _step_all(known, caches, hidden, rotary)
+            except RuntimeError:
+                caches[0].columns += 1  # some layers may have taken the token in: the cache is not whole any more
+                raise
+        if out is None:  # a weight was moved
+            self._stack.forget()
+            return self._through(hidden, rotary)
+        return out
+
+
+def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:
+    return all(cache.can_step(hidden) for cache in caches)
+
+
+def _step_all(
+    known: CacheReading, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Any
+) -> torch.Tensor | None:
+    """Makes the call, and again where it wants room; returns what it gives, None where it wants the weights read anew."""
+    done = 0
+    while True:
+        out, now, wanted = dispatch.step_layers(hidden, rotary, known.number, done)
+        for cache in caches[done:now]:
+            cache.columns += 1
+        if not wanted:
+            return out
+        if wanted == MOVED:
+            return None
+        if now > done:
+            hidden, done = out, now
+        caches[done].make_room(wanted)
+        known.read_again(done)
+
+
+class _AllLocked:
+    """Holds the locks of all layers' pools, which forks of a cache in other threads take in the same order."""
+
+    def __init__(self, caches: list[PlanCacheLayer]) -> None:
+        self._locks = [cache.lock for cache in caches]
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        for lock in self._locks:
+            lock.release()

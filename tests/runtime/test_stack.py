@@ -1,0 +1,367 @@
+"""A decode step through all layers in one call: to the bit what the layers do one by one, wherever nothing else is in them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from moacompress.errors import UnsupportedError
+from moacompress.kernels import cpu_ops, dispatch
+from moacompress.models import attention_modules, model_shape
+from moacompress.plan import Plan
+from moacompress.runtime import PlanCache, attach, detach, fused, stack
+from moacompress.runtime.packing import FEW_ROWS, pack_weights
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    if dispatch.chosen().name != "cpu":
+        pytest.skip(dispatch.chosen().reason)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls for all layers, readings of layers and of caches: a dictionary that tests may clear."""
+    found = {"steps": 0, "layers": 0, "caches": 0, "cache": 0}
+
+    def counted(name, own):
+        def call(*arguments, **rest):
+            found[name] += 1
+            return own(*arguments, **rest)
+
+        return call
+
+    for name, of in (
+        ("steps", "step_layers"),
+        ("layers", "read_layers"),
+        ("caches", "read_caches"),
+        ("cache", "read_cache"),
+    ):
+        monkeypatch.setattr(dispatch, of, counted(name, getattr(dispatch, of)))
+    return found
+
+
+@pytest.fixture
+def model(tiny_model, random_plan):
+    def make(family="llama", dtype=torch.float32, **config):
+        made = tiny_model(family, **config).to(dtype).eval().requires_grad_(False)
+        return attach(made, random_plan(model_shape(made), 3))
+
+    return make
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Returns logits of steps with each layer doing its part by itself."""
+
+    def run(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(stack.Stack, "begin", lambda *nothing: None)
+            return steps(*arguments)
+
+    return run
+
+
+def steps(model, rows, count=40, cache=None):
+    """Returns the logits of steps after a prompt, `[rows, count, vocabulary]`."""
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(3, model.config.vocab_size, (rows, 50 + count), generator=generator)
+    with torch.no_grad():
+        cache = model(ids[:, :50]).cache
+        return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+def test_it_is_to_the_bit_what_the_layers_do_one_by_one(family, dtype, rows, model, calls, one_by_one):
+    made = model(family, dtype)
+    found = steps(made, rows)
+    few = rows <= FEW_ROWS
+    assert calls["layers"] == calls["caches"] == few
+    assert calls["steps"] == few * (40 + calls["cache"])  # where there was no room a call was made again
+    assert calls["cache"] > 0 or not few
+    calls["steps"] = 0
+    assert torch.equal(one_by_one(made, rows), found)
+    assert calls["steps"] == 0
+
+
+def test_the_first_token_is_for_the_layers(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 30))
+    cache = PlanCache(made._moacompress.plan)
+    with torch.no_grad():
+        found = torch.cat([made(ids[:, i : i + 1], cache=cache).logits for i in range(30)], 1)
+        expected = made(ids, use_cache=False).logits
+    assert calls["steps"] - calls["cache"] == 29  # there is no memory before it
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "lookup", "sampling"],
+)
+def test_generate_uses_it(way, model, calls, monkeypatch):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (1 if "prompt_lookup_num_tokens" in way else 2, 40))
+
+    def generate():
+        torch.manual_seed(3)
+        return made.generate(ids, max_new_tokens=30, min_new_tokens=30, **{"do_sample": False} | way)
+
+    found, used = generate(), calls["steps"]
+    assert used > 0
+    monkeypatch.setattr(stack.Stack, "begin", lambda *nothing: None)
+    assert torch.equal(generate(), found)
+    assert calls["steps"] == used
+
+
+def test_padding_in_the_cache(model, calls, monkeypatch):
+    """Which tokens of a prompt are real does not matter to a step after it, as long as the step's own are."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :7] = 0
+
+    def run():
+        with torch.no_grad():
+            cache = made(ids[:, :50], attention_mask=mask[:, :50]).cache
+            rows = [made(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache).logits for i in range(50, 60)]
+        return torch.cat(rows, 1)
+
+    found = run()
+    assert calls["steps"] - calls["cache"] == 10
+    monkeypatch.setattr(stack.Stack, "begin", lambda *nothing: None)
+    assert torch.equal(run(), found)
+
+
+CHANGES = {
+    "hook on a layer": lambda model: model.model.layers[1].register_forward_hook(lambda *arguments: None),
+    "hook before a layer": lambda model: model.model.layers[0].register_forward_pre_hook(lambda *arguments: None),
+    "hook on attention": lambda model: attention_modules(model)[1].register_forward_pre_hook(lambda *arguments: None),
+    "hook on a product": lambda model: model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *arguments: None),
+    "another forward": lambda model: setattr(model.model.layers[1], "forward", model.model.layers[1].forward),
+    "another product": lambda model: setattr(
+        model.model.layers[1].mlp, "up_proj", nn.Sequential(model.model.layers[1].mlp.up_proj)
+    ),
+    "another layer": lambda model: model.model.layers.__setitem__(1, Around(model.model.layers[1])),
+    "attention in training": lambda model: attention_modules(model)[1].train(),
+    "a weight that is not as it was": lambda model: setattr(
+        model.model.layers[1].mlp.up_proj.weight, "data", model.model.layers[1].mlp.up_proj.weight.t().contiguous().t()
+    ),
+}
+
+
+class Around(nn.Module):
+    """A decoder layer inside another module."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments, **rest):
+        return self.layer(*arguments, **rest)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_two_steps_is_seen(change, model, calls):
+    """In the midst of a generation, with the same cache."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3)]
+        assert calls["steps"] - calls["cache"] == 3
+        calls.update(steps=0, cache=0)
+        change(made)
+        found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
+    assert calls["steps"] == (change is CHANGES["a weight that is not as it was"])  # that only the call itself sees
+    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_other_numbers_are_read_anew(model, calls, one_by_one):
+    made = model()
+    steps(made, 2)
+    for change in (
+        lambda layer: layer.mlp.down_proj.weight.data.mul_(2),
+        lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data * 2),
+        lambda layer: setattr(layer.mlp, "gate_proj", copy.deepcopy(layer.mlp.gate_proj)),
+        lambda layer: setattr(layer.self_attn.o_proj, "weight", nn.Parameter(layer.self_attn.o_proj.weight * 2, False)),
+        lambda layer: pack_weights(layer),
+    ):
+        change(made.model.layers[1])
+        before = calls["steps"]
+        found = steps(made, 2)
+        assert calls["steps"] > before
+        assert torch.equal(one_by_one(made, 2), found)
+    made.half()
+    found = steps(made, 2)
+    assert found.dtype == torch.float16
+    assert torch.equal(one_by_one(made, 2), found)
+
+
+def test_layers_that_differ_go_one_by_one(model, calls):
+    made = model()
+    for name in fused.NORMS:
+        getattr(made.model.layers[1], name).variance_epsilon = 0.5
+    steps(made, 2)
+    assert calls["steps"] == 0
+
+
+def test_fewer_layers_are_run_if_the_configuration_says_so(model, calls):
+    made = model()
+    made.config.num_hidden_layers -= 1
+    cache = PlanCache(made._moacompress.plan)
+    ids = torch.randint(3, made.config.vocab_size, (2, 30))
+    with torch.no_grad():
+        made(ids, cache=cache)
+        with pytest.raises(UnsupportedError, match="middle of a forward"):
+            made(ids[:, :1], cache=cache)
+    assert calls["steps"] == 0
+
+
+def test_hidden_states_are_those_of_every_layer(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False, output_hidden_states=True).hidden_states
+        cache = made(ids[:, :50]).cache
+        found = made(ids[:, 50:], cache=cache, output_hidden_states=True).hidden_states
+    assert calls["steps"] == 0
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other[:, -1:]).abs().max() < 2e-5 * other.abs().max()
+
+
+def test_what_comes_between_layers_is_refused(model):
+    made = model()
+    own = made.model.layers[1].forward
+
+    class Changing(nn.Module):
+        def forward(self, hidden, **rest):
+            return own(hidden * 2, **rest)
+
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    layers = made.model.layers
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        run = stack.Run(stack.Stack(fused.read_layers), tuple(layers), cache)
+        hidden, rotary = torch.randn(2, 1, made.config.hidden_size), made.model.rotary_emb(torch.zeros(1), ids[:, 50:])
+        out = run.step(layers[0], hidden, None, rotary)
+        assert run.step(layers[1], out, None, rotary) is out
+        with pytest.raises(UnsupportedError, match="between two decoder layers"):
+            run.step(layers[1], out * 2, None, rotary)
+
+
+def test_gradients_are_not_lost(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+    made.model.layers[1].mlp.up_proj.weight.requires_grad_()
+    made(ids[:, 50:], cache=cache).logits.sum().backward()
+    assert calls["steps"] == 0
+    assert made.model.layers[1].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+def test_a_failed_call_leaves_a_cache_that_is_refused(model, monkeypatch):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 52))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+
+        def failing(*arguments):
+            raise RuntimeError("step_layers: no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "step_layers", failing)
+            with pytest.raises(RuntimeError, match="no memory"):
+                made(ids[:, 50:51], cache=cache)
+        with pytest.raises(UnsupportedError, match="middle of a forward"):
+            made(ids[:, 51:], cache=cache)
+
+
+def test_other_rows_are_refused(model):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 52))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:51], cache=cache)
+        with pytest.raises(UnsupportedError, match="the cache holds 2 rows, the input has 1"):
+            made(ids[:1, 51:], cache=cache)
+
+
+def test_forks_in_threads(model, calls):
+    """They share the model and the blocks of a prefix."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 50))
+    with torch.no_grad():
+        prefix = made(ids).cache
+        made(ids[:, :1], cache=prefix.fork())
+
+    def go_on(seed):
+        tokens = torch.randint(3, made.config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            cache = prefix.fork()
+            return torch.cat([made(tokens[:, i : i + 1], cache=cache).logits for i in range(60)], 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(go_on, [*range(6), *range(6)]))
+    assert calls["steps"] > 0
+    for seed in range(6):
+        assert torch.equal(found[seed], found[seed + 6])
+        assert torch.equal(found[seed], go_on(seed))
+
+
+def test_copies_and_detaching(model, calls):
+    made = model()
+    found = steps(made, 2)
+    other = copy.deepcopy(made)
+    assert torch.equal(steps(other, 2), found)
+    assert calls["layers"] == 2
+    decoder = next(iter(other.model._forward_pre_hooks.values()))
+    assert pickle.loads(pickle.dumps(decoder.stack))._last is None
+    plan = made._moacompress.plan
+    detach(made)
+    calls["steps"] = 0
+    dense = steps(made, 2)
+    assert calls["steps"] == 0
+    attach(made, Plan.full(plan.model))
+    assert (steps(made, 2) - dense).abs().max() < 2e-5 * dense.abs().max()
+    attach(made, plan)
+    assert torch.equal(steps(made, 2), found)
+
+
+def test_what_was_read_is_let_go(model, monkeypatch):
+    forgotten = []
+    for kind in ("layers", "caches"):
+        own = getattr(cpu_ops, f"forget_{kind}")
+
+        def forget(number, own=own, kind=kind):
+            forgotten.append(kind)
+            own(number)
+
+        monkeypatch.setattr(cpu_ops, f"forget_{kind}", forget)
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:], cache=cache)
+        number = cache.reading.number
+        assert forgotten == []
+        cache.reset()
+        gc.collect()
+        assert forgotten == ["caches"]
+        with pytest.raises(RuntimeError, match=f"no caches of the number {number}"):
+            dispatch.step_layers(torch.zeros(2, 1, 8), (torch.zeros(1, 1, 2),) * 2, number, 0)
+    del made, cache
+    gc.collect()
+    assert forgotten == ["caches", "layers"]
