@@ -16,32 +16,6 @@ const char* block_of(const Pool& pool, int64_t id, int64_t element) {
 
 namespace {
 
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t to_f16(float x) {
-  uint32_t bits, half;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) half = 0x7e00;
-  else if (bits >= 0x477ff000) half = 0x7c00;
-  else if (bits < 0x38800000) {  // subnormal: the adder rounds
-    const float shifted = std::fabs(x) + 0.5f;
-    std::memcpy(&half, &shifted, 4);
-    half -= 0x3f000000;
-  } else half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;
-  return uint16_t(sign | half);
-}
-
-void put(DType dtype, void* row, int64_t i, float x) {
-  if (dtype == F32) static_cast<float*>(row)[i] = x;
-  else static_cast<uint16_t*>(row)[i] = dtype == BF16 ? to_bf16(x) : to_f16(x);
-}
-
 // What the query of one (row, KV head) reads: the sinks' blocks [a, b), then the window's blocks [c, d). A block that both touch is
 // read twice, each time for its own tokens.
 struct Runs {
@@ -150,7 +124,12 @@ struct DecodeJob {
         part += 2 * shape.group + g * shape.value_dim;
         for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] = c == begin ? weight * part[d] : mixed[d] + weight * part[d];
       }
-      for (int64_t d = 0; d < shape.value_dim; d++) put(shape.dtype, out, d, begin < end ? mixed[d] / total : 0.f);
+      if (begin < end) {
+        for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] /= total;
+        kernels.narrow[shape.dtype](mixed, shape.value_dim, out);
+      } else {
+        std::memset(out, 0, size_t(shape.value_dim) * element_size(shape.dtype));
+      }
       if (call.lse) call.lse[at] = begin < end ? peak + std::log(total) : -INFINITY;
     }
   }
