@@ -18,6 +18,7 @@ from moacompress.runtime.config import MoaCompressConfig
 from moacompress.runtime.fused import are_fused, fuse, read_layers, unfuse
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
+from moacompress.runtime.packing import leave_few_rows, take_few_rows
 from moacompress.runtime.stack import Stack
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -30,6 +31,7 @@ class _Attachment:
     plan: Plan
     handles: list[Any]
     implementations: list[tuple[Any, str | None]]
+    head: torch.nn.Module | None
 
 
 def attach(model: Model, plan: Plan) -> Model:
@@ -74,6 +76,8 @@ def detach(model: Model) -> Model:
         handle.remove()
     for module in model.modules():
         unfuse(module)
+    if attachment.head is not None:
+        leave_few_rows(attachment.head)
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
@@ -118,7 +122,9 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         config._attn_implementation_internal = NAME
     for name, override in OVERRIDES.items():
         setattr(model, name, types.MethodType(override, model))
-    model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations)
+    head = model.get_output_embeddings()
+    taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
+    model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken)
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:

@@ -118,7 +118,10 @@ torch.library.register_autograd("moacompress::packed_linear", _gradients, setup_
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is packed too; see `pack_weights`. Copies of it pack nothing and are right all the same."""
+    """A linear layer of which the compiled kernels multiply a few rows, and whose weight may be packed; see `pack_weights`.
+
+    Copies of it have nothing packed and are right all the same.
+    """
 
     _pack: _Pack | None = None
 
@@ -195,6 +198,24 @@ def pack_weights(*models: nn.Module) -> int:
             layer.__class__ = PackedLinear
             cast(PackedLinear, layer)._pack = packs[id(layer.weight)]
     return sum(weight.nbytes for weight in weights.values())
+
+
+def take_few_rows(layer: nn.Module) -> bool:
+    """Has the compiled kernels multiply a few rows of a plain linear layer; packs nothing.
+
+    Returns:
+        Whether it was one: `leave_few_rows` undoes it.
+    """
+    if type(layer) is not nn.Linear:
+        return False
+    layer.__class__ = PackedLinear
+    return True
+
+
+def leave_few_rows(layer: nn.Module) -> None:
+    """Gives a linear layer back to torch, unless its weight has been packed meanwhile."""
+    if type(layer) is PackedLinear and layer._pack is None:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = available_bytes) -> int:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moacompress.kernels import dispatch
+from moacompress.models import model_shape
+from moacompress.runtime import attach, detach
 from moacompress.runtime.packing import (
     FEW_ROWS,
     PackedLinear,
@@ -178,3 +180,24 @@ def test_packed_bytes(tiny_model):
     assert packed_bytes(model) == 0
     taken = pack_weights(model)
     assert packed_bytes(model) == taken > 0
+
+
+def test_the_head_of_a_model_under_a_plan_takes_few_rows_from_the_kernels(tiny_model, random_plan):
+    model = tiny_model("llama").eval()
+    head, x = model.lm_head, torch.randn(2, 1, model.config.hidden_size)
+    with torch.no_grad():
+        expected = head(x)
+        plan = random_plan(model_shape(model), 3)
+        attach(model, plan)
+        assert type(head) is PackedLinear
+        assert packed_bytes(model) == 0
+        assert (head(x) - expected).abs().max() < 1e-5
+        assert torch.equal(head(x.repeat(9, 1, 1)), nn.functional.linear(x.repeat(9, 1, 1), head.weight))
+    detach(model)
+    assert type(head) is nn.Linear
+    attach(model, plan)
+    pack_weights(model)
+    detach(model)
+    assert type(head) is PackedLinear  # its weight is packed
+    with torch.no_grad():
+        assert (head(x) - expected).abs().max() < 1e-5
