@@ -22,8 +22,8 @@ from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import AttentionHook
-from moacompress.runtime.packing import FEW_ROWS, PackedLinear
-from moacompress.runtime.stack import RUN, Reading, Run
+from moacompress.runtime.packing import FEW_ROWS, PackedLinear, is_plain_tensor
+from moacompress.runtime.stack import GLOBAL_HOOKS, RUN, Reading, Run
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known, and what the names of their classes begin with."""
@@ -208,18 +208,19 @@ def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tenso
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
     """
-    if hidden.numel() > FEW_ROWS * hidden.shape[-1]:
+    graded = torch.is_grad_enabled()
+    if hidden.numel() > FEW_ROWS * hidden.shape[-1] or (graded and hidden.requires_grad) or any(GLOBAL_HOOKS):
         return None
     weights, biases = [], []
-    dtype, device, graded = hidden.dtype, hidden.device, torch.is_grad_enabled()
-    if graded and hidden.requires_grad:
-        return None
+    dtype, device = hidden.dtype, hidden.device
     for layer in layers:
         if type(layer) not in PLAIN or _is_touched(layer):
             return None
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
-        if weight is None or weight.dtype != dtype or weight.device != device or not weight.is_contiguous():
+        if not is_plain_tensor(weight) or weight.dtype != dtype or weight.device != device:
+            return None
+        if not weight.is_contiguous() or not (bias is None or is_plain_tensor(bias)):
             return None
         if graded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
@@ -242,11 +243,8 @@ def _fits(
     if torch.is_autocast_enabled("cpu") or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
         return False
     # what does not go together is for the layer itself to refuse
-    sliding, context = (
-        module.__dict__.get("sliding_window", getattr(module.config, "sliding_window", None)),
-        call.context,
-    )
-    queries, keys, values = (weight.shape[0] for weight in weights)
+    sliding = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    context, (queries, keys, values) = call.context, (weight.shape[0] for weight in weights)
     return (
         sliding in (None, context.native_window)
         and module.is_causal
@@ -275,7 +273,11 @@ def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
     if type(beside["act_fn"]) not in SILU or norms[1].variance_epsilon != eps:
         return None
     for scale in scales:
-        if scale.dtype != hidden.dtype or (scale.requires_grad and torch.is_grad_enabled()):
+        if (
+            not is_plain_tensor(scale)
+            or scale.dtype != hidden.dtype
+            or (scale.requires_grad and torch.is_grad_enabled())
+        ):
             return None
     weights, biases = found
     return _Layer(attention, (weights[:3], biases), Around(scales, eps, weights[3:]))
@@ -283,10 +285,10 @@ def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
     """Returns what the plan's hook hands to a layer's attention; None where another one is there too."""
-    (hook, *others) = attention._forward_pre_hooks.values()
-    if others or not isinstance(hook, AttentionHook):
+    hooks = list(attention._forward_pre_hooks.values())
+    if len(hooks) != 1 or not isinstance(hooks[0], AttentionHook):
         return None
-    return hook.call(attention, kwargs)
+    return hooks[0].call(attention, kwargs)
 
 
 def _is_touched(module: Any) -> bool:

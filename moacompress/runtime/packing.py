@@ -145,6 +145,11 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
 
+def is_plain_tensor(tensor: object) -> bool:
+    """Returns whether something is a tensor that is what it says: quantizers and parallelism have others in its place."""
+    return type(tensor) in (nn.Parameter, torch.Tensor)
+
+
 def is_read_as_it_lies(x: torch.Tensor, layer: nn.Linear) -> bool:
     """Returns whether compiled kernels, where there are some for `x`, can multiply its rows by a layer's own weight.
 
@@ -153,6 +158,8 @@ def is_read_as_it_lies(x: torch.Tensor, layer: nn.Linear) -> bool:
         layer: its weight is contiguous, and nothing of it is trained here.
     """
     weight, bias = layer.weight, layer.bias
+    if not is_plain_tensor(weight) or not (bias is None or is_plain_tensor(bias)):
+        return False
     asked = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -29,6 +29,8 @@ from moacompress.runtime.packing import FEW_ROWS
 
 RUN = "moacompress_run"
 """Keyword under which a `Run` reaches the decoder layers."""
+GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+"""Hooks on all modules there are; both empty, mostly."""
 MOVED = -1
 """What `kernels.dispatch.step_layers` wants when a weight is elsewhere than it was."""
 
@@ -59,7 +61,7 @@ class Reading:
         self.number = dispatch.read_layers(self.weights, self.biases, self.norms, eps, head_dim, *rules)
         weakref.finalize(self, cpu_ops.forget_layers, self.number).atexit = False
         self._dtype = self.weights[0].dtype
-        self._hooks: list[dict[int, Any]] = []
+        self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]
         self._own: list[dict[str, Any]] = []
         self._watched: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
         for layer in self.layers:

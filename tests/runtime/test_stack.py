@@ -153,10 +153,21 @@ CHANGES = {
     ),
     "another layer": lambda model: model.model.layers.__setitem__(1, Around(model.model.layers[1])),
     "attention in training": lambda model: attention_modules(model)[1].train(),
+    "another kind of tensor": lambda model: setattr(
+        model.model.layers[1].mlp.up_proj, "weight", other_tensor(model.model.layers[1].mlp.up_proj.weight)
+    ),
     "a weight that is not as it was": lambda model: setattr(
         model.model.layers[1].mlp.up_proj.weight, "data", model.model.layers[1].mlp.up_proj.weight.t().contiguous().t()
     ),
 }
+
+
+class Other(torch.Tensor):
+    """Stands for the tensors of quantizers."""
+
+
+def other_tensor(weight):
+    return nn.Parameter(weight.detach().as_subclass(Other), requires_grad=False)
 
 
 class Around(nn.Module):
@@ -185,6 +196,21 @@ def test_what_changes_between_two_steps_is_seen(change, model, calls):
         found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
     assert calls["steps"] == (change is CHANGES["a weight that is not as it was"])  # that only the call itself sees
     assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_hooks_on_all_modules_are_seen(model, calls):
+    made, seen = model(), []
+    ids = torch.randint(3, made.config.vocab_size, (2, 53))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:51], cache=cache)
+        calls.update(steps=0)
+        with nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module)):
+            made(ids[:, 51:52], cache=cache)
+        assert calls["steps"] == 0
+        assert made.model.layers[1].mlp.act_fn in seen
+        made(ids[:, 52:], cache=cache)
+        assert calls["steps"] > 0
 
 
 def test_other_numbers_are_read_anew(model, calls, one_by_one):
