@@ -9,6 +9,7 @@ may still be fused.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -57,7 +58,13 @@ class _Layer(NamedTuple):
 
 
 class _FusedAttention:
-    """What a fused attention's class puts before the layer's own."""
+    """What a fused attention's class puts before the layer's own.
+
+    Attributes:
+        made_of: the layer's own class, and its forward as it was when the fused class was made.
+    """
+
+    made_of: tuple[tuple[type[nn.Module], Any], ...]
 
     def forward(
         self,
@@ -70,7 +77,9 @@ class _FusedAttention:
         """As the layer's own."""
         module, call, rotary = cast(Any, self), cast(Any, kwargs.get(CONTEXT)), cast(Any, position_embeddings)
         parts = module._modules
-        found = None if attention_mask is not None else _read((parts.get(name) for name in PROJECTIONS), hidden_states)
+        found = None
+        if attention_mask is None and _is_as_made(module):
+            found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
         if found is None or not _fits(module, hidden_states, rotary, call, *found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
@@ -88,9 +97,11 @@ class _FusedLayer:
 
     Attributes:
         known: the classes of its attention, feed-forward and norms.
+        made_of: of the layer's own class, and of those, the forward as it was when the fused class was made.
     """
 
     known: tuple[type[nn.Module], ...]
+    made_of: tuple[tuple[type[nn.Module], Any], ...]
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -261,6 +272,8 @@ def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
         return None
+    if not _is_as_made(module):
+        return None
     own, beside = attention._modules, mlp._modules
     others = (mlp, beside["act_fn"], *norms)
     if attention._forward_hooks or "forward" in attention.__dict__ or any(map(_is_touched, others)):
@@ -289,6 +302,11 @@ def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
     if len(hooks) != 1 or not isinstance(hooks[0], AttentionHook):
         return None
     return hooks[0].call(attention, kwargs)
+
+
+def _is_as_made(module: Any) -> bool:
+    """Whether nobody has put another forward into the classes that a fused layer is made of."""
+    return all(kind.forward is forward for kind, forward in module.made_of)
 
 
 def _is_touched(module: Any) -> bool:
@@ -334,7 +352,7 @@ def are_fused(layers: Iterable[nn.Module]) -> bool:
 def fuse(module: nn.Module) -> bool:
     """Makes the class of an attention or decoder layer a fused one, if it is known; `unfuse` takes it back."""
     own = type(module)
-    if _mixin(own.__module__, own.__qualname__) is None:
+    if _mixin(own.__module__, own.__qualname__) is None or not _is_from(own, own.__module__):
         return False
     module.__class__ = _fused(own)
     return True
@@ -359,18 +377,28 @@ def _mixin(module: str, name: str) -> type | None:
     return None
 
 
+def _is_from(kind: type[nn.Module], home: str) -> bool:
+    """Whether a class, and what it does in a forward, is written in a module: others replace the one or the other."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return kind.__module__ == home and code is not None and code.co_filename == sys.modules[home].__file__
+
+
 def _fused(own: type[nn.Module]) -> type[nn.Module]:
     name = PREFIX + own.__name__
     known: type[nn.Module] | None = globals().get(name)
     if known is not None:
         return known
     # FSDP and accelerate look for the layers of a model by the name of their class; pickle goes by the qualified one
-    mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), sys.modules[own.__module__]
+    mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), own.__module__
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
+    made.made_of = ((own, own.forward),)
     if mixin is _FusedLayer:
         prefix = own.__name__.removesuffix("DecoderLayer")
-        attention, mlp, norm = (getattr(home, prefix + part) for part in ("Attention", "MLP", "RMSNorm"))
-        made.known = (_fused(attention), mlp, norm, norm)
+        kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
+        attention, mlp, norm = kinds
+        written_there = all(_is_from(kind, home) for kind in kinds)
+        made.known = (_fused(attention), mlp, norm, norm) if written_there else ()
+        made.made_of += tuple((kind, kind.forward) for kind in kinds)
     globals()[name] = made
     return cast("type[nn.Module]", made)
 

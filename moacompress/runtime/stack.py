@@ -79,6 +79,8 @@ class Reading:
             self._watch(attention.config.__dict__, "_attn_implementation_internal")
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
+        for kind, _ in {part for layer in self.layers for part in layer.made_of}:
+            self._watch(vars(kind), "forward")
         self._expected = [*self._now()]
         self._hooks_made = RemovableHandle.next_id
 

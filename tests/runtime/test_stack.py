@@ -198,6 +198,40 @@ def test_what_changes_between_two_steps_is_seen(change, model, calls):
     assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaRMSNorm", "LlamaAttention", "LlamaDecoderLayer"])
+def test_another_forward_in_a_class_is_seen(name, model, calls, monkeypatch):
+    """As libraries do that bring their own kernels: before a model is loaded, or in the midst of a generation."""
+    from transformers.models.llama import modeling_llama
+
+    made, seen = model(), []
+    kind = getattr(modeling_llama, name)
+    own = kind.forward
+
+    def other(self, *arguments, **rest):
+        seen.append(self)
+        return own(self, *arguments, **rest)
+
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3)]
+        monkeypatch.setattr(kind, "forward", other)
+        steps_before = calls["steps"]
+        found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
+        assert len(seen) >= 7 * made.config.num_hidden_layers
+        assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+        plan = made._moacompress.plan
+        detach(made)
+        seen.clear()
+        cache = attach(made, plan)(ids[:, :50]).cache
+        assert seen
+        seen.clear()
+        made(ids[:, 50:51], cache=cache)
+        assert len(seen) >= made.config.num_hidden_layers
+    assert calls["steps"] == steps_before
+
+
 def test_hooks_on_all_modules_are_seen(model, calls):
     made, seen = model(), []
     ids = torch.randint(3, made.config.vocab_size, (2, 53))
