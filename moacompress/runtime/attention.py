@@ -20,7 +20,8 @@ from moacompress.runtime import masks
 from moacompress.runtime.blocks import Ints
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.chunk import Bools, Chunk, Group
-from moacompress.runtime.layer import PlanCacheLayer, rule_groups
+from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.runs import rule_groups
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""

@@ -24,6 +24,28 @@ LEAST_GROWTH = 16
 """Smallest growth of a pool, blocks."""
 
 
+class Table:
+    """The block table of a layer.
+
+    Args:
+        rows: of the batch.
+        heads: KV heads.
+
+    Attributes:
+        ids: `[rows, heads, logical blocks]`; -1 where there is no block.
+    """
+
+    def __init__(self, rows: int, heads: int) -> None:
+        self.ids: Ids = np.full((rows, heads, 4), -1, np.int32)
+
+    def widen(self, blocks: int) -> None:
+        """Makes place for so many logical blocks."""
+        rows, heads, width = self.ids.shape
+        if blocks > width:
+            more = np.full((rows, heads, max(blocks, 2 * width) - width), -1, np.int32)
+            self.ids = np.concatenate([self.ids, more], axis=2)
+
+
 class Pool:
     """Memory for the blocks of one layer: segments that stay where they are, so that growing moves nothing.
 

@@ -21,33 +21,13 @@ from moacompress.errors import UnsupportedError
 from moacompress.kernels import dispatch
 from moacompress.kernels.reference import Keys
 from moacompress.plan import BLOCK, Rule
-from moacompress.runtime.blocks import Ids, Ints, Pool, ragged_ranges
+from moacompress.runtime.blocks import Ints, Pool, Table, ragged_ranges
 from moacompress.runtime.chunk import Chunk, Group
 from moacompress.runtime.runs import LAG, RunRule, Runs
+from moacompress.runtime.twins import find_twins
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
-
-
-def rule_groups(rules: Sequence[Rule]) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
-    """Returns the KV heads of a layer by rule: they are attended to together. Every full rule is one."""
-    groups: dict[Rule, list[int]] = {}
-    for head, rule in enumerate(rules):
-        groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
-    return tuple((rule, tuple(heads)) for rule, heads in groups.items())
-
-
-class _Table:
-    """The block table `[rows, heads, logical blocks]`; -1 where there is no block."""
-
-    def __init__(self, rows: int, heads: int) -> None:
-        self.ids: Ids = np.full((rows, heads, 4), -1, np.int32)
-
-    def widen(self, blocks: int) -> None:
-        rows, heads, width = self.ids.shape
-        if blocks > width:
-            more = np.full((rows, heads, max(blocks, 2 * width) - width), -1, np.int32)
-            self.ids = np.concatenate([self.ids, more], axis=2)
 
 
 class PlanCacheLayer(CacheLayerMixin):
@@ -84,7 +64,7 @@ class PlanCacheLayer(CacheLayerMixin):
         self.columns = 0
         self.lengths: Ints = np.zeros(0, np.int64)
         self._runs = Runs.none(0, heads)
-        self._table = _Table(0, heads)
+        self._table = Table(0, heads)
         self._pool: Pool | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self.is_initialized = False
@@ -154,7 +134,7 @@ class PlanCacheLayer(CacheLayerMixin):
         rows, heads = key_states.shape[0], len(self.rules)
         self.lengths = np.zeros(rows, np.int64)
         self._runs = Runs.none(rows, heads)
-        self._use(Pool(key_states, value_states), _Table(rows, heads))
+        self._use(Pool(key_states, value_states), Table(rows, heads))
         self.is_initialized = True
 
     def take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +239,7 @@ class PlanCacheLayer(CacheLayerMixin):
             chunk: which of its tokens are real.
         """
         key, value = self.take_pending()
-        twins = self._twins(key, value, chunk)
+        twins = find_twins(self.lengths, self._table.ids, key, value, chunk)
         if twins is None:
             self._commit(key, value, chunk)
         else:
@@ -283,34 +263,6 @@ class PlanCacheLayer(CacheLayerMixin):
             self._extend(before, counts, runs)
         self._runs, self.lengths = runs, lengths
         self._write(key, value, before, chunk)
-
-    def _twins(self, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
-        """Returns the first row that is the same as each, to the bit, before and in a chunk; None where all differ.
-
-        So are the rows that `generate` repeats for beams and return sequences: they get their blocks once. That their tokens
-        are the same would not be enough (adapters of single rows), so keys and values are compared.
-        """
-        rows = len(self.lengths)
-        if rows < 2 or chunk.columns < 2:
-            return None
-        last = key[:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
-        twins = np.arange(rows)
-        for members in np.split(*_sorted_groups(np.unique(last, axis=0, return_inverse=True)[1].reshape(-1))):
-            for at, row in enumerate(members):
-                for other in members[:at]:
-                    if twins[other] == other and self._same(row, other, key, value, chunk):
-                        twins[row] = other
-                        break
-        return twins if bool((twins != np.arange(rows)).any()) else None
-
-    def _same(self, row: int, other: int, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> bool:
-        return (
-            bool(self.lengths[row] == self.lengths[other])
-            and np.array_equal(self._table.ids[row], self._table.ids[other])
-            and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
-            and torch.equal(key[row], key[other])
-            and torch.equal(value[row], value[other])
-        )
 
     def blocks_of_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Returns the pool's segments of keys and of values, and the block table: what `kernels.dispatch` reads."""
@@ -429,7 +381,7 @@ class PlanCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return other
         assert self._pool is not None
-        table = _Table(0, len(self.rules))
+        table = Table(0, len(self.rules))
         table.ids = self._table.ids.copy()
         with self._pool.lock:
             self._pool.retain(table.ids)
@@ -467,7 +419,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     prefetch = offload
 
-    def _use(self, pool: Pool, table: _Table) -> None:
+    def _use(self, pool: Pool, table: Table) -> None:
         self._pool, self._table = pool, table
         # a fork that is dropped gives its blocks back to those that live on
         self._finalizer = weakref.finalize(self, _give_back, pool, table)
@@ -554,12 +506,6 @@ class PlanCacheLayer(CacheLayerMixin):
             self._pool.write(slots, key[row, h, at].detach(), value[row, h, at].detach())
 
 
-def _sorted_groups(numbers: Ints) -> tuple[Ints, Ints]:
-    """Returns the places of equal numbers one after the other, and where each group but the first begins."""
-    order = np.argsort(numbers, kind="stable")
-    return order, np.flatnonzero(np.diff(numbers[order])) + 1
-
-
-def _give_back(pool: Pool, table: _Table) -> None:
+def _give_back(pool: Pool, table: Table) -> None:
     with pool.lock:
         pool.release(table.ids)

@@ -59,6 +59,14 @@ class Runs:
         return Runs(self.ends.take(rows, axis=1))
 
 
+def rule_groups(rules: Sequence[Rule]) -> tuple[tuple[Rule, tuple[int, ...]], ...]:
+    """Returns the KV heads of a layer by rule: they are attended to together. Every full rule is one."""
+    groups: dict[Rule, list[int]] = {}
+    for head, rule in enumerate(rules):
+        groups.setdefault(Rule.FULL if rule.is_full else rule, []).append(head)
+    return tuple((rule, tuple(heads)) for rule, heads in groups.items())
+
+
 class RunRule:
     """What the rules of a layer say about blocks.
 
