@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   const Rest rest =
       rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, sink_logits, shape, op);
   const int64_t heads = shape.kv_heads * shape.group;
-  Tensor out = torch::stable::new_empty(query, Shapes{shape.rows, heads, shape.value_dim});
+  Tensor out = new_tensor(query, Shapes{shape.rows, heads, shape.value_dim});
   Tensor lse = new_floats(query, {shape.rows, heads});
   const DecodeCall call = {shape, rest.rules, rest.scores, query.const_data_ptr(), query.stride(0), query.stride(1),
                            key_pool.view(), value_pool.view(), {static_cast<const int32_t*>(ids), table.size(2)}, tokens,
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, 1, shape.kv_heads, tokens, shape.value_dim);
-  Tensor sums = torch::stable::new_empty(query, Shapes{baselines ? 4 : 2, shape.kv_heads, count}, ScalarType::Double);
+  Tensor sums = new_tensor(query, Shapes{baselines ? 4 : 2, shape.kv_heads, count}, ScalarType::Double);
   int64_t alive = 0;
   const ProfileCall call = {shape, count, table, table + count, table + 2 * count, min_window, native_window,
                             plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),

@@ -169,14 +169,26 @@ inline Shape chunk_shape(const Tensor& query, const Tensor& key, const Tensor& v
   return shape;
 }
 
+// A tensor of some shape on the CPU, not initialised. `torch::stable::new_empty` looks the operator up by its name at every call.
+inline Tensor new_tensor(const Tensor& like, const Shapes& sizes, std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype, layout, device = aoti_torch_device_type_cpu();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &dtype, &layout, &device, 0,
+                                                   nullptr, &made));
+  return Tensor(made);
+}
+
 // Of the shape [rows, heads, tokens, dim] with tokens before heads in memory, as a layer goes on with it.
 inline Tensor new_rows(const Tensor& like, int64_t rows, int64_t heads, int64_t tokens, int64_t dim) {
   const Shapes sizes = {rows, tokens, heads, dim};
-  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
+  return torch::stable::transpose(new_tensor(like, sizes), 1, 2);
 }
 
 inline Tensor new_floats(const Tensor& like, const Shapes& sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+  return new_tensor(like, sizes, ScalarType::Float);
 }
 
 }  // namespace moacompress

@@ -154,8 +154,8 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
   check(x, {rows, 1, read.inputs}, read.type, op, "the input");
   STD_TORCH_CHECK(first >= 0 && first < count, op, ": the first layer is ", first, " of ", count);
   const Rotary rotary(cos, sin, rows, read.layers[0].projections.shape.head_dim, read.type, op);
-  Tensor out[] = {torch::stable::new_empty(x, Shapes{rows, 1, read.inputs}),
-                  torch::stable::new_empty(x, Shapes{rows, 1, read.inputs})};  // written in turn
+  Tensor out[] = {new_tensor(x, Shapes{rows, 1, read.inputs}),
+                  new_tensor(x, Shapes{rows, 1, read.inputs})};  // written in turn
   if (!read.same()) return {out[0], first, -1};
   const void* from = x.const_data_ptr();
   Scratch memory;

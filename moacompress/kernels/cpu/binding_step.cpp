@@ -28,7 +28,7 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
   const State state = {keys, values, table, lengths, runs, refs, sink, alpha, beta_q, min_window, native_window, lag, scaling,
                        softcap, sink_logits};
   const LayerCache cache = state.of(shape, query.scalar_type(), op);
-  Tensor out = torch::stable::new_empty(query, Shapes{shape.rows, 1, shape.kv_heads * shape.group, shape.value_dim});
+  Tensor out = new_tensor(query, Shapes{shape.rows, 1, shape.kv_heads * shape.group, shape.value_dim});
   const Token token = {shape, query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), strides(query), strides(key),
                        strides(value)};
   return {out, take(cache, token, out.mutable_data_ptr(), op)};
@@ -46,7 +46,7 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   LinearCall call = linear_call(x.scalar_type(), dtype_of(x, op), x.size(x.dim() - 1), weight, bias ? &*bias : nullptr, op);
   sizes.push_back(call.outputs);
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = new_tensor(x, sizes);
   call.rows = rows;
   call.x = x.const_data_ptr();
   call.out = out.mutable_data_ptr();
@@ -79,7 +79,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
                        softcap, sink_logits};
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
-  Tensor out = torch::stable::new_empty(x, Shapes{rows, 1, shape.kv_heads * shape.group, shape.value_dim});
+  Tensor out = new_tensor(x, Shapes{rows, 1, shape.kv_heads * shape.group, shape.value_dim});
   const Token token = projections.make(x.const_data_ptr(), rows, rotary, memory.of(projections.bytes(rows), op), op);
   return {out, take(cache, token, out.mutable_data_ptr(), op)};
 }
@@ -105,7 +105,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
                        softcap, sink_logits};
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
-  Tensor out = torch::stable::new_empty(x, Shapes{rows, 1, inputs});
+  Tensor out = new_tensor(x, Shapes{rows, 1, inputs});
   return {out, layer.step(cache, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op)};
 }
 
