@@ -65,12 +65,12 @@ class PlanCache(Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def check_whole(self) -> None:
-        """Refuses a cache whose layers do not agree: a forward was interrupted between two of them.
+        """Refuses a cache whose layers do not agree, or are in the middle of a step: a forward was interrupted.
 
         Raises:
             UnsupportedError: they do not.
         """
-        if len({layer.columns for layer in self.layers}) > 1:
+        if len({layer.columns for layer in self.layers}) > 1 or any(layer.stepping for layer in self.layers):
             raise UnsupportedError("this cache was left in the middle of a forward (an interrupt); start a new one")
 
     def seen(self, rows: int) -> Bools:

@@ -24,7 +24,7 @@ from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, atte
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import AttentionHook
 from moacompress.runtime.packing import FEW_ROWS, PackedLinear, is_plain_tensor
-from moacompress.runtime.stack import GLOBAL_HOOKS, RUN, Reading, Run
+from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, Run
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known, and what the names of their classes begin with."""
@@ -108,7 +108,7 @@ class _FusedLayer:
     ) -> torch.Tensor:
         """As the layer's own."""
         module, rotary, run = cast(Any, self), cast(Any, kwargs.get("position_embeddings")), kwargs.pop(RUN, None)
-        if isinstance(run, Run) and not args:
+        if isinstance(run, Run) and not args and not torch.compiler.is_compiling():
             out = run.step(module, hidden_states, attention_mask, rotary)
             if out is not None:
                 return out
@@ -276,7 +276,9 @@ def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
         return None
     own, beside = attention._modules, mlp._modules
     others = (mlp, beside["act_fn"], *norms)
-    if attention._forward_hooks or "forward" in attention.__dict__ or any(map(_is_touched, others)):
+    if attention._forward_hooks or any(name in attention.__dict__ for name in REPLACEMENTS):
+        return None
+    if any(map(_is_touched, others)):
         return None
     linears = (*(own[name] for name in PROJECTIONS), own["o_proj"], *(beside[name] for name in FEED_FORWARD))
     found, scales = _read(linears, hidden), [norm._parameters["weight"] for norm in norms]
@@ -311,7 +313,8 @@ def _is_as_made(module: Any) -> bool:
 
 def _is_touched(module: Any) -> bool:
     """Whether something runs around a module, or in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module.__dict__
+    return bool(module._forward_hooks or module._forward_pre_hooks or any(name in own for name in REPLACEMENTS))
 
 
 def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
@@ -326,7 +329,7 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
     reading = Reading(layers)
     numbers, biased = set(), set()
     for module in layers:
-        layer = None if _is_touched(module) else _layer(module, hidden)
+        layer = _layer(module, hidden) if are_fused((module,)) and not _is_touched(module) else None
         call = None if layer is None else _call(layer.attention, {"cache": cache})
         if layer is None or call is None or not _fits(layer.attention, hidden, rotary, call, *layer.projections):
             return None
@@ -344,9 +347,11 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
 
 
 def are_fused(layers: Iterable[nn.Module]) -> bool:
-    """Returns whether there are decoder layers, and the class of every one is a fused one."""
-    kinds = [isinstance(layer, _FusedLayer) for layer in layers]
-    return bool(kinds) and all(kinds)
+    """Returns whether there are decoder layers, and the class of every one is a fused one, not one made of it."""
+    kinds = [type(layer) for layer in layers]
+    return bool(kinds) and all(
+        issubclass(kind, _FusedLayer) and globals().get(kind.__qualname__) is kind for kind in kinds
+    )
 
 
 def fuse(module: nn.Module) -> bool:

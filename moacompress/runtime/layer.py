@@ -42,6 +42,7 @@ class PlanCacheLayer(CacheLayerMixin):
     Attributes:
         columns: tokens fed so far, padding included; transformers' length.
         lengths: real tokens of every row, `[rows]`.
+        stepping: whether a compiled call has begun whose token is not counted yet; after a forward, that it was interrupted.
         record_past: whether `LAG` tokens are kept longer, so that drafts can be rolled back.
     """
 
@@ -67,6 +68,7 @@ class PlanCacheLayer(CacheLayerMixin):
         self._table = Table(0, heads)
         self._pool: Pool | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.stepping = False
         self.is_initialized = False
         self._finalizer: Any = None
 
@@ -190,13 +192,15 @@ class PlanCacheLayer(CacheLayerMixin):
         if not self._has_memory_for(like) or dispatch.kernel_for(like) != "cpu":
             return None
         with self.lock:
+            self.stepping = True
             while True:
                 keys, values, *state = self.state()
                 out, wanted = call(keys, values, *state, *self._rule.columns, self.lag, *scores)
                 if not wanted:
                     break
                 self.make_room(wanted)
-        self.columns += 1
+            self.columns += 1
+            self.stepping = False
         return out
 
     def _has_memory_for(self, like: torch.Tensor) -> bool:

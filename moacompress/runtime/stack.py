@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from operator import is_, itemgetter
@@ -31,6 +32,8 @@ RUN = "moacompress_run"
 """Keyword under which a `Run` reaches the decoder layers."""
 GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 """Hooks on all modules there are; both empty, mostly."""
+REPLACEMENTS = ("forward", "_compiled_call_impl")
+"""What a module has in its own dictionary where something else is run in its place."""
 MOVED = -1
 """What `kernels.dispatch.step_layers` wants when a weight is elsewhere than it was."""
 
@@ -62,11 +65,13 @@ class Reading:
         weakref.finalize(self, cpu_ops.forget_layers, self.number).atexit = False
         self._dtype = self.weights[0].dtype
         self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]
+        self._modules: list[torch.nn.Module] = []
         self._own: list[dict[str, Any]] = []
         self._watched: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
         for layer in self.layers:
             attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
             for module in (layer, attention, mlp, *norms, *attention._modules.values(), *mlp._modules.values()):
+                self._modules.append(module)
                 self._own.append(module.__dict__)
                 self._hooks += [
                     module._forward_hooks,
@@ -81,6 +86,7 @@ class Reading:
                 self._watch(norm.__dict__, "variance_epsilon")
         for kind, _ in {part for layer in self.layers for part in layer.made_of}:
             self._watch(vars(kind), "forward")
+        self._kinds = [*map(type, self._modules)]
         self._expected = [*self._now()]
         self._hooks_made = RemovableHandle.next_id
 
@@ -105,7 +111,9 @@ class Reading:
             if any(self._hooks) or any(len(layer.self_attn._forward_pre_hooks) != 1 for layer in layers):
                 return False
             self._hooks_made = made
-        if any(map(dict.__contains__, self._own, repeat("forward"))):
+        if any(any(map(dict.__contains__, self._own, repeat(name))) for name in REPLACEMENTS):
+            return False
+        if not all(map(is_, map(type, self._modules), self._kinds)):
             return False
         try:
             return all(map(is_, self._now(), self._expected))
@@ -127,14 +135,15 @@ class CacheReading:
     """
 
     def __init__(self, reading: Reading, caches: list[PlanCacheLayer]) -> None:
-        self._reading, self._caches, self._lag = reading, caches, caches[0].lag
+        # a cache that is kept does not keep the weights
+        self._reading, self._caches, self._lag = weakref.ref(reading), caches, caches[0].lag
         self.number = dispatch.read_caches(reading.number, [cache.state() for cache in caches], self._lag)
         self._arrays = [cache.arrays() for cache in caches]
         weakref.finalize(self, cpu_ops.forget_caches, self.number).atexit = False
 
     def holds(self, reading: Reading, caches: list[PlanCacheLayer]) -> bool:
         """Whether it is of these, and nothing of them has been replaced since."""
-        if reading is not self._reading or caches is not self._caches or caches[0].lag != self._lag:
+        if reading is not self._reading() or caches is not self._caches or caches[0].lag != self._lag:
             return False
         return all(all(map(is_, cache.arrays(), known)) for cache, known in zip(caches, self._arrays, strict=True))
 
@@ -202,6 +211,7 @@ class Run:
         """
         if self._out is not None:
             if hidden is not self._out:
+                self._cache.layers[0].stepping = True
                 raise UnsupportedError(
                     "something changed the hidden states between two decoder layers, whose step is made in one call; use hooks "
                     "on the layers, then each does its part by itself"
@@ -209,7 +219,8 @@ class Run:
             return hidden
         if not self._layers or layer is not self._layers[0]:
             return None
-        if attention_mask is None and rotary is not None and 0 < hidden.shape[0] <= FEW_ROWS and hidden.shape[1] == 1:
+        one = hidden.shape[1] == 1 and 0 < hidden.shape[0] <= FEW_ROWS and hidden.device.type == "cpu"
+        if one and attention_mask is None and rotary is not None:
             self._out = self._through(hidden, rotary)
         if self._out is None:
             self._layers = ()
@@ -230,11 +241,9 @@ class Run:
                 known = self._cache.reading = CacheReading(reading, caches)
             elif hidden.shape[0] != len(caches[0].lengths):
                 return None  # for the layers to refuse
-            try:
-                out = _step_all(known, caches, hidden, rotary)
-            except RuntimeError:
-                caches[0].columns += 1  # some layers may have taken the token in: the cache is not whole any more
-                raise
+            caches[0].stepping = True  # an error or an interrupt in the midst of it leaves a cache that is refused
+            out = _step_all(known, caches, hidden, rotary)
+            caches[0].stepping = False
         if out is None:  # a weight was moved
             self._stack.forget()
             return self._through(hidden, rotary)
@@ -257,6 +266,10 @@ def _step_all(
         if not wanted:
             return out
         if wanted == MOVED:
+            if done:
+                raise UnsupportedError(
+                    "a weight was given other memory in the midst of a step, by another thread; start a new cache"
+                )
             return None
         if now > done:
             hidden, done = out, now
@@ -271,9 +284,11 @@ class _AllLocked:
         self._locks = [cache.lock for cache in caches]
 
     def __enter__(self) -> None:
-        for lock in self._locks:
-            lock.acquire()
+        self._held = ExitStack()
+        with ExitStack() as held:  # lets go of those it has where an interrupt comes in between
+            for lock in self._locks:
+                held.enter_context(lock)
+            self._held = held.pop_all()
 
     def __exit__(self, *error: object) -> None:
-        for lock in self._locks:
-            lock.release()
+        self._held.close()

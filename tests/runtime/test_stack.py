@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -151,8 +152,12 @@ CHANGES = {
     "another product": lambda model: setattr(
         model.model.layers[1].mlp, "up_proj", nn.Sequential(model.model.layers[1].mlp.up_proj)
     ),
-    "another layer": lambda model: model.model.layers.__setitem__(1, Around(model.model.layers[1])),
+    "another layer": lambda model: model.model.layers.__setitem__(1, Around(model.model.layers[1]).eval()),
     "attention in training": lambda model: attention_modules(model)[1].train(),
+    "another class of a layer": lambda model: other_class(model.model.layers[1]),
+    "another class of a feed-forward": lambda model: other_class(model.model.layers[1].mlp),
+    "another class of a product": lambda model: other_class(model.model.layers[1].mlp.up_proj),
+    "compiled": lambda model: model.model.layers[1].mlp.compile(backend="eager"),
     "another kind of tensor": lambda model: setattr(
         model.model.layers[1].mlp.up_proj, "weight", other_tensor(model.model.layers[1].mlp.up_proj.weight)
     ),
@@ -164,6 +169,16 @@ CHANGES = {
 
 class Other(torch.Tensor):
     """Stands for the tensors of quantizers."""
+
+
+def other_class(module):
+    """A subclass that does something to what comes in, and undoes it."""
+
+    class Other(type(module)):
+        def forward(self, x, *arguments, **rest):
+            return super().forward(x * 1, *arguments, **rest)
+
+    module.__class__ = Other
 
 
 def other_tensor(weight):
@@ -332,21 +347,108 @@ def test_gradients_are_not_lost(model, calls):
     assert made.model.layers[1].mlp.up_proj.weight.grad.abs().max() > 0
 
 
-def test_a_failed_call_leaves_a_cache_that_is_refused(model, monkeypatch):
-    made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 52))
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["step_layers", "step_layer", "step_hidden"])
+def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers, model, monkeypatch):
+    """A signal is delivered when the call returns: the token is in the cache, and nothing has counted it."""
+    made = model(num_hidden_layers=layers)
+    ids = torch.randint(3, made.config.vocab_size, (2, 53))
+    own = getattr(dispatch, name)
+
+    def interrupted(*arguments):
+        own(*arguments)
+        raise error
+
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
-
-        def failing(*arguments):
-            raise RuntimeError("step_layers: no memory")
-
         with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "step_layers", failing)
-            with pytest.raises(RuntimeError, match="no memory"):
-                made(ids[:, 50:51], cache=cache)
-        with pytest.raises(UnsupportedError, match="middle of a forward"):
-            made(ids[:, 51:], cache=cache)
+            if name != "step_layers":
+                patch.setattr(stack.Stack, "begin", lambda *nothing: None)
+            if name == "step_hidden":
+                patch.setattr(fused, "_layer", lambda *nothing: None)
+            made(ids[:, 50:51], cache=cache)
+            patch.setattr(dispatch, name, interrupted)
+            with pytest.raises(error):
+                made(ids[:, 51:52], cache=cache)
+        for _ in range(2):
+            with pytest.raises(UnsupportedError, match="middle of a forward"):
+                made(ids[:, 52:], cache=cache)
+        cache.reset()
+        made(ids[:, :50], cache=cache)
+        made(ids[:, 50:51], cache=cache)
+
+
+def test_an_interrupt_between_two_locks_holds_none(model):
+    made = model()
+    with torch.no_grad():
+        cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
+
+    class Interrupting:
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *error):
+            pass
+
+    locks = stack._AllLocked(cache.layers)
+    locks._locks.append(Interrupting())
+    with pytest.raises(KeyboardInterrupt), locks:
+        pass
+
+    def is_free(lock):
+        found = lock.acquire(timeout=5)
+        if found:
+            lock.release()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        assert all(pool.map(is_free, [layer.lock for layer in cache.layers]))
+
+
+def test_a_square_weight_that_is_turned_is_seen(model, calls, one_by_one):
+    made = model()
+    steps(made, 2)
+    weight = made.model.layers[1].self_attn.o_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    weight.data = weight.data.t()
+    found = steps(made, 2)
+    assert (found - one_by_one(made, 2)).abs().max() < 1e-5
+
+
+def test_other_devices_are_left_to_the_layers(model):
+    made = model()
+    with torch.no_grad():
+        cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
+    run = stack.Run(stack.Stack(fused.read_layers), tuple(made.model.layers), cache)
+    hidden = torch.empty(2, 1, made.config.hidden_size, device="meta")
+    assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2) is None
+
+
+def test_layers_that_are_compiled_one_by_one(model, calls, one_by_one):
+    made = model()
+    expected = steps(made, 2, 3)
+    calls["steps"] = 0
+    for layer in made.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    assert (steps(made, 2, 3) - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert calls["steps"] == 0
+
+
+def test_a_cache_that_is_kept_does_not_keep_the_weights(model):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:], cache=cache)
+    assert cache.reading is not None
+    weight = weakref.ref(made.model.layers[1].mlp.up_proj.weight)
+    number = cache.reading.number
+    del made
+    gc.collect()
+    assert weight() is None
+    with pytest.raises(RuntimeError, match="are gone"):
+        dispatch.step_layers(torch.zeros(2, 1, 8), (torch.zeros(1, 1, 2),) * 2, number, 0)
 
 
 def test_other_rows_are_refused(model):

@@ -10,7 +10,7 @@ namespace {
 
 using namespace moacompress;
 
-// Decoder layers in their order. Holds the tensors, and knows when one of them was given other memory.
+// Decoder layers in their order. Holds the tensors, and knows when one of them was given other memory or another layout.
 struct Layers {
   Tensors held;
   std::vector<std::pair<const void*, int64_t>> memory;  // of each: where it is, and how many numbers
@@ -23,14 +23,15 @@ struct Layers {
 
   bool same() const {
     for (size_t i = 0; i < held.size(); i++)
-      if (memory_of(i) != memory[i]) return false;
+      if (memory_of(i) != memory[i] || !held[i].is_contiguous()) return false;
     return true;
   }
 };
 
-// The caches of decoder layers for some rows, and the tensors that each is of. Used by one thread at a time.
+// The caches of decoder layers for some rows, and the tensors that each is of. Used by one thread at a time. A cache that is kept
+// does not keep the weights.
 struct Caches {
-  std::shared_ptr<const Layers> layers;
+  std::weak_ptr<const Layers> layers;
   int64_t rows;
   std::vector<std::pair<LayerCache, Tensors>> caches;
 };
@@ -113,25 +114,30 @@ std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size
 
 int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors states, int64_t lag) {
   const char* op = "read_caches";
-  Caches read;
-  read.layers = all_layers().find(layers, op, "layers");
-  const size_t count = read.layers->layers.size();
+  const std::shared_ptr<const Layers> of = all_layers().find(layers, op, "layers");
+  const size_t count = of->layers.size();
   STD_TORCH_CHECK(segments.size() == count && states.size() == 4 * count, op, ": ", segments.size(), " numbers of segments and ",
                   states.size(), " parts of caches for ", count, " layers; 1 and 4 of each are needed");
   check(states[1], {-1}, ScalarType::Long, op, "lengths");
-  read.rows = states[1].size(0);
+  Caches read = {of, states[1].size(0), {}};
   int64_t begin = 0;
   for (size_t i = 0; i < count; i++) {
     const int64_t own = segments[i];
     STD_TORCH_CHECK(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
                     " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
     const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
-    read.caches.push_back(cache_of(*read.layers, read.rows, i, part(keys), part(values), &states[4 * i], lag, op));
+    read.caches.push_back(cache_of(*of, read.rows, i, part(keys), part(values), &states[4 * i], lag, op));
     begin += own;
   }
   STD_TORCH_CHECK(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
                   keys.size(), " of keys and ", values.size(), " of values");
   return all_caches().add(std::move(read));
+}
+
+std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
+  std::shared_ptr<const Layers> found = caches.layers.lock();
+  STD_TORCH_CHECK(found, op, ": the layers that these caches are of are gone");
+  return found;
 }
 
 // Reads the cache of one layer anew.
@@ -140,7 +146,7 @@ void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, 
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
   STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == 4, op, ": layer ", layer, " of ",
                   all->caches.size(), " with ", state.size(), " parts of a cache, of 4");
-  all->caches[size_t(layer)] = cache_of(*all->layers, all->rows, size_t(layer), keys, values, state.data(), lag, op);
+  all->caches[size_t(layer)] = cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, state.data(), lag, op);
 }
 
 // The layers from `first` on, one after the other. Returns what came out of the last one that was done, the number of layers done,
@@ -148,7 +154,8 @@ void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, 
 std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor sin, int64_t caches, int64_t first) {
   const char* op = "step_layers";
   const std::shared_ptr<const Caches> all = all_caches().find(caches, op, "caches");
-  const Layers& read = *all->layers;
+  const std::shared_ptr<const Layers> layers = layers_of(*all, op);
+  const Layers& read = *layers;
   const int64_t rows = all->rows, count = int64_t(read.layers.size());
   x = one_token(x, op);
   check(x, {rows, 1, read.inputs}, read.type, op, "the input");
