@@ -290,15 +290,15 @@ def read_caches(layers: int, states: Sequence[CacheState], lag: int) -> int:
     Returns:
         Their number, for `cpu_ops.forget_caches`.
     """
-    keys, values = [t for state in states for t in state[0]], [t for state in states for t in state[1]]
-    segments, parts = [len(state[0]) for state in states], [t for state in states for t in state[2:]]
+    keys, values = [t for state in states for t in state.keys], [t for state in states for t in state.values]
+    segments, parts = [len(state.keys) for state in states], [t for state in states for t in state[2:]]
     number: int = torch.ops.moacompress_cpu.read_caches(layers, keys, values, segments, parts, lag)
     return number
 
 
 def read_cache(caches: int, layer: int, state: CacheState, lag: int) -> None:
     """Reads one layer's cache anew; see `read_caches`."""
-    torch.ops.moacompress_cpu.read_cache(caches, layer, list(state[0]), list(state[1]), list(state[2:]), lag)
+    torch.ops.moacompress_cpu.read_cache(caches, layer, list(state.keys), list(state.values), list(state[2:]), lag)
 
 
 def step_layers(

@@ -23,7 +23,7 @@ from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import AttentionHook
-from moacompress.runtime.packing import FEW_ROWS, PackedLinear, is_plain_tensor
+from moacompress.runtime.packing import PackedLinear, has_few_rows, lies_ready
 from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, Run
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -50,9 +50,10 @@ class Around(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A decoder layer that the compiled call can do: its attention, weights and biases of that's projections, and the rest."""
+    """A decoder layer that the compiled call can do: its attention, what that is handed, its projections, and the rest."""
 
     attention: Any
+    call: LayerCall
     projections: tuple[list[torch.Tensor], list[torch.Tensor]]
     around: Around
 
@@ -112,17 +113,16 @@ class _FusedLayer:
             out = run.step(module, hidden_states, attention_mask, rotary)
             if out is not None:
                 return out
-        layer = None if attention_mask is not None else _layer(module, hidden_states)
-        call = None if layer is None else _call(layer.attention, kwargs)
-        if layer is None or call is None or not _fits(layer.attention, hidden_states, rotary, call, *layer.projections):
+        layer = None if attention_mask is not None else _layer(module, hidden_states, rotary, kwargs)
+        if layer is None:
             whole = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast(torch.Tensor, whole)
-        arguments = (hidden_states, *layer.projections)
-        cache, scaling = cast(PlanCache, call.cache), layer.attention.scaling
+        arguments, (context, _) = (hidden_states, *layer.projections), layer.call
+        cache, scaling = cast(PlanCache, layer.call.cache), layer.attention.scaling
         if torch.compiler.is_compiling():
-            rest = (*layer.around, *rotary, cache.handle, call.context.number, scaling)
+            rest = (*layer.around, *rotary, cache.handle, context.number, scaling)
             return cast(torch.Tensor, torch.ops.moacompress.step_layer(*arguments, *rest))
-        return step_layer(call.context, cache, *arguments, layer.around, rotary, scaling)
+        return step_layer(context, cache, *arguments, layer.around, rotary, scaling)
 
 
 def attend_hidden(
@@ -219,21 +219,15 @@ def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tenso
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
     """
-    graded = torch.is_grad_enabled()
-    if hidden.numel() > FEW_ROWS * hidden.shape[-1] or (graded and hidden.requires_grad) or any(GLOBAL_HOOKS):
+    if not has_few_rows(hidden) or any(GLOBAL_HOOKS):
         return None
     weights, biases = [], []
-    dtype, device = hidden.dtype, hidden.device
     for layer in layers:
         if type(layer) not in PLAIN or _is_touched(layer):
             return None
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
-        if not is_plain_tensor(weight) or weight.dtype != dtype or weight.device != device:
-            return None
-        if not weight.is_contiguous() or not (bias is None or is_plain_tensor(bias)):
-            return None
-        if graded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        if not lies_ready(weight, hidden) or not (bias is None or lies_ready(bias, hidden)):
             return None
         weights.append(weight)
         if bias is not None:
@@ -266,8 +260,8 @@ def _fits(
     )
 
 
-def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
-    """Returns the parts of a decoder layer, or None where the compiled call can not do it."""
+def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _Layer | None:
+    """Returns the parts of a decoder layer, or None where the compiled call can not do its forward; `kwargs` has the cache."""
     parts = module._modules
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
@@ -287,15 +281,11 @@ def _layer(module: Any, hidden: torch.Tensor) -> _Layer | None:
     eps = norms[0].variance_epsilon
     if type(beside["act_fn"]) not in SILU or norms[1].variance_epsilon != eps:
         return None
-    for scale in scales:
-        if (
-            not is_plain_tensor(scale)
-            or scale.dtype != hidden.dtype
-            or (scale.requires_grad and torch.is_grad_enabled())
-        ):
-            return None
     weights, biases = found
-    return _Layer(attention, (weights[:3], biases), Around(scales, eps, weights[3:]))
+    call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
+    if call is None or not _fits(attention, hidden, rotary, call, weights[:3], biases):
+        return None
+    return _Layer(attention, call, (weights[:3], biases), Around(scales, eps, weights[3:]))
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
@@ -329,15 +319,15 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
     reading = Reading(layers)
     numbers, biased = set(), set()
     for module in layers:
-        layer = _layer(module, hidden) if are_fused((module,)) and not _is_touched(module) else None
-        call = None if layer is None else _call(layer.attention, {"cache": cache})
-        if layer is None or call is None or not _fits(layer.attention, hidden, rotary, call, *layer.projections):
+        untouched = are_fused((module,)) and not _is_touched(module)
+        layer = _layer(module, hidden, rotary, {"cache": cache}) if untouched else None
+        if layer is None:
             return None
         weights, biases = layer.projections
         reading.weights += [*weights, *layer.around.weights]
         reading.biases += biases
         reading.norms += layer.around.norms
-        reading.contexts.append(call.context)
+        reading.contexts.append(layer.call.context)
         numbers.add((layer.around.eps, layer.attention.head_dim, layer.attention.scaling))
         biased.add(len(biases))
     if len(numbers) != 1 or len(biased) != 1:

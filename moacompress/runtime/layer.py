@@ -194,8 +194,7 @@ class PlanCacheLayer(CacheLayerMixin):
         with self.lock:
             self.stepping = True
             while True:
-                keys, values, *state = self.state()
-                out, wanted = call(keys, values, *state, *self._rule.columns, self.lag, *scores)
+                out, wanted = call(*self.state(), *self._rule.columns, self.lag, *scores)
                 if not wanted:
                     break
                 self.make_room(wanted)
@@ -228,13 +227,12 @@ class PlanCacheLayer(CacheLayerMixin):
         return dispatch.CacheState(self._pool.keys, self._pool.values, *map(torch.from_numpy, self.arrays()[:4]))
 
     def make_room(self, wanted: int) -> None:
-        """Gives a compiled call what it wants: 1 is a wider table, 1 + n are n blocks."""
+        """Gives a compiled call what it wants: 1 is a wider table, 1 + n are n blocks. The lock is held."""
         assert self._pool is not None
         if wanted == 1:
             self._table.widen(int(self.lengths.max()) // BLOCK + 1)
         else:
-            with self.lock:
-                self._pool.grow(wanted - 1)
+            self._pool.grow(wanted - 1)
 
     def commit(self, chunk: Chunk) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.

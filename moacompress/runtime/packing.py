@@ -133,7 +133,10 @@ class PackedLinear(nn.Linear):
         )
         if trained or input.dtype != weight.dtype or input.device.type != "cpu":
             return super().forward(input)
-        if is_read_as_it_lies(input, self) and dispatch.kernel_for(input) == "cpu":
+        ready = (
+            has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
+        )
+        if ready and dispatch.kernel_for(input) == "cpu":
             return cast(torch.Tensor, torch.ops.moacompress_cpu.linear(input, weight, self.bias))
         if pack is None:
             return super().forward(input)
@@ -145,30 +148,24 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
 
-def is_plain_tensor(tensor: object) -> bool:
-    """Returns whether something is a tensor that is what it says: quantizers and parallelism have others in its place."""
-    return type(tensor) in (nn.Parameter, torch.Tensor)
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Returns whether an input, `[..., in_features]`, has few enough rows for the compiled kernels, and no gradients."""
+    return x.numel() <= FEW_ROWS * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def is_read_as_it_lies(x: torch.Tensor, layer: nn.Linear) -> bool:
-    """Returns whether compiled kernels, where there are some for `x`, can multiply its rows by a layer's own weight.
+def lies_ready(tensor: object, x: torch.Tensor) -> bool:
+    """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
 
-    Args:
-        x: `[..., in_features]`: few rows, without gradients, like the weight.
-        layer: its weight is contiguous, and nothing of it is trained here.
+    It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's
+    dtype and device, and not trained here.
     """
-    weight, bias = layer.weight, layer.bias
-    if not is_plain_tensor(weight) or not (bias is None or is_plain_tensor(bias)):
-        return False
-    asked = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
     return (
-        not asked
-        and x.numel() <= FEW_ROWS * x.shape[-1]
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-        and weight.is_contiguous()
+        isinstance(tensor, torch.Tensor)
+        and type(tensor) in (nn.Parameter, torch.Tensor)
+        and tensor.dtype == x.dtype
+        and tensor.device == x.device
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
     )
 
 

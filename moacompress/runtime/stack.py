@@ -1,7 +1,7 @@
 """A decode step through all decoder layers in one compiled call.
 
 Between two layers' calls a processor runs Python that it has not seen since the layer before, while weights went through its
-caches; for a small model that takes a quarter of a step. So where every layer could make the call of `fused` by itself, the
+caches; a small model's step has much of that. So where every layer could make the call of `fused` by itself, the
 first one makes one call for all, and the others hand on what they get.
 
 That nothing else has a hand in any of them is asked at every step, of everything that the layers are made of. What was read is
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from operator import is_, itemgetter
@@ -73,10 +73,9 @@ class Reading:
             for module in (layer, attention, mlp, *norms, *attention._modules.values(), *mlp._modules.values()):
                 self._modules.append(module)
                 self._own.append(module.__dict__)
-                self._hooks += [
-                    module._forward_hooks,
-                    *([module._forward_pre_hooks] if module is not attention else ()),
-                ]
+                self._hooks.append(module._forward_hooks)
+                if module is not attention:
+                    self._hooks.append(module._forward_pre_hooks)
                 for held in (module._modules, module._parameters):
                     self._watch(held, *held)
             self._watch(attention.__dict__, "training", "scaling")
@@ -233,7 +232,7 @@ class Run:
         reading = self._stack.reading(self._layers, hidden, rotary, self._cache)
         if reading is None or (self._cache.reading is None and not _can_step(caches, hidden)):
             return None
-        with _AllLocked(caches):  # forks in other threads replace what is read when they make room in the pools
+        with _all_locked(caches):  # forks in other threads replace what is read when they make room in the pools
             known = self._cache.reading
             if known is None or not known.holds(reading, caches):
                 if not _can_step(caches, hidden):
@@ -277,18 +276,10 @@ def _step_all(
         known.read_again(done)
 
 
-class _AllLocked:
+@contextmanager
+def _all_locked(caches: list[PlanCacheLayer]) -> Iterator[None]:
     """Holds the locks of all layers' pools, which forks of a cache in other threads take in the same order."""
-
-    def __init__(self, caches: list[PlanCacheLayer]) -> None:
-        self._locks = [cache.lock for cache in caches]
-
-    def __enter__(self) -> None:
-        self._held = ExitStack()
-        with ExitStack() as held:  # lets go of those it has where an interrupt comes in between
-            for lock in self._locks:
-                held.enter_context(lock)
-            self._held = held.pop_all()
-
-    def __exit__(self, *error: object) -> None:
-        self._held.close()
+    with ExitStack() as held:
+        for cache in caches:
+            held.enter_context(cache.lock)
+        yield

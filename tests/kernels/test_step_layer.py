@@ -272,10 +272,10 @@ def test_what_is_read_is_checked():
             dispatch.read_caches(layers, states, lag)
 
     cache_refused("2 numbers of segments and 8 parts of caches for 1 layers", [state, state])
-    cache_refused("0 segments of layer 0", [([], [], *state[2:])])
-    cache_refused("segments of layer 0, of .* of keys and 0 of values", [(state[0], [], *state[2:])])
-    cache_refused("lengths has another dtype", [(*state[:3], state[3].int(), *state[4:])])
-    cache_refused("refs counts", [(*state[:5], state[5][:-1].clone())])
+    cache_refused("0 segments of layer 0", [state._replace(keys=[], values=[])])
+    cache_refused("segments of layer 0, of .* of keys and 0 of values", [state._replace(values=[])])
+    cache_refused("lengths has another dtype", [state._replace(lengths=state.lengths.int())])
+    cache_refused("refs counts", [state._replace(refs=state.refs[:-1].clone())])
     cache_refused("lag is -1", lag=-1)
     with pytest.raises(RuntimeError, match="no layers of the number 0"):
         dispatch.read_caches(0, [state], 0)

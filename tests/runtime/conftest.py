@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from moacompress.kernels import dispatch
+from moacompress.models import model_shape
 from moacompress.plan import Plan
+from moacompress.runtime import attach
 
 _MASKS: dict[int, torch.Tensor] = {}
 
@@ -80,3 +83,35 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
 
     return draw
+
+
+@pytest.fixture
+def compiled_kernels() -> None:
+    """Skips a test where the compiled kernels do not run."""
+    if dispatch.chosen().name != "cpu":
+        pytest.skip(f"the compiled kernels do not run: {dispatch.chosen().reason}")
+
+
+@pytest.fixture
+def model(tiny_model: Any, random_plan: Any) -> Callable[..., PreTrainedModel]:
+    """Makes a tiny model of a family under a random plan, with nothing trained."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+        made = tiny_model(family, **config).to(dtype).eval().requires_grad_(False)
+        return attach(made, random_plan(model_shape(made), 3))
+
+    return make
+
+
+@pytest.fixture
+def steps() -> Callable[..., torch.Tensor]:
+    """Returns logits of some steps of a model after a prompt of 50 tokens, `[rows, count, vocabulary]`."""
+
+    def run(model: PreTrainedModel, rows: int, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(rows)
+        ids = torch.randint(3, model.config.vocab_size, (rows, 50 + count), generator=generator)
+        with torch.no_grad():
+            cache = model(ids[:, :50]).cache
+            return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
+
+    return run

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.kernels import dispatch
 from moacompress.models import attention_modules, model_shape
 from moacompress.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach, fused
@@ -18,11 +17,7 @@ from moacompress.runtime.stack import Stack
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    if dispatch.chosen().name != "cpu":
-        pytest.skip(dispatch.chosen().reason)
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -60,36 +55,18 @@ def unfused(monkeypatch):
     return leave
 
 
-@pytest.fixture
-def model(tiny_model, random_plan):
-    def make(family="llama", dtype=torch.float32, **config):
-        made = tiny_model(family, **config).to(dtype).eval().requires_grad_(False)
-        return attach(made, random_plan(model_shape(made), 3))
-
-    return make
-
-
-def steps(model, rows, count=20, dtype=None):
-    """Returns the logits of steps after a prompt, `[rows, count, vocabulary]`."""
-    generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(3, model.config.vocab_size, (rows, 50 + count), generator=generator)
-    with torch.no_grad():
-        cache = model(ids[:, :50]).cache
-        return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
-def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, unfused):
+def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, unfused, steps):
     made = model(family, dtype)
-    found, layers, few = steps(made, rows), len(attention_modules(made)), rows <= FEW_ROWS
+    found, layers, few = steps(made, rows, 20), len(attention_modules(made)), rows <= FEW_ROWS
     assert calls == [few * layers * 20, 0]
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
     for attention in (False, True):
         unfused(attention)
         calls[:] = 0, 0
-        expected = steps(made, rows)
+        expected = steps(made, rows, 20)
         assert calls == [0, (few and not attention) * layers * 20]
         assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
@@ -157,8 +134,8 @@ def train_biases(layer):
         ),
     ],
 )
-def test_attention_that_something_else_has_a_hand_in_is_left_to_itself(change, model, calls):
-    changed(change, model, calls, attention=False)
+def test_attention_that_something_else_has_a_hand_in_is_left_to_itself(change, model, calls, steps):
+    changed(change, model, calls, steps, attention=False)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +160,14 @@ def test_attention_that_something_else_has_a_hand_in_is_left_to_itself(change, m
         lambda layer: setattr(layer, "input_layernorm", nn.Sequential(layer.input_layernorm)),
     ],
 )
-def test_a_layer_that_something_else_has_a_hand_in_has_its_attention_fused(change, model, calls):
-    changed(change, model, calls, attention=True)
+def test_a_layer_that_something_else_has_a_hand_in_has_its_attention_fused(change, model, calls, steps):
+    changed(change, model, calls, steps, attention=True)
 
 
-def changed(change, model, calls, attention):
+def changed(change, model, calls, steps, attention):
     """Changes the first of a model's layers, and looks at what is still fused and at the numbers."""
     made = model()
-    expected, layers = steps(made, 2), len(attention_modules(made))
+    expected, layers = steps(made, 2, 20), len(attention_modules(made))
     assert calls == [20 * layers, 0]
     first = made.model.layers[0]
     change(first)
@@ -205,19 +182,19 @@ def changed(change, model, calls, attention):
     else:
         assert calls == [layers - 1, int(attention)]
     made.eval()
-    found = steps(made, 2)
+    found = steps(made, 2, 20)
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def test_a_changed_epsilon_keeps_a_layer_to_itself(model, calls):
+def test_a_changed_epsilon_keeps_a_layer_to_itself(model, calls, steps):
     made = model()
     made.model.layers[0].input_layernorm.variance_epsilon = 0.5
-    found = steps(made, 2)
+    found = steps(made, 2, 20)
     assert calls == [20 * (len(attention_modules(made)) - 1), 20]
     for name in fused.NORMS:
         getattr(made.model.layers[0], name).variance_epsilon = 0.5
     calls[:] = 0, 0
-    assert not torch.equal(steps(made, 2), found)
+    assert not torch.equal(steps(made, 2, 20), found)
     assert calls[1] == 0
 
 
@@ -267,7 +244,7 @@ def test_gradient_checkpointing_goes_through_the_fused_class(model, calls):
     assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max()
 
 
-def test_packed_and_compiled(model, calls):
+def test_packed_and_compiled(model, calls, steps):
     made = model()
     expected = steps(made, 2, 5)
     pack_weights(made)

@@ -139,11 +139,10 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, monkeypatch):
-    if dispatch.chosen().name != "cpu":
-        pytest.skip(dispatch.chosen().reason)
     layer = linear(dtype=dtype)
     pack_weights(layer)
     x = torch.randn(rows, 1, 24, dtype=dtype)

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,12 @@ from torch import nn
 
 from moacompress.errors import UnsupportedError
 from moacompress.kernels import cpu_ops, dispatch
-from moacompress.models import attention_modules, model_shape
+from moacompress.models import attention_modules
 from moacompress.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach, fused, stack
 from moacompress.runtime.packing import FEW_ROWS, pack_weights
 
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    if dispatch.chosen().name != "cpu":
-        pytest.skip(dispatch.chosen().reason)
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 @pytest.fixture
@@ -49,16 +46,7 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
-def model(tiny_model, random_plan):
-    def make(family="llama", dtype=torch.float32, **config):
-        made = tiny_model(family, **config).to(dtype).eval().requires_grad_(False)
-        return attach(made, random_plan(model_shape(made), 3))
-
-    return make
-
-
-@pytest.fixture
-def one_by_one(monkeypatch):
+def one_by_one(monkeypatch, steps):
     """Returns logits of steps with each layer doing its part by itself."""
 
     def run(*arguments):
@@ -69,27 +57,18 @@ def one_by_one(monkeypatch):
     return run
 
 
-def steps(model, rows, count=40, cache=None):
-    """Returns the logits of steps after a prompt, `[rows, count, vocabulary]`."""
-    generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(3, model.config.vocab_size, (rows, 50 + count), generator=generator)
-    with torch.no_grad():
-        cache = model(ids[:, :50]).cache
-        return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
-def test_it_is_to_the_bit_what_the_layers_do_one_by_one(family, dtype, rows, model, calls, one_by_one):
+def test_it_is_to_the_bit_what_the_layers_do_one_by_one(family, dtype, rows, model, calls, one_by_one, steps):
     made = model(family, dtype)
-    found = steps(made, rows)
+    found = steps(made, rows, 40)
     few = rows <= FEW_ROWS
     assert calls["layers"] == calls["caches"] == few
     assert calls["steps"] == few * (40 + calls["cache"])  # where there was no room a call was made again
     assert calls["cache"] > 0 or not few
     calls["steps"] = 0
-    assert torch.equal(one_by_one(made, rows), found)
+    assert torch.equal(one_by_one(made, rows, 40), found)
     assert calls["steps"] == 0
 
 
@@ -262,9 +241,9 @@ def test_hooks_on_all_modules_are_seen(model, calls):
         assert calls["steps"] > 0
 
 
-def test_other_numbers_are_read_anew(model, calls, one_by_one):
+def test_other_numbers_are_read_anew(model, calls, one_by_one, steps):
     made = model()
-    steps(made, 2)
+    steps(made, 2, 40)
     for change in (
         lambda layer: layer.mlp.down_proj.weight.data.mul_(2),
         lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data * 2),
@@ -274,20 +253,20 @@ def test_other_numbers_are_read_anew(model, calls, one_by_one):
     ):
         change(made.model.layers[1])
         before = calls["steps"]
-        found = steps(made, 2)
+        found = steps(made, 2, 40)
         assert calls["steps"] > before
-        assert torch.equal(one_by_one(made, 2), found)
+        assert torch.equal(one_by_one(made, 2, 40), found)
     made.half()
-    found = steps(made, 2)
+    found = steps(made, 2, 40)
     assert found.dtype == torch.float16
-    assert torch.equal(one_by_one(made, 2), found)
+    assert torch.equal(one_by_one(made, 2, 40), found)
 
 
-def test_layers_that_differ_go_one_by_one(model, calls):
+def test_layers_that_differ_go_one_by_one(model, calls, steps):
     made = model()
     for name in fused.NORMS:
         getattr(made.model.layers[1], name).variance_epsilon = 0.5
-    steps(made, 2)
+    steps(made, 2, 40)
     assert calls["steps"] == 0
 
 
@@ -391,9 +370,8 @@ def test_an_interrupt_between_two_locks_holds_none(model):
         def __exit__(self, *error):
             pass
 
-    locks = stack._AllLocked(cache.layers)
-    locks._locks.append(Interrupting())
-    with pytest.raises(KeyboardInterrupt), locks:
+    last = SimpleNamespace(lock=Interrupting())
+    with pytest.raises(KeyboardInterrupt), stack._all_locked([*cache.layers, last]):
         pass
 
     def is_free(lock):
@@ -406,14 +384,14 @@ def test_an_interrupt_between_two_locks_holds_none(model):
         assert all(pool.map(is_free, [layer.lock for layer in cache.layers]))
 
 
-def test_a_square_weight_that_is_turned_is_seen(model, calls, one_by_one):
+def test_a_square_weight_that_is_turned_is_seen(model, calls, one_by_one, steps):
     made = model()
-    steps(made, 2)
+    steps(made, 2, 40)
     weight = made.model.layers[1].self_attn.o_proj.weight
     assert weight.shape[0] == weight.shape[1]
     weight.data = weight.data.t()
-    found = steps(made, 2)
-    assert (found - one_by_one(made, 2)).abs().max() < 1e-5
+    found = steps(made, 2, 40)
+    assert (found - one_by_one(made, 2, 40)).abs().max() < 1e-5
 
 
 def test_other_devices_are_left_to_the_layers(model):
@@ -425,7 +403,7 @@ def test_other_devices_are_left_to_the_layers(model):
     assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2) is None
 
 
-def test_layers_that_are_compiled_one_by_one(model, calls, one_by_one):
+def test_layers_that_are_compiled_one_by_one(model, calls, one_by_one, steps):
     made = model()
     expected = steps(made, 2, 3)
     calls["steps"] = 0
@@ -483,23 +461,23 @@ def test_forks_in_threads(model, calls):
         assert torch.equal(found[seed], go_on(seed))
 
 
-def test_copies_and_detaching(model, calls):
+def test_copies_and_detaching(model, calls, steps):
     made = model()
-    found = steps(made, 2)
+    found = steps(made, 2, 40)
     other = copy.deepcopy(made)
-    assert torch.equal(steps(other, 2), found)
+    assert torch.equal(steps(other, 2, 40), found)
     assert calls["layers"] == 2
     decoder = next(iter(other.model._forward_pre_hooks.values()))
     assert pickle.loads(pickle.dumps(decoder.stack))._last is None
     plan = made._moacompress.plan
     detach(made)
     calls["steps"] = 0
-    dense = steps(made, 2)
+    dense = steps(made, 2, 40)
     assert calls["steps"] == 0
     attach(made, Plan.full(plan.model))
-    assert (steps(made, 2) - dense).abs().max() < 2e-5 * dense.abs().max()
+    assert (steps(made, 2, 40) - dense).abs().max() < 2e-5 * dense.abs().max()
     attach(made, plan)
-    assert torch.equal(steps(made, 2), found)
+    assert torch.equal(steps(made, 2, 40), found)
 
 
 def test_what_was_read_is_let_go(model, monkeypatch):

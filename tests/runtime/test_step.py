@@ -16,11 +16,7 @@ from moacompress.runtime.layer import PlanCacheLayer
 HEADS, GROUP, DIM, VALUE_DIM = 3, 2, 5, 7
 SCORES = (0.4, 0.0, None)
 
-
-@pytest.fixture(autouse=True)
-def _built():
-    if dispatch.chosen().name != "cpu":
-        pytest.skip(f"the compiled kernels do not run: {dispatch.chosen().reason}")
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 def pair(rng, lag=False, reserve=None):
