@@ -269,7 +269,8 @@ class PlanCacheLayer(CacheLayerMixin):
     def blocks_of_rows(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Returns the pool's segments of keys and of values, and the block table: what `kernels.dispatch` reads."""
         assert self._pool is not None
-        return self._pool.keys, self._pool.values, torch.from_numpy(self._table.ids)
+        with self.lock:  # a fork in another thread may be adding a segment
+            return [*self._pool.keys], [*self._pool.values], torch.from_numpy(self._table.ids)
 
     def committed(self, group: Group, heads: Sequence[int]) -> Keys:
         """Returns the cached keys and values of some rows and of KV heads that share a rule.

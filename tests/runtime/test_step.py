@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
 import pytest
@@ -129,6 +130,21 @@ def test_a_fork_is_not_written_to():
     for layer, fork in zip(layers, forks, strict=True):
         assert_counted(layer, fork)
     assert_equal(*forks)
+
+
+def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
+    layer, _ = pair(random.Random(1))
+    feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
+    pool = layer._pool
+    with ThreadPoolExecutor(1) as threads:
+        with layer.lock:
+            pool.keys.append(torch.zeros(1, BLOCK, DIM))
+            read = threads.submit(layer.blocks_of_rows)
+            with pytest.raises(TimeoutError):
+                read.result(timeout=0.2)
+            pool.values.append(torch.zeros(1, BLOCK, VALUE_DIM))
+        keys, values, _ = read.result(timeout=30)
+    assert len(keys) == len(values)
 
 
 def test_bad_arguments_are_refused():
