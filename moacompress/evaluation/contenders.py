@@ -12,7 +12,7 @@ from moacompress.calibration.store import Profile
 from moacompress.errors import PlanError, UsageError
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.plan import SINKS, Plan, window
-from moacompress.search.baselines import BASELINES, baseline_plans, uniform_plan
+from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, uniform_plan
 
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS))
@@ -172,6 +172,7 @@ def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
 def _known_sink(plan: Plan, name: str) -> int | None:
     """Returns the sink that the search found best for a baseline, or None where the plan does not say."""
     baselines = plan.quality.get("baselines")
-    noted = baselines.get(name) if isinstance(baselines, dict) else None
+    family = next(family for family, names in FAMILIES.items() if name in names)
+    noted = baselines.get(family) if isinstance(baselines, dict) else None
     sink = noted.get("sink") if isinstance(noted, dict) else None
     return sink if sink in SINKS else None

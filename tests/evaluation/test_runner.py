@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import moacompress.evaluation.contenders as contenders
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scores as scores
 import moacompress.evaluation.scoring as scoring
@@ -123,6 +124,24 @@ def test_uniform_has_the_sink_that_the_search_found(compressed: Path, tmp_path: 
     plan.with_notes(quality={"baselines": {"uniform": {"sink": 16}}}).save(path)
     report = run(tmp_path / "OUT" / "model", against=("uniform",), prompts=1)
     assert [row["sink"] for row in report["results"] if row["model"] == "uniform"] == [16] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("split", "duo"), ("per-layer", "per_layer"), ("uniform-elastic", "uniform"), ("moa", "moa")]
+)
+def test_every_baseline_has_the_sink_that_the_search_found(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    plan = Plan.load(compressed / "model" / "plan.json").with_notes(quality={"baselines": {family: {"sink": 16}}})
+    made = [Plan.uniform(plan.model, Rule(sink, 64, 0), 32) for sink in (4, 16, 64)]
+    monkeypatch.setattr(contenders, "baseline_plans", lambda *arguments: made)
+
+    def sinks(every_candidate: bool) -> list[int]:
+        _, *candidates = Field(plan, (name,), {}, None, every_candidate).at(LENGTH)
+        return [candidate.description(LENGTH)["sink"] for candidate in candidates]
+
+    assert sinks(False) == [16]
+    assert sinks(True) == [4, 16, 64]
 
 
 def test_killed_and_resumed(compressed: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
