@@ -70,6 +70,7 @@ class Head:
         return {
             "total": (profile.draws, *size),
             **dict.fromkeys(names, size),
+            **({"harm": (1,)} if self.around else {}),
             **(heads if profile.heads else {}),
             **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if profile.anchors else (), pairs),
         }

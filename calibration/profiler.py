@@ -85,20 +85,26 @@ def label_cotangent(labels: Tensor) -> Cotangent:
     return gradient
 
 
-def divergence_cotangent(model: PreTrainedModel, dense: Tensor) -> Cotangent:
-    """Returns the gradient of the mean KL(dense || model) at the model's logits.
+class Divergence:
+    """The gradient of the mean KL(dense || model) at the model's logits; a `Cotangent`.
 
     Args:
         model: the model; only its output layer is used.
         dense: what the dense model's output layer gets, `[tokens, hidden]`.
+
+    Attributes:
+        harm: the mean KL of the rows that it was called for, nats.
     """
 
-    def gradient(logits: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            p = torch.softmax(output_logits(model, dense[part]).float(), -1)
-        return (torch.softmax(logits.float(), -1) - p).div_(len(dense)).to(logits.dtype)
+    def __init__(self, model: PreTrainedModel, dense: Tensor) -> None:
+        self.model, self.dense, self.harm = model, dense, 0.0
 
-    return gradient
+    def __call__(self, logits: Tensor, part: slice) -> Tensor:
+        """Returns the gradient at a chunk of rows, `[rows, vocabulary]`."""
+        with torch.no_grad():
+            p, q = (torch.log_softmax(of.float(), -1) for of in (output_logits(self.model, self.dense[part]), logits))
+            self.harm += float((p.exp() * (p - q)).sum()) / len(self.dense)
+            return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
 
 
 def sample_statistics(
@@ -146,8 +152,10 @@ def sample_statistics(
     ]
     with Tape(model, recording, ids, rows) as tape:
         if dense is not None:
-            tape.backward(divergence_cotangent(model, dense), [[sums] for sums in influence], last=False)
+            divergence = Divergence(model, dense)
+            tape.backward(divergence, [[sums] for sums in influence], last=False)
             found["first"] = torch.stack([sums.total for sums in influence])
+            found["harm"] = torch.tensor([max(divergence.harm, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size) for _ in range(shape.layers)]
             _reset(influence)

@@ -31,6 +31,7 @@ class Statistics:
             `squares`: `sum_i d_i^2` over the sample's rows, mean over the draws of the cotangent;
             `total`: `sum_i d_i` of each draw, so with an axis for the draw in front;
             `first`: around a plan, `sum_i d_i` from the gradient of KL(dense || plan), signed;
+            `harm`: around a plan, KL(dense || plan) itself, nats per answer token, `[1]`;
             `moa`, `mass`, `gold_squares`, `gold_total`: from the gold label; see `collectors.BaselineSums`;
             `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
             `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.

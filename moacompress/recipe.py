@@ -131,6 +131,7 @@ class SearchRecipe(_Section):
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
     rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")
     round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples of a round")
+    round_trials: int = Field(4, ge=1, le=1_000, description="plans that a round measures")
     moves: int = Field(10, ge=0, le=10_000, description="KV heads measured with more, and with less, at the end")
     floors: dict[int, float] = Field({}, description="smallest share of its KV bytes that a layer keeps, by layer")
     storage: str | None = Field(None, description="Optuna storage: sqlite:///FILE, a journal file, or a database URL")

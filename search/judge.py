@@ -53,8 +53,12 @@ class Judge:
             return known
         with self.measure.under(plan) as harm:
             harms = [harm(number) for number in numbers]
-        self.ledger.remember(f"{kind}:{plan.key()}", harms)
+        self.keep(kind, plan, harms)
         return harms
+
+    def keep(self, kind: str, plan: Plan, harms: Sequence[float]) -> None:
+        """Keeps what was measured elsewhere, as `harms` would have."""
+        self.ledger.remember(f"{kind}:{plan.key()}", list(harms))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
         """Returns what `harms` measured before, or None."""

@@ -20,6 +20,8 @@ from moacompress.search.surrogate import Floats
 CANDIDATES = 300
 """Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
 MAX_STEPS = 300
+KNEE = 0.05
+"""Nats below which a sample's harm is as good as none: half a nat over an answer of ten tokens, which is then still given."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Quadratic:
     linear: Floats
 
     @staticmethod
-    def of(profile: Profile, text_weight: float) -> Quadratic:
+    def of(profile: Profile, text_weight: float, relative: float = 0.0) -> Quadratic:
         """Returns the form of a profile, lengths weighing the same.
 
         Args:
             profile: of the dense model, or around a plan.
             text_weight: weight of plain text beside answers.
+            relative: around a plan, how much less a sample weighs that the plan harms more: at 0 what is predicted is the
+                change of the mean harm, at 1 nearly that of the mean logarithm.
         """
         arrays = profile.statistics.arrays
         totals = arrays["total"].astype(np.float64)  # [samples, draws, layers, kv_heads, rules]
@@ -55,6 +59,10 @@ class Quadratic:
                 weights[here] = 1 / (lengths * max(1, here.sum()))
         if {"answer", "text"} == set(profile.sample_kinds):
             weights[kinds == "text"] *= text_weight
+        if relative and "harm" in arrays:
+            harm = arrays["harm"][:, 0].astype(np.float64)
+            weighed = weights * (harm + KNEE) ** -relative
+            weights = weighed * (weights @ (harm + KNEE)) / (weighed @ (harm + KNEE))
         scale = np.sqrt(weights / draws)[:, None, None, None, None]
         rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
         if "first" not in arrays:
@@ -94,7 +102,7 @@ class Quadratic:
 
         Args:
             choice: where to begin, within the limits, `[layers, kv_heads]`.
-            costs: predicted harm of every rule alone, in nats, `[layers, kv_heads, rules]`.
+            costs: predicted harm of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
             share: of this form in what is lowered, 0 to 1.
             knapsack: slots and limits.
         """
@@ -102,7 +110,8 @@ class Quadratic:
         alone = costs.reshape(-1, rules)
         slots = knapsack.slots.reshape(len(knapsack.limits), -1, rules)
         shares = slots / np.maximum(knapsack.limits, 1)[:, None, None]
-        priced = np.tensordot(best_prices(alone, shares)[0], shares, axes=1)
+        above = alone - alone.min(axis=1, keepdims=True)
+        priced = np.tensordot(best_prices(above, shares)[0], shares, axes=1) if above.any() else np.zeros_like(alone)
         now = choice.reshape(-1).copy()
         heads = np.arange(len(now))
         for _ in range(MAX_STEPS):

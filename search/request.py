@@ -23,7 +23,7 @@ Knob: TypeAlias = Mapping[str, float]
 
 MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
-SEARCH_VERSION = 4
+SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 
@@ -84,7 +84,7 @@ class Request:
                 "text_weight": search.text_weight,
                 "solver": search.solver,
                 "ablations": search.ablations,
-                "rounds": [search.rounds, search.round_samples if search.rounds else 0],
+                "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
                 "moves": search.moves,
                 "floors": search.floors,
                 "alternatives": search.alternatives,

@@ -1,18 +1,19 @@
-"""Rounds: profile again under the plan at hand, and move a tenth of its bytes to where they are worth more.
+"""Rounds: profile again under the plan at hand, and move some of its bytes to where they are worth more.
 
 At a tight budget nearly every KV head is cut, and what a rule would do to the dense model says little about what it does
 to the model under the plan: heads that were spare there are needed here. Around the plan the gradient of the KL is not
 zero, so the change of every rule has a sign. Those of many heads must not be added up, though: what gains alone can be the
 same gain, and a few samples around the plan tell less than the many of the profile. So both are joined in one quadratic form,
-which is minimised near the plan.
+which is minimised near the plan. How near, how far its pairs are believed, and whether it is of the mean harm or of its mean
+logarithm, is a small study of its own, in every round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -30,18 +31,39 @@ from moacompress.recipe import Recipe
 from moacompress.search.cost import Ints
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
-from moacompress.search.surrogate import Floats
 
-MOVED = 0.1
-"""Share of the budget that one round may move."""
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+RANGES = {"moved": (0.0, 0.2), "coherence": (0.1, 0.9), "relative": (0.0, 1.0)}
+"""Each knob of a round, its smallest and its largest value.
+
+`moved`: share of the budget that changes hands; at 0 the plan is what it was.
+`coherence`: share of the quadratic form, beside what it says of single KV heads.
+`relative`: see `Quadratic.of`.
+"""
+NEUTRAL = {"moved": 0.0, "coherence": 0.5, "relative": 1.0}
+"""Knobs that leave the plan as it is: trial 0 of every round."""
+STARTS = ({"moved": 0.1, "coherence": 0.5, "relative": 1.0}, {"moved": 0.1, "coherence": 0.9, "relative": 0.0})
+"""What is tried right after it."""
+
+Forms: TypeAlias = Callable[[float], Quadratic]
+"""The quadratic model of the change of harm around a plan, 0 for the plan itself, by `relative`."""
 
 
 class Around(Protocol):
-    """What a round needs: a quadratic model of the change of harm around a plan."""
+    """What a round needs: what changes would do around a plan."""
 
-    def __call__(self, plan: Plan, progress: Progress) -> Quadratic:
-        """Returns the model; it is 0 for the rules that the plan has."""
+    def __call__(self, plan: Plan, progress: Progress) -> Forms:
+        """Returns the models."""
         ...
+
+
+def distributions() -> dict[str, BaseDistribution]:
+    """Returns the knobs of a round in Optuna's terms."""
+    from optuna.distributions import FloatDistribution
+
+    return {name: FloatDistribution(low, high) for name, (low, high) in RANGES.items()}
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class ProfileAround:
     samples: Sequence[Sample]
     folder: Path | None
 
-    def __call__(self, plan: Plan, progress: Progress) -> Quadratic:
+    def __call__(self, plan: Plan, progress: Progress) -> Forms:
         """See `Around`.
 
         Raises:
@@ -73,7 +95,7 @@ class ProfileAround:
         chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})
         table = RuleTable.of(profile.rules, profile.min_window, self.source.model.device)
         size = (profile.shape.layers, profile.shape.kv_heads, len(profile.rules))
-        shapes = {"squares": size, "first": size, "total": (1, *size)}
+        shapes = {"squares": size, "first": size, "harm": (1,), "total": (1, *size)}
         owner = fingerprint(
             [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
         )
@@ -107,7 +129,7 @@ class ProfileAround:
             statistics=Statistics.stack(found),
             around=plan.key(),
         )
-        return Quadratic.of(around, self.recipe.search.text_weight)
+        return lambda relative: Quadratic.of(around, self.recipe.search.text_weight, relative)
 
 
 def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -116,27 +138,26 @@ def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[pick] for pick in picks.tolist()]
 
 
-def moved(
-    knapsack: Knapsack, form: Quadratic, costs: Floats, weight: float, choice: Ints, share: float = MOVED
-) -> Ints:
+def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choice: Ints) -> Ints:
     """Returns the choice of least predicted harm within reach of the present one.
 
     Args:
         knapsack: slots and limits.
         form: predicts harm, or its change.
-        costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.
-        weight: of `form` beside `costs`, 0 to 1.
+        knobs: `moved` is the share of the longest length's limit that may change hands, `coherence` the weight of the form
+            beside the sum of what it says of single KV heads.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
-        share: of the longest length's limit that may change hands.
 
     Returns:
         int64 `[layers, kv_heads]`.
     """
+    if not knobs["moved"]:
+        return choice
     here = np.take_along_axis(knapsack.slots, choice[None, ..., None], axis=-1)
     distance = np.abs(knapsack.slots - here)[-1:]
-    limit = int(2 * share * knapsack.limits[-1])  # what is taken from one head and given to another counts twice
+    limit = int(2 * knobs["moved"] * knapsack.limits[-1])  # what goes from one head to another counts twice
     near = replace(knapsack, slots=np.concatenate([knapsack.slots, distance]), limits=np.append(knapsack.limits, limit))
-    return form.refined(choice, costs, weight, near)
+    return form.refined(choice, form.changes(choice), knobs["coherence"], near)
 
 
 def choice_of(profile: Profile, plan: Plan) -> Ints:

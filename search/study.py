@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from moacompress.search.cost import Ints
 from moacompress.search.explain import Stage, explain
 from moacompress.search.judge import Judge
 from moacompress.search.knapsack import Knapsack, chosen_plan
-from moacompress.search.knobs import START_COHERENCE
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
@@ -44,9 +43,18 @@ from moacompress.search.outcome import (
     unpack,
     versions,
 )
-from moacompress.search.quadratic import Quadratic
 from moacompress.search.request import Knob, Request
-from moacompress.search.rounds import MOVED, Around, ProfileAround, choice_of, moved, spread_samples
+from moacompress.search.rounds import (
+    NEUTRAL,
+    STARTS,
+    Around,
+    Forms,
+    ProfileAround,
+    choice_of,
+    distributions,
+    moved,
+    spread_samples,
+)
 from moacompress.search.surrogate import Floats
 from moacompress.search.trials import (
     Trials,
@@ -62,6 +70,8 @@ __all__ = ["SearchResult", "find_plan"]
 
 logger = logging.getLogger(__name__)
 
+ROUND_CAUTION = 1.0
+"""Standard errors by which a plan of a round must be better: it is aimed at one plan, and gains more than a trial does."""
 CAUTIONS = (1.0, 0.0)
 """Standard errors that a move must pay for; the later ones are tried where the earlier ones do not help."""
 MOVE_SAMPLES = 12
@@ -131,12 +141,17 @@ def find_plan(
         profile.check_model(source, "search")
         measure = Objective(source.model, profile.validation)
         around = trainer = None
+
+        def round_ledger(plan: Plan) -> Ledger:
+            name = f"moacompress-{request.key}-{plan.key()}"
+            return Ledger(storage, name, profile.fingerprint, distributions(), NEUTRAL, request.recipe.seed, STARTS)
+
         if settings.rounds or settings.moves:
             samples = profile.calibration_samples()
             around = _around(request, source, samples, None if path is None else path.with_suffix(".rounds"))
             answers = [sample for sample in samples if sample.kind == "answer"] or samples
             trainer = Objective(source.model, spread_samples(answers, MOVE_SAMPLES))
-        search = Search(request, ledger, measure, around, trainer, path, progress or SILENT, started)
+        search = Search(request, ledger, round_ledger, measure, around, trainer, path, progress or SILENT, started)
         plan = search.run()
     return SearchResult.of(plan, path, time.monotonic() - started, search.explanation)
 
@@ -174,6 +189,7 @@ class Search:
     Args:
         request: what is asked for.
         ledger: what is measured already.
+        round_ledger: returns that of the round around a plan.
         measure: the model on validation samples.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
         trainer: the model on calibration samples, for moves; None likewise.
@@ -189,6 +205,7 @@ class Search:
         self,
         request: Request,
         ledger: Ledger,
+        round_ledger: Callable[[Plan], Ledger],
         measure: Measure,
         around: Around | None,
         trainer: Measure | None,
@@ -196,7 +213,7 @@ class Search:
         progress: Progress,
         started: float,
     ) -> None:
-        self.request, self.ledger = request, ledger
+        self.request, self.ledger, self.round_ledger = request, ledger, round_ledger
         self.judge = Judge.of(ledger, measure, request.recipe.seed)
         self.around, self.trainer = around, trainer
         self.out, self.progress, self.started = out, progress, started
@@ -256,36 +273,61 @@ class Search:
             The best plan, and the predicted change of harm by every change of one KV head under it.
         """
         form = self.request.quadratic
+        predicts = False
         for number in range(1, self.request.recipe.search.rounds + 1):
             if self.around is None or self._over():
                 break
-            around = self.around(best.plan, self.progress)
-            form = around if self.request.quadratic is None else self.request.quadratic.joined(around)
-            better = self._round(number, tried, best, form)
+            forms = self._joined(self.around(best.plan, self.progress))
+            form, predicts = forms(NEUTRAL["relative"]), True
+            better = self._round(number, tried, best, forms)
             if better is None:
                 break
             best = better
             self._write(tried, best, finished=False)
         choice = choice_of(self.request.profile, best.plan)
+        if form is not None and predicts:
+            return best, form.changes(choice)
         costs = self.surrogate.costs()
         return best, costs if form is None else costs - _at(costs, choice) + form.changes(choice)
 
-    def _round(self, number: int, tried: Sequence[Tried], best: Standing, form: Quadratic) -> Standing | None:
-        """Returns the better plan that moving some of the bytes gives, or None."""
-        profile, knobs = self.request.profile, best_trial(tried).knobs
+    def _joined(self, around: Forms) -> Forms:
+        """Returns the forms around a plan with what the profile of the dense model says of KV heads together."""
+        profiled = self.request.quadratic
+        return around if profiled is None else lambda relative: profiled.joined(around(relative))
+
+    def _round(self, number: int, tried: Sequence[Tried], best: Standing, forms: Forms) -> Standing | None:
+        """Returns the better plan that moving some of the bytes gives, or None.
+
+        A small study of how to move them: trial 0 is the plan as it is, and one that beats it by a standard error is better.
+        """
+        profile, ledger = self.request.profile, self.round_ledger(best.plan)
         choice = choice_of(profile, best.plan)
-        costs = self.request.bent(self.surrogate, knobs, choice)
-        weight = max(knobs.get("coherence", 0.0), START_COHERENCE)
-        for share in (MOVED, MOVED / 4):
-            plan = chosen_plan(profile, moved(self.knapsack, form, costs, weight, choice, share))
-            if plan.key() == best.plan.key():
-                continue
-            found = self._measured(f"round {number}", plan, tried)
-            name = f"round {number}, {share:.1%} moved"
-            self.stages.append(Stage.of(name, plan, found.harms, found.value, found.value < best.value))
-            if found.value < best.value:
-                return found
-        return None
+
+        def plan_of(knobs: dict[str, Any]) -> Plan:
+            return chosen_plan(profile, moved(self.knapsack, forms(knobs["relative"]), knobs, choice))
+
+        trials = Trials(ledger, self.judge.measure, self.judge.order, plan_of, {best.plan.key(): best.harms})
+        limit = 1 + self.request.recipe.search.round_trials
+        around = trials.finished()
+        self.progress.start(f"round {number}", limit)
+        for _ in around[:limit]:
+            self.progress.step()
+        while len(around) < limit and not (around and self._over()):
+            trials.run(around)
+            around = trials.finished()
+            self.progress.step(f"{around[-1].knobs['moved']:.0%} moved: {np.expm1(around[-1].value):+.0%} harm")
+        self.progress.done()
+        won = best_trial(around, ROUND_CAUTION)
+        others = [trial for trial in around[1:] if not trial.pruned]
+        shown = least_trial(others) if others and not won.index else won
+        harms, plan = shown.harms, Plan(profile.shape, profile.min_window, unpack(shown.plan))
+        found = Standing(plan, harms, log_ratio(harms, tried[0].harms), f"round {number}")
+        name = f"round {number}, {shown.knobs['moved']:.1%} moved"
+        self.stages.append(Stage.of(name, plan, harms, found.value, won.index > 0))
+        if not won.index:
+            return None
+        self.judge.keep("improved", plan, harms)
+        return found
 
     def _moves(self, tried: Sequence[Tried], best: Standing, change: Floats) -> Standing:
         """Measures single KV heads near the threshold and makes the moves that pay together."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +40,13 @@ class Tried:
     """A finished trial.
 
     Attributes:
-        index: its place among the finished trials; 0 is the surrogate's own plan.
+        index: its place among the finished trials; 0 is the plan that the others are compared with.
         key: of its plan.
         plan: its rules, packed.
         harms: nats, in the order of the shuffled samples; fewer than all where it was pruned.
         value: mean log-ratio to trial 0.
         pruned: whether it was given up half-way.
-        measured: whether it was measured, and not known from an earlier trial of the same plan.
+        measured: whether it was measured, and not known before.
         knobs: its knobs.
     """
 
@@ -69,12 +69,14 @@ class Trials:
         measure: the model.
         order: the samples' numbers, shuffled.
         plan_of: makes a plan of knobs; it is within the limits.
+        known: the harms of plans that are measured already, in the order of the samples, by the plan's key.
     """
 
     ledger: Ledger
     measure: Measure
     order: Sequence[int]
     plan_of: Callable[[dict[str, Any]], Plan]
+    known: Mapping[str, list[float]] = field(default_factory=dict)
 
     def finished(self) -> list[Tried]:
         """Returns the finished trials."""
@@ -93,17 +95,17 @@ class Trials:
         trial = self.ledger.ask()
         plan = self.plan_of(trial.params)
         key = plan.key()
-        twin = next((old for old in tried if old.key == key), None)
-        if twin is not None:
-            for step, ratio in enumerate(log_ratios(twin.harms, tried[0].harms)):
-                self.ledger.report(trial, ratio, step)
-            harms, pruned = twin.harms, twin.pruned
-        else:
+        found = {old.key: (old.harms, old.pruned) for old in tried}
+        found |= {known: (harms, False) for known, harms in self.known.items()}
+        measured = key not in found
+        if measured:
             harms, pruned = self._race(trial, plan, tried[0].harms if tried else None)
+        else:
+            harms, pruned = found[key]
+            for step, ratio in enumerate(log_ratios(harms, tried[0].harms if tried else harms)):
+                self.ledger.report(trial, ratio, step)
         value = log_ratio(harms, tried[0].harms if tried else harms)
-        self.ledger.tell(
-            trial, value, key=key, plan=pack(plan), harms=list(harms), pruned=pruned, measured=twin is None
-        )
+        self.ledger.tell(trial, value, key=key, plan=pack(plan), harms=list(harms), pruned=pruned, measured=measured)
 
     def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
@@ -128,10 +130,10 @@ def least_trial(tried: Sequence[Tried]) -> Tried:
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))
 
 
-def best_trial(tried: Sequence[Tried]) -> Tried:
-    """Returns the trial of least value among those that beat trial 0 by `CAUTION` standard errors; trial 0 if none does."""
+def best_trial(tried: Sequence[Tried], caution: float = CAUTION) -> Tried:
+    """Returns the trial of least value among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
     first = tried[0]
     clear = [
-        trial for trial in tried if trial.value + CAUTION * standard_error(log_ratios(trial.harms, first.harms)) < 0
+        trial for trial in tried if trial.value + caution * standard_error(log_ratios(trial.harms, first.harms)) < 0
     ]
     return least_trial([first, *clear])

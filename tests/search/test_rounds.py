@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ import pytest
 from moacompress.calibration import profiler
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
+from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.models import SourceModel
 from moacompress.progress import SILENT
 from moacompress.recipe import Recipe
 from moacompress.search import rounds
 from moacompress.search.knapsack import Knapsack, chosen_plan
-from moacompress.search.quadratic import Quadratic
+from moacompress.search.objective import Objective
+from moacompress.search.quadratic import KNEE, Quadratic
 from moacompress.search.request import Request
-from moacompress.search.rounds import ProfileAround, choice_of, moved, spread_samples
+from moacompress.search.rounds import NEUTRAL, RANGES, STARTS, ProfileAround, choice_of, moved, spread_samples
 
 Profiles = Callable[..., Profile]
 
@@ -43,8 +46,10 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     assert len(samples) == 4
     choice = np.full((3, 2), 3)
     plan = chosen_plan(profiled, choice)
-    form = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    forms = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    form = forms(0.0)
     assert form.harm(choice) == 0
+    assert forms(1.0).harm(choice) == 0
     changes = form.changes(choice)
     assert changes.shape == (3, 2, len(profiled.rules))
     assert not changes[..., 3].any()
@@ -52,6 +57,9 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
     assert (changes < 0).any()
     assert (changes > 0).any()
+    measured = Objective(source.model, samples).harms(plan)
+    assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
+    assert measured.min() > 0
 
 
 def test_finished_samples_are_kept(
@@ -74,7 +82,7 @@ def test_finished_samples_are_kept(
     first = around(plan, SILENT)
     assert len(calls) == 1
     calls.clear()
-    assert np.array_equal(around(plan, SILENT).linear, first.linear)
+    assert np.array_equal(around(plan, SILENT)(0.5).linear, first(0.5).linear)
     assert not calls
     other = chosen_plan(profiled, np.full((3, 2), 4))
     with pytest.raises(KeyboardInterrupt):  # another plan is another matter
@@ -94,15 +102,48 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     before = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
     reached = []
     for share in (0.02, 0.1, 1.0):
-        end = moved(knapsack, form, costs, 0.9, choice, share)
+        end = moved(knapsack, form, {"moved": share, "coherence": 0.9}, choice)
         after = np.take_along_axis(knapsack.slots, end[None, ..., None], -1)[..., 0]
         assert (after.sum((1, 2)) <= knapsack.limits).all()
         assert np.abs(after - before)[-1].sum() <= 2 * share * knapsack.limits[-1]
         reached.append(form.harm(end) - form.harm(choice))
     assert 0 >= reached[0] > reached[1] > reached[2]
     worse = Quadratic(np.zeros((1, *linear.shape)), np.abs(linear))
-    assert np.array_equal(moved(knapsack, worse, costs, 0.9, choice), choice)  # nothing helps
+    assert np.array_equal(moved(knapsack, worse, STARTS[0], choice), choice)  # nothing helps
+    assert moved(knapsack, form, NEUTRAL, choice) is choice
+    nothing = Quadratic(np.zeros((1, *linear.shape)), np.zeros(linear.shape))
+    assert np.array_equal(moved(knapsack, nothing, STARTS[0], choice), choice)
     assert np.array_equal(choice_of(profile, chosen_plan(profile, choice)), choice)
+
+
+def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
+    """The gradient of the mean logarithm is that of the harm, each sample's over its own harm."""
+    profile = profiles()
+    rng = np.random.default_rng(0)
+    count, *size = profile.statistics.arrays["squares"].shape
+    harm, first = np.exp(rng.normal(-2, 2, (count, 1))), rng.normal(size=(count, *size))
+    arrays = {"total": rng.normal(size=(count, 1, *size)), "first": first, "harm": harm}
+    around = replace(
+        profile, around="plan", statistics=Statistics({k: v.astype(np.float32) for k, v in arrays.items()})
+    )
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        return np.tensordot(weights / weights.sum(), first, axes=1).reshape(-1, size[-1])
+
+    mean, relative = (Quadratic.of(around, 0.25, share).linear for share in (0.0, 1.0))
+    assert np.allclose(mean, weighted(np.ones(count)), atol=1e-5)
+    scale = (harm + KNEE).mean()
+    assert np.allclose(
+        relative, scale * np.tensordot(1 / (harm[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
+    )
+    dense = replace(profile, statistics=Statistics({"total": arrays["total"].astype(np.float32)}))
+    assert np.array_equal(Quadratic.of(dense, 0.25, 1.0).rows, Quadratic.of(dense, 0.25).rows)
+
+
+def test_what_a_round_starts_with_is_in_reach() -> None:
+    for knobs in (NEUTRAL, *STARTS):
+        assert set(knobs) == set(RANGES)
+        assert all(low <= knobs[name] <= high for name, (low, high) in RANGES.items())
 
 
 def test_forms_are_joined_by_their_rows() -> None:

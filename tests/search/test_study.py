@@ -351,14 +351,27 @@ def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp
     assert again.explanation == improved.explanation == json.loads((tmp_path / "plan.explain.json").read_text())
 
 
+def test_a_round_measures_so_many_plans_and_its_own_never(search: Search, profiles: Profiles) -> None:
+    first, fake = search(profiles(layers=24, trials=1, alternatives=False))
+    asked = {}
+    for count in (1, 8):
+        result, fake = search(profiles(layers=24, trials=1, alternatives=False, rounds=1, round_trials=count))
+        calls = [key for key, _ in fake.calls]
+        assert calls.count(first.plan.key()) <= fake.size  # as trial 0 of the study, not again in the round
+        names = [stage["name"] for stage in result.explanation["stages"]]
+        assert sum(name.startswith("round") for name in names) == 1
+        asked[count] = len(set(calls))
+    assert asked[1] < asked[8] <= asked[1] + 7
+
+
 def test_rounds_that_do_not_help_are_not_taken(
     search: Search, profiles: Profiles, fake_objective: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = fake_objective.around
 
     def wrong(self: Any, *arguments: Any) -> Any:
-        form = honest(self, *arguments)
-        return replace(form, linear=-form.linear)
+        form = honest(self, *arguments)(0.0)
+        return lambda relative: replace(form, linear=-form.linear)
 
     monkeypatch.setattr(fake_objective, "around", wrong)
     one_shot = search(profiles(trials=1))[0]
