@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from moacompress.progress import Progress
 from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.cost import layer_floors, meets
 from moacompress.search.judge import Judge
+from moacompress.search.outcome import bytes_note
 from moacompress.search.request import Request
 
 SCREENED = 3
@@ -34,6 +37,24 @@ class Alternative:
 
     plan: Plan
     harm: float
+
+
+def write_baselines(out: Path, request: Request, alternatives: Mapping[str, Alternative]) -> None:
+    """Writes the plan of every alternative beside the found one: `plan.baselines/duo.json` for `plan.json`.
+
+    Args:
+        out: place of the found plan.
+        request: what was searched for.
+        alternatives: by family.
+    """
+    profile = request.profile
+    for family, other in alternatives.items():
+        plan = other.plan.with_notes(
+            budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
+            quality={"measured_harm": {"plan": other.harm}, "samples": len(profile.validation)},
+            provenance={"source": profile.source, "profile": profile.fingerprint, "baseline": family},
+        )
+        plan.save(out.with_suffix(".baselines") / f"{family}.json")
 
 
 def measure_alternatives(request: Request, judge: Judge, progress: Progress) -> dict[str, Alternative]:

@@ -25,7 +25,7 @@ from moacompress.models import SourceModel, load_for
 from moacompress.plan import Plan
 from moacompress.progress import SILENT, Progress
 from moacompress.recipe import Recipe
-from moacompress.search.alternatives import Alternative, measure_alternatives
+from moacompress.search.alternatives import Alternative, measure_alternatives, write_baselines
 from moacompress.search.baselines import FAMILIES
 from moacompress.search.cost import Ints
 from moacompress.search.explain import Stage, explain
@@ -93,7 +93,8 @@ def find_plan(
 
     The same call continues where a killed one stopped: everything measured is kept in `recipe.search.storage`, by
     default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. What was profiled
-    around plans is kept in a folder beside `out` (`plan.rounds`), and why the plan is as it is in `plan.explain.json`.
+    around plans is kept in a folder beside `out` (`plan.rounds`), the best plan of every baseline in `plan.baselines`, and why
+    the plan is as it is in `plan.explain.json`.
 
     Args:
         profile: a finished profile, or its folder.
@@ -468,6 +469,7 @@ class Search:
         if self.out is not None:
             if finished:
                 write_json(explanation_path(self.out), self.explanation)
+                write_baselines(self.out, self.request, self.alternatives)
             plan.save(self.out)
         return plan
 

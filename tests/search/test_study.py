@@ -96,6 +96,19 @@ def test_alternatives_are_each_at_their_best(search: Search, profiles: Profiles)
         assert result.harm[family] == pytest.approx(min(np.mean(_harms(fake, plan)) for plan in plans))
 
 
+def test_the_plan_of_every_baseline_is_beside_the_found_one(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    result, fake = search(profiles(trials=1), out=tmp_path / "plan.json")
+    written = {path.stem: Plan.load(path) for path in (tmp_path / "plan.baselines").iterdir()}
+    assert set(written) == {"uniform", "per_layer", "duo"}
+    for family, plan in written.items():
+        assert plan.key() == result.plan.quality["baselines"][family]["key"]
+        assert np.mean(_harms(fake, plan)) == pytest.approx(result.harm[family])
+        assert plan.quality["measured_harm"]["plan"] == result.harm[family]
+        assert plan.provenance["baseline"] == family
+    search(profiles(trials=1, alternatives=False), out=tmp_path / "other.json")
+    assert not (tmp_path / "other.baselines").exists()
+
+
 def _harms(fake: Any, plan: Plan) -> list[float]:
     with fake.under(plan) as harm:
         return [harm(number) for number in range(fake.size)]
