@@ -44,7 +44,11 @@ RANGES = {"moved": (0.0, 0.2), "coherence": (0.1, 0.9), "relative": (0.0, 1.0)}
 """
 NEUTRAL = {"moved": 0.0, "coherence": 0.5, "relative": 1.0}
 """Knobs that leave the plan as it is: trial 0 of every round."""
-STARTS = ({"moved": 0.1, "coherence": 0.5, "relative": 1.0}, {"moved": 0.1, "coherence": 0.9, "relative": 0.0})
+STARTS = (
+    {"moved": 0.1, "coherence": 0.5, "relative": 1.0},
+    {"moved": 0.1, "coherence": 0.9, "relative": 0.0},
+    {"moved": 0.025, "coherence": 0.9, "relative": 0.0},
+)
 """What is tried right after it."""
 
 Forms: TypeAlias = Callable[[float], Quadratic]
