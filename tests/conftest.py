@@ -186,6 +186,19 @@ def compressed(
 
 
 @pytest.fixture(scope="session")
+def no_kernels() -> Callable[[str | None], None]:
+    """Skips a test that needs the compiled kernels, for a reason; fails it where they are required."""
+
+    def give_up(reason: str | None) -> None:
+        message = f"the compiled kernels do not run: {reason}"
+        if os.environ.get("MOACOMPRESS_REQUIRE_EXT") == "1":
+            pytest.fail(f"{message}, and MOACOMPRESS_REQUIRE_EXT=1")
+        pytest.skip(message)
+
+    return give_up
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Returns the folder of the dense SmolLM2-135M-Instruct in float32 (`make test-data` fetches it)."""
     given = os.environ.get("MOACOMPRESS_TEST_MODEL")

@@ -208,13 +208,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def isa() -> Iterator[Callable[[str], None]]:
+def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
     """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
     from moacompress.errors import UsageError
 
     built = cpu_ops.load()
     if built.isa is None:
-        pytest.skip(f"the compiled kernels can not run: {built.reason}")
+        no_kernels(built.reason)
 
     def choose(name: str) -> None:
         try:

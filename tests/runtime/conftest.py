@@ -86,10 +86,10 @@ def token_ids() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def compiled_kernels() -> None:
-    """Skips a test where the compiled kernels do not run."""
+def compiled_kernels(no_kernels: Callable[[str | None], None]) -> None:
+    """Skips a test where the compiled kernels do not run; see `no_kernels`."""
     if dispatch.chosen().name != "cpu":
-        pytest.skip(f"the compiled kernels do not run: {dispatch.chosen().reason}")
+        no_kernels(dispatch.chosen().reason)
 
 
 @pytest.fixture
