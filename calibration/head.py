@@ -11,7 +11,7 @@ from typing import Any
 from moacompress.artefacts import fingerprint, read_json, write_json
 from moacompress.errors import ArtefactError, MoaCompressError
 from moacompress.plan import SINKS, ModelShape, Rule
-from moacompress.recipe import Recipe
+from moacompress.recipe import ProfileRecipe, Recipe
 
 DISTANCE_BINS = 18
 """Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
@@ -60,20 +60,8 @@ class Head:
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every array of a sample's statistics."""
-        profile, size = self.recipe.profile, (self.shape.layers, self.shape.kv_heads, len(self.rules))
-        names = ["squares"]
-        names += ["first"] if self.around else []
-        names += ["moa", "mass", "gold_squares", "gold_total"] if profile.baselines else []
-        heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
-        pairs = size[0], profile.anchors, size[1], size[1]
-        return {
-            "total": (profile.draws, *size),
-            **dict.fromkeys(names, size),
-            **({"harm": (1,)} if self.around else {}),
-            **(heads if profile.heads else {}),
-            **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if profile.anchors else (), pairs),
-        }
+        """See `array_shapes`."""
+        return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
 
     def write(self, folder: Path) -> None:
         """Writes `profile.json`, atomically."""
@@ -273,3 +261,27 @@ def _forget_samples(folder: Path) -> None:
 def damaged(path: Path, why: str) -> ArtefactError:
     """Returns the error for a file of a profile that is not as it was written."""
     return ArtefactError(f"profile file {path} is damaged: {why}; run the same profile command again to repair it")
+
+
+def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a sample's statistics.
+
+    Args:
+        chosen: what is recorded.
+        shape: the model.
+        rules: number of the rules.
+        around: whether the profile is around a plan.
+    """
+    size = (shape.layers, shape.kv_heads, rules)
+    names = ["squares"]
+    names += ["first"] if around else []
+    names += ["moa", "mass", "gold_squares", "gold_total"] if chosen.baselines else []
+    heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
+    pairs = size[0], chosen.anchors, size[1], size[1]
+    return {
+        "total": (chosen.draws, *size),
+        **dict.fromkeys(names, size),
+        **({"harm": (1,)} if around else {}),
+        **(heads if chosen.heads else {}),
+        **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if chosen.anchors else (), pairs),
+    }

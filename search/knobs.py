@@ -60,9 +60,7 @@ class Knobs:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Returns the knobs in Optuna's terms."""
-        from optuna.distributions import FloatDistribution
-
-        return {name: FloatDistribution(low, high) for name, (low, high) in self.ranges.items()}
+        return distributions(self.ranges)
 
     @property
     def starts(self) -> list[dict[str, float]]:
@@ -79,3 +77,14 @@ class Knobs:
         knots: Sequence[float] = [values[name] for name in self.ranges if name.startswith("depth_")]
         at = np.linspace(0, len(knots) - 1, self.layers)
         return np.exp(np.interp(at, np.arange(len(knots)), knots))
+
+
+def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, BaseDistribution]:
+    """Returns knobs in Optuna's terms.
+
+    Args:
+        ranges: each knob's smallest and largest value.
+    """
+    from optuna.distributions import FloatDistribution
+
+    return {name: FloatDistribution(low, high) for name, (low, high) in ranges.items()}

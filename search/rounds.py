@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from moacompress.artefacts import fingerprint
+from moacompress.calibration.head import array_shapes
 from moacompress.calibration.influence import RuleTable
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample, fingerprint_ordered
@@ -31,9 +32,6 @@ from moacompress.recipe import Recipe
 from moacompress.search.cost import Ints
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 RANGES = {"moved": (0.0, 0.2), "coherence": (0.1, 0.9), "relative": (0.0, 1.0)}
 """Each knob of a round, its smallest and its largest value.
@@ -61,13 +59,6 @@ class Around(Protocol):
     def __call__(self, plan: Plan, progress: Progress) -> Forms:
         """Returns the models."""
         ...
-
-
-def distributions() -> dict[str, BaseDistribution]:
-    """Returns the knobs of a round in Optuna's terms."""
-    from optuna.distributions import FloatDistribution
-
-    return {name: FloatDistribution(low, high) for name, (low, high) in RANGES.items()}
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,7 @@ class ProfileAround:
         profile = self.profile
         chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})
         table = RuleTable.of(profile.rules, profile.min_window, self.source.model.device)
-        size = (profile.shape.layers, profile.shape.kv_heads, len(profile.rules))
-        shapes = {"squares": size, "first": size, "harm": (1,), "total": (1, *size)}
+        shapes = array_shapes(chosen, profile.shape, len(profile.rules), around=True)
         owner = fingerprint(
             [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
         )

@@ -31,6 +31,7 @@ from moacompress.search.cost import Ints
 from moacompress.search.explain import Stage, explain
 from moacompress.search.judge import Judge
 from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.knobs import distributions
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
@@ -46,12 +47,12 @@ from moacompress.search.outcome import (
 from moacompress.search.request import Knob, Request
 from moacompress.search.rounds import (
     NEUTRAL,
+    RANGES,
     STARTS,
     Around,
     Forms,
     ProfileAround,
     choice_of,
-    distributions,
     moved,
     spread_samples,
 )
@@ -145,7 +146,9 @@ def find_plan(
 
         def round_ledger(plan: Plan) -> Ledger:
             name = f"moacompress-{request.key}-{plan.key()}"
-            return Ledger(storage, name, profile.fingerprint, distributions(), NEUTRAL, request.recipe.seed, STARTS)
+            return Ledger(
+                storage, name, profile.fingerprint, distributions(RANGES), NEUTRAL, request.recipe.seed, STARTS
+            )
 
         if settings.rounds or settings.moves:
             samples = profile.calibration_samples()
@@ -253,17 +256,34 @@ class Search:
 
     def _study(self) -> list[Tried]:
         """Runs the trials that are missing; at least one is there afterwards."""
-        tried, limit = self.trials.finished(), self.request.recipe.search.trials
-        self.progress.start("searching", limit)
-        for _ in tried[:limit]:
-            self.progress.step()
-        while len(tried) < limit and not (tried and self._over()):
-            self.trials.run(tried)
-            tried = self.trials.finished()
+
+        def after(tried: Sequence[Tried]) -> str:
             best = best_trial(tried)
             if best.index == len(tried) - 1:
                 self._write(tried, _standing(self.request, best), finished=False)
-            self.progress.step(self._note(_standing(self.request, best)))
+            return self._note(_standing(self.request, best))
+
+        return self._run_trials("searching", self.trials, self.request.recipe.search.trials, after)
+
+    def _run_trials(
+        self, name: str, trials: Trials, limit: int, after: Callable[[Sequence[Tried]], str]
+    ) -> list[Tried]:
+        """Returns the finished trials of a study, once the missing ones have run or the time is up; at least one is there.
+
+        Args:
+            name: of what is done, for the progress.
+            trials: of the study.
+            limit: how many there are to be.
+            after: is given the finished ones after each, and returns what is said of it.
+        """
+        tried = trials.finished()
+        self.progress.start(name, limit)
+        for _ in tried[:limit]:
+            self.progress.step()
+        while len(tried) < limit and not (tried and self._over()):
+            trials.run(tried)
+            tried = trials.finished()
+            self.progress.step(after(tried))
         self.progress.done()
         return tried
 
@@ -273,22 +293,20 @@ class Search:
         Returns:
             The best plan, and the predicted change of harm by every change of one KV head under it.
         """
-        form = self.request.quadratic
-        predicts = False
+        forms: Forms | None = None
         for number in range(1, self.request.recipe.search.rounds + 1):
             if self.around is None or self._over():
                 break
             forms = self._joined(self.around(best.plan, self.progress))
-            form, predicts = forms(NEUTRAL["relative"]), True
             better = self._round(number, tried, best, forms)
             if better is None:
                 break
             best = better
             self._write(tried, best, finished=False)
         choice = choice_of(self.request.profile, best.plan)
-        if form is not None and predicts:
-            return best, form.changes(choice)
-        costs = self.surrogate.costs()
+        if forms is not None:
+            return best, forms(NEUTRAL["relative"]).changes(choice)
+        costs, form = self.surrogate.costs(), self.request.quadratic
         return best, costs if form is None else costs - _at(costs, choice) + form.changes(choice)
 
     def _joined(self, around: Forms) -> Forms:
@@ -301,23 +319,20 @@ class Search:
 
         A small study of how to move them: trial 0 is the plan as it is, and one that beats it by a standard error is better.
         """
-        profile, ledger = self.request.profile, self.round_ledger(best.plan)
+        profile = self.request.profile
         choice = choice_of(profile, best.plan)
 
         def plan_of(knobs: dict[str, Any]) -> Plan:
             return chosen_plan(profile, moved(self.knapsack, forms(knobs["relative"]), knobs, choice))
 
-        trials = Trials(ledger, self.judge.measure, self.judge.order, plan_of, {best.plan.key(): best.harms})
-        limit = 1 + self.request.recipe.search.round_trials
-        around = trials.finished()
-        self.progress.start(f"round {number}", limit)
-        for _ in around[:limit]:
-            self.progress.step()
-        while len(around) < limit and not (around and self._over()):
-            trials.run(around)
-            around = trials.finished()
-            self.progress.step(f"{around[-1].knobs['moved']:.0%} moved: {np.expm1(around[-1].value):+.0%} harm")
-        self.progress.done()
+        known = {best.plan.key(): best.harms}
+        trials = Trials(self.round_ledger(best.plan), self.judge.measure, self.judge.order, plan_of, known)
+        around = self._run_trials(
+            f"round {number}",
+            trials,
+            1 + self.request.recipe.search.round_trials,
+            lambda done: f"{done[-1].knobs['moved']:.0%} moved: {np.expm1(done[-1].value):+.0%} harm",
+        )
         won = best_trial(around, ROUND_CAUTION)
         others = [trial for trial in around[1:] if not trial.pruned]
         shown = least_trial(others) if others and not won.index else won
