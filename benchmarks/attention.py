@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
-from moacompress.plan import BLOCK, Rule, kept, slots
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK, kept, slots
 from moacompress.runtime import pack_weights
 
 MIN_WINDOW = 16

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moacompress.budget import parse_lengths
-from moacompress.memory import peak_rss, rss
+from moacompress.core.memory import peak_rss, rss
+from moacompress.rules.budget import parse_lengths
 
 LAYERS, KV_HEADS, HEAD_DIM = 24, 4, 64
 
@@ -35,8 +35,9 @@ def measure(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from moacompress.models import model_shape
-    from moacompress.plan import Plan, Rule
+    from moacompress.models.source import model_shape
+    from moacompress.rules.plan import Plan
+    from moacompress.rules.rule import Rule
     from moacompress.runtime import attach
 
     torch.manual_seed(0)

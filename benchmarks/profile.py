@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moacompress.budget import parse_lengths
-from moacompress.memory import peak_rss, rss
+from moacompress.core.memory import peak_rss, rss
+from moacompress.rules.budget import parse_lengths
 
 TARGETS = 32
 """Answer tokens of the sample."""
@@ -52,9 +52,9 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
     from moacompress.calibration.profiler import sample_statistics
     from moacompress.calibration.samples import Sample
     from moacompress.kernels import dispatch
-    from moacompress.models import load_source
+    from moacompress.models.source import load_source
     from moacompress.recipe import ProfileRecipe
-    from moacompress.search.space import candidate_rules
+    from moacompress.rules.candidates import candidate_rules
 
     if cpu_time:
         torch.set_num_threads(1)

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.artefacts import read_json
-from moacompress.calibration.data import build_samples
+from moacompress.calibration.sample_sources import build_samples
 from moacompress.calibration.store import Profile
+from moacompress.core.files import read_json
+from moacompress.core.progress import Progress
 from moacompress.evaluation.stats import mean
-from moacompress.models import load_for
-from moacompress.plan import Plan
-from moacompress.progress import Progress
 from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines import family_plans
 from moacompress.search.measuring import measured_harms
-from moacompress.search.outcome import explanation_path, unpack
-from moacompress.search.request import Request
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_result import explanation_path, unpack
 from moacompress.search.trials import log_ratios
 
 
@@ -67,7 +67,7 @@ def main() -> None:
 def baselines(profile: Profile, found: Plan) -> dict[str, Plan]:
     """Returns the baselines that a plan was measured beside, by family."""
     recipe = Recipe.from_dict(found.provenance["recipe"])
-    limits = Request.of(profile, found.budget["asked"], recipe).limits
+    limits = SearchRequest.of(profile, found.budget["asked"], recipe).limits
     sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
     keys = {family: note["key"] for family, note in found.quality["baselines"].items()}
     return {

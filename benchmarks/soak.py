@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any
 
-from moacompress.memory import rss
+from moacompress.core.memory import rss
 
 GROWTH = 1.05
 """Most memory at the end, as a multiple of that after the first rounds."""

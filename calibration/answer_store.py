@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.errors import ArtefactError
+from moacompress.core.errors import ArtefactError
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moacompress.calibration.samples import Kind, Sample
-from moacompress.progress import SILENT, Progress
+from moacompress.calibration.samples import Sample, SampleKind
+from moacompress.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Draft:
+class SampleDraft:
     """A sample before the dense model has answered.
 
     Attributes:
@@ -40,7 +40,7 @@ class Draft:
     room: int
     source: str
     length: int
-    kind: Kind = "answer"
+    kind: SampleKind = "answer"
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -91,7 +91,7 @@ def generate_greedy(
 
 def answer_drafts(
     model: PreTrainedModel,
-    drafts: Sequence[Draft],
+    drafts: Sequence[SampleDraft],
     progress: Progress | None = None,
     answers: AnswerStore | None = None,
 ) -> list[Sample]:
@@ -120,7 +120,7 @@ def answer_drafts(
     return [samples[index] for index in range(len(drafts))]
 
 
-def _batches(drafts: Sequence[Draft]) -> list[list[int]]:
+def _batches(drafts: Sequence[SampleDraft]) -> list[list[int]]:
     """Returns the indices of drafts that are answered together: equal length and room, at most `BATCH_TOKENS`."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, draft in enumerate(drafts):
@@ -147,7 +147,7 @@ def _answer_batch(
     return made
 
 
-def finish_sample(draft: Draft, answer: Sequence[int]) -> Sample:
+def finish_sample(draft: SampleDraft, answer: Sequence[int]) -> Sample:
     """Returns the draft followed by an answer, whose tokens are all targets."""
     ids = np.array([*draft.ids, *answer], dtype=np.int64)
     mask = np.array([*draft.mask, *([True] * len(answer))], dtype=np.bool_)

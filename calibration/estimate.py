@@ -15,16 +15,17 @@ from typing import Any
 
 from moacompress.calibration import passes
 from moacompress.calibration.answers import BATCH_TOKENS
-from moacompress.calibration.data import check_counts, longer_counts, spread
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
 from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
 from moacompress.calibration.profiler import check_lengths
-from moacompress.models import SourceModel, load_for
-from moacompress.plan import Plan
-from moacompress.progress import SILENT, Progress
+from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
+from moacompress.core.progress import SILENT, Progress
+from moacompress.core.tables import readable_bytes
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.report.tables import readable_bytes
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LengthEstimate:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ProfileEstimate:
     """What a profile will take.
 
     Attributes:
@@ -125,7 +126,7 @@ def _duration(seconds: float) -> str:
 
 def dry_run(
     model: str | SourceModel, recipe: Recipe, progress: Progress | None = None, *, around: Plan | None = None
-) -> Estimate:
+) -> ProfileEstimate:
     """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
 
     Args:
@@ -161,7 +162,7 @@ def dry_run(
     if longer := sum(longer_counts(recipe, source.context)):
         parts.append(arithmetic.answers(2 * lengths[-1], longer))
     progress.done()
-    return Estimate(tuple(parts), probe.weight_bytes)
+    return ProfileEstimate(tuple(parts), probe.weight_bytes)
 
 
 class _Arithmetic:

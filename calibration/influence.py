@@ -30,7 +30,8 @@ from torch.nn import functional
 
 from moacompress.calibration.sweep import SumCollector, swept
 from moacompress.kernels import dispatch
-from moacompress.plan import Rule, segments
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import segments
 
 TILE = 64
 """Query rows worked on at a time."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.calibration.answers import Draft
-from moacompress.calibration.fitting import largest_fit
-from moacompress.calibration.pools import SPLITS, Split
-from moacompress.calibration.prompts import encode_prompt
-from moacompress.calibration.rows import ARTICLE, Row, field
-from moacompress.errors import DataError
+from moacompress.calibration.answers import SampleDraft
+from moacompress.calibration.data_rows import ARTICLE, DataRow, field
+from moacompress.core.errors import DataError
+from moacompress.prompts.fitting import largest_fit
+from moacompress.prompts.pools import SPLITS, Split
+from moacompress.prompts.templates import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class Library:
     questions: tuple[tuple[str, int], ...]
 
     @staticmethod
-    def of(rows: Sequence[Row], name: str, split: Split) -> Library:
+    def of(rows: Sequence[DataRow], name: str, split: Split) -> Library:
         """Reads rows of `context` and `question`.
 
         A row's article is the number that a SQuAD file gives it, or else that of its `title`, or of its `context`, in
@@ -96,14 +96,14 @@ class Library:
 
 
 def joined_drafts(
-    rows: Sequence[Row],
+    rows: Sequence[DataRow],
     name: str,
     wanted: dict[int, int],
     split: Split,
     seed: tuple[int, ...],
     tokenizer: PreTrainedTokenizerBase,
     answer_tokens: int,
-) -> list[Draft]:
+) -> list[SampleDraft]:
     """Returns prompts of `length - answer_tokens` tokens exactly, each with a question of its own.
 
     A document is cut where the tokens come out right; where no cut does, because tokens merge, the prompt has up to
@@ -132,7 +132,7 @@ def joined_drafts(
             ids = _join(library, index, length - answer_tokens, (*seed, length, index), tokenizer, f"{name} ({split})")
             if ids is not None:
                 chosen.append(index)
-                drafts.append(Draft(ids, [False] * len(ids), answer_tokens, name, length))
+                drafts.append(SampleDraft(ids, [False] * len(ids), answer_tokens, name, length))
         if len(chosen) < count:
             raise DataError(
                 f"{name} has {len(chosen)} {split} questions left whose document fits a prompt of {length:,} tokens, of "

@@ -22,9 +22,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moacompress.calibration.influence import AttentionSpec, Collector, ProfiledAttention, RuleTable
 from moacompress.calibration.sharing import Attended
-from moacompress.errors import ModelError
-from moacompress.models import decoder_layers
-from moacompress.plan import ModelShape, Plan
+from moacompress.core.errors import ModelError
+from moacompress.models.modules import decoder_layers
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
 
 ATTENTION = "moacompress_profile"
 """Name of the profiling attention among transformers' attention functions."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.calibration.answers import Draft
-from moacompress.calibration.prompts import encode_text
-from moacompress.errors import DataError
+from moacompress.calibration.answers import SampleDraft
+from moacompress.core.errors import DataError
+from moacompress.prompts.templates import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def chop(
     name: str,
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Draft]:
+) -> list[SampleDraft]:
     """Returns stretches of exactly the lengths wanted, begun at random, from as many documents as there are.
 
     Args:
@@ -47,7 +47,7 @@ def _chop(
     name: str,
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Draft]:
+) -> list[SampleDraft]:
     start_ids = [token for token in encode_text(tokenizer, "") if token == tokenizer.bos_token_id]
     body = length - len(start_ids)
     long: list[list[int]] = []
@@ -71,5 +71,5 @@ def _chop(
         mask = np.zeros(length, dtype=np.bool_)
         later = np.arange(length // 2, length)
         mask[rng.choice(later, size=min(TARGETS, len(later)), replace=False)] = True
-        drafts.append(Draft([*start_ids, *ids[begin : begin + body]], mask.tolist(), 0, name, length, "text"))
+        drafts.append(SampleDraft([*start_ids, *ids[begin : begin + body]], mask.tolist(), 0, name, length, "text"))
     return drafts

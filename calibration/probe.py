@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
-from moacompress.calibration.heads import HeadSums
+from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import TILE, Collector, RuleTable, attend, attend_backward
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent
 from moacompress.calibration.sharing import Attended, CopySums, copyable
-from moacompress.models import SourceModel
-from moacompress.plan import Plan
+from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.runtime.packing import packed_bytes
-from moacompress.search.space import candidate_rules
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.plan import Plan
+from moacompress.runtime.linear import packed_bytes
 
 SHORT = (128, 192)
 """Tokens of the short passes."""
@@ -101,7 +101,7 @@ class Gathered(NamedTuple):
         return +found
 
 
-class _Layer(NamedTuple):
+class _LayerKind(NamedTuple):
     """What decides how long a layer's attention takes: its window, whether it has a plan, the anchors it is tried with."""
 
     window: int | None
@@ -155,7 +155,7 @@ class Probe:
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
         self._kinds = [
-            _Layer(window, plan is not None, sum(may))
+            _LayerKind(window, plan is not None, sum(may))
             for window, plan, may in zip(source.shape.native_windows, self._plans, self._allowed, strict=True)
         ]
         self.passes = Gathered.of(chosen, around is not None)

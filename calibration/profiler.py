@@ -24,20 +24,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
-from moacompress.calibration.head import Head, prepare, request_fingerprint
-from moacompress.calibration.heads import HeadSums
+from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import Collector, RuleTable
+from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
-from moacompress.errors import ArtefactError, DataError
-from moacompress.models import SourceModel, load_for
-from moacompress.plan import ModelShape, Plan
-from moacompress.progress import SILENT, Progress
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.progress import SILENT, Progress
+from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.search.space import candidate_rules
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +223,7 @@ def profile(
         around.check_model(source.shape, weights=True)
     key = around.key() if around is not None else ""
     request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe), key)
-    head = prepare(out, Head(source.source, source.shape, rules, recipe, request, key), overwrite)
+    head = prepare(out, Manifest(source.source, source.shape, rules, recipe, request, key), overwrite)
     if head.complete:
         try:
             return Profile.load(out)
@@ -272,7 +274,7 @@ def _digest(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make_samples(out: Path, source: SourceModel, head: Head, progress: Progress) -> tuple[Head, list[Sample]]:
+def _make_samples(out: Path, source: SourceModel, head: Manifest, progress: Progress) -> tuple[Manifest, list[Sample]]:
     """Makes the samples, or reads those that are on disk already, and completes the fingerprints."""
     calibration = _stored_or_built(out, "calibration", head.calibration_fingerprint, source, head, progress)
     validation = _stored_or_built(out, "validation", head.validation_fingerprint, source, head, progress)
@@ -295,10 +297,10 @@ def _make_samples(out: Path, source: SourceModel, head: Head, progress: Progress
 
 
 def _stored_or_built(
-    out: Path, split: str, expected: str, source: SourceModel, head: Head, progress: Progress
+    out: Path, split: str, expected: str, source: SourceModel, head: Manifest, progress: Progress
 ) -> list[Sample]:
     from moacompress.calibration.answer_store import AnswerStore
-    from moacompress.calibration.data import build_samples
+    from moacompress.calibration.sample_sources import build_samples
 
     path = out / f"{split}.safetensors"
     samples = read_samples(path, expected)
@@ -315,8 +317,8 @@ def _stored_or_built(
 
 
 def _run_samples(
-    out: Path, source: SourceModel, head: Head, samples: Sequence[Sample], around: Plan | None, progress: Progress
-) -> tuple[list[Statistics], Head]:
+    out: Path, source: SourceModel, head: Manifest, samples: Sequence[Sample], around: Plan | None, progress: Progress
+) -> tuple[list[Statistics], Manifest]:
     """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
     table = RuleTable.of(head.rules, head.recipe.profile.min_window, source.model.device)
     done, skipped, seconds = [], [], 0.0

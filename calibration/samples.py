@@ -12,12 +12,12 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.artefacts import write_bytes
-from moacompress.errors import ArtefactError, DataError
-from moacompress.plan import SINKS
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.files import write_bytes
+from moacompress.rules.rule import SINKS
 
 FORMAT = "moacompress-samples"
-Kind = Literal["answer", "text"]
+SampleKind = Literal["answer", "text"]
 """What the targets of a sample are: tokens of an answer, or positions of plain text."""
 SHORTEST = max(SINKS)
 """A sample of this many tokens or fewer is all sink: no rule can be told from another on it."""
@@ -33,14 +33,14 @@ class Sample:
             is False.
         source: where it came from, such as `needle/noise` or `file:qa.jsonl`.
         length: the nominal length that it was made for, tokens.
-        kind: see `Kind`.
+        kind: see `SampleKind`.
     """
 
     input_ids: npt.NDArray[np.int64]
     answer_mask: npt.NDArray[np.bool_]
     source: str
     length: int
-    kind: Kind = "answer"
+    kind: SampleKind = "answer"
 
     def __post_init__(self) -> None:
         n = len(self.input_ids)
@@ -130,7 +130,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
         and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1
-        and all(kind in get_args(Kind) for kind in kinds)
+        and all(kind in get_args(SampleKind) for kind in kinds)
         and len(ids) == len(mask)
         and (np.diff(offsets) >= 0).all()
         and (offsets[0], offsets[-1]) == (0, len(ids))

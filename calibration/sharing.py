@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moacompress.calibration.influence import AttentionSpec, RuleTable, Tile, TileView, tile_probabilities
 from moacompress.calibration.statistics import Statistics
-from moacompress.errors import UsageError
+from moacompress.core.errors import UsageError
 
 
 @dataclass(frozen=True)

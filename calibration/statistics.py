@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float32]
+Floats32: TypeAlias = npt.NDArray[np.float32]
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
@@ -37,7 +37,7 @@ class Statistics:
             `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
     """
 
-    arrays: Mapping[str, Floats]
+    arrays: Mapping[str, Floats32]
 
     @staticmethod
     def stack(samples: Sequence[Statistics]) -> Statistics:

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.artefacts import write_bytes
-from moacompress.calibration.head import Head, damaged
-from moacompress.calibration.samples import Kind, Sample, fingerprint_samples, load_samples
+from moacompress.calibration.manifest import Manifest, damaged
+from moacompress.calibration.samples import Sample, SampleKind, fingerprint_samples, load_samples
 from moacompress.calibration.statistics import ESTIMATORS, Statistics, available, estimate
-from moacompress.errors import ArtefactError, ModelError, UsageError
-from moacompress.plan import ModelShape, Rule
+from moacompress.core.errors import ArtefactError, ModelError, UsageError
+from moacompress.core.files import write_bytes
 from moacompress.recipe import Recipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import Rule
 
 if TYPE_CHECKING:
-    from moacompress.models import SourceModel
+    from moacompress.models.source import SourceModel
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +165,7 @@ class Profile:
             ArtefactError: missing, half-written or corrupted; the message names the file and says what to do.
         """
         path = Path(path)
-        head = Head.read(path)
+        head = Manifest.read(path)
         if not head.complete:
             raise ArtefactError(
                 f"the profile in {path} is not finished; run the same profile command again to finish it"
@@ -190,7 +191,7 @@ class Profile:
         )
 
 
-def merge(folder: Path, head: Head, samples: Sequence[Sample], statistics: Sequence[Statistics]) -> Head:
+def merge(folder: Path, head: Manifest, samples: Sequence[Sample], statistics: Sequence[Statistics]) -> Manifest:
     """Writes `influence.safetensors` and then marks the profile as complete.
 
     Args:
@@ -294,7 +295,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise damaged(path, str(error)) from error
 
 
-def _read_merged(path: Path, head: Head) -> tuple[npt.NDArray[np.int64], tuple[str, ...], Statistics]:
+def _read_merged(path: Path, head: Manifest) -> tuple[npt.NDArray[np.int64], tuple[str, ...], Statistics]:
     arrays, _ = _read(path)
     wanted = head.array_shapes
     if set(arrays) != {*wanted, "lengths", "kinds"}:

@@ -14,10 +14,10 @@ from _moacompress_autoload import autoload
 if TYPE_CHECKING:
     from moacompress.calibration.profiler import profile
     from moacompress.evaluation import evaluate
-    from moacompress.exporter import export
+    from moacompress.exporter.exporting import export
     from moacompress.pipeline import compress
-    from moacompress.plan import Plan
     from moacompress.recipe import Recipe
+    from moacompress.rules.plan import Plan
     from moacompress.runtime import attach, detach
     from moacompress.search.audit import audit
     from moacompress.search.study import find_plan
@@ -37,14 +37,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Plan": "moacompress.plan",
+    "Plan": "moacompress.rules.plan",
     "Recipe": "moacompress.recipe",
     "attach": "moacompress.runtime",
     "audit": "moacompress.search.audit",
     "compress": "moacompress.pipeline",
     "detach": "moacompress.runtime",
     "evaluate": "moacompress.evaluation",
-    "export": "moacompress.exporter",
+    "export": "moacompress.exporter.exporting",
     "find_plan": "moacompress.search.study",
     "profile": "moacompress.calibration.profiler",
 }

@@ -9,16 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moacompress.artefacts import read_json, write_json
-from moacompress.budget import Budget, reference_length
-from moacompress.errors import ArtefactError, RecipeError
-from moacompress.exporter import check_reusable, export
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.core.errors import ArtefactError, RecipeError
+from moacompress.core.files import read_json, write_json
+from moacompress.core.progress import Progress
+from moacompress.exporter.exporting import check_reusable, export
 from moacompress.recipe import Recipe
+from moacompress.rules.budget import Budget, reference_length
+from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from moacompress.search.outcome import SearchResult
+    from moacompress.search.search_result import SearchResult
 
 Result = TypeVar("Result")
 ARTEFACTS = (
@@ -104,7 +104,7 @@ def compress(
 def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> SearchResult:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
-    from moacompress.models import load_for
+    from moacompress.runtime.ready_model import load_for
     from moacompress.search.study import find_plan
 
     assert recipe.model is not None

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from moacompress.budget import Budget, parse_length
-from moacompress.errors import MoaCompressError, RecipeError
-from moacompress.plan import MIN_WINDOWS, SINKS
+from moacompress.core.errors import MoaCompressError, RecipeError
+from moacompress.rules.budget import Budget, parse_length
+from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.core.progress import Progress
+from moacompress.rules.cost import layer_floors, meets
+from moacompress.rules.plan import Plan
 from moacompress.search.baselines import FAMILIES, family_plans
-from moacompress.search.cost import layer_floors, meets
-from moacompress.search.judge import Judge
-from moacompress.search.outcome import bytes_note
-from moacompress.search.request import Request
+from moacompress.search.harm_meter import HarmMeter
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_result import bytes_note
 
 SCREENED = 3
 """Samples on which all candidates of a family are measured."""
@@ -39,7 +39,7 @@ class Alternative:
     harm: float
 
 
-def write_baselines(out: Path, request: Request, alternatives: Mapping[str, Alternative]) -> None:
+def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str, Alternative]) -> None:
     """Writes the plan of every alternative beside the found one: `plan.baselines/duo.json` for `plan.json`.
 
     Args:
@@ -57,7 +57,7 @@ def write_baselines(out: Path, request: Request, alternatives: Mapping[str, Alte
         plan.save(out.with_suffix(".baselines") / f"{family}.json")
 
 
-def measure_alternatives(request: Request, judge: Judge, progress: Progress) -> dict[str, Alternative]:
+def measure_alternatives(request: SearchRequest, judge: HarmMeter, progress: Progress) -> dict[str, Alternative]:
     """Returns the best candidate of every family that has one within the request's limits.
 
     Args:

@@ -16,24 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.artefacts import fingerprint, finite_json, read_json, write_json, write_text
-from moacompress.budget import Budget
 from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.store import Profile
-from moacompress.errors import ArtefactError, DataError
-from moacompress.models import SourceModel
-from moacompress.plan import ModelShape
-from moacompress.progress import SILENT, Progress
+from moacompress.core.arrays import Floats
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.files import fingerprint, finite_json, read_json, write_json, write_text
+from moacompress.core.progress import SILENT, Progress
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search.audit_statistics import Estimate, assess
+from moacompress.rules.budget import Budget
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.cost import budget_limits
+from moacompress.rules.model_shape import ModelShape
+from moacompress.search.audit_statistics import BootstrapValue, assess
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
-from moacompress.search.cost import budget_limits
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
 from moacompress.search.measuring import measured_harms
-from moacompress.search.request import Request
-from moacompress.search.space import candidate_rules
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.split_half import split_half
-from moacompress.search.surrogate import Floats, Surrogate
+from moacompress.search.surrogate import Surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def audit(
     samples = list(samples)
     if not samples:
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
-    request = Request.of(profile, budget, profile.recipe)
+    request = SearchRequest.of(profile, budget, profile.recipe)
     masking = masking_rules(
         profile.shape, profile.rules, profile.min_window, [len(sample.input_ids) for sample in samples]
     )
@@ -155,7 +156,7 @@ def audit(
     return found
 
 
-def _key(request: Request, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:
+def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:
     profile = request.profile
     return fingerprint(
         {
@@ -191,7 +192,7 @@ def _found(path: Path, key: str, overwrite: bool) -> Audit | None:
 
 
 def _run(
-    request: Request,
+    request: SearchRequest,
     model: SourceModel,
     samples: Sequence[Sample],
     masking: Sequence[Sequence[int]],
@@ -260,7 +261,7 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
     return found
 
 
-def _difference(one: Estimate, other: Estimate) -> dict[str, Any]:
+def _difference(one: BootstrapValue, other: BootstrapValue) -> dict[str, Any]:
     difference = one - other
     return {"value": difference.value, "ci95": difference.ci95}
 
@@ -271,7 +272,7 @@ def _page(path: Path) -> Path:
 
 def _plot(path: Path, found: Audit) -> None:
     """Writes the scatter plot beside an audit, if plotly is there."""
-    from moacompress.report.audit import scatter_html
+    from moacompress.report.audit_tables import scatter_html
 
     try:
         write_text(_page(path), scatter_html(found.data))

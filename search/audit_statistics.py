@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import rankdata
 
+from moacompress.core.arrays import Floats, Ints
 from moacompress.search.knapsack import Pick, total_cost
-from moacompress.search.surrogate import FLOOR, Floats, fit
+from moacompress.search.surrogate import FLOOR, fit
 
-Ints = npt.NDArray[np.int64]
 RESAMPLES = 5000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapValue:
     """A number with its bootstrap.
 
     Attributes:
@@ -42,8 +41,8 @@ class Estimate:
         low, high = np.quantile(found, (0.025, 0.975))
         return float(low), float(high)
 
-    def __sub__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value - other.value, self.resampled - other.resampled)
+    def __sub__(self, other: BootstrapValue) -> BootstrapValue:
+        return BootstrapValue(self.value - other.value, self.resampled - other.resampled)
 
 
 def resamples(points: int, seed: int) -> Ints:
@@ -51,7 +50,7 @@ def resamples(points: int, seed: int) -> Ints:
     return np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
 
 
-def spearman(predicted: Floats, measured: Floats, seed: int) -> Estimate:
+def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
     """Returns Spearman's rank correlation, ties at their mean rank.
 
     Args:
@@ -62,10 +61,10 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> Estimate:
     drawn = resamples(len(predicted), seed)
     ranks = [rankdata(np.concatenate([values[None], values[drawn]]), axis=1) for values in (predicted, measured)]
     found = _correlation(ranks[0], ranks[1])
-    return Estimate(float(found[0]), found[1:])
+    return BootstrapValue(float(found[0]), found[1:])
 
 
-def slope(predicted: Floats, measured: Floats, seed: int) -> Estimate:
+def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
     """Returns the least-squares slope of log measured on log predicted harm, over the points above the noise.
 
     Args:
@@ -75,14 +74,14 @@ def slope(predicted: Floats, measured: Floats, seed: int) -> Estimate:
     """
     usable = (predicted > FLOOR) & (measured > FLOOR)
     if not usable.any():
-        return Estimate(float("nan"), np.zeros(0))
+        return BootstrapValue(float("nan"), np.zeros(0))
     x, y = np.log(predicted[usable]), np.log(measured[usable])
     drawn = resamples(len(x), seed)
     found = _slopes(np.concatenate([x[None], x[drawn]]), np.concatenate([y[None], y[drawn]]))
-    return Estimate(float(found[0]), found[1:])
+    return BootstrapValue(float(found[0]), found[1:])
 
 
-def regret(predicted: Floats, measured: Floats, seed: int) -> Estimate:
+def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
     """Returns how much more harm than the best plan the one of least predicted harm does, as a share of the best's.
 
     Args:
@@ -93,7 +92,7 @@ def regret(predicted: Floats, measured: Floats, seed: int) -> Estimate:
     drawn = resamples(len(predicted), seed)
     chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
     own = _excess(measured[[predicted.argmin()]], measured.min(keepdims=True))
-    return Estimate(float(own[0]), _excess(chosen, measured[drawn].min(axis=1)))
+    return BootstrapValue(float(own[0]), _excess(chosen, measured[drawn].min(axis=1)))
 
 
 def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
@@ -146,7 +145,7 @@ class Assessment:
         plan_points: of every plan.
     """
 
-    correlations: dict[str, Estimate]
+    correlations: dict[str, BootstrapValue]
     ablations: dict[str, dict[str, Any]]
     plans: dict[str, dict[str, Any]]
     points: list[dict[str, Any]]
@@ -204,5 +203,5 @@ def assess(
     return found
 
 
-def _rank_and_slope(rank: Estimate, line: Estimate) -> dict[str, Any]:
+def _rank_and_slope(rank: BootstrapValue, line: BootstrapValue) -> dict[str, Any]:
     return {"spearman": rank.value, "ci95": rank.ci95, "slope": line.value, "slope_ci95": line.ci95}

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moacompress.errors import UsageError
-from moacompress.plan import ModelShape, Rule
-from moacompress.search.cost import Ints
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import UsageError
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import Rule
 from moacompress.search.knapsack import Knapsack, Pick
-from moacompress.search.surrogate import Floats
 
 NOISE = (0.1, 2.0)
 """Widths of the lognormal noise on a KV head's costs, from the first plan beside the optimum to the last."""

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.budget import format_length
-from moacompress.errors import InfeasibleBudgetError, UsageError
-from moacompress.plan import BETA_ONE, SINKS, ModelShape, Plan, Rule
-from moacompress.search.cost import slot_limits, slot_table
+from moacompress.core.arrays import Floats
+from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.rules.budget import format_length
+from moacompress.rules.cost import slot_limits, slot_table
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import SINKS, Rule
+from moacompress.rules.windows import BETA_ONE
 from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.solver import solve
-from moacompress.search.surrogate import Floats, Surrogate
+from moacompress.search.surrogate import Surrogate
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moacompress.plan import Plan
-from moacompress.search.outcome import pack, unpack
+from moacompress.rules.plan import Plan
+from moacompress.search.search_result import pack, unpack
 from moacompress.search.surrogate import Surrogate
 from moacompress.search.trials import Tried
 
 if TYPE_CHECKING:
-    from moacompress.search.request import Request
+    from moacompress.search.search_request import SearchRequest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stage:
 
 
 def explain(
-    request: Request,
+    request: SearchRequest,
     surrogate: Surrogate,
     plan: Plan,
     tried: Sequence[Tried],
@@ -79,7 +79,7 @@ def explain(
     }
 
 
-def head_rows(request: Request, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
+def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
     """Returns a row of every KV head, those first whose range is worth most; see `explain`."""
     n, limit = max(request.limits.items())
     profile, shape = request.profile, request.profile.shape
@@ -108,7 +108,7 @@ def head_rows(request: Request, surrogate: Surrogate, plan: Plan) -> list[dict[s
     return sorted(rows, key=lambda row: -(row["saves"] or 0.0))
 
 
-def _predicted(request: Request, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:
+def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:
     """Returns predicted and measured harm of the distinct plans that were measured on all samples."""
     from scipy.stats import spearmanr
 

@@ -11,22 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.artefacts import fingerprint
-from moacompress.budget import Budget
 from moacompress.calibration.store import Profile
-from moacompress.errors import BudgetError
-from moacompress.models import SourceModel, load_for
-from moacompress.plan import Plan
-from moacompress.progress import SILENT, Progress
+from moacompress.core.errors import BudgetError
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import SILENT, Progress
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search.cost import slot_limits
-from moacompress.search.judge import Judge
+from moacompress.rules.budget import Budget
+from moacompress.rules.cost import slot_limits
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
+from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.objective import Objective
-from moacompress.search.outcome import SearchResult, bytes_note, pack, unpack, versions
-from moacompress.search.request import Request
-from moacompress.search.several import named, write_front
+from moacompress.search.plan_sets import named, write_front
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_result import SearchResult, bytes_note, pack, unpack, versions
 
 SHARE = "log_share"
 """Name of the knob that is the logarithm of the budget, a share of the dense bytes."""
@@ -62,7 +63,7 @@ def find_front(
     """
     started, progress = time.monotonic(), progress or SILENT
     low, high = _shares(budgets)
-    request = Request.of(profile, f"{low:.6f}", recipe)
+    request = SearchRequest.of(profile, f"{low:.6f}", recipe)
     key = fingerprint(["front", request.key, low, high])
     storage = recipe.search.storage or str(out.with_suffix(".front.journal"))
     distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
@@ -80,7 +81,7 @@ def find_front(
         )
         source = load_for(recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        judge = Judge.of(ledger, Objective(source.model, profile.validation), recipe.seed)
+        judge = HarmMeter.of(ledger, Objective(source.model, profile.validation), recipe.seed)
         surrogate = judge.calibrated(request, progress)
         knapsack = Knapsack.of(request)
         progress.start("searching the front", recipe.search.trials)
@@ -151,7 +152,7 @@ def _uniform(low: float, high: float) -> Any:
     return FloatDistribution(float(low), float(high))
 
 
-def _noted(request: Request, point: _Point, trials: int) -> Plan:
+def _noted(request: SearchRequest, point: _Point, trials: int) -> Plan:
     profile = request.profile
     plan = Plan(profile.shape, profile.min_window, unpack(point.packed))
     resolved = request.recipe.resolved()

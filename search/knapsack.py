@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.plan import Plan, Rule
-from moacompress.search.cost import Ints, floored, layer_floors, slot_limits, slot_table
+from moacompress.core.arrays import Floats, Ints
+from moacompress.rules.cost import floored, layer_floors, slot_limits, slot_table
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.search.solver import fill, solve
-from moacompress.search.surrogate import Floats
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
-    from moacompress.search.request import Request
+    from moacompress.search.search_request import SearchRequest
 
 Pick = tuple[int, int, int]
 """`(layer, kv_head, rule)`."""
@@ -35,7 +36,7 @@ class Knapsack:
     solver: str
 
     @staticmethod
-    def of(request: Request) -> Knapsack:
+    def of(request: SearchRequest) -> Knapsack:
         """Returns the knapsack of a request."""
         profile = request.profile
         slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.search.surrogate import Floats, Surrogate
+from moacompress.core.arrays import Floats
+from moacompress.search.surrogate import Surrogate
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from moacompress.errors import ArtefactError, RecipeError
+from moacompress.core.errors import ArtefactError, RecipeError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from moacompress.artefacts import fingerprint
 from moacompress.calibration.samples import Sample, fingerprint_ordered
-from moacompress.errors import ModelError
-from moacompress.evaluation.ledger import Ledger
-from moacompress.models import SourceModel
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.core.arrays import Floats
+from moacompress.core.errors import ModelError
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
+from moacompress.core.records import Records
+from moacompress.models.source import SourceModel
+from moacompress.rules.plan import Plan
 from moacompress.search.objective import harms_of_sample
-from moacompress.search.surrogate import Floats
 
 
 def measured_harms(
@@ -39,7 +39,7 @@ def measured_harms(
     """
     from moacompress import runtime
 
-    ledger = Ledger(path)
+    ledger = Records(path)
     marks = [fingerprint_ordered([sample]) for sample in samples]
     of_model = [model.shape.weights_fingerprint, model.shape.dtype]
     keys = [[fingerprint([*of_model, plan.key(), mark]) for mark in marks] for plan in plans]

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moacompress.search.cost import Ints
+from moacompress.core.arrays import Floats, Ints
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.solver import best_prices, solve
-from moacompress.search.surrogate import Floats
 
 
 @dataclass(frozen=True)

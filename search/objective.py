@@ -13,8 +13,8 @@ import torch
 
 from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.samples import Sample
-from moacompress.errors import DataError, ModelError
-from moacompress.plan import Plan
+from moacompress.core.errors import DataError, ModelError
+from moacompress.rules.plan import Plan
 from moacompress.search.prefix import first_changed, record, resumed
 
 MAX_DENSE_BYTES = 2 * 2**30

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from moacompress.calibration.passes import replaced
-from moacompress.models import decoder_layers
-from moacompress.plan import Plan
+from moacompress.models.modules import decoder_layers
+from moacompress.rules.plan import Plan
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ def first_changed(plan: Plan, base: Plan) -> int:
     return next((layer for layer, (ours, theirs) in pairs if ours != theirs), plan.model.layers)
 
 
-def record(model: torch.nn.Module, forward: Callable[[], Result]) -> tuple[Prefix, Result]:
+def record(model: torch.nn.Module, forward: Callable[[], Value]) -> tuple[Prefix, Value]:
     """Runs a forward pass of the model and returns what its layers returned, and what the pass did.
 
     Args:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.search.cost import Ints
+from moacompress.core.arrays import Floats, Ints
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.solver import best_prices
-from moacompress.search.surrogate import Floats
 
 CANDIDATES = 300
 """Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""

@@ -17,19 +17,19 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from moacompress.artefacts import fingerprint
-from moacompress.calibration.head import array_shapes
 from moacompress.calibration.influence import RuleTable
+from moacompress.calibration.manifest import array_shapes
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, read_sample, write_sample
-from moacompress.errors import ModelError
-from moacompress.models import SourceModel
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import ModelError
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search.cost import Ints
+from moacompress.rules.plan import Plan
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.errors import InfeasibleBudgetError
-from moacompress.search.cost import Ints
-
-Floats = npt.NDArray[np.float64]
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import InfeasibleBudgetError
 
 TOLERANCE = 1e-5
 """Relative distance between the dual value and its upper bound at which prices are good enough."""

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.search.cost import Ints
+from moacompress.core.arrays import Floats, Ints
 from moacompress.search.knapsack import Knapsack, total_cost
-from moacompress.search.request import Request
-from moacompress.search.surrogate import FLOOR, Floats
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.surrogate import FLOOR
 
 SPLITS = 8
 """Random splits at each number of samples."""
@@ -19,7 +19,7 @@ LADDER = sorted(base << power for base in (16, 24) for power in range(12))
 RESAMPLES = 5000
 
 
-def split_half(request: Request, seed: int) -> list[dict[str, Any]]:
+def split_half(request: SearchRequest, seed: int) -> list[dict[str, Any]]:
     """Returns how many times the other half's own plan a half's plan costs, at growing numbers of samples.
 
     Args:
@@ -73,10 +73,10 @@ def _kinds(profile: Profile, samples: Ints) -> set[str]:
     return {profile.sample_kinds[index] for index in samples.tolist()}
 
 
-def _ratios(request: Request, knapsack: Knapsack, *two: Ints) -> list[float]:
+def _ratios(request: SearchRequest, knapsack: Knapsack, *two: Ints) -> list[float]:
     costs: list[Floats] = []
     for half in two:
-        part = Request.of(request.profile.subset(half.tolist()), request.asked, request.recipe)
+        part = SearchRequest.of(request.profile.subset(half.tolist()), request.asked, request.recipe)
         costs.append(part.surrogate.raw())
     choices = [knapsack.choose(cost) for cost in costs]
     own = [total_cost(cost, choice) for cost, choice in zip(costs, choices, strict=True)]

@@ -18,33 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.artefacts import write_json
 from moacompress.calibration.store import Profile
-from moacompress.errors import PlanError
-from moacompress.models import SourceModel, load_for
-from moacompress.plan import Plan
-from moacompress.progress import SILENT, Progress
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import PlanError
+from moacompress.core.files import write_json
+from moacompress.core.progress import SILENT, Progress
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
 from moacompress.search.alternatives import Alternative, measure_alternatives, write_baselines
 from moacompress.search.baselines import FAMILIES
-from moacompress.search.cost import Ints
 from moacompress.search.explain import Stage, explain
-from moacompress.search.judge import Judge
+from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.knobs import distributions
 from moacompress.search.ledger import Ledger, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
-from moacompress.search.outcome import (
-    SearchResult,
-    baseline_note,
-    bytes_note,
-    explanation_path,
-    found_before,
-    unpack,
-    versions,
-)
-from moacompress.search.request import Knob, Request
 from moacompress.search.rounds import (
     NEUTRAL,
     RANGES,
@@ -56,7 +47,16 @@ from moacompress.search.rounds import (
     moved,
     spread_samples,
 )
-from moacompress.search.surrogate import Floats
+from moacompress.search.search_request import Knob, SearchRequest
+from moacompress.search.search_result import (
+    SearchResult,
+    baseline_note,
+    bytes_note,
+    explanation_path,
+    found_before,
+    unpack,
+    versions,
+)
 from moacompress.search.trials import (
     Trials,
     Tried,
@@ -119,7 +119,7 @@ def find_plan(
     started = time.monotonic()
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
-    request = Request.of(profile, budget, recipe or profile.recipe, starts)
+    request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts)
     settings = request.recipe.search
     path = None if out is None else Path(out)
     if path is not None:
@@ -160,7 +160,7 @@ def find_plan(
     return SearchResult.of(plan, path, time.monotonic() - started, search.explanation)
 
 
-def _around(request: Request, source: SourceModel, samples: Any, folder: Path | None) -> Around:
+def _around(request: SearchRequest, source: SourceModel, samples: Any, folder: Path | None) -> Around:
     chosen = spread_samples(samples, request.recipe.search.round_samples)
     return ProfileAround(request.profile, request.recipe, source, chosen, folder)
 
@@ -207,7 +207,7 @@ class Search:
 
     def __init__(
         self,
-        request: Request,
+        request: SearchRequest,
         ledger: Ledger,
         round_ledger: Callable[[Plan], Ledger],
         measure: Measure,
@@ -218,7 +218,7 @@ class Search:
         started: float,
     ) -> None:
         self.request, self.ledger, self.round_ledger = request, ledger, round_ledger
-        self.judge = Judge.of(ledger, measure, request.recipe.seed)
+        self.judge = HarmMeter.of(ledger, measure, request.recipe.seed)
         self.around, self.trainer = around, trainer
         self.out, self.progress, self.started = out, progress, started
         self.knapsack = Knapsack.of(request)
@@ -495,6 +495,6 @@ def _at(costs: Floats, choice: Ints) -> Floats:
     return found
 
 
-def _standing(request: Request, trial: Tried) -> Standing:
+def _standing(request: SearchRequest, trial: Tried) -> Standing:
     plan = Plan(request.profile.shape, request.profile.min_window, unpack(trial.plan))
     return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.errors import ArtefactError
-from moacompress.plan import Plan, Rule, window
-from moacompress.search.cost import Ints
-
-Floats = npt.NDArray[np.float64]
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import ArtefactError
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import window
 
 GAMMA_RANGE = (0.5, 1.5)
 """The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moacompress.plan import Plan
+from moacompress.rules.plan import Plan
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
-from moacompress.search.outcome import pack
+from moacompress.search.search_result import pack
 
 if TYPE_CHECKING:
     from optuna import Trial

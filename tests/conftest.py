@@ -18,7 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moacompress.plan import ModelShape, Plan
+    from moacompress.rules.model_shape import ModelShape
+    from moacompress.rules.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,7 +151,8 @@ def random_plan() -> Callable[..., Plan]:
     """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`."""
 
     def draw(shape: ModelShape, seed: int = 0, full_share: float = 0.15) -> Plan:
-        from moacompress.plan import MIN_WINDOWS, SINKS, Plan, Rule
+        from moacompress.rules.plan import Plan
+        from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
 
         rng = random.Random(seed)
 
@@ -173,7 +175,7 @@ def compressed(
     random_plan: Callable[..., Plan],
 ) -> Path:
     """Returns a run's folder with a tiny compressed checkpoint under `model/`; do not write into it."""
-    from moacompress.models import model_shape
+    from moacompress.models.source import model_shape
     from moacompress.runtime import attach
 
     folder = tmp_path_factory.mktemp("compressed") / "OUT"
@@ -204,7 +206,7 @@ def smollm2() -> Path:
     given = os.environ.get("MOACOMPRESS_TEST_MODEL")
     if given:
         return Path(given)
-    from moacompress.exporter import save_dense
+    from moacompress.exporter.exporting import save_dense
 
     gguf = next(iter(sorted((ROOT / ".cache").glob("**/SmolLM2-135M-Instruct*.gguf"))), None)
     if gguf is None:

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from moacompress import pipeline
-from moacompress.errors import ArtefactError, BudgetError, InfeasibleBudgetError, RecipeError
+from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, RecipeError
 from moacompress.pipeline import compress, quality_table
-from moacompress.plan import Plan
 from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
 
 SETTINGS = {
     "budget": "50%",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moacompress.errors import RecipeError
+from moacompress.core.errors import RecipeError
 from moacompress.recipe import Recipe
 
 

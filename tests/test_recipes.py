@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.budget import Budget
 from moacompress.recipe import Recipe
+from moacompress.rules.budget import Budget
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -35,7 +35,7 @@ PLANS = sorted((FOLDER.parent / "docs" / "plans").glob("*.json"))
 
 @pytest.mark.parametrize("file", PLANS, ids=[file.name for file in PLANS])
 def test_published_plan(file: Path) -> None:
-    from moacompress.plan import Plan
+    from moacompress.rules.plan import Plan
 
     plan = Plan.load(file)
     share = Budget.parse(*plan.budget["asked"]).share

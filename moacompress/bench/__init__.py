@@ -2,6 +2,6 @@
 
 `request` (what is asked for, checked before anything is loaded), `sides` (the models and their caches), `graphs` (proof
 that a compiled step is one graph), `measure` (turns of timing), `peak` (memory, in processes of their own), `cells` (what
-is measured, kept on disk), `rows` (what it comes to), `runner` (all of it). The tables are in `moacompress.report.bench`.
+is measured, kept on disk), `rows` (what it comes to), `runner` (all of it). The tables are in `moacompress.report.bench_tables`.
 Nothing here changes a plan or judges its quality.
 """

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moacompress.bench.request import BenchRequest, Cell
-from moacompress.errors import MoaCompressError
-from moacompress.memory import peak_rss, reset_peak, rss
+from moacompress.bench.bench_request import BenchRequest, Cell
+from moacompress.core.errors import MoaCompressError
+from moacompress.core.memory import peak_rss, reset_peak, rss
 
 STEPS = 2
 """Decode steps that a peak is taken over: the second is like every one after it."""
@@ -66,7 +66,7 @@ def measure(task: dict[str, Any]) -> dict[str, int]:
         vocabulary_size,
     )
     from moacompress.evaluation.checkpoint import load_checkpoint
-    from moacompress.runtime.packing import pack_weights
+    from moacompress.runtime.linear import pack_weights
 
     cell = Cell(task["dtype"], task["length"], task["batch"])
     side, seed, device = task["side"], task["seed"], task["device"]

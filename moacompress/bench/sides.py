@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from moacompress.bench.request import SPARE_TOKENS, Cell
-from moacompress.errors import MoaCompressError
-from moacompress.plan import ModelShape, Plan
+from moacompress.bench.bench_request import SPARE_TOKENS, Cell
+from moacompress.core.errors import MoaCompressError
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
-from moacompress.runtime.chunk import Chunk
+from moacompress.runtime.real_tokens import Chunk
 
 STATIC = "dense_static"
 """The dense model with a static cache and a compiled step: `dense_best` if it is faster than `dense`."""

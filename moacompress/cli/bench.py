@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite, split_list
-from moacompress.errors import UsageError
+from moacompress.core.errors import UsageError
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
@@ -25,7 +25,7 @@ PREFILL_REPEATS = 3
     "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
 )
 def bench(
-    run: Run,
+    run: VerbRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
     lengths: Annotated[
         str | None,
@@ -76,14 +76,14 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
-    recipe = Run(replace(run.common, dtype=None), run.progress).recipe()
+    recipe = VerbRun(replace(run.common, dtype=None), run.progress).recipe()
     batches = split_list(batch) or ()
     for item in batches:
         if not item.isdecimal():
             raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
 
-    from moacompress.bench.request import BenchRequest
-    from moacompress.budget import parse_lengths
+    from moacompress.bench.bench_request import BenchRequest
+    from moacompress.rules.budget import parse_lengths
 
     request = BenchRequest(
         lengths=parse_lengths(lengths if lengths is not None else QUICK_LENGTHS if quick else LENGTHS),
@@ -100,8 +100,8 @@ def bench(
         device=recipe.device,
     )
 
-    from moacompress.bench.runner import run_bench
-    from moacompress.report.bench import bench_tables
+    from moacompress.bench.benchmark import run_bench
+    from moacompress.report.bench_tables import bench_tables
 
     report = run_bench(path, request, out=out, overwrite=overwrite, progress=run.progress)
     return Output(report, bench_tables(report))

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import (
     Budgets,
-    Lengths,
-    Model,
+    LengthsOption,
+    ModelArgument,
     Overwrite,
     RecipeFile,
     Samples,
@@ -32,12 +32,12 @@ from moacompress.cli.options import (
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
 )
 def compress(
-    run: Run,
-    model: Model = None,
+    run: VerbRun,
+    model: ModelArgument = None,
     budget: Budgets = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("out"),
     recipe: RecipeFile = None,
-    lengths: Lengths = None,
+    lengths: LengthsOption = None,
     samples: Samples = None,
     text_samples: TextSamples = None,
     validation_samples: ValidationSamples = None,
@@ -71,7 +71,7 @@ def compress(
     resolved = resolved.override(model=required_model(model, resolved.model))
 
     from moacompress.pipeline import compress as compress_model
-    from moacompress.report.summary import summary_tables
+    from moacompress.report.summary_tables import summary_tables
 
     summary = compress_model(resolved, out, overwrite=overwrite, progress=run.progress)
     return Output(

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import (
-    Lengths,
-    Model,
+    LengthsOption,
+    ModelArgument,
     RecipeFile,
     Sources,
     Text,
@@ -25,12 +25,12 @@ from moacompress.cli.options import (
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
 )
 def preview(
-    run: Run,
-    model: Model = None,
+    run: VerbRun,
+    model: ModelArgument = None,
     recipe: RecipeFile = None,
     source: Sources = None,
     text: Text = None,
-    lengths: Lengths = None,
+    lengths: LengthsOption = None,
     count: Annotated[int, typer.Option(min=1, help="Samples shown, of as many sources and lengths as there are.")] = 3,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:
@@ -48,9 +48,9 @@ def preview(
     name = required_model(model, resolved.model)
 
     from moacompress.calibration.answers import answer_drafts
-    from moacompress.calibration.data import make_drafts, varied
-    from moacompress.models import load_for
-    from moacompress.report.samples import ShownSample, as_json
+    from moacompress.calibration.sample_sources import make_drafts, varied
+    from moacompress.report.shown_samples import ShownSample, as_json
+    from moacompress.runtime.ready_model import load_for
 
     loaded = load_for(resolved, name)
     drafts = varied(make_drafts(loaded, resolved, "calibration"), count)

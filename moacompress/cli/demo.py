@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite
-from moacompress.errors import DataError
+from moacompress.core.errors import DataError
 
 MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
 SQUAD_FILE = "squad.json"
@@ -20,7 +20,7 @@ SQUAD_FILE = "squad.json"
     "moacompress demo -o runs/demo --data .cache --json",
 )
 def demo(
-    run: Run,
+    run: VerbRun,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(metavar="DIR", help="Where `make test-data` put model and data.")] = Path(
         ".cache"
@@ -37,8 +37,8 @@ def demo(
     model = model or _find(data, MODEL_FILE)
     squad = _find(data, SQUAD_FILE)
 
-    from moacompress.demo import run_demo
-    from moacompress.report.summary import summary_tables
+    from moacompress.demo.smollm2 import run_demo
+    from moacompress.report.summary_tables import summary_tables
 
     summary = run_demo(out, model, squad, overwrite=overwrite, progress=run.progress)
     return Output(

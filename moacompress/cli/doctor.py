@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import TrustRemoteCode
 
 
@@ -16,7 +16,7 @@ from moacompress.cli.options import TrustRemoteCode
     "moacompress doctor path/to/model.gguf --json",
 )
 def doctor(
-    run: Run,
+    run: VerbRun,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or .gguf file.", show_default=False)
     ] = None,
@@ -26,8 +26,8 @@ def doctor(
 
     The weights of MODEL are not loaded. Exits with 1 if something does not work.
     """
-    from moacompress.doctor import check_environment, check_model
-    from moacompress.report.health import environment_table, model_table
+    from moacompress.doctor.checks import check_environment, check_model
+    from moacompress.report.doctor_tables import environment_table, model_table
 
     data = check_environment()
     show = [environment_table(data)]

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, say, verb
-from moacompress.cli.options import Lengths, Text, split_list
-from moacompress.errors import UsageError
+from moacompress.cli.harness import Output, VerbRun, say, verb
+from moacompress.cli.options import LengthsOption, Text, split_list
+from moacompress.core.errors import UsageError
 
 
 @verb(
@@ -19,7 +19,7 @@ from moacompress.errors import UsageError
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
 )
 def evaluate(
-    run: Run,
+    run: VerbRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
     against: Annotated[
         str,
@@ -33,7 +33,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="LIST", help="Tasks, such as niah-single-1, or ruler, all, and text for long text."),
     ] = None,
-    lengths: Lengths = None,
+    lengths: LengthsOption = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
     text: Text = None,
     squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD as JSON, for question answering.")] = None,
@@ -84,7 +84,7 @@ def evaluate(
     from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.text_rows import TEXT
     from moacompress.evaluation.thresholds import failures, parse_thresholds
-    from moacompress.report.evaluation import csv_text, evaluation_tables
+    from moacompress.report.evaluation_tables import csv_text, evaluation_tables
 
     chosen = recipe.evaluation.tasks
     if named is None:
@@ -109,7 +109,7 @@ def evaluate(
         progress=run.progress,
     )
     if csv is not None:
-        from moacompress.artefacts import write_text
+        from moacompress.core.files import write_text
 
         write_text(csv, csv_text(report))
     failed = failures(thresholds, report["results"])

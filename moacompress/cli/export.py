@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 
 
@@ -16,7 +16,7 @@ from moacompress.cli.options import Overwrite, TrustRemoteCode
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
 )
 def export(
-    run: Run,
+    run: VerbRun,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path("model"),
@@ -27,9 +27,9 @@ def export(
 
     It is loaded and made to generate in a fresh process before it is moved into place.
     """
-    from moacompress.exporter import export as export_model
-    from moacompress.plan import Plan
+    from moacompress.exporter.exporting import export as export_model
     from moacompress.report.inspection import inspect_plan, kv_table
+    from moacompress.rules.plan import Plan
 
     loaded = Plan.load(plan)
     folder = export_model(

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Concatenate, ParamSpec
 import typer
 from rich.console import Console, RenderableType
 
-from moacompress.artefacts import finite_json
-from moacompress.cli.progress import RichProgress
-from moacompress.errors import MoaCompressError
-from moacompress.progress import Progress
+from moacompress.cli.bars import RichProgress
+from moacompress.core.errors import MoaCompressError
+from moacompress.core.files import finite_json
+from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
 
 P = ParamSpec("P")
@@ -73,7 +73,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Run:
+class VerbRun:
     """One run of a verb: its common options and where it reports."""
 
     common: Common
@@ -104,7 +104,7 @@ class Verb:
     Typer reads its signature: the function's own options and, after them, those of `Common`.
     """
 
-    def __init__(self, function: Callable[Concatenate[Run, P], Output], examples: tuple[str, ...]) -> None:
+    def __init__(self, function: Callable[Concatenate[VerbRun, P], Output], examples: tuple[str, ...]) -> None:
         self._work: Callable[..., Output] = function
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
@@ -127,7 +127,7 @@ class Verb:
             raise typer.Exit(output.exit_code)
 
 
-def verb(*examples: str) -> Callable[[Callable[Concatenate[Run, P], Output]], Verb]:
+def verb(*examples: str) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
     """Makes a `Verb` of the decorated function; `examples` end its help and can be run as they are."""
     return lambda function: Verb(function, examples)
 
@@ -160,14 +160,14 @@ def _common_parameters() -> list[inspect.Parameter]:
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
-def _guarded(work: Callable[[Run], Output], common: Common) -> Output:
+def _guarded(work: Callable[[VerbRun], Output], common: Common) -> Output:
     """Runs a verb; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
     progress = Progress() if common.quiet else RichProgress(console)
     try:
         # what a library prints must not mix with the result
         with _quiet_libraries(common, console), contextlib.redirect_stdout(sys.stderr):
-            return work(Run(common, progress))
+            return work(VerbRun(common, progress))
     except KeyboardInterrupt:
         progress.done()
         say(INTERRUPTED)

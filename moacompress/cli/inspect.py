@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
-from moacompress.cli.options import Lengths
+from moacompress.cli.options import LengthsOption
 
 
 @verb(
@@ -18,17 +18,17 @@ from moacompress.cli.options import Lengths
     "moacompress inspect runs/mine/model --json",
 )
 def inspect(
-    run: Run,
+    run: VerbRun,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
-    lengths: Lengths = None,
+    lengths: LengthsOption = None,
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
     KV bytes at several lengths, and the kept share of every layer and KV head. The model is not loaded.
     """
-    from moacompress.budget import parse_lengths
-    from moacompress.plan import Plan
     from moacompress.report.inspection import inspect_plan, kept_map, kv_table, overview
+    from moacompress.rules.budget import parse_lengths
+    from moacompress.rules.plan import Plan
 
     file = find_plan_file(path)
     plan = Plan.load(file)

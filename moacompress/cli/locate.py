@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moacompress.errors import ArtefactError
+from moacompress.core.errors import ArtefactError
 
 
 def find_plan_file(path: Path) -> Path:

@@ -8,10 +8,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from moacompress.errors import UsageError
+from moacompress.core.errors import UsageError
 from moacompress.recipe import Generator
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)]
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and belongs to another run.")]
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run modelling code of MODEL.")]
@@ -19,7 +21,9 @@ Budgets = Annotated[
     list[str] | None,
     typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),
 ]
-Lengths = Annotated[str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")]
+LengthsOption = Annotated[
+    str | None, typer.Option("--lengths", metavar="LIST", help="LengthsOption in tokens, such as 1k,4k.")
+]
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import (
-    Lengths,
-    Model,
+    LengthsOption,
+    ModelArgument,
     Overwrite,
     RecipeFile,
     Samples,
@@ -24,7 +24,7 @@ from moacompress.cli.options import (
     read_sources,
     required_model,
 )
-from moacompress.errors import UsageError
+from moacompress.core.errors import UsageError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
@@ -41,11 +41,11 @@ AUDIT_KEYS = ("audit", "audit_plans", "fisher_minus_moa", "chosen_minus_moa", "s
     "moacompress profile path/to/model -o around/ --around plan.json",
 )
 def profile(
-    run: Run,
-    model: Model = None,
+    run: VerbRun,
+    model: ModelArgument = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path("profile"),
     recipe: RecipeFile = None,
-    lengths: Lengths = None,
+    lengths: LengthsOption = None,
     samples: Samples = None,
     text_samples: TextSamples = None,
     validation_samples: ValidationSamples = None,
@@ -111,7 +111,7 @@ def profile(
     name = required_model(model, resolved.model)
     resolved = resolved.override(model=name)
 
-    from moacompress.plan import Plan
+    from moacompress.rules.plan import Plan
 
     plan = None if around is None else Plan.load(find_plan_file(around))
     if dry_run:
@@ -121,7 +121,7 @@ def profile(
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
-    from moacompress.models import load_for
+    from moacompress.runtime.ready_model import load_for
 
     loaded = load_for(resolved, name)
     if audit is not None:
@@ -131,7 +131,7 @@ def profile(
     made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     if audit is not None:
-        from moacompress.report.audit import audit_tables
+        from moacompress.report.audit_tables import audit_tables
         from moacompress.search.audit import audit as audit_profile
 
         found = audit_profile(

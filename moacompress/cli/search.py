@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moacompress.cli.harness import Output, Run, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite, RecipeFile
-from moacompress.errors import BudgetError
+from moacompress.core.errors import BudgetError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
-    from moacompress.search.outcome import SearchResult
+    from moacompress.search.search_result import SearchResult
 
 
 @verb(
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
 )
 def search(
-    run: Run,
+    run: VerbRun,
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.")],
     budget: Annotated[
         list[str] | None,
@@ -65,8 +65,8 @@ def search(
 
     Plans are measured on the model of PROFILE. A search that was stopped goes on with the same command.
     """
-    from moacompress.budget import split_budgets
     from moacompress.calibration.store import Profile
+    from moacompress.rules.budget import split_budgets
 
     if max_loss is not None and (budget or front):
         raise BudgetError(
@@ -93,11 +93,11 @@ def search(
         return _several(loaded, find_front(loaded, shares, **options))
     options["overwrite"] = overwrite
     if max_loss is not None:
-        from moacompress.search.several import Loss, find_smallest
+        from moacompress.search.plan_sets import Loss, find_smallest
 
         return _one(loaded, find_smallest(loaded, Loss.parse(max_loss), **options), out)
     if len(asked) > 1:
-        from moacompress.search.several import find_plans
+        from moacompress.search.plan_sets import find_plans
 
         return _several(loaded, find_plans(loaded, asked, **options))
     from moacompress.search.study import find_plan
@@ -106,8 +106,8 @@ def search(
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
-    from moacompress.report.search import explanation_tables
-    from moacompress.report.summary import harm_table
+    from moacompress.report.search_tables import explanation_tables
+    from moacompress.report.summary_tables import harm_table
 
     return Output(
         {"plan": str(out), **_numbers(found)},
@@ -121,7 +121,7 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
 
 
 def _several(profile: Profile, found: list[SearchResult]) -> Output:
-    from moacompress.report.search import front_table
+    from moacompress.report.search_tables import front_table
 
     return Output(
         {"plans": [{"plan": str(result.path), **_numbers(result)} for result in found]},

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
-from moacompress.models import is_compressed
-from moacompress.plan import DTYPE_BYTES, Plan
+from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
+from moacompress.models.source import is_compressed
+from moacompress.rules.model_shape import DTYPE_BYTES
+from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +93,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
-    from moacompress.models import weights_fingerprint
+    from moacompress.models.fingerprint import weights_fingerprint
 
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.calibration.store import Profile
-from moacompress.errors import PlanError, UsageError
+from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
-from moacompress.plan import SINKS, Plan, window
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import SINKS
+from moacompress.rules.windows import window
 from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, uniform_plan
 
 PLAN, DENSE = "plan", "dense"

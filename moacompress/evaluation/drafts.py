@@ -1,6 +1,6 @@
 """Prompts as text, before a tokenizer has seen them, and how they become token ids.
 
-A task writes a `Draft`; `encode_draft` renders it through the tokenizer's chat template, or plainly for a base model.
+A task writes a `PromptDraft`; `encode_draft` renders it through the tokenizer's chat template, or plainly for a base model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moacompress.calibration.prompts import encode_text, render_messages
+from moacompress.prompts.templates import encode_text, render_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PromptDraft:
     """A question whose answer is known.
 
     Attributes:
@@ -80,7 +80,7 @@ class Encoded:
     turn_at: int | None
 
 
-def encode_draft(tokenizer: PreTrainedTokenizerBase, draft: Draft) -> Encoded:
+def encode_draft(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft) -> Encoded:
     """Returns the token ids of a draft.
 
     The answer is tokenized together with the prompt, because tokens may span the boundary; a token that does belongs to
@@ -98,7 +98,7 @@ def encode_draft(tokenizer: PreTrainedTokenizerBase, draft: Draft) -> Encoded:
     return Encoded(whole[:cut], answer_ids, _value_tokens(tokenizer, answer_ids, draft.answer), turn_at)
 
 
-def draft_ids(tokenizer: PreTrainedTokenizerBase, draft: Draft, answer: str = "") -> list[int]:
+def draft_ids(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft, answer: str = "") -> list[int]:
     """Returns the token ids of the prompt, with `answer` after its prefix.
 
     Raises:
@@ -109,15 +109,15 @@ def draft_ids(tokenizer: PreTrainedTokenizerBase, draft: Draft, answer: str = ""
     return _ids(tokenizer, draft, text + prefix + answer)
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, draft: Draft) -> bool:
+def _chats(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft) -> bool:
     return tokenizer.chat_template is not None and not draft.plain
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, draft: Draft, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft, text: str) -> list[int]:
     return encode_text(tokenizer, text, special=not _chats(tokenizer, draft))  # a template writes special tokens itself
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, draft: Draft, messages: Sequence[str]) -> str:
+def _conversation(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft, messages: Sequence[str]) -> str:
     """Returns the turns as text, the header of the assistant's turn included if it is the assistant's."""
     if not _chats(tokenizer, draft):
         turns = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moacompress.calibration.pools import KEYS_PER_SPLIT, draw_keys
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.prompts.pools import KEYS_PER_SPLIT, draw_keys
 
 TEMPLATE = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -21,7 +21,7 @@ ANSWER = ("The <REGISTER_CONTENT> in line {key} is <", ">.")
 LARGEST = 50_000
 
 
-def make_lines(request: Request) -> Draft:
+def make_lines(request: PromptRequest) -> PromptDraft:
     """Returns a prompt of lines with different keys.
 
     Raises:
@@ -32,7 +32,7 @@ def make_lines(request: Request) -> Draft:
     (value, *values) = request.rng.integers(1, LARGEST + 1, limit + 1).tolist()
     depth = float(request.rng.random())
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         pairs = list(zip(others[:count], values, strict=False))
         pairs.insert(round(depth * count), (asked, value))
         return render(pairs, asked, value)
@@ -41,9 +41,11 @@ def make_lines(request: Request) -> Draft:
     return request.fit(write, limit, short)
 
 
-def render(pairs: Sequence[tuple[str, int]], asked: str, value: int) -> Draft:
+def render(pairs: Sequence[tuple[str, int]], asked: str, value: int) -> PromptDraft:
     """Returns the prompt of keys and values in which the value of `asked` is asked for."""
     context = "".join(LINE.format(key=key, value=number) for key, number in pairs)
     user = TEMPLATE.format(context=context, key=asked)
     before, after = ANSWER
-    return Draft((user,), "\n", Answer.of(str(value), before=before.format(key=asked), after=after), (str(value),))
+    return PromptDraft(
+        (user,), "\n", Answer.of(str(value), before=before.format(key=asked), after=after), (str(value),)
+    )

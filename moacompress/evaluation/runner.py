@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.artefacts import write_json
-from moacompress.calibration.pools import Prose
-from moacompress.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError
+from moacompress.core.files import write_json
+from moacompress.core.progress import SILENT, Progress
+from moacompress.core.records import Records
 from moacompress.evaluation.cases import Case, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
-from moacompress.evaluation.ledger import Ledger
-from moacompress.evaluation.rows import (
-    Cell,
+from moacompress.evaluation.result_rows import (
     Measured,
-    Row,
+    ResultRow,
+    TaskCell,
     at_floor,
     best_candidates,
     difference_rows,
@@ -33,7 +33,7 @@ from moacompress.evaluation.text_rows import (
     text_difference_rows,
     text_result_rows,
 )
-from moacompress.progress import SILENT, Progress
+from moacompress.prompts.pools import Prose
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
         ModelError, ArtefactError: the checkpoint is damaged, or `out` can not be written.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
-    from moacompress.runtime.packing import pack_where_it_fits
+    from moacompress.runtime.linear import pack_where_it_fits
 
     progress = progress or SILENT
     folder = compressed_folder(Path(target))
@@ -119,12 +119,12 @@ def evaluate(
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
     field = make_field(checkpoint, against, profile, every_candidate)
-    ledger = Ledger(Path(out).with_name(f"{Path(out).stem}.scores.jsonl") if out is not None else None)
-    bench = _Bench(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
+    ledger = Records(Path(out).with_name(f"{Path(out).stem}.scores.jsonl") if out is not None else None)
+    bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
     wanted = [(task, length) for task in names for length in sorted(set(lengths))]
     progress.start("evaluating", sum(bench.check(task, length) for task, length in wanted))
-    results: list[Row] = []
-    differences: list[Row] = []
+    results: list[ResultRow] = []
+    differences: list[ResultRow] = []
     fields: list[list[Measured]] = []
     for task, length in wanted:
         if task == TEXT:
@@ -164,7 +164,7 @@ def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list
 
 def _lm_eval_rows(
     checkpoint: Checkpoint, field: Field, tasks: Sequence[str], limit: int | None, seed: int, progress: Progress
-) -> list[Row]:
+) -> list[ResultRow]:
     """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
     from moacompress.evaluation.lm_harness import run_lm_eval
 
@@ -179,7 +179,7 @@ def _lm_eval_rows(
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Evaluation:
     """All that is the same for every task and length."""
 
     checkpoint: Checkpoint
@@ -201,24 +201,24 @@ class _Bench:
             tokens = mean_tokens(self._cases(task, length, 1))
         return len(self.field.at(tokens)) * self.prompts
 
-    def task(self, task: str, length: int) -> tuple[Cell, list[Measured]]:
+    def task(self, task: str, length: int) -> tuple[TaskCell, list[Measured]]:
         """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
-        cell = Cell(task, length, len(cases), mean_tokens(cases))
+        cell = TaskCell(task, length, len(cases), mean_tokens(cases))
         field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._contenders(cell)]
         return cell, best_candidates(field)
 
-    def text(self, task: str, length: int) -> tuple[list[Row], list[Row]]:
+    def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
-        cell = Cell(task, length, len(windows), length)
+        cell = TaskCell(task, length, len(windows), length)
         contenders = self._contenders(cell)
         entries = self.scorer.windows(contenders, windows, task)
         measured = [TextMeasured(*pair) for pair in zip(contenders, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
         return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
 
-    def _contenders(self, cell: Cell) -> list[Contender]:
+    def _contenders(self, cell: TaskCell) -> list[Contender]:
         return self.field.at(cell.tokens)
 
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:

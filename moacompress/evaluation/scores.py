@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from moacompress.artefacts import fingerprint
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
+from moacompress.core.records import Entry, Records
 from moacompress.evaluation.cases import Case
 from moacompress.evaluation.checkpoint import Checkpoint
 from moacompress.evaluation.contenders import Contender
-from moacompress.evaluation.ledger import Entry, Ledger
 from moacompress.evaluation.scoring import Score, batches, score_batch
 from moacompress.evaluation.text import States, read, score_window
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.rules.plan import Plan
 
 SCORE_VERSION = 2
 """Part of every ledger key: raised when the same prompt would be scored in another way."""
@@ -28,7 +28,7 @@ class Scorer:
     """What scores a checkpoint's weights under one plan after another."""
 
     checkpoint: Checkpoint
-    ledger: Ledger
+    ledger: Records
     progress: Progress
 
     def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moacompress.calibration.answers import stop_tokens
-from moacompress.errors import ModelError, UsageError
+from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation.cases import Case
 
 if TYPE_CHECKING:

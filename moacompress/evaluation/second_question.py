@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moacompress.calibration.generators import PREFIX
-from moacompress.calibration.pools import NOISE, draw_keys, draw_numbers
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.ruler.needles import in_lines, needle
+from moacompress.prompts.generators import PREFIX
+from moacompress.prompts.pools import NOISE, draw_keys, draw_numbers
 
 CONTEXT = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -23,7 +23,7 @@ CONTEXT = (
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
 
 
-def make_second_question(request: Request) -> Draft:
+def make_second_question(request: PromptRequest) -> PromptDraft:
     """Returns a conversation of two questions, the first of them answered.
 
     Raises:
@@ -35,15 +35,15 @@ def make_second_question(request: Request) -> Draft:
     hidden = rng.permutation(2).tolist()
     needles = [needle("number", keys[index], values[index]) for index in hidden]
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         return render(in_lines([" ".join(NOISE)] * count, needles, depths), keys, values)
 
     return request.fit(write, request.length)
 
 
-def render(context: str, keys: Sequence[str], values: Sequence[str]) -> Draft:
+def render(context: str, keys: Sequence[str], values: Sequence[str]) -> PromptDraft:
     """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
     first, second = (QUESTION.format(key=key) for key in keys)
     said, prefix = (PREFIX.format(kind="number", key=key) for key in keys)
     messages = (CONTEXT.format(context=context, question=first), f"{said} {values[0]}.", second)
-    return Draft(messages, f" {prefix}", Answer.of(values[1]), (values[1],), second_turn=True)
+    return PromptDraft(messages, f" {prefix}", Answer.of(values[1]), (values[1],), second_turn=True)

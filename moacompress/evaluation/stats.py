@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from moacompress.core.arrays import Floats
+
 Interval = tuple[float, float]
 RESAMPLES = 10_000
 FLOOR = 0.2

@@ -13,24 +13,33 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moacompress.calibration.generators import ANSWER_ROOM, make_prompt
-from moacompress.calibration.pools import SPLITS
-from moacompress.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError
+from moacompress.evaluation.associative_recall import make_recall
 from moacompress.evaluation.cases import Case, Match
-from moacompress.evaluation.drafts import Answer, Draft, encode_draft
+from moacompress.evaluation.drafts import Answer, PromptDraft, encode_draft
 from moacompress.evaluation.longeval import make_lines
-from moacompress.evaluation.recall import make_recall
-from moacompress.evaluation.request import Request, Resources
+from moacompress.evaluation.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.ruler.counting import make_common, make_frequent
 from moacompress.evaluation.ruler.needles import Needles, make_needles
 from moacompress.evaluation.ruler.questions import make_question
 from moacompress.evaluation.ruler.tracking import make_tracking
 from moacompress.evaluation.second_question import make_second_question
+from moacompress.prompts.generators import ANSWER_ROOM, make_prompt
+from moacompress.prompts.pools import SPLITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GROUPS", "TASKS", "Resources", "Task", "check_resources", "expand_tasks", "find_task", "make_cases"]
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "EvaluationTask",
+    "Resources",
+    "check_resources",
+    "expand_tasks",
+    "find_task",
+    "make_cases",
+]
 
 Need = Literal["prose", "squad"]
 _HOW = {
@@ -41,7 +50,7 @@ _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """A kind of prompt.
 
     Attributes:
@@ -57,7 +66,7 @@ class Task:
 
     name: str
     description: str
-    write: Callable[[Request], Draft]
+    write: Callable[[PromptRequest], PromptDraft]
     is_number: bool
     new_tokens: int = 0
     match: Match = "all"
@@ -65,8 +74,8 @@ class Task:
     ruler: bool = False
 
 
-def _needles(name: str, description: str, needles: Needles) -> Task:
-    return Task(
+def _needles(name: str, description: str, needles: Needles) -> EvaluationTask:
+    return EvaluationTask(
         name,
         description,
         partial(make_needles, needles=needles),
@@ -77,19 +86,19 @@ def _needles(name: str, description: str, needles: Needles) -> Task:
     )
 
 
-def _calibrated(name: str, description: str, needs: Need | None = None) -> Task:
+def _calibrated(name: str, description: str, needs: Need | None = None) -> EvaluationTask:
     """Returns a task that calibration has too; here it draws from the evaluation pools."""
 
-    def write(request: Request) -> Draft:
+    def write(request: PromptRequest) -> PromptDraft:
         prompt = make_prompt(
             name, request.rng, "evaluation", request.tokenizer, request.length, request.resources.prose
         )
-        return Draft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
+        return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
-    return Task(name, description, write, is_number=True, needs=needs)
+    return EvaluationTask(name, description, write, is_number=True, needs=needs)
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, EvaluationTask] = {
     task.name: task
     for task in (
         _calibrated("needle-noise", "one needle in noise, the short answer alone"),
@@ -109,19 +118,23 @@ TASKS: dict[str, Task] = {
         ),
         _needles("niah-multivalue", "RULER: four numbers of one key in prose", Needles("prose", values=4)),
         _needles("niah-multiquery", "RULER: four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
-        Task("vt", "RULER: variables of a chain of four hops", make_tracking, False, 30, ruler=True),
-        Task("cwe", "RULER: the ten common words of a list", make_common, False, 120, ruler=True),
-        Task("fwe", "RULER: the three most frequent coded words", make_frequent, False, 50, ruler=True),
-        Task("qa-squad", "RULER: a SQuAD question among documents", make_question, False, 32, "any", "squad", True),
-        Task("lines", "LongEval: the number of one line of a record", make_lines, True, 100, "last-integer"),
-        Task("recall", "pairs of words as plain text, then one key again", make_recall, False),
-        Task("second-question", "a second needle asked for on a context already read", make_second_question, True),
+        EvaluationTask("vt", "RULER: variables of a chain of four hops", make_tracking, False, 30, ruler=True),
+        EvaluationTask("cwe", "RULER: the ten common words of a list", make_common, False, 120, ruler=True),
+        EvaluationTask("fwe", "RULER: the three most frequent coded words", make_frequent, False, 50, ruler=True),
+        EvaluationTask(
+            "qa-squad", "RULER: a SQuAD question among documents", make_question, False, 32, "any", "squad", True
+        ),
+        EvaluationTask("lines", "LongEval: the number of one line of a record", make_lines, True, 100, "last-integer"),
+        EvaluationTask("recall", "pairs of words as plain text, then one key again", make_recall, False),
+        EvaluationTask(
+            "second-question", "a second needle asked for on a context already read", make_second_question, True
+        ),
     )
 }
 GROUPS = ("ruler", "all")
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> EvaluationTask:
     """Returns the task of that name.
 
     Raises:
@@ -170,7 +183,7 @@ def check_resources(names: Iterable[str], resources: Resources) -> None:
             _ = resources.questions
 
 
-def _has(resources: Resources, task: Task) -> bool:
+def _has(resources: Resources, task: EvaluationTask) -> bool:
     return task.needs is None or getattr(resources, task.needs) is not None
 
 
@@ -202,10 +215,10 @@ def make_cases(
 
 
 def _make_case(
-    task: Task, length: int, index: int, seed: int, tokenizer: PreTrainedTokenizerBase, resources: Resources
+    task: EvaluationTask, length: int, index: int, seed: int, tokenizer: PreTrainedTokenizerBase, resources: Resources
 ) -> Case:
     rng = np.random.default_rng((seed, SPLITS.index("evaluation"), length, index))
-    draft = task.write(Request(task.name, length, index, seed, rng, tokenizer, task.new_tokens, resources))
+    draft = task.write(PromptRequest(task.name, length, index, seed, rng, tokenizer, task.new_tokens, resources))
     ids = encode_draft(tokenizer, draft)
     return Case(
         task=task.name,

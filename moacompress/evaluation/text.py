@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moacompress.calibration.pools import SPLITS, Prose
-from moacompress.calibration.prompts import encode_text
-from moacompress.errors import DataError, ModelError
+from moacompress.core.errors import DataError, ModelError
+from moacompress.prompts.pools import SPLITS, Prose
+from moacompress.prompts.templates import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

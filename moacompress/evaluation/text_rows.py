@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moacompress.core.records import Entry
 from moacompress.evaluation.contenders import Contender
-from moacompress.evaluation.ledger import Entry
-from moacompress.evaluation.rows import Cell, Row, difference_row, result_row
+from moacompress.evaluation.result_rows import ResultRow, TaskCell, difference_row, result_row
 from moacompress.evaluation.stats import Interval, mean, paired_difference, perplexity_difference
 
 TEXT = "text"
@@ -31,7 +31,7 @@ class TextMeasured:
         return [entry[name] for entry in self.entries]
 
 
-def text_result_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> list[Row]:
+def text_result_rows(cell: TaskCell, field: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
     """Returns the rows `TEXT_METRICS` of every model."""
     return [
         result_row(cell, one.contender, metric, *_value(one, metric, seed), cell.prompts)
@@ -40,7 +40,7 @@ def text_result_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> li
     ]
 
 
-def text_difference_rows(cell: Cell, field: Sequence[TextMeasured], seed: int) -> list[Row]:
+def text_difference_rows(cell: TaskCell, field: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
     """Returns the rows of the plan (first in `field`) minus every other model, paired by window."""
     ours, *others = field
     rows = []

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moacompress.budget import format_length, parse_length
-from moacompress.errors import UsageError
+from moacompress.core.errors import UsageError
 from moacompress.evaluation.contenders import PLAN
+from moacompress.rules.budget import format_length, parse_length
 
 RISING = ("exact_match", "accuracy", "retention", "top1_agreement")
 """Metrics between 0 and 1 of which more is better."""

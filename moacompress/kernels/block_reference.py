@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moacompress.errors import UnsupportedError
-from moacompress.plan import BLOCK, block_runs, segments
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.windows import BLOCK, block_runs, segments
 
 TILE_ROWS = 128
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moacompress.errors import UnsupportedError, UsageError
+from moacompress.core.errors import UnsupportedError, UsageError
 
 LIBRARY = Path(__file__).parent / "cpu" / "libmoacompress_cpu.so"
 ISA_VARIABLE = "MOACOMPRESS_ISA"
@@ -93,7 +93,7 @@ def set_isa(name: str) -> None:
 
 
 def visible(n: int, sink: int, alpha: int, beta_q: int, min_window: int, native_window: int) -> tuple[int, int, int]:
-    """Returns what the kernels take to be visible: as `moacompress.plan.segments`, with 0 for no native window."""
+    """Returns what the kernels take to be visible: as `moacompress.rules.windows.segments`, with 0 for no native window."""
     out = (ctypes.c_int64 * 3)()
     arguments = (ctypes.c_int64(x) for x in (n, sink, alpha, beta_q, min_window, native_window))
     ctypes.CDLL(str(LIBRARY)).moacompress_visible(*arguments, out)

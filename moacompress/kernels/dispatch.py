@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moacompress.errors import UnsupportedError, UsageError
+from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.kernels import cpu_ops
 from moacompress.kernels.block_reference import reference_decode, reference_prefill
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from moacompress.plan import Rule, segments, window
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import segments, window
 
 TILE_SCORES = 1 << 22
 MAX_TILE = 128

@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from moacompress.budget import Budget, format_length, reference_length
-from moacompress.plan import Plan, Rule
-from moacompress.report.tables import facts, readable_bytes, section
-from moacompress.search.cost import attention_flops
-from moacompress.weight_files import total_numbers
+from moacompress.core.tables import facts, readable_bytes, section
+from moacompress.models.weight_files import total_numbers
+from moacompress.rules.budget import Budget, format_length, reference_length
+from moacompress.rules.cost import attention_flops
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""

@@ -9,16 +9,17 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.errors import PlanError
-from moacompress.models import attention_modules, check_supported, config_shape
-from moacompress.plan import Plan
+from moacompress.core.errors import PlanError
+from moacompress.models.modules import attention_modules, check_supported
+from moacompress.models.shape import config_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
 from moacompress.runtime.fused import are_fused, fuse, read_layers, unfuse
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
-from moacompress.runtime.packing import leave_few_rows, take_few_rows
+from moacompress.runtime.linear import leave_few_rows, take_few_rows
 from moacompress.runtime.stack import Stack
 
 Model = TypeVar("Model", bound=PreTrainedModel)

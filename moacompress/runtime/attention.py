@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch
 from moacompress.kernels.reference import Keys, sparse_attention
-from moacompress.plan import Rule
+from moacompress.rules.rule import Rule
 from moacompress.runtime import masks
-from moacompress.runtime.blocks import Ints
+from moacompress.runtime.block_runs import rule_groups
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.chunk import Bools, Chunk, Group
 from moacompress.runtime.layer import PlanCacheLayer
-from moacompress.runtime.runs import rule_groups
+from moacompress.runtime.real_tokens import Bools, Chunk, Group
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moacompress.plan import BLOCK
+from moacompress.core.arrays import Ints
+from moacompress.rules.windows import BLOCK
 
-Ints: TypeAlias = npt.NDArray[np.int64]
 Ids: TypeAlias = npt.NDArray[np.int32]
 
 SLACK = 8

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from moacompress.errors import UnsupportedError
-from moacompress.plan import Plan
-from moacompress.runtime.blocks import Ints
-from moacompress.runtime.chunk import Bools
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.plan import Plan
 from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.real_tokens import Bools
 
 _caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

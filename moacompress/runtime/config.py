@@ -7,8 +7,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moacompress.errors import PlanError
-from moacompress.plan import Plan
+from moacompress.core.errors import PlanError
+from moacompress.rules.plan import Plan
 
 METHOD = "moacompress"
 

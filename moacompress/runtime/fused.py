@@ -23,8 +23,8 @@ from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import AttentionHook
-from moacompress.runtime.packing import PackedLinear, has_few_rows, lies_ready
-from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, Run
+from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
+from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known, and what the names of their classes begin with."""
@@ -35,7 +35,7 @@ PLAIN = (nn.Linear, PackedLinear)
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
-class Around(NamedTuple):
+class AroundAttention(NamedTuple):
     """What a decoder layer does around its attention.
 
     Attributes:
@@ -49,13 +49,13 @@ class Around(NamedTuple):
     weights: list[torch.Tensor]
 
 
-class _Layer(NamedTuple):
+class _LayerParts(NamedTuple):
     """A decoder layer that the compiled call can do: its attention, what that is handed, its projections, and the rest."""
 
     attention: Any
     call: LayerCall
     projections: tuple[list[torch.Tensor], list[torch.Tensor]]
-    around: Around
+    around: AroundAttention
 
 
 class _FusedAttention:
@@ -109,7 +109,7 @@ class _FusedLayer:
     ) -> torch.Tensor:
         """As the layer's own."""
         module, rotary, run = cast(Any, self), cast(Any, kwargs.get("position_embeddings")), kwargs.pop(RUN, None)
-        if isinstance(run, Run) and not args and not torch.compiler.is_compiling():
+        if isinstance(run, StackStep) and not args and not torch.compiler.is_compiling():
             out = run.step(module, hidden_states, attention_mask, rotary)
             if out is not None:
                 return out
@@ -170,7 +170,7 @@ def step_layer(
     hidden: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
-    around: Around,
+    around: AroundAttention,
     rotary: tuple[torch.Tensor, torch.Tensor],
     scaling: float,
 ) -> torch.Tensor:
@@ -188,7 +188,7 @@ def step_layer(
     return feed_forward(hidden, attended.flatten(2), around)
 
 
-def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: Around) -> torch.Tensor:
+def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: AroundAttention) -> torch.Tensor:
     """Returns what a decoder layer makes of what attention gave.
 
     Args:
@@ -260,7 +260,7 @@ def _fits(
     )
 
 
-def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _Layer | None:
+def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _LayerParts | None:
     """Returns the parts of a decoder layer, or None where the compiled call can not do its forward; `kwargs` has the cache."""
     parts = module._modules
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
@@ -285,7 +285,7 @@ def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
     if call is None or not _fits(attention, hidden, rotary, call, weights[:3], biases):
         return None
-    return _Layer(attention, call, (weights[:3], biases), Around(scales, eps, weights[3:]))
+    return _LayerParts(attention, call, (weights[:3], biases), AroundAttention(scales, eps, weights[3:]))
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:

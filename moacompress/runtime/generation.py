@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.generation.configuration_utils import GenerationMode
 
-from moacompress.errors import MoaCompressError, UnsupportedError
+from moacompress.core.errors import MoaCompressError, UnsupportedError
 from moacompress.runtime.attention import NAME
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import check_cache

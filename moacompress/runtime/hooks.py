@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from moacompress.errors import UnsupportedError
-from moacompress.plan import Plan
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.plan import Plan
 from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerCall, LayerContext
-from moacompress.runtime.blocks import Ints
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.chunk import Bools
+from moacompress.runtime.real_tokens import Bools
 from moacompress.runtime.stack import RUN, Stack
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")

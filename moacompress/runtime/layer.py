@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch
 from moacompress.kernels.reference import Keys
-from moacompress.plan import BLOCK, Rule
-from moacompress.runtime.blocks import Ints, Pool, Table, ragged_ranges
-from moacompress.runtime.chunk import Chunk, Group
-from moacompress.runtime.runs import LAG, RunRule, Runs
-from moacompress.runtime.twins import find_twins
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK
+from moacompress.runtime.block_runs import LAG, RunRule, Runs
+from moacompress.runtime.blocks import Pool, Table, ragged_ranges
+from moacompress.runtime.equal_rows import find_equal_rows
+from moacompress.runtime.real_tokens import Chunk, Group
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
@@ -241,7 +243,7 @@ class PlanCacheLayer(CacheLayerMixin):
             chunk: which of its tokens are real.
         """
         key, value = self.take_pending()
-        twins = find_twins(self.lengths, self._table.ids, key, value, chunk)
+        twins = find_equal_rows(self.lengths, self._table.ids, key, value, chunk)
         if twins is None:
             self._commit(key, value, chunk)
         else:

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from moacompress.errors import ArtefactError, UnsupportedError
-from moacompress.models import check_supported, config_shape
+from moacompress.core.errors import ArtefactError, UnsupportedError
+from moacompress.models.modules import check_supported
+from moacompress.models.shape import config_shape
+from moacompress.models.weight_files import check_weights
 from moacompress.runtime import attention
 from moacompress.runtime.attaching import install
 from moacompress.runtime.config import METHOD, MoaCompressConfig
-from moacompress.weight_files import check_weights
 
 
 @register_quantizer(METHOD)

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError
 
 
 def plan_mask(

@@ -15,7 +15,7 @@ import torch
 from moacompress.runtime import hooks
 from moacompress.runtime.attention import LayerContext, attend
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.fused import Around, attend_hidden, step_layer
+from moacompress.runtime.fused import AroundAttention, attend_hidden, step_layer
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
@@ -92,7 +92,7 @@ def _step_layer(
     scaling: float,
 ) -> torch.Tensor:
     """Does what `fused.step_layer` does."""
-    context, parts = LayerContext.find(number), (hidden, weights, biases, Around(norms, eps, around))
+    context, parts = LayerContext.find(number), (hidden, weights, biases, AroundAttention(norms, eps, around))
     return step_layer(context, PlanCache.find(handle), *parts, (cos, sin), scaling)
 
 

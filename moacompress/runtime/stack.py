@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.runtime.attention import LayerContext
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.layer import PlanCacheLayer
-from moacompress.runtime.packing import FEW_ROWS
+from moacompress.runtime.linear import FEW_ROWS
 
 RUN = "moacompress_run"
-"""Keyword under which a `Run` reaches the decoder layers."""
+"""Keyword under which a `StackStep` reaches the decoder layers."""
 GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 """Hooks on all modules there are; both empty, mostly."""
 REPLACEMENTS = ("forward", "_compiled_call_impl")
@@ -167,10 +167,10 @@ class Stack:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
 
-    def begin(self, decoder: Any, cache: PlanCache) -> Run | None:
+    def begin(self, decoder: Any, cache: PlanCache) -> StackStep | None:
         """Returns what a forward of one real token a row hands to its layers; None where not all layers take part."""
         layers = tuple(decoder.layers._modules.values())
-        return Run(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
+        return StackStep(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
 
     def reading(self, layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
         """Returns what the layers are made of, or None where they can not make one call."""
@@ -186,7 +186,7 @@ class Stack:
         self._last = None
 
 
-class Run:
+class StackStep:
     """One forward of one token a row through the decoder layers.
 
     Args:

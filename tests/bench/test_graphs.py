@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from moacompress.bench.bench_request import Cell
 from moacompress.bench.graphs import CompiledForward
-from moacompress.bench.request import Cell
 from moacompress.bench.sides import STATIC, DecodeTurn, filled_cache, random_ids
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.bench.request import Cell
+from moacompress.bench.bench_request import Cell
 from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids, shape_in
 from moacompress.runtime.attaching import attached_plan
 
@@ -117,7 +117,7 @@ def test_turns_of_prefilling_begin_with_nothing(side, models):
 def test_other_families(family, tiny_model, random_plan):
     """Sliding windows of their own among them: a step from a filled cache is the same in every dense side."""
     from moacompress.bench.sides import make_models
-    from moacompress.models import model_shape
+    from moacompress.models.source import model_shape
     from moacompress.runtime import attach
 
     model = tiny_model(family)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moacompress.calibration.answer_store import AnswerStore
-from moacompress.errors import ArtefactError
+from moacompress.core.errors import ArtefactError
 
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moacompress.calibration.answers import Draft, answer_drafts, finish_sample, generate_greedy, stop_tokens
-from moacompress.calibration.prompts import Prompt, encode_conversation, encode_prompt, encode_reference, encode_text
-from moacompress.errors import DataError
-from moacompress.progress import Progress
+from moacompress.calibration.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
+from moacompress.core.errors import DataError
+from moacompress.core.progress import Progress
+from moacompress.prompts.templates import Prompt, encode_conversation, encode_prompt, encode_reference, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,8 +125,8 @@ def test_drafts_keep_their_order(tiny_model: Build) -> None:
 
     model, steps = tiny_model("llama"), Steps()
     sizes = [80, 90, 80, 100]
-    drafts = [Draft([7 + i] * n, [False] * n, 6, f"s{i}", 120) for i, n in enumerate(sizes)]
-    text = Draft([9] * 120, [False] * 100 + [True] * 20, 0, "text", 120)
+    drafts = [SampleDraft([7 + i] * n, [False] * n, 6, f"s{i}", 120) for i, n in enumerate(sizes)]
+    text = SampleDraft([9] * 120, [False] * 100 + [True] * 20, 0, "text", 120)
     samples = answer_drafts(model, [*drafts, text], steps)
     assert [sample.source for sample in samples] == ["s0", "s1", "s2", "s3", "text"]
     assert steps.count == 5
@@ -140,7 +140,7 @@ def test_drafts_keep_their_order(tiny_model: Build) -> None:
 
 def test_short_sample_is_refused() -> None:
     with pytest.raises(DataError, match="longer than the largest sink"):
-        finish_sample(Draft([1] * 20, [False] * 20, 5, "file:a.jsonl", 512), [2, 3])
+        finish_sample(SampleDraft([1] * 20, [False] * 20, 5, "file:a.jsonl", 512), [2, 3])
 
 
 def test_text_of_a_tokenizer_with_special_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,17 +15,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, probe
-from moacompress.calibration.estimate import Estimate, LengthEstimate, dry_run
+from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, dry_run
 from moacompress.calibration.influence import RuleTable
 from moacompress.calibration.probe import Gathered, LiveBytes, Probe
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
-from moacompress.errors import DataError, ModelError, PlanError
-from moacompress.models import SourceModel, model_shape
-from moacompress.plan import Plan, Rule
-from moacompress.progress import Progress
+from moacompress.core.errors import DataError, ModelError, PlanError
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.search.space import candidate_rules
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 Factory = Callable[..., PreTrainedModel]
 
@@ -99,7 +100,7 @@ def test_a_person_sees_that_it_is_an_estimate() -> None:
         LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20),
         LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20),
     )
-    assert Estimate(parts, 513 * 2**20).lines() == [
+    assert ProfileEstimate(parts, 513 * 2**20).lines() == [
         "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
         "512 tokens: 12 calibration and 6 validation samples, 50 s, 800.0 MiB",
         "4,096 tokens: 12 + 2 plain-text calibration and 6 validation samples, 2.5 h, 1.2 GiB",

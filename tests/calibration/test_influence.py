@@ -17,7 +17,7 @@ from moacompress.calibration.influence import (
     attend,
     attend_backward,
 )
-from moacompress.plan import Rule
+from moacompress.rules.rule import Rule
 
 MIN_WINDOW = 16
 RULES = (

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from moacompress.calibration import joined
-from moacompress.calibration.answers import Draft
+from moacompress.calibration.answers import SampleDraft
+from moacompress.calibration.data_rows import read_rows
 from moacompress.calibration.joined import SLACK, Library, exact_cut, joined_drafts
-from moacompress.calibration.pools import SPLITS, Split
-from moacompress.calibration.recall import WORDS
-from moacompress.calibration.rows import read_rows
-from moacompress.errors import DataError
-from moacompress.evaluation.squad import Questions
+from moacompress.core.errors import DataError
+from moacompress.evaluation.squad_questions import Questions
+from moacompress.prompts.pools import SPLITS, Split
+from moacompress.prompts.recall import WORDS
 from moacompress.recipe import SourceRecipe
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def tokenizers(tiny_tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedT
 
 def draw(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int = 4, split: Split = "calibration", **given: Any
-) -> list[Draft]:
+) -> list[SampleDraft]:
     return joined_drafts(
         given.get("rows") or rows(), "qa", {length: count}, split, (given.get("seed", 0),), tokenizer, 16
     )
@@ -133,7 +133,7 @@ def test_own_document_is_at_any_depth(tokenizers: dict[str, PreTrainedTokenizerB
     assert {0.0, 1.0} <= set(places)
 
 
-def documents_of(tokenizer: PreTrainedTokenizerBase, drafts: list[Draft]) -> set[str]:
+def documents_of(tokenizer: PreTrainedTokenizerBase, drafts: list[SampleDraft]) -> set[str]:
     text = " ".join(str(tokenizer.decode(list(draft.ids))) for draft in drafts)
     return {word for word in text.replace("?", "").split() if word[0] == "D" and word[1:].isdigit()}
 

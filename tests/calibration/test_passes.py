@@ -25,9 +25,10 @@ from moacompress.calibration.probe import LiveBytes
 from moacompress.calibration.profiler import fisher_cotangent, label_cotangent, sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import Statistics
-from moacompress.models import attention_modules, decoder_layers, model_shape
-from moacompress.plan import Rule
+from moacompress.models.modules import attention_modules, decoder_layers
+from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
+from moacompress.rules.rule import Rule
 
 MIN_WINDOW = 16
 RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200), Rule(16, 110, 0))

@@ -23,11 +23,13 @@ from moacompress.calibration.profiler import logit_cotangent, profile, sample_st
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.store import Profile, sample_path
-from moacompress.errors import ArtefactError, DataError, PlanError, UsageError
-from moacompress.models import SourceModel, decoder_layers, model_shape
-from moacompress.plan import Plan, Rule
-from moacompress.progress import Progress
+from moacompress.core.errors import ArtefactError, DataError, PlanError, UsageError
+from moacompress.core.progress import Progress
+from moacompress.models.modules import decoder_layers
+from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 
 Factory = Callable[..., PreTrainedModel]
@@ -64,7 +66,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(split)
         return make_samples(source, recipe, split)
 
-    monkeypatch.setattr("moacompress.calibration.data.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
     return made
 
 
@@ -277,13 +279,13 @@ def test_a_killed_process_ends_with_the_same_bytes(
     script = f"""
 import importlib.util, os, signal, sys
 import torch
-import moacompress.calibration.data
+import moacompress.calibration.sample_sources
 from moacompress.calibration.profiler import profile
-from moacompress.progress import Progress
+from moacompress.core.progress import Progress
 spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-moacompress.calibration.data.build_samples = tests.make_samples
+moacompress.calibration.sample_sources.build_samples = tests.make_samples
 torch.set_num_threads(1)
 class Kill(Progress):
     def step(self, note=""):

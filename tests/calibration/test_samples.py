@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.samples import (
-    Kind,
     Sample,
+    SampleKind,
     fingerprint_sample,
     fingerprint_samples,
     load_samples,
     save_samples,
 )
-from moacompress.errors import ArtefactError, DataError
+from moacompress.core.errors import ArtefactError, DataError
 
 
 def sample(
@@ -24,7 +24,7 @@ def sample(
     length: int = 100,
     seed: int = 0,
     source: str = "needle/noise",
-    kind: Kind = "answer",
+    kind: SampleKind = "answer",
 ) -> Sample:
     mask = np.zeros(n, np.bool_)
     mask[n - answer :] = True

@@ -21,10 +21,12 @@ from moacompress.calibration.profiler import fisher_cotangent, profile, sample_s
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.statistics import Statistics
-from moacompress.errors import UsageError
-from moacompress.models import SourceModel, model_shape
-from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.core.errors import UsageError
+from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
@@ -335,7 +337,7 @@ def test_a_profile_records_heads_and_copies(
         lengths = [128, 160] if split == "calibration" else [128]
         return [random_sample(length) for length in lengths]
 
-    monkeypatch.setattr("moacompress.calibration.data.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
     model = tiny_model("llama")
     source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
     recipe = Recipe.from_dict(

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.head import Head, prepare, request_fingerprint
+from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
-from moacompress.errors import ArtefactError, UsageError
-from moacompress.plan import ModelShape, Rule
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.recipe import Recipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import Rule
 
 SHAPE = ModelShape("llama", 3, 4, 2, 16, "float32", (None, 24, None), "0123456789abcdef")
 RULES = (Rule.FULL, Rule(4, 32, 0), Rule(16, 0, 256))
@@ -25,9 +26,9 @@ LENGTHS = (128, 128, 256)
 PROFILED = [Sample(np.arange(n - 1), np.arange(n - 1) > n - 5, "random", n) for n in LENGTHS]
 
 
-def head(**changes: Any) -> Head:
+def head(**changes: Any) -> Manifest:
     request = request_fingerprint(SHAPE, RULES, RECIPE, {})
-    return replace(Head("some/model", SHAPE, RULES, RECIPE, request), **changes)
+    return replace(Manifest("some/model", SHAPE, RULES, RECIPE, request), **changes)
 
 
 def statistics(seed: int) -> Statistics:

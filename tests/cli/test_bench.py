@@ -78,7 +78,7 @@ def test_what_was_not_measured_is_not_in_the_tables(compressed: Path) -> None:
 def test_where_a_plan_is_slower_it_is_said() -> None:
     from rich.console import Console
 
-    from moacompress.report.bench import bench_tables
+    from moacompress.report.bench_tables import bench_tables
 
     ms = {"plan": 10.0, "full_span": 12.0, "dense": 20.0, "dense_best": 9.0}
     row: dict[str, Any] = {f"{side}_ms": value for side, value in ms.items()}
@@ -108,9 +108,9 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
 
 
 def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.bench import runner
-    from moacompress.bench.request import SIDES
-    from moacompress.report import bench as tables
+    from moacompress.bench import benchmark
+    from moacompress.bench.bench_request import SIDES
+    from moacompress.report import bench_tables as tables
 
     asked: list[Any] = []
 
@@ -118,7 +118,7 @@ def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -
         asked.append(request)
         return {"runs": []}
 
-    monkeypatch.setattr(runner, "run_bench", run_bench)
+    monkeypatch.setattr(benchmark, "run_bench", run_bench)
     monkeypatch.setattr(tables, "bench_tables", lambda report: [])
     for arguments in ((), ("--quick",), ("--quick", "--lengths", "2k", "--repeats", "9", "--seed", "5")):
         assert invoke(compressed, *arguments).exit_code == 0

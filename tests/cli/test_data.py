@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from moacompress.calibration.samples import Sample
 from moacompress.cli import app
 from moacompress.cli.data import preview
-from moacompress.report.samples import CLOSE, OPEN, ShownSample, pieces
+from moacompress.report.shown_samples import CLOSE, OPEN, ShownSample, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,8 +77,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, chat: bool, tmp_path: Path) -> None:
-    from moacompress.calibration.data import build_samples
-    from moacompress.models import load_source
+    from moacompress.calibration.sample_sources import build_samples
+    from moacompress.models.source import load_source
     from moacompress.recipe import Recipe
 
     folder = tiny_folder if chat else base_folder

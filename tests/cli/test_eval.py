@@ -42,7 +42,7 @@ def problem(*arguments: str | Path, exit_code: int = 2) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Returns a run's folder with a profile and a compressed model."""
     from moacompress.calibration.profiler import profile
-    from moacompress.exporter import export
+    from moacompress.exporter.exporting import export
     from moacompress.recipe import Recipe
     from moacompress.search.study import find_plan
 

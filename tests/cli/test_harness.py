@@ -19,18 +19,20 @@ from typer.testing import CliRunner
 
 import moacompress
 from moacompress.cli import VERBS, app
-from moacompress.cli.harness import Common, Output, Run, Verb, verb
-from moacompress.cli.progress import RichProgress
-from moacompress.errors import BudgetError, ModelError
-from moacompress.plan import ModelShape, Plan, Rule
-from moacompress.progress import Progress
+from moacompress.cli.bars import RichProgress
+from moacompress.cli.harness import Common, Output, Verb, VerbRun, verb
+from moacompress.core.errors import BudgetError, ModelError
+from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 RUNNER = CliRunner()
 HEAVY = ("torch", "transformers", "optuna", "datasets")
 
 
-def call(function: Callable[[Run], Output], *arguments: str) -> Any:
+def call(function: Callable[[VerbRun], Output], *arguments: str) -> Any:
     """Runs a verb of its own, made of `function`, beside another so that it keeps its name."""
     program = typer.Typer(rich_markup_mode=None)
     program.command("probe")(Verb(function, ()))
@@ -109,14 +111,14 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
-    def fails(run: Run) -> Output:
+    def fails(run: VerbRun) -> Output:
         raise ModelError("it is\nnot a model")
 
     result = call(fails, "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "moacompress: error: it is not a model\n"
 
-    def misused(run: Run) -> Output:
+    def misused(run: VerbRun) -> Output:
         raise BudgetError("no")
 
     assert call(misused).exit_code == 2
@@ -124,7 +126,7 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
 
 
 def test_what_nobody_expected_is_one_line_too() -> None:
-    def breaks(run: Run) -> Output:
+    def breaks(run: VerbRun) -> Output:
         raise KeyError("oops")
 
     result = call(breaks)
@@ -134,7 +136,7 @@ def test_what_nobody_expected_is_one_line_too() -> None:
 
 
 def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
-    def interrupted(run: Run) -> Output:
+    def interrupted(run: VerbRun) -> Output:
         raise KeyboardInterrupt
 
     result = call(interrupted)
@@ -144,7 +146,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
     )
 
 
-def noisy(run: Run) -> Output:
+def noisy(run: VerbRun) -> Output:
     print("a library talks")
     warnings.warn("and warns", stacklevel=1)
     logging.getLogger("moacompress.somewhere").warning("be careful")
@@ -178,17 +180,17 @@ def test_people_see_text_and_choose_how_much() -> None:
 def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("seed: 3\nsearch: {trials: 5, ablations: 1}\n")
-    run = Run(Common(seed=7), Progress())
+    run = VerbRun(Common(seed=7), Progress())
     recipe = run.recipe(file, search__trials=9, calibration__samples=None)
     assert (recipe.seed, recipe.search.trials, recipe.search.ablations) == (7, 9, 1)
     assert recipe.calibration.samples == Recipe().calibration.samples
     base = Recipe().override(search__ablations=2)
-    assert Run(Common(), Progress()).recipe(None, base=base).search.ablations == 2
+    assert VerbRun(Common(), Progress()).recipe(None, base=base).search.ablations == 2
 
 
 def test_own_options_come_before_the_common_ones() -> None:
     @verb("moacompress x --own 1")
-    def function(run: Run, own: int = 3) -> Output:
+    def function(run: VerbRun, own: int = 3) -> Output:
         """Does it."""
         return Output({"own": own})
 

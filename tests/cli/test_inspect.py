@@ -12,10 +12,12 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.errors import ArtefactError
-from moacompress.plan import ModelShape, Plan, Rule
+from moacompress.core.errors import ArtefactError
+from moacompress.core.tables import readable_bytes, readable_number
 from moacompress.report.inspection import count_parameters, inspect_plan, kept_map
-from moacompress.report.tables import readable_bytes, readable_number
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 RUNNER = CliRunner()
 

@@ -8,7 +8,7 @@ import pytest
 
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import read_sources, required_model, split_list
-from moacompress.errors import ArtefactError, UsageError
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.recipe import Recipe
 
 

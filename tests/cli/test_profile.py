@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.store import Profile
 from moacompress.cli import app
-from moacompress.plan import Plan, Rule
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 RUNNER = CliRunner()
 SMALL = (

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from moacompress.report.evaluation import csv_text, evaluation_tables
-from moacompress.report.summary import harm_table, summary_tables
+from moacompress.report.evaluation_tables import csv_text, evaluation_tables
+from moacompress.report.summary_tables import harm_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
     "model": "some/model",

@@ -12,8 +12,9 @@ import pytest
 import moacompress.evaluation.runner as runner
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.cases import Case
-from moacompress.models import model_shape
-from moacompress.plan import Plan, Rule
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

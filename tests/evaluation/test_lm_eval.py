@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from moacompress.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.lm_harness import run_lm_eval
-from moacompress.models import model_shape
-from moacompress.plan import Plan
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 
 if TYPE_CHECKING:

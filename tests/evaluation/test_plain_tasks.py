@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from moacompress.errors import DataError
-from moacompress.evaluation import longeval, recall, second_question
+from moacompress.core.errors import DataError
+from moacompress.evaluation import associative_recall, longeval, second_question
 from moacompress.evaluation.drafts import draft_ids, encode_draft
-from moacompress.evaluation.request import Request
+from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.tasks import make_cases
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = recall.render([("bold-raven", "harvest"), ("calm-otter", "lake")], "bold-raven", "harvest")
+    draft = associative_recall.render([("bold-raven", "harvest"), ("calm-otter", "lake")], "bold-raven", "harvest")
     ids = encode_draft(tiny_tokenizer, draft)
     assert tiny_tokenizer.decode(ids.prompt_ids) == "bold-raven: harvest\ncalm-otter: lake\nbold-raven:"
     assert tiny_tokenizer.decode(ids.answer_ids) == " harvest"
@@ -117,5 +117,5 @@ def test_base_models_get_the_text_alone(base_tokenizer: PreTrainedTokenizerBase)
     draft = longeval.render([("a-b", 1)], "a-b", 1)
     text = str(base_tokenizer.decode(draft_ids(base_tokenizer, draft)))
     assert text == draft.messages[0] + "\n"
-    request = Request("second-question", 1500, 0, 0, np.random.default_rng(0), base_tokenizer)
+    request = PromptRequest("second-question", 1500, 0, 0, np.random.default_rng(0), base_tokenizer)
     assert request.tokens(second_question.make_second_question(request)) <= 1500

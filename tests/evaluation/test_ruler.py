@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
-from moacompress.errors import DataError
-from moacompress.evaluation.drafts import Draft
-from moacompress.evaluation.request import Request, Resources
+from moacompress.core.errors import DataError
+from moacompress.evaluation.drafts import PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.ruler import counting, needles, questions, tracking
-from moacompress.evaluation.squad import Question, Questions
+from moacompress.evaluation.squad_questions import Question, Questions
 from moacompress.evaluation.tasks import TASKS
 from moacompress.evaluation.vocabulary import WORDS
+from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,10 +31,12 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 def write(tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
     """Returns a function that drafts a prompt of a task: `write("vt", 3000, seed=1)`."""
 
-    def draft(name: str, length: int, seed: int = 0, index: int = 0, resources: Resources | None = None) -> Draft:
+    def draft(name: str, length: int, seed: int = 0, index: int = 0, resources: Resources | None = None) -> PromptDraft:
         task = TASKS[name]
         rng = np.random.default_rng((seed, index))
-        request = Request(name, length, index, seed, rng, tiny_tokenizer, task.new_tokens, resources or Resources())
+        request = PromptRequest(
+            name, length, index, seed, rng, tiny_tokenizer, task.new_tokens, resources or Resources()
+        )
         return task.write(request)
 
     return draft
@@ -90,7 +92,7 @@ def test_four_keys_are_listed() -> None:
     )
 
 
-def lines_of(draft: Draft) -> list[str]:
+def lines_of(draft: PromptDraft) -> list[str]:
     return draft.messages[0].split("\n")[1:-1]
 
 
@@ -165,7 +167,7 @@ def test_needles_are_at_every_depth(write: Any) -> None:
 
 
 def test_long_prompts_of_needles_use_keys_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    request = Request("t", 40_000, 0, 0, np.random.default_rng(0), tiny_tokenizer)
+    request = PromptRequest("t", 40_000, 0, 0, np.random.default_rng(0), tiny_tokenizer)
     lines = needles._distractors(request, needles.Needles("needles"), ["bold-raven"])
     assert len(lines) == 10_000
     assert not any("bold-raven" in line for line in lines)

@@ -13,13 +13,14 @@ import moacompress.evaluation.contenders as contenders
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scores as scores
 import moacompress.evaluation.scoring as scoring
-from moacompress.calibration.pools import Prose, draw_numbers
-from moacompress.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
+from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.contenders import Contender, Field
 from moacompress.evaluation.tasks import Resources
-from moacompress.plan import Plan, Rule
-from moacompress.progress import Progress
+from moacompress.prompts.pools import Prose, draw_numbers
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 LENGTH = 700
 
@@ -284,7 +285,7 @@ def test_another_folder_of_the_same_weights(compressed: Path, tmp_path: Path) ->
 def test_folders_of_other_weights_are_refused(
     compressed: Path, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    from moacompress.models import model_shape
+    from moacompress.models.source import model_shape
     from moacompress.runtime import attach
 
     for name, changes in (("weights", {"seed": 5}), ("shape", {"num_hidden_layers": 2})):
@@ -346,7 +347,7 @@ def test_prompts_are_of_the_evaluation_pool(compressed: Path, monkeypatch: pytes
         splits.append(split)
         return draw_numbers(rng, split, count)
 
-    monkeypatch.setattr("moacompress.calibration.generators.draw_numbers", recorded)
+    monkeypatch.setattr("moacompress.prompts.generators.draw_numbers", recorded)
     run(compressed, against=(), prompts=2)
     assert splits == ["evaluation"] * 3  # one prompt is made to see that it can be
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moacompress.calibration.answers import generate_greedy
-from moacompress.errors import ModelError, UsageError
+from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation import scoring
 from moacompress.evaluation.cases import Case, Match
 from moacompress.evaluation.scoring import batches, match_share, score_batch, score_case
-from moacompress.plan import Plan
+from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def random_cases(count: int, turn_at: int | None = None, size: int = 600) -> lis
 
 @pytest.fixture(params=["dense", "plan"])
 def model(request: pytest.FixtureRequest, tiny_model: Build, random_plan: Callable[..., Plan]) -> PreTrainedModel:
-    from moacompress.models import model_shape
+    from moacompress.models.source import model_shape
     from moacompress.runtime import attach
 
     built = tiny_model("llama")
@@ -69,7 +69,7 @@ def test_dense_is_transformers_own_model(
     family: str, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The dense model is scored under a plan that keeps everything, so that rounding is the same for all."""
-    from moacompress.models import model_shape
+    from moacompress.models.source import model_shape
     from moacompress.runtime import attach
 
     model, cases = tiny_model(family), random_cases(3, turn_at=400)

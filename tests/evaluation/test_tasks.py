@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moacompress.calibration.pools import NOISE, NOUNS, Prose
-from moacompress.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.ruler.tracking import TEMPLATE
 from moacompress.evaluation.tasks import TASKS, Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.evaluation.vocabulary import WORDS
+from moacompress.prompts.pools import NOISE, NOUNS, Prose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import moacompress.evaluation.text as text
-from moacompress.calibration.pools import Prose
-from moacompress.errors import DataError, ModelError
+from moacompress.core.errors import DataError, ModelError
 from moacompress.evaluation.text import Half, head_logits, perplexity, read, score_window, text_scores, text_windows
-from moacompress.models import model_shape
-from moacompress.plan import Plan
+from moacompress.models.source import model_shape
+from moacompress.prompts.pools import Prose
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moacompress.kernels import cpu_ops
-from moacompress.plan import segments
+from moacompress.rules.windows import segments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAN = float("nan")
@@ -210,7 +210,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
     """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
-    from moacompress.errors import UsageError
+    from moacompress.core.errors import UsageError
 
     built = cpu_ops.load()
     if built.isa is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.block_reference import reference_decode, reference_prefill
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.kernels.block_reference import reference_decode, reference_prefill
-from moacompress.plan import segments
+from moacompress.rules.windows import segments
 
 OPS = torch.ops.moacompress_cpu
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moacompress.errors import UnsupportedError, UsageError
+from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.kernels.cpu_ops import Built
 from moacompress.kernels.dispatch import Choice, choose
@@ -102,7 +102,7 @@ def test_instruction_sets(isa):
 @pytest.mark.parametrize(("name", "printed"), [("portable", "portable"), ("sse9", "MOACOMPRESS_ISA is 'sse9'")])
 def test_the_environment_chooses_the_instruction_set(name, printed, isa):
     code = """
-from moacompress.errors import MoaCompressError
+from moacompress.core.errors import MoaCompressError
 from moacompress.kernels import cpu_ops
 try:
     print(cpu_ops.load().isa)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.kernels.block_reference import reference_prefill
 

@@ -25,9 +25,9 @@ from moacompress.calibration.influence import (
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.kernels import cpu_ops, dispatch
-from moacompress.models import model_shape
-from moacompress.plan import Rule
+from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
+from moacompress.rules.rule import Rule
 
 OPS = torch.ops.moacompress_cpu
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -7,7 +7,7 @@ import torch
 
 from moacompress.kernels import reference
 from moacompress.kernels.reference import Keys, sparse_attention
-from moacompress.plan import SINKS, Rule
+from moacompress.rules.rule import SINKS, Rule
 
 
 def oracle(query, key, value, n, rule, min_window, native, scaling, softcap, sink_logits):

@@ -13,10 +13,10 @@ from torch.nn.functional import linear
 
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.kernels.block_reference import reference_decode
-from moacompress.plan import Rule
+from moacompress.rules.rule import Rule
 from moacompress.runtime import fused
-from moacompress.runtime.chunk import Chunk
 from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.real_tokens import Chunk
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 

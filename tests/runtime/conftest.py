@@ -10,8 +10,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moacompress.kernels import dispatch
-from moacompress.models import model_shape
-from moacompress.plan import Plan
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 
 _MASKS: dict[int, torch.Tensor] = {}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moacompress.models import model_shape
-from moacompress.plan import SINKS, Plan, Rule
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import SINKS, Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache import PlanCache
 

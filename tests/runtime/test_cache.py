@@ -8,13 +8,15 @@ import weakref
 import pytest
 import torch
 
-from moacompress.errors import UnsupportedError
-from moacompress.models import model_shape
-from moacompress.plan import BLOCK, Plan, Rule
+from moacompress.core.errors import UnsupportedError
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach
+from moacompress.runtime.block_runs import LAG
 from moacompress.runtime.blocks import LEAST_GROWTH, SLACK
 from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.runs import LAG
 
 
 def settings(**more):

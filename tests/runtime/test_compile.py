@@ -6,8 +6,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from moacompress.errors import UnsupportedError
-from moacompress.models import model_shape
+from moacompress.core.errors import UnsupportedError
+from moacompress.models.source import model_shape
 from moacompress.runtime import attach
 from moacompress.runtime.cache import PlanCache
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from moacompress.models import model_shape
-from moacompress.plan import Plan, segments
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.windows import segments
 from moacompress.runtime import attach, detach
 from moacompress.runtime.attaching import attached_plan
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.models import attention_modules, model_shape
-from moacompress.plan import Plan
+from moacompress.models.modules import attention_modules
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach, fused
-from moacompress.runtime.packing import FEW_ROWS, pack_weights
+from moacompress.runtime.linear import FEW_ROWS, pack_weights
 from moacompress.runtime.stack import Stack
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -93,7 +94,7 @@ def test_the_parts_are_those_of_transformers(tiny_model):
         wanted = hidden + layer.self_attn.o_proj(hidden)
         wanted = wanted + layer.mlp(norm(wanted))
         linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        around = fused.Around([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
+        around = fused.AroundAttention([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
         assert torch.equal(fused.feed_forward(hidden, hidden, around), wanted)
 
 

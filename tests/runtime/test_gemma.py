@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moacompress.models import SourceModel, load_source
-from moacompress.plan import Plan
+from moacompress.models.source import SourceModel, load_source
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 
 pytestmark = [pytest.mark.real, pytest.mark.heavy]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from moacompress.models import model_shape
-from moacompress.plan import Plan, Rule
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache import PlanCache
 

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from moacompress.doctor import check_model
-from moacompress.errors import MoaCompressError
+from moacompress.core.errors import MoaCompressError
+from moacompress.doctor.checks import check_model
 from moacompress.evaluation.checkpoint import load_checkpoint
-from moacompress.models import load_source, model_shape
-from moacompress.plan import Plan
+from moacompress.models.source import load_source, model_shape
 from moacompress.report.inspection import inspect_plan
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -273,7 +273,7 @@ import resource, sys
 import torch
 from transformers import AutoModelForCausalLM
 import moacompress.runtime.loading
-from moacompress.errors import MoaCompressError
+from moacompress.core.errors import MoaCompressError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 256 * 2**20, resource.RLIM_INFINITY))
 try:

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import moacompress.runtime.loading  # noqa: F401
-from moacompress.errors import PlanError, UnsupportedError
-from moacompress.models import model_shape
-from moacompress.plan import Plan
+from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.attaching import attached_plan
 from moacompress.runtime.cache import PlanCache

@@ -14,12 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moacompress.errors import UnsupportedError
-from moacompress.plan import MIN_WINDOWS, SINKS, ModelShape, Plan, Rule
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attention_forward
+from moacompress.runtime.block_runs import LAG
 from moacompress.runtime.cache import PlanCache
 from moacompress.runtime.hooks import read_mask
-from moacompress.runtime.runs import LAG
 
 EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
 LAYERS, DIM = 2, 4

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moacompress.models import model_shape
+from moacompress.models.source import model_shape
 from moacompress.pipeline import measured_kv_bytes
-from moacompress.plan import Plan, Rule
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 
 pytestmark = pytest.mark.real

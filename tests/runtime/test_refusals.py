@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
-from moacompress.errors import UnsupportedError
-from moacompress.models import model_shape
+from moacompress.core.errors import UnsupportedError
+from moacompress.models.source import model_shape
 from moacompress.runtime import attach
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import cpu_ops, dispatch
-from moacompress.models import attention_modules
-from moacompress.plan import Plan
+from moacompress.models.modules import attention_modules
+from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach, fused, stack
-from moacompress.runtime.packing import FEW_ROWS, pack_weights
+from moacompress.runtime.linear import FEW_ROWS, pack_weights
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -307,7 +307,7 @@ def test_what_comes_between_layers_is_refused(model):
     layers = made.model.layers
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
-        run = stack.Run(stack.Stack(fused.read_layers), tuple(layers), cache)
+        run = stack.StackStep(stack.Stack(fused.read_layers), tuple(layers), cache)
         hidden, rotary = torch.randn(2, 1, made.config.hidden_size), made.model.rotary_emb(torch.zeros(1), ids[:, 50:])
         out = run.step(layers[0], hidden, None, rotary)
         assert run.step(layers[1], out, None, rotary) is out
@@ -398,7 +398,7 @@ def test_other_devices_are_left_to_the_layers(model):
     made = model()
     with torch.no_grad():
         cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
-    run = stack.Run(stack.Stack(fused.read_layers), tuple(made.model.layers), cache)
+    run = stack.StackStep(stack.Stack(fused.read_layers), tuple(made.model.layers), cache)
     hidden = torch.empty(2, 1, made.config.hidden_size, device="meta")
     assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2) is None
 

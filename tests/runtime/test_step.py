@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moacompress.kernels import cpu_ops, dispatch
-from moacompress.plan import BLOCK, Rule
-from moacompress.runtime.chunk import Chunk
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK
 from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.real_tokens import Chunk
 
 HEADS, GROUP, DIM, VALUE_DIM = 3, 2, 5, 7
 SCORES = (0.4, 0.0, None)

@@ -16,9 +16,11 @@ import torch
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
-from moacompress.plan import ModelShape, Plan, Rule
 from moacompress.recipe import Recipe
-from moacompress.search.space import candidate_rules
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 LENGTHS = (256, 512)
 MIN_WINDOW = 32
@@ -160,7 +162,7 @@ def fake_objective() -> type[FakeObjective]:
 @pytest.fixture(scope="module")
 def source(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
     """A tiny model, as `load_source` gives a real one."""
-    from moacompress.models import SourceModel, model_shape
+    from moacompress.models.source import SourceModel, model_shape
 
     model = tiny_model("llama")
     return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)

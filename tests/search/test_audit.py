@@ -18,18 +18,18 @@ from transformers import PreTrainedModel
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
-from moacompress.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
-from moacompress.models import SourceModel, model_shape
-from moacompress.plan import ModelShape
+from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
-from moacompress.report.audit import audit_tables, scatter_html
+from moacompress.report.audit_tables import audit_tables, scatter_html
+from moacompress.rules.model_shape import ModelShape
 from moacompress.search import objective
 from moacompress.search.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan, total_cost
 from moacompress.search.objective import Objective, kl
-from moacompress.search.request import Request
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.split_half import halves, split_half
 
 Profiles = Callable[..., Profile]
@@ -115,7 +115,7 @@ def test_an_audit_is_refused_before_anything_is_profiled(profiles: Profiles) -> 
 
 def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> None:
     profile = profiles(layers=12)
-    request = Request.of(profile, "30%", profile.recipe)
+    request = SearchRequest.of(profile, "30%", profile.recipe)
     costs = request.surrogate.raw()
     chosen = equal_byte_choices(costs, Knapsack.of(request), 12, seed=3)
     plans = [chosen_plan(profile, choice) for _, choice in chosen]
@@ -138,7 +138,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
 def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray) -> Any:
     """An audit of a model whose harm is the sum of `truth` over its KV heads."""
     picks = choose_ablations(profile.shape, masking(profile), 40, 0)
-    chosen = equal_byte_choices(truth, Knapsack.of(Request.of(profile, "30%", profile.recipe)), 15, 0)
+    chosen = equal_byte_choices(truth, Knapsack.of(SearchRequest.of(profile, "30%", profile.recipe)), 15, 0)
     choices = [choice for _, choice in chosen]
     measured = np.array([truth[pick] for pick in picks])
     plans = np.array([total_cost(truth, choice) for choice in choices])
@@ -257,7 +257,7 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
         sample_kinds=("answer",) * 32,
         statistics=replace(profile.statistics, arrays={"squares": squares}),
     )
-    found = split_half(Request.of(noisy, "30%", noisy.recipe), 0)
+    found = split_half(SearchRequest.of(noisy, "30%", noisy.recipe), 0)
     assert [row["samples"] for row in found] == [16, 24, 32]
     ratios = [row["ratio"] for row in found]
     assert ratios[0] > ratios[-1] > 0.99
@@ -265,7 +265,7 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
     for row in found:
         assert row["ci95"][0] <= row["ratio"] <= row["ci95"][1] <= row["max"]
     same = replace(noisy, statistics=replace(profile.statistics, arrays={"squares": np.concatenate([base] * 16)}))
-    assert split_half(Request.of(same, "30%", same.recipe), 0)[-1]["ratio"] == pytest.approx(1)
+    assert split_half(SearchRequest.of(same, "30%", same.recipe), 0)[-1]["ratio"] == pytest.approx(1)
 
 
 # The whole of it, on a tiny model
@@ -282,7 +282,7 @@ def audited(
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
         return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 
@@ -346,7 +346,7 @@ def test_measured_harm_is_that_of_the_objective(audited: Profile, source: Source
         influence = predicted_influence(audited, audited.validation)["moa"]
         assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
     assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
-    limits = Request.of(audited, BUDGET, audited.recipe).limits
+    limits = SearchRequest.of(audited, BUDGET, audited.recipe).limits
     assert all(plan["kv_bytes"][str(n)] <= limit for plan in data["plans"] for n, limit in limits.items())
 
 

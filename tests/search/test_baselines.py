@@ -11,8 +11,11 @@ import pytest
 
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
-from moacompress.errors import InfeasibleBudgetError, UsageError
-from moacompress.plan import BETA_ONE, ModelShape, Plan, Rule
+from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BETA_ONE
 from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, family_plans, plans_within, uniform_plan
 from moacompress.search.surrogate import Surrogate
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.plan import Rule
+from moacompress.rules.rule import Rule
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.moves import Move, combined, marginal_moves
-from moacompress.search.request import Request
+from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
 
 
 def setting(profiles: Profiles) -> tuple[Knapsack, np.ndarray, np.ndarray]:
     profile = profiles()
-    request = Request.of(profile, "50%", profile.recipe)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
     knapsack = Knapsack.of(request)
     costs = request.surrogate.costs()
     return knapsack, costs, knapsack.choose(costs)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from moacompress.calibration.samples import Sample
-from moacompress.errors import DataError, ModelError
-from moacompress.models import model_shape
-from moacompress.plan import Plan, Rule
+from moacompress.core.errors import DataError, ModelError
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.search import objective
 from moacompress.search.objective import Objective, answer_logits, kl
 

@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from moacompress.calibration.samples import Sample
-from moacompress.models import attention_modules, decoder_layers, model_shape
-from moacompress.plan import Plan, Rule
+from moacompress.models.modules import attention_modules, decoder_layers
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.search.objective import answer_logits
 from moacompress.search.prefix import first_changed, record, resumed

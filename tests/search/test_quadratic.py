@@ -14,7 +14,7 @@ from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.knobs import START_COHERENCE
 from moacompress.search.quadratic import Quadratic
-from moacompress.search.request import MIN_ROWS, Request
+from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
 Profiles = Callable[..., Profile]
 
@@ -51,13 +51,13 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     single[1, 0] = 9  # one head alone: the per-sample estimator
     assert form.harm(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
     few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
-    assert Request.of(few, "50%", few.recipe).quadratic is None
+    assert SearchRequest.of(few, "50%", few.recipe).quadratic is None
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed: int) -> None:
     profile = coherent(profiles, seed=seed)
-    request = Request.of(profile, "50%", profile.recipe)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
     knapsack = Knapsack.of(request)
     form, costs, share = request.quadratic, request.surrogate.costs(), 0.6
     assert form is not None
@@ -85,7 +85,7 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
 
 def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
     profile = coherent(profiles)
-    request = Request.of(profile, "50%", profile.recipe)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
     assert request.knobs.starts == [{**request.knobs.neutral, "coherence": START_COHERENCE}]
     knapsack = Knapsack.of(request)
     neutral = request.choice(request.surrogate, knapsack, request.knobs.neutral)
@@ -93,6 +93,6 @@ def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
     bent = request.choice(request.surrogate, knapsack, request.knobs.starts[0])
     assert request.quadratic is not None
     assert request.quadratic.harm(bent) < request.quadratic.harm(neutral)
-    few = Request.of(coherent(profiles, samples=8), "50%", profile.recipe)
+    few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)
     assert few.knobs.starts == []
     assert "coherence" not in few.knobs.ranges

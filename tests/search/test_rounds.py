@@ -14,15 +14,15 @@ from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
-from moacompress.models import SourceModel
-from moacompress.progress import SILENT
+from moacompress.core.progress import SILENT
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.search import rounds
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.objective import Objective
 from moacompress.search.quadratic import KNEE, Quadratic
-from moacompress.search.request import Request
 from moacompress.search.rounds import NEUTRAL, RANGES, STARTS, ProfileAround, choice_of, moved, spread_samples
+from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
 
@@ -35,7 +35,7 @@ def profiled(
         {"calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 2}, "profile": {"draws": 1}}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
         yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", recipe)
 
 
@@ -91,7 +91,7 @@ def test_finished_samples_are_kept(
 
 def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     profile = profiles()
-    request = Request.of(profile, "50%", profile.recipe)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
     knapsack = Knapsack.of(request)
     costs = request.surrogate.costs()
     choice = knapsack.choose(costs)

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moacompress.errors import InfeasibleBudgetError
-from moacompress.plan import ModelShape
-from moacompress.search.cost import Ints, slot_table
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import InfeasibleBudgetError
+from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.cost import slot_table
+from moacompress.rules.model_shape import ModelShape
 from moacompress.search.solver import lagrange, milp, pareto, solve
-from moacompress.search.space import candidate_rules
-from moacompress.search.surrogate import Floats, Surrogate
+from moacompress.search.surrogate import Surrogate
 
 
 def instance(layers: int, kv_heads: int, lengths: tuple[int, ...], seed: int) -> tuple[Floats, Ints]:

@@ -15,9 +15,9 @@ import optuna
 import pytest
 
 from moacompress.calibration.store import Profile
-from moacompress.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
-from moacompress.plan import Plan
-from moacompress.progress import Progress
+from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
+from moacompress.core.progress import Progress
+from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
@@ -208,7 +208,7 @@ def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kin
     ],
 )
 def test_storage_that_is_not_there(search: Search, profiles: Profiles, storage: str, message: str) -> None:
-    from moacompress.errors import MoaCompressError
+    from moacompress.core.errors import MoaCompressError
 
     with pytest.raises(MoaCompressError, match=message) as error:
         search(profiles(storage=storage))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.store import Profile
-from moacompress.errors import ArtefactError
-from moacompress.plan import Plan, Rule, kept, segments
+from moacompress.core.errors import ArtefactError
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import kept, segments
 from moacompress.search.surrogate import GAMMA_RANGE, Calibration, Surrogate, fit, monotone, nested, pick_ablations
 
 Profiles = Callable[..., Profile]

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moacompress.calibration.pools import KEYS_PER_SPLIT, draw_keys
-from moacompress.errors import DataError
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
+from moacompress.core.errors import DataError
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.vocabulary import WORDS
+from moacompress.prompts.pools import KEYS_PER_SPLIT, draw_keys
 
 COMMON = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
@@ -41,7 +41,7 @@ FEWEST = 60
 DOTS = "..."
 
 
-def make_common(request: Request) -> Draft:
+def make_common(request: PromptRequest) -> PromptDraft:
     """Returns a prompt with a solved example, in a turn of its own, and the list whose ten common words are asked for.
 
     Raises:
@@ -57,21 +57,23 @@ def make_common(request: Request) -> Draft:
     common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
     shuffled = request.fork()
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         listed = _mix(common, others[:count], often, seldom, shuffled(count))
         return render_common((shown, example[:COMMON_WORDS]), (listed, common))
 
     return request.fit(write, len(others))
 
 
-def render_common(example: tuple[Sequence[str], Sequence[str]], asked: tuple[Sequence[str], Sequence[str]]) -> Draft:
+def render_common(
+    example: tuple[Sequence[str], Sequence[str]], asked: tuple[Sequence[str], Sequence[str]]
+) -> PromptDraft:
     """Returns the prompt; both arguments are the words as listed, and the common ones among them."""
     first, second = (COMMON.format(context=Answer.numbered(listed, "").text) for listed, _ in (example, asked))
     solved = COMMON_PREFIX.lstrip() + Answer.numbered(example[1], "").text
     listed, common = asked
     # the model can but list them as they come up
     ordered = sorted(common, key=list(listed).index)
-    return Draft((first, solved, second), COMMON_PREFIX, Answer.numbered(ordered, ""), tuple(ordered))
+    return PromptDraft((first, solved, second), COMMON_PREFIX, Answer.numbered(ordered, ""), tuple(ordered))
 
 
 def draw_words(rng: np.random.Generator, count: int) -> list[str]:
@@ -80,7 +82,7 @@ def draw_words(rng: np.random.Generator, count: int) -> list[str]:
     return words + draw_keys(rng, "evaluation", count - len(words))
 
 
-def make_frequent(request: Request) -> Draft:
+def make_frequent(request: PromptRequest) -> PromptDraft:
     """Returns a prompt of coded words whose frequencies follow a power law; the most frequent one is dots.
 
     Raises:
@@ -94,17 +96,17 @@ def make_frequent(request: Request) -> Draft:
     codes = _draw_codes(request.rng, size)
     shuffled = request.fork()
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         text = spread(codes, FEWEST + count)
         return render_frequent([text[i] for i in shuffled(count).permutation(len(text)).tolist()], codes[1:4])
 
     return request.fit(write, request.length)
 
 
-def render_frequent(text: Sequence[str], frequent: Sequence[str]) -> Draft:
+def render_frequent(text: Sequence[str], frequent: Sequence[str]) -> PromptDraft:
     """Returns the prompt of a coded text and its three most frequent words, the most frequent first."""
     user = FREQUENT.format(context=" ".join(text))
-    return Draft((user,), FREQUENT_PREFIX, Answer.of(*frequent), tuple(frequent))
+    return PromptDraft((user,), FREQUENT_PREFIX, Answer.of(*frequent), tuple(frequent))
 
 
 def spread(codes: Sequence[str], words: int) -> list[str]:

@@ -12,21 +12,13 @@ from typing import Literal
 
 import numpy as np
 
-from moacompress.calibration.generators import NEEDLE, ONE_KEY, PREFIX
-from moacompress.calibration.pools import (
-    KEYS_PER_SPLIT,
-    NOISE,
-    Prose,
-    draw_keys,
-    draw_numbers,
-    draw_uuids,
-    sentence_ends,
-)
-from moacompress.errors import DataError
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
+from moacompress.core.errors import DataError
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.prompts.generators import NEEDLE, ONE_KEY, PREFIX
+from moacompress.prompts.pools import KEYS_PER_SPLIT, NOISE, Prose, draw_keys, draw_numbers, draw_uuids, sentence_ends
 
-Kind = Literal["word", "number", "uuid"]
+NeedleKind = Literal["word", "number", "uuid"]
 Context = Callable[[int], str]
 
 MANY_KEYS = (
@@ -59,11 +51,11 @@ class Needles:
     keys: int = 1
     values: int = 1
     queries: int = 1
-    key_kind: Kind = "word"
-    kind: Kind = "number"
+    key_kind: NeedleKind = "word"
+    kind: NeedleKind = "number"
 
 
-def make_needles(request: Request, needles: Needles) -> Draft:
+def make_needles(request: PromptRequest, needles: Needles) -> PromptDraft:
     """Returns a prompt that hides the needles at random depths and asks for some.
 
     Raises:
@@ -92,16 +84,16 @@ def make_needles(request: Request, needles: Needles) -> Draft:
     return request.fit(lambda count: question(needles.kind, context(count), asked, wanted), limit, short)
 
 
-def question(kind: Kind, context: str, asked: Sequence[str], wanted: Sequence[str]) -> Draft:
+def question(kind: NeedleKind, context: str, asked: Sequence[str], wanted: Sequence[str]) -> PromptDraft:
     """Returns the prompt about the keys `asked`, whose values are `wanted`; one value is asked for in the singular."""
     template, prefix = (ONE_KEY, PREFIX) if len(wanted) == 1 else (MANY_KEYS, MANY_PREFIX)
     key = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
     user = template.format(kind=kind, context=context, key=key)
     opening = " " + prefix.format(kind=kind, key=key)
-    return Draft((user,), opening, Answer.of(*wanted), tuple(wanted))
+    return PromptDraft((user,), opening, Answer.of(*wanted), tuple(wanted))
 
 
-def needle(kind: Kind, key: str, value: str) -> str:
+def needle(kind: NeedleKind, key: str, value: str) -> str:
     """Returns the sentence that hides a value."""
     return NEEDLE.format(kind=kind, key=key, value=value)
 
@@ -135,7 +127,7 @@ def in_sentences(words: Sequence[str], needles: Sequence[str], depths: Sequence[
     return " ".join(context)
 
 
-def _prose(request: Request, texts: Sequence[str]) -> tuple[Context, int, str]:
+def _prose(request: PromptRequest, texts: Sequence[str]) -> tuple[Context, int, str]:
     prose: Prose | None = request.resources.prose
     if prose is None:
         raise DataError(f"task {request.task} needs prose")
@@ -148,7 +140,7 @@ def _prose(request: Request, texts: Sequence[str]) -> tuple[Context, int, str]:
     return lambda count: in_sentences(words[:count], texts, depths), len(words), short
 
 
-def _distractors(request: Request, needles: Needles, keys: Sequence[str]) -> list[str]:
+def _distractors(request: PromptRequest, needles: Needles, keys: Sequence[str]) -> list[str]:
     """Returns needles of other keys; where a long prompt needs more keys than there are, they come again."""
     count = request.length // LINE_TOKENS
     pool = min(count, KEYS_PER_SPLIT - len(keys)) if needles.key_kind == "word" else count

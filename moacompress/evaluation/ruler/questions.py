@@ -8,16 +8,16 @@ from itertools import islice
 import numpy as np
 
 from moacompress.calibration.joined import DOCUMENT, PREFIX, TEMPLATE
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
-from moacompress.evaluation.squad import Question, Questions
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.evaluation.squad_questions import Question, Questions
 
 STRIDE = 1000
 """A question whose document is too long makes way for the one so many places further on."""
 TRIES = 50
 
 
-def make_question(request: Request) -> Draft:
+def make_question(request: PromptRequest) -> PromptDraft:
     """Returns a prompt of one question; documents of its article are taken first, then any, as many as fit.
 
     Two prompts of one seed share a question only beyond `STRIDE` prompts.
@@ -34,21 +34,21 @@ def make_question(request: Request) -> Draft:
     others = _distractors(question, known, request)
     rank = request.rng.random(len(known.documents))  # shuffles any choice of documents
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         chosen = sorted((question.document, *others[:count]), key=lambda index: float(rank[index]))
         return render(question, chosen, known)
 
     return request.fit(write, len(others))
 
 
-def render(question: Question, chosen: Sequence[int], known: Questions) -> Draft:
+def render(question: Question, chosen: Sequence[int], known: Questions) -> PromptDraft:
     """Returns the prompt of a question with the documents `chosen`, in that order."""
     documents = [DOCUMENT.format(number=i, document=known.documents[index]) for i, index in enumerate(chosen, 1)]
     user = TEMPLATE.format(context="\n\n".join(documents), question=question.text)
-    return Draft((user,), PREFIX, Answer.of(question.answers[0]), question.answers)
+    return PromptDraft((user,), PREFIX, Answer.of(question.answers[0]), question.answers)
 
 
-def _distractors(question: Question, known: Questions, request: Request) -> list[int]:
+def _distractors(question: Question, known: Questions, request: PromptRequest) -> list[int]:
     near = [question.article[i] for i in request.rng.permutation(len(question.article)).tolist()]
     taken = {question.document, *near}
     most = max(request.length // 8 - len(near), 0)  # no document is so short

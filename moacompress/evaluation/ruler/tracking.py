@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from moacompress.calibration.pools import NOISE
-from moacompress.evaluation.drafts import Answer, Draft
-from moacompress.evaluation.request import Request
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.prompts.pools import NOISE
 
 TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
@@ -30,7 +30,7 @@ LETTERS, EXAMPLE_LETTERS = 5, 3
 EXAMPLE_LINES = 10
 
 
-def make_tracking(request: Request) -> Draft:
+def make_tracking(request: PromptRequest) -> PromptDraft:
     """Returns a prompt with one chain of `HOPS` hops.
 
     Raises:
@@ -42,10 +42,10 @@ def make_tracking(request: Request) -> Draft:
     solved = render_example(example, _draw_value(rng), _places(rng, EXAMPLE_LINES), EXAMPLE_LINES)
     at = request.fork()
 
-    def write(count: int) -> Draft:
+    def write(count: int) -> PromptDraft:
         lines = count + len(names)
         user, prefix = render(names, value, _places(at(count), lines), lines)
-        return Draft((solved + user,), prefix, Answer.of(*names, before="", between=" "), tuple(names))
+        return PromptDraft((solved + user,), prefix, Answer.of(*names, before="", between=" "), tuple(names))
 
     return request.fit(write, request.length)
 

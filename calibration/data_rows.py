@@ -1,0 +1,207 @@
+"""Rows of data: local files and hub sets, read into mappings with `messages`, `prompt`, a question or `text`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moacompress.core.errors import DataError
+from moacompress.core.files import canonical_json
+from moacompress.prompts.pools import Split, read_documents
+from moacompress.prompts.squad import parse_articles
+from moacompress.recipe import SourceRecipe
+
+DataRow = Mapping[str, Any]
+RowKind = Literal["messages", "prompt", "question", "text"]
+COLUMNS: dict[RowKind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+    "question": ("context", "question"),
+    "text": ("text",),
+}
+"""The columns that each kind of row has, the first kind that fits counts."""
+ARTICLE = "article"
+"""Column with the number of a question's article, of rows from a file in SQuAD's form."""
+_EVERY = 3
+"""One row in three is kept for validation."""
+
+
+def read_rows(source: SourceRecipe) -> Sequence[DataRow]:
+    """Returns the rows of a source that names a file or a hub set; a local row that repeats an earlier one is left out.
+
+    Raises:
+        DataError: missing, unreadable, malformed (with the line), or empty.
+    """
+    rows = _read_hub(source) if source.dataset is not None else _read_local(Path(str(source.path)))
+    if not len(rows):
+        raise DataError(f"{source_name(source)} has no rows")
+    return rows
+
+
+def source_name(source: SourceRecipe) -> str:
+    """Returns what samples of a file or a hub set are called."""
+    return f"hub:{source.dataset}" if source.dataset is not None else f"file:{Path(str(source.path)).name}"
+
+
+def row_kind(rows: Sequence[DataRow], name: str) -> RowKind:
+    """Returns which columns the rows are read by.
+
+    Raises:
+        DataError: no row has one that is known.
+    """
+    found = next((kind for kind, columns in COLUMNS.items() if all(column in rows[0] for column in columns)), None)
+    if found is None:
+        raise DataError(
+            f"{name} has the columns {', '.join(sorted(rows[0])) or '(none)'}; rows need `messages`, `prompt` (and "
+            "optionally `answer`), `context` with `question`, or `text`"
+        )
+    return found
+
+
+def split_rows(count: int, split: Split, name: str) -> list[int]:
+    """Returns the indices of the rows of a split: every third is for validation, the others for calibration.
+
+    Raises:
+        DataError: too few rows to have some in both.
+    """
+    if count < 2:
+        raise DataError(f"{name} has {count} row; calibration and validation need at least one each, better dozens")
+    return [index for index in range(count) if (index % _EVERY == 1) == (split == "validation")]
+
+
+def split_text(text: str, split: Split) -> str:
+    """Returns a split's part of a single document: the last third is for validation."""
+    cut = len(text) * (_EVERY - 1) // _EVERY
+    return text[cut:] if split == "validation" else text[:cut]
+
+
+def field(row: DataRow, column: str, name: str, index: int) -> str:
+    """Returns a row's text.
+
+    Raises:
+        DataError: the row lacks the column or it holds no text.
+    """
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"row {index} of {name} has no text under {column!r} but {_short(value)}")
+    return value
+
+
+def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
+    """Returns a row's turns up to where the assistant answers last; its own last answer is left out.
+
+    Raises:
+        DataError: not turns with a role and a text, or no turn before the answer.
+    """
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"row {index} of {name} has no list of turns under 'messages' but {_short(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"turn {number} of row {index} of {name} needs a role and a content, both texts")
+        messages.append({"role": role, "content": content})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError(f"row {index} of {name} has no user turn before the assistant's last answer")
+    return messages
+
+
+def _read_local(path: Path) -> Sequence[DataRow]:
+    if path.suffix == ".txt" or path.is_dir():
+        rows: Sequence[Any] = [{"text": text} for text in read_documents(path)]
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _read_json(path)
+    else:
+        raise DataError(f"{path} is no .jsonl, .json, .parquet or .txt file and no folder of .txt files")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {index} of {path} is no object but {_short(row)}")
+    return list({canonical_json(row) if _is_json(row) else repr(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def _is_json(row: DataRow) -> bool:
+    try:
+        canonical_json(row)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise DataError(f"can not read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            if isinstance(rows, dict) and "data" in rows:
+                return _squad_rows(rows, path)
+            if not isinstance(rows, list):
+                raise DataError(f"{path} must hold a list of rows, not {type(rows).__name__}, or be in SQuAD's form")
+            return rows
+        return [_parse_line(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _squad_rows(data: Any, path: Path) -> list[Any]:
+    return [
+        {"context": paragraph.context, "question": asked.text, "answer": asked.answers[0], ARTICLE: number}
+        for number, article in enumerate(parse_articles(data, path))
+        for paragraph in article
+        for asked in paragraph.questions
+    ]
+
+
+def _parse_line(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"line {number} of {path} is not valid JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> list[DataRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[DataRow] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"can not read {path}: {_first_line(error)}") from error
+    return rows
+
+
+def _read_hub(source: SourceRecipe) -> Sequence[DataRow]:
+    """Returns the hub set; whatever `datasets` fails with (no network, no such set or split, damage) is one message."""
+    import datasets
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        rows: Sequence[DataRow] = datasets.load_dataset(str(source.dataset), name=source.config, split=source.split)
+    except Exception as error:
+        raise DataError(f"can not load hub set {source.dataset}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

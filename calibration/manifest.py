@@ -1,0 +1,288 @@
+"""What a profile is of, as `profile.json` says it, and the folder that a run begins or takes up again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import ArtefactError, MoaCompressError
+from moacompress.core.files import fingerprint, read_json, write_json
+from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import SINKS, Rule
+
+DISTANCE_BINS = 18
+"""Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
+FORMAT = "moacompress-profile"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `profile.json` holds.
+
+    Attributes:
+        source: MODEL, as it can be loaded again.
+        shape: the model's shape.
+        rules: the candidate rules.
+        recipe: the resolved recipe.
+        request: fingerprint of what was asked for, known before any sample is made.
+        around: key of the plan that is profiled around; empty for the dense model.
+        fingerprint: fingerprint of the request and the calibration samples; empty until they are made.
+        calibration_fingerprint: of the calibration samples' token ids; empty until they are made.
+        validation_fingerprint: of the validation samples' token ids; empty until they are made.
+        skipped: indices of the samples left out because a number was not finite.
+        digest: of the statistics in `influence.safetensors`.
+        seconds: time that the samples took.
+        complete: whether everything is there.
+    """
+
+    source: str
+    shape: ModelShape
+    rules: tuple[Rule, ...]
+    recipe: Recipe
+    request: str
+    around: str = ""
+    fingerprint: str = ""
+    calibration_fingerprint: str = ""
+    validation_fingerprint: str = ""
+    skipped: tuple[int, ...] = ()
+    digest: str = ""
+    seconds: float = 0.0
+    complete: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Profiled lengths in tokens, ascending."""
+        return self.recipe.calibration.lengths
+
+    @property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `array_shapes`."""
+        return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
+
+    def write(self, folder: Path) -> None:
+        """Writes `profile.json`, atomically."""
+        data = {
+            **self.__dict__,
+            "shape": self.shape.to_dict(),
+            "rules": [(rule.sink, rule.alpha, rule.beta_q) for rule in self.rules],
+            "recipe": self.recipe.resolved(),
+            "lengths": self.lengths,
+            "min_window": self.recipe.profile.min_window,
+        }
+        complete = data.pop("complete")
+        write_json(folder / "profile.json", {"format": FORMAT, "version": VERSION, **data, "complete": complete})
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Reads `profile.json`.
+
+        Raises:
+            ArtefactError: missing, of a newer version, or damaged.
+        """
+        path = folder / "profile.json"
+        if not path.exists():
+            raise ArtefactError(
+                f"{folder} is not a profile: it has no profile.json; make one with `moacompress profile`"
+            )
+        data = _json(path)
+        try:
+            shape = {**data["shape"], "native_windows": tuple(data["shape"]["native_windows"])}
+            names = (
+                "source",
+                "request",
+                "around",
+                "fingerprint",
+                "calibration_fingerprint",
+                "validation_fingerprint",
+                "digest",
+            )
+            return Manifest(
+                shape=ModelShape(**shape),
+                rules=tuple(Rule(*map(int, rule)) for rule in data["rules"]),
+                recipe=Recipe.from_dict(data["recipe"], "its recipe"),
+                skipped=tuple(map(int, data["skipped"])),
+                seconds=float(data["seconds"]),
+                complete=data["complete"] is True,
+                **{name: str(data[name]) for name in names},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, MoaCompressError) as error:
+            raise damaged(path, str(error)) from error
+
+
+def request_fingerprint(
+    shape: ModelShape, rules: Sequence[Rule], recipe: Recipe, files: dict[str, str], around: str = ""
+) -> str:
+    """Returns a hash of all that decides a profile's numbers and is known before its samples are made.
+
+    Choices that only matter later (estimator, search, evaluation) are not in it, nor is which statistics are recorded.
+
+    Args:
+        shape: the model, with its weights fingerprint.
+        rules: the candidate rules.
+        recipe: the run.
+        files: digest of every local file that samples are made of.
+        around: key of the plan that is profiled around; empty for the dense model.
+    """
+    return fingerprint(
+        {
+            "around": around,
+            "version": VERSION,
+            "model": shape.to_dict(),
+            "rules": [(rule.sink, rule.alpha, rule.beta_q) for rule in rules],
+            "min_window": recipe.profile.min_window,
+            "draws": recipe.profile.draws,
+            "seed": recipe.seed,
+            "calibration": recipe.resolved()["calibration"],
+            "files": files,
+        }
+    )
+
+
+def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
+    """Makes the folder of a profile, or finds what an earlier run of the same request left there.
+
+    Args:
+        folder: where the profile goes.
+        head: what is asked for.
+        overwrite: replace whatever else is in the folder.
+
+    Returns:
+        The head on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
+        for statistics that the earlier one did not record.
+
+    Raises:
+        ArtefactError: the folder holds something else and `overwrite` is False, or can not be written.
+    """
+    _sweep(folder)
+    found = _same_request(folder, head, overwrite)
+    if found is None:
+        try:
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink(missing_ok=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise ArtefactError(f"can not write {folder}: {error.strerror or error}") from error
+        found = head
+    else:
+        recipe = _with_recorded(head.recipe, found.recipe)
+        if (found.recipe, found.source) == (recipe, head.source):
+            return found
+        wanted = replace(found, recipe=recipe, source=head.source)
+        found = replace(wanted, complete=found.complete and wanted.array_shapes == found.array_shapes)
+    found.write(folder)
+    return found
+
+
+def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
+    """Returns the recipe with the statistics that an earlier run recorded beside those it asks for."""
+    ours, theirs = recipe.profile, earlier.profile
+    return recipe.override(
+        profile__baselines=ours.baselines or theirs.baselines,
+        profile__heads=ours.heads or theirs.heads,
+        profile__anchors=max(ours.anchors, theirs.anchors),
+    )
+
+
+def _same_request(folder: Path, head: Manifest, overwrite: bool) -> Manifest | None:
+    """Returns the head to go on with; None if the folder is to be made empty."""
+    if not folder.exists():
+        return None
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
+    path = folder / "profile.json"
+    if path.is_file():
+        try:
+            found = Manifest.read(folder)
+        except ArtefactError:
+            # Nothing in it can be trusted but files that carry this profile's own fingerprint, and those are checked.
+            if _foreign(path):
+                if overwrite:
+                    return None
+                raise
+            _forget_samples(folder)
+            return replace(head, seconds=0.0)
+        if found.request == head.request:
+            return found
+        if not any(folder.rglob("*.safetensors")):
+            return None  # the other request failed before anything was saved
+        if not overwrite:
+            raise ArtefactError(
+                f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
+                f"one is {head.request}); choose another folder or pass --overwrite"
+            )
+    else:
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = read_json(path, "profile")
+    except ArtefactError as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ArtefactError(f'{path} is not that of a profile: its "format" is not {FORMAT!r}; choose another folder')
+    version = data.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ArtefactError(
+            f"{path} has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress"
+        )
+    return data
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a damaged-looking `profile.json` is sound JSON of someone else, or of a newer moacompress."""
+    try:
+        data = read_json(path, "profile")
+    except ArtefactError:
+        return False
+    return not (isinstance(data, dict) and data.get("format") == FORMAT and data.get("version") == VERSION)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed run was just writing aside."""
+    for pattern in (".profile.json.*.tmp", ".*.safetensors.*.tmp", "samples/.*.safetensors.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _forget_samples(folder: Path) -> None:
+    for name in ("calibration", "validation"):
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def damaged(path: Path, why: str) -> ArtefactError:
+    """Returns the error for a file of a profile that is not as it was written."""
+    return ArtefactError(f"profile file {path} is damaged: {why}; run the same profile command again to repair it")
+
+
+def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a sample's statistics.
+
+    Args:
+        chosen: what is recorded.
+        shape: the model.
+        rules: number of the rules.
+        around: whether the profile is around a plan.
+    """
+    size = (shape.layers, shape.kv_heads, rules)
+    names = ["squares"]
+    names += ["first"] if around else []
+    names += ["moa", "mass", "gold_squares", "gold_total"] if chosen.baselines else []
+    heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
+    pairs = size[0], chosen.anchors, size[1], size[1]
+    return {
+        "total": (chosen.draws, *size),
+        **dict.fromkeys(names, size),
+        **({"harm": (1,)} if around else {}),
+        **(heads if chosen.heads else {}),
+        **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if chosen.anchors else (), pairs),
+    }

@@ -1,0 +1,177 @@
+"""What a benchmark is asked to measure, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import DataError, MoaCompressError, UsageError
+from moacompress.core.files import fingerprint, read_json
+from moacompress.core.tables import readable_bytes
+from moacompress.models.weight_files import total_numbers
+from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
+from moacompress.rules.plan import Plan
+
+SIDES = ("plan", "full_span", "dense", "dense_best")
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_STEPS = 4096
+"""Most decode steps of one turn: the cache's length is to stay about the same."""
+SPARE_TOKENS = 2
+"""Tokens beyond the measured steps that caches have room for: each turn begins with a step that is not timed."""
+LIBRARY_BYTES = 600 * 2**20
+"""What Python and the libraries take in a process, about."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the table."""
+
+    dtype: str
+    length: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length:,} tokens, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What is measured, and how often.
+
+    Attributes:
+        lengths: tokens in the cache of every row.
+        batches: rows.
+        dtypes: of weights and cache; "auto" is the checkpoint's.
+        sides: some of `SIDES`.
+        tokens: decode steps that are timed as one.
+        repeats: turns of decoding, each side once in every turn.
+        prefill_repeats: turns of prefilling; 0 for none.
+        compile: also compile the decode step of `plan` and `full_span`.
+        pack: pack the weights of all sides, see `runtime.packing`.
+        peak: measure peak memory, each side in a process of its own.
+        seed: of prompts and of what is in the caches.
+        device: torch device.
+    """
+
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    sides: tuple[str, ...] = SIDES
+    tokens: int = 16
+    repeats: int = 20
+    prefill_repeats: int = 3
+    compile: bool = False
+    pack: bool = False
+    peak: bool = True
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _check_choices("side", self.sides, SIDES)
+        _check_choices("dtype", self.dtypes, ("auto", *DTYPES))
+        _check_numbers("length", self.lengths, 1)
+        _check_numbers("batch", self.batches, 1)
+        _check_numbers("tokens", (self.tokens,), 1, MOST_STEPS)
+        _check_numbers("repeats", (self.repeats,), 1)
+        _check_numbers("prefill-repeats", (self.prefill_repeats,), 0)
+
+    def cells(self) -> Iterator[Cell]:
+        """Yields all places of the table, those of one dtype together."""
+        for dtype in self.dtypes:
+            for length in self.lengths:
+                for batch in self.batches:
+                    yield Cell(dtype, length, batch)
+
+    def resolved(self, shape: ModelShape) -> BenchRequest:
+        """Returns the request with the checkpoint's dtype in place of "auto"."""
+        dtypes = (shape.dtype if dtype == "auto" else dtype for dtype in self.dtypes)
+        return replace(self, dtypes=tuple(dict.fromkeys(dtypes)))
+
+    def configuration(self, plan: Plan, folder: Path) -> dict[str, Any]:
+        """Returns all that the measurements depend on but the machine, as JSON values."""
+        config = read_json(folder / "config.json", "config")
+        names = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "architectures")
+        sizes = {name: config.get(name) for name in names}
+        return {"plan": plan.key(), "model": fingerprint(sizes), **asdict(self)}
+
+
+def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int | None) -> None:
+    """Refuses lengths that the model was not made for, and what memory would not hold.
+
+    Args:
+        request: with its dtypes resolved.
+        plan: the checkpoint's.
+        folder: the checkpoint.
+        available: bytes that can be taken; None where that is not known.
+
+    Raises:
+        DataError: a length beyond the model's context.
+        MoaCompressError: too little memory; says how much it would take.
+    """
+    config = read_json(folder / "config.json", "config")
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    context = text.get("max_position_embeddings")
+    longest = max(request.lengths)
+    if isinstance(context, int) and 0 < context < longest:
+        raise DataError(f"a length of {longest:,} tokens was asked for; the model was made for at most {context:,}")
+    if available is None:
+        return
+    numbers = total_numbers(sorted(folder.glob("*.safetensors")))
+    needed, cell = max(
+        ((estimated_bytes(request, plan, cell, numbers, text), cell) for cell in request.cells()),
+        key=lambda item: item[0],
+    )
+    if needed > available:
+        raise MoaCompressError(
+            f"{cell} would take about {readable_bytes(needed)} of memory (weights, and a cache for each side), and "
+            f"{readable_bytes(available)} is available; choose shorter --lengths, smaller --batch, or fewer --sides"
+        )
+
+
+def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int, config: dict[str, Any]) -> int:
+    """Returns about how much memory it takes to measure a cell, bytes.
+
+    Args:
+        request: what is measured.
+        plan: the checkpoint's.
+        cell: where.
+        numbers: parameters of the model.
+        config: the model's, for the sizes of what a layer makes of a prompt.
+    """
+    shape, size = plan.model, DTYPE_BYTES[cell.dtype]
+    room = cell.length + request.tokens + SPARE_TOKENS
+    scale = size / DTYPE_BYTES[shape.dtype]
+    dense = int(scale * shape.dense_kv_bytes(room, cell.batch))
+    ours = int(scale * plan.kv_bytes(room, cell.batch))
+    # the dense cache is built anew by every step, beside the one that each turn begins with
+    held = {"plan": ours, "full_span": dense, "dense": 2 * dense, "dense_best": dense}
+    decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
+    wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))
+    prefill = dense + 6 * cell.batch * cell.length * wide * size if request.prefill_repeats or request.peak else 0
+    weights = numbers * size * (1 + request.pack)
+    alone = weights + LIBRARY_BYTES if request.peak else 0
+    return LIBRARY_BYTES + weights + max(decode, prefill + alone)
+
+
+def _check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    if not given:
+        raise UsageError(f"no {what} given; choose from {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"unknown {what} {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(known)}")
+            )
+
+
+def _check_numbers(what: str, given: Sequence[int], least: int, most: int | None = None) -> None:
+    if not given:
+        raise UsageError(f"no {what} given")
+    for number in given:
+        if number < least or (most is not None and number > most):
+            bound = f"at least {least}" if most is None else f"{least} to {most:,}"
+            raise UsageError(f"{what} is {number}; it must be {bound}")

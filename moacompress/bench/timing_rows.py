@@ -1,0 +1,174 @@
+"""What was measured, as rows: medians, spreads, speed-ups with intervals, and from which length on a plan is faster."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from moacompress.bench.bench_request import SIDES, Cell
+from moacompress.bench.graphs import Proof
+from moacompress.bench.sides import STATIC, shape_in
+from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
+
+TimingRow = dict[str, Any]
+COMPILED_NAME = "static cache, compiled"
+BASELINES = ("dense", "dense_best")
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Returns the 95% interval of a median by order statistics, which assumes nothing of how times are spread.
+
+    None for fewer than 6 values, of which no two hold the median between them that surely.
+    """
+    n, ordered = len(values), sorted(values)
+    rank, tail = 0, 0.0
+    while tail + math.comb(n, rank) / 2**n <= 0.025:
+        tail += math.comb(n, rank) / 2**n
+        rank += 1
+    return (ordered[rank - 1], ordered[n - rank]) if rank else None
+
+
+def best_dense(measured: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Returns which of the dense sides is the fastest, and why the compiled one is not in question, if so.
+
+    Args:
+        measured: seconds by side, proofs and refusals of a cell.
+    """
+    refused = measured.get("refused", {}).get(STATIC)
+    seconds = measured["seconds"]
+    if refused is None and STATIC in seconds:
+        refused = Proof(**measured["proofs"][STATIC]).problem
+    if refused is not None or STATIC not in seconds:
+        return "dense", refused
+    return min(("dense", STATIC), key=lambda side: statistics.median(seconds[side])), None
+
+
+def make_row(
+    phase: str, cell: Cell, measured: Mapping[str, Any], peaks: Mapping[str, Mapping[str, int]], plan: Plan, steps: int
+) -> TimingRow:
+    """Returns one row of `runs`.
+
+    Args:
+        phase: "decode" or "prefill".
+        cell: tokens, rows, dtype.
+        measured: what the runner filed of it.
+        peaks: by side, what `peak.peak_bytes` found.
+        plan: the checkpoint's.
+        steps: forwards in a turn: tokens decoded, 1 for a prefill.
+    """
+    seconds = dict(measured["seconds"])
+    best, refused = best_dense(measured) if "dense" in seconds else (None, None)
+    if best is not None and "dense_best" in measured["sides"]:
+        seconds["dense_best"] = seconds[best]
+    shown = {
+        side: seconds[side] for side in (*SIDES, STATIC) if side in seconds and side in (*measured["sides"], STATIC)
+    }
+    ms = {side: [value / steps * 1e3 for value in times] for side, times in shown.items()}
+    tokens = cell.batch * (1 if phase == "decode" else cell.length)
+    shape = shape_in(plan.model, cell.dtype)
+    dense_kv = shape.dense_kv_bytes(cell.length, cell.batch)
+    plan_kv = measured["kv_bytes"].get("plan", cell.batch * plan.slots(cell.length) * shape.slot_bytes)
+    weights = measured["weight_bytes"]
+    row: TimingRow = {"phase": phase, "length": cell.length, "batch": cell.batch, "dtype": cell.dtype}
+    row |= {f"{side}_ms": statistics.median(ms[side]) if side in ms else None for side in SIDES}
+    row |= {
+        "dense_best": None if "dense_best" not in ms else COMPILED_NAME if best == STATIC else "dense",
+        "dense_best_refused": refused,
+        f"{STATIC}_ms": statistics.median(ms[STATIC]) if STATIC in ms else None,
+        "spread_ms": {side: [float(q) for q in np.quantile(times, (0.1, 0.9))] for side, times in ms.items()},
+        "speedup": _speedups(ms),
+        "tokens_per_s": {side: tokens / statistics.median(times) * 1e3 for side, times in ms.items()},
+        "repeats": len(next(iter(ms.values()))),
+        "kv_bytes_plan": plan_kv,
+        "kv_bytes_dense": dense_kv,
+        "weight_bytes": weights,
+        "packed_bytes": measured["packed_bytes"],
+        "byte_ratio": (weights + dense_kv) / (weights + plan_kv),
+        "peak_bytes_plan": None,
+        "peak_bytes_dense": None,
+        **{f"peak_bytes_{side}": found[phase] for side, found in peaks.items()},
+        "kernel": measured["kernel"],
+        "load_per_core": measured["load_per_core"],
+        "compiled": sorted(measured.get("proofs", {})),
+        "graphs": measured.get("proofs", {}),
+    }
+    return row
+
+
+def _speedups(ms: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Returns how many times as fast a plan is as each other side: the median over turns, and its interval."""
+    found = {}
+    for side, times in ms.items():
+        if side == "plan" or "plan" not in ms:
+            continue
+        ratios = [theirs / ours for theirs, ours in zip(times, ms["plan"], strict=True)]
+        interval = median_interval(ratios)
+        found[side] = {"value": statistics.median(ratios), "ci95": None if interval is None else list(interval)}
+    return found
+
+
+def break_even(runs: Iterable[TimingRow]) -> list[TimingRow]:
+    """Returns from which length on a plan decodes faster, for each batch, dtype and dense side.
+
+    Args:
+        runs: rows; those of decoding count.
+
+    Returns:
+        Rows of `batch, dtype, against, length` (tokens, or None), `how` ("measured", "interpolated" or None) and `text`, a
+        sentence.
+    """
+    decode = [row for row in runs if row["phase"] == "decode" and row["plan_ms"] is not None]
+    found = []
+    for (dtype, batch), rows in groupby(sorted(decode, key=_group), key=_group):
+        points = sorted(rows, key=lambda row: int(row["length"]))
+        for against in BASELINES:
+            gaps = [
+                (int(row["length"]), row[f"{against}_ms"] - row["plan_ms"])
+                for row in points
+                if row[f"{against}_ms"] is not None
+            ]
+            if gaps:
+                length, how = first_faster(gaps)
+                text = _sentence(length, how, against, gaps)
+                found.append(
+                    {"batch": batch, "dtype": dtype, "against": against, "length": length, "how": how, "text": text}
+                )
+    return found
+
+
+def first_faster(gaps: Sequence[tuple[int, float]]) -> tuple[int | None, str | None]:
+    """Returns the length from which on a plan is faster, up to the longest measured, and how that is known.
+
+    Args:
+        gaps: lengths, shortest first, each with by how many ms the plan is faster.
+    """
+    first = len(gaps)
+    while first and gaps[first - 1][1] > 0:
+        first -= 1
+    if first == len(gaps):
+        return None, None
+    if first == 0:
+        return gaps[0][0], "measured"
+    (short, slower), (long, faster) = gaps[first - 1 : first + 1]
+    return math.ceil(short + (long - short) * -slower / (faster - slower)), "interpolated"
+
+
+def _group(row: TimingRow) -> tuple[str, int]:
+    return str(row["dtype"]), int(row["batch"])
+
+
+def _sentence(length: int | None, how: str | None, against: str, gaps: Sequence[tuple[int, float]]) -> str:
+    name = {"dense": "dense", "dense_best": "the best dense"}[against]
+    if length is None:
+        return f"not faster than {name} at {format_length(gaps[-1][0])} tokens, the longest measured"
+    if how == "measured":
+        if len(gaps) == 1:
+            return f"faster than {name} at {format_length(length)} tokens, the only length measured"
+        return f"faster than {name} at every length measured, from {format_length(length)} tokens on"
+    return f"faster than {name} from about {length:,} tokens on (interpolated)"

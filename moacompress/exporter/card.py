@@ -1,0 +1,72 @@
+"""The model card of a compressed checkpoint: what it is, what was measured, how to load it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
+
+
+def model_card(plan: Plan) -> str:
+    """Returns the card as Markdown; every number in it is in the plan.
+
+    Args:
+        plan: the plan of the checkpoint, with its budget, quality and provenance.
+    """
+    source = str(plan.provenance.get("source", "a dense model"))
+    name = source.rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        _front_matter(source),
+        f"# {name}, compressed",
+        f"`{name}` with a smaller KV cache: the same weights, and for each of its {plan.model.layers} x "
+        f"{plan.model.kv_heads} KV heads its own sinks and attention window, found by moacompress.",
+        "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
+        "## KV cache\n\n" + _bytes_table(plan),
+    ]
+    quality = _quality(plan)
+    if quality:
+        parts.append("## Measured harm\n\n" + quality)
+    recipe = plan.provenance.get("recipe")
+    if recipe is not None:
+        text = json.dumps(recipe, indent=1, ensure_ascii=False)
+        parts.append(f"## Recipe\n\nEvery choice of the run, defaults included:\n\n```json\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(source: str) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- moacompress",
+        "- kv-cache",
+    ]
+    if not source.startswith("/") and source.count("/") == 1 and not source.endswith(".gguf"):
+        lines.insert(1, f"base_model: {source}")
+    return "\n".join([*lines, "---"])
+
+
+def _bytes_table(plan: Plan) -> str:
+    lengths = sorted(int(length) for length in plan.budget.get("bytes", {})) or [1024, 4096]
+    rows = ["| tokens | dense, bytes | this model, bytes | share |", "| ---: | ---: | ---: | ---: |"]
+    for length in lengths:
+        dense, kept = plan.model.dense_kv_bytes(length), plan.kv_bytes(length)
+        rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
+    asked = plan.budget.get("asked")
+    note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
+    return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
+
+
+def _quality(plan: Plan) -> str:
+    harm: dict[str, Any] = plan.quality.get("measured_harm") or {}
+    if not harm:
+        return ""
+    rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
+    rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in harm.items() if value is not None]
+    samples = plan.quality.get("samples")
+    note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""
+    return "\n".join(rows) + note

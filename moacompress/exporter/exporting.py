@@ -1,0 +1,209 @@
+"""Export: a dense model and a plan become a folder that plain `from_pretrained` loads.
+
+The folder is written aside, loaded and made to generate in a fresh process, and only then moved into place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
+from moacompress.core.files import new_folder, write_text
+from moacompress.core.progress import Progress
+from moacompress.exporter.card import model_card
+from moacompress.models.source import SourceModel, is_compressed, load_source
+from moacompress.rules.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+PROBE_TOKENS = 8
+"""Tokens that the fresh process generates."""
+
+_PROBE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, prompt, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder)
+out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                     return_dict_in_generate=True)
+print("PROBE" + json.dumps({"cache": type(out.cache).__name__, "tokens": out.sequences[0, len(prompt):].tolist()}))
+"""
+
+
+def export(
+    model: str | Path | SourceModel,
+    plan: Plan | str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a compressed checkpoint.
+
+    Args:
+        model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded).
+        plan: a plan or its file.
+        out: the folder to make.
+        overwrite: replace an existing model; any other folder is left alone.
+        trust_remote_code: run modelling code that comes with the model.
+        progress: is told of the steps.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PlanError: the plan is not for this model.
+        ArtefactError: `out` exists, or can not be written; nothing is left half-written.
+        MoaCompressError: the written checkpoint did not load or generate in a fresh process.
+    """
+    from moacompress.runtime import attach, detach
+
+    progress = progress or Progress()
+    out = Path(out)
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if out.exists() and not overwrite:
+        raise ArtefactError(f"{out} exists already; choose another folder or pass --overwrite")
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
+    progress.start("export", 3)
+    if isinstance(model, SourceModel):
+        source = model
+    else:
+        source = load_source(model, dtype=plan.model.dtype, trust_remote_code=trust_remote_code)
+    plan.check_model(source.shape, weights=True)
+    progress.step("model loaded")
+    with new_folder(out, overwrite) as aside:
+        attach(source.model, plan)
+        try:
+            source.model.save_pretrained(aside)
+            expected = _probe_here(source)
+        finally:
+            detach(source.model)
+        source.tokenizer.save_pretrained(aside)
+        plan.save(aside / "plan.json")
+        recipe = plan.provenance.get("recipe")
+        if recipe is not None:
+            write_text(aside / "recipe.json", json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+        write_text(aside / "README.md", model_card(plan))
+        for licence in licence_files(source.source):
+            shutil.copyfile(licence, aside / licence.name)
+        progress.step("written")
+        verify_fresh(aside, _probe_prompt(source), expected)
+        progress.step("loaded and generated in a fresh process")
+    progress.done()
+    return out
+
+
+def exported_plan(folder: Path) -> Plan | None:
+    """Returns the plan of a compressed checkpoint, or None if the folder is not one."""
+    found = folder / "plan.json"
+    return Plan.load(found) if found.is_file() and is_compressed(folder) else None
+
+
+def save_dense(model: str | Path | SourceModel, out: str | Path) -> Path:
+    """Writes a dense model as safetensors with its tokenizer and licence files, atomically."""
+    source = model if isinstance(model, SourceModel) else load_source(model)
+    with new_folder(Path(out)) as aside:
+        source.model.save_pretrained(aside)
+        source.tokenizer.save_pretrained(aside)
+        for licence in licence_files(source.source):
+            shutil.copyfile(licence, aside / licence.name)
+    return Path(out)
+
+
+def licence_files(source: str) -> list[Path]:
+    """Returns the licence and notice files that come with MODEL.
+
+    For a folder these lie in it; for a `.gguf` file beside it or in the `*.dist-info` folder of the package it came in; for
+    a hub id they are fetched, and a failure to do so is logged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _matching(path)
+    if path.is_file():
+        return _matching(path.parent) or [
+            file for info in sorted(path.parent.parent.glob("*.dist-info")) for file in _matching(info)
+        ]
+    try:
+        from huggingface_hub import snapshot_download
+
+        return _matching(Path(snapshot_download(source, allow_patterns=list(LICENCE_PATTERNS))))
+    except Exception as error:  # the hub raises many kinds; a licence file is no reason to fail an export
+        logger.warning("the licence files of %s could not be fetched: %s", source, error)
+        return []
+
+
+def _matching(folder: Path) -> list[Path]:
+    found: Iterable[Path] = (file for pattern in LICENCE_PATTERNS for file in folder.glob(pattern))
+    return sorted({file for file in found if file.is_file()})
+
+
+def verify_fresh(folder: Path, prompt: list[int], expected: list[int]) -> None:
+    """Loads a checkpoint with plain transformers in a fresh process and makes it generate.
+
+    Args:
+        folder: the compressed checkpoint.
+        prompt: token ids to start from.
+        expected: token ids that the same model gave in this process.
+
+    Raises:
+        MoaCompressError: it did not load, ran without the plan's cache, or gave other tokens.
+    """
+    arguments = [sys.executable, "-c", _PROBE, str(folder), json.dumps(prompt), str(len(expected))]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("PROBE")), None)
+    if done.returncode or line is None:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise MoaCompressError(f"the exported checkpoint did not load and generate in a fresh process: {last}")
+    found = json.loads(line.removeprefix("PROBE"))
+    if found["cache"] != "PlanCache":
+        raise MoaCompressError(
+            f"the exported checkpoint ran with a {found['cache']} in a fresh process: moacompress was not loaded with "
+            "transformers; install it there (`pip install moacompress`) so that its entry point is seen"
+        )
+    if found["tokens"] != expected:
+        raise MoaCompressError(
+            f"the exported checkpoint generated {found['tokens']} in a fresh process, and {expected} in this one"
+        )
+
+
+def _probe_prompt(source: SourceModel) -> list[int]:
+    ids = source.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
+    return [int(i) for i in ids] or [0]
+
+
+def _probe_here(source: SourceModel) -> list[int]:
+    import torch
+
+    model: Any = source.model
+    prompt = torch.tensor([_probe_prompt(source)], device=model.device)
+    out: Any = model.generate(prompt, max_new_tokens=PROBE_TOKENS, min_new_tokens=PROBE_TOKENS, do_sample=False)
+    return [int(i) for i in out[0, prompt.shape[1] :]]
+
+
+def check_reusable(folder: Path, plan: Plan) -> bool:
+    """Returns whether `folder` is a finished export of exactly this plan.
+
+    Raises:
+        PlanError: it is an export of another plan.
+    """
+    if not folder.exists():
+        return False
+    found = exported_plan(folder)
+    if found is None or found.to_dict() != plan.to_dict():
+        raise PlanError(f"{folder} holds another model; choose another folder or pass --overwrite")
+    return True

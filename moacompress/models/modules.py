@@ -1,0 +1,105 @@
+"""The modules of a loaded model that attend, and what in them cannot be compressed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import ModelError
+from moacompress.models.support import (
+    config_problems,
+    native_windows,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+from moacompress.models.shape import config_shape
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the self-attention module of every decoder layer, in layer order."""
+    found: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        layer: Any = getattr(module, "layer_idx", None)
+        if layer is not None and "Attention" in type(module).__name__ and hasattr(module, "config"):
+            found.setdefault(int(layer), module)
+    return [found[index] for index in sorted(found)]
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the decoder layers in order: the modules that hold one attention module each, as a direct child."""
+    attention = {id(module): index for index, module in enumerate(attention_modules(model))}
+    found = {
+        attention[id(child)]: module
+        for module in model.modules()
+        for child in module.children()
+        if id(child) in attention
+    }
+    return [found[index] for index in sorted(found)]
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses a model whose attention moacompress can not replace.
+
+    Raises:
+        ModelError: says what in the model is not supported.
+    """
+    problems = config_problems(model.config) or module_problems(model)
+    if problems:
+        raise ModelError(problems[0])
+
+
+def module_problems(model: PreTrainedModel) -> list[str]:
+    """Returns what in the modules of a model can not be compressed, one sentence each; weights may be on "meta".
+
+    Args:
+        model: a model whose config has no `config_problems`.
+    """
+    config = model.config.get_text_config(decoder=True)
+    name = config.model_type
+    if not model.can_generate():
+        return [f"{name} is not a decoder-only causal language model"]
+    if not getattr(model, "_supports_attention_backend", False):
+        base = model.base_model
+        alibi = any("alibi" in attribute and callable(getattr(base, attribute)) for attribute in dir(base))
+        return [
+            f"{name} {'adds ALiBi biases to the scores and ' if alibi else ''}does not dispatch its attention through "
+            "transformers' attention interface, so moacompress can not replace it"
+        ]
+    decoder: Any = model.get_decoder()
+    if not hasattr(decoder, "config"):
+        return [f"{name} gives a {type(decoder).__name__} as its decoder, so moacompress can not bring its cache"]
+    modules = attention_modules(model)
+    if len(modules) != config.num_hidden_layers:
+        return [f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all need it"]
+    if any(getattr(module, "is_causal", True) is False for module in modules):
+        return [f"{name} attends in both directions, so no key can be dropped; only causal models work"]
+    return [*_uneven_projections(name, config, modules), *_windows_of_its_own(name, config, decoder)]
+
+
+def _uneven_projections(name: str, config: Any, modules: list[torch.nn.Module]) -> list[str]:
+    """A plan knows one number of KV heads, and one size of keys and values."""
+    shape = config_shape(config, dtype="float32")
+    for layer, module in enumerate(modules):
+        for kind in ("k_proj", "v_proj"):
+            width = getattr(getattr(module, kind, None), "out_features", None)
+            if width is not None and width != shape.kv_heads * shape.head_dim:
+                return [
+                    f"{name} has other KV heads in layer {layer}: its {kind} gives {width} numbers a token, not "
+                    f"{shape.kv_heads} KV heads of {shape.head_dim}; all layers need the same"
+                ]
+    return []
+
+
+def _windows_of_its_own(name: str, config: Any, decoder: Any) -> list[str]:
+    """A plan trusts the windows in the config, so the model must apply them through transformers' masks."""
+    windows = native_windows(config, config.num_hidden_layers)
+    module = sys.modules.get(type(decoder).__module__)
+    if all(window is None for window in windows) or hasattr(module, "create_sliding_window_causal_mask"):
+        return []
+    return [
+        f"{name} has a sliding_window of {config.sliding_window} in its config, which it does not apply through "
+        "transformers' masks, so what its layers see is not known"
+    ]

@@ -1,0 +1,155 @@
+"""Source models: what MODEL may be, its shape, its weights fingerprint, and whether it can be compressed.
+
+MODEL is a hub id, a folder, or a `.gguf` file. Code from a repository never runs unless `trust_remote_code` is asked
+for.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import MoaCompressError, ModelError, one_line
+from moacompress.core.files import read_json
+from moacompress.models.support import (
+    config_problems,
+    quantization_method,
+    stored_problems,
+)
+from moacompress.models.weight_files import weight_problems
+from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.models.modules import check_supported
+from moacompress.models.shape import config_shape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SourceModel:
+    """A loaded causal LM with its tokenizer.
+
+    Attributes:
+        model: the dense model, in eval mode, weights frozen.
+        tokenizer: its tokenizer.
+        source: MODEL as given, folders and files made absolute.
+        shape: what a plan must know of it.
+        context: longest sequence the model was made for, tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    shape: ModelShape
+    context: int
+
+
+def load_source(
+    source: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> SourceModel:
+    """Loads MODEL dense.
+
+    Args:
+        source: hub id, folder, or `.gguf` file.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (float32 for `.gguf`).
+        device: torch device, such as "cpu" or "cuda".
+        trust_remote_code: run modelling code that comes with the model.
+
+    Raises:
+        ModelError: not a model, one that can not be compressed, or one whose files are damaged or pickles.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    name, arguments = locate_source(source)
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
+    if arguments and dtype == "auto":
+        dtype = "float32"
+    arguments["trust_remote_code"] = trust_remote_code
+    try:
+        if "gguf_file" not in arguments:
+            config = AutoConfig.from_pretrained(name, **arguments)
+            problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
+            if problems:
+                raise ModelError(f"{source} can not be used: {problems[0]}")
+            arguments["use_safetensors"] = True  # a pickle can run code when it is opened
+        wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
+        model, info = loaded
+        arguments.pop("use_safetensors", None)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except MoaCompressError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"{source} needs a package that is not installed: {error}") from error
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        raise ModelError(
+            f"{source} is not a causal language model that transformers can load: {one_line(error)}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, such as {missing[0]}, which would be drawn at random"
+        )
+    if quantization_method(model.config) is not None:
+        # transformers keeps the GGUF mark on the dequantized model and would refuse to save it
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    model.to(device).eval().requires_grad_(False)
+    shape = model_shape(model)
+    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    place = str(Path(source).resolve()) if "gguf_file" in arguments else name
+    return SourceModel(model, tokenizer, place, shape, context)
+
+
+def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the arguments that transformers' `from_pretrained` takes for MODEL.
+
+    Raises:
+        ModelError: a path that is neither a model folder nor a `.gguf` file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source} is a folder without config.json, not a model")
+        return str(path.resolve()), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{source} does not exist")
+        return str(path.resolve().parent), {"gguf_file": path.name}
+    if path.exists():
+        raise ModelError(f"{source} is neither a model folder nor a .gguf file")
+    return str(source), {}
+
+
+def is_compressed(folder: Path) -> bool:
+    """Returns whether `folder` holds the config of a compressed checkpoint; no weights and no plan are read.
+
+    Raises:
+        ArtefactError: its config.json is not JSON.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "config") if path.is_file() else None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("quant_method") == "moacompress"
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Returns the shape of a loaded model, fingerprint included.
+
+    Raises:
+        ModelError: the model's attention is not one that moacompress can replace.
+    """
+    check_supported(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"the model's dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
+    return config_shape(model.config, dtype=dtype, fingerprint=weights_fingerprint(model))

@@ -1,0 +1,170 @@
+"""The files that hold a checkpoint's weights, checked from their headers: no tensor is read, nothing is unpickled.
+
+Everything here works on files that nobody vouches for: sizes are compared with the file's before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import MAX_JSON_BYTES
+
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types that moacompress takes for weights, with their bytes, as safetensors names them."""
+OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4, "U16": 2}
+"""Types of buffers, which may stand beside the weights."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of one tensor: its type and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by name.
+
+    Raises:
+        ArtefactError: the file is cut short, is not safetensors, or says that it holds more than it does.
+    """
+    try:
+        return _parse(file)
+    except (OSError, ValueError, struct.error, RecursionError) as error:
+        raise ArtefactError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]]) -> None:
+    """Refuses weight files that do not fit a model, before any of their tensors is read.
+
+    Args:
+        files: the files that the model would be loaded from.
+        expected: shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
+            them; of those with a known name the number of elements must agree.
+
+    Raises:
+        ArtefactError: a file that is not safetensors, is damaged, or holds a tensor of another size.
+    """
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ArtefactError(
+                f"{file} is not a safetensors file, and nothing else is read: a pickle can run code when it is opened"
+            )
+        for name, tensor in read_header(file).items():
+            wanted = expected.get(name)
+            if wanted is not None and tensor.numbers != math.prod(wanted):
+                raise ArtefactError(
+                    f"{file} has a tensor {name} of shape {list(tensor.shape)}, the model needs {list(wanted)}; the file "
+                    "belongs to another model"
+                )
+
+
+def weight_problems(folder: Path) -> list[str]:
+    """Returns what in the weight files of a model folder can not be used, one sentence each; none if it has no weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
+        if not pickles:
+            return []
+        return [
+            f"{folder} has its weights only in {pickles[0].name}, a pickle, which can run code when it is opened; save the "
+            "model as safetensors"
+        ]
+    try:
+        tensors = {name: (file, tensor) for file in files for name, tensor in read_header(file).items()}
+    except ArtefactError as error:
+        return [str(error)]
+    found: dict[str, str] = {}
+    for name, (file, tensor) in tensors.items():
+        if tensor.dtype not in FLOAT_BYTES and (name.endswith("weight") or tensor.dtype not in OTHER_BYTES):
+            found.setdefault(tensor.dtype, f"{file} holds {tensor.dtype} tensors, such as {name}")
+    return [f"{text}; weights must be one of {', '.join(FLOAT_BYTES)}" for text in found.values()]
+
+
+def gguf_problems(file: Path) -> list[str]:
+    """Returns what in a `.gguf` file's tensor types can not be dequantized, one sentence each."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
+
+    first: dict[Any, str] = {}
+    for tensor in GGUFReader(file).tensors:
+        first.setdefault(tensor.tensor_type, tensor.name)
+    found = []
+    for kind, name in first.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        except (NotImplementedError, KeyError, ValueError):
+            found.append(
+                f"{file} holds tensors of type {getattr(kind, 'name', kind)}, such as {name}, which the package gguf can not "
+                "turn into floats"
+            )
+    return found
+
+
+def _parse(file: Path) -> dict[str, StoredTensor]:
+    length = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        (size,) = struct.unpack("<Q", head)
+        if size > min(length - 8, MAX_JSON_BYTES):
+            what = " (a pickle of torch.save starts like this)" if head.startswith((b"PK", b"\x80")) else ""
+            raise ValueError(f"it claims a header of {size:,} bytes{what}, the file has {length:,}")
+        header = json.loads(stream.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensors[name], last = _tensor(name, entry)
+        end = max(end, last)
+    if end != length - 8 - size:
+        raise ValueError(f"its tensors take {end:,} bytes, the file has {length - 8 - size:,} for them")
+    return tensors
+
+
+def _tensor(name: str, entry: Any) -> tuple[StoredTensor, int]:
+    """Returns a tensor and where its bytes end."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"what its header says of {name[:60]!r} is not a tensor")
+    tensor = StoredTensor(dtype, tuple(shape))
+    width = {**FLOAT_BYTES, **OTHER_BYTES}.get(dtype)
+    taken = offsets[1] - offsets[0]
+    if taken < 0 or (width is not None and taken != width * tensor.numbers):
+        raise ValueError(
+            f"{name[:60]!r} of shape {list(tensor.shape)} and type {dtype} takes {taken:,} bytes of the file"
+        )
+    return tensor, offsets[1]
+
+
+def _sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and len(values) <= 16 and all(map(_is_size, values))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def total_numbers(files: Iterable[Path]) -> int:
+    """Returns the numbers in safetensors files.
+
+    Raises:
+        ArtefactError: as `read_header`.
+    """
+    return sum(tensor.numbers for file in files for tensor in read_header(file).values())

@@ -1,0 +1,261 @@
+"""Synthetic tasks that need one place far back: RULER's needles, a JSON object of keys and values, associative recall.
+
+Every prompt is fitted to a length in tokens: chat template, answer prefix and room for the answer included, as near
+below it as one sentence of noise, one word of prose or one pair of keys and values allows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from moacompress.core.errors import DataError, UsageError
+from moacompress.prompts.fitting import largest_fit
+from moacompress.prompts.pools import (
+    KEYS_PER_SPLIT,
+    NOISE,
+    Prose,
+    Split,
+    draw_keys,
+    draw_numbers,
+    draw_uuids,
+    sentence_ends,
+)
+from moacompress.prompts.recall import WORDS, Recall, most_pairs, pairs_text, question
+from moacompress.prompts.templates import Prompt, encode_prompt, encode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Haystack = Literal["noise", "prose"]
+Values = Literal["numbers", "uuids"]
+ANSWER_ROOM = 4
+"""Tokens kept free after the reference answer, for a full stop and the closing token."""
+
+NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
+ONE_KEY = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
+)
+PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"
+PAIRS = (
+    "Extract the value corresponding to the specified key in the JSON object below.\n{context}\n"
+    'What is the value of the key "{key}"?'
+)
+PAIRS_PREFIX = '"{key}":'
+
+
+@dataclass(frozen=True)
+class SyntheticTask:
+    """One synthetic task.
+
+    Attributes:
+        name: as given on the command line and written in results.
+        kind: `needle`, `multi-needle`, `key-value` or `recall`, as in recipes.
+        haystack: the filler; None where the task makes its own.
+    """
+
+    name: str
+    kind: str
+    haystack: Haystack | None
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        SyntheticTask("needle-noise", "needle", "noise"),
+        SyntheticTask("needle-prose", "needle", "prose"),
+        SyntheticTask("multi-needle-noise", "multi-needle", "noise"),
+        SyntheticTask("multi-needle-prose", "multi-needle", "prose"),
+        SyntheticTask("key-value", "key-value", None),
+        SyntheticTask("recall", "recall", None),
+    )
+}
+KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
+_KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid"}
+
+
+def find_task(name: str) -> SyntheticTask:
+    """Returns the task of that name.
+
+    Raises:
+        UsageError: unknown; names the nearest known one.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known tasks are {', '.join(TASKS)}"
+        raise UsageError(f"unknown task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def make_prompt(
+    task: str | SyntheticTask,
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text: Prose | None = None,
+    values: Values = "numbers",
+) -> Prompt:
+    """Returns a prompt of a task, at most `length` tokens with its answer.
+
+    Args:
+        task: a task or its name.
+        rng: draws keys, values, depth and prose; the same state gives the same prompt.
+        split: the pools to draw from.
+        tokenizer: the model's.
+        length: tokens, template, prefix and answer included.
+        text: the prose of prose tasks.
+        values: what is hidden and asked for; `recall` has words of its own.
+
+    Raises:
+        UsageError: unknown task.
+        DataError: `length` is too short for the task or the prose too short for `length`; a prose task without `text`.
+    """
+    task = find_task(task) if isinstance(task, str) else task
+    if task.kind == "key-value":
+        return make_key_value(rng, split, tokenizer, length, values)
+    if task.kind == "recall":
+        return make_recall(rng, split, tokenizer, length)
+    return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind], values)
+
+
+def make_needle(
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    haystack: Haystack = "noise",
+    text: Prose | None = None,
+    keys: int = 1,
+    values: Values = "numbers",
+) -> Prompt:
+    """Returns RULER's needle in a haystack: `keys` needles at uniform depths, one of them asked for.
+
+    Arguments and errors are those of `make_prompt`.
+    """
+    kind = "needle" if keys == 1 else "multi-needle"
+    task, noun = f"{kind}-{haystack}", _KIND_OF_VALUE[values]
+    names, hidden = draw_keys(rng, split, keys), _draw(rng, split, keys, values)
+    needles = [NEEDLE.format(kind=noun, key=key, value=value) for key, value in zip(names, hidden, strict=True)]
+    depths = rng.random(keys)
+    asked = int(rng.integers(keys))
+    if haystack == "prose":
+        if text is None:
+            raise DataError(f"task {task} needs prose: give a .txt file or a folder of them as text")
+        words = text.words(rng, split)
+        limit = len(words)
+    else:
+        words, limit = [], length
+    prefix = PREFIX.format(kind=noun, key=names[asked])
+
+    def user(count: int) -> str:
+        prose = haystack == "prose"
+        context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
+        return ONE_KEY.format(kind=noun, context=context, key=names[asked])
+
+    count = _fit(tokenizer, user, prefix, hidden[asked], length, limit, task)
+    if haystack == "prose" and count == limit:
+        raise DataError(
+            f"the {split} part of {text.name if text else ''} has {limit:,} words, too few for a prompt of {length:,} "
+            "tokens; give longer text"
+        )
+    return Prompt(user(count), prefix, hidden[asked], task, kind)
+
+
+def make_key_value(
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    values: Values = "numbers",
+) -> Prompt:
+    """Returns a JSON object of word keys and 7-digit numbers or UUIDs, one of which is asked for.
+
+    Arguments and errors are those of `make_prompt`.
+    """
+    limit = min(length, KEYS_PER_SPLIT) - 1
+    count = limit + 1
+    (asked, *others), (value, *fillers) = draw_keys(rng, split, count), _draw(rng, split, count, values)
+    quote = "" if values == "numbers" else '"'
+    depth = float(rng.random())
+    prefix = PAIRS_PREFIX.format(key=asked)
+
+    def user(count: int) -> str:
+        pairs = [f'"{key}": {quote}{filler}{quote}' for key, filler in zip(others[:count], fillers, strict=False)]
+        pairs.insert(round(depth * count), f'"{asked}": {quote}{value}{quote}')
+        return PAIRS.format(context="{" + ",\n".join(pairs) + "}", key=asked)
+
+    answer = f"{quote}{value}{quote}"
+    count = _fit(tokenizer, user, prefix, answer, length, limit, "key-value")
+    return Prompt(user(count), prefix, answer, "key-value", "key-value")
+
+
+def _draw(rng: np.random.Generator, split: Split, count: int, values: Values) -> list[str]:
+    return (draw_uuids if values == "uuids" else draw_numbers)(rng, split, count)
+
+
+def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
+    """Returns lines of a key and a word each, and one key once more; no chat template, no instructions.
+
+    Arguments and errors are those of `make_prompt`.
+
+    Raises:
+        DataError: evaluation makes its own, or more keys are needed than there are.
+    """
+    if split not in WORDS:
+        raise DataError(f"the generator recall has no words for {split}; use the evaluation task recall")
+    limit = most_pairs(length)
+    recall = Recall.draw(rng, split, limit, WORDS[split])
+
+    def user(count: int) -> str:
+        return pairs_text(recall.pairs(count))
+
+    count = _fit(tokenizer, user, question(recall.asked), recall.value, length, limit, "recall", plain=True)
+    if count == limit:
+        raise DataError(
+            f"the generator recall has {KEYS_PER_SPLIT:,} keys, too few for a prompt of {length:,} tokens; ask for "
+            "shorter lengths"
+        )
+    return Prompt(user(count), question(recall.asked), recall.value, "recall", "recall", plain=True)
+
+
+def _noise_context(sentences: int, needles: list[str], depths: np.ndarray) -> str:
+    """Returns `sentences` sentences of noise, five a line, with each needle on a line of its own."""
+    whole, rest = divmod(sentences, len(NOISE))
+    lines = [" ".join(NOISE)] * whole + ([" ".join(NOISE[:rest])] if rest else [])
+    for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
+        lines.insert(round(depth * whole), needle)
+    return "\n".join(lines)
+
+
+def _prose_context(words: list[str], needles: list[str], depths: np.ndarray) -> str:
+    """Returns the words with each needle after the sentence end nearest to its depth."""
+    ends = np.array([0, *sentence_ends(words)])
+    pieces = list(words)
+    for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
+        pieces.insert(int(ends[np.abs(ends - depth * len(words)).argmin()]), needle)
+    return " ".join(pieces)
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    user: Callable[[int], str],
+    prefix: str,
+    answer: str,
+    length: int,
+    limit: int,
+    task: str,
+    plain: bool = False,
+) -> int:
+    """Returns the largest number of filler pieces, up to `limit`, with which prompt and answer fit `length` tokens."""
+    room = len(encode_text(tokenizer, f" {answer}", special=False)) + ANSWER_ROOM
+
+    def tokens(count: int) -> int:
+        return len(encode_prompt(tokenizer, user(count), prefix, plain)) + room
+
+    return largest_fit(tokens, length, limit, task)

@@ -1,0 +1,145 @@
+"""Disjoint pools of keys, values and haystacks for calibration, validation and evaluation.
+
+What a plan is measured on must never have been profiled, so the split is built into how things are drawn: keys by their
+noun's index mod 3, numbers by their residue mod 3, prose by document (or by part of a document). The noise haystack is
+one fixed line in every split: it holds nothing to learn.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from moacompress.core.errors import DataError
+
+Split = Literal["calibration", "validation", "evaluation"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+"""One line of RULER's repeated haystack, by sentence."""
+
+_ADJECTIVES = """
+able amber ancient arctic autumn bashful bitter bold brave brief bright brisk broad bronze calm careful charming
+clever coastal cosmic crimson curious daring distant dusty eager early earnest elegant faint famous fancy fertile
+fierce flat formal frozen gentle giant golden graceful grand happy hollow honest humble icy idle jolly keen kind late
+lazy light lively lonely loud loyal lucky mellow mighty misty modern narrow nimble noble odd olive patient plain
+playful polite proud quick quiet rapid rare rough royal rustic salty scarlet secret shy silent silver simple sleepy
+smooth solid steady stormy strange sturdy subtle sunny swift tame tender tidy tiny vivid warm wild wise
+"""
+_NOUNS = """
+anchor apple arrow badge barn basket beacon bell bicycle blanket bottle bridge bucket button cabin camel candle canyon
+carpet castle chimney circus clock cloud comet copper cottage crayon curtain desert diamond dolphin donkey dragon drum
+eagle engine falcon feather ferry fiddle forest fountain galaxy garden glacier goose guitar hammer harbor hazel helmet
+hotel island jacket jungle kettle kitten ladder lagoon lantern lemon lighthouse lizard magnet maple market meadow
+mirror mountain museum needle oasis orchard otter oyster paddle palace panther parrot pebble pencil pepper pillow
+planet pocket prairie puzzle rabbit raven ribbon river rocket saddle sailor shadow spider squirrel station sunset
+temple thunder tiger timber tractor tunnel turtle valley velvet violin volcano wagon walnut whale window winter wizard
+"""
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+
+KEYS_PER_SPLIT = len(ADJECTIVES) * (len(NOUNS) // len(SPLITS))
+"""Word keys that every split has at least."""
+
+
+def draw_keys(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    """Returns `count` different word keys such as `bold-lantern`; the nouns of two splits never meet."""
+    nouns = NOUNS[SPLITS.index(split) :: len(SPLITS)]
+    picks = rng.choice(len(ADJECTIVES) * len(nouns), size=count, replace=False)
+    return [f"{ADJECTIVES[pick // len(nouns)]}-{nouns[pick % len(nouns)]}" for pick in picks.tolist()]
+
+
+def draw_numbers(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    """Returns `count` different 7-digit numbers whose residue mod 3 is the split's."""
+    residue, step = SPLITS.index(split), len(SPLITS)
+    first = 10**6 + (residue - 10**6) % step
+    size = (10**7 - 1 - first) // step + 1
+    numbers: dict[int, None] = {}
+    while len(numbers) < count:
+        numbers.setdefault(first + step * int(rng.integers(size)))
+    return [str(number) for number in numbers]
+
+
+def draw_uuids(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    """Returns `count` random UUIDs (version 4) whose residue mod 3 is the split's."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        drawn = uuid.UUID(bytes=rng.bytes(16), version=4)
+        if drawn.int % len(SPLITS) == SPLITS.index(split):
+            found[str(drawn)] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Long text as a haystack, split into pools.
+
+    Attributes:
+        name: file or folder it came from, for messages.
+        pools: for each split its documents; a document is a tuple of words. Of three documents or more, each
+            belongs to one split; fewer are each cut into three contiguous parts.
+    """
+
+    name: str
+    pools: dict[Split, tuple[tuple[str, ...], ...]]
+
+    @staticmethod
+    def load(path: str | Path) -> Prose:
+        """Reads a `.txt` file or a folder of them.
+
+        Raises:
+            DataError: missing, unreadable, or without text.
+        """
+        documents = [tuple(text.split()) for text in read_documents(path)]
+        return Prose(str(path), {split: _pool(documents, split) for split in SPLITS})
+
+    def words(self, rng: np.random.Generator, split: Split) -> list[str]:
+        """Returns every word of the pool once, from the beginning of a random sentence on, wrapping around."""
+        documents = self.pools[split]
+        first = int(rng.integers(len(documents)))
+        words = [word for document in (*documents[first:], *documents[:first]) for word in document]
+        starts = [0, *sentence_ends(words[: len(documents[first])])[:-1]]
+        start = starts[int(rng.integers(len(starts)))]
+        return words[start:] + words[:start]
+
+
+def _pool(documents: Sequence[tuple[str, ...]], split: Split) -> tuple[tuple[str, ...], ...]:
+    index, parts = SPLITS.index(split), len(SPLITS)
+    if len(documents) >= parts:
+        return tuple(documents[index::parts])
+    return tuple(words[len(words) * index // parts : len(words) * (index + 1) // parts] for words in documents)
+
+
+def sentence_ends(words: Sequence[str]) -> list[int]:
+    """Returns the indices right after every word that ends a sentence; the end of the text counts."""
+    ends = [index + 1 for index, word in enumerate(words) if re.search(r"[.!?][\"')\]]*$", word)]
+    return ends if ends and ends[-1] == len(words) else [*ends, len(words)]
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, blank ones left out.
+
+    Raises:
+        DataError: missing, unreadable, or without text.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} has no .txt files; give a .txt file or a folder with some")
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"can not read {file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{path} has no text in its {len(files)} .txt file(s)")
+    return texts

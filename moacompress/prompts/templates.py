@@ -1,0 +1,170 @@
+"""Prompts and how they become tokens: through the tokenizer's chat template, or plain for a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question whose answer is known.
+
+    Attributes:
+        user: what the user says.
+        prefix: how the answer begins; given to the model, not scored. May be empty. See `encode_prompt`.
+        answer: the reference, the value alone.
+        task: name of the task, such as `needle-noise`.
+        kind: `needle`, `multi-needle`, `key-value` or `recall`.
+        plain: the text goes to the model as it is, without the chat template.
+    """
+
+    user: str
+    prefix: str
+    answer: str
+    task: str
+    kind: str
+    plain: bool = False
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+    """Returns the token ids of plain text, with the tokenizer's own special tokens if `special`."""
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generate: bool) -> str:
+    """Returns the conversation as text, through the chat template.
+
+    Args:
+        tokenizer: one with a chat template.
+        messages: `{"role", "content"}` of every turn.
+        generate: end with the header of an assistant turn.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DataError(f"the model's chat template refuses a conversation with the roles {roles}: {error}") from error
+    return str(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "", plain: bool = False) -> list[int]:
+    """Returns the token ids after which the answer follows.
+
+    With a chat template: the user's turn, the assistant's header, the prefix. Without: `user`, a line break, the
+    prefix. White space that the prefix begins with stands in place of the line break, and is dropped after a header
+    that ends in white space. If `plain`, `user` and the prefix go to the model as they are.
+    """
+    if plain:
+        return encode_text(tokenizer, user + prefix)
+    if tokenizer.chat_template is None:
+        return encode_text(tokenizer, user + ("" if prefix[:1].isspace() else "\n") + prefix)
+    rendered = render_messages(tokenizer, [{"role": "user", "content": user}], generate=True)
+    return encode_text(tokenizer, rendered + (prefix.lstrip() if rendered[-1:].isspace() else prefix), special=False)
+
+
+def encode_reference(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], list[int], list[bool]]:
+    """Returns `(prompt_ids, answer_ids, is_value)` of a prompt with its reference answer.
+
+    The answer is tokenized together with the text before it, because tokens may span the boundary; a token that does
+    belongs to the answer.
+
+    Returns:
+        The ids before the answer, the answer's ids, and for each of these whether it carries part of the value (white
+        space alone does not).
+    """
+    alone = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
+    space = " " if prompt.prefix else ""
+    whole = encode_prompt(tokenizer, prompt.user, f"{prompt.prefix}{space}{prompt.answer}", prompt.plain)
+    cut = _common(alone, whole)
+    answer = whole[cut:]
+    return whole[:cut], answer, [bool(str(tokenizer.decode([token])).strip()) for token in answer]
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+    """Returns token ids and answer mask of a conversation that the assistant continues.
+
+    Without a chat template the turns follow each other, a line break after each.
+
+    Args:
+        tokenizer: the model's.
+        messages: all turns before the assistant's last one.
+
+    Returns:
+        The ids, assistant header at the end included, and for each whether an assistant's earlier turn holds it (its
+        closing token included).
+
+    Raises:
+        DataError: the template refuses the conversation, or renders the beginning of a conversation differently from
+            the same turns inside the whole, so that turns can not be told apart; or there is no template and the
+            tokenizer does not tell where its tokens stand in the text.
+    """
+    if tokenizer.chat_template is None:
+        return _encode_turns(tokenizer, messages)
+    ids = encode_text(tokenizer, render_messages(tokenizer, messages, generate=True), special=False)
+    mask = [False] * len(ids)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        return ids, mask
+    if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
+        encoded: Any = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+    for turn in turns:
+        start = _prefix_length(tokenizer, messages[:turn], ids, generate=True)
+        end = _prefix_length(tokenizer, messages[: turn + 1], ids, generate=False)
+        closing = [i for i in range(start, end) if ids[i] == tokenizer.eos_token_id]
+        mask[start : (closing[0] + 1 if closing else end)] = [True] * ((closing[0] + 1 if closing else end) - start)
+    return ids, mask
+
+
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+    """Returns `encode_conversation` of a base model; a token that spans a turn's boundary belongs to the answer."""
+    text, answers = "", []
+    for message in messages:
+        if message["role"] == "assistant":
+            answers.append((len(text), len(text) + len(message["content"])))
+        text += f"{message['content']}\n"
+    if not answers:
+        ids = encode_text(tokenizer, text)
+        return ids, [False] * len(ids)
+    try:
+        encoded: Any = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise DataError(
+            "the model has no chat template and its tokenizer does not tell where tokens stand in the text, so the "
+            "assistant's turns can not be found; give rows with one assistant turn"
+        ) from error
+    places = encoded["offset_mapping"]
+    mask = [any(max(first, begin) < min(last, end) for begin, end in answers) for first, last in places]
+    return list(encoded["input_ids"]), mask
+
+
+def _prefix_length(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int], *, generate: bool) -> int:
+    head = encode_text(tokenizer, render_messages(tokenizer, messages, generate=generate), special=False)
+    if ids[: len(head)] != head:
+        raise DataError(
+            f"the chat template renders the first {len(messages)} turns of a conversation differently from the same "
+            f"turns inside the whole (token {_common(ids, head):,} of {len(head):,}), so the assistant's turns can not "
+            "be found; give rows with one assistant turn"
+        )
+    return len(head)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    size = min(len(first), len(second))
+    return next((i for i in range(size) if first[i] != second[i]), size)

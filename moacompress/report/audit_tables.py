@@ -1,0 +1,124 @@
+"""What an audit found, for people: a table of the estimators, and a scatter plot of predicted against measured harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from moacompress.core.tables import readable_number, section
+from moacompress.rules.rule import Rule
+
+Data = Mapping[str, Any]
+
+
+def audit_tables(audit: Data) -> list[RenderableType]:
+    """Returns the tables of an audit: the estimators on ablations and on plans, differences to MoA, split halves.
+
+    Args:
+        audit: the `data` of a `search.audit.Audit`.
+    """
+    chosen = audit["estimator"]
+    title = f"{len(audit['points'])} ablations of one KV head on {audit['samples']} held-out samples, 95% intervals"
+    rows: list[tuple[str, ...]] = [
+        (_name(name, chosen), _number(row, "spearman", "ci95"), _number(row, "slope", "slope_ci95"), str(row["n"]))
+        for name, row in audit["audit"].items()
+    ]
+    shown: list[RenderableType] = [section(title, ("", "Spearman", "slope", "n"), rows)]
+    if audit["audit_plans"]:
+        title = (
+            f"{len(audit['plans'])} plans at {audit['budget']}; regret: harm of the one predicted best, above the best"
+        )
+        rows = [
+            (
+                _name(name, chosen),
+                _number(row, "spearman", "ci95"),
+                _number(row, "slope", "slope_ci95"),
+                readable_number(row["regret"], ".1%"),
+                str(row["n"]),
+            )
+            for name, row in audit["audit_plans"].items()
+        ]
+        shown.append(section(title, ("", "Spearman", "slope", "regret", "n"), rows))
+    names = dict.fromkeys(("fisher", chosen)) if "fisher_minus_moa" in audit else {}
+    for name in names:
+        row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
+        shown.append(f"Spearman of {name} minus that of moa: {_number(row, 'value', 'ci95')}")
+    if audit["split_half"]:
+        title = f"Harm of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
+        rows = [
+            (str(row["samples"]), _number(row, "ratio", "ci95"), f"{row['max']:.2f}") for row in audit["split_half"]
+        ]
+        shown.append(section(title, ("samples", "mean ratio", "largest"), rows))
+    return [*shown, "* the estimator that the search goes by"]
+
+
+def _name(name: str, chosen: str) -> str:
+    return f"{name}*" if name == chosen else name
+
+
+def _number(row: Data, value: str, interval: str) -> str:
+    """Returns `0.95 [0.87 0.98]`, `-` where it could not be computed."""
+    if row[value] is None:
+        return "-"
+    low, high = (readable_number(end, ".2f") for end in row[interval])
+    return f"{row[value]:.2f} [{low} {high}]"
+
+
+def scatter_html(audit: Data) -> str:
+    """Returns a page of its own: measured against predicted harm on logarithmic axes, a trace for each estimator.
+
+    One panel for the ablations, one for the plans, each with the line where both are equal.
+
+    Args:
+        audit: the `data` of a `search.audit.Audit`.
+
+    Raises:
+        ImportError: plotly is not installed.
+    """
+    from plotly import colors
+    from plotly.subplots import make_subplots
+
+    panels: list[tuple[str, Sequence[Data], Callable[[Data], str]]] = [
+        (f"{len(audit['points'])} ablations of one KV head", audit["points"], _point_note)
+    ]
+    if audit["plans"]:
+        panels.append((f"{len(audit['plans'])} plans at {audit['budget']}", audit["plans"], _plan_note))
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels])
+    palette = colors.qualitative.Plotly
+    for column, (_, points, note) in enumerate(panels, start=1):
+        for index, name in enumerate(audit["audit"]):
+            figure.add_scatter(
+                x=[point["calibrated"][name] or None for point in points],
+                y=[point["measured"] or None for point in points],
+                text=[note(point) for point in points],
+                mode="markers",
+                marker={"color": palette[index % len(palette)], "opacity": 0.7},
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                visible=True if name in (audit["estimator"], "moa") else "legendonly",
+                row=1,
+                col=column,
+            )
+        harms = [point["measured"] for point in points if point["measured"]]
+        if harms:
+            ends = [min(harms), max(harms)]
+            line = {"color": "gray", "dash": "dot"}
+            figure.add_scatter(
+                x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column
+            )
+    figure.update_xaxes(type="log", title="predicted, calibrated (nats per answer token)", exponentformat="power")
+    figure.update_yaxes(type="log", title="measured (nats per answer token)", exponentformat="power")
+    figure.update_layout(title=f"Predicted and measured harm: {audit['model']}", template="plotly_white")
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True, div_id="audit")
+    return page
+
+
+def _point_note(point: Data) -> str:
+    return f"layer {point['layer']} KV head {point['kv_head']}, {Rule(**point['rule'])}"
+
+
+def _plan_note(plan: Data) -> str:
+    return f"plan {plan['key']}, noise {plan['noise']:.2f}"

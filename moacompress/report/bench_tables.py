@@ -1,0 +1,135 @@
+"""What a benchmark came to, for people: times, speed-ups and memory, and where the plan is not faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from moacompress.bench.bench_request import SIDES
+from moacompress.core.tables import readable_bytes, section
+from moacompress.rules.budget import format_length
+
+Row = Mapping[str, Any]
+HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefill": ("seconds, all rows", 1e-3)}
+SPEED_TITLE = "This plan is so many times as fast as the others (median of the turns, 95% interval)"
+SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
+KV_TITLE = "Weights and KV cache"
+CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
+PEAK_TITLE = "Peak memory of a process, weights and libraries included"
+
+
+def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the tables of a benchmark, and below them sentences on what they do not show.
+
+    Args:
+        report: as `moacompress.bench.benchmark.run_bench` returns it.
+    """
+    runs = report["runs"]
+    shown: list[RenderableType] = [_machine(report)]
+    for phase, (unit, factor) in UNITS.items():
+        rows = [row for row in runs if row["phase"] == phase]
+        if rows:
+            turns = rows[0]["repeats"]
+            title = f"{phase.capitalize()}, {unit}: median of {turns} turns, 10th to 90th percentile"
+            shown.append(_table(title, rows, "{}_ms", lambda row, side, factor=factor: _time(row, side, factor)))
+    if any(row["speedup"] for row in runs):
+        shown.append(_table(SPEED_TITLE, runs, "{}_ms", _speedup, SIDES[1:]))
+        if any(_slower(row, side) for row in runs for side in row["speedup"]):
+            shown += [SLOWER_NOTE, ""]
+    shown += [_bytes(runs), CEILING_NOTE, ""]
+    if any(row.get(f"peak_bytes_{side}") for row in runs for side in SIDES):
+        shown.append(_table(PEAK_TITLE, runs, "peak_bytes_{}", _peak))
+    return [*shown, *_sentences(report)]
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    machine, row = report["environment"], report["runs"][0]
+    kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == "cpu" else "")
+    loads = [found["load_per_core"] for found in report["runs"] if found["load_per_core"] is not None]
+    busy = f", load up to {max(loads):.1f} a core before" if loads else ""
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    packed = ", weights packed on every side" if row["packed_bytes"] else ""
+    return f"{machine['cpu']}, {threads}{busy}{packed}\ntorch {machine['torch']}, kernel {kernel}\n"
+
+
+def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequence[str] = SIDES) -> RenderableType:
+    """Returns a table with a column for each side that has a value under `name` in some row."""
+    there = [side for side in sides if any(row.get(name.format(side)) is not None for row in rows)]
+    lines = [
+        (_place(row), *("-" if row.get(name.format(side)) is None else value(row, side) for side in there))
+        for row in rows
+    ]
+    return section(title, ("", *(HEADS[side] for side in there)), lines)
+
+
+def _time(row: Row, side: str, factor: float) -> str:
+    low, high = (_digits(end * factor) for end in row["spread_ms"][side])
+    return f"{_digits(row[f'{side}_ms'] * factor)} {low}-{high}"
+
+
+def _digits(value: float) -> str:
+    """Returns a time with three digits, as far as it has a fraction."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _speedup(row: Row, side: str) -> str:
+    if side not in row["speedup"]:
+        return "-"
+    found = row["speedup"][side]
+    interval = "" if found["ci95"] is None else " {:.2f}-{:.2f}".format(*found["ci95"])
+    return f"{found['value']:.2f}{'*' if _slower(row, side) else ''}{interval}"
+
+
+def _slower(row: Row, side: str) -> bool:
+    return side in row["speedup"] and bool(row["speedup"][side]["value"] < 1)
+
+
+def _peak(row: Row, side: str) -> str:
+    return f"{row[f'peak_bytes_{side}'] / 2**20:,.0f} MiB"  # all in one unit: what differs is small beside the weights
+
+
+def _bytes(runs: Sequence[Row]) -> RenderableType:
+    first = runs[0]["phase"]
+    lines = [
+        (
+            _cell(row),
+            *(readable_bytes(row[name]) for name in ("weight_bytes", "kv_bytes_dense", "kv_bytes_plan")),
+            f"{row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}",
+            f"{row['byte_ratio']:.2f}",
+        )
+        for row in runs
+        if row["phase"] == first
+    ]
+    return section(KV_TITLE, ("", "weights", "KV, dense", "KV, this plan", "share", "ceiling"), lines)
+
+
+def _place(row: Row) -> str:
+    return f"{row['phase']} {_cell(row)}"
+
+
+def _cell(row: Row) -> str:
+    return f"{row['batch']} x {format_length(row['length'])} {DTYPES[row['dtype']]}"
+
+
+def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
+    for row in report["runs"]:
+        if row["phase"] != "decode":
+            continue
+        if row["dense_best_refused"]:
+            yield f"{_cell(row)}: a static cache with a compiled step is left out, because {row['dense_best_refused']}."
+        elif row["dense_best"] is not None:
+            yield f"{_cell(row)}: the best dense is {_named(row['dense_best'])}."
+        for side in ("plan", "full_span"):
+            found = row["graphs"].get(side)
+            if found and (found["graph_breaks"] or found["recompiles"] or found["graph_calls"] != found["steps"]):
+                yield f"{_cell(row)}: the compiled step of {HEADS[side]} was not one graph all the time."
+    for found in report["break_even"]:
+        yield f"Batch {found['batch']}, {DTYPES[found['dtype']]}: decoding is {found['text']}."
+
+
+def _named(best: str) -> str:
+    return "the default cache, not compiled" if best == "dense" else f"the {best}"

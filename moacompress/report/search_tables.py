@@ -1,0 +1,94 @@
+"""What a search can tell people: why its plan is as it is, and the front of several plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+
+from moacompress.core.tables import readable_number, section
+from moacompress.rules.budget import format_length
+
+if TYPE_CHECKING:
+    from moacompress.search.search_result import SearchResult
+
+HEADS = 8
+"""KV heads that are shown: those whose range is worth most."""
+KNOBS = 5
+
+
+def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, knobs; empty where there is none."""
+    if not explanation:
+        return []
+    steps = section(
+        "What each step gave (validation samples)",
+        ("", "nats a token", "against the surrogate's own plan", "kept"),
+        [
+            (
+                stage["name"],
+                readable_number(stage["harm"]),
+                f"{100 * _change(stage['log_ratio']):+.0f}%",
+                _yes(stage["kept"]),
+            )
+            for stage in explanation["stages"]
+        ],
+    )
+    heads = section(
+        "KV heads whose range is worth most",
+        ("layer", "KV head", "keeps", "of", "harm at the average share instead, nats"),
+        [
+            (
+                str(row["layer"]),
+                str(row["kv_head"]),
+                str(row["kept"]),
+                str(row["of"]),
+                f"+{readable_number(row['saves'])}",
+            )
+            for row in explanation["heads"][:HEADS]
+            if row["saves"]
+        ],
+    )
+    shown: list[RenderableType] = [steps, heads]
+    knobs = list(explanation["knobs"].items())[:KNOBS]
+    if knobs:
+        shown.append("Knobs that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in knobs) + ".")
+    predicted = explanation["predicted"]
+    if predicted["spearman"] is not None:
+        shown.append(
+            f"Predicted and measured harm of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
+        )
+    return shown
+
+
+def front_table(results: Sequence[SearchResult]) -> RenderableType:
+    """Returns a table of plans of one model: bytes kept, harm, and that of the best plan that needs no search."""
+    rows = []
+    for result in results:
+        others = [harm for name, harm in result.harm.items() if name not in ("plan", "trial0") and harm is not None]
+        rows.append(
+            (
+                ", ".join(
+                    f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in result.kv_bytes.items()
+                ),
+                readable_number(result.harm["plan"]),
+                readable_number(min(others, default=None)),
+                str(result.path or ""),
+            )
+        )
+    return section(
+        "Plans, by KV bytes: KL(dense || plan) on validation samples",
+        ("KV bytes", "nats a token", "best without search", "plan"),
+        rows,
+    )
+
+
+def _change(log_ratio: float) -> float:
+    from math import expm1
+
+    return expm1(log_ratio)
+
+
+def _yes(kept: bool) -> str:
+    return "yes" if kept else "no"

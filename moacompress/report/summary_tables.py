@@ -1,0 +1,68 @@
+"""What a run came to, for people: the tables that `compress`, `search` and `demo` end with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from moacompress.core.tables import readable_bytes, readable_number, section
+from moacompress.rules.budget import format_length
+
+NAMES = {
+    "plan": "this plan",
+    "dense": "dense",
+    "trial0": "surrogate's first plan",
+    "uniform": "uniform window",
+    "per_layer": "one rule per layer",
+    "duo": "full and streaming heads",
+    "moa": "MoA's estimator",
+}
+
+
+def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the tables of a `summary.json`: KV bytes, quality, seconds.
+
+    Args:
+        summary: as `moacompress.compress` returns it.
+    """
+    kv_bytes = summary["kv_bytes"]
+    dense = kv_bytes["dense"]
+    size = section(
+        f"KV cache at {format_length(summary['reference_length'])} tokens, batch 1",
+        ("", "bytes", "share of dense"),
+        [
+            (name, readable_bytes(kv_bytes[name]), f"{kv_bytes[name] / dense:.1%}")
+            for name in ("dense", "planned", "measured")
+            if kv_bytes.get(name) is not None
+        ],
+    )
+    quality = section(
+        "Exact match (NLL of the answer, nats a token); the uniform window has the plan's KV bytes",
+        ("task", "dense", "uniform window", "this plan", "prompts"),
+        [
+            (task, *(_score(row, model) for model in ("dense", "uniform", "plan")), str(row["prompts"]))
+            for task, row in summary["quality"].items()
+        ],
+    )
+    seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
+    asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
+    return [f"{summary['model']}, budget {asked}", size, quality, f"Took {seconds}."]
+
+
+def _score(row: Mapping[str, Any], model: str) -> str:
+    nll = row.get("nll", {}).get(model)
+    return readable_number(row.get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
+
+
+def harm_table(harm: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:
+    """Returns the measured harm of a plan and of what it was measured beside.
+
+    Args:
+        harm: nats, by name.
+        kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
+    """
+    at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
+    rows = [(NAMES.get(name, name), readable_number(value)) for name, value in harm.items()]
+    return section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats a token"), rows)

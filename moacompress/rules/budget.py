@@ -1,0 +1,159 @@
+"""Budgets: how many KV bytes a plan may take, and at which lengths.
+
+Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length
+only), `512MiB@32k` (absolute). k is 1024. Several budgets must all hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moacompress.core.errors import BudgetError, InfeasibleBudgetError
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import MAX_ALPHA
+
+_FORMS = "'25%', '0.25', '25%@8k' or '512MiB@32k'"
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BUDGET = re.compile(r"(?P<number>\d+(\.\d+)?|\.\d+)\s*(?P<unit>%|[KMG]iB)?(?:@(?P<length>\w+))?", re.IGNORECASE)
+
+
+def parse_length(text: str) -> int:
+    """Reads a token count: `4096` or `4k` (k is 1024).
+
+    Raises:
+        BudgetError: not a positive whole number of tokens.
+    """
+    match = re.fullmatch(r"(\d{1,8})(k?)", text.strip(), re.IGNORECASE)
+    length = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if not 0 < length <= MAX_ALPHA:
+        raise BudgetError(f"length {text!r} is not a number of tokens such as '4096' or '4k' (k is 1024)")
+    return length
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Reads a list of lengths such as `1k,2k`, without repeats, shortest first."""
+    return tuple(sorted({parse_length(part) for part in text.split(",")}))
+
+
+def format_length(length: int) -> str:
+    """Returns `4k` for 4096, `1000` for 1000."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One budget: a share of dense, or bytes, at one length or at all.
+
+    Attributes:
+        text: as the user gave it.
+        share: fraction of the dense model's KV bytes, or None.
+        bytes: absolute number of bytes, or None.
+        length: the only length where it must hold, or None for every profiled length.
+    """
+
+    text: str
+    share: float | None
+    bytes: int | None
+    length: int | None
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Reads one budget.
+
+        Raises:
+            BudgetError: unknown form, a bare number above 1, a share outside (0, 100%], bytes without a length.
+        """
+        given = str(text).strip()
+        if "," in given:
+            raise BudgetError(f"budget {given!r} names several plans; give one budget such as '25%' for each search")
+        match = _BUDGET.fullmatch(given)
+        if not match:
+            raise BudgetError(f"budget {given!r} is not understood; write {_FORMS}")
+        number, unit = float(match["number"]), (match["unit"] or "").lower()
+        length = parse_length(match["length"]) if match["length"] else None
+        if unit in _UNITS:
+            if length is None:
+                raise BudgetError(f"budget {given!r} needs the length it holds at, such as '{given}@32k'")
+            if number * _UNITS[unit] < 1:
+                raise BudgetError(f"budget {given!r} is no bytes at all")
+            return Budget(given, None, int(number * _UNITS[unit]), length)
+        if not unit and number > 1:
+            raise BudgetError(f"budget {given!r} is a bare number above 1; did you mean '{given}%'?")
+        share = number / 100 if unit == "%" else number
+        if not 0 < share <= 1:
+            raise BudgetError(f"budget {given!r} is outside (0%, 100%]; write {_FORMS}")
+        return Budget(given, share, None, length)
+
+    def limits(self, shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
+        """Returns the most KV bytes at each length it speaks of."""
+        if self.length is not None:
+            lengths = [self.length]
+        if self.bytes is not None:
+            return dict.fromkeys(lengths, self.bytes)
+        assert self.share is not None
+        return {length: int(self.share * shape.dense_kv_bytes(length)) for length in lengths}
+
+
+def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the budgets of every plan that is asked for: commas ask for several plans, each with the other budgets too.
+
+    Args:
+        asked: such as `["50%,25%", "512MiB@32k"]`, which asks for two plans.
+
+    Raises:
+        BudgetError: one does not parse, or the same plan is asked for twice.
+    """
+    found = list(itertools.product(*([part.strip() for part in str(text).split(",")] for text in asked)))
+    parsed = [[Budget.parse(text) for text in budgets] for budgets in found]
+    if len({tuple((one.share, one.bytes, one.length) for one in budgets) for budgets in parsed}) < len(found):
+        raise BudgetError(
+            f"the budgets {' and '.join(map(str, asked))} ask for the same plan twice; name every budget once"
+        )
+    return found
+
+
+def label(budgets: Sequence[str]) -> str:
+    """Returns budgets as part of a file's name: `25%@8k` is `25-8k`."""
+    return "_".join(re.sub(r"[^0-9A-Za-z.]+", "-", text).strip("-") for text in budgets)
+
+
+def byte_limits(budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
+    """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending."""
+    limits: dict[int, int] = {}
+    lengths = list(lengths)
+    for budget in budgets:
+        for length, limit in budget.limits(shape, lengths).items():
+            limits[length] = min(limit, limits.get(length, limit))
+    if not limits:
+        raise BudgetError(f"no budget given; write --budget with {_FORMS}")
+    return dict(sorted(limits.items()))
+
+
+def reference_length(budgets: Sequence[Budget], lengths: Iterable[int]) -> int:
+    """Returns the longest profiled length, unless a budget names one."""
+    named = [budget.length for budget in budgets if budget.length is not None]
+    return max(named) if named else max(lengths)
+
+
+def check_feasible(limits: Mapping[int, int], smallest: Mapping[int, int], shape: ModelShape) -> None:
+    """Refuses limits below the smallest plan there is.
+
+    Args:
+        limits: most bytes at each length.
+        smallest: bytes of the smallest plan at each length.
+        shape: for the dense bytes in the message.
+
+    Raises:
+        InfeasibleBudgetError: names the length, both numbers and the smallest budget that works.
+    """
+    for length, limit in limits.items():
+        if smallest[length] > limit:
+            dense = shape.dense_kv_bytes(length)
+            need = -(-1000 * smallest[length] // dense) / 10
+            raise InfeasibleBudgetError(
+                f"no plan fits {limit:,} KV bytes at {format_length(length)} tokens ({limit / dense:.1%} of dense): "
+                f"the smallest takes {smallest[length]:,} bytes; ask for at least {need:.1f}% there"
+            )

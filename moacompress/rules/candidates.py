@@ -1,0 +1,32 @@
+"""The candidate rules that a KV head may get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BETA_ONE
+
+ELASTIC_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+MIXED = ((64, 1 / 16), (64, 1 / 8), (128, 1 / 8), (128, 1 / 4))
+
+
+def candidate_windows(max_length: int, min_window: int) -> list[tuple[int, int]]:
+    """Returns the `(alpha, beta_q)` on offer for lengths up to `max_length`, narrowest first, full left out.
+
+    Fixed windows double from `min_window`; elastic ones keep a share of what was seen so far; mixed ones do both.
+    """
+    fixed = []
+    alpha = min_window
+    while alpha < max_length:
+        fixed.append((alpha, 0))
+        alpha *= 2
+    elastic = [(0, int(share * BETA_ONE)) for share in ELASTIC_SHARES]
+    mixed = [(alpha, int(share * BETA_ONE)) for alpha, share in MIXED]
+    return sorted({*fixed, *elastic, *mixed}, key=lambda w: (w[0] + w[1] * max_length / BETA_ONE, w))
+
+
+def candidate_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple[Rule, ...]:
+    """Returns every candidate rule, `Rule.FULL` first, then narrowest window first, for each sink."""
+    windows = candidate_windows(max_length, min_window)
+    return (Rule.FULL, *(Rule(sink, alpha, beta_q) for sink in sinks for alpha, beta_q in windows))

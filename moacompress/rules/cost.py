@@ -1,0 +1,146 @@
+"""What a rule costs in cache slots, exactly, and whether a budget can be met at all.
+
+All numbers are integers from `moacompress.rules.plan`, so that the solver, the plan and the cache agree to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import BudgetError
+from moacompress.rules.budget import Budget, byte_limits, check_feasible
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import slots
+
+Shares: TypeAlias = npt.NDArray[np.float64]
+
+
+def slot_table(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> Ints:
+    """Returns the slots that every KV head takes under every rule.
+
+    Args:
+        shape: for layers, KV heads and native windows.
+        rules: candidate rules.
+        min_window: smallest window, tokens.
+        lengths: tokens so far.
+
+    Returns:
+        int64 [lengths, layers, kv_heads, rules], tokens; exactly `moacompress.rules.windows.slots`.
+    """
+    sink, alpha, beta_q = (np.array([getattr(rule, name) for rule in rules], np.int64) for name in Rule.__match_args__)
+    n = np.array(lengths, np.int64)[:, None]
+    by_native = {
+        native: np.asarray(slots(n, sink, alpha, beta_q, min_window, native), np.int64)
+        for native in set(shape.native_windows)
+    }
+    layers = np.stack([by_native[native] for native in shape.native_windows], axis=1)
+    return np.repeat(layers[:, :, None, :], shape.kv_heads, axis=2)
+
+
+def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
+    """Returns the smallest share of its KV bytes that every layer keeps, float64 [layers]; 0 where none is asked for.
+
+    Raises:
+        BudgetError: a layer that the model does not have.
+    """
+    found = np.zeros(shape.layers)
+    for layer, share in floors.items():
+        if layer >= shape.layers:
+            raise BudgetError(
+                f"a floor is asked for in layer {layer}; the model has the layers 0 to {shape.layers - 1}"
+            )
+        found[layer] = share
+    return found
+
+
+def floored(slots: Ints, floors: Shares) -> Ints:
+    """Returns the slots with every rule that keeps less than its layer's floor standing for the full rule.
+
+    Args:
+        slots: [lengths, layers, kv_heads, rules], the full rule first.
+        floors: [layers].
+    """
+    full = slots[..., :1]
+    below = (slots < np.ceil(floors[:, None, None] * full)).any(axis=0)
+    return np.where(below, full, slots)
+
+
+def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
+    """Returns whether every KV head keeps at least its layer's floor, [layers], at every length."""
+    for row, native, floor in zip(plan.rules, plan.model.native_windows, floors, strict=True):
+        for n in lengths if floor else ():
+            least = floor * Rule.FULL.slots(n, plan.min_window, native)
+            if any(rule.slots(n, plan.min_window, native) < least for rule in row):
+                return False
+    return True
+
+
+def attention_flops(plan: Plan, n: int) -> dict[str, int]:
+    """Returns the floating-point operations of attention's two matrix products at batch 1, a multiply-add as two.
+
+    Args:
+        plan: the plan; its full plan gives the dense model's.
+        n: tokens.
+
+    Returns:
+        `prefill`: of all queries of `n` tokens; `decode`: of the n-th token's query.
+    """
+    shape = plan.model
+    each = 4 * shape.head_dim * (shape.heads // shape.kv_heads)
+    lengths = np.arange(1, n + 1, dtype=np.int64)
+    kept: dict[tuple[Rule, int | None], Ints] = {}
+    prefill = decode = 0
+    for row, native in zip(plan.rules, shape.native_windows, strict=True):
+        for rule in row:
+            if (rule, native) not in kept:
+                kept[rule, native] = np.asarray(rule.kept(lengths, plan.min_window, native), np.int64)
+            prefill += int(kept[rule, native].sum())
+            decode += int(kept[rule, native][-1])
+    return {"prefill": each * prefill, "decode": each * decode}
+
+
+def budget_limits(
+    budgets: Sequence[Budget],
+    shape: ModelShape,
+    lengths: Sequence[int],
+    rules: Sequence[Rule],
+    min_window: int,
+    floors: Shares | None = None,
+) -> dict[int, int]:
+    """Returns the most KV bytes at every length that the budgets restrict, ascending.
+
+    Args:
+        budgets: all must hold.
+        shape: the model.
+        lengths: profiled lengths, where a budget without a length holds.
+        rules: candidate rules, for the smallest plan there is.
+        min_window: smallest window, tokens.
+        floors: smallest share that every layer keeps, [layers]; none by default.
+
+    Raises:
+        InfeasibleBudgetError: no plan of these rules fits; says the smallest budget that works.
+    """
+    limits = byte_limits(budgets, shape, lengths)
+    check_feasible(limits, smallest_bytes(shape, rules, min_window, list(limits), floors), shape)
+    return limits
+
+
+def smallest_bytes(
+    shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int], floors: Shares | None = None
+) -> dict[int, int]:
+    """Returns the KV bytes of the smallest plan at each length; arguments are those of `budget_limits`."""
+    table = slot_table(shape, rules, min_window, lengths)
+    smallest = (table if floors is None else floored(table, floors)).min(axis=-1).sum(axis=(1, 2))
+    return {n: int(total) * shape.slot_bytes for n, total in zip(lengths, smallest, strict=True)}
+
+
+def slot_limits(limits: Mapping[int, int], shape: ModelShape) -> Ints:
+    """Returns byte limits as whole slots, int64 [lengths]."""
+    return np.array([limit // shape.slot_bytes for limit in limits.values()], np.int64)

@@ -1,0 +1,50 @@
+"""What a plan must know of its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moacompress.rules.rule import MIN_WINDOWS, Rule
+
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 4096, 4096
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know of its model.
+
+    Attributes:
+        model_type: `config.model_type`.
+        layers: number of decoder layers.
+        heads: query heads of a layer.
+        kv_heads: KV heads of a layer; divides `heads`.
+        head_dim: numbers in a key and in a value.
+        dtype: dtype of the checkpoint's weights, which is that of its cache.
+        native_windows: per layer the model's own sliding window in tokens, or None.
+        weights_fingerprint: see `moacompress.models.fingerprint.weights_fingerprint`.
+    """
+
+    model_type: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    native_windows: tuple[int | None, ...]
+    weights_fingerprint: str
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token's key and value of one KV head."""
+        return 2 * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def dense_kv_bytes(self, n: int, batch: int = 1) -> int:
+        """Returns the KV bytes of the dense model at `n` tokens, native windows respected, in whole blocks."""
+        per_layer = (Rule.FULL.slots(n, MIN_WINDOWS[0], native) for native in self.native_windows)
+        return int(batch * self.kv_heads * self.slot_bytes * sum(per_layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {**self.__dict__, "native_windows": list(self.native_windows)}

@@ -1,0 +1,334 @@
+"""The plan: which keys every KV head keeps. The one definition of window, visible, kept, slots and bytes.
+
+All of it is integer arithmetic, so that search, cost, cache and report agree to the token. Reading a plan never runs
+code from it, never unpickles and never fetches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import ArtefactError, PlanError
+from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
+from moacompress.rules.model_shape import DTYPE_BYTES, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
+from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.windows import BETA_ONE
+
+FORMAT = "moacompress-plan"
+VERSION = 1
+MAX_DEPTH = 64
+"""Deepest nesting of a plan's notes."""
+MAX_NOTES = 1 << 24
+"""Most numbers and characters in a plan's notes: a plan in a config.json has no file size of its own to check."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rule for every KV head of every layer, with where it came from and what it was measured to do.
+
+    Attributes:
+        model: the model it is for.
+        min_window: smallest window of any KV head, tokens.
+        rules: `rules[layer][kv_head]`.
+        budget: `{"asked": [...], "bytes": {"1024": {"plan": int, "dense": int}}}`, empty for a hand-made plan.
+        quality: predicted and measured harm, of the plan and of the baselines.
+        provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
+    """
+
+    model: ModelShape
+    min_window: int
+    rules: tuple[tuple[Rule, ...], ...]
+    budget: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def uniform(model: ModelShape, rule: Rule, min_window: int = 32) -> Plan:
+        """Returns the plan that gives every KV head the same rule."""
+        return Plan(model, min_window, ((rule,) * model.kv_heads,) * model.layers)
+
+    @staticmethod
+    def full(model: ModelShape) -> Plan:
+        """Returns the plan that keeps everything."""
+        return Plan.uniform(model, Rule.FULL)
+
+    def kept(self, n: int) -> int:
+        """Returns the keys visible to query `n - 1`, summed over layers and KV heads."""
+        return sum(rule.kept(n, self.min_window, native) for rule, native in self._heads())
+
+    def slots(self, n: int) -> int:
+        """Returns the tokens that the cache holds memory for at `n` tokens, summed over layers and KV heads."""
+        return sum(rule.slots(n, self.min_window, native) for rule, native in self._heads())
+
+    def kv_bytes(self, n: int, batch: int = 1) -> int:
+        """Returns the bytes of the cache at `n` tokens."""
+        return batch * self.slots(n) * self.model.slot_bytes
+
+    def kv_share(self, n: int) -> float:
+        """Returns the cache's bytes at `n` tokens as a share of the dense model's."""
+        return self.kv_bytes(n) / self.model.dense_kv_bytes(n)
+
+    def density(self, n: int) -> float:
+        """Returns kept / dense kept at `n` tokens, averaged over KV heads: a diagnostic, never the budget."""
+        shares = [
+            rule.kept(n, self.min_window, native) / Rule.FULL.kept(n, self.min_window, native)
+            for rule, native in self._heads()
+        ]
+        return float(sum(shares) / len(shares))
+
+    def key(self) -> str:
+        """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""
+        shape = self.model.to_dict()
+        del shape["weights_fingerprint"]
+        return fingerprint([shape, self.min_window, [[(r.sink, r.alpha, r.beta_q) for r in row] for row in self.rules]])
+
+    def with_notes(self, **notes: dict[str, Any]) -> Plan:
+        """Returns the same rules with other `budget`, `quality` or `provenance`."""
+        return replace(self, **notes)  # type: ignore[arg-type]
+
+    def check_model(self, model: ModelShape, *, weights: bool) -> None:
+        """Refuses a model that the plan was not made for.
+
+        Args:
+            model: the model at hand.
+            weights: also compare the weights fingerprint (search and export do, loading does not).
+
+        Raises:
+            PlanError: naming the first difference.
+        """
+        for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows"):
+            ours, theirs = getattr(self.model, name), getattr(model, name)
+            if ours != theirs:
+                raise PlanError(
+                    f"the plan is for another model: its {name} is {_short(ours)}, the model's is {_short(theirs)}; "
+                    "make a plan for this model with `moacompress search`"
+                )
+        if weights and self.model.weights_fingerprint != model.weights_fingerprint:
+            raise PlanError(
+                f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has "
+                f"{model.weights_fingerprint}; profile and search this model anew"
+            )
+
+    def diff(self, other: Plan) -> list[str]:
+        """Returns one line for each difference in what the two plans do; empty when they do the same."""
+        lines = []
+        for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows", "weights_fingerprint"):
+            ours, theirs = getattr(self.model, name), getattr(other.model, name)
+            if ours != theirs:
+                lines.append(f"model.{name}: {_short(ours)} -> {_short(theirs)}")
+        if self.min_window != other.min_window:
+            lines.append(f"min_window: {self.min_window} -> {other.min_window}")
+        for layer, (row, other_row) in enumerate(zip(self.rules, other.rules, strict=False)):
+            for head, (rule, other_rule) in enumerate(zip(row, other_row, strict=False)):
+                if rule != other_rule and not (rule.is_full and other_rule.is_full):
+                    lines.append(f"layer {layer} KV head {head}: {rule} -> {other_rule}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form (DESIGN: the plan)."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model.to_dict(),
+            "min_window": self.min_window,
+            "layers": [
+                {
+                    "sink": [rule.sink for rule in row],
+                    "alpha": [rule.alpha for rule in row],
+                    "beta_q": [rule.beta_q for rule in row],
+                    "kv_dtype": [None] * len(row),
+                    "share": None,
+                }
+                for row in self.rules
+            ],
+            "budget": finite_json(self.budget),
+            "quality": finite_json(self.quality),
+            "provenance": finite_json(self.provenance),
+        }
+
+    @staticmethod
+    def from_dict(data: Any) -> Plan:
+        """Reads the JSON form.
+
+        Raises:
+            PlanError: one message naming the first thing that is wrong, with layer and head.
+        """
+        try:
+            return _parse(data)
+        except RecursionError as error:
+            raise PlanError("the plan is nested too deep") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, atomically."""
+        write_json(Path(path), self.to_dict())
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Reads a plan file.
+
+        Raises:
+            PlanError: unreadable, too large, or not a valid plan; the message starts with the path.
+        """
+        try:
+            return Plan.from_dict(read_json(Path(path), "plan", MAX_JSON_BYTES))
+        except (ArtefactError, PlanError) as error:
+            message = str(error)
+            raise PlanError(message if str(path) in message else f"plan {path}: {message}") from error
+
+    def _heads(self) -> Iterable[tuple[Rule, int | None]]:
+        for row, native in zip(self.rules, self.model.native_windows, strict=True):
+            for rule in row:
+                yield rule, native
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(finite_json(value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PlanError(f"{name} must be a whole number, not {_short(value)!r}")
+    if not low <= value <= high:
+        raise PlanError(f"{name} is {value}, outside {low}..{high}")
+    return value
+
+
+def _check_shape(shape: ModelShape) -> None:
+    _whole(shape.layers, "model.layers", 1, MAX_LAYERS)
+    _whole(shape.heads, "model.heads", 1, MAX_HEADS)
+    _whole(shape.kv_heads, "model.kv_heads", 1, MAX_HEADS)
+    _whole(shape.head_dim, "model.head_dim", 1, MAX_HEAD_DIM)
+    if shape.heads % shape.kv_heads:
+        raise PlanError(f"model.heads is {shape.heads}, no multiple of model.kv_heads {shape.kv_heads}")
+    if shape.dtype not in DTYPE_BYTES:
+        raise PlanError(f"model.dtype is {shape.dtype!r}, not one of {', '.join(sorted(DTYPE_BYTES))}")
+    if len(shape.native_windows) != shape.layers:
+        raise PlanError(f"model.native_windows has {len(shape.native_windows)} entries for {shape.layers} layers")
+    for layer, native in enumerate(shape.native_windows):
+        if native is not None:
+            _whole(native, f"model.native_windows of layer {layer}", 1, MAX_ALPHA)
+
+
+def _check(plan: Plan) -> None:
+    _check_shape(plan.model)
+    if type(plan.min_window) is not int or plan.min_window not in MIN_WINDOWS:
+        raise PlanError(f"min_window is {_short(plan.min_window)}, not one of {', '.join(map(str, MIN_WINDOWS))}")
+    if len(plan.rules) != plan.model.layers:
+        raise PlanError(f"the plan has {len(plan.rules)} layers for a model of {plan.model.layers}")
+    for layer, row in enumerate(plan.rules):
+        if len(row) != plan.model.kv_heads:
+            raise PlanError(f"layer {layer} has {len(row)} KV heads for a model of {plan.model.kv_heads}")
+        for head, rule in enumerate(row):
+            where = f"layer {layer} KV head {head}"
+            if type(rule.sink) is not int or rule.sink not in SINKS:
+                raise PlanError(f"sink of {where} is {_short(rule.sink)}, not one of {', '.join(map(str, SINKS))}")
+            _whole(rule.alpha, f"alpha of {where}", 0, MAX_ALPHA)
+            _whole(rule.beta_q, f"beta_q of {where}", 0, BETA_ONE)
+
+
+def _object(data: Any, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise PlanError(f"{name} must be an object, not {_short(data)!r}")
+    unknown = sorted(str(key) for key in data if key not in required and key not in optional)
+    if unknown:
+        raise PlanError(f"{name} has the unknown key {unknown[0]!r}; known are {', '.join([*required, *optional])}")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise PlanError(f"{name} lacks the key {missing[0]!r}")
+    return data
+
+
+def _list(value: Any, name: str, size: int) -> list[Any]:
+    if not isinstance(value, list):
+        raise PlanError(f"{name} must be a list, not {_short(value)!r}")
+    if len(value) != size:
+        raise PlanError(f"{name} has {len(value)} entries, not {size}")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value) > 256:
+        raise PlanError(f"{name} must be a text of at most 256 characters, not {_short(value)!r}")
+    return value
+
+
+def _parse(data: Any) -> Plan:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise PlanError(f'not a moacompress plan: "format" is not {FORMAT!r}')
+    version = _whole(data.get("version"), "version", 1, 10**6)
+    if version > VERSION:
+        raise PlanError(f"the plan has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress")
+    _object(
+        data, "the plan", ("format", "version", "model", "min_window", "layers"), ("budget", "quality", "provenance")
+    )
+    fields = tuple(ModelShape.__dataclass_fields__)
+    model = _object(data["model"], "model", fields)
+    layers = _whole(model["layers"], "model.layers", 1, MAX_LAYERS)
+    kv_heads = _whole(model["kv_heads"], "model.kv_heads", 1, MAX_HEADS)
+    values: dict[str, Any] = {name: model[name] for name in ("layers", "heads", "kv_heads", "head_dim")}
+    values |= {name: _text(model[name], f"model.{name}") for name in ("model_type", "dtype", "weights_fingerprint")}
+    values["native_windows"] = tuple(_list(model["native_windows"], "model.native_windows", layers))
+    shape = ModelShape(**values)
+    _check_shape(shape)
+    rules = []
+    for index, layer in enumerate(_list(data["layers"], "layers", layers)):
+        where = f"layer {index}"
+        _object(layer, where, ("sink", "alpha", "beta_q"), ("kv_dtype", "share"))
+        columns = [_list(layer[name], f"{name} of {where}", kv_heads) for name in ("sink", "alpha", "beta_q")]
+        for head, dtype in enumerate(_list(layer.get("kv_dtype", [None] * kv_heads), f"kv_dtype of {where}", kv_heads)):
+            if dtype is not None:
+                raise PlanError(f"kv_dtype of {where} KV head {head} is {_short(dtype)!r}; only null is supported")
+        if layer.get("share") is not None:
+            raise PlanError(f"{where} shares attention, which this moacompress does not support; upgrade moacompress")
+        rules.append(tuple(Rule(*values) for values in zip(*columns, strict=True)))
+    notes: dict[str, Any] = {}
+    room = MAX_NOTES
+    for name in ("budget", "quality", "provenance"):
+        notes[name] = data.get(name, {})
+        room = _room_after(notes[name], room) if isinstance(notes[name], dict) else -1
+        if room < 0:
+            raise PlanError(
+                f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_NOTES:,} numbers "
+                "and characters with the other notes"
+            )
+    _check_notes(notes["budget"], notes["provenance"])
+    return Plan(shape, data["min_window"], tuple(rules), **notes)
+
+
+def _room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:
+    """Returns the room that is left after `value`, negative where it is too much, too deep or not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return -1
+    if isinstance(value, dict | list):
+        if depth == 0:
+            return -1
+        for item in value.items() if isinstance(value, dict) else value:
+            parts = item if isinstance(value, dict) else (item,)
+            for part in parts:
+                room = _room_after(part, room, depth - 1)
+                if room < 0:
+                    return -1
+    return room - (len(value) if isinstance(value, str) else 1)
+
+
+def _check_notes(budget: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Refuses notes of another form than those that are read back; the others are only kept."""
+    asked, sizes = budget.get("asked", []), budget.get("bytes", {})
+    if not isinstance(asked, list) or not all(isinstance(text, str) and len(text) <= 64 for text in asked):
+        raise PlanError(f"budget.asked must be a list of budgets, not {_short(asked)!r}")
+    if not isinstance(sizes, dict) or not all(str(n).isdecimal() and len(n) <= 9 and int(n) for n in sizes):
+        raise PlanError(f"budget.bytes must be an object of lengths, not {_short(list(sizes))!r}")
+    lengths = provenance.get("lengths", [])
+    if not isinstance(lengths, list):
+        raise PlanError(f"provenance.lengths must be a list, not {_short(lengths)!r}")
+    for n in lengths:
+        _whole(n, "a length in provenance.lengths", 1, MAX_ALPHA)

@@ -1,0 +1,55 @@
+"""Rows of a batch that are the same: the repeated ones of beams and return sequences, which share their blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.runtime.blocks import Ids
+from moacompress.runtime.real_tokens import Chunk
+
+
+def find_equal_rows(lengths: Ints, ids: Ids, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
+    """Finds rows that are the same, to the bit, before and in a chunk.
+
+    That their tokens are the same would not be enough (adapters of single rows), so keys and values are compared.
+
+    Args:
+        lengths: real tokens of every row before the chunk, `[rows]`.
+        ids: the block table, `[rows, heads, logical blocks]`.
+        key: of the chunk, `[rows, heads, tokens, head_dim]`.
+        value: of the chunk, `[rows, heads, tokens, value_dim]`.
+        chunk: which of its tokens are real.
+
+    Returns:
+        The first row that is the same as each, `[rows]`; None where all differ.
+    """
+    rows = len(lengths)
+    if rows < 2 or chunk.columns < 2:
+        return None
+
+    def same(row: int, other: int) -> bool:
+        return (
+            bool(lengths[row] == lengths[other])
+            and np.array_equal(ids[row], ids[other])
+            and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
+            and torch.equal(key[row], key[other])
+            and torch.equal(value[row], value[other])
+        )
+
+    last = key[:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
+    twins = np.arange(rows)
+    for members in np.split(*_sorted_groups(np.unique(last, axis=0, return_inverse=True)[1].reshape(-1))):
+        for at, row in enumerate(members):
+            for other in members[:at]:
+                if twins[other] == other and same(row, other):
+                    twins[row] = other
+                    break
+    return twins if bool((twins != np.arange(rows)).any()) else None
+
+
+def _sorted_groups(numbers: Ints) -> tuple[Ints, Ints]:
+    """Returns the places of equal numbers one after the other, and where each group but the first begins."""
+    order = np.argsort(numbers, kind="stable")
+    return order, np.flatnonzero(np.diff(numbers[order])) + 1

@@ -1,0 +1,260 @@
+"""Products with weights: what is left of a step on a CPU once attention is cheap.
+
+torch hands products in float32 to MKL, which packs a weight anew for every product and, on AMD's processors, leaves much of the
+machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a second copy: the model
+keeps its own for everything else (embeddings tied to it, checkpoints, training). A few rows, as of a decode step, are
+multiplied by the compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import platform
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moacompress.core.memory import available_bytes
+from moacompress.kernels import dispatch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 64
+"""Rows that a weight is packed for; 1 and 8 were nowhere faster by more than 5%, from 1 to 256 rows."""
+FEW_ROWS = 8
+"""Rows up to which the compiled kernels are as fast as oneDNN or faster; at 16 they are slower."""
+SPARE = 3
+"""How many times the packed bytes must be free: they themselves, once more for gradients, and what the model runs in."""
+
+_numbers = itertools.count(1)
+_packs: weakref.WeakValueDictionary[int, _Pack] = weakref.WeakValueDictionary()
+
+_LIBRARY = torch.library.Library("moacompress", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int number) -> Tensor")
+_LIBRARY.define("packed_linear_backward(Tensor grad, Tensor weight, int number) -> Tensor")
+
+
+class _Pack:
+    """The packed form of a weight, and that of its transpose once a gradient asks for it.
+
+    A graph holds its number: tensors in oneDNN's own layout can not be traced.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.number = next(_numbers)
+        self._state = _state(weight)
+        self._packed = _reordered(weight)
+        self._transposed: torch.Tensor | None = None
+        _packs[self.number] = self
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether the weight is what it was when it was packed."""
+        return self._state == _state(weight)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns `x @ weight.T + bias`."""
+        return _product(x, self._packed, bias)
+
+    def gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Returns `grad @ weight`."""
+        if self._transposed is None:
+            self._transposed = _reordered(weight.t())
+        return _product(grad, self._transposed, None)
+
+
+def _state(weight: torch.Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+
+
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS))
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+    return cast(torch.Tensor, product)
+
+
+def _valid(number: int, weight: torch.Tensor, x: torch.Tensor) -> _Pack | None:
+    pack = _packs.get(number)
+    return pack if pack is not None and x.numel() and pack.holds(weight) else None
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, number: int) -> torch.Tensor:
+    pack = _valid(number, weight, x)
+    return nn.functional.linear(x, weight, bias) if pack is None else pack.product(x, bias)
+
+
+def _backward(grad: torch.Tensor, weight: torch.Tensor, number: int) -> torch.Tensor:
+    pack = _valid(number, weight, grad)
+    return grad @ weight if pack is None else pack.gradient(grad, weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, _, ctx.number = inputs
+    ctx.save_for_backward(weight)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    (weight,) = ctx.saved_tensors
+    return torch.ops.moacompress.packed_linear_backward(grad, weight, ctx.number), None, None, None
+
+
+_LIBRARY.impl("packed_linear", _forward, "CPU")
+_LIBRARY.impl("packed_linear_backward", _backward, "CPU")
+torch.library.register_fake(
+    "moacompress::packed_linear", lambda x, weight, bias, number: x.new_empty(*x.shape[:-1], weight.shape[0])
+)
+torch.library.register_fake(
+    "moacompress::packed_linear_backward",
+    lambda grad, weight, number: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
+)
+torch.library.register_autograd("moacompress::packed_linear", _gradients, setup_context=_setup)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer of which the compiled kernels multiply a few rows, and whose weight may be packed; see `pack_weights`.
+
+    Copies of it have nothing packed and are right all the same.
+    """
+
+    _pack: _Pack | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns `input @ weight.T + bias`, `[..., out_features]`; with gradients of the weight it is torch's own."""
+        pack, weight = self._pack, self.weight
+        trained = torch.is_grad_enabled() and (
+            weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        if trained or input.dtype != weight.dtype or input.device.type != "cpu":
+            return super().forward(input)
+        ready = (
+            has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
+        )
+        if ready and dispatch.kernel_for(input) == "cpu":
+            return cast(torch.Tensor, torch.ops.moacompress_cpu.linear(input, weight, self.bias))
+        if pack is None:
+            return super().forward(input)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _forward(input, weight, self.bias, pack.number)  # an operator takes as long again as a small product
+        return cast(torch.Tensor, torch.ops.moacompress.packed_linear(input, weight, self.bias, pack.number))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+
+
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Returns whether an input, `[..., in_features]`, has few enough rows for the compiled kernels, and no gradients."""
+    return x.numel() <= FEW_ROWS * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def lies_ready(tensor: object, x: torch.Tensor) -> bool:
+    """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
+
+    It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's
+    dtype and device, and not trained here.
+    """
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor) in (nn.Parameter, torch.Tensor)
+        and tensor.dtype == x.dtype
+        and tensor.device == x.device
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def can_pack() -> bool:
+    """Returns whether this torch and this machine have what packed weights need."""
+    return (
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def pack_weights(*models: nn.Module) -> int:
+    """Packs the weights of all linear layers on the CPU, so that their products are faster.
+
+    It takes as much memory again as these weights; up to FEW_ROWS rows are multiplied without it, by the compiled kernels.
+    Nothing else changes: parameters, checkpoints and training are as before. A weight that changes later is not used packed any
+    more; call this again. Models that share weights share the packed ones.
+
+    Args:
+        models: in float32 or bfloat16; what is on other devices or in other dtypes is left alone.
+
+    Returns:
+        Bytes that the packed weights take; 0 where there is nothing to pack, or this machine can not.
+    """
+    if not can_pack():
+        return 0
+    weights = _weights(*models)
+    packs = {key: _Pack(weight) for key, weight in weights.items()}
+    for model in models:
+        for layer in _layers(model):
+            layer.__class__ = PackedLinear
+            cast(PackedLinear, layer)._pack = packs[id(layer.weight)]
+    return sum(weight.nbytes for weight in weights.values())
+
+
+def take_few_rows(layer: nn.Module) -> bool:
+    """Has the compiled kernels multiply a few rows of a plain linear layer; packs nothing.
+
+    Returns:
+        Whether it was one: `leave_few_rows` undoes it.
+    """
+    if type(layer) is not nn.Linear:
+        return False
+    layer.__class__ = PackedLinear
+    return True
+
+
+def leave_few_rows(layer: nn.Module) -> None:
+    """Gives a linear layer back to torch, unless its weight has been packed meanwhile."""
+    if type(layer) is PackedLinear and layer._pack is None:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = available_bytes) -> int:
+    """As `pack_weights`, if there is memory for it; otherwise the model stays as it is."""
+    wanted = SPARE * sum(weight.nbytes for weight in _weights(model).values())
+    available = free()
+    if available is not None and available < wanted:
+        logger.info("weights are not packed: that wants %d MiB, and %d MiB are free", wanted >> 20, available >> 20)
+        return 0
+    return pack_weights(model)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Returns the bytes of a model's packed weights; their transposes, for gradients, take as much again."""
+    packs = {
+        layer._pack.number: layer.weight.nbytes
+        for layer in model.modules()
+        if isinstance(layer, PackedLinear) and layer._pack
+    }
+    return sum(packs.values())
+
+
+def _weights(*models: nn.Module) -> dict[int, torch.Tensor]:
+    """Returns the weights that can be packed by their `id`, so that shared ones come once."""
+    return {id(layer.weight): layer.weight for model in models for layer in _layers(model)}
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """Returns the layers whose weights can be packed; subclasses may compute something else."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+        and type(layer) in (nn.Linear, PackedLinear)
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in DTYPES
+        and not layer.weight.is_inference()
+    ]

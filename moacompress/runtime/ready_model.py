@@ -1,0 +1,24 @@
+"""MODEL as a recipe asks for it, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moacompress.recipe import Recipe
+from moacompress.models.source import SourceModel, load_source
+
+
+def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
+    """Returns MODEL loaded as a recipe says, its weights packed where there is memory for it, and a loaded model as it is.
+
+    Errors are those of `load_source`.
+    """
+    if isinstance(source, SourceModel):
+        return source
+    loaded = load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    from moacompress.runtime.linear import pack_where_it_fits
+
+    pack_where_it_fits(loaded.model)
+    return loaded

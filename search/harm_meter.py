@@ -1,0 +1,108 @@
+"""The judge of a search: the real model on validation samples, and a ledger, so that nothing is measured twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moacompress.calibration.samples import Sample
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
+from moacompress.rules.plan import Plan
+from moacompress.search.knapsack import ablation
+from moacompress.search.ledger import Ledger
+from moacompress.search.objective import Measure
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.surrogate import Surrogate, fit, pick_ablations
+
+ABLATION_SAMPLES = 3
+"""Samples on which the ablations are measured that the surrogate is calibrated with."""
+
+
+@dataclass(frozen=True)
+class HarmMeter:
+    """What measures plans.
+
+    Attributes:
+        ledger: what is measured already.
+        measure: the model on validation samples.
+        order: numbers of the samples, shuffled.
+    """
+
+    ledger: Ledger
+    measure: Measure
+    order: Sequence[int]
+
+    @staticmethod
+    def of(ledger: Ledger, measure: Measure, seed: int) -> HarmMeter:
+        """Returns the judge whose samples are shuffled by a seed."""
+        return HarmMeter(ledger, measure, np.random.default_rng(seed).permutation(measure.size).tolist())
+
+    def harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
+        """Returns the harm of each numbered sample, measured at most once in the life of the ledger.
+
+        Args:
+            kind: what for; with the plan it is what the numbers are filed under.
+            plan: the plan.
+            numbers: of the samples.
+        """
+        known = self.known(kind, plan)
+        if known is not None:
+            return known
+        with self.measure.under(plan) as harm:
+            harms = [harm(number) for number in numbers]
+        self.keep(kind, plan, harms)
+        return harms
+
+    def keep(self, kind: str, plan: Plan, harms: Sequence[float]) -> None:
+        """Keeps what was measured elsewhere, as `harms` would have."""
+        self.ledger.remember(f"{kind}:{plan.key()}", list(harms))
+
+    def known(self, kind: str, plan: Plan) -> list[float] | None:
+        """Returns what `harms` measured before, or None."""
+        found = self.ledger.recall(f"{kind}:{plan.key()}")
+        return None if found is None else [float(value) for value in found]
+
+    def many(
+        self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None
+    ) -> list[float]:
+        """Returns the harms of plans near `base` on one sample, measured at most once in the life of the ledger.
+
+        Args:
+            kind: what for.
+            number: of the sample.
+            plans: quick are those that differ from `base` in late layers only.
+            base: a plan.
+            measure: the model on other samples than the judge's own.
+        """
+        name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
+        known = self.ledger.recall(name)
+        if known is None:
+            known = (measure or self.measure).many(number, plans, base)
+            self.ledger.remember(name, known)
+        return [float(harm) for harm in known]
+
+    def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
+        """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest)."""
+        recipe, profile, surrogate = request.recipe, request.profile, request.surrogate
+        shortest = Surrogate(surrogate.rules, surrogate.influence[:1], surrogate.supersets)
+        influence = shortest.raw()
+        picks = pick_ablations(influence, recipe.search.ablations, recipe.seed)
+        nearest = sorted(self.order, key=lambda number: _rank(profile.validation[number]))
+        numbers = nearest[: ABLATION_SAMPLES if picks else 0]
+        plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
+        progress.start("calibrating", len(numbers))
+        harms = []
+        for number in numbers:
+            harms.append(self.many("ablations", number, plans, full))
+            progress.step(f"{len(plans)} KV heads on sample {number}")
+        progress.done()
+        measured = np.mean(harms, axis=0) if harms else np.zeros(0)
+        return surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
+
+
+def _rank(sample: Sample) -> tuple[bool, int]:
+    """Sorts answers before plain text, and the shortest first."""
+    return sample.kind == "text", sample.length

@@ -1,0 +1,220 @@
+"""Several plans of one profile: one for each budget, or the front of harm and bytes, or the smallest that is good enough."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moacompress.calibration.store import Profile
+from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError, UsageError
+from moacompress.core.files import write_json
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
+from moacompress.recipe import Recipe
+from moacompress.rules.budget import label
+from moacompress.rules.cost import smallest_bytes
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
+from moacompress.search.search_request import Knob, SearchRequest
+from moacompress.search.search_result import SearchResult
+from moacompress.search.study import find_plan
+
+LOWER = 0.9
+"""A whole search is tried at this share of the smallest budget that the surrogate's own plans hold at."""
+
+
+def find_plans(
+    profile: Profile,
+    budgets: Sequence[Sequence[str]],
+    *,
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool = False,
+    model: SourceModel | None = None,
+    progress: Progress | None = None,
+) -> list[SearchResult]:
+    """Finds a plan for each of several budgets; the knobs that won at one are tried first at the next.
+
+    Args:
+        profile: a finished profile.
+        budgets: for each plan the budgets that it must hold.
+        recipe: the run.
+        out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
+        overwrite: replace plans of other searches.
+        model: the profile's model where it is loaded already.
+        progress: told of every measurement.
+
+    Returns:
+        The results, in the order of `budgets`.
+
+    Raises:
+        MoaCompressError: as `find_plan`, for the first budget that fails; budgets are all looked at before anything runs.
+    """
+    for asked in budgets:
+        SearchRequest.of(profile, list(asked), recipe)
+    source = load_for(recipe, profile.source) if model is None else model
+    found: list[SearchResult] = []
+    starts: list[Knob] = []
+    for asked in budgets:
+        resolved = recipe.override(budget=list(asked))
+        result = find_plan(
+            profile,
+            None,
+            recipe=resolved,
+            out=named(out, label(asked)),
+            overwrite=overwrite,
+            model=source,
+            starts=starts,
+            progress=progress,
+        )
+        knobs = result.plan.provenance["knobs"]
+        starts = [knobs] if any(knobs.values()) else []
+        found.append(result)
+    write_front(out, found)
+    return found
+
+
+def named(out: Path, name: str) -> Path:
+    """Returns `plan-NAME.json` for `plan.json`."""
+    return out.with_name(f"{out.stem}-{name}{out.suffix or '.json'}")
+
+
+def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
+    """Writes `plan.front.json` beside the plans and returns it: bytes and harm of every plan, the smallest first."""
+    points = [
+        {
+            "plan": result.path.name if result.path else None,
+            "budget": result.plan.budget["asked"],
+            "kv_bytes": result.kv_bytes,
+            "kv_share": {n: row["plan"] / row["dense"] for n, row in result.kv_bytes.items()},
+            "harm": result.harm,
+        }
+        for result in results
+    ]
+    points.sort(key=lambda point: max(point["kv_share"].values()))
+    front = {"format": "moacompress-front", "points": points}
+    write_json(out.with_name(f"{out.stem}.front.json"), front)
+    return front
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much worse a plan may be.
+
+    Attributes:
+        text: as it was given.
+        harm: nats. A share p stands for `log(1 + p)`: KL is the expected rise of the negative log-likelihood of what the
+            dense model says, so its perplexity then rises by that share at most.
+    """
+
+    text: str
+    harm: float
+
+    @staticmethod
+    def parse(text: str) -> Loss:
+        """Reads `1%` or `0.01`.
+
+        Raises:
+            UsageError: anything else, or not above 0.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+        if not 0 < share <= 1:
+            raise UsageError(f"loss {text!r} is not understood; write '1%' or '0.01', above 0 and at most 100%")
+        return Loss(text.strip(), math.log1p(share))
+
+
+def find_smallest(
+    profile: Profile,
+    loss: Loss,
+    *,
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool = False,
+    model: SourceModel | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Finds the plan of the smallest budget, a share of the dense bytes, whose measured harm is within a loss.
+
+    Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
+    budget at which they hold, and where its plan does not hold, one at that budget.
+
+    Args:
+        profile: a finished profile.
+        loss: the most harm.
+        recipe: the run; its budget does not count.
+        out: where the plan goes. The others are beside it, as `plan-25.json`.
+        overwrite: replace plans of other searches.
+        model: the profile's model where it is loaded already.
+        progress: told of every measurement.
+
+    Raises:
+        InfeasibleBudgetError: a plan that keeps next to everything does not hold.
+        MoaCompressError: as `find_plan`.
+    """
+    _claim(out, profile, loss, overwrite)
+    source = load_for(recipe, profile.source) if model is None else model
+    quick = {
+        "search__trials": 1,
+        "search__rounds": 0,
+        "search__moves": 0,
+        "search__ablations": 0,
+        "search__alternatives": False,
+    }
+
+    def search(share: int, target: Path, **settings: Any) -> SearchResult:
+        resolved = recipe.override(budget=[f"{share}%"], **settings)
+        return find_plan(
+            profile, None, recipe=resolved, out=target, overwrite=overwrite, model=source, progress=progress
+        )
+
+    def holds(result: SearchResult) -> bool:
+        return (result.harm["plan"] or 0.0) <= loss.harm
+
+    def scouted(share: int) -> bool:
+        return holds(search(share, out.with_suffix(".scouts") / f"{share}.json", **quick))
+
+    smallest = math.ceil(100 * smallest_share(profile))
+    bad, good = smallest - 1, 99
+    if not scouted(good):
+        raise InfeasibleBudgetError(
+            f"no plan holds a loss of {loss.text} (KL {loss.harm:.2g} nats): even {good}% of the bytes cost more; allow "
+            "more loss"
+        )
+    while good - bad > 1:
+        middle = (bad + good) // 2
+        bad, good = (bad, middle) if scouted(middle) else (middle, good)
+    shares = sorted({max(smallest, int(good * LOWER)), good})
+    for share in shares:
+        found = search(share, named(out, str(share)))
+        if holds(found):
+            break
+    else:  # the surrogate's own plan does
+        found = search(good, out.with_suffix(".scouts") / f"{good}.json", **quick)
+    plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
+    plan.save(out)
+    return SearchResult.of(plan, out, found.seconds, found.explanation)
+
+
+def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
+    """Refuses a file that is not an earlier result of the same request."""
+    if not out.exists() or (overwrite and not out.is_dir()):
+        return
+    try:
+        plan = Plan.load(out)
+        ours = plan.budget.get("max_loss") == loss.text and plan.provenance.get("profile") == profile.fingerprint
+    except PlanError:
+        ours = False
+    if not ours:
+        raise ArtefactError(f"{out} exists already and is of another search; choose another file or pass --overwrite")
+
+
+def smallest_share(profile: Profile) -> float:
+    """Returns the share of the dense bytes that the smallest plan takes, at the length where that is most."""
+    shape = profile.shape
+    smallest = smallest_bytes(shape, profile.rules, profile.min_window, list(profile.lengths))
+    return max(smallest[n] / shape.dense_kv_bytes(n) for n in profile.lengths)

@@ -1,0 +1,132 @@
+"""What a search is asked for, and the fingerprint that it is resumed by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from moacompress.calibration.samples import fingerprint_samples
+from moacompress.calibration.store import Profile
+from moacompress.core.arrays import Floats, Ints
+from moacompress.core.errors import UsageError
+from moacompress.core.files import fingerprint
+from moacompress.recipe import Recipe
+from moacompress.rules.budget import Budget
+from moacompress.rules.cost import budget_limits, layer_floors
+from moacompress.search.knapsack import Knapsack, total_cost
+from moacompress.search.knobs import Knobs
+from moacompress.search.quadratic import Quadratic
+from moacompress.search.surrogate import Surrogate
+
+Knob: TypeAlias = Mapping[str, float]
+
+MIN_ROWS = 32
+"""Draws of all samples below which the quadratic form says nothing."""
+SEARCH_VERSION = 5
+"""Part of a study's name: raised when the same request would be searched in another way."""
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What is asked for, known before the model is loaded.
+
+    Attributes:
+        profile: the profile.
+        recipe: the resolved recipe.
+        asked: the budgets as given.
+        limits: most KV bytes at every length that the budgets restrict.
+        surrogate: not yet calibrated.
+        starts: knobs that are tried right after the neutral ones.
+    """
+
+    profile: Profile
+    recipe: Recipe
+    asked: tuple[str, ...]
+    limits: dict[int, int]
+    surrogate: Surrogate
+    starts: tuple[Knob, ...] = ()
+
+    @staticmethod
+    def of(
+        profile: Profile, budget: str | Sequence[str] | None, recipe: Recipe, starts: Sequence[Knob] = ()
+    ) -> SearchRequest:
+        """Reads the budgets and the profile.
+
+        Raises:
+            BudgetError: as `find_plan`.
+            InfeasibleBudgetError: as `find_plan`.
+            UsageError: a profile around a plan.
+        """
+        asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
+        budgets = [Budget.parse(text) for text in asked]
+        floors = layer_floors(recipe.search.floors, profile.shape)
+        limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors)
+        if profile.around:
+            raise UsageError(
+                f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
+            )
+        influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts))
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of all that decides the result but for how long the search may take."""
+        search = self.recipe.search
+        return fingerprint(
+            {
+                "version": SEARCH_VERSION,
+                "profile": self.profile.fingerprint,
+                "validation": fingerprint_samples(self.profile.validation),
+                "limits": [[n, limit] for n, limit in self.limits.items()],
+                "estimator": self.recipe.profile.estimator,
+                "text_weight": search.text_weight,
+                "solver": search.solver,
+                "ablations": search.ablations,
+                "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
+                "moves": search.moves,
+                "floors": search.floors,
+                "alternatives": search.alternatives,
+                "starts": [dict(knobs) for knobs in self.starts],
+                "moa": "moa" in self.profile.estimators,
+                "seed": self.recipe.seed,
+            }
+        )
+
+    @property
+    def knobs(self) -> Knobs:
+        """What the study tunes."""
+        return Knobs(self.profile.shape.layers, self.profile.lengths, self.quadratic is not None)
+
+    @cached_property
+    def quadratic(self) -> Quadratic | None:
+        """What KV heads do together, where the profile has enough samples to say it."""
+        samples, draws = self.profile.statistics.arrays["total"].shape[:2]
+        return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
+
+    def choice(self, surrogate: Surrogate, knapsack: Knapsack, knobs: Knob) -> Ints:
+        """Returns the rule of every KV head that the solver chooses under some knobs, int64 `[layers, kv_heads]`.
+
+        Args:
+            surrogate: calibrated.
+            knapsack: slots and limits.
+            knobs: values of `knobs`.
+        """
+        choice = knapsack.choose(self.knobs.bend(surrogate, knobs))
+        share = knobs.get("coherence", 0.0)
+        if self.quadratic is None or not share:
+            return choice
+        return self.quadratic.refined(choice, self.bent(surrogate, knobs, choice), share, knapsack)
+
+    def bent(self, surrogate: Surrogate, knobs: Knob, choice: Ints) -> Floats:
+        """Returns the bent costs in nats, `[layers, kv_heads, rules]`: of bending only ratios count, so they are scaled.
+
+        Args:
+            surrogate: calibrated.
+            knobs: values of `knobs`.
+            choice: the choice whose total is the surrogate's own.
+        """
+        bent = self.knobs.bend(surrogate, knobs)
+        return bent * (total_cost(surrogate.raw(), choice) / max(total_cost(bent, choice), 1e-300))

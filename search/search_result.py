@@ -1,0 +1,147 @@
+"""What a search hands back: the result, and the notes that its plan carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import ArtefactError, PlanError
+from moacompress.core.files import read_json
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+
+PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A found plan and how it was found.
+
+    Attributes:
+        plan: the plan, with its numbers in it.
+        path: where it was written, None if nowhere.
+        trials: finished trials of the study, those of earlier runs included.
+        measured_plans: distinct plans that trials measured.
+        best_trial: index of the best trial.
+        harm: mean harm in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
+            candidate within the budget, or the profile lacks what it is made from).
+        kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
+        seconds: time that this run took; close to 0 when an earlier run had found it.
+        explanation: see `explain.explain`; empty where there is none beside the plan.
+    """
+
+    plan: Plan
+    path: Path | None
+    trials: int
+    measured_plans: int
+    best_trial: int
+    harm: dict[str, float | None]
+    kv_bytes: dict[str, dict[str, int]]
+    seconds: float
+    explanation: dict[str, Any]
+
+    @staticmethod
+    def of(plan: Plan, path: Path | None, seconds: float, explanation: dict[str, Any] | None = None) -> SearchResult:
+        """Reads the result off the notes of a plan that a search made, and off what is beside it."""
+        made = plan.provenance
+        if explanation is None:
+            beside = explanation_path(path) if path is not None else None
+            explanation = read_json(beside, "explanation") if beside is not None and beside.exists() else {}
+        return SearchResult(
+            plan=plan,
+            path=path,
+            trials=made["trials"],
+            measured_plans=made["measured_plans"],
+            best_trial=made["best_trial"],
+            harm=dict(plan.quality["measured_harm"]),
+            kv_bytes={n: dict(numbers) for n, numbers in plan.budget["bytes"].items()},
+            seconds=seconds,
+            explanation=explanation,
+        )
+
+
+def explanation_path(out: Path) -> Path:
+    """Returns where the explanation of a plan is."""
+    return out.with_suffix(".explain.json")
+
+
+def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:
+    """Looks at what is at the place of the plan before anything is done.
+
+    Args:
+        out: where the plan will be written.
+        search: fingerprint of the search.
+        trials: trials asked for.
+        overwrite: replace a plan of another search.
+
+    Returns:
+        The plan of the same search if it has finished, with at least as many trials; otherwise None.
+
+    Raises:
+        ArtefactError: something else is there and `overwrite` is False.
+    """
+    if not out.exists():
+        return None
+    try:
+        plan = Plan.load(out)
+        made = plan.provenance
+        if made.get("search") == search:
+            return plan if made.get("finished") and made["trials"] >= trials else None
+        what = "is a plan of another search"
+    except (PlanError, KeyError, TypeError):
+        what = "is not a plan"
+    if overwrite and not out.is_dir():
+        return None
+    raise ArtefactError(f"{out} exists already and {what}; choose another file or pass --overwrite")
+
+
+def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
+    """Returns the KV bytes of a plan and of the dense model at each length."""
+    return {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in sorted(set(lengths))}
+
+
+def baseline_note(plan: Plan, harm: float, lengths: Iterable[int]) -> dict[str, Any]:
+    """Returns what a plan says about a baseline that it was measured beside; `sink` is there where all share one."""
+    rules = {rule for row in plan.rules for rule in row if not rule.is_full}
+    sinks = {rule.sink for rule in rules}
+    note: dict[str, Any] = {
+        "key": plan.key(),
+        "harm": harm,
+        "kv_bytes": {str(n): plan.kv_bytes(n) for n in sorted(set(lengths))},
+    }
+    if len(sinks) == 1:
+        note["sink"] = sinks.pop()
+    if len(rules) == 1 and all(not rule.is_full for row in plan.rules for rule in row):
+        (rule,) = rules
+        note |= {"alpha": rule.alpha, "beta_q": rule.beta_q}
+    return note
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide a search."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def pack(plan: Plan) -> dict[str, Any]:
+    """Returns the rules of a plan in few bytes: the distinct ones, and each KV head's number among them."""
+    distinct = sorted({rule for row in plan.rules for rule in row})
+    number = {rule: index for index, rule in enumerate(distinct)}
+    return {
+        "rules": [[rule.sink, rule.alpha, rule.beta_q] for rule in distinct],
+        "choice": [[number[rule] for rule in row] for row in plan.rules],
+    }
+
+
+def unpack(packed: dict[str, Any]) -> tuple[tuple[Rule, ...], ...]:
+    """Returns the rules that `pack` packed."""
+    distinct: Sequence[Rule] = [Rule(*map(int, rule)) for rule in packed["rules"]]
+    return tuple(tuple(distinct[number] for number in row) for row in packed["choice"])

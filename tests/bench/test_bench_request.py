@@ -1,0 +1,67 @@
+"""What can be asked for, and what is refused before anything is loaded."""
+
+from dataclasses import replace
+
+import pytest
+
+from moacompress.bench.bench_request import BenchRequest, Cell, check_fits
+from moacompress.core.errors import DataError, MoaCompressError, UsageError
+from moacompress.rules.plan import Plan
+
+REQUEST = BenchRequest((256,), (1,), ("float32",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": (0,)}, "batch is 0; it must be at least 1"),
+        ({"batches": ()}, "no batch given"),
+        ({"lengths": ()}, "no length given"),
+        ({"tokens": 0}, "tokens is 0; it must be 1 to 4,096"),
+        ({"tokens": 5000}, "tokens is 5000"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"prefill_repeats": -1}, "prefill-repeats is -1; it must be at least 0"),
+        ({"sides": ()}, "no side given"),
+        ({"sides": ("plan", "dence")}, "unknown side 'dence'; did you mean 'dense'?"),
+        ({"dtypes": ("int4",)}, "unknown dtype 'int4'"),
+        ({"dtypes": ("float64",)}, "unknown dtype 'float64'"),
+    ],
+)
+def test_one_clear_sentence(changes, message):
+    with pytest.raises(UsageError) as caught:
+        replace(REQUEST, **changes)
+    assert message in str(caught.value)
+
+
+def test_cells_of_one_dtype_are_together():
+    request = replace(REQUEST, lengths=(1, 2), batches=(3, 4), dtypes=("float32", "bfloat16"))
+    cells = list(request.cells())
+    assert len(cells) == 8
+    assert cells[0] == Cell("float32", 1, 3)
+    assert [cell.dtype for cell in cells] == ["float32"] * 4 + ["bfloat16"] * 4
+
+
+def test_auto_is_the_checkpoints_dtype(compressed):
+    plan = Plan.load(compressed / "model" / "plan.json")
+    assert replace(REQUEST, dtypes=("auto", "float32")).resolved(plan.model).dtypes == ("float32",)
+
+
+def test_what_does_not_fit(compressed):
+    folder = compressed / "model"
+    plan = Plan.load(folder / "plan.json")
+    check_fits(replace(REQUEST, lengths=(4096,)), plan, folder, None)
+    check_fits(REQUEST, plan, folder, 2**40)
+    with pytest.raises(
+        DataError, match=r"a length of 8,192 tokens was asked for; the model was made for at most 4,096"
+    ):
+        check_fits(replace(REQUEST, lengths=(256, 8192)), plan, folder, None)
+    large = replace(REQUEST, batches=(1, 100_000), dtypes=("bfloat16", "float32"))
+    with pytest.raises(MoaCompressError) as caught:
+        check_fits(large, plan, folder, 2**30)
+    # a cache for each of full span, the best dense and, twice, dense; 256 + 16 steps + 2 are 18 blocks
+    dense = plan.model.dense_kv_bytes(274, 100_000) / 2**30
+    assert str(caught.value).startswith("100000 x 256 tokens, float32 would take about ")
+    assert "1.0 GiB is available; choose shorter --lengths, smaller --batch, or fewer --sides" in str(caught.value)
+    assert 4 * dense < float(str(caught.value).split("about ")[1].split(" GiB")[0]) < 6 * dense + 4
+    with pytest.raises(MoaCompressError, match="would take about"):
+        check_fits(replace(large, sides=("plan",)), plan, folder, 2**30)

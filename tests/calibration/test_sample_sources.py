@@ -1,0 +1,468 @@
+"""Building samples: sources, lengths, splits, and what is wrong with data."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+
+from moacompress.calibration.answer_store import AnswerStore
+from moacompress.calibration.answers import SampleDraft, generate_greedy
+from moacompress.calibration.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
+from moacompress.calibration.samples import Sample, fingerprint_samples
+from moacompress.core.errors import DataError
+from moacompress.prompts.pools import SPLITS, Prose
+from moacompress.prompts.templates import encode_conversation
+from moacompress.recipe import Generator, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moacompress.models.source import SourceModel
+
+
+@pytest.fixture
+def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    from moacompress.models.source import SourceModel, model_shape
+
+    model = tiny_model("llama")
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
+def recipe(sources: Any, lengths: Sequence[int] = (256,), samples: int = 4, **calibration: Any) -> Recipe:
+    part = {"sources": sources, "lengths": list(lengths), "samples": samples, "validation_samples": samples}
+    return Recipe.from_dict({"calibration": {"answer_tokens": 8, "longer_samples": 0, **part, **calibration}})
+
+
+def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    base: Any = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def text_of(source: SourceModel, sample: Sample) -> str:
+    return str(source.tokenizer.decode(sample.input_ids))
+
+
+def prompts(count: int, size: int = 190) -> list[dict[str, str]]:
+    return [{"prompt": f"{i:03d}" + "x" * (size - 3), "answer": "unused"} for i in range(count)]
+
+
+def test_spread_is_even_over_lengths_and_by_weight() -> None:
+    table = spread(24, 2, [1, 1, 0.5])
+    assert [sum(row) for row in table] == [12, 12]
+    totals = [sum(column) for column in zip(*table, strict=True)]
+    assert sum(totals) == 24
+    assert totals[2] == 5
+    assert spread(5, 2, [1]) == [[2], [3]]
+    assert spread(4, 2, [1, 1]) == [[1, 1], [1, 1]]
+    for weights in ([3, 1, 1, 0.1], [0.01, 5], [1] * 7):
+        for count in range(2, 40):
+            assert sum(map(sum, spread(count, 2, weights))) == count
+
+
+def test_generators(source: SourceModel) -> None:
+    asked = recipe([{"generator": "needle"}, {"generator": "key-value"}], (700, 1024), 4)
+    samples = build_samples(source, asked, "calibration")
+    assert [sample.length for sample in samples] == [700, 700, 1024, 1024]
+    assert {sample.source for sample in samples} == {"needle/noise", "key-value"}
+    for sample in samples:
+        assert sample.length - 40 < len(sample.input_ids) <= sample.length
+        cut = int(sample.answer_mask.argmax())
+        assert sample.answer_mask[cut:].all()
+        (answer,) = generate_greedy(source.model, [sample.input_ids[:cut].tolist()], 8)
+        assert sample.input_ids[cut:].tolist() == answer
+
+
+def test_validation_has_samples_longer_than_any_that_is_profiled(source: SourceModel, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "qa.jsonl", prompts(12, 480))
+    sources = [{"generator": "needle"}, {"path": path}, {"generator": "key-value", "weight": 2}]
+    asked, plain = recipe(sources, (700,), longer_samples=3), recipe(sources, (700,))
+    samples = build_samples(source, asked, "validation")
+    longer = [sample for sample in samples if sample.length == 1400]
+    assert sorted(sample.source for sample in longer) == ["key-value", "key-value", "needle/noise"]
+    assert all(1300 < len(sample.input_ids) <= 1400 for sample in longer)
+    others = [sample for sample in samples if sample.length < 1400]
+    assert fingerprint_samples(others) == fingerprint_samples(build_samples(source, plain, "validation"))
+    assert {sample.length for sample in build_samples(source, asked, "calibration")} == {700}
+    assert longer_counts(asked, 1399) == [0, 0, 0]
+    assert longer_counts(asked, 0) == longer_counts(asked, 1400) == [1, 0, 2]
+    assert longer_counts(recipe([{"path": path}], longer_samples=3), 0) == [0]
+
+
+def test_deterministic_and_split(source: SourceModel) -> None:
+    asked = recipe([{"generator": "needle"}], (700,), 3)
+    first, again = (build_samples(source, asked, "calibration") for _ in range(2))
+    assert fingerprint_samples(first) == fingerprint_samples(again)
+    assert fingerprint_samples(first) != fingerprint_samples(build_samples(source, asked, "validation"))
+    other = build_samples(source, asked.override(seed=1), "calibration")
+    assert fingerprint_samples(first) != fingerprint_samples(other)
+
+
+def test_prompt_rows_are_answered_by_the_model(source: SourceModel, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "qa.jsonl", [*prompts(12), *prompts(3)])
+    seen = {}
+    for split in ("calibration", "validation"):
+        samples = build_samples(source, recipe([{"path": path}]), split)
+        assert {sample.source for sample in samples} == {"file:qa.jsonl"}
+        texts = [text_of(source, sample) for sample in samples]
+        assert not any("unused" in text for text in texts)
+        seen[split] = {text[len("<|im_start|>user\n") :][:3] for text in texts}
+        assert len(seen[split]) == 4
+    assert not seen["calibration"] & seen["validation"]
+
+
+def test_messages_rows(source: SourceModel, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}" + "q" * 100},
+                {"role": "assistant", "content": "first."},
+                {"role": "user", "content": "z" * 30},
+                {"role": "assistant", "content": "human answer"},
+            ]
+        }
+        for i in range(10)
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    for sample in build_samples(source, recipe([{"path": str(tmp_path / "chat.json")}]), "calibration"):
+        assert "human answer" not in text_of(source, sample)
+        assert str(source.tokenizer.decode(sample.input_ids[sample.answer_mask])).startswith("first.<|im_end|>")
+
+
+def test_parquet_rows(source: SourceModel, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(prompts(9)), tmp_path / "qa.parquet")
+    assert len(build_samples(source, recipe([{"path": str(tmp_path / "qa.parquet")}]), "calibration")) == 4
+
+
+@pytest.mark.parametrize("documents", [1, 5])
+def test_plain_text(source: SourceModel, tmp_path: Path, documents: int) -> None:
+    for name in range(documents):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}w{i:04d}" for i in range(300)))
+    words = {}
+    for split in ("calibration", "validation"):
+        samples = build_samples(source, recipe([{"path": str(tmp_path)}], (256, 300)), split)
+        for sample in samples:
+            assert len(sample.input_ids) == sample.length
+            assert sample.answer_mask.sum() == 32
+            assert not sample.answer_mask[: sample.length // 2].any()
+        words[split] = {word for sample in samples for word in text_of(source, sample).split()[1:-1]}
+    assert not words["calibration"] & words["validation"]
+
+
+def test_prose_haystack(source: SourceModel, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("Once upon a time. " * 300)
+    asked = recipe([{"generator": "needle", "haystack": "prose"}], (700,), 2, text=str(tmp_path / "t.txt"))
+    (first, _) = build_samples(source, asked, "validation")
+    assert first.source == "needle/prose"
+    assert "Once upon" in text_of(source, first)
+
+
+def test_hub_set_without_network(source: SourceModel) -> None:
+    with pytest.raises(DataError, match=r"can not load hub set nobody/nothing: \w+: "):
+        build_samples(source, recipe([{"dataset": "nobody/nothing"}]), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, r"can not read .*none.jsonl: No such file"),
+        ("empty.jsonl", "", r"file:empty.jsonl has no rows"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"prompt', r"line 2 of .*bad.jsonl is not valid JSON"),
+        ("bad.json", "[", r"bad.json is not valid JSON"),
+        ("dict.json", "{}", r"dict.json must hold a list of rows, not dict, or be in SQuAD's form"),
+        ("empty.json", "[]", r"file:empty.json has no rows"),
+        ("blank.txt", " ", r"blank.txt has no text"),
+        ("squad.json", '{"data": 5}', r"squad.json is not a SQuAD file: TypeError"),
+        ("squad.json", '{"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}', r"context is int, not text"),
+        ("squad.json", '{"data": []}', r"squad.json has no answerable question"),
+        (
+            "qa.json",
+            '[{"context": "a", "question": "b"}, {"context": "c"}]',
+            r"row 1 of file:qa.json has no text under 'question'",
+        ),
+        ("qa.json", json.dumps([{"context": "a", "question": "b"}]), r"has 1 documents or articles with questions"),
+        (
+            "qa.json",
+            json.dumps([{"context": f"{i}", "question": "b"} for i in range(9)]),
+            r"give more questions or shorter",
+        ),
+        (
+            "rows.json",
+            '[{"prompt": "a"}, {"text": "b"}, {"text": "c"}]',
+            r"row 2 of file:rows.json has no text under 'prompt'",
+        ),
+        ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
+        ("x.csv", "a", r"x.csv is no .jsonl, .json, .parquet or .txt file"),
+        ("x.parquet", "a", r"can not read .*x.parquet: "),
+        (
+            "cols.json",
+            '[{"question": 1, "id": 2}]',
+            r"has the columns id, question; rows need `messages`, .*`context` with `question`",
+        ),
+        ("one.json", '[{"prompt": "a"}]', r"has 1 row; calibration and validation need at least one each"),
+        (
+            "null.json",
+            '[{"prompt": null}, {"prompt": 2}]',
+            r"row 0 of file:null.json has no text under 'prompt' but None",
+        ),
+        ("m.json", '[{"messages": 1}, {"messages": 2}]', r"row 0 of file:m.json has no list of turns"),
+        (
+            "t.json",
+            '[{"messages": [{"role": "user"}]}, {"messages": 2}]',
+            r"turn 0 of row 0 .*needs a role and a content",
+        ),
+        (
+            "a.json",
+            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": 2}]',
+            r"row 0 .*has no user turn before",
+        ),
+        (
+            "short.json",
+            json.dumps(prompts(9, 20)),
+            r"0 calibration prompts of 121 to 248 .*of 4 needed at 256 .*have 39 to 39",
+        ),
+        ("long.json", json.dumps(prompts(9, 400)), r"0 calibration prompts of 121 to 248 .*have 419 to 419"),
+        ("few.json", json.dumps(prompts(4)), r"has 3 calibration prompts of 121 to 248 .*of 4 needed"),
+        ("short.txt", "word " * 50, r"the longest of 1 texts .*has 166 tokens; stretches of 256"),
+    ],
+)
+def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        build_samples(source, recipe([{"path": str(tmp_path / name)}]), "calibration")
+
+
+def test_lengths_that_can_not_be(source: SourceModel) -> None:
+    needle = [{"generator": "needle"}]
+    with pytest.raises(DataError, match=r"samples of 64 tokens .*longer than the largest sink, 64 tokens"):
+        build_samples(source, recipe(needle, (64,)), "calibration")
+    with pytest.raises(DataError, match="8,192 tokens were asked for; the model was made for at most 4,096"):
+        build_samples(source, recipe(needle, (8192,)), "calibration")
+    with pytest.raises(DataError, match="1 calibration samples do not cover 2 lengths"):
+        build_samples(source, recipe(needle, (512, 1024), 1), "calibration")
+    with pytest.raises(DataError, match=r"calibration.text names no file"):
+        build_samples(source, recipe([{"generator": "needle", "haystack": "prose"}]), "calibration")
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i:02d}" + "q" * 100},
+                {"role": "assistant", "content": "first."},
+                {"role": "user", "content": "z" * 30},
+                {"role": "assistant", "content": "human answer"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def questions(count: int, size: int = 60) -> list[dict[str, str]]:
+    return [{"context": f"D{i:03d} " + "y" * size, "question": f"What of D{i:03d}?"} for i in range(count)]
+
+
+SOURCES = ("needle", "multi-needle", "key-value", "recall", "prompts", "conversations", "questions", "squad", "text")
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Returns a function that makes a source of any kind."""
+
+    def make(name: str) -> dict[str, Any]:
+        if name in get_args(Generator):
+            return {"generator": name}
+        path = tmp_path / f"{name}.{'txt' if name == 'text' else 'json' if name == 'squad' else 'jsonl'}"
+        if name == "text":
+            path.write_text(" ".join(f"w{i:04d}" for i in range(900)))
+        elif name == "squad":
+            asked = [{"context": row["context"], "qas": [{**row, "answers": [{"text": "y"}]}]} for row in questions(60)]
+            path.write_text(json.dumps({"data": [{"paragraphs": asked[i : i + 6]} for i in range(0, 60, 6)]}))
+        else:
+            rows = {"prompts": prompts(30, 700), "conversations": conversations(30), "questions": questions(60)}
+            write_rows(path, rows[name])
+        return {"path": str(path)}
+
+    return make
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_with_and_without_a_chat_template(
+    source: SourceModel, part: Callable[[str], dict[str, Any]], name: str, chat: bool
+) -> None:
+    source.tokenizer = source.tokenizer if chat else without_template(source.tokenizer)
+    length = 256 if name == "conversations" else 800
+    asked = recipe([part(name)], (length,), 3)
+    samples = build_samples(source, asked, "calibration")
+    assert fingerprint_samples(samples) == fingerprint_samples(build_samples(source, asked, "calibration"))
+    assert len(samples) == 3
+    others = build_samples(source, asked, "validation")
+    assert not {tuple(s.input_ids) for s in samples} & {tuple(s.input_ids) for s in others}
+    drafts = make_drafts(source, asked, "calibration")
+    for sample, draft in zip(samples, drafts, strict=True):
+        assert (sample.length, sample.kind) == (length, "text" if name == "text" else "answer")
+        assert ("<|im_start|>" in text_of(source, sample)) == (chat and name not in ("recall", "text"))
+        if name == "text":
+            continue
+        # after the prompt, all is the dense model's answer, and nothing else is but earlier turns of the assistant
+        cut = len(draft.ids)
+        (answer,) = generate_greedy(source.model, [list(draft.ids)], draft.room)
+        assert sample.input_ids[cut:].tolist() == answer
+        assert sample.answer_mask[cut:].all()
+        before = str(source.tokenizer.decode(sample.input_ids[:cut][sample.answer_mask[:cut]]))
+        assert before == ("" if name != "conversations" else "first.<|im_end|>" if chat else "first.")
+
+
+def test_turns_of_a_base_model_are_found_by_where_tokens_stand(source: SourceModel) -> None:
+    """The assistant's text is also in the user's, so a search for it would find too much or the wrong place."""
+    base = without_template(source.tokenizer)
+    turns = [
+        {"role": "user", "content": "say yes. or no."},
+        {"role": "assistant", "content": "yes."},
+        {"role": "user", "content": "yes.?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "yes."},
+    ]
+    ids, mask = encode_conversation(base, turns)
+    text = str(base.decode(ids))
+    assert text == "say yes. or no.\nyes.\nyes.?\n\nyes.\n"
+    assert [index for index, flag in enumerate(mask) if flag] == [16, 17, 18, 19]
+
+    class Slow:
+        chat_template = None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            if options.get("return_offsets_mapping"):
+                raise NotImplementedError
+            return {"input_ids": [1] * len(text)}
+
+    slow: Any = Slow()
+    assert encode_conversation(slow, turns[:1]) == ([1] * 16, [False] * 16)
+    with pytest.raises(DataError, match="does not tell where tokens stand in the text, .*one assistant turn"):
+        encode_conversation(slow, turns)
+
+
+def prose(tmp_path: Path, documents: int, words: int = 400) -> str:
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    for name in range(documents):
+        (folder / f"{name}.txt").write_text(" ".join(f"{name}w{i:04d}" for i in range(words)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("documents", [1, 6])
+def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path, documents: int) -> None:
+    text = prose(tmp_path, documents)
+    given = partial(recipe, [{"generator": "needle"}], (700, 768), 4, text=text)
+    plain = build_samples(source, given(), "calibration")
+    samples = build_samples(source, given(text_samples=5), "calibration")
+    assert fingerprint_samples(samples[:4]) == fingerprint_samples(plain)
+    assert [sample.kind for sample in samples] == ["answer"] * 4 + ["text"] * 5
+    assert [sample.length for sample in samples[4:]] == [700, 700, 768, 768, 768]
+    pool = Prose.load(text).pools["calibration"]
+    words = {word for document in pool for word in document}
+    for sample in samples[4:]:
+        assert sample.source == "text:prose"
+        assert len(sample.input_ids) == sample.length
+        assert sample.answer_mask.sum() == 32
+        assert not sample.answer_mask[: sample.length // 2].any()
+        assert set(text_of(source, sample).split()[1:-1]) <= words
+    assert len({tuple(sample.answer_mask) for sample in samples[4:]}) == 5
+    again = build_samples(source, given(text_samples=5), "calibration")
+    assert [s.answer_mask.tolist() for s in again] == [s.answer_mask.tolist() for s in samples]
+    validation = build_samples(source, given(text_samples=5), "validation")
+    texts = [sample for sample in validation if sample.kind == "text"]
+    assert [sample.length for sample in texts] == [
+        700,
+        700,
+        768,
+        768,
+        768,
+    ]  # as many samples of both splits, so as many texts
+    held = {word for document in Prose.load(text).pools["validation"] for word in document}
+    assert all(set(text_of(source, sample).split()[1:-1]) <= held - words for sample in texts)
+    assert len(validation) == 4 + len(texts)
+
+
+def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    needle = [{"generator": "needle"}]
+    with pytest.raises(DataError, match=r"2 samples of plain text were asked for, but calibration.text names no file"):
+        build_samples(source, recipe(needle, (700,), text_samples=2), "calibration")
+    short = recipe(needle, (700,), text_samples=2, text=prose(tmp_path, 3, 50))
+    with pytest.raises(DataError, match=r"the longest of 1 texts of text:prose has 349 tokens; stretches of 700 were"):
+        build_samples(source, short, "calibration")
+    assert len(build_samples(source, short, "validation")) == 4
+    assert "plans will not be measured on plain text: of the validation texts, the longest of 1" in caplog.text
+
+
+def test_questions_of_calibration_validation_and_evaluation_share_no_document(
+    source: SourceModel, part: Callable[[str], dict[str, Any]]
+) -> None:
+    asked = recipe([part("squad")], (800,), 4)
+    seen = {}
+    for split in SPLITS[:2]:
+        text = " ".join(text_of(source, sample) for sample in build_samples(source, asked, split))
+        seen[split] = {
+            int(word[1:]) // 6 for word in text.replace("?", "").split() if word[0] == "D" and word[1:].isdigit()
+        }
+    assert {article % 3 for article in seen["calibration"]} == {0}
+    assert {article % 3 for article in seen["validation"]} == {1}
+
+
+def test_a_run_that_was_stopped_while_it_answered_goes_on(
+    source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moacompress.calibration import answers
+
+    monkeypatch.setattr(answers, "BATCH_TOKENS", 1600)
+    asked = recipe([{"generator": "needle"}, {"generator": "recall"}], (700, 800), 8)
+    plain = build_samples(source, asked, "calibration")
+    path, calls = tmp_path / "answers.jsonl", []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return generate_greedy(*arguments)
+
+    monkeypatch.setattr(answers, "generate_greedy", counted)
+    store = partial(AnswerStore, path, source.shape.weights_fingerprint, "float32")
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        build_samples(source, asked, "calibration", answers=store())
+    stop = 0
+    assert path.read_bytes().count(b"\n") == 2
+    with path.open("ab") as file:
+        file.write(b'{"answers": {"ab')
+    resumed = build_samples(source, asked, "calibration", answers=store())
+    for before, after in zip(plain, resumed, strict=True):
+        assert before.input_ids.tolist() == after.input_ids.tolist()
+    made, calls[:] = len(calls) - 3, []
+    assert made > 0
+    build_samples(source, asked, "calibration", answers=store())
+    assert not calls
+    build_samples(source, asked, "validation", answers=store())
+    assert calls
+
+
+def test_varied_takes_every_source_and_length_first() -> None:
+    drafts = [SampleDraft([1], [False], 1, name, length) for length in (1, 2) for name in "aaabbc"]
+    assert [(draft.source, draft.length) for draft in varied(drafts, 3)] == [("a", 1), ("c", 1), ("b", 2)]
+    assert {(draft.source, draft.length) for draft in varied(drafts, 6)} == {(n, i) for n in "abc" for i in (1, 2)}
+    assert varied(drafts, 99) == drafts

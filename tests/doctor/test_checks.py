@@ -1,0 +1,282 @@
+"""`doctor`: the environment, and models that can and can not be compressed, without their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moacompress.doctor import checks
+from moacompress.doctor.checks import check_environment, check_model
+from moacompress.runtime.attaching import attach, detach
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, Any]:
+    return check_environment()
+
+
+def test_environment(environment: dict[str, Any]) -> None:
+    assert environment["problems"] == []
+    assert environment["autoload"] == {"registered": True, "switch": None, "reason": None}
+    assert environment["versions"]["torch"]
+    assert environment["cpu"]["cores"] >= 1
+    assert set(environment["extras"]) == {"demo", "offload"}
+    json.dumps(environment)
+
+
+def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.kernels import cpu_ops
+    from moacompress.report.doctor_tables import environment_table
+
+    kernel = environment["kernel"]
+    assert kernel["name"] == ("reference" if cpu_ops.load().isa is None else "cpu")
+    assert kernel["isa"] == cpu_ops.load().isa
+    monkeypatch.setenv("MOACOMPRESS_KERNEL", "reference")
+    asked = checks._kernel()
+    assert asked == {"name": "reference", "isa": None, "reason": "MOACOMPRESS_KERNEL asks for it"}
+    monkeypatch.setenv("MOACOMPRESS_KERNEL", "fast")
+    wrong = checks._kernel()
+    assert wrong["name"] is None
+    assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, reference"
+    for found, text in ((asked, "reference: MOACOMPRESS_KERNEL asks for it"), (wrong, "none: MOACOMPRESS_KERNEL is")):
+        assert text in shown(environment_table({**environment, "kernel": found}))
+
+
+def shown(table: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_a_switched_off_autoload_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    assert any("TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off" in problem for problem in check_environment()["problems"])
+
+
+def test_an_autoload_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_PROBE", "raise SystemExit('nothing is registered')")
+    problems = check_environment()["problems"]
+    assert problems == ["from_pretrained would not see compressed checkpoints: nothing is registered"]
+
+
+def test_a_model_needs_no_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_folder / "config.json", tmp_path / "config.json")
+    found = check_model(str(tmp_path))
+    assert found["problems"] == []
+    assert (found["model_type"], found["layers"], found["heads"], found["kv_heads"]) == ("llama", 3, 4, 2)
+    assert (found["sliding_layers"], found["context"], found["compressed"]) == (0, 4096, False)
+
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ENCODER_DECODER = "is an encoder-decoder (is_encoder_decoder)"
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "deepseek_v3", **MLA}, "deepseek_v3 caches latent vectors (MLA, kv_lora_rank 8) in all layers"),
+    ({"model_type": "minicpm3", **MLA}, "minicpm3 caches latent vectors (MLA, kv_lora_rank 8)"),
+    (
+        {"model_type": "jamba", "attn_layer_period": 2, "attn_layer_offset": 1},
+        "jamba has layers of type linear_attention that keep a state, not keys and values: layers 0, 2 (layer_types)",
+    ),
+    (
+        {"model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": 16},
+        "bamba has layers of type linear_attention that keep a state, not keys and values: layers 0-1, 3 (layer_types)",
+    ),
+    (
+        {"model_type": "qwen3_next"},
+        "qwen3_next has layers of type linear_attention that keep a state, not keys and values: layers 0-2 (layer_types)",
+    ),
+    ({"model_type": "falcon_h1"}, "falcon_h1 has layers of type hybrid, a state space beside attention: layers 0-3"),
+    (
+        {"model_type": "mamba"},
+        "mamba has layers of type linear_attention that keep a state, not keys and values: layers 0-3",
+    ),
+    (
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv", "conv"]},
+        "lfm2 has layers of type conv that keep a state, not keys and values: layers 0, 2-3",
+    ),
+    (
+        {"model_type": "llama4_text", "attention_chunk_size": 128},
+        "has layers of type chunked_attention that see their own chunk of 128 tokens (attention_chunk_size) only: layers 0-2",
+    ),
+    ({"model_type": "llama4"}, "llama4_text has layers of type chunked_attention"),
+    ({"model_type": "t5"}, f"t5 {ENCODER_DECODER}"),
+    ({"model_type": "bart"}, f"bart {ENCODER_DECODER}"),
+    ({"model_type": "whisper"}, f"whisper {ENCODER_DECODER}"),
+    (
+        {"model_type": "mllama_text_model", "cross_attention_layers": [1, 3]},
+        "mllama_text_model has cross attention in layers 1, 3 (cross_attention_layers)",
+    ),
+    (
+        {"model_type": "gpt2", "add_cross_attention": True},
+        "gpt2 has cross attention in all layers (add_cross_attention)",
+    ),
+    ({"model_type": "falcon", "alibi": True}, "falcon adds ALiBi biases to the scores of all layers (alibi)"),
+    ({"model_type": "mpt"}, "mpt adds ALiBi biases to the scores of all layers (attn_config.alibi)"),
+    (
+        {"model_type": "bloom", "n_layer": 1, "n_head": 2},
+        "bloom adds ALiBi biases to the scores and does not dispatch its attention through transformers' attention interface",
+    ),
+    ({"model_type": "stablelm"}, "stablelm does not dispatch its attention through transformers' attention interface"),
+    ({"model_type": "bert"}, "bert attends in both directions, so no key can be dropped"),
+    (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        "gemma3_text attends in both directions (use_bidirectional_attention True)",
+    ),
+    ({"model_type": "llama", "is_causal": False}, "llama attends in both directions (is_causal False)"),
+    (
+        {
+            "model_type": "gemma3n_text",
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "gemma3n_text has no keys and values in layers 2-3, which read those of earlier layers (num_kv_shared_layers 2)",
+    ),
+    (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 0, "head_dim": 8, "global_head_dim": 16},
+        "gemma4_text has a head_dim that differs between layers (per_layer_config)",
+    ),
+    (
+        {"model_type": "mimo_v2_flash", "head_dim": 8, "v_head_dim": 8},
+        "mimo_v2_flash has other KV heads in layer 1: its k_proj gives",
+    ),
+    ({"model_type": "dory", "n_input_layers": 1, "n_output_layers": 1}, "dory runs layers 2 times over in one pass"),
+    ({"model_type": "diffllama"}, "diffllama attends twice in every layer"),
+    ({"model_type": "jetmoe"}, "jetmoe lets a router pick the query heads"),
+    ({"model_type": "doge"}, "doge makes a mask of its own in every layer"),
+    ({"model_type": "moshi"}, "moshi has a sliding_window of 3000 in its config, which it does not apply"),
+    ({"model_type": "modernbert-decoder", "pad_token_id": 0}, "modernbert-decoder gives a Linear as its decoder"),
+    (
+        {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}},
+        "llama has weights quantized by awq (quantization_config); give the model with float weights",
+    ),
+    (
+        {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}},
+        "llama has weights quantized by fp8 (quantization_config)",
+    ),
+    ({"model_type": "llama", "num_hidden_layers": 10**9}, "llama has num_hidden_layers 1000000000, outside 1..4096"),
+    ({"model_type": "nonesuch"}, "is not a model that transformers knows"),
+    ({"model_type": None}, "is not a model that transformers knows"),
+    (
+        {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}},
+        "is not a model that transformers knows",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"), UNSUPPORTED, ids=[f"{config['model_type']}: {text[:40]}" for config, text in UNSUPPORTED]
+)
+def test_what_is_not_supported_is_said(config: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of the repository was run')")
+    problems = check_model(str(tmp_path))["problems"]
+    assert len(problems) == 1
+    assert problem in problems[0]
+    assert "\n" not in problems[0]
+    assert len(problems[0]) < 400
+
+
+def test_every_problem_is_said(tmp_path: Path) -> None:
+    config = {
+        "model_type": "bamba",
+        "attn_layer_indices": [2],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    problems = check_model(str(tmp_path))["problems"]
+    assert len(problems) == 3
+    for text, problem in zip(("quantized by gptq", "linear_attention", "pytorch_model.bin"), problems, strict=True):
+        assert text in problem
+
+
+def test_the_same_families_pass_where_nothing_is_wrong(tmp_path: Path) -> None:
+    """What is refused above is the one thing: without it the family works."""
+    for config in (
+        {"model_type": "llama"},
+        {"model_type": "gpt2"},
+        {"model_type": "gemma3_text", "head_dim": 8},
+        {"model_type": "lfm2", "layer_types": ["full_attention"] * 4},
+        {"model_type": "llama4_text", "layer_types": ["full_attention"] * 4, "head_dim": 8},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
+        assert check_model(str(tmp_path))["problems"] == []
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_tensor_types_are_read_from_the_headers(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copyfile(tiny_folder / "config.json", tmp_path / "config.json")
+    weights = load_file(tiny_folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(getattr(torch, kind))
+    save_file(weights, tmp_path / "model.safetensors")
+    problems = check_model(str(tmp_path))["problems"]
+    name = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}[kind]
+    assert len(problems) == 1
+    assert f"holds {name} tensors, such as model.layers.1.mlp.up_proj.weight" in problems[0]
+
+
+def test_tensor_types_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+    import numpy as np
+
+    from moacompress.models.weight_files import gguf_problems
+
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((2, 32), dtype=np.float32))
+    packed = np.zeros((2, 34), dtype=np.uint8)
+    writer.add_tensor("blk.0.ffn_down.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf_problems(path) == []
+    monkeypatch.setattr(gguf, "dequantize", lambda data, kind: exec("raise NotImplementedError") if kind == 8 else data)
+    assert "holds tensors of type Q8_0, such as blk.0.ffn_down.weight" in gguf_problems(path)[0]
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    assert "without config.json" in check_model(str(tmp_path))["problems"][0]
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert "x.gguf is not a model that transformers knows" in check_model(str(tmp_path / "x.gguf"))["problems"][0]
+
+
+def test_a_compressed_model_is_known(
+    tmp_path: Path, tiny_model: Callable[..., Any], random_plan: Callable[..., Any]
+) -> None:
+    from moacompress.models.source import model_shape
+
+    model = tiny_model("llama")
+    plan = random_plan(model_shape(model))
+    attach(model, plan)
+    model.save_pretrained(tmp_path)
+    detach(model)
+    plan.save(tmp_path / "plan.json")
+    found = check_model(str(tmp_path))
+    assert found["compressed"] is True
+    assert found["problems"] == [
+        "llama is compressed already (quantization_config); give the dense model it was made from"
+    ]
+    data = plan.to_dict()
+    data["model"]["model_type"] = "mistral"
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert "the plan is for another model" in check_model(str(tmp_path))["problems"][1]

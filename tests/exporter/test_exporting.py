@@ -1,0 +1,154 @@
+"""Export writes a whole checkpoint or nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
+from moacompress.exporter import exporting
+from moacompress.exporter.exporting import (
+    check_reusable,
+    export,
+    exported_plan,
+    licence_files,
+    save_dense,
+    verify_fresh,
+)
+from moacompress.models.source import load_source
+from moacompress.rules.plan import Plan
+from moacompress.runtime.attaching import attached_plan
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_folder, random_plan):
+    notes = {
+        "budget": {"asked": ["40%"], "bytes": {"128": {"plan": 1, "dense": 2}}},
+        "quality": {"measured_harm": {"plan": 0.01, "uniform": 0.2}, "samples": 4},
+        "provenance": {"source": str(tiny_folder), "recipe": {"seed": 0}},
+    }
+    return random_plan(load_source(tiny_folder).shape, 3).with_notes(**notes)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder, plan, tmp_path_factory):
+    return export(tiny_folder, plan, tmp_path_factory.mktemp("export") / "model")
+
+
+def test_folder_has_everything(exported, plan):
+    names = {path.name for path in exported.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "plan.json",
+        "recipe.json",
+        "README.md",
+        "LICENSE",
+    }
+    assert Plan.load(exported / "plan.json") == plan
+    assert exported_plan(exported) == plan
+    card = (exported / "README.md").read_text()
+    assert all(text in card for text in ("0.01", "40%", "| 128 |"))
+    assert json.loads((exported / "recipe.json").read_text()) == {"seed": 0}
+
+
+def test_loads_with_plain_transformers(exported, plan):
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    assert attached_plan(model) == plan
+    assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+
+
+def test_a_loaded_model_stays_dense(tiny_folder, plan, tmp_path):
+    source = load_source(tiny_folder)
+    export(source, plan, tmp_path / "model")
+    assert attached_plan(source.model) is None
+    assert not hasattr(source.model.config, "quantization_config")
+
+
+def test_existing_folder_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(exported, target)
+    (target / "extra.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match="exists already"):
+        export(tiny_folder, plan, target)
+    assert (target / "extra.txt").read_text() == "mine"
+    export(tiny_folder, plan, target, overwrite=True)
+    assert exported_plan(target) == plan
+    assert not (target / "extra.txt").exists()
+
+
+def test_overwrite_never_replaces_what_is_not_a_model(tiny_folder, plan, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match="is not a model"):
+        export(tiny_folder, plan, tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp_path):
+    other = tmp_path / "other"
+    tiny_model("llama", seed=9).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    with pytest.raises(PlanError, match="other weights"):
+        export(other, plan, tmp_path / "model")
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(other)
+    with pytest.raises(PlanError, match="another model: its layers is 3, the model's is 2"):
+        export(other, plan, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_nothing_is_left_when_the_fresh_process_fails(tiny_folder, plan, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MoaCompressError("no")
+
+    monkeypatch.setattr(exporting, "verify_fresh", fail)
+    with pytest.raises(MoaCompressError, match="no"):
+        export(tiny_folder, plan, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fresh_process_notices_what_is_wrong(exported, tmp_path):
+    prompt = [4, 5, 6]
+    with pytest.raises(MoaCompressError, match="generated .* in a fresh process"):
+        verify_fresh(exported, prompt, [-1])
+    dense = tmp_path / "dense"
+    shutil.copytree(exported, dense)
+    config = json.loads((dense / "config.json").read_text())
+    del config["quantization_config"]
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoaCompressError, match="ran with a DynamicCache"):
+        verify_fresh(dense, prompt, [0])
+    (dense / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(MoaCompressError, match="did not load"):
+        verify_fresh(dense, prompt, [0])
+
+
+def test_reusable_only_for_the_same_plan(exported, plan, random_plan):
+    assert check_reusable(exported, plan)
+    assert not check_reusable(exported.parent / "absent", plan)
+    with pytest.raises(PlanError, match="holds another model"):
+        check_reusable(exported, random_plan(plan.model, 4))
+
+
+def test_save_dense_round_trip(tiny_folder, tmp_path):
+    out = save_dense(tiny_folder, tmp_path / "dense")
+    ids = torch.randint(3, 99, (1, 30))
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_folder, out))
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert (out / "LICENSE").exists()
+
+
+def test_licence_beside_a_packaged_gguf(tmp_path):
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "model.gguf").touch()
+    (tmp_path / "pkg-1.0.dist-info").mkdir()
+    (tmp_path / "pkg-1.0.dist-info" / "LICENSE").touch()
+    assert licence_files(str(tmp_path / "pkg" / "model.gguf")) == [tmp_path / "pkg-1.0.dist-info" / "LICENSE"]
+    (tmp_path / "pkg" / "NOTICE.txt").touch()
+    assert licence_files(str(tmp_path / "pkg" / "model.gguf")) == [tmp_path / "pkg" / "NOTICE.txt"]

@@ -1,0 +1,169 @@
+"""Source models: what is refused, with which words, and what is known of one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.core.errors import ModelError
+from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.models.modules import check_supported
+from moacompress.models.source import load_source, model_shape
+from moacompress.models.support import native_windows
+from moacompress.recipe import Recipe
+from moacompress.runtime.linear import PackedLinear, can_pack
+from moacompress.runtime.ready_model import load_for
+
+TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": (
+        {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
+        "bloom adds ALiBi biases to the scores and does not dispatch its attention through",
+    ),
+    "mpt": (
+        {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 64},
+        "mpt adds ALiBi biases to the scores of all layers (attn_config.alibi)",
+    ),
+    "bert": (
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "vocab_size": 64,
+        },
+        "bert attends in both directions",
+    ),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}, "mamba"),
+}
+
+
+def other_model(family: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY_OTHERS[family][0]))
+
+
+def test_a_folder_loads_with_shape_and_context(tiny_folder: Path) -> None:
+    source = load_source(tiny_folder)
+    assert source.source == str(tiny_folder.resolve())
+    assert source.context == 4096
+    shape = source.shape
+    assert (shape.model_type, shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == ("llama", 3, 4, 2, 16)
+    assert shape.dtype == "float32"
+    assert shape.native_windows == (None, None, None)
+    assert not source.model.training
+    assert not any(parameter.requires_grad for parameter in source.model.parameters())
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
+def test_what_is_measured_is_packed(tiny_folder: Path) -> None:
+    recipe = Recipe.from_dict({"model": str(tiny_folder)})
+    plain, packed = load_source(tiny_folder).model, load_for(recipe, tiny_folder).model
+    assert {type(layer) for layer in packed.modules() if isinstance(layer, torch.nn.Linear)} == {PackedLinear}
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", TINY_OTHERS)
+def test_attention_that_can_not_be_replaced_is_refused(family: str) -> None:
+    with pytest.raises(ModelError) as error:
+        check_supported(other_model(family))
+    assert TINY_OTHERS[family][1] in str(error.value)
+
+
+def test_a_folder_of_an_unsupported_model_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    other_model("bloom").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="bloom adds ALiBi biases"):
+        load_source(tmp_path)
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    with pytest.raises(ModelError, match=r"texts is a folder without config\.json, not a model"):
+        load_source(tmp_path / "texts")
+    with pytest.raises(ModelError, match=r"a\.txt is neither a model folder nor a \.gguf file"):
+        load_source(tmp_path / "texts" / "a.txt")
+    with pytest.raises(ModelError, match=r"none\.gguf does not exist"):
+        load_source(tmp_path / "none.gguf")
+    with pytest.raises(ModelError, match="not a causal language model that transformers can load") as error:
+        load_source(tmp_path / "none")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"x\.gguf"):
+        load_source(path)
+
+
+@pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}'])
+def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="not a causal language model that transformers can load"):
+        load_source(tmp_path)
+
+
+def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match="dtype 'int4' is not one of auto, float32"):
+        load_source(tiny_folder, dtype="int4")
+
+
+def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> None:
+    for file in tiny_folder.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ModelError, match="is not a whole safetensors file: its tensors take"):
+        load_source(tmp_path)
+
+
+def test_native_windows(tiny_model: Callable[..., Any]) -> None:
+    assert model_shape(tiny_model("mistral", sliding_window=24)).native_windows == (24, 24, 24)
+    assert model_shape(tiny_model("gemma3_text", sliding_window=24)).native_windows == (24, None, 24)
+    assert model_shape(tiny_model("llama")).native_windows == (None, None, None)
+    assert model_shape(tiny_model("qwen2", sliding_window=24)).native_windows == (None, None, None)
+    assert model_shape(tiny_model("cohere2", sliding_window=24)).native_windows == (24, None, 24)
+    assert model_shape(tiny_model("smollm3", sliding_window=24)).native_windows == (None, None, None)
+    # SmolLM3 puts its windows on the layers without rotary embeddings
+    sliding = tiny_model("smollm3", sliding_window=24, use_sliding_window=True)
+    assert model_shape(sliding).native_windows == (None, 24, None)
+
+    class Config:
+        sliding_window = 24
+        layer_types = ("full_attention", "linear_attention")
+
+    with pytest.raises(
+        ModelError,
+        match=r"layers of type linear_attention that keep a state, not keys and values: layers 1 \(layer_types\)",
+    ):
+        native_windows(Config(), 2)
+
+
+def test_groups_of_one_and_many(tiny_model: Callable[..., Any]) -> None:
+    assert model_shape(tiny_model("gpt_neox")).kv_heads == 4
+    assert model_shape(tiny_model("llama", num_key_value_heads=1)).kv_heads == 1
+
+
+def test_fingerprints_tell_weights_apart_but_not_dtypes(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    first = weights_fingerprint(tiny_model("llama"))
+    assert first == weights_fingerprint(tiny_model("llama"))
+    assert first == weights_fingerprint(tiny_model("llama").to(torch.bfloat16))
+    assert first != weights_fingerprint(tiny_model("llama", seed=1))
+    changed = tiny_model("llama")
+    changed.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1.0
+    assert first != weights_fingerprint(changed)
+
+
+def test_one_checkpoint_has_one_fingerprint(tiny_folder: Path) -> None:
+    single = load_source(tiny_folder, dtype="float32").shape
+    half = load_source(tiny_folder, dtype="bfloat16").shape
+    assert single.weights_fingerprint == half.weights_fingerprint
+    assert (single.dtype, half.dtype) == ("float32", "bfloat16")

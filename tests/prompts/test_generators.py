@@ -1,0 +1,232 @@
+"""Generators: disjoint pools, uniform depth, exact fit, RULER's format."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from moacompress.core.errors import DataError, UsageError
+from moacompress.evaluation import tasks, vocabulary
+from moacompress.prompts.generators import (
+    ANSWER_ROOM,
+    TASKS,
+    find_task,
+    make_key_value,
+    make_needle,
+    make_prompt,
+    make_recall,
+)
+from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, Split, draw_keys, draw_numbers
+from moacompress.prompts.recall import WORDS
+from moacompress.prompts.templates import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Prose:
+    for name in "abcdef":
+        words = " ".join(f"{name}{i}." if i % 7 == 6 else f"{name}{i}" for i in range(600))
+        (tmp_path / f"{name}.txt").write_text(words)
+    return Prose.load(tmp_path)
+
+
+def test_keys_and_numbers_of_splits_are_disjoint_by_construction() -> None:
+    assert len(set(NOUNS)) == len(NOUNS)
+    for draw in (draw_keys, draw_numbers):
+        pools = {split: set(draw(rng(), split, 2000)) for split in SPLITS}
+        assert all(len(pool) == 2000 for pool in pools.values())
+        assert len(set.union(*pools.values())) == 6000
+    for index, split in enumerate(SPLITS):
+        assert {key.partition("-")[2] for key in draw_keys(rng(), split, 2000)} <= set(NOUNS[index::3])
+        assert {int(number) % 3 for number in draw_numbers(rng(), split, 2000)} == {index}
+        assert {len(number) for number in draw_numbers(rng(), split, 2000)} == {7}
+
+
+def test_prose_of_splits_is_disjoint(prose: Prose, tmp_path: Path) -> None:
+    words = {split: set(prose.words(rng(), split)) for split in SPLITS}
+    assert all(len(pool) == 1200 for pool in words.values())
+    assert len(set.union(*words.values())) == 3600
+    single = Prose.load(tmp_path / "a.txt")
+    parts = [single.words(rng(3), split) for split in SPLITS]
+    assert [len(part) for part in parts] == [200, 200, 200]
+    assert len({word for part in parts for word in part}) == 600
+
+
+def test_prose_begins_at_a_sentence_and_wraps(prose: Prose) -> None:
+    for seed in range(20):
+        first = prose.words(rng(seed), "validation")[0]
+        assert int(first[1:].rstrip(".")) % 7 == 0
+
+
+def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    base: Any = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    return base
+
+
+@pytest.mark.parametrize(
+    ("task", "split"), [pair for pair in product(TASKS, SPLITS) if pair != ("recall", "evaluation")]
+)
+@pytest.mark.parametrize("length", [1024, 1500])
+@pytest.mark.parametrize("chat", [True, False])
+def test_prompts_fit_closely(
+    task: str, split: Split, length: int, chat: bool, tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose
+) -> None:
+    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
+    for seed in range(3):
+        prompt = make_prompt(task, rng(seed), split, tokenizer, length, prose)
+        ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
+        # one token a character; the space before the answer counts
+        used = len(ids) + len(prompt.answer) + 1 + ANSWER_ROOM
+        assert length - 30 < used <= length
+        assert prompt.answer in prompt.user
+        assert (prompt.task, prompt.kind) == (task, TASKS[task].kind)
+        assert ("<|im_start|>" in str(tokenizer.decode(ids))) == (chat and not prompt.plain)
+        assert prompt == make_prompt(task, rng(seed), split, tokenizer, length, prose)
+
+
+def test_needle_format(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = make_needle(rng(1), "evaluation", tiny_tokenizer, 700)
+    key = prompt.prefix.removeprefix("The special magic number for ").removesuffix(" mentioned in the provided text is")
+    lines = prompt.user.split("\n")
+    assert lines[0].startswith("A special magic number is hidden within the following text. Make sure to memorize it.")
+    assert f"One of the special magic numbers for {key} is: {prompt.answer}." in lines
+    assert lines[-1] == f"What is the special magic number for {key} mentioned in the provided text?"
+    assert "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again." in lines
+
+
+def test_needles_and_pairs_of_uuids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    one = make_needle(rng(1), "calibration", tiny_tokenizer, 700, values="uuids")
+    assert one.user.startswith("A special magic uuid is hidden within the following text.")
+    assert one.prefix.startswith("The special magic uuid for ")
+    assert f" is: {one.answer}." in one.user
+    pairs = make_key_value(rng(1), "calibration", tiny_tokenizer, 900, "uuids")
+    body = json.loads(pairs.user[pairs.user.index("{") : pairs.user.rindex("}") + 1])
+    assert body[json.loads(pairs.prefix.removesuffix(":"))] == json.loads(pairs.answer)
+    for value in (one.answer, *body.values()):
+        assert uuid.UUID(value).int % len(SPLITS) == SPLITS.index("calibration")
+
+
+def test_four_needles_one_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    places = set()
+    for seed in range(20):
+        prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 1200, keys=4)
+        needles = [line for line in prompt.user.split("\n") if line.startswith("One of")]
+        assert len(set(needles)) == 4
+        places.add(next(i for i, needle in enumerate(needles) if prompt.answer in needle))
+    assert places == {0, 1, 2, 3}
+
+
+def test_depth_is_uniform(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    depths = []
+    for seed in range(150):
+        prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 2600)
+        lines = prompt.user.split("\n")[1:-1]
+        depths.append(next(i for i, line in enumerate(lines) if line.startswith("One of")) / (len(lines) - 1))
+    counts, _ = np.histogram(depths, bins=4, range=(0, 1))
+    assert counts.min() >= 20
+
+
+def test_prose_needle_follows_a_sentence(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:
+    for seed in range(10):
+        prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 2000, "prose", prose)
+        before = prompt.user.split("\n")[1].partition("One of the special")[0].rstrip()
+        assert not before or before.endswith(".")
+
+
+def test_key_value_is_json(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = make_key_value(rng(2), "validation", tiny_tokenizer, 900)
+    body = prompt.user[prompt.user.index("{") : prompt.user.rindex("}") + 1]
+    pairs = json.loads(body)
+    assert pairs[prompt.prefix.strip('":')] == int(prompt.answer)
+    assert len(pairs) > 15
+    assert len(set(pairs.values())) == len(pairs)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_recall_is_pairs_and_one_key(tiny_tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
+    places = []
+    for seed in range(30):
+        prompt = make_recall(rng(seed), "calibration", tokenizer, 900)
+        text = str(tokenizer.decode(encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)))
+        *lines, asked = text.split("\n")
+        pairs = dict(line.split(": ") for line in lines)
+        assert len(pairs) == len(lines) > 20
+        assert pairs[asked.removesuffix(":")] == prompt.answer
+        assert list(pairs.values()).count(prompt.answer) == 1
+        places.append(list(pairs).index(asked.removesuffix(":")) / len(pairs))
+    assert min(places) < 0.2
+    assert max(places) > 0.8
+
+
+def test_words_of_recall_are_those_of_no_other_split(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    everything = [*WORDS["calibration"], *WORDS["validation"], *vocabulary.WORDS, *NOUNS, *ADJECTIVES]
+    assert len(set(everything)) == len(everything)
+    seen: dict[str, set[str]] = {"keys": set(), "values": set()}
+    for case in tasks.make_cases("recall", 1500, 20, 0, tiny_tokenizer):
+        pairs = [line.split(": ") for line in str(tiny_tokenizer.decode(case.prompt_ids)).split("\n")[:-1]]
+        seen["keys"] |= {key for key, _ in pairs}
+        seen["values"] |= {value for _, value in pairs}
+    assert len(seen["values"]) > 300
+    for split in ("calibration", "validation"):
+        for seed in range(20):
+            prompt = make_recall(rng(seed), split, tiny_tokenizer, 1500)
+            pairs = [line.split(": ") for line in prompt.user.split("\n")[:-1]]
+            assert {value for _, value in pairs} <= set(WORDS[split])
+            assert not seen["keys"] & {key for key, _ in pairs}
+            assert not seen["values"] & {value for _, value in pairs}
+
+
+def test_recall_has_an_end(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="recall has no words for evaluation; use the evaluation task recall"):
+        make_recall(rng(), "evaluation", tiny_tokenizer, 900)
+    with pytest.raises(DataError, match=r"recall has [\d,]+ keys, too few for a prompt of 400,000 tokens"):
+        make_recall(rng(), "calibration", tiny_tokenizer, 400_000)
+    with pytest.raises(DataError, match=r"task recall takes at least \d+ tokens; 20 were asked for"):
+        make_recall(rng(), "calibration", tiny_tokenizer, 20)
+
+
+def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:
+    with pytest.raises(DataError, match=r"task multi-needle-noise takes at least \d+ tokens; 300 were asked for"):
+        make_needle(rng(), "calibration", tiny_tokenizer, 300, keys=4)
+    with pytest.raises(DataError, match=r"1,200 words, too few for a prompt of 20,000 tokens"):
+        make_needle(rng(), "calibration", tiny_tokenizer, 20_000, "prose", prose)
+
+
+def test_prose_without_text(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"needle-prose needs prose"):
+        make_prompt("needle-prose", rng(), "calibration", tiny_tokenizer, 900)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(UsageError, match="unknown task 'needle-noize'; did you mean 'needle-noise'"):
+        find_task("needle-noize")
+    with pytest.raises(UsageError, match="known tasks are needle-noise, "):
+        find_task("xyz")
+
+
+def test_bad_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"can not read .*No such file"):
+        Prose.load(tmp_path / "none.txt")
+    with pytest.raises(DataError, match=r"has no .txt files"):
+        Prose.load(tmp_path)
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(DataError, match="has no text"):
+        Prose.load(tmp_path)
+    (tmp_path / "blank.txt").write_bytes(b"a\xff")
+    with pytest.raises(DataError, match="not UTF-8 text: byte 1"):
+        Prose.load(tmp_path)

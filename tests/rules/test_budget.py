@@ -1,0 +1,102 @@
+"""Budgets: what is understood, what is refused with which words, and the bytes they come to."""
+
+from __future__ import annotations
+
+import pytest
+
+from moacompress.core.errors import BudgetError, InfeasibleBudgetError
+from moacompress.rules.budget import (
+    Budget,
+    byte_limits,
+    check_feasible,
+    format_length,
+    parse_length,
+    parse_lengths,
+    reference_length,
+)
+from moacompress.rules.model_shape import ModelShape
+
+SHAPE = ModelShape("llama", 2, 4, 2, 16, "float16", (None, 64), "0" * 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "size", "length"),
+    [
+        ("25%", 0.25, None, None),
+        (" 25% ", 0.25, None, None),
+        ("0.25", 0.25, None, None),
+        (".25", 0.25, None, None),
+        ("1", 1.0, None, None),
+        ("100%", 1.0, None, None),
+        ("12.5%@8k", 0.125, None, 8192),
+        ("25%@1000", 0.25, None, 1000),
+        ("512MiB@32k", None, 512 * 2**20, 32768),
+        ("1.5gib@4K", None, 3 * 2**29, 4096),
+    ],
+)
+def test_understood(text: str, share: float | None, size: int | None, length: int | None) -> None:
+    assert Budget.parse(text) == Budget(text.strip(), share, size, length)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "outside"),
+        ("0%", "outside"),
+        ("3", "bare number above 1; did you mean '3%'"),
+        ("25", "bare number above 1; did you mean '25%'"),
+        ("101%", "outside"),
+        ("abc", "is not understood; write '25%'"),
+        ("", "is not understood"),
+        ("-25%", "is not understood"),
+        ("nan", "is not understood"),
+        ("1e-1", "is not understood"),
+        ("25%@", "is not understood"),
+        ("25%@abc", "length 'abc' is not a number of tokens"),
+        ("25%@0", "length '0' is not a number of tokens"),
+        ("512MiB", "needs the length it holds at, such as '512MiB@32k'"),
+        ("0MiB@1k", "is no bytes at all"),
+        ("25%,12.5%", "names several plans"),
+        ("latency=0.6@8k", "is not understood"),
+        ("9" * 400 + "%", "outside"),
+    ],
+)
+def test_refused(text: str, message: str) -> None:
+    with pytest.raises(BudgetError) as error:
+        Budget.parse(text)
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_lengths() -> None:
+    assert parse_length("4k") == 4096
+    assert parse_lengths("4k,1k,1024, 300") == (300, 1024, 4096)
+    assert [format_length(n) for n in (300, 1024, 8192)] == ["300", "1k", "8k"]
+    for text in ("", "k", "-1", "1.5k", "1m", "999999999", "99999999k", "1k,,2k", "1k,"):
+        with pytest.raises(BudgetError, match="is not a number of tokens"):
+            parse_lengths(text)
+
+
+def test_a_share_holds_at_every_length_and_the_smallest_limit_counts() -> None:
+    dense = {n: SHAPE.dense_kv_bytes(n) for n in (512, 1024)}
+    assert dense[1024] == 2 * (1024 + 64) * 2 * 16 * 2
+    assert byte_limits([Budget.parse("25%")], SHAPE, [1024, 512]) == {512: dense[512] // 4, 1024: dense[1024] // 4}
+    both = [Budget.parse("50%"), Budget.parse("25%@1k"), Budget.parse("1MiB@2k")]
+    assert byte_limits(both, SHAPE, (512, 1024)) == {512: dense[512] // 2, 1024: dense[1024] // 4, 2048: 2**20}
+    with pytest.raises(BudgetError, match="no budget given"):
+        byte_limits([], SHAPE, [512])
+
+
+def test_reference_length_is_the_longest_unless_named() -> None:
+    assert reference_length([Budget.parse("25%")], [512, 2048]) == 2048
+    assert reference_length([Budget.parse("25%"), Budget.parse("25%@1k")], [512, 2048]) == 1024
+
+
+def test_an_impossible_budget_says_the_smallest_possible() -> None:
+    check_feasible({1024: 100}, {1024: 100}, SHAPE)
+    dense = SHAPE.dense_kv_bytes(1024)
+    with pytest.raises(InfeasibleBudgetError, match=r"at 1k tokens .* ask for at least 10\.\d%") as error:
+        check_feasible({1024: dense // 100}, {1024: dense // 10 + 1}, SHAPE)
+    asked = str(error.value).rpartition("at least ")[2].split("%")[0]
+    limit = Budget.parse(f"{asked}%").limits(SHAPE, [1024])
+    check_feasible(limit, {1024: dense // 10 + 1}, SHAPE)

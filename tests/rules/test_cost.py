@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.core.errors import BudgetError, InfeasibleBudgetError
+from moacompress.rules.budget import Budget
+from moacompress.rules.cost import (
+    attention_flops,
+    budget_limits,
+    floored,
+    layer_floors,
+    slot_limits,
+    slot_table,
+    smallest_bytes,
+)
+from moacompress.rules.plan import Plan
+
+Profiles = Callable[..., Profile]
+
+
+def test_slot_table_agrees_with_the_plan(profiles: Profiles) -> None:
+    profile = profiles()
+    lengths = (1, 63, 64, 65, 511, 1000)
+    table = slot_table(profile.shape, profile.rules, profile.min_window, lengths)
+    assert table.dtype == np.int64
+    assert table.shape == (6, 6, 2, len(profile.rules))
+    for number in (0, 1, 7, len(profile.rules) - 1):
+        plan = Plan.uniform(profile.shape, profile.rules[number], profile.min_window)
+        for index, n in enumerate(lengths):
+            assert table[index, :, :, number].sum() * profile.shape.slot_bytes == plan.kv_bytes(n)
+
+
+def test_limits_and_the_smallest_budget(profiles: Profiles) -> None:
+    profile = profiles()
+    arguments = (profile.shape, profile.lengths, profile.rules, profile.min_window)
+    limits = budget_limits([Budget.parse("50%")], *arguments)
+    assert list(limits) == [256, 512]
+    assert slot_limits(limits, profile.shape).tolist() == [
+        profile.shape.dense_kv_bytes(n) // 2 // profile.shape.slot_bytes for n in profile.lengths
+    ]
+    assert list(budget_limits([Budget.parse("50%@1k")], *arguments)) == [1024]
+    with pytest.raises(InfeasibleBudgetError, match="at least") as error:
+        budget_limits([Budget.parse("1%")], *arguments)
+    need = str(error.value).split("at least ")[1].split("%")[0]
+    budget_limits([Budget.parse(f"{need}%@256")], *arguments)
+    with pytest.raises(BudgetError, match="no budget"):
+        budget_limits([], *arguments)
+
+
+def test_smallest_plan_is_one_rule(profiles: Profiles) -> None:
+    profile = profiles()
+    smallest = smallest_bytes(profile.shape, profile.rules, profile.min_window, (256, 512))
+    rule = min(profile.rules, key=lambda rule: (rule.sink, rule.kept(512, 32)))
+    plan = Plan.uniform(profile.shape, min(r for r in profile.rules if r.sink == rule.sink and r.alpha == 32), 32)
+    assert smallest == {n: plan.kv_bytes(n) for n in (256, 512)}
+
+
+def test_flops_count_what_is_kept(profiles: Profiles) -> None:
+    profile = profiles(layers=2)
+    shape, n = profile.shape, 200
+    rule = profile.rules[5]
+    plan = Plan.uniform(shape, rule, profile.min_window)
+    each = 4 * shape.head_dim * shape.heads  # two products, a multiply-add is two
+    found = attention_flops(plan, n)
+    assert found["decode"] == each * shape.layers * rule.kept(n, profile.min_window)
+    assert found["prefill"] == each * shape.layers * sum(rule.kept(i, profile.min_window) for i in range(1, n + 1))
+    assert attention_flops(Plan.full(shape), n)["prefill"] == each * shape.layers * n * (n + 1) // 2
+
+
+def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:
+    profile = profiles()
+    table = slot_table(profile.shape, profile.rules, profile.min_window, profile.lengths)
+    floors = layer_floors({1: 0.5}, profile.shape)
+    found = floored(table, floors)
+    assert np.array_equal(found[:, [0, 2, 3]], table[:, [0, 2, 3]])
+    assert (found[:, 1] >= table[:, 1, :, :1] / 2).all()
+    assert (found[:, 1] < table[:, 1, :, :1]).any()
+    arguments = (profile.shape, profile.rules, profile.min_window, profile.lengths)
+    assert all(smallest_bytes(*arguments, floors)[n] > smallest_bytes(*arguments)[n] for n in profile.lengths)

@@ -1,0 +1,315 @@
+"""The plan: windows, kept, slots and bytes against brute force; the file format and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moacompress.core.errors import PlanError
+from moacompress.rules import plan as plan_module
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.windows import BETA_ONE, BLOCK, kept, segments, slots, window
+
+
+def shape(**changes: Any) -> ModelShape:
+    values: dict[str, Any] = {
+        "model_type": "llama",
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "dtype": "float32",
+        "native_windows": (None, 24, None),
+        "weights_fingerprint": "0123456789abcdef",
+    }
+    return ModelShape(**{**values, **changes})
+
+
+def some_plan() -> Plan:
+    rows = (
+        (Rule(4, 32, 0), Rule.FULL),
+        (Rule(16, 0, 256), Rule(64, 64, 128)),
+        (Rule(4, 0, 1), Rule(64, 1 << 20, 0)),
+    )
+    return Plan(shape(), 32, rows, budget={"asked": ["25%"]}, quality={"measured_harm": {"plan": 0.1}})
+
+
+def visible(n: int, rule: Rule, min_window: int, native: int | None) -> list[int]:
+    """Returns the keys that query `n - 1` sees, straight from the definition."""
+    i = n - 1
+    width = min(n, max(min_window, rule.alpha + rule.beta_q * n // 1024))
+    return [j for j in range(n) if j <= i and (j < rule.sink or j > i - width) and (native is None or j > i - native)]
+
+
+RULES = st.builds(
+    Rule,
+    st.sampled_from(SINKS),
+    st.one_of(st.integers(0, 300), st.just(1 << 24)),
+    st.integers(0, BETA_ONE),
+)
+NATIVE = st.one_of(st.none(), st.integers(1, 200))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 500), RULES, st.sampled_from(MIN_WINDOWS), NATIVE)
+def test_kept_and_slots_are_what_the_definition_says(n: int, rule: Rule, min_window: int, native: int | None) -> None:
+    keys = visible(n, rule, min_window, native)
+    assert rule.kept(n, min_window, native) == len(keys)
+    assert rule.slots(n, min_window, native) == BLOCK * len({key // BLOCK for key in keys})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 500), RULES, st.sampled_from(MIN_WINDOWS), NATIVE)
+def test_what_is_evicted_is_never_visible_again(n: int, rule: Rule, min_window: int, native: int | None) -> None:
+    starts = [segments(m, rule.sink, rule.alpha, rule.beta_q, min_window, native)[2] for m in (n, n + 1)]
+    assert starts[0] <= starts[1]
+    now, then = (set(visible(m, rule, min_window, native)) for m in (n, n + 1))
+    assert then - {n} <= now
+
+
+def test_the_native_window_hides_the_sinks_too() -> None:
+    assert visible(100, Rule(4, 16, 0), 16, 24) == list(range(84, 100))
+    assert Rule(64, 0, BETA_ONE).kept(100, 32, 24) == 24
+    assert Rule.FULL.kept(100, 32, 24) == 24
+
+
+def test_numpy_and_torch_agree_with_integers() -> None:
+    import torch
+
+    n = np.arange(1, 400, dtype=np.int64)
+    for rule, native in ((Rule(16, 40, 100), None), (Rule(64, 0, 300), 50)):
+        expected = [kept(int(i), rule.sink, rule.alpha, rule.beta_q, 16, native) for i in n]
+        assert kept(n, rule.sink, rule.alpha, rule.beta_q, 16, native).tolist() == expected
+        tensor = kept(torch.from_numpy(n), rule.sink, rule.alpha, rule.beta_q, 16, native)
+        assert tensor.dtype == torch.int64
+        assert tensor.tolist() == expected
+        expected = [slots(int(i), rule.sink, rule.alpha, rule.beta_q, 16, native) for i in n]
+        assert slots(n, rule.sink, rule.alpha, rule.beta_q, 16, native).tolist() == expected
+
+
+def test_no_float_ever_computes_a_window() -> None:
+    n = (1 << 31) + 1
+    assert window(n, 3, 717, 32) == 3 + 717 * n // 1024
+
+
+def test_bytes_are_slots_times_key_and_value() -> None:
+    plan = some_plan()
+    per_slot = 2 * 16 * 4
+    expected = sum(
+        BLOCK * len({key // BLOCK for key in visible(300, rule, 32, native)})
+        for row, native in zip(plan.rules, plan.model.native_windows, strict=True)
+        for rule in row
+    )
+    assert plan.slots(300) == expected
+    assert plan.kv_bytes(300) == expected * per_slot
+    assert plan.kv_bytes(300, batch=8) == 8 * expected * per_slot
+    assert Plan.full(shape()).kv_bytes(300) == shape().dense_kv_bytes(300)
+    assert Plan.full(shape()).density(300) == 1.0
+    assert plan.kv_share(300) == plan.kv_bytes(300) / shape().dense_kv_bytes(300)
+    assert shape(dtype="bfloat16").dense_kv_bytes(300) * 2 == shape().dense_kv_bytes(300)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    plan = some_plan()
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.key() == plan.key()
+    assert loaded.diff(plan) == []
+
+
+def test_key_ignores_notes_and_weights() -> None:
+    plan = some_plan()
+    assert plan.with_notes(quality={}).key() == plan.key()
+    other = Plan(shape(weights_fingerprint="f" * 16), plan.min_window, plan.rules)
+    assert other.key() == plan.key()
+    assert Plan(shape(), 16, plan.rules).key() != plan.key()
+
+
+def test_diff_names_layer_and_head() -> None:
+    plan = some_plan()
+    rows = [list(row) for row in plan.rules]
+    rows[1][0] = Rule(16, 0, 512)
+    other = Plan(plan.model, 64, tuple(map(tuple, rows)))
+    assert plan.diff(other) == ["min_window: 32 -> 64", "layer 1 KV head 0: 16|0+0.25n -> 16|0+0.5n"]
+
+
+def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        target: Any = data
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+
+    return change
+
+
+def without(*path: str | int) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        target: Any = data
+        for key in path[:-1]:
+            target = target[key]
+        del target[path[-1]]
+
+    return change
+
+
+REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    (at("format", value="other"), 'not a moacompress plan: "format" is not'),
+    (at("version", value=2), "version 2, this moacompress reads up to 1; upgrade"),
+    (at("version", value=True), "version must be a whole number, not 'True'"),
+    (at("version", value=0), "version is 0, outside"),
+    (without("version"), "version must be a whole number, not 'None'"),
+    (at("extra", value=1), "the plan has the unknown key 'extra'"),
+    (without("layers"), "the plan lacks the key 'layers'"),
+    (at("model", value=[]), "model must be an object"),
+    (at("model", "extra", value=1), "model has the unknown key 'extra'"),
+    (without("model", "head_dim"), "model lacks the key 'head_dim'"),
+    (at("model", "layers", value=4), "model.native_windows has 3 entries, not 4"),
+    (at("model", "layers", value=10**9), "model.layers is 1000000000, outside"),
+    (at("model", "heads", value=5), "model.heads is 5, no multiple of model.kv_heads 2"),
+    (at("model", "kv_heads", value=0), "model.kv_heads is 0, outside"),
+    (at("model", "head_dim", value=-1), "model.head_dim is -1, outside"),
+    (at("model", "dtype", value="int4"), "model.dtype is 'int4', not one of"),
+    (at("model", "dtype", value=["float32"]), "model.dtype must be a text"),
+    (at("model", "model_type", value="x" * 300), "model.model_type must be a text of at most 256"),
+    (at("model", "native_windows", value=None), "model.native_windows must be a list"),
+    (at("model", "native_windows", 1, value=-24), "native_windows of layer 1 is -24, outside"),
+    (at("min_window", value=17), "min_window is 17, not one of 16, 32, 64"),
+    (at("min_window", value=True), "min_window is True, not one of"),
+    (at("min_window", value=32.0), "min_window is 32.0, not one of"),
+    (at("min_window", value=[32]), "min_window is [32], not one of"),
+    (at("layers", value={}), "layers must be a list"),
+    (without("layers", 2), "layers has 2 entries, not 3"),
+    (at("layers", 1, value=7), "layer 1 must be an object"),
+    (at("layers", 1, "width", value=[]), "layer 1 has the unknown key 'width'"),
+    (without("layers", 1, "sink"), "layer 1 lacks the key 'sink'"),
+    (at("layers", 1, "sink", value=[4]), "sink of layer 1 has 1 entries, not 2"),
+    (at("layers", 1, "sink", 1, value=5), "sink of layer 1 KV head 1 is 5, not one of 4, 16, 64"),
+    (at("layers", 1, "sink", 1, value=[4]), "sink of layer 1 KV head 1 is [4], not one of"),
+    (at("layers", 1, "sink", 1, value=4.0), "sink of layer 1 KV head 1"),
+    (at("layers", 2, "alpha", 0, value=-1), "alpha of layer 2 KV head 0 is -1, outside"),
+    (at("layers", 2, "alpha", 0, value=10**12), "alpha of layer 2 KV head 0 is 1000000000000, outside"),
+    (at("layers", 2, "alpha", 0, value=1.5), "alpha of layer 2 KV head 0 must be a whole number, not '1.5'"),
+    (at("layers", 2, "alpha", 0, value=True), "alpha of layer 2 KV head 0 must be a whole number, not 'True'"),
+    (at("layers", 2, "alpha", 0, value=None), "alpha of layer 2 KV head 0 must be a whole number"),
+    (at("layers", 0, "beta_q", 1, value=1025), "beta_q of layer 0 KV head 1 is 1025, outside 0..1024"),
+    (at("layers", 0, "beta_q", 1, value=-1), "beta_q of layer 0 KV head 1 is -1, outside 0..1024"),
+    (at("layers", 0, "beta_q", 1, value="512"), "beta_q of layer 0 KV head 1 must be a whole number"),
+    (at("layers", 0, "kv_dtype", 1, value="int8"), "kv_dtype of layer 0 KV head 1 is 'int8'; only null"),
+    (at("layers", 0, "share", value={"anchor": 0}), "layer 0 shares attention"),
+    (at("quality", value=[1]), "quality must be an object"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message[:50] for _, message in REFUSED])
+def test_refusals_name_what_is_wrong(change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
+    data = copy.deepcopy(some_plan().to_dict())
+    change(data)
+    with pytest.raises(PlanError) as error:
+        Plan.from_dict(data)
+    assert message in str(error.value)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError) as error:
+        Plan.load(path)
+    assert str(error.value).startswith(f"plan {path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+def test_not_a_number_is_refused(text: str, tmp_path: Path) -> None:
+    data = json.dumps(some_plan().to_dict()).replace('"plan": 0.1', f'"plan": {text}')
+    assert text in data
+    (tmp_path / "plan.json").write_text(data)
+    with pytest.raises(PlanError, match="quality must be an object of finite numbers"):
+        Plan.load(tmp_path / "plan.json")
+    data = json.dumps(some_plan().to_dict()).replace('"min_window": 32', f'"min_window": {text}')
+    (tmp_path / "plan.json").write_text(data)
+    with pytest.raises(PlanError, match="min_window is"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"format": ' * 200_000, "not valid JSON"),
+        (b"[1, 2]", "not a moacompress plan"),
+        (b"null", "not a moacompress plan"),
+        (b'{"format": "moacompress-plan", "version": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+    ids=["empty", "half", "not-utf8", "deep-list", "deep-object", "list", "null", "huge-number"],
+)
+def test_damaged_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError) as error:
+        Plan.load(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("depth", [70, 400, 900, 5000])
+def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
+    deep = '{"a":' * depth + "1" + "}" * depth
+    path = tmp_path / "plan.json"
+    text = json.dumps(some_plan().to_dict())
+    for old in ('{"plan": 0.1}', '"float32"', '"sink": [16, 64]'):
+        assert old in text
+        path.write_text(text.replace(old, f'"sink": [{deep}, 64]' if "sink" in old else deep))
+        with pytest.raises(PlanError) as error:
+            Plan.load(path)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 500
+
+
+def test_oversized_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "MAX_JSON_BYTES", 100)
+    some_plan().save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"at most 100 are read"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="No such file"):
+        Plan.load(tmp_path / "none.json")
+    with pytest.raises(PlanError, match="can not read plan"):
+        Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model_type": "mistral"}, "model_type is llama, the model's is mistral"),
+        ({"layers": 2, "native_windows": (None, None)}, "layers is 3, the model's is 2"),
+        ({"kv_heads": 4}, "kv_heads is 2, the model's is 4"),
+        ({"head_dim": 32}, "head_dim is 16, the model's is 32"),
+        ({"native_windows": (None, None, None)}, "native_windows is"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(PlanError, match="the plan is for another model") as error:
+        some_plan().check_model(shape(**changes), weights=False)
+    assert what in str(error.value)
+
+
+def test_other_weights_are_refused_only_where_weights_count() -> None:
+    other = shape(weights_fingerprint="f" * 16, dtype="bfloat16")
+    some_plan().check_model(other, weights=False)
+    with pytest.raises(PlanError, match="other weights: fingerprint 0123456789abcdef, the model has ffffffffffffffff"):
+        some_plan().check_model(other, weights=True)
