@@ -81,9 +81,11 @@ test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
 test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
 	$(BIN)/pytest
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, the order of imports, and one name for one thing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/unique_names.py
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(READY) ## sort imports and format
@@ -91,5 +93,5 @@ format: $(READY) ## sort imports and format
 	$(BIN)/ruff format .
 
 clean: ## remove what the tools made; .venv, .cache and runs stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

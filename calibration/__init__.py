@@ -1,1 +1,1 @@
-"""Calibration: data, generators, the dense model's answers, the profiler and its store. Nothing here decides on a plan."""
+"""Calibration: samples, the dense model's answers, the profiler and its store. It predicts; nothing here decides on a plan."""

@@ -6,10 +6,10 @@ Importing this package is cheap: it imports neither torch nor transformers. Func
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from _moacompress_autoload import autoload
+from moacompress.core.version import own_version
 
 if TYPE_CHECKING:
     from moacompress.calibration.profiler import profile
@@ -49,10 +49,7 @@ _HOMES = {
     "profile": "moacompress.calibration.profiler",
 }
 
-try:
-    __version__ = version("moacompress")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = own_version()
 
 autoload()
 

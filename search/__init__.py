@@ -1,1 +1,1 @@
-"""Search: candidate rules, costs, solvers, the Optuna study and the baselines. Nothing here touches attention."""
+"""Search: surrogate, solvers, the Optuna study, baselines, the audit. It decides on a plan; nothing here touches attention."""

@@ -20,7 +20,7 @@ from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import ArtefactError, DataError
-from moacompress.core.files import fingerprint, finite_json, read_json, write_json, write_text
+from moacompress.core.files import fingerprint, finite_json, read_json, write_json
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -110,8 +110,7 @@ def audit(
 ) -> Audit:
     """Measures ablations and plans and compares every estimator of a profile with them.
 
-    The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`. A scatter plot is
-    written beside it too.
+    The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`.
 
     Args:
         profile: of the dense model.
@@ -149,10 +148,7 @@ def audit(
     if found is None:
         made = _run(request, model, samples, masking, count, plans, seed, path, progress or SILENT)
         found = Audit(key, finite_json(made))
-        _plot(path, found)
         write_json(path, found.to_dict())
-    elif not _page(path).exists():
-        _plot(path, found)
     return found
 
 
@@ -264,19 +260,3 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
 def _difference(one: BootstrapValue, other: BootstrapValue) -> dict[str, Any]:
     difference = one - other
     return {"value": difference.value, "ci95": difference.ci95}
-
-
-def _page(path: Path) -> Path:
-    return path.with_suffix(".html")
-
-
-def _plot(path: Path, found: Audit) -> None:
-    """Writes the scatter plot beside an audit, if plotly is there."""
-    from moacompress.report.audit_tables import scatter_html
-
-    try:
-        write_text(_page(path), scatter_html(found.data))
-    except ImportError:
-        logger.warning(
-            'no plot was made: it needs plotly; pip install "moacompress[report]" and run the same command again'
-        )

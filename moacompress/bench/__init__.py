@@ -1,7 +1,7 @@
 """The benchmark of a compressed checkpoint: how fast it is, and what memory it takes, beside the dense model.
 
-`request` (what is asked for, checked before anything is loaded), `sides` (the models and their caches), `graphs` (proof
-that a compiled step is one graph), `measure` (turns of timing), `peak` (memory, in processes of their own), `cells` (what
-is measured, kept on disk), `rows` (what it comes to), `runner` (all of it). The tables are in `moacompress.report.bench_tables`.
-Nothing here changes a plan or judges its quality.
+`bench_request` (what is asked for, checked before anything is loaded), `sides` (the models and their caches), `graphs` (proof
+that a compiled step is one graph), `measure` (turns of timing), `peak` (memory, in processes of their own), `cell_store`
+(what is measured, kept on disk), `timing_rows` (what it comes to), `benchmark` (all of it). The tables are in
+`moacompress.report.bench_tables`. Nothing here changes a plan or judges its quality.
 """

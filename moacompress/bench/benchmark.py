@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import moacompress
 from moacompress.bench.bench_request import BenchRequest, Cell, check_fits
 from moacompress.bench.cell_store import CellStore
 from moacompress.bench.graphs import CompiledForward
@@ -36,6 +35,7 @@ from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.memory import available_bytes
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.version import own_version
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.kernels import dispatch
 from moacompress.rules.plan import Plan
@@ -113,7 +113,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "moacompress": moacompress.__version__,
+        "moacompress": own_version(),
         "isa": kernel.isa,
     }
 

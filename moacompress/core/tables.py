@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+Row: TypeAlias = Mapping[str, Any]
+"""One row of a result, as its JSON has it."""
 
 
 def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:

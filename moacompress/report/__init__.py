@@ -1,1 +1,1 @@
-"""Reports: what artefacts say, as JSON values and for people. Nothing here measures anything."""
+"""Reports: what artefacts say, for people. Everything here takes data and formats it; nothing here measures or decides."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
+from moacompress.core.files import write_text
 from moacompress.core.tables import readable_number, section
 from moacompress.rules.rule import Rule
+
+logger = logging.getLogger(__name__)
 
 Data = Mapping[str, Any]
 
@@ -114,6 +119,16 @@ def scatter_html(audit: Data) -> str:
     figure.update_layout(title=f"Predicted and measured harm: {audit['model']}", template="plotly_white")
     page: str = figure.to_html(include_plotlyjs=True, full_html=True, div_id="audit")
     return page
+
+
+def write_scatter(path: Path, audit: Data) -> None:
+    """Writes `scatter_html` beside an audit's file; without plotly one line says how to get it."""
+    try:
+        write_text(path.with_suffix(".html"), scatter_html(audit))
+    except ImportError:
+        logger.warning(
+            'no plot was made: it needs plotly; pip install "moacompress[report]" and run the same command again'
+        )
 
 
 def _point_note(point: Data) -> str:

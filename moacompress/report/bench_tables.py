@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from moacompress.bench.bench_request import SIDES
-from moacompress.core.tables import readable_bytes, section
+from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.rules.budget import format_length
 
-Row = Mapping[str, Any]
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefill": ("seconds, all rows", 1e-3)}

@@ -9,10 +9,9 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from moacompress.core.tables import readable_bytes, section
+from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.rules.budget import format_length
 
-Row = Mapping[str, Any]
 RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (

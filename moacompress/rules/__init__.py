@@ -1,1 +1,6 @@
-"""x."""
+"""What a KV head keeps, and what that costs: windows, rules, a model's shape, candidates, budgets, plans. Integers, no torch.
+
+`windows` is the one definition of window, visible, kept and slots; `rule`, `model_shape` and `plan` say it of a KV head, a
+model and all its KV heads; `candidates` is what is on offer, `cost` and `budget` what it takes and may take. Nothing here
+measures, predicts or loads anything.
+"""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moacompress.recipe import Recipe
 from moacompress.models.source import SourceModel, load_source
+from moacompress.recipe import Recipe
+from moacompress.runtime.linear import pack_where_it_fits
 
 
 def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
@@ -18,7 +17,5 @@ def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
     if isinstance(source, SourceModel):
         return source
     loaded = load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-    from moacompress.runtime.linear import pack_where_it_fits
-
     pack_where_it_fits(loaded.model)
     return loaded

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from moacompress.calibration.store import Profile
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.budget import Budget
+from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import (
     attention_flops,
     budget_limits,
@@ -17,9 +18,31 @@ from moacompress.rules.cost import (
     slot_table,
     smallest_bytes,
 )
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
-Profiles = Callable[..., Profile]
+
+class Offer(NamedTuple):
+    """What a profile would say of a model and its candidate rules."""
+
+    shape: ModelShape
+    rules: tuple[Rule, ...]
+    lengths: tuple[int, ...] = (256, 512)
+    min_window: int = 32
+
+
+Profiles = Callable[..., Offer]
+
+
+@pytest.fixture
+def profiles() -> Profiles:
+    def offer(layers: int = 6) -> Offer:
+        natives = tuple(64 if layer % 5 == 4 else None for layer in range(layers))
+        shape = ModelShape("llama", layers, 4, 2, 16, "float32", natives, "weights")
+        return Offer(shape, candidate_rules(512, (4, 16, 64), 32))
+
+    return offer
 
 
 def test_slot_table_agrees_with_the_plan(profiles: Profiles) -> None:

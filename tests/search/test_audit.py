@@ -21,7 +21,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
-from moacompress.report.audit_tables import audit_tables, scatter_html
+from moacompress.report.audit_tables import audit_tables, scatter_html, write_scatter
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search import objective
 from moacompress.search.audit import audit, check_audit, predicted_influence
@@ -365,8 +365,7 @@ def test_killed_and_taken_up_again_is_the_same_to_the_byte(
     ledger.write_bytes(ledger.read_bytes()[:-20])  # the last line was just being written
     run(audited, source, tmp_path / "killed")
     assert len(measured) == 2 * total + 1
-    for name in ("audit.json", "audit.html"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "killed/audit.json").read_bytes() == (tmp_path / "whole/audit.json").read_bytes()
 
 
 def test_a_second_run_measures_nothing(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
@@ -400,6 +399,7 @@ def test_what_can_not_be_audited(
 
 def test_the_plot_shows_every_estimator(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
     found = run(audited, source, tmp_path)
+    write_scatter(tmp_path / "audit.json", found.data)
     page = (tmp_path / "audit.html").read_text("utf-8")
     assert page == scatter_html(found.data)
     for name in audited.estimators:
@@ -415,13 +415,14 @@ def test_without_plotly_one_line_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    found = run(audited, source, tmp_path)
     monkeypatch.setitem(sys.modules, "plotly", None)
     with caplog.at_level(logging.WARNING):
-        run(audited, source, tmp_path)
+        write_scatter(tmp_path / "audit.json", found.data)
     assert [record.message for record in caplog.records if 'pip install "moacompress[report]"' in record.message]
     assert not (tmp_path / "audit.html").exists()
     monkeypatch.undo()
-    run(audited, source, tmp_path)
+    write_scatter(tmp_path / "audit.json", found.data)
     assert (tmp_path / "audit.html").exists()
 
 

@@ -1,0 +1,27 @@
+"""The errors that a user can meet, under the name they were known by first; they live in `moacompress.core.errors`."""
+
+from moacompress.core.errors import (
+    ArtefactError,
+    BudgetError,
+    DataError,
+    InfeasibleBudgetError,
+    MoaCompressError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    UnsupportedError,
+    UsageError,
+)
+
+__all__ = [
+    "ArtefactError",
+    "BudgetError",
+    "DataError",
+    "InfeasibleBudgetError",
+    "MoaCompressError",
+    "ModelError",
+    "PlanError",
+    "RecipeError",
+    "UnsupportedError",
+    "UsageError",
+]
