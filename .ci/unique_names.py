@@ -23,7 +23,7 @@ def product_files(root: Path) -> Iterator[Path]:
     """Yields the product's Python files, each once."""
     pending = [root / package for package in PACKAGES]
     while pending:
-        for path in sorted(pending.pop(0).iterdir()):
+        for path in pending.pop().iterdir():
             if path.is_dir() and not path.is_symlink():
                 pending.append(path)
             elif path.suffix == ".py":
@@ -66,7 +66,7 @@ def only_hands_on(tree: ast.Module) -> bool:
 def repeated(root: Path) -> list[str]:
     """Returns one line for every name that is there twice."""
     modules, names = defaultdict(list), defaultdict(list)
-    for path in product_files(root):
+    for path in sorted(product_files(root)):
         where = path.relative_to(root).as_posix()
         tree = ast.parse(path.read_text("utf-8"))
         if not (path.stem.startswith("__") or only_hands_on(tree)):
