@@ -94,7 +94,7 @@ class BuildKernels(build_ext):
         """
         command, torch = compiler(), torch_folder()
         if command is None or torch is None:
-            raise CompileError(f"the CPU kernels can not be built: {missing()}")
+            raise CompileError(f"the CPU kernels cannot be built: {missing()}")
         target = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp) / "kernels"
         objects.mkdir(parents=True, exist_ok=True)
@@ -130,11 +130,11 @@ def _run(command: list[str]) -> None:
 
 
 def extensions() -> list[Extension]:
-    """Returns the extension, or nothing where it can not be built."""
+    """Returns the extension, or nothing where it cannot be built."""
     reason = missing()
     if reason is not None:
         if REQUIRE:
-            raise SystemExit(f"MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels can not be built: {reason}")
+            raise SystemExit(f"MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels cannot be built: {reason}")
         print(f"moacompress installs without its CPU kernels: {reason}", file=sys.stderr)
         return []
     root = Path(__file__).parent

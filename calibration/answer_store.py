@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class AnswerStore:
     """A file with one line of JSON for every batch of answers: `{"answers": {key: [token ids]}}`.
 
-    A batch is written and flushed as a whole before the next begins. Lines that can not be read, such as a half one at
-    the end, are left out; a file that can not be read at all counts as empty.
+    A batch is written and flushed as a whole before the next begins. Lines that cannot be read, such as a half one at
+    the end, are left out; a file that cannot be read at all counts as empty.
     """
 
     def __init__(self, path: str | Path, weights: str, dtype: str) -> None:
@@ -43,7 +43,7 @@ class AnswerStore:
         """Writes the answers to a batch of prompts to the end of the file.
 
         Raises:
-            ArtefactError: the file can not be written; what was in it still is.
+            ArtefactError: the file cannot be written; what was in it still is.
         """
         batch = {self._key(prompt, room): list(answer) for prompt, answer in zip(prompts, answers, strict=True)}
         line = ("\n" if self._torn else "") + json.dumps({"answers": batch}) + "\n"
@@ -55,7 +55,7 @@ class AnswerStore:
             self._torn = False
         except OSError as error:
             raise ArtefactError(
-                f"can not write the dense model's answers to {self._path}: {error.strerror or error}; those written "
+                f"cannot write the dense model's answers to {self._path}: {error.strerror or error}; those written "
                 "before are kept"
             ) from error
         self._answers |= batch
@@ -73,7 +73,7 @@ def _read(path: Path) -> tuple[dict[str, list[int]], bool]:
     except FileNotFoundError:
         return {}, False
     except OSError as error:
-        logger.warning("can not read %s: %s; the dense model answers anew", path, error.strerror or error)
+        logger.warning("cannot read %s: %s; the dense model answers anew", path, error.strerror or error)
         return {}, False
     answers: dict[str, list[int]] = {}
     damaged = 0

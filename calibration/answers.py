@@ -106,7 +106,7 @@ def answer_drafts(
 
     Raises:
         DataError: a sample is no longer than the largest sink.
-        ArtefactError: answers can not be written.
+        ArtefactError: answers cannot be written.
     """
     progress = progress or SILENT
     progress.start("the dense model's answers", len(drafts))

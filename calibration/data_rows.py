@@ -138,7 +138,7 @@ def _read_json(path: Path) -> list[Any]:
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        raise DataError(f"can not read {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
     try:
@@ -177,7 +177,7 @@ def _read_parquet(path: Path) -> list[DataRow]:
     try:
         rows: list[DataRow] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"can not read {path}: {_first_line(error)}") from error
+        raise DataError(f"cannot read {path}: {_first_line(error)}") from error
     return rows
 
 
@@ -190,7 +190,7 @@ def _read_hub(source: SourceRecipe) -> Sequence[DataRow]:
     try:
         rows: Sequence[DataRow] = datasets.load_dataset(str(source.dataset), name=source.config, split=source.split)
     except Exception as error:
-        raise DataError(f"can not load hub set {source.dataset}: {_first_line(error)}") from error
+        raise DataError(f"cannot load hub set {source.dataset}: {_first_line(error)}") from error
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -136,7 +136,7 @@ def dry_run(
         around: the plan to profile around, or None.
 
     Raises:
-        ModelError: the model can not be loaded or profiled.
+        ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
         PlanError: `around` is a plan of another model.
     """

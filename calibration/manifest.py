@@ -156,7 +156,7 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
         for statistics that the earlier one did not record.
 
     Raises:
-        ArtefactError: the folder holds something else and `overwrite` is False, or can not be written.
+        ArtefactError: the folder holds something else and `overwrite` is False, or cannot be written.
     """
     _sweep(folder)
     found = _same_request(folder, head, overwrite)
@@ -168,7 +168,7 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
                 folder.unlink(missing_ok=True)
             folder.mkdir(parents=True)
         except OSError as error:
-            raise ArtefactError(f"can not write {folder}: {error.strerror or error}") from error
+            raise ArtefactError(f"cannot write {folder}: {error.strerror or error}") from error
         found = head
     else:
         recipe = _with_recorded(head.recipe, found.recipe)

@@ -209,10 +209,10 @@ def profile(
         progress: receives the progress.
 
     Raises:
-        ModelError: the model can not be loaded or profiled.
+        ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
         PlanError: `around` is a plan of another model.
-        ArtefactError: the folder holds something else, or can not be written.
+        ArtefactError: the folder holds something else, or cannot be written.
     """
     out, progress = Path(out), progress or SILENT
     source = load_for(recipe, model)
@@ -236,7 +236,7 @@ def profile(
 
 
 def check_lengths(source: SourceModel, recipe: Recipe) -> None:
-    """Refuses lengths that can not be profiled.
+    """Refuses lengths that cannot be profiled.
 
     Raises:
         DataError: beyond the model's context, or so short that no rule would leave anything out.
@@ -270,7 +270,7 @@ def _digest(root: Path) -> str:
                     for block in iter(lambda: file.read(1 << 20), b""):
                         digest.update(block)
     except OSError as error:
-        raise DataError(f"can not read {root}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {root}: {error.strerror or error}") from error
     return digest.hexdigest()[:16]
 
 

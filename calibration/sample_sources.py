@@ -68,7 +68,7 @@ def build_samples(
 
     Raises:
         DataError: from `make_drafts`.
-        ArtefactError: answers can not be written.
+        ArtefactError: answers cannot be written.
     """
     return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
 
@@ -80,7 +80,7 @@ def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Sampl
 
     Raises:
         DataError: data missing, empty, without the columns needed, or too short; lengths that the model or the samples
-            can not have; fewer samples than lengths.
+            cannot have; fewer samples than lengths.
     """
     calibration, tokenizer = recipe.calibration, source.tokenizer
     count = calibration.samples if split == "calibration" else calibration.validation_samples
@@ -187,7 +187,7 @@ def varied(drafts: Sequence[SampleDraft], count: int) -> list[SampleDraft]:
 
 
 def check_counts(lengths: Sequence[int], count: int, context: int, split: Split) -> None:
-    """Refuses lengths and numbers of samples that there can not be.
+    """Refuses lengths and numbers of samples that there cannot be.
 
     Args:
         lengths: tokens.

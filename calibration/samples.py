@@ -86,7 +86,7 @@ def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Writes samples to one safetensors file, atomically: ids and masks end to end, with the offsets of each sample.
 
     Raises:
-        ArtefactError: the file can not be written.
+        ArtefactError: the file cannot be written.
     """
     from safetensors.numpy import save
 
@@ -126,7 +126,7 @@ def load_samples(path: str | Path) -> list[Sample]:
             sources = json.loads(notes["sources"])
             kinds = json.loads(notes["kinds"]) if "kinds" in notes else ["answer"] * len(sources)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ArtefactError(f"can not read samples {path}: {error}; make them anew") from error
+        raise ArtefactError(f"cannot read samples {path}: {error}; make them anew") from error
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
         and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1

@@ -278,7 +278,7 @@ def _samples(path: Path, expected: str) -> list[Sample]:
     try:
         samples = load_samples(path)
     except ArtefactError as error:
-        why = str(error).removeprefix(f"can not read samples {path}: ").removesuffix("; make them anew")
+        why = str(error).removeprefix(f"cannot read samples {path}: ").removesuffix("; make them anew")
         raise damaged(path, why) from error
     if expected and fingerprint_samples(samples) != expected:
         raise damaged(path, f"its samples have fingerprint {fingerprint_samples(samples)}, not {expected}")

@@ -206,7 +206,7 @@ class Recipe(_Section):
                 raise RecipeError(f"recipe {path} has more than 1 MiB")
             data = yaml.safe_load(path.read_text("utf-8"))
         except OSError as error:
-            raise RecipeError(f"can not read recipe {path}: {error.strerror or error}") from error
+            raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
         except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
         return Recipe.from_dict(data, f"recipe {path}")

@@ -84,7 +84,7 @@ _HEAD = ("format", "version", "request")
 
 
 def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budget: str) -> None:
-    """Refuses an audit that can not be, before anything is profiled.
+    """Refuses an audit that cannot be, before anything is profiled.
 
     Raises:
         UsageError: no ablation, or more than there are; fewer than no plans; a budget that does not parse.
@@ -125,11 +125,11 @@ def audit(
         overwrite: replace an audit of another request.
 
     Raises:
-        UsageError: counts that there can not be, a budget that does not parse, or a profile around a plan.
+        UsageError: counts that there cannot be, a budget that does not parse, or a profile around a plan.
         InfeasibleBudgetError: no plan fits the budget.
         DataError: no samples.
         ModelError: another model than the profile's, or logits that are not finite.
-        ArtefactError: `out` is something else, or can not be written.
+        ArtefactError: `out` is something else, or cannot be written.
     """
     profile.check_model(model, "audit")
     if samples is None:

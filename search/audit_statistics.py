@@ -1,7 +1,7 @@
 """What an audit says in numbers: rank correlation, slope and regret of predicted against measured harm.
 
 Intervals are 95% percentile bootstraps over the ablations or plans. Every estimator is resampled alike, so that
-differences are paired. A number that can not be had (too few points, all equal) is NaN.
+differences are paired. A number that cannot be had (too few points, all equal) is NaN.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def masking_rules(shape: ModelShape, rules: Sequence[Rule], min_window: int, len
 
 
 def check_counts(shape: ModelShape, masking: Sequence[Sequence[int]], ablations: int, plans: int) -> None:
-    """Refuses numbers of ablations or plans that there can not be.
+    """Refuses numbers of ablations or plans that there cannot be.
 
     Args:
         shape: the model.

@@ -46,7 +46,7 @@ class Ledger:
 
     Raises:
         RecipeError: `storage` is none of these.
-        ArtefactError: the storage can not be used, or holds a study of another profile under this name.
+        ArtefactError: the storage cannot be used, or holds a study of another profile under this name.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Ledger:
         except (OptunaError, SQLAlchemyError, OSError, ImportError, ValueError, KeyError) as error:
             reason = " ".join((str(error) or type(error).__name__).split())
             raise ArtefactError(
-                f"can not use the study storage {self._where}: {reason[:300]}; check that it is there and writable, or "
+                f"cannot use the study storage {self._where}: {reason[:300]}; check that it is there and writable, or "
                 "choose another one with --storage"
             ) from error
 

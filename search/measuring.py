@@ -35,7 +35,7 @@ def measured_harms(
 
     Raises:
         ModelError: logits that are not finite.
-        ArtefactError: the ledger can not be read or written.
+        ArtefactError: the ledger cannot be read or written.
     """
     from moacompress import runtime
 

@@ -84,7 +84,7 @@ class ProfileAround:
 
         Raises:
             ModelError: a statistic is not finite.
-            ArtefactError: the folder can not be written.
+            ArtefactError: the folder cannot be written.
         """
         profile = self.profile
         chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})

@@ -113,8 +113,8 @@ def find_plan(
     Raises:
         BudgetError: the budget does not parse, or there is none.
         InfeasibleBudgetError: no plan fits; says the smallest budget that works.
-        ArtefactError: the profile, `out` or the storage can not be used.
-        ModelError: the model can not be loaded, or is not the one that was profiled.
+        ArtefactError: the profile, `out` or the storage cannot be used.
+        ModelError: the model cannot be loaded, or is not the one that was profiled.
     """
     started = time.monotonic()
     if isinstance(profile, str | Path):

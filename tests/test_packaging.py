@@ -218,7 +218,7 @@ def test_without_torch_or_compiler_it_builds_without_kernels(lacks: str, said: s
     assert "moacompress/kernels/dispatch.py" in zipfile.ZipFile(wheel).namelist()
     refused = run_build(tree, tmp_path / "dist", "--wheel", MOACOMPRESS_REQUIRE_EXT="1", **environment)
     assert refused.returncode != 0
-    assert "MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels can not be built" in refused.stdout + refused.stderr
+    assert "MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels cannot be built" in refused.stdout + refused.stderr
 
 
 def test_the_version_is_in_the_changelog(project: dict[str, Any]) -> None:

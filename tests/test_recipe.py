@@ -96,7 +96,7 @@ def test_damaged_files_are_refused(content: bytes, message: str, tmp_path: Path)
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="can not read recipe .*: No such file"):
+    with pytest.raises(RecipeError, match="cannot read recipe .*: No such file"):
         Recipe.load(tmp_path / "none.yaml")
 
 

@@ -82,7 +82,7 @@ def run_bench(
     Raises:
         UsageError: `target` is not compressed.
         DataError: a length beyond the model's context.
-        ArtefactError: `out` belongs to another configuration, or can not be written.
+        ArtefactError: `out` belongs to another configuration, or cannot be written.
         PlanError, ModelError: the checkpoint is damaged.
         MoaCompressError: not enough memory.
     """
@@ -254,7 +254,7 @@ class _Benchmark:
             problem = _warm(turn)
             if problem is not None and side != STATIC:
                 raise MoaCompressError(
-                    f"the compiled step of {side} can not be timed, because {problem}; leave --compile out"
+                    f"the compiled step of {side} cannot be timed, because {problem}; leave --compile out"
                 )
             if problem is not None:
                 refused[side] = problem
@@ -304,5 +304,5 @@ def _warm(turn: DecodeTurn) -> str | None:
     except MoaCompressError:
         raise
     except Exception as error:  # the compiler, and the one that it calls, raise what they like
-        return f"it can not be compiled: {one_line(error)}"
+        return f"it cannot be compiled: {one_line(error)}"
     return forward.proof().problem

@@ -24,7 +24,7 @@ class CellStore:
         overwrite: start anew where the files are of another configuration.
 
     Raises:
-        ArtefactError: the result or the cells that are there are of another configuration, or can not be read.
+        ArtefactError: the result or the cells that are there are of another configuration, or cannot be read.
     """
 
     def __init__(self, out: Path | None, configuration: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -49,10 +49,10 @@ class CellStore:
             self._cells = {}
 
     def begin(self) -> None:
-        """Makes the file, once: a folder that can not be written is found before the first minute of work.
+        """Makes the file, once: a folder that cannot be written is found before the first minute of work.
 
         Raises:
-            ArtefactError: it can not be written.
+            ArtefactError: it cannot be written.
         """
         if self._path is None:
             return
@@ -70,7 +70,7 @@ class CellStore:
         """Files a cell.
 
         Raises:
-            ArtefactError: its line can not be written.
+            ArtefactError: its line cannot be written.
         """
         self.begin()
         self._cells[key] = dict(cell)

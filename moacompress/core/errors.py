@@ -30,11 +30,11 @@ class PlanError(MoaCompressError):
 
 
 class ModelError(MoaCompressError):
-    """Not a model, or a model whose attention moacompress can not compress."""
+    """Not a model, or a model whose attention moacompress cannot compress."""
 
 
 class DataError(MoaCompressError):
-    """Calibration or evaluation data that can not be used."""
+    """Calibration or evaluation data that cannot be used."""
 
 
 class ArtefactError(MoaCompressError):
@@ -42,7 +42,7 @@ class ArtefactError(MoaCompressError):
 
 
 class UnsupportedError(MoaCompressError, NotImplementedError):
-    """Something transformers allows that a compressed model can not do without being silently wrong."""
+    """Something transformers allows that a compressed model cannot do without being silently wrong."""
 
 
 def one_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is either the old one or the whole new one, also after a power cut.
 
     Raises:
-        ArtefactError: the folder can not be written (missing, read-only, disk full); nothing is left behind.
+        ArtefactError: the folder cannot be written (missing, read-only, disk full); nothing is left behind.
     """
     write_bytes(path, text.encode())
 
@@ -64,7 +64,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise ArtefactError(f"can not write {path}: {error.strerror or error}; nothing was changed") from error
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,7 +76,7 @@ def append_line(path: Path, value: Any) -> None:
     """Adds one line of JSON to a file that a run which was stopped goes on from.
 
     Raises:
-        ArtefactError: it can not be written.
+        ArtefactError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +84,19 @@ def append_line(path: Path, value: Any) -> None:
             # the line break comes first as well: what a kill left half-written must not swallow this line
             file.write(f"\n{canonical_json(value)}\n")
     except OSError as error:
-        raise ArtefactError(f"can not write {path}: {error.strerror or error}") from error
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of a file that `append_line` wrote; one may have been cut off.
 
     Raises:
-        ArtefactError: the file can not be read.
+        ArtefactError: the file cannot be read.
     """
     try:
         return path.read_text("utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise ArtefactError(f"can not read {path}: {error.strerror or error}") from error
+        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -117,7 +117,7 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
             raise ArtefactError(f"{what} {path} has {size:,} bytes; at most {max_bytes:,} are read")
         return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ArtefactError(f"can not read {what} {path}: {error.strerror or error}") from error
+        raise ArtefactError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise ArtefactError(f"{what} {path} is not valid JSON: {error}") from error
 
@@ -131,7 +131,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace an existing `target`; otherwise it is refused before the block runs.
 
     Raises:
-        ArtefactError: `target` exists and `overwrite` is False, or the folder can not be written.
+        ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
     """
     target = Path(target)
     if target.exists() and not overwrite:
@@ -143,7 +143,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
         aside.chmod(0o777 & ~_umask())
     except OSError as error:
-        raise ArtefactError(f"can not write beside {target}: {error.strerror or error}") from error
+        raise ArtefactError(f"cannot write beside {target}: {error.strerror or error}") from error
     try:
         yield aside
         if target.exists():
@@ -154,7 +154,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.replace(aside, target)
     except OSError as error:
-        raise ArtefactError(f"can not write {target}: {error.strerror or error}") from error
+        raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -24,7 +24,7 @@ class Records:
         path: the JSON lines file, or None.
 
     Raises:
-        ArtefactError: the file can not be read.
+        ArtefactError: the file cannot be read.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -45,7 +45,7 @@ class Records:
         """Files numbers and writes their line; `notes` are for a human reader.
 
         Raises:
-            ArtefactError: the line can not be written.
+            ArtefactError: the line cannot be written.
         """
         self._entries[key] = dict(numbers)
         if self._path is not None:

@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     Raises:
         UsageError: another dtype.
         PlanError: its plan is missing or damaged.
-        ModelError: it can not be loaded.
+        ModelError: it cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +106,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     except MoaCompressError:
         raise
     except Exception as error:  # damaged files raise whatever their parsers raise
-        raise ModelError(f"can not load the compressed model {folder}: {one_line(error)}") from error
+        raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
     weights = weights_fingerprint(model)
     identity = (weights, str(model.dtype), torch.device(device).type)
     return Checkpoint(folder, model, tokenizer, plan, weights, identity)

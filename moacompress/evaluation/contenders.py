@@ -137,7 +137,7 @@ def check_names(against: Sequence[str]) -> None:
             continue
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMED)} and compressed folders"
-        raise UsageError(f"can not evaluate against {name!r}; {hint}")
+        raise UsageError(f"cannot evaluate against {name!r}; {hint}")
 
 
 def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | None) -> Profile | None:

@@ -52,7 +52,7 @@ def run_lm_eval(
 
     Raises:
         UsageError: lm-evaluation-harness is not installed, unknown task, or nothing to do.
-        DataError: a task's data can not be loaded.
+        DataError: a task's data cannot be loaded.
     """
     evaluator, manager_class, model_class = _harness()
     if not tasks or (limit is not None and limit < 1):
@@ -80,7 +80,7 @@ def run_lm_eval(
             raise
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"lm-evaluation-harness can not run {', '.join(tasks)}: {first}") from error
+            raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}") from error
     return _rows(found, name)
 
 
@@ -92,7 +92,7 @@ def _harness() -> tuple[Any, Any, Any]:
         model = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError as error:
         raise UsageError(
-            f"lm-evaluation-harness is needed and can not be imported ({error}); install it with "
+            f"lm-evaluation-harness is needed and cannot be imported ({error}); install it with "
             "`pip install 'moacompress[eval]'`"
         ) from error
     return evaluator, manager, model

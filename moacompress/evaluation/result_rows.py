@@ -158,7 +158,7 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
 
 
 def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns `{task, length}` of what the dense model itself can not do: its interval of exact match ends below `FLOOR`."""
+    """Returns `{task, length}` of what the dense model itself cannot do: its interval of exact match ends below `FLOOR`."""
     return [
         {"task": row["task"], "length": row["length"]}
         for row in results

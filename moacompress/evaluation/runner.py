@@ -92,14 +92,14 @@ def evaluate(
         `differences`: rows of the plan minus each other `model`, paired by prompt.
         `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
             differences there have `retention` too.
-        `at_floor`: `task` and `length` of what the dense model can not do itself, so that nothing follows from it.
+        `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed anew each time.
 
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, or no prompts.
-        DataError: prompts can not be made at a length, or what they are made of is missing.
+        DataError: prompts cannot be made at a length, or what they are made of is missing.
         PlanError: the plan is damaged, or another folder or the profile has other weights.
-        ModelError, ArtefactError: the checkpoint is damaged, or `out` can not be written.
+        ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
     from moacompress.runtime.linear import pack_where_it_fits

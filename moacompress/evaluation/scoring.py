@@ -81,7 +81,7 @@ def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case
     """
     if len({(len(case.prompt_ids), case.turn_at) for case in cases}) != 1:
         raise UsageError(
-            "prompts of different lengths, or with other turns, can not be scored together; score each alone"
+            "prompts of different lengths, or with other turns, cannot be scored together; score each alone"
         )
     with torch.inference_mode():
         last, cache = _read(model, cases)

@@ -15,7 +15,7 @@ from moacompress.core.arrays import Floats
 Interval = tuple[float, float]
 RESAMPLES = 10_000
 FLOOR = 0.2
-"""A rate whose interval ends below this is at floor: the model can not do the task, and losing nothing proves nothing."""
+"""A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 _Z95 = 1.959963984540054
 _CHUNK = 10**7
 

@@ -173,7 +173,7 @@ def check_resources(names: Iterable[str], resources: Resources) -> None:
 
     Raises:
         UsageError: unknown task.
-        DataError: text is missing, or the SQuAD file can not be used; says which task needs what.
+        DataError: text is missing, or the SQuAD file cannot be used; says which task needs what.
     """
     for task in map(find_task, names):
         if not _has(resources, task):

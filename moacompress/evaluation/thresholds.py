@@ -50,7 +50,7 @@ class Threshold:
         except ValueError:
             least = -1.0
         if not equals or not 0 <= least <= 1 or (colon and not task) or (at and not length):
-            raise UsageError(f"can not read the threshold {text!r}; {_FORM}")
+            raise UsageError(f"cannot read the threshold {text!r}; {_FORM}")
         if metric in FALLING:
             raise UsageError(f"{metric} is better when it is lower; set a threshold for one of {', '.join(RISING)}")
         _check("metric", metric, RISING)

@@ -64,7 +64,7 @@ def export(
 
     Raises:
         PlanError: the plan is not for this model.
-        ArtefactError: `out` exists, or can not be written; nothing is left half-written.
+        ArtefactError: `out` exists, or cannot be written; nothing is left half-written.
         MoaCompressError: the written checkpoint did not load or generate in a fresh process.
     """
     from moacompress.runtime import attach, detach

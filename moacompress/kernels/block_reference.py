@@ -1,4 +1,4 @@
-"""Attention over block tables in plain PyTorch: what the compiled kernels must equal, and what runs where they can not.
+"""Attention over block tables in plain PyTorch: what the compiled kernels must equal, and what runs where they cannot.
 
 A cache is a pool of blocks of 16 tokens, in segments `[blocks, 16, dim]` that count on from each other, and a table
 `[rows, kv_heads, width]` that holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. Only

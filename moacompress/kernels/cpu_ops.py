@@ -32,8 +32,8 @@ class Built:
     """Whether the compiled kernels can run.
 
     Attributes:
-        isa: the instruction set they use, or None if they can not run.
-        reason: why they can not.
+        isa: the instruction set they use, or None if they cannot run.
+        reason: why they cannot.
     """
 
     isa: str | None
@@ -53,7 +53,7 @@ def load() -> Built:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        return Built(None, f"{LIBRARY.name} can not be loaded: {(str(error).splitlines() or ['no reason given'])[0]}")
+        return Built(None, f"{LIBRARY.name} cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}")
     library.moacompress_isa.restype = ctypes.c_char_p
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:

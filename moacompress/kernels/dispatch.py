@@ -1,6 +1,6 @@
 """Which kernel runs: the compiled one for the CPU, or the reference in plain PyTorch.
 
-`MOACOMPRESS_KERNEL=cpu` or `=reference` overrides the choice; a kernel that was asked for and can not run is an error, never a
+`MOACOMPRESS_KERNEL=cpu` or `=reference` overrides the choice; a kernel that was asked for and cannot run is an error, never a
 silent change.
 """
 
@@ -70,7 +70,7 @@ def choose(wanted: str | None, built: cpu_ops.Built) -> Choice:
 
     Raises:
         UsageError: no kernel of that name.
-        UnsupportedError: the kernel that is asked for can not run.
+        UnsupportedError: the kernel that is asked for cannot run.
     """
     if wanted and wanted not in KERNELS:
         raise UsageError(f"{VARIABLE} is {wanted!r}, not one of {', '.join(KERNELS)}")
@@ -80,7 +80,7 @@ def choose(wanted: str | None, built: cpu_ops.Built) -> Choice:
         reason = f"{VARIABLE} asks for it" if wanted else "the extension is built for this machine"
         return Choice("cpu", built.isa, reason, asked=bool(wanted))
     if wanted:
-        raise UnsupportedError(f"{VARIABLE} asks for the kernel 'cpu', which can not run: {built.reason}")
+        raise UnsupportedError(f"{VARIABLE} asks for the kernel 'cpu', which cannot run: {built.reason}")
     return Choice("reference", None, built.reason or "")
 
 
@@ -90,7 +90,7 @@ def chosen() -> Choice:
 
     Raises:
         UsageError: MOACOMPRESS_KERNEL or MOACOMPRESS_ISA names nothing that there is.
-        UnsupportedError: the kernel that is asked for can not run.
+        UnsupportedError: the kernel that is asked for cannot run.
     """
     choice = choose(os.environ.get(VARIABLE), cpu_ops.load())
     logger.info("kernel: %s%s (%s)", choice.name, f", {choice.isa}" if choice.isa else "", choice.reason)
@@ -107,7 +107,7 @@ def kernel_for(query: torch.Tensor) -> str:
     if name == "cpu" and (query.device.type != "cpu" or query.dtype not in cpu_ops.DTYPES):
         if chosen().asked:
             raise UnsupportedError(
-                f"{VARIABLE}=cpu can not run {query.dtype} on {query.device.type}; it knows float32, bfloat16 and float16 on "
+                f"{VARIABLE}=cpu cannot run {query.dtype} on {query.device.type}; it knows float32, bfloat16 and float16 on "
                 f"the CPU; unset {VARIABLE}"
             )
         return "reference"
@@ -116,7 +116,7 @@ def kernel_for(query: torch.Tensor) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen_name() -> str:
-    """A constant to `torch.compile`, which can not trace the loading of a library."""
+    """A constant to `torch.compile`, which cannot trace the loading of a library."""
     return chosen().name
 
 

@@ -41,7 +41,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuses a model whose attention moacompress can not replace.
+    """Refuses a model whose attention moacompress cannot replace.
 
     Raises:
         ModelError: says what in the model is not supported.
@@ -52,7 +52,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def module_problems(model: PreTrainedModel) -> list[str]:
-    """Returns what in the modules of a model can not be compressed, one sentence each; weights may be on "meta".
+    """Returns what in the modules of a model cannot be compressed, one sentence each; weights may be on "meta".
 
     Args:
         model: a model whose config has no `config_problems`.
@@ -66,11 +66,11 @@ def module_problems(model: PreTrainedModel) -> list[str]:
         alibi = any("alibi" in attribute and callable(getattr(base, attribute)) for attribute in dir(base))
         return [
             f"{name} {'adds ALiBi biases to the scores and ' if alibi else ''}does not dispatch its attention through "
-            "transformers' attention interface, so moacompress can not replace it"
+            "transformers' attention interface, so moacompress cannot replace it"
         ]
     decoder: Any = model.get_decoder()
     if not hasattr(decoder, "config"):
-        return [f"{name} gives a {type(decoder).__name__} as its decoder, so moacompress can not bring its cache"]
+        return [f"{name} gives a {type(decoder).__name__} as its decoder, so moacompress cannot bring its cache"]
     modules = attention_modules(model)
     if len(modules) != config.num_hidden_layers:
         return [f"{name} has attention in {len(modules)} of {config.num_hidden_layers} layers; all need it"]

@@ -62,7 +62,7 @@ def load_source(
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
-        ModelError: not a model, one that can not be compressed, or one whose files are damaged or pickles.
+        ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -78,7 +78,7 @@ def load_source(
             config = AutoConfig.from_pretrained(name, **arguments)
             problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
             if problems:
-                raise ModelError(f"{source} can not be used: {problems[0]}")
+                raise ModelError(f"{source} cannot be used: {problems[0]}")
             arguments["use_safetensors"] = True  # a pickle can run code when it is opened
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)

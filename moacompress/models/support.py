@@ -1,4 +1,4 @@
-"""What moacompress can not compress, as far as a model's config tells: no weights, no modules and no code of a repository.
+"""What moacompress cannot compress, as far as a model's config tells: no weights, no modules and no code of a repository.
 
 One sentence each, with the layers or the config key that it is about. What only the modules tell is in
 `moacompress.models.modules.module_problems`.
@@ -21,11 +21,11 @@ _OWN_ATTENTION = {
     "jetmoe": "lets a router pick the query heads of every token",
     "doge": "makes a mask of its own in every layer from the values",
 }
-"""Families that call the attention interface, but with something that a plan can not stand in for."""
+"""Families that call the attention interface, but with something that a plan cannot stand in for."""
 
 
 def config_problems(config: Any) -> list[str]:
-    """Returns what in a transformers config can not be compressed, one sentence each; empty if nothing is known.
+    """Returns what in a transformers config cannot be compressed, one sentence each; empty if nothing is known.
 
     Args:
         config: a config of any model; of one with several parts the text decoder counts.
@@ -209,10 +209,10 @@ def _positions(config: Any) -> list[str]:
         if value:
             return [
                 f"adds ALiBi biases to the scores of all layers ({key}), outside of transformers' attention interface, so "
-                "moacompress can not replace its attention"
+                "moacompress cannot replace its attention"
             ]
     own = _OWN_ATTENTION.get(str(config.model_type))
-    return [f"{own}, which a plan can not stand in for"] if own else []
+    return [f"{own}, which a plan cannot stand in for"] if own else []
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -74,7 +74,7 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]]) 
 
 
 def weight_problems(folder: Path) -> list[str]:
-    """Returns what in the weight files of a model folder can not be used, one sentence each; none if it has no weights."""
+    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
@@ -96,7 +96,7 @@ def weight_problems(folder: Path) -> list[str]:
 
 
 def gguf_problems(file: Path) -> list[str]:
-    """Returns what in a `.gguf` file's tensor types can not be dequantized, one sentence each."""
+    """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
 
@@ -109,7 +109,7 @@ def gguf_problems(file: Path) -> list[str]:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
         except (NotImplementedError, KeyError, ValueError):
             found.append(
-                f"{file} holds tensors of type {getattr(kind, 'name', kind)}, such as {name}, which the package gguf can not "
+                f"{file} holds tensors of type {getattr(kind, 'name', kind)}, such as {name}, which the package gguf cannot "
                 "turn into floats"
             )
     return found

@@ -136,7 +136,7 @@ def read_documents(path: str | Path) -> list[str]:
         try:
             texts.append(file.read_text("utf-8"))
         except OSError as error:
-            raise DataError(f"can not read {file}: {error.strerror or error}") from error
+            raise DataError(f"cannot read {file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
     texts = [text for text in texts if text.strip()]

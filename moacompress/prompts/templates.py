@@ -109,7 +109,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
     Raises:
         DataError: the template refuses the conversation, or renders the beginning of a conversation differently from
-            the same turns inside the whole, so that turns can not be told apart; or there is no template and the
+            the same turns inside the whole, so that turns cannot be told apart; or there is no template and the
             tokenizer does not tell where its tokens stand in the text.
     """
     if tokenizer.chat_template is None:
@@ -147,7 +147,7 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tup
     except NotImplementedError as error:
         raise DataError(
             "the model has no chat template and its tokenizer does not tell where tokens stand in the text, so the "
-            "assistant's turns can not be found; give rows with one assistant turn"
+            "assistant's turns cannot be found; give rows with one assistant turn"
         ) from error
     places = encoded["offset_mapping"]
     mask = [any(max(first, begin) < min(last, end) for begin, end in answers) for first, last in places]
@@ -159,7 +159,7 @@ def _prefix_length(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: 
     if ids[: len(head)] != head:
         raise DataError(
             f"the chat template renders the first {len(messages)} turns of a conversation differently from the same "
-            f"turns inside the whole (token {_common(ids, head):,} of {len(head):,}), so the assistant's turns can not "
+            f"turns inside the whole (token {_common(ids, head):,} of {len(head):,}), so the assistant's turns cannot "
             "be found; give rows with one assistant turn"
         )
     return len(head)

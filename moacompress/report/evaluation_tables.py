@@ -24,7 +24,7 @@ TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same
 DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
 POOLED_TITLE = "All prompts of all tasks and lengths together"
 POOLED_DIFFERENCE_TITLE = "All prompts: this plan minus the other model, paired, with 95% interval"
-FLOOR_NOTE = "* Dense can not do this itself (its interval ends below 0.2): no evidence for or against a plan."
+FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
 def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:

@@ -32,7 +32,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         folder: the compressed checkpoint, for its parameters.
 
     Raises:
-        ArtefactError: the checkpoint's weights can not be read.
+        ArtefactError: the checkpoint's weights cannot be read.
     """
     own = sorted(int(n) for n in plan.budget.get("bytes", {}) if str(n).isdecimal() and int(n) > 0)
     chosen = list(lengths or own or DEFAULT_LENGTHS)

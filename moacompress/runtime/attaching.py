@@ -49,7 +49,7 @@ def attach(model: Model, plan: Plan) -> Model:
 
     Raises:
         PlanError: the plan is for a model of another shape.
-        ModelError: the model can not be compressed.
+        ModelError: the model cannot be compressed.
     """
     check_supported(model)
     if getattr(model, "_moacompress", None) is not None:

@@ -169,7 +169,7 @@ def attend(
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]
 def _attend_around(*arguments: Any) -> torch.Tensor:
-    """`attend` where a compiled model can not hold it whole: the model around it is compiled."""
+    """`attend` where a compiled model cannot hold it whole: the model around it is compiled."""
     return attend(*arguments)
 
 
@@ -209,7 +209,7 @@ class _Step:
 
 
 def _needs_reference(query: torch.Tensor, cache: PlanCacheLayer | None, past: Ints) -> bool:
-    """Whether the compiled kernels can not do this: another dtype or device, or gradients through what is in a cache."""
+    """Whether the compiled kernels cannot do this: another dtype or device, or gradients through what is in a cache."""
     if dispatch.kernel_for(query) == "reference":
         return True
     return cache is not None and query.requires_grad and (query.shape[2] == 1 or bool(past.any()))

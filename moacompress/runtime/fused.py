@@ -215,7 +215,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """Returns weights and biases of linear layers, or None where the compiled kernels can not use them.
+    """Returns weights and biases of linear layers, or None where the compiled kernels cannot use them.
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
     """
@@ -261,7 +261,7 @@ def _fits(
 
 
 def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _LayerParts | None:
-    """Returns the parts of a decoder layer, or None where the compiled call can not do its forward; `kwargs` has the cache."""
+    """Returns the parts of a decoder layer, or None where the compiled call cannot do its forward; `kwargs` has the cache."""
     parts = module._modules
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
@@ -308,7 +308,7 @@ def _is_touched(module: Any) -> bool:
 
 
 def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
-    """Reads decoder layers for a step through all of them; None where one of them can not take part.
+    """Reads decoder layers for a step through all of them; None where one of them cannot take part.
 
     Args:
         layers: the layers.

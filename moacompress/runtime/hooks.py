@@ -57,7 +57,7 @@ class DecoderHook:
     Args:
         plan: the plan.
         decoder: what it is a hook of.
-        stack: how all layers make one call, or None where they can not.
+        stack: how all layers make one call, or None where they cannot.
     """
 
     def __init__(self, plan: Plan, decoder: torch.nn.Module, stack: Stack | None = None) -> None:
@@ -91,7 +91,7 @@ class DecoderHook:
                 kwargs[RUN] = self.stack.begin(module, cache)
         return (), kwargs
 
-    @torch.compiler.disable(reason="a cache can not be made in a compiled graph: pass one, cache=PlanCache(plan)")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="a cache cannot be made in a compiled graph: pass one, cache=PlanCache(plan)")  # type: ignore[untyped-decorator]
     def _new_cache(self) -> PlanCache:
         return PlanCache(self.plan)
 
@@ -117,7 +117,7 @@ def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens:
         Which tokens are real, as `read_mask`.
 
     Raises:
-        UnsupportedError: a mask or positions that a plan can not be kept with, or a cache of an interrupted forward.
+        UnsupportedError: a mask or positions that a plan cannot be kept with, or a cache of an interrupted forward.
     """
     if cache is not None:
         cache.check_whole()
@@ -150,7 +150,7 @@ def check_cache(cache: Any, plan_key: str) -> PlanCache | None:
     if isinstance(cache, PlanCache):
         raise UnsupportedError("the cache belongs to another plan; start a new one for this model")
     raise UnsupportedError(
-        f"a compressed model brings its own cache and can not use a {type(cache).__name__}; pass no cache, or the one that "
+        f"a compressed model brings its own cache and cannot use a {type(cache).__name__}; pass no cache, or the one that "
         "the model returned"
     )
 
@@ -184,7 +184,7 @@ def read_mask(mask: Any, cache: PlanCache | None, rows: int, tokens: int) -> Boo
     if not (real[:, :past].all() if seen is None else np.array_equal(real[:, :past], seen)):
         raise UnsupportedError(
             "the attention mask says otherwise of tokens that are in the cache than when they were fed; a compressed cache "
-            "can not hide or show them later, so start a new one"
+            "cannot hide or show them later, so start a new one"
         )
     return None if real.all() else real
 

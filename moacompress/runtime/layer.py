@@ -124,7 +124,7 @@ class PlanCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _check_rows(self, rows: int) -> None:
-        """Refuses a chunk that can not follow what the cache has taken in."""
+        """Refuses a chunk that cannot follow what the cache has taken in."""
         if self._pending is not None:
             raise UnsupportedError(
                 "this cache was left in the middle of a forward (an interrupt, or an attention that is not moacompress's); "
@@ -353,7 +353,7 @@ class PlanCacheLayer(CacheLayerMixin):
                 f"the last {LAG} tokens can be rolled back" if self.record_past else "nothing was kept to roll back to"
             )
             raise UnsupportedError(
-                f"a compressed cache can not be rolled back by {int(counts.max())} tokens: evicted keys are gone and {kept}; "
+                f"a compressed cache cannot be rolled back by {int(counts.max())} tokens: evicted keys are gone and {kept}; "
                 "draft fewer tokens at a time, or fork() the cache before what is to be undone"
             )
 
@@ -380,7 +380,7 @@ class PlanCacheLayer(CacheLayerMixin):
     def fork(self) -> PlanCacheLayer:
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
         if self._pending is not None:
-            raise UnsupportedError("a cache can not be forked in the middle of a forward")
+            raise UnsupportedError("a cache cannot be forked in the middle of a forward")
         other = PlanCacheLayer(self.rules, *self._rule.bounds, self.reserve)
         other.record_past = self.record_past
         if not self.is_initialized:

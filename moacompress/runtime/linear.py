@@ -42,7 +42,7 @@ _LIBRARY.define("packed_linear_backward(Tensor grad, Tensor weight, int number) 
 class _Pack:
     """The packed form of a weight, and that of its transpose once a gradient asks for it.
 
-    A graph holds its number: tensors in oneDNN's own layout can not be traced.
+    A graph holds its number: tensors in oneDNN's own layout cannot be traced.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -191,7 +191,7 @@ def pack_weights(*models: nn.Module) -> int:
         models: in float32 or bfloat16; what is on other devices or in other dtypes is left alone.
 
     Returns:
-        Bytes that the packed weights take; 0 where there is nothing to pack, or this machine can not.
+        Bytes that the packed weights take; 0 where there is nothing to pack, or this machine cannot.
     """
     if not can_pack():
         return 0

@@ -29,7 +29,7 @@ def plan_mask(
     Raises:
         UnsupportedError: packed sequences, bidirectional or overlaid masks.
     """
-    # what a mask is made of can not be traced. All overlays ask for vmap, packed sequences show in the position ids that the
+    # what a mask is made of cannot be traced. All overlays ask for vmap, packed sequences show in the position ids that the
     # decoder's hook checks, and layers with other masks of their own are refused when the plan is put on the model
     if use_vmap or not (torch.compiler.is_compiling() or _is_stock(mask_function, local_size)):
         raise UnsupportedError(

@@ -173,7 +173,7 @@ class Stack:
         return StackStep(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
 
     def reading(self, layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
-        """Returns what the layers are made of, or None where they can not make one call."""
+        """Returns what the layers are made of, or None where they cannot make one call."""
         last = self._last
         if last is None or not last.holds(layers, hidden.dtype):
             last = self._last = self._read(layers, hidden, rotary, cache)

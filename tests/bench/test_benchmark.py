@@ -111,7 +111,7 @@ def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder
     with pytest.raises(MoaCompressError, match=r"1.0 MiB is available"):
         run_bench(compressed, ONE, out=out)
     monkeypatch.undo()
-    with pytest.raises(ModelError, match="can not load the compressed model"):
+    with pytest.raises(ModelError, match="cannot load the compressed model"):
         run_bench(compressed, replace(ONE, device="abacus"), out=out)
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +130,7 @@ def test_a_compiled_step_whose_graph_breaks_is_never_the_best(compressed, monkey
     assert row["dense_best"] == "dense"
     assert row["dense_best_ms"] == row["dense_ms"]
     assert "its graph breaks" in row["dense_best_refused"]
-    with pytest.raises(MoaCompressError, match=r"compiled step of plan can not be timed, because its graph breaks"):
+    with pytest.raises(MoaCompressError, match=r"compiled step of plan cannot be timed, because its graph breaks"):
         run_bench(compressed, replace(ONE, compile=True, sides=("plan",)))
 
 
@@ -144,7 +144,7 @@ def test_without_a_compiler_the_best_is_plain_dense(compressed, monkeypatch):
     (row,) = run_bench(compressed, replace(ONE, prefill_repeats=0, sides=("plan", "dense_best")))["runs"]
     assert (row["dense_best"], row["dense_ms"]) == ("dense", None)
     assert row["dense_best_ms"] > 0
-    assert row["dense_best_refused"].startswith("it can not be compiled: ")
+    assert row["dense_best_refused"].startswith("it cannot be compiled: ")
 
 
 def test_all_sides_compiled(compressed):
@@ -205,7 +205,7 @@ def test_packed_weights_are_those_of_every_side(compressed, tmp_path):
     assert all(found["graph_calls"] == found["steps"] for found in decode["graphs"].values())
 
 
-def test_what_can_not_be_packed_is_refused(compressed, tmp_path):
+def test_what_cannot_be_packed_is_refused(compressed, tmp_path):
     with pytest.raises(UsageError, match="nothing to pack in float16"):
         run_bench(compressed, replace(ONE, pack=True, dtypes=("float16",)), out=tmp_path / "bench.json")
     assert not list(tmp_path.iterdir())

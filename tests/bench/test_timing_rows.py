@@ -67,7 +67,7 @@ def test_a_row_of_prefilling():
         ({"recompiles": 1}, None, "it was compiled anew 1 times while it was timed"),
         ({"graph_calls": 18}, None, "9 steps ran 18 graphs, not one each"),
         ({"graph_calls": 0}, None, "9 steps ran 0 graphs, not one each"),
-        (None, "it can not be compiled: no compiler", "it can not be compiled: no compiler"),
+        (None, "it cannot be compiled: no compiler", "it cannot be compiled: no compiler"),
     ],
 )
 def test_a_compiled_step_without_proof_is_not_the_best(proof, refused, said):

@@ -58,7 +58,7 @@ def test_what_is_damaged_is_left_out(tmp_path: Path, damage: bytes, caplog: pyte
 def test_a_folder_in_its_place_is_one_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     opened = store(tmp_path)
     assert "the dense model answers anew" in caplog.text
-    with pytest.raises(ArtefactError, match="can not write the dense model's answers to"):
+    with pytest.raises(ArtefactError, match="cannot write the dense model's answers to"):
         opened.add(PROMPTS, 8, [[1], [2]])
 
 

@@ -172,14 +172,14 @@ def test_prose_haystack(source: SourceModel, tmp_path: Path) -> None:
 
 
 def test_hub_set_without_network(source: SourceModel) -> None:
-    with pytest.raises(DataError, match=r"can not load hub set nobody/nothing: \w+: "):
+    with pytest.raises(DataError, match=r"cannot load hub set nobody/nothing: \w+: "):
         build_samples(source, recipe([{"dataset": "nobody/nothing"}]), "calibration")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, r"can not read .*none.jsonl: No such file"),
+        ("none.jsonl", None, r"cannot read .*none.jsonl: No such file"),
         ("empty.jsonl", "", r"file:empty.jsonl has no rows"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt', r"line 2 of .*bad.jsonl is not valid JSON"),
         ("bad.json", "[", r"bad.json is not valid JSON"),
@@ -207,7 +207,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
         ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
         ("x.csv", "a", r"x.csv is no .jsonl, .json, .parquet or .txt file"),
-        ("x.parquet", "a", r"can not read .*x.parquet: "),
+        ("x.parquet", "a", r"cannot read .*x.parquet: "),
         (
             "cols.json",
             '[{"question": 1, "id": 2}]',
@@ -247,7 +247,7 @@ def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str |
         build_samples(source, recipe([{"path": str(tmp_path / name)}]), "calibration")
 
 
-def test_lengths_that_can_not_be(source: SourceModel) -> None:
+def test_lengths_that_cannot_be(source: SourceModel) -> None:
     needle = [{"generator": "needle"}]
     with pytest.raises(DataError, match=r"samples of 64 tokens .*longer than the largest sink, 64 tokens"):
         build_samples(source, recipe(needle, (64,)), "calibration")
@@ -400,7 +400,7 @@ def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path
     assert len(validation) == 4 + len(texts)
 
 
-def test_text_samples_that_can_not_be(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_samples_that_cannot_be(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     needle = [{"generator": "needle"}]
     with pytest.raises(DataError, match=r"2 samples of plain text were asked for, but calibration.text names no file"):
         build_samples(source, recipe(needle, (700,), text_samples=2), "calibration")

@@ -68,7 +68,7 @@ def test_a_file_without_kinds_holds_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kinds", ['["answer"]', '["answer", "poem"]', '["answer", {}]', "["])
-def test_kinds_that_can_not_be(tmp_path: Path, kinds: str) -> None:
+def test_kinds_that_cannot_be(tmp_path: Path, kinds: str) -> None:
     path = tmp_path / "s.safetensors"
     save_samples(path, [sample(), sample()])
     rewrite(path, kinds=kinds)
@@ -86,7 +86,7 @@ def test_damaged_file(tmp_path: Path, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-40])
     else:
         path.write_text("hello")
-    with pytest.raises(ArtefactError, match=r"can not read samples .*make them anew"):
+    with pytest.raises(ArtefactError, match=r"cannot read samples .*make them anew"):
         load_samples(path)
 
 

@@ -132,7 +132,7 @@ def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path, base_fol
         (("MODEL", "--count", "0"), 2, "Invalid value for '--count'"),
         (("MODEL", "--lengths", "128"), 1, "takes at least"),
         (("MODEL", "--source", "needle-prose"), 1, "calibration.text names no file or folder"),
-        (("MODEL", "--source", "none.jsonl"), 1, "can not read none.jsonl"),
+        (("MODEL", "--source", "none.jsonl"), 1, "cannot read none.jsonl"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments: tuple[str, ...], code: int, message: str, tiny_folder: Path) -> None:

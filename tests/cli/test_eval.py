@@ -176,11 +176,11 @@ def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (("--tasks", ","), 2, "no tasks given"),
         (("--lm-eval", ""), 2, "no tasks of lm-evaluation-harness given"),
         (("--lengths", "8k"), 1, "8,192 tokens were asked for; the model was made for at most 4,096"),
-        (("--against", "dense,unifrom"), 2, "can not evaluate against 'unifrom'; did you mean 'uniform'"),
+        (("--against", "dense,unifrom"), 2, "cannot evaluate against 'unifrom'; did you mean 'uniform'"),
         (("--tasks", "qa-squad"), 1, "qa-squad needs SQuAD's questions"),
         (("--tasks", "niah-single-2"), 1, "niah-single-2 needs prose"),
         (("--tasks", "text"), 1, "task text needs prose"),
-        (("--text", "missing.txt"), 1, "can not read missing.txt"),
+        (("--text", "missing.txt"), 1, "cannot read missing.txt"),
         (("--prompts", "0"), 2, "evaluation.prompts"),
     ],
 )

@@ -46,7 +46,7 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(ArtefactError, match="can not write .*: No space left on device; nothing was changed"):
+    with pytest.raises(ArtefactError, match="cannot write .*: No space left on device; nothing was changed"):
         write_bytes(path, b"new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
@@ -54,9 +54,9 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, mon
 
 def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtefactError, match="can not write"):
+    with pytest.raises(ArtefactError, match="cannot write"):
         write_text(tmp_path / "file" / "x", "")
-    with pytest.raises(ArtefactError, match="can not write"), new_folder(tmp_path / "file" / "x"):
+    with pytest.raises(ArtefactError, match="cannot write"), new_folder(tmp_path / "file" / "x"):
         pass
 
 
@@ -75,7 +75,7 @@ def test_json_of_bounded_size(tmp_path: Path) -> None:
     path.write_text("[1, 2, 3]")
     with pytest.raises(ArtefactError, match="has 9 bytes; at most 8 are read"):
         read_json(path, "thing", 8)
-    with pytest.raises(ArtefactError, match="can not read thing"):
+    with pytest.raises(ArtefactError, match="cannot read thing"):
         read_json(tmp_path / "none", "thing")
 
 

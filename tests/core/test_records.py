@@ -54,9 +54,9 @@ def test_without_a_file() -> None:
     assert ledger.get("a") == {"x": 1.0}
 
 
-def test_a_path_that_can_not_be_used(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="can not read"):
+def test_a_path_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="cannot read"):
         Records(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtefactError, match="can not write"):
+    with pytest.raises(ArtefactError, match="cannot write"):
         Records(tmp_path / "file" / "scores.jsonl").add("a", {"x": 1.0})

@@ -1,4 +1,4 @@
-"""`doctor`: the environment, and models that can and can not be compressed, without their weights."""
+"""`doctor`: the environment, and models that can and cannot be compressed, without their weights."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_bad_requests(
     task = json.loads((folder / "tiny_text.yaml").read_text())
     task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "missing.jsonl")
     (tmp_path / "broken.yaml").write_text(json.dumps(task))
-    with pytest.raises(DataError, match=r"can not run .*broken\.yaml: Unable to find .*missing\.jsonl"):
+    with pytest.raises(DataError, match=r"cannot run .*broken\.yaml: Unable to find .*missing\.jsonl"):
         run_lm_eval(model, tiny_tokenizer, [str(tmp_path / "broken.yaml")])
 
 

@@ -352,7 +352,7 @@ def test_a_question_with_too_long_a_document_makes_way(write: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "can not read SQuAD file .*No such file"),
+        (None, "cannot read SQuAD file .*No such file"),
         ("{", "is not valid JSON"),
         ("[]", "is not a SQuAD file"),
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "is not a SQuAD file: KeyError 'context'"),

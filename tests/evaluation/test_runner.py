@@ -99,7 +99,7 @@ def test_rows(compressed: Path) -> None:
         assert row["value"] == pytest.approx(ours - theirs, abs=1e-12)
         assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
     assert len(report["differences"]) == 2 * 3 * 3
-    assert report["at_floor"] == []  # three prompts can not show that
+    assert report["at_floor"] == []  # three prompts cannot show that
     assert value["needle-noise", "uniform", "nll"] <= value["needle-noise", "uniform:4", "nll"]
 
 
@@ -356,8 +356,8 @@ def test_prompts_are_of_the_evaluation_pool(compressed: Path, monkeypatch: pytes
     ("options", "error", "message"),
     [
         ({"tasks": ("needle",)}, UsageError, "unknown task 'needle'; did you mean 'needle-"),
-        ({"against": ("dence",)}, UsageError, "can not evaluate against 'dence'; did you mean 'dense'"),
-        ({"against": ("uniform:5",)}, UsageError, "can not evaluate against 'uniform:5'; did you mean 'uniform:"),
+        ({"against": ("dence",)}, UsageError, "cannot evaluate against 'dence'; did you mean 'dense'"),
+        ({"against": ("uniform:5",)}, UsageError, "cannot evaluate against 'uniform:5'; did you mean 'uniform:"),
         ({"prompts": 0}, UsageError, "nothing to evaluate"),
         ({"dtype": "int8"}, UsageError, "dtype 'int8' is not one of auto"),
         ({"tasks": ()}, UsageError, "nothing to evaluate: 0 tasks"),
@@ -365,7 +365,7 @@ def test_prompts_are_of_the_evaluation_pool(compressed: Path, monkeypatch: pytes
         ({"tasks": ("qa-squad",)}, DataError, "qa-squad needs SQuAD's questions"),
         ({"tasks": ("text",)}, DataError, "task text needs prose: give"),
         ({"tasks": ("qa-squad",), "squad": "missing.json"}, DataError, "missing.json"),
-        ({"text": "missing.txt"}, DataError, "can not read missing.txt"),
+        ({"text": "missing.txt"}, DataError, "cannot read missing.txt"),
         (
             {"against": ("per-layer",)},
             UsageError,
@@ -388,7 +388,7 @@ def test_not_compressed(compressed: Path, tiny_folder: Path, tmp_path: Path) -> 
         run(tmp_path)
     shutil.copytree(compressed, tmp_path / "OUT")
     (tmp_path / "OUT" / "model" / "plan.json").unlink()
-    with pytest.raises(PlanError, match=r"can not read plan .*No such file"):
+    with pytest.raises(PlanError, match=r"cannot read plan .*No such file"):
         run(tmp_path / "OUT")
 
 

@@ -188,7 +188,7 @@ def test_batches_are_of_one_length_and_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_prompts_of_different_lengths_are_refused(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UsageError, match="can not be scored together"):
+    with pytest.raises(UsageError, match="cannot be scored together"):
         score_batch(tiny_model("llama"), tiny_tokenizer, [*random_cases(1), *random_cases(1, size=500)])
 
 

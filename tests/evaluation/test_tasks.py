@@ -146,7 +146,7 @@ def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedT
         check_resources(RULER, Resources())
     with pytest.raises(DataError, match="task qa-squad needs SQuAD's questions: give a SQuAD file"):
         make_cases("qa-squad", 1024, 1, 0, tiny_tokenizer)
-    with pytest.raises(DataError, match="can not read SQuAD file"):
+    with pytest.raises(DataError, match="cannot read SQuAD file"):
         check_resources(("qa-squad",), Resources(squad=tmp_path / "none.json"))
     (tmp_path / "short.txt").write_text("word " * 2688)
     short = Resources(Prose.load(tmp_path / "short.txt"))

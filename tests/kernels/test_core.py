@@ -27,7 +27,7 @@ def build_script() -> ModuleType:
 def test_under_sanitizers(build_script: ModuleType, tmp_path: Path) -> None:
     command = build_script.compiler()
     if command is None:
-        pytest.skip("no C++ compiler is here (CXX, c++, g++, clang++), so the core can not be built by itself")
+        pytest.skip("no C++ compiler is here (CXX, c++, g++, clang++), so the core cannot be built by itself")
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     done = subprocess.run(

@@ -17,7 +17,7 @@ OPS = torch.ops.moacompress_cpu
 
 @pytest.fixture(autouse=True)
 def _built(isa):
-    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @pytest.mark.parametrize("seed", range(340))

@@ -28,7 +28,7 @@ def test_what_is_asked_for():
     assert choose("reference", Built("avx2")).name == "reference"
     assert choose("cpu", Built("avx2")) == Choice("cpu", "avx2", "MOACOMPRESS_KERNEL asks for it", asked=True)
     with pytest.raises(
-        UnsupportedError, match="asks for the kernel 'cpu', which can not run: the extension is not built"
+        UnsupportedError, match="asks for the kernel 'cpu', which cannot run: the extension is not built"
     ):
         choose("cpu", NOT_BUILT)
     with pytest.raises(UsageError, match="MOACOMPRESS_KERNEL is 'fast', not one of cpu, reference"):
@@ -52,7 +52,7 @@ def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(monkey
     assert dispatch.kernel_for(double.to(torch.bfloat16)) == "cpu"
     assert dispatch.kernel_for(double.float().to("meta")) == "reference"
     monkeypatch.setattr(dispatch, "chosen", lambda: Choice("cpu", "avx2", "asked", asked=True))
-    with pytest.raises(UnsupportedError, match="MOACOMPRESS_KERNEL=cpu can not run torch.float64 on cpu"):
+    with pytest.raises(UnsupportedError, match="MOACOMPRESS_KERNEL=cpu cannot run torch.float64 on cpu"):
         dispatch.kernel_for(double)
 
 
@@ -84,14 +84,14 @@ def test_why_it_is_not_built(tmp_path: Path):
     assert "(my-c++)" in cpu_ops.missing({"PATH": str(tmp_path), "CXX": "my-c++ -O1"})
 
 
-def test_a_library_that_can_not_be_loaded(tmp_path: Path, monkeypatch):
+def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch):
     broken = tmp_path / "libmoacompress_cpu.so"
     monkeypatch.setattr(cpu_ops, "LIBRARY", broken)
     assert (cpu_ops.load.__wrapped__().reason or "").startswith("the extension is not built")
     broken.write_bytes(b"not a library")
     found = cpu_ops.load.__wrapped__()
     assert found.isa is None
-    assert (found.reason or "").startswith("libmoacompress_cpu.so can not be loaded")
+    assert (found.reason or "").startswith("libmoacompress_cpu.so cannot be loaded")
 
 
 def test_instruction_sets(isa):

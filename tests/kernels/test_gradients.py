@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 @pytest.fixture(autouse=True)
 def _built(isa):
-    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 def gradients(run, case, dout, dlse):

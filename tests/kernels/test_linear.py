@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @pytest.fixture(autouse=True)
 def _built(isa):
-    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @pytest.mark.parametrize("seed", range(300))

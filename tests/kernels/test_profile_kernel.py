@@ -37,7 +37,7 @@ SUMS = 5e-6
 
 @pytest.fixture(autouse=True)
 def _built(isa):
-    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @dataclass

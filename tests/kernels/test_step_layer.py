@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
 @pytest.fixture(autouse=True)
 def _built(isa):
-    """Skips where the kernels can not run, and leaves the best instruction set behind."""
+    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @dataclass

@@ -220,7 +220,7 @@ def test_unknown_task() -> None:
 
 
 def test_bad_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"can not read .*No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*No such file"):
         Prose.load(tmp_path / "none.txt")
     with pytest.raises(DataError, match=r"has no .txt files"):
         Prose.load(tmp_path)

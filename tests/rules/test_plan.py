@@ -288,7 +288,7 @@ def test_oversized_files_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="No such file"):
         Plan.load(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="can not read plan"):
+    with pytest.raises(PlanError, match="cannot read plan"):
         Plan.load(tmp_path)
 
 

@@ -209,7 +209,7 @@ def test_rolling_back_needs_a_record(tiny_model, token_ids):
     with torch.no_grad():
         expected = model(ids[:, :260], use_cache=False).logits[:, 240:]
         cache = model(ids[:, :250]).cache
-        with pytest.raises(UnsupportedError, match="can not be rolled back by 40 tokens"):
+        with pytest.raises(UnsupportedError, match="cannot be rolled back by 40 tokens"):
             cache.crop(-40)
         recorded = PlanCache(plan)
         recorded.activate_past_recording()

@@ -1,4 +1,4 @@
-"""What a compressed model can not do raises one clear error and is never silently wrong."""
+"""What a compressed model cannot do raises one clear error and is never silently wrong."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_paged_and_continuous_batching(model, ids):
 
 def test_other_cache_objects(model, ids):
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
-        match = f"can not use a {type(cache).__name__}"
+        match = f"cannot use a {type(cache).__name__}"
         refuses(match, lambda cache=cache: model(ids, cache=cache))
         refuses(match, lambda cache=cache: model(ids, past_key_values=cache))
         refuses(match, lambda cache=cache: model.generate(ids, cache=cache, max_new_tokens=2))

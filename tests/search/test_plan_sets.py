@@ -61,7 +61,7 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
     assert [result.plan for result in again] == [result.plan for result in found]
     assert len(fake.calls) == calls
     before = set(tmp_path.iterdir())
-    with pytest.raises(InfeasibleBudgetError):  # nothing runs where one of them can not be met
+    with pytest.raises(InfeasibleBudgetError):  # nothing runs where one of them cannot be met
         find_plans(
             profile, split_budgets(["55%,1%"]), recipe=profile.recipe, out=tmp_path / "new.json", model=model(profile)
         )

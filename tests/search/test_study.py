@@ -202,9 +202,9 @@ def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kin
     ("storage", "message"),
     [
         ("nowhere", "neither a journal file"),
-        ("sqlite:////nonexistent/folder/s.db", "can not use the study storage"),
-        ("nosuchdb://user:secret@host/x", "can not use the study storage nosuchdb://host/x"),
-        ("/proc/nothing/s.journal", "can not use the study storage"),
+        ("sqlite:////nonexistent/folder/s.db", "cannot use the study storage"),
+        ("nosuchdb://user:secret@host/x", "cannot use the study storage nosuchdb://host/x"),
+        ("/proc/nothing/s.journal", "cannot use the study storage"),
     ],
 )
 def test_storage_that_is_not_there(search: Search, profiles: Profiles, storage: str, message: str) -> None:
@@ -218,7 +218,7 @@ def test_storage_that_is_not_there(search: Search, profiles: Profiles, storage: 
 def test_garbage_in_the_journal(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     path = tmp_path / "s.journal"
     path.write_text("not json\nnor this\n")
-    with pytest.raises(ArtefactError, match="can not use the study storage"):
+    with pytest.raises(ArtefactError, match="cannot use the study storage"):
         search(profiles(storage=str(path)))
 
 
