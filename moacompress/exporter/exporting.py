@@ -7,37 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
+from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import new_folder, write_text
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
+from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.models.source import SourceModel, is_compressed, load_source
 from moacompress.rules.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-PROBE_TOKENS = 8
-"""Tokens that the fresh process generates."""
-
-_PROBE = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM
-folder, prompt, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder)
-out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-                     return_dict_in_generate=True)
-print("PROBE" + json.dumps({"cache": type(out.cache).__name__, "tokens": out.sequences[0, len(prompt):].tolist()}))
-"""
 
 
 def export(
@@ -65,7 +49,7 @@ def export(
     Raises:
         PlanError: the plan is not for this model.
         ArtefactError: `out` exists, or cannot be written; nothing is left half-written.
-        MoaCompressError: the written checkpoint did not load or generate in a fresh process.
+        MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
     from moacompress.runtime import attach, detach
 
@@ -88,7 +72,7 @@ def export(
         attach(source.model, plan)
         try:
             source.model.save_pretrained(aside)
-            expected = _probe_here(source)
+            expected = Continuation.of(source, plan)
         finally:
             detach(source.model)
         source.tokenizer.save_pretrained(aside)
@@ -100,7 +84,7 @@ def export(
         for licence in licence_files(source.source):
             shutil.copyfile(licence, aside / licence.name)
         progress.step("written")
-        verify_fresh(aside, _probe_prompt(source), expected)
+        verify_fresh(aside, expected)
         progress.step("loaded and generated in a fresh process")
     progress.done()
     return out
@@ -148,51 +132,6 @@ def licence_files(source: str) -> list[Path]:
 def _matching(folder: Path) -> list[Path]:
     found: Iterable[Path] = (file for pattern in LICENCE_PATTERNS for file in folder.glob(pattern))
     return sorted({file for file in found if file.is_file()})
-
-
-def verify_fresh(folder: Path, prompt: list[int], expected: list[int]) -> None:
-    """Loads a checkpoint with plain transformers in a fresh process and makes it generate.
-
-    Args:
-        folder: the compressed checkpoint.
-        prompt: token ids to start from.
-        expected: token ids that the same model gave in this process.
-
-    Raises:
-        MoaCompressError: it did not load, ran without the plan's cache, or gave other tokens.
-    """
-    arguments = [sys.executable, "-c", _PROBE, str(folder), json.dumps(prompt), str(len(expected))]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("PROBE")), None)
-    if done.returncode or line is None:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise MoaCompressError(f"the exported checkpoint did not load and generate in a fresh process: {last}")
-    found = json.loads(line.removeprefix("PROBE"))
-    if found["cache"] != "PlanCache":
-        raise MoaCompressError(
-            f"the exported checkpoint ran with a {found['cache']} in a fresh process: moacompress was not loaded with "
-            "transformers; install it there (`pip install moacompress`) so that its entry point is seen"
-        )
-    if found["tokens"] != expected:
-        raise MoaCompressError(
-            f"the exported checkpoint generated {found['tokens']} in a fresh process, and {expected} in this one"
-        )
-
-
-def _probe_prompt(source: SourceModel) -> list[int]:
-    ids = source.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
-    return [int(i) for i in ids] or [0]
-
-
-def _probe_here(source: SourceModel) -> list[int]:
-    import torch
-
-    model: Any = source.model
-    prompt = torch.tensor([_probe_prompt(source)], device=model.device)
-    out: Any = model.generate(prompt, max_new_tokens=PROBE_TOKENS, min_new_tokens=PROBE_TOKENS, do_sample=False)
-    return [int(i) for i in out[0, prompt.shape[1] :]]
 
 
 def check_reusable(folder: Path, plan: Plan) -> bool:

@@ -9,14 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
 from moacompress.exporter import exporting
-from moacompress.exporter.exporting import (
-    check_reusable,
-    export,
-    exported_plan,
-    licence_files,
-    save_dense,
-    verify_fresh,
-)
+from moacompress.exporter.exporting import check_reusable, export, exported_plan, licence_files, save_dense
 from moacompress.models.source import load_source
 from moacompress.rules.plan import Plan
 from moacompress.runtime.attaching import attached_plan
@@ -111,22 +104,6 @@ def test_nothing_is_left_when_the_fresh_process_fails(tiny_folder, plan, tmp_pat
     with pytest.raises(MoaCompressError, match="no"):
         export(tiny_folder, plan, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_fresh_process_notices_what_is_wrong(exported, tmp_path):
-    prompt = [4, 5, 6]
-    with pytest.raises(MoaCompressError, match="generated .* in a fresh process"):
-        verify_fresh(exported, prompt, [-1])
-    dense = tmp_path / "dense"
-    shutil.copytree(exported, dense)
-    config = json.loads((dense / "config.json").read_text())
-    del config["quantization_config"]
-    (dense / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MoaCompressError, match="ran with a DynamicCache"):
-        verify_fresh(dense, prompt, [0])
-    (dense / "model.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(MoaCompressError, match="did not load"):
-        verify_fresh(dense, prompt, [0])
 
 
 def test_reusable_only_for_the_same_plan(exported, plan, random_plan):
