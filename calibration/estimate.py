@@ -146,7 +146,7 @@ def dry_run(
     check_counts(asked.lengths, asked.samples, source.context, "calibration")
     check_counts(asked.lengths, asked.validation_samples, source.context, "validation")
     if around is not None:
-        around.check_model(source.shape, weights=True)
+        around.check_model(source.shape, weights=source.weights_like)
     progress = progress or SILENT
     lengths = asked.lengths
     progress.start("timing short passes", 1 + len(lengths))

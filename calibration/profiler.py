@@ -32,7 +32,7 @@ from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerp
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
-from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
@@ -220,10 +220,11 @@ def profile(
     chosen = recipe.profile
     rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
     if around is not None:
-        around.check_model(source.shape, weights=True)
+        around.check_model(source.shape, weights=source.weights_like)
     key = around.key() if around is not None else ""
-    request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe), key)
-    head = prepare(out, Manifest(source.source, source.shape, rules, recipe, request, key), overwrite)
+    shape = _known_shape(out, source, overwrite)
+    request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key)
+    head = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
     if head.complete:
         try:
             return Profile.load(out)
@@ -233,6 +234,26 @@ def profile(
     statistics, head = _run_samples(out, source, head, samples, around, progress)
     merge(out, head, samples, statistics)
     return Profile.load(out)
+
+
+def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
+    """Returns the model's shape; where `out` has a profile of these weights, with the fingerprint that it knows them by.
+
+    So what was begun under an older version of the fingerprint is taken up, with its samples and answers.
+
+    Raises:
+        PlanError: a profile whose fingerprint has a newer version than is known, and it may not be replaced.
+    """
+    try:
+        known = Manifest.read(out).shape.weights_fingerprint
+        same = source.weights_like(known) == known
+    except ArtefactError:
+        return source.shape
+    except PlanError:
+        if overwrite:
+            return source.shape
+        raise
+    return replace(source.shape, weights_fingerprint=known) if same else source.shape
 
 
 def check_lengths(source: SourceModel, recipe: Recipe) -> None:
@@ -310,7 +331,7 @@ def _stored_or_built(
             head.recipe,
             "calibration" if split == "calibration" else "validation",
             progress,
-            AnswerStore(out / "answers.jsonl", source.shape.weights_fingerprint, source.shape.dtype),
+            AnswerStore(out / "answers.jsonl", head.shape.weights_fingerprint, head.shape.dtype),
         )
         save_samples(path, samples)
     return samples

@@ -119,8 +119,12 @@ class Profile:
 
         Raises:
             ModelError: other weights.
+            PlanError: the profile's fingerprint has a newer version than is known.
         """
-        ours, theirs = self.shape.weights_fingerprint, source.shape.weights_fingerprint
+        ours = self.shape.weights_fingerprint
+        if ours == source.shape.weights_fingerprint:
+            return
+        theirs = source.weights_like(ours)
         if ours != theirs:
             raise ModelError(
                 f"the profile in {self.path} is of other weights (fingerprint {ours}) than {source.source} ({theirs}); "

@@ -18,7 +18,7 @@ from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import slot_limits, slot_table
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan
+from moacompress.rules.plan import Plan, may_be_same_weights
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.windows import BETA_ONE
 from moacompress.search.knapsack import Knapsack, total_cost
@@ -144,7 +144,7 @@ class _Costs:
                 f"the baseline {name} is made from a profile and there is none; give the folder of a finished profile, or "
                 f"leave {name} out"
             )
-        if profile.shape.weights_fingerprint != shape.weights_fingerprint:
+        if not may_be_same_weights(profile.shape.weights_fingerprint, shape.weights_fingerprint):
             raise UsageError(
                 f"the baseline {name} needs a profile of this model (weights {shape.weights_fingerprint}); that in "
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"

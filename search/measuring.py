@@ -41,8 +41,10 @@ def measured_harms(
 
     ledger = Records(path)
     marks = [fingerprint_ordered([sample]) for sample in samples]
-    of_model = [model.shape.weights_fingerprint, model.shape.dtype]
-    keys = [[fingerprint([*of_model, plan.key(), mark]) for mark in marks] for plan in plans]
+    dtype = model.shape.dtype
+    keys = [
+        [fingerprint([plan.model.weights_fingerprint, dtype, plan.key(), mark]) for mark in marks] for plan in plans
+    ]
     missing = [[row for row, key in enumerate(column) if ledger.get(key) is None] for column in zip(*keys, strict=True)]
     progress.start("measuring", sum(map(len, missing)))
     try:

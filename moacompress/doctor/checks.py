@@ -133,7 +133,7 @@ def _check_plan(folder: Path, config: PreTrainedConfig) -> None:
     from moacompress.rules.plan import Plan
 
     plan = Plan.load(folder / "plan.json")
-    plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=False)
+    plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
 
 
 def _check_autoload() -> dict[str, Any]:

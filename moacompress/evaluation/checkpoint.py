@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
+from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import is_compressed
 from moacompress.rules.model_shape import DTYPE_BYTES
-from moacompress.rules.plan import Plan
+from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,16 +27,30 @@ class Checkpoint:
         model: its weights; the plan on them changes, see `put_on`.
         tokenizer: its tokenizer.
         plan: its plan.
-        weights: fingerprint of the weights.
-        identity: what scores depend on besides plan and prompt: weights, dtype, kind of device.
     """
 
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
-    weights: str
-    identity: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the weights, in the newest version."""
+        return weights_fingerprint(self.model)
+
+    def weights_like(self, given: str) -> str:
+        """Returns the fingerprint of the weights in the version of a given one; see `moacompress.models.fingerprint.weights_like`."""
+        return self.weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self.model, given)
+
+    @cached_property
+    def identity(self) -> tuple[str, ...]:
+        """What scores depend on besides plan and prompt: weights, dtype, kind of device.
+
+        Weights are known as to the plan, so that scores under a fingerprint of an older version are found again.
+        """
+        weights = self.weights_like(self.plan.model.weights_fingerprint)
+        return weights, str(self.model.dtype), self.model.device.type
 
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the model under `plan`; nothing is done where it runs under it already."""
@@ -86,18 +102,18 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
 
     Raises:
         UsageError: another dtype.
-        PlanError: its plan is missing or damaged.
+        PlanError: its plan is missing, damaged, or newer than is known.
         ModelError: it cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
-    from moacompress.models.fingerprint import weights_fingerprint
 
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     plan = Plan.load(folder / "plan.json")
+    weights_version(plan.model.weights_fingerprint)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
@@ -107,6 +123,4 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
         raise
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
-    weights = weights_fingerprint(model)
-    identity = (weights, str(model.dtype), torch.device(device).type)
-    return Checkpoint(folder, model, tokenizer, plan, weights, identity)
+    return Checkpoint(folder, model, tokenizer, plan)

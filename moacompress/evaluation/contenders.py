@@ -151,10 +151,12 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
             f"{needed[0]} is made from a profile and there is none beside {checkpoint.folder}; give one (--profile DIR)"
         )
     profile = Profile.load(path)
-    if profile.shape.weights_fingerprint != checkpoint.weights:
+    profiled = profile.shape.weights_fingerprint
+    found = checkpoint.weights_like(profiled)
+    if found != profiled:
         raise PlanError(
-            f"the profile {path} is of other weights: fingerprint {profile.shape.weights_fingerprint}, the model has "
-            f"{checkpoint.weights}; give the profile that the plan was found with"
+            f"the profile {path} is of other weights: fingerprint {profiled}, the model has {found}; give the profile that the "
+            "plan was found with"
         )
     return profile
 
@@ -162,7 +164,7 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
 def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
     """Returns the plan of another compressed folder, once its weights are known to be the same."""
     other = load_checkpoint(compressed_folder(Path(name)), "auto", "cpu")
-    other.plan.check_model(checkpoint.plan.model, weights=False)
+    other.plan.check_model(checkpoint.plan.model, weights=None)
     if other.weights != checkpoint.weights:
         raise PlanError(
             f"{name} has other weights than {checkpoint.folder}: fingerprint {other.weights}, not {checkpoint.weights}; only "

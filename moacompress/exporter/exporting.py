@@ -66,7 +66,7 @@ def export(
         source = model
     else:
         source = load_source(model, dtype=plan.model.dtype, trust_remote_code=trust_remote_code)
-    plan.check_model(source.shape, weights=True)
+    plan.check_model(source.shape, weights=source.weights_like)
     progress.step("model loaded")
     with new_folder(out, overwrite) as aside:
         attach(source.model, plan)

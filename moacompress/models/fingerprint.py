@@ -1,31 +1,146 @@
-"""Which weights these are: the fingerprint that plans and profiles carry."""
+"""Whose weights these are: the fingerprint of a model's weights, in every version that profiles and plans hold.
+
+A fingerprint says its version in front, as in `2-0123456789abcdef`; one without is of version 1. A model is compared with a
+fingerprint in that one's version: see `weights_like`.
+
+Both versions round numbers to bfloat16, so that loads of one checkpoint agree: of a checkpoint in bfloat16 those in float32
+and bfloat16, and in float16 where that holds its numbers exactly; of one in float32 those in float32 and bfloat16. So what is
+told apart of float32 weights is their bfloat16: a change too small to move a single number to another bfloat16 is not seen.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moacompress.core.errors import ModelError
+from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+
+SAMPLES = 1024
+"""Numbers of a tensor that version 1 reads."""
+CHUNK = 1 << 20
+"""Numbers that version 2 hashes at once; part of what its hashes are."""
+QUEUED = 2
+"""Chunks that wait for each thread, at most: with CHUNK they bound the memory."""
 
 
-FINGERPRINT_SAMPLES = 1024
-"""Numbers read from every tensor for the weights fingerprint."""
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Returns the fingerprint of a model's weights, in the newest version.
 
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Returns a short hash of the weights: names, shapes and a spread sample of each tensor, rounded to bfloat16.
-
-    Rounding makes a float32 and a bfloat16 load of one checkpoint agree. At most `FINGERPRINT_SAMPLES` numbers of a
-    tensor are read, so it takes well under a second for any model.
+    Raises:
+        ModelError: some weights are not in memory.
     """
+    return f"2-{_all_numbers(model)}"
+
+
+def weights_like(model: torch.nn.Module, given: str) -> str:
+    """Returns the fingerprint of a model's weights in the version of a given one: they are equal iff the weights are.
+
+    Args:
+        model: the model at hand.
+        given: a fingerprint from a profile or a plan.
+
+    Raises:
+        PlanError: `given` has a newer version than is known.
+        ModelError: some weights are not in memory.
+    """
+    return _VERSIONS[weights_version(given)](model)
+
+
+def _sampled(model: torch.nn.Module) -> str:
+    """Version 1: of every parameter the name, the shape and a spread sample of at most `SAMPLES` numbers."""
     import torch
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
+        _check_in_memory(name, tensor)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
-        sample = flat[::step][:FINGERPRINT_SAMPLES].to(torch.bfloat16).cpu()
+        step = max(1, flat.numel() // SAMPLES)
+        sample = flat[::step][:SAMPLES].to(torch.bfloat16).cpu()
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _all_numbers(model: torch.nn.Module) -> str:
+    """Version 2: of every parameter and saved buffer each name that it goes by, the shape and all numbers.
+
+    Tensors are cut into chunks of CHUNK numbers in row-major order, which this thread rounds and brings to the host and other
+    threads hash; of a tensor that goes by several names (tied weights) this is done once.
+    """
+    import torch
+
+    tensors = {name: value for name, value in sorted(model.state_dict().items()) if isinstance(value, torch.Tensor)}
+    parts: dict[Any, list[Future[bytes]]] = {}
+    waiting: deque[Future[bytes]] = deque()
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for name, tensor in tensors.items():
+            _check_in_memory(name, tensor)
+            if _place(tensor) in parts:
+                continue
+            flat = tensor.reshape(-1)  # a copy where it does not lie in order
+            hashes = parts[_place(tensor)] = []
+            for start in range(0, flat.numel(), CHUNK):
+                hashes.append(pool.submit(_hash, _flat_array(flat[start : start + CHUNK])))
+                waiting.append(hashes[-1])
+                if len(waiting) > QUEUED * threads:
+                    waiting.popleft().result()
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        kind = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+        digest.update(f"{name} {tuple(tensor.shape)}{kind}\n".encode())
+        for part in parts[_place(tensor)]:
+            digest.update(part.result())
+    return digest.hexdigest()[:16]
+
+
+_VERSIONS: dict[int, Callable[[torch.nn.Module], str]] = {1: _sampled, 2: weights_fingerprint}
+
+
+def _check_in_memory(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ModelError(
+            f"the weights are not all in memory: {name} is on the device 'meta', as after a device_map that offloads it; load "
+            "the model without one"
+        )
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Returns what is the same for two names of one tensor."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _flat_array(numbers: torch.Tensor) -> npt.NDArray[Any]:
+    """Returns a flat tensor on the host: of floats the bits of their bfloat16, int16, of anything else the bytes, uint8."""
+    import torch
+
+    if numbers.is_floating_point():
+        return numbers.to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    return numbers.contiguous().view(torch.uint8).cpu().numpy()
+
+
+def _hash(data: npt.NDArray[Any]) -> bytes:
+    """Returns the SHA-256 of what `_flat_array` returned.
+
+    All NaNs count as one, and numbers below the smallest normal one as 0, without a sign: there processors differ, and so do
+    conversions.
+    """
+    if data.dtype == np.int16:
+        size = data & 0x7FFF
+        none, small = size > 0x7F80, size < 0x0080
+        if none.any() or small.any():
+            data = data.copy()
+            np.copyto(data, 0x7FC0, where=none)
+            np.copyto(data, 0, where=small)
+        data = data.astype("<i2", copy=False)
+    return hashlib.sha256(data.data).digest()

@@ -1,4 +1,4 @@
-"""Source models: what MODEL may be, its shape, its weights fingerprint, and whether it can be compressed.
+"""Source models: what MODEL may be, its shape, and whether it can be compressed.
 
 MODEL is a hub id, a folder, or a `.gguf` file. Code from a repository never runs unless `trust_remote_code` is asked
 for.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.core.files import read_json
+from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.support import (
     config_problems,
     quantization_method,
@@ -20,11 +21,11 @@ from moacompress.models.support import (
 )
 from moacompress.models.weight_files import weight_problems
 from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
+from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 
@@ -48,6 +49,11 @@ class SourceModel:
     source: str
     shape: ModelShape
     context: int
+
+    def weights_like(self, given: str) -> str:
+        """Returns the fingerprint of the weights in the version of a given one; see `moacompress.models.fingerprint.weights_like`."""
+        ours = self.shape.weights_fingerprint
+        return ours if weights_version(ours) == weights_version(given) else weights_like(self.model, given)
 
 
 def load_source(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,33 @@ MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
 MAX_NOTES = 1 << 24
 """Most numbers and characters in a plan's notes: a plan in a config.json has no file size of its own to check."""
+WEIGHTS_VERSION = 2
+"""Newest version of the weights fingerprint; see `moacompress.models.fingerprint`."""
+
+
+def weights_version(fingerprint: str) -> int:
+    """Returns the version of a weights fingerprint: the number in front, as in `2-0123456789abcdef`, or 1.
+
+    Raises:
+        PlanError: newer than is known.
+    """
+    version = _version_in(fingerprint)
+    if version > WEIGHTS_VERSION:
+        raise PlanError(
+            f"the weights fingerprint {_short(fingerprint)} has version {_short(version)}, this moacompress knows up to "
+            f"{WEIGHTS_VERSION}; upgrade moacompress"
+        )
+    return version
+
+
+def may_be_same_weights(one: str, other: str) -> bool:
+    """Returns False where two fingerprints are of different weights; those of two versions only the model can compare."""
+    return one == other or _version_in(one) != _version_in(other)
+
+
+def _version_in(fingerprint: str) -> int:
+    front, dash, _ = fingerprint.partition("-")
+    return int(front) if dash and front.isascii() and front.isdecimal() else 1
 
 
 @dataclass(frozen=True)
@@ -94,12 +121,13 @@ class Plan:
         """Returns the same rules with other `budget`, `quality` or `provenance`."""
         return replace(self, **notes)  # type: ignore[arg-type]
 
-    def check_model(self, model: ModelShape, *, weights: bool) -> None:
+    def check_model(self, model: ModelShape, *, weights: Callable[[str], str] | None) -> None:
         """Refuses a model that the plan was not made for.
 
         Args:
             model: the model at hand.
-            weights: also compare the weights fingerprint (search and export do, loading does not).
+            weights: returns the fingerprint of its weights in the version of a given one, `SourceModel.weights_like`; None
+                where only the shape counts (search and export compare weights, loading does not).
 
         Raises:
             PlanError: naming the first difference.
@@ -111,10 +139,13 @@ class Plan:
                     f"the plan is for another model: its {name} is {_short(ours)}, the model's is {_short(theirs)}; "
                     "make a plan for this model with `moacompress search`"
                 )
-        if weights and self.model.weights_fingerprint != model.weights_fingerprint:
+        if weights is None:
+            return
+        found = weights(self.model.weights_fingerprint)
+        if found != self.model.weights_fingerprint:
             raise PlanError(
-                f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has "
-                f"{model.weights_fingerprint}; profile and search this model anew"
+                f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has {found}; profile "
+                "and search this model anew"
             )
 
     def diff(self, other: Plan) -> list[str]:
@@ -122,7 +153,7 @@ class Plan:
         lines = []
         for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows", "weights_fingerprint"):
             ours, theirs = getattr(self.model, name), getattr(other.model, name)
-            if ours != theirs:
+            if ours != theirs and not (name == "weights_fingerprint" and may_be_same_weights(ours, theirs)):
                 lines.append(f"model.{name}: {_short(ours)} -> {_short(theirs)}")
         if self.min_window != other.min_window:
             lines.append(f"min_window: {self.min_window} -> {other.min_window}")

@@ -103,7 +103,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     Raises:
         PlanError: the plan is for a model of another shape.
     """
-    plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=False)
+    plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=None)
     modules = attention_modules(model)
     if len(modules) != plan.model.layers:
         raise PlanError(f"the plan has {plan.model.layers} layers, the model has attention in {len(modules)}")

@@ -62,7 +62,7 @@ class MoaCompressQuantizer(HfQuantizer):
             )
         config._attn_implementation = attention.NAME
         plan = self.quantization_config.plan
-        plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=False)
+        plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
         if getattr(config, "dtype", None) is None:
             config.dtype = plan.model.dtype  # transformers would open the weights, pickles too, to find it out
         return config

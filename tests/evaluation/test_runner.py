@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,28 @@ def test_folders_of_other_weights_are_refused(
         run(compressed, against=("dense", str(tmp_path / "weights")))
     with pytest.raises(PlanError, match="its layers is"):
         run(compressed, against=(str(tmp_path / "shape"),))
+
+
+def test_scores_under_an_older_fingerprint_are_found_again(compressed: Path) -> None:
+    from moacompress.evaluation.checkpoint import load_checkpoint
+    from moacompress.models.fingerprint import weights_fingerprint, weights_like
+
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    newest, oldest = weights_fingerprint(checkpoint.model), weights_like(checkpoint.model, "0" * 16)
+    plan = checkpoint.plan
+    old = replace(checkpoint, plan=replace(plan, model=replace(plan.model, weights_fingerprint=oldest)))
+    assert checkpoint.identity == (newest, "torch.float32", "cpu")
+    assert old.identity == (oldest, "torch.float32", "cpu")
+    assert (old.weights, old.weights_like(oldest), checkpoint.weights_like(oldest)) == (newest, oldest, oldest)
+
+
+def test_a_newer_fingerprint_is_refused(compressed: Path, tmp_path: Path) -> None:
+    shutil.copytree(compressed, tmp_path / "OUT")
+    file = tmp_path / "OUT" / "model" / "plan.json"
+    plan = Plan.load(file)
+    replace(plan, model=replace(plan.model, weights_fingerprint="3-0")).save(file)
+    with pytest.raises(PlanError, match="3-0 has version 3"):
+        run(tmp_path / "OUT")
 
 
 def test_best_candidate_is_measured(compressed: Path) -> None:

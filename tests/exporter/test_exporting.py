@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp
     with pytest.raises(PlanError, match="another model: its layers is 3, the model's is 2"):
         export(other, plan, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_plan_of_an_older_fingerprint_is_exported(tiny_folder, plan, tmp_path):
+    source = load_source(tiny_folder)
+    old = replace(plan, model=replace(plan.model, weights_fingerprint=source.weights_like("0" * 16)))
+    assert exported_plan(export(source, old, tmp_path / "model")) == old
+    wrong = replace(plan, model=replace(plan.model, weights_fingerprint="0" * 16))
+    with pytest.raises(PlanError, match=f"fingerprint {'0' * 16}, the model has {old.model.weights_fingerprint}"):
+        export(source, wrong, tmp_path / "other")
+    newer = replace(plan, model=replace(plan.model, weights_fingerprint="3-0"))
+    with pytest.raises(PlanError, match="version 3, this moacompress knows up to 2"):
+        export(source, newer, tmp_path / "other")
 
 
 def test_nothing_is_left_when_the_fresh_process_fails(tiny_folder, plan, tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moacompress.core.errors import ModelError
-from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.core.errors import ModelError, PlanError
+from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
 from moacompress.models.source import load_source, model_shape
 from moacompress.models.support import native_windows
@@ -152,18 +152,17 @@ def test_groups_of_one_and_many(tiny_model: Callable[..., Any]) -> None:
     assert model_shape(tiny_model("llama", num_key_value_heads=1)).kv_heads == 1
 
 
-def test_fingerprints_tell_weights_apart_but_not_dtypes(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    first = weights_fingerprint(tiny_model("llama"))
-    assert first == weights_fingerprint(tiny_model("llama"))
-    assert first == weights_fingerprint(tiny_model("llama").to(torch.bfloat16))
-    assert first != weights_fingerprint(tiny_model("llama", seed=1))
-    changed = tiny_model("llama")
-    changed.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1.0
-    assert first != weights_fingerprint(changed)
-
-
 def test_one_checkpoint_has_one_fingerprint(tiny_folder: Path) -> None:
     single = load_source(tiny_folder, dtype="float32").shape
     half = load_source(tiny_folder, dtype="bfloat16").shape
     assert single.weights_fingerprint == half.weights_fingerprint
     assert (single.dtype, half.dtype) == ("float32", "bfloat16")
+
+
+def test_a_loaded_model_tells_its_fingerprint_in_every_version(tiny_folder: Path) -> None:
+    source = load_source(tiny_folder)
+    newest = source.shape.weights_fingerprint
+    assert source.weights_like(newest) == newest
+    assert source.weights_like("0" * 16) == weights_like(source.model, "0" * 16)
+    with pytest.raises(PlanError, match="version 3"):
+        source.weights_like("3-0")

@@ -257,7 +257,8 @@ def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles:
         search(profile, "25")
     with pytest.raises(InfeasibleBudgetError, match="at least"):
         search(profile, "1%")
-    other = SimpleNamespace(model=None, source="other", shape=replace(profile.shape, weights_fingerprint="other"))
+    shape = replace(profile.shape, weights_fingerprint="other")
+    other = SimpleNamespace(model=None, source="other", shape=shape, weights_like=lambda given: "other")
     with pytest.raises(ModelError, match="other weights"):
         search(profile, model=other)
     with pytest.raises(ArtefactError, match=r"no profile\.json"):
