@@ -40,7 +40,7 @@ class Checkpoint:
         return weights_fingerprint(self.model)
 
     def weights_like(self, given: str) -> str:
-        """Returns the fingerprint of the weights in the version of a given one; see `moacompress.models.fingerprint.weights_like`."""
+        """Returns the fingerprint of the weights in the version of a given one; see `fingerprint.weights_like`."""
         return self.weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self.model, given)
 
     @cached_property

@@ -51,7 +51,7 @@ class SourceModel:
     context: int
 
     def weights_like(self, given: str) -> str:
-        """Returns the fingerprint of the weights in the version of a given one; see `moacompress.models.fingerprint.weights_like`."""
+        """Returns the fingerprint of the weights in the version of a given one; see `fingerprint.weights_like`."""
         ours = self.shape.weights_fingerprint
         return ours if weights_version(ours) == weights_version(given) else weights_like(self.model, given)
 
