@@ -6,16 +6,22 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.errors import ArtefactError
+from moacompress.core.artefact_names import OWNER, PARTIAL, TEMPORARY, owner_of_file
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.owners import own_file, release_dead
 
 MAX_JSON_BYTES = 64 * 2**20
+_RANDOM = "[a-z0-9_]{8}"
+"""What makes the name of a folder or file aside its own: `tempfile`'s letters, and those of `_aside`."""
 
 
 def canonical_json(value: Any) -> str:
@@ -26,6 +32,25 @@ def canonical_json(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """Returns a short SHA-256 (16 hex digits) of a JSON value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def digest_files(root: Path) -> str:
+    """Returns a short SHA-256 (16 hex digits) of a file, or of a folder: of the names and the contents of its files.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file():
+                digest.update(str(path.relative_to(root)).encode())
+                with path.open("rb") as file:
+                    for block in iter(lambda: file.read(1 << 20), b""):
+                        digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read {root}: {error.strerror or error}") from error
+    return digest.hexdigest()[:16]
 
 
 def finite_json(value: Any) -> Any:
@@ -54,7 +79,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -128,35 +153,111 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         target: the folder to make.
-        overwrite: replace an existing `target`; otherwise it is refused before the block runs.
+        overwrite: replace an existing `target`; otherwise it is refused, before the block runs if it is there by then.
 
     Raises:
         ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
     """
     target = Path(target)
-    if target.exists() and not overwrite:
+    if not overwrite:
+        _refuse(target)
+    sweep_folders(target)
+    with _aside(target) as aside:
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise ArtefactError(f"cannot write beside {target}: {error.strerror or error}") from error
+        try:
+            yield aside
+            if overwrite:
+                _put(aside, target)
+            else:
+                _refuse(target)
+                os.replace(aside, target)
+        except OSError as error:
+            raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files and folders, one after another; each is there whole or not at all, also where this is interrupted.
+
+    Args:
+        paths: of which any may not be there. Of a link only the link is removed.
+
+    Raises:
+        ArtefactError: one of them cannot be removed.
+    """
+    for path in paths:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                with _aside(path) as aside:
+                    os.replace(path, aside)
+            else:
+                path.unlink(missing_ok=True)
+        except NotADirectoryError:  # a file where its folder would be
+            continue
+        except OSError as error:
+            raise ArtefactError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
+def sweep_folders(target: Path) -> None:
+    """Removes what dead processes left of a folder that they were making or removing; what a live one makes stays."""
+    name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}{re.escape(PARTIAL)})(?:{re.escape(OWNER)})?")
+    for folder in {target.parent / match[1] for match in map(name.fullmatch, _names(target.parent)) if match}:
+        if release_dead(owner_of_file(folder)):
+            _delete(folder)
+
+
+def sweep_files(path: Path) -> None:
+    """Removes what killed processes left of a file that they were writing; only the owner of the file may do that."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{_RANDOM}{re.escape(TEMPORARY)}")
+    for found in filter(name.fullmatch, _names(path.parent)):
+        (path.parent / found).unlink(missing_ok=True)
+
+
+def _refuse(target: Path) -> None:
+    if target.exists():
         raise ArtefactError(f"{target} exists already; choose another folder or pass --overwrite")
-    for stale in target.parent.glob(f".{target.name}.*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-        aside.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise ArtefactError(f"cannot write beside {target}: {error.strerror or error}") from error
-    try:
-        yield aside
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-            os.replace(target, old / "old")
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Yields a new name beside a folder, for what is made of it or goes; what has that name in the end is removed."""
+    path = target.parent / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+    with own_file(path):
+        try:
+            yield path
+        finally:
+            _delete(path)
+
+
+def _put(aside: Path, target: Path) -> None:
+    """Moves a folder into place, over what is there; if that fails, what was there is there again."""
+    if not os.path.lexists(target):
+        os.replace(aside, target)
+        return
+    with _aside(target) as old:
+        os.replace(target, old)
+        try:
             os.replace(aside, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(aside, target)
-    except OSError as error:
-        raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        except OSError:
+            os.replace(old, target)
+            raise
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # it is not there, or no folder
+        return []
 
 
 def _umask() -> int:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,8 @@ from moacompress.core.files import (
     finite_json,
     new_folder,
     read_json,
+    remove,
+    sweep_files,
     write_bytes,
     write_json,
     write_text,
@@ -121,8 +128,144 @@ def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_overwrite_that_fails_half_way_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace, moves = os.replace, 0
+
+    def fail_second(source: Path, to: Path) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == 2:
+            raise OSError(5, "Input/output error")
+        replace(source, to)
+
+    def overwrite() -> None:
+        with new_folder(target, overwrite=True) as folder:
+            monkeypatch.setattr(os, "replace", fail_second)
+            (folder / "new").write_text("new")
+
+    with pytest.raises(ArtefactError, match="cannot write .*: Input/output error"):
+        overwrite()
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def make() -> None:
+        with new_folder(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("1")
+
+    with pytest.raises(ArtefactError, match="exists already"):
+        make()
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".out.abc.partial").mkdir()
+    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / "..out.01234567.partial.owner").write_text('{"host": "half')
     with new_folder(tmp_path / "out"):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+MAKE = """
+import sys
+from pathlib import Path
+from moacompress.core.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "theirs").write_text("1")
+    print("inside", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
+    """Returns a function that starts a process which makes the folder `out`, and waits for a line before it is done."""
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAKE, str(tmp_path / "out")]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "inside\n"
+        return process
+
+    return start
+
+
+def test_what_a_live_process_is_making_is_not_cleared_away(
+    tmp_path: Path, maker: Callable[[], subprocess.Popen[str]]
+) -> None:
+    process = maker()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "ours").write_text("2")
+    shutil.rmtree(tmp_path / "out")
+    process.communicate("go on\n")
+    assert process.returncode == 0
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_what_a_killed_process_was_making_is_cleared_away(
+    tmp_path: Path, maker: Callable[[], subprocess.Popen[str]]
+) -> None:
+    process = maker()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(list(tmp_path.iterdir())) == 2  # the folder and its owner
+    with new_folder(tmp_path / "out"):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "a[1]", "*", "?b", "a.b"])
+def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    others = [".other.abcdefgh.partial", ".out.b.abcdefgh.partial", ".xb.abcdefgh.partial", ".a1.abcdefgh.partial"]
+    for left in (*others, f".{name}.abcdefgh.partial"):
+        (tmp_path / left).mkdir()
+    (tmp_path / f".{name}.notes.partial").mkdir()  # somebody's own: no name that is made here
+    with new_folder(tmp_path / name):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*others, f".{name}.notes.partial", name}
+
+
+def test_files_half_written_are_cleared_away_by_their_owner(tmp_path: Path) -> None:
+    for name in (".a[1].json.abcdefgh.tmp", ".a1.json.abcdefgh.tmp", ".a[1].json.notes.tmp", "a[1].json"):
+        (tmp_path / name).write_text("")
+    sweep_files(tmp_path / "a[1].json")
+    sweep_files(tmp_path / "none" / "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a1.json.abcdefgh.tmp",
+        ".a[1].json.notes.tmp",
+        "a[1].json",
+    ]
+
+
+def test_only_what_is_named_is_removed(tmp_path: Path) -> None:
+    for name in ("model/a", "model/deep/b", "elsewhere/c", "mine"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    remove(tmp_path / name for name in ("model", "link", "none", "mine/below"))
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "c", "mine"}
+
+
+def test_a_folder_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it goes, it is gone under its name; what is left is cleared away."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove([tmp_path / "model"])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    files.sweep_folders(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

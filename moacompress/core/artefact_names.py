@@ -1,0 +1,209 @@
+"""The names of all files and folders that a run leaves, and where what belongs to another file lies beside it.
+
+    OUT/                 of `compress`, and of `demo`, which has the first three beside
+      demo.json          what the demo is of
+      text/              the prose haystack
+      dense/             the dense model as safetensors
+      recipe.json        what the run is of
+      seconds.json       time that every step took
+      profile/           as `profile` leaves it
+      plan.json          as `search` leaves it, with what lies beside it
+      model/             as `export` leaves it
+      eval.json          as `eval -o` leaves it, with the scores beside it
+      summary.json
+      bench.json         as `bench -o` leaves it, with the cells beside it
+
+Nothing else spells these names, and what `--overwrite` removes is what is listed here. The functions `of_...` return it in
+the reverse order of its making: what is half removed looks as if it had stopped earlier, and can be taken up again.
+"""
+
+from __future__ import annotations
+
+import re
+from glob import escape
+from pathlib import Path
+
+RECIPE_FILE = "recipe.json"
+PROFILE_FOLDER = "profile"
+PLAN_FILE = "plan.json"
+MODEL_FOLDER = "model"
+EVALUATION_FILE = "eval.json"
+BENCH_FILE = "bench.json"
+SUMMARY_FILE = "summary.json"
+SECONDS_FILE = "seconds.json"
+
+DEMO_FILE = "demo.json"
+DENSE_FOLDER = "dense"
+TEXT_FOLDER = "text"
+
+HEAD_FILE = "profile.json"
+"""What a profile is of; it lies in the profile's folder, as do the next six."""
+CALIBRATION_FILE = "calibration.safetensors"
+VALIDATION_FILE = "validation.safetensors"
+SAMPLES_FOLDER = "samples"
+INFLUENCE_FILE = "influence.safetensors"
+ANSWERS_FILE = "answers.jsonl"
+AUDIT_FILE = "audit.json"
+
+PARTIAL = ".partial"
+"""End of the name of a folder that is being written, or removed."""
+TEMPORARY = ".tmp"
+"""End of the name of a file that is being written."""
+OWNER = ".owner"
+"""End of the name of the file that says which process works on something; see `owners`."""
+
+
+def owner_of_file(path: Path) -> Path:
+    """Returns where the owner of a file stands, or of a folder that is going to be moved: beside it."""
+    return path.parent / f".{path.name}{OWNER}"
+
+
+def owner_of_folder(folder: Path) -> Path:
+    """Returns where the owner of a folder stands: in it."""
+    return folder / f".moacompress{OWNER}"
+
+
+def owner_of_study(journal: Path, study: str) -> Path:
+    """Returns where the owner of one of the studies in a journal stands."""
+    return journal.parent / f".{journal.name}.{study}{OWNER}"
+
+
+def owners_of_studies(journal: Path) -> list[Path]:
+    """Returns the owners of all studies in a journal."""
+    return sorted(journal.parent.glob(f".{escape(journal.name)}.*{OWNER}"))
+
+
+def sample_file(folder: Path, index: int) -> Path:
+    """Returns where the statistics of a sample are in a profile's folder, or in one of those in `rounds_folder`."""
+    return folder / SAMPLES_FOLDER / f"{index:05d}.safetensors"
+
+
+def study_journal(plan: Path) -> Path:
+    """Returns where the study of a search is that has no storage of its own: `plan.study.journal` for `plan.json`."""
+    return plan.with_suffix(".study.journal")
+
+
+def journal_lock(journal: Path) -> Path:
+    """Returns the lock that Optuna holds while it writes a line; a killed process leaves it."""
+    return journal.with_name(f"{journal.name}.lock")
+
+
+def rounds_folder(plan: Path) -> Path:
+    """Returns where a search keeps what it profiled around plans."""
+    return plan.with_suffix(".rounds")
+
+
+def baselines_folder(plan: Path) -> Path:
+    """Returns where a search leaves the best plan of every baseline."""
+    return plan.with_suffix(".baselines")
+
+
+def explanation_file(plan: Path) -> Path:
+    """Returns where a search says why the plan is as it is."""
+    return plan.with_suffix(".explain.json")
+
+
+def plan_named(plan: Path, name: str) -> Path:
+    """Returns one of several plans: `plan-NAME.json` for `plan.json`."""
+    return plan.with_name(f"{plan.stem}-{name}{plan.suffix or '.json'}")
+
+
+def front_file(plan: Path) -> Path:
+    """Returns where several plans are listed, with their bytes and their harm."""
+    return plan.with_name(f"{plan.stem}.front.json")
+
+
+def front_journal(plan: Path) -> Path:
+    """Returns where the study of a front is that has no storage of its own."""
+    return plan.with_suffix(".front.journal")
+
+
+def plans_of_front(plan: Path) -> list[Path]:
+    """Returns the plans of a front that are there, `plan-front-1.json` and so on, in no order."""
+    name = re.compile(re.escape(plan_named(plan, "front-#").name).replace(re.escape("#"), r"\d+"))
+    return [path for path in plan.parent.glob("*") if name.fullmatch(path.name)]
+
+
+def scouts_folder(plan: Path) -> Path:
+    """Returns where the plans are that find the smallest budget for a loss."""
+    return plan.with_suffix(".scouts")
+
+
+def scores_file(evaluation: Path) -> Path:
+    """Returns where an evaluation keeps its finished scores: `eval.scores.jsonl` for `eval.json`."""
+    return evaluation.with_name(f"{evaluation.stem}.scores.jsonl")
+
+
+def cells_file(bench: Path) -> Path:
+    """Returns where a benchmark keeps its finished cells: `bench.cells.jsonl` for `bench.json`."""
+    return bench.with_name(f"{bench.stem}.cells.jsonl")
+
+
+def ledger_file(audit: Path) -> Path:
+    """Returns where an audit keeps what it measured: `audit.ledger.jsonl` for `audit.json`."""
+    return audit.with_name(f"{audit.stem}.ledger.jsonl")
+
+
+def page_file(audit: Path) -> Path:
+    """Returns where the plot of an audit is."""
+    return audit.with_suffix(".html")
+
+
+def of_search(plan: Path) -> list[Path]:
+    """Returns all that a search leaves at `plan` and beside it."""
+    journal = study_journal(plan)
+    return [
+        plan,
+        scouts_folder(plan),
+        baselines_folder(plan),
+        explanation_file(plan),
+        rounds_folder(plan),
+        journal,
+        journal_lock(journal),
+    ]
+
+
+def of_front(plan: Path) -> list[Path]:
+    """Returns all that the search of a front leaves beside `plan`."""
+    journal = front_journal(plan)
+    return [front_file(plan), *plans_of_front(plan), journal, journal_lock(journal)]
+
+
+def of_audit(audit: Path) -> list[Path]:
+    """Returns all that an audit leaves."""
+    return [audit, page_file(audit), ledger_file(audit)]
+
+
+def of_profile(folder: Path) -> list[Path]:
+    """Returns all that `profile` leaves in its folder."""
+    samples = (INFLUENCE_FILE, SAMPLES_FOLDER, VALIDATION_FILE, CALIBRATION_FILE, ANSWERS_FILE, HEAD_FILE)
+    return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]
+
+
+def of_evaluation(evaluation: Path) -> list[Path]:
+    """Returns all that `eval` leaves."""
+    return [evaluation, scores_file(evaluation)]
+
+
+def of_bench(bench: Path) -> list[Path]:
+    """Returns all that `bench` leaves."""
+    return [bench, cells_file(bench)]
+
+
+def of_compress(out: Path) -> list[Path]:
+    """Returns all that `compress` leaves in its folder, and what `bench` leaves there of its model."""
+    return [
+        *of_bench(out / BENCH_FILE),
+        out / SUMMARY_FILE,
+        *of_evaluation(out / EVALUATION_FILE),
+        out / MODEL_FOLDER,
+        *of_search(out / PLAN_FILE),
+        *of_profile(out / PROFILE_FOLDER),
+        out / SECONDS_FILE,
+        out / RECIPE_FILE,
+    ]
+
+
+def of_demo(out: Path) -> list[Path]:
+    """Returns all that `demo` leaves in its folder beside what `compress` does."""
+    return [out / DENSE_FOLDER, out / TEXT_FOLDER, out / DEMO_FILE]

@@ -1,0 +1,342 @@
+"""Who works on a file or folder: one live process at a time, and no dead one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moacompress.core import owners
+from moacompress.core.artefact_names import owner_of_file, owner_of_folder
+from moacompress.core.errors import ArtefactError
+from moacompress.core.owners import Owner, own_file, own_folder, readable_age, release_dead
+
+HOLD = """
+import sys
+from pathlib import Path
+from moacompress.core.owners import own_file
+with own_file(Path(sys.argv[1])):
+    print("held", flush=True)
+    if sys.stdin.readline() == "fail\\n":
+        raise ValueError
+"""
+TRY = """
+import sys
+from pathlib import Path
+from moacompress.core.errors import ArtefactError
+from moacompress.core.owners import own_file
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with own_file(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.readline()
+except ArtefactError:
+    print("refused", flush=True)
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "plan.json"
+
+
+@pytest.fixture
+def start(target: Path) -> Iterator[Start]:
+    """Starts a script on `target` in a process of its own."""
+    started = []
+
+    def run(script: str, says: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(target)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        assert heard(process) == says
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def is_free(path: Path) -> bool:
+    """Whether this process can own it; then it does for a moment."""
+    try:
+        with own_file(path):
+            return True
+    except ArtefactError:
+        return False
+
+
+def leave(path: Path, owner: Owner | str) -> None:
+    """Leaves the trace of an owner."""
+    owner_of_file(path).write_text(owner if isinstance(owner, str) else json.dumps(owner.to_dict()))
+
+
+def test_a_second_process_is_refused_in_one_sentence(target: Path, start: Start) -> None:
+    process = start(HOLD, "held")
+    with pytest.raises(ArtefactError) as error, own_file(target):
+        pass
+    message = str(error.value)
+    assert message.startswith(
+        f"{target} is in use: process {process.pid} on {os.uname().nodename} has been at work on it"
+    )
+    assert message.endswith("; wait until it is done, stop it, or choose another file")
+    tell(process, "go on")
+    assert process.wait() == 0
+    assert not owner_of_file(target).exists()
+    assert is_free(target)
+
+
+def test_a_killed_one_is_taken_over(target: Path, start: Start) -> None:
+    process = start(HOLD, "held")
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody asked how it ended
+    assert owner_of_file(target).exists()
+    assert is_free(target)
+    assert not owner_of_file(target).exists()
+
+
+@pytest.mark.parametrize("end", ["normal", "error", "Ctrl-C"])
+def test_it_is_free_after_any_end(end: str, target: Path, start: Start) -> None:
+    process = start(HOLD, "held")
+    if end == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    else:
+        tell(process, "fail" if end == "error" else "go on")
+    assert (process.wait() == 0) == (end == "normal")
+    assert not owner_of_file(target).exists()
+
+
+def test_of_many_that_come_at_once_one_is_the_owner(target: Path, start: Start) -> None:
+    process = start(HOLD, "held")
+    process.kill()
+    process.wait()
+    many = [start(TRY, "ready") for _ in range(6)]
+    for process in many:
+        tell(process, "now")
+    assert sorted(heard(process) for process in many) == ["held", *["refused"] * 5]
+
+
+def test_a_second_one_in_this_process_is_refused(target: Path) -> None:
+    found: list[bool] = []
+    with own_file(target):
+        thread = threading.Thread(target=lambda: found.append(is_free(target)))
+        thread.start()
+        thread.join()
+        assert not is_free(target)
+        with own_file(target.with_name("other.json")):
+            pass
+    assert found == [False]
+    assert is_free(target)
+
+
+def test_what_this_process_no_longer_holds_is_free(target: Path) -> None:
+    """An interrupt in the wrong place leaves a trace of a process that lives on."""
+    leave(target, Owner.new())
+    assert is_free(target)
+
+
+def test_the_fork_of_an_owner_leaves_it_alone(target: Path) -> None:
+    with own_file(target):
+        child = os.fork()
+        if child == 0:
+            free = is_free(target)
+            owners._release(owner_of_file(target), Owner.new())
+            os._exit(int(free))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert owner_of_file(target).exists()
+
+
+ALIVE = Owner.new()
+"""Looks like an owner that lives, but for what a test changes."""
+
+
+@pytest.fixture
+def parent() -> Owner:
+    """A live process that is not this one."""
+    process = owners._process(os.getppid())
+    assert process is not None
+    return replace(ALIVE, pid=os.getppid(), started=process[1])
+
+
+def test_the_trace_of_a_live_process_counts(parent: Owner, target: Path) -> None:
+    leave(target, parent)
+    os.utime(owner_of_file(target), (0, 0))  # on this machine nobody has to be heard of
+    assert not is_free(target)
+
+
+@pytest.mark.parametrize("change", [{"started": "1"}, {"boot": "before"}, {"pid": 2**22 + 1}, {"pid": 2**80}])
+def test_the_trace_of_a_dead_process_does_not(change: dict[str, Any], parent: Owner, target: Path) -> None:
+    leave(target, replace(parent, **change))
+    assert is_free(target)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    ["", "{", '{"pid": 1}', "[1]", "\0" * 99, "[" * 4000, {"pid": -1}, {"pid": 0}, {"pid": "1"}, {"begun": "now"}],
+    ids=["empty", "cut", "half", "list", "zeros", "deep", "negative", "group", "text", "word"],
+)
+def test_a_trace_that_cannot_be_read_does_not(trace: Any, target: Path) -> None:
+    leave(target, json.dumps({**ALIVE.to_dict(), **trace}) if isinstance(trace, dict) else trace)
+    assert is_free(target)
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"space": "pid:[1]"}, {"started": ""}])
+def test_where_nothing_is_known_an_owner_is_heard_of(change: dict[str, Any], parent: Owner, target: Path) -> None:
+    """Another machine, another container, or a system that does not say when a process began."""
+    leave(target, replace(parent, **change))
+    assert not is_free(target)
+    now = time.time()
+    for when in (now - owners.SILENT_SECONDS - 60, now + owners.SILENT_SECONDS + 60):
+        os.utime(owner_of_file(target), (when, when))
+        leave_alone = owner_of_file(target).read_bytes()
+        assert is_free(target)
+        owner_of_file(target).write_bytes(leave_alone)
+
+
+def test_a_message_about_another_machine_says_when_to_try_again(parent: Owner, target: Path) -> None:
+    leave(target, replace(parent, host="elsewhere", begun=time.time() - 7300))
+    with pytest.raises(
+        ArtefactError, match="on elsewhere has been at work on it for 2 hours; .* try again in 5 minutes if"
+    ):
+        own_file(target).__enter__()
+
+
+def test_an_owner_is_heard_of_as_long_as_it_works(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = threading.Semaphore(0)
+    utime = os.utime
+
+    def heard_of(*arguments: Any) -> None:
+        utime(*arguments)
+        beats.release()
+
+    monkeypatch.setattr(owners, "BEAT_SECONDS", 0.001)
+    with own_file(target):
+        utime(owner_of_file(target), (0, 0))
+        monkeypatch.setattr(os, "utime", heard_of)
+        assert beats.acquire(timeout=60)
+        assert beats.acquire(timeout=60)
+        assert owner_of_file(target).stat().st_mtime > 0
+    assert [thread.name for thread in threading.enumerate() if thread.name == "moacompress-owner"] == []
+
+
+def test_an_owner_leaves_the_file_of_its_successor_alone(parent: Owner, target: Path) -> None:
+    """It slept for long, and another machine took over."""
+    with own_file(target):
+        leave(target, parent)
+        os.utime(owner_of_file(target), (0, 0))
+        owners._touch(owner_of_file(target), ALIVE)
+        assert owner_of_file(target).stat().st_mtime == 0
+    assert owner_of_file(target).exists()
+
+
+def test_without_locks_on_the_file_system(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with own_file(target):
+        assert not is_free(target)
+    assert is_free(target)
+
+
+def test_without_proc(target: Path, parent: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: only whether there is a process of that id, and when it was heard of."""
+    for name, nothing in (("_process", None), ("_boot", ""), ("_space", "")):
+        monkeypatch.setattr(owners, name, lambda *_, nothing=nothing: nothing)
+    with own_file(target):
+        assert not is_free(target)
+    there = replace(parent, boot="", space="", started="")
+    leave(target, there)
+    assert not is_free(target)
+    leave(target, replace(there, pid=2**22 + 1))
+    assert is_free(target)
+
+
+def test_a_folder_is_owned_from_within_and_made(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out"
+    with own_folder(folder):
+        assert owner_of_folder(folder).is_file()
+        with pytest.raises(ArtefactError, match="is in use: .* or choose another folder"), own_folder(folder):
+            pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_path_from_here_is_the_same_after_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with own_file(Path("plan.json")):
+        monkeypatch.chdir(tmp_path / "below")
+    assert not owner_of_file(tmp_path / "plan.json").exists()
+
+
+def test_a_place_that_cannot_be_written_needs_no_owner(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        with own_folder(place):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(ArtefactError, match="cannot write .*plan.json.owner: No space left on device"),
+        own_file(target),
+    ):
+        pass
+    assert list(target.parent.iterdir()) == []
+
+
+def test_only_a_dead_owner_is_released(parent: Owner, target: Path) -> None:
+    file = owner_of_file(target)
+    assert release_dead(file)
+    leave(target, parent)
+    assert not release_dead(file)
+    leave(target, replace(parent, boot="before"))
+    assert release_dead(file)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 seconds"),
+        (1, "1 second"),
+        (59.9, "59 seconds"),
+        (60, "1 minute"),
+        (7300, "2 hours"),
+        (200_000, "2 days"),
+    ],
+)
+def test_ages_as_a_person_says_them(seconds: float, text: str) -> None:
+    assert readable_age(seconds) == text
