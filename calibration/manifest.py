@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import (
+    CALIBRATION_FILE,
+    HEAD_FILE,
+    INFLUENCE_FILE,
+    SAMPLES_FOLDER,
+    TEMPORARY,
+    VALIDATION_FILE,
+    of_profile,
+    owner_of_folder,
+)
 from moacompress.core.errors import ArtefactError, MoaCompressError
-from moacompress.core.files import fingerprint, read_json, write_json
+from moacompress.core.files import fingerprint, read_json, remove, sweep_files, write_json
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import SINKS, Rule
@@ -75,7 +84,7 @@ class Manifest:
             "min_window": self.recipe.profile.min_window,
         }
         complete = data.pop("complete")
-        write_json(folder / "profile.json", {"format": FORMAT, "version": VERSION, **data, "complete": complete})
+        write_json(folder / HEAD_FILE, {"format": FORMAT, "version": VERSION, **data, "complete": complete})
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -84,10 +93,10 @@ class Manifest:
         Raises:
             ArtefactError: missing, of a newer version, or damaged.
         """
-        path = folder / "profile.json"
+        path = folder / HEAD_FILE
         if not path.exists():
             raise ArtefactError(
-                f"{folder} is not a profile: it has no profile.json; make one with `moacompress profile`"
+                f"{folder} is not a profile: it has no {HEAD_FILE}; make one with `moacompress profile`"
             )
         data = _json(path)
         try:
@@ -146,10 +155,12 @@ def request_fingerprint(
 def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
     """Makes the folder of a profile, or finds what an earlier run of the same request left there.
 
+    This process is to be the owner of the folder.
+
     Args:
         folder: where the profile goes.
         head: what is asked for.
-        overwrite: replace whatever else is in the folder.
+        overwrite: start anew: of what is in the folder, all that a profile has is removed.
 
     Returns:
         The head on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
@@ -161,14 +172,8 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
     _sweep(folder)
     found = _same_request(folder, head, overwrite)
     if found is None:
-        try:
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            else:
-                folder.unlink(missing_ok=True)
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise ArtefactError(f"cannot write {folder}: {error.strerror or error}") from error
+        # the head is not removed but replaced: without one, the folder would be that of somebody else
+        remove(path for path in of_profile(folder) if path != folder / HEAD_FILE)
         found = head
     else:
         recipe = _with_recorded(head.recipe, found.recipe)
@@ -194,17 +199,17 @@ def _same_request(folder: Path, head: Manifest, overwrite: bool) -> Manifest | N
     """Returns the head to go on with; None if the folder is to be made empty."""
     if not folder.exists():
         return None
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not set(folder.iterdir()) - {owner_of_folder(folder)}:
         return None
-    path = folder / "profile.json"
+    path = folder / HEAD_FILE
     if path.is_file():
+        if overwrite:
+            return None
         try:
             found = Manifest.read(folder)
         except ArtefactError:
             # Nothing in it can be trusted but files that carry this profile's own fingerprint, and those are checked.
             if _foreign(path):
-                if overwrite:
-                    return None
                 raise
             _forget_samples(folder)
             return replace(head, seconds=0.0)
@@ -212,15 +217,12 @@ def _same_request(folder: Path, head: Manifest, overwrite: bool) -> Manifest | N
             return found
         if not any(folder.rglob("*.safetensors")):
             return None  # the other request failed before anything was saved
-        if not overwrite:
-            raise ArtefactError(
-                f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
-                f"one is {head.request}); choose another folder or pass --overwrite"
-            )
-    else:
-        # not even with --overwrite: a mistyped folder must not cost somebody's files
-        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
-    return None
+        raise ArtefactError(
+            f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
+            f"one is {head.request}); choose another folder or pass --overwrite"
+        )
+    # not even with --overwrite: a mistyped folder must not cost somebody's files
+    raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -249,14 +251,19 @@ def _foreign(path: Path) -> bool:
 
 def _sweep(folder: Path) -> None:
     """Removes what a killed run was just writing aside."""
-    for pattern in (".profile.json.*.tmp", ".*.safetensors.*.tmp", "samples/.*.safetensors.*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    for name in (HEAD_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE):
+        sweep_files(folder / name)
+    sweep_samples(folder)
+
+
+def sweep_samples(folder: Path) -> None:
+    """Removes samples that a killed run was just writing aside; only the owner of the folder may do that."""
+    for path in (folder / SAMPLES_FOLDER).glob(f".*.safetensors.*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def _forget_samples(folder: Path) -> None:
-    for name in ("calibration", "validation"):
-        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+    remove(folder / name for name in (CALIBRATION_FILE, VALIDATION_FILE))
 
 
 def damaged(path: Path, why: str) -> ArtefactError:

@@ -32,9 +32,13 @@ from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerp
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
+from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
+from moacompress.core.files import digest_files
+from moacompress.core.owners import own_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
+from moacompress.prompts.pools import Split
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.model_shape import ModelShape
@@ -205,14 +209,14 @@ def profile(
         out: the folder. With the same request in it, finished samples are kept and a finished profile is returned.
         recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype`, `device`, `trust_remote_code`.
         around: a plan of this model: profile what every change of a rule would do to the model under it.
-        overwrite: replace whatever else is in the folder.
+        overwrite: start anew, whatever profile is in the folder; other files in it stay.
         progress: receives the progress.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
         PlanError: `around` is a plan of another model.
-        ArtefactError: the folder holds something else, or cannot be written.
+        ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
     out, progress = Path(out), progress or SILENT
     source = load_for(recipe, model)
@@ -222,18 +226,19 @@ def profile(
     if around is not None:
         around.check_model(source.shape, weights=source.weights_like)
     key = around.key() if around is not None else ""
-    shape = _known_shape(out, source, overwrite)
-    request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key)
-    head = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
-    if head.complete:
-        try:
-            return Profile.load(out)
-        except ArtefactError as error:
-            logger.warning("%s; repairing it", str(error).partition("; run")[0])
-    head, samples = _make_samples(out, source, head, progress)
-    statistics, head = _run_samples(out, source, head, samples, around, progress)
-    merge(out, head, samples, statistics)
-    return Profile.load(out)
+    with own_folder(out):
+        shape = _known_shape(out, source, overwrite)
+        request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key)
+        head = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
+        if head.complete:
+            try:
+                return Profile.load(out)
+            except ArtefactError as error:
+                logger.warning("%s; repairing it", str(error).partition("; run")[0])
+        head, samples = _make_samples(out, source, head, progress)
+        statistics, head = _run_samples(out, source, head, samples, around, progress)
+        merge(out, head, samples, statistics)
+        return Profile.load(out)
 
 
 def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
@@ -278,21 +283,7 @@ def check_lengths(source: SourceModel, recipe: Recipe) -> None:
 def _local_files(recipe: Recipe) -> dict[str, str]:
     """Returns the digest of every local file or folder that samples are made of, by its name in the recipe."""
     named = [*(source.path for source in recipe.calibration.sources), recipe.calibration.text]
-    return {name: _digest(Path(name)) for name in named if name}
-
-
-def _digest(root: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():
-                digest.update(str(path.relative_to(root)).encode())
-                with path.open("rb") as file:
-                    for block in iter(lambda: file.read(1 << 20), b""):
-                        digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {root}: {error.strerror or error}") from error
-    return digest.hexdigest()[:16]
+    return {name: digest_files(Path(name)) for name in named if name}
 
 
 def _make_samples(out: Path, source: SourceModel, head: Manifest, progress: Progress) -> tuple[Manifest, list[Sample]]:
@@ -318,20 +309,20 @@ def _make_samples(out: Path, source: SourceModel, head: Manifest, progress: Prog
 
 
 def _stored_or_built(
-    out: Path, split: str, expected: str, source: SourceModel, head: Manifest, progress: Progress
+    out: Path, split: Split, expected: str, source: SourceModel, head: Manifest, progress: Progress
 ) -> list[Sample]:
     from moacompress.calibration.answer_store import AnswerStore
     from moacompress.calibration.sample_sources import build_samples
 
-    path = out / f"{split}.safetensors"
+    path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
     samples = read_samples(path, expected)
     if samples is None:
         samples = build_samples(
             source,
             head.recipe,
-            "calibration" if split == "calibration" else "validation",
+            split,
             progress,
-            AnswerStore(out / "answers.jsonl", head.shape.weights_fingerprint, head.shape.dtype),
+            AnswerStore(out / ANSWERS_FILE, head.shape.weights_fingerprint, head.shape.dtype),
         )
         save_samples(path, samples)
     return samples

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from moacompress.calibration.manifest import Manifest, damaged
 from moacompress.calibration.samples import Sample, SampleKind, fingerprint_samples, load_samples
 from moacompress.calibration.statistics import ESTIMATORS, Statistics, available, estimate
+from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import write_bytes
 from moacompress.recipe import Recipe
@@ -108,7 +109,7 @@ class Profile:
         Raises:
             ArtefactError: they are not there, or not those that were profiled.
         """
-        return _samples(self.path / "calibration.safetensors", self.calibration_fingerprint)
+        return _samples(self.path / CALIBRATION_FILE, self.calibration_fingerprint)
 
     def check_model(self, source: SourceModel, doing: str) -> None:
         """Refuses a model that is not the one that was profiled.
@@ -174,8 +175,8 @@ class Profile:
             raise ArtefactError(
                 f"the profile in {path} is not finished; run the same profile command again to finish it"
             )
-        validation = _samples(path / "validation.safetensors", head.validation_fingerprint)
-        lengths, kinds, statistics = _read_merged(path / "influence.safetensors", head)
+        validation = _samples(path / VALIDATION_FILE, head.validation_fingerprint)
+        lengths, kinds, statistics = _read_merged(path / INFLUENCE_FILE, head)
         return Profile(
             path=path,
             source=head.source,
@@ -213,7 +214,7 @@ def merge(folder: Path, head: Manifest, samples: Sequence[Sample], statistics: S
     merged = Statistics.stack([statistics[index] for index in used])
     lengths = np.array([samples[index].length for index in used], np.int64)
     kinds = np.array([KINDS.index(samples[index].kind) for index in used], np.uint8)
-    write_bytes(folder / "influence.safetensors", save({**merged.arrays, "lengths": lengths, "kinds": kinds}))
+    write_bytes(folder / INFLUENCE_FILE, save({**merged.arrays, "lengths": lengths, "kinds": kinds}))
     head = replace(head, digest=merged.digest(), complete=True)
     head.write(folder)
     return head
@@ -221,7 +222,7 @@ def merge(folder: Path, head: Manifest, samples: Sequence[Sample], statistics: S
 
 def sample_path(folder: Path, index: int) -> Path:
     """Returns where the statistics of a sample are."""
-    return folder / "samples" / f"{index:05d}.safetensors"
+    return sample_file(folder, index)
 
 
 def write_sample(folder: Path, index: int, statistics: Statistics, owner: str, seconds: float) -> None:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from moacompress.calibration.profiler import logit_cotangent, profile, sample_st
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.store import Profile, sample_path
+from moacompress.core.artefact_names import HEAD_FILE, of_profile, owner_of_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
+from moacompress.core.files import remove
 from moacompress.core.progress import Progress
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
@@ -36,6 +39,8 @@ Factory = Callable[..., PreTrainedModel]
 RECIPE = Recipe.from_dict(
     {"calibration": {"lengths": [128, 192], "samples": 4, "validation_samples": 2}, "profile": {"draws": 2}}
 )
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+SETS = ("calibration", "validation", "influence")
 ALL = ProfileRecipe(draws=1, baselines=True)
 SOME = ProfileRecipe.model_construct(draws=60, baselines=False)
 MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
@@ -219,6 +224,109 @@ def test_profile_of_a_folder(tiny_folder: Path, tmp_path: Path, data: list[str],
         profile(tiny_folder, tmp_path / "p", RECIPE.override(seed=1))
 
 
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same request", "another request"])
+def test_overwrite_starts_anew_and_leaves_what_is_not_of_a_profile(
+    source: SourceModel, tmp_path: Path, data: list[str], done: list[int], seed: int
+) -> None:
+    out = tmp_path / "p"
+    profile(source, out, RECIPE)
+    for path in of_profile(out):
+        if not path.exists():  # an audit, and the answers, which `data` does without
+            path.write_text("of before")
+    (out / "samples" / "00007.safetensors").write_text("of before")
+    (out / "notes.txt").write_text("mine")
+    with ExitStack() as held:  # an open file keeps its inode from being given to another
+        files = [path for path in out.rglob("*") if path.is_file() and path.name != "notes.txt"]
+        before = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
+        made = profile(source, out, RECIPE.override(seed=seed), overwrite=True)
+        assert not before & {path.stat().st_ino for path in out.rglob("*")}
+    assert (len(data), len(done), made.recipe.seed) == (4, 8, seed)
+    left = {"notes.txt", "samples", HEAD_FILE, *(f"{name}.safetensors" for name in SETS)}
+    assert {path.name for path in out.iterdir()} == left
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same request", "another request"])
+def test_an_overwrite_that_is_interrupted_is_recovered_from(
+    source: SourceModel, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Stopped after every removal in turn, the same command starts anew, and without the flag nothing is taken for whole."""
+    whole = profile(source, tmp_path / "whole", RECIPE.override(seed=seed)).influence("fisher")
+    for stop in range(len(of_profile(tmp_path))):
+        out = tmp_path / str(stop)
+        profile(source, out, RECIPE)
+        (out / "notes.txt").write_text("mine")
+        for overwrite in (True, False) if seed == 0 else (True,):
+            with monkeypatch.context() as patched:
+                patched.setattr("moacompress.calibration.manifest.remove", stopping_after(stop))
+                with pytest.raises(KeyboardInterrupt):
+                    profile(source, out, RECIPE.override(seed=seed), overwrite=True)
+            made = profile(source, out, RECIPE.override(seed=seed), overwrite=overwrite)
+            assert np.array_equal(made.influence("fisher"), whole)
+        assert (out / "notes.txt").exists()
+
+
+def stopping_after(count: int) -> Callable[[Iterable[Path]], None]:
+    """Returns a `remove` that is interrupted after so many files."""
+
+    def removing(paths: Iterable[Path]) -> None:
+        remove(list(paths)[:count])
+        raise KeyboardInterrupt
+
+    return removing
+
+
+def test_a_second_run_on_one_folder_is_refused_while_the_first_lives(
+    source: SourceModel, tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]
+) -> None:
+    out = tmp_path / "p"
+    doing = 'print("at work", flush=True); sys.stdin.readline()'
+    with subprocess.Popen(
+        [sys.executable, "-c", script(tiny_folder, out, doing)],
+        env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "at work\n"
+            for overwrite in (False, True):
+                with pytest.raises(ArtefactError, match=f"p is in use: process {process.pid} on .* another folder"):
+                    profile(source, out, RECIPE, overwrite=overwrite)
+        finally:
+            process.kill()
+    profile(source, out, RECIPE)
+    assert (data, done) == ([], [1, 2, 3])
+
+
+def test_a_second_run_in_the_same_process_is_refused(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+    class Again(Progress):
+        def step(self, note: str = "") -> None:
+            with pytest.raises(ArtefactError, match="is in use"):
+                profile(source, tmp_path / "p", RECIPE)
+
+    profile(source, tmp_path / "p", RECIPE, progress=Again())
+    assert owner_of_folder(tmp_path / "p").exists() is False
+
+
+def script(model: Path, out: Path, doing: str) -> str:
+    """Returns a script that profiles, and does something after every sample."""
+    return f"""
+import importlib.util, os, signal, sys
+import torch
+import moacompress.calibration.sample_sources
+from moacompress.calibration.profiler import profile
+from moacompress.core.progress import Progress
+spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+moacompress.calibration.sample_sources.build_samples = tests.make_samples
+torch.set_num_threads(1)
+class Doing(Progress):
+    def step(self, note=""):
+        {doing}
+profile({str(model)!r}, {str(out)!r}, tests.RECIPE, progress=Doing())
+"""
+
+
 class StopAt(Progress):
     """Interrupts as soon as so many samples are profiled."""
 
@@ -276,25 +384,11 @@ def test_a_damaged_profile_is_repaired(source: SourceModel, tmp_path: Path, data
 def test_a_killed_process_ends_with_the_same_bytes(
     source: SourceModel, tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]
 ) -> None:
-    script = f"""
-import importlib.util, os, signal, sys
-import torch
-import moacompress.calibration.sample_sources
-from moacompress.calibration.profiler import profile
-from moacompress.core.progress import Progress
-spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-moacompress.calibration.sample_sources.build_samples = tests.make_samples
-torch.set_num_threads(1)
-class Kill(Progress):
-    def step(self, note=""):
-        os.kill(os.getpid(), signal.SIGKILL)
-profile({str(tiny_folder)!r}, {str(tmp_path / "p")!r}, tests.RECIPE, progress=Kill())
-"""
-    root = Path(__file__).resolve().parents[2]
     ended = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+        [sys.executable, "-c", script(tiny_folder, tmp_path / "p", "os.kill(os.getpid(), signal.SIGKILL)")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert sample_path(tmp_path / "p", 0).exists()

@@ -205,7 +205,7 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
                 prepare(path, head(), overwrite)
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / ".profile.json.abc.tmp").write_text("half a fi")  # killed in the very first write
+    (tmp_path / "empty" / ".profile.json.abcdefgh.tmp").write_text("half a fi")  # killed in the very first write
     assert prepare(tmp_path / "empty", head(), False) == head()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
