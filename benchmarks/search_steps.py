@@ -17,6 +17,7 @@ import numpy as np
 
 from moacompress.calibration.sample_sources import build_samples
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import explanation_file
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
 from moacompress.evaluation.stats import mean
@@ -26,7 +27,7 @@ from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines import family_plans
 from moacompress.search.measuring import measured_harms
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.search_result import explanation_path, unpack
+from moacompress.search.search_result import unpack
 from moacompress.search.trials import log_ratios
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     options = parser.parse_args()
     profile, found = Profile.load(options.profile), Plan.load(options.plan)
-    stages = read_json(explanation_path(options.plan), "explanation")["stages"]
+    stages = read_json(explanation_file(options.plan), "explanation")["stages"]
     names = [stage["name"] for stage in stages if stage["kept"]]
     plans = [Plan(profile.shape, profile.min_window, unpack(stage["plan"])) for stage in stages if stage["kept"]]
     others = baselines(profile, found) | {path.stem: Plan.load(path) for path in options.beside}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moacompress.core.artefact_names import baselines_folder
+from moacompress.core.files import remove
 from moacompress.core.progress import Progress
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
@@ -42,19 +44,22 @@ class Alternative:
 def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str, Alternative]) -> None:
     """Writes the plan of every alternative beside the found one: `plan.baselines/duo.json` for `plan.json`.
 
+    What an earlier search left there goes.
+
     Args:
         out: place of the found plan.
         request: what was searched for.
         alternatives: by family.
     """
-    profile = request.profile
+    profile, folder = request.profile, baselines_folder(out)
+    remove([folder])
     for family, other in alternatives.items():
         plan = other.plan.with_notes(
             budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
             quality={"measured_harm": {"plan": other.harm}, "samples": len(profile.validation)},
             provenance={"source": profile.source, "profile": profile.fingerprint, "baseline": family},
         )
-        plan.save(out.with_suffix(".baselines") / f"{family}.json")
+        plan.save(folder / f"{family}.json")
 
 
 def measure_alternatives(request: SearchRequest, judge: HarmMeter, progress: Progress) -> dict[str, Alternative]:

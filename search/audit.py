@@ -19,8 +19,9 @@ import numpy as np
 from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
+from moacompress.core.artefact_names import AUDIT_FILE, ledger_file, of_audit
 from moacompress.core.errors import ArtefactError, DataError
-from moacompress.core.files import fingerprint, finite_json, read_json, write_json
+from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -122,7 +123,7 @@ def audit(
         seed: of all that is drawn.
         out: the file of the result; by default `audit.json` in the profile's folder.
         progress: told of every measurement.
-        overwrite: replace an audit of another request.
+        overwrite: start anew: the audit at `out` is removed, and what was measured for it.
 
     Raises:
         UsageError: counts that there cannot be, a budget that does not parse, or a profile around a plan.
@@ -142,7 +143,7 @@ def audit(
         profile.shape, profile.rules, profile.min_window, [len(sample.input_ids) for sample in samples]
     )
     check_counts(profile.shape, masking, count, plans)
-    path = profile.path / "audit.json" if out is None else Path(out)
+    path = profile.path / AUDIT_FILE if out is None else Path(out)
     key = _key(request, samples, count, plans, seed)
     found = _found(path, key, overwrite)
     if found is None:
@@ -169,22 +170,17 @@ def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: i
 
 def _found(path: Path, key: str, overwrite: bool) -> Audit | None:
     """Returns the audit of the same request at `path`; None if it is to be made."""
+    if overwrite and not path.is_dir():
+        remove(of_audit(path))
     if not path.exists():
         return None
-    try:
-        found = Audit.load(path)
-    except ArtefactError:
-        if overwrite and path.is_file():
-            return None
-        raise
+    found = Audit.load(path)
     if found.request == key:
         return found
-    if not overwrite:
-        raise ArtefactError(
-            f"{path} holds the audit of another request ({found.request}, this one is {key}); choose another file or "
-            "pass --overwrite"
-        )
-    return None
+    raise ArtefactError(
+        f"{path} holds the audit of another request ({found.request}, this one is {key}); remove it, choose another file "
+        "or pass --overwrite"
+    )
 
 
 def _run(
@@ -205,7 +201,7 @@ def _run(
         logger.warning("only %d different plans of %d were found at %s", len(chosen), plans, request.asked[0])
     measured_plans = [ablation(profile, pick) for pick in picks]
     measured_plans += [chosen_plan(profile, choice) for _, choice in chosen]
-    ledger = path.with_name(f"{path.stem}.ledger.jsonl")
+    ledger = ledger_file(path)
     harms = measured_harms(model, samples, measured_plans, ledger, progress).mean(axis=1)
     influence = predicted_influence(profile, samples)
     results = assess(influence, picks, harms[:count], [choice for _, choice in chosen], harms[count:], seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.store import Profile
-from moacompress.core.errors import BudgetError
-from moacompress.core.files import fingerprint
+from moacompress.core.artefact_names import front_journal, of_front, plan_named, plans_of_front
+from moacompress.core.errors import ArtefactError, BudgetError, PlanError
+from moacompress.core.files import fingerprint, remove
+from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -23,9 +26,9 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import Knapsack, chosen_plan
-from moacompress.search.ledger import Ledger, quiet_optuna
+from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Objective
-from moacompress.search.plan_sets import named, write_front
+from moacompress.search.plan_sets import write_front
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import SearchResult, bytes_note, pack, unpack, versions
 
@@ -41,6 +44,7 @@ def find_front(
     *,
     recipe: Recipe,
     out: Path,
+    overwrite: bool = False,
     model: SourceModel | None = None,
     progress: Progress | None = None,
 ) -> list[SearchResult]:
@@ -51,6 +55,7 @@ def find_front(
         budgets: at least two shares of the dense bytes; the smallest and the largest count.
         recipe: the run; `search.trials` trials are measured, rounds and moves are not made.
         out: `plan.json` stands for `plan-front-1.json` and so on, the smallest first, and `plan.front.json` for all of them.
+        overwrite: start anew: the plans of a front that are there are removed, and what was measured for them.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
 
@@ -65,13 +70,16 @@ def find_front(
     low, high = _shares(budgets)
     request = SearchRequest.of(profile, f"{low:.6f}", recipe)
     key = fingerprint(["front", request.key, low, high])
-    storage = recipe.search.storage or str(out.with_suffix(".front.journal"))
+    storage = recipe.search.storage or str(front_journal(out))
+    name = f"moacompress-{key}"
     distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
     neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
-    with quiet_optuna():
+    with own_file(out), quiet_optuna(), ExitStack() as owned:
+        _claim(out, key, overwrite)
+        owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
         ledger = Ledger(
             storage,
-            f"moacompress-{key}",
+            name,
             profile.fingerprint,
             distributions,
             neutral[0],
@@ -106,14 +114,30 @@ def find_front(
             _Point(trial.values[0], trial.values[1], trial.user_attrs["plan"], number)
             for number, trial in enumerate(ledger.finished())
         ]
-    results = []
-    for number, point in enumerate(_front(points), start=1):
-        plan = _noted(request, point, len(points))
-        path = named(out, f"front-{number}")
-        plan.save(path)
-        results.append(SearchResult.of(plan, path, time.monotonic() - started, {}))
-    write_front(out, results)
+        remove(plans_of_front(out))  # there may be fewer than before
+        results = []
+        for number, point in enumerate(_front(points), start=1):
+            plan = _noted(request, key, point, len(points))
+            path = plan_named(out, f"front-{number}")
+            plan.save(path)
+            results.append(SearchResult.of(plan, path, time.monotonic() - started, {}))
+        write_front(out, results)
     return results
+
+
+def _claim(out: Path, key: str, overwrite: bool) -> None:
+    """Refuses plans that are not of an earlier run of the same request; if all is to begin anew, they go."""
+    if overwrite:
+        remove(of_front(out))
+    for path in plans_of_front(out):
+        try:
+            ours = Plan.load(path).provenance.get("search") == key
+        except PlanError:
+            ours = False
+        if not ours:
+            raise ArtefactError(
+                f"{path} exists already and is of another search; choose another file or pass --overwrite"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,7 +176,7 @@ def _uniform(low: float, high: float) -> Any:
     return FloatDistribution(float(low), float(high))
 
 
-def _noted(request: SearchRequest, point: _Point, trials: int) -> Plan:
+def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
     plan = Plan(profile.shape, profile.min_window, unpack(point.packed))
     resolved = request.recipe.resolved()
@@ -166,6 +190,7 @@ def _noted(request: SearchRequest, point: _Point, trials: int) -> Plan:
             "calibration": profile.calibration_fingerprint,
             "lengths": list(profile.lengths),
             "seed": request.recipe.seed,
+            "search": key,
             "trials": trials,
             "measured_plans": trials,
             "best_trial": point.index,

@@ -2,21 +2,25 @@
 
 A search that was killed and started again finds its finished trials, ablations and baselines here and goes on as if it
 had never stopped: the sampler is made anew for every trial from the seed and the number of finished trials, so that no
-random state is lost. One process works on a study at a time: a trial marked as running when a ledger opens was killed.
+random state is lost. One process works on a study at a time, its owner: a trial marked as running when a ledger opens was
+killed.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from moacompress.core.artefact_names import owner_of_study, owners_of_studies
 from moacompress.core.errors import ArtefactError, RecipeError
+from moacompress.core.owners import Owner, heard_of, held, own, release_dead
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 JOURNAL_SUFFIXES = (".log", ".journal")
 STARTUP_TRIALS = 5
 """Trials, the first included, before the Gaussian process has anything to say."""
+CHOOSE_STORAGE = "choose another one with --storage"
 LOCK_GRACE = 5
 """Seconds after which the lock of a killed process is taken over; a lock is held for milliseconds."""
 
@@ -151,20 +156,110 @@ class Ledger:
             if set(knobs) == set(self._distributions):
                 self._study.enqueue_trial(knobs)
 
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Turns whatever a storage raises into one error that names it."""
-        from optuna.exceptions import OptunaError
-        from sqlalchemy.exc import SQLAlchemyError
+    def _guard(self) -> AbstractContextManager[None]:
+        return _guarded(self._where)
 
-        try:
+
+@contextmanager
+def own_study(storage: str | None, name: str, objectives: int = 1, anew: bool = False) -> Iterator[None]:
+    """Makes this process the owner of a study, and of those whose names go on from its name, as long as the block runs.
+
+    Args:
+        storage: as that of a `Ledger`.
+        name: name of the study.
+        objectives: numbers that a trial has.
+        anew: forget what is in them.
+
+    Raises:
+        RecipeError: `storage` is none.
+        ArtefactError: a live process is its owner, or the storage cannot be used.
+    """
+    what = f"the study {name} in {shown(storage)}"
+    if storage is None:
+        yield
+    elif "://" in storage:
+        with _owned_in_database(storage, name, what, objectives, anew):
             yield
-        except (OptunaError, SQLAlchemyError, OSError, ImportError, ValueError, KeyError) as error:
-            reason = " ".join((str(error) or type(error).__name__).split())
-            raise ArtefactError(
-                f"cannot use the study storage {self._where}: {reason[:300]}; check that it is there and writable, or "
-                "choose another one with --storage"
-            ) from error
+    else:
+        journal = _journal_file(storage)
+        for file in owners_of_studies(journal):  # killed processes leave theirs, of whichever study
+            release_dead(file)
+        with own(what, owner_of_study(journal, name), CHOOSE_STORAGE):
+            if anew and journal.exists():
+                with _guarded(shown(storage)):
+                    _forget(_journal(journal), name)
+            yield
+
+
+@contextmanager
+def _owned_in_database(storage: str, name: str, what: str, objectives: int, anew: bool) -> Iterator[None]:
+    """Is `own` for a study that is not in a file: its owner stands in one of its attributes.
+
+    A database has no lock that several hosts and databases agree on, so two that begin in the same moment may both become
+    the owner; the later one is.
+    """
+    import optuna
+
+    def open_study() -> Study:
+        return optuna.create_study(
+            storage=backend, study_name=name, directions=["minimize"] * objectives, load_if_exists=True
+        )
+
+    def read() -> tuple[Owner | None, float]:
+        found = study.user_attrs.get("owner")
+        heard = found.pop("heard", None) if isinstance(found, dict) else None
+        return Owner.from_dict(found), heard if isinstance(heard, float) else 0.0
+
+    def write(owner: Owner | None) -> None:
+        study.set_user_attr("owner", None if owner is None else {**owner.to_dict(), "heard": time.time()})
+
+    def tell(owner: Owner | None) -> None:
+        if read()[0] == ours:  # and nobody took over, because nothing was heard of this process
+            write(owner)
+
+    ours = Owner.new()
+    with held(ours):
+        with _guarded(shown(storage)):
+            backend = _storage(storage)
+            study = open_study()
+            other, heard = read()
+            if other is not None and other.is_alive(lambda: time.time() - heard):
+                raise ArtefactError(other.refusal(what, CHOOSE_STORAGE))
+            if anew:
+                _forget(backend, name)
+                study = open_study()
+            write(ours)
+        try:
+            with heard_of(lambda: tell(ours)):
+                yield
+        finally:
+            with suppress(Exception):  # what went wrong with the storage was said, or is no reason to fail any more
+                tell(None)
+
+
+def _forget(storage: BaseStorage, name: str) -> None:
+    """Deletes a study and those whose names go on from its name."""
+    import optuna
+
+    for found in optuna.get_all_study_names(storage):
+        if found == name or found.startswith(f"{name}-"):
+            optuna.delete_study(study_name=found, storage=storage)
+
+
+@contextmanager
+def _guarded(where: str) -> Iterator[None]:
+    """Turns whatever a storage raises into one error that names it."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (OptunaError, SQLAlchemyError, OSError, ImportError, ValueError, KeyError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise ArtefactError(
+            f"cannot use the study storage {where}: {reason[:300]}; check that it is there and writable, or "
+            "choose another one with --storage"
+        ) from error
 
 
 @contextmanager
@@ -202,11 +297,16 @@ def _storage(storage: str | None) -> BaseStorage:
         return InMemoryStorage()
     if "://" in storage:
         return RDBStorage(storage)
-    if storage.endswith(JOURNAL_SUFFIXES):
-        return _journal(Path(storage).absolute())
-    raise RecipeError(
-        f"storage {storage!r} is neither a journal file ending in .journal or .log nor a URL such as sqlite:///study.db"
-    )
+    return _journal(_journal_file(storage))
+
+
+def _journal_file(storage: str) -> Path:
+    if not storage.endswith(JOURNAL_SUFFIXES):
+        raise RecipeError(
+            f"storage {storage!r} is neither a journal file ending in .journal or .log nor a URL such as "
+            "sqlite:///study.db"
+        )
+    return Path(storage).absolute()
 
 
 def _journal(path: Path) -> BaseStorage:

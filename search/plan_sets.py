@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError, UsageError
-from moacompress.core.files import write_json
+from moacompress.core.files import remove, write_json
+from moacompress.core.owners import own_file
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -44,7 +46,7 @@ def find_plans(
         budgets: for each plan the budgets that it must hold.
         recipe: the run.
         out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
-        overwrite: replace plans of other searches.
+        overwrite: start anew, each search as `find_plan` does.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
 
@@ -57,6 +59,8 @@ def find_plans(
     for asked in budgets:
         SearchRequest.of(profile, list(asked), recipe)
     source = load_for(recipe, profile.source) if model is None else model
+    if overwrite:
+        remove([front_file(out)])
     found: list[SearchResult] = []
     starts: list[Knob] = []
     for asked in budgets:
@@ -65,7 +69,7 @@ def find_plans(
             profile,
             None,
             recipe=resolved,
-            out=named(out, label(asked)),
+            out=plan_named(out, label(asked)),
             overwrite=overwrite,
             model=source,
             starts=starts,
@@ -76,11 +80,6 @@ def find_plans(
         found.append(result)
     write_front(out, found)
     return found
-
-
-def named(out: Path, name: str) -> Path:
-    """Returns `plan-NAME.json` for `plan.json`."""
-    return out.with_name(f"{out.stem}-{name}{out.suffix or '.json'}")
 
 
 def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
     ]
     points.sort(key=lambda point: max(point["kv_share"].values()))
     front = {"format": "moacompress-front", "points": points}
-    write_json(out.with_name(f"{out.stem}.front.json"), front)
+    write_json(front_file(out), front)
     return front
 
 
@@ -148,7 +147,7 @@ def find_smallest(
         loss: the most harm.
         recipe: the run; its budget does not count.
         out: where the plan goes. The others are beside it, as `plan-25.json`.
-        overwrite: replace plans of other searches.
+        overwrite: start anew: all of it is removed.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
 
@@ -156,8 +155,22 @@ def find_smallest(
         InfeasibleBudgetError: a plan that keeps next to everything does not hold.
         MoaCompressError: as `find_plan`.
     """
-    _claim(out, profile, loss, overwrite)
-    source = load_for(recipe, profile.source) if model is None else model
+    with own_file(out):
+        _claim(out, profile, loss, overwrite)
+        source = load_for(recipe, profile.source) if model is None else model
+        return _smallest(profile, loss, recipe, out, overwrite, source, progress)
+
+
+def _smallest(
+    profile: Profile,
+    loss: Loss,
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool,
+    source: SourceModel,
+    progress: Progress | None,
+) -> SearchResult:
+    """Finds what `find_smallest` returns."""
     quick = {
         "search__trials": 1,
         "search__rounds": 0,
@@ -166,17 +179,22 @@ def find_smallest(
         "search__alternatives": False,
     }
 
+    begun: set[Path] = set()
+
     def search(share: int, target: Path, **settings: Any) -> SearchResult:
         resolved = recipe.override(budget=[f"{share}%"], **settings)
-        return find_plan(
-            profile, None, recipe=resolved, out=target, overwrite=overwrite, model=source, progress=progress
-        )
+        anew = overwrite and target not in begun
+        begun.add(target)
+        return find_plan(profile, None, recipe=resolved, out=target, overwrite=anew, model=source, progress=progress)
+
+    def scout(share: int) -> SearchResult:
+        return search(share, scouts_folder(out) / f"{share}.json", **quick)
 
     def holds(result: SearchResult) -> bool:
         return (result.harm["plan"] or 0.0) <= loss.harm
 
     def scouted(share: int) -> bool:
-        return holds(search(share, out.with_suffix(".scouts") / f"{share}.json", **quick))
+        return holds(scout(share))
 
     smallest = math.ceil(100 * smallest_share(profile))
     bad, good = smallest - 1, 99
@@ -190,19 +208,21 @@ def find_smallest(
         bad, good = (bad, middle) if scouted(middle) else (middle, good)
     shares = sorted({max(smallest, int(good * LOWER)), good})
     for share in shares:
-        found = search(share, named(out, str(share)))
+        found = search(share, plan_named(out, str(share)))
         if holds(found):
             break
     else:  # the surrogate's own plan does
-        found = search(good, out.with_suffix(".scouts") / f"{good}.json", **quick)
+        found = scout(good)
     plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
     plan.save(out)
     return SearchResult.of(plan, out, found.seconds, found.explanation)
 
 
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
-    """Refuses a file that is not an earlier result of the same request."""
-    if not out.exists() or (overwrite and not out.is_dir()):
+    """Refuses a file that is not an earlier result of the same request; if all is to begin anew, it goes."""
+    if overwrite and not out.is_dir():
+        remove(of_search(out))
+    if not out.exists():
         return
     try:
         plan = Plan.load(out)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.rules.plan import Plan
@@ -48,7 +49,7 @@ class SearchResult:
         """Reads the result off the notes of a plan that a search made, and off what is beside it."""
         made = plan.provenance
         if explanation is None:
-            beside = explanation_path(path) if path is not None else None
+            beside = explanation_file(path) if path is not None else None
             explanation = read_json(beside, "explanation") if beside is not None and beside.exists() else {}
         return SearchResult(
             plan=plan,
@@ -63,11 +64,6 @@ class SearchResult:
         )
 
 
-def explanation_path(out: Path) -> Path:
-    """Returns where the explanation of a plan is."""
-    return out.with_suffix(".explain.json")
-
-
 def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:
     """Looks at what is at the place of the plan before anything is done.
 
@@ -75,15 +71,15 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
         out: where the plan will be written.
         search: fingerprint of the search.
         trials: trials asked for.
-        overwrite: replace a plan of another search.
+        overwrite: whatever is there does not count.
 
     Returns:
         The plan of the same search if it has finished, with at least as many trials; otherwise None.
 
     Raises:
-        ArtefactError: something else is there and `overwrite` is False.
+        ArtefactError: something else is there and `overwrite` is False; or a folder.
     """
-    if not out.exists():
+    if not out.exists() or (overwrite and not out.is_dir()):
         return None
     try:
         plan = Plan.load(out)
@@ -93,8 +89,6 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
         what = "is a plan of another search"
     except (PlanError, KeyError, TypeError):
         what = "is not a plan"
-    if overwrite and not out.is_dir():
-        return None
     raise ArtefactError(f"{out} exists already and {what}; choose another file or pass --overwrite")
 
 

@@ -12,16 +12,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moacompress.calibration.manifest import sweep_samples
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats, Ints
+from moacompress.core.artefact_names import explanation_file, of_search, rounds_folder, study_journal
 from moacompress.core.errors import PlanError
-from moacompress.core.files import write_json
+from moacompress.core.files import remove, sweep_files, sweep_folders, write_json
+from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -33,7 +37,7 @@ from moacompress.search.explain import Stage, explain
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.knobs import distributions
-from moacompress.search.ledger import Ledger, quiet_optuna
+from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
 from moacompress.search.rounds import (
@@ -48,15 +52,7 @@ from moacompress.search.rounds import (
     spread_samples,
 )
 from moacompress.search.search_request import Knob, SearchRequest
-from moacompress.search.search_result import (
-    SearchResult,
-    baseline_note,
-    bytes_note,
-    explanation_path,
-    found_before,
-    unpack,
-    versions,
-)
+from moacompress.search.search_result import SearchResult, baseline_note, bytes_note, found_before, unpack, versions
 from moacompress.search.trials import (
     Trials,
     Tried,
@@ -102,7 +98,7 @@ def find_plan(
         budget: one budget or several that must all hold, such as "25%"; by default the recipe's.
         recipe: by default the profile's own.
         out: where the best plan so far is always kept, and the result in the end.
-        overwrite: replace a plan of another search at `out`.
+        overwrite: start anew: the plan at `out`, what is beside it and what is in the storage is removed.
         model: the profile's model where it is loaded already; by default it is loaded.
         starts: knobs that are tried right after the surrogate's own plan, such as those that won at another budget.
         progress: told of every measurement.
@@ -113,31 +109,52 @@ def find_plan(
     Raises:
         BudgetError: the budget does not parse, or there is none.
         InfeasibleBudgetError: no plan fits; says the smallest budget that works.
-        ArtefactError: the profile, `out` or the storage cannot be used.
+        ArtefactError: the profile, `out` or the storage cannot be used, or another process is searching there.
         ModelError: the model cannot be loaded, or is not the one that was profiled.
     """
     started = time.monotonic()
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
     request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts)
-    settings = request.recipe.search
     path = None if out is None else Path(out)
-    if path is not None:
-        plan = found_before(path, request.key, settings.trials, overwrite)
-        if plan is not None:
-            return SearchResult.of(plan, path, time.monotonic() - started)
+    with nullcontext() if path is None else own_file(path):
+        if path is not None:
+            plan = found_before(path, request.key, request.recipe.search.trials, overwrite)
+            if plan is not None:
+                return SearchResult.of(plan, path, time.monotonic() - started)
+            _clear(path, overwrite)
+        plan, explanation = _searched(request, path, overwrite, model, progress or SILENT, started)
+    return SearchResult.of(plan, path, time.monotonic() - started, explanation)
+
+
+def _clear(out: Path, overwrite: bool) -> None:
+    """Removes what killed searches left half-written at a plan and beside it, and everything if all is to begin anew."""
+    for path in of_search(out):
+        sweep_files(path)
+        sweep_folders(path)
+    for folder in rounds_folder(out).glob("*"):
+        sweep_samples(folder)
+    if overwrite:
+        remove(of_search(out))
+
+
+def _searched(
+    request: SearchRequest, path: Path | None, anew: bool, model: SourceModel | None, progress: Progress, started: float
+) -> tuple[Plan, dict[str, Any]]:
+    """Returns the plan that a search finds, and why it is as it is."""
+    profile, settings, name = request.profile, request.recipe.search, f"moacompress-{request.key}"
     storage = settings.storage
     if storage is None and path is not None:
-        storage = str(path.with_suffix(".study.journal"))
-    with quiet_optuna():
+        storage = str(study_journal(path))
+    with quiet_optuna(), own_study(storage, name, anew=anew):
         ledger = Ledger(
             storage,
-            f"moacompress-{request.key}",
+            name,
             profile.fingerprint,
             request.knobs.distributions(),
             request.knobs.neutral,
             request.recipe.seed,
-            [*starts, *request.knobs.starts],
+            [*request.starts, *request.knobs.starts],
         )
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
@@ -145,19 +162,23 @@ def find_plan(
         around = trainer = None
 
         def round_ledger(plan: Plan) -> Ledger:
-            name = f"moacompress-{request.key}-{plan.key()}"
             return Ledger(
-                storage, name, profile.fingerprint, distributions(RANGES), NEUTRAL, request.recipe.seed, STARTS
+                storage,
+                f"{name}-{plan.key()}",
+                profile.fingerprint,
+                distributions(RANGES),
+                NEUTRAL,
+                request.recipe.seed,
+                STARTS,
             )
 
         if settings.rounds or settings.moves:
             samples = profile.calibration_samples()
-            around = _around(request, source, samples, None if path is None else path.with_suffix(".rounds"))
+            around = _around(request, source, samples, None if path is None else rounds_folder(path))
             answers = [sample for sample in samples if sample.kind == "answer"] or samples
             trainer = Objective(source.model, spread_samples(answers, MOVE_SAMPLES))
-        search = Search(request, ledger, round_ledger, measure, around, trainer, path, progress or SILENT, started)
-        plan = search.run()
-    return SearchResult.of(plan, path, time.monotonic() - started, search.explanation)
+        search = Search(request, ledger, round_ledger, measure, around, trainer, path, progress, started)
+        return search.run(), search.explanation
 
 
 def _around(request: SearchRequest, source: SourceModel, samples: Any, folder: Path | None) -> Around:
@@ -483,7 +504,7 @@ class Search:
             )
         if self.out is not None:
             if finished:
-                write_json(explanation_path(self.out), self.explanation)
+                write_json(explanation_file(self.out), self.explanation)
                 write_baselines(self.out, self.request, self.alternatives)
             plan.save(self.out)
         return plan

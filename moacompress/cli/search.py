@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite, RecipeFile
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def search(
         bool,
         typer.Option("--front", help="Search the front of harm and bytes between the smallest and the largest budget."),
     ] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path(PLAN_FILE),
     recipe: RecipeFile = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials.")] = None,
     rounds: Annotated[
@@ -85,13 +86,12 @@ def search(
         search__solver=solver,
         search__storage=storage,
     )
-    options: dict[str, Any] = {"recipe": resolved, "out": out, "progress": run.progress}
+    options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
     if front:
         from moacompress.search.front import find_front
 
         shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
         return _several(loaded, find_front(loaded, shares, **options))
-    options["overwrite"] = overwrite
     if max_loss is not None:
         from moacompress.search.plan_sets import Loss, find_smallest
 

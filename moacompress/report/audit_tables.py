@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from moacompress.core.artefact_names import page_file
 from moacompress.core.files import write_text
 from moacompress.core.tables import readable_number, section
 from moacompress.rules.rule import Rule
@@ -124,7 +125,7 @@ def scatter_html(audit: Data) -> str:
 def write_scatter(path: Path, audit: Data) -> None:
     """Writes `scatter_html` beside an audit's file; without plotly one line says how to get it."""
     try:
-        write_text(path.with_suffix(".html"), scatter_html(audit))
+        write_text(page_file(path), scatter_html(audit))
     except ImportError:
         logger.warning(
             'no plot was made: it needs plotly; pip install "moacompress[report]" and run the same command again'

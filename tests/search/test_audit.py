@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import of_audit
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
@@ -90,7 +91,7 @@ def test_an_ablation_cuts_one_head(profiles: Profiles) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**6])
-def test_counts_that_there_can_not_be(profiles: Profiles, count: int) -> None:
+def test_counts_that_there_cannot_be(profiles: Profiles, count: int) -> None:
     profile = profiles()
     there = 2 * sum(map(len, masking(profile)))
     with pytest.raises(
@@ -210,7 +211,7 @@ def test_no_point_is_calibrated_by_its_own_half() -> None:
     assert after[order[1::2]] == pytest.approx(10 * x[order[1::2]], rel=1e-3)
 
 
-def test_numbers_that_can_not_be_had() -> None:
+def test_numbers_that_cannot_be_had() -> None:
     same = np.ones(5)
     assert np.isnan(spearman(same, np.arange(5.0), 0).value)
     assert np.isnan(slope(np.zeros(5), same, 0).value)
@@ -393,7 +394,24 @@ def test_an_audit_under_an_older_fingerprint_is_taken_up(
     assert len(measured) == done
 
 
-def test_what_can_not_be_audited(
+def test_overwrite_measures_anew(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
+    first = run(audited, source, tmp_path)
+    done = len(measured)
+    (tmp_path / "audit.txt").write_text("mine")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "audit.txt",
+        *(path.name for path in of_audit(tmp_path / "audit.json") if path.suffix != ".html"),
+    }
+    again = run(audited, source, tmp_path, overwrite=True)
+    assert (again.request, again.data) == (first.request, first.data)
+    assert len(measured) == 2 * done
+    assert (tmp_path / "audit.txt").exists()
+    (tmp_path / "folder" / "audit.json").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match="cannot read audit"):
+        run(audited, source, tmp_path / "folder", overwrite=True)
+
+
+def test_what_cannot_be_audited(
     audited: Profile, source: SourceModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     other = tiny_model("llama", seed=1)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, UsageError
+from moacompress.core.owners import own_file
 from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.plan import Plan
 from moacompress.search import front, study
@@ -109,6 +111,66 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     assert len(fake.calls) == calls
     with pytest.raises(ArtefactError, match="of another search"):
         find_smallest(profile, Loss.parse("3%"), recipe=profile.recipe, out=out, model=model(profile))
+
+
+def test_overwrite_starts_a_front_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+    profile, out = profiles(trials=6), tmp_path / "plan.json"
+    options: dict[str, Any] = {"recipe": profile.recipe, "out": out, "model": model(profile)}
+    first = find_front(profile, ["60%", "22%"], **options)
+    calls = fake.calls[:]
+    with pytest.raises(
+        ArtefactError, match=r"plan-front-\d.json exists already and is of another search; .*--overwrite"
+    ):
+        find_front(profile, ["50%", "22%"], **options)
+    (tmp_path / "plan-front-99.json").write_text("of before")
+    (tmp_path / "plan-front-mine.json").write_text("mine")
+    fake.calls.clear()
+    again = find_front(profile, ["60%", "22%"], overwrite=True, **options)
+    assert fake.calls == calls
+    assert [result.plan for result in again] == [result.plan for result in first]
+    made = {*(result.path.name for result in again if result.path), "plan.front.json", "plan.front.journal"}
+    assert {path.name for path in tmp_path.iterdir()} == {*made, "plan-front-mine.json"}
+    assert {path.name for path in of_front(out)} == {*made, "plan.front.journal.lock"}
+    fake.calls.clear()
+    other = find_front(profile, ["50%", "22%"], overwrite=True, **options)
+    assert fake.calls
+    assert {path.name for path in plans_of_front(out)} == {result.path.name for result in other if result.path}
+
+
+def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+    profile, out = profiles(trials=2), tmp_path / "plan.json"
+    options: dict[str, Any] = {"recipe": profile.recipe, "out": out, "model": model(profile)}
+    first = find_smallest(profile, Loss.parse("5%"), **options)
+    calls = fake.calls[:]
+    (tmp_path / "plan.scouts" / "7.json").write_text("of before")
+    (tmp_path / "plan.txt").write_text("mine")
+    fake.calls.clear()
+    again = find_smallest(profile, Loss.parse("5%"), overwrite=True, **options)
+    assert fake.calls == calls
+    assert again.plan == first.plan
+    assert not (tmp_path / "plan.scouts" / "7.json").exists()
+    assert (tmp_path / "plan.txt").exists()
+    assert find_smallest(profile, Loss.parse("20%"), overwrite=True, **options).plan.budget["max_loss"] == "20%"
+
+
+def test_overwrite_starts_every_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles(trials=2)
+    options: dict[str, Any] = {"recipe": profile.recipe, "out": tmp_path / "plan.json", "model": model(profile)}
+    find_plans(profile, split_budgets(["60%,40%"]), **options)
+    calls = fake.calls[:]
+    fake.calls.clear()
+    find_plans(profile, split_budgets(["60%,40%"]), overwrite=True, **options)
+    assert fake.calls == calls
+
+
+def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+    profile, out = profiles(trials=2), tmp_path / "plan.json"
+    with own_file(out):
+        with pytest.raises(ArtefactError, match="plan.json is in use"):
+            find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
+        with pytest.raises(ArtefactError, match="plan.json is in use"):
+            find_smallest(profile, Loss.parse("5%"), recipe=profile.recipe, out=out, model=model(profile))
+    assert fake.calls == []
 
 
 def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +18,16 @@ import optuna
 import pytest
 
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import of_search
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
+from moacompress.core.files import remove
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search import study
+from moacompress.search import ledger, study
 from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.knapsack import Knapsack
+from moacompress.search.ledger import own_study
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -145,7 +151,7 @@ import importlib.util, sys
 from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
 fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
-from moacompress.search import study
+from moacompress.search import ledger, study
 from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.knapsack import Knapsack
@@ -247,6 +253,210 @@ def test_what_is_at_the_output_already(search: Search, profiles: Profiles, tmp_p
     assert Plan.load(out).budget["asked"] == ["60%"]
     with pytest.raises(ArtefactError, match="exists already"):
         search(profiles(trials=2), out=tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("budget", ["50%", "60%"], ids=["the same search", "another search"])
+def test_overwrite_starts_anew_and_leaves_what_is_not_of_the_search(
+    search: Search, profiles: Profiles, tmp_path: Path, budget: str
+) -> None:
+    out, profile = tmp_path / "plan.json", profiles(trials=2)
+    _, fresh = search(profile, budget, out=tmp_path / "whole" / "plan.json")
+    search(profile, out=out)
+    for name in ("plan.baselines/old.json", "plan.rounds/key/samples/00000.safetensors", "plan.scouts/99.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    (tmp_path / ".plan.json.abcdefgh.tmp").write_text("half a pl")
+    (tmp_path / "plan.study.journal.lock").write_text("")
+    own = ("plan.txt", "plan.notes.json", "plan-25.json", "plan.study.journal.copy", "other.study.journal")
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    made = {path.name for path in of_search(out)}
+    with ExitStack() as held:  # an open file keeps its inode from being given to another
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and path.relative_to(tmp_path).parts[0] in made]
+        before = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
+        _, fake = search(profile, budget, out=out, overwrite=True)
+        assert not before & {path.stat().st_ino for path in tmp_path.rglob("*")}
+    assert fake.calls == fresh.calls
+    assert out.read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+    left = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")}
+    assert left <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    assert {path.name for path in tmp_path.iterdir()} == {*own, "whole", *(path.parts[0] for path in left)}
+    assert all((tmp_path / name).read_text() == "mine" for name in own)
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
+    search: Search, profiles: Profiles, tmp_path: Path, kind: str
+) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db" if kind == "sqlite" else str(tmp_path / "s.log")
+    profile = profiles(trials=2, rounds=1, storage=storage)
+    _, first = search(profile, out=tmp_path / "plan.json")
+    _, other = search(profile, "60%", out=tmp_path / "other.json")
+    _, again = search(profile, out=tmp_path / "plan.json", overwrite=True)
+    assert again.calls == first.calls
+    _, kept = search(profile, "60%", out=tmp_path / "copy.json")
+    assert kept.calls == []
+    assert other.calls
+
+
+def test_an_overwrite_that_is_interrupted_is_recovered_from(
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every removal in turn, the same command starts anew, and without the flag the same search goes on."""
+    profile = profiles(trials=1)
+    whole, fresh = search(profile, out=tmp_path / "plan.json")
+
+    for stop in range(len(of_search(tmp_path))):
+
+        def removing(paths: list[Path], stop: int = stop) -> None:
+            remove(paths[:stop])
+            raise KeyboardInterrupt
+
+        for overwrite in (True, False):
+            with monkeypatch.context() as patched:
+                patched.setattr(study, "remove", removing)
+                assert search(profile, out=tmp_path / "plan.json", overwrite=True)[0] is None
+            result, fake = search(profile, out=tmp_path / "plan.json", overwrite=overwrite)
+            assert result.plan == whole.plan
+            assert not overwrite or fake.calls == fresh.calls
+
+
+HOLDING = """
+class Holding(fakes.FakeObjective):
+    held = False
+    def under(self, plan):
+        if len(self.calls) > 60 and not self.held:
+            self.held = True
+            print("measuring", flush=True)
+            sys.stdin.readline()
+        return super().under(plan)
+study.Objective = lambda model, samples: Holding(profile)
+storage = sys.argv[4] or None
+study.find_plan(profile, "50%", out=sys.argv[2], model=source, recipe=profile.recipe.override(search__storage=storage))
+"""
+
+
+@contextmanager
+def measuring(out: Path, storage: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A search in a process of its own that is in the middle of measuring and waits for a line."""
+    command = [sys.executable, "-c", SCRIPT.rpartition("study.find_plan")[0] + HOLDING]
+    command += [str(HERE / "conftest.py"), str(out), "-1", storage]
+    with subprocess.Popen(
+        command, cwd=HERE.parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "measuring\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_search_is_refused_while_the_first_lives(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    whole, _ = search(out=tmp_path / "whole.json")
+    out = tmp_path / "plan.json"
+    with measuring(out) as process:
+        for overwrite in (False, True):
+            with pytest.raises(ArtefactError, match=rf"plan.json is in use: process {process.pid} on .* another file"):
+                search(out=out, overwrite=overwrite)
+        storage = str(tmp_path / "plan.study.journal")
+        recipe = profiles().recipe.override(search__storage=storage)
+        with pytest.raises(
+            ArtefactError, match=rf"the study .* in .*plan.study.journal is in use: process {process.pid} "
+        ):
+            search(out=tmp_path / "other.json", recipe=recipe)
+        search(None, "60%", out=tmp_path / "other.json", recipe=recipe)  # another study in the same journal
+        process.communicate("go on\n")
+        assert process.returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    name = f"moacompress-{whole.plan.provenance['search']}"
+    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    states = {trial.state.name for trial in optuna.load_study(storage=journal, study_name=name).trials}
+    assert states == {"COMPLETE"}
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
+def test_a_killed_search_is_taken_over(search: Search, profiles: Profiles, tmp_path: Path, kind: str) -> None:
+    storage = {"beside": "", "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
+    profile = profiles(storage=storage or None)
+    whole, fake = search(out=tmp_path / "whole.json")
+    with measuring(tmp_path / "plan.json", storage) as process:
+        if storage:
+            with pytest.raises(
+                ArtefactError, match=rf"the study .* is in use: process {process.pid} .* with --storage"
+            ):
+                search(profile, out=tmp_path / "other.json")
+        process.kill()
+    result, rest = search(profile, out=tmp_path / "plan.json")
+    assert result.plan.rules == whole.plan.rules
+    assert len(rest.calls) <= len(fake.calls) - 60
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+def test_owners_that_killed_searches_left_in_a_journal_go(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    with measuring(tmp_path / "plan.json") as process:
+        process.kill()
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".owner"]) == 2
+    search(profiles(trials=1), "60%", out=tmp_path / "plan.json", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
+def test_a_second_search_in_the_same_process_is_refused(
+    search: Search, profiles: Profiles, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, fake_objective: Any
+) -> None:
+    storage = {"beside": None, "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
+    profile = profiles(trials=1, storage=storage)
+    seconds: list[Future[Any]] = []
+    honest = fake_objective.under
+
+    def under(self: Any, plan: Plan) -> Any:
+        if not seconds:
+            out = tmp_path / ("plan.json" if storage is None else "other.json")
+            with ThreadPoolExecutor(1) as pool:
+                seconds.append(pool.submit(find_plan, profile, "50%", out=out, model=source))
+        return honest(self, plan)
+
+    source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape)
+    monkeypatch.setattr(fake_objective, "under", under)
+    search(profile, out=tmp_path / "plan.json")
+    with pytest.raises(ArtefactError, match=f"is in use: process {os.getpid()} on"):
+        seconds[0].result()
+
+
+def test_an_owner_in_a_database_is_heard_of_and_leaves_its_successor_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db"
+    beats: list[Callable[[], None]] = []
+
+    @contextmanager
+    def heard_of(beat: Callable[[], None]) -> Iterator[None]:
+        beats.append(beat)
+        yield
+
+    monkeypatch.setattr(ledger, "heard_of", heard_of)
+
+    def attribute() -> Any:
+        return optuna.load_study(study_name="moacompress-x", storage=storage).user_attrs["owner"]
+
+    with own_study(storage, "moacompress-x"):
+        begun = attribute()
+        beats[0]()
+        assert attribute()["heard"] > begun["heard"]
+        other = {**begun, "token": "theirs", "host": "elsewhere"}
+        optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", other)
+        beats[0]()
+        assert attribute() == other
+        with pytest.raises(ArtefactError, match="on elsewhere has been at work"), own_study(storage, "moacompress-x"):
+            pass
+    assert attribute() == other
+    stale = {**other, "heard": other["heard"] - 1000}
+    optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", stale)
+    with own_study(storage, "moacompress-x"):
+        assert attribute()["token"] != "theirs"
+    assert attribute() is None
 
 
 def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles: Profiles, tmp_path: Path) -> None:
