@@ -31,6 +31,7 @@ from moacompress.bench.sides import (
     weight_bytes,
 )
 from moacompress.bench.timing_rows import break_even, make_row
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.memory import available_bytes
@@ -87,7 +88,7 @@ def run_bench(
         MoaCompressError: not enough memory.
     """
     folder = compressed_folder(Path(target))
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / PLAN_FILE)
     request = request.resolved(plan.model)
     machine = environment()
     configuration = {**request.configuration(plan, folder), **machine}

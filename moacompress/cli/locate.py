@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import ArtefactError
 
 
@@ -15,8 +16,8 @@ def find_plan_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    for file in (path / "plan.json", path / "model" / "plan.json"):
+    for file in (path / PLAN_FILE, path / MODEL_FOLDER / PLAN_FILE):
         if file.is_file():
             return file
-    what = "holds no plan.json" if path.exists() else "does not exist"
+    what = f"holds no {PLAN_FILE}" if path.exists() else "does not exist"
     raise ArtefactError(f"{path} {what}; make a plan with `moacompress search` or `moacompress compress`")

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.models.modules import module_problems
 from moacompress.models.shape import config_shape
@@ -132,7 +133,7 @@ def _skeleton_problems(config: PreTrainedConfig, trust_remote_code: bool) -> lis
 def _check_plan(folder: Path, config: PreTrainedConfig) -> None:
     from moacompress.rules.plan import Plan
 
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / PLAN_FILE)
     plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
 
 

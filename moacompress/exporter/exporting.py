@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import new_folder, write_text
 from moacompress.core.progress import Progress
@@ -76,10 +77,10 @@ def export(
         finally:
             detach(source.model)
         source.tokenizer.save_pretrained(aside)
-        plan.save(aside / "plan.json")
+        plan.save(aside / PLAN_FILE)
         recipe = plan.provenance.get("recipe")
         if recipe is not None:
-            write_text(aside / "recipe.json", json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+            write_text(aside / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
         write_text(aside / "README.md", model_card(plan))
         for licence in licence_files(source.source):
             shutil.copyfile(licence, aside / licence.name)
@@ -92,7 +93,7 @@ def export(
 
 def exported_plan(folder: Path) -> Plan | None:
     """Returns the plan of a compressed checkpoint, or None if the folder is not one."""
-    found = folder / "plan.json"
+    found = folder / PLAN_FILE
     return Plan.load(found) if found.is_file() and is_compressed(folder) else None
 
 
