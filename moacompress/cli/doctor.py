@@ -1,4 +1,4 @@
-"""`moacompress doctor`: is the environment right, and can this model be compressed."""
+"""`moacompress doctor`: is the environment right, can this model be compressed, is this compressed checkpoint whole."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from moacompress.cli.options import TrustRemoteCode
     "moacompress doctor",
     "moacompress doctor path/to/model",
     "moacompress doctor path/to/model.gguf --json",
+    "moacompress doctor runs/mine",
 )
 def doctor(
     run: VerbRun,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or .gguf file.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Hub id, folder or .gguf file; or a compressed model.", show_default=False
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:
     """Check the environment, and whether MODEL works.
 
+    Of a dense model it says whether it can be compressed; a compressed one, or the folder of its run, it describes and checks.
     The weights of MODEL are not loaded. Exits with 1 if something does not work.
     """
     from moacompress.doctor.checks import check_environment, check_model
@@ -34,7 +39,7 @@ def doctor(
     problems = list(data["problems"])
     data["model"] = None
     if model is not None:
-        data["model"] = check_model(model, trust_remote_code=bool(trust_remote_code))
+        data["model"] = check_model(model, trust_remote_code=bool(trust_remote_code), environment=data)
         problems += data["model"]["problems"]
         show.append(model_table(data["model"]))
     verdict = [f"problem: {problem}" for problem in problems] or ["Everything is in order."]

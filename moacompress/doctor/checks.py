@@ -1,4 +1,4 @@
-"""Is the environment right, and can this model be compressed: answers without loading any weights."""
+"""Is the environment right, can this model be compressed, and is this compressed checkpoint whole: without loading weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import copy
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +21,17 @@ from moacompress.models.modules import module_problems
 from moacompress.models.shape import config_shape
 from moacompress.models.source import locate_source
 from moacompress.models.support import config_problems, quantization_method, stored_problems
-from moacompress.models.weight_files import gguf_problems, weight_problems
+from moacompress.models.weight_files import (
+    check_weights,
+    checkpoint_files,
+    gguf_problems,
+    missing_weights,
+    weight_problems,
+)
+from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "datasets", "safetensors", "numpy", "scipy")
 EXTRAS = {"demo": "gguf", "offload": "accelerate"}
@@ -59,35 +69,144 @@ def check_environment() -> dict[str, Any]:
     }
 
 
-def check_model(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Returns what can be said of MODEL without its weights, and under `problems` what in it is not supported.
+def check_model(
+    source: str, *, trust_remote_code: bool = False, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns what can be said of MODEL without its weights, and under `problems` what in it is not supported or damaged.
+
+    Of a compressed checkpoint `checkpoint` says what is in it and whether it would load here; of a dense model that is None.
 
     Args:
-        source: hub id, folder or `.gguf` file.
+        source: hub id, folder or `.gguf` file; a compressed checkpoint, or the folder of a run that holds one as `model/`.
         trust_remote_code: run modelling code that comes with the model.
+        environment: as `check_environment` returns it; a compressed checkpoint is checked against it, or a new one.
     """
+    inside = Path(source) / "model"
+    if not (Path(source) / "config.json").exists() and (inside / "config.json").is_file():
+        source = str(inside)
     facts: dict[str, Any] = dict.fromkeys(
         ("model_type", "layers", "heads", "kv_heads", "head_dim", "sliding_layers", "context")
     )
-    facts |= {"source": source, "compressed": False, "problems": []}
+    facts |= {"source": source, "compressed": False, "checkpoint": None, "problems": []}
     try:
         config = _load_config(source, trust_remote_code)
         facts["model_type"] = config.model_type
         facts["context"] = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        facts["compressed"] = quantization_method(config) == "moacompress"
-        found = config_problems(config)
-        # what the modules tell is told by the config already, and an unsupported model may not even build
-        facts["problems"] = [*stored_problems(config), *(found or _skeleton_problems(config, trust_remote_code))]
-        facts["problems"] += _file_problems(source)
+        if quantization_method(config) == "moacompress":
+            facts["compressed"] = True
+            folder = Path(source) if Path(source).is_dir() else None
+            checked = _Checkpoint(config, folder, trust_remote_code)
+            facts["checkpoint"] = checked.facts(check_environment() if environment is None else environment)
+            facts["problems"] = checked.problems
+        else:
+            found = config_problems(config)
+            # what the modules tell is told by the config already, and an unsupported model may not even build
+            found = found or module_problems(_skeleton(config, trust_remote_code))
+            facts["problems"] = [*stored_problems(config), *found, *_file_problems(source)]
         shape = config_shape(config, dtype="float32")
         facts |= {name: getattr(shape, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
         facts["sliding_layers"] = sum(window is not None for window in shape.native_windows)
-        if facts["compressed"]:
-            _check_plan(Path(source), config)
     except MoaCompressError as error:
         if not (facts["problems"] and isinstance(error, ModelError)):  # then the shape has no more to say
             facts["problems"].append(str(error))
     return facts
+
+
+class _Checkpoint:
+    """What is in a compressed checkpoint, and what is wrong with it.
+
+    Args:
+        config: its config.
+        folder: where it lies; None on the hub, where only its config is looked at.
+        trust_remote_code: run modelling code that comes with the model.
+
+    Attributes:
+        plan: the plan that would run, None if it cannot be read.
+        files: those of its weights.
+        stopping: what keeps `from_pretrained` from loading it, one sentence each.
+        problems: that and everything else that is wrong.
+    """
+
+    def __init__(self, config: PreTrainedConfig, folder: Path | None, trust_remote_code: bool) -> None:
+        self.plan: Plan | None = None
+        self.files: list[Path] = []
+        self.stopping: list[str] = []
+        with self._noting():
+            self.plan = _stored_plan(config)
+            self.plan.check_model(config_shape(config, dtype=self.plan.model.dtype), weights=None)
+        with self._noting():
+            self._check_model(config, folder, trust_remote_code)
+        self.problems = [*self.stopping, *self._plan_file_problems(folder)]
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except MoaCompressError as error:
+            self.stopping.append(str(error))
+
+    def _check_model(self, config: PreTrainedConfig, folder: Path | None, trust_remote_code: bool) -> None:
+        found = config_problems(config)
+        if found:
+            self.stopping += found
+            return
+        skeleton = _skeleton(config, trust_remote_code)
+        self.stopping += module_problems(skeleton)
+        if folder is None:
+            return
+        self.stopping += weight_problems(folder)
+        if not self.stopping:
+            self.files = checkpoint_files(folder)
+            expected = _needed_weights(skeleton)
+            check_weights(self.files, expected)
+            lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
+            if lost is not None:
+                self.stopping.append(f"{lost}; export the model again")
+
+    def _plan_file_problems(self, folder: Path | None) -> list[str]:
+        """The file is what `eval`, `bench` and `inspect` go by."""
+        if folder is None or self.plan is None:
+            return []
+        file = folder / PLAN_FILE
+        try:
+            lines = Plan.load(file).diff(self.plan)
+        except MoaCompressError as error:
+            return [str(error)]
+        if not lines:
+            return []
+        more = f" and {len(lines) - 1} more differences" if len(lines) > 1 else ""
+        return [
+            f"{file} is not the plan in config.json, which is the one that runs: {lines[0]}{more}; export the model again"
+        ]
+
+    def facts(self, environment: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what is in the checkpoint, and whether and how it would run here.
+
+        Args:
+            environment: as `check_environment` returns it.
+        """
+        plan = self.plan
+        facts: dict[str, Any] = dict.fromkeys(
+            ("made_from", "plan", "dtype", "weights_fingerprint", "budget", "kv_bytes", "kv_share", "kernel")
+        )
+        if plan is not None:
+            lengths = plan.stated_lengths
+            facts |= {
+                "made_from": plan.provenance.get("source"),
+                "plan": plan.key(),
+                "dtype": plan.model.dtype,
+                "weights_fingerprint": plan.model.weights_fingerprint,
+                "budget": list(plan.budget.get("asked", [])),
+                "kv_bytes": {
+                    str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in lengths
+                },
+                "kv_share": {str(n): plan.kv_share(n) for n in lengths},
+                "kernel": _kernel_for(plan.model.dtype) if environment["kernel"]["name"] else None,
+            }
+        facts["weight_files"] = [file.name for file in self.files]
+        facts["weight_bytes"] = sum(file.stat().st_size for file in self.files)
+        facts["loads"] = not self.stopping and bool(environment["autoload"]["registered"])
+        return facts
 
 
 def _file_problems(source: str) -> list[str]:
@@ -110,8 +229,8 @@ def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
         raise ModelError(f"{source} is not a model that transformers knows: {one_line(error)}") from error
 
 
-def _skeleton_problems(config: PreTrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Returns `module_problems` of the model without memory for its weights.
+def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Returns the model without memory for its weights.
 
     Raises:
         ModelError: transformers has no causal language model for this config.
@@ -124,17 +243,28 @@ def _skeleton_problems(config: PreTrainedConfig, trust_remote_code: bool) -> lis
         del config.quantization_config  # the skeleton has no weights to be quantized
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config that contradicts itself raises whatever the modules raise
         raise ModelError(f"{config.model_type} is not a causal language model: {one_line(error)}") from error
-    return module_problems(model)
+    return model
 
 
-def _check_plan(folder: Path, config: PreTrainedConfig) -> None:
-    from moacompress.rules.plan import Plan
+def _needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the weights that a checkpoint of a model must hold, by name."""
+    left_out = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not left_out.search(name)}
 
-    plan = Plan.load(folder / PLAN_FILE)
-    plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
+
+def _stored_plan(config: PreTrainedConfig) -> Plan:
+    """Returns the plan in a config, read as `from_pretrained` reads it.
+
+    Raises:
+        PlanError: it is malformed, or newer than is known.
+    """
+    from moacompress.runtime.config import MoaCompressConfig
+
+    found: Any = config.quantization_config
+    return found.plan if isinstance(found, MoaCompressConfig) else MoaCompressConfig.from_dict(found).plan
 
 
 def _check_autoload() -> dict[str, Any]:
@@ -166,6 +296,15 @@ def _kernel() -> dict[str, str | None]:
     except (MoaCompressError, ImportError) as error:
         return {"name": None, "isa": None, "reason": one_line(error)}
     return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
+
+
+def _kernel_for(dtype: str) -> str:
+    """Returns the attention kernel that will run on the CPU in this dtype."""
+    import torch
+
+    from moacompress.kernels import dispatch
+
+    return dispatch.kernel_for(torch.empty(0, dtype=getattr(torch, dtype)))
 
 
 def _version(package: str) -> str | None:

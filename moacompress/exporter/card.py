@@ -51,9 +51,8 @@ def _front_matter(source: str) -> str:
 
 
 def _bytes_table(plan: Plan) -> str:
-    lengths = sorted(int(length) for length in plan.budget.get("bytes", {})) or [1024, 4096]
     rows = ["| tokens | dense, bytes | this model, bytes | share |", "| ---: | ---: | ---: | ---: |"]
-    for length in lengths:
+    for length in plan.stated_lengths:
         dense, kept = plan.model.dense_kv_bytes(length), plan.kv_bytes(length)
         rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
     asked = plan.budget.get("asked")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import MAX_JSON_BYTES
+from moacompress.core.files import MAX_JSON_BYTES, read_json
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that moacompress takes for weights, with their bytes, as safetensors names them."""
@@ -93,6 +93,56 @@ def weight_problems(folder: Path) -> list[str]:
         if tensor.dtype not in FLOAT_BYTES and (name.endswith("weight") or tensor.dtype not in OTHER_BYTES):
             found.setdefault(tensor.dtype, f"{file} holds {tensor.dtype} tensors, such as {name}")
     return [f"{text}; weights must be one of {', '.join(FLOAT_BYTES)}" for text in found.values()]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files that transformers loads a checkpoint from.
+
+    Raises:
+        ArtefactError: there are none, or not all that the index names.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ArtefactError(f"{folder} has no weights: there is no {single.name} and no {index.name}")
+    data = read_json(index, "index of weights")
+    named = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ArtefactError(f"{index} does not say which file holds which weight; export the model again")
+    files = [folder / Path(name).name for name in sorted(set(named.values()))]
+    lost = [file.name for file in files if not file.is_file()]
+    if lost:
+        raise ArtefactError(f"{folder} lacks {len(lost)} of its {len(files)} weight files, such as {lost[0]}")
+    return files
+
+
+def missing_weights(
+    files: Sequence[Path], expected: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+) -> str | None:
+    """Returns what of a model's weights its files do not hold, one sentence; None if they hold all.
+
+    Where files have names that the model does not know, transformers may put weights together on loading: then only the
+    numbers are counted.
+
+    Args:
+        files: the files that the model would be loaded from.
+        expected: shapes of the model's weights by name.
+        tied: names of weights that are the same tensor; one of the two is enough.
+
+    Raises:
+        ArtefactError: as `read_header`.
+    """
+    held = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    enough = {name for pair in tied.items() if not held.keys().isdisjoint(pair) for name in pair}
+    lost = sorted(name for name in expected if name not in held and name not in enough)
+    if lost and held.keys() <= expected.keys():
+        return f"{files[0].parent} lacks {len(lost)} of its weights, such as {lost[0]}"
+    here = sum(tensor.numbers for tensor in held.values())
+    needed = sum(math.prod(shape) for name, shape in expected.items() if name not in tied)
+    if lost and here < needed:
+        return f"the weight files in {files[0].parent} hold {here:,} numbers, the model needs {needed:,}"
+    return None
 
 
 def gguf_problems(file: Path) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Group
 
-from moacompress.core.tables import facts
+from moacompress.core.tables import facts, readable_bytes
+from moacompress.rules.budget import format_length
 
 
 def environment_table(data: Mapping[str, Any]) -> Group:
@@ -42,7 +43,27 @@ def model_table(data: Mapping[str, Any]) -> Group:
         )
     if data["context"]:
         rows["context"] = f"{data['context']:,} tokens"
-    if data["compressed"]:
-        rows["state"] = "compressed already"
-    rows["can be used"] = "no" if data["problems"] else "yes"
+    if not data["compressed"]:
+        rows["can be used"] = "no" if data["problems"] else "yes"
+        return facts("Model", rows)
+    rows["state"] = "compressed"
+    if data["checkpoint"] is not None:
+        rows |= _checkpoint_rows(data["checkpoint"])
     return facts("Model", rows)
+
+
+def _checkpoint_rows(data: Mapping[str, Any]) -> dict[str, str]:
+    rows = {}
+    if data["plan"] is not None:
+        rows["made from"] = f"{data['made_from'] or 'not said'}, weights {data['weights_fingerprint']}"
+        rows["plan"] = f"{data['plan']}, budget {', '.join(data['budget']) or 'none asked for'}"
+        for length, sizes in data["kv_bytes"].items():
+            rows[f"KV at {format_length(int(length))}"] = (
+                f"{readable_bytes(sizes['plan'])} of {readable_bytes(sizes['dense'])}, {data['kv_share'][length]:.1%}"
+            )
+        rows["kernel"] = f"{data['kernel'] or 'none'}, for {data['dtype']}"
+    files = len(data["weight_files"])
+    if files:
+        rows["weights"] = f"{readable_bytes(data['weight_bytes'])} in {files} file{'s' if files > 1 else ''}"
+    rows["loads here"] = "with from_pretrained" if data["loads"] else "no"
+    return rows

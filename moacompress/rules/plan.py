@@ -87,6 +87,11 @@ class Plan:
         """Returns the plan that keeps everything."""
         return Plan.uniform(model, Rule.FULL)
 
+    @property
+    def stated_lengths(self) -> list[int]:
+        """Lengths in tokens that its bytes are stated for, ascending; 1k and 4k where it does not say."""
+        return sorted(int(length) for length in self.budget.get("bytes", {})) or [1024, 4096]
+
     def kept(self, n: int) -> int:
         """Returns the keys visible to query `n - 1`, summed over layers and KV heads."""
         return sum(rule.kept(n, self.min_window, native) for rule, native in self._heads())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,33 @@ def test_a_budget_below_any_plan_says_the_smallest(place: Path) -> None:
 
 def test_doctor_knows_both(place: Path, tiny_folder: Path) -> None:
     assert run("doctor", tiny_folder)["model"]["compressed"] is False
-    result = RUNNER.invoke(app, ["doctor", str(place / "model"), "--json"])
-    assert result.exit_code == 1
-    model = json.loads(result.stdout)["model"]
-    assert model["compressed"] is True
-    assert ["compressed already" in problem for problem in model["problems"]] == [True]
-    result = RUNNER.invoke(app, ["doctor", str(place), "--json"])
+    found = [run("doctor", folder)["model"] for folder in (place, place / "model")]
+    assert found[0] == found[1]
+    assert found[0]["compressed"] is True
+    assert found[0]["checkpoint"]["budget"] == ["50%"]
+    assert found[0]["checkpoint"]["kv_share"]["768"] <= 0.5
+    assert found[0]["checkpoint"]["loads"] is True
+    text = RUNNER.invoke(app, ["doctor", str(place)])
+    assert text.exit_code == 0
+    assert "Everything is in order." in text.stdout
+    result = RUNNER.invoke(app, ["doctor", str(place / "profile"), "--json"])
     assert result.exit_code == 1
     assert "without config.json" in json.loads(result.stdout)["model"]["problems"][0]
+
+
+def test_doctor_says_what_is_damaged(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    result = RUNNER.invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"problem: {tmp_path / 'model'} has no weights" in result.stdout
+    assert result.stdout.count("loads here") == result.stdout.count("loads here  no") == 1
+
+
+def test_a_compressed_model_is_no_model_to_compress(place: Path, tmp_path: Path) -> None:
+    for verb in (("profile", "-o", tmp_path / "p"), ("compress", "--budget", "25%", "-o", tmp_path / "out")):
+        message = run(verb[0], place / "model", *verb[1:], exit_code=1)
+        assert "is compressed already (quantization_config); give the dense model it was made from" in message
 
 
 def test_a_missing_or_half_written_profile(place: Path, tmp_path: Path) -> None:
