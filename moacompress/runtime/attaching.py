@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -122,7 +122,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         implementations.append((config, before))
         config._attn_implementation_internal = NAME
     for name, override in OVERRIDES.items():
-        setattr(model, name, types.MethodType(override, model))
+        setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
     taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
     model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken)

@@ -42,7 +42,8 @@ class LayerContext:
         min_window: the plan's smallest window, tokens.
         native_window: the layer's own sliding window in tokens, or None.
         columns: sink, alpha and beta_q of every KV head, each int64 `[kv_heads]`.
-        number: names it in a compiled model, whose graph holds no such objects; see `find`.
+        number: names it in a compiled model, whose graph holds no such objects; see `find`. In another process it names another
+            one or none, so every copy, unpickled ones too, has a number of its own.
     """
 
     layer: int
@@ -55,6 +56,10 @@ class LayerContext:
 
     def __post_init__(self) -> None:
         _contexts[self.number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rules = tuple(Rule(*numbers) for numbers in zip(*(column.tolist() for column in self.columns), strict=True))
+        return LayerContext.of, (self.layer, rules, self.min_window, self.native_window)
 
     @staticmethod
     def find(number: int) -> LayerContext:

@@ -386,7 +386,8 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     # FSDP and accelerate look for the layers of a model by the name of their class; pickle goes by the qualified one
     mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), own.__module__
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
-    made.made_of = ((own, own.forward),)
+    # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
+    made.made_of = ((own, own.forward if _is_from(own, home) else None),)
     if mixin is _FusedLayer:
         prefix = own.__name__.removesuffix("DecoderLayer")
         kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
