@@ -145,7 +145,9 @@ class PackedLinear(nn.Linear):
         return cast(torch.Tensor, torch.ops.moacompress.packed_linear(input, weight, self.bias, pack.number))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_pack", None)
+        return state
 
 
 def has_few_rows(x: torch.Tensor) -> bool:

@@ -97,6 +97,17 @@ def test_copies_and_pickles_are_right():
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
+def test_copies_of_a_compiled_layer_are_of_the_layer():
+    layer = linear()
+    pack_weights(layer)
+    layer.compile(backend="eager")
+    x = torch.randn(3, 24)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            other.weight.zero_()
+        assert torch.equal(other(x), layer.bias.expand(3, -1))
+
+
 def test_a_model_and_its_twin_share_packed_weights(tiny_model, tmp_path):
     model = tiny_model().requires_grad_(False)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
