@@ -7,7 +7,7 @@ rows, beams or forks of a prefix have in their tables is counted, and never writ
 from __future__ import annotations
 
 import threading
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,27 @@ class Pool:
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
                 block = self._block(segments, target)
                 block.copy_(self._block(segments, source))
+
+    def only(self, ids: Ids) -> tuple[Pool, Ids]:
+        """Returns a pool with copies of some blocks and no others, each counted as often as it is named, and their ids in it.
+
+        Args:
+            ids: block ids of any shape; those below 0 are no blocks, and stay so.
+        """
+        pool, renumbered = Pool(self._key, self._value), ids.copy()
+        named, renumbered[ids >= 0] = np.unique(ids[ids >= 0], return_inverse=True)
+        if len(named):
+            copies = self.gather(named[None, None])
+            pool.keys, pool.values = ([copy.view(len(named), BLOCK, copy.shape[-1])] for copy in copies)
+            pool.refs = np.bincount(renumbered[ids >= 0]).astype(np.int32)
+            pool.shared = bool((pool.refs > 1).any())
+        return pool, renumbered
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, refs=state["refs"].copy(), lock=threading.RLock())
 
     def write(self, slots: Ints, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes tokens.

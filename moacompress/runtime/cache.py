@@ -32,6 +32,8 @@ class PlanCache(Cache):
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
         reading: what `stack` knows of it, or None.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
+
+    A cache can be pickled, to keep a prefix; what is read has memory of its own, and just the blocks in use.
     """
 
     layers: list[PlanCacheLayer]  # type: ignore[assignment]
@@ -131,6 +133,14 @@ class PlanCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanCache:
         return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_whole()
+        return {name: value for name, value in self.__dict__.items() if name not in ("reading", "handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, reading=None)
+        self._take_handle()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, as long as what the plan needs of the ones before them is still there.

@@ -395,6 +395,26 @@ class PlanCacheLayer(CacheLayerMixin):
         other.is_initialized = True
         return other
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._pending is not None or self.stepping:
+            raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
+        held = None
+        if self._pool is not None:
+            with self._pool.lock:  # forks have blocks in it too: what reads these could never free them
+                held = (*self._pool.only(self._table.ids), self.columns, self.lengths, self._runs.ends)
+        return type(self), (self.rules, *self._rule.bounds, self.reserve), (self.record_past, held)
+
+    def __setstate__(self, state: tuple[bool, tuple[Any, ...] | None]) -> None:
+        self.record_past, held = state
+        if held is None:
+            return
+        pool, ids, self.columns, lengths, ends = held
+        table = Table(0, len(self.rules))
+        # arrays that were read from buffers of the caller's are not ours to write to
+        table.ids, self.lengths, self._runs = ids.copy(), lengths.copy(), Runs(ends.copy())
+        self._use(pool, table)
+        self.is_initialized = True
+
     def activate_past_recording(self) -> None:
         """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
         self.record_past = True

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 import threading
 import weakref
 
@@ -274,6 +276,85 @@ def test_an_interrupted_forward_is_noticed(tiny_model, random_plan, token_ids, m
         model(ids[:, :1], cache=cache)
     with pytest.raises(UnsupportedError, match="in the middle of a forward"):
         cache.fork()
+    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
+        pickle.dumps(cache)
+
+
+def saved(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [lambda cache: pickle.loads(pickle.dumps(cache)), saved], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("kind", ["plain", "padded", "repeated", "recording"])
+def test_a_pickled_cache_goes_on_as_it_would_have(kind, way, tiny_model, random_plan, token_ids):
+    """It has the blocks in use and no more, each once however many rows name it, and shares nothing with the one it was."""
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 3)
+    attach(model, plan)
+    ids, mask = token_ids(2, 100), torch.ones(2, 90, dtype=torch.long)
+    mask[0, :33] = 0
+    cache = PlanCache(plan)
+    with torch.no_grad():
+        if kind == "recording":
+            cache.activate_past_recording()
+        model(ids[:, :90], attention_mask=mask if kind == "padded" else None, cache=cache)
+        if kind == "recording":
+            cache.crop(-7)
+        if kind == "repeated":
+            cache.batch_repeat_interleave(2)
+        rows = cache.batch_size // 2
+        fork = cache.fork()
+        model(ids.repeat_interleave(rows, 0), cache=fork)  # what it writes is in the memory that is shared
+        twin = way(cache)
+        assert twin.kv_bytes() == twin.used_bytes() == cache.used_bytes() < cache.kv_bytes()
+        before = [layer.lengths.copy() for layer in cache.layers]
+        steps = ids[:, 90:].repeat_interleave(rows, 0).split(1, 1)
+        found = [model(step, cache=twin).logits for step in steps]
+        assert all((layer.lengths == length).all() for layer, length in zip(cache.layers, before, strict=True))
+        assert torch.equal(torch.cat(found), torch.cat([model(step, cache=cache).logits for step in steps]))
+        if kind == "recording":
+            cache.crop(-20)
+            twin.crop(-20)
+        assert twin.used_bytes() == cache.used_bytes()
+        assert torch.equal(model(steps[0], cache=twin).logits, model(steps[0], cache=cache).logits)
+        pools = [layer._pool for layer in twin.layers]
+        del twin
+        gc.collect()
+        assert not any(pool.refs.any() for pool in pools)
+
+
+def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 3)
+    compiled = torch.compile(attach(model, plan), backend="eager", fullgraph=True)
+    ids = token_ids(1, 62)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1:]
+        cache = PlanCache(plan)
+        compiled(ids[:, :60], cache=cache)
+        twin = pickle.loads(pickle.dumps(cache))
+        for one in (cache, twin):
+            compiled(ids[:, 60:61], cache=one)
+        for one in (twin, cache):
+            assert (compiled(ids[:, 61:], cache=one).logits - expected).abs().max() < 1e-4
+    torch._dynamo.reset()
+
+
+def test_an_empty_cache_is_pickled_too(tiny_model, random_plan, token_ids):
+    model = tiny_model()
+    plan = random_plan(model_shape(model), 3)
+    attach(model, plan)
+    ids = token_ids(1, 60)
+    emptied = model(ids).cache
+    emptied.reset()
+    for cache in (PlanCache(plan, reserve=200), emptied):
+        twin = pickle.loads(pickle.dumps(cache))
+        with torch.no_grad():
+            assert torch.equal(model(ids, cache=twin).logits, model(ids, cache=cache).logits)
+        assert twin.kv_bytes() == cache.kv_bytes()
 
 
 def test_batch_operations(tiny_model, random_plan, token_ids):
