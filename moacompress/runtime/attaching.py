@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moacompress.core.errors import PlanError
 from moacompress.models.modules import attention_modules, check_supported
@@ -38,7 +39,8 @@ class _Attachment:
 def attach(model: Model, plan: Plan) -> Model:
     """Makes a loaded dense model run under a plan, in place, without an export.
 
-    Another plan on the model is replaced. `save_pretrained` then writes a compressed checkpoint.
+    Another plan on the model is replaced. `save_pretrained` then writes a compressed checkpoint. The model gets a config of its
+    own, a copy, in place of the one that it may share with other models and the caller; `detach` leaves it that.
 
     Args:
         model: a causal LM that transformers loaded.
@@ -56,7 +58,9 @@ def attach(model: Model, plan: Plan) -> Model:
         detach(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
-    install(model, plan)
+    modules = _fitting_modules(model, plan)
+    _take_own_configs(model)
+    _put(model, plan, modules)
     model.config.quantization_config = MoaCompressConfig(plan=plan)
     return model
 
@@ -98,15 +102,33 @@ def attached_plan(model: torch.nn.Module) -> Plan | None:
 
 
 def install(model: PreTrainedModel, plan: Plan) -> None:
-    """Puts hooks, refusals and the attention implementation of a plan on a model.
+    """Puts hooks, refusals and the attention implementation of a plan on a model whose config is its own.
 
     Raises:
         PlanError: the plan is for a model of another shape.
     """
+    _put(model, plan, _fitting_modules(model, plan))
+
+
+def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module]:
+    """Returns the attention modules that a plan's layers are for; refuses a plan that is for another model."""
     plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=None)
     modules = attention_modules(model)
     if len(modules) != plan.model.layers:
         raise PlanError(f"the plan has {plan.model.layers} layers, the model has attention in {len(modules)}")
+    return modules
+
+
+def _take_own_configs(model: PreTrainedModel) -> None:
+    """Gives all modules of a model copies of their configs; what was one config, or a part of another, still is."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, held in [*vars(module).items()]:
+            if isinstance(held, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(held, copies))
+
+
+def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module]) -> None:
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)
