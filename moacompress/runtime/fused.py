@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from moacompress.kernels import dispatch
 from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
 from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.capturing import do_something
 from moacompress.runtime.hooks import AttentionHook
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
 from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
@@ -270,7 +271,8 @@ def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any
         return None
     own, beside = attention._modules, mlp._modules
     others = (mlp, beside["act_fn"], *norms)
-    if attention._forward_hooks or any(name in attention.__dict__ for name in REPLACEMENTS):
+    hooks = attention._forward_hooks
+    if (hooks and do_something(hooks)) or any(name in attention.__dict__ for name in REPLACEMENTS):
         return None
     if any(map(_is_touched, others)):
         return None
@@ -303,8 +305,9 @@ def _is_as_made(module: Any) -> bool:
 
 def _is_touched(module: Any) -> bool:
     """Whether something runs around a module, or in its place."""
-    own = module.__dict__
-    return bool(module._forward_hooks or module._forward_pre_hooks or any(name in own for name in REPLACEMENTS))
+    own, hooks = module.__dict__, module._forward_hooks
+    hooked = (hooks and do_something(hooks)) or module._forward_pre_hooks
+    return bool(hooked or any(name in own for name in REPLACEMENTS))
 
 
 def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:

@@ -25,6 +25,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import cpu_ops, dispatch
 from moacompress.runtime.attention import LayerContext
 from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.capturing import are_foreign, is_capturing
 from moacompress.runtime.layer import PlanCacheLayer
 from moacompress.runtime.linear import FEW_ROWS
 
@@ -48,6 +49,7 @@ class Reading:
         weights: seven of each layer, as `kernels.dispatch.read_layers` takes them.
         biases: three of each layer, or none.
         norms: two of each layer.
+        captured: whether hooks that capture hidden states are on some module; see `capturing`.
     """
 
     layers: tuple[Any, ...]
@@ -87,7 +89,7 @@ class Reading:
             self._watch(vars(kind), "forward")
         self._kinds = [*map(type, self._modules)]
         self._expected = [*self._now()]
-        self._hooks_made = RemovableHandle.next_id
+        self._hooks_made, self.captured = RemovableHandle.next_id, any(self._hooks)
 
     def _watch(self, held: dict[Any, Any], *names: Any) -> None:
         if names:
@@ -107,9 +109,11 @@ class Reading:
             return False
         made = RemovableHandle.next_id  # how many hooks anything ever got: most steps need not look for them
         if made != self._hooks_made:
-            if any(self._hooks) or any(len(layer.self_attn._forward_pre_hooks) != 1 for layer in layers):
+            if any(map(are_foreign, filter(None, self._hooks))) or any(
+                len(layer.self_attn._forward_pre_hooks) != 1 for layer in layers
+            ):
                 return False
-            self._hooks_made = made
+            self.captured, self._hooks_made = any(self._hooks), made  # in this order: threads share a reading
         if any(any(map(dict.__contains__, self._own, repeat(name))) for name in REPLACEMENTS):
             return False
         if not all(map(is_, map(type, self._modules), self._kinds)):
@@ -177,7 +181,9 @@ class Stack:
         last = self._last
         if last is None or not last.holds(layers, hidden.dtype):
             last = self._last = self._read(layers, hidden, rotary, cache)
-        if last is None or (torch.is_grad_enabled() and (hidden.requires_grad or last.trained)):
+        if last is None or (last.captured and is_capturing()):
+            return None
+        if torch.is_grad_enabled() and (hidden.requires_grad or last.trained):
             return None
         return last
 

@@ -265,6 +265,47 @@ def test_packed_and_compiled(model, calls, steps):
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def test_after_hidden_states_layers_are_fused_again(model, calls, steps):
+    made = model()
+    expected, layers = steps(made, 2, 5), len(attention_modules(made))
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        whole = made(ids, use_cache=False, output_hidden_states=True).hidden_states
+        cache = made(ids[:, :50]).cache
+        captured = made(ids[:, 50:], cache=cache, output_hidden_states=True).hidden_states
+    for mine, other in zip(captured, whole, strict=True):
+        assert (mine[:, 0] - other[:, 50]).abs().max() < 2e-5 * other.abs().max()
+    calls[:] = 0, 0
+    assert torch.equal(steps(made, 2, 5), expected)
+    assert calls == [5 * layers, 0]
+    made.model.layers[1].self_attn.register_forward_hook(lambda *arguments: None)
+    calls[:] = 0, 0
+    steps(made, 2, 5)
+    assert calls == [5 * (layers - 1), 5]
+
+
+def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps):
+    made, graphs = model(), []
+    ids = torch.randint(3, made.config.vocab_size, (2, 52))
+
+    def backend(graph, examples):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    with torch.no_grad():
+        expected = made(ids, use_cache=False, output_hidden_states=True).hidden_states
+        cache = made(ids[:, :50]).cache
+        compiled = torch.compile(made, backend=backend, fullgraph=True)
+        compiled(ids[:, 50:51], cache=cache)
+        found = compiled(ids[:, 51:], cache=cache, output_hidden_states=True).hidden_states
+    fused_layers = [graph.count("moacompress.step_layer") for graph in graphs]
+    assert fused_layers[0] == len(made.model.layers)
+    assert fused_layers[-1] == 0
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine[:, 0] - other[:, 51]).abs().max() < 2e-5 * other.abs().max()
+    torch._dynamo.reset()
+
+
 def test_a_cache_of_other_rows_is_refused(model):
     made = model()
     ids = torch.randint(3, made.config.vocab_size, (2, 50))

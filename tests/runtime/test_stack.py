@@ -295,6 +295,82 @@ def test_hidden_states_are_those_of_every_layer(model, calls):
         assert (mine - other[:, -1:]).abs().max() < 2e-5 * other.abs().max()
 
 
+@pytest.mark.parametrize("asked", ["prompt", "step"])
+def test_after_hidden_states_all_layers_are_one_call_again(asked, model, calls):
+    """The hooks that capture them stay on the layers, and do nothing in other forwards."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 70))
+    captured = [*range(53, 55), *range(60, 62)]
+    with torch.no_grad():
+        expected = model()(ids, use_cache=False, output_hidden_states=True)
+        cache = made(ids[:, :50], output_hidden_states=asked == "prompt").cache
+        for at in range(50, 70):
+            before = calls["steps"] - calls["cache"]
+            found = made(ids[:, at : at + 1], cache=cache, output_hidden_states=at in captured)
+            assert calls["steps"] - calls["cache"] - before == (at not in captured)
+            assert (found.logits[:, 0] - expected.logits[:, at]).abs().max() < 2e-5 * expected.logits.abs().max()
+            if at not in captured:
+                assert found.hidden_states is None
+                continue
+            for mine, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+                assert (mine[:, 0] - other[:, at]).abs().max() < 2e-5 * other.abs().max()
+    assert calls["layers"] == 1  # nothing was read anew
+
+
+def test_after_hidden_states_steps_are_to_the_bit_what_they_were(model, steps):
+    made = model()
+    expected = steps(made, 2, 40)
+    made.generate(
+        torch.randint(3, 160, (2, 30)), max_new_tokens=5, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert torch.equal(steps(made, 2, 40), expected)
+
+
+@pytest.mark.parametrize("place", ["", "self_attn", "mlp", "mlp.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("first", ["hook", "hidden states"])
+def test_other_hooks_are_seen_beside_those_that_capture(first, place, model, calls):
+    made, seen = model(), []
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    part = made.model.layers[1].get_submodule(place)
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50:51], cache=cache).logits]
+        actions = [
+            lambda: part.register_forward_hook(lambda module, *rest: seen.append(module)),
+            lambda: made(ids, use_cache=False, output_hidden_states=True),
+        ]
+        handles = [action() for action in (actions if first == "hook" else reversed(actions))]
+        seen.clear()
+        calls.update(steps=0)
+        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(51, 54)]
+        assert calls["steps"] == 0
+        assert seen == [part] * 3
+        handles[0 if first == "hook" else 1].remove()
+        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(54, 60)]
+    assert calls["steps"] - calls["cache"] == 6
+    assert len(seen) == 3
+    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_hidden_states_in_one_thread_and_none_in_another(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 50))
+    with torch.no_grad():
+        prefix = made(ids).cache
+
+    def go_on(captured):
+        with torch.no_grad():
+            cache = prefix.fork()
+            outs = [made(ids[:, i : i + 1], cache=cache, output_hidden_states=captured) for i in range(40)]
+        return torch.cat([out.hidden_states[-2] if captured else out.logits for out in outs], 1)
+
+    expected = [go_on(captured) for captured in (False, True)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(go_on, [False, True] * 3))
+    assert all(torch.equal(one, expected[number % 2]) for number, one in enumerate(found))
+
+
 def test_what_comes_between_layers_is_refused(model):
     made = model()
     own = made.model.layers[1].forward
