@@ -1,6 +1,6 @@
 """The files that hold a checkpoint's weights, checked from their headers: no tensor is read, nothing is unpickled.
 
-Everything here works on files that nobody vouches for: sizes are compared with the file's before memory is taken.
+Everything here works on files that are not trusted: sizes are compared with the file's before memory is taken.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A decode step through all decoder layers in one compiled call.
 
 Between two layers' calls a processor runs Python that it has not seen since the layer before, while weights went through its
-caches; a small model's step has much of that. So where every layer could make the call of `fused` by itself, the
-first one makes one call for all, and the others hand on what they get.
+caches; a small model's step has much of that. So where every layer could make the call of `fused` by itself, the first one
+makes one call for all, and the others return what they get.
 
-That nothing else has a hand in any of them is asked at every step, of everything that the layers are made of. What was read is
-kept, by the kernels too, so that asking is a comparison.
+Every step asks whether anything of what the layers are made of has been changed. What was read is kept, by the kernels too, so
+that asking is a comparison.
 """
 
 from __future__ import annotations

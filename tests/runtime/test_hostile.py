@@ -1,4 +1,4 @@
-"""Plans and checkpoints that nobody vouches for: refused in one sentence, before memory is taken, and nothing is unpickled."""
+"""Plans and checkpoints that are not trusted: refused in one sentence, before memory is taken, and nothing is unpickled."""
 
 from __future__ import annotations
 
