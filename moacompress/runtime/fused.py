@@ -3,8 +3,8 @@
 A few decoder layers of transformers are known here, letter by letter: a norm, attention with plain linear layers and rotary
 embeddings by halves, a norm, a gated feed-forward. Under a plan their class and that of their attention is a subclass, which
 makes the call where a forward has one token of a few rows and no gradients, and otherwise is the layer that it was. A layer
-that something else has changed (adapters in place of its linear layers, hooks on its parts) is left to itself; its attention may
-still be fused.
+that something else has changed (adapters in place of its linear layers, hooks on its parts) is left to itself; its attention
+may still be fused.
 """
 
 from __future__ import annotations
