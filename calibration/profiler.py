@@ -283,7 +283,14 @@ def check_lengths(source: SourceModel, recipe: Recipe) -> None:
 def _local_files(recipe: Recipe) -> dict[str, str]:
     """Returns the digest of every local file or folder that samples are made of, by its name in the recipe."""
     named = [*(source.path for source in recipe.calibration.sources), recipe.calibration.text]
-    return {name: digest_files(Path(name)) for name in named if name}
+    return {name: _digest(Path(name)) for name in named if name}
+
+
+def _digest(root: Path) -> str:
+    if not root.exists():
+        hint = "; of data a shared recipe has only the name; give its path (--text, --source, or in the recipe)"
+        raise DataError(f"cannot read {root}: no such file or folder{hint if root.name == str(root) else ''}")
+    return digest_files(root)
 
 
 def _make_samples(out: Path, source: SourceModel, head: Manifest, progress: Progress) -> tuple[Manifest, list[Sample]]:

@@ -13,7 +13,7 @@ from moacompress.core.errors import ArtefactError, RecipeError
 from moacompress.core.files import read_json, write_json
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import check_reusable, export
-from moacompress.recipe import Recipe
+from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
 
@@ -82,7 +82,7 @@ def compress(
     )
     length = reference_length([Budget.parse(text) for text in recipe.budget], recipe.calibration.lengths)
     summary = {
-        "model": recipe.model,
+        "model": shared_name(plan.provenance["source"]),
         "budget": list(recipe.budget),
         "reference_length": length,
         "kv_bytes": {

@@ -7,6 +7,7 @@ which wins over the defaults here.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,6 +235,36 @@ class Recipe(_Section):
     def resolved(self) -> dict[str, Any]:
         """Returns every choice, defaults included, as JSON values."""
         return self.model_dump(mode="json")
+
+    def shared(self, source: str) -> dict[str, Any]:
+        """Returns `resolved` as it goes into plans and checkpoints, which leave the machine.
+
+        Of folders and files there are only the names, so whoever runs it again says where they are; the model's weights and
+        the samples are known by the fingerprints beside it. The search's storage, a place and maybe a password, is left out.
+
+        Args:
+            source: the model that the run was of, as `SourceModel.source` has it.
+        """
+        data = self.resolved()
+        data["model"] = shared_name(source)
+        calibration = data["calibration"]
+        calibration["text"] = _file_name(calibration["text"])
+        for part in calibration["sources"]:
+            part["path"] = _file_name(part["path"])
+            dataset = part["dataset"]
+            if dataset is not None:  # a hub id, or a folder, which may look like one
+                part["dataset"] = _file_name(dataset) if Path(dataset).exists() else shared_name(dataset)
+        data["search"]["storage"] = None
+        return data
+
+
+def shared_name(place: str) -> str:
+    """Returns the last part of an absolute path; anything else, such as a hub id, as it is."""
+    return os.path.basename(os.path.abspath(place)) if Path(place).is_absolute() else place
+
+
+def _file_name(path: str | None) -> str | None:
+    return None if path is None else os.path.basename(os.path.abspath(path))
 
 
 def _first_problem(error: ValidationError) -> str:

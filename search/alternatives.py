@@ -11,6 +11,7 @@ import numpy as np
 from moacompress.core.artefact_names import baselines_folder
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
+from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines import FAMILIES, family_plans
@@ -57,7 +58,11 @@ def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str
         plan = other.plan.with_notes(
             budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
             quality={"measured_harm": {"plan": other.harm}, "samples": len(profile.validation)},
-            provenance={"source": profile.source, "profile": profile.fingerprint, "baseline": family},
+            provenance={
+                "source": shared_name(profile.source),
+                "profile": profile.fingerprint,
+                "baseline": family,
+            },
         )
         plan.save(folder / f"{family}.json")
 

@@ -24,7 +24,7 @@ from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe import Recipe
+from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import budget_limits
@@ -218,7 +218,7 @@ def _run(
     for row, (noise, _), plan in zip(results.plan_points, chosen, measured_plans[count:], strict=True):
         row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.limits}}
     return {
-        "model": model.source,
+        "model": shared_name(model.source),
         "profile": profile.fingerprint,
         "samples": len(samples),
         "budget": request.asked[0],

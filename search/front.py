@@ -19,7 +19,7 @@ from moacompress.core.files import fingerprint, remove
 from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe import Recipe
+from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.cost import slot_limits
 from moacompress.rules.plan import Plan
@@ -179,13 +179,11 @@ def _uniform(low: float, high: float) -> Any:
 def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
     plan = Plan(profile.shape, profile.min_window, unpack(point.packed))
-    resolved = request.recipe.resolved()
-    resolved["search"]["storage"] = None
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
         quality={"measured_harm": {"plan": point.harm}, "samples": len(profile.validation)},
         provenance={
-            "source": profile.source,
+            "source": shared_name(profile.source),
             "profile": profile.fingerprint,
             "calibration": profile.calibration_fingerprint,
             "lengths": list(profile.lengths),
@@ -195,6 +193,6 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
             "measured_plans": trials,
             "best_trial": point.index,
             "versions": versions(),
-            "recipe": resolved,
+            "recipe": request.recipe.shared(profile.source),
         },
     )

@@ -28,7 +28,7 @@ from moacompress.core.files import remove, sweep_files, sweep_folders, write_jso
 from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe import Recipe
+from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.alternatives import Alternative, measure_alternatives, write_baselines
@@ -463,9 +463,8 @@ class Search:
                         best.harm,
                     )
                 plan, harm["plan"] = other.plan, other.harm
-        resolved = recipe.resolved()
-        resolved["budget"] = list(self.request.asked)
-        resolved["search"]["storage"] = None  # a place, maybe with a password, and no choice about the plan
+        shared = recipe.shared(profile.source)
+        shared["budget"] = list(self.request.asked)
         plan = plan.with_notes(
             budget={"asked": list(self.request.asked), "bytes": bytes_note(plan, lengths)},
             quality={
@@ -475,7 +474,7 @@ class Search:
                 "samples": self.judge.measure.size,
             },
             provenance={
-                "source": profile.source,
+                "source": shared_name(profile.source),
                 "profile": profile.fingerprint,
                 "calibration": profile.calibration_fingerprint,
                 "lengths": list(profile.lengths),
@@ -489,7 +488,7 @@ class Search:
                 "stage": best.stage,
                 "surrogate": dict(self.surrogate.calibration.__dict__),
                 "versions": versions(),
-                "recipe": resolved,
+                "recipe": shared,
             },
         )
         if finished:

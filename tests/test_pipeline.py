@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ import yaml
 
 from moacompress import pipeline
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, RecipeError
+from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.pipeline import compress, quality_table
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
+from moacompress.search.study import find_plan
 
 SETTINGS = {
     "budget": "50%",
@@ -84,6 +88,68 @@ def test_a_run_of_an_older_version_is_taken_up(recipe, tmp_path, monkeypatch):
     rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
     assert rewritten <= {"summary.json", "seconds.json", "eval.json", "profile.json"}
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
+
+
+def texts_in(value):
+    """Yields every text in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
+        yield from texts_in(item)
+
+
+def places_in(folder, places):
+    """Returns what in the files that may be shared names one of the places, or is an absolute path."""
+    found = []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        text = file.read_text("utf-8")
+        found += [(file.name, place) for place in places if str(place) in text]
+        if file.suffix == ".json" and not file.name.startswith("tokenizer"):
+            found += [(file.name, text) for text in texts_in(json.loads(text)) if len(text) > 1 and text[0] == "/"]
+    return found
+
+
+@pytest.mark.parametrize("how", ["absolute", "relative"])
+def test_nothing_that_is_shared_names_a_place(how, recipe, tiny_folder, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    model, prose, notes = work / "models" / "dense", work / "texts" / "prose", work / "texts" / "notes.txt"
+    shutil.copytree(tiny_folder, model)
+    prose.mkdir(parents=True)
+    for file in (prose / "a.txt", prose / "b.txt", prose / "c.txt", notes):
+        file.write_text(" ".join(f"On day {n} there were {n * n} of them in {file.stem}." for n in range(800)))
+    monkeypatch.chdir(work)
+    name = str if how == "absolute" else lambda path: str(path.relative_to(work))
+    recipe = recipe.override(
+        model=name(model),
+        calibration__text=name(prose),
+        calibration__sources=[{"generator": "needle", "haystack": "prose"}, {"path": name(notes)}],
+        search__storage=name(work / "study.log"),
+    )
+    out = work / "out"
+    summary = compress(recipe, out)
+    plan = Plan.load(out / "plan.json")
+    assert summary["model"] == plan.provenance["source"] == plan.provenance["recipe"]["model"] == "dense"
+    assert plan.provenance["recipe"]["calibration"]["text"] == "prose"
+    assert plan.provenance["recipe"]["calibration"]["sources"][1]["path"] == "notes.txt"
+    assert json.loads((out / "model" / "recipe.json").read_text()) == plan.provenance["recipe"]
+    assert Recipe.from_dict(plan.provenance["recipe"]).override(model=recipe.model) != recipe
+    card = (out / "model" / "README.md").read_text()
+    assert "# dense, compressed" in card
+    assert "base_model" not in card
+
+    shared = tmp_path / "shared"
+    shutil.copytree(out / "model", shared / "model")
+    shutil.copytree(out / "plan.baselines", shared / "baselines")
+    for file in ("plan.json", "plan.explain.json", "summary.json"):
+        shutil.copyfile(out / file, shared / file)
+    assert len(list(shared.rglob("*.json"))) > 8
+    assert places_in(shared, [tmp_path, work.name + "/", "models/", "texts/", Path.cwd(), Path.home()]) == []
+
+    monkeypatch.chdir(tmp_path)  # the profile knows where its model is, and the steps go on from anywhere
+    found = find_plan(out / "profile", "60%", out=shared / "other.json")
+    assert found.plan.provenance["source"] == "dense"
+    export(model, shared / "other.json", shared / "exported")
+    assert places_in(shared, [tmp_path, work.name + "/", "models/", "texts/", Path.cwd(), Path.home()]) == []
 
 
 def test_another_recipe_is_refused_and_overwrite_starts_anew(finished, recipe, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moacompress.core.errors import RecipeError
-from moacompress.recipe import Recipe
+from moacompress.recipe import Recipe, shared_name
 
 
 def test_an_empty_recipe_is_the_defaults() -> None:
@@ -115,3 +115,50 @@ def test_an_estimator_of_others_is_recorded() -> None:
     assert not Recipe().profile.baselines
     assert Recipe.from_dict({"profile": {"estimator": "moa"}}).profile.baselines
     assert Recipe().override(profile__estimator="gold-fisher").profile.baselines
+
+
+PLACES = {
+    "model": "/home/me/models/dense",
+    "calibration": {
+        "text": "../texts/prose/",
+        "sources": [{"path": "/data/qa.jsonl"}, {"dataset": "org/set"}, {"dataset": "/data/sets/mine"}],
+    },
+    "search": {"storage": "postgresql://me:secret@host/db"},
+}
+
+
+def test_what_is_shared_names_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.from_dict(PLACES)
+    shared = recipe.shared("/home/me/models/dense")
+    assert shared["model"] == "dense"
+    assert shared["calibration"]["text"] == "prose"
+    sources = shared["calibration"]["sources"]
+    assert [(part["path"], part["dataset"]) for part in sources] == [
+        ("qa.jsonl", None),
+        (None, "org/set"),
+        (None, "mine"),
+    ]
+    assert shared["search"]["storage"] is None
+    again = Recipe.from_dict(shared)
+    back = again.override(
+        model=PLACES["model"], search__storage=recipe.search.storage, calibration=recipe.resolved()["calibration"]
+    )
+    assert back == recipe
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    assert recipe.shared("org/dense")["calibration"]["sources"][1]["dataset"] == "set"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/model", "org/model"),
+        ("gpt2", "gpt2"),
+        ("/home/me/models/dense", "dense"),
+        ("/home/me/models/dense/", "dense"),
+        ("/home/me/x.Q4_1.gguf", "x.Q4_1.gguf"),
+    ],
+)
+def test_a_hub_id_is_whole_and_a_path_a_name(source: str, name: str) -> None:
+    assert shared_name(source) == name
+    assert Recipe().shared(source)["model"] == name

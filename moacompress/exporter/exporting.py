@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, PlanError
@@ -18,6 +19,7 @@ from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.models.source import SourceModel, is_compressed, load_source
+from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ def export(
     else:
         source = load_source(model, dtype=plan.model.dtype, trust_remote_code=trust_remote_code)
     plan.check_model(source.shape, weights=source.weights_like)
+    plan = _shared(plan)
     progress.step("model loaded")
     with new_folder(out, overwrite) as aside:
         attach(source.model, plan)
@@ -89,6 +92,19 @@ def export(
         progress.step("loaded and generated in a fresh process")
     progress.done()
     return out
+
+
+def _shared(plan: Plan) -> Plan:
+    """Returns the plan without the paths that plans of earlier versions hold: of each its last part."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(item) for item in value]
+        return shared_name(value) if isinstance(value, str) else value
+
+    return plan.with_notes(provenance=named(plan.provenance))
 
 
 def exported_plan(folder: Path) -> Plan | None:
@@ -144,6 +160,6 @@ def check_reusable(folder: Path, plan: Plan) -> bool:
     if not folder.exists():
         return False
     found = exported_plan(folder)
-    if found is None or found.to_dict() != plan.to_dict():
+    if found is None or _shared(found).to_dict() != _shared(plan).to_dict():
         raise PlanError(f"{folder} holds another model; choose another folder or pass --overwrite")
     return True

@@ -97,7 +97,7 @@ def load_source(
         raise ModelError(f"{source} needs a package that is not installed: {error}") from error
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(
-            f"{source} is not a causal language model that transformers can load: {one_line(error)}"
+            f"{source} is not a causal language model that transformers can load: {one_line(error)}{_if_name_only(source)}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -129,11 +129,18 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
         return str(path.resolve()), {}
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{source} does not exist")
+            raise ModelError(f"{source} does not exist{_if_name_only(source)}")
         return str(path.resolve().parent), {"gguf_file": path.name}
     if path.exists():
         raise ModelError(f"{source} is neither a model folder nor a .gguf file")
     return str(source), {}
+
+
+def _if_name_only(source: str | Path) -> str:
+    """Returns the hint for what may be the name of a local model without its path."""
+    if Path(source).exists() or Path(source).name != str(source):
+        return ""
+    return "; of a local model a shared recipe has only the name; give its path as MODEL"
 
 
 def is_compressed(folder: Path) -> bool:

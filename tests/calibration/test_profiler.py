@@ -399,6 +399,16 @@ def test_a_killed_process_ends_with_the_same_bytes(
     assert first == second
 
 
+def test_files_that_a_shared_recipe_only_names(source: SourceModel, tmp_path: Path) -> None:
+    recipe = RECIPE.override(calibration__text="prose")
+    with pytest.raises(
+        DataError,
+        match="cannot read prose: no such file or folder; .* a shared recipe has only the name; give its path",
+    ):
+        profile(source, tmp_path / "p", recipe)
+    assert not (tmp_path / "p").exists()
+
+
 def of_old(source: SourceModel) -> SourceModel:
     """The model as the first version of moacompress knew it."""
     return replace(source, shape=replace(source.shape, weights_fingerprint=source.weights_like("0" * 16)))
@@ -481,7 +491,7 @@ def test_a_model_with_nan_is_one_clear_error(source: SourceModel, tmp_path: Path
         profile(source, tmp_path / "p", RECIPE)
 
 
-def test_lengths_that_can_not_be_profiled(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
+def test_lengths_that_cannot_be_profiled(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
     for lengths, message in (([128, 8192], "length 8,192 is beyond .* 4,096"), ([96, 512], "length 96 is too short")):
         with pytest.raises(DataError, match=message):
             profile(source, tmp_path / "p", RECIPE.override(calibration__lengths=lengths))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
 from moacompress.exporter import exporting
+from moacompress.exporter.card import model_card
 from moacompress.exporter.exporting import check_reusable, export, exported_plan, licence_files, save_dense
 from moacompress.models.source import load_source
 from moacompress.rules.plan import Plan
@@ -21,7 +22,7 @@ def plan(tiny_folder, random_plan):
     notes = {
         "budget": {"asked": ["40%"], "bytes": {"128": {"plan": 1, "dense": 2}}},
         "quality": {"measured_harm": {"plan": 0.01, "uniform": 0.2}, "samples": 4},
-        "provenance": {"source": str(tiny_folder), "recipe": {"seed": 0}},
+        "provenance": {"source": tiny_folder.name, "recipe": {"seed": 0}},
     }
     return random_plan(load_source(tiny_folder).shape, 3).with_notes(**notes)
 
@@ -95,6 +96,36 @@ def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp
     with pytest.raises(PlanError, match="another model: its layers is 3, the model's is 2"):
         export(other, plan, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_paths_in_an_older_plan_are_not_exported(tiny_folder, plan, tmp_path):
+    recipe = {
+        "model": str(tiny_folder),
+        "calibration": {"text": "/home/me/prose", "sources": [{"path": "/data/qa.jsonl"}]},
+    }
+    old = plan.with_notes(provenance={"source": str(tiny_folder), "recipe": recipe, "lengths": [128]})
+    out = export(tiny_folder, old, tmp_path / "model")
+    shared = {"model": "dense", "calibration": {"text": "prose", "sources": [{"path": "qa.jsonl"}]}}
+    assert exported_plan(out).provenance == {"source": "dense", "recipe": shared, "lengths": [128]}
+    assert json.loads((out / "recipe.json").read_text()) == shared
+    for name in ("config.json", "plan.json", "README.md", "recipe.json"):
+        text = (out / name).read_text()
+        assert not any(place in text for place in (str(tiny_folder), "/home/me", "/data")), name
+    assert check_reusable(out, old)
+
+
+@pytest.mark.parametrize(
+    ("source", "title", "base"),
+    [
+        ("org/model-1b", "# model-1b, compressed", "base_model: org/model-1b"),
+        ("dense", "# dense, compressed", None),
+        ("model.Q4_1.gguf", "# model.Q4_1.gguf, compressed", None),
+    ],
+)
+def test_the_card_names_the_model(source, title, base, plan):
+    card = model_card(plan.with_notes(provenance={"source": source}))
+    assert title in card
+    assert (base in card) if base else ("base_model" not in card)
 
 
 def test_a_plan_of_an_older_fingerprint_is_exported(tiny_folder, plan, tmp_path):

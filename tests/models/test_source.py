@@ -97,6 +97,13 @@ def test_not_a_model(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["dense", "model.gguf"])
+def test_a_name_from_a_recipe_that_was_shared(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="of a local model a shared recipe has only the name; give its path as MODEL$"):
+        load_source(name)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
 def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"

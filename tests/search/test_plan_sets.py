@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
 
 
 def test_the_front_of_harm_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=12)
+    profile = replace(profiles(trials=12), source="/home/me/models/dense")
     out = tmp_path / "plan.json"
     found = find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
     shares = [max(result.plan.kv_share(n) for n in profile.lengths) for result in found]
@@ -82,6 +83,7 @@ def test_the_front_of_harm_and_bytes(fake: Any, profiles: Profiles, tmp_path: Pa
     assert 0.1 < shares[0] <= 0.22
     assert 0.4 < shares[-1] <= 0.6
     assert [Plan.load(tmp_path / f"plan-front-{i + 1}.json") for i in range(len(found))] == [r.plan for r in found]
+    assert {(r.plan.provenance["source"], r.plan.provenance["recipe"]["model"]) for r in found} == {("dense", "dense")}
     assert len(json.loads((tmp_path / "plan.front.json").read_text())["points"]) == len(found)
     calls = len(fake.calls)
     again = find_front(profile, ["22%", "60%"], recipe=profile.recipe, out=out, model=model(profile))
