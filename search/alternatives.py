@@ -67,12 +67,12 @@ def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str
         plan.save(folder / f"{family}.json")
 
 
-def measure_alternatives(request: SearchRequest, judge: HarmMeter, progress: Progress) -> dict[str, Alternative]:
+def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Progress) -> dict[str, Alternative]:
     """Returns the best candidate of every family that has one within the request's limits.
 
     Args:
         request: what is searched for.
-        judge: measures.
+        meter: measures.
         progress: told of every measurement.
     """
     profile = request.profile
@@ -89,14 +89,14 @@ def measure_alternatives(request: SearchRequest, judge: HarmMeter, progress: Pro
     progress.start("measuring alternatives", len(field))
     found = {}
     for family, plans in field.items():
-        screened = [judge.harms("screening", plan, judge.order[:SCREENED]) for plan in plans]
+        screened = [meter.harms("screening", plan, meter.order[:SCREENED]) for plan in plans]
         means = [float(np.mean(harms)) for harms in screened]
         ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
         best: Alternative | None = None
         for index in ranked:
             if means[index] > CLOSE * means[ranked[0]]:
                 continue
-            rest = judge.harms("finalist", plans[index], judge.order[SCREENED:])
+            rest = meter.harms("finalist", plans[index], meter.order[SCREENED:])
             harm = float(np.mean([*screened[index], *rest]))
             if best is None or harm < best.harm:
                 best = Alternative(plans[index], harm)

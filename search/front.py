@@ -89,8 +89,8 @@ def find_front(
         )
         source = load_for(recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        judge = HarmMeter.of(ledger, Objective(source.model, profile.validation), recipe.seed)
-        surrogate = judge.calibrated(request, progress)
+        meter = HarmMeter.of(ledger, Objective(source.model, profile.validation), recipe.seed)
+        surrogate = meter.calibrated(request, progress)
         knapsack = Knapsack.of(request)
         progress.start("searching the front", recipe.search.trials)
         for _ in ledger.finished()[: recipe.search.trials]:
@@ -105,7 +105,7 @@ def find_front(
             here = replace(knapsack, limits=slot_limits(limits, profile.shape))
             choice = request.choice(surrogate, here, {name: at for name, at in trial.params.items() if name != SHARE})
             plan = chosen_plan(profile, choice)
-            harm = float(np.mean(judge.harms("front", plan, judge.order)))
+            harm = float(np.mean(meter.harms("front", plan, meter.order)))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             ledger.tell(trial, [harm, kept], plan=pack(plan))
             progress.step(f"{kept:.1%} of the bytes: {harm:.3g} nats")

@@ -1,4 +1,4 @@
-"""The judge of a search: the real model on validation samples, and a ledger, so that nothing is measured twice."""
+"""The harm meter: the real model on validation samples, and a ledger, so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HarmMeter:
 
     @staticmethod
     def of(ledger: Ledger, measure: Measure, seed: int) -> HarmMeter:
-        """Returns the judge whose samples are shuffled by a seed."""
+        """Returns the meter whose samples are shuffled by a seed."""
         return HarmMeter(ledger, measure, np.random.default_rng(seed).permutation(measure.size).tolist())
 
     def harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
@@ -75,7 +75,7 @@ class HarmMeter:
             number: of the sample.
             plans: quick are those that differ from `base` in late layers only.
             base: a plan.
-            measure: the model on other samples than the judge's own.
+            measure: the model on other samples than the meter's own.
         """
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
         known = self.ledger.recall(name)

@@ -239,22 +239,22 @@ class Search:
         started: float,
     ) -> None:
         self.request, self.ledger, self.round_ledger = request, ledger, round_ledger
-        self.judge = HarmMeter.of(ledger, measure, request.recipe.seed)
+        self.meter = HarmMeter.of(ledger, measure, request.recipe.seed)
         self.around, self.trainer = around, trainer
         self.out, self.progress, self.started = out, progress, started
         self.knapsack = Knapsack.of(request)
         self.surrogate = request.surrogate
         self.alternatives: dict[str, Alternative] = {}
-        self.trials = Trials(ledger, measure, self.judge.order, self._plan)
+        self.trials = Trials(ledger, measure, self.meter.order, self._plan)
         self.stages: list[Stage] = []
         self.explanation: dict[str, Any] = {}
         self.stopped = False
 
     def run(self) -> Plan:
         """Measures what is missing and returns the better of the best plan found and the best alternative."""
-        self.surrogate = self.judge.calibrated(self.request, self.progress)
+        self.surrogate = self.meter.calibrated(self.request, self.progress)
         if self.request.recipe.search.alternatives:
-            self.alternatives = measure_alternatives(self.request, self.judge, self.progress)
+            self.alternatives = measure_alternatives(self.request, self.meter, self.progress)
         tried = self._study()
         best, least, first = (_standing(self.request, of) for of in (best_trial(tried), least_trial(tried), tried[0]))
         self.stages += [Stage.of("surrogate", first.plan, first.harms, 0.0, True)]
@@ -347,7 +347,7 @@ class Search:
             return chosen_plan(profile, moved(self.knapsack, forms(knobs["relative"]), knobs, choice))
 
         known = {best.plan.key(): best.harms}
-        trials = Trials(self.round_ledger(best.plan), self.judge.measure, self.judge.order, plan_of, known)
+        trials = Trials(self.round_ledger(best.plan), self.meter.measure, self.meter.order, plan_of, known)
         around = self._run_trials(
             f"round {number}",
             trials,
@@ -363,7 +363,7 @@ class Search:
         self.stages.append(Stage.of(name, plan, harms, found.value, won.index > 0))
         if not won.index:
             return None
-        self.judge.keep("improved", plan, harms)
+        self.meter.keep("improved", plan, harms)
         return found
 
     def _moves(self, tried: Sequence[Tried], best: Standing, change: Floats) -> Standing:
@@ -378,7 +378,7 @@ class Search:
         self.progress.start("measuring moves", self.trainer.size)
         harms = []
         for number in range(self.trainer.size):
-            harms.append(self.judge.many("moves", number, plans, best.plan, self.trainer))
+            harms.append(self.meter.many("moves", number, plans, best.plan, self.trainer))
             self.progress.step()
         self.progress.done()
         ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
@@ -409,7 +409,7 @@ class Search:
         return found if kept else best
 
     def _measured(self, stage: str, plan: Plan, tried: Sequence[Tried]) -> Standing:
-        harms = self.judge.harms("improved", plan, self.judge.order)
+        harms = self.meter.harms("improved", plan, self.meter.order)
         return Standing(plan, harms, log_ratio(harms, tried[0].harms), stage)
 
     def _plan(self, knobs: dict[str, Any]) -> Plan:
@@ -424,7 +424,7 @@ class Search:
             plan = Plan.load(self.out)
         except PlanError:  # something else, which is to be replaced
             return None
-        harms = self.judge.known("improved", plan)
+        harms = self.meter.known("improved", plan)
         if harms is None or plan.provenance.get("search") != self.request.key:
             return None
         bare = Plan(plan.model, plan.min_window, plan.rules)
@@ -471,7 +471,7 @@ class Search:
                 "predicted_harm": self.surrogate.predicted(plan),
                 "measured_harm": harm,
                 "baselines": baselines,
-                "samples": self.judge.measure.size,
+                "samples": self.meter.measure.size,
             },
             provenance={
                 "source": shared_name(profile.source),

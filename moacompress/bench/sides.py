@@ -38,13 +38,13 @@ def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel
     """
     dense = detach(model).requires_grad_(False)
     return {
-        "plan": attach(_twin(dense), plan),
-        "full_span": attach(_twin(dense), Plan.full(plan.model)),
+        "plan": attach(_same_weights(dense), plan),
+        "full_span": attach(_same_weights(dense), Plan.full(plan.model)),
         "dense": dense,
     }
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a copy of a model that has the very same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)

@@ -39,14 +39,14 @@ def find_equal_rows(lengths: Ints, ids: Ids, key: torch.Tensor, value: torch.Ten
         )
 
     last = key[:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
-    twins = np.arange(rows)
+    equals = np.arange(rows)
     for members in np.split(*_sorted_groups(np.unique(last, axis=0, return_inverse=True)[1].reshape(-1))):
         for at, row in enumerate(members):
             for other in members[:at]:
-                if twins[other] == other and same(row, other):
-                    twins[row] = other
+                if equals[other] == other and same(row, other):
+                    equals[row] = other
                     break
-    return twins if bool((twins != np.arange(rows)).any()) else None
+    return equals if bool((equals != np.arange(rows)).any()) else None
 
 
 def _sorted_groups(numbers: Ints) -> tuple[Ints, Ints]:

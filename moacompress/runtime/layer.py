@@ -243,11 +243,11 @@ class PlanCacheLayer(CacheLayerMixin):
             chunk: which of its tokens are real.
         """
         key, value = self.take_pending()
-        twins = find_equal_rows(self.lengths, self._table.ids, key, value, chunk)
-        if twins is None:
+        equals = find_equal_rows(self.lengths, self._table.ids, key, value, chunk)
+        if equals is None:
             self._commit(key, value, chunk)
         else:
-            unique, inverse = np.unique(twins, return_inverse=True)
+            unique, inverse = np.unique(equals, return_inverse=True)
             at = torch.from_numpy(unique).to(key.device)
             self.select(unique)
             self._commit(key[at], value[at], chunk.of_rows(unique))
