@@ -172,8 +172,7 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
     _sweep(folder)
     found = _same_request(folder, head, overwrite)
     if found is None:
-        # the head is not removed but replaced: without one, the folder would be that of somebody else
-        remove(path for path in of_profile(folder) if path != folder / HEAD_FILE)
+        _remove_all_but_the_head(folder)
         found = head
     else:
         recipe = _with_recorded(head.recipe, found.recipe)
@@ -183,6 +182,31 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
         found = replace(wanted, complete=found.complete and wanted.array_shapes == found.array_shapes)
     found.write(folder)
     return found
+
+
+def clear(folder: Path) -> None:
+    """Removes the profile from a folder that this process owns, and the folder's other files are left alone.
+
+    Where there are some, the head of a profile stays that has just begun: the folder is known by it.
+
+    Raises:
+        ArtefactError: something cannot be removed, or written.
+    """
+    _remove_all_but_the_head(folder)
+    head = folder / HEAD_FILE
+    if set(folder.iterdir()) <= {head, owner_of_folder(folder)}:
+        remove([head])
+        return
+    try:
+        found = Manifest.read(folder)
+    except ArtefactError:  # it is repaired when a profile is made
+        return
+    Manifest(found.source, found.shape, found.rules, found.recipe, found.request, found.around).write(folder)
+
+
+def _remove_all_but_the_head(folder: Path) -> None:
+    """Removes a profile's files but for the one without which the folder would be that of somebody else."""
+    remove([path for path in of_profile(folder) if path != folder / HEAD_FILE])
 
 
 def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:

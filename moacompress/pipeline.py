@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from moacompress.core.artefact_names import (
+    BENCH_FILE,
+    DEMO_FILE,
+    EVALUATION_FILE,
+    HEAD_FILE,
+    MODEL_FOLDER,
+    PLAN_FILE,
+    PROFILE_FOLDER,
+    RECIPE_FILE,
+    SECONDS_FILE,
+    SUMMARY_FILE,
+    of_compress,
+    of_demo,
+)
 from moacompress.core.errors import ArtefactError, RecipeError
-from moacompress.core.files import read_json, write_json
+from moacompress.core.files import read_json, remove, sweep_files, sweep_folders, write_json
+from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
-from moacompress.exporter.exporting import check_reusable, export
+from moacompress.exporter.exporting import check_reusable, export, exported_plan
+from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
@@ -21,18 +38,6 @@ if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
 
 Result = TypeVar("Result")
-ARTEFACTS = (
-    "profile",
-    "plan.json",
-    "plan.study.journal",
-    "plan.rounds",
-    "plan.explain.json",
-    "model",
-    "eval.json",
-    "eval.scores.jsonl",
-    "summary.json",
-)
-"""What a run leaves in its folder, besides `recipe.json` and `seconds.json`."""
 
 
 def compress(
@@ -43,7 +48,7 @@ def compress(
     Args:
         recipe: names the model and the budget; the rest has defaults.
         out: the folder to fill with `profile/ plan.json model/ eval.json summary.json`.
-        overwrite: start anew where `out` holds another run.
+        overwrite: start anew: all that a run left in `out` is removed, and nothing else.
         progress: is told of the steps.
 
     Returns:
@@ -51,32 +56,45 @@ def compress(
 
     Raises:
         RecipeError: no model or no budget in the recipe.
+        ArtefactError: `out` holds another run, or another process is filling it.
+        MoaCompressError: from any of the steps.
+    """
+    if recipe.model is None:
+        raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
+    if not recipe.budget:
+        raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
+    out = Path(out)
+    with own_folder(out):
+        if overwrite:
+            clear_run(out, inputs_of(recipe))
+        return fill(recipe, out, progress or Progress())
+
+
+def fill(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+    """Does what `compress` does, in a folder that this process owns.
+
+    Raises:
         ArtefactError: `out` holds another run.
         MoaCompressError: from any of the steps.
     """
     from moacompress.evaluation.runner import evaluate
 
-    if recipe.model is None:
-        raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
-    if not recipe.budget:
-        raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
-    out, progress = Path(out), progress or Progress()
-    _claim(out, recipe, overwrite)
-    clock = _Clock(out / "seconds.json")
+    _claim(out, recipe)
+    clock = _Clock(out / SECONDS_FILE)
     found = _produce(recipe, out, clock, progress)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
     scores = clock.run(
         "eval",
         lambda: evaluate(
-            out / "model",
+            out / MODEL_FOLDER,
             tasks=evaluation.tasks,
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,
             text=recipe.calibration.text,
             seed=recipe.seed,
             device=recipe.device,
-            out=out / "eval.json",
+            out=out / EVALUATION_FILE,
             progress=progress,
         ),
     )
@@ -88,7 +106,7 @@ def compress(
         "kv_bytes": {
             "dense": plan.model.dense_kv_bytes(length),
             "planned": plan.kv_bytes(length),
-            "measured": measured_kv_bytes(out / "model", length, recipe.device),
+            "measured": measured_kv_bytes(out / MODEL_FOLDER, length, recipe.device),
         },
         "kv_share": plan.kv_share(length),
         "seconds": clock.seconds,
@@ -97,7 +115,7 @@ def compress(
         "measured_plans": found.measured_plans,
         "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
     }
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY_FILE, summary)
     return summary
 
 
@@ -109,15 +127,24 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> Se
 
     assert recipe.model is not None
     source = load_for(recipe, recipe.model)
-    profiled = clock.run("profile", lambda: profile(source, out / "profile", recipe, progress=progress))
-    plan_file = out / "plan.json"
+    profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
+    plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(
         "search",
         lambda: find_plan(profiled, recipe.budget, recipe=recipe, out=plan_file, model=source, progress=progress),
     )
-    if not check_reusable(out / "model", found.plan):
-        clock.run("export", lambda: export(source, found.plan, out / "model", progress=progress))
+    earlier = exported_plan(model)
+    stale = earlier is not None and _is_earlier(earlier, found.plan)
+    if stale:
+        remove([out / SUMMARY_FILE, out / EVALUATION_FILE])
+    if stale or not check_reusable(model, found.plan):
+        clock.run("export", lambda: export(source, found.plan, model, overwrite=stale, progress=progress))
     return found
+
+
+def _is_earlier(plan: Plan, other: Plan) -> bool:
+    """Whether a plan is another one of the same search, which its timeout stopped and which then went on."""
+    return plan.provenance.get("search") == other.provenance["search"] and plan.to_dict() != other.to_dict()
 
 
 def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
@@ -161,21 +188,82 @@ def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _claim(out: Path, recipe: Recipe, overwrite: bool) -> None:
+def inputs_of(recipe: Recipe) -> list[str]:
+    """Returns what a run reads, where these are files or folders."""
+    named = [recipe.model, recipe.calibration.text, *(source.path for source in recipe.calibration.sources)]
+    return [name for name in named if name and Path(name).exists()]
+
+
+def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Removes all that a run left in a folder that this process owns, and nothing else.
+
+    Args:
+        out: the folder.
+        inputs: what the next run reads.
+
+    Raises:
+        ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
+            process is at work on something in `out`.
+    """
+    from moacompress.calibration import manifest
+
+    profile = out / PROFILE_FOLDER
+    going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
+    for folder, is_ours in ((profile, _is_profile), (out / MODEL_FOLDER, is_compressed)):
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
+    for name in inputs:
+        for path in going:
+            if _is_within(name, path):
+                raise ArtefactError(f"{name} would be removed with {path}; choose another folder for the run")
+    with ExitStack() as owned:
+        for name in (PLAN_FILE, EVALUATION_FILE, BENCH_FILE):
+            owned.enter_context(own_file(out / name))
+        if profile.exists():
+            owned.enter_context(own_folder(profile))
+            manifest.clear(profile)
+        for path in going:
+            sweep_files(path)
+            sweep_folders(path)
+        remove([path for path in going if path.parent != profile])
+    with suppress(OSError):  # there are other files in it
+        profile.rmdir()
+
+
+def _is_profile(folder: Path) -> bool:
+    return (folder / HEAD_FILE).is_file()
+
+
+def _is_within(path: str | Path, folder: Path) -> bool:
+    real, around = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return around in (real, *real.parents)
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
     """Makes `out` this run's folder, or refuses."""
-    mark = out / "recipe.json"
+    mark = out / RECIPE_FILE
     wanted = recipe.resolved()
+    for name in (RECIPE_FILE, SECONDS_FILE, SUMMARY_FILE):
+        sweep_files(out / name)
+    sweep_folders(out / MODEL_FOLDER)
     if mark.exists() and read_json(mark, "recipe") == wanted:
         return
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        held = [name for name in (*ARTEFACTS, mark.name) if (out / name).exists()]
-        if held or not out.is_dir():
-            raise ArtefactError(f"{out} holds another run ({held[0]}); choose another folder or pass --overwrite")
-    if overwrite:
-        for name in (*ARTEFACTS, "seconds.json"):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    refuse_held(out, of_compress(out))
     write_json(mark, wanted)
+
+
+def refuse_held(out: Path, paths: Iterable[Path]) -> None:
+    """Refuses a folder that holds something of another run.
+
+    Raises:
+        ArtefactError: one of the paths is there. The head alone is no profile yet: `profile` says whether it may make one.
+    """
+    for path in paths:
+        if path.exists() and path.name != HEAD_FILE:
+            raise ArtefactError(
+                f"{out} holds another run ({path.relative_to(out)}); choose another folder or pass --overwrite"
+            )
 
 
 class _Clock:

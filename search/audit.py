@@ -22,6 +22,7 @@ from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import AUDIT_FILE, ledger_file, of_audit
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
+from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -130,7 +131,7 @@ def audit(
         InfeasibleBudgetError: no plan fits the budget.
         DataError: no samples.
         ModelError: another model than the profile's, or logits that are not finite.
-        ArtefactError: `out` is something else, or cannot be written.
+        ArtefactError: `out` is something else, cannot be written, or another process is at work on it.
     """
     profile.check_model(model, "audit")
     if samples is None:
@@ -145,12 +146,13 @@ def audit(
     check_counts(profile.shape, masking, count, plans)
     path = profile.path / AUDIT_FILE if out is None else Path(out)
     key = _key(request, samples, count, plans, seed)
-    found = _found(path, key, overwrite)
-    if found is None:
-        made = _run(request, model, samples, masking, count, plans, seed, path, progress or SILENT)
-        found = Audit(key, finite_json(made))
-        write_json(path, found.to_dict())
-    return found
+    with own_file(path):
+        found = _found(path, key, overwrite)
+        if found is None:
+            made = _run(request, model, samples, masking, count, plans, seed, path, progress or SILENT)
+            found = Audit(key, finite_json(made))
+            write_json(path, found.to_dict())
+        return found
 
 
 def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:

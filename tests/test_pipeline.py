@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 import yaml
 
 from moacompress import pipeline
-from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, RecipeError
+from moacompress.core.artefact_names import of_compress
+from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
+from moacompress.core.files import remove
+from moacompress.core.owners import own_file, own_folder
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.pipeline import compress, quality_table
@@ -152,7 +156,171 @@ def test_nothing_that_is_shared_names_a_place(how, recipe, tiny_folder, tmp_path
     assert places_in(shared, [tmp_path, work.name + "/", "models/", "texts/", Path.cwd(), Path.home()]) == []
 
 
-def test_another_recipe_is_refused_and_overwrite_starts_anew(finished, recipe, tmp_path):
+def test_everything_that_is_left_is_listed(finished):
+    """What a new step leaves is to be in `artefact_names`: else `--overwrite` would leave it."""
+    out, _ = finished
+    listed = of_compress(out)
+    for path in out.rglob("*"):
+        inside = path.is_relative_to(out / "profile") and path.is_dir()
+        assert inside or any(path.is_relative_to(one) for one in listed), path
+    assert {path.name for path in listed if not path.exists()} == {
+        "bench.json", "bench.cells.jsonl",  # of other verbs
+        "audit.json", "audit.html", "audit.ledger.jsonl", "plan.scouts",  # of other flags
+        "plan.study.journal.lock",  # of a killed run
+    }  # fmt: skip
+
+
+USERS = ("notes.txt", "plan-mine.json", "text/prose.txt", "dense/mine.txt", "profile/notes.txt", "models/model.txt")
+"""Files of the user's beside those of a run, and in folders of names that are a demo's."""
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same recipe", "another recipe"])
+def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finished, recipe, tmp_path, seed):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    ours = {path.relative_to(out) for path in out.rglob("*")}
+    before = (
+        "bench.json",
+        "bench.cells.jsonl",
+        "profile/audit.json",
+        "profile/samples/99.safetensors",
+        "model/x",
+        "plan.scouts/9",
+    )
+    for name in (
+        *before,
+        "plan.baselines/x",
+        "plan.rounds/x",
+        ".summary.json.abcdefgh.tmp",
+        ".model.abcdefgh.partial/x",
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("of before")
+    with ExitStack() as held:  # an open file keeps its inode from being given to another
+        files = [path for path in out.rglob("*") if path.is_file()]
+        inodes = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
+        for name in USERS:
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text("mine")
+        summary = compress(recipe.override(seed=seed), out, overwrite=True)
+        assert not inodes & {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert json.loads((out / "recipe.json").read_text())["seed"] == seed
+    assert all((out / name).read_text() == "mine" for name in USERS)
+    users = {Path(name) for name in USERS} | {Path(name).parent for name in USERS}
+    left = {path.relative_to(out) for path in out.rglob("*")} - users
+    if seed == 0:
+        assert left == ours - users
+    assert not [path for path in left if path.name in ("x", "9", "99.safetensors", ".model.abcdefgh.partial")]
+
+
+def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
+    """After every removal in turn: the same recipe can go on, and another is refused as before."""
+    steps = []
+    monkeypatch.setattr(pipeline, "fill", lambda recipe, out, progress: steps.append(pipeline._claim(out, recipe)))
+    count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
+    for stop in range(count):
+        out = tmp_path / str(stop)
+        shutil.copytree(finished[0], out)
+
+        def removing(paths, stop=stop):
+            remove(paths[:stop])
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "remove", removing)
+            with pytest.raises(KeyboardInterrupt):
+                compress(recipe.override(seed=1), out, overwrite=True)
+        assert not (out / "model").exists() or (out / "model" / "plan.json").exists()
+        with pytest.raises(ArtefactError, match="holds another run .* pass --overwrite"):
+            compress(recipe.override(seed=1), out)
+        compress(recipe, out)
+        compress(recipe.override(seed=1), out, overwrite=True)
+        assert [path.name for path in out.iterdir()] == ["recipe.json"]
+    assert len(steps) == 2 * count
+
+
+def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_folder, out / "model")
+    with pytest.raises(ArtefactError, match="model exists already and no run left it"):
+        compress(recipe, out, overwrite=True)
+    shutil.move(out / "model", tmp_path / "moved")
+    (out / "profile" / "samples").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match="profile exists already and no run left it"):
+        compress(recipe, out, overwrite=True)
+    assert (out / "profile" / "samples").exists()
+    whole = tmp_path / "whole"
+    shutil.copytree(finished[0], whole)
+    shutil.copytree(tiny_folder, whole / "dense")
+    (whole / "demo.json").write_text("{}")
+    (tmp_path / "link").symlink_to(whole / "dense")
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    for model in (whole / "dense", tmp_path / "link"):
+        with pytest.raises(ArtefactError, match="would be removed with .*dense; choose another folder for the run"):
+            compress(recipe.override(model=str(model)), whole, overwrite=True)
+    with pytest.raises(ArtefactError, match="would be removed with .*answers.jsonl"):
+        compress(recipe.override(calibration__text=str(whole / "profile" / "answers.jsonl")), whole, overwrite=True)
+    changed = [path for path, stamp in before.items() if path.is_file() and path.stat().st_mtime_ns != stamp]
+    assert changed == []
+
+
+def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path):
+    """A search that its timeout had stopped goes on in the next run, which is of the same recipe."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    plan = Plan.load(out / "plan.json")
+    plan.with_notes(provenance={**plan.provenance, "finished": False, "trials": 1}).save(out / "model" / "plan.json")
+    compress(recipe, out)
+    assert Plan.load(out / "model" / "plan.json") == plan
+    plan.with_notes(provenance={**plan.provenance, "search": "another"}).save(out / "model" / "plan.json")
+    with pytest.raises(PlanError, match="holds another model"):
+        compress(recipe, out)
+
+
+def test_a_second_run_is_refused_while_the_first_lives(finished, recipe, tmp_path):
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe.resolved()))
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(file), str(out)], **PIPES) as process:
+        try:
+            assert process.stdout.readline() == "at work\n"
+            for overwrite in (False, True):
+                with pytest.raises(ArtefactError, match=rf"out is in use: process {process.pid} on .* another folder"):
+                    compress(recipe, out, overwrite=overwrite)
+        finally:
+            process.kill()
+    compress(recipe, out)
+    assert [path for path in out.rglob("*") if path.suffix == ".owner"] == []
+    assert _comparable(out) == _comparable(finished[0])
+
+
+@pytest.mark.parametrize("name", ["profile/x", "plan.json", "eval.json", "bench.json"])
+def test_overwrite_is_refused_where_another_verb_is_at_work(finished, recipe, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    owned = own_folder(out / "profile") if "/" in name else own_file(out / name)
+    with owned, pytest.raises(ArtefactError, match=f"{Path(name).parts[0]} is in use"):
+        compress(recipe, out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished[0].iterdir()}
+
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+HOLDING = """
+import sys, torch, yaml
+from pathlib import Path
+from moacompress.pipeline import compress
+from moacompress.core.progress import Progress
+from moacompress.recipe import Recipe
+torch.set_num_threads(1)
+class Hold(Progress):
+    def start(self, what, total):
+        print("at work", flush=True)
+        sys.stdin.readline()
+compress(Recipe.load(Path(sys.argv[1])), sys.argv[2], progress=Hold())
+"""
+
+
+def test_another_recipe_is_refused(finished, recipe, tmp_path):
     out, _ = finished
     with pytest.raises(ArtefactError, match="holds another run"):
         compress(recipe.override(seed=1), out)

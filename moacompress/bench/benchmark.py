@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.memory import available_bytes
+from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.version import own_version
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
@@ -73,7 +75,7 @@ def run_bench(
         request: what to measure.
         out: where to write the result as JSON, atomically. Finished cells are kept beside it (`bench.cells.jsonl` for
             `bench.json`) and not measured again.
-        overwrite: replace a result of another configuration.
+        overwrite: start anew: the result at `out` and the cells beside it are removed.
         progress: told about every turn.
         clock: seconds.
 
@@ -83,7 +85,7 @@ def run_bench(
     Raises:
         UsageError: `target` is not compressed.
         DataError: a length beyond the model's context.
-        ArtefactError: `out` belongs to another configuration, or cannot be written.
+        ArtefactError: `out` belongs to another configuration, cannot be written, or another process is at work on it.
         PlanError, ModelError: the checkpoint is damaged.
         MoaCompressError: not enough memory.
     """
@@ -92,19 +94,21 @@ def run_bench(
     request = request.resolved(plan.model)
     machine = environment()
     configuration = {**request.configuration(plan, folder), **machine}
-    store = CellStore(Path(out) if out is not None else None, configuration, overwrite)
-    check_fits(request, plan, folder, _available(request.device))
-    bench = _Benchmark(folder, plan, request, store, progress or SILENT, clock)
-    runs = list(bench.rows())
-    report = {
-        "runs": runs,
-        "break_even": break_even(runs),
-        "configuration": store.configuration,
-        "environment": machine,
-    }
-    if out is not None:
-        write_json(Path(out), report)
-    return report
+    path = None if out is None else Path(out)
+    with nullcontext() if path is None else own_file(path):
+        store = CellStore(path, configuration, overwrite)
+        check_fits(request, plan, folder, _available(request.device))
+        bench = _Benchmark(folder, plan, request, store, progress or SILENT, clock)
+        runs = list(bench.rows())
+        report = {
+            "runs": runs,
+            "break_even": break_even(runs),
+            "configuration": store.configuration,
+            "environment": machine,
+        }
+        if path is not None:
+            write_json(path, report)
+        return report
 
 
 def environment() -> dict[str, Any]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import BENCH_FILE, cells_file, of_bench
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import append_line, canonical_json, finite_json, read_json, read_lines
+from moacompress.core.files import append_line, canonical_json, finite_json, read_json, read_lines, remove
 
 
 class CellStore:
@@ -21,7 +22,7 @@ class CellStore:
     Args:
         out: where the result will be written, or None: then nothing is kept on disk.
         configuration: what the times depend on, as JSON values.
-        overwrite: start anew where the files are of another configuration.
+        overwrite: start anew, whatever is there.
 
     Raises:
         ArtefactError: the result or the cells that are there are of another configuration, or cannot be read.
@@ -31,34 +32,33 @@ class CellStore:
         self.configuration: dict[str, Any] = json.loads(canonical_json(finite_json(dict(configuration))))
         self._path: Path | None = None
         self._cells: dict[str, dict[str, Any]] = {}
-        self._stale = False
+        self._stale: list[Path] = []
         if out is None:
             return
         if out.is_dir():
-            raise ArtefactError(f"{out} is a folder; name a file, such as {out / 'bench.json'}")
-        self._path = out.with_name(f"{out.stem}.cells.jsonl")
+            raise ArtefactError(f"{out} is a folder; name a file, such as {out / BENCH_FILE}")
+        self._path = cells_file(out)
+        if overwrite:
+            self._stale = of_bench(out)
+            return
         for path, found in ((out, _of_result(out)), (self._path, self._read())):
-            if found is None or found == self.configuration:
-                continue
-            if not overwrite:
+            if found is not None and found != self.configuration:
                 raise ArtefactError(
                     f"{path} is {_difference(found, self.configuration)}; choose another file or pass --overwrite"
                 )
-            self._stale = True
-        if self._stale:
-            self._cells = {}
 
     def begin(self) -> None:
         """Makes the file, once: a folder that cannot be written is found before the first minute of work.
+
+        What is there and is not to count any more goes now, when all that can be wrong with the request was found.
 
         Raises:
             ArtefactError: it cannot be written.
         """
         if self._path is None:
             return
-        if self._stale:
-            self._path.unlink(missing_ok=True)
-            self._stale = False
+        remove(self._stale)
+        self._stale = []
         if not self._path.exists():
             self._append({"configuration": self.configuration})
 

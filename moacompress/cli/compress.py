@@ -24,6 +24,7 @@ from moacompress.cli.options import (
     required_model,
     split_list,
 )
+from moacompress.core.artefact_names import MODEL_FOLDER
 
 
 @verb(
@@ -78,7 +79,7 @@ def compress(
         summary,
         [
             *summary_tables(summary),
-            f'Load it with AutoModelForCausalLM.from_pretrained("{out / "model"}")',
+            f'Load it with AutoModelForCausalLM.from_pretrained("{out / MODEL_FOLDER}")',
             f"Look inside with: moacompress inspect {out}",
         ],
     )

@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite
+from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import DataError
 
 MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
@@ -45,7 +46,7 @@ def demo(
         summary,
         [
             *summary_tables(summary),
-            f'Load it with AutoModelForCausalLM.from_pretrained("{out / "model"}")',
+            f'Load it with AutoModelForCausalLM.from_pretrained("{out / MODEL_FOLDER}")',
             f"Look inside with: moacompress inspect {out}",
         ],
     )

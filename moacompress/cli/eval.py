@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, say, verb
-from moacompress.cli.options import LengthsOption, Text, split_list
+from moacompress.cli.options import LengthsOption, Overwrite, Text, split_list
 from moacompress.core.errors import UsageError
 
 
@@ -61,6 +61,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run goes on from there."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> Output:
     """Measure a compressed model beside dense and others.
 
@@ -106,6 +107,7 @@ def evaluate(
         dtype=recipe.dtype,
         device=recipe.device,
         out=out,
+        overwrite=overwrite,
         progress=run.progress,
     )
     if csv is not None:

@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite, TrustRemoteCode
+from moacompress.core.artefact_names import MODEL_FOLDER
 
 
 @verb(
@@ -19,7 +20,9 @@ def export(
     run: VerbRun,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path("model"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path(
+        MODEL_FOLDER
+    ),
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:

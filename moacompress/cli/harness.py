@@ -27,6 +27,7 @@ from moacompress.recipe import Recipe
 P = ParamSpec("P")
 
 INTERRUPTED = "interrupted; what was written is kept, and the same command goes on from there"
+ANEW = INTERRUPTED + " without --overwrite, with which it starts anew"
 WIDTH = 100
 """Columns of the output when it does not go to a terminal."""
 QUIET_LIBRARIES = {
@@ -116,7 +117,8 @@ class Verb:
     def __call__(self, **arguments: Any) -> None:
         """Runs the verb, prints its result and raises `typer.Exit` unless all is well."""
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
-        output = _guarded(lambda run: self._work(run, **arguments), common)
+        interrupted = ANEW if arguments.get("overwrite") else INTERRUPTED
+        output = _guarded(lambda run: self._work(run, **arguments), common, interrupted)
         if common.as_json:
             print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
         else:
@@ -160,7 +162,7 @@ def _common_parameters() -> list[inspect.Parameter]:
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
-def _guarded(work: Callable[[VerbRun], Output], common: Common) -> Output:
+def _guarded(work: Callable[[VerbRun], Output], common: Common, interrupted: str) -> Output:
     """Runs a verb; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
     progress = Progress() if common.quiet else RichProgress(console)
@@ -170,7 +172,7 @@ def _guarded(work: Callable[[VerbRun], Output], common: Common) -> Output:
             return work(VerbRun(common, progress))
     except KeyboardInterrupt:
         progress.done()
-        say(INTERRUPTED)
+        say(interrupted)
         raise typer.Exit(130) from None
     except Exception as error:
         progress.done()

@@ -10,6 +10,7 @@ import typer
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import LengthsOption
+from moacompress.core.artefact_names import MODEL_FOLDER
 
 
 @verb(
@@ -32,6 +33,6 @@ def inspect(
 
     file = find_plan_file(path)
     plan = Plan.load(file)
-    weights = [folder for folder in (file.parent, file.parent / "model") if (folder / "config.json").is_file()]
+    weights = [folder for folder in (file.parent, file.parent / MODEL_FOLDER) if (folder / "config.json").is_file()]
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, weights[0] if weights else None)
     return Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])

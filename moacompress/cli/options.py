@@ -15,7 +15,7 @@ ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and belongs to another run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew: what an earlier run left there is removed.")]
 TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run modelling code of MODEL.")]
 Budgets = Annotated[
     list[str] | None,

@@ -24,6 +24,7 @@ from moacompress.cli.options import (
     read_sources,
     required_model,
 )
+from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ AUDIT_KEYS = ("audit", "audit_plans", "fisher_minus_moa", "chosen_minus_moa", "s
 def profile(
     run: VerbRun,
     model: ModelArgument = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path("profile"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path(
+        PROFILE_FOLDER
+    ),
     recipe: RecipeFile = None,
     lengths: LengthsOption = None,
     samples: Samples = None,

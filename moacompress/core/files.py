@@ -38,10 +38,11 @@ def digest_files(root: Path) -> str:
     """Returns a short SHA-256 (16 hex digits) of a file, or of a folder: of the names and the contents of its files.
 
     Raises:
-        DataError: one of them cannot be read.
+        DataError: it is not there, or one of the files cannot be read.
     """
     digest = hashlib.sha256()
     try:
+        root.stat()
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.is_file():
                 digest.update(str(path.relative_to(root)).encode())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.files import append_line, read_lines
+from moacompress.core.files import append_line, read_lines, remove
 
 Entry = dict[str, float]
 
@@ -36,6 +36,16 @@ class Records:
             parsed = _parse(line)
             if parsed is not None:
                 self._entries[parsed[0]] = parsed[1]
+
+    def clear(self) -> None:
+        """Forgets everything, on disk too.
+
+        Raises:
+            ArtefactError: the file cannot be removed.
+        """
+        self._entries = {}
+        if self._path is not None:
+            remove([self._path])
 
     def get(self, key: str) -> Entry | None:
         """Returns the numbers filed under `key`, or None."""

@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
-from moacompress.core.errors import DataError
-from moacompress.core.files import new_folder
+from moacompress.core.artefact_names import DEMO_FILE, DENSE_FOLDER, TEXT_FOLDER, of_compress, of_demo
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.files import digest_files, new_folder, read_json, sweep_files, write_json
+from moacompress.core.owners import own_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import save_dense
-from moacompress.pipeline import compress
+from moacompress.pipeline import clear_run, fill, refuse_held
 from moacompress.recipe import Recipe
 
 RECIPE = "smollm2-135m/demo.yaml"
@@ -33,19 +35,42 @@ def run_demo(
         out: the folder to fill, as `compress` does; also `dense/`, the source model as safetensors, and `text/`.
         model: the demo's model, a `.gguf` file or a folder.
         squad: SQuAD as JSON, whose articles are the prose haystack.
-        overwrite: start anew where `out` holds another run.
+        overwrite: start anew: all that a run left in `out` is removed, and nothing else.
         progress: is told of the steps.
+
+    Raises:
+        DataError: the model's or SQuAD's files cannot be read.
+        ArtefactError: `out` holds another run, or another process is filling it.
+        MoaCompressError: from any of the steps.
     """
-    out = Path(out)
-    dense, text = out / "dense", out / "text"
-    if not text.exists():
-        articles_to_text(squad, text)
-    if not dense.exists():
-        save_dense(model, dense)
-    data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
-    data["model"] = str(dense)
-    data.setdefault("calibration", {})["text"] = str(text)
-    return compress(Recipe.from_dict(data, f"recipe {RECIPE}"), out, overwrite=overwrite, progress=progress)
+    out, model, squad = Path(out), Path(model), Path(squad)
+    dense, text = out / DENSE_FOLDER, out / TEXT_FOLDER
+    with own_folder(out):
+        _claim(out, model, squad, overwrite)
+        if not text.exists():
+            articles_to_text(squad, text)
+        if not dense.exists():
+            save_dense(model, dense)
+        data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
+        data["model"] = str(dense)
+        data.setdefault("calibration", {})["text"] = str(text)
+        return fill(Recipe.from_dict(data, f"recipe {RECIPE}"), out, progress or Progress())
+
+
+def _claim(out: Path, model: Path, squad: Path, overwrite: bool) -> None:
+    """Makes `out` the folder of a demo of this model and these texts, or refuses."""
+    mark = out / DEMO_FILE
+    wanted = {"model": digest_files(model), "squad": digest_files(squad)}
+    sweep_files(mark)
+    if overwrite:
+        foreign = [path for path in of_demo(out) if path.exists() and not mark.exists()]
+        if foreign:
+            raise ArtefactError(f"{foreign[0]} exists already and no demo left it; choose another folder")
+        clear_run(out, (model, squad))
+    elif mark.exists() and read_json(mark, "demo") == wanted:
+        return
+    refuse_held(out, (*of_demo(out), *of_compress(out)))
+    write_json(mark, wanted)
 
 
 def articles_to_text(squad: str | Path, out: Path) -> None:

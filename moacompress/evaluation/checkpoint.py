@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import is_compressed
@@ -81,7 +82,7 @@ def compressed_folder(target: Path) -> Path:
     Raises:
         UsageError: there is none; says what `target` is instead.
     """
-    for folder in (target, target / "model"):
+    for folder in (target, target / MODEL_FOLDER):
         if (folder / "config.json").is_file():
             if is_compressed(folder):
                 return folder
@@ -112,7 +113,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
 
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / PLAN_FILE)
     weights_version(plan.model.weights_fingerprint)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:

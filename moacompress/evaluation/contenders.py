@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.rules.plan import Plan
@@ -144,7 +145,7 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
     needed = [name for name in names if name in NEED_PROFILE]
     if not needed:
         return None
-    beside = [folder / "profile" for folder in (checkpoint.folder, checkpoint.folder.parent)]
+    beside = [folder / PROFILE_FOLDER for folder in (checkpoint.folder, checkpoint.folder.parent)]
     path = Path(given) if given is not None else next((folder for folder in beside if folder.is_dir()), None)
     if path is None:
         raise UsageError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.errors import DataError, UsageError
-from moacompress.core.files import write_json
+from moacompress.core.artefact_names import EVALUATION_FILE, of_evaluation, scores_file
+from moacompress.core.errors import ArtefactError, DataError, UsageError
+from moacompress.core.files import read_json, remove, sweep_files, write_json
+from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.records import Records
 from moacompress.evaluation.cases import Case, mean_tokens
@@ -53,6 +56,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "cpu",
     out: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a compressed model on held-out prompts and text.
@@ -82,9 +86,11 @@ def evaluate(
         device: torch device.
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
             `eval.json`) and not computed again.
+        overwrite: start anew: what is at `out` and the scores beside it are removed.
         progress: told about every score.
 
     Returns:
+        `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
         `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
             are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
             `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
@@ -99,7 +105,8 @@ def evaluate(
         UsageError: `target` is not compressed, an unknown task or baseline, or no prompts.
         DataError: prompts cannot be made at a length, or what they are made of is missing.
         PlanError: the plan is damaged, or another folder or the profile has other weights.
-        ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written.
+        ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written, is not an evaluation of this
+            checkpoint, or is another process's at work.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
     from moacompress.runtime.linear import pack_where_it_fits
@@ -119,31 +126,44 @@ def evaluate(
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
     field = make_field(checkpoint, against, profile, every_candidate)
-    ledger = Records(Path(out).with_name(f"{Path(out).stem}.scores.jsonl") if out is not None else None)
-    bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
-    wanted = [(task, length) for task in names for length in sorted(set(lengths))]
-    progress.start("evaluating", sum(bench.check(task, length) for task, length in wanted))
-    results: list[ResultRow] = []
-    differences: list[ResultRow] = []
-    fields: list[list[Measured]] = []
-    for task, length in wanted:
-        if task == TEXT:
-            rows, paired = bench.text(task, length)
-        else:
-            cell, field_of_cell = bench.task(task, length)
-            fields.append(field_of_cell)
-            rows, paired = result_rows(cell, field_of_cell, seed), difference_rows(cell, field_of_cell, seed)
-        results += rows
-        differences += paired
-    progress.done()
-    report: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
-    if len(fields) > 1:
-        report["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, seed), strict=True))
-    if lm_eval:
-        report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
-    if out is not None:
-        write_json(Path(out), report)
-    return report
+    path = None if out is None else Path(out)
+    subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
+    with nullcontext() if path is None else own_file(path):
+        if path is not None:
+            _check_place(path, subject, overwrite)
+        ledger = Records(None if path is None else scores_file(path))
+        bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
+        wanted = [(task, length) for task in names for length in sorted(set(lengths))]
+        steps = sum(bench.check(task, length) for task, length in wanted)
+        if path is not None and overwrite:
+            ledger.clear()
+            remove(of_evaluation(path))
+        progress.start("evaluating", steps)
+        report: dict[str, Any] = {"checkpoint": subject, **bench.measured(wanted)}
+        progress.done()
+        if lm_eval:
+            report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
+        if path is not None:
+            write_json(path, report)
+        return report
+
+
+def _check_place(out: Path, subject: Mapping[str, str], overwrite: bool) -> None:
+    """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it."""
+    sweep_files(out)
+    if out.is_dir():
+        raise ArtefactError(f"{out} is a folder; name a file, such as {out / EVALUATION_FILE}")
+    if overwrite or not out.exists():
+        return
+    try:
+        found = read_json(out, "evaluation")
+        ours = "results" in found and found.get("checkpoint", subject) == subject
+    except (ArtefactError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise ArtefactError(
+            f"{out} exists already and is not an evaluation of this checkpoint; choose another file or pass --overwrite"
+        )
 
 
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
@@ -200,6 +220,26 @@ class _Evaluation:
         else:
             tokens = mean_tokens(self._cases(task, length, 1))
         return len(self.field.at(tokens)) * self.prompts
+
+    def measured(self, wanted: Iterable[tuple[str, int]]) -> dict[str, Any]:
+        """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""
+        results: list[ResultRow] = []
+        differences: list[ResultRow] = []
+        fields: list[list[Measured]] = []
+        for task, length in wanted:
+            if task == TEXT:
+                rows, paired = self.text(task, length)
+            else:
+                cell, field_of_cell = self.task(task, length)
+                fields.append(field_of_cell)
+                rows = result_rows(cell, field_of_cell, self.seed)
+                paired = difference_rows(cell, field_of_cell, self.seed)
+            results += rows
+            differences += paired
+        found: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
+        if len(fields) > 1:
+            found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, self.seed), strict=True))
+        return found
 
     def task(self, task: str, length: int) -> tuple[TaskCell, list[Measured]]:
         """Returns a task with prompts at a length, and the models on it, each by its best candidate."""

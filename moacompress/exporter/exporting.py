@@ -41,7 +41,7 @@ def export(
     Args:
         model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded).
         plan: a plan or its file.
-        out: the folder to make.
+        out: the folder to make. One that holds an export of this plan is left as it is.
         overwrite: replace an existing model; any other folder is left alone.
         trust_remote_code: run modelling code that comes with the model.
         progress: is told of the steps.
@@ -51,7 +51,7 @@ def export(
 
     Raises:
         PlanError: the plan is not for this model.
-        ArtefactError: `out` exists, or cannot be written; nothing is left half-written.
+        ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
     from moacompress.runtime import attach, detach
@@ -59,8 +59,9 @@ def export(
     progress = progress or Progress()
     out = Path(out)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if out.exists() and not overwrite:
-        raise ArtefactError(f"{out} exists already; choose another folder or pass --overwrite")
+    reused = not overwrite and out.exists()
+    if reused and not _is_export_of(out, plan):
+        raise ArtefactError(f"{out} exists already and is not of this plan; choose another folder or pass --overwrite")
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         # not even with --overwrite: a mistyped folder must not cost somebody's files
         raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
@@ -70,6 +71,9 @@ def export(
     else:
         source = load_source(model, dtype=plan.model.dtype, trust_remote_code=trust_remote_code)
     plan.check_model(source.shape, weights=source.weights_like)
+    if reused:
+        progress.done()
+        return out
     plan = _shared(plan)
     progress.step("model loaded")
     with new_folder(out, overwrite) as aside:
@@ -159,7 +163,11 @@ def check_reusable(folder: Path, plan: Plan) -> bool:
     """
     if not folder.exists():
         return False
-    found = exported_plan(folder)
-    if found is None or _shared(found).to_dict() != _shared(plan).to_dict():
+    if not _is_export_of(folder, plan):
         raise PlanError(f"{folder} holds another model; choose another folder or pass --overwrite")
     return True
+
+
+def _is_export_of(folder: Path, plan: Plan) -> bool:
+    found = exported_plan(folder)
+    return found is not None and _shared(found).to_dict() == _shared(plan).to_dict()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moacompress.bench.cell_store import CellStore
+from moacompress.core.artefact_names import of_bench
 from moacompress.core.errors import ArtefactError
 
 CONFIGURATION = {"lengths": (1024, 2048), "threads": 2}
@@ -49,6 +50,21 @@ def test_another_configuration_is_refused(out):
     assert CellStore(out, CONFIGURATION).get("decode") == {"a": 1}  # nothing is lost before it begins
     store.begin()
     assert begun(out, other).get("decode") is None
+
+
+def test_overwrite_measures_the_same_configuration_anew(out):
+    begun(out).add("decode", {"a": 1})
+    out.write_text("no JSON")
+    with out.open() as held:  # an open file keeps its inode from being given to another
+        store = CellStore(out, CONFIGURATION, overwrite=True)
+        assert store.get("decode") is None
+        assert {path.name for path in out.parent.iterdir()} == {path.name for path in of_bench(out)}
+        store.begin()  # only now is anything lost
+        assert not out.exists()
+        assert held.read() == "no JSON"
+    store.add("prefill", {})
+    again = begun(out)
+    assert (again.get("decode"), again.get("prefill")) == (None, {})
 
 
 def test_a_result_of_something_else_is_refused(out):

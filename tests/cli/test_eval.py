@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moacompress.cli import app
+from moacompress.core.artefact_names import of_evaluation
+from moacompress.core.owners import own_file
 
 RUNNER = CliRunner()
 SMALL = ("--lengths", "768", "--prompts", "2")
@@ -103,6 +105,38 @@ def test_files(place: Path, prose: Path, tmp_path: Path) -> None:
         assert [float(row[name]) for name in ("value", "low", "high")] == [result["value"], *result["ci95"]]
         assert (int(row["prompts"]), int(row["kv_bytes"])) == (result["prompts"], result["kv_bytes"])
     assert rows[-1]["kind"] == "difference"
+
+
+def test_overwrite_measures_anew(place: Path, tmp_path: Path) -> None:
+    out, scores = (tmp_path / name for name in ("eval.json", "eval.scores.jsonl"))
+    arguments = (place, "--against", "none", *SMALL, "-o", out)
+    first = measure(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in of_evaluation(out)}
+    lines = scores.read_text().splitlines()
+    scores.write_text("\n".join(lines).replace('"nll":', '"nll":1'))
+    changed = scores.read_text()
+    assert measure(*arguments) != first  # as it goes on from there
+    problem(*arguments, "--tasks", "key-value", "--lengths", "16", "--overwrite", exit_code=1)
+    assert scores.read_text() == changed  # a request that cannot be costs nothing
+    assert measure(*arguments, "--overwrite") == first
+    assert scores.read_text().splitlines() == lines
+
+
+def test_a_result_of_something_else_is_not_touched_without_overwrite(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    arguments = (place, "--against", "none", *SMALL, "-o", out)
+    first = measure(*arguments)
+    others = [{**first, "checkpoint": {**first["checkpoint"], "plan": "another"}}, {"rows": 1}, [], "results"]
+    for text in (*map(json.dumps, others), "no JSON"):
+        out.write_text(text)
+        message = problem(*arguments, exit_code=1)
+        assert "eval.json exists already and is not an evaluation of this checkpoint; " in message
+        assert "--overwrite" in message
+        assert out.read_text() == text
+    assert measure(*arguments, "--overwrite") == json.loads(out.read_text()) == first
+    assert "is a folder; name a file" in problem(*arguments[:-1], tmp_path, "--overwrite", exit_code=1)
+    with own_file(out):
+        assert "eval.json is in use" in problem(*arguments, exit_code=1)
 
 
 def test_text_is_measured_where_it_is_given(place: Path, prose: Path) -> None:

@@ -21,6 +21,7 @@ import moacompress
 from moacompress.cli import VERBS, app
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.harness import Common, Output, Verb, VerbRun, verb
+from moacompress.cli.options import Overwrite
 from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
@@ -143,6 +144,15 @@ def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
     assert (result.exit_code, result.stdout) == (130, "")
     assert (
         result.stderr == "moacompress: interrupted; what was written is kept, and the same command goes on from there\n"
+    )
+
+    def anew(run: VerbRun, overwrite: Overwrite = False) -> Output:
+        raise KeyboardInterrupt
+
+    assert call(anew).stderr == result.stderr
+    assert call(anew, "--overwrite").stderr == (
+        "moacompress: interrupted; what was written is kept, and the same command goes on from there without --overwrite, "
+        "with which it starts anew\n"
     )
 
 

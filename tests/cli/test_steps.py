@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.rules.plan import Plan
 
 RUNNER = CliRunner()
 
@@ -48,15 +49,23 @@ def test_inspect_agrees_with_the_search(place: Path) -> None:
 
 
 def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
-    before = {file: file.stat().st_mtime_ns for file in (place / "profile").rglob("*") if file.is_file()}
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
     small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
     run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *small)
-    assert {file: file.stat().st_mtime_ns for file in (place / "profile").rglob("*") if file.is_file()} == before
+    run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", "--trials", "2")
+    run("export", tiny_folder, place / "plan.json", "-o", place / "model")
+    assert {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()} == before
 
 
 def test_another_run_is_not_touched_without_overwrite(place: Path, tiny_folder: Path) -> None:
-    message = run("export", tiny_folder, place / "plan.json", "-o", place / "model", exit_code=1)
-    assert "exists already" in message
+    plan = Plan.load(place / "plan.json")
+    plan.with_notes(quality={}).save(place / "other.json")
+    message = run("export", tiny_folder, place / "other.json", "-o", place / "model", exit_code=1)
+    assert "exists already and is not of this plan" in message
+    message = run("eval", place / "model", "--lengths", "768", "--prompts", "2", "-o", place / "plan.json", exit_code=1)
+    assert "plan.json exists already and is not an evaluation of this checkpoint" in message
+    assert "--overwrite" in message
+    assert Plan.load(place / "plan.json") == plan
     message = run("profile", tiny_folder, "-o", place / "profile", "--lengths", "800", exit_code=1)
     assert "--overwrite" in message
     message = run("search", place / "profile", "--budget", "60%", "-o", place / "plan.json", exit_code=1)

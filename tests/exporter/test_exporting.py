@@ -67,16 +67,26 @@ def test_a_loaded_model_stays_dense(tiny_folder, plan, tmp_path):
     assert not hasattr(source.model.config, "quantization_config")
 
 
-def test_existing_folder_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):
+def test_another_model_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):
     target = tmp_path / "model"
     shutil.copytree(exported, target)
     (target / "extra.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match="exists already"):
-        export(tiny_folder, plan, target)
+    with pytest.raises(ArtefactError, match="exists already and is not of this plan; .*--overwrite"):
+        export(tiny_folder, plan.with_notes(budget={}), target)
     assert (target / "extra.txt").read_text() == "mine"
     export(tiny_folder, plan, target, overwrite=True)
     assert exported_plan(target) == plan
     assert not (target / "extra.txt").exists()
+
+
+def test_an_export_of_the_same_plan_is_left_as_it_is(exported, tiny_folder, tiny_model, tiny_tokenizer, plan, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
+    assert export(tiny_folder, plan, exported) == exported
+    assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(PlanError, match="other weights"):
+        export(tmp_path / "other", plan, exported)
 
 
 def test_overwrite_never_replaces_what_is_not_a_model(tiny_folder, plan, tmp_path):
