@@ -74,11 +74,29 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+def without_checkout(**settings: str) -> dict[str, str]:
+    """Returns the environment of a process that must not see the checkout, which PYTHONPATH may name."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
+
+
+def run_installed(script: str, installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script with what is installed in a folder, and without the checkout."""
+    command = [sys.executable, "-c", _INSTALLED + script, str(installed), str(ROOT)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=without_checkout())
+
+
+_INSTALLED = """
+import os, sys
+# an editable install may have put the checkout on the path
+sys.path = [sys.argv[1], *(path for path in sys.path if os.path.realpath(path) != os.path.realpath(sys.argv[2]))]
+"""
+
+
 def run_build(tree: Path, out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Builds with the packages of this environment; the kernels without optimisation, which is seconds instead of a minute."""
     command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(out), str(tree)]
-    settings = {**os.environ, "CXXFLAGS": "-O0", "MOACOMPRESS_REQUIRE_EXT": "", **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    settings = {"CXXFLAGS": "-O0", "MOACOMPRESS_REQUIRE_EXT": "", **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=without_checkout(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +142,8 @@ def test_the_wheel_registers_itself(wheel: Path) -> None:
 
 
 _IMPORT_ALL = """
-import importlib, json, pkgutil, sys
+import importlib, json, pkgutil
 from importlib import resources
-sys.path.insert(0, sys.argv[1])
 import moacompress
 assert moacompress.__file__.startswith(sys.argv[1]), moacompress.__file__
 names = [module.name for module in pkgutil.walk_packages(moacompress.__path__, "moacompress.")]
@@ -151,14 +168,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder that the wheel is installed into."""
     target = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True, env=without_checkout())
     return target
 
 
 def test_the_installed_wheel_imports_whole(installed: Path, tmp_path: Path, project: dict[str, Any]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _IMPORT_ALL, str(installed)], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    done = run_installed(_IMPORT_ALL, installed, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = yaml.safe_load(done.stdout.strip().splitlines()[-1])
     assert {*project["tool"]["setuptools"]["packages"]} - {"moacompress"} <= set(found["modules"])
@@ -166,8 +181,6 @@ def test_the_installed_wheel_imports_whole(installed: Path, tmp_path: Path, proj
 
 
 _RUN_KERNEL = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import torch
 from moacompress.kernels import dispatch
 x = torch.randn(1, 1, 40, 16)
@@ -180,8 +193,7 @@ print(dispatch.chosen().name)
 
 
 def test_the_installed_wheel_runs_its_kernels(installed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _RUN_KERNEL, str(installed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_installed(_RUN_KERNEL, installed, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["cpu" if COMPILER else "reference"]
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.store import Profile
 from moacompress.cli import app
+from moacompress.core.artefact_names import of_profile
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -56,6 +57,7 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     stored = json.loads((out / "audit.json").read_text())
     assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
     assert (out / "audit.html").is_file()
+    assert {path.name for path in out.iterdir()} == {path.name for path in of_profile(out)}
 
 
 def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
