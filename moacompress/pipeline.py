@@ -67,11 +67,17 @@ def compress(
     with own_folder(out):
         if overwrite:
             clear_run(out, inputs_of(recipe))
-        return fill(recipe, out, progress or Progress())
+        return fill(recipe, out, progress or Progress(), anew=overwrite)
 
 
-def fill(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> dict[str, Any]:
     """Does what `compress` does, in a folder that this process owns.
+
+    Args:
+        recipe: names the model and the budget.
+        out: the folder.
+        progress: is told of the steps.
+        anew: do not go on with a study either that is in the recipe's own storage.
 
     Raises:
         ArtefactError: `out` holds another run.
@@ -81,7 +87,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
 
     _claim(out, recipe)
     clock = _Clock(out / SECONDS_FILE)
-    found = _produce(recipe, out, clock, progress)
+    found = _produce(recipe, out, clock, progress, anew)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
     scores = clock.run(
@@ -119,7 +125,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> SearchResult:
+def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool) -> SearchResult:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
     from moacompress.runtime.ready_model import load_for
@@ -131,7 +137,9 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress) -> Se
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(
         "search",
-        lambda: find_plan(profiled, recipe.budget, recipe=recipe, out=plan_file, model=source, progress=progress),
+        lambda: find_plan(
+            profiled, recipe.budget, recipe=recipe, out=plan_file, overwrite=anew, model=source, progress=progress
+        ),
     )
     earlier = exported_plan(model)
     stale = earlier is not None and _is_earlier(earlier, found.plan)

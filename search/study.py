@@ -22,10 +22,16 @@ import numpy as np
 from moacompress.calibration.manifest import sweep_samples
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats, Ints
-from moacompress.core.artefact_names import explanation_file, of_search, rounds_folder, study_journal
+from moacompress.core.artefact_names import (
+    explanation_file,
+    of_search,
+    owners_of_studies,
+    rounds_folder,
+    study_journal,
+)
 from moacompress.core.errors import PlanError
 from moacompress.core.files import remove, sweep_files, sweep_folders, write_json
-from moacompress.core.owners import own_file
+from moacompress.core.owners import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -119,23 +125,25 @@ def find_plan(
     path = None if out is None else Path(out)
     with nullcontext() if path is None else own_file(path):
         if path is not None:
+            _sweep(path)
             plan = found_before(path, request.key, request.recipe.search.trials, overwrite)
             if plan is not None:
                 return SearchResult.of(plan, path, time.monotonic() - started)
-            _clear(path, overwrite)
+            if overwrite:
+                remove(of_search(path))
         plan, explanation = _searched(request, path, overwrite, model, progress or SILENT, started)
     return SearchResult.of(plan, path, time.monotonic() - started, explanation)
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    """Removes what killed searches left half-written at a plan and beside it, and everything if all is to begin anew."""
+def _sweep(out: Path) -> None:
+    """Removes what killed searches left half-written at a plan that this process owns, and beside it."""
+    for owner in owners_of_studies(study_journal(out)):
+        release_dead(owner)
     for path in of_search(out):
         sweep_files(path)
         sweep_folders(path)
     for folder in rounds_folder(out).glob("*"):
         sweep_samples(folder)
-    if overwrite:
-        remove(of_search(out))
 
 
 def _searched(

@@ -217,7 +217,9 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
 def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
     """After every removal in turn: the same recipe can go on, and another is refused as before."""
     steps = []
-    monkeypatch.setattr(pipeline, "fill", lambda recipe, out, progress: steps.append(pipeline._claim(out, recipe)))
+    monkeypatch.setattr(
+        pipeline, "fill", lambda recipe, out, progress, anew: steps.append(pipeline._claim(out, recipe))
+    )
     count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
     for stop in range(count):
         out = tmp_path / str(stop)
@@ -263,6 +265,21 @@ def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe
         compress(recipe.override(calibration__text=str(whole / "profile" / "answers.jsonl")), whole, overwrite=True)
     changed = [path for path, stamp in before.items() if path.is_file() and path.stat().st_mtime_ns != stamp]
     assert changed == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_overwrite_reaches_a_study_in_another_place(recipe, tmp_path, monkeypatch, overwrite):
+    asked = []
+
+    def find_plan(*arguments, **options):
+        asked.append(options["overwrite"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moacompress.calibration.profiler.profile", lambda *arguments, **options: None)
+    monkeypatch.setattr("moacompress.search.study.find_plan", find_plan)
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe.override(search__storage=str(tmp_path / "s.log")), tmp_path / "out", overwrite=overwrite)
+    assert asked == [overwrite]
 
 
 def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path):

@@ -1,9 +1,10 @@
 """Who works on a file or a folder: one process at a time. What a dead one left is taken over without a question.
 
-A process that works on something writes an owner file in the folder, or beside the file, and removes it when it is done. On one
-machine an owner is alive if its process is: the one that began when the file says, as the same process id is given again, and
-in the same boot. Of another machine, or of another container, nothing is known but when it was last heard of: an owner touches
-its file as long as it works. Owners of what is not in a file, such as a study in a database, are kept there (`Owner.to_dict`).
+A process that works on something writes an owner file in the folder, or beside the file, and removes it when it is done.
+Machines are told apart by their names. On one machine an owner is alive if its process is: the one that began when the file
+says, as the same process id is given again, and in the same boot. Of another machine, or of another container, nothing is
+known but when it was last heard of: an owner touches its file as long as it works. The owner of what is not in a file, such as
+a study in a database, is kept there (`Owner.to_dict`).
 
 The file is locked (flock) only while somebody reads and writes it, so that of two who come at once one is the owner. Where a
 file system has no such locks, both may be, if they come within the same millisecond.
