@@ -9,8 +9,8 @@ from typing import Any
 
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
-    HEAD_FILE,
     INFLUENCE_FILE,
+    MANIFEST_FILE,
     SAMPLES_FOLDER,
     TEMPORARY,
     VALIDATION_FILE,
@@ -84,7 +84,7 @@ class Manifest:
             "min_window": self.recipe.profile.min_window,
         }
         complete = data.pop("complete")
-        write_json(folder / HEAD_FILE, {"format": FORMAT, "version": VERSION, **data, "complete": complete})
+        write_json(folder / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, **data, "complete": complete})
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -93,10 +93,10 @@ class Manifest:
         Raises:
             ArtefactError: missing, of a newer version, or damaged.
         """
-        path = folder / HEAD_FILE
+        path = folder / MANIFEST_FILE
         if not path.exists():
             raise ArtefactError(
-                f"{folder} is not a profile: it has no {HEAD_FILE}; make one with `moacompress profile`"
+                f"{folder} is not a profile: it has no {MANIFEST_FILE}; make one with `moacompress profile`"
             )
         data = _json(path)
         try:
@@ -152,33 +152,33 @@ def request_fingerprint(
     )
 
 
-def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
+def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     """Makes the folder of a profile, or finds what an earlier run of the same request left there.
 
     This process is to be the owner of the folder.
 
     Args:
         folder: where the profile goes.
-        head: what is asked for.
+        manifest: what is asked for.
         overwrite: start anew: of what is in the folder, all that a profile has is removed.
 
     Returns:
-        The head on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
+        The manifest on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
         for statistics that the earlier one did not record.
 
     Raises:
         ArtefactError: the folder holds something else and `overwrite` is False, or cannot be written.
     """
     _sweep(folder)
-    found = _same_request(folder, head, overwrite)
+    found = _same_request(folder, manifest, overwrite)
     if found is None:
         _remove_all_but_the_head(folder)
-        found = head
+        found = manifest
     else:
-        recipe = _with_recorded(head.recipe, found.recipe)
-        if (found.recipe, found.source) == (recipe, head.source):
+        recipe = _with_recorded(manifest.recipe, found.recipe)
+        if (found.recipe, found.source) == (recipe, manifest.source):
             return found
-        wanted = replace(found, recipe=recipe, source=head.source)
+        wanted = replace(found, recipe=recipe, source=manifest.source)
         found = replace(wanted, complete=found.complete and wanted.array_shapes == found.array_shapes)
     found.write(folder)
     return found
@@ -187,15 +187,15 @@ def prepare(folder: Path, head: Manifest, overwrite: bool) -> Manifest:
 def clear(folder: Path) -> None:
     """Removes the profile from a folder that this process owns, and the folder's other files are left alone.
 
-    Where there are some, the head of a profile stays that has just begun: the folder is known by it.
+    Where there are some, the manifest of a profile stays that has just begun: the folder is known by it.
 
     Raises:
         ArtefactError: something cannot be removed, or written.
     """
     _remove_all_but_the_head(folder)
-    head = folder / HEAD_FILE
-    if set(folder.iterdir()) <= {head, owner_of_folder(folder)}:
-        remove([head])
+    manifest = folder / MANIFEST_FILE
+    if set(folder.iterdir()) <= {manifest, owner_of_folder(folder)}:
+        remove([manifest])
         return
     try:
         found = Manifest.read(folder)
@@ -206,7 +206,7 @@ def clear(folder: Path) -> None:
 
 def _remove_all_but_the_head(folder: Path) -> None:
     """Removes a profile's files but for the one without which the folder would be that of somebody else."""
-    remove([path for path in of_profile(folder) if path != folder / HEAD_FILE])
+    remove([path for path in of_profile(folder) if path != folder / MANIFEST_FILE])
 
 
 def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
@@ -219,13 +219,13 @@ def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
     )
 
 
-def _same_request(folder: Path, head: Manifest, overwrite: bool) -> Manifest | None:
-    """Returns the head to go on with; None if the folder is to be made empty."""
+def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest | None:
+    """Returns the manifest to go on with; None if the folder is to be made empty."""
     if not folder.exists():
         return None
     if folder.is_dir() and not set(folder.iterdir()) - {owner_of_folder(folder)}:
         return None
-    path = folder / HEAD_FILE
+    path = folder / MANIFEST_FILE
     if path.is_file():
         if overwrite:
             return None
@@ -236,14 +236,14 @@ def _same_request(folder: Path, head: Manifest, overwrite: bool) -> Manifest | N
             if _foreign(path):
                 raise
             _forget_samples(folder)
-            return replace(head, seconds=0.0)
-        if found.request == head.request:
+            return replace(manifest, seconds=0.0)
+        if found.request == manifest.request:
             return found
         if not any(folder.rglob("*.safetensors")):
             return None  # the other request failed before anything was saved
         raise ArtefactError(
             f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
-            f"one is {head.request}); choose another folder or pass --overwrite"
+            f"one is {manifest.request}); choose another folder or pass --overwrite"
         )
     # not even with --overwrite: a mistyped folder must not cost somebody's files
     raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
@@ -275,7 +275,7 @@ def _foreign(path: Path) -> bool:
 
 def _sweep(folder: Path) -> None:
     """Removes what a killed run was just writing aside."""
-    for name in (HEAD_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE):
+    for name in (MANIFEST_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE):
         sweep_files(folder / name)
     sweep_samples(folder)
 

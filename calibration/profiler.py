@@ -229,15 +229,15 @@ def profile(
     with own_folder(out):
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key)
-        head = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
-        if head.complete:
+        manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
+        if manifest.complete:
             try:
                 return Profile.load(out)
             except ArtefactError as error:
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
-        head, samples = _make_samples(out, source, head, progress)
-        statistics, head = _run_samples(out, source, head, samples, around, progress)
-        merge(out, head, samples, statistics)
+        manifest, samples = _make_samples(out, source, manifest, progress)
+        statistics, manifest = _run_samples(out, source, manifest, samples, around, progress)
+        merge(out, manifest, samples, statistics)
         return Profile.load(out)
 
 
@@ -293,30 +293,32 @@ def _digest(root: Path) -> str:
     return digest_files(root)
 
 
-def _make_samples(out: Path, source: SourceModel, head: Manifest, progress: Progress) -> tuple[Manifest, list[Sample]]:
+def _make_samples(
+    out: Path, source: SourceModel, manifest: Manifest, progress: Progress
+) -> tuple[Manifest, list[Sample]]:
     """Makes the samples, or reads those that are on disk already, and completes the fingerprints."""
-    calibration = _stored_or_built(out, "calibration", head.calibration_fingerprint, source, head, progress)
-    validation = _stored_or_built(out, "validation", head.validation_fingerprint, source, head, progress)
+    calibration = _stored_or_built(out, "calibration", manifest.calibration_fingerprint, source, manifest, progress)
+    validation = _stored_or_built(out, "validation", manifest.validation_fingerprint, source, manifest, progress)
     ids = fingerprint_ordered(calibration)
-    head = replace(
-        head,
-        fingerprint=hashlib.sha256(f"{head.request} {ids}".encode()).hexdigest()[:16],
+    manifest = replace(
+        manifest,
+        fingerprint=hashlib.sha256(f"{manifest.request} {ids}".encode()).hexdigest()[:16],
         calibration_fingerprint=fingerprint_samples(calibration),
         validation_fingerprint=fingerprint_samples(validation),
         complete=False,
     )
-    head.write(out)
-    missing = sorted(set(head.lengths) - {sample.length for sample in calibration})
+    manifest.write(out)
+    missing = sorted(set(manifest.lengths) - {sample.length for sample in calibration})
     if missing:
         raise DataError(
             f"no calibration sample has length {missing[0]:,}: {len(calibration)} samples are too few for "
-            f"{len(head.lengths)} lengths; raise calibration.samples"
+            f"{len(manifest.lengths)} lengths; raise calibration.samples"
         )
-    return head, calibration
+    return manifest, calibration
 
 
 def _stored_or_built(
-    out: Path, split: Split, expected: str, source: SourceModel, head: Manifest, progress: Progress
+    out: Path, split: Split, expected: str, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> list[Sample]:
     from moacompress.calibration.answer_store import AnswerStore
     from moacompress.calibration.sample_sources import build_samples
@@ -326,31 +328,36 @@ def _stored_or_built(
     if samples is None:
         samples = build_samples(
             source,
-            head.recipe,
+            manifest.recipe,
             split,
             progress,
-            AnswerStore(out / ANSWERS_FILE, head.shape.weights_fingerprint, head.shape.dtype),
+            AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, manifest.shape.dtype),
         )
         save_samples(path, samples)
     return samples
 
 
 def _run_samples(
-    out: Path, source: SourceModel, head: Manifest, samples: Sequence[Sample], around: Plan | None, progress: Progress
+    out: Path,
+    source: SourceModel,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    around: Plan | None,
+    progress: Progress,
 ) -> tuple[list[Statistics], Manifest]:
     """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
-    table = RuleTable.of(head.rules, head.recipe.profile.min_window, source.model.device)
+    table = RuleTable.of(manifest.rules, manifest.recipe.profile.min_window, source.model.device)
     done, skipped, seconds = [], [], 0.0
     progress.start("profiling", len(samples))
     for index, sample in enumerate(samples):
-        found = read_sample(out, index, head.fingerprint, head.array_shapes)
+        found = read_sample(out, index, manifest.fingerprint, manifest.array_shapes)
         if found is None:
             begin = time.perf_counter()
             statistics = sample_statistics(
-                source.model, source.shape, table, sample, head.recipe.profile, around, head.recipe.seed, index
+                source.model, source.shape, table, sample, manifest.recipe.profile, around, manifest.recipe.seed, index
             )
             found = statistics, time.perf_counter() - begin
-            write_sample(out, index, statistics, head.fingerprint, found[1])
+            write_sample(out, index, statistics, manifest.fingerprint, found[1])
         done.append(found[0])
         seconds += found[1]
         if not found[0].finite:
@@ -359,7 +366,7 @@ def _run_samples(
             _check_skipped(skipped, samples)
         progress.step(f"{sample.length} tokens")
     progress.done()
-    return done, replace(head, skipped=tuple(skipped), seconds=round(seconds, 3))
+    return done, replace(manifest, skipped=tuple(skipped), seconds=round(seconds, 3))
 
 
 def _check_skipped(skipped: list[int], samples: Sequence[Sample]) -> None:

@@ -14,7 +14,7 @@ from moacompress.core.artefact_names import (
     BENCH_FILE,
     DEMO_FILE,
     EVALUATION_FILE,
-    HEAD_FILE,
+    MANIFEST_FILE,
     MODEL_FOLDER,
     PLAN_FILE,
     PROFILE_FOLDER,
@@ -240,7 +240,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def _is_profile(folder: Path) -> bool:
-    return (folder / HEAD_FILE).is_file()
+    return (folder / MANIFEST_FILE).is_file()
 
 
 def _is_within(path: str | Path, folder: Path) -> bool:
@@ -268,7 +268,7 @@ def refuse_held(out: Path, paths: Iterable[Path]) -> None:
         ArtefactError: one of the paths is there. The head alone is no profile yet: `profile` says whether it may make one.
     """
     for path in paths:
-        if path.exists() and path.name != HEAD_FILE:
+        if path.exists() and path.name != MANIFEST_FILE:
             raise ArtefactError(
                 f"{out} holds another run ({path.relative_to(out)}); choose another folder or pass --overwrite"
             )

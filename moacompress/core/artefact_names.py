@@ -36,7 +36,7 @@ DEMO_FILE = "demo.json"
 DENSE_FOLDER = "dense"
 TEXT_FOLDER = "text"
 
-HEAD_FILE = "profile.json"
+MANIFEST_FILE = "profile.json"
 """What a profile is of; it lies in the profile's folder, as do the next six."""
 CALIBRATION_FILE = "calibration.safetensors"
 VALIDATION_FILE = "validation.safetensors"
@@ -176,7 +176,7 @@ def of_audit(audit: Path) -> list[Path]:
 
 def of_profile(folder: Path) -> list[Path]:
     """Returns all that `profile` leaves in its folder."""
-    samples = (INFLUENCE_FILE, SAMPLES_FOLDER, VALIDATION_FILE, CALIBRATION_FILE, ANSWERS_FILE, HEAD_FILE)
+    samples = (INFLUENCE_FILE, SAMPLES_FOLDER, VALIDATION_FILE, CALIBRATION_FILE, ANSWERS_FILE, MANIFEST_FILE)
     return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]
 
 

@@ -96,9 +96,8 @@ def load_source(
     except ImportError as error:
         raise ModelError(f"{source} needs a package that is not installed: {error}") from error
     except Exception as error:  # damaged files raise whatever their parsers raise
-        raise ModelError(
-            f"{source} is not a causal language model that transformers can load: {one_line(error)}{_if_name_only(source)}"
-        ) from error
+        reason = f"{one_line(error).rstrip('.')}{_if_name_only(source)}"
+        raise ModelError(f"{source} is not a causal language model that transformers can load: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
