@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.nonfinite import all_finite, attend_apart
 from moacompress.rules.windows import BLOCK, block_runs, segments
 
 TILE_ROWS = 128
@@ -51,7 +52,8 @@ def reference_decode(
 
     Returns:
         `(out, lse)`: `[rows, heads, value_dim]` of the query's dtype, and `[rows, heads]` in float32 at least, the log of the
-        softmax's denominator, the learned logit included. A row of length 0 has zeros and -inf.
+        softmax's denominator, the learned logit included. A row of length 0 has zeros and -inf. Both are NaN where a visible
+        score is NaN or inf, as torch's softmax is; a score of -inf has no weight, and where there is no other, `out` is NaN.
 
     Raises:
         UnsupportedError: a visible block is not in the table.
@@ -146,7 +148,9 @@ def reference_prefill(
                 first, sink_end, start = (torch.as_tensor(x) for x in segments(n, *rule))
                 visible = _visible(position, first, sink_end, start, n)
                 q = query[row].view(kv_heads, group, tokens, head_dim)[head, :, begin:end]
-                parts.append(_attend(q, k, v, visible, scaling, softcap, None if logits is None else logits[:, None]))
+                parts.append(
+                    _attend_tile(q, k, v, visible, scaling, softcap, None if logits is None else logits[:, None])
+                )
             outs.append(torch.cat([out for out, _ in reversed(parts)], 1))
             lses.append(torch.cat([lse for _, lse in reversed(parts)], 1))
     if not outs:
@@ -214,6 +218,30 @@ def _visible(
     return sinks | ((position >= start) & (position < n))
 
 
+def _attend_tile(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_attend` of `[group, rows, head_dim]` queries, of which each may see other keys, `[columns, head_dim]`."""
+    scores = (scaling, softcap, sink_logits)
+    if all_finite(query, keys, values):
+        return _attend(query, keys, values, visible, *scores)
+    out, lse = attend_apart(
+        lambda q, k, v: _attend(q, k, v, visible, *scores),
+        lambda q, k, v: _attend(q, k, v, visible.new_ones(1, k.shape[-2]), *scores),
+        query,
+        keys,
+        values,
+        lambda row: visible[row],
+    )
+    return out, lse
+
+
 def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -245,7 +273,9 @@ def _attend(
     else:
         peak = scores.new_full(scores.shape[:-1], torch.finfo(wide).min)
     if sink_logits is not None:
-        peak = torch.maximum(peak, sink_logits.detach().to(wide))
+        peak = torch.fmax(
+            peak, sink_logits.detach().to(wide)
+        )  # NaN is in the denominator of the rows that see anything
     weights = torch.exp(scores - peak[..., None])
     total = weights.sum(-1)
     if sink_logits is not None:

@@ -184,8 +184,8 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     )
     dlogits = None
     if sink_logits is not None:
-        share = torch.where(torch.isfinite(lse), torch.exp(sink_logits[:, None] - lse), 0)
-        dlogits = -(share * delta).sum((0, 2))
+        taken = torch.exp(sink_logits[:, None] - lse) * delta
+        dlogits = -torch.where(lse == float("-inf"), 0, taken).sum((0, 2))
     return dquery, dkey, dvalue, [], [], *[None] * 10, dlogits
 
 

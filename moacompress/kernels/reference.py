@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from moacompress.kernels.nonfinite import all_finite, attend_apart
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import segments, window
 
@@ -70,10 +71,23 @@ def attend(
     Returns:
         `[batch, kv_heads, group, rows, value_dim]`. Scores and softmax are in float32 at least.
     """
-    batch, kv_heads, group, rows, head_dim = query.shape
-    columns = keys.shape[2]
     if softcap is None and sink_logits is None and (visible is None or visible.ndim == 2):
         return _fused(query, keys, values, visible, scaling)
+    return _by_scores(query, keys, values, visible, scaling, softcap, sink_logits)
+
+
+def _by_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """`attend` by a softmax of all scores."""
+    batch, kv_heads, group, rows, head_dim = query.shape
+    columns = keys.shape[2]
     scores = torch.matmul(query.reshape(batch, kv_heads, group * rows, head_dim), keys.transpose(2, 3))
     scores = scores.view(batch, kv_heads, group, rows, columns)
     if scores.dtype in (torch.float16, torch.bfloat16):
@@ -82,7 +96,7 @@ def attend(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~visible, float("-inf"))
     if sink_logits is not None:
         column = sink_logits.to(scores.dtype)[None, :, :, None, None].expand(batch, -1, -1, rows, 1)
         scores = torch.cat((scores, column), -1)
@@ -132,8 +146,45 @@ def sparse_attention(
         sink_logits: see `attend`.
 
     Returns:
-        `[batch, kv_heads, group, rows, value_dim]`.
+        `[batch, kv_heads, group, rows, value_dim]`. Numbers that are not finite reach the rows that see them as they do in
+        torch's softmax, and no others.
     """
+
+    def together(query: torch.Tensor, keys: Keys) -> torch.Tensor:
+        return _in_tiles(query, keys, n, rule, min_window, native_window, scaling, softcap, sink_logits)
+
+    def sees(row: int) -> torch.Tensor:
+        length = positions.new_tensor([[n - query.shape[3] + row + 1]])
+        return visible_keys(length, positions, rule, min_window, native_window)[0]
+
+    out = together(query, keys)
+    # what is not finite shows in the output, or in gradients; or it makes zeros: torch's fused attention of scores of -inf
+    suspect = ~out.isfinite().all(-1) | ~out.any(-1)
+    if not (out.requires_grad or bool(suspect.any())) or all_finite(query, keys.keys, keys.values):
+        return out
+    positions = keys.positions()
+    return attend_apart(
+        lambda q, k, v: (together(q, Keys(k, v, keys.pieces)),),
+        lambda q, k, v: (_by_scores(q, k, v, None, scaling, softcap, sink_logits),),
+        query,
+        keys.keys,
+        keys.values,
+        sees,
+    )[0]
+
+
+def _in_tiles(
+    query: torch.Tensor,
+    keys: Keys,
+    n: int,
+    rule: Rule,
+    min_window: int,
+    native_window: int | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """`sparse_attention` of finite numbers."""
     batch, kv_heads, group, rows, _ = query.shape
     if _is_plain_causal(keys, n, rows, rule, native_window, softcap, sink_logits):
         flat = query.reshape(batch, kv_heads * group, rows, -1)

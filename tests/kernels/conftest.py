@@ -189,6 +189,67 @@ def close() -> Callable[..., None]:
     return compare
 
 
+def attend_by_definition(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by the definitions, with its log-sum-exp: a query is given what it sees, and zeros for the rest.
+
+    Args:
+        query: `[group, rows, head_dim]`.
+        keys: `[columns, head_dim]`.
+        values: `[columns, value_dim]`.
+        visible: bool `[rows, columns]`.
+        scaling: factor on the scores.
+        softcap: bound of the scores, 0 or None for none.
+        logits: learned logits, `[group]`, or None.
+    """
+    k, v = (torch.where(visible[..., None], t, 0) for t in (keys, values))
+    scores = torch.einsum("gtd,tnd->gtn", query, k).masked_fill(~visible, 0) * scaling
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if logits is not None:
+        scores = torch.cat((scores, logits[:, None, None].expand(*scores.shape[:2], 1)), -1)
+    out = torch.einsum("gtn,tnv->gtv", scores.softmax(-1)[..., : len(keys)], v)
+    # torch's logsumexp of an infinite score is infinite: here it is NaN as the softmax is
+    return out, scores.logsumexp(-1).masked_fill((scores == float("inf")).any(-1), NAN)
+
+
+@pytest.fixture
+def attended() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return attend_by_definition
+
+
+@pytest.fixture
+def unchanged_or_as() -> Callable[..., None]:
+    """Compares results of a case and of one that has another number somewhere with those in float64 of both.
+
+    What is the same to the bit in float64 must be so to the bit, all else must be as in float64. Without `bits`, a bound holds
+    for the first too.
+    """
+
+    def compare(found: Any, before: Any, exact: Any, exact_before: Any, tolerance: float, *, bits: bool = True) -> None:
+        for mine, mine_before, wanted, wanted_before in zip(found, before, exact, exact_before, strict=True):
+            same = (wanted == wanted_before) | (wanted.isnan() & wanted_before.isnan())
+            assert torch.equal(mine[same], mine_before[same]) or not bits
+            if bits:
+                mine, wanted = mine[~same], wanted[~same]
+            mine = mine.double()
+            assert torch.equal(mine.isnan(), wanted.isnan())
+            endless = wanted.isinf()
+            assert torch.equal(mine[endless], wanted[endless])
+            error = (mine - wanted)[wanted.isfinite()].abs()
+            assert error.numel() == 0 or error.max() < tolerance * (1 + wanted_before.nan_to_num(0, 0, 0).abs().max())
+
+    return compare
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
     """One thread, unless a test sets another number: the tensors are small, and the machine may be busy."""

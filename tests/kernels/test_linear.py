@@ -53,6 +53,20 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
         assert torch.equal(some, alone[:, 5:7])
 
 
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_nan_reaches_its_row_or_its_output_alone(name, dtype, isa):
+    isa(name)
+    for rows, inputs, outputs in ((1, 7, 5), (3, 64, 33), (11, 200, 18)):
+        x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+        before = torch.ops.moacompress_cpu.linear(x, weight, None)
+        x[rows // 2, inputs - 1] = weight[outputs // 2, 0] = float("nan")
+        found, spoilt = torch.ops.moacompress_cpu.linear(x, weight, None), torch.zeros(rows, outputs, dtype=torch.bool)
+        spoilt[rows // 2] = spoilt[:, outputs // 2] = True
+        assert torch.equal(found.isnan(), spoilt)
+        assert torch.equal(found[~spoilt], before[~spoilt])
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "message"),
     [

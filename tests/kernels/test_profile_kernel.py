@@ -28,6 +28,7 @@ from moacompress.kernels import cpu_ops, dispatch
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import Rule
+from moacompress.rules.windows import segments
 
 OPS = torch.ops.moacompress_cpu
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -177,6 +178,76 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
     only = OPS.profile_backward(*case.arguments(baselines=False))
     assert torch.equal(only[3], found[:2])
     assert all(torch.equal(a, b) for a, b in zip(only[:3], gradients, strict=True))
+
+
+def visible(table: RuleTable, rule: int, n: Tensor, tokens: int, native: int | None) -> Tensor:
+    """Returns what the queries n - 1 see under a rule, bool `[len(n), tokens]`."""
+    numbers = (table.sink[rule], table.alpha[rule], table.beta_q[rule], table.min_window)
+    first, sink_end, start = segments(n[:, None], *numbers, native)
+    at = torch.arange(tokens)
+    return ((at >= first) & (at < sink_end)) | ((at >= start) & (at < n[:, None]))
+
+
+def by_definition(case: Case, attended: Callable[..., tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns gradients; the sums of squares and totals of d; and where the baselines' are NaN, `[2, kv_heads, rules]`."""
+    case, spec = case.exact(), case.spec
+    kv_heads, tokens = case.key.shape[1:3]
+    n = case.grad[0].ne(0).any(-1).any(0).nonzero()[:, 0] + 1
+    query, key, value = leaves = [t[0].detach().requires_grad_() for t in (case.query, case.key, case.value)]
+    query, grad = (t.unflatten(0, (kv_heads, -1))[:, :, n - 1] for t in (query, case.grad[0]))
+    logits = None if case.sink_logit is None else case.sink_logit.view(kv_heads, -1)
+    own, outs = case.plan or RuleTable.of([Rule.FULL] * kv_heads, 1), []
+    sums, spoilt = torch.zeros(2, *case.sizes, dtype=torch.float64), torch.zeros(2, *case.sizes, dtype=torch.bool)
+    for head in range(kv_heads):
+        rest = (spec.scaling, spec.softcap, None if logits is None else logits[head])
+        sees = visible(own, head, n, tokens, spec.native_window)
+        outs.append(attended(query[head], key[head], value[head], sees, *rest)[0])
+        every = visible(RuleTable.of([Rule.FULL], 1), 0, n, tokens, spec.native_window)
+        dense, lse = attended(query[head], key[head], value[head], every, *rest)
+        pulled = (dense * grad[head]).sum(-1)
+        for rule in range(case.sizes[1]):
+            would = visible(case.table, rule, n, tokens, spec.native_window)
+            moved = attended(query[head], key[head], value[head], would, *rest)[0] - outs[-1]
+            hides = (would != every).any(-1)
+            spoilt[:, head, rule] = torch.stack([(t.isnan() & hides).any() for t in (pulled, lse)])
+            deltas = (moved * grad[head]).sum((0, 2)).detach().masked_fill((would == sees).all(-1), 0)
+            sums[:, head, rule] = torch.stack((deltas.square().sum(), deltas.sum()))
+    return list(torch.autograd.grad(outs, leaves, list(grad))), sums, spoilt
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("what", ["query", "key", "value", "grad"])
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+def test_nan_reaches_what_sees_it(
+    name: str,
+    dtype: torch.dtype,
+    what: str,
+    planned: bool,
+    isa: Callable[[str], None],
+    attended: Callable[..., tuple[Tensor, Tensor]],
+    unchanged_or_as: Callable[..., None],
+) -> None:
+    """Gradients of the rows and keys that it has a part in, and the sums of its KV head; no other bit changes."""
+    isa(name)
+    for seed in range(4):
+        rng = random.Random(seed)
+        sizes = {"n": rng.choice((20, 70, 90)), "dim": rng.choice((16, 33)), "group": rng.choice((1, 3))}
+        case, other = (build(seed, dtype, planned=planned, **sizes) for _ in range(2))
+        changed = getattr(other, what)
+        head, token = rng.randrange(changed.shape[1]), rng.choice(other.grad[0].ne(0).any(-1).any(0).nonzero()).item()
+        changed[0, head, token, rng.randrange(sizes["dim"])] = float("nan")
+        found, exact, baselines = [], [], []
+        for one in (other, case):
+            *gradients, sums, _ = OPS.profile_backward(*one.arguments())
+            wanted, wanted_sums, spoilt = by_definition(one, attended)
+            found.append([t[0] for t in gradients] + [sums[:2]])
+            exact.append([*wanted, wanted_sums])
+            assert torch.equal(sums[2:].isnan(), spoilt)
+            baselines.append(sums[2:])
+        unchanged_or_as(*found, *exact, TOLERANCE[dtype] * 4)
+        clean = ~baselines[0].isnan()
+        assert torch.equal(baselines[0][clean], baselines[1][clean])
 
 
 @pytest.mark.parametrize("name", cpu_ops.ISAS)

@@ -151,6 +151,42 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
         assert torch.equal(alone.step(), results[0][row : row + 1])
 
 
+@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+def test_nan_goes_through_and_spoils_no_other_row(name, dtype, isa):
+    """The row that has it, and what that row makes of its cache later on: by a whole layer, by its attention and by layers."""
+    isa(name)
+    for seed in (5, 6, 7):
+        results = []
+        for number in (float("nan"), 0.5):
+            case = build(seed, dtype, rows=4)
+            case.scores = (case.scores[0], 0.0, None)
+            case.x[2, 0, 0] = number
+            first = case.step()
+            case.x = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            layer = (case.weights[:3], case.biases, *case.rotary)
+            attention = case.cache.step_from(
+                lambda x, *rest, layer=layer: torch.ops.moacompress_cpu.step_hidden(x, *layer, *rest),
+                case.x,
+                scores=case.scores,
+            )
+            assert attention is not None
+            assert case.cache._pool is not None
+            case.cache._pool.grow(100)
+            case.cache._table.widen(20)
+            layers, caches = read(case)
+            both = dispatch.step_layers(case.x, case.rotary, caches, 0)
+            assert both[1:] == (2, 0)
+            results.append((first, attention, both[0]))
+            cpu_ops.forget_caches(caches)
+            cpu_ops.forget_layers(layers)
+        others = torch.tensor([0, 1, 3])
+        for mine, clean in zip(*results, strict=True):
+            assert mine[2].isnan().all()
+            assert not clean.isnan().any()
+            assert torch.equal(mine[others], clean[others])
+
+
 def test_bad_arguments_are_refused():
     case = build(8, torch.float32, rows=2)
     case.biases = []

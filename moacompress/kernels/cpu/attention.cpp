@@ -112,14 +112,14 @@ struct DecodeJob {
       char* out = static_cast<char*>(call.out) + at * shape.value_dim * int64_t(element_size(shape.dtype));
       float peak = -INFINITY, total = 0.f;
       for (int64_t c = begin; c < end; c++) peak = std::fmax(peak, partial[c * stride + g]);
-      if (begin < end && call.scores.sink_logits) {
-        peak = std::fmax(peak, call.scores.sink_logits[head]);
-        total = std::exp(call.scores.sink_logits[head] - peak);
-      }
+      const float* logit = begin < end && call.scores.sink_logits ? call.scores.sink_logits + head : nullptr;
+      if (logit) peak = std::fmax(peak, *logit);
+      const float base = peak == -INFINITY ? 0.f : peak;  // so that the weights of minus infinity are zero
+      if (logit) total = std::exp(*logit - base);
       float* mixed = partial + begin * stride + 2 * shape.group + g * shape.value_dim;
       for (int64_t c = begin; c < end; c++) {
         const float* part = partial + c * stride;
-        const float weight = std::exp(part[g] - peak);
+        const float weight = std::exp(part[g] - base);
         total += weight * part[shape.group + g];
         part += 2 * shape.group + g * shape.value_dim;
         for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] = c == begin ? weight * part[d] : mixed[d] + weight * part[d];

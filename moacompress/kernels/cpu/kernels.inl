@@ -11,14 +11,14 @@ namespace {
 
 constexpr int LANES = PANEL * W;
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float NOTHING = -1e30f;  // peak of a lane that has seen no key
+constexpr float NOTHING = -__FLT_MAX__;  // peak of a lane that has seen no key
 constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
 constexpr int CHUNK_STRIDE = CHUNK + 16;
 
-inline V exp2(V x) {  // relative error 2e-7; 0 below 2^-126
+inline V exp2(V x) {  // relative error 2e-7; 0 below 2^-126; NaN of NaN
   const V low = set1(-126.f);
-  const Mask normal = at_least(x, low);
-  x = min(max(x, low), set1(127.f));
+  const Mask normal = not_below(x, low);
+  x = min(set1(127.f), max(low, x));
   const V n = round(x), r = x - n;
   V y = set1(1.535336188319500e-4f);
   y = fma(y, r, set1(1.339887440266574e-3f));
@@ -31,7 +31,7 @@ inline V exp2(V x) {  // relative error 2e-7; 0 below 2^-126
 }
 
 inline V capped(V x, float scaling, float softcap) {  // softcap * tanh(x * scaling / softcap)
-  const V twice = min(x * set1(2.f * LOG2_E * scaling / softcap), set1(60.f));
+  const V twice = min(set1(60.f), x * set1(2.f * LOG2_E * scaling / softcap));
   const V e = exp2(twice);
   return set1(softcap) - set1(2.f * softcap) / (e + set1(1.f));
 }
@@ -216,18 +216,23 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
   }
   for (int64_t h = 0; h < c.group; h++) {
     float* row = scores + h * CHUNK_STRIDE;
-    for (int t = tokens; t < CHUNK_STRIDE; t++) row[t] = -__builtin_inff();
-    V peaks = set1(-__builtin_inff());
+    const auto hide_rest = [&] {  // of the last vector
+      for (int t = tokens; t % W; t++) row[t] = -__builtin_inff();
+    };
+    hide_rest();
+    V peaks = set1(-__builtin_inff());  // NaN is passed over: its weight will be NaN
     for (int t = 0; t < tokens; t += W) {
       V x = load(row + t);
-      x = c.softcap > 0 ? select(at_least(x, set1(-3e38f)), capped(x, c.scaling, c.softcap), x) : x * set1(c.scaling);
+      x = c.softcap > 0 ? capped(x, c.scaling, c.softcap) : x * set1(c.scaling);
       store(row + t, x);
-      peaks = max(peaks, x);
+      peaks = max(x, peaks);
     }
+    if (c.softcap > 0) hide_rest();  // the cap has made numbers of it, though none above the peak
     const float peak = largest(peaks);
+    const V base = set1(peak == -__builtin_inff() ? 0.f : peak);  // so that the weights of minus infinity are zero
     V totals = zero();
     for (int t = 0; t < tokens; t += W) {
-      const V p = exp2((load(row + t) - set1(peak)) * set1(LOG2_E));
+      const V p = exp2((load(row + t) - base) * set1(LOG2_E));
       store(row + t, p);
       totals = totals + p;
     }
@@ -362,14 +367,62 @@ size_t tile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim) {
   return size_t(2 * most * dims + 8 * most + 3 * TILE * LANES + 2 * TILE * dims + dims + 2 * W);
 }
 
+// What a lane does not see has a weight of zero, and zero times a number that is not finite is NaN. That shows in a tile's sums,
+// which are looked at once they are made. Then the tile is made again, with care: where some lanes do not see some rows, products are
+// made without such numbers (`tame`), which are then added for the lanes that see them (`add_wild`).
+template <class T, class Row> inline bool all_finite(const Row* const* rows, int64_t count, int64_t dim) {
+  V sums[4] = {zero(), zero(), zero(), zero()};  // of zero times every number
+  for (int64_t k = 0; k < count; k++) {
+    const T* row = (const T*)rows[k];
+    int64_t d = 0;
+    for (; d + 4 * W <= dim; d += 4 * W)
+      for (int i = 0; i < 4; i++) sums[i] = fma(load(row + d + i * W), zero(), sums[i]);
+    for (; d + W <= dim; d += W) sums[0] = fma(load(row + d), zero(), sums[0]);
+    if (d < dim) sums[0] = fma(load_part(row + d, int(dim - d)), zero(), sums[0]);
+  }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) == 0;
+}
+inline bool all_finite(const float* numbers, int64_t count) { return all_finite<float>(&numbers, 1, count); }
+// Copies rows to `store`, with zeros for numbers that are not finite.
+template <class T, class Row> void tame(const Row* const* rows, int64_t count, int64_t dim, float* store, const Row** to) {
+  T* copy = (T*)store;
+  for (int64_t k = 0; k < count; k++, copy += dim) {
+    for (int64_t d = 0; d < dim; d += W) {
+      const int n = int(smaller(dim - d, W));
+      const V x = load_part((const T*)rows[k] + d, n);
+      store_part(copy + d, select(at_least(x - x, zero()), x, zero()), n);
+    }
+    to[k] = (const Row*)copy;
+  }
+}
+// to[column][lane] += weight(k, v) * rows[k][column], for the numbers that are not finite and the lanes that see their rows.
+template <class T, int VECS, class Row, class Weight, class Sees>
+void add_wild(const Row* const* rows, int64_t count, int64_t dim, Weight weight, Sees sees, float* buffer, float* to) {
+  for (int64_t k = 0; k < count; k++) {
+    widen_row((const T*)rows[k], dim, buffer);
+    for (int64_t d = 0; d < dim; d++) {
+      if (buffer[d] - buffer[d] == 0) continue;
+      for (int v = 0; v < VECS; v++) {
+        float* at = to + d * LANES + v * W;
+        const V before = load(at);
+        store(at, select(sees(k, v), fma(weight(k, v), set1(buffer[d]), before), before));
+      }
+    }
+  }
+}
+
 // Bounds of what each lane sees, in columns of the tile: [a, b) and [c, d).
 struct Bounds {
   float *a, *b, *c, *d;
+  Bounds from(int64_t lane) const { return {a + lane, b + lane, c + lane, d + lane}; }
 };
 inline Mask seen(V column, V a, V b, V c, V d) {
   // x < b as b - 1 >= x: the bounds are whole numbers
   const V one = set1(1.f);
   return either(both(at_least(column, a), at_least(b - one, column)), both(at_least(column, c), at_least(d - one, column)));
+}
+inline Mask seen(V column, const Bounds& bounds, int v) {
+  return seen(column, load(bounds.a + v * W), load(bounds.b + v * W), load(bounds.c + v * W), load(bounds.d + v * W));
 }
 inline void set_bounds(const PrefillTile& t, int64_t lanes, const Bounds& to) {
   for (int64_t lane = 0; lane < lanes; lane++) {
@@ -399,9 +452,9 @@ inline void softmax_step(float* scores, int64_t count, int64_t begin, bool all, 
   for (int v = 0; v < VECS; v++) {
     float* at = scores + v * W;
     const V before = load(peak + v * W);
-    V now = before;
+    V now = before;  // NaN is passed over: its weight will be NaN
     if (all && softcap <= 0) {
-      for (int64_t j = 0; j < count; j++) now = max(now, load(at + j * LANES));
+      for (int64_t j = 0; j < count; j++) now = max(load(at + j * LANES), now);
     } else {
       const V a = load(bounds.a + v * W), b = load(bounds.b + v * W), c = load(bounds.c + v * W), d = load(bounds.d + v * W);
       for (int64_t j = 0; j < count; j++) {
@@ -409,7 +462,7 @@ inline void softmax_step(float* scores, int64_t count, int64_t begin, bool all, 
         if (softcap > 0) x = capped(x, scaling, softcap);
         if (!all) x = select(seen(set1(float(begin + j)), a, b, c, d), x, set1(-__builtin_inff()));
         store(at + j * LANES, x);
-        now = max(now, x);
+        now = max(x, now);
       }
     }
     V sum = zero();
@@ -472,6 +525,7 @@ template <class T> struct FloatTile {
     return count;
   }
   template <int VECS> static inline void weights(float*, int64_t) {}
+  static inline V weight(const float* at, int64_t key, int v) { return load(at + key * LANES + v * W); }
 };
 #ifdef MOACOMPRESS_BF16_DOT
 struct PairTile {
@@ -490,10 +544,14 @@ struct PairTile {
     return (count + 1) / 2;
   }
   template <int VECS> static inline void weights(float* at, int64_t count) { pair_weights<VECS>(at, count); }
+  static inline V weight(const float* at, int64_t key, int v) {
+    const __m512i cell = _mm512_loadu_si512(at + key / 2 * LANES + v * W);
+    return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
+  }
 };
 #endif
 
-template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* scratch) {
+template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* scratch, bool careful = false) {
   typedef typename Tile::Op Op;
   const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
   const int64_t depth = Tile::depth(t.head_dim);
@@ -505,7 +563,8 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   float* scores = total + 5 * all_lanes;
   float* key_store = scores + TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
-  float* buffer = value_store + TILE * t.value_dim;
+  float* tame_store = value_store + TILE * t.value_dim;
+  float* buffer = tame_store + TILE * t.value_dim;
 
   memset(query, 0, size_t(all_lanes * (depth + t.value_dim)) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++)
@@ -514,27 +573,34 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   for (int64_t lane = 0; lane < all_lanes; lane++) peak[lane] = NOTHING, total[lane] = 0.f;
   set_bounds(t, all_lanes, bounds);
 
-  const void *keys[TILE], *values[TILE];
+  const void *keys[TILE], *values[TILE], *tame_values[TILE];
   const char *key_rows[TILE], *value_rows[TILE];
   const int64_t columns = t.source.columns.count();
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int64_t count = smaller(TILE, columns - begin);
     if (!find_rows(t.source, begin, count, keys, values)) return false;
     Tile::keys(keys, count, t.head_dim, key_store, key_rows);
-    const int64_t cells = Tile::values(values, count, t.value_dim, value_store, value_rows);
     const bool all = all_seen(t, begin, begin + count);
+    const bool wild = careful && !all && !all_finite<T>(values, count, t.value_dim);
+    if (wild) tame<T>(values, count, t.value_dim, tame_store, tame_values);
+    const int64_t cells = Tile::values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
-      const Bounds here = {bounds.a + at, bounds.b + at, bounds.c + at, bounds.d + at};
+      const Bounds here = bounds.from(at);
       V factor[PANEL];
       MOACOMPRESS_VECTORS(lanes - at, ({
         dots<Op, VECS>(key_rows, count, depth, query + at * depth, scores);
         softmax_step<VECS>(scores, count, begin, all, here, t.scaling, t.softcap, peak + at, total + at, factor);
         Tile::template weights<VECS>(scores, count);
         mix<Op, VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
+        if (wild)
+          add_wild<T, VECS>(
+              values, count, t.value_dim, [&](int64_t k, int v) { return Tile::weight(scores, k, v); },
+              [&](int64_t k, int v) { return seen(set1(float(begin + k)), here, v); }, buffer, out + at * t.value_dim);
       }));
     }
   }
+  if (!careful && !all_finite(out, all_lanes * t.value_dim)) return prefill_with<T, Tile>(t, scratch, true);
   for (int64_t lane = 0; lane < lanes; lane++) {
     const int64_t head = lane / t.rows, row = lane % t.rows;
     float top = peak[lane] * (t.softcap > 0 ? 1.f : t.scaling), sum = total[lane], factor = 1.f;
@@ -570,7 +636,7 @@ inline void weigh(V& score, V& grad, Mask visible, V lse, V delta, float scaling
   grad = select(visible, score * (grad - delta) * slope, zero());
 }
 
-template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch) {
+template <class T> bool backward_query_with(const PrefillTile& t, float* scratch, bool careful) {
   const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
   float* query = scratch;
   float* dout = query + all_lanes * t.head_dim;
@@ -582,7 +648,8 @@ template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch
   float* grads = scores + TILE * LANES;
   float* key_store = grads + TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
-  float* buffer = value_store + TILE * t.value_dim;
+  float* tame_store = value_store + TILE * t.value_dim;
+  float* buffer = tame_store + TILE * t.head_dim;
 
   memset(query, 0, size_t(all_lanes * (2 * t.head_dim + t.value_dim + 2)) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++) {
@@ -595,15 +662,18 @@ template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch
   set_bounds(t, all_lanes, bounds);
 
   const void *keys[TILE], *values[TILE];
-  const char *key_rows[TILE], *value_rows[TILE];
+  const char *key_rows[TILE], *value_rows[TILE], *tame_rows[TILE];
   const int64_t columns = t.source.columns.count();
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int64_t count = smaller(TILE, columns - begin);
     if (!find_rows(t.source, begin, count, keys, values)) return false;
     as_floats(keys, count, t.head_dim, key_store, (const T*)nullptr, key_rows);
     as_floats(values, count, t.value_dim, value_store, (const T*)nullptr, value_rows);
+    const bool wild = careful && !all_seen(t, begin, begin + count) && !all_finite<float>(key_rows, count, t.head_dim);
+    if (wild) tame<float>(key_rows, count, t.head_dim, tame_store, tame_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
+      const Bounds here = bounds.from(at);
       dots<Float32, PANEL>(key_rows, count, t.head_dim, query + at * t.head_dim, scores);
       dots<Float32, PANEL>(value_rows, count, t.value_dim, dout + at * t.value_dim, grads);
       for (int v = 0; v < PANEL; v++) {
@@ -617,16 +687,25 @@ template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch
           store(grads + cell, grad);
         }
       }
-      mix<Float32, PANEL>(key_rows, count, t.head_dim, grads, nullptr, dquery + at * t.head_dim);
+      mix<Float32, PANEL>(wild ? tame_rows : key_rows, count, t.head_dim, grads, nullptr, dquery + at * t.head_dim);
+      if (wild)
+        add_wild<float, PANEL>(
+            key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
+            [&](int64_t k, int v) { return seen(set1(float(begin + k)), here, v); }, buffer, dquery + at * t.head_dim);
     }
   }
+  if (!careful && !all_finite(dquery, all_lanes * t.head_dim)) return backward_query_with<T>(t, scratch, true);
   for (int64_t lane = 0; lane < lanes; lane++)
     out_of_lane(dquery, t.head_dim, lane, 1.f, buffer,
                 (T*)(t.out + lane / t.rows * t.out_head_bytes + lane % t.rows * t.out_row_bytes));
   return true;
 }
 
-template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
+template <class T> bool backward_query_tile(const PrefillTile& t, float* scratch) {
+  return backward_query_with<T>(t, scratch, false);
+}
+
+template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool careful) {
   const int64_t panels = panels_of(t.count), all_lanes = panels * LANES;
   float* key = scratch;
   float* value = key + all_lanes * t.head_dim;
@@ -636,7 +715,8 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
   float* grads = scores + TILE * LANES;
   float* query_store = grads + TILE * LANES;
   float* dout_store = query_store + TILE * t.head_dim;
-  float* position = dout_store + TILE * t.value_dim;
+  float* tame_store = dout_store + TILE * t.value_dim;
+  float* position = tame_store + TILE * (t.head_dim + t.value_dim);
   float* buffer = position + all_lanes;
 
   memset(key, 0, size_t(all_lanes * 2 * (t.head_dim + t.value_dim)) * sizeof(float));
@@ -647,7 +727,7 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
   for (int64_t lane = 0; lane < all_lanes; lane++) position[lane] = lane < t.count ? float(t.first + lane) : -1.f;
 
   const void *queries[TILE], *douts[TILE];
-  const char *query_rows[TILE], *dout_rows[TILE];
+  const char *query_rows[TILE], *dout_rows[TILE], *tame_queries[TILE], *tame_douts[TILE];
   for (int64_t begin = t.first; begin < t.tokens; begin += TILE) {
     const int64_t count = smaller(TILE, t.tokens - begin), last = t.first + t.count;
     const Columns columns = columns_of(begin + 1, begin + count, t.rule);
@@ -660,6 +740,12 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
       }
       as_floats(queries, count, t.head_dim, query_store, (const T*)nullptr, query_rows);
       as_floats(douts, count, t.value_dim, dout_store, (const T*)nullptr, dout_rows);
+      const bool wild =
+          careful && !(all_finite<float>(query_rows, count, t.head_dim) && all_finite<float>(dout_rows, count, t.value_dim));
+      if (wild) {
+        tame<float>(query_rows, count, t.head_dim, tame_store, tame_queries);
+        tame<float>(dout_rows, count, t.value_dim, tame_store + TILE * t.head_dim, tame_douts);
+      }
       const float *lse = t.lse + head * t.lse_head + begin, *delta = t.delta + head * t.lse_head + begin;
       for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t at = panel * LANES;
@@ -678,16 +764,28 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) {
             store(grads + cell, grad);
           }
         }
-        mix<Float32, PANEL>(dout_rows, count, t.value_dim, scores, nullptr, dvalue + at * t.value_dim);
-        mix<Float32, PANEL>(query_rows, count, t.head_dim, grads, nullptr, dkey + at * t.head_dim);
+        mix<Float32, PANEL>(wild ? tame_douts : dout_rows, count, t.value_dim, scores, nullptr, dvalue + at * t.value_dim);
+        mix<Float32, PANEL>(wild ? tame_queries : query_rows, count, t.head_dim, grads, nullptr, dkey + at * t.head_dim);
+        if (!wild) continue;
+        const auto sees = [&](int64_t i, int v) {
+          const Visible see = visible(begin + i + 1, t.rule);
+          return seen(load(position + at + v * W), set1(float(see.first)), set1(float(see.sink_end)), set1(float(see.start)),
+                      set1(float(begin + i + 1)));
+        };
+        const auto of = [](const float* panel) { return [=](int64_t i, int v) { return load(panel + i * LANES + v * W); }; };
+        add_wild<float, PANEL>(dout_rows, count, t.value_dim, of(scores), sees, buffer, dvalue + at * t.value_dim);
+        add_wild<float, PANEL>(query_rows, count, t.head_dim, of(grads), sees, buffer, dkey + at * t.head_dim);
       }
     }
   }
+  if (!careful && !all_finite(dkey, all_lanes * (t.head_dim + t.value_dim))) return backward_key_with<T>(t, scratch, true);
   for (int64_t lane = 0; lane < t.count; lane++) {
     out_of_lane(dkey, t.head_dim, lane, 1.f, buffer, (T*)(t.dkey + (t.first + lane) * t.dkey_bytes));
     out_of_lane(dvalue, t.value_dim, lane, 1.f, buffer, (T*)(t.dvalue + (t.first + lane) * t.dvalue_bytes));
   }
 }
+
+template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { backward_key_with<T>(t, scratch, false); }
 
 }  // namespace
 

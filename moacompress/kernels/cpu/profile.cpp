@@ -5,7 +5,6 @@
 // of them per thread. A task only ever waits for one that was taken before it, which has a thread already.
 #include <atomic>
 #include <cfloat>
-#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <new>
@@ -141,6 +140,7 @@ struct ProfileJob {
   // Adds what the rows of a tile give to `space.sums`.
   void sum_up(const Workspace& space, const ProfileTile& work) const {
     const int64_t group = work.group, size = work.cells * group;
+    const auto positive = [](double x) { return x < 0 ? 0 : x; };  // NaN stays
     for (int64_t cell = 0; cell < work.cells; cell++) {
       const Seen& seen = space.cells[cell];
       const int64_t row = cell / call.rules;
@@ -151,10 +151,10 @@ struct ProfileJob {
         const double* at = work.seen + cell * group + g;
         const double all = lane.mass + lane.escape, smallest = double(FLT_MIN) * all;
         const double share = at[0] + lane.escape;
-        delta += (at[size] - lane.escape * lane.delta) / (share > smallest ? share : smallest);
+        delta += (at[size] - lane.escape * lane.delta) / (share < smallest ? smallest : share);
         if (!call.baselines || seen.full) continue;
-        effect += std::fmax(0, lane.effect - at[2 * size]);
-        mass += std::fmax(0, lane.mass - at[0]) / all;
+        effect += positive(lane.effect - at[2 * size]);
+        mass += positive(lane.mass - at[0]) / all;
       }
       if (!seen.unchanged) {
         sums[0] += delta * delta;

@@ -62,7 +62,7 @@ struct ProfileScratch {
   float *running;                 // [STREAMS, 2, lanes]
   float *logits, *pulls;          // [panels, keys, LANES]
   float *weights, *grads, *effects;  // [panels, TILE, LANES]
-  float *key_store, *value_store, *buffer;
+  float *key_store, *value_store, *tame_store, *buffer;
   int64_t floats;
 
   ProfileScratch(float* base, int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys) {
@@ -80,7 +80,8 @@ struct ProfileScratch {
     total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
     logits = take(all * keys), pulls = take(all * keys);
     weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
-    key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), buffer = take(larger(head_dim, value_dim) + 2 * W);
+    key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), tame_store = take(TILE * head_dim);
+    buffer = take(larger(head_dim, value_dim) + 2 * W);
     floats = at - base;
   }
 };
@@ -98,33 +99,47 @@ inline void float_rows(const char* base, int64_t bytes, int64_t begin, int64_t c
   as_floats(from, count, dim, space, (const T*)nullptr, to);
 }
 
-// Logits as the softmax takes them, G beside them, and the largest logit of every lane.
+// Whether the dense model lets every row see the keys [begin, begin + count).
+inline bool all_dense(const ProfileTile& t, int64_t begin, int64_t count) {
+  const int64_t oldest = t.positions[0], newest = t.positions[t.rows - 1];
+  return begin + count <= oldest + 1 && (t.native_window == 0 || begin > newest - t.native_window);
+}
+// Whether the dense model lets each lane see a key.
+inline Mask in_dense(const ProfileScratch& s, int64_t lane, V column) {
+  return both(at_least(column, load(s.first + lane)), at_least(load(s.end + lane) - set1(1.f), column));
+}
+// Whether each lane's own rule lets it see a key.
+inline Mask in_plan(const ProfileScratch& s, int64_t lane, V column) {
+  return seen(column, load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
+}
+
+// Logits as the softmax takes them, G beside them (zero where the dense model sees nothing), and the largest logit of every lane.
 template <class T> void profile_scores(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
   const char *key_rows[TILE], *value_rows[TILE];
   for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
-    const int64_t count = smaller(TILE, t.high - begin), oldest = t.positions[0], newest = t.positions[t.rows - 1];
-    const bool all = begin + count <= oldest + 1 && (t.native_window == 0 || begin > newest - t.native_window);
+    const int64_t count = smaller(TILE, t.high - begin);
+    const bool all = all_dense(t, begin, count);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
     float_rows<T>(t.value, t.value_bytes, begin, count, t.value_dim, s.value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
-      float* logits = s.logits + at * keys + (begin - t.low) * LANES;
+      float *logits = s.logits + at * keys + (begin - t.low) * LANES, *pulls = s.pulls + at * keys + (begin - t.low) * LANES;
       dots<Float32, PANEL>(key_rows, count, t.head_dim, s.query + at * t.head_dim, logits);
-      dots<Float32, PANEL>(value_rows, count, t.value_dim, s.dout + at * t.value_dim,
-                           s.pulls + at * keys + (begin - t.low) * LANES);
+      dots<Float32, PANEL>(value_rows, count, t.value_dim, s.dout + at * t.value_dim, pulls);
       for (int v = 0; v < PANEL; v++) {
-        const V first = load(s.first + at + v * W), last = load(s.end + at + v * W) - set1(1.f);
         V peak = load(s.peak + at + v * W);
         for (int64_t j = 0; j < count; j++) {
           float* cell = logits + j * LANES + v * W;
           V x = load(cell);
           if (t.softcap > 0) x = capped(x, 1.f, t.softcap);
           if (!all) {
-            const V column = set1(float(begin + j));
-            x = select(both(at_least(column, first), at_least(last, column)), x, set1(-__builtin_inff()));
+            const Mask mask = in_dense(s, at + v * W, set1(float(begin + j)));
+            float* pull = pulls + j * LANES + v * W;
+            x = select(mask, x, set1(-__builtin_inff()));
+            store(pull, select(mask, load(pull), zero()));
           }
           if (t.softcap > 0 || !all) store(cell, x);
-          peak = max(peak, x);
+          peak = max(x, peak);  // NaN is passed over: its weight will be NaN
         }
         store(s.peak + at + v * W, peak);
       }
@@ -133,11 +148,6 @@ template <class T> void profile_scores(const ProfileTile& t, const ProfileScratc
 }
 
 inline V weight_of(V logit, V peak) { return exp2((logit - peak) * set1(LOG2_E)); }
-
-// Whether each lane's own rule lets it see a key.
-inline Mask in_plan(const ProfileScratch& s, int64_t lane, V column) {
-  return seen(column, load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
-}
 
 // Sums of the weights and of weights times G, under the plan and of all.
 void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
@@ -154,13 +164,15 @@ void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panel
         V pulled = load(s.pulled + lane), pulled_rest = load(s.pulled + all_lanes + lane);
         V mass = load(s.mass + lane), mass_rest = load(s.mass + all_lanes + lane);
         for (int64_t j = 0; j < count; j++) {
-          V p = weight_of(load(s.logits + at + j * LANES), peak);
+          V p = weight_of(load(s.logits + at + j * LANES), peak), pull = p * load(s.pulls + at + j * LANES);
           if (t.plan) {
             add_exactly(mass, mass_rest, p);
-            p = select(in_plan(s, lane, set1(float(begin + j))), p, zero());
+            const Mask mask = in_plan(s, lane, set1(float(begin + j)));
+            p = select(mask, p, zero());
+            pull = select(mask, pull, zero());
           }
           add_exactly(total, total_rest, p);
-          add_exactly(pulled, pulled_rest, p * load(s.pulls + at + j * LANES));
+          add_exactly(pulled, pulled_rest, pull);
         }
         store(s.total + lane, total);
         store(s.total + all_lanes + lane, total_rest);
@@ -173,13 +185,16 @@ void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panel
 
 // Of the keys [begin, begin + count): the weights p, p (G - D), and |E| where it is asked for.
 void profile_weights(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys, int64_t begin, int64_t count) {
+  const bool all = all_dense(t, begin, count);
   for (int64_t panel = 0; panel < panels; panel++)
     for (int v = 0; v < PANEL; v++) {
       const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
       const int64_t to = panel * TILE * LANES + v * W;
       const V peak = load(s.peak + lane), delta = load(s.delta + lane), inverse = load(s.inverse + lane);
       for (int64_t j = 0; j < count; j++) {
-        const V p = weight_of(load(s.logits + at + j * LANES), peak), c = p * (load(s.pulls + at + j * LANES) - delta);
+        const V p = weight_of(load(s.logits + at + j * LANES), peak);
+        V c = p * (load(s.pulls + at + j * LANES) - delta);
+        if (!all) c = select(in_dense(s, lane, set1(float(begin + j))), c, zero());  // D may be NaN
         store(s.weights + to + j * LANES, p);
         store(s.grads + to + j * LANES, c);
         if (t.streams > 2) {
@@ -237,10 +252,26 @@ void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t pa
         if (t.softcap > 0) {
           const V share = load(s.logits + at + j * LANES) * set1(1.f / t.softcap);
           // what is not seen has a weight of zero and a logit of minus infinity
-          c = select(at_least(share, set1(-2.f)), c * (set1(1.f) - share * share), zero());
+          c = select(not_below(share, set1(-2.f)), c * (set1(1.f) - share * share), zero());
         }
         store(weights + j * LANES, p);
         store(grads + j * LANES, c);
+      }
+    }
+}
+
+// Adds to the keys [begin, begin + count) what `tame` has left out of the products of `from` with the lanes' rows: what lies in
+// `panels`, times the lane's share.
+void add_wild_products(const ProfileTile& t, const ProfileScratch& s, const float* from, const float* panels, int64_t begin,
+                       int64_t count, int64_t dim, int64_t stride, float* to) {
+  for (int64_t lane = 0; lane < t.group * t.rows; lane++)
+    for (int64_t d = 0; d < dim; d++) {
+      const float x = panels[(lane / LANES * dim + d) * LANES + lane % LANES] * (t.plan ? 1.f : s.inverse[lane]);
+      if (x - x == 0) continue;
+      for (int64_t j = 0; j < count; j++) {
+        const float key = float(begin + j);
+        if ((key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
+          to[j * stride + d] += from[(lane / LANES * TILE + j) * LANES + lane % LANES] * x;
       }
     }
 }
@@ -294,10 +325,17 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     for (int64_t d = 0; d < t.head_dim; d++) query[d] = query[d] * t.scaling * share;
     for (int64_t d = 0; d < t.value_dim; d++) dout[d] *= share;
   }
+  const auto tamed = [](float* at, int64_t count) {  // in place; returns whether anything was not finite
+    const float* rows = at;
+    const bool wild = !all_finite(rows, count);
+    if (wild) tame<float>(&rows, 1, count, at, &rows);
+    return wild;
+  };
+  const bool wild_queries = tamed(s.query_rows, lanes * query_stride), wild_douts = tamed(s.dout_rows, lanes * dout_stride);
 
   // newest keys first: an event of key j takes what is summed once j is in
   memset(s.running, 0, size_t(2 * STREAMS * all_lanes) * sizeof(float));
-  const char* key_rows[TILE];
+  const char *key_rows[TILE], *tame_rows[TILE];
   const ProfileEvent *event = t.windows, *events_end = t.windows + t.window_events;
   for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
     const int64_t count = smaller(TILE, t.high - begin);
@@ -310,12 +348,23 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     }
     if (t.plan || t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
-    for (int64_t panel = 0; panel < panels; panel++)
-      mix<Float32, PANEL>(key_rows, count, t.head_dim, s.grads + panel * TILE * LANES, nullptr,
-                          s.dquery + panel * LANES * t.head_dim);
+    const bool wild_keys = !all_finite<float>(key_rows, count, t.head_dim);
+    if (wild_keys) tame<float>(key_rows, count, t.head_dim, s.tame_store, tame_rows);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const float* grads = s.grads + panel * TILE * LANES;
+      float* dquery = s.dquery + panel * LANES * t.head_dim;
+      mix<Float32, PANEL>(wild_keys ? tame_rows : key_rows, count, t.head_dim, grads, nullptr, dquery);
+      if (wild_keys)
+        add_wild<float, PANEL>(
+            key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
+            [&](int64_t k, int v) { return in_plan(s, panel * LANES + v * W, set1(float(begin + k))); }, s.buffer, dquery);
+    }
+    float *dkey = t.dkey + begin * query_stride, *dvalue = t.dvalue + begin * dout_stride;
     t.wait(t.order, begin / TILE);
-    add_all_products(s.grads, count, panels, s.query_rows, query_stride, t.dkey + begin * query_stride);
-    add_all_products(s.weights, count, panels, s.dout_rows, dout_stride, t.dvalue + begin * dout_stride);
+    add_all_products(s.grads, count, panels, s.query_rows, query_stride, dkey);
+    add_all_products(s.weights, count, panels, s.dout_rows, dout_stride, dvalue);
+    if (wild_queries) add_wild_products(t, s, s.grads, s.query, begin, count, t.head_dim, query_stride, dkey);
+    if (wild_douts) add_wild_products(t, s, s.weights, s.dout, begin, count, t.value_dim, dout_stride, dvalue);
     t.done(t.order, begin / TILE);
   }
   for (int64_t lane = 0; lane < lanes && t.streams > 2; lane++) t.lane_sums[lane].effect = running_sum(s, 2, all_lanes, lane);

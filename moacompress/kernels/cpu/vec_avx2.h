@@ -44,9 +44,11 @@ template <class T> inline void store_part(T* p, V v, int n) {
 }
 
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+// Where one of the two is NaN, max and min give the second, `at_least` is false and `not_below` is true.
 inline V max(V a, V b) { return _mm256_max_ps(a, b); }
 inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline Mask at_least(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+inline Mask not_below(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
 inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline V select(Mask m, V a, V b) { return _mm256_blendv_ps(b, a, m); }

@@ -36,9 +36,11 @@ inline void store_part(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_la
 template <class T> inline void store_part(T* p, V v, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(v, T())); }
 
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+// Where one of the two is NaN, max and min give the second, `at_least` is false and `not_below` is true.
 inline V max(V a, V b) { return _mm512_max_ps(a, b); }
 inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 inline Mask at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline Mask not_below(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 inline Mask both(Mask a, Mask b) { return Mask(a & b); }
 inline Mask either(Mask a, Mask b) { return Mask(a | b); }
 inline V select(Mask m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }

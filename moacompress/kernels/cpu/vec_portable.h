@@ -53,9 +53,11 @@ inline void store(float* p, V v) { memcpy(p, &v, 16); }
 template <class T> inline void store(T* p, V v) { store_part(p, v, W); }
 
 inline V fma(V a, V b, V c) { return a * b + c; }
+// Where one of the two is NaN, max and min give the second, `at_least` is false and `not_below` is true.
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 inline Mask at_least(V a, V b) { return a >= b; }
+inline Mask not_below(V a, V b) { return ~(a < b); }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask either(Mask a, Mask b) { return a | b; }
 inline V select(Mask m, V a, V b) { return m ? a : b; }

@@ -1,0 +1,56 @@
+"""Attention over numbers that are not finite, in plain PyTorch: they reach the queries that see them, and no others.
+
+A product with a mask's zero does not hide such a number, neither forward nor backward: 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def all_finite(*tensors: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def attend_apart(
+    together: Attention,
+    alone: Attention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sees: Callable[[int], torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Attends with zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone.
+
+    Args:
+        together: attention of all rows; it returns tensors `[..., group, rows]` or `[..., group, rows, dim]`.
+        alone: the same for one row that sees all keys it is given.
+        query: `[..., group, rows, head_dim]`.
+        keys: `[..., columns, head_dim]`.
+        values: `[..., columns, value_dim]`.
+        sees: returns which keys a row sees, bool `[columns]`.
+
+    Returns:
+        As `together`.
+    """
+    wild_query = ~query.isfinite().all(-1)
+    wild_key, wild_value = ~keys.isfinite().all(-1), ~values.isfinite()
+    dim = query.ndim - 2
+    tame = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (query, keys, values))
+    found = [list(tensor.unbind(dim)) for tensor in together(*tame)]
+    for row in range(query.shape[dim]):
+        seen = sees(row).nonzero()[:, 0]
+        weights = wild_query[..., row] | wild_key[..., seen].any(-1, keepdim=True)
+        numbers = weights[..., None] | wild_value[..., seen, :].any(-2, keepdim=True)
+        if not bool(numbers.any()):
+            continue
+        exact = alone(query.narrow(dim, row, 1), keys.index_select(-2, seen), values.index_select(-2, seen))
+        for rows, tensor in zip(found, exact, strict=True):
+            one = tensor.select(dim, 0)
+            rows[row] = torch.where(weights if one.ndim == weights.ndim else numbers, one, rows[row])
+    return tuple(torch.stack(rows, dim) for rows in found)

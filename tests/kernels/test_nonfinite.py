@@ -1,0 +1,355 @@
+"""NaN and infinities: they reach the output of the queries that see them, as in torch's softmax, and change no other bit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import random
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from moacompress.kernels import cpu_ops, dispatch, reference
+from moacompress.kernels.block_reference import reference_decode, reference_prefill
+from moacompress.kernels.reference import Keys, sparse_attention, visible_keys
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import segments
+
+OPS = torch.ops.moacompress_cpu
+SEEDS = 6
+NAN, INF = float("nan"), float("inf")
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+GRADIENTS = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+everywhere = pytest.mark.parametrize("name", cpu_ops.ISAS)
+every_dtype = pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+
+
+def sees(case, row, head, n):
+    """Returns which of the first n tokens of a row its query n - 1 sees, bool `[n]`."""
+    rule = (int(x[head]) for x in (case.sink, case.alpha, case.beta_q))
+    first, sink_end, start = segments(n, *rule, case.min_window, case.native_window or None)
+    at = torch.arange(n)
+    return ((at >= first) & (at < sink_end)) | (at >= start)
+
+
+def vector(case, which, row, head, position):
+    """Returns the key or the value of a token where it lies, in the pool or in the chunk."""
+    ahead = position - int(case.past[row])
+    if ahead >= 0:
+        return getattr(case, which)[row, head, ahead]
+    block = int(case.table[row, head, position // 16])
+    for segment in getattr(case, f"{which}s"):
+        if 0 <= block < len(segment):
+            return segment[block, position % 16]
+        block -= len(segment)
+    return None
+
+
+def exactly(case, attended, *, decode):
+    """Returns what decode or prefill must give, in float64."""
+    case = case.to(torch.float64)
+    rows, heads, tokens, _ = case.query.shape
+    kv_heads, tokens = case.table.shape[1], 1 if decode else tokens
+    group = heads // kv_heads
+    out = case.value.new_zeros(rows, heads, tokens, case.value.shape[-1])
+    lse = case.value.new_full((rows, heads, tokens), -INF)
+    for row in range(rows):
+        before, real = int(case.past[row]), int(case.valid[row])
+        lengths = [before] * (before > 0) if decode else range(before + 1, before + real + 1)
+        if not lengths:
+            continue
+        n = max(lengths)
+        for head in range(kv_heads):
+            visible = torch.stack([pad(sees(case, row, head, m), (0, n - m)) for m in lengths])
+            found = [[vector(case, which, row, head, j) for j in range(n)] for which in ("key", "value")]
+            k, v = (torch.stack([torch.zeros_like(t[-1]) if x is None else x for x in t]) for t in found)
+            at = slice(head * group, (head + 1) * group)
+            logits = None if case.sink_logits is None else case.sink_logits[at]
+            query = case.query[row, at, : len(lengths)]
+            one = attended(query, k, v, visible, case.scaling, case.softcap, logits)
+            out[row, at, : len(lengths)], lse[row, at, : len(lengths)] = one
+    return (out[:, :, 0], lse[:, :, 0]) if decode else (out, lse)
+
+
+def plant(case, rng, what, number, *, decode):
+    """Writes a number into something that one of the queries sees, or into a query; returns whether there is any."""
+    lengths = [
+        (row, t, int(case.past[row]) + (0 if decode else t + 1))
+        for row in range(len(case.past))
+        for t in range(1 if decode else int(case.valid[row]))
+    ]
+    lengths = [(row, t, n) for row, t, n in lengths if n > 0]
+    if not lengths:
+        return False
+    row, t, n = rng.choice(lengths)
+    if what == "logit":
+        if case.sink_logits is not None:
+            case.sink_logits[rng.randrange(len(case.sink_logits))] = number
+        return case.sink_logits is not None
+    if what == "query":
+        at = case.query[row, rng.randrange(case.query.shape[1]), t]
+    else:
+        head = rng.randrange(case.table.shape[1])
+        position = rng.choice(sees(case, row, head, n).nonzero().flatten().tolist())
+        at = vector(case, what, row, head, position)
+    at[rng.randrange(len(at))] = number
+    return True
+
+
+def build(random_case, seed, dtype, **fixed):
+    """A case small enough for the definitions."""
+    rng = random.Random(seed)
+    sizes = {
+        "tokens": rng.choice((1, 5, 40, 90)),
+        "dim": rng.choice((9, 16, 64)),
+        "value_dim": rng.choice((16, 33, 64)),
+    }
+    return random_case(seed, dtype, **{"group": rng.choice((1, 2, 5)), **sizes, **fixed})
+
+
+@functools.lru_cache(SEEDS)  # for all instruction sets
+def planted(random_case, attended, seed, dtype, op, what, number):
+    """Returns a case with and without the number, and what the operator must give for each."""
+    case = build(random_case, seed, dtype, **({"logits": True} if what == "logit" else {}))
+    other, rng = copy.deepcopy(case), random.Random(f"{seed} {what} {number}")
+    for _ in range(4 if what == "several" else 1):
+        kind = rng.choice(("key", "value", "query")) if what == "several" else what
+        plant(other, rng, kind, number, decode=op == "decode")
+    return other, case, *(exactly(c, attended, decode=op == "decode") for c in (other, case))
+
+
+PLANTS = [
+    *((what, number) for what in ("key", "value", "query", "logit") for number in (NAN, INF, -INF)),
+    ("several", NAN),
+    ("several", INF),
+]
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+@every_dtype
+@pytest.mark.parametrize(("what", "number"), PLANTS)
+@everywhere
+def test_numbers_that_are_seen(name, what, number, dtype, op, random_case, attended, isa, unchanged_or_as):
+    isa(name)
+    run = getattr(OPS, op)
+    for seed in range(SEEDS):
+        other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
+        unchanged_or_as(run(*getattr(other, op)), run(*getattr(case, op)), *exact, TOLERANCE[dtype])
+
+
+@everywhere
+@every_dtype
+def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
+    """Pools are full of NaN where no query looks: the same as infinities and as finite numbers."""
+    isa(name)
+    for seed in range(12):
+        case = random_case(seed, dtype)
+        results = []
+        for number in (NAN, INF, -INF, 3.0):
+            other = copy.deepcopy(case)
+            for tensor in (other.query, other.key, other.value, *other.keys, *other.values):
+                tensor.masked_fill_(tensor.isnan(), number)
+            results.append((*OPS.decode(*other.decode), *OPS.prefill(*other.prefill)))
+        for found in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], found, strict=True))
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("logits", [False, True])
+def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, attended, isa, unchanged_or_as):
+    """All that a query sees, or many in a row: weights are zero, or nothing is left to divide by."""
+    isa(name)
+    case = random_case(
+        3, dtype, rows=2, past=500, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
+    )
+    case.native_window, case.softcap, case.scaling = 0, softcap, 0.25
+    case.sink_logits = torch.randn(case.query.shape[1]) if logits else None
+    case.query = case.query.abs()
+    before = {op: exactly(case, attended, decode=op == "decode") for op in ("decode", "prefill")}
+    for count in (500, 400, 1):
+        other = copy.deepcopy(case)
+        for head in range(case.table.shape[1]):
+            for position in range(count):
+                vector(other, "key", 1, head, position)[3] = -INF
+        for op in ("decode", "prefill"):
+            run = getattr(OPS, op)
+            exact = exactly(other, attended, decode=op == "decode")
+            results = (run(*getattr(c, op)) for c in (other, case))
+            unchanged_or_as(*results, exact, before[op], TOLERANCE[dtype])
+            assert bool(exact[0].isnan().any()) == (op == "decode" and count == 500 and not softcap and not logits)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_far_below_zero(dtype, name, random_case, attended, isa):
+    isa(name)
+    case = build(random_case, 1, dtype, past=33, tokens=20, valid=20, softcap=0.0, native_window=0, logits=False)
+    case.query = case.query.abs() * 1e16
+    for tensor in (case.key, *case.keys):
+        tensor.copy_(-1e18 * tensor.abs())
+    for op in ("decode", "prefill"):
+        found, exact = getattr(OPS, op)(*getattr(case, op)), exactly(case, attended, decode=op == "decode")
+        assert not found[0].isnan().any()
+        assert ((found[1] - exact[1]).abs() <= 2e-2 * exact[1].abs()).all()
+
+
+def gradients(run, case, weights):
+    """Gradients of query, key, value and learned logits."""
+    names = ("query", "key", "value", "sink_logits")
+    leaves = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    found = run(type(case)(**{**case.__dict__, **leaves}))
+    return torch.autograd.grad(
+        found, list(leaves.values()), [w.to(t.dtype) for w, t in zip(weights, found, strict=True)]
+    )
+
+
+GRADIENT_PLANTS = [
+    *((what, number) for what in ("key", "value", "query") for number in (NAN, INF)),
+    ("dout", NAN),
+    ("dout", INF),
+    ("dlse", NAN),
+]
+
+
+def check_gradients(run, dtype, what, number, random_case, attended, unchanged_or_as):
+    for seed in range(4):
+        rng = random.Random(seed)
+        tokens = rng.choice((1, 20, 70))
+        fixed = {"past": 0, "cuts": 0, "scaling": 0.25, "tokens": tokens, "valid": rng.randint(1, tokens)}
+        case = build(random_case, seed, dtype, **fixed)
+        case.keys, case.values = [], []
+        other = copy.deepcopy(case)
+        weights = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
+        for weight in weights:
+            weight[:, :, fixed["valid"] :] = 0
+        weights = tuple(weight.to(dtype).float() for weight in weights)
+        changed = tuple(weight.clone() for weight in weights)
+        if what in ("dout", "dlse"):
+            row, head, token = (rng.randrange(size) for size in (*case.query.shape[:2], fixed["valid"]))
+            changed[what == "dlse"][row, head, token].flatten()[-1:] = number
+        else:
+            plant(other, rng, what, number, decode=False)
+        found, exact = [], []
+        for one, given in ((other, changed), (case, weights)):
+            found.append(gradients(lambda c: run(*c.prefill), one, given))
+            given = tuple(weight.double() for weight in given)
+            exact.append(gradients(lambda c: exactly(c, attended, decode=False), one.to(torch.float64), given))
+        if number == INF:  # rounding and what is summed first decide between infinity and NaN
+            found, exact = ([[t.masked_fill(t.isinf(), NAN) for t in ts] for ts in both] for both in (found, exact))
+        unchanged_or_as(*found, *exact, GRADIENTS[dtype])
+
+
+@pytest.mark.parametrize(("what", "number"), GRADIENT_PLANTS)
+@everywhere
+@every_dtype
+def test_gradients(dtype, name, what, number, random_case, attended, isa, unchanged_or_as):
+    isa(name)
+    check_gradients(OPS.prefill, dtype, what, number, random_case, attended, unchanged_or_as)
+
+
+@everywhere
+@every_dtype
+def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
+    """Neither from the padded tokens nor from what comes back for them."""
+    isa(name)
+    case = build(random_case, 5, dtype, past=0, cuts=0, tokens=70, valid=50, logits=True)
+    case.keys, case.values = [], []
+    results = []
+    for number in (NAN, 3.0):
+        other = copy.deepcopy(case)
+        for tensor in (other.query, other.key, other.value):
+            tensor[:, :, 50:] = number
+        torch.manual_seed(0)
+        weights = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
+        for weight in weights:
+            weight[:, :, 50:] = number
+        results.append(gradients(lambda c: OPS.prefill(*c.prefill), other, weights))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("what", "number"), PLANTS)
+def test_the_reference_of_the_kernels(what, number, dtype, op, random_case, attended, unchanged_or_as):
+    run = {"decode": reference_decode, "prefill": reference_prefill}[op]
+    for seed in range(SEEDS):
+        other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
+        results = (run(*getattr(c, op)) for c in (other, case))
+        unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "number"), [plant for plant in GRADIENT_PLANTS if plant[0] in ("key", "value", "query")]
+)
+def test_gradients_of_the_reference(what, number, random_case, attended, unchanged_or_as):
+    close = functools.partial(unchanged_or_as, bits=False)
+    check_gradients(reference_prefill, torch.float32, what, number, random_case, attended, close)
+
+
+def by_rows(query, key, value, n, rule, native, softcap, logits, attended):
+    """As `sparse_attention`, by the definitions."""
+    lengths = torch.arange(n - query.shape[3] + 1, n + 1)[:, None]
+    visible = visible_keys(lengths, torch.arange(n), rule, 16, native)
+    heads = [
+        attended(query[row, head], key[row, head], value[row, head], visible, 0.3, softcap, logits and logits[head])[0]
+        for row, head in itertools.product(*map(range, key.shape[:2]))
+    ]
+    return torch.stack(heads).view(*query.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("what", ["query", "key", "value", "all keys"])
+@pytest.mark.parametrize("seed", range(16))
+def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, monkeypatch):
+    """Forward and backward, with and without a past."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    n = rng.choice((5, 40, 150))
+    rows = rng.choice((1, n, rng.randint(1, n)))
+    rule = rng.choice((Rule.FULL, Rule(4, rng.choice((0, 7, 30)), rng.choice((0, 100, 500)))))
+    rest = (
+        rule,
+        rng.choice((None, None, 5, 40)),
+        rng.choice((None, None, 2.0)),
+        rng.choice((None, None, [torch.randn(3)] * 2)),
+    )
+    inputs = [torch.randn(2, 2, 3, rows, 8), torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 5)]
+    monkeypatch.setattr(reference, "MAX_TILE", rng.choice((16, 256)))
+    other = [t.clone() for t in inputs]
+    if what == "query":
+        other[0][1, 0, 2, rng.randrange(rows), 3] = number
+    elif what == "all keys":
+        other[1][1, 0, :, 3] = number
+    else:
+        other[1 + (what == "value")][1, 0, rng.randrange(n), 3] = number
+    weight = torch.randn(2, 2, 3, rows, 5)
+    found, exact = [], []
+    for one in (other, inputs):
+        for into, wide in ((found, False), (exact, True)):
+            leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in one]
+            if wide:
+                out = by_rows(*leaves, n, *rest, attended)
+            else:
+                _, native, softcap, logits = rest
+                stacked = None if logits is None else torch.stack(logits)
+                keys = Keys(leaves[1], leaves[2], [(0, n)])
+                out = sparse_attention(leaves[0], keys, n, rule, 16, native, 0.3, softcap, stacked)
+            into.append((out, *torch.autograd.grad(out, leaves, weight.to(out.dtype))))
+    if number != NAN:  # rounding and what is summed first decide between infinity and NaN in the gradients
+        found, exact = (
+            [[ts[0], *(t.masked_fill(t.isinf(), NAN) for t in ts[1:])] for ts in both] for both in (found, exact)
+        )
+    unchanged_or_as(*found, *exact, 3e-5, bits=False)
+
+
+def test_dispatch_is_as_the_operators(random_case):
+    """A NaN is seen whichever kernel runs."""
+    case = build(random_case, 2, torch.float32, past=33, tokens=3, valid=3)
+    case.query[0, 0, 0, 0] = NAN
+    assert dispatch.decode(*case.decode)[0][0, 0].isnan().all()
+    assert dispatch.prefill(*case.prefill)[0][0, 0, 0].isnan().all()
