@@ -82,7 +82,7 @@ def test_second_run_reuses_everything(finished, recipe):
 def test_a_run_of_an_older_version_is_taken_up(recipe, tmp_path, monkeypatch):
     """Weights had another fingerprint then: all that it left is still of this model, and nothing is made again."""
     with monkeypatch.context() as older:
-        older.setattr("moacompress.models.fingerprint.weights_fingerprint", lambda model: weights_like(model, "0" * 16))
+        older.setattr("moacompress.models.source.weights_fingerprint", lambda model: weights_like(model, "0" * 16))
         first = compress(recipe, tmp_path / "out")
     plan = Plan.load(tmp_path / "out" / "plan.json")
     assert len(plan.model.weights_fingerprint) == 16

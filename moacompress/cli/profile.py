@@ -134,6 +134,7 @@ def profile(
     made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     if audit is not None:
+        from moacompress.core.artefact_names import AUDIT_FILE
         from moacompress.report.audit_tables import audit_tables, write_scatter
         from moacompress.search.audit import audit as audit_profile
 
@@ -147,7 +148,7 @@ def profile(
             progress=run.progress,
             overwrite=overwrite,
         )
-        write_scatter(out / "audit.json", found.data)
+        write_scatter(out / AUDIT_FILE, found.data)
         data |= {key: found.data[key] for key in AUDIT_KEYS if key in found.data}
         data["audit_samples"] = found.data["samples"]
         show += audit_tables(found.data)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import PLAN_FILE
+from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.models.modules import module_problems
 from moacompress.models.shape import config_shape
@@ -81,7 +81,7 @@ def check_model(
         trust_remote_code: run modelling code that comes with the model.
         environment: as `check_environment` returns it; a compressed checkpoint is checked against it, or a new one.
     """
-    inside = Path(source) / "model"
+    inside = Path(source) / MODEL_FOLDER
     if not (Path(source) / "config.json").exists() and (inside / "config.json").is_file():
         source = str(inside)
     facts: dict[str, Any] = dict.fromkeys(

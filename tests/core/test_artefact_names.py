@@ -22,7 +22,7 @@ from moacompress.core.artefact_names import (
     plans_of_front,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {value for name, value in vars(artefact_names).items() if name.isupper()}
 DERIVED = {
     "".join(path.suffixes)

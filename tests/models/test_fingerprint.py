@@ -22,7 +22,7 @@ from moacompress.runtime.linear import pack_weights
 
 OLD = "05177ce6c1efc8b7"
 """What the first version of moacompress wrote for `Made()`."""
-PLANS = Path(__file__).resolve().parent.parent / "docs" / "plans"
+PLANS = Path(__file__).resolve().parents[2] / "docs" / "plans"
 
 
 class Made(nn.Module):
