@@ -368,8 +368,8 @@ size_t tile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim) {
 }
 
 // What a lane does not see has a weight of zero, and zero times a number that is not finite is NaN. That shows in a tile's sums,
-// which are looked at once they are made. Then the tile is made again, with care: where some lanes do not see some rows, products are
-// made without such numbers (`tame`), which are then added for the lanes that see them (`add_wild`).
+// which are looked at once they are made. Then the tile is made again, with care: where some lanes do not see some rows, products
+// are made without such numbers (`tame`), which are then added for the lanes that see them (`add_wild`).
 template <class T, class Row> inline bool all_finite(const Row* const* rows, int64_t count, int64_t dim) {
   V sums[4] = {zero(), zero(), zero(), zero()};  // of zero times every number
   for (int64_t k = 0; k < count; k++) {
