@@ -226,9 +226,10 @@ def profile(
     if around is not None:
         around.check_model(source.shape, weights=source.weights_like)
     key = around.key() if around is not None else ""
+    files = _local_files(recipe)
     with own_folder(out):
         shape = _known_shape(out, source, overwrite)
-        request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key)
+        request = request_fingerprint(shape, rules, recipe, files, key)
         manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
         if manifest.complete:
             try:

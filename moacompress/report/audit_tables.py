@@ -123,9 +123,12 @@ def scatter_html(audit: Data) -> str:
 
 
 def write_scatter(path: Path, audit: Data) -> None:
-    """Writes `scatter_html` beside an audit's file; without plotly one line says how to get it."""
+    """Writes `scatter_html` beside an audit's file where it is not there yet; without plotly one line says how to get it."""
+    page = page_file(path)
+    if page.exists():  # a new audit has removed the page of the one before
+        return
     try:
-        write_text(page_file(path), scatter_html(audit))
+        write_text(page, scatter_html(audit))
     except ImportError:
         logger.warning(
             'no plot was made: it needs plotly; pip install "moacompress[report]" and run the same command again'
