@@ -23,9 +23,10 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.owners import Owner, own_file, own_folder, readable_age, release_dead
 
 HOLD = """
-import sys
+import signal, sys
 from pathlib import Path
 from moacompress.core.owners import own_file
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 with own_file(Path(sys.argv[1])):
     print("held", flush=True)
     if sys.stdin.readline() == "fail\\n":
