@@ -22,7 +22,7 @@ Budgets = Annotated[
     typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),
 ]
 LengthsOption = Annotated[
-    str | None, typer.Option("--lengths", metavar="LIST", help="LengthsOption in tokens, such as 1k,4k.")
+    str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
 ]
 Sources = Annotated[
     list[str] | None,

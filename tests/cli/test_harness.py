@@ -41,6 +41,11 @@ def call(function: Callable[[VerbRun], Output], *arguments: str) -> Any:
     return RUNNER.invoke(program, ["probe", *arguments])
 
 
+@pytest.mark.parametrize("name", ["profile", "compress", "eval", "inspect"])
+def test_lengths_are_explained_in_words(name: str) -> None:
+    assert "Lengths in tokens" in RUNNER.invoke(app, [name, "--help"]).stdout
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_help_ends_with_examples_that_parse(name: str) -> None:
     result = RUNNER.invoke(app, [name, "--help"])
