@@ -10,7 +10,6 @@ import typer
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import LengthsOption
-from moacompress.core.artefact_names import MODEL_FOLDER
 
 
 @verb(
@@ -27,12 +26,12 @@ def inspect(
 
     KV bytes at several lengths, and the kept share of every layer and KV head. The model is not loaded.
     """
+    from moacompress.models.source import find_model_folder
     from moacompress.report.inspection import inspect_plan, kept_map, kv_table, overview
     from moacompress.rules.budget import parse_lengths
     from moacompress.rules.plan import Plan
 
     file = find_plan_file(path)
     plan = Plan.load(file)
-    weights = [folder for folder in (file.parent, file.parent / MODEL_FOLDER) if (folder / "config.json").is_file()]
-    data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, weights[0] if weights else None)
+    data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
     return Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
-from moacompress.models.modules import module_problems
+from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
-from moacompress.models.source import locate_source
+from moacompress.models.source import find_model_folder, locate_source
 from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import (
     check_weights,
@@ -81,9 +80,9 @@ def check_model(
         trust_remote_code: run modelling code that comes with the model.
         environment: as `check_environment` returns it; a compressed checkpoint is checked against it, or a new one.
     """
-    inside = Path(source) / MODEL_FOLDER
-    if not (Path(source) / "config.json").exists() and (inside / "config.json").is_file():
-        source = str(inside)
+    found_at = find_model_folder(Path(source))
+    if found_at is not None and found_at != Path(source):
+        source = str(found_at)
     facts: dict[str, Any] = dict.fromkeys(
         ("model_type", "layers", "heads", "kv_heads", "head_dim", "sliding_layers", "context")
     )
@@ -157,7 +156,7 @@ class _Checkpoint:
         self.stopping += weight_problems(folder)
         if not self.stopping:
             self.files = checkpoint_files(folder)
-            expected = _needed_weights(skeleton)
+            expected = needed_weights(skeleton)
             check_weights(self.files, expected)
             lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
             if lost is not None:
@@ -247,12 +246,6 @@ def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedMo
     except Exception as error:  # a config that contradicts itself raises whatever the modules raise
         raise ModelError(f"{config.model_type} is not a causal language model: {one_line(error)}") from error
     return model
-
-
-def _needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the weights that a checkpoint of a model must hold, by name."""
-    left_out = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not left_out.search(name)}
 
 
 def _stored_plan(config: PreTrainedConfig) -> Plan:

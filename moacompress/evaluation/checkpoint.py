@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.source import is_compressed
+from moacompress.models.source import find_model_folder, is_compressed
 from moacompress.rules.model_shape import DTYPE_BYTES
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
@@ -82,15 +82,15 @@ def compressed_folder(target: Path) -> Path:
     Raises:
         UsageError: there is none; says what `target` is instead.
     """
-    for folder in (target, target / MODEL_FOLDER):
-        if (folder / "config.json").is_file():
-            if is_compressed(folder):
-                return folder
-            raise UsageError(
-                f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "
-                "--budget 25% -o OUT`) and evaluate OUT, which measures the dense model too"
-            )
-    raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
+    folder = find_model_folder(target)
+    if folder is None:
+        raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
+    if not is_compressed(folder):
+        raise UsageError(
+            f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "
+            "--budget 25% -o OUT`) and evaluate OUT, which measures the dense model too"
+        )
+    return folder
 
 
 def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import ModelError
-from moacompress.models.support import (
-    config_problems,
-    native_windows,
-)
+from moacompress.models.shape import config_shape
+from moacompress.models.support import config_problems, native_windows
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-from moacompress.models.shape import config_shape
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -38,6 +35,12 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
         if id(child) in attention
     }
     return [found[index] for index in sorted(found)]
+
+
+def needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the weights that a checkpoint of a model must hold, by name; they may be on "meta"."""
+    left_out = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not left_out.search(name)}
 
 
 def check_supported(model: PreTrainedModel) -> None:

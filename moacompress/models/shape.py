@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moacompress.core.errors import ModelError, one_line
-from moacompress.models.support import (
-    native_windows,
-    size_problems,
-)
+from moacompress.models.support import native_windows, size_problems
 from moacompress.rules.model_shape import ModelShape
-
-if TYPE_CHECKING:
-    pass
 
 
 def config_shape(config: Any, *, dtype: str, fingerprint: str = "") -> ModelShape:

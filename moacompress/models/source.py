@@ -11,23 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.support import (
-    config_problems,
-    quantization_method,
-    stored_problems,
-)
+from moacompress.models.modules import check_supported
+from moacompress.models.shape import config_shape
+from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import weight_problems
 from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
 from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from moacompress.models.modules import check_supported
-from moacompress.models.shape import config_shape
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +136,11 @@ def _if_name_only(source: str | Path) -> str:
     if Path(source).exists() or Path(source).name != str(source):
         return ""
     return "; of a local model a shared recipe has only the name; give its path as MODEL"
+
+
+def find_model_folder(target: Path) -> Path | None:
+    """Returns the model folder that `target` is or, as the folder of a run, holds; None if there is none."""
+    return next((folder for folder in (target, target / MODEL_FOLDER) if (folder / "config.json").is_file()), None)
 
 
 def is_compressed(folder: Path) -> bool:

@@ -10,7 +10,6 @@ before a tensor is read, and a weight that no file holds is refused where transf
 from __future__ import annotations
 
 import functools
-import re
 import types
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from moacompress.core.errors import ArtefactError, UnsupportedError
-from moacompress.models.modules import check_supported
+from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.weight_files import check_weights
 from moacompress.runtime import attention
@@ -96,11 +95,11 @@ def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None
     """
     tied = model.all_tied_weights_keys
     there = {name for pair in tied.items() for name in pair if not set(pair) <= set(missing)}
-    ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
-    weights = {name for name in model.state_dict() if not ignored.search(name)}
     prefix = f"{model.base_model_prefix}."
     own = model.base_model is model or model.can_generate()
-    lost = sorted(name for name in set(missing) & weights - there if own or name.startswith(prefix))
+    lost = sorted(
+        name for name in set(missing) & needed_weights(model).keys() - there if own or name.startswith(prefix)
+    )
     if lost:
         raise ArtefactError(
             f"the compressed checkpoint lacks {len(lost)} of its weights, or holds them in another shape, such as {lost[0]}; "
