@@ -172,7 +172,7 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     _sweep(folder)
     found = _same_request(folder, manifest, overwrite)
     if found is None:
-        _remove_all_but_the_head(folder)
+        _remove_all_but_the_manifest(folder)
         found = manifest
     else:
         recipe = _with_recorded(manifest.recipe, found.recipe)
@@ -184,7 +184,7 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     return found
 
 
-def clear(folder: Path) -> None:
+def clear_profile(folder: Path) -> None:
     """Removes the profile from a folder that this process owns, and the folder's other files are left alone.
 
     Where there are some, the manifest of a profile stays that has just begun: the folder is known by it.
@@ -192,7 +192,7 @@ def clear(folder: Path) -> None:
     Raises:
         ArtefactError: something cannot be removed, or written.
     """
-    _remove_all_but_the_head(folder)
+    _remove_all_but_the_manifest(folder)
     manifest = folder / MANIFEST_FILE
     if set(folder.iterdir()) <= {manifest, owner_of_folder(folder)}:
         remove([manifest])
@@ -204,7 +204,7 @@ def clear(folder: Path) -> None:
     Manifest(found.source, found.shape, found.rules, found.recipe, found.request, found.around).write(folder)
 
 
-def _remove_all_but_the_head(folder: Path) -> None:
+def _remove_all_but_the_manifest(folder: Path) -> None:
     """Removes a profile's files but for the one without which the folder would be that of somebody else."""
     remove([path for path in of_profile(folder) if path != folder / MANIFEST_FILE])
 

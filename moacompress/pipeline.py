@@ -213,7 +213,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration import manifest
+    from moacompress.calibration.manifest import clear_profile
 
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
@@ -230,7 +230,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
             owned.enter_context(own_file(out / name))
         if profile.exists():
             owned.enter_context(own_folder(profile))
-            manifest.clear(profile)
+            clear_profile(profile)
         for path in going:
             sweep_files(path)
             sweep_folders(path)
@@ -265,7 +265,7 @@ def refuse_held(out: Path, paths: Iterable[Path]) -> None:
     """Refuses a folder that holds something of another run.
 
     Raises:
-        ArtefactError: one of the paths is there. The head alone is no profile yet: `profile` says whether it may make one.
+        ArtefactError: one of the paths is there. The manifest alone is no profile yet: `profile` says whether it may make one.
     """
     for path in paths:
         if path.exists() and path.name != MANIFEST_FILE:

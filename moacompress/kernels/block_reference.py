@@ -273,9 +273,8 @@ def _attend(
     else:
         peak = scores.new_full(scores.shape[:-1], torch.finfo(wide).min)
     if sink_logits is not None:
-        peak = torch.fmax(
-            peak, sink_logits.detach().to(wide)
-        )  # NaN is in the denominator of the rows that see anything
+        # a logit of NaN is passed over here: it is in the denominator of the rows that see anything
+        peak = torch.fmax(peak, sink_logits.detach().to(wide))
     weights = torch.exp(scores - peak[..., None])
     total = weights.sum(-1)
     if sink_logits is not None:

@@ -1,7 +1,6 @@
-"""The plan: which keys every KV head keeps. The one definition of window, visible, kept, slots and bytes.
+"""The plan: which keys every KV head keeps, for which model, and what was measured. Its bytes are those of its rules' slots.
 
-All of it is integer arithmetic, so that search, cost, cache and report agree to the token. Reading a plan never runs
-code from it, never unpickles and never fetches.
+Reading a plan never runs code from it, never unpickles and never fetches.
 """
 
 from __future__ import annotations

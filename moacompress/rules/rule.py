@@ -27,11 +27,11 @@ class Rule:
         return self.beta_q >= BETA_ONE
 
     def kept(self, n: Any, min_window: int, native_window: int | None = None) -> Any:
-        """Returns the number of keys visible to query `n - 1` (`kept` of this module)."""
+        """Returns the number of keys visible to query `n - 1` (`windows.kept`)."""
         return kept(n, self.sink, self.alpha, self.beta_q, min_window, native_window)
 
     def slots(self, n: Any, min_window: int, native_window: int | None = None) -> Any:
-        """Returns the tokens held by the cache (`slots` of this module)."""
+        """Returns the tokens held by the cache (`windows.slots`)."""
         return slots(n, self.sink, self.alpha, self.beta_q, min_window, native_window)
 
     def __str__(self) -> str:
