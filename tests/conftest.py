@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -64,6 +65,21 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models run faster on one thread, and leave the other cores alone; the real model gets them all."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("real") else 1)
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[Path], Any]:
+    """Returns a function that loads a script as a module, which is on no path of Python's."""
+
+    def load(path: Path) -> Any:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def unique_names() -> Any:
-    spec = importlib.util.spec_from_file_location("unique_names", ROOT / ".ci/unique_names.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def unique_names(load_script: Callable[[Path], Any]) -> Any:
+    return load_script(ROOT / ".ci/unique_names.py")
 
 
 def test_no_name_is_there_twice(unique_names: Any) -> None:

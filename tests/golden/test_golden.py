@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +42,6 @@ TOLERANCE = 1e-5
 """Of a logit, relative to the largest: other processors and numbers of threads add up in another order."""
 
 
-def _record_module() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_record", HERE / "record.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-record = _record_module()
-
-
 def held(name: str, found: Any) -> Any:
     """Returns what the record holds under a name; where it is being written, what was found."""
     path = HERE / name
@@ -64,8 +50,13 @@ def held(name: str, found: Any) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+@pytest.fixture(scope="module")
+def record(load_script: Callable[[Path], Any]) -> Any:
+    return load_script(HERE / "record.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def profile(tiny_tokenizer: Any) -> None:
+def profile(record: Any, tiny_tokenizer: Any) -> None:
     if WRITES:
         shutil.rmtree(record.PROFILE, ignore_errors=True)
         recipe = moacompress.Recipe.from_dict(RECIPE)
@@ -73,7 +64,7 @@ def profile(tiny_tokenizer: Any) -> None:
         shutil.rmtree(record.PROFILE / "samples", ignore_errors=True)
 
 
-def test_a_search_from_a_finished_profile_finds_the_same_plan() -> None:
+def test_a_search_from_a_finished_profile_finds_the_same_plan(record: Any) -> None:
     found = record.found_plan()
     expected = held("plan.json", found)
     harm = expected.pop("harm")
@@ -82,7 +73,7 @@ def test_a_search_from_a_finished_profile_finds_the_same_plan() -> None:
 
 
 @pytest.mark.real
-def test_a_published_plan_gives_the_same_logits(smollm2: Path) -> None:
+def test_a_published_plan_gives_the_same_logits(record: Any, smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
