@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
+from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import BLOCK, kept, slots
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
 from moacompress.runtime import pack_weights
 
 MIN_WINDOW = 16
@@ -72,10 +74,10 @@ def median_ms(run: Callable[[], Any], times: int) -> float:
     return medians_ms([run], times)[0]
 
 
-def rules(shape: Heads, rule: Rule) -> tuple[Any, ...]:
-    """Returns one rule for all KV heads, as the kernels take it."""
-    columns = (torch.full((shape.kv_heads,), x) for x in (rule.sink, rule.alpha, rule.beta_q))
-    return (*columns, MIN_WINDOW, 0, shape.head_dim**-0.5)
+def arguments(shape: Heads, rule: Rule) -> dict[str, Any]:
+    """Returns one rule for all KV heads, and the scores, as the kernels take them."""
+    table = as_tensors(RuleTable.of([rule] * shape.kv_heads, MIN_WINDOW))
+    return {"rules": table, "scores": Scores(shape.head_dim**-0.5)}
 
 
 def kept_rule(n: int, share: float, elastic: bool = False) -> Rule:
@@ -128,11 +130,11 @@ def bench_decode(shape: Heads, n: int, batch: int, name: str, share: float, time
     rule = kept_rule(n, share)
 
     def ours(rule: Rule) -> Callable[[], Any]:
-        chosen = rules(shape, rule)
+        chosen, backend = arguments(shape, rule), dispatch.backend_for(query)
 
         def run() -> Any:
             keys, values, table = next(pools)
-            return dispatch.decode(query, [keys], [values], table, lengths, *chosen)
+            return backend.decode(query, cache=CacheView([keys], [values], table), lengths=lengths, **chosen)
 
         return run
 
@@ -152,7 +154,7 @@ def bench_decode(shape: Heads, n: int, batch: int, name: str, share: float, time
         "batch": batch,
         "dtype": name,
         "heads": str(shape),
-        "kept": int(slots(n, rule.sink, rule.alpha, rule.beta_q, MIN_WINDOW)) / n,
+        "kept": int(rule.slots(n, MIN_WINDOW)) / n,
         "ms": ms,
         "full_span_ms": full_span_ms,
         "limit_ms": max(read_ms, work / flops * 1e3),
@@ -164,16 +166,16 @@ def bench_prefill(shape: Heads, n: int, name: str, plan: str, times: int, sdpa_m
     """Returns one row of `prefill`."""
     rule = {"full": Rule.FULL, "alpha": kept_rule(n, 0.25), "beta": kept_rule(n, 0.25, elastic=True)}[plan]
     query, key, value = chunk(shape, n, DTYPES[name])
-    chosen = rules(shape, rule)
+    chosen, backend = arguments(shape, rule), dispatch.backend_for(query)
     counts = torch.arange(1, n + 1)
-    seen = int(kept(counts, rule.sink, rule.alpha, rule.beta_q, MIN_WINDOW).sum())
+    seen = int(rule.kept(counts, MIN_WINDOW).sum())
     return {
         "length": n,
         "dtype": name,
         "heads": str(shape),
         "plan": plan,
         "visible_share": seen / int(counts.sum()),
-        "ms": median_ms(lambda: dispatch.prefill_alone(query, key, value, *chosen), times),
+        "ms": median_ms(lambda: prefill_alone(backend, query, key, value, **chosen), times),
         "sdpa_ms": sdpa_ms,
     }
 

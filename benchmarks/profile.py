@@ -47,7 +47,6 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
     import numpy as np
     import torch
 
-    from moacompress.calibration.influence import RuleTable
     from moacompress.calibration.passes import frozen
     from moacompress.calibration.profiler import sample_statistics
     from moacompress.calibration.samples import Sample
@@ -55,6 +54,7 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
     from moacompress.models.source import load_source
     from moacompress.recipe import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules
+    from moacompress.rules.rule_table import RuleTable
 
     if cpu_time:
         torch.set_num_threads(1)

@@ -13,8 +13,8 @@ one pair of cumulative sums over the keys serves all rules.
 A layer may itself run under a plan. Then O and D are those under the plan, P stays the dense model's, and the same
 formula says what every change of a rule does, up or down.
 
-Where the compiled kernels run and all that is wanted are sums, one sweep in C++ makes gradients and sums at once; what
-is here in PyTorch is its reference, and what collectors that look at whole tiles get.
+Where a backend has a sweep of its own and all that is wanted are sums, it makes gradients and sums at once; what is here in
+PyTorch is its reference, and what collectors that look at whole tiles get.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from moacompress.calibration.sweep import SumCollector, swept
-from moacompress.kernels import dispatch
+from moacompress.kernels.backend import Scores, as_tensors, prefill_alone
+from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import segments
+from moacompress.rules.rule_table import RuleTable
 
 TILE = 64
 """Query rows worked on at a time."""
@@ -51,34 +52,9 @@ class AttentionSpec:
     native_window: int | None = None
     softcap: float | None = None
 
-
-@dataclass(frozen=True)
-class RuleTable:
-    """Rules as int64 columns `[rules]`, so that the windows of many rows and rules are found at once."""
-
-    sink: Tensor
-    alpha: Tensor
-    beta_q: Tensor
-    min_window: int
-
-    @staticmethod
-    def of(rules: Sequence[Rule], min_window: int, device: torch.device | str = "cpu") -> RuleTable:
-        """Returns the table of `rules`, in their order."""
-        columns = torch.tensor(
-            [(rule.sink, rule.alpha, rule.beta_q) for rule in rules], dtype=torch.int64, device=device
-        )
-        sink, alpha, beta_q = columns.T.contiguous()
-        return RuleTable(sink, alpha, beta_q, min_window)
-
-    @property
-    def columns(self) -> Tensor:
-        """Sink, alpha and beta_q, `[3, rules]`."""
-        return torch.stack((self.sink, self.alpha, self.beta_q))
-
-    def segments(self, n: Tensor, native_window: int | None) -> tuple[Tensor, Tensor]:
-        """Returns `(sink_end, start)`, each `[len(n), rules]`: row `n - 1` sees the keys before, and from there on."""
-        _, sink_end, start = segments(n[:, None], self.sink, self.alpha, self.beta_q, self.min_window, native_window)
-        return sink_end, start
+    def scores(self, sink_logit: Tensor | None) -> Scores:
+        """Returns how scores are made, with a learned sink logit of each query head, `[heads]`, or None."""
+        return Scores(self.scaling, self.softcap or 0.0, sink_logit)
 
 
 class Tile(NamedTuple):
@@ -144,7 +120,7 @@ def tile_probabilities(
         tile: which rows and keys.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[kv_heads, group, 1, 1]`, or None.
-        plan: the rule of each KV head, or None for the dense model.
+        plan: the rule of each KV head of this layer, on the query's device, or None for the dense model.
 
     Returns:
         Probabilities `[kv_heads, group, rows, keys]`; that of the learned sink `[kv_heads, group, rows, 1]` or None;
@@ -158,7 +134,7 @@ def tile_probabilities(
         logits.mul_(spec.softcap)
     _mask_logits(logits, tile, spec.native_window)
     if plan is not None:
-        _mask_plan(logits, tile, plan, spec.native_window, -torch.inf)
+        _mask_plan(logits, tile, plan, -torch.inf)
     if sink_logit is None:
         return torch.softmax(logits, -1), None, slope
     total = torch.logaddexp(torch.logsumexp(logits, -1, keepdim=True), sink_logit)
@@ -171,8 +147,7 @@ class TileView:
 
     Attributes:
         tile: which rows and keys.
-        table: the rules.
-        native_window: the model's own sliding window, or None.
+        table: the rules, for this layer and on its device.
         probabilities: P, the dense model's, `[kv_heads, group, rows, keys of the tile]`, newest key first, zero where
             nothing is seen.
         centred: `P * (G - D)`, same shape; D is that of the output as the layer computes it.
@@ -186,7 +161,6 @@ class TileView:
 
     tile: Tile
     table: RuleTable
-    native_window: int | None
     probabilities: Tensor
     centred: Tensor
     escaped: tuple[Tensor, Tensor] | None
@@ -203,8 +177,8 @@ class TileView:
 
     @cached_property
     def segments(self) -> tuple[Tensor, Tensor]:
-        """`(sink_end, start)` of every row and rule, each `[rows, rules]`; see `RuleTable.segments`."""
-        return self.table.segments(self.rows + 1, self.native_window)
+        """`(sink_end, start)` of every row and rule, each `[rows, rules]`: what lies between is hidden."""
+        return _hidden(self.table, self.rows)
 
     @cached_property
     def deltas(self) -> Tensor:
@@ -225,7 +199,7 @@ class TileView:
         Args:
             values: `[kv_heads, group, rows, keys of the tile]`, zero where the dense model sees nothing.
         """
-        shape = (*values.shape[:-1], len(self.table.sink))
+        shape = (*values.shape[:-1], len(self.table))
         total = values.cumsum(-1).gather(-1, self._window_at.expand(shape))
         if self._oldest > 0:
             prefix = functional.pad(values[..., -self._oldest :].flip(-1).cumsum(-1), (1, 0))
@@ -239,7 +213,7 @@ class TileView:
     @cached_property
     def _oldest(self) -> int:
         """Columns that may be sinks. What the native window hides has probability 0: sums begin at the tile's oldest."""
-        return max(0, min(int(self.table.sink.max()), self.tile.high) - self.tile.low)
+        return max(0, min(int(self.table.span.sink.max()), self.tile.high) - self.tile.low)
 
     @cached_property
     def _sink_at(self) -> Tensor:
@@ -250,7 +224,7 @@ class TileView:
         sink_end, start = self.segments
         if self.plan is None:
             return sink_end >= start
-        now_end, now_start = (edge.T[..., None] for edge in self.plan.segments(self.rows + 1, self.native_window))
+        now_end, now_start = (edge.T[..., None] for edge in _hidden(self.plan, self.rows))
         same = (sink_end == now_end) & (start == now_start)
         return same | ((sink_end >= start) & (now_end >= now_start))
 
@@ -262,9 +236,15 @@ class Collector(Protocol):
         """Takes one tile."""
 
 
-def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, native_window: int | None, fill: float) -> Tensor:
+def _hidden(table: RuleTable, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where what each rule hides begins and ends, `[rows, rules]` each; the native window hides more."""
+    (_, sink_end), (start, _) = table.visible_intervals(rows + 1)
+    return sink_end, start
+
+
+def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, fill: float) -> Tensor:
     """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
-    sink_end, start = (edge.T[..., None] for edge in plan.segments(tile.rows + 1, native_window))
+    sink_end, start = (edge.T[..., None] for edge in _hidden(plan, tile.rows))
     keys = torch.arange(tile.high - 1, tile.low - 1, -1, device=logits.device)
     return logits.masked_fill_(((keys >= sink_end) & (keys < start))[:, None], fill)
 
@@ -276,7 +256,6 @@ def attend(
     spec: AttentionSpec,
     sink_logit: Tensor | None = None,
     plan: RuleTable | None = None,
-    tile: int = TILE,
 ) -> Tensor:
     """Returns causal attention as the model defines it, dense or under a plan.
 
@@ -287,35 +266,13 @@ def attend(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         plan: the rule of each KV head, or None for the dense model.
-        tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         `[1, heads, N, head_dim]`.
     """
-    heads, n, size = query.shape[1:]
-    kv_heads = key.shape[1]
-    native = spec.native_window
-    if dispatch.kernel_for(query) == "cpu":
-        rules = plan or RuleTable.of([Rule.FULL] * kv_heads, 1)
-        numbers = (rules.min_window, native or 0, spec.scaling, spec.softcap or 0.0)
-        compiled: Tensor = dispatch.prefill_alone(
-            query, key, value, rules.sink, rules.alpha, rules.beta_q, *numbers, sink_logits=sink_logit
-        )[0]
-        return compiled
-    if (native is None or native >= n) and spec.softcap is None and sink_logit is None and plan is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=spec.scaling, enable_gqa=heads != kv_heads
-        )
-    work = _work_dtype(query)
-    keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
-    sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
-    out = torch.empty_like(query)
-    for part in _tiles(torch.arange(n, device=query.device), native, tile):
-        rows, at = slice(part.first_row, part.high), part.columns(n)
-        scaled = (query[0, :, rows].to(work) * spec.scaling).reshape(kv_heads, -1, size)
-        probabilities, _, _ = tile_probabilities(scaled, keys[:, at], part, spec, sink, plan)
-        out[0, :, rows] = torch.bmm(probabilities.flatten(1, 2), values[:, at]).view(heads, -1, size)
-    return out
+    rules = plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)
+    here, scores = as_tensors(rules.in_layer(spec.native_window)), spec.scores(sink_logit)
+    return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores)
 
 
 def attend_backward(
@@ -350,8 +307,9 @@ def attend_backward(
     Returns:
         Gradients of query, key and value.
     """
-    chunk = (query, key, value, grad)
-    if dispatch.kernel_for(query) == "cpu":
+    chunk, native = (query, key, value, grad), spec.native_window
+    table, plan = table.in_layer(native), None if plan is None else plan.in_layer(native)
+    if backend_for(query).capabilities.profile:
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
         found = swept(*chunk, spec, sink_logit, table, summing, plan)
         if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
@@ -395,6 +353,7 @@ def _views(
         soft cap, which comes last or is None.
     """
     kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
+    table, plan = as_tensors(table, query.device), None if plan is None else as_tensors(plan, query.device)
     keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
     sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
     alive = grad[0].ne(0).any(-1).any(0).nonzero()[:, 0]
@@ -405,7 +364,7 @@ def _views(
         probabilities, escape, slope = tile_probabilities(scaled, keys[:, at], part, spec, sink)
         attended = probabilities
         if plan is not None:
-            attended = _mask_plan(probabilities.clone(), part, plan, spec.native_window, 0)
+            attended = _mask_plan(probabilities.clone(), part, plan, 0)
             mass = attended.sum(-1, keepdim=True) if escape is None else attended.sum(-1, keepdim=True) + escape
             attended.div_(mass)
         centred = torch.bmm(pulled, values[:, at].transpose(1, 2)).view_as(probabilities)
@@ -417,7 +376,6 @@ def _views(
         view = TileView(
             tile=part,
             table=table,
-            native_window=spec.native_window,
             probabilities=probabilities,
             centred=centred,
             escaped=None if escape is None else (escape, escape * delta),

@@ -78,7 +78,7 @@ class Manifest:
         data = {
             **self.__dict__,
             "shape": self.shape.to_dict(),
-            "rules": [(rule.sink, rule.alpha, rule.beta_q) for rule in self.rules],
+            "rules": [rule.to_list() for rule in self.rules],
             "recipe": self.recipe.resolved(),
             "lengths": self.lengths,
             "min_window": self.recipe.profile.min_window,
@@ -112,7 +112,7 @@ class Manifest:
             )
             return Manifest(
                 shape=ModelShape(**shape),
-                rules=tuple(Rule(*map(int, rule)) for rule in data["rules"]),
+                rules=tuple(Rule.from_list(rule) for rule in data["rules"]),
                 recipe=Recipe.from_dict(data["recipe"], "its recipe"),
                 skipped=tuple(map(int, data["skipped"])),
                 seconds=float(data["seconds"]),
@@ -142,7 +142,7 @@ def request_fingerprint(
             "around": around,
             "version": VERSION,
             "model": shape.to_dict(),
-            "rules": [(rule.sink, rule.alpha, rule.beta_q) for rule in rules],
+            "rules": [rule.to_list() for rule in rules],
             "min_window": recipe.profile.min_window,
             "draws": recipe.profile.draws,
             "seed": recipe.seed,

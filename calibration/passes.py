@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from moacompress.calibration.influence import AttentionSpec, Collector, ProfiledAttention, RuleTable
+from moacompress.calibration.influence import AttentionSpec, Collector, ProfiledAttention
 from moacompress.calibration.sharing import Attended
 from moacompress.core.errors import ModelError
 from moacompress.models.modules import decoder_layers
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 
 ATTENTION = "moacompress_profile"
 """Name of the profiling attention among transformers' attention functions."""
@@ -59,11 +60,10 @@ class Recording:
     @staticmethod
     def of(shape: ModelShape, table: RuleTable, plan: Plan | None = None, keep: bool = False) -> Recording:
         """Returns a recording without collectors; with `keep` it keeps what every layer attended with."""
-        device = table.sink.device
         plans: list[RuleTable | None] = [None] * shape.layers
         for layer, rules in enumerate(plan.rules if plan is not None else ()):
             if plan is not None and not all(rule.is_full for rule in rules):
-                plans[layer] = RuleTable.of(rules, plan.min_window, device)
+                plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
         collectors: tuple[list[Collector], ...] = tuple([] for _ in range(shape.layers))
         return Recording(table, shape.native_windows, tuple(plans), collectors, {} if keep else None)
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.head_statistics import HeadSums
-from moacompress.calibration.influence import TILE, Collector, RuleTable, attend, attend_backward
+from moacompress.calibration.influence import TILE, Collector, attend, attend_backward
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent
 from moacompress.calibration.sharing import Attended, CopySums, copyable
@@ -28,6 +28,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.linear import packed_bytes
 
 SHORT = (128, 192)
@@ -151,7 +152,7 @@ class Probe:
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
         rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
-        self._table = RuleTable.of(rules, chosen.min_window, device)
+        self._table, self._device = RuleTable.of(rules, chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
         self._kinds = [
@@ -218,7 +219,7 @@ class Probe:
     def _collectors(
         self, wanted: Gathered, attended: Mapping[int, Attended], layer: int, allowed: Sequence[bool]
     ) -> list[Collector]:
-        size = self._shape.kv_heads, len(self._table.sink), self._table.sink.device
+        size = self._shape.kv_heads, len(self._table), self._device
         found: list[Collector] = [InfluenceSums(*size)]
         if wanted.baselines:
             found.append(BaselineSums(*size))

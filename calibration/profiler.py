@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.head_statistics import HeadSums
-from moacompress.calibration.influence import Collector, RuleTable
+from moacompress.calibration.influence import Collector
 from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
@@ -43,6 +43,7 @@ from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def sample_statistics(
     Args:
         model: the dense model, weights frozen.
         shape: its shape.
-        table: the rules, on the model's device.
+        table: the rules.
         sample: the sample.
         chosen: how many cotangents, and which statistics beside the influence.
         around: the plan to profile around, or None for the dense model.
@@ -144,7 +145,7 @@ def sample_statistics(
     if around is not None:
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
             dense = target_states(model, ids, rows)
-    size = shape.kv_heads, len(table.sink), model.device
+    size = shape.kv_heads, len(table), model.device
     influence = [InfluenceSums(*size) for _ in range(shape.layers)]
     squares = np.zeros((shape.layers, *size[:2]), np.float64)
     totals: list[Tensor] = []
@@ -347,7 +348,7 @@ def _run_samples(
     progress: Progress,
 ) -> tuple[list[Statistics], Manifest]:
     """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
-    table = RuleTable.of(manifest.rules, manifest.recipe.profile.min_window, source.model.device)
+    table = RuleTable.of(manifest.rules, manifest.recipe.profile.min_window)
     done, skipped, seconds = [], [], 0.0
     progress.start("profiling", len(samples))
     for index, sample in enumerate(samples):

@@ -23,9 +23,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moacompress.calibration.influence import AttentionSpec, RuleTable, Tile, TileView, tile_probabilities
+from moacompress.calibration.influence import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.calibration.statistics import Statistics
 from moacompress.core.errors import UsageError
+from moacompress.kernels.backend import as_tensors
+from moacompress.rules.rule_table import RuleTable
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Attended:
         query = self.query[0, :, tile.rows].to(dtype).reshape(kv_heads, -1, size) * self.spec.scaling
         keys = self.key[0, :, tile.low : tile.high].to(dtype).flip(1)
         sink = None if self.sink_logit is None else self.sink_logit.to(dtype).view(kv_heads, -1, 1, 1)
-        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink, self.plan)
+        plan = None if self.plan is None else as_tensors(self.plan.in_layer(self.spec.native_window), query.device)
+        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink, plan)
         return probabilities, escape
 
 

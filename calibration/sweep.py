@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from moacompress.kernels import dispatch
+from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.dispatch import backend_for
+from moacompress.rules.rule_table import RuleTable
 
 if TYPE_CHECKING:
-    from moacompress.calibration.influence import AttentionSpec, RuleTable
+    from moacompress.calibration.influence import AttentionSpec
 
 
 class LayerSums(NamedTuple):
@@ -56,22 +58,32 @@ def swept(
     collectors: Sequence[SumCollector],
     plan: RuleTable | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `influence.attend_backward` does for the same arguments; collectors get the sums of all tiles."""
+    """Returns the gradients of attention; collectors get the sums of all tiles.
+
+    Args:
+        query: `[1, heads, N, head_dim]`.
+        key: `[1, kv_heads, N, head_dim]`.
+        value: as `key`.
+        grad: cotangent of the output, `[1, heads, N, head_dim]`.
+        spec: how the layer attends.
+        sink_logit: learned sink logit of each query head, `[heads]`, or None.
+        table: the rules, for this layer.
+        collectors: receive the sums.
+        plan: the rule of each KV head of this layer, or None for the dense model.
+
+    Returns:
+        Gradients of query, key and value.
+    """
     baselines = any(collector.baselines for collector in collectors)
-    *gradients, sums, rows = dispatch.profile_backward(
+    *gradients, sums, rows = backend_for(query).profile_backward(
         grad,
         query,
         key,
         value,
-        table.columns,
-        table.min_window,
-        None if plan is None else plan.columns,
-        1 if plan is None else plan.min_window,
-        spec.native_window or 0,
-        spec.scaling,
-        spec.softcap or 0.0,
-        sink_logit,
-        baselines,
+        rules=as_tensors(table),
+        plan=None if plan is None else as_tensors(plan),
+        scores=spec.scores(sink_logit),
+        baselines=baselines,
     )
     moa, mass = sums[2:] if baselines else (None, None)
     found = LayerSums(sums[0], sums[1], moa, mass, rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def _run(
     }
     for point in results.points:
         rule = profile.rules[point["rule"]]
-        point["rule"] = {"sink": rule.sink, "alpha": rule.alpha, "beta_q": rule.beta_q}
+        point["rule"] = asdict(rule)
     for row, (noise, _), plan in zip(results.plan_points, chosen, measured_plans[count:], strict=True):
         row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.limits}}
     return {

@@ -16,7 +16,7 @@ import numpy as np
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.rules.budget import format_length
-from moacompress.rules.cost import slot_limits, slot_table
+from moacompress.rules.cost import byte_table, limit_array
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan, may_be_same_weights
 from moacompress.rules.rule import SINKS, Rule
@@ -127,7 +127,7 @@ def _elastic(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window
 
 
 class _Costs:
-    """Predicted harm and slots of a profile's rules, and plans made of them.
+    """Predicted harm and bytes of a profile's rules, and plans made of them.
 
     Attributes:
         rules: those of the profile.
@@ -154,9 +154,9 @@ class _Costs:
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
 
-    def slots(self, numbers: Sequence[int], limits: Mapping[int, int]) -> np.ndarray:
-        """Returns the slots of the numbered rules, int64 [lengths, layers, kv_heads, rules]."""
-        return slot_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
+    def sizes(self, numbers: Sequence[int], limits: Mapping[int, int]) -> np.ndarray:
+        """Returns the bytes of the numbered rules, int64 [lengths, layers, kv_heads, rules]."""
+        return byte_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
         """Returns the predicted harm and the plan of a choice of rules, [layers, kv_heads]."""
@@ -168,9 +168,9 @@ class _Costs:
 def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of one rule for each layer of least predicted harm."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
-    slots = costs.slots(numbers, limits).sum(axis=2)
+    sizes = costs.sizes(numbers, limits).sum(axis=2)
     try:
-        solution = solve(costs.harm[..., numbers].sum(axis=1), slots, slot_limits(limits, costs.shape))
+        solution = solve(costs.harm[..., numbers].sum(axis=1), sizes, limit_array(limits))
     except InfeasibleBudgetError:
         return
     layers = np.array(numbers)[solution.choice]
@@ -183,12 +183,12 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
     for number, rule in enumerate(costs.rules):
         if rule.sink != sink or rule.beta_q or rule.alpha > STREAMING_WINDOW:
             continue
-        streaming, everything = np.moveaxis(costs.slots([number, full], limits), -1, 0)
-        left = slot_limits(limits, costs.shape) - streaming.sum(axis=(1, 2))
+        streaming, everything = np.moveaxis(costs.sizes([number, full], limits), -1, 0)
+        left = limit_array(limits) - streaming.sum(axis=(1, 2))
         if (left < 0).any():
             continue
         choice = np.full(costs.harm.shape[:2], number)
-        # where all full heads take the same slots these are the first ones; a native window may fit in where no other does
+        # where all full heads take the same bytes these are the first ones; a native window may fit in where no other does
         for head in np.argsort(-costs.harm[..., number], axis=None, kind="stable"):
             layer_head = np.unravel_index(head, choice.shape)
             added = (everything - streaming)[(slice(None), *layer_head)]
@@ -201,7 +201,7 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
 def _moa(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of a rule for each KV head of least predicted harm."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
-    knapsack = Knapsack(costs.slots(numbers, limits), slot_limits(limits, costs.shape), "lagrange")
+    knapsack = Knapsack(costs.sizes(numbers, limits), limit_array(limits), "lagrange")
     try:
         choice = knapsack.choose(costs.harm[..., numbers])
     except InfeasibleBudgetError:
@@ -250,7 +250,7 @@ def _fits(shape: ModelShape, rule: Rule, limits: Mapping[int, int], min_window: 
 def _kv_bytes(shape: ModelShape, rule: Rule, min_window: int, n: int) -> int:
     """Returns the bytes at `n` tokens if every KV head has the rule."""
     slots = sum(rule.slots(n, min_window, native) for native in shape.native_windows)
-    return int(slots * shape.kv_heads * shape.slot_bytes)
+    return int(slots * shape.kv_heads * shape.token_bytes(rule))
 
 
 def _widest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 from moacompress.search.search_result import pack, unpack
 from moacompress.search.surrogate import Surrogate
 from moacompress.search.trials import Tried
@@ -83,14 +84,15 @@ def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[
     """Returns a row of every KV head, those first whose range is worth most; see `explain`."""
     n, limit = max(request.limits.items())
     profile, shape = request.profile, request.profile.shape
-    average = limit // shape.slot_bytes // (shape.layers * shape.kv_heads)
+    average = limit // (shape.layers * shape.kv_heads)
     costs = surrogate.costs()
     number = {rule: index for index, rule in enumerate(surrogate.rules)}
     rows = []
     for layer, rules in enumerate(plan.rules):
         native = shape.native_windows[layer]
-        slots = np.array([rule.slots(n, profile.min_window, native) for rule in surrogate.rules])
-        fits = slots <= max(average, int(slots.min()))
+        table = RuleTable.of(surrogate.rules, profile.min_window, native)
+        sizes = table.slots(np.array(n)) * table.token_bytes(shape.head_dim, shape.head_dim, shape.dtype)
+        fits = sizes <= max(average, int(sizes.min()))
         for head, rule in enumerate(rules):
             at_average = float(costs[layer, head][fits].min())
             own = float(costs[layer, head, number[rule]]) if rule in number else None

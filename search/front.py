@@ -21,7 +21,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
-from moacompress.rules.cost import slot_limits
+from moacompress.rules.cost import limit_array
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.harm_meter import HarmMeter
@@ -102,7 +102,7 @@ def find_front(
             trial = ledger.ask()
             share = float(np.exp(trial.params[SHARE]))
             limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-            here = replace(knapsack, limits=slot_limits(limits, profile.shape))
+            here = replace(knapsack, limits=limit_array(limits))
             choice = request.choice(surrogate, here, {name: at for name, at in trial.params.items() if name != SHARE})
             plan = chosen_plan(profile, choice)
             harm = float(np.mean(meter.harms("front", plan, meter.order)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.cost import floored, layer_floors, slot_limits, slot_table
+from moacompress.rules.cost import byte_table, floored, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.solver import fill, solve
@@ -26,12 +26,12 @@ class Knapsack:
     """A budget for a profile's rules, ready for the solver.
 
     Attributes:
-        slots: int64 [lengths, layers, kv_heads, rules].
-        limits: most slots at every length, int64 [lengths].
+        sizes: bytes, int64 [lengths, layers, kv_heads, rules].
+        limits: most bytes at every length, int64 [lengths].
         solver: "lagrange" or "milp".
     """
 
-    slots: Ints
+    sizes: Ints
     limits: Ints
     solver: str
 
@@ -39,14 +39,14 @@ class Knapsack:
     def of(request: SearchRequest) -> Knapsack:
         """Returns the knapsack of a request."""
         profile = request.profile
-        slots = slot_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
-        slots = floored(slots, layer_floors(request.recipe.search.floors, profile.shape))
-        return Knapsack(slots, slot_limits(request.limits, profile.shape), request.recipe.search.solver)
+        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
+        sizes = floored(sizes, layer_floors(request.recipe.search.floors, profile.shape))
+        return Knapsack(sizes, limit_array(request.limits), request.recipe.search.solver)
 
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
-        lengths, layers, kv_heads, rules = self.slots.shape
-        found = solve(costs.reshape(-1, rules), self.slots.reshape(lengths, -1, rules), self.limits, solver=self.solver)
+        lengths, layers, kv_heads, rules = self.sizes.shape
+        found = solve(costs.reshape(-1, rules), self.sizes.reshape(lengths, -1, rules), self.limits, solver=self.solver)
         return found.choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:
@@ -56,9 +56,9 @@ class Knapsack:
             costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.
             choice: within the limits, `[layers, kv_heads]`.
         """
-        lengths, layers, kv_heads, rules = self.slots.shape
-        slots = self.slots.reshape(lengths, -1, rules)
-        found = fill(choice.reshape(-1), costs.reshape(-1, rules), slots, self.limits, grow=True)
+        lengths, layers, kv_heads, rules = self.sizes.shape
+        sizes = self.sizes.reshape(lengths, -1, rules)
+        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True)
         return found.reshape(layers, kv_heads)
 
 

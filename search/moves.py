@@ -39,23 +39,23 @@ class Move:
 
 
 def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) -> list[Move]:
-    """Returns the moves that are predicted to matter least: as many that take slots as that give some back.
+    """Returns the moves that are predicted to matter least: as many that take bytes as that give some back.
 
     Args:
-        knapsack: slots and limits.
+        knapsack: bytes and limits.
         costs: predicted harm of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         count: moves of each kind, of different KV heads.
     """
     rules = costs.shape[-1]
     flat = (costs - costs.min(axis=-1, keepdims=True)).reshape(-1, rules)
-    slots = knapsack.slots.reshape(len(knapsack.limits), -1, rules)
-    shares = slots / np.maximum(knapsack.limits, 1)[:, None, None]
+    sizes = knapsack.sizes.reshape(len(knapsack.limits), -1, rules)
+    shares = sizes / np.maximum(knapsack.limits, 1)[:, None, None]
     reduced = flat + np.tensordot(best_prices(flat, shares)[0], shares, axes=1)
     heads = np.arange(len(flat))
     now = choice.reshape(-1)
     lost = reduced - reduced[heads, now][:, None]
-    added = (slots - slots[:, heads, now][:, :, None])[-1]
+    added = (sizes - sizes[:, heads, now][:, :, None])[-1]
     moves = []
     for kind in (added > 0, added < 0):
         candidates = np.where(kind, lost, np.inf)
@@ -70,7 +70,7 @@ def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Fl
     """Returns the choice with the best of the moves made, together within the limits.
 
     Args:
-        knapsack: slots and limits.
+        knapsack: bytes and limits.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         moves: what was measured.
         ratios: measured log-ratio of the harm after a move to that before, `[moves, samples]`.
@@ -89,10 +89,10 @@ def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Fl
     rules = np.array([options[head] + options[head][:1] * (most - len(options[head])) for head in heads])
     costs = np.array([worths[head] + worths[head][:1] * (most - len(worths[head])) for head in heads])
     where = np.array(heads).T
-    slots = np.stack([table[where[0][:, None], where[1][:, None], rules] for table in knapsack.slots])
-    used = np.take_along_axis(knapsack.slots, choice[None, ..., None], axis=-1).sum(axis=(1, 2, 3))
-    left = knapsack.limits - used + slots[:, :, 0].sum(axis=1)
-    picked = solve(costs - costs.min(axis=1, keepdims=True), slots, left, solver=knapsack.solver).choice
+    sizes = np.stack([table[where[0][:, None], where[1][:, None], rules] for table in knapsack.sizes])
+    used = np.take_along_axis(knapsack.sizes, choice[None, ..., None], axis=-1).sum(axis=(1, 2, 3))
+    left = knapsack.limits - used + sizes[:, :, 0].sum(axis=1)
+    picked = solve(costs - costs.min(axis=1, keepdims=True), sizes, left, solver=knapsack.solver).choice
     changed = choice.copy()
     changed[where[0], where[1]] = rules[np.arange(len(heads)), picked]
     return changed

@@ -103,12 +103,12 @@ class Quadratic:
             choice: where to begin, within the limits, `[layers, kv_heads]`.
             costs: predicted harm of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
             share: of this form in what is lowered, 0 to 1.
-            knapsack: slots and limits.
+            knapsack: bytes and limits.
         """
         rules = costs.shape[-1]
         alone = costs.reshape(-1, rules)
-        slots = knapsack.slots.reshape(len(knapsack.limits), -1, rules)
-        shares = slots / np.maximum(knapsack.limits, 1)[:, None, None]
+        sizes = knapsack.sizes.reshape(len(knapsack.limits), -1, rules)
+        shares = sizes / np.maximum(knapsack.limits, 1)[:, None, None]
         above = alone - alone.min(axis=1, keepdims=True)
         priced = np.tensordot(best_prices(above, shares)[0], shares, axes=1) if above.any() else np.zeros_like(alone)
         now = choice.reshape(-1).copy()
@@ -123,8 +123,8 @@ class Quadratic:
             head, rule = np.divmod(moves, rules)
             gain = change[head, rule]
             effect = moved[:, head, rule]
-            added = slots[:, head, rule] - slots[:, head, now[head]]
-            left = knapsack.limits - slots[:, heads, now].sum(axis=1)
+            added = sizes[:, head, rule] - sizes[:, head, now[head]]
+            left = knapsack.limits - sizes[:, heads, now].sum(axis=1)
             fits = (added[:, :, None] + added[:, None, :] <= left[:, None, None]).all(axis=0) & (head[:, None] != head)
             pairs = np.where(fits, gain[:, None] + gain + share * effect.T @ effect, np.inf)
             np.fill_diagonal(pairs, np.where((added <= left[:, None]).all(axis=0), gain, np.inf))  # one change alone

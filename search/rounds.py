@@ -17,7 +17,6 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from moacompress.calibration.influence import RuleTable
 from moacompress.calibration.manifest import array_shapes
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample, fingerprint_ordered
@@ -30,6 +29,7 @@ from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
 
@@ -88,7 +88,7 @@ class ProfileAround:
         """
         profile = self.profile
         chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})
-        table = RuleTable.of(profile.rules, profile.min_window, self.source.model.device)
+        table = RuleTable.of(profile.rules, profile.min_window)
         shapes = array_shapes(chosen, profile.shape, len(profile.rules), around=True)
         owner = fingerprint(
             [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
@@ -136,7 +136,7 @@ def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choic
     """Returns the choice of least predicted harm within reach of the present one.
 
     Args:
-        knapsack: slots and limits.
+        knapsack: bytes and limits.
         form: predicts harm, or its change.
         knobs: `moved` is the share of the longest length's limit that may change hands, `coherence` the weight of the form
             beside the sum of what it says of single KV heads.
@@ -147,10 +147,10 @@ def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choic
     """
     if not knobs["moved"]:
         return choice
-    here = np.take_along_axis(knapsack.slots, choice[None, ..., None], axis=-1)
-    distance = np.abs(knapsack.slots - here)[-1:]
+    here = np.take_along_axis(knapsack.sizes, choice[None, ..., None], axis=-1)
+    distance = np.abs(knapsack.sizes - here)[-1:]
     limit = int(2 * knobs["moved"] * knapsack.limits[-1])  # what goes from one head to another counts twice
-    near = replace(knapsack, slots=np.concatenate([knapsack.slots, distance]), limits=np.append(knapsack.limits, limit))
+    near = replace(knapsack, sizes=np.concatenate([knapsack.sizes, distance]), limits=np.append(knapsack.limits, limit))
     return form.refined(choice, form.changes(choice), knobs["coherence"], near)
 
 

@@ -111,7 +111,7 @@ class SearchRequest:
 
         Args:
             surrogate: calibrated.
-            knapsack: slots and limits.
+            knapsack: bytes and limits.
             knobs: values of `knobs`.
         """
         choice = knapsack.choose(self.knobs.bend(surrogate, knobs))

@@ -130,12 +130,12 @@ def pack(plan: Plan) -> dict[str, Any]:
     distinct = sorted({rule for row in plan.rules for rule in row})
     number = {rule: index for index, rule in enumerate(distinct)}
     return {
-        "rules": [[rule.sink, rule.alpha, rule.beta_q] for rule in distinct],
+        "rules": [rule.to_list() for rule in distinct],
         "choice": [[number[rule] for rule in row] for row in plan.rules],
     }
 
 
 def unpack(packed: dict[str, Any]) -> tuple[tuple[Rule, ...], ...]:
     """Returns the rules that `pack` packed."""
-    distinct: Sequence[Rule] = [Rule(*map(int, rule)) for rule in packed["rules"]]
+    distinct: Sequence[Rule] = [Rule.from_list(rule) for rule in packed["rules"]]
     return tuple(tuple(distinct[number] for number in row) for row in packed["choice"])

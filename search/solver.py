@@ -1,6 +1,6 @@
-"""The budgeted choice: one rule for every KV head, least total cost, slots within the limit at every length.
+"""The budgeted choice: one rule for every KV head, least total cost, bytes within the limit at every length.
 
-A multiple-choice knapsack with one capacity a length. `lagrange` puts a price on a slot of each length, so that heads
+A multiple-choice knapsack with one capacity a length. `lagrange` puts a price on a byte of each length, so that heads
 choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
 """
 
@@ -42,13 +42,13 @@ class Solution:
     gap: float | None
 
 
-def solve(costs: Floats, slots: Ints, limits: Ints, *, solver: str = "lagrange", time_limit: float = 10.0) -> Solution:
+def solve(costs: Floats, sizes: Ints, limits: Ints, *, solver: str = "lagrange", time_limit: float = 10.0) -> Solution:
     """Chooses one rule for every KV head.
 
     Args:
         costs: cost of every rule on every head, at least 0, [heads, rules].
-        slots: slots it takes at every length, [lengths, heads, rules].
-        limits: most slots at every length, [lengths].
+        sizes: bytes it takes at every length, [lengths, heads, rules].
+        limits: most bytes at every length, [lengths].
         solver: "lagrange" or "milp".
         time_limit: seconds that `milp` may take; its best choice by then is returned.
 
@@ -56,11 +56,11 @@ def solve(costs: Floats, slots: Ints, limits: Ints, *, solver: str = "lagrange",
         InfeasibleBudgetError: no choice is within the limits.
     """
     if solver == "milp":
-        return milp(costs, slots, limits, time_limit=time_limit)
-    return lagrange(costs, slots, limits)
+        return milp(costs, sizes, limits, time_limit=time_limit)
+    return lagrange(costs, sizes, limits)
 
 
-def lagrange(costs: Floats, slots: Ints, limits: Ints) -> Solution:
+def lagrange(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
     """Solves by Lagrangian relaxation: cutting planes on the prices, then repair, fill and swaps.
 
     With a few heads and a tight budget the relaxation says little: where the gap stays above `POLISH_GAP`, HiGHS gets a
@@ -69,19 +69,19 @@ def lagrange(costs: Floats, slots: Ints, limits: Ints) -> Solution:
     Raises:
         InfeasibleBudgetError: as `solve`.
     """
-    costs, slots, limits = _arrays(costs, slots, limits)
-    found = _relaxed(costs, slots, limits)
+    costs, sizes, limits = _arrays(costs, sizes, limits)
+    found = _relaxed(costs, sizes, limits)
     if found is not None and found.gap is not None and found.gap <= POLISH_GAP:
         return found
-    return _highs(costs, slots, limits, found, {"node_limit": POLISH_NODES, "mip_rel_gap": POLISH_GAP / 10})
+    return _highs(costs, sizes, limits, found, {"node_limit": POLISH_NODES, "mip_rel_gap": POLISH_GAP / 10})
 
 
-def milp(costs: Floats, slots: Ints, limits: Ints, *, time_limit: float = 10.0, relative_gap: float = 1e-5) -> Solution:
+def milp(costs: Floats, sizes: Ints, limits: Ints, *, time_limit: float = 10.0, relative_gap: float = 1e-5) -> Solution:
     """Solves by mixed-integer programming (scipy's HiGHS) over each head's Pareto rules; never worse than `lagrange`.
 
     Args:
         costs: see `solve`.
-        slots: see `solve`.
+        sizes: see `solve`.
         limits: see `solve`.
         time_limit: seconds after which the incumbent is taken.
         relative_gap: gap at which it is called optimal.
@@ -89,36 +89,36 @@ def milp(costs: Floats, slots: Ints, limits: Ints, *, time_limit: float = 10.0, 
     Raises:
         InfeasibleBudgetError: as `solve`.
     """
-    found = lagrange(costs, slots, limits)
+    found = lagrange(costs, sizes, limits)
     if found.gap is not None and found.gap <= 0:
         return found
-    costs, slots, limits = _arrays(costs, slots, limits)
-    return _highs(costs, slots, limits, found, {"time_limit": time_limit, "mip_rel_gap": relative_gap})
+    costs, sizes, limits = _arrays(costs, sizes, limits)
+    return _highs(costs, sizes, limits, found, {"time_limit": time_limit, "mip_rel_gap": relative_gap})
 
 
-def _relaxed(costs: Floats, slots: Ints, limits: Ints) -> Solution | None:
+def _relaxed(costs: Floats, sizes: Ints, limits: Ints) -> Solution | None:
     """Returns the best choice that prices lead to; None where the repair gets stuck.
 
     It can only get stuck where no rule of some head is smallest at every length.
     """
-    _check_feasible(slots, limits)
-    cheapest = _cheapest(costs, slots)
-    if (_used(slots, cheapest) <= limits).all():
+    _check_feasible(sizes, limits)
+    cheapest = _cheapest(costs, sizes)
+    if (_used(sizes, cheapest) <= limits).all():
         return Solution(cheapest, _total(costs, cheapest), 0.0)
-    # a limit of nothing is only met by rules of no slots; 1 keeps the shares finite
-    shares = slots / np.maximum(limits, 1)[:, None, None]
+    # a limit of nothing is only met by rules of no bytes; 1 keeps the shares finite
+    shares = sizes / np.maximum(limits, 1)[:, None, None]
     prices, bound = best_prices(costs, shares)
     priced = np.tensordot(prices, shares, axes=1)
-    near = _near(costs + priced, slots)
-    costs, slots = np.take_along_axis(costs, near, 1), np.take_along_axis(slots, near[None], 2)
+    near = _near(costs + priced, sizes)
+    costs, sizes = np.take_along_axis(costs, near, 1), np.take_along_axis(sizes, near[None], 2)
     priced = np.take_along_axis(priced, near, 1)
     best: Ints | None = None
     for scale in (1.0, 1.02, 0.98):  # from either side of the threshold: repairs and fills end differently
-        choice = _repair(np.argmin(costs + scale * priced, axis=1), costs, slots, limits)
+        choice = _repair(np.argmin(costs + scale * priced, axis=1), costs, sizes, limits)
         if choice is None:
             continue
-        choice = fill(choice, costs, slots, limits)
-        choice = _swap(choice, costs, slots, limits, costs + priced)
+        choice = fill(choice, costs, sizes, limits)
+        choice = _swap(choice, costs, sizes, limits, costs + priced)
         if best is None or _total(costs, choice) < _total(costs, best):
             best = choice
     if best is None:
@@ -127,11 +127,12 @@ def _relaxed(costs: Floats, slots: Ints, limits: Ints) -> Solution | None:
     return Solution(np.take_along_axis(near, best[:, None], 1)[:, 0], cost, _gap(cost, bound))
 
 
-def _highs(costs: Floats, slots: Ints, limits: Ints, start: Solution | None, options: dict[str, float]) -> Solution:
+def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, options: dict[str, float]) -> Solution:
     """Returns HiGHS's incumbent or `start`, whichever costs less."""
     from scipy import optimize, sparse
 
-    heads, rules = np.nonzero(pareto(costs, slots))
+    heads, rules = np.nonzero(pareto(costs, sizes))
+    unit = max(int(np.gcd.reduce(sizes, axis=None)), 1)  # small numbers, for HiGHS's tolerances
     columns = np.arange(len(heads))
     one_each = sparse.csr_array((np.ones(len(heads)), (heads, columns)), shape=(len(costs), len(heads)))
     scale = (float(costs.max()) if start is None else start.cost) or 1.0
@@ -139,7 +140,9 @@ def _highs(costs: Floats, slots: Ints, limits: Ints, start: Solution | None, opt
         costs[heads, rules] * (1000.0 / scale),  # far above HiGHS's absolute tolerances
         constraints=[
             optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sparse.csr_array(slots[:, heads, rules].astype(np.float64)), -np.inf, limits),
+            optimize.LinearConstraint(
+                sparse.csr_array((sizes[:, heads, rules] // unit).astype(np.float64)), -np.inf, limits // unit
+            ),
         ],
         integrality=np.ones(len(heads)),
         bounds=optimize.Bounds(0, 1),
@@ -150,7 +153,7 @@ def _highs(costs: Floats, slots: Ints, limits: Ints, start: Solution | None, opt
         chosen = found.x > 0.5
         choice = np.zeros(len(costs), np.int64)
         choice[heads[chosen]] = rules[chosen]
-        choice = _repair(choice, costs, slots, limits)  # HiGHS meets limits within a tolerance; slots are exact
+        choice = _repair(choice, costs, sizes, limits)  # HiGHS meets limits within a tolerance; bytes are exact
     if start is not None and (choice is None or start.cost <= _total(costs, choice)):
         choice = start.choice
     if choice is None:
@@ -164,41 +167,41 @@ def _highs(costs: Floats, slots: Ints, limits: Ints, start: Solution | None, opt
     return Solution(choice, cost, min(gaps, default=None))
 
 
-def pareto(costs: Floats, slots: Ints) -> npt.NDArray[np.bool_]:
-    """Returns the rules of each head that no other rule of it beats on cost and on slots at every length.
+def pareto(costs: Floats, sizes: Ints) -> npt.NDArray[np.bool_]:
+    """Returns the rules of each head that no other rule of it beats on cost and on bytes at every length.
 
     Of equal rules the first stays.
 
     Args:
         costs: [heads, rules].
-        slots: [lengths, heads, rules].
+        sizes: [lengths, heads, rules].
     """
     keep = np.ones(costs.shape, bool)
     earlier = np.arange(costs.shape[1])
     for rule in range(costs.shape[1]):
-        other = (costs <= costs[:, [rule]]) & (slots <= slots[:, :, [rule]]).all(axis=0)
-        equal = (costs == costs[:, [rule]]) & (slots == slots[:, :, [rule]]).all(axis=0)
+        other = (costs <= costs[:, [rule]]) & (sizes <= sizes[:, :, [rule]]).all(axis=0)
+        equal = (costs == costs[:, [rule]]) & (sizes == sizes[:, :, [rule]]).all(axis=0)
         keep[:, rule] = ~(other & (~equal | (earlier < rule))).any(axis=1)
     return keep
 
 
-def _arrays(costs: Floats, slots: Ints, limits: Ints) -> tuple[Floats, Ints, Ints]:
-    return np.asarray(costs, np.float64), np.asarray(slots, np.int64), np.asarray(limits, np.int64)
+def _arrays(costs: Floats, sizes: Ints, limits: Ints) -> tuple[Floats, Ints, Ints]:
+    return np.asarray(costs, np.float64), np.asarray(sizes, np.int64), np.asarray(limits, np.int64)
 
 
-def _check_feasible(slots: Ints, limits: Ints) -> None:
-    smallest = slots.min(axis=2).sum(axis=1)
+def _check_feasible(sizes: Ints, limits: Ints) -> None:
+    smallest = sizes.min(axis=2).sum(axis=1)
     for length, (need, limit) in enumerate(zip(smallest, limits, strict=True)):
         if need > limit:
             raise InfeasibleBudgetError(
-                f"no choice of rules fits {limit:,} cache slots at length number {length + 1}: the smallest takes "
+                f"no choice of rules fits {limit:,} bytes of cache at length number {length + 1}: the smallest takes "
                 f"{need:,}; ask for more"
             )
 
 
-def _cheapest(costs: Floats, slots: Ints) -> Ints:
+def _cheapest(costs: Floats, sizes: Ints) -> Ints:
     """Returns each head's cheapest rule, the smallest of equals."""
-    ties = np.where(costs <= costs.min(axis=1, keepdims=True), slots.sum(axis=0), np.iinfo(np.int64).max)
+    ties = np.where(costs <= costs.min(axis=1, keepdims=True), sizes.sum(axis=0), np.iinfo(np.int64).max)
     return np.asarray(np.argmin(ties, axis=1))
 
 
@@ -206,8 +209,8 @@ def _total(costs: Floats, choice: Ints) -> float:
     return float(costs[np.arange(len(choice)), choice].sum())
 
 
-def _used(slots: Ints, choice: Ints) -> Ints:
-    used: Ints = slots[:, np.arange(len(choice)), choice].sum(axis=1)
+def _used(sizes: Ints, choice: Ints) -> Ints:
+    used: Ints = sizes[:, np.arange(len(choice)), choice].sum(axis=1)
     return used
 
 
@@ -215,7 +218,7 @@ def _gap(cost: float, bound: float) -> float:
     return 0.0 if cost <= 0 else min(max(0.0, (cost - bound) / cost), 1.0)
 
 
-def _near(reduced: Floats, slots: Ints) -> Ints:
+def _near(reduced: Floats, sizes: Ints) -> Ints:
     """Returns the rules of each head that can matter at the best prices, [heads, `NEAR_RULES` + 1 at most].
 
     Those of least reduced cost, and the smallest one, so that what is feasible stays so.
@@ -223,7 +226,7 @@ def _near(reduced: Floats, slots: Ints) -> Ints:
     if reduced.shape[1] <= NEAR_RULES + 1:
         return np.broadcast_to(np.arange(reduced.shape[1]), reduced.shape)
     cheap = np.argpartition(reduced, NEAR_RULES, axis=1)[:, :NEAR_RULES]
-    smallest = np.argmin((slots / np.maximum(slots.max(axis=(1, 2), keepdims=True), 1)).sum(axis=0), axis=1)
+    smallest = np.argmin((sizes / np.maximum(sizes.max(axis=(1, 2), keepdims=True), 1)).sum(axis=0), axis=1)
     return np.concatenate([cheap, smallest[:, None]], axis=1)
 
 
@@ -255,7 +258,7 @@ def best_prices(costs: Floats, shares: Floats) -> tuple[Floats, float]:
 
     Args:
         costs: cost of every rule on every head, at least 0, [heads, rules].
-        shares: slots as shares of the limits, [lengths, heads, rules].
+        shares: bytes as shares of the limits, [lengths, heads, rules].
 
     Returns:
         Prices [lengths] and the dual value there, a lower bound on the cost.
@@ -299,7 +302,7 @@ def _cutting_planes(dual: _Dual, cuts: list[tuple[float, Floats]], box: float) -
         cuts.append((value - slope @ prices, slope))
 
 
-def _repair(choice: Ints, costs: Floats, slots: Ints, limits: Ints) -> Ints | None:
+def _repair(choice: Ints, costs: Floats, sizes: Ints, limits: Ints) -> Ints | None:
     """Returns a choice within the limits, changing heads where that costs least for the excess it removes.
 
     Returns:
@@ -308,14 +311,14 @@ def _repair(choice: Ints, costs: Floats, slots: Ints, limits: Ints) -> Ints | No
     choice = choice.copy()
     heads = np.arange(len(choice))
     for _ in range(MAX_MOVES):
-        excess = np.maximum(_used(slots, choice) - limits, 0)
+        excess = np.maximum(_used(sizes, choice) - limits, 0)
         if not excess.any():
             return choice
-        saved = slots[:, heads, choice][:, :, None] - slots
+        saved = sizes[:, heads, choice][:, :, None] - sizes
         # what a move takes off the excess (no more than there is), less what it adds on other lengths
         weight = np.where(excess > 0, 1.0 / np.maximum(limits, 1), 0.0)
         helped = (np.minimum(saved, excess[:, None, None]) * weight[:, None, None]).sum(axis=0)
-        over = (_used(slots, choice)[:, None, None] - saved > np.maximum(limits, limits + excess)[:, None, None]).any(0)
+        over = (_used(sizes, choice)[:, None, None] - saved > np.maximum(limits, limits + excess)[:, None, None]).any(0)
         extra = np.maximum(costs - costs[heads, choice][:, None], 0.0)
         ratio = np.where((helped > 0) & ~over, (extra + 1e-300) / np.maximum(helped, 1e-300), np.inf)
         best = int(np.argmin(ratio))
@@ -325,22 +328,22 @@ def _repair(choice: Ints, costs: Floats, slots: Ints, limits: Ints) -> Ints | No
     return None
 
 
-def fill(choice: Ints, costs: Floats, slots: Ints, limits: Ints, *, grow: bool = False) -> Ints:
-    """Returns the choice with what it leaves of the limits spent, on the head that gains most for its slots first.
+def fill(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, *, grow: bool = False) -> Ints:
+    """Returns the choice with what it leaves of the limits spent, on the head that gains most for its bytes first.
 
     Args:
         choice: within the limits, `[heads]`.
         costs: `[heads, rules]`.
-        slots: `[lengths, heads, rules]`.
+        sizes: `[lengths, heads, rules]`.
         limits: `[lengths]`.
-        grow: no head may give up slots at any length, and one that gains nothing takes more all the same: among equal gains
-            for the slots, the rule that takes most of them comes first.
+        grow: no head may give up bytes at any length, and one that gains nothing takes more all the same: among equal gains
+            for the bytes, the rule that takes most of them comes first.
     """
     choice = choice.copy()
     heads = np.arange(len(choice))
     while True:
-        left = limits - _used(slots, choice)
-        added = slots - slots[:, heads, choice][:, :, None]
+        left = limits - _used(sizes, choice)
+        added = sizes - sizes[:, heads, choice][:, :, None]
         gain = costs[heads, choice][:, None] - costs
         wanted = (gain >= 0) & (added >= 0).all(axis=0) & (added > 0).any(axis=0) if grow else gain > 0
         head, rule = np.nonzero(wanted & (added <= left[:, None, None]).all(axis=0))
@@ -352,15 +355,15 @@ def fill(choice: Ints, costs: Floats, slots: Ints, limits: Ints, *, grow: bool =
         choice[head[best]] = rule[best]
 
 
-def _swap(choice: Ints, costs: Floats, slots: Ints, limits: Ints, reduced: Floats) -> Ints:
+def _swap(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, reduced: Floats) -> Ints:
     """Changes two heads at once, as long as that lowers the cost within the limits; the best pair first.
 
     Args:
         choice: a choice within the limits.
         costs: [heads, rules].
-        slots: [lengths, heads, rules].
+        sizes: [lengths, heads, rules].
         limits: [lengths].
-        reduced: costs with slots at their prices, [heads, rules]; changes that lose least of it are tried.
+        reduced: costs with bytes at their prices, [heads, rules]; changes that lose least of it are tried.
     """
     choice = choice.copy()
     heads = np.arange(len(choice))
@@ -370,8 +373,8 @@ def _swap(choice: Ints, costs: Floats, slots: Ints, limits: Ints, reduced: Float
         moves = np.argsort(lost, axis=None, kind="stable")[: min(SWAP_MOVES, lost.size - len(heads))]
         head, rule = np.divmod(moves, costs.shape[1])
         change = costs[head, rule] - costs[head, choice[head]]
-        added = slots[:, head, rule] - slots[:, head, choice[head]]
-        left = limits - _used(slots, choice)
+        added = sizes[:, head, rule] - sizes[:, head, choice[head]]
+        left = limits - _used(sizes, choice)
         fits = (added[:, :, None] + added[:, None, :] <= left[:, None, None]).all(axis=0) & (head[:, None] != head)
         pairs = np.where(fits, change[:, None] + change, np.inf)
         best = int(np.argmin(pairs)) if pairs.size else 0

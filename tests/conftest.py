@@ -6,7 +6,7 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +214,47 @@ def no_kernels() -> Callable[[str | None], None]:
         pytest.skip(message)
 
     return give_up
+
+
+@pytest.fixture(scope="session")
+def counting(load_script: Callable[[Path], Any]) -> Any:
+    """A backend that counts its calls; see `counting_backend.py`."""
+    return load_script(ROOT / "tests/counting_backend.py").CountingBackend()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _wanted_backend(request: pytest.FixtureRequest) -> None:
+    """Runs all tests on the backend that MOACOMPRESS_TEST_BACKEND names."""
+    if os.environ.get("MOACOMPRESS_TEST_BACKEND") == "counting":
+        from moacompress.kernels import dispatch
+
+        dispatch.register(request.getfixturevalue("counting"))
+
+
+@pytest.fixture
+def use_backend(counting: Any, no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], Any]]:
+    """Returns a function that makes all attention of the test run on a backend, by its name, and returns it."""
+    from moacompress.kernels import dispatch
+
+    registered, before = {backend.name for backend in dispatch.backends()}, os.environ.get(dispatch.VARIABLE)
+
+    def use(name: str) -> Any:
+        if name == counting.name:
+            dispatch.register(counting)
+        backend = next(backend for backend in dispatch.backends() if backend.name == name)
+        if not backend.status().works:
+            no_kernels(backend.status().reason)
+        os.environ[dispatch.VARIABLE] = name
+        dispatch.forget()
+        return backend
+
+    yield use
+    os.environ.pop(dispatch.VARIABLE, None)
+    if before is not None:
+        os.environ[dispatch.VARIABLE] = before
+    if counting.name not in registered:
+        dispatch.unregister(counting.name)
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from moacompress.core.errors import DataError, MoaCompressError, UsageError
 from moacompress.core.files import fingerprint, read_json
 from moacompress.core.tables import readable_bytes
 from moacompress.models.weight_files import total_numbers
-from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
+from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 
 SIDES = ("plan", "full_span", "dense", "dense_best")
@@ -141,11 +142,9 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int,
         numbers: parameters of the model.
         config: the model's, for the sizes of what a layer makes of a prompt.
     """
-    shape, size = plan.model, DTYPE_BYTES[cell.dtype]
+    plan, size = plan.in_dtype(cell.dtype), DTYPE_BYTES[cell.dtype]
     room = cell.length + request.tokens + SPARE_TOKENS
-    scale = size / DTYPE_BYTES[shape.dtype]
-    dense = int(scale * shape.dense_kv_bytes(room, cell.batch))
-    ours = int(scale * plan.kv_bytes(room, cell.batch))
+    dense, ours = plan.model.dense_kv_bytes(room, cell.batch), plan.kv_bytes(room, cell.batch)
     # the dense cache is built anew by every step, beside the one that each turn begins with
     held = {"plan": ours, "full_span": dense, "dense": 2 * dense, "dense_best": dense}
     decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})

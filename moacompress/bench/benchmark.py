@@ -203,7 +203,7 @@ class _Benchmark:
                 "sides": list(self.request.sides),
                 "weight_bytes": weight_bytes(models["dense"]),
                 "packed_bytes": self._packed,
-                "kernel": dispatch.kernel_for(probe),
+                "kernel": dispatch.backend_for(probe).name,
                 "load_per_core": load,
             }
             self.store.add(key, found)

@@ -10,7 +10,6 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from moacompress.core.errors import MoaCompressError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
-from moacompress.runtime.real_tokens import Chunk
+from moacompress.runtime.cache.real_tokens import Chunk
 
 STATIC = "dense_static"
 """The dense model with a static cache and a compiled step: `dense_best` if it is faster than `dense`."""
@@ -53,11 +52,6 @@ def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
 def weight_bytes(model: PreTrainedModel) -> int:
     """Returns the bytes of all parameters, tied ones counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def shape_in(shape: ModelShape, dtype: str) -> ModelShape:
-    """Returns the shape with another dtype, for what its cache takes."""
-    return replace(shape, dtype=dtype)
 
 
 def synchronize(device: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moacompress.bench.bench_request import SIDES, Cell
 from moacompress.bench.graphs import Proof
-from moacompress.bench.sides import STATIC, shape_in
+from moacompress.bench.sides import STATIC
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 
@@ -71,9 +71,9 @@ def make_row(
     }
     ms = {side: [value / steps * 1e3 for value in times] for side, times in shown.items()}
     tokens = cell.batch * (1 if phase == "decode" else cell.length)
-    shape = shape_in(plan.model, cell.dtype)
-    dense_kv = shape.dense_kv_bytes(cell.length, cell.batch)
-    plan_kv = measured["kv_bytes"].get("plan", cell.batch * plan.slots(cell.length) * shape.slot_bytes)
+    plan = plan.in_dtype(cell.dtype)
+    dense_kv = plan.model.dense_kv_bytes(cell.length, cell.batch)
+    plan_kv = measured["kv_bytes"].get("plan", plan.kv_bytes(cell.length, cell.batch))
     weights = measured["weight_bytes"]
     row: TimingRow = {"phase": phase, "length": cell.length, "batch": cell.batch, "dtype": cell.dtype}
     row |= {f"{side}_ms": statistics.median(ms[side]) if side in ms else None for side in SIDES}

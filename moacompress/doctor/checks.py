@@ -283,9 +283,9 @@ def _check_autoload() -> dict[str, Any]:
 def _kernel() -> dict[str, str | None]:
     """Returns the attention kernel that will run on the CPU, its instruction set, and why; without a name if none can run."""
     try:
-        from moacompress.kernels import cpu_ops, dispatch
+        from moacompress.kernels import dispatch
 
-        choice = dispatch.choose(os.environ.get(dispatch.VARIABLE), cpu_ops.load())
+        choice = dispatch.choose(os.environ.get(dispatch.VARIABLE), dispatch.backends())
     except (MoaCompressError, ImportError) as error:
         return {"name": None, "isa": None, "reason": one_line(error)}
     return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
@@ -295,9 +295,9 @@ def _kernel_for(dtype: str) -> str:
     """Returns the attention kernel that will run on the CPU in this dtype."""
     import torch
 
-    from moacompress.kernels import dispatch
+    from moacompress.kernels.dispatch import backend_for
 
-    return dispatch.kernel_for(torch.empty(0, dtype=getattr(torch, dtype)))
+    return backend_for(torch.empty(0, dtype=getattr(torch, dtype))).name
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import find_model_folder, is_compressed
-from moacompress.rules.model_shape import DTYPE_BYTES
+from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
 if TYPE_CHECKING:

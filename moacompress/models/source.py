@@ -19,7 +19,8 @@ from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import weight_problems
-from moacompress.rules.model_shape import DTYPE_BYTES, ModelShape
+from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:

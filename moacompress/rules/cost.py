@@ -1,6 +1,6 @@
-"""What a rule costs in cache slots, exactly, and whether a budget can be met at all.
+"""What a rule costs in bytes of cache, exactly, and whether a budget can be met at all.
 
-All numbers are integers from `moacompress.rules.plan`, so that the solver, the plan and the cache agree to the byte.
+All numbers are integers from `moacompress.rules.rule_table`, so that the solver, the plan and the cache agree to the byte.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from moacompress.rules.budget import Budget, byte_limits, check_feasible
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import slots
+from moacompress.rules.rule_table import RuleTable
 
 Shares: TypeAlias = npt.NDArray[np.float64]
 
 
-def slot_table(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> Ints:
-    """Returns the slots that every KV head takes under every rule.
+def byte_table(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> Ints:
+    """Returns the bytes of cache that every KV head takes under every rule.
 
     Args:
         shape: for layers, KV heads and native windows.
@@ -32,13 +32,13 @@ def slot_table(shape: ModelShape, rules: Sequence[Rule], min_window: int, length
         lengths: tokens so far.
 
     Returns:
-        int64 [lengths, layers, kv_heads, rules], tokens; exactly `moacompress.rules.windows.slots`.
+        int64 [lengths, layers, kv_heads, rules].
     """
-    sink, alpha, beta_q = (np.array([getattr(rule, name) for rule in rules], np.int64) for name in Rule.__match_args__)
-    n = np.array(lengths, np.int64)[:, None]
+    n = np.array(lengths, np.int64)
+    tables = {native: RuleTable.of(rules, min_window, native) for native in set(shape.native_windows)}
     by_native = {
-        native: np.asarray(slots(n, sink, alpha, beta_q, min_window, native), np.int64)
-        for native in set(shape.native_windows)
+        native: table.slots(n) * table.token_bytes(shape.head_dim, shape.head_dim, shape.dtype)
+        for native, table in tables.items()
     }
     layers = np.stack([by_native[native] for native in shape.native_windows], axis=1)
     return np.repeat(layers[:, :, None, :], shape.kv_heads, axis=2)
@@ -60,24 +60,25 @@ def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
     return found
 
 
-def floored(slots: Ints, floors: Shares) -> Ints:
-    """Returns the slots with every rule that keeps less than its layer's floor standing for the full rule.
+def floored(sizes: Ints, floors: Shares) -> Ints:
+    """Returns the bytes with every rule that keeps less than its layer's floor standing for the full rule.
 
     Args:
-        slots: [lengths, layers, kv_heads, rules], the full rule first.
+        sizes: bytes, [lengths, layers, kv_heads, rules], the full rule first.
         floors: [layers].
     """
-    full = slots[..., :1]
-    below = (slots < np.ceil(floors[:, None, None] * full)).any(axis=0)
-    return np.where(below, full, slots)
+    full = sizes[..., :1]
+    below = (sizes < np.ceil(floors[:, None, None] * full)).any(axis=0)
+    return np.where(below, full, sizes)
 
 
 def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
     """Returns whether every KV head keeps at least its layer's floor, [layers], at every length."""
+    full = plan.model.token_bytes(Rule.FULL)
     for row, native, floor in zip(plan.rules, plan.model.native_windows, floors, strict=True):
         for n in lengths if floor else ():
-            least = floor * Rule.FULL.slots(n, plan.min_window, native)
-            if any(rule.slots(n, plan.min_window, native) < least for rule in row):
+            least = floor * Rule.FULL.slots(n, plan.min_window, native) * full
+            if any(rule.slots(n, plan.min_window, native) * plan.model.token_bytes(rule) < least for rule in row):
                 return False
     return True
 
@@ -136,11 +137,11 @@ def smallest_bytes(
     shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int], floors: Shares | None = None
 ) -> dict[int, int]:
     """Returns the KV bytes of the smallest plan at each length; arguments are those of `budget_limits`."""
-    table = slot_table(shape, rules, min_window, lengths)
+    table = byte_table(shape, rules, min_window, lengths)
     smallest = (table if floors is None else floored(table, floors)).min(axis=-1).sum(axis=(1, 2))
-    return {n: int(total) * shape.slot_bytes for n, total in zip(lengths, smallest, strict=True)}
+    return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
 
 
-def slot_limits(limits: Mapping[int, int], shape: ModelShape) -> Ints:
-    """Returns byte limits as whole slots, int64 [lengths]."""
-    return np.array([limit // shape.slot_bytes for limit in limits.values()], np.int64)
+def limit_array(limits: Mapping[int, int]) -> Ints:
+    """Returns byte limits, int64 [lengths]."""
+    return np.array([*limits.values()], np.int64)

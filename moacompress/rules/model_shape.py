@@ -8,7 +8,6 @@ from typing import Any
 from moacompress.rules.rule import MIN_WINDOWS, Rule
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 4096, 4096
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,14 @@ class ModelShape:
     native_windows: tuple[int | None, ...]
     weights_fingerprint: str
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one token's key and value of one KV head."""
-        return 2 * self.head_dim * DTYPE_BYTES[self.dtype]
+    def token_bytes(self, rule: Rule) -> int:
+        """Returns the bytes of one token's key and value of one KV head under a rule."""
+        return rule.token_bytes(self.head_dim, self.head_dim, self.dtype)
 
     def dense_kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the KV bytes of the dense model at `n` tokens, native windows respected, in whole blocks."""
         per_layer = (Rule.FULL.slots(n, MIN_WINDOWS[0], native) for native in self.native_windows)
-        return int(batch * self.kv_heads * self.slot_bytes * sum(per_layer))
+        return int(batch * self.kv_heads * self.token_bytes(Rule.FULL) * sum(per_layer))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""

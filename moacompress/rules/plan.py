@@ -1,4 +1,4 @@
-"""The plan: which keys every KV head keeps, for which model, and what was measured. Its bytes are those of its rules' slots.
+"""The plan: which keys every KV head keeps and in which formats, for which model, and what was measured.
 
 Reading a plan never runs code from it, never unpickles and never fetches.
 """
@@ -14,12 +14,15 @@ from typing import Any
 
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
-from moacompress.rules.model_shape import DTYPE_BYTES, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
+from moacompress.rules.formats import DTYPE_BYTES, FORMATS, NATIVE
+from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
 from moacompress.rules.windows import BETA_ONE
 
 FORMAT = "moacompress-plan"
-VERSION = 1
+RULE_FIELDS = ("sink", "alpha", "beta_q", "key_format", "value_format")
+"""What a layer says of each of its KV heads."""
+VERSION = 2
 MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
 MAX_NOTES = 1 << 24
@@ -101,7 +104,14 @@ class Plan:
 
     def kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the bytes of the cache at `n` tokens."""
-        return batch * self.slots(n) * self.model.slot_bytes
+        tokens = (
+            rule.slots(n, self.min_window, native) * self.model.token_bytes(rule) for rule, native in self._heads()
+        )
+        return batch * int(sum(tokens))
+
+    def in_dtype(self, dtype: str) -> Plan:
+        """Returns the same rules for the same model in another dtype, for what its cache takes."""
+        return replace(self, model=replace(self.model, dtype=dtype))
 
     def kv_share(self, n: int) -> float:
         """Returns the cache's bytes at `n` tokens as a share of the dense model's."""
@@ -119,7 +129,7 @@ class Plan:
         """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""
         shape = self.model.to_dict()
         del shape["weights_fingerprint"]
-        return fingerprint([shape, self.min_window, [[(r.sink, r.alpha, r.beta_q) for r in row] for row in self.rules]])
+        return fingerprint([shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]])
 
     def with_notes(self, **notes: dict[str, Any]) -> Plan:
         """Returns the same rules with other `budget`, `quality` or `provenance`."""
@@ -175,13 +185,7 @@ class Plan:
             "model": self.model.to_dict(),
             "min_window": self.min_window,
             "layers": [
-                {
-                    "sink": [rule.sink for rule in row],
-                    "alpha": [rule.alpha for rule in row],
-                    "beta_q": [rule.beta_q for rule in row],
-                    "kv_dtype": [None] * len(row),
-                    "share": None,
-                }
+                {**{name: [getattr(rule, name) for rule in row] for name in RULE_FIELDS}, "share": None}
                 for row in self.rules
             ],
             "budget": finite_json(self.budget),
@@ -268,6 +272,12 @@ def _check(plan: Plan) -> None:
                 raise PlanError(f"sink of {where} is {_short(rule.sink)}, not one of {', '.join(map(str, SINKS))}")
             _whole(rule.alpha, f"alpha of {where}", 0, MAX_ALPHA)
             _whole(rule.beta_q, f"beta_q of {where}", 0, BETA_ONE)
+            for name in ("key_format", "value_format"):
+                if getattr(rule, name) not in FORMATS:
+                    raise PlanError(
+                        f"{name} of {where} is {_short(getattr(rule, name))}, not one of {', '.join(FORMATS)}; upgrade "
+                        "moacompress if a newer one wrote the plan"
+                    )
 
 
 def _object(data: Any, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
@@ -302,6 +312,7 @@ def _parse(data: Any) -> Plan:
     version = _whole(data.get("version"), "version", 1, 10**6)
     if version > VERSION:
         raise PlanError(f"the plan has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress")
+    data = _upgraded(data, version)
     _object(
         data, "the plan", ("format", "version", "model", "min_window", "layers"), ("budget", "quality", "provenance")
     )
@@ -317,11 +328,12 @@ def _parse(data: Any) -> Plan:
     rules = []
     for index, layer in enumerate(_list(data["layers"], "layers", layers)):
         where = f"layer {index}"
-        _object(layer, where, ("sink", "alpha", "beta_q"), ("kv_dtype", "share"))
-        columns = [_list(layer[name], f"{name} of {where}", kv_heads) for name in ("sink", "alpha", "beta_q")]
-        for head, dtype in enumerate(_list(layer.get("kv_dtype", [None] * kv_heads), f"kv_dtype of {where}", kv_heads)):
-            if dtype is not None:
-                raise PlanError(f"kv_dtype of {where} KV head {head} is {_short(dtype)!r}; only null is supported")
+        _object(layer, where, RULE_FIELDS, ("share",))
+        columns = [_list(layer[name], f"{name} of {where}", kv_heads) for name in RULE_FIELDS]
+        for name, column in zip(RULE_FIELDS, columns, strict=True):
+            if name.endswith("_format"):
+                for head, value in enumerate(column):
+                    _text(value, f"{name} of {where} KV head {head}")
         if layer.get("share") is not None:
             raise PlanError(f"{where} shares attention, which this moacompress does not support; upgrade moacompress")
         rules.append(tuple(Rule(*values) for values in zip(*columns, strict=True)))
@@ -337,6 +349,26 @@ def _parse(data: Any) -> Plan:
             )
     _check_notes(notes["budget"], notes["provenance"])
     return Plan(shape, data["min_window"], tuple(rules), **notes)
+
+
+def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
+    """Returns a plan of an older version in the form of the present one; what is wrong with it is found later."""
+    layers = data.get("layers")
+    if version > 1 or not isinstance(layers, list):
+        return data
+    return {**data, "layers": [_formatted(layer, f"layer {index}") for index, layer in enumerate(layers)]}
+
+
+def _formatted(layer: Any, where: str) -> Any:
+    """Returns a layer of version 1, which knew no formats, with native ones."""
+    if not isinstance(layer, dict) or not isinstance(layer.get("sink"), list):
+        return layer
+    heads = len(layer["sink"])
+    for head, dtype in enumerate(_list(layer.get("kv_dtype", [None] * heads), f"kv_dtype of {where}", heads)):
+        if dtype is not None:
+            raise PlanError(f"kv_dtype of {where} KV head {head} is {_short(dtype)!r}; version 1 has only null")
+    rest = {name: value for name, value in layer.items() if name != "kv_dtype"}
+    return {"key_format": [NATIVE] * heads, "value_format": [NATIVE] * heads, **rest}
 
 
 def _room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 BLOCK = 16
 """Tokens in a cache block."""
 BETA_ONE = 1024
 """`beta_q` of a window that grows by one token per token."""
+RUNS = 2
+"""Runs of blocks of a KV head: the sinks' and the window's."""
 Counts = TypeVar("Counts")  # a Python int, or an int64 numpy array or torch tensor
+
+
+class Span(NamedTuple):
+    """What decides which keys are visible: of one KV head as Python ints, of many as int64 arrays or tensors.
+
+    Attributes:
+        sink: first tokens that are always kept.
+        alpha: fixed part of the window, tokens.
+        beta_q: growth of the window per token in 1/1024.
+        min_window: smallest window of the plan, tokens.
+        native_window: the layer's own sliding window, tokens; 0 for none.
+    """
+
+    sink: Any
+    alpha: Any
+    beta_q: Any
+    min_window: Any
+    native_window: Any = 0
 
 
 def _max(a: Any, b: Any) -> Any:
@@ -19,7 +39,7 @@ def _min(a: Any, b: Any) -> Any:
     return a + (b - a) * (b < a)
 
 
-def window(n: Counts, alpha: Any, beta_q: Any, min_window: int) -> Counts:
+def window(n: Counts, alpha: Any, beta_q: Any, min_window: Any) -> Counts:
     """Returns the window of the query at position `n - 1`.
 
     `w(n) = min(n, max(min_window, alpha + ((beta_q * n) >> 10)))`, in int64. It works alike on Python ints, numpy arrays
@@ -35,44 +55,42 @@ def window(n: Counts, alpha: Any, beta_q: Any, min_window: int) -> Counts:
     return _min(_max(w, min_window), n)  # type: ignore[no-any-return]
 
 
-def segments(n: Any, sink: Any, alpha: Any, beta_q: Any, min_window: int, native_window: int | None = None) -> Any:
-    """Returns `(first, sink_end, start)`: query `n - 1` sees the keys `[first, sink_end)` and `[start, n)`.
+def visible_intervals(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Returns the intervals of keys that the query at position `n - 1` sees, ascending.
 
-    `first <= sink_end <= start`; on a native sliding layer no key before `n - native_window` is visible, sinks included.
-    """
-    w = window(n, alpha, beta_q, min_window)
-    if native_window is None:
-        first, start = n * 0, n - w
-    else:
-        first = _max(n - native_window, 0)
-        start = _max(n - w, first)
-    return first, _min(_max(sink, first), start), start
+    On a native sliding layer no key before `n - native_window` is visible, sinks included.
 
-
-def kept(n: Any, sink: Any, alpha: Any, beta_q: Any, min_window: int, native_window: int | None = None) -> Any:
-    """Returns the number of keys visible to the query at position `n - 1`."""
-    first, sink_end, start = segments(n, sink, alpha, beta_q, min_window, native_window)
-    return n - start + sink_end - first
-
-
-def block_runs(
-    n: Any, sink: Any, alpha: Any, beta_q: Any, min_window: int, native_window: int | None = None
-) -> tuple[Any, Any, Any, Any]:
-    """Returns the cache blocks that `kept(n)` touches, as two runs of block numbers.
-
-    Token j lives in block `j // 16`. The sinks lie in the blocks `[a, b)`, the window in `[c, d)`, `b <= c`; a block that
-    both touch belongs to the window's run.
+    Args:
+        n: number of tokens so far in the row, the query included; broadcasts with the span.
+        span: the KV heads'.
 
     Returns:
-        `(a, b, c, d)`.
+        The sinks' `[first, sink_end)` and the window's `[start, n)`; `first <= sink_end <= start`.
     """
-    first, sink_end, start = segments(n, sink, alpha, beta_q, min_window, native_window)
+    first = _max(n - span.native_window, 0) * (span.native_window > 0)
+    start = _max(n - window(n, span.alpha, span.beta_q, span.min_window), first)
+    return (first, _min(_max(span.sink, first), start)), (start, n)
+
+
+def kept(n: Any, span: Span) -> Any:
+    """Returns the number of keys visible to the query at position `n - 1`."""
+    return sum(end - begin for begin, end in visible_intervals(n, span))
+
+
+def block_runs(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Returns the cache blocks that `kept(n)` touches, as `RUNS` runs of block numbers, ascending.
+
+    Token j lies in block `j // 16`. A block that sinks and window both touch belongs to the window's run.
+
+    Returns:
+        `(begin, end)` of the sinks' blocks and of the window's.
+    """
+    (first, sink_end), (start, _) = visible_intervals(n, span)
     a, c, d = first // BLOCK, start // BLOCK, (n + BLOCK - 1) // BLOCK
     b = _min((sink_end + BLOCK - 1) // BLOCK, c)
-    return a, a + (b - a) * (b > a) * (sink_end > first), c, d
+    return (a, a + (b - a) * (b > a) * (sink_end > first)), (c, d)
 
 
-def slots(n: Any, sink: Any, alpha: Any, beta_q: Any, min_window: int, native_window: int | None = None) -> Any:
+def slots(n: Any, span: Span) -> Any:
     """Returns `kept(n)` in whole cache blocks touched: the tokens that the cache holds memory for."""
-    a, b, c, d = block_runs(n, sink, alpha, beta_q, min_window, native_window)
-    return (b - a + d - c) * BLOCK
+    return sum(end - begin for begin, end in block_runs(n, span)) * BLOCK

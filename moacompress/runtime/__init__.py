@@ -9,7 +9,7 @@ import transformers.modeling_utils  # noqa: F401
 
 import moacompress.runtime.loading  # noqa: F401  registers with transformers where the entry point is switched off
 from moacompress.runtime.attaching import attach, detach
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.linear import pack_weights
 
 __all__ = ["PlanCache", "attach", "detach", "pack_weights"]

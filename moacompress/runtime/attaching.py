@@ -14,14 +14,14 @@ from moacompress.core.errors import PlanError
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
-from moacompress.runtime import ops  # noqa: F401  registers what a compiled model calls
-from moacompress.runtime.attention import NAME, LayerContext
 from moacompress.runtime.config import MoaCompressConfig
-from moacompress.runtime.fused import are_fused, fuse, read_layers, unfuse
+from moacompress.runtime.decode import ops  # noqa: F401  registers what a compiled model calls
+from moacompress.runtime.decode.all_layers import Stack
+from moacompress.runtime.decode.context import NAME, LayerContext
+from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
 from moacompress.runtime.generation import OVERRIDES
 from moacompress.runtime.hooks import AttentionHook, DecoderHook
 from moacompress.runtime.linear import leave_few_rows, take_few_rows
-from moacompress.runtime.stack import Stack
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

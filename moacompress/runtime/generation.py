@@ -8,8 +8,8 @@ from typing import Any
 from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.core.errors import MoaCompressError, UnsupportedError
-from moacompress.runtime.attention import NAME
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hooks import check_cache
 
 MODES = (

@@ -17,10 +17,11 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
-from moacompress.runtime.attention import CONTEXT, MASK_SHAPE, NAME, LayerCall, LayerContext
-from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.real_tokens import Bools
-from moacompress.runtime.stack import RUN, Stack
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.cache.real_tokens import Bools
+from moacompress.runtime.decode.all_layers import RUN, Stack
+from moacompress.runtime.decode.attention import MASK_SHAPE
+from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"

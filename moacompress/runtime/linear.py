@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moacompress.core.memory import available_bytes
-from moacompress.kernels import dispatch
+from moacompress.kernels.dispatch import backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class PackedLinear(nn.Linear):
         ready = (
             has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
         )
-        if ready and dispatch.kernel_for(input) == "cpu":
-            return cast(torch.Tensor, torch.ops.moacompress_cpu.linear(input, weight, self.bias))
+        if ready and (backend := backend_for(input)).capabilities.linear:
+            return backend.linear(input, weight, self.bias)
         if pack is None:
             return super().forward(input)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):

@@ -23,9 +23,10 @@ from moacompress.core.errors import ArtefactError, UnsupportedError
 from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.weight_files import check_weights
-from moacompress.runtime import attention
 from moacompress.runtime.attaching import install
 from moacompress.runtime.config import METHOD, MoaCompressConfig
+from moacompress.runtime.decode import attention
+from moacompress.runtime.decode.context import NAME
 
 
 @register_quantizer(METHOD)
@@ -54,12 +55,12 @@ class MoaCompressQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Refuses an attention implementation that would ignore the plan, and sets ours."""
         wanted = config._attn_implementation_internal
-        if wanted not in (None, attention.NAME):
+        if wanted not in (None, NAME):
             raise UnsupportedError(
                 f"attn_implementation={wanted!r} would ignore the plan; leave it out, or use moacompress.detach(model) after "
                 "loading to get the dense model"
             )
-        config._attn_implementation = attention.NAME
+        config._attn_implementation = NAME
         plan = self.quantization_config.plan
         plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
         if getattr(config, "dtype", None) is None:

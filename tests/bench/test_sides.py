@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moacompress.bench.bench_request import Cell
-from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids, shape_in
+from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids
 from moacompress.runtime.attaching import attached_plan
 
 SIDES = ("plan", "full_span", "dense", STATIC)
@@ -68,7 +68,7 @@ def test_a_cache_comes_back_as_it_was(side, models, checkpoint):
 @pytest.mark.parametrize(("length", "batch"), [(100, 1), (512, 3)])
 def test_bytes_are_the_plans(dtype, length, batch, models, checkpoint):
     cell, plan = Cell(dtype, length, batch), checkpoint.plan
-    expected = plan.slots(length) * batch * shape_in(plan.model, dtype).slot_bytes
+    expected = plan.in_dtype(dtype).kv_bytes(length, batch)
     assert fill("plan", models, plan, cell)[1].kv_bytes() == expected
     exact = 2 * plan.model.layers * plan.model.kv_heads * plan.model.head_dim * length * batch
     assert fill("dense", models, plan, cell)[1].kv_bytes() == exact * (4 if dtype == "float32" else 2)
@@ -80,9 +80,9 @@ def test_rows_share_no_blocks(models, checkpoint):
     turn = DecodeTurn(model, filled, random_ids((4, 4, 1), 160, 0, "cpu"), cell.length, "cpu")
     turn.prepare()
     for layer in turn._cache.layers:
-        ids = layer._table.ids[layer._table.ids >= 0]
+        ids = layer.held.table.ids[layer.held.table.ids >= 0]
         assert len(ids) == len(np.unique(ids))
-        keys = torch.cat([segment.flatten(1) for segment in layer._pool.keys])[np.unique(ids)]
+        keys = torch.cat([segment.flatten(1) for segment in layer.held.pool.keys])[np.unique(ids)]
         assert len(keys.unique(dim=0)) == len(keys)  # and no two hold the same
 
 

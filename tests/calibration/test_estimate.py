@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, probe
 from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, dry_run
-from moacompress.calibration.influence import RuleTable
 from moacompress.calibration.probe import Gathered, LiveBytes, Probe
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
@@ -27,6 +26,7 @@ from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 
 Factory = Callable[..., PreTrainedModel]
 

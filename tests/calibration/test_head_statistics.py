@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.head_statistics import HeadSums
-from moacompress.calibration.influence import AttentionSpec, RuleTable, attend_backward
+from moacompress.calibration.influence import AttentionSpec, attend_backward
 from moacompress.calibration.manifest import DISTANCE_BINS
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import SINKS, Rule
+from moacompress.rules.rule_table import RuleTable
 
 TABLE = RuleTable.of((Rule.FULL, Rule(4, 16, 0)), 16)
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moacompress.calibration import passes, profiler
 from moacompress.calibration.collectors import InfluenceSums
-from moacompress.calibration.influence import Collector, RuleTable, TileView
+from moacompress.calibration.influence import Collector, TileView
 from moacompress.calibration.passes import Recording, Tape, hidden_states, output_logits
 from moacompress.calibration.probe import LiveBytes
 from moacompress.calibration.profiler import fisher_cotangent, label_cotangent, sample_statistics
@@ -29,6 +29,7 @@ from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 
 MIN_WINDOW = 16
 RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200), Rule(16, 110, 0))

@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, profiler
-from moacompress.calibration.influence import RuleTable
 from moacompress.calibration.profiler import logit_cotangent, profile, sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import ESTIMATORS, Statistics
@@ -33,6 +32,7 @@ from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime import attach, detach
 
 Factory = Callable[..., PreTrainedModel]
@@ -460,7 +460,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
     def statistics(
         model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int
     ) -> Statistics:
-        values = np.full((chosen.draws, shape.layers, shape.kv_heads, len(table.sink)), index, np.float32)
+        values = np.full((chosen.draws, shape.layers, shape.kv_heads, len(table)), index, np.float32)
         values[..., 0] = 0
         if index in indices:
             values[0, 0, 0, 1] = np.inf

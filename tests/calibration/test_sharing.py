@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, profiler
-from moacompress.calibration.influence import AttentionSpec, RuleTable, attend, attend_backward
+from moacompress.calibration.influence import AttentionSpec, attend, attend_backward
 from moacompress.calibration.profiler import fisher_cotangent, profile, sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
@@ -27,6 +27,7 @@ from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16

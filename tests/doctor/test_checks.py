@@ -34,12 +34,12 @@ def test_environment(environment: dict[str, Any]) -> None:
 
 
 def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.kernels import cpu_ops
+    from moacompress.kernels.cpu import library
     from moacompress.report.doctor_tables import environment_table
 
     kernel = environment["kernel"]
-    assert kernel["name"] == ("reference" if cpu_ops.load().isa is None else "cpu")
-    assert kernel["isa"] == cpu_ops.load().isa
+    assert kernel["name"] == ("reference" if library.load().isa is None else "cpu")
+    assert kernel["isa"] == library.load().isa
     monkeypatch.setenv("MOACOMPRESS_KERNEL", "reference")
     asked = checks._kernel()
     assert asked == {"name": "reference", "isa": None, "reason": "MOACOMPRESS_KERNEL asks for it"}

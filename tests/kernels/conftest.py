@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from moacompress.kernels import cpu_ops
-from moacompress.rules.windows import segments
+from moacompress.kernels.backend import Backend, CacheView, Scores
+from moacompress.kernels.cpu import library
+from moacompress.kernels.dispatch import REFERENCE
+from moacompress.rules.rule_table import COLUMNS, RuleTable
+from moacompress.rules.windows import Span, visible_intervals
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAN = float("nan")
@@ -41,18 +44,59 @@ class Case:
     sink_logits: torch.Tensor | None
 
     @property
-    def rules(self) -> tuple[Any, ...]:
-        numbers = (self.min_window, self.native_window, self.scaling, self.softcap, self.sink_logits)
-        return (self.sink, self.alpha, self.beta_q, *numbers)
+    def rules(self) -> RuleTable:
+        columns = torch.zeros(len(COLUMNS), len(self.sink), dtype=torch.int64)
+        columns[:3] = torch.stack((self.sink, self.alpha, self.beta_q))
+        columns[COLUMNS.index("min_window")], columns[COLUMNS.index("native_window")] = (
+            self.min_window,
+            self.native_window,
+        )
+        return RuleTable(columns)
+
+    @property
+    def scores(self) -> Scores:
+        return Scores(self.scaling, self.softcap, self.sink_logits)
+
+    @property
+    def cache(self) -> CacheView:
+        return CacheView(self.keys, self.values, self.table)
 
     @property
     def prefill(self) -> tuple[Any, ...]:
+        """What the operator takes."""
         chunk = (self.query, self.key, self.value)
-        return (*chunk, self.keys, self.values, self.table, self.past, self.valid, *self.rules)
+        return (*chunk, *map(list, self.cache[:2]), self.table, self.past, self.valid, self.rules.columns, *self.scores)
 
     @property
     def decode(self) -> tuple[Any, ...]:
-        return (self.query[:, :, 0], self.keys, self.values, self.table, self.past, *self.rules)
+        """What the operator takes."""
+        cache = (*map(list, self.cache[:2]), self.table)
+        return (self.query[:, :, 0], *cache, self.past, self.rules.columns, *self.scores)
+
+    def prefilled(self, backend: Backend = REFERENCE) -> tuple[Any, ...]:
+        """What a backend makes of it."""
+        return backend.prefill(
+            self.query,
+            self.key,
+            self.value,
+            cache=self.cache,
+            past=self.past,
+            valid=self.valid,
+            rules=self.rules,
+            scores=self.scores,
+            with_lse=True,
+        )
+
+    def decoded(self, backend: Backend = REFERENCE) -> tuple[Any, ...]:
+        """What a backend makes of it."""
+        return backend.decode(
+            self.query[:, :, 0],
+            cache=self.cache,
+            lengths=self.past,
+            rules=self.rules,
+            scores=self.scores,
+            with_lse=True,
+        )
 
     def to(self, dtype: torch.dtype) -> Case:
         logits = self.sink_logits
@@ -122,7 +166,7 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
             # what decode's query sees, and what a query of the chunk does: that of the first one, for all bounds grow
             seen = torch.zeros(past[row], dtype=torch.bool)
             for n in (past[row], past[row] + 1):
-                first, sink_end, start = segments(n, rule[0], rule[1], rule[2], min_window, native or None)
+                (first, sink_end), (start, _) = visible_intervals(n, Span(*rule, min_window, native))
                 seen[first:sink_end] = True
                 seen[start:n] = True
                 seen[first : max(first, min(rule[0], start))] = True
@@ -273,16 +317,16 @@ def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], No
     """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
     from moacompress.core.errors import UsageError
 
-    built = cpu_ops.load()
+    built = library.load()
     if built.isa is None:
         no_kernels(built.reason)
 
     def choose(name: str) -> None:
         try:
-            cpu_ops.set_isa(name)
+            library.set_isa(name)
         except UsageError as error:
             pytest.skip(str(error))
 
     yield choose
     assert built.isa is not None
-    cpu_ops.set_isa(built.isa)
+    library.set_isa(built.isa)

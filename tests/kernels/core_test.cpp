@@ -22,6 +22,17 @@ std::mt19937 random_source(7);
 int64_t pick(int64_t low, int64_t high) { return low + int64_t(random_source() % uint32_t(high - low + 1)); }
 int64_t pick_of(std::vector<int64_t> of) { return of[size_t(pick(0, int64_t(of.size()) - 1))]; }
 
+// The columns of a table of random rules.
+std::vector<int64_t> random_rules(int64_t count, int64_t min_window, int64_t native_window) {
+  std::vector<int64_t> columns(static_cast<size_t>(RULE_NUMBERS * count));
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t numbers[] = {pick_of({4, 16, 64}), pick_of({0, 20, 64, 1000}), pick_of({0, 100, 600, 1024}), min_window, native_window,
+                               NATIVE, NATIVE};
+    for (int64_t number = 0; number < RULE_NUMBERS; number++) columns[size_t(number * count + i)] = numbers[number];
+  }
+  return columns;
+}
+
 // Numbers that all three dtypes hold exactly, so that one double-precision result fits them all.
 double number() { return double(pick(-12, 12)) / 8; }
 
@@ -110,21 +121,17 @@ void test(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 3), kv_heads = pick(1, 2), group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
   const int64_t dim = pick_of({16, 24, 40, 64, 80, 13, 128}), value_dim = pick_of({16, 24, 64, 72, 9, 128});
   const int64_t tokens = pick_of({1, 3, 17, 70});
-  std::vector<int64_t> past, valid, sink, alpha, beta_q;
+  std::vector<int64_t> past, valid;
   int64_t longest = 0;
   for (int64_t r = 0; r < rows; r++) {
     past.push_back(pick_of({0, 1, 15, 16, 40, 100, 300}));
     valid.push_back(pick(0, tokens));
     longest = larger(longest, past.back());
   }
-  for (int64_t h = 0; h < kv_heads; h++) {
-    sink.push_back(pick_of({4, 16, 64}));
-    alpha.push_back(pick_of({0, 20, 64, 1000}));
-    beta_q.push_back(pick_of({0, 100, 600, 1024}));
-  }
   std::vector<float> logits;
   for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
-  const Rules rules = {sink.data(), alpha.data(), beta_q.data(), pick_of({1, 16, 32}), pick_of({0, 0, 5, 50})};
+  const std::vector<int64_t> columns = random_rules(kv_heads, pick_of({1, 16, 32}), pick_of({0, 0, 5, 50}));
+  const RuleTable rules = {columns.data(), kv_heads};
   const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
   const Shape shape = {dtype, rows, kv_heads, group, dim, value_dim};
 
@@ -253,18 +260,9 @@ void test(Isa isa, DType dtype) {
 void test_profile(Isa isa, DType dtype) {
   const int64_t kv_heads = pick(1, 3), group = pick_of({1, 2, 3, 5}), heads = kv_heads * group, tokens = pick_of({1, 2, 17, 70, 150});
   const int64_t dim = pick_of({16, 24, 40, 64, 80, 13}), value_dim = pick_of({16, 24, 64, 9, 72}), rules = pick(1, 9);
-  const auto rule_columns = [](int64_t count, std::vector<int64_t>& sink, std::vector<int64_t>& alpha, std::vector<int64_t>& beta_q) {
-    for (int64_t i = 0; i < count; i++) {
-      sink.push_back(pick_of({4, 16, 64}));
-      alpha.push_back(pick_of({0, 20, 64, 1000}));
-      beta_q.push_back(pick_of({0, 100, 600, 1024}));
-    }
-  };
-  std::vector<int64_t> sink, alpha, beta_q, own_sink, own_alpha, own_beta;
-  rule_columns(rules, sink, alpha, beta_q);
-  rule_columns(kv_heads, own_sink, own_alpha, own_beta);
   const int64_t native = pick_of({0, 0, 5, 50}), min_window = pick_of({1, 16, 32});
-  const Rules plan = {own_sink.data(), own_alpha.data(), own_beta.data(), pick_of({1, 16}), native};
+  const std::vector<int64_t> columns = random_rules(rules, min_window, native), own = random_rules(kv_heads, pick_of({1, 16}), native);
+  const RuleTable asked = {columns.data(), rules}, plan = {own.data(), kv_heads};
   std::vector<float> logits;
   for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
   const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
@@ -287,7 +285,7 @@ void test_profile(Isa isa, DType dtype) {
   std::unique_ptr<int64_t> alive(new int64_t(-1));
   const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
   const Shape shape = {dtype, 1, kv_heads, group, dim, value_dim};
-  const ProfileCall call = {shape, rules, sink.data(), alpha.data(), beta_q.data(), min_window, native, planned ? &plan : nullptr,
+  const ProfileCall call = {shape, asked, planned ? &plan : nullptr,
                             scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), dout.bytes.get(),
                             strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
                             dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
@@ -300,8 +298,7 @@ void test_profile(Isa isa, DType dtype) {
 
   std::vector<double> squares(static_cast<size_t>(kv_heads * rules), 0.0), total = squares, size = squares;
   std::vector<double> q(static_cast<size_t>(dim));
-  const Rules asked = {sink.data(), alpha.data(), beta_q.data(), min_window, native};
-  const Rule full = {0, 0, 1024, 1, native};
+  const Rule full = {0, 0, 1024, 1, native, NATIVE, NATIVE};
   int64_t rows = 0;
   for (int64_t t = 0; t < tokens; t++) {
     rows += !silent[size_t(t)];
@@ -341,13 +338,9 @@ void test_profile(Isa isa, DType dtype) {
 void test_advance(DType dtype) {
   const int64_t rows = pick(1, 3), kv_heads = pick(1, 3), pairs = rows * kv_heads, dim = pick(1, 9), value_dim = pick(1, 20);
   const int64_t steps = pick(1, 200), width = (steps + BLOCK - 1) / BLOCK, blocks = pairs * width, cut = blocks / 3;
-  std::vector<int64_t> sink, alpha, beta_q, lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(4 * pairs), 0);
-  for (int64_t h = 0; h < kv_heads; h++) {
-    sink.push_back(pick_of({4, 16, 64}));
-    alpha.push_back(pick_of({0, 20, 64, 1000}));
-    beta_q.push_back(pick_of({0, 100, 600, 1024}));
-  }
-  const Rules rules = {sink.data(), alpha.data(), beta_q.data(), pick_of({1, 16, 32}), pick_of({0, 0, 5, 50})};
+  std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0);
+  const std::vector<int64_t> columns = random_rules(kv_heads, pick_of({1, 16, 32}), pick_of({0, 0, 5, 50}));
+  const RuleTable rules = {columns.data(), kv_heads};
   std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), refs(static_cast<size_t>(blocks), 0);
   Data k0(dtype, cut * BLOCK * dim), k1(dtype, (blocks - cut) * BLOCK * dim);
   Data v0(dtype, cut * BLOCK * value_dim), v1(dtype, (blocks - cut) * BLOCK * value_dim);

@@ -8,11 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moacompress.kernels import cpu_ops, dispatch
-from moacompress.kernels.block_reference import reference_decode, reference_prefill
-from moacompress.rules.windows import segments
+from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
+from moacompress.kernels.cpu import library
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.dispatch import REFERENCE
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import block_runs, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
+CPU = CpuBackend()
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +27,16 @@ def _built(isa):
 
 @pytest.mark.parametrize("seed", range(340))
 def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
-    isa(cpu_ops.ISAS[seed % 4])
-    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 4])
+    dtype = library.DTYPES[seed // 4 % 3]
     case = random_case(seed, dtype)
     exact = case.to(torch.float64)
-    close(OPS.prefill(*case.prefill), reference_prefill(*exact.prefill), dtype)
-    close(OPS.decode(*case.decode), reference_decode(*exact.decode), dtype)
+    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
+    close(OPS.decode(*case.decode), exact.decoded(), dtype)
 
 
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
-@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+@pytest.mark.parametrize("name", library.ISAS)
+@pytest.mark.parametrize("dtype", library.DTYPES)
 def test_threads_and_batch_change_no_bit(name, dtype, random_case, isa, threads):
     isa(name)
     case = random_case(11, dtype, rows=3, kv_heads=2, group=3, tokens=200, past=700, native_window=0, valid=190)
@@ -47,12 +52,12 @@ def test_threads_and_batch_change_no_bit(name, dtype, random_case, isa, threads)
         assert all(torch.equal(a[row : row + 1], b) for a, b in zip(results[0], found, strict=True))
 
 
-@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+@pytest.mark.parametrize("dtype", library.DTYPES)
 def test_lengths_0_and_1(dtype, random_case, close):
     case = random_case(5, dtype, rows=3, past=1, native_window=0, logits=True)
     case.past = torch.tensor([0, 1, 1])
     found = OPS.decode(*case.decode)
-    close(found, reference_decode(*case.to(torch.float64).decode), dtype)
+    close(found, case.to(torch.float64).decoded(), dtype)
     assert not found[0][0].any()
     assert (found[1][0] == float("-inf")).all()
 
@@ -65,22 +70,23 @@ def test_a_row_of_40_000_tokens(dtype, close):
     query, key, value = (torch.randn(1, heads, 20, dim).to(dtype) for heads in (3, 1, 1))
     pool = torch.randn(n // 16, 16, dim).to(dtype)
     table = torch.randperm(n // 16).to(torch.int32).view(1, 1, -1)
-    for rule in ((4, 0, 1024), (64, 1000, 256)):
-        rules = (*(torch.tensor([x]) for x in rule), 16, 0, dim**-0.5, 0.0, None)
+    for rule in (Rule.FULL, Rule(64, 1000, 256)):
+        rest = {"rules": as_tensors(RuleTable.of([rule], 16)), "scores": Scores(dim**-0.5), "with_lse": True}
         exact = [t.double() for t in (query, key, value, pool)]
-        one = (table, torch.tensor([n]), *rules)
-        expected = reference_decode(exact[0][:, :, 0], [exact[3]], [exact[3]], *one)
-        close(OPS.decode(query[:, :, 0], [pool], [pool], *one), expected, dtype)
-        chunk = (table, torch.tensor([n]), torch.tensor([20]), *rules)
-        expected = reference_prefill(*exact[:3], [exact[3]], [exact[3]], *chunk)
-        close(OPS.prefill(query, key, value, [pool], [pool], *chunk), expected, dtype)
+        cache, wide = CacheView([pool], [pool], table), CacheView([exact[3]], [exact[3]], table)
+        lengths = torch.tensor([n])
+        expected = REFERENCE.decode(exact[0][:, :, 0], cache=wide, lengths=lengths, **rest)
+        close(CPU.decode(query[:, :, 0], cache=cache, lengths=lengths, **rest), expected, dtype)
+        rest |= {"past": lengths, "valid": torch.tensor([20])}
+        expected = REFERENCE.prefill(*exact[:3], cache=wide, **rest)
+        close(CPU.prefill(query, key, value, cache=cache, **rest), expected, dtype)
 
 
 def test_everything_visible_is_causal_attention():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 300, 64) for heads in (6, 2, 2))
-    rules = (torch.full((2,), 4), torch.zeros(2, dtype=torch.int64), torch.full((2,), 1024), 16, 0, 0.125)
-    out, _ = dispatch.prefill_alone(query, key, value, *rules)
+    rules = as_tensors(RuleTable.of([Rule.FULL] * 2, 16))
+    out = prefill_alone(CPU, query, key, value, rules=rules, scores=Scores(0.125))
     wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.125, enable_gqa=True)
     assert (out - wanted).abs().max() < 1e-5
 
@@ -88,22 +94,26 @@ def test_everything_visible_is_causal_attention():
 def test_large_scores_do_not_overflow(close):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 1, 90, 32) * 40 for _ in range(3))
-    rules = (torch.tensor([4]), torch.tensor([30]), torch.tensor([0]), 16, 0, 1.0)
-    found = dispatch.prefill_alone(query, key, value, *rules)
-    empty = torch.empty((1, 1, 0), dtype=torch.int32)
-    chunk = ((), (), empty, torch.tensor([0]), torch.tensor([90]))
-    wanted, wanted_lse = reference_prefill(query.double(), key.double(), value.double(), *chunk, *rules)
+    rules, counts = (
+        as_tensors(RuleTable.of([Rule(4, 30, 0)], 16)),
+        {"past": torch.tensor([0]), "valid": torch.tensor([90])},
+    )
+    rest = {"cache": CacheView.empty(key), "rules": rules, "scores": Scores(1.0), "with_lse": True, **counts}
+    found = CPU.prefill(query, key, value, **rest)
+    wanted, wanted_lse = REFERENCE.prefill(query.double(), key.double(), value.double(), **rest)
     assert ((found[0] - wanted).abs() / (1 + wanted.abs())).max() < 1e-2  # scores of thousands have an ulp of 2e-4
     assert ((found[1] - wanted_lse).abs() / wanted_lse.abs()).max() < 1e-5
 
 
-def test_visible_is_as_in_the_plan():
+def test_intervals_and_blocks_are_as_in_the_plan():
     rng = random.Random(0)
     for _ in range(3000):
         n = rng.choice([0, 1, rng.randint(0, 300), rng.randint(0, 1 << 24)])
-        rule = (rng.choice([4, 16, 64]), rng.choice([0, 100, 1 << 24]), rng.choice([0, 1, 500, 1023, 1024]))
-        min_window, native = rng.choice([16, 64]), rng.choice([0, 1, 50, 4096])
-        assert cpu_ops.visible(n, *rule, min_window, native) == segments(n, *rule, min_window, native or None)
+        rule = Rule(rng.choice([4, 16, 64]), rng.choice([0, 100, 1 << 24]), rng.choice([0, 1, 500, 1023, 1024]))
+        min_window, native = rng.choice([16, 64]), rng.choice([None, 1, 50, 4096])
+        span = rule.span(min_window, native)
+        expected = [[x for pair in find(n, span) for x in pair] for find in (visible_intervals, block_runs)]
+        assert [*library.visible(n, RuleTable.of([rule], min_window, native))] == expected
 
 
 def test_bad_arguments_are_refused(random_case):
@@ -122,7 +132,8 @@ def test_bad_arguments_are_refused(random_case):
     refused("table has another dtype", table=case.table.long())
     refused(r"lengths has the shape \[2\], not \[1\]", past=torch.tensor([1, 2]))
     refused("row 0 has -1 tokens", past=torch.tensor([-1]))
-    refused("sink has the shape", sink=torch.tensor([4]))
+    one = torch.tensor([4])
+    refused(r"table of rules has the shape \[7, 1\], not \[7, 2\]", sink=one, alpha=one, beta_q=one)
     refused("KV head 0 has sink 4, alpha -1", sink=torch.tensor([4, 4]), alpha=torch.tensor([-1, 0]))
     refused("scaling is 0, not positive", scaling=0.0)
     refused("min_window is 0", min_window=0)

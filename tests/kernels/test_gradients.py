@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels import cpu_ops, dispatch
-from moacompress.kernels.block_reference import reference_prefill
+from moacompress.kernels import dispatch
+from moacompress.kernels.cpu import library
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 
 OPS = torch.ops.moacompress_cpu
+CPU = CpuBackend()
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
@@ -20,12 +22,16 @@ def _built(isa):
     """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
+def compiled(case):
+    return case.prefilled(CPU)
+
+
 def gradients(run, case, dout, dlse):
     """Output and gradients of query, key, value and learned logits."""
     inputs = [case.query, case.key, case.value, case.sink_logits]
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     changed = dict(zip(("query", "key", "value", "sink_logits"), leaves, strict=True))
-    out, lse = run(*type(case)(**{**case.__dict__, **changed}).prefill)
+    out, lse = run(type(case)(**{**case.__dict__, **changed}))
     real = lse.isfinite()
     loss = (out * dout.to(out.dtype)).sum() + (lse.masked_fill(~real, 0) * dlse.masked_fill(~real, 0)).sum()
     wanted = [leaf for leaf in leaves if leaf is not None]
@@ -36,18 +42,18 @@ def gradients(run, case, dout, dlse):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_configurations(seed, random_case, isa, poisoned_memory):
-    isa(cpu_ops.ISAS[seed % 4])
-    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 4])
+    dtype = library.DTYPES[seed // 4 % 3]
     case = random_case(seed, dtype, past=0, cuts=0, scaling=0.25)
     case.keys, case.values = [], []
     torch.manual_seed(seed)
     dout = torch.randn(*case.query.shape[:3], case.value.shape[-1])
     dlse = torch.randn(case.query.shape[:3])
-    found = gradients(OPS.prefill, case, dout, dlse)
+    found = gradients(compiled, case, dout, dlse)
     # NaN past the real tokens is never read forward; plain autograd would multiply it by zero
     exact = case.to(torch.float64)
     exact.query, exact.key, exact.value = (t.nan_to_num(0) for t in (exact.query, exact.key, exact.value))
-    expected = gradients(reference_prefill, exact, dout.double(), dlse.double())
+    expected = gradients(type(case).prefilled, exact, dout.double(), dlse.double())
     for mine, wanted in zip(found, expected, strict=True):
         assert mine.shape == wanted.shape
         error = (mine.double() - wanted).abs() / (1 + wanted.abs().max())
@@ -73,7 +79,7 @@ def test_gradcheck(random_case):
         assert torch.autograd.gradcheck(run, leaves, eps=2e-2, atol=5e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("name", library.ISAS)
 def test_threads_change_no_bit(name, random_case, isa, threads):
     isa(name)
     case = random_case(7, torch.float32, past=0, cuts=0, rows=2, tokens=150, valid=140)
@@ -82,7 +88,7 @@ def test_threads_change_no_bit(name, random_case, isa, threads):
     results = []
     for count in (1, 17):
         threads(count)
-        results.append(gradients(OPS.prefill, case, dout, dlse))
+        results.append(gradients(compiled, case, dout, dlse))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -92,9 +98,9 @@ def test_with_a_cache_there_are_no_gradients(random_case):
     with pytest.raises(UnsupportedError, match="a prefill over a cache has no gradients"):
         OPS.prefill(*case.prefill)[0].sum().backward()
     with pytest.raises(UnsupportedError, match="decode has no gradients"):
-        dispatch.decode(*case.decode)
+        case.decoded(CPU)
     with torch.no_grad():
-        dispatch.decode(*case.decode)
+        case.decoded(CPU)
 
 
 def test_what_torch_must_know(random_case):
@@ -110,11 +116,15 @@ def test_what_torch_must_know(random_case):
 
 def test_compiled_graphs_hold_the_operators(random_case):
     case = random_case(4, torch.float32, rows=2, past=40, tokens=3, valid=3)
-    eager = dispatch.decode(*case.decode), dispatch.prefill(*case.prefill)
-    dispatch.chosen.cache_clear()  # nothing need have run before
+    eager = case.decoded(CPU), case.prefilled(CPU)
+    query, rules = case.query, case.rules
+    dispatch.forget()  # nothing need have run before
 
     def both():
-        return dispatch.decode(*case.decode), dispatch.prefill(*case.prefill)
+        backend = dispatch.backend_for(query)
+        rest = {"cache": case.cache, "rules": rules, "scores": case.scores, "with_lse": True}
+        whole = backend.prefill(query, case.key, case.value, past=case.past, valid=case.valid, **rest)
+        return backend.decode(query[:, :, 0], lengths=case.past, **rest), whole
 
     found = torch.compile(both, backend="aot_eager", fullgraph=True)()
     for pair, other in zip(eager, found, strict=True):

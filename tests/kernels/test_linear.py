@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from moacompress.kernels import cpu_ops
+from moacompress.kernels.cpu import library
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -22,8 +22,8 @@ def _built(isa):
 def test_random_products(seed, isa, poisoned_memory):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    isa(cpu_ops.ISAS[seed % 4])
-    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 4])
+    dtype = library.DTYPES[seed // 4 % 3]
     size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,)])
     inputs, outputs = rng.choice([0, 1, 7, 16, 31, 32, 64, 100, 577, 1536]), rng.choice([0, 1, 3, 4, 18, 64, 193, 700])
     x = torch.randn(*size, inputs, dtype=dtype)
@@ -39,8 +39,8 @@ def test_random_products(seed, isa, poisoned_memory):
     assert bool(((found.double() - expected).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
-@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+@pytest.mark.parametrize("name", library.ISAS)
+@pytest.mark.parametrize("dtype", library.DTYPES)
 def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
     isa(name)
     x, weight, bias = torch.randn(11, 200).to(dtype), torch.randn(333, 200).to(dtype), torch.randn(333).to(dtype)
@@ -53,8 +53,8 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
         assert torch.equal(some, alone[:, 5:7])
 
 
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
-@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+@pytest.mark.parametrize("name", library.ISAS)
+@pytest.mark.parametrize("dtype", library.DTYPES)
 def test_nan_reaches_its_row_or_its_output_alone(name, dtype, isa):
     isa(name)
     for rows, inputs, outputs in ((1, 7, 5), (3, 64, 33), (11, 200, 18)):

@@ -11,25 +11,29 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from moacompress.kernels import cpu_ops, dispatch, reference
-from moacompress.kernels.block_reference import reference_decode, reference_prefill
-from moacompress.kernels.reference import Keys, sparse_attention, visible_keys
+from moacompress.kernels import dispatch
+from moacompress.kernels.backend import Scores
+from moacompress.kernels.cpu import library
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.reference import tiled
+from moacompress.kernels.reference.tiled import Keys, sparse_attention, visible_keys
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import segments
+from moacompress.rules.windows import Span, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
+CPU = CpuBackend()
 SEEDS = 6
 NAN, INF = float("nan"), float("inf")
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 GRADIENTS = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-everywhere = pytest.mark.parametrize("name", cpu_ops.ISAS)
-every_dtype = pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
+everywhere = pytest.mark.parametrize("name", library.ISAS)
+every_dtype = pytest.mark.parametrize("dtype", library.DTYPES)
 
 
 def sees(case, row, head, n):
     """Returns which of the first n tokens of a row its query n - 1 sees, bool `[n]`."""
     rule = (int(x[head]) for x in (case.sink, case.alpha, case.beta_q))
-    first, sink_end, start = segments(n, *rule, case.min_window, case.native_window or None)
+    (first, sink_end), (start, _) = visible_intervals(n, Span(*rule, case.min_window, case.native_window))
     at = torch.arange(n)
     return ((at >= first) & (at < sink_end)) | (at >= start)
 
@@ -197,6 +201,10 @@ def test_scores_far_below_zero(dtype, name, random_case, attended, isa):
         assert ((found[1] - exact[1]).abs() <= 2e-2 * exact[1].abs()).all()
 
 
+def compiled(case):
+    return case.prefilled(CPU)
+
+
 def gradients(run, case, weights):
     """Gradients of query, key, value and learned logits."""
     names = ("query", "key", "value", "sink_logits")
@@ -236,7 +244,7 @@ def check_gradients(run, dtype, what, number, random_case, attended, unchanged_o
             plant(other, rng, what, number, decode=False)
         found, exact = [], []
         for one, given in ((other, changed), (case, weights)):
-            found.append(gradients(lambda c: run(*c.prefill), one, given))
+            found.append(gradients(run, one, given))
             given = tuple(weight.double() for weight in given)
             exact.append(gradients(lambda c: exactly(c, attended, decode=False), one.to(torch.float64), given))
         if number == INF:  # rounding and what is summed first decide between infinity and NaN
@@ -249,7 +257,7 @@ def check_gradients(run, dtype, what, number, random_case, attended, unchanged_o
 @every_dtype
 def test_gradients(dtype, name, what, number, random_case, attended, isa, unchanged_or_as):
     isa(name)
-    check_gradients(OPS.prefill, dtype, what, number, random_case, attended, unchanged_or_as)
+    check_gradients(compiled, dtype, what, number, random_case, attended, unchanged_or_as)
 
 
 @everywhere
@@ -268,7 +276,7 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
         weights = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
         for weight in weights:
             weight[:, :, 50:] = number
-        results.append(gradients(lambda c: OPS.prefill(*c.prefill), other, weights))
+        results.append(gradients(compiled, other, weights))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -276,10 +284,9 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
 def test_the_reference_of_the_kernels(what, number, dtype, op, random_case, attended, unchanged_or_as):
-    run = {"decode": reference_decode, "prefill": reference_prefill}[op]
     for seed in range(SEEDS):
         other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
-        results = (run(*getattr(c, op)) for c in (other, case))
+        results = (c.decoded() if op == "decode" else c.prefilled() for c in (other, case))
         unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)
 
 
@@ -288,13 +295,13 @@ def test_the_reference_of_the_kernels(what, number, dtype, op, random_case, atte
 )
 def test_gradients_of_the_reference(what, number, random_case, attended, unchanged_or_as):
     close = functools.partial(unchanged_or_as, bits=False)
-    check_gradients(reference_prefill, torch.float32, what, number, random_case, attended, close)
+    check_gradients(lambda case: case.prefilled(), torch.float32, what, number, random_case, attended, close)
 
 
 def by_rows(query, key, value, n, rule, native, softcap, logits, attended):
     """As `sparse_attention`, by the definitions."""
     lengths = torch.arange(n - query.shape[3] + 1, n + 1)[:, None]
-    visible = visible_keys(lengths, torch.arange(n), rule, 16, native)
+    visible = visible_keys(lengths, torch.arange(n), rule.span(16, native))
     heads = [
         attended(query[row, head], key[row, head], value[row, head], visible, 0.3, softcap, logits and logits[head])[0]
         for row, head in itertools.product(*map(range, key.shape[:2]))
@@ -319,7 +326,7 @@ def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, m
         rng.choice((None, None, [torch.randn(3)] * 2)),
     )
     inputs = [torch.randn(2, 2, 3, rows, 8), torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 5)]
-    monkeypatch.setattr(reference, "MAX_TILE", rng.choice((16, 256)))
+    monkeypatch.setattr(tiled, "MAX_TILE", rng.choice((16, 256)))
     other = [t.clone() for t in inputs]
     if what == "query":
         other[0][1, 0, 2, rng.randrange(rows), 3] = number
@@ -338,7 +345,9 @@ def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, m
                 _, native, softcap, logits = rest
                 stacked = None if logits is None else torch.stack(logits)
                 keys = Keys(leaves[1], leaves[2], [(0, n)])
-                out = sparse_attention(leaves[0], keys, n, rule, 16, native, 0.3, softcap, stacked)
+                (out,) = sparse_attention(
+                    leaves[0], keys, n, rule.span(16, native), Scores(0.3, softcap or 0.0, stacked)
+                )
             into.append((out, *torch.autograd.grad(out, leaves, weight.to(out.dtype))))
     if number != NAN:  # rounding and what is summed first decide between infinity and NaN in the gradients
         found, exact = (
@@ -347,9 +356,9 @@ def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, m
     unchanged_or_as(*found, *exact, 3e-5, bits=False)
 
 
-def test_dispatch_is_as_the_operators(random_case):
-    """A NaN is seen whichever kernel runs."""
+def test_a_nan_is_seen_by_every_backend(random_case):
     case = build(random_case, 2, torch.float32, past=33, tokens=3, valid=3)
     case.query[0, 0, 0, 0] = NAN
-    assert dispatch.decode(*case.decode)[0][0, 0].isnan().all()
-    assert dispatch.prefill(*case.prefill)[0][0, 0, 0].isnan().all()
+    for backend in dispatch.backends():
+        assert not backend.status().works or case.decoded(backend)[0][0, 0].isnan().all()
+        assert not backend.status().works or case.prefilled(backend)[0][0, 0, 0].isnan().all()

@@ -12,23 +12,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from moacompress.calibration import influence
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.influence import (
     AttentionSpec,
     Collector,
     ProfiledAttention,
-    RuleTable,
     TileView,
     attend,
     attend_backward,
 )
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
-from moacompress.kernels import cpu_ops, dispatch
+from moacompress.kernels import dispatch
+from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.cpu import library
+from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import segments
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import Span, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -56,7 +60,7 @@ class Case:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        return self.key.shape[1], len(self.table.sink)
+        return self.key.shape[1], len(self.table)
 
     def exact(self) -> Case:
         wide = {name: getattr(self, name).double() for name in ("query", "key", "value", "grad")}
@@ -68,17 +72,18 @@ class Case:
 
     def arguments(self, **changes: Any) -> list[Any]:
         """What the operator gets."""
-        plan = self.plan
+        native = self.spec.native_window
+        table, plan = (
+            None if rules is None else as_tensors(rules.in_layer(native)) for rules in (self.table, self.plan)
+        )
+        assert table is not None
         named = {
             "dout": self.grad,
             "query": self.query,
             "key": self.key,
             "value": self.value,
-            "rules": self.table.columns,
-            "min_window": self.table.min_window,
+            "rules": table.columns,
             "plan": None if plan is None else plan.columns,
-            "plan_min_window": 1 if plan is None else plan.min_window,
-            "native_window": self.spec.native_window or 0,
             "scaling": self.spec.scaling,
             "softcap": self.spec.softcap or 0.0,
             "sink_logits": self.sink_logit,
@@ -155,8 +160,8 @@ class Sizes:
 
 @pytest.mark.parametrize("seed", range(320))
 def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_memory: None) -> None:
-    isa(cpu_ops.ISAS[seed % 4])
-    dtype = cpu_ops.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 4])
+    dtype = library.DTYPES[seed // 4 % 3]
     case = build(seed, dtype)
     exact, sizes = sums(case), Sizes()
     wanted = case.exact().backward([*exact, sizes])
@@ -182,8 +187,8 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
 
 def visible(table: RuleTable, rule: int, n: Tensor, tokens: int, native: int | None) -> Tensor:
     """Returns what the queries n - 1 see under a rule, bool `[len(n), tokens]`."""
-    numbers = (table.sink[rule], table.alpha[rule], table.beta_q[rule], table.min_window)
-    first, sink_end, start = segments(n[:, None], *numbers, native)
+    span = Span(*(int(number[rule]) for number in table.in_layer(native).span))
+    (first, sink_end), (start, _) = visible_intervals(n[:, None], span)
     at = torch.arange(tokens)
     return ((at >= first) & (at < sink_end)) | ((at >= start) & (at < n[:, None]))
 
@@ -217,8 +222,8 @@ def by_definition(case: Case, attended: Callable[..., tuple[Tensor, Tensor]]) ->
 
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("what", ["query", "key", "value", "grad"])
-@pytest.mark.parametrize("dtype", cpu_ops.DTYPES)
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("dtype", library.DTYPES)
+@pytest.mark.parametrize("name", library.ISAS)
 def test_nan_reaches_what_sees_it(
     name: str,
     dtype: torch.dtype,
@@ -250,7 +255,7 @@ def test_nan_reaches_what_sees_it(
         assert torch.equal(baselines[0][clean], baselines[1][clean])
 
 
-@pytest.mark.parametrize("name", cpu_ops.ISAS)
+@pytest.mark.parametrize("name", library.ISAS)
 def test_threads_change_no_bit(name: str, isa: Callable[[str], None], threads: Callable[[int], None]) -> None:
     isa(name)
     for seed, native in ((1, None), (2, 70)):
@@ -305,8 +310,7 @@ def test_what_looks_at_tiles_gets_them_beside(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(beside.squares, alone.squares)
     assert torch.is_tensor(tiles.total)
     assert tiles.total.any()
-    monkeypatch.setattr(dispatch, "kernel_for", lambda query: "reference")
-    monkeypatch.setattr(dispatch, "profile_backward", None)
+    monkeypatch.setattr(influence, "backend_for", lambda query: REFERENCE)
     for mine, other in zip(case.backward([reference]), gradients, strict=True):
         close(mine, other, 1e-5)
     close(alone.squares, reference.squares, 1e-5)
@@ -354,8 +358,11 @@ def test_bad_arguments_are_refused() -> None:
             OPS.profile_backward(*case.arguments(**changes))
 
     OPS.profile_backward(*case.arguments())
-    columns, plan = case.table.columns, case.plan
-    assert plan is not None
+    columns, plan = (as_tensors(rules).columns for rules in (case.table, case.plan) if rules is not None)
+
+    def table(*numbers: tuple[int, int, int, int, int]) -> Tensor:
+        return torch.tensor([(*number, 0, 0) for number in numbers]).T.contiguous()
+
     refused("query must be float32, bfloat16 or float16", query=case.query.double())
     refused("key has another dtype", key=case.key.half())
     refused(r"dout has the shape \[1, 4, 19, 16\], not \[1, 4, 20, 16\]", dout=case.grad[:, :, :19])
@@ -363,16 +370,21 @@ def test_bad_arguments_are_refused() -> None:
     refused("4 query heads are no multiple of 3 KV heads", key=case.key[:, :1].expand(1, 3, -1, -1))
     refused("the batch has 2 rows", query=case.query.expand(2, -1, -1, -1))
     refused("the last dimension of query must be contiguous", query=case.query.mT.contiguous().mT)
-    refused("rules has another dtype", rules=columns.int())
-    refused(r"rules has the shape \[2, \d+\], not \[3, any\]", rules=columns[:2])
-    refused("rules must be contiguous", rules=columns.T.contiguous().T)
-    refused("rule 0 has sink 4, alpha -1", rules=torch.tensor([[4], [-1], [0]]))
-    refused("rule 1 has sink 4, alpha 0, beta_q 1025", rules=torch.tensor([[4, 4], [0, 0], [0, 1025]]))
-    refused(r"plan has the shape \[3, 1\], not \[3, 2\]", plan=plan.columns[:, :1].contiguous())
-    refused("the plan's KV head 1 has sink -4", plan=torch.tensor([[4, -4], [0, 0], [0, 0]]))
-    refused("min_window is 0", min_window=0)
-    refused("min_window is 0", plan_min_window=0)
-    refused("native_window is -1", native_window=-1)
+    refused("table of rules has another dtype", rules=columns.int())
+    refused(r"table of rules has the shape \[2, \d+\], not \[7, any\]", rules=columns[:2])
+    refused("table of rules must be contiguous", rules=columns.T.contiguous().T)
+    refused("there are no rules to ask for", rules=columns[:, :0].contiguous())
+    refused("rule 0 has sink 4, alpha -1", rules=table((4, -1, 0, 16, 0)))
+    refused("rule 1 has sink 4, alpha 0, beta_q 1025", rules=table((4, 0, 0, 16, 0), (4, 0, 1025, 16, 0)))
+    refused(r"table of rules has the shape \[7, 1\], not \[7, 2\]", plan=plan[:, :1].contiguous())
+    refused("the plan's KV head 1 has sink -4", plan=table((4, 0, 0, 16, 0), (-4, 0, 0, 16, 0)))
+    refused("min_window is 0, less than 1, at rule 0", rules=table((4, 0, 0, 0, 0)))
+    refused("min_window is 0, less than 1, at the plan's KV head 0", plan=table((4, 0, 0, 0, 0), (4, 0, 0, 1, 0)))
+    refused("native_window is -1 at rule 0", rules=table((4, 0, 0, 16, -1)))
+    refused("native windows of 0 and of 7 in one layer", rules=table((4, 0, 0, 16, 0), (4, 0, 0, 16, 7)))
+    quantized = columns.clone()
+    quantized[-1, 0] = 1
+    refused("rule 0 has the formats 0 and 1; only 0 is known", rules=quantized)
     refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
@@ -397,12 +409,12 @@ def test_statistics_of_a_model(
     found = []
     for kernel in ("reference", "cpu"):
         monkeypatch.setenv(dispatch.VARIABLE, kernel)
-        dispatch.chosen.cache_clear()
+        dispatch.forget()
         try:
             found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, chosen, plan, 0, 0))
         finally:
             monkeypatch.delenv(dispatch.VARIABLE)
-            dispatch.chosen.cache_clear()
+            dispatch.forget()
     reference, compiled = found
     assert reference.arrays.keys() == compiled.arrays.keys()
     for name, wanted in reference.arrays.items():

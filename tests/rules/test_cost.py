@@ -12,10 +12,9 @@ from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import (
     attention_flops,
     budget_limits,
+    byte_table,
     floored,
     layer_floors,
-    slot_limits,
-    slot_table,
     smallest_bytes,
 )
 from moacompress.rules.model_shape import ModelShape
@@ -45,16 +44,16 @@ def profiles() -> Profiles:
     return offer
 
 
-def test_slot_table_agrees_with_the_plan(profiles: Profiles) -> None:
+def test_byte_table_agrees_with_the_plan(profiles: Profiles) -> None:
     profile = profiles()
     lengths = (1, 63, 64, 65, 511, 1000)
-    table = slot_table(profile.shape, profile.rules, profile.min_window, lengths)
+    table = byte_table(profile.shape, profile.rules, profile.min_window, lengths)
     assert table.dtype == np.int64
     assert table.shape == (6, 6, 2, len(profile.rules))
     for number in (0, 1, 7, len(profile.rules) - 1):
         plan = Plan.uniform(profile.shape, profile.rules[number], profile.min_window)
         for index, n in enumerate(lengths):
-            assert table[index, :, :, number].sum() * profile.shape.slot_bytes == plan.kv_bytes(n)
+            assert table[index, :, :, number].sum() == plan.kv_bytes(n)
 
 
 def test_limits_and_the_smallest_budget(profiles: Profiles) -> None:
@@ -62,9 +61,7 @@ def test_limits_and_the_smallest_budget(profiles: Profiles) -> None:
     arguments = (profile.shape, profile.lengths, profile.rules, profile.min_window)
     limits = budget_limits([Budget.parse("50%")], *arguments)
     assert list(limits) == [256, 512]
-    assert slot_limits(limits, profile.shape).tolist() == [
-        profile.shape.dense_kv_bytes(n) // 2 // profile.shape.slot_bytes for n in profile.lengths
-    ]
+    assert [*limits.values()] == [profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths]
     assert list(budget_limits([Budget.parse("50%@1k")], *arguments)) == [1024]
     with pytest.raises(InfeasibleBudgetError, match="at least") as error:
         budget_limits([Budget.parse("1%")], *arguments)
@@ -96,7 +93,7 @@ def test_flops_count_what_is_kept(profiles: Profiles) -> None:
 
 def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:
     profile = profiles()
-    table = slot_table(profile.shape, profile.rules, profile.min_window, profile.lengths)
+    table = byte_table(profile.shape, profile.rules, profile.min_window, profile.lengths)
     floors = layer_floors({1: 0.5}, profile.shape)
     found = floored(table, floors)
     assert np.array_equal(found[:, [0, 2, 3]], table[:, [0, 2, 3]])

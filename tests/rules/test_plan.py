@@ -18,7 +18,7 @@ from moacompress.rules import plan as plan_module
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-from moacompress.rules.windows import BETA_ONE, BLOCK, kept, segments, slots, window
+from moacompress.rules.windows import BETA_ONE, BLOCK, kept, slots, visible_intervals, window
 
 
 def shape(**changes: Any) -> ModelShape:
@@ -71,7 +71,7 @@ def test_kept_and_slots_are_what_the_definition_says(n: int, rule: Rule, min_win
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 500), RULES, st.sampled_from(MIN_WINDOWS), NATIVE)
 def test_what_is_evicted_is_never_visible_again(n: int, rule: Rule, min_window: int, native: int | None) -> None:
-    starts = [segments(m, rule.sink, rule.alpha, rule.beta_q, min_window, native)[2] for m in (n, n + 1)]
+    starts = [visible_intervals(m, rule.span(min_window, native))[1][0] for m in (n, n + 1)]
     assert starts[0] <= starts[1]
     now, then = (set(visible(m, rule, min_window, native)) for m in (n, n + 1))
     assert then - {n} <= now
@@ -88,13 +88,14 @@ def test_numpy_and_torch_agree_with_integers() -> None:
 
     n = np.arange(1, 400, dtype=np.int64)
     for rule, native in ((Rule(16, 40, 100), None), (Rule(64, 0, 300), 50)):
-        expected = [kept(int(i), rule.sink, rule.alpha, rule.beta_q, 16, native) for i in n]
-        assert kept(n, rule.sink, rule.alpha, rule.beta_q, 16, native).tolist() == expected
-        tensor = kept(torch.from_numpy(n), rule.sink, rule.alpha, rule.beta_q, 16, native)
+        span = rule.span(16, native)
+        expected = [kept(int(i), span) for i in n]
+        assert kept(n, span).tolist() == expected
+        tensor = kept(torch.from_numpy(n), span)
         assert tensor.dtype == torch.int64
         assert tensor.tolist() == expected
-        expected = [slots(int(i), rule.sink, rule.alpha, rule.beta_q, 16, native) for i in n]
-        assert slots(n, rule.sink, rule.alpha, rule.beta_q, 16, native).tolist() == expected
+        expected = [slots(int(i), span) for i in n]
+        assert slots(n, span).tolist() == expected
 
 
 def test_no_float_ever_computes_a_window() -> None:
@@ -117,6 +118,20 @@ def test_bytes_are_slots_times_key_and_value() -> None:
     assert Plan.full(shape()).density(300) == 1.0
     assert plan.kv_share(300) == plan.kv_bytes(300) / shape().dense_kv_bytes(300)
     assert shape(dtype="bfloat16").dense_kv_bytes(300) * 2 == shape().dense_kv_bytes(300)
+
+
+def test_a_plan_of_version_1_is_one_of_native_formats() -> None:
+    plan = some_plan()
+    old = plan.to_dict() | {"version": 1}
+    for layer in old["layers"]:
+        del layer["key_format"], layer["value_format"]
+        layer["kv_dtype"] = [None, None]
+    loaded = Plan.from_dict(old)
+    assert loaded == plan
+    assert loaded.to_dict()["version"] == 2
+    old["layers"][1]["kv_dtype"] = [None, "int8"]
+    with pytest.raises(PlanError, match="kv_dtype of layer 1 KV head 1 is 'int8'"):
+        Plan.from_dict(old)
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -166,7 +181,7 @@ def without(*path: str | int) -> Callable[[dict[str, Any]], None]:
 
 REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("format", value="other"), 'not a moacompress plan: "format" is not'),
-    (at("version", value=2), "version 2, this moacompress reads up to 1; upgrade"),
+    (at("version", value=3), "version 3, this moacompress reads up to 2; upgrade"),
     (at("version", value=True), "version must be a whole number, not 'True'"),
     (at("version", value=0), "version is 0, outside"),
     (without("version"), "version must be a whole number, not 'None'"),
@@ -206,7 +221,10 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("layers", 0, "beta_q", 1, value=1025), "beta_q of layer 0 KV head 1 is 1025, outside 0..1024"),
     (at("layers", 0, "beta_q", 1, value=-1), "beta_q of layer 0 KV head 1 is -1, outside 0..1024"),
     (at("layers", 0, "beta_q", 1, value="512"), "beta_q of layer 0 KV head 1 must be a whole number"),
-    (at("layers", 0, "kv_dtype", 1, value="int8"), "kv_dtype of layer 0 KV head 1 is 'int8'; only null"),
+    (at("layers", 0, "kv_dtype", value=[None, None]), "layer 0 has the unknown key 'kv_dtype'"),
+    (at("layers", 0, "key_format", 1, value="int2"), "key_format of layer 0 KV head 1 is int2, not one of native"),
+    (at("layers", 0, "value_format", 0, value=8), "value_format of layer 0 KV head 0 must be a text"),
+    (without("layers", 0, "value_format"), "layer 0 lacks the key 'value_format'"),
     (at("layers", 0, "share", value={"anchor": 0}), "layer 0 shares attention"),
     (at("quality", value=[1]), "quality must be an object"),
 ]

@@ -7,7 +7,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.runtime import attach, detach
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
 TOLERANCE = 1e-4

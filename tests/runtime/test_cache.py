@@ -16,9 +16,9 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach
-from moacompress.runtime.block_runs import LAG
-from moacompress.runtime.blocks import LEAST_GROWTH, SLACK
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.block_runs import LAG
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.cache.pool import LEAST_GROWTH, SLACK
 
 
 def settings(**more):
@@ -54,9 +54,10 @@ def test_memory_is_the_plans_where_the_length_is_known(seed, tiny_model, random_
         max(sum(rule.slots(n, plan.min_window) for rule in rules) for n in range(100, 141)) for rules in plan.rules
     )
     assert out.cache.get_seq_length() == 140
-    assert out.cache.kv_bytes() == most * shape.slot_bytes
-    assert most * shape.slot_bytes <= plan.kv_bytes(140) + shape.layers * shape.kv_heads * BLOCK * shape.slot_bytes
-    assert all(len(layer._pool.keys) == 1 for layer in out.cache.layers)
+    assert out.cache.kv_bytes() == most * shape.token_bytes(Rule.FULL)
+    slack = shape.layers * shape.kv_heads * BLOCK
+    assert most * shape.token_bytes(Rule.FULL) <= plan.kv_bytes(140) + slack * shape.token_bytes(Rule.FULL)
+    assert all(len(layer.held.pool.keys) == 1 for layer in out.cache.layers)
 
 
 def test_memory_stays_within_the_stated_slack_where_it_is_not(tiny_model, random_plan, token_ids):
@@ -74,7 +75,7 @@ def test_memory_stays_within_the_stated_slack_where_it_is_not(tiny_model, random
                 needed = sum(rule.slots(at + 7, plan.min_window) for rule in rules) // BLOCK
                 most = max(most, needed)
                 assert layer.blocks == needed
-                assert len(layer._pool.refs) <= max(most * (1 + 1 / SLACK), most + LEAST_GROWTH)
+                assert len(layer.held.pool.refs) <= max(most * (1 + 1 / SLACK), most + LEAST_GROWTH)
 
 
 def test_the_prompt_is_really_freed(tiny_model, token_ids):
@@ -113,10 +114,10 @@ def test_beams_share_blocks(tiny_model, random_plan, token_ids):
         assert cache.used_bytes() == one
         model(token_ids(4, 1, seed=1), cache=cache)
         heads = plan.model.layers * plan.model.kv_heads
-        assert cache.used_bytes() <= one + 4 * heads * BLOCK * plan.model.slot_bytes
+        assert cache.used_bytes() <= one + 4 * heads * BLOCK * plan.model.token_bytes(Rule.FULL)
         cache.reorder_cache(torch.tensor([2, 2, 2, 2]))
         assert cache.used_bytes() == plan.kv_bytes(161)
-        pool = cache.layers[0]._pool
+        pool = cache.layers[0].held.pool
         assert pool.used == cache.layers[0].blocks, "what no row has any more is free"
 
 
@@ -134,7 +135,7 @@ def test_repeated_prompts_are_held_once(chunk, tiny_model, random_plan, token_id
     )
     assert out.cache.batch_size == 6
     assert out.cache.used_bytes() == plan.kv_bytes(150, batch=2)
-    tables = out.cache.layers[0]._table.ids
+    tables = out.cache.layers[0].held.table.ids
     assert (tables[0] == tables[2]).all()
     assert not (tables[0] == tables[3]).all()
 
@@ -160,7 +161,7 @@ def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_id
     ids = token_ids(1, 220)
     with torch.no_grad():
         cache = model(ids[:, :150]).cache
-        pools = [layer._pool for layer in cache.layers]
+        pools = [layer.held.pool for layer in cache.layers]
         held = [pool.refs.copy() for pool in pools]
         expected = model(ids[:, 150:200], cache=copy.deepcopy(cache)).logits
         again = model(ids[:, 150:200], cache=cache.fork()).logits
@@ -320,7 +321,7 @@ def test_a_pickled_cache_goes_on_as_it_would_have(kind, way, tiny_model, random_
             twin.crop(-20)
         assert twin.used_bytes() == cache.used_bytes()
         assert torch.equal(model(steps[0], cache=twin).logits, model(steps[0], cache=cache).logits)
-        pools = [layer._pool for layer in twin.layers]
+        pools = [layer.held.pool for layer in twin.layers]
         del twin
         gc.collect()
         assert not any(pool.refs.any() for pool in pools)

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
 
 TOLERANCE = 1e-4
 

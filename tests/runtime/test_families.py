@@ -6,8 +6,9 @@ logits and rotary embeddings are transformers' own. The tests that need one fami
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +17,27 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
-from moacompress.rules.windows import segments
+from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach, detach
 from moacompress.runtime.attaching import attached_plan
 
+TINY = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    "olmo2",
+    "granite",
+)
+TINY += ("cohere2", "qwen3_moe", "ministral3", "gpt_oss")
+SEVERAL = ("llama", "gemma2", "gpt_oss")
+BACKENDS = (None, "reference", "counting")
+"""What the machine has; plain PyTorch; and a backend that is none of the product's."""
 EXACT = 1e-5
 """Largest difference in fp32 where only the order of sums differs, as a share of the largest logit."""
 _MASKS: dict[int, torch.Tensor] = {}
@@ -32,7 +50,7 @@ def plan_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
     native = plan.model.native_windows[layer]
     masks = []
     for rule in plan.rules[layer]:
-        first, sink_end, start = segments(count, rule.sink, rule.alpha, rule.beta_q, plan.min_window, native)
+        (first, sink_end), (start, _) = visible_intervals(count, rule.span(plan.min_window, native))
         seen = ((first <= key) & (key < sink_end)) | ((start <= key) & (key < count))
         masks.append(torch.zeros(n, n).masked_fill(~seen, torch.finfo(torch.float32).min))
     group = plan.model.heads // plan.model.kv_heads
@@ -69,6 +87,19 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Te
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the largest difference as a share of the largest expected number."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(
+    params=[(name, backend) for backend in BACKENDS for name in (TINY if backend is None else SEVERAL)], ids=str
+)
+def family(request: pytest.FixtureRequest, use_backend: Callable[[str], Any], counting: Any) -> Iterator[str]:
+    """Every family by the kernels that this machine has, and those that differ most by every backend."""
+    name, backend = request.param
+    counting.calls.clear()
+    if backend is not None:
+        use_backend(backend)
+    yield name
+    assert bool(counting.calls) == (backend == counting.name) or "MOACOMPRESS_TEST_BACKEND" in os.environ
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from moacompress.kernels.backend import AroundAttention, Rotary
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
-from moacompress.runtime import PlanCache, attach, detach, fused
+from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.decode import fused
+from moacompress.runtime.decode.all_layers import Stack
+from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
 from moacompress.runtime.linear import FEW_ROWS, pack_weights
-from moacompress.runtime.stack import Stack
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -29,18 +32,14 @@ def _one_by_one(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the compiled calls of whole layers and of attention alone; `[layers, attentions]`, which tests may set back."""
-    found = [0, 0]
+    """Counts the steps asked for of whole layers and of attention alone; `[layers, attentions]`, which tests may set back."""
+    found, own = [0, 0], fused.take
 
-    def counted(at, own):
-        def call(*arguments):
-            found[at] += 1
-            return own(*arguments)
+    def take(request):
+        found[isinstance(request, HiddenRequest)] += 1
+        return own(request)
 
-        return call
-
-    for at, name in enumerate(("step_layer", "attend_hidden")):
-        monkeypatch.setattr(fused, name, counted(at, getattr(fused, name)))
+    monkeypatch.setattr(fused, "take", take)
     return found
 
 
@@ -80,7 +79,9 @@ def test_the_first_token_needs_no_prompt(model, calls):
         found = torch.cat([made(ids[:, i : i + 1], cache=cache).logits for i in range(30)], 1)
         expected = made(ids, use_cache=False).logits
     layers = len(attention_modules(made))
-    assert calls == [30 * layers, layers]  # there is no memory before the first, so it is not one call
+    assert calls == [30 * layers, 0]
+    # there is no memory before the first, so it is not one call
+    assert cache.step_routes == {"one layer": 29 * layers, "commit and decode": layers}
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -90,12 +91,12 @@ def test_the_parts_are_those_of_transformers(tiny_model):
     norm = layer.post_attention_layernorm
     norm.weight.data.uniform_(0.5, 2)
     with torch.no_grad():
-        assert torch.equal(fused.normalized(hidden, norm.weight, norm.variance_epsilon), norm(hidden))
+        assert torch.equal(normalized(hidden, norm.weight, norm.variance_epsilon), norm(hidden))
         wanted = hidden + layer.self_attn.o_proj(hidden)
         wanted = wanted + layer.mlp(norm(wanted))
         linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        around = fused.AroundAttention([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
-        assert torch.equal(fused.feed_forward(hidden, hidden, around), wanted)
+        around = AroundAttention([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
+        assert torch.equal(feed_forward(hidden, hidden, around), wanted)
 
 
 def test_rotation_is_that_of_transformers():
@@ -108,8 +109,8 @@ def test_rotation_is_that_of_transformers():
         torch.randn(2, 5, 16),
     )
     wanted = apply_rotary_pos_emb(query, key, cos, sin)
-    assert torch.equal(fused.rotated(query, cos, sin), wanted[0])
-    assert torch.equal(fused.rotated(key, cos, sin), wanted[1])
+    assert torch.equal(rotated(query, Rotary(cos, sin)), wanted[0])
+    assert torch.equal(rotated(key, Rotary(cos, sin)), wanted[1])
 
 
 def train_biases(layer):

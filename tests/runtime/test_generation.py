@@ -10,7 +10,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
 
 TOLERANCE = 1e-4
 CLEAR = 1e-3

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moacompress.kernels import dispatch
+from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach, detach
+from moacompress.runtime import linear as linear_layers
 from moacompress.runtime.linear import (
     FEW_ROWS,
     PackedLinear,
@@ -165,7 +166,7 @@ def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, monkeypat
 
     assert kernels_run(x) == (rows <= FEW_ROWS)
     assert not kernels_run(x.clone().requires_grad_())
-    monkeypatch.setattr(dispatch, "_chosen_name", lambda: "reference")
+    monkeypatch.setattr(linear_layers, "backend_for", lambda tensor: REFERENCE)
     assert not kernels_run(x)
 
 

@@ -15,7 +15,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.attaching import attached_plan
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.plan_cache import PlanCache
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
 

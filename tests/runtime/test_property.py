@@ -18,9 +18,10 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attention_forward
-from moacompress.runtime.block_runs import LAG
-from moacompress.runtime.cache import PlanCache
+from moacompress.runtime.cache.block_runs import LAG
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.decode.attention import attention_forward
+from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.hooks import read_mask
 
 EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
@@ -165,7 +166,7 @@ def check_blocks(plan, worlds):
     for world in worlds:
         for layer, cache_layer in enumerate(world.cache.layers):
             assert (cache_layer.lengths == world.lengths).all()
-            ids, native = cache_layer._table.ids, plan.model.native_windows[layer]
+            ids, native = cache_layer.held.table.ids, plan.model.native_windows[layer]
             for row, (n, longest) in enumerate(zip(world.lengths, world.longest, strict=True)):
                 first = min(n, max(longest - LAG, 0)) if world.recorded else n
                 for head, rule in enumerate(plan.rules[layer]):
@@ -173,10 +174,15 @@ def check_blocks(plan, worlds):
                     held = ids[row, head] >= 0
                     assert not (wanted & ~held).any()
                     assert (held & ~wanted).sum() <= (LAG // 16 if world.recorded and native is not None else 0)
-    pools = {id(layer._pool): layer._pool for world in worlds for layer in world.cache.layers}
+    pools = {id(layer.held.pool): layer.held.pool for world in worlds for layer in world.cache.layers}
     for pool in pools.values():
         named = np.concatenate(
-            [layer._table.ids.reshape(-1) for world in worlds for layer in world.cache.layers if layer._pool is pool]
+            [
+                layer.held.table.ids.reshape(-1)
+                for world in worlds
+                for layer in world.cache.layers
+                if layer.held.pool is pool
+            ]
         )
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
         assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()

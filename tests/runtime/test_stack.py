@@ -14,10 +14,15 @@ import torch
 from torch import nn
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels import cpu_ops, dispatch
+from moacompress.kernels.backend import Rotary
+from moacompress.kernels.cpu import cpu_backend, library
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
-from moacompress.runtime import PlanCache, attach, detach, fused, stack
+from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.decode import all_layers as stack
+from moacompress.runtime.decode import fused
+from moacompress.runtime.decode.routes import first_route
 from moacompress.runtime.linear import FEW_ROWS, pack_weights
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
@@ -35,13 +40,13 @@ def calls(monkeypatch):
 
         return call
 
-    for name, of in (
-        ("steps", "step_layers"),
-        ("layers", "read_layers"),
-        ("caches", "read_caches"),
-        ("cache", "read_cache"),
+    for name, kind, of in (
+        ("steps", cpu_backend._CpuCaches, "step"),
+        ("layers", CpuBackend, "read_layers"),
+        ("caches", cpu_backend._CpuLayers, "read_caches"),
+        ("cache", cpu_backend._CpuCaches, "read_again"),
     ):
-        monkeypatch.setattr(dispatch, of, counted(name, getattr(dispatch, of)))
+        monkeypatch.setattr(kind, of, counted(name, getattr(kind, of)))
     return found
 
 
@@ -385,10 +390,10 @@ def test_what_comes_between_layers_is_refused(model):
         cache = made(ids[:, :50]).cache
         run = stack.StackStep(stack.Stack(fused.read_layers), tuple(layers), cache)
         hidden, rotary = torch.randn(2, 1, made.config.hidden_size), made.model.rotary_emb(torch.zeros(1), ids[:, 50:])
-        out = run.step(layers[0], hidden, None, rotary)
-        assert run.step(layers[1], out, None, rotary) is out
+        out = run.step(layers[0], hidden, None, rotary, first_route)
+        assert run.step(layers[1], out, None, rotary, first_route) is out
         with pytest.raises(UnsupportedError, match="between two decoder layers"):
-            run.step(layers[1], out * 2, None, rotary)
+            run.step(layers[1], out * 2, None, rotary, first_route)
 
 
 def test_gradients_are_not_lost(model, calls):
@@ -409,21 +414,22 @@ def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers,
     """A signal is delivered when the call returns: the token is in the cache, and nothing has counted it."""
     made = model(num_hidden_layers=layers)
     ids = torch.randint(3, made.config.vocab_size, (2, 53))
-    own = getattr(dispatch, name)
+    kind, name = (cpu_backend._CpuCaches, "step") if name == "step_layers" else (CpuBackend, name)
+    own = getattr(kind, name)
 
-    def interrupted(*arguments):
-        own(*arguments)
+    def interrupted(*arguments, **rest):
+        own(*arguments, **rest)
         raise error
 
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         with monkeypatch.context() as patch:
-            if name != "step_layers":
+            if kind is CpuBackend:
                 patch.setattr(stack.Stack, "begin", lambda *nothing: None)
             if name == "step_hidden":
                 patch.setattr(fused, "_layer", lambda *nothing: None)
             made(ids[:, 50:51], cache=cache)
-            patch.setattr(dispatch, name, interrupted)
+            patch.setattr(kind, name, interrupted)
             with pytest.raises(error):
                 made(ids[:, 51:52], cache=cache)
         for _ in range(2):
@@ -476,7 +482,7 @@ def test_other_devices_are_left_to_the_layers(model):
         cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
     run = stack.StackStep(stack.Stack(fused.read_layers), tuple(made.model.layers), cache)
     hidden = torch.empty(2, 1, made.config.hidden_size, device="meta")
-    assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2) is None
+    assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2, first_route) is None
 
 
 def test_layers_that_are_compiled_one_by_one(model, calls, one_by_one, steps):
@@ -497,12 +503,12 @@ def test_a_cache_that_is_kept_does_not_keep_the_weights(model):
         made(ids[:, 50:], cache=cache)
     assert cache.reading is not None
     weight = weakref.ref(made.model.layers[1].mlp.up_proj.weight)
-    number = cache.reading.number
+    bound = cache.reading.bound
     del made
     gc.collect()
     assert weight() is None
     with pytest.raises(RuntimeError, match="are gone"):
-        dispatch.step_layers(torch.zeros(2, 1, 8), (torch.zeros(1, 1, 2),) * 2, number, 0)
+        bound.step(torch.zeros(2, 1, 8), Rotary(*(torch.zeros(1, 1, 2),) * 2), 0)
 
 
 def test_other_rows_are_refused(model):
@@ -559,25 +565,25 @@ def test_copies_and_detaching(model, calls, steps):
 def test_what_was_read_is_let_go(model, monkeypatch):
     forgotten = []
     for kind in ("layers", "caches"):
-        own = getattr(cpu_ops, f"forget_{kind}")
+        own = getattr(library, f"forget_{kind}")
 
         def forget(number, own=own, kind=kind):
             forgotten.append(kind)
             own(number)
 
-        monkeypatch.setattr(cpu_ops, f"forget_{kind}", forget)
+        monkeypatch.setattr(library, f"forget_{kind}", forget)
     made = model()
     ids = torch.randint(3, made.config.vocab_size, (2, 51))
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         made(ids[:, 50:], cache=cache)
-        number = cache.reading.number
+        number = cache.reading.bound.number
         assert forgotten == []
         cache.reset()
         gc.collect()
         assert forgotten == ["caches"]
         with pytest.raises(RuntimeError, match=f"no caches of the number {number}"):
-            dispatch.step_layers(torch.zeros(2, 1, 8), (torch.zeros(1, 1, 2),) * 2, number, 0)
+            torch.ops.moacompress_cpu.step_layers(torch.zeros(2, 1, 8), *(torch.zeros(1, 1, 2),) * 2, number, 0)
     del made, cache
     gc.collect()
     assert forgotten == ["caches", "layers"]

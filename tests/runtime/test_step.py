@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.kernels import cpu_ops, dispatch
+from moacompress.kernels.backend import Scores, as_tensors
+from moacompress.kernels.cpu import library
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.layer import PlanCacheLayer
-from moacompress.runtime.real_tokens import Chunk
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Chunk
 
 HEADS, GROUP, DIM, VALUE_DIM = 3, 2, 5, 7
-SCORES = (0.4, 0.0, None)
+SCORES, CPU = Scores(0.4), CpuBackend()
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -28,7 +31,7 @@ def pair(rng, lag=False, reserve=None):
         for _ in range(HEADS)
     ]
     bounds = (rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
-    layers = [PlanCacheLayer(rules, *bounds, reserve) for _ in range(2)]
+    layers = [PlanCacheLayer(RuleTable.of(rules, *bounds), reserve) for _ in range(2)]
     for layer in layers:
         layer.record_past = lag
     return layers
@@ -45,12 +48,14 @@ def feed(layers, key, value, real=None, scores=SCORES):
         layer.update(key, value, 0)
     query, out = torch.randn(rows, HEADS * GROUP, tokens, DIM).to(key.dtype), None
     if tokens == 1:
-        out = layers[0].step(query, *scores)
+        rest = {"rules": as_tensors(layers[0].rules), "scores": scores}
+        if layers[0].can_step(query):
+            out = layers[0].step_pending(lambda state: CPU.step(query, key, value, cache=state, **rest))
     for layer in layers if out is None else layers[1:]:
         layer.commit(Chunk.of(real, tokens))
     if out is not None:
-        lengths, numbers = torch.from_numpy(layers[1].lengths), layers[1]._rule.columns
-        wanted, _ = dispatch.decode(query[:, :, 0], *layers[1].blocks_of_rows(), lengths, *numbers, *scores)
+        lengths = torch.from_numpy(layers[1].lengths)
+        wanted, _ = CPU.decode(query[:, :, 0], cache=layers[1].held.view(), lengths=lengths, **rest)
         assert torch.equal(out, wanted[:, None])
     return out is not None
 
@@ -59,8 +64,8 @@ def contents(layer):
     """Blocks of keys and values in the order of the table, infinite where there is none, 0 behind the last token."""
     found = []
     for name in ("keys", "values"):
-        pool = torch.cat(getattr(layer._pool, name))
-        ids = torch.from_numpy(layer._table.ids).long()
+        pool = torch.cat(getattr(layer.held.pool, name))
+        ids = torch.from_numpy(layer.held.table.ids).long()
         blocks = torch.where(ids[..., None, None] < 0, torch.inf, pool[ids.clamp_min(0)].double())
         for row, n in enumerate(layer.lengths):
             if n % BLOCK:
@@ -71,7 +76,7 @@ def contents(layer):
 
 def assert_equal(one, other):
     assert np.array_equal(one.lengths, other.lengths)
-    assert np.array_equal(one._runs.ends, other._runs.ends)
+    assert np.array_equal(one.held.runs, other.held.runs)
     width = -(-int(one.lengths.max()) // BLOCK)
     for a, b in zip(contents(one), contents(other), strict=True):
         assert torch.equal(a[:, :, :width], b[:, :, :width])
@@ -81,8 +86,8 @@ def assert_equal(one, other):
 
 def assert_counted(*layers):
     """Every block of a pool is counted as often as these layers name it."""
-    pool = layers[0]._pool
-    ids = np.concatenate([layer._table.ids.reshape(-1) for layer in layers])
+    pool = layers[0].held.pool
+    ids = np.concatenate([layer.held.table.ids.reshape(-1) for layer in layers])
     assert np.array_equal(np.bincount(ids[ids >= 0], minlength=len(pool.refs)), pool.refs)
 
 
@@ -91,10 +96,11 @@ def test_it_does_what_the_python_path_does(seed):
     """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    dtype = cpu_ops.DTYPES[seed % 3]
+    dtype = library.DTYPES[seed % 3]
     lag, rows = rng.random() < 0.5, rng.choice((1, 2, 3))
     layers = pair(rng, lag, rng.choice((None, 200)))
-    scores = (rng.choice((0.2, 1.0)), rng.choice((0.0, 3.0)), rng.choice((None, torch.randn(HEADS * GROUP))))
+    logits = torch.randn(HEADS * GROUP)
+    scores = Scores(rng.choice((0.2, 1.0)), rng.choice((0.0, 3.0)), rng.choice((None, logits)))
     steps = 0
     for step in range(14):
         tokens = rng.choice((1, 1, 1, 5, 40, 100)) if step else 30
@@ -136,11 +142,11 @@ def test_a_fork_is_not_written_to():
 def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
     layer, _ = pair(random.Random(1))
     feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
-    pool = layer._pool
+    pool = layer.held.pool
     with ThreadPoolExecutor(1) as threads:
         with layer.lock:
             pool.keys.append(torch.zeros(1, BLOCK, DIM))
-            read = threads.submit(layer.blocks_of_rows)
+            read = threads.submit(layer.held.view)
             with pytest.raises(TimeoutError):
                 read.result(timeout=0.2)
             pool.values.append(torch.zeros(1, BLOCK, VALUE_DIM))
@@ -151,11 +157,19 @@ def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
 def test_bad_arguments_are_refused():
     layer, _ = pair(random.Random(1))
     feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
-    pool, state = layer._pool, (layer._table.ids, layer.lengths, layer._runs.ends, layer._pool.refs)
+    pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
     tensors = ("query", "key", "value", "keys", "values", "table", "lengths", "runs", "refs")
-    names = (*tensors, "sink", "alpha", "beta_q", "min", "native", "lag", "scaling", "softcap", "logits")
+    names = (*tensors, "rules", "lag", "scaling", "softcap", "logits")
     token = (torch.randn(2, heads, 1, dim) for heads, dim in ((HEADS * GROUP, DIM), (HEADS, DIM), (HEADS, VALUE_DIM)))
-    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), *layer._rule.columns, 0, *SCORES)
+    arguments = (
+        *token,
+        pool.keys,
+        pool.values,
+        *map(torch.from_numpy, state),
+        as_tensors(layer.rules).columns,
+        0,
+        *SCORES,
+    )
     good = dict(zip(names, arguments, strict=True))
     before = [array.copy() for array in state]
 
@@ -173,10 +187,10 @@ def test_bad_arguments_are_refused():
     refused("the shape", keys=[torch.zeros(1, 16, DIM + 1)])
     refused("blocks of keys and", refs=good["refs"][:-1].clone())
     refused("table has another dtype", table=good["table"].long())
-    refused("runs has the shape", runs=good["runs"][:3])
+    refused("runs has the shape", runs=good["runs"][:1])
     refused("row 1 has -1 tokens", lengths=torch.tensor([20, -1]))
-    refused("sink has the shape", sink=torch.tensor([4]))
-    refused("min_window is 0", min=0)
+    refused("table of rules has the shape", rules=good["rules"][:, :1].contiguous())
+    refused("min_window is 0", rules=good["rules"] * torch.tensor([1, 1, 1, 0, 1, 1, 1])[:, None])
     refused("lag is -1", lag=-1)
     refused("scaling is 0", scaling=0.0)
     refused("sink_logits has the shape", logits=torch.zeros(HEADS))
@@ -186,18 +200,24 @@ def test_bad_arguments_are_refused():
 def test_bad_arguments_of_what_comes_before_are_refused():
     (layer, _), dim = pair(random.Random(1)), 6
     feed([layer], torch.randn(2, HEADS, 20, dim), torch.randn(2, HEADS, 20, VALUE_DIM))
-    pool, state = layer._pool, (layer._table.ids, layer.lengths, layer._runs.ends, layer._pool.refs)
-    names = ("x", "weights", "biases", "cos", "sin", "keys", "values", *range(4), "columns", "lag", *range(4, 7))
+    pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
+    names = ("x", "weights", "biases", "cos", "sin", "keys", "values", *range(4), "rules", "lag", *range(4, 7))
     weights = [torch.randn(outputs, 12) for outputs in (HEADS * GROUP * dim, HEADS * dim, HEADS * VALUE_DIM)]
     token = (torch.randn(2, 1, 12), weights, [], torch.randn(2, 1, dim), torch.randn(1, 1, dim))
-    arguments = (*token, pool.keys, pool.values, *map(torch.from_numpy, state), layer._rule.columns, 0, *SCORES)
+    arguments = (
+        *token,
+        pool.keys,
+        pool.values,
+        *map(torch.from_numpy, state),
+        as_tensors(layer.rules).columns,
+        0,
+        *SCORES,
+    )
     good = dict(zip(names, arguments, strict=True))
     before = [array.copy() for array in state]
 
     def call(**changes):
-        values = [(good | changes)[name] for name in names]
-        at = names.index("columns")
-        return torch.ops.moacompress_cpu.step_hidden(*values[:at], *values[at], *values[at + 1 :])
+        return torch.ops.moacompress_cpu.step_hidden(*(good | changes).values())
 
     def refused(match, **changes):
         with pytest.raises(RuntimeError, match=match):

@@ -24,15 +24,15 @@ def setting(profiles: Profiles) -> tuple[Knapsack, np.ndarray, np.ndarray]:
     return knapsack, costs, knapsack.choose(costs)
 
 
-def slots(knapsack: Knapsack, choice: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
+def sizes(knapsack: Knapsack, choice: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(knapsack.sizes, choice[None, ..., None], -1)[..., 0]
 
 
 def test_moves_go_both_ways_and_are_the_least_sure(profiles: Profiles) -> None:
     knapsack, costs, choice = setting(profiles)
     moves = marginal_moves(knapsack, costs, choice, 3)
-    before = slots(knapsack, choice)[-1]
-    added = [int(slots(knapsack, move.on(choice))[-1].sum() - before.sum()) for move in moves]
+    before = sizes(knapsack, choice)[-1]
+    added = [int(sizes(knapsack, move.on(choice))[-1].sum() - before.sum()) for move in moves]
     assert sum(change > 0 for change in added) == sum(change < 0 for change in added) == 3
     assert len({(move.layer, move.head) for move in moves[:3]}) == 3
     for move in moves:
@@ -48,13 +48,13 @@ def test_moves_go_both_ways_and_are_the_least_sure(profiles: Profiles) -> None:
 def test_what_pays_is_made_together_within_the_limits(profiles: Profiles) -> None:
     knapsack, costs, choice = setting(profiles)
     moves = marginal_moves(knapsack, costs, choice, 4)
-    before = slots(knapsack, choice)[-1].sum()
-    worth = np.array([-1.0 if slots(knapsack, m.on(choice))[-1].sum() > before else 0.1 for m in moves])
+    before = sizes(knapsack, choice)[-1].sum()
+    worth = np.array([-1.0 if sizes(knapsack, m.on(choice))[-1].sum() > before else 0.1 for m in moves])
     ratios = np.repeat(worth[:, None], 5, axis=1)
     changed = combined(knapsack, choice, moves, ratios)
-    assert (slots(knapsack, changed).sum((1, 2)) <= knapsack.limits).all()
+    assert (sizes(knapsack, changed).sum((1, 2)) <= knapsack.limits).all()
     made = [move for move in moves if changed[move.layer, move.head] == move.rule]
-    assert any(slots(knapsack, move.on(choice))[-1].sum() > before for move in made)
+    assert any(sizes(knapsack, move.on(choice))[-1].sum() > before for move in made)
     others = np.ones_like(choice, bool)
     for move in moves:
         others[move.layer, move.head] = False
@@ -65,7 +65,7 @@ def test_what_pays_is_made_together_within_the_limits(profiles: Profiles) -> Non
 def test_noise_does_not_pay(profiles: Profiles) -> None:
     knapsack, costs, choice = setting(profiles)
     moves = marginal_moves(knapsack, costs, choice, 4)
-    down = [m for m in moves if slots(knapsack, m.on(choice))[-1].sum() < slots(knapsack, choice)[-1].sum()]
+    down = [m for m in moves if sizes(knapsack, m.on(choice))[-1].sum() < sizes(knapsack, choice)[-1].sum()]
     noisy = np.array([[-1.0, 0.9, -0.9, 0.8]] * len(down))  # mean -0.05, error 0.5
     assert np.array_equal(combined(knapsack, choice, down, noisy), choice)
     sure = np.full((len(down), 4), -0.05)
@@ -76,11 +76,11 @@ def test_noise_does_not_pay(profiles: Profiles) -> None:
 def test_what_is_left_is_spent_on_wider_rules(profiles: Profiles) -> None:
     knapsack, costs, _ = setting(profiles)
     rng = np.random.default_rng(0)
-    narrow = np.argsort(knapsack.slots.sum(axis=(0, 1, 2)))[:12]
+    narrow = np.argsort(knapsack.sizes.sum(axis=(0, 1, 2)))[:12]
     for _ in range(20):
         choice = rng.choice(narrow, costs.shape[:2])
         filled = knapsack.filled(costs, choice)
-        before, after = slots(knapsack, choice), slots(knapsack, filled)
+        before, after = sizes(knapsack, choice), sizes(knapsack, filled)
         assert (after >= before).all()
         assert (after > before).any()
         assert (after.sum(axis=(1, 2)) <= knapsack.limits).all()
@@ -94,9 +94,9 @@ def test_what_one_length_leaves_over_is_spent_there(profiles: Profiles) -> None:
     """Where the shorter length binds, windows that grow with n take what is left at the longer one."""
     knapsack, costs, _ = setting(profiles)
     choice = np.full(costs.shape[:2], profiles().rules.index(Rule(4, 64, 0)))
-    used = slots(knapsack, choice).sum(axis=(1, 2))
+    used = sizes(knapsack, choice).sum(axis=(1, 2))
     tight = replace(knapsack, limits=np.array([used[0], 10 * used[1]]))
-    after = slots(tight, tight.filled(np.zeros_like(costs), choice)).sum(axis=(1, 2))
+    after = sizes(tight, tight.filled(np.zeros_like(costs), choice)).sum(axis=(1, 2))
     assert after[0] == used[0]
     assert after[1] > 1.5 * used[1]
     rising = np.zeros_like(costs)

@@ -66,7 +66,7 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
         return (1 - share) * total_cost(costs, choice) + share * form.harm(choice)
 
     def fits(choice: np.ndarray) -> bool:
-        used = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1).sum((1, 2, 3))
+        used = np.take_along_axis(knapsack.sizes, choice[None, ..., None], -1).sum((1, 2, 3))
         return bool((used <= knapsack.limits).all())
 
     start = knapsack.choose(costs)

@@ -99,11 +99,11 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     linear = rng.normal(size=(choice.size, len(profile.rules)))
     linear -= linear[np.arange(choice.size), choice.reshape(-1)][:, None]
     form = Quadratic(rng.normal(size=(3, *linear.shape)) * 0.01, linear)
-    before = np.take_along_axis(knapsack.slots, choice[None, ..., None], -1)[..., 0]
+    before = np.take_along_axis(knapsack.sizes, choice[None, ..., None], -1)[..., 0]
     reached = []
     for share in (0.02, 0.1, 1.0):
         end = moved(knapsack, form, {"moved": share, "coherence": 0.9}, choice)
-        after = np.take_along_axis(knapsack.slots, end[None, ..., None], -1)[..., 0]
+        after = np.take_along_axis(knapsack.sizes, end[None, ..., None], -1)[..., 0]
         assert (after.sum((1, 2)) <= knapsack.limits).all()
         assert np.abs(after - before)[-1].sum() <= 2 * share * knapsack.limits[-1]
         reached.append(form.harm(end) - form.harm(choice))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.candidates import candidate_rules
-from moacompress.rules.cost import slot_table
+from moacompress.rules.cost import byte_table
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.solver import lagrange, milp, pareto, solve
 from moacompress.search.surrogate import Surrogate
@@ -21,23 +21,23 @@ def instance(layers: int, kv_heads: int, lengths: tuple[int, ...], seed: int) ->
     rng = np.random.default_rng(seed)
     rules = candidate_rules(max(lengths), (4, 16, 64), 32)
     shape = ModelShape("llama", layers, kv_heads, kv_heads, 64, "float32", (None,) * layers, "w")
-    slots = slot_table(shape, rules, 32, lengths)
-    gone = np.maximum(1 - slots / np.array(lengths)[:, None, None, None], 0)
+    sizes = byte_table(shape, rules, 32, lengths)
+    gone = 1 - sizes / sizes[..., :1]
     weight = np.exp(rng.normal(-6, 3, (layers, kv_heads, 1)))
     noise = np.exp(rng.normal(0, 1, gone.shape))
     influence = weight * gone ** rng.uniform(1, 6, (layers, kv_heads, 1)) * noise
     costs = Surrogate.build(influence, rules, 32, max(lengths)).costs()
-    return costs.reshape(-1, len(rules)), slots.reshape(len(lengths), -1, len(rules))
+    return costs.reshape(-1, len(rules)), sizes.reshape(len(lengths), -1, len(rules))
 
 
-def used(slots: Ints, choice: Ints) -> Ints:
-    return np.asarray(slots[:, np.arange(len(choice)), choice].sum(axis=1))
+def used(sizes: Ints, choice: Ints) -> Ints:
+    return np.asarray(sizes[:, np.arange(len(choice)), choice].sum(axis=1))
 
 
-def brute_force(costs: Floats, slots: Ints, limits: Ints) -> float:
+def brute_force(costs: Floats, sizes: Ints, limits: Ints) -> float:
     best = np.inf
     for choice in itertools.product(range(costs.shape[1]), repeat=costs.shape[0]):
-        if (used(slots, np.array(choice)) <= limits).all():
+        if (used(sizes, np.array(choice)) <= limits).all():
             best = min(best, costs[np.arange(len(choice)), choice].sum())
     return best
 
@@ -45,27 +45,27 @@ def brute_force(costs: Floats, slots: Ints, limits: Ints) -> float:
 def random_tiny(seed: int, heads: int, rules: int, lengths: int) -> tuple[Floats, Ints, Ints]:
     rng = np.random.default_rng(seed)
     costs = np.exp(rng.normal(0, 3, (heads, rules))) * (rng.random((heads, rules)) > 0.1)
-    slots = 16 * rng.integers(0, 9, (lengths, heads, rules))
-    smallest, largest = slots.min(2).sum(1), slots.max(2).sum(1)
+    sizes = 16 * rng.integers(0, 9, (lengths, heads, rules))
+    smallest, largest = sizes.min(2).sum(1), sizes.max(2).sum(1)
     limits = (smallest + rng.random(lengths) * (largest - smallest)).astype(np.int64)
-    return costs, slots, limits
+    return costs, sizes, limits
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
 def test_tiny_instances_against_brute_force(seed: int, heads: int, rules: int, lengths: int) -> None:
-    costs, slots, limits = random_tiny(seed, heads, rules, lengths)
-    best = brute_force(costs, slots, limits)
+    costs, sizes, limits = random_tiny(seed, heads, rules, lengths)
+    best = brute_force(costs, sizes, limits)
     if not np.isfinite(best):
         for solver in ("lagrange", "milp"):
             with pytest.raises(InfeasibleBudgetError):
-                solve(costs, slots, limits, solver=solver)
+                solve(costs, sizes, limits, solver=solver)
         return
-    exact = milp(costs, slots, limits, relative_gap=0.0)
+    exact = milp(costs, sizes, limits, relative_gap=0.0)
     assert exact.cost == pytest.approx(best, rel=1e-6, abs=1e-12)
-    quick = lagrange(costs, slots, limits)
+    quick = lagrange(costs, sizes, limits)
     for found in (exact, quick):
-        assert (used(slots, found.choice) <= limits).all()
+        assert (used(sizes, found.choice) <= limits).all()
         assert found.cost == pytest.approx(costs[np.arange(heads), found.choice].sum())
     assert quick.cost >= best * (1 - 1e-9)
 
@@ -73,15 +73,15 @@ def test_tiny_instances_against_brute_force(seed: int, heads: int, rules: int, l
 @pytest.mark.parametrize("share", [0.6, 0.25, 0.125])
 @pytest.mark.parametrize("lengths", [(1024,), (512, 1024), (512, 1024, 2048)])
 def test_lagrange_is_close_to_optimal(lengths: tuple[int, ...], share: float) -> None:
-    costs, slots = instance(10, 4, lengths, seed=len(lengths))
-    limits = (slots.max(axis=2).sum(axis=1) * share).astype(np.int64)
-    if (slots.min(axis=2).sum(axis=1) > limits).any():
+    costs, sizes = instance(10, 4, lengths, seed=len(lengths))
+    limits = (sizes.max(axis=2).sum(axis=1) * share).astype(np.int64)
+    if (sizes.min(axis=2).sum(axis=1) > limits).any():
         with pytest.raises(InfeasibleBudgetError):
-            lagrange(costs, slots, limits)
+            lagrange(costs, sizes, limits)
         return
-    quick, exact = lagrange(costs, slots, limits), milp(costs, slots, limits, time_limit=3)
-    assert (used(slots, quick.choice) <= limits).all()
-    assert (used(slots, exact.choice) <= limits).all()
+    quick, exact = lagrange(costs, sizes, limits), milp(costs, sizes, limits, time_limit=3)
+    assert (used(sizes, quick.choice) <= limits).all()
+    assert (used(sizes, exact.choice) <= limits).all()
     assert exact.cost <= quick.cost <= exact.cost * 1.01
     assert quick.gap is not None
     assert quick.cost * (1 - quick.gap) <= exact.cost * (1 + 1e-9)
@@ -91,40 +91,40 @@ def test_several_limits_can_bind_at_once() -> None:
     """Each of two kinds of rules is dear at one length: both limits decide."""
     rng = np.random.default_rng(0)
     heads = 200
-    slots = np.stack([np.tile([512, 256, 64, 32], (heads, 1)), np.tile([512, 64, 256, 32], (heads, 1))])
+    sizes = np.stack([np.tile([512, 256, 64, 32], (heads, 1)), np.tile([512, 64, 256, 32], (heads, 1))])
     weight = np.exp(rng.normal(0, 2, (heads, 1)))
     costs = weight * np.sort(rng.random((heads, 4)), axis=1) * [0, 1, 1, 2]
     limits = np.array([heads * 120, heads * 150])
-    quick, exact = lagrange(costs, slots, limits), milp(costs, slots, limits)
-    assert (used(slots, quick.choice) <= limits).all()
+    quick, exact = lagrange(costs, sizes, limits), milp(costs, sizes, limits)
+    assert (used(sizes, quick.choice) <= limits).all()
     assert exact.cost <= quick.cost <= exact.cost * 1.01
-    assert (used(slots, quick.choice) > 0.97 * limits).all()
+    assert (used(sizes, quick.choice) > 0.97 * limits).all()
 
 
 def test_a_generous_budget_costs_nothing() -> None:
-    costs, slots = instance(2, 2, (512,), seed=0)
-    found = lagrange(costs, slots, slots.max(axis=2).sum(axis=1))
+    costs, sizes = instance(2, 2, (512,), seed=0)
+    found = lagrange(costs, sizes, sizes.max(axis=2).sum(axis=1))
     assert (found.cost, found.gap) == (0.0, 0.0)
-    assert milp(costs, slots, slots.max(axis=2).sum(axis=1)).cost == 0.0
+    assert milp(costs, sizes, sizes.max(axis=2).sum(axis=1)).cost == 0.0
 
 
 def test_an_exact_fit_of_the_smallest_plan() -> None:
-    costs, slots = instance(3, 2, (512, 1024), seed=0)
-    limits = slots.min(axis=2).sum(axis=1)
+    costs, sizes = instance(3, 2, (512, 1024), seed=0)
+    limits = sizes.min(axis=2).sum(axis=1)
     for solver in ("lagrange", "milp"):
-        assert (used(slots, solve(costs, slots, limits, solver=solver).choice) == limits).all()
+        assert (used(sizes, solve(costs, sizes, limits, solver=solver).choice) == limits).all()
         with pytest.raises(InfeasibleBudgetError):
-            solve(costs, slots, limits - 1, solver=solver)
+            solve(costs, sizes, limits - 1, solver=solver)
 
 
 def test_pareto_keeps_one_of_equals_and_the_optimum() -> None:
     costs = np.array([[0.0, 1.0, 1.0, 2.0, 3.0]])
-    slots = np.array([[[9, 5, 5, 7, 1]]])
-    assert pareto(costs, slots).tolist() == [[True, True, False, False, True]]
+    sizes = np.array([[[9, 5, 5, 7, 1]]])
+    assert pareto(costs, sizes).tolist() == [[True, True, False, False, True]]
 
 
 def test_same_instance_same_choice() -> None:
-    costs, slots = instance(8, 4, (512, 1024), seed=3)
-    limits = slots.max(axis=2).sum(axis=1) // 4
-    first = lagrange(costs, slots, limits)
-    assert (first.choice == lagrange(costs.copy(), slots.copy(), limits).choice).all()
+    costs, sizes = instance(8, 4, (512, 1024), seed=3)
+    limits = sizes.max(axis=2).sum(axis=1) // 4
+    first = lagrange(costs, sizes, limits)
+    assert (first.choice == lagrange(costs.copy(), sizes.copy(), limits).choice).all()

@@ -9,7 +9,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import kept, segments
+from moacompress.rules.windows import visible_intervals
 from moacompress.search.surrogate import GAMMA_RANGE, Calibration, Surrogate, fit, monotone, nested, pick_ablations
 
 Profiles = Callable[..., Profile]
@@ -28,14 +28,12 @@ def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -
         for b, large in enumerate(rules):
             inside = True
             for n in range(1, 513, 7):
-                _, sink_a, start_a = segments(n, small.sink, small.alpha, small.beta_q, 32)
-                _, sink_b, start_b = segments(n, large.sink, large.alpha, large.beta_q, 32)
+                (_, sink_a), (start_a, _) = visible_intervals(n, small.span(32))
+                (_, sink_b), (start_b, _) = visible_intervals(n, large.span(32))
                 inside &= start_b <= start_a and (sink_a <= sink_b or sink_a >= start_b)
             if supersets[a, b]:
                 assert inside
-                assert kept(512, small.sink, small.alpha, small.beta_q, 32) <= kept(
-                    512, large.sink, large.alpha, large.beta_q, 32
-                )
+                assert small.kept(512, 32) <= large.kept(512, 32)
 
 
 def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:

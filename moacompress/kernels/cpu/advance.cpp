@@ -1,7 +1,7 @@
 // One token more in every row of a layer's cache: blocks that no later query sees are given back, a free one is taken where a new
 // one begins, one that others name too is copied before it is written to, and the token's keys and values are written.
 //
-// What stays follows from the number of tokens, as moacompress/runtime/runs.py has it for whole chunks; tests hold the two equal.
+// What stays follows from the number of tokens, as moacompress/runtime/cache/block_runs.py has it for whole chunks; tests hold the two equal.
 #include <cstring>
 
 #include "tasks.h"
@@ -9,27 +9,24 @@
 namespace moacompress {
 namespace {
 
-struct Runs {
-  int64_t a, b, c, d;  // the sinks' blocks [a, b), the window's [c, d)
-};
+using Runs = Interval[RUNS];
 
-Runs runs_at(int64_t n, const Rule& rule) {
-  const Visible see = visible(n, rule);
-  const int64_t a = see.first / BLOCK, c = see.start / BLOCK, b = smaller((see.sink_end + BLOCK - 1) / BLOCK, c);
-  return {a, see.sink_end > see.first ? larger(a, b) : a, c, (n + BLOCK - 1) / BLOCK};
-}
-
-Runs kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held) {
-  Runs runs = runs_at(n, rule);
+// Finds the blocks to hold at `n` tokens, given those held so far: what is gone stays gone.
+void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs& now) {
+  block_runs(n, rule, now);
   if (lag) {
-    const Runs earlier = runs_at(larger(n - lag, 0), rule);
-    runs = {earlier.a, larger(earlier.b, runs.b), earlier.c, runs.d};
+    Runs earlier;
+    block_runs(larger(n - lag, 0), rule, earlier);
+    for (int64_t i = 0; i < RUNS; i++) now[i] = {earlier[i].begin, larger(earlier[i].end, now[i].end)};
   }
-  const int64_t a = larger(held.a, runs.a), c = larger(held.c, runs.c);  // what is gone stays gone
-  int64_t b = larger(smaller(runs.b, c), a);
-  // sinks grow out of the window they lie in; once apart from it they can only shrink
-  if (held.b < held.c) b = smaller(b, larger(held.b, a));
-  return {a, b, c, runs.d};
+  for (int64_t i = RUNS - 1; i >= 0; i--) {
+    Interval& run = now[i];
+    run.begin = larger(held[i].begin, run.begin);
+    if (i + 1 == RUNS) continue;  // the window's
+    run.end = larger(smaller(run.end, now[i + 1].begin), run.begin);
+    // sinks grow out of the window they lie in; once apart from it they can only shrink
+    if (held[i].end < held[i + 1].begin) run.end = smaller(run.end, larger(held[i].end, run.begin));
+  }
 }
 
 char* at_block(const Pool& pool, int64_t id, int64_t element) { return const_cast<char*>(block_of(pool, id, element)); }
@@ -40,7 +37,7 @@ struct Job {
 
   int64_t row(int64_t pair) const { return pair / call.shape.kv_heads; }
   int32_t* ids(int64_t pair) const { return call.ids + pair * call.width; }
-  int64_t& bound(int64_t which, int64_t pair) const { return call.runs[which * pairs + pair]; }
+  int64_t& bound(int64_t run, int64_t side, int64_t pair) const { return call.runs[(run * 2 + side) * pairs + pair]; }
 
   bool known(int32_t id) const { return id >= 0 && id < call.blocks; }
 
@@ -52,18 +49,19 @@ struct Job {
   // Gives back what does not stay, and takes note of what does.
   void settle(int64_t pair) const {
     const int64_t n = call.lengths[row(pair)] + 1;
-    const Runs held = {bound(0, pair), bound(1, pair), bound(2, pair), bound(3, pair)};
-    const Runs now = kept_runs(n, call.rules.of(pair % call.shape.kv_heads), call.lag, held);
-    const auto drop = [&](int64_t low, int64_t high) {
-      for (int64_t block = larger(low, 0); block < smaller(high, call.width); block++)
-        if ((block < now.a || block >= now.b) && block < now.c) release(ids(pair)[block]);
-    };
-    drop(held.a, held.b);
-    drop(held.c, smaller(now.c, held.d));
-    bound(0, pair) = now.a;
-    bound(1, pair) = now.b;
-    bound(2, pair) = now.c;
-    bound(3, pair) = now.d;
+    Runs held, now;
+    for (int64_t i = 0; i < RUNS; i++) held[i] = {bound(i, 0, pair), bound(i, 1, pair)};
+    kept_runs(n, call.rules.of(pair % call.shape.kv_heads), call.lag, held, now);
+    for (const Interval& run : held)
+      for (int64_t block = larger(run.begin, 0); block < smaller(smaller(run.end, now[RUNS - 1].begin), call.width); block++) {
+        bool stays = false;
+        for (const Interval& other : now) stays = stays || (block >= other.begin && block < other.end);
+        if (!stays) release(ids(pair)[block]);
+      }
+    for (int64_t i = 0; i < RUNS; i++) {
+      bound(i, 0, pair) = now[i].begin;
+      bound(i, 1, pair) = now[i].end;
+    }
   }
 
   // Whether the token's block is still to be taken: none is there, or others name it too.

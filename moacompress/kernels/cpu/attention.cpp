@@ -16,19 +16,33 @@ const char* block_of(const Pool& pool, int64_t id, int64_t element) {
 
 namespace {
 
-// What the query of one (row, KV head) reads: the sinks' blocks [a, b), then the window's blocks [c, d). A block that both touch is
-// read twice, each time for its own tokens.
-struct Runs {
-  Visible see;
-  int64_t n, a, b, c, d;
-  int64_t count() const { return b - a + d - c; }
-  int64_t block(int64_t i) const { return i < b - a ? a + i : c + i - (b - a); }
+// A block that a query reads, and which of its tokens.
+struct Part {
+  int64_t block, begin, end;
 };
 
-Runs runs_of(int64_t n, const Rule& rule) {
+// What the query of one (row, KV head) reads: a list of runs of tokens, and the blocks that they lie in, one run after the other.
+// A block that two runs touch is read twice, each time for its own tokens.
+struct Reads {
+  Interval tokens[RUNS];
+
+  static int64_t blocks(const Interval& run) { return run.count() ? (run.end + BLOCK - 1) / BLOCK - run.begin / BLOCK : 0; }
+  int64_t count() const {
+    int64_t sum = 0;
+    for (const Interval& run : tokens) sum += blocks(run);
+    return sum;
+  }
+  Part part(int64_t i) const {
+    int64_t at = 0;
+    while (at + 1 < RUNS && i >= blocks(tokens[at])) i -= blocks(tokens[at++]);
+    const int64_t block = tokens[at].begin / BLOCK + i, first = block * BLOCK;
+    return {block, larger(tokens[at].begin - first, 0), smaller(tokens[at].end - first, BLOCK)};
+  }
+};
+
+Reads reads_of(int64_t n, const Rule& rule) {
   const Visible see = visible(n, rule);
-  const int64_t a = see.first / BLOCK, b = see.sink_end > see.first ? (see.sink_end + BLOCK - 1) / BLOCK : a;
-  return {see, n, a, b, see.start / BLOCK, (n + BLOCK - 1) / BLOCK};
+  return {{{see.first, see.sink_end}, {see.start, n}}};
 }
 
 struct DecodeJob {
@@ -40,8 +54,8 @@ struct DecodeJob {
   std::atomic<int64_t>* left;  // [pairs] tasks that are not done
   float* partial;              // [tasks, stride]: peak [group], total [group], mixed [group, value_dim]
 
-  Runs runs_of_pair(int64_t pair) const {
-    return runs_of(call.lengths[pair / call.shape.kv_heads], call.rules.of(pair % call.shape.kv_heads));
+  Reads reads_of_pair(int64_t pair) const {
+    return reads_of(call.lengths[pair / call.shape.kv_heads], call.rules.of(pair % call.shape.kv_heads));
   }
 
   int64_t pair_of(int64_t chunk) const {  // the last pair whose first task is at most `chunk`
@@ -57,7 +71,7 @@ struct DecodeJob {
     const Shape& shape = call.shape;
     const int64_t pair = pair_of(index), row = pair / shape.kv_heads, head = pair % shape.kv_heads;
     const int64_t element = int64_t(element_size(shape.dtype));
-    const Runs runs = runs_of_pair(pair);
+    const Reads reads = reads_of_pair(pair);
     DecodeChunk chunk = {};
     chunk.group = shape.group;
     chunk.head_dim = shape.head_dim;
@@ -73,15 +87,13 @@ struct DecodeJob {
     chunk.mixed = result + 2 * shape.group;
     chunk.scratch = scratch;
     const int64_t begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
-    chunk.blocks = smaller(CHUNK_BLOCKS, runs.count() - begin);
+    chunk.blocks = smaller(CHUNK_BLOCKS, reads.count() - begin);
     const int32_t* ids = call.table.ids + pair * call.table.width;
     for (int64_t k = 0; k < chunk.blocks; k++) {
-      const int64_t i = begin + k, sinks = runs.b - runs.a;
-      const int64_t block = runs.block(i), at = block * BLOCK;
-      const int64_t low = i < sinks ? runs.see.first : runs.see.start, high = i < sinks ? runs.see.sink_end : runs.n;
-      const int32_t id = block < call.table.width ? ids[block] : -1;
-      chunk.begin[k] = int(larger(low - at, 0));
-      chunk.end[k] = int(smaller(high - at, BLOCK));
+      const Part part = reads.part(begin + k);
+      const int32_t id = part.block < call.table.width ? ids[part.block] : -1;
+      chunk.begin[k] = int(part.begin);
+      chunk.end[k] = int(part.end);
       chunk.keys[k] = block_of(call.keys, id, element);
       chunk.values[k] = block_of(call.values, id, element);
       if (!chunk.keys[k] || !chunk.values[k]) return MISSING_BLOCK;
@@ -95,9 +107,9 @@ struct DecodeJob {
   // Finds the first key blocks of another task; those that are not there stay null.
   void find_coming(int64_t index, const void** coming) const {
     const int64_t pair = pair_of(index), begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
-    const Runs runs = runs_of_pair(pair);
-    for (int64_t k = 0; k < smaller(AHEAD, runs.count() - begin); k++) {
-      const int64_t block = runs.block(begin + k);
+    const Reads reads = reads_of_pair(pair);
+    for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
+      const int64_t block = reads.part(begin + k).block;
       if (block < call.table.width)
         coming[k] = block_of(call.keys, call.table.ids[pair * call.table.width + block], int64_t(element_size(call.shape.dtype)));
     }
@@ -227,7 +239,7 @@ Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
   DecodeJob job = {call, kernels_of(isa), pairs, stride, parallel.threads, first_chunk.get(), left.get(), nullptr};
   first_chunk[0] = 0;
   for (int64_t pair = 0; pair < pairs; pair++) {
-    const int64_t chunks = (job.runs_of_pair(pair).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
+    const int64_t chunks = (job.reads_of_pair(pair).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
     new (&left[size_t(pair)]) std::atomic<int64_t>(chunks);
     first_chunk[size_t(pair) + 1] = first_chunk[size_t(pair)] + chunks;
     if (chunks == 0) job.merge(pair);

@@ -6,9 +6,8 @@ namespace {
 
 using namespace moacompress;
 
-std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor sink,
-                                     Tensor alpha, Tensor beta_q, int64_t min_window, int64_t native_window, double scaling,
-                                     double softcap, std::optional<Tensor> sink_logits) {
+std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor rules,
+                                     double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "decode";
   STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
                   " of values; at least one of each, and as many, are needed");
@@ -22,8 +21,7 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   const int64_t* tokens = numbers(lengths, shape.rows, op, "lengths");
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(tokens[row] >= 0 && tokens[row] < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
-  const Rest rest =
-      rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, sink_logits, shape, op);
+  const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
   const int64_t heads = shape.kv_heads * shape.group;
   Tensor out = new_tensor(query, Shapes{shape.rows, heads, shape.value_dim});
   Tensor lse = new_floats(query, {shape.rows, heads});
@@ -35,8 +33,7 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
 }
 
 std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
-                                      Tensor past, Tensor valid, Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window,
-                                      int64_t native_window, double scaling, double softcap,
+                                      Tensor past, Tensor valid, Tensor rules, double scaling, double softcap,
                                       std::optional<Tensor> sink_logits) {
   const char* op = "prefill";
   const Shape shape = chunk_shape(query, key, value, op);
@@ -50,8 +47,7 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
     STD_TORCH_CHECK(before[row] >= 0 && real[row] >= 0 && real[row] <= tokens && before[row] + real[row] < MAX_TOKENS, op,
                     ": row ", row, " has ", before[row], " tokens before the chunk and ", real[row], " real ones of ", tokens,
                     " in it");
-  const Rest rest =
-      rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, sink_logits, shape, op);
+  const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
   Tensor out = new_rows(query, shape.rows, heads, tokens, shape.value_dim);
   Tensor lse = new_floats(query, {shape.rows, heads, tokens});
   const PrefillCall call = {shape, rest.rules, rest.scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
@@ -63,8 +59,7 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta,
-                                               Tensor valid, Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window,
-                                               int64_t native_window, double scaling, double softcap) {
+                                               Tensor valid, Tensor rules, double scaling, double softcap) {
   const char* op = "prefill_backward";
   const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
@@ -77,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(real[row] >= 0 && real[row] <= tokens && tokens < MAX_TOKENS, op, ": row ", row, " has ", real[row],
                     " real tokens of ", tokens);
-  const Rest rest =
-      rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, std::nullopt, shape, op);
+  const Rest rest = rest_of(rules, scaling, softcap, std::nullopt, shape, op);
   Tensor dquery = new_rows(query, shape.rows, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, shape.rows, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, shape.rows, shape.kv_heads, tokens, shape.value_dim);
@@ -92,9 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
-    Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, int64_t min_window, std::optional<Tensor> plan,
-    int64_t plan_min_window, int64_t native_window, double scaling, double softcap, std::optional<Tensor> sink_logits,
-    bool baselines) {
+    Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
+    std::optional<Tensor> sink_logits, bool baselines) {
   const char* op = "profile_backward";
   STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -102,26 +95,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
   STD_TORCH_CHECK(tokens < MAX_TOKENS, op, ": ", tokens, " tokens, of at most ", MAX_TOKENS - 1);
   check_rows(dout, {1, heads, tokens, shape.value_dim}, type, op, "dout");
-  const auto columns = [&](const Tensor& table, int64_t count, const char* name) {
-    return static_cast<const int64_t*>(dense(table, {3, count}, ScalarType::Long, op, name));
-  };
-  const int64_t* table = columns(rules, -1, "rules");
-  const int64_t count = rules.size(1);
-  check_rules({table, table + count, table + 2 * count, min_window, native_window}, count, op, "rule");
-  Rules own = {};
-  if (plan) {
-    const int64_t* at = columns(*plan, shape.kv_heads, "plan");
-    own = {at, at + shape.kv_heads, at + 2 * shape.kv_heads, plan_min_window, native_window};
-    check_rules(own, shape.kv_heads, op, "the plan's KV head");
-  }
+  const RuleTable asked = rules_of(rules, -1, op, "rule");
+  STD_TORCH_CHECK(asked.count > 0, op, ": there are no rules to ask for");
+  const int64_t native_window = asked.of(0).native_window;
+  RuleTable own = {};
+  if (plan) own = rules_of(*plan, shape.kv_heads, op, "the plan's KV head");
+  for (const RuleTable& table : {asked, own})
+    for (int64_t i = 0; i < table.count; i++)
+      STD_TORCH_CHECK(table.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
+                      table.of(i).native_window, " in one layer");
   const Scores scores = scores_of(scaling, softcap, sink_logits, shape, op);
   Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, 1, shape.kv_heads, tokens, shape.value_dim);
-  Tensor sums = new_tensor(query, Shapes{baselines ? 4 : 2, shape.kv_heads, count}, ScalarType::Double);
+  Tensor sums = new_tensor(query, Shapes{baselines ? 4 : 2, shape.kv_heads, asked.count}, ScalarType::Double);
   int64_t alive = 0;
-  const ProfileCall call = {shape, count, table, table + count, table + 2 * count, min_window, native_window,
-                            plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
+  const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
                             strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
@@ -147,31 +136,33 @@ EXPORT bool moacompress_set_isa(const char* name) {
   return false;
 }
 
-// What a query sees, into out[3]: tests hold it against the plan's own definition.
-EXPORT void moacompress_visible(int64_t n, int64_t sink, int64_t alpha, int64_t beta_q, int64_t min_window,
-                                int64_t native_window, int64_t* out) {
-  const Visible see = visible(n, {sink, alpha, beta_q, min_window, native_window});
-  out[0] = see.first;
-  out[1] = see.sink_end;
-  out[2] = see.start;
+// What query n - 1 sees under one rule, and in which blocks: into intervals[4] and blocks[4]. Tests hold it against the plan's own
+// definition.
+EXPORT void moacompress_visible(int64_t n, const int64_t* numbers, int64_t* intervals, int64_t* blocks) {
+  const Rule rule = RuleTable{numbers, 1}.of(0);
+  const Visible see = visible(n, rule);
+  const int64_t seen[] = {see.first, see.sink_end, see.start, n};
+  Interval runs[RUNS];
+  block_runs(n, rule, runs);
+  for (int64_t i = 0; i < 4; i++) {
+    intervals[i] = seen[i];
+    blocks[i] = i % 2 ? runs[i / 2].end : runs[i / 2].begin;
+  }
 }
 
 STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
   m.def(
-      "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor sink, Tensor alpha, "
-      "Tensor beta_q, int min_window, int native_window, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
+      "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor rules, float scaling, "
+      "float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
   m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
-      "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, float scaling, float softcap, "
-      "Tensor? sink_logits) -> (Tensor, Tensor)");
+      "Tensor rules, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
   m.def(
       "prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
-      "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, float scaling, float softcap) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, int min_window, Tensor? plan, "
-      "int plan_min_window, int native_window, float scaling, float softcap, Tensor? sink_logits, bool baselines) "
-      "-> (Tensor, Tensor, Tensor, Tensor, SymInt)");
+      "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
+      "float softcap, Tensor? sink_logits, bool baselines) -> (Tensor, Tensor, Tensor, Tensor, SymInt)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {

@@ -88,28 +88,27 @@ inline const int64_t* numbers(const Tensor& t, int64_t count, const char* op, co
 
 inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
-// Refuses numbers that no rule has; `name` is what each of the `count` rules belongs to.
-inline void check_rules(const Rules& rules, int64_t count, const char* op, const char* name) {
-  STD_TORCH_CHECK(rules.min_window >= 1, op, ": min_window is ", rules.min_window, ", less than 1");
-  STD_TORCH_CHECK(rules.native_window >= 0, op, ": native_window is ", rules.native_window, "; 0 means none");
-  for (int64_t i = 0; i < count; i++) {
-    const Rule rule = rules.of(i);
-    STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
-                    " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
-                    "; they must be at least 0, beta_q at most 1024");
-  }
+// Refuses numbers that no rule has; `name` and `i` say what it belongs to.
+inline void check_rule(const Rule& rule, int64_t i, const char* op, const char* name) {
+  STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
+                  " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
+                  "; they must be at least 0, beta_q at most 1024");
+  STD_TORCH_CHECK(rule.min_window >= 1, op, ": min_window is ", rule.min_window, ", less than 1, at ", name, " ", i);
+  STD_TORCH_CHECK(rule.native_window >= 0, op, ": native_window is ", rule.native_window, " at ", name, " ", i, "; 0 means none");
+  STD_TORCH_CHECK(rule.key_format == NATIVE && rule.value_format == NATIVE, op, ": ", name, " ", i, " has the formats ",
+                  rule.key_format, " and ", rule.value_format, "; only ", NATIVE, " is known");
 }
 
-inline Rules rules_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
-               const Shape& shape, const char* op) {
-  const Rules rules = {numbers(sink, shape.kv_heads, op, "sink"), numbers(alpha, shape.kv_heads, op, "alpha"),
-                       numbers(beta_q, shape.kv_heads, op, "beta_q"), min_window, native_window};
-  check_rules(rules, shape.kv_heads, op, "KV head");
-  return rules;
+// A table of `count` rules, -1 for any number; `name` is what each belongs to. Must be outlived by the tensor.
+inline RuleTable rules_of(const Tensor& rules, int64_t count, const char* op, const char* name) {
+  const void* columns = dense(rules, {RULE_NUMBERS, count}, ScalarType::Long, op, "the table of rules");
+  const RuleTable table = {static_cast<const int64_t*>(columns), rules.size(1)};
+  for (int64_t i = 0; i < table.count; i++) check_rule(table.of(i), i, op, name);
+  return table;
 }
 
 struct Rest {
-  Rules rules;
+  RuleTable rules;
   Scores scores;
 };
 
@@ -123,10 +122,9 @@ inline Scores scores_of(double scaling, double softcap, const std::optional<Tens
   return scores;
 }
 
-inline Rest rest_of(const Tensor& sink, const Tensor& alpha, const Tensor& beta_q, int64_t min_window, int64_t native_window,
-             double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
-  const Rules rules = rules_of(sink, alpha, beta_q, min_window, native_window, shape, op);
-  return {rules, scores_of(scaling, softcap, sink_logits, shape, op)};
+inline Rest rest_of(const Tensor& rules, double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape,
+                    const char* op) {
+  return {rules_of(rules, shape.kv_heads, op, "KV head"), scores_of(scaling, softcap, sink_logits, shape, op)};
 }
 
 // Views of a pool's segments; must outlive the call.

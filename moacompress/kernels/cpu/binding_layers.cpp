@@ -77,27 +77,25 @@ Named<Caches>& all_caches() {
 
 void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
 
-int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors columns,
-                       int64_t min_window, Shapes native_windows, double scaling) {
+int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling) {
   const char* op = "read_layers";
-  const size_t count = native_windows.size();
+  const size_t count = rules.size();
   STD_TORCH_CHECK(count && weights.size() == 7 * count && norms.size() == 2 * count &&
-                      (biases.empty() || biases.size() == 3 * count) && columns.size() == 3 * count,
-                  op, ": ", weights.size(), " weights, ", biases.size(), " biases, ", norms.size(), " norms and ", columns.size(),
-                  " columns of rules for ", count, " layers; 7, 3 or none, 2 and 3 of each are needed");
+                      (biases.empty() || biases.size() == 3 * count),
+                  op, ": ", weights.size(), " weights, ", biases.size(), " biases and ", norms.size(), " norms for ", count,
+                  " layers with rules; 7, 3 or none, and 2 of each are needed");
   check(weights[0], {-1, -1}, weights[0].scalar_type(), op, "weight");
   Layers read;
   read.type = weights[0].scalar_type();
   read.inputs = weights[0].size(1);
   for (size_t i = 0; i < count; i++) {
-    const Tensor* rule = &columns[3 * i];
-    check(rule[0], {-1}, ScalarType::Long, op, "sink");
+    check(rules[i], {RULE_NUMBERS, -1}, ScalarType::Long, op, "the table of rules");
     read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
-                             rule[0].size(0), head_dim, read.type, dtype_of(weights[0], op), op);
+                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op);
     const Shape& shape = read.layers.back().projections.shape;
-    read.rests.push_back(rest_of(rule[0], rule[1], rule[2], min_window, native_windows[i], scaling, 0.0, std::nullopt, shape, op));
+    read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
-  for (const Tensors* some : {&weights, &biases, &norms, &columns}) append(read.held, *some);
+  for (const Tensors* some : {&weights, &biases, &norms, &rules}) append(read.held, *some);
   for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
   return all_layers().add(std::move(read));
 }
@@ -186,8 +184,8 @@ EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(numb
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
   m.def(
-      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] columns, int min_window, "
-      "int[] native_windows, float scaling) -> int");
+      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling) "
+      "-> int");
   m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] states, int lag) -> int");
   m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] state, int lag) -> ()");
   m.def("step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)");

@@ -8,25 +8,23 @@ using namespace moacompress;
 // What the operators are given of a layer's cache.
 struct State {
   const Tensors &keys, &values;
-  const Tensor &table, &lengths, &runs, &refs, &sink, &alpha, &beta_q;
-  int64_t min_window, native_window, lag;
+  const Tensor &table, &lengths, &runs, &refs, &rules;
+  int64_t lag;
   double scaling, softcap;
   const std::optional<Tensor>& sink_logits;
 
   LayerCache of(const Shape& shape, ScalarType type, const char* op) const {
-    const Rest rest = rest_of(sink, alpha, beta_q, min_window, native_window, scaling, softcap, sink_logits, shape, op);
+    const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
     return {keys, values, table, lengths, runs, refs, rest, lag, shape, type, op};
   }
 };
 
 std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
-                                    Tensor lengths, Tensor runs, Tensor refs, Tensor sink, Tensor alpha, Tensor beta_q,
-                                    int64_t min_window, int64_t native_window, int64_t lag, double scaling, double softcap,
+                                    Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                     std::optional<Tensor> sink_logits) {
   const char* op = "step";
   const Shape shape = chunk_shape(query, key, value, op, 1);
-  const State state = {keys, values, table, lengths, runs, refs, sink, alpha, beta_q, min_window, native_window, lag, scaling,
-                       softcap, sink_logits};
+  const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
   const LayerCache cache = state.of(shape, query.scalar_type(), op);
   Tensor out = new_tensor(query, Shapes{shape.rows, 1, shape.kv_heads * shape.group, shape.value_dim});
   const Token token = {shape, query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), strides(query), strides(key),
@@ -60,8 +58,7 @@ void check_rotary(const Tensor& cos, const Tensor& table, const char* op) {
 }
 
 std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Tensor cos, Tensor sin, Tensors keys,
-                                           Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor sink,
-                                           Tensor alpha, Tensor beta_q, int64_t min_window, int64_t native_window, int64_t lag,
+                                           Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
                                            double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "step_hidden";
   STD_TORCH_CHECK(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
@@ -75,8 +72,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
                                 dtype_of(x, op), op);
   Shape shape = projections.shape;
   shape.rows = rows;
-  const State state = {keys, values, table, lengths, runs, refs, sink, alpha, beta_q, min_window, native_window, lag, scaling,
-                       softcap, sink_logits};
+  const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
   Tensor out = new_tensor(x, Shapes{rows, 1, shape.kv_heads * shape.group, shape.value_dim});
@@ -86,8 +82,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
 
 std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Tensors norms, double eps, Tensor cos,
                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs,
-                                          Tensor refs, Tensor sink, Tensor alpha, Tensor beta_q, int64_t min_window,
-                                          int64_t native_window, int64_t lag, double scaling, double softcap,
+                                          Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                           std::optional<Tensor> sink_logits) {
   const char* op = "step_layer";
   STD_TORCH_CHECK(weights.size() == 7 && norms.size() == 2 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(),
@@ -101,8 +96,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
                            cos.size(2), type, dtype_of(x, op), op);
   Shape shape = layer.projections.shape;
   shape.rows = rows;
-  const State state = {keys, values, table, lengths, runs, refs, sink, alpha, beta_q, min_window, native_window, lag, scaling,
-                       softcap, sink_logits};
+  const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
   Tensor out = new_tensor(x, Shapes{rows, 1, inputs});
@@ -113,8 +107,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
 
 #define CACHE                                                                                                            \
   "Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) table, Tensor(d!) lengths, Tensor(e!) runs, Tensor(f!) refs, "     \
-  "Tensor sink, Tensor alpha, Tensor beta_q, int min_window, int native_window, int lag, float scaling, float softcap, " \
-  "Tensor? sink_logits) -> (Tensor, SymInt)"
+  "Tensor rules, int lag, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, SymInt)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

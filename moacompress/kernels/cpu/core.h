@@ -43,12 +43,6 @@ struct Pool {
   const int64_t* first_block;
 };
 
-struct Rules {
-  const int64_t *sink, *alpha, *beta_q;  // [kv_heads]
-  int64_t min_window, native_window;
-  MOACOMPRESS_INLINE Rule of(int64_t head) const { return {sink[head], alpha[head], beta_q[head], min_window, native_window}; }
-};
-
 struct Shape {
   DType dtype;
   int64_t rows, kv_heads, group, head_dim, value_dim;
@@ -66,7 +60,7 @@ struct Table {
 
 struct DecodeCall {
   Shape shape;
-  Rules rules;
+  RuleTable rules;  // of the KV heads
   Scores scores;
   const void* query;  // [rows, heads, head_dim]
   int64_t query_row, query_head;
@@ -79,7 +73,7 @@ struct DecodeCall {
 
 struct PrefillCall {
   Shape shape;
-  Rules rules;
+  RuleTable rules;  // of the KV heads
   Scores scores;
   int64_t tokens;
   const void *query, *key, *value;
@@ -92,18 +86,18 @@ struct PrefillCall {
   float* lse;  // [rows, heads, tokens], dense
 };
 
-// One token more in every row. `runs` holds what `runs.py` calls a, b, c and d, each [rows, kv_heads]; `lag` tokens are kept longer
-// (0: none); `refs` counts how many table entries name each block.
+// One token more in every row. `runs` holds the first block and the end of every run; `lag` tokens are kept longer (0: none); `refs`
+// counts how many table entries name each block.
 struct AdvanceCall {
   Shape shape;  // the group is not looked at
-  Rules rules;
+  RuleTable rules;  // of the KV heads
   int64_t lag;
   const void *key, *value;
   Strides key_at, value_at;  // one token each: the stride from token to token is not looked at
   Pool keys, values;         // written to
   int32_t* ids;              // [rows, kv_heads, width]
   int64_t width;
-  int64_t *lengths, *runs;  // [rows], [4, rows, kv_heads]
+  int64_t *lengths, *runs;  // [rows], [RUNS, 2, rows, kv_heads]
   int32_t* refs;            // [blocks]
   int64_t blocks;
 };
@@ -112,7 +106,7 @@ constexpr int64_t TABLE_TOO_NARROW = -1;
 // Gradients of a prefill without cache. `delta` is rowsum(dout * out) - dlse, FlashAttention's delta.
 struct BackwardCall {
   Shape shape;
-  Rules rules;
+  RuleTable rules;  // of the KV heads
   Scores scores;
   int64_t tokens;
   const void *query, *key, *value, *dout;
@@ -131,10 +125,8 @@ static MOACOMPRESS_INLINE int64_t tile_rows(int64_t group) { return larger(TILE_
 // definitions and names these are.
 struct ProfileCall {
   Shape shape;  // one row
-  int64_t rules;
-  const int64_t *sink, *alpha, *beta_q;  // [rules] every KV head is asked what each of them would do
-  int64_t min_window, native_window;
-  const Rules* plan;  // the rule that each KV head runs under, or null
+  RuleTable rules;        // every KV head is asked what each of them would do; all have the same native window
+  const RuleTable* plan;  // the rule that each KV head runs under, or null
   Scores scores;
   int64_t tokens;
   const void *query, *key, *value, *dout;

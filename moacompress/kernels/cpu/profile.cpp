@@ -73,7 +73,7 @@ struct ProfileJob {
   const ProfileCall& call;
   const Kernels& kernels;
   const int64_t* alive;  // [count] rows with a cotangent, ascending
-  int64_t count, rows, tiles, most_keys, blocks, element;
+  int64_t count, rows, tiles, most_keys, blocks, element, native_window;
   float *dkey, *dvalue;         // [kv_heads, blocks * TILE, padded dim]
   std::atomic<int64_t>* turns;  // [kv_heads, blocks + 1]
 
@@ -81,7 +81,7 @@ struct ProfileJob {
   int64_t key_stride() const { return rounded_up(call.shape.head_dim, PROFILE_PAD); }
   int64_t value_stride() const { return rounded_up(call.shape.value_dim, PROFILE_PAD); }
   Workspace workspace(char* base) const {
-    return {base, streams(), rows * call.rules, call.shape.group, rows * call.shape.group, call.rules, most_keys};
+    return {base, streams(), rows * call.rules.count, call.shape.group, rows * call.shape.group, call.rules.count, most_keys};
   }
 
   const char* at(const void* base, const Strides& s, int64_t head) const {
@@ -92,7 +92,7 @@ struct ProfileJob {
   // Keys that the rows of a tile see, from the block that holds the oldest one.
   void keys_of(int64_t tile, int64_t& low, int64_t& high) const {
     const int64_t first = alive[tile * rows], last = alive[smaller((tile + 1) * rows, count) - 1];
-    low = call.native_window ? larger(0, first + 1 - call.native_window) / TILE * TILE : 0;
+    low = native_window ? larger(0, first + 1 - native_window) / TILE * TILE : 0;
     high = last + 1;
   }
 
@@ -102,13 +102,12 @@ struct ProfileJob {
     for (int64_t row = 0; row < work.rows; row++) {
       const int64_t n = work.positions[row] + 1;
       const Visible now = plan ? visible(n, *plan) : Visible{};
-      for (int64_t rule = 0; rule < call.rules; rule++) {
-        const Visible see =
-            visible(n, {call.sink[rule], call.alpha[rule], call.beta_q[rule], call.min_window, call.native_window});
+      for (int64_t rule = 0; rule < call.rules.count; rule++) {
+        const Visible see = visible(n, call.rules.of(rule));
         const bool full = see.sink_end >= see.start;
         const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start);
         const bool unchanged = plan ? same || (full && now.sink_end >= now.start) : full;
-        space.cells[row * call.rules + rule] = {int32_t(see.sink_end), int32_t(see.start),
+        space.cells[row * call.rules.count + rule] = {int32_t(see.sink_end), int32_t(see.start),
                                                 see.sink_end <= larger(see.first, work.low), full, unchanged};
       }
     }
@@ -130,7 +129,7 @@ struct ProfileJob {
         const Seen& seen = space.cells[cell];
         const int64_t to = place(seen);
         if (to < 0) continue;
-        events[space.counts[to]++] = {sinks ? seen.sink_end - 1 : seen.start, int32_t(cell / call.rules), int32_t(cell)};
+        events[space.counts[to]++] = {sinks ? seen.sink_end - 1 : seen.start, int32_t(cell / call.rules.count), int32_t(cell)};
       }
     }
     work.windows = space.windows;
@@ -139,12 +138,12 @@ struct ProfileJob {
 
   // Adds what the rows of a tile give to `space.sums`.
   void sum_up(const Workspace& space, const ProfileTile& work) const {
-    const int64_t group = work.group, size = work.cells * group;
+    const int64_t group = work.group, size = work.cells * group, rules = call.rules.count;
     const auto positive = [](double x) { return x < 0 ? 0 : x; };  // NaN stays
     for (int64_t cell = 0; cell < work.cells; cell++) {
       const Seen& seen = space.cells[cell];
-      const int64_t row = cell / call.rules;
-      double* sums = space.sums + cell % call.rules;
+      const int64_t row = cell / rules;
+      double* sums = space.sums + cell % rules;
       double delta = 0, effect = 0, mass = 0;
       for (int64_t g = 0; g < group; g++) {
         const LaneSums& lane = space.lanes[g * work.rows + row];
@@ -158,11 +157,11 @@ struct ProfileJob {
       }
       if (!seen.unchanged) {
         sums[0] += delta * delta;
-        sums[call.rules] += delta;
+        sums[rules] += delta;
       }
       if (call.baselines) {
-        sums[2 * call.rules] += effect;
-        sums[3 * call.rules] += mass / double(group);
+        sums[2 * rules] += effect;
+        sums[3 * rules] += mass / double(group);
       }
     }
   }
@@ -181,7 +180,7 @@ struct ProfileJob {
     work.value_dim = shape.value_dim;
     work.positions = alive + tile * rows;
     keys_of(tile, work.low, work.high);
-    work.native_window = call.native_window;
+    work.native_window = native_window;
     work.plan = call.plan ? &plan : nullptr;
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
@@ -202,21 +201,21 @@ struct ProfileJob {
     work.dkey = dkey + head * blocks * TILE * key_stride();
     work.dvalue = dvalue + head * blocks * TILE * value_stride();
     work.streams = int(streams());
-    work.cells = work.rows * call.rules;
+    work.cells = work.rows * call.rules.count;
     work.seen = space.seen;
     work.lane_sums = space.lanes;
     work.order = &order;
     work.wait = Order::wait;
     work.done = Order::done;
     std::memset(space.seen, 0, size_t(streams() * work.cells * group) * sizeof(double));
-    std::memset(space.sums, 0, size_t(4 * call.rules) * sizeof(double));
+    std::memset(space.sums, 0, size_t(4 * call.rules.count) * sizeof(double));
     events(space, work, work.plan);
     kernels.profile[shape.dtype](work, space.kernel);
     sum_up(space, work);
     Order::wait(&order, blocks);
     for (int64_t kind = 0; kind < (call.baselines ? 4 : 2); kind++)
-      for (int64_t rule = 0; rule < call.rules; rule++)
-        call.sums[(kind * shape.kv_heads + head) * call.rules + rule] += space.sums[kind * call.rules + rule];
+      for (int64_t rule = 0; rule < call.rules.count; rule++)
+        call.sums[(kind * shape.kv_heads + head) * call.rules.count + rule] += space.sums[kind * call.rules.count + rule];
     Order::done(&order, blocks);
     return OK;
   }
@@ -269,7 +268,8 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
   *call.alive = count;
   const int64_t rows = smaller(larger(PROFILE_LANES / shape.group, 1), larger(count, 1)), tiles = (count + rows - 1) / rows;
   const int64_t blocks = (call.tokens + TILE - 1) / TILE;
-  ProfileJob job = {call, kernels_of(isa), alive.get(), count, rows, tiles, 0, blocks, element, nullptr, nullptr, nullptr};
+  const int64_t native_window = call.rules.of(0).native_window;
+  ProfileJob job = {call, kernels_of(isa), alive.get(), count, rows, tiles, 0, blocks, element, native_window, nullptr, nullptr, nullptr};
   const size_t key_floats = size_t(shape.kv_heads * blocks * TILE * job.key_stride());
   const size_t value_floats = size_t(shape.kv_heads * blocks * TILE * job.value_stride());
   const Buffer<float> dkey(key_floats), dvalue(value_floats);
@@ -285,7 +285,7 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
     for (int64_t head = 0; head < shape.kv_heads; head++)
       for (int64_t block = low / TILE; block * TILE < high; block++) turns[size_t(head * (blocks + 1) + block)].store(tile);
   }
-  std::memset(call.sums, 0, size_t((call.baselines ? 4 : 2) * shape.kv_heads * call.rules) * sizeof(double));
+  std::memset(call.sums, 0, size_t((call.baselines ? 4 : 2) * shape.kv_heads * call.rules.count) * sizeof(double));
   job.dkey = dkey.get();
   job.dvalue = dvalue.get();
   job.turns = turns.get();

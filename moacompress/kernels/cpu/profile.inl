@@ -292,7 +292,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   for (int64_t lane = 0; lane < all_lanes; lane++) {
     const bool real = lane < lanes;
     const int64_t n = real ? t.positions[lane % t.rows] + 1 : 0;
-    const Visible see = visible(n, t.plan ? *t.plan : Rule{0, 0, 1024, 1, t.native_window});
+    const Visible see = visible(n, t.plan ? *t.plan : Rule{0, 0, 1024, 1, t.native_window, NATIVE, NATIVE});
     s.peak[lane] = real && t.sink_logits ? t.sink_logits[lane / t.rows] : NOTHING;
     s.first[lane] = float(see.first), s.end[lane] = float(n);
     s.sink_end[lane] = float(see.sink_end), s.start[lane] = float(see.start);

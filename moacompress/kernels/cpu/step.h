@@ -20,7 +20,7 @@ struct LayerCache {
     STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
                     " of values; at least one of each, and as many, are needed");
     dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
-    dense(runs, {4, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
+    dense(runs, {RUNS, 2, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
     dense(refs, {-1}, ScalarType::Int, op, "refs");
     numbers(lengths, shape.rows, op, "lengths");
     blocks = refs.size(0);

@@ -1,4 +1,5 @@
-// Which keys a query sees, as moacompress/plan.py defines it (`segments`, `block_runs`): integers only, tests hold the two equal.
+// Which keys a query sees and in which cache blocks they lie, as moacompress/rules/windows.py defines it (`visible_intervals`,
+// `block_runs`): integers only, tests hold the two equal.
 #pragma once
 #include <stdint.h>
 
@@ -14,9 +15,21 @@ struct Visible {
   int64_t first, sink_end, start;
 };
 
+// One column of a rule table (moacompress/rules/rule_table.py), in the order of its numbers.
 struct Rule {
   int64_t sink, alpha, beta_q, min_window, native_window;  // native_window: 0 = none
+  int64_t key_format, value_format;                        // NATIVE is the only one there is
 };
+constexpr int64_t NATIVE = 0;
+
+// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous.
+struct RuleTable {
+  const int64_t* columns;
+  int64_t count;
+  MOACOMPRESS_INLINE int64_t at(int64_t number, int64_t i) const { return columns[number * count + i]; }
+  MOACOMPRESS_INLINE Rule of(int64_t i) const { return {at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i), at(6, i)}; }
+};
+constexpr int64_t RULE_NUMBERS = 7;
 
 static MOACOMPRESS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static MOACOMPRESS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -26,6 +39,23 @@ static MOACOMPRESS_INLINE Visible visible(int64_t n, const Rule& rule) {
   const int64_t first = rule.native_window ? larger(n - rule.native_window, 0) : 0;
   const int64_t start = larger(n - window, first);
   return {first, smaller(larger(rule.sink, first), start), start};
+}
+
+// Numbers [begin, end).
+struct Interval {
+  int64_t begin, end;
+  MOACOMPRESS_INLINE int64_t count() const { return larger(end - begin, 0); }
+};
+
+// What a KV head holds is a list of runs of blocks: the sinks', then the window's.
+constexpr int64_t RUNS = 2;
+
+// The blocks that query n - 1 reads; one that sinks and window both touch belongs to the window's run.
+static MOACOMPRESS_INLINE void block_runs(int64_t n, const Rule& rule, Interval (&runs)[RUNS]) {
+  const Visible see = visible(n, rule);
+  const int64_t a = see.first / BLOCK, c = see.start / BLOCK, b = smaller((see.sink_end + BLOCK - 1) / BLOCK, c);
+  runs[0] = {a, see.sink_end > see.first ? larger(a, b) : a};
+  runs[1] = {c, (n + BLOCK - 1) / BLOCK};
 }
 
 // What a run of queries sees together: keys [first, first + head) and [start, end). All bounds grow with n, so the union over the

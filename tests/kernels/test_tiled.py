@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from moacompress.kernels import reference
-from moacompress.kernels.reference import Keys, sparse_attention
+from moacompress.kernels.backend import Scores
+from moacompress.kernels.reference import tiled
+from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.rule import SINKS, Rule
 
 
@@ -50,10 +51,13 @@ def test_random_configurations(seed, monkeypatch):
     key = torch.randn(batch, kv_heads, n, dim, dtype=torch.float64)
     value = torch.randn(batch, kv_heads, n, value_dim, dtype=torch.float64)
     sink_logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
-    monkeypatch.setattr(reference, "MAX_TILE", rng.choice([16, 32, 256]))
-    monkeypatch.setattr(reference, "COPY_GAP", rng.choice([0, 64]))
+    monkeypatch.setattr(tiled, "MAX_TILE", rng.choice([16, 32, 256]))
+    monkeypatch.setattr(tiled, "COPY_GAP", rng.choice([0, 64]))
     settings = (rule, 16, native, 0.3, softcap, sink_logits)
-    found = sparse_attention(query, Keys(key, value, [(0, n)]), n, *settings)
+    scores = Scores(0.3, softcap or 0.0, sink_logits)
+    (found,) = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores)
+    again, _ = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores, with_lse=True)
+    assert (again - found).abs().max() < 1e-12
     expected = oracle(query, key, value, n, *settings)
     assert (found - expected).abs().max() < 1e-12
 
@@ -72,25 +76,25 @@ def test_columns_of_pieces():
 def test_long_inputs_stay_in_tiles(monkeypatch):
     """At 6,000 tokens no score tensor comes near rows x keys."""
     largest = 0
-    plain = reference.attend
+    plain = tiled.attend
 
-    def spy(query, keys, values, visible, *rest):
+    def spy(query, keys, values, visible, *rest, **more):
         nonlocal largest
         largest = max(largest, query[..., 0].numel() * keys.shape[2])
-        return plain(query, keys, values, visible, *rest)
+        return plain(query, keys, values, visible, *rest, **more)
 
-    monkeypatch.setattr(reference, "attend", spy)
+    monkeypatch.setattr(tiled, "attend", spy)
     n = 6000
     query, key = torch.randn(1, 2, 2, n, 4), torch.randn(1, 2, n, 4)
     for rule in (Rule(4, 64, 0), Rule(64, 0, 512), Rule(4, 0, 1023)):
-        sparse_attention(query, Keys(key, key, [(0, n)]), n, rule, 16, None, 0.5)
-    assert 0 < largest <= reference.TILE_SCORES * 1.1
+        sparse_attention(query, Keys(key, key, [(0, n)]), n, rule.span(16), Scores(0.5))
+    assert 0 < largest <= tiled.TILE_SCORES * 1.1
 
 
 def test_full_attention_with_a_native_window_does_not_take_the_causal_short_cut():
     n = 40
     query, key = torch.randn(1, 1, 1, n, 4), torch.randn(1, 1, n, 4)
-    windowed = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL, 16, 10, 0.5)
-    whole = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL, 16, None, 0.5)
+    (windowed,) = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL.span(16, 10), Scores(0.5))
+    (whole,) = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL.span(16), Scores(0.5))
     assert torch.allclose(windowed[:, :, :, :10], whole[:, :, :, :10], atol=1e-6)
     assert not torch.allclose(windowed[:, :, :, 10:], whole[:, :, :, 10:], atol=1e-3)

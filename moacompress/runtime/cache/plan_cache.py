@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers.cache_utils import Cache
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
-from moacompress.runtime.layer import PlanCacheLayer
-from moacompress.runtime.real_tokens import Bools
+from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Bools
 
 _caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -30,7 +32,8 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
-        reading: what `stack` knows of it, or None.
+        reading: what the route through all layers knows of it, or None.
+        step_routes: how many layers of decode steps went by each route, by its name; see `runtime.decode.routes`.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
 
     A cache can be pickled, to keep a prefix; what is read has memory of its own, and just the blocks in use.
@@ -44,8 +47,10 @@ class PlanCache(Cache):
         self.reading: Any = None
         self._positions: tuple[int, Ints] | None = None
         self._is_user_defined = False
+        self.step_routes: Counter[str] = Counter()
         layers = zip(plan.rules, plan.model.native_windows, strict=True)
-        super().__init__(layers=[PlanCacheLayer(rules, plan.min_window, native, reserve) for rules, native in layers])
+        tables = (RuleTable.of(rules, plan.min_window, native) for rules, native in layers)
+        super().__init__(layers=[PlanCacheLayer(rules, reserve) for rules in tables])
         self._take_handle()
 
     def _take_handle(self) -> None:
@@ -125,6 +130,7 @@ class PlanCache(Cache):
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
         other.layers, other.reading = [layer.fork() for layer in self.layers], None
+        other.step_routes = self.step_routes.copy()
         other._take_handle()
         return other
 

@@ -78,6 +78,14 @@ class Pool:
         return [*self.keys, *self.values]
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's keys and values."""
+        return (
+            self._key.new_empty(1, *self._key.shape[1:]).nbytes
+            + self._value.new_empty(1, *self._value.shape[1:]).nbytes
+        )
+
+    @property
     def used(self) -> int:
         """Blocks that some table names."""
         return int(np.count_nonzero(self.refs))

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.runtime.blocks import Ids
-from moacompress.runtime.real_tokens import Chunk
+from moacompress.runtime.cache.pool import Ids
+from moacompress.runtime.cache.real_tokens import Chunk
 
 
 def find_equal_rows(lengths: Ints, ids: Ids, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:

@@ -22,11 +22,13 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels import cpu_ops, dispatch
-from moacompress.runtime.attention import LayerContext
-from moacompress.runtime.cache import PlanCache
+from moacompress.kernels.backend import LayerWeights, Rotary, WeightsMoved
+from moacompress.kernels.dispatch import backend_for
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.capturing import are_foreign, is_capturing
-from moacompress.runtime.layer import PlanCacheLayer
+from moacompress.runtime.decode.context import LayerContext
+from moacompress.runtime.decode.step_requests import StackRequest
 from moacompress.runtime.linear import FEW_ROWS
 
 RUN = "moacompress_run"
@@ -35,8 +37,6 @@ GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.
 """Hooks on all modules there are; both empty, mostly."""
 REPLACEMENTS = ("forward", "_compiled_call_impl")
 """What a module has in its own dictionary where something else is run in its place."""
-MOVED = -1
-"""What `kernels.dispatch.step_layers` wants when a weight is elsewhere than it was."""
 
 
 @dataclass
@@ -46,26 +46,25 @@ class Reading:
     Attributes:
         layers: the decoder layers.
         contexts: their parts of the plan.
-        weights: seven of each layer, as `kernels.dispatch.read_layers` takes them.
-        biases: three of each layer, or none.
-        norms: two of each layer.
+        weights: of each layer.
         captured: whether hooks that capture hidden states are on some module; see `capturing`.
     """
 
     layers: tuple[Any, ...]
     contexts: list[LayerContext] = field(default_factory=list)
-    weights: list[torch.Tensor] = field(default_factory=list)
-    biases: list[torch.Tensor] = field(default_factory=list)
-    norms: list[torch.Tensor] = field(default_factory=list)
+    weights: list[LayerWeights] = field(default_factory=list)
 
-    def seal(self, eps: float, head_dim: int, scaling: float) -> None:
-        """Gives what was read to the kernels, and takes note of everything that `holds` compares."""
-        columns = [column for context in self.contexts for column in context.columns]
-        windows = [context.native_window or 0 for context in self.contexts]
-        rules = (columns, self.contexts[0].min_window, windows, scaling)
-        self.number = dispatch.read_layers(self.weights, self.biases, self.norms, eps, head_dim, *rules)
-        weakref.finalize(self, cpu_ops.forget_layers, self.number).atexit = False
-        self._dtype = self.weights[0].dtype
+    def seal(self, head_dim: int, scaling: float) -> None:
+        """Gives what was read to the backend, and takes note of everything that `holds` compares.
+
+        Args:
+            head_dim: numbers of a query and a key.
+            scaling: factor on the scores.
+        """
+        one = self.weights[0].projections.weights[0]
+        rules = [context.rules for context in self.contexts]
+        self.bound = backend_for(one).read_layers(self.weights, head_dim=head_dim, rules=rules, scaling=scaling)
+        self._dtype = one.dtype
         self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]
         self._modules: list[torch.nn.Module] = []
         self._own: list[dict[str, Any]] = []
@@ -126,7 +125,11 @@ class Reading:
     @property
     def trained(self) -> bool:
         """Whether some weight has gradients."""
-        return any(tensor.requires_grad for tensor in (*self.weights, *self.biases, *self.norms))
+        return any(
+            tensor.requires_grad
+            for projections, around in self.weights
+            for tensor in (*projections.weights, *projections.biases, *around.norms, *around.weights)
+        )
 
 
 class CacheReading:
@@ -140,9 +143,8 @@ class CacheReading:
     def __init__(self, reading: Reading, caches: list[PlanCacheLayer]) -> None:
         # a cache that is kept does not keep the weights
         self._reading, self._caches, self._lag = weakref.ref(reading), caches, caches[0].lag
-        self.number = dispatch.read_caches(reading.number, [cache.state() for cache in caches], self._lag)
+        self.bound = reading.bound.read_caches([cache.blocks_held().state(self._lag) for cache in caches])
         self._arrays = [cache.arrays() for cache in caches]
-        weakref.finalize(self, cpu_ops.forget_caches, self.number).atexit = False
 
     def holds(self, reading: Reading, caches: list[PlanCacheLayer]) -> bool:
         """Whether it is of these, and nothing of them has been replaced since."""
@@ -153,7 +155,7 @@ class CacheReading:
     def read_again(self, layer: int) -> None:
         """Reads the cache of one layer, by its index, anew."""
         cache = self._caches[layer]
-        dispatch.read_cache(self.number, layer, cache.state(), self._lag)
+        self.bound.read_again(layer, cache.blocks_held().state(self._lag))
         self._arrays[layer] = cache.arrays()
 
 
@@ -176,11 +178,11 @@ class Stack:
         layers = tuple(decoder.layers._modules.values())
         return StackStep(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
 
-    def reading(self, layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
+    def reading(self, request: StackRequest) -> Reading | None:
         """Returns what the layers are made of, or None where they cannot make one call."""
-        last = self._last
-        if last is None or not last.holds(layers, hidden.dtype):
-            last = self._last = self._read(layers, hidden, rotary, cache)
+        last, hidden = self._last, request.hidden
+        if last is None or not last.holds(request.modules, hidden.dtype):
+            last = self._last = self._read(request.modules, hidden, request.rotary, request.whole)
         if last is None or (last.captured and is_capturing()):
             return None
         if torch.is_grad_enabled() and (hidden.requires_grad or last.trained):
@@ -205,7 +207,14 @@ class StackStep:
         self._stack, self._layers, self._cache = stack, layers, cache
         self._out: torch.Tensor | None = None
 
-    def step(self, layer: Any, hidden: torch.Tensor, attention_mask: Any, rotary: Any) -> torch.Tensor | None:
+    def step(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        attention_mask: Any,
+        rotary: Any,
+        take: Callable[[StackRequest], torch.Tensor | None],
+    ) -> torch.Tensor | None:
         """Returns what a layer's forward returns, or None where the layer is to do its part by itself.
 
         Args:
@@ -213,6 +222,7 @@ class StackStep:
             hidden: `[rows, 1, hidden]`.
             attention_mask: the layer's.
             rotary: its position embeddings.
+            take: does the step of all layers; None where it cannot.
         """
         if self._out is not None:
             if hidden is not self._out:
@@ -224,61 +234,79 @@ class StackStep:
             return hidden
         if not self._layers or layer is not self._layers[0]:
             return None
-        one = hidden.shape[1] == 1 and 0 < hidden.shape[0] <= FEW_ROWS and hidden.device.type == "cpu"
-        if one and attention_mask is None and rotary is not None:
-            self._out = self._through(hidden, rotary)
+        if attention_mask is None and rotary is not None:
+            self._out = take(StackRequest(self._stack, self._layers, self._cache, hidden, Rotary(*rotary)))
         if self._out is None:
             self._layers = ()
         return self._out
 
-    def _through(self, hidden: torch.Tensor, rotary: Any) -> torch.Tensor | None:
-        if torch.is_autocast_enabled("cpu") or any(part.dtype != hidden.dtype for part in rotary):
-            return None
-        caches = self._cache.layers
-        reading = self._stack.reading(self._layers, hidden, rotary, self._cache)
-        if reading is None or (self._cache.reading is None and not _can_step(caches, hidden)):
+
+def can_step_all(request: StackRequest) -> bool:
+    """Whether a step through all layers is worth a closer look: few rows, one dtype, a backend that can, caches with memory."""
+    hidden = request.hidden
+    if hidden.shape[1] != 1 or not 0 < hidden.shape[0] <= FEW_ROWS or not backend_for(hidden).capabilities.stack:
+        return False
+    if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
+        return False
+    return request.whole.reading is not None or _can_step(request.whole.layers, hidden)
+
+
+def step_all(request: StackRequest) -> torch.Tensor | None:
+    """Makes the step through all layers; `[rows, 1, hidden]`, or None, and nothing is done, where it cannot after all."""
+    stack, hidden, whole = request.stack, request.hidden, request.whole
+    caches = whole.layers
+    while True:
+        reading = stack.reading(request)
+        if reading is None:
             return None
         with _all_locked(caches):  # forks in other threads replace what is read when they make room in the pools
-            known = self._cache.reading
+            known = whole.reading
             if known is None or not known.holds(reading, caches):
                 if not _can_step(caches, hidden):
                     return None
-                known = self._cache.reading = CacheReading(reading, caches)
+                known = whole.reading = CacheReading(reading, caches)
             elif hidden.shape[0] != len(caches[0].lengths):
                 return None  # for the layers to refuse
             caches[0].stepping = True  # an error or an interrupt in the midst of it leaves a cache that is refused
-            out = _step_all(known, caches, hidden, rotary)
+            try:
+                out = _step_bound(known, caches, hidden, request.rotary)
+            except WeightsMoved:
+                out = None
             caches[0].stepping = False
-        if out is None:  # a weight was moved
-            self._stack.forget()
-            return self._through(hidden, rotary)
-        return out
+        if out is not None:
+            return out
+        stack.forget()
 
 
 def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:
-    return all(cache.can_step(hidden) for cache in caches)
+    return all(cache.can_step_rows(hidden) for cache in caches)
 
 
-def _step_all(
-    known: CacheReading, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Any
-) -> torch.Tensor | None:
-    """Makes the call, and again where it wants room; returns what it gives, None where it wants the weights read anew."""
+def _step_bound(
+    known: CacheReading, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Rotary
+) -> torch.Tensor:
+    """Makes the call, and again where it lacks room.
+
+    Raises:
+        WeightsMoved: nothing is done, and the weights are to be read anew.
+    """
     done = 0
     while True:
-        out, now, wanted = dispatch.step_layers(hidden, rotary, known.number, done)
-        for cache in caches[done:now]:
-            cache.columns += 1
-        if not wanted:
-            return out
-        if wanted == MOVED:
+        try:
+            out, now, room = known.bound.step(hidden, rotary, done)
+        except WeightsMoved:
             if done:
                 raise UnsupportedError(
                     "a weight was given other memory in the midst of a step, by another thread; start a new cache"
-                )
-            return None
+                ) from None
+            raise
+        for cache in caches[done:now]:
+            cache.columns += 1
+        if room is None:
+            return out
         if now > done:
             hidden, done = out, now
-        caches[done].make_room(wanted)
+        caches[done].blocks_held().make_room(room)
         known.read_again(done)
 
 

@@ -1,31 +1,34 @@
-"""A decode step's decoder layer, or its attention alone, in one compiled call.
+"""Decoder layers whose step, or whose attention's, can go by a faster route than their own forward.
 
 A few decoder layers of transformers are known here, letter by letter: a norm, attention with plain linear layers and rotary
 embeddings by halves, a norm, a gated feed-forward. Under a plan their class and that of their attention is a subclass, which
-makes the call where a forward has one token of a few rows and no gradients, and otherwise is the layer that it was. A layer
-that something else has changed (adapters in place of its linear layers, hooks on its parts) is left to itself; its attention
-may still be fused.
+asks for a step by its weights where a forward has one token of a few rows and no gradients, and otherwise is the layer that it
+was. A layer that something else has changed (adapters in place of its linear layers, hooks on its parts) is left to itself; its
+attention may still be fused. A subclass is what compiling, pickling and sharding by class names understand; a forward in the
+module's own dictionary is not.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, silu
 from transformers.activations import ACT2FN
 
-from moacompress.kernels import dispatch
-from moacompress.runtime.attention import CONTEXT, LayerCall, LayerContext, attend
-from moacompress.runtime.cache import PlanCache
+from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary
+from moacompress.kernels.dispatch import backend_for
+from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.capturing import do_something
+from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
+from moacompress.runtime.decode.context import CONTEXT, LayerCall
+from moacompress.runtime.decode.routes import first_route, take
+from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
 from moacompress.runtime.hooks import AttentionHook
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
-from moacompress.runtime.stack import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known, and what the names of their classes begin with."""
@@ -36,27 +39,12 @@ PLAIN = (nn.Linear, PackedLinear)
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
-class AroundAttention(NamedTuple):
-    """What a decoder layer does around its attention.
-
-    Attributes:
-        norms: weights of its two root mean square norms, `[hidden]` each.
-        eps: added to the mean squares.
-        weights: of what attention gives, of the feed-forward's gate, of what is gated, and of its last product.
-    """
-
-    norms: list[torch.Tensor]
-    eps: float
-    weights: list[torch.Tensor]
-
-
 class _LayerParts(NamedTuple):
-    """A decoder layer that the compiled call can do: its attention, what that is handed, its projections, and the rest."""
+    """A decoder layer whose step can be asked for: its attention, what that is handed, and the layer's weights."""
 
     attention: Any
     call: LayerCall
-    projections: tuple[list[torch.Tensor], list[torch.Tensor]]
-    around: AroundAttention
+    weights: LayerWeights
 
 
 class _FusedAttention:
@@ -82,15 +70,16 @@ class _FusedAttention:
         found = None
         if attention_mask is None and _is_as_made(module):
             found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
-        if found is None or not _fits(module, hidden_states, rotary, call, *found):
+        able = backend_for(hidden_states).capabilities.step_hidden
+        if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        arguments = (hidden_states, *found)
+        context, cache = call
         if torch.compiler.is_compiling():
-            rest = (*rotary, call.cache.handle, call.context.number, module.scaling)
-            out = torch.ops.moacompress.attend_hidden(*arguments, *rest)
+            rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
+            out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
         else:
-            out = attend_hidden(call.context, call.cache, *arguments, rotary, module.scaling)
+            out = take(HiddenRequest(context, cache, hidden_states, found, Rotary(*rotary), module.scaling))
         return module.o_proj(out.flatten(2)), None
 
 
@@ -111,111 +100,22 @@ class _FusedLayer:
         """As the layer's own."""
         module, rotary, run = cast(Any, self), cast(Any, kwargs.get("position_embeddings")), kwargs.pop(RUN, None)
         if isinstance(run, StackStep) and not args and not torch.compiler.is_compiling():
-            out = run.step(module, hidden_states, attention_mask, rotary)
+            out = run.step(module, hidden_states, attention_mask, rotary, first_route)
             if out is not None:
                 return out
         layer = None if attention_mask is not None else _layer(module, hidden_states, rotary, kwargs)
         if layer is None:
             whole = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast(torch.Tensor, whole)
-        arguments, (context, _) = (hidden_states, *layer.projections), layer.call
-        cache, scaling = cast(PlanCache, layer.call.cache), layer.attention.scaling
+        context, cache, scaling = layer.call.context, cast(PlanCache, layer.call.cache), layer.attention.scaling
+        projections, around = layer.weights
         if torch.compiler.is_compiling():
-            rest = (*layer.around, *rotary, cache.handle, context.number, scaling)
-            return cast(torch.Tensor, torch.ops.moacompress.step_layer(*arguments, *rest))
-        return step_layer(context, cache, *arguments, layer.around, rotary, scaling)
+            rest = (*around, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
+            return cast(torch.Tensor, torch.ops.moacompress.step_layer(hidden_states, *projections, *rest))
+        return take(LayerRequest(context, cache, hidden_states, layer.weights, Rotary(*rotary), scaling))
 
 
-def attend_hidden(
-    context: LayerContext,
-    whole: PlanCache,
-    hidden: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    scaling: float,
-) -> torch.Tensor:
-    """Takes one token of every row into the cache and attends to it.
-
-    Args:
-        context: of the layer.
-        whole: the model's cache.
-        hidden: `[rows, 1, inputs]`.
-        weights: of the queries, keys and values.
-        biases: theirs, or none.
-        rotary: cosines and sines, `[rows or 1, 1, head_dim]`.
-        scaling: factor on the scores.
-
-    Returns:
-        `[rows, 1, heads, value_dim]`.
-    """
-    cache, scores = whole.layers[context.layer], (scaling, 0.0, None)
-    out = cache.step_from(dispatch.step_hidden, hidden, weights, biases, rotary, scores=scores)
-    if out is not None:
-        return out
-    rows, head_dim = hidden.shape[0], rotary[0].shape[-1]
-    query, key, value = (
-        linear(hidden, weight, bias).view(rows, 1, -1, dim).transpose(1, 2)
-        for weight, bias, dim in zip(
-            weights, biases or (None,) * 3, (head_dim, head_dim, weights[2].shape[0] // context.kv_heads), strict=True
-        )
-    )
-    query, key = rotated(query, *rotary), rotated(key, *rotary)
-    whole.update(key, value, context.layer)
-    return attend(context, whole, query, key, value, None, scaling, None, None)
-
-
-def step_layer(
-    context: LayerContext,
-    whole: PlanCache,
-    hidden: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    around: AroundAttention,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    scaling: float,
-) -> torch.Tensor:
-    """Runs a decoder layer for one token of every row; as `attend_hidden`, with what is around it.
-
-    Returns:
-        `[rows, 1, hidden]`.
-    """
-    cache, layer = whole.layers[context.layer], ([*weights, *around.weights], biases, around.norms, around.eps, rotary)
-    out = cache.step_from(dispatch.step_layer, hidden, *layer, scores=(scaling, 0.0, None))
-    if out is not None:
-        return out
-    normed = normalized(hidden, around.norms[0], around.eps)
-    attended = attend_hidden(context, whole, normed, weights, biases, rotary, scaling)
-    return feed_forward(hidden, attended.flatten(2), around)
-
-
-def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: AroundAttention) -> torch.Tensor:
-    """Returns what a decoder layer makes of what attention gave.
-
-    Args:
-        hidden: the residual stream, `[..., hidden]`.
-        attended: `[..., heads * value_dim]`.
-        around: the layer's norms and weights.
-    """
-    output, gate, up, last = around.weights
-    hidden = hidden + linear(attended, output)
-    normed = normalized(hidden, around.norms[1], around.eps)
-    return hidden + linear(silu(linear(normed, gate)) * linear(normed, up), last)
-
-
-def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Returns the root mean square norm of `[..., hidden]`, in float32 up to its weight."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Returns rotated heads, `[rows, heads, tokens, head_dim]`; cosines and sines are `[rows or 1, tokens, head_dim]`."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
-
-
-def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+def _read(layers: Iterable[Any], hidden: torch.Tensor) -> Projections | None:
     """Returns weights and biases of linear layers, or None where the compiled kernels cannot use them.
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
@@ -233,20 +133,19 @@ def _read(layers: Iterable[Any], hidden: torch.Tensor) -> tuple[list[torch.Tenso
         weights.append(weight)
         if bias is not None:
             biases.append(bias)
-    return weights, biases
+    return Projections(weights, biases)
 
 
-def _fits(
-    module: Any, hidden: torch.Tensor, rotary: Any, call: Any, weights: list[torch.Tensor], biases: list[torch.Tensor]
-) -> bool:
-    """Whether attention's forward is one that the compiled call can do; weights and biases are of its projections."""
+def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections: Projections) -> bool:
+    """Whether attention's forward is one that can be asked for by its projections' weights and biases."""
+    weights, biases = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
     rows, tokens, _ = hidden.shape
-    if tokens != 1 or not rows or len(biases) not in (0, 3) or dispatch.kernel_for(hidden) != "cpu":
+    if tokens != 1 or not rows or len(biases) not in (0, 3):
         return False
     head_dim, (cos, sin) = module.head_dim, rotary
-    if torch.is_autocast_enabled("cpu") or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
+    if torch.is_autocast_enabled(hidden.device.type) or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
         return False
     # what does not go together is for the layer itself to refuse
     sliding = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
@@ -262,7 +161,9 @@ def _fits(
 
 
 def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _LayerParts | None:
-    """Returns the parts of a decoder layer, or None where the compiled call cannot do its forward; `kwargs` has the cache."""
+    """Returns the parts of a decoder layer, or None where its step cannot be asked for; `kwargs` has the cache."""
+    if not backend_for(hidden).capabilities.step_layer:
+        return None
     parts = module._modules
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
@@ -284,10 +185,11 @@ def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any
     if type(beside["act_fn"]) not in SILU or norms[1].variance_epsilon != eps:
         return None
     weights, biases = found
+    projections = Projections(weights[:3], biases)
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
-    if call is None or not _fits(attention, hidden, rotary, call, weights[:3], biases):
+    if call is None or not _fits(attention, hidden, rotary, call, projections):
         return None
-    return _LayerParts(attention, call, (weights[:3], biases), AroundAttention(scales, eps, weights[3:]))
+    return _LayerParts(attention, call, LayerWeights(projections, AroundAttention(scales, eps, weights[3:])))
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
@@ -326,16 +228,15 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
         layer = _layer(module, hidden, rotary, {"cache": cache}) if untouched else None
         if layer is None:
             return None
-        weights, biases = layer.projections
-        reading.weights += [*weights, *layer.around.weights]
-        reading.biases += biases
-        reading.norms += layer.around.norms
+        reading.weights.append(layer.weights)
         reading.contexts.append(layer.call.context)
-        numbers.add((layer.around.eps, layer.attention.head_dim, layer.attention.scaling))
-        biased.add(len(biases))
+        projections, around = layer.weights
+        numbers.add((around.eps, layer.attention.head_dim, layer.attention.scaling))
+        biased.add(len(projections.biases))
     if len(numbers) != 1 or len(biased) != 1:
         return None
-    reading.seal(*numbers.pop())
+    _, head_dim, scaling = numbers.pop()
+    reading.seal(head_dim, scaling)
     return reading
 
 

@@ -2,7 +2,7 @@
 
 Everything that depends on data (what a mask says, how long a row is, which blocks are free) is behind them, so a graph has no
 breaks and no branches on data, and one graph serves every length. A graph holds tensors and numbers alone: a cache is named by
-`PlanCache.handle`, a layer's part of the plan by `LayerContext.number`. They run in the order of the data: each needs what the
+`PlanCache.handle`, a layer by its rules and its index. They run in the order of the data: each needs what the
 one before it returned.
 """
 
@@ -12,24 +12,27 @@ from typing import Any
 
 import torch
 
+from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary, Scores
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime import hooks
-from moacompress.runtime.attention import LayerContext, attend
-from moacompress.runtime.cache import PlanCache
-from moacompress.runtime.fused import AroundAttention, attend_hidden, step_layer
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.decode.context import LayerContext
+from moacompress.runtime.decode.routes import take
+from moacompress.runtime.decode.step_requests import AttendRequest, HiddenRequest, LayerRequest
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
 _LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, int context, float scaling, float softcap, "
-    "Tensor? s_aux) -> Tensor"
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, Tensor rules, int layer, float scaling, "
+    "float softcap, Tensor? s_aux) -> Tensor"
 )
 _LIBRARY.define(
-    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, int context, "
-    "float scaling) -> Tensor"
+    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, Tensor rules, "
+    "int layer, float scaling) -> Tensor"
 )
 _LIBRARY.define(
     "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor[] around, Tensor cos, "
-    "Tensor sin, Tensor cache, int context, float scaling) -> Tensor"
+    "Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor"
 )
 
 
@@ -51,16 +54,18 @@ def _attend(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     handle: torch.Tensor | None,
-    number: int,
+    rules: torch.Tensor,
+    layer: int,
     scaling: float,
     softcap: float,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Does what `attention.attend` does; without gradients."""
-    context, cache = LayerContext.find(number), _cache(handle)
+    """Does what an `AttendRequest` asks for; without gradients."""
+    cache = _cache(handle)
     if cache is not None:
-        cache.update(key, value, context.layer)
-    return attend(context, cache, query, key, value, mask, scaling, softcap or None, s_aux)
+        cache.update(key, value, layer)
+    context = LayerContext(layer, RuleTable(rules))
+    return take(AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux)))
 
 
 def _attend_hidden(
@@ -70,12 +75,13 @@ def _attend_hidden(
     cos: torch.Tensor,
     sin: torch.Tensor,
     handle: torch.Tensor,
-    number: int,
+    rules: torch.Tensor,
+    layer: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Does what `fused.attend_hidden` does."""
-    context = LayerContext.find(number)
-    return attend_hidden(context, PlanCache.find(handle), hidden, weights, biases, (cos, sin), scaling)
+    """Does what a `HiddenRequest` asks for."""
+    context, projections = LayerContext(layer, RuleTable(rules)), Projections(weights, biases)
+    return take(HiddenRequest(context, PlanCache.find(handle), hidden, projections, Rotary(cos, sin), scaling))
 
 
 def _step_layer(
@@ -88,12 +94,14 @@ def _step_layer(
     cos: torch.Tensor,
     sin: torch.Tensor,
     handle: torch.Tensor,
-    number: int,
+    rules: torch.Tensor,
+    layer: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Does what `fused.step_layer` does."""
-    context, parts = LayerContext.find(number), (hidden, weights, biases, AroundAttention(norms, eps, around))
-    return step_layer(context, PlanCache.find(handle), *parts, (cos, sin), scaling)
+    """Does what a `LayerRequest` asks for."""
+    context, whole = LayerContext(layer, RuleTable(rules)), PlanCache.find(handle)
+    parts = LayerWeights(Projections(weights, biases), AroundAttention(norms, eps, around))
+    return take(LayerRequest(context, whole, hidden, parts, Rotary(cos, sin), scaling))
 
 
 def _fake_attend_hidden(

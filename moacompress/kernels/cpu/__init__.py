@@ -1,0 +1,5 @@
+"""The compiled backend for the CPU: its C++ sources, their library once it is built, and what stands between them and torch.
+
+`library` finds and loads it, `operators` tells torch what it must know of the operators, `cpu_backend` is the backend. The
+sources build without torch but for the files named `binding*`.
+"""

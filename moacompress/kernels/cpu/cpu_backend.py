@@ -1,0 +1,258 @@
+"""The compiled kernels as a backend."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.backend import (
+    Backend,
+    BoundCaches,
+    BoundLayers,
+    CacheState,
+    CacheView,
+    Capabilities,
+    LayerWeights,
+    Projections,
+    Room,
+    Rotary,
+    Scores,
+    Status,
+    WeightsMoved,
+)
+from moacompress.kernels.cpu import library
+from moacompress.rules.rule_table import RuleTable
+
+MOVED = -1
+"""What the operator `step_layers` returns where a weight is elsewhere than it was."""
+TOO_NARROW = 1
+"""What the operators of a step return where the table is too narrow; 1 + n where the pool lacks n blocks, 0 when done."""
+
+
+class CpuBackend(Backend):
+    """C++ on the CPU, for float32, bfloat16 and float16; it works where the extension is built."""
+
+    name = "cpu"
+    known = "float32, bfloat16 and float16 on the CPU"
+    capabilities = Capabilities(
+        prefill_gradients=True, step=True, step_hidden=True, step_layer=True, stack=True, linear=True, profile=True
+    )
+
+    def status(self) -> Status:
+        """See `Backend`.
+
+        Raises:
+            UsageError: MOACOMPRESS_ISA names no instruction set of this processor.
+        """
+        built = library.load()
+        if built.isa is None:
+            return Status(False, built.reason or "")
+        return Status(True, "the extension is built for this machine", built.isa)
+
+    def supports(self, device: str, dtype: torch.dtype) -> bool:
+        """See `Backend`."""
+        return device == "cpu" and dtype in library.DTYPES
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        *,
+        cache: CacheView,
+        lengths: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.decode`.
+
+        Raises:
+            UnsupportedError: the query needs gradients; a visible block is not in the table.
+        """
+        if query.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
+            )
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
+            _rows(query), list(cache.keys), list(cache.values), cache.table, lengths, rules.columns, *_numbers(scores)
+        )
+        return found
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cache: CacheView,
+        past: torch.Tensor,
+        valid: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.prefill`."""
+        held = (list(cache.keys), list(cache.values), cache.table, past, valid)
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
+            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores)
+        )
+        return found
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cache: CacheState,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, Room | None]:
+        """See `Backend.step`."""
+        out, wanted = torch.ops.moacompress_cpu.step(
+            _rows(query), _rows(key), _rows(value), *_state(cache), rules.columns, cache.lag, *_numbers(scores)
+        )
+        return out, _room(wanted)
+
+    def step_hidden(
+        self,
+        hidden: torch.Tensor,
+        *,
+        projections: Projections,
+        rotary: Rotary,
+        cache: CacheState,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, Room | None]:
+        """See `Backend.step_hidden`."""
+        made = (hidden, list(projections.weights), list(projections.biases), _rows(rotary.cos), _rows(rotary.sin))
+        out, wanted = torch.ops.moacompress_cpu.step_hidden(
+            *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
+        )
+        return out, _room(wanted)
+
+    def step_layer(
+        self,
+        hidden: torch.Tensor,
+        *,
+        layer: LayerWeights,
+        rotary: Rotary,
+        cache: CacheState,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, Room | None]:
+        """See `Backend.step_layer`."""
+        projections, around = layer
+        weights = ([*projections.weights, *around.weights], list(projections.biases), list(around.norms), around.eps)
+        out, wanted = torch.ops.moacompress_cpu.step_layer(
+            hidden,
+            *weights,
+            _rows(rotary.cos),
+            _rows(rotary.sin),
+            *_state(cache),
+            rules.columns,
+            cache.lag,
+            *_numbers(scores),
+        )
+        return out, _room(wanted)
+
+    def read_layers(
+        self, layers: Sequence[LayerWeights], *, head_dim: int, rules: Sequence[RuleTable], scaling: float
+    ) -> BoundLayers:
+        """See `Backend.read_layers`."""
+        return _CpuLayers(layers, head_dim, rules, scaling)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `Backend.linear`."""
+        found: torch.Tensor = torch.ops.moacompress_cpu.linear(x, weight, bias)
+        return found
+
+    def profile_backward(
+        self,
+        dout: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rules: RuleTable,
+        plan: RuleTable | None,
+        scores: Scores,
+        baselines: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """See `Backend.profile_backward`."""
+        tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
+        under = None if plan is None else plan.columns
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+        found = torch.ops.moacompress_cpu.profile_backward(*tensors, rules.columns, under, *_numbers(scores), baselines)
+        return found
+
+
+class _CpuLayers(BoundLayers):
+    """Decoder layers that the library keeps under a number, which operators name them by."""
+
+    def __init__(
+        self, layers: Sequence[LayerWeights], head_dim: int, rules: Sequence[RuleTable], scaling: float
+    ) -> None:
+        weights = [[*layer.projections.weights, *layer.around.weights] for layer in layers]
+        biases, norms = ([*layer.projections.biases] for layer in layers), ([*layer.around.norms] for layer in layers)
+        lists = [list(chain.from_iterable(tensors)) for tensors in (weights, biases, norms)]
+        tables = [table.columns for table in rules]
+        self.number: int = torch.ops.moacompress_cpu.read_layers(
+            *lists, layers[0].around.eps, head_dim, tables, scaling
+        )
+        weakref.finalize(self, library.forget_layers, self.number).atexit = False
+
+    def read_caches(self, states: Sequence[CacheState]) -> BoundCaches:
+        """See `BoundLayers`."""
+        return _CpuCaches(self.number, states)
+
+
+class _CpuCaches(BoundCaches):
+    """Caches that the library keeps under a number; they do not keep the layers."""
+
+    def __init__(self, layers: int, states: Sequence[CacheState]) -> None:
+        keys, values = [t for state in states for t in state.keys], [t for state in states for t in state.values]
+        segments, parts = [len(state.keys) for state in states], [t for state in states for t in _parts(state)]
+        self.number: int = torch.ops.moacompress_cpu.read_caches(layers, keys, values, segments, parts, states[0].lag)
+        weakref.finalize(self, library.forget_caches, self.number).atexit = False
+
+    def read_again(self, layer: int, state: CacheState) -> None:
+        """See `BoundCaches`."""
+        torch.ops.moacompress_cpu.read_cache(
+            self.number, layer, list(state.keys), list(state.values), _parts(state), state.lag
+        )
+
+    def step(self, hidden: torch.Tensor, rotary: Rotary, first: int) -> tuple[torch.Tensor, int, Room | None]:
+        """See `BoundCaches`."""
+        out, done, wanted = torch.ops.moacompress_cpu.step_layers(
+            hidden, _rows(rotary.cos), _rows(rotary.sin), self.number, first
+        )
+        if wanted == MOVED:
+            raise WeightsMoved
+        return out, done, _room(wanted)
+
+
+def _room(wanted: int) -> Room | None:
+    return Room(wanted - TOO_NARROW) if wanted else None
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor with its last dimension contiguous; the others may have any strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _numbers(scores: Scores) -> tuple[float, float, torch.Tensor | None]:
+    logits = scores.sink_logits
+    return scores.scaling, scores.softcap, None if logits is None else logits.float().contiguous()
+
+
+def _state(cache: CacheState) -> tuple[Any, ...]:
+    return list(cache.keys), list(cache.values), *_parts(cache)
+
+
+def _parts(cache: CacheState) -> list[torch.Tensor]:
+    return [cache.table, cache.lengths, cache.runs, cache.refs]

@@ -1,0 +1,116 @@
+"""Finding and loading the compiled kernels, and choosing their instruction set.
+
+The library lies at `libmoacompress_cpu.so` beside its sources. It is not a Python module: loading it registers
+`torch.ops.moacompress_cpu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moacompress.core.errors import UsageError
+from moacompress.kernels.cpu.operators import register
+from moacompress.rules.rule_table import RuleTable
+
+LIBRARY = Path(__file__).parent / "libmoacompress_cpu.so"
+ISA_VARIABLE = "MOACOMPRESS_ISA"
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets, the plainest first."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class Built:
+    """Whether the compiled kernels can run.
+
+    Attributes:
+        isa: the instruction set they use, or None if they cannot run.
+        reason: why they cannot.
+    """
+
+    isa: str | None
+    reason: str | None = None
+
+
+@functools.cache
+def load() -> Built:
+    """Loads the library and registers what torch needs of its operators, once.
+
+    Raises:
+        UsageError: MOACOMPRESS_ISA names no instruction set of this processor.
+    """
+    if not LIBRARY.exists():
+        return Built(None, missing(os.environ))
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return Built(None, f"{LIBRARY.name} cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}")
+    library.moacompress_isa.restype = ctypes.c_char_p
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted:
+        set_isa(wanted)
+    register()
+    return Built(library.moacompress_isa().decode())
+
+
+def missing(environ: Mapping[str, str]) -> str:
+    """Returns why there is no library, and what to do.
+
+    Args:
+        environ: environment variables; `CXX` may name the compiler.
+    """
+    names = (environ["CXX"].split()[0],) if environ.get("CXX", "").strip() else COMPILERS
+    found = next((name for name in names if shutil.which(name, path=environ.get("PATH"))), None)
+    if found is None:
+        return (
+            f"the extension is not built and no C++ compiler is found ({', '.join(names)}); install one, then reinstall"
+        )
+    return f"the extension is not built; {found} is here, so `pip install --no-build-isolation` moacompress builds it"
+
+
+def set_isa(name: str) -> None:
+    """Makes the kernels use an instruction set.
+
+    Args:
+        name: one of `ISAS`.
+
+    Raises:
+        UsageError: no such set, or not on this processor.
+    """
+    if name not in ISAS:
+        raise UsageError(f"{ISA_VARIABLE} is {name!r}, not one of {', '.join(ISAS)}")
+    if not ctypes.CDLL(str(LIBRARY)).moacompress_set_isa(name.encode()):
+        raise UsageError(f"{ISA_VARIABLE} is {name!r}, which this processor does not have; leave it out")
+
+
+def visible(n: int, table: RuleTable) -> tuple[list[int], list[int]]:
+    """Returns what the kernels take to be visible: as `windows.visible_intervals` and `windows.block_runs`, flattened.
+
+    Args:
+        n: tokens so far.
+        table: of one rule.
+    """
+    numbers = (ctypes.c_int64 * len(table.columns))(*table.columns[:, 0].tolist())
+    intervals, blocks = (ctypes.c_int64 * 4)(), (ctypes.c_int64 * 4)()
+    ctypes.CDLL(str(LIBRARY)).moacompress_visible(ctypes.c_int64(n), numbers, intervals, blocks)
+    return list(intervals), list(blocks)
+
+
+def forget_layers(number: int) -> None:
+    """Lets go of what the operator `read_layers` read."""
+    ctypes.CDLL(str(LIBRARY)).moacompress_forget_layers(ctypes.c_int64(number))
+
+
+def forget_caches(number: int) -> None:
+    """Lets go of what the operator `read_caches` read."""
+    ctypes.CDLL(str(LIBRARY)).moacompress_forget_caches(ctypes.c_int64(number))

@@ -1,0 +1,192 @@
+"""The reference as a backend: rows of equal length and KV heads of equal rules are attended to together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.backend import Backend, CacheView, Capabilities, Scores, Status
+from moacompress.kernels.reference.tiled import Keys, sparse_attention
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK, Span, visible_intervals
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch, on any device and dtype."""
+
+    name = "reference"
+    capabilities = Capabilities(cached_gradients=True)
+
+    def status(self) -> Status:
+        """See `Backend`; it always works."""
+        return Status(True, "plain PyTorch is always there")
+
+    def supports(self, device: str, dtype: torch.dtype) -> bool:
+        """See `Backend`; it runs for all."""
+        return True
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        *,
+        cache: CacheView,
+        lengths: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.decode`."""
+        out, lse = _attend(query[:, :, None], None, cache, lengths, (lengths > 0).long(), rules, scores, with_lse)
+        return out[:, :, 0], None if lse is None else lse[:, :, 0]
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cache: CacheView,
+        past: torch.Tensor,
+        valid: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.prefill`."""
+        return _attend(query, (key, value), cache, past, valid, rules, scores, with_lse)
+
+
+def _attend(
+    query: torch.Tensor,
+    chunk: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: CacheView,
+    past: torch.Tensor,
+    valid: torch.Tensor,
+    rules: RuleTable,
+    scores: Scores,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `valid` queries a row over the cache and, where there is one, over the chunk.
+
+    Without a chunk a row's only query is the cache's last token, so that `past` counts it.
+    """
+    rows, heads, tokens, head_dim = query.shape
+    kv_heads = cache.table.shape[1]
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads, tokens, head_dim)
+    value_dim = (cache.values[0] if chunk is None else chunk[1]).shape[-1]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_zeros(*grouped.shape[:-1], value_dim)
+    lse = query.new_full(grouped.shape[:-1], float("-inf"), dtype=wide) if with_lse else None
+    logits = None if scores.sink_logits is None else scores.sink_logits.view(kv_heads, -1)
+    for own, before, count in _equal_rows(past, valid):
+        for span, members in rules.groups():
+            at = _places(own, members, out.shape, query.device)
+            keys = _held(cache, own, members, before, span, seen=before + (chunk is not None), device=query.device)
+            if chunk is not None:
+                new = tuple(tensor[at][:, :, :count] for tensor in chunk)
+                keys = _joined(keys, new, before)
+            assert keys is not None  # a query sees itself
+            here = scores._replace(sink_logits=None if logits is None else logits[[*members]])
+            n = before + (count if chunk is not None else 0)
+            found = sparse_attention(grouped[at][:, :, :, :count], keys, n, span, here, with_lse=with_lse)
+            if len(own) == rows and len(members) == kv_heads and count == tokens:
+                out, lse = found[0], found[1] if with_lse else None
+                continue
+            out[(*at, slice(None), slice(0, count))] = found[0]
+            if lse is not None:
+                lse[(*at, slice(None), slice(0, count))] = found[1]
+    return out.view(rows, heads, tokens, value_dim), None if lse is None else lse.view(rows, heads, tokens)
+
+
+def _equal_rows(past: torch.Tensor, valid: torch.Tensor) -> Iterator[tuple[list[int], int, int]]:
+    """Yields the rows with equally many tokens before and in the chunk, and both numbers; rows without any are left out."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(past.tolist(), valid.tolist(), strict=True)):
+        groups.setdefault(key, []).append(row)
+    for (before, count), rows in groups.items():
+        if count:
+            yield rows, before, count
+
+
+def _places(
+    rows: Sequence[int], heads: Sequence[int], shape: torch.Size, device: torch.device
+) -> tuple[slice | torch.Tensor, ...]:
+    """Returns an index of rows and KV heads in the first two dimensions; slices, which copy nothing, where that is possible."""
+    runs = [len(numbers) == numbers[-1] - numbers[0] + 1 for numbers in (rows, heads)]
+    slices = tuple(slice(numbers[0], numbers[-1] + 1) for numbers in (rows, heads))
+    if all(runs):
+        return slices
+    row, head = (torch.tensor(numbers, device=device) for numbers in (rows, heads))
+    return row[:, None], head
+
+
+def _held(
+    cache: CacheView,
+    rows: Sequence[int],
+    heads: Sequence[int],
+    past: int,
+    span: Span,
+    *,
+    seen: int,
+    device: torch.device,
+) -> Keys | None:
+    """Returns what is cached of the keys that queries from `seen - 1` on see, `[rows, heads, keys, dim]`; None if nothing.
+
+    Args:
+        cache: pool and table.
+        rows: of the batch; all have `past` tokens.
+        heads: KV heads that share the span.
+        past: tokens in the cache.
+        span: in Python ints.
+        seen: position of the first query + 1.
+        device: of the pool.
+
+    Raises:
+        UnsupportedError: a block is not in the table, or not in the pool.
+    """
+    (first, _), (start, _) = visible_intervals(seen, span)
+    sinks = first, max(first, min(span.sink, start, past))  # those of later queries too
+    pieces = [(low, high - low) for low, high in (sinks, (start, past)) if high > low]
+    if not pieces:
+        return None
+    position = torch.cat([torch.arange(low, low + count) for low, count in pieces])
+    blocks = position // BLOCK
+    table = cache.table[list(rows)][:, list(heads)].long()
+    known = blocks < table.shape[-1]
+    ids = (
+        table[:, :, blocks.clamp(max=max(table.shape[-1] - 1, 0))] if table.shape[-1] else table.new_full((1, 1, 1), -1)
+    )
+    if not bool(known.all()) or bool((ids < 0).any()) or int(ids.max()) >= sum(map(len, cache.keys)):
+        raise UnsupportedError("a block that a query sees has no id of the pool in the table")
+    ids, place = ids.to(device), (position % BLOCK).to(device)
+    return Keys(_read(cache.keys, ids, place), _read(cache.values, ids, place), pieces)
+
+
+def _read(segments: Sequence[torch.Tensor], ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Returns tokens of a pool, `[rows, heads, tokens, dim]`.
+
+    Args:
+        segments: of the pool, `[blocks, 16, dim]` each.
+        ids: blocks of the tokens, `[rows, heads, tokens]`.
+        place: of the tokens in their blocks, `[tokens]`.
+    """
+    if len(segments) == 1:
+        return segments[0][ids, place]
+    found = segments[0].new_empty(*ids.shape, segments[0].shape[-1])
+    first, places = 0, place.expand_as(ids)
+    for segment in segments:
+        inside = (ids >= first) & (ids < first + len(segment))
+        found[inside] = segment[ids[inside] - first, places[inside]]
+        first += len(segment)
+    return found
+
+
+def _joined(held: Keys | None, chunk: tuple[torch.Tensor, ...], past: int) -> Keys:
+    """Returns the cached keys and values followed by those of the chunk, which begins at the position `past`."""
+    key, value = chunk
+    own = past, key.shape[2]
+    if held is None:
+        return Keys(key, value, [own])
+    return Keys(torch.cat((held.keys, key), 2), torch.cat((held.values, value), 2), [*held.pieces, own])

@@ -1,0 +1,52 @@
+"""The formats that keys and values can be cached in, and what a vector of each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+class Format(Protocol):
+    """How a key or a value is kept.
+
+    Attributes:
+        name: as a plan writes it.
+        code: as a rule table and the kernels write it.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def code(self) -> int: ...  # noqa: D102
+
+    def vector_bytes(self, dim: int, dtype: str) -> int:
+        """Returns the bytes of one vector.
+
+        Args:
+            dim: its numbers.
+            dtype: the model's.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """As the model computes it, in its dtype."""
+
+    name: str = "native"
+    code: int = 0
+
+    def vector_bytes(self, dim: int, dtype: str) -> int:
+        """See `Format`."""
+        return dim * DTYPE_BYTES[dtype]
+
+
+NATIVE = Native().name
+FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(),)}
+"""Every format by its name; a new one is a class and an entry here."""
+FORMAT_NAMES = {format.code: name for name, format in FORMATS.items()}
+"""Names of the formats by their codes."""

@@ -1,0 +1,111 @@
+"""Rules as columns of integers: what cost, influence, cache, attention and the compiled kernels all take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moacompress.core.arrays import Ints
+from moacompress.rules.formats import FORMAT_NAMES, FORMATS
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import Span, block_runs, kept, slots, visible_intervals
+
+COLUMNS = ("sink", "alpha", "beta_q", "min_window", "native_window", "key_format", "value_format")
+"""What the columns of a table hold: the numbers of a `Span`, then the codes of the two formats."""
+
+
+@dataclass(frozen=True, eq=False)
+class RuleTable:
+    """The rules of a layer's KV heads, or candidates for one.
+
+    Attributes:
+        columns: int64 `[len(COLUMNS), rules]`, contiguous. A numpy array; a copy for a device has a tensor in its place.
+    """
+
+    columns: Any
+
+    @staticmethod
+    def of(rules: Sequence[Rule], min_window: int, native_window: int | None = None) -> RuleTable:
+        """Returns the table of rules, in their order.
+
+        Args:
+            rules: one of each KV head, or candidates.
+            min_window: the plan's smallest window, tokens.
+            native_window: the layer's own sliding window in tokens, or None.
+        """
+        rows = [
+            (*rule.span(min_window, native_window), FORMATS[rule.key_format].code, FORMATS[rule.value_format].code)
+            for rule in rules
+        ]
+        return RuleTable(np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, len(COLUMNS)).T))
+
+    def in_layer(self, native_window: int | None) -> RuleTable:
+        """Returns the same rules for a layer with another sliding window of its own, in tokens, or None."""
+        columns = self.columns * 1  # a copy, of whatever kind of array it is
+        columns[COLUMNS.index("native_window")] = native_window or 0
+        return RuleTable(columns)
+
+    def __len__(self) -> int:
+        return int(self.columns.shape[1])
+
+    @property
+    def span(self) -> Span:
+        """What decides which keys are visible, each int64 `[rules]`."""
+        return Span(*self.columns[: len(Span._fields)])
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules, without the two windows that are not theirs."""
+        rows = zip(*self.columns.tolist(), strict=True)
+        return tuple(
+            Rule(sink, alpha, beta_q, FORMAT_NAMES[key], FORMAT_NAMES[value])
+            for sink, alpha, beta_q, _, _, key, value in rows
+        )
+
+    def visible_intervals(self, n: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Returns what queries see under every rule; see `windows.visible_intervals`.
+
+        Args:
+            n: positions of the queries + 1, `[...]`.
+
+        Returns:
+            Bounds that broadcast to `[..., rules]`.
+        """
+        return visible_intervals(n[..., None], self.span)
+
+    def block_runs(self, n: Ints) -> Ints:
+        """Returns the cache blocks that every rule touches, int64 `[RUNS, 2, ..., rules]`: begin and end of each run.
+
+        Args:
+            n: tokens so far, int64 `[...]`.
+        """
+        shape = (*n.shape, len(self))
+        runs = block_runs(n[..., None], self.span)
+        return np.stack([np.stack([np.broadcast_to(bound, shape) for bound in run]) for run in runs])
+
+    def kept(self, n: Ints) -> Ints:
+        """Returns the keys visible to queries `n - 1`, int64 `[..., rules]`."""
+        return np.asarray(kept(n[..., None], self.span), np.int64)
+
+    def slots(self, n: Ints) -> Ints:
+        """Returns the tokens that the cache holds memory for at `n` tokens, int64 `[..., rules]`."""
+        return np.asarray(slots(n[..., None], self.span), np.int64)
+
+    def token_bytes(self, head_dim: int, value_dim: int, dtype: str) -> Ints:
+        """Returns the bytes of one token under every rule, int64 `[rules]`; see `Rule.token_bytes`."""
+        return np.array([rule.token_bytes(head_dim, value_dim, dtype) for rule in self.rules], np.int64)
+
+    def groups(self) -> list[tuple[Span, tuple[int, ...]]]:
+        """Returns the numbers of the rules by what they keep and how, with that span: they are worked on together.
+
+        Every rule that sees all is one.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, row in enumerate(zip(*self.columns.tolist(), strict=True)):
+            if Rule(*row[:3]).sees_all:
+                row = (*Rule.FULL.to_list(), *row[3:])
+            found.setdefault(row, []).append(number)
+        return [(Span(*row[: len(Span._fields)]), tuple(numbers)) for row, numbers in found.items()]

@@ -1,0 +1,126 @@
+"""Taking in a chunk: what no later query sees is given back, blocks are taken, and the tokens that stay are written."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.rules.windows import BLOCK, RUNS
+from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
+from moacompress.runtime.cache.equal_rows import find_equal_rows
+from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.pool import ragged_ranges
+from moacompress.runtime.cache.real_tokens import Chunk
+
+LONGEST_LOOK = 4096
+"""Steps over which the largest cache on the way to a reserved length is looked for."""
+
+
+def commit(
+    held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, chunk: Chunk, *, lag: int = 0, to_come: int = 0
+) -> None:
+    """Takes in a chunk; rows that are the same are taken in once.
+
+    Args:
+        held: the layer's blocks.
+        key: `[rows, kv_heads, tokens, head_dim]`.
+        value: `[rows, kv_heads, tokens, value_dim]`.
+        chunk: which of its tokens are real.
+        lag: tokens that are kept longer for rolling back.
+        to_come: tokens of a row after the chunk for which the first memory is taken, too.
+    """
+    equals = find_equal_rows(held.lengths, held.table.ids, key, value, chunk)
+    if equals is None:
+        _commit(held, key, value, chunk, lag, to_come)
+        return
+    unique, inverse = np.unique(equals, return_inverse=True)
+    at = torch.from_numpy(unique).to(key.device)
+    held.select(unique)
+    _commit(held, key[at], value[at], chunk.of_rows(unique), lag, to_come)
+    held.select(inverse)
+
+
+def _commit(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, chunk: Chunk, lag: int, to_come: int) -> None:
+    before, counts = held.lengths, chunk.counts(len(held.lengths))
+    lengths = before + counts
+    runs = kept_runs(held.rules, lengths, held.runs, lag)
+    with held.pool.lock:
+        if not held.pool.tensors:
+            held.pool.reserve(_needed(held, lengths, runs, 0 if lag else to_come))
+        _free(held, runs)
+        _extend(held, before, counts, runs)
+    held.runs, held.lengths = runs, lengths
+    _write(held, key, value, before, chunk)
+
+
+def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> int:
+    """Returns the blocks to take memory for: those at these lengths, or the most on the way to the reserved one."""
+    now = int(run_sizes(runs).sum())
+    if to_come <= 0:
+        return now
+    total = 0
+    for n, count in zip(*np.unique(lengths, return_counts=True), strict=True):
+        way = np.arange(max(n, n + to_come - LONGEST_LOOK), n + to_come + 1)
+        total += int(count) * int(run_sizes(held.rules.block_runs(way)).sum(axis=1).max())
+    return max(total, now)
+
+
+def _free(held: LayerBlocks, runs: Ints) -> None:
+    """Gives back the blocks that are held and not in `runs`."""
+    flat = runs.reshape(RUNS, 2, -1)
+    for begin, end in held.runs:
+        owner, number = ragged_ranges(begin, np.minimum(runs[-1, BEGIN], end))
+        stays = np.zeros(len(owner), np.bool_)
+        for low, high in flat[:, :, owner]:
+            stays |= (number >= low) & (number < high)
+        held.drop(owner[~stays], number[~stays])
+
+
+def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
+    """Puts a free block wherever `runs` has one more, and a copy in place of a shared one that will be written to."""
+    pool, table = held.pool, held.table
+    table.widen(int(runs[-1, END].max(initial=0)))
+    end = -(-before[:, None] // BLOCK)
+    new = [ragged_ranges(np.maximum(low, end), high) for low, high in runs]
+    owner, number = (np.concatenate(parts) for parts in zip(*new, strict=True))
+    if len(owner):
+        rows, heads = np.divmod(owner, held.heads)
+        table.ids[rows, heads, number] = pool.take(len(owner))
+    if not pool.shared:
+        return
+    open_rows = np.flatnonzero((before % BLOCK != 0) & (counts > 0))
+    last = table.ids[open_rows, :, before[open_rows] // BLOCK]
+    row, head = np.nonzero((last >= 0) & (pool.refs[np.maximum(last, 0)] > 1))
+    if len(row):
+        sources = last[row, head]
+        copies = pool.take(len(row))
+        pool.copy(sources, copies)
+        pool.release(sources)
+        table.ids[open_rows[row], head, before[open_rows[row]] // BLOCK] = copies
+
+
+def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
+    """Copies the real tokens of the chunk that stay into their blocks."""
+    ids = held.table.ids
+    if chunk.columns == 1:
+        rows = np.flatnonzero(held.lengths > before)
+        own = ids[rows, :, before[rows] // BLOCK].astype(np.int64)
+        slots = (own * BLOCK + (before[rows] % BLOCK)[:, None]).reshape(-1)
+        picked = [
+            t[:, :, 0] if len(rows) == len(t) else t[torch.from_numpy(rows).to(t.device), :, 0] for t in (key, value)
+        ]
+        held.pool.write(slots, *(t.flatten(0, 1).detach() for t in picked))
+        return
+    for row in range(len(before)):
+        first, end = before[row], held.lengths[row]
+        parts = [
+            ragged_ranges(np.maximum(begin * BLOCK, first), np.minimum(stop * BLOCK, end))
+            for begin, stop in held.runs[:, :, row]
+        ]
+        head, position = (np.concatenate(part) for part in zip(*parts, strict=True))
+        slots = ids[row][head, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
+        real = chunk.where(row)
+        column = position - first if real is None else real[position - first]
+        h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(key.device) for t in (head, column))
+        held.pool.write(slots, key[row, h, at].detach(), value[row, h, at].detach())

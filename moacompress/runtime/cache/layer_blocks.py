@@ -1,0 +1,109 @@
+"""What the cache of one layer holds: blocks in a pool, and a block table for every row and KV head.
+
+Token j of a row lives in its head's logical block j // 16. Which logical blocks are there follows from the number of tokens
+in the row by arithmetic (`block_runs`), so growing appends a block, forgetting frees one, and nothing is ever moved. The
+tokens of a row are those that its mask calls real: padding is never written and never counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.kernels.backend import CacheState, CacheView, Room
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
+from moacompress.runtime.cache.block_runs import no_runs
+from moacompress.runtime.cache.pool import Pool, Table
+
+
+class LayerBlocks:
+    """The blocks of one layer.
+
+    Args:
+        rules: of the KV heads, in numpy.
+        pool: where the blocks lie; forks share it.
+        table: which block is which; its blocks are given back when this is dropped.
+        lengths: real tokens of every row, int64 `[rows]`.
+        runs: the logical blocks held, int64 `[RUNS, 2, rows, heads]`; compiled kernels write to it.
+    """
+
+    def __init__(self, rules: RuleTable, pool: Pool, table: Table, lengths: Ints, runs: Ints) -> None:
+        self.rules, self.pool, self.table, self.lengths, self.runs = rules, pool, table, lengths, runs
+        # a fork that is dropped gives its blocks back to those that live on
+        self.give_back = weakref.finalize(self, _give_back, pool, table)
+        self.give_back.atexit = False
+
+    @staticmethod
+    def none(rules: RuleTable, key: torch.Tensor, value: torch.Tensor) -> LayerBlocks:
+        """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each."""
+        rows, heads = key.shape[0], len(rules)
+        lengths = np.zeros(rows, np.int64)
+        return LayerBlocks(rules, Pool(key, value), Table(rows, heads), lengths, no_runs(rows, heads))
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return len(self.rules)
+
+    @property
+    def used(self) -> int:
+        """Blocks in use, those that other caches use too included."""
+        return int(np.count_nonzero(np.unique(self.table.ids) >= 0))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of `used`."""
+        return self.used * self.pool.block_bytes
+
+    def has_memory_for(self, like: torch.Tensor) -> bool:
+        """Whether a step's keys and values can go into the pool as they are: there is memory, of the dtype of `like`."""
+        return bool(self.pool.keys) and self.pool.keys[0].dtype == like.dtype
+
+    def view(self) -> CacheView:
+        """Returns what attention reads."""
+        with self.pool.lock:  # a fork in another thread may be adding a segment
+            return CacheView([*self.pool.keys], [*self.pool.values], torch.from_numpy(self.table.ids))
+
+    def state(self, lag: int) -> CacheState:
+        """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""
+        table, lengths, runs, refs = map(torch.from_numpy, (self.table.ids, self.lengths, self.runs, self.pool.refs))
+        return CacheState(self.pool.keys, self.pool.values, table, lengths, runs, refs, lag)
+
+    def make_room(self, room: Room) -> None:
+        """Gives a compiled step what it lacks; the pool's lock is held."""
+        if room.blocks:
+            self.pool.grow(room.blocks)
+        else:
+            self.table.widen(int(self.lengths.max()) // BLOCK + 1)
+
+    def select(self, rows: Ints) -> None:
+        """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
+        old = self.table.ids
+        with self.pool.lock:
+            self.pool.retain(old[rows])
+            self.pool.release(old)
+        self.table.ids = old.take(rows, axis=0)
+        self.lengths = self.lengths[rows]
+        self.runs = self.runs.take(rows, axis=2)
+
+    def drop(self, owner: Ints, number: Ints) -> None:
+        """Gives back blocks; the pool's lock is held.
+
+        Args:
+            owner: row * heads + head of each.
+            number: its logical number.
+        """
+        if not len(owner):
+            return
+        rows, heads = np.divmod(owner, self.heads)
+        self.pool.release(self.table.ids[rows, heads, number])
+        self.table.ids[rows, heads, number] = -1
+
+
+def _give_back(pool: Pool, table: Table) -> None:
+    with pool.lock:
+        pool.release(table.ids)

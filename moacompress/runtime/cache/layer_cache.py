@@ -1,0 +1,288 @@
+"""The cache of one layer as transformers and the attention see it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.backend import CacheState, Room
+from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.cache.block_runs import LAG
+from moacompress.runtime.cache.commit import commit
+from moacompress.runtime.cache.fork import fork, pack, unpack
+from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
+
+StepCall = Callable[[CacheState], tuple[torch.Tensor, Room | None]]
+"""A call of a backend that takes one more token of every row into the cache."""
+
+
+class PlanCacheLayer(CacheLayerMixin):
+    """The cache of one layer; the attention reads and commits it, transformers only asks for its length.
+
+    Args:
+        rules: of the KV heads, in numpy.
+        reserve: tokens of a row for which memory is taken at once, or None.
+
+    Attributes:
+        columns: tokens fed so far, padding included; transformers' length.
+        held: its blocks; None while it is empty.
+        stepping: whether a compiled call has begun whose token is not counted yet; after a forward, that it was interrupted.
+        record_past: whether `LAG` tokens are kept longer, so that drafts can be rolled back.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, rules: RuleTable, reserve: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rules, self.reserve = rules, reserve
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.columns = 0
+        self.held: LayerBlocks | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.stepping = False
+        self.is_initialized = False
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether drafts can be rolled back: while a little more than the plan's is kept."""
+        return self.record_past
+
+    @property
+    def lag(self) -> int:
+        """Tokens that are kept longer than the plan says, so that drafts can be rolled back."""
+        return LAG if self.record_past else 0
+
+    @property
+    def lengths(self) -> Ints:
+        """Real tokens of every row, int64 `[rows]`."""
+        return np.zeros(0, np.int64) if self.held is None else self.held.lengths
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the cache, -1 while it is empty."""
+        return -1 if self.held is None else len(self.held.lengths)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that hold memory."""
+        return [] if self.held is None else self.held.pool.tensors
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in use, those that other caches use too included."""
+        return 0 if self.held is None else self.held.used
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of `blocks`."""
+        return 0 if self.held is None else self.held.used_bytes
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of a chunk; the attention that follows commits it.
+
+        Args:
+            key_states: `[batch, kv_heads, tokens, head_dim]`.
+            value_states: `[batch, kv_heads, tokens, value_dim]`.
+            *args: ignored.
+            **kwargs: ignored.
+        """
+        if self.held is None:
+            self.lazy_initialization(key_states, value_states)
+        self.check_rows(key_states.shape[0])
+        self._pending = key_states, value_states
+        return key_states, value_states
+
+    def check_rows(self, rows: int) -> None:
+        """Refuses a chunk that cannot follow what the cache has taken in.
+
+        Raises:
+            UnsupportedError: a forward was left in its midst, or the cache has another number of rows.
+        """
+        if self._pending is not None:
+            raise UnsupportedError(
+                "this cache was left in the middle of a forward (an interrupt, or an attention that is not moacompress's); "
+                "start a new one"
+            )
+        if rows != len(self.lengths):
+            raise UnsupportedError(f"the cache holds {len(self.lengths)} rows, the input has {rows}")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes the number of rows, the dimensions and the device; no memory yet."""
+        self.held = LayerBlocks.none(self.rules, key_states, value_states)
+        self.is_initialized = True
+
+    def blocks_held(self) -> LayerBlocks:
+        """Returns its blocks; there are some."""
+        assert self.held is not None
+        return self.held
+
+    def can_step(self, like: torch.Tensor) -> bool:
+        """Whether a compiled call can take in one more token of every row: there is memory of the dtype of `like`."""
+        return self.held is not None and self.held.has_memory_for(like)
+
+    def can_step_rows(self, hidden: torch.Tensor) -> bool:
+        """As `can_step`, for hidden states `[rows, 1, hidden]` of as many rows, and no forward was left in its midst."""
+        return self.can_step(hidden) and self._pending is None and hidden.shape[0] == len(self.lengths)
+
+    def stepped(self, call: StepCall) -> torch.Tensor:
+        """Makes a call that takes in one more token of every row, all real, and gives it room where it lacks some.
+
+        Args:
+            call: is given the state; see `can_step`.
+
+        Returns:
+            What the call returns.
+        """
+        held = self.blocks_held()
+        with held.pool.lock:
+            self.stepping = True
+            while True:
+                out, room = call(held.state(self.lag))
+                if room is None:
+                    break
+                held.make_room(room)
+            self.columns += 1
+            self.stepping = False
+        return out
+
+    def step_pending(self, call: StepCall) -> torch.Tensor:
+        """As `stepped`, for the chunk of the running forward, which is then taken in."""
+        out = self.stepped(call)
+        self._pending = None
+        return out
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Returns what a state and `can_step_rows` are made of: they say the same as long as these are the same objects."""
+        held = self.blocks_held()
+        return held.table.ids, held.lengths, held.runs, held.pool.refs, self._pending
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Of the memory, which forks share; held while a state is used."""
+        return self.blocks_held().pool.lock
+
+    def commit(self, chunk: Chunk) -> None:
+        """Takes in the chunk of the running forward, and frees every block that no later query sees.
+
+        Args:
+            chunk: which of its tokens are real.
+        """
+        assert self._pending is not None
+        to_come = (self.reserve or 0) - self.columns - chunk.columns
+        commit(self.blocks_held(), *self._pending, chunk, lag=self.lag, to_come=to_come)
+        self.columns += chunk.columns
+        self._pending = None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns `(kv_length, kv_offset)` as transformers asks for it."""
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the number of tokens fed so far, padding included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """Returns -1: the cache grows as long as memory lasts."""
+        return -1
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        if self.held is not None:
+            self.held.give_back()
+        self._clear()
+
+    def select(self, rows: Ints) -> None:
+        """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
+        if self.held is not None:
+            self.held.select(rows)
+
+    def check_roll_back(self, counts: Ints) -> None:
+        """Refuses to forget so many of the last real tokens of every row, `[rows]`.
+
+        Raises:
+            UnsupportedError: what the earlier length needs is gone.
+        """
+        check_roll_back(self.blocks_held(), counts, recording=self.record_past)
+
+    def roll_back(self, counts: Ints, columns: int) -> None:
+        """Forgets the last real tokens of every row.
+
+        Args:
+            counts: how many, `[rows]`.
+            columns: tokens fed that they were, padding included.
+
+        Raises:
+            UnsupportedError: see `check_roll_back`.
+        """
+        self.check_roll_back(counts)
+        roll_back(self.blocks_held(), counts)
+        self.columns -= columns
+
+    def fork(self) -> PlanCacheLayer:
+        """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
+        if self._pending is not None:
+            raise UnsupportedError("a cache cannot be forked in the middle of a forward")
+        other = PlanCacheLayer(self.rules, self.reserve)
+        other.record_past = self.record_past
+        if self.held is not None:
+            other._use(fork(self.held), self.columns)
+        return other
+
+    def _use(self, held: LayerBlocks, columns: int) -> None:
+        self.held, self.columns, self.is_initialized = held, columns, True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._pending is not None or self.stepping:
+            raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
+        packed = None if self.held is None else pack(self.held)
+        return type(self), (self.rules, self.reserve), (self.record_past, self.columns, packed)
+
+    def __setstate__(self, state: tuple[bool, int, Any]) -> None:
+        self.record_past, columns, packed = state
+        if packed is not None:
+            self._use(unpack(self.rules, packed), columns)
+
+    def activate_past_recording(self) -> None:
+        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens of every row; see `PlanCache.crop`, which knows of padding."""
+        count = abs(tokens_to_remove)
+        if count and self.held is not None:
+            self.roll_back(np.full(len(self.lengths), count, np.int64), count)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""
+        self.select(beam_idx.detach().cpu().numpy())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows of the batch, in that order."""
+        rows = indices.detach().cpu()
+        self.select((torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows).numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch; the copies share blocks."""
+        self.select(np.arange(len(self.lengths)).repeat(repeats))
+
+    def offload(self) -> None:
+        """Refused: the cache stays on its device."""
+        raise UnsupportedError("an offloaded cache is not supported by moacompress; its own cache is small already")
+
+    prefetch = offload

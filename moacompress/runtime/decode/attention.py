@@ -1,0 +1,117 @@
+"""The attention that transformers calls under the name `moacompress`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.backend import Scores, prefill_alone
+from moacompress.kernels.dispatch import backend_for
+from moacompress.runtime import masks
+from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
+from moacompress.runtime.decode.routes import take
+from moacompress.runtime.decode.step_requests import AttendRequest
+
+MASK_SHAPE = (
+    "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
+    "which tokens are real"
+)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends under the plan and, with a cache, commits the chunk.
+
+    Args:
+        module: the attention module.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`, of these tokens only.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        attention_mask: which tokens are real, bool `[batch, tokens]`, or None where all are; what a padded query gets is 0, but
+            in the last column.
+        scaling: factor on the scores, `head_dim ** -0.5` if None.
+        dropout: must be 0.
+        sliding_window: the layer's own window, checked against the plan's.
+        softcap: bound of the scores by tanh.
+        s_aux: learned sink logit of each query head, `[heads]`.
+        is_causal: must not be False.
+        **kwargs: holds the `LayerCall`.
+
+    Returns:
+        `[batch, tokens, heads, value_dim]` and None: there are no attention weights to give.
+    """
+    call = kwargs.get(CONTEXT)
+    if not isinstance(call, LayerCall):
+        raise UnsupportedError(
+            "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
+            "from_pretrained, or use moacompress.attach(model, plan)"
+        )
+    context, cache = call
+    _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
+    scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
+    tensors = (query, key, value, attention_mask)
+    if not torch.compiler.is_compiling():
+        return take(AttendRequest(context, cache, *tensors, scores)), None
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        handle = None if cache is None else cache.handle
+        out = torch.ops.moacompress.attend(*tensors, handle, context.rules.columns, context.layer, *scores)
+        return out, None
+    backend = backend_for(query)
+    if cache is None and attention_mask is None and backend.capabilities.prefill_gradients:
+        whole = prefill_alone(backend, query, key, value, rules=context.rules, scores=scores)
+        return whole.transpose(1, 2).contiguous(), None
+    return _take_around(context, cache, *tensors, scores), None
+
+
+@torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]
+def _take_around(*arguments: Any) -> torch.Tensor:
+    """`take` where a compiled model cannot hold it whole: the model around it is compiled."""
+    return take(AttendRequest(*arguments))
+
+
+def _refuse(
+    module: torch.nn.Module,
+    context: LayerContext,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    is_causal: bool | None,
+) -> None:
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedError(MASK_SHAPE.format(tuple(attention_mask.shape)))
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedError("is_causal=False is not supported: a plan is made for causal attention")
+    if dropout:
+        raise UnsupportedError(f"attention dropout ({dropout}) is not supported by a compressed model; set it to 0")
+    if key.shape[1] != context.kv_heads:
+        raise UnsupportedError(
+            f"layer {context.layer} attends with {key.shape[1]} KV heads, the plan has {context.kv_heads}; "
+            "tensor parallelism is not supported"
+        )
+    if sliding_window is not None and sliding_window != context.native_window:
+        raise UnsupportedError(
+            f"layer {context.layer} runs with a sliding window of {sliding_window}, the plan was made for "
+            f"{context.native_window}"
+        )
+
+
+def register() -> None:
+    """Makes the attention and its mask function known to transformers."""
+    AttentionInterface.register(NAME, attention_forward)
+    masks.register(NAME)

@@ -1,0 +1,67 @@
+"""What the attention of one layer needs to know of the plan, and how it is handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.kernels.backend import as_tensors
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.cache.plan_cache import PlanCache
+
+NAME = "moacompress"
+"""Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
+CONTEXT = "moacompress_context"
+"""Keyword under which a `LayerCall` reaches the attention."""
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """A layer's part of the plan.
+
+    Attributes:
+        layer: index of the layer.
+        rules: of its KV heads, with tensors on the CPU.
+        native_window: the layer's own sliding window in tokens, or None.
+    """
+
+    layer: int
+    rules: RuleTable
+    native_window: int | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of the layer."""
+        return len(self.rules)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # not as a tensor, which would be read onto the device of the weights
+        return _from_columns, (self.layer, self.rules.columns.numpy(), self.native_window)
+
+    @staticmethod
+    def of(layer: int, rules: Sequence[Rule], min_window: int, native_window: int | None) -> LayerContext:
+        """Returns the context of a layer with these rules."""
+        return _with_tensors(layer, RuleTable.of(rules, min_window, native_window), native_window)
+
+
+def _from_columns(layer: int, columns: Ints, native_window: int | None) -> LayerContext:
+    return _with_tensors(layer, RuleTable(columns.copy()), native_window)
+
+
+def _with_tensors(layer: int, rules: RuleTable, native_window: int | None) -> LayerContext:
+    here = as_tensors(rules)
+    # or a graph of as many rows as there are KV heads would be for no other number of rows
+    torch._dynamo.mark_static(here.columns)
+    return LayerContext(layer, here, native_window)
+
+
+class LayerCall(NamedTuple):
+    """What the hook of a layer hands to its attention: the context, and the model's cache or None."""
+
+    context: LayerContext
+    cache: PlanCache | None

@@ -1,0 +1,282 @@
+"""The routes that a forward's attention can take, in one list, the fastest first.
+
+A request goes by the first route that takes its kind and can. A step of whole layers that none can is made of smaller
+requests, down to plain attention, which can always. Which routes a process takes is logged once each, and counted by the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar, cast
+
+import numpy as np
+import torch
+
+from moacompress.kernels.backend import CacheView
+from moacompress.kernels.dispatch import backend_for, backend_with_gradients
+from moacompress.rules.windows import BLOCK
+from moacompress.runtime.decode.all_layers import can_step_all, step_all
+from moacompress.runtime.decode.step_requests import (
+    AttendRequest,
+    HiddenRequest,
+    LayerRequest,
+    Request,
+    StackRequest,
+)
+
+logger = logging.getLogger(__name__)
+RequestKind = TypeVar("RequestKind", bound=Request)
+
+
+class Route(ABC, Generic[RequestKind]):
+    """One way to do what a request asks for.
+
+    Attributes:
+        name: as the log and `bench` show it.
+        takes: the kind of request.
+    """
+
+    name: str
+    takes: type[RequestKind]
+
+    @abstractmethod
+    def can(self, request: RequestKind) -> bool:
+        """Returns whether it can do what is asked for; nothing is changed."""
+
+    @abstractmethod
+    def run(self, request: RequestKind) -> torch.Tensor | None:
+        """Does it, cache included; None, and nothing is done, where it cannot after all."""
+
+
+class AllLayers(Route[StackRequest]):
+    """All decoder layers in one compiled call."""
+
+    name, takes = "all layers", StackRequest
+
+    def can(self, request: StackRequest) -> bool:
+        """See `Route`: few rows and no autocast, layers that are known and as they were read, and caches with memory."""
+        return can_step_all(request)
+
+    def run(self, request: StackRequest) -> torch.Tensor | None:
+        """See `Route`: `[rows, 1, hidden]`."""
+        return step_all(request)
+
+
+class OneLayer(Route[LayerRequest]):
+    """A decoder layer in one compiled call."""
+
+    name, takes = "one layer", LayerRequest
+
+    def can(self, request: LayerRequest) -> bool:
+        """See `Route`: the backend has such a call, and the cache memory."""
+        return request.backend.capabilities.step_layer and request.cache.can_step(request.hidden)
+
+    def run(self, request: LayerRequest) -> torch.Tensor:
+        """See `Route`: `[rows, 1, hidden]`."""
+        cache, rules = request.cache, request.context.rules
+        cache.check_rows(request.hidden.shape[0])
+        return cache.stepped(
+            lambda state: request.backend.step_layer(
+                request.hidden,
+                layer=request.weights,
+                rotary=request.rotary,
+                cache=state,
+                rules=rules,
+                scores=request.scores,
+            )
+        )
+
+
+class FromHidden(Route[HiddenRequest]):
+    """Projections, rotary embeddings, cache and attention in one compiled call."""
+
+    name, takes = "attention from hidden states", HiddenRequest
+
+    def can(self, request: HiddenRequest) -> bool:
+        """See `Route`: the backend has such a call, and the cache memory."""
+        return request.backend.capabilities.step_hidden and request.cache.can_step(request.hidden)
+
+    def run(self, request: HiddenRequest) -> torch.Tensor:
+        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        cache, rules = request.cache, request.context.rules
+        cache.check_rows(request.hidden.shape[0])
+        return cache.stepped(
+            lambda state: request.backend.step_hidden(
+                request.hidden,
+                projections=request.projections,
+                rotary=request.rotary,
+                cache=state,
+                rules=rules,
+                scores=request.scores,
+            )
+        )
+
+
+class CacheStep(Route[AttendRequest]):
+    """One real token a row: into the cache and attended to in one compiled call."""
+
+    name, takes = "cache step", AttendRequest
+
+    def can(self, request: AttendRequest) -> bool:
+        """See `Route`: no padding and no gradients, and a cache with memory."""
+        query, cache = request.query, request.cache
+        single = request.tokens == 1 and request.chunk.real is None and not query.requires_grad
+        return cache is not None and single and backend_for(query).capabilities.step and cache.can_step(query)
+
+    def run(self, request: AttendRequest) -> torch.Tensor:
+        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        cache, backend = request.cache, backend_for(request.query)
+        assert cache is not None
+        token = (request.query, request.key.detach(), request.value.detach())
+        return cache.step_pending(
+            lambda state: backend.step(*token, cache=state, rules=request.context.rules, scores=request.scores)
+        )
+
+
+class CommitAndDecode(Route[AttendRequest]):
+    """One token a row, some of them padding: the cache takes it in, and is then attended to.
+
+    What is evicted is not seen any more, and can make room first. A padded query sees what its row's last real token sees.
+    """
+
+    name, takes = "commit and decode", AttendRequest
+
+    def can(self, request: AttendRequest) -> bool:
+        """See `Route`: a cache, and one token."""
+        return request.cache is not None and request.tokens == 1
+
+    def run(self, request: AttendRequest) -> torch.Tensor:
+        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        cache, query = request.cache, request.query
+        assert cache is not None
+        cache.commit(request.chunk)
+        backend = backend_with_gradients(query, cached=True)
+        lengths = torch.from_numpy(cache.lengths)
+        out, _ = backend.decode(
+            query[:, :, 0],
+            cache=cache.blocks_held().view(),
+            lengths=lengths,
+            rules=request.context.rules,
+            scores=request.scores,
+        )
+        return out[:, None].contiguous()
+
+
+class Plain(Route[AttendRequest]):
+    """Attention of a chunk over cache and chunk; then the cache takes it in."""
+
+    name, takes = "plain", AttendRequest
+
+    def can(self, request: AttendRequest) -> bool:
+        """See `Route`: always."""
+        return True
+
+    def run(self, request: AttendRequest) -> torch.Tensor:
+        """See `Route`: `[batch, tokens, heads, value_dim]`, 0 for padding but in the last column."""
+        cache, chunk, batch = request.cache, request.chunk, len(request.query)
+        past = np.zeros(batch, np.int64) if cache is None else cache.lengths
+        cached = cache is not None and bool(past.any())
+        view = cast(Any, cache).blocks_held().view() if cached else CacheView.empty(request.key)
+        order = None if chunk.real is None else torch.from_numpy(chunk.order)[:, None, :, None].to(request.query.device)
+        query, key, value = (
+            tensor if order is None else tensor.gather(2, order.expand_as(tensor))
+            for tensor in (request.query, request.key, request.value)
+        )
+        out, _ = backend_with_gradients(query, cached=cached).prefill(
+            query,
+            key,
+            value,
+            cache=view,
+            past=torch.from_numpy(past),
+            valid=torch.from_numpy(chunk.counts(batch)),
+            rules=request.context.rules,
+            scores=request.scores,
+        )
+        if order is not None:
+            out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
+        if cache is not None:
+            cache.commit(chunk)
+        if chunk.real is not None and not chunk.real[:, -1].all():
+            out = _with_padded_ends(request, key, value, out)
+        return out.transpose(1, 2).contiguous()
+
+
+def _with_padded_ends(
+    request: AttendRequest, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Returns `out` with attention for the last column of rows that end in padding.
+
+    `generate` goes on from the last column, whatever it holds. As in the dense model a padded query sees what is real before
+    it: what the row's last real token sees.
+
+    Args:
+        request: its chunk is in the cache already, if there is one.
+        key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
+        value: likewise, `[batch, kv_heads, tokens, value_dim]`.
+        out: `[batch, heads, tokens, value_dim]`.
+    """
+    cache, chunk = request.cache, request.chunk
+    assert chunk.real is not None
+    tokens = chunk.counts(len(out)) if cache is None else cache.lengths
+    lengths = torch.from_numpy(np.where(chunk.real[:, -1], 0, tokens))
+    ends, _ = backend_with_gradients(request.query, cached=True).decode(
+        request.query[:, :, -1],
+        cache=_as_blocks(key, value) if cache is None else cache.blocks_held().view(),
+        lengths=lengths,
+        rules=request.context.rules,
+        scores=request.scores,
+    )
+    padded = (lengths > 0).to(out.device)[:, None, None]
+    return torch.cat((out[:, :, :-1], torch.where(padded, ends, out[:, :, -1])[:, :, None]), 2)
+
+
+def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
+    """Returns a chunk as a cache that holds it from the position 0 on."""
+    rows, heads, tokens, _ = key.shape
+    width = -(-tokens // BLOCK)
+    keys, values = (
+        torch.nn.functional.pad(tensor, (0, 0, 0, width * BLOCK - tokens)).reshape(-1, BLOCK, tensor.shape[-1])
+        for tensor in (key, value)
+    )
+    table = torch.arange(rows * heads * width, dtype=torch.int32).view(rows, heads, width)
+    return CacheView([keys], [values], table)
+
+
+ROUTES: tuple[Route[Any], ...] = (AllLayers(), OneLayer(), FromHidden(), CacheStep(), CommitAndDecode(), Plain())
+"""All routes, in the order in which they are tried."""
+_BY_REQUEST = {
+    kind: tuple(route for route in ROUTES if route.takes is kind)
+    for kind in (StackRequest, LayerRequest, HiddenRequest, AttendRequest)
+}
+_said: set[str] = set()
+
+
+def first_route(request: Request) -> torch.Tensor | None:
+    """Does what a request asks for by the first route that can; None where there is none."""
+    for route in _BY_REQUEST[type(request)]:
+        out = route.run(request) if route.can(request) else None
+        if out is None:
+            continue
+        if request.tokens == 1 and request.whole is not None:
+            request.whole.step_routes[route.name] += request.layers
+            if route.name not in _said:
+                _said.add(route.name)
+                logger.info("decode steps go by the route: %s", route.name)
+        return out
+    return None
+
+
+def take(request: AttendRequest | HiddenRequest | LayerRequest) -> torch.Tensor:
+    """Does what a request asks for; one that no route can do is made of a smaller one.
+
+    Returns:
+        Of a decoder layer `[rows, 1, hidden]`, of attention `[batch, tokens, heads, value_dim]`.
+    """
+    out = first_route(request)
+    if out is not None:
+        return out
+    if isinstance(request, LayerRequest):
+        return request.finished(take(request.hidden_request()))
+    assert isinstance(request, HiddenRequest)  # plain attention can always
+    return take(request.attend_request())

@@ -1,0 +1,211 @@
+"""What is asked of a layer, or of all layers, in a forward; a larger request can be made of smaller ones.
+
+A whole decoder layer is attention from its hidden states with norms and a feed-forward around it, and that is attention of
+queries, keys and values that are made of the hidden states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, silu
+
+from moacompress.kernels.backend import AroundAttention, Backend, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.dispatch import backend_for
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.decode.context import LayerContext
+
+
+@dataclass(frozen=True)
+class AttendRequest:
+    """One layer's attention of a chunk, which its cache then takes in.
+
+    Attributes:
+        context: the layer's part of the plan.
+        whole: the model's cache, or None.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`; the cache knows of it and of `value`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        mask: which tokens are real, bool `[batch, tokens]`, or None where all are.
+        scores: how scores are made; learned logits `[heads]`.
+    """
+
+    context: LayerContext
+    whole: PlanCache | None
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scores: Scores
+    layers = 1
+
+    @property
+    def cache(self) -> PlanCacheLayer | None:
+        """The layer's cache."""
+        return None if self.whole is None else self.whole.layers[self.context.layer]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the chunk, padding included."""
+        return self.query.shape[2]
+
+    @cached_property
+    def chunk(self) -> Chunk:
+        """Which of its tokens are real."""
+        return Chunk.of(self.mask, self.tokens)
+
+
+@dataclass(frozen=True)
+class HiddenRequest:
+    """Attention of one token a row, from what the attention layer gets.
+
+    Attributes:
+        context: the layer's part of the plan.
+        whole: the model's cache.
+        hidden: `[rows, 1, inputs]`.
+        projections: what makes queries, keys and values of it.
+        rotary: of the token.
+        scaling: factor on the scores.
+    """
+
+    context: LayerContext
+    whole: PlanCache
+    hidden: torch.Tensor
+    projections: Projections
+    rotary: Rotary
+    scaling: float
+    layers = tokens = 1
+
+    @property
+    def cache(self) -> PlanCacheLayer:
+        """The layer's cache."""
+        return self.whole.layers[self.context.layer]
+
+    @property
+    def scores(self) -> Scores:
+        """How scores are made."""
+        return Scores(self.scaling)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend for the hidden states."""
+        return backend_for(self.hidden)
+
+    def attend_request(self) -> AttendRequest:
+        """Returns the attention that it asks for."""
+        rows, head_dim = self.hidden.shape[0], self.rotary.cos.shape[-1]
+        weights, biases = self.projections
+        value_dim = weights[2].shape[0] // self.context.kv_heads
+        query, key, value = (
+            linear(self.hidden, weight, bias).view(rows, 1, -1, dim).transpose(1, 2)
+            for weight, bias, dim in zip(weights, biases or (None,) * 3, (head_dim, head_dim, value_dim), strict=True)
+        )
+        query, key = rotated(query, self.rotary), rotated(key, self.rotary)
+        self.whole.update(key, value, self.context.layer)
+        return AttendRequest(self.context, self.whole, query, key, value, None, self.scores)
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """A whole decoder layer for one token a row.
+
+    Attributes:
+        context: the layer's part of the plan.
+        whole: the model's cache.
+        hidden: the residual stream, `[rows, 1, hidden]`.
+        weights: the layer's.
+        rotary: of the token.
+        scaling: factor on the scores.
+    """
+
+    context: LayerContext
+    whole: PlanCache
+    hidden: torch.Tensor
+    weights: LayerWeights
+    rotary: Rotary
+    scaling: float
+    layers = tokens = 1
+
+    @property
+    def cache(self) -> PlanCacheLayer:
+        """The layer's cache."""
+        return self.whole.layers[self.context.layer]
+
+    @property
+    def scores(self) -> Scores:
+        """How scores are made."""
+        return Scores(self.scaling)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend for the hidden states."""
+        return backend_for(self.hidden)
+
+    def hidden_request(self) -> HiddenRequest:
+        """Returns the attention that it asks for."""
+        projections, around = self.weights
+        normed = normalized(self.hidden, around.norms[0], around.eps)
+        return HiddenRequest(self.context, self.whole, normed, projections, self.rotary, self.scaling)
+
+    def finished(self, attended: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's output, `[rows, 1, hidden]`, from what attention gave, `[rows, 1, heads, value_dim]`."""
+        return feed_forward(self.hidden, attended.flatten(2), self.weights.around)
+
+
+@dataclass(frozen=True)
+class StackRequest:
+    """All decoder layers for one token a row.
+
+    Attributes:
+        stack: knows how the layers were read; an `all_layers.Stack`.
+        modules: the decoder layers.
+        whole: the model's cache.
+        hidden: what comes into the first, `[rows, 1, hidden]`.
+        rotary: of the token, as the model hands it to its layers.
+    """
+
+    stack: Any
+    modules: tuple[Any, ...]
+    whole: PlanCache
+    hidden: torch.Tensor
+    rotary: Rotary
+    tokens = 1
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers it is for."""
+        return len(self.modules)
+
+
+Request = AttendRequest | HiddenRequest | LayerRequest | StackRequest
+
+
+def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: AroundAttention) -> torch.Tensor:
+    """Returns what a decoder layer makes of what attention gave.
+
+    Args:
+        hidden: the residual stream, `[..., hidden]`.
+        attended: `[..., heads * value_dim]`.
+        around: the layer's norms and weights.
+    """
+    output, gate, up, last = around.weights
+    hidden = hidden + linear(attended, output)
+    normed = normalized(hidden, around.norms[1], around.eps)
+    return hidden + linear(silu(linear(normed, gate)) * linear(normed, up), last)
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns the root mean square norm of `[..., hidden]`, in float32 up to its weight."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Returns rotated heads, `[rows, heads, tokens, head_dim]`; cosines and sines are `[rows or 1, tokens, head_dim]`."""
+    low, high = x.chunk(2, dim=-1)
+    return x * rotary.cos[:, None] + torch.cat((-high, low), dim=-1) * rotary.sin[:, None]

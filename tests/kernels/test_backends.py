@@ -1,0 +1,120 @@
+"""Every backend over block tables equals attention by the definitions, one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.dispatch import REFERENCE
+
+
+def oracle(case, row, head, query, n, at):
+    """One query by the definitions; `at(j)` returns key and value of token j."""
+    kv_head = head // (case.query.shape[1] // case.table.shape[1])
+    sink, alpha, beta_q = (int(x[kv_head]) for x in (case.sink, case.alpha, case.beta_q))
+    w = min(n, max(case.min_window, alpha + beta_q * n // 1024))
+    i, native = n - 1, case.native_window
+    seen = [j for j in range(n) if (j < sink or j > i - w) and (not native or j > i - native)]
+    pairs = [at(row, kv_head, j) for j in seen]
+    scores = torch.stack([query @ k for k, _ in pairs]) * case.scaling
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if case.sink_logits is not None:
+        scores = torch.cat((scores, case.sink_logits[head : head + 1]))
+    weights = scores.softmax(0)[: len(seen)]
+    return weights @ torch.stack([v for _, v in pairs]), scores.logsumexp(0)
+
+
+@pytest.fixture(params=["reference", "counting", "cpu"])
+def backend(request, use_backend):
+    return use_backend(request.param)
+
+
+@pytest.fixture
+def dtype(backend):
+    """The widest that the backend knows."""
+    return torch.float64 if backend.supports("cpu", torch.float64) else torch.float32
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_by_the_definitions(seed, backend, dtype, random_case, close):
+    given = random_case(
+        seed, dtype, tokens=[1, 3, 20][seed % 3], rows=1 + seed % 2, group=2, dim=8, value_dim=[8, 5][seed % 2]
+    )
+    case = given.to(torch.float64)
+    pool_k, pool_v = torch.cat(case.keys), torch.cat(case.values)
+
+    def at(row, kv_head, j):
+        past = int(case.past[row])
+        if j >= past:
+            return case.key[row, kv_head, j - past], case.value[row, kv_head, j - past]
+        block = int(case.table[row, kv_head, j // 16])
+        assert block >= 0
+        return pool_k[block, j % 16], pool_v[block, j % 16]
+
+    rows, heads, tokens, _ = case.query.shape
+    out = torch.zeros(rows, heads, tokens, case.value.shape[-1], dtype=torch.float64)
+    lse = torch.full((rows, heads, tokens), float("-inf"), dtype=torch.float64)
+    one, one_lse = out[:, :, 0].clone(), lse[:, :, 0].clone()
+    for row in range(rows):
+        for head in range(heads):
+            past = int(case.past[row])
+            for t in range(int(case.valid[row])):
+                query = case.query[row, head, t]
+                out[row, head, t], lse[row, head, t] = oracle(case, row, head, query, past + t + 1, at)
+            if past:
+                one[row, head], one_lse[row, head] = oracle(case, row, head, case.query[row, head, 0], past, at)
+    close(given.prefilled(backend), (out, lse), dtype)
+    close(given.decoded(backend), (one, one_lse), dtype)
+
+
+def test_without_the_log_of_the_denominator_it_is_the_same(backend, dtype, random_case):
+    case = random_case(4, dtype, rows=2, past=40, tokens=20)
+    rest = {"cache": case.cache, "rules": case.rules, "scores": case.scores}
+    out, _ = backend.prefill(case.query, case.key, case.value, past=case.past, valid=case.valid, **rest)
+    assert (out - case.prefilled(backend)[0]).abs().max() < 1e-5
+    out, _ = backend.decode(case.query[:, :, 0], lengths=case.past, **rest)
+    assert (out - case.decoded(backend)[0]).abs().max() < 1e-5
+
+
+def test_a_prefill_without_cache_has_gradients(backend, dtype, random_case):
+    """Those of the reference in float64; a decode has them where the backend says so."""
+    case = random_case(6, dtype, past=0, cuts=0, rows=2, tokens=30, valid=30, logits=True)
+    case.keys, case.values = [], []
+    found = []
+    for one, by in ((case, backend), (case.to(torch.float64), REFERENCE)):
+        leaves = {name: getattr(one, name).detach().clone().requires_grad_() for name in ("query", "key", "value")}
+        out, _ = type(one)(**{**one.__dict__, **leaves}).prefilled(by)
+        found.append(torch.autograd.grad(out.square().sum(), list(leaves.values())))
+    for mine, wanted in zip(*found, strict=True):
+        assert (mine - wanted).abs().max() < 1e-4 * (1 + wanted.abs().max())
+    case = random_case(6, dtype, rows=2, past=40, tokens=1)
+    case.query = case.query.detach().clone().requires_grad_()
+    if backend.capabilities.cached_gradients:
+        case.decoded(backend)[0].sum().backward()
+        assert case.query.grad.abs().max() > 0
+    else:
+        with pytest.raises(UnsupportedError, match="no gradients"):
+            case.decoded(backend)
+
+
+def test_a_visible_block_that_is_not_there_is_refused(backend, dtype, random_case):
+    case = random_case(1, dtype, rows=1, past=100, native_window=0, tokens=2, valid=2)
+    case.table[0, 0, 100 // 16] = -1
+    for call in (lambda: case.decoded(backend), lambda: case.prefilled(backend)):
+        with pytest.raises((UnsupportedError, RuntimeError), match="has no id of the pool in the table"):
+            call()
+    case.table = case.table[:, :, :2].contiguous()
+    with pytest.raises((UnsupportedError, RuntimeError), match="has no id of the pool in the table"):
+        case.decoded(backend)
+
+
+def test_an_empty_batch(backend, random_case):
+    case = random_case(2, torch.float32, rows=1, past=0, group=2, kv_heads=2)
+    empty = case.row(1)
+    assert empty.query.shape[0] == 0
+    out, lse = empty.prefilled(backend)
+    assert (out.shape[0], lse.shape[0]) == (0, 0)
+    out, lse = empty.decoded(backend)
+    assert (out.shape, lse.shape) == ((0, 4, case.value.shape[-1]), (0, 4))
