@@ -73,6 +73,12 @@ def chosen_plan(profile: Profile, choice: Ints) -> Plan:
     return Plan(profile.shape, profile.min_window, rows)
 
 
+def choice_of(profile: Profile, plan: Plan) -> Ints:
+    """Returns the number of every KV head's rule among the profile's, int64 `[layers, kv_heads]`."""
+    index = {rule: number for number, rule in enumerate(profile.rules)}
+    return np.array([[index[rule] for rule in row] for row in plan.rules], np.int64)
+
+
 def ablation(profile: Profile, pick: Pick) -> Plan:
     """Returns the plan in which one KV head has a rule and all others keep everything."""
     layer, head, rule = pick

@@ -1,35 +1,19 @@
 """Rounds: profile again under the plan at hand, and move some of its bytes to where they are worth more.
 
-At a tight budget nearly every KV head is cut, and what a rule would do to the dense model says little about what it does
-to the model under the plan: heads that were spare there are needed here. Around the plan the gradient of the KL is not
-zero, so the change of every rule has a sign. Those of many heads must not be added up, though: what gains alone can be the
-same gain, and a few samples around the plan tell less than the many of the profile. So both are joined in one quadratic form,
-which is minimised near the plan. How near, how far its pairs are believed, and whether it is of the mean harm or of its mean
-logarithm, is a small study of its own, in every round.
+Around the plan the change of every rule has a sign. The changes of many heads must not be added up, though: what gains alone
+can be the same gain, and a few samples around the plan tell less than the many of the profile. So both are joined in one
+quadratic form, which is minimised near the plan. How near, how far its pairs are believed, and whether it is of the mean harm
+or of its mean logarithm, is a small study of its own, in every round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from moacompress.calibration.manifest import array_shapes
-from moacompress.calibration.profiler import sample_statistics
-from moacompress.calibration.samples import Sample, fingerprint_ordered
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile, read_sample, write_sample
 from moacompress.core.arrays import Ints
-from moacompress.core.errors import ModelError
-from moacompress.core.files import fingerprint
-from moacompress.core.progress import Progress
-from moacompress.models.source import SourceModel
-from moacompress.recipe import Recipe
-from moacompress.rules.plan import Plan
-from moacompress.rules.rule_table import RuleTable
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
 
@@ -48,88 +32,6 @@ STARTS = (
     {"moved": 0.025, "coherence": 0.9, "relative": 0.0},
 )
 """What is tried right after it."""
-
-Forms: TypeAlias = Callable[[float], Quadratic]
-"""The quadratic model of the change of harm around a plan, 0 for the plan itself, by `relative`."""
-
-
-class Around(Protocol):
-    """What a round needs: what changes would do around a plan."""
-
-    def __call__(self, plan: Plan, progress: Progress) -> Forms:
-        """Returns the models."""
-        ...
-
-
-@dataclass(frozen=True)
-class ProfileAround:
-    """Profiles some calibration samples around a plan; each is computed once where there is a folder to keep it.
-
-    Attributes:
-        profile: the profile of the dense model.
-        recipe: the estimator, the weight of plain text and the seed count.
-        source: the model.
-        samples: what is profiled.
-        folder: where finished samples are kept, or None for memory.
-    """
-
-    profile: Profile
-    recipe: Recipe
-    source: SourceModel
-    samples: Sequence[Sample]
-    folder: Path | None
-
-    def __call__(self, plan: Plan, progress: Progress) -> Forms:
-        """See `Around`.
-
-        Raises:
-            ModelError: a statistic is not finite.
-            ArtefactError: the folder cannot be written.
-        """
-        profile = self.profile
-        chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})
-        table = RuleTable.of(profile.rules, profile.min_window)
-        shapes = array_shapes(chosen, profile.shape, len(profile.rules), around=True)
-        owner = fingerprint(
-            [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
-        )
-        folder = None if self.folder is None else self.folder / plan.key()
-        found = []
-        progress.start("profiling around the plan", len(self.samples))
-        for index, sample in enumerate(self.samples):
-            kept = None if folder is None else read_sample(folder, index, owner, shapes)
-            if kept is None:
-                statistics = sample_statistics(
-                    self.source.model, profile.shape, table, sample, chosen, plan, self.recipe.seed, index
-                )
-                if not statistics.finite:
-                    raise ModelError(
-                        f"under the plan {statistics.not_finite()} is not finite on calibration sample {index}; try "
-                        "--dtype float32"
-                    )
-                if folder is not None:
-                    write_sample(folder, index, statistics, owner, 0.0)
-            else:
-                statistics = kept[0]
-            found.append(statistics)
-            progress.step()
-        progress.done()
-        lengths = np.array([sample.length for sample in self.samples], np.int64)
-        around = replace(
-            profile,
-            lengths=tuple(sorted(set(lengths.tolist()))),
-            sample_lengths=lengths,
-            sample_kinds=tuple(sample.kind for sample in self.samples),
-            statistics=Statistics.stack(found),
-            around=plan.key(),
-        )
-        return lambda relative: Quadratic.of(around, self.recipe.search.text_weight, relative)
-
-
-def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Returns `count` of the samples, evenly spread over their order, which goes by length and source."""
-    picks = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
-    return [samples[pick] for pick in picks.tolist()]
 
 
 def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choice: Ints) -> Ints:
@@ -152,9 +54,3 @@ def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choic
     limit = int(2 * knobs["moved"] * knapsack.limits[-1])  # what goes from one head to another counts twice
     near = replace(knapsack, sizes=np.concatenate([knapsack.sizes, distance]), limits=np.append(knapsack.limits, limit))
     return form.refined(choice, form.changes(choice), knobs["coherence"], near)
-
-
-def choice_of(profile: Profile, plan: Plan) -> Ints:
-    """Returns the number of every KV head's rule among the profile's, int64 `[layers, kv_heads]`."""
-    index = {rule: number for number, rule in enumerate(profile.rules)}
-    return np.array([[index[rule] for rule in row] for row in plan.rules], np.int64)

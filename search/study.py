@@ -38,25 +38,16 @@ from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.alternatives import Alternative, measure_alternatives, write_baselines
+from moacompress.search.around import Around, Forms, ProfileAround, spread_samples
 from moacompress.search.baselines import FAMILIES
 from moacompress.search.explain import Stage, explain
 from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
 from moacompress.search.knobs import distributions
 from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.moves import combined, marginal_moves
 from moacompress.search.objective import Measure, Objective
-from moacompress.search.rounds import (
-    NEUTRAL,
-    RANGES,
-    STARTS,
-    Around,
-    Forms,
-    ProfileAround,
-    choice_of,
-    moved,
-    spread_samples,
-)
+from moacompress.search.rounds import NEUTRAL, RANGES, STARTS, moved
 from moacompress.search.search_request import Knob, SearchRequest
 from moacompress.search.search_result import SearchResult, baseline_note, bytes_note, found_before, unpack, versions
 from moacompress.search.trials import (

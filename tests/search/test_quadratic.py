@@ -13,7 +13,7 @@ from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, total_cost
 from moacompress.search.knobs import START_COHERENCE
-from moacompress.search.quadratic import Quadratic
+from moacompress.search.quadratic import KNEE, Quadratic
 from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -96,3 +96,39 @@ def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
     few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)
     assert few.knobs.starts == []
     assert "coherence" not in few.knobs.ranges
+
+
+def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
+    """The gradient of the mean logarithm is that of the harm, each sample's over its own harm."""
+    profile = profiles()
+    rng = np.random.default_rng(0)
+    count, *size = profile.statistics.arrays["squares"].shape
+    harm, first = np.exp(rng.normal(-2, 2, (count, 1))), rng.normal(size=(count, *size))
+    arrays = {"total": rng.normal(size=(count, 1, *size)), "first": first, "harm": harm}
+    around = replace(
+        profile, around="plan", statistics=Statistics({k: v.astype(np.float32) for k, v in arrays.items()})
+    )
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        return np.tensordot(weights / weights.sum(), first, axes=1).reshape(-1, size[-1])
+
+    mean, relative = (Quadratic.of(around, 0.25, share).linear for share in (0.0, 1.0))
+    assert np.allclose(mean, weighted(np.ones(count)), atol=1e-5)
+    scale = (harm + KNEE).mean()
+    assert np.allclose(
+        relative, scale * np.tensordot(1 / (harm[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
+    )
+    dense = replace(profile, statistics=Statistics({"total": arrays["total"].astype(np.float32)}))
+    assert np.array_equal(Quadratic.of(dense, 0.25, 1.0).rows, Quadratic.of(dense, 0.25).rows)
+
+
+def test_forms_are_joined_by_their_rows() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (Quadratic(rng.normal(size=(rows, 4, 5)), rng.normal(size=(4, 5))) for rows in (30, 10))
+    choice = rng.integers(0, 5, (2, 2))
+    assert one.joined(other).harm(choice) == pytest.approx(0.75 * one.harm(choice) + 0.25 * other.harm(choice))
+    base = one.harm(choice)
+    for layer, head, rule in ((0, 0, 1), (1, 1, 4)):
+        changed = choice.copy()
+        changed[layer, head] = rule
+        assert one.changes(choice)[layer, head, rule] == pytest.approx(one.harm(changed) - base)

@@ -1,0 +1,92 @@
+"""What is profiled around a plan, and that finished samples are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moacompress.calibration import profiler
+from moacompress.calibration.profiler import profile as profile_model
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.store import Profile
+from moacompress.core.progress import SILENT
+from moacompress.models.source import SourceModel
+from moacompress.recipe import Recipe
+from moacompress.search import around as around_module
+from moacompress.search.around import ProfileAround, spread_samples
+from moacompress.search.knapsack import chosen_plan
+from moacompress.search.objective import Objective
+
+Profiles = Callable[..., Profile]
+
+
+@pytest.fixture(scope="module")
+def profiled(
+    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Profile]:
+    recipe = Recipe.from_dict(
+        {"calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 2}, "profile": {"draws": 1}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", recipe)
+
+
+def test_around_is_what_the_profiler_says_around_the_plan(
+    source: SourceModel, profiled: Profile, tmp_path: Path
+) -> None:
+    samples = profiled.calibration_samples()
+    assert len(samples) == 4
+    choice = np.full((3, 2), 3)
+    plan = chosen_plan(profiled, choice)
+    forms = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    form = forms(0.0)
+    assert form.harm(choice) == 0
+    assert forms(1.0).harm(choice) == 0
+    changes = form.changes(choice)
+    assert changes.shape == (3, 2, len(profiled.rules))
+    assert not changes[..., 3].any()
+    whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan)
+    assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
+    assert (changes < 0).any()
+    assert (changes > 0).any()
+    measured = Objective(source.model, samples).harms(plan)
+    assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
+    assert measured.min() > 0
+
+
+def test_finished_samples_are_kept(
+    source: SourceModel, profiled: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = chosen_plan(profiled, np.full((3, 2), 3))
+    around = ProfileAround(profiled, profiled.recipe, source, profiled.calibration_samples(), tmp_path)
+    calls: list[int] = []
+
+    def counted(*arguments: object) -> object:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return profiler.sample_statistics(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(around_module, "sample_statistics", counted)
+    with pytest.raises(KeyboardInterrupt):
+        around(plan, SILENT)
+    calls.clear()
+    first = around(plan, SILENT)
+    assert len(calls) == 1
+    calls.clear()
+    assert np.array_equal(around(plan, SILENT)(0.5).linear, first(0.5).linear)
+    assert not calls
+    other = chosen_plan(profiled, np.full((3, 2), 4))
+    with pytest.raises(KeyboardInterrupt):  # another plan is another matter
+        around(other, SILENT)
+
+
+def test_samples_are_spread(profiles: Profiles) -> None:
+    samples = profiles(samples=9).validation
+    assert spread_samples(samples, 3) == [samples[0], samples[4], samples[8]]
+    assert spread_samples(samples, 20) == samples
+    assert spread_samples(samples, 1) == samples[:1]
