@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
+from moacompress.search.deadline import Deadline
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
 from moacompress.search.search_result import pack
@@ -85,6 +87,29 @@ class Trials:
             Tried(index, value=trial.value or 0.0, knobs=trial.params, **trial.user_attrs)
             for index, trial in enumerate(trials)
         ]
+
+    def completed(
+        self, name: str, limit: int, deadline: Deadline, progress: Progress, after: Callable[[Sequence[Tried]], str]
+    ) -> list[Tried]:
+        """Returns the finished trials, once the missing ones have run or the time is up; at least one is there.
+
+        Args:
+            name: of what is done, for the progress.
+            limit: how many there are to be.
+            deadline: when to stop.
+            progress: told of every trial.
+            after: is given the finished ones after each, and returns what is said of it.
+        """
+        tried = self.finished()
+        progress.start(name, limit)
+        for _ in tried[:limit]:
+            progress.step()
+        while len(tried) < limit and not (tried and deadline.over()):
+            self.run(tried)
+            tried = self.finished()
+            progress.step(after(tried))
+        progress.done()
+        return tried
 
     def run(self, tried: Sequence[Tried]) -> None:
         """Runs the next trial.

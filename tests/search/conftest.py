@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,11 @@ class FakeObjective:
                 harms.append(harm(number))
         return harms
 
+    def harms(self, plan: Plan) -> list[float]:
+        """The harm of a plan on every sample."""
+        with self.under(plan) as harm:
+            return [harm(number) for number in range(self.size)]
+
     def around(self, plan: Plan, progress: Any) -> Any:
         """The true change of harm of every rule, far surer than what the profile says."""
         from moacompress.search.quadratic import Quadratic
@@ -157,6 +163,55 @@ def profiles() -> Callable[..., Profile]:
 @pytest.fixture
 def fake_objective() -> type[FakeObjective]:
     return FakeObjective
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjective]) -> Callable[..., Any]:
+    """Lets searches run without a model; gives the stand-in that counts, and what `find_plan` takes for the model."""
+    from moacompress.search import opened_search
+
+    def pretend(profile: Profile, dies_at: int | None = None) -> tuple[FakeObjective, Any]:
+        fake = fake_objective(profile, dies_at)
+        monkeypatch.setattr(opened_search, "Objective", lambda model, samples: fake)
+        monkeypatch.setattr(opened_search, "ProfileAround", lambda *arguments: fake.around)
+        monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
+        return fake, SimpleNamespace(model=None, source="model", shape=profile.shape)
+
+    return pretend
+
+
+@pytest.fixture
+def search(pretended: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """Runs `find_plan` without a model; returns the result, None where it died, and the stand-in that counted."""
+    from moacompress.search.study import find_plan
+
+    def run(
+        profile: Profile | None = None, budget: Any = "50%", dies_at: int | None = None, **arguments: Any
+    ) -> tuple[Any, Any]:
+        profile = profile or make_profile()
+        fake, model = pretended(profile, dies_at)
+        arguments.setdefault("model", model)
+        try:
+            return find_plan(profile, budget, **arguments), fake
+        except KeyboardInterrupt:
+            return None, fake
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def search_script() -> str:
+    """The beginning of a script that searches; its arguments are this file, the place of the plan, and what follows needs."""
+    return """
+import importlib.util, sys
+from types import SimpleNamespace
+spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
+fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
+from moacompress.search import opened_search
+from moacompress.search.study import find_plan
+profile = fakes.make_profile()
+source = SimpleNamespace(model=None, source="model", shape=profile.shape)
+"""
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudget
 from moacompress.core.owners import own_file
 from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.plan import Plan
-from moacompress.search import front, study
+from moacompress.search import front, opened_search
 from moacompress.search.front import find_front
 from moacompress.search.plan_sets import Loss, find_plans, find_smallest, smallest_share
+from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
 
@@ -28,7 +29,7 @@ Profiles = Callable[..., Profile]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Any:
     found = fake_objective(profiles())
-    for module in (study, front):
+    for module in (opened_search, front):
         monkeypatch.setattr(module, "Objective", lambda model, samples: found)
     return found
 
@@ -106,7 +107,7 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile):
-        less = study.find_plan(profile, f"{int(kept * 0.8)}%", recipe=profile.recipe, model=model(profile))
+        less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=profile.recipe, model=model(profile))
         assert (less.harm["trial0"] or 0.0) > loss.harm
     calls = len(fake.calls)
     assert find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile)).plan == found.plan

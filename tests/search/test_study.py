@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,34 +28,15 @@ from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.ledger import own_study
+from moacompress.search.search_context import SearchContext
+from moacompress.search.standing import Standing
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
+Measuring = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
 
 HERE = Path(__file__).resolve().parent
-
-
-@pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Search:
-    """Runs `find_plan` without a model; returns the result and the stand-in that counted."""
-
-    def run(
-        profile: Profile | None = None, budget: Any = "50%", dies_at: int | None = None, **arguments: Any
-    ) -> tuple[Any, Any]:
-        profile = profile or profiles()
-        fake = fake_objective(profile, dies_at)
-        monkeypatch.setattr(study, "Objective", lambda model, samples: fake)
-        monkeypatch.setattr(study, "_around", lambda *arguments: fake.around)
-        monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
-        source = SimpleNamespace(model=None, source="model", shape=profile.shape)
-        arguments.setdefault("model", source)
-        try:
-            return find_plan(profile, budget, **arguments), fake
-        except KeyboardInterrupt:
-            return None, fake
-
-    return run
 
 
 def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profiles, tmp_path: Path) -> None:
@@ -146,27 +127,17 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
     assert finished.plan == whole.plan
 
 
-SCRIPT = """
-import importlib.util, sys
-from types import SimpleNamespace
-spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
-fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
-from moacompress.search import ledger, study
-from moacompress.search.alternatives import CANDIDATES
-from moacompress.search.baselines import FAMILIES, family_plans
-from moacompress.search.knapsack import Knapsack
-profile = fakes.make_profile()
-study.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
-source = SimpleNamespace(model=None, source="model", shape=profile.shape)
-study.find_plan(profile, "50%", out=sys.argv[2], model=source)
+KILLED = """
+opened_search.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
+find_plan(profile, "50%", out=sys.argv[2], model=source)
 """
 
 
-def test_sigkill_and_again(search: Search, tmp_path: Path) -> None:
+def test_sigkill_and_again(search: Search, search_script: str, tmp_path: Path) -> None:
     whole, fake = search(out=tmp_path / "whole.json")
     out = tmp_path / "plan.json"
     half = len(fake.calls) // 2 + 20
-    command = [sys.executable, "-c", SCRIPT, str(HERE / "conftest.py"), str(out), str(half)]
+    command = [sys.executable, "-c", search_script + KILLED, str(HERE / "conftest.py"), str(out), str(half)]
     killed = subprocess.run(command, cwd=HERE.parent.parent, capture_output=True, check=False)
     assert killed.returncode == -9, killed.stderr.decode()
     journal = tmp_path / "plan.study.journal"
@@ -330,29 +301,35 @@ class Holding(fakes.FakeObjective):
             print("measuring", flush=True)
             sys.stdin.readline()
         return super().under(plan)
-study.Objective = lambda model, samples: Holding(profile)
-storage = sys.argv[4] or None
-study.find_plan(profile, "50%", out=sys.argv[2], model=source, recipe=profile.recipe.override(search__storage=storage))
+opened_search.Objective = lambda model, samples: Holding(profile)
+storage = sys.argv[3] or None
+find_plan(profile, "50%", out=sys.argv[2], model=source, recipe=profile.recipe.override(search__storage=storage))
 """
 
 
-@contextmanager
-def measuring(out: Path, storage: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A search in a process of its own that is in the middle of measuring and waits for a line."""
-    command = [sys.executable, "-c", SCRIPT.rpartition("study.find_plan")[0] + HOLDING]
-    command += [str(HERE / "conftest.py"), str(out), "-1", storage]
-    with subprocess.Popen(
-        command, cwd=HERE.parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "measuring\n"
-            yield process
-        finally:
-            process.kill()
+@pytest.fixture
+def measuring(search_script: str) -> Measuring:
+    """Runs a search in a process of its own, which is in the middle of measuring and waits for a line."""
+
+    @contextmanager
+    def run(out: Path, storage: str = "") -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", search_script + HOLDING, str(HERE / "conftest.py"), str(out), storage]
+        with subprocess.Popen(
+            command, cwd=HERE.parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "measuring\n"
+                yield process
+            finally:
+                process.kill()
+
+    return run
 
 
-def test_a_second_search_is_refused_while_the_first_lives(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_a_second_search_is_refused_while_the_first_lives(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path
+) -> None:
     whole, _ = search(out=tmp_path / "whole.json")
     out = tmp_path / "plan.json"
     with measuring(out) as process:
@@ -377,7 +354,9 @@ def test_a_second_search_is_refused_while_the_first_lives(search: Search, profil
 
 
 @pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
-def test_a_killed_search_is_taken_over(search: Search, profiles: Profiles, tmp_path: Path, kind: str) -> None:
+def test_a_killed_search_is_taken_over(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path, kind: str
+) -> None:
     storage = {"beside": "", "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
     profile = profiles(storage=storage or None)
     whole, fake = search(out=tmp_path / "whole.json")
@@ -394,7 +373,9 @@ def test_a_killed_search_is_taken_over(search: Search, profiles: Profiles, tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
 
-def test_owners_that_killed_searches_left_in_a_journal_go(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_owners_that_killed_searches_left_in_a_journal_go(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path
+) -> None:
     with measuring(tmp_path / "plan.json") as process:
         process.kill()
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".owner"]) == 2
@@ -618,13 +599,13 @@ def test_what_is_left_is_spent_unless_that_measures_worse(
     assert [stage["name"] for stage in stages] == ["surrogate", "study", "rest"]
     assert stages[-1]["kept"]
     assert max(shares(spent.plan)) > 0.45
-    measured = study.Search._measured
+    measured = SearchContext.measured
 
-    def worse(self: Any, stage: str, *rest: Any) -> Any:
-        found = measured(self, stage, *rest)
+    def worse(self: SearchContext, standing: Standing, plan: Plan, stage: str) -> Standing:
+        found = measured(self, standing, plan, stage)
         return replace(found, harms=[100 * harm for harm in found.harms]) if stage == "rest" else found
 
-    monkeypatch.setattr(study.Search, "_measured", worse)
+    monkeypatch.setattr(SearchContext, "measured", worse)
     left = search(profiles(trials=1, alternatives=False))[0]
     assert not left.explanation["stages"][-1]["kept"]
     assert max(shares(left.plan)) < max(shares(spent.plan))
@@ -676,9 +657,11 @@ def test_the_last_step_of_a_whole_search_stands(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of the budget is spent also where that measures a little worse; the round's plan is on disk by then."""
-    monkeypatch.setattr(
-        study.Search, "_rest", lambda self, tried, best: replace(best, value=best.value + 0.01, stage="rest")
-    )
+
+    def worse(standing: Standing, context: SearchContext) -> Standing:
+        return replace(standing, value=standing.value + 0.01, stage="rest")
+
+    monkeypatch.setattr(study, "STEPS", (*study.STEPS[:-1], worse))
     found, _ = search(profiles(trials=1, rounds=1), out=tmp_path / "plan.json")
     assert any(stage["kept"] for stage in found.explanation["stages"] if stage["name"].startswith("round"))
     assert found.plan.provenance["stage"] == "rest"

@@ -13,8 +13,47 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.search.knapsack import Knapsack
+from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.search_context import SearchContext
 from moacompress.search.solver import best_prices, solve
+from moacompress.search.standing import Standing
+from moacompress.search.trials import log_ratios
+
+CAUTIONS = (1.0, 0.0)
+"""Standard errors that a move must pay for; the later ones are tried where the earlier ones do not help."""
+
+
+def make_moves(standing: Standing, context: SearchContext) -> Standing:
+    """Measures single KV heads near the threshold and makes the moves that pay together.
+
+    Args:
+        standing: measured.
+        context: its `trainer` measures the moves, its `meter` the plan that comes of them.
+    """
+    count, trainer = context.request.recipe.search.moves, context.trainer
+    if not count or trainer is None or context.deadline.over():
+        return standing
+    profile = context.request.profile
+    choice = choice_of(profile, standing.plan)
+    moves = marginal_moves(context.knapsack, context.changes(standing), choice, count)
+    plans = [standing.plan, *(chosen_plan(profile, move.on(choice)) for move in moves)]
+    context.progress.start("measuring moves", trainer.size)
+    harms = []
+    for number in range(trainer.size):
+        harms.append(context.meter.many("moves", number, plans, standing.plan, trainer))
+        context.progress.step()
+    context.progress.done()
+    ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
+    for caution in CAUTIONS if moves else ():
+        plan = chosen_plan(profile, combined(context.knapsack, choice, moves, ratios, caution))
+        if plan.key() == standing.plan.key():
+            continue
+        found = context.measured(standing, plan, "moves")
+        kept = found.value < standing.value
+        context.add_stage("moves", found, kept)
+        if kept:
+            return found
+    return standing
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
 from moacompress.search.quadratic import Quadratic
-from moacompress.search.rounds import NEUTRAL, RANGES, STARTS, moved
 from moacompress.search.search_request import SearchRequest
+from moacompress.search.steps.rounds import NEUTRAL, RANGES, STARTS, moved
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]

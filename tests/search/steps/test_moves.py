@@ -10,8 +10,8 @@ import numpy as np
 from moacompress.calibration.store import Profile
 from moacompress.rules.rule import Rule
 from moacompress.search.knapsack import Knapsack
-from moacompress.search.moves import Move, combined, marginal_moves
 from moacompress.search.search_request import SearchRequest
+from moacompress.search.steps.moves import Move, combined, marginal_moves
 
 Profiles = Callable[..., Profile]
 

@@ -1,0 +1,95 @@
+"""Opening a search: its study is owned, the model loaded, the surrogate calibrated, and the baselines are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moacompress.core.artefact_names import rounds_folder, study_journal
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
+from moacompress.runtime.ready_model import load_for
+from moacompress.search.alternatives import measure_alternatives
+from moacompress.search.around import Around, ProfileAround, spread_samples
+from moacompress.search.deadline import Deadline
+from moacompress.search.harm_meter import HarmMeter
+from moacompress.search.knapsack import Knapsack
+from moacompress.search.ledger import Ledger, own_study, quiet_optuna
+from moacompress.search.objective import Measure, Objective
+from moacompress.search.search_context import SearchContext
+from moacompress.search.search_request import SearchRequest
+
+MOVE_SAMPLES = 12
+"""Calibration samples on which single moves are measured."""
+
+
+@contextmanager
+def opened(
+    request: SearchRequest, out: Path | None, anew: bool, model: SourceModel | None, progress: Progress, started: float
+) -> Iterator[SearchContext]:
+    """Makes this process the owner of a search's study as long as the block runs.
+
+    Args:
+        request: what is asked for.
+        out: where the plan will be; owned by this process.
+        anew: forget what the study holds.
+        model: the profile's model where it is loaded already; by default it is loaded.
+        progress: told of every measurement.
+        started: `time.monotonic()` from which the timeout counts.
+
+    Yields:
+        What the steps work with; the surrogate is calibrated and the baselines are measured.
+
+    Raises:
+        ArtefactError: the storage cannot be used, or another process is searching there.
+        ModelError: the model cannot be loaded, or is not the one that was profiled.
+    """
+    profile, settings, name = request.profile, request.recipe.search, f"moacompress-{request.key}"
+    storage = settings.storage
+    if storage is None and out is not None:
+        storage = str(study_journal(out))
+    with quiet_optuna(), own_study(storage, name, anew=anew):
+        ledger = Ledger(
+            storage,
+            name,
+            profile.fingerprint,
+            request.knobs.distributions(),
+            request.knobs.neutral,
+            request.recipe.seed,
+            [*request.starts, *request.knobs.starts],
+        )
+        source = load_for(request.recipe, profile.source) if model is None else model
+        profile.check_model(source, "search")
+        meter = HarmMeter.of(ledger, Objective(source.model, profile.validation), request.recipe.seed)
+        around, trainer = _improvers(request, source, out)
+        surrogate = meter.calibrated(request, progress)
+        yield SearchContext(
+            request=request,
+            storage=storage,
+            name=name,
+            meter=meter,
+            knapsack=Knapsack.of(request),
+            surrogate=surrogate,
+            alternatives=measure_alternatives(request, meter, progress) if settings.alternatives else {},
+            around=around,
+            trainer=trainer,
+            out=out,
+            deadline=Deadline(started, settings.timeout),
+            progress=progress,
+        )
+
+
+def _improvers(
+    request: SearchRequest, source: SourceModel, out: Path | None
+) -> tuple[Around, Measure] | tuple[None, None]:
+    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
+    settings = request.recipe.search
+    if not settings.rounds and not settings.moves:
+        return None, None
+    samples = request.profile.calibration_samples()
+    folder = None if out is None else rounds_folder(out)
+    chosen = spread_samples(samples, settings.round_samples)
+    around = ProfileAround(request.profile, request.recipe, source, chosen, folder)
+    answers = [sample for sample in samples if sample.kind == "answer"] or samples
+    return around, Objective(source.model, spread_samples(answers, MOVE_SAMPLES))

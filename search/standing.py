@@ -1,0 +1,47 @@
+"""The standing of a search: the best plan so far, which every step takes and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.rules.plan import Plan
+from moacompress.search.search_result import unpack
+from moacompress.search.trials import Tried
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+    from moacompress.search.quadratic import Quadratic
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The best plan so far.
+
+    Attributes:
+        plan: the plan, without notes.
+        harms: nats, in the order of the shuffled samples; empty where it is not measured yet.
+        value: mean log-ratio to trial 0.
+        stage: what it comes from.
+        form: predicts changes of harm around the plan, or around the one that it was made from; None where no step has
+            profiled the model under it.
+    """
+
+    plan: Plan
+    harms: list[float]
+    value: float
+    stage: str
+    form: Quadratic | None = None
+
+    @staticmethod
+    def of(trial: Tried, profile: Profile) -> Standing:
+        """Returns the plan of a trial."""
+        plan = Plan(profile.shape, profile.min_window, unpack(trial.plan))
+        return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")
+
+    @property
+    def harm(self) -> float:
+        """Mean harm, nats."""
+        return float(np.mean(self.harms))

@@ -1,0 +1,124 @@
+"""Rounds: profile again under the plan at hand, and move some of its bytes to where they are worth more.
+
+Around the plan the change of every rule has a sign. The changes of many heads must not be added up, though: what gains alone
+can be the same gain, and a few samples around the plan tell less than the many of the profile. So both are joined in one
+quadratic form, which is minimised near the plan. How near, how far its pairs are believed, and whether it is of the mean harm
+or of its mean logarithm, is a small study of its own, in every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from moacompress.core.arrays import Ints
+from moacompress.rules.plan import Plan
+from moacompress.search.around import Forms
+from moacompress.search.found_plan import write_so_far
+from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.quadratic import Quadratic
+from moacompress.search.search_context import SearchContext
+from moacompress.search.search_request import Knob
+from moacompress.search.standing import Standing
+from moacompress.search.trials import Trials, best_trial, least_trial
+
+RANGES = {"moved": (0.0, 0.2), "coherence": (0.1, 0.9), "relative": (0.0, 1.0)}
+"""Each knob of a round, its smallest and its largest value.
+
+`moved`: share of the budget that changes hands; at 0 the plan is what it was.
+`coherence`: share of the quadratic form, beside what it says of single KV heads.
+`relative`: see `Quadratic.of`.
+"""
+NEUTRAL = {"moved": 0.0, "coherence": 0.5, "relative": 1.0}
+"""Knobs that leave the plan as it is: trial 0 of every round."""
+STARTS = (
+    {"moved": 0.1, "coherence": 0.5, "relative": 1.0},
+    {"moved": 0.1, "coherence": 0.9, "relative": 0.0},
+    {"moved": 0.025, "coherence": 0.9, "relative": 0.0},
+)
+"""What is tried right after it."""
+ROUND_CAUTION = 1.0
+"""Standard errors by which a plan of a round must be better: it is aimed at one plan, and gains more than a trial does."""
+
+
+def make_rounds(standing: Standing, context: SearchContext) -> Standing:
+    """Profiles around the best plan and moves bytes, as long as that helps; a plan that is better is written at once.
+
+    Args:
+        standing: measured.
+        context: its `around` profiles.
+
+    Returns:
+        The best plan, with the form of what was profiled last.
+    """
+    forms: Forms | None = None
+    for number in range(1, context.request.recipe.search.rounds + 1):
+        if context.around is None or context.deadline.over():
+            break
+        forms = _joined(context.around(standing.plan, context.progress), context.request.quadratic)
+        better = _round(number, standing, forms, context)
+        if better is None:
+            break
+        standing = better
+        write_so_far(standing, context)
+    return standing if forms is None else replace(standing, form=forms(NEUTRAL["relative"]))
+
+
+def _joined(around: Forms, profiled: Quadratic | None) -> Forms:
+    """Returns the forms around a plan with what the profile of the dense model says of KV heads together."""
+    return around if profiled is None else lambda relative: profiled.joined(around(relative))
+
+
+def _round(number: int, standing: Standing, forms: Forms, context: SearchContext) -> Standing | None:
+    """Returns the better plan that moving some of the bytes gives, or None.
+
+    A small study of how to move them: trial 0 is the plan as it is, and one that beats it by a standard error is better.
+    """
+    profile, meter = context.request.profile, context.meter
+    choice = choice_of(profile, standing.plan)
+
+    def plan_of(knobs: Knob) -> Plan:
+        return chosen_plan(profile, moved(context.knapsack, forms(knobs["relative"]), knobs, choice))
+
+    ledger = context.ledger_of(standing.plan.key(), RANGES, NEUTRAL, STARTS)
+    trials = Trials(ledger, meter.measure, meter.order, plan_of, {standing.plan.key(): standing.harms})
+    tried = trials.completed(
+        f"round {number}",
+        1 + context.request.recipe.search.round_trials,
+        context.deadline,
+        context.progress,
+        lambda done: f"{done[-1].knobs['moved']:.0%} moved: {np.expm1(done[-1].value):+.0%} harm",
+    )
+    won = best_trial(tried, ROUND_CAUTION)
+    others = [trial for trial in tried[1:] if not trial.pruned]
+    shown = least_trial(others) if others and not won.index else won
+    found = context.compared(standing, Standing.of(shown, profile).plan, shown.harms, f"round {number}")
+    context.add_stage(f"round {number}, {shown.knobs['moved']:.1%} moved", found, won.index > 0)
+    if not won.index:
+        return None
+    meter.keep("improved", found.plan, found.harms)
+    return found
+
+
+def moved(knapsack: Knapsack, form: Quadratic, knobs: Mapping[str, float], choice: Ints) -> Ints:
+    """Returns the choice of least predicted harm within reach of the present one.
+
+    Args:
+        knapsack: bytes and limits.
+        form: predicts harm, or its change.
+        knobs: `moved` is the share of the longest length's limit that may change hands, `coherence` the weight of the form
+            beside the sum of what it says of single KV heads.
+        choice: the present rule of every KV head, `[layers, kv_heads]`.
+
+    Returns:
+        int64 `[layers, kv_heads]`.
+    """
+    if not knobs["moved"]:
+        return choice
+    here = np.take_along_axis(knapsack.sizes, choice[None, ..., None], axis=-1)
+    distance = np.abs(knapsack.sizes - here)[-1:]
+    limit = int(2 * knobs["moved"] * knapsack.limits[-1])  # what goes from one head to another counts twice
+    near = replace(knapsack, sizes=np.concatenate([knapsack.sizes, distance]), limits=np.append(knapsack.limits, limit))
+    return form.refined(choice, form.changes(choice), knobs["coherence"], near)

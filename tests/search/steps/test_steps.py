@@ -1,0 +1,165 @@
+"""Steps alone: each takes a standing and returns one, and a further one needs no more than its line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.core.progress import SILENT
+from moacompress.rules.plan import Plan
+from moacompress.search import study
+from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.opened_search import opened
+from moacompress.search.search_context import SearchContext
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_result import pack
+from moacompress.search.standing import Standing
+from moacompress.search.steps.knob_study import tune_knobs
+from moacompress.search.steps.moves import make_moves
+from moacompress.search.steps.rest import spend_rest
+from moacompress.search.steps.rounds import make_rounds
+from moacompress.search.trials import Tried
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def context(pretended: Callable[..., Any], profiles: Profiles) -> Iterator[SearchContext]:
+    """What steps work with, in which no step has run."""
+    with made(pretended, profiles(trials=2, rounds=1, moves=4, alternatives=False)) as context:
+        yield context
+
+
+@contextmanager
+def made(pretended: Callable[..., Any], profile: Profile) -> Iterator[SearchContext]:
+    _, model = pretended(profile)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
+    with opened(request, None, False, model, SILENT, time.monotonic()) as context:
+        yield context
+
+
+def first(context: SearchContext) -> Standing:
+    """The surrogate's own plan, as a study of one trial leaves it."""
+    plan = context.start().plan
+    harms = context.meter.harms("test", plan, context.meter.order)
+    context.tried = [Tried(0, plan.key(), pack(plan), harms, 0.0, False, True, context.request.knobs.neutral)]
+    return Standing(plan, harms, 0.0, "trial 0")
+
+
+def fits(plan: Plan, context: SearchContext) -> bool:
+    return all(plan.kv_bytes(n) <= limit for n, limit in context.request.limits.items())
+
+
+def names(context: SearchContext) -> list[str]:
+    return [stage.name.partition(",")[0] for stage in context.stages]
+
+
+def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = context.start()
+    assert start.harms == []
+    solved, choose = [], Knapsack.choose
+
+    def counted(self: Knapsack, costs: Any) -> Any:
+        solved.append(1)
+        return choose(self, costs)
+
+    monkeypatch.setattr(Knapsack, "choose", counted)
+    best = tune_knobs(start, context)
+    assert len(context.tried) == 2
+    assert len(solved) == 1  # the plan of trial 0 was there
+    assert context.tried[0].key == start.plan.key()
+    assert context.reference == context.tried[0].harms
+    assert len(best.harms) == context.meter.measure.size
+    assert names(context) == ["surrogate", "study"]
+
+
+def test_a_round_runs_alone(context: SearchContext) -> None:
+    standing = first(context)
+    assert standing.form is None
+    found = make_rounds(standing, context)
+    assert found.value < standing.value  # around the plan the stand-in knows the truth
+    assert found.form is not None
+    assert fits(found.plan, context)
+    assert found.harms == context.meter.known("improved", found.plan)
+    assert names(context) == ["round 1"]
+
+
+def test_moves_run_alone(context: SearchContext) -> None:
+    standing = first(context)
+    found = make_moves(standing, context)
+    assert found.value <= standing.value
+    assert fits(found.plan, context)
+    assert set(names(context)) == {"moves"}
+
+
+def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
+    standing = make_rounds(first(context), context)
+    assert standing.form is not None
+    backwards = replace(standing, form=replace(standing.form, linear=-standing.form.linear))
+    assert np.array_equal(context.changes(backwards), -context.changes(standing))
+    found = make_moves(standing, context)
+    assert found.value <= standing.value
+    assert found.form is standing.form
+
+
+def test_the_rest_is_spent_alone(context: SearchContext) -> None:
+    first(context)
+    profile = context.request.profile
+    narrow = chosen_plan(
+        profile, np.ones((profile.shape.layers, profile.shape.kv_heads), np.int64)
+    )  # the narrowest rule
+    assert fits(narrow, context)
+    found = spend_rest(context.measured(context.start(), narrow, "narrow"), context)
+    assert found.stage == "rest"
+    assert all(found.plan.kv_bytes(n) > narrow.kv_bytes(n) for n in profile.lengths)
+    assert fits(found.plan, context)
+
+
+@pytest.mark.parametrize("step", study.STEPS[1:], ids=lambda step: step.__name__)
+def test_a_step_does_nothing_once_the_time_is_up(step: Any, context: SearchContext) -> None:
+    standing = first(context)
+    context.deadline.timeout = 0.0
+    assert step(standing, context) == standing
+    assert context.stages == []
+
+
+def test_without_rounds_and_moves_the_standing_is_handed_on(pretended: Callable[..., Any], profiles: Profiles) -> None:
+    with made(pretended, profiles(trials=1)) as context:
+        assert context.around is None
+        assert context.trainer is None
+        standing = first(context)
+        assert make_moves(make_rounds(standing, context), context) is standing
+
+
+def test_a_further_step_is_one_line(
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Standing] = []
+
+    def share(standing: Standing, context: SearchContext) -> Standing:
+        given.append(standing)
+        bent = context.plan_of({**context.request.knobs.neutral, "depth_0": 0.5, "exponent": -0.2})
+        assert bent.key() != standing.plan.key()
+        found = context.measured(standing, bent, "share")
+        context.add_stage("share", found, True)
+        return found
+
+    plain, _ = search(profiles(trials=1, rounds=1, alternatives=False), out=tmp_path / "plain.json")
+    monkeypatch.setattr(study, "STEPS", (*study.STEPS, share))
+    found, fake = search(profiles(trials=1, rounds=1, alternatives=False), out=tmp_path / "plan.json")
+    assert given[0].plan.rules == plain.plan.rules
+    written = Plan.load(tmp_path / "plan.json")
+    assert written == found.plan
+    assert written.rules != plain.plan.rules
+    assert written.provenance["stage"] == "share"
+    assert written.quality["measured_harm"]["plan"] == pytest.approx(np.mean(fake.harms(written)))
+    assert found.explanation["stages"][-1]["name"] == "share"
