@@ -1,11 +1,13 @@
-"""Rounds: how far one goes."""
+"""Rounds: how far one goes, how much it measures, and that only what helps is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
@@ -48,3 +50,32 @@ def test_what_a_round_starts_with_is_in_reach() -> None:
     for knobs in (NEUTRAL, *STARTS):
         assert set(knobs) == set(RANGES)
         assert all(low <= knobs[name] <= high for name, (low, high) in RANGES.items())
+
+
+def test_a_round_measures_so_many_plans_and_its_own_never(search: Search, profiles: Profiles) -> None:
+    first, fake = search(profiles(layers=24, trials=1, alternatives=False))
+    asked = {}
+    for count in (1, 8):
+        result, fake = search(profiles(layers=24, trials=1, alternatives=False, rounds=1, round_trials=count))
+        calls = [key for key, _ in fake.calls]
+        assert calls.count(first.plan.key()) <= fake.size  # as trial 0 of the study, not again in the round
+        names = [stage["name"] for stage in result.explanation["stages"]]
+        assert sum(name.startswith("round") for name in names) == 1
+        asked[count] = len(set(calls))
+    assert asked[1] < asked[8] <= asked[1] + 7
+
+
+def test_rounds_that_do_not_help_are_not_taken(
+    search: Search, profiles: Profiles, fake_objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fake_objective.around
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        form = honest(self, *arguments)(0.0)
+        return lambda relative: replace(form, linear=-form.linear)
+
+    monkeypatch.setattr(fake_objective, "around", wrong)
+    one_shot = search(profiles(trials=1))[0]
+    misled = search(profiles(trials=1, rounds=3))[0]
+    assert misled.plan.rules == one_shot.plan.rules
+    assert not any(stage["kept"] for stage in misled.explanation["stages"] if stage["name"].startswith("round"))

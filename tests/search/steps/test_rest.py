@@ -1,0 +1,45 @@
+"""What is left of the budget is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.rules.plan import Plan
+from moacompress.search.knapsack import Knapsack
+from moacompress.search.search_context import SearchContext
+from moacompress.search.standing import Standing
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+
+def test_what_is_left_is_spent_unless_that_measures_worse(
+    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the solver is held to the narrowest rule of all KV heads."""
+
+    def shares(plan: Plan) -> list[float]:
+        return [plan.kv_share(n) for n in (256, 512)]
+
+    monkeypatch.setattr(Knapsack, "choose", lambda self, costs: np.ones(costs.shape[:2], np.int64))
+    spent = search(profiles(trials=1, alternatives=False))[0]
+    stages = spent.explanation["stages"]
+    assert [stage["name"] for stage in stages] == ["surrogate", "study", "rest"]
+    assert stages[-1]["kept"]
+    assert max(shares(spent.plan)) > 0.45
+    measured = SearchContext.measured
+
+    def worse(self: SearchContext, standing: Standing, plan: Plan, stage: str) -> Standing:
+        found = measured(self, standing, plan, stage)
+        return replace(found, harms=[100 * harm for harm in found.harms]) if stage == "rest" else found
+
+    monkeypatch.setattr(SearchContext, "measured", worse)
+    left = search(profiles(trials=1, alternatives=False))[0]
+    assert not left.explanation["stages"][-1]["kept"]
+    assert max(shares(left.plan)) < max(shares(spent.plan))

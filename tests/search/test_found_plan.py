@@ -1,0 +1,83 @@
+"""What a search writes: the plan of least harm, the baselines beside it, and why it is as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.rules.plan import Plan
+from moacompress.search import study
+from moacompress.search.search_context import SearchContext
+from moacompress.search.standing import Standing
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+
+def test_the_plan_of_every_baseline_is_beside_the_found_one(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    result, fake = search(profiles(trials=1), out=tmp_path / "plan.json")
+    written = {path.stem: Plan.load(path) for path in (tmp_path / "plan.baselines").iterdir()}
+    assert set(written) == {"uniform", "per_layer", "duo"}
+    for family, plan in written.items():
+        assert plan.key() == result.plan.quality["baselines"][family]["key"]
+        assert np.mean(fake.harms(plan)) == pytest.approx(result.harm[family])
+        assert plan.quality["measured_harm"]["plan"] == result.harm[family]
+        assert plan.provenance["baseline"] == family
+    search(profiles(trials=1, alternatives=False), out=tmp_path / "other.json")
+    assert not (tmp_path / "other.baselines").exists()
+
+
+def test_a_better_uniform_window_is_returned_and_said(
+    search: Search,
+    profiles: Profiles,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fake_objective: Any,
+) -> None:
+    monkeypatch.setattr(fake_objective, "_cost", lambda self, layer, head, rule: 0.1 if rule in self.index else 0.01)
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        result, _ = search(profiles(trials=3))
+    assert "nothing that was found beats the baseline uniform" in caplog.text
+    assert len({rule for row in result.plan.rules for rule in row}) == 1
+    assert result.harm["plan"] == result.harm["uniform"] < result.harm["trial0"]
+
+
+def test_the_last_step_of_a_whole_search_stands(
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the budget is spent also where that measures a little worse; the round's plan is on disk by then."""
+
+    def worse(standing: Standing, context: SearchContext) -> Standing:
+        return replace(standing, value=standing.value + 0.01, stage="rest")
+
+    monkeypatch.setattr(study, "STEPS", (*study.STEPS[:-1], worse))
+    found, _ = search(profiles(trials=1, rounds=1), out=tmp_path / "plan.json")
+    assert any(stage["kept"] for stage in found.explanation["stages"] if stage["name"].startswith("round"))
+    assert found.plan.provenance["stage"] == "rest"
+
+
+def test_the_explanation_says_which_heads_and_why(search: Search, profiles: Profiles) -> None:
+    result, fake = search(profiles(trials=14))
+    told = result.explanation
+    rows = told["heads"]
+    shape = fake.profile.shape
+    assert len(rows) == shape.layers * shape.kv_heads
+    saves = [row["saves"] for row in rows]
+    assert saves == sorted(saves, reverse=True)
+    for row in rows[:4]:
+        rule = result.plan.rules[row["layer"]][row["kv_head"]]
+        assert row["rule"] == (
+            "full" if rule.is_full else {"sink": rule.sink, "alpha": rule.alpha, "beta_q": rule.beta_q}
+        )
+        assert row["kept"] == rule.kept(512, 32, shape.native_windows[row["layer"]])
+    assert saves[0] > 0
+    assert sum(told["knobs"].values()) == pytest.approx(1.0)
+    assert told["predicted"]["spearman"] <= 1
+    assert told["harm"] == result.harm

@@ -1,0 +1,251 @@
+"""The same call goes on where a killed one stopped, or starts anew where it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import of_search
+from moacompress.core.errors import ArtefactError, MoaCompressError
+from moacompress.core.files import remove
+from moacompress.rules.plan import Plan
+from moacompress.search import study
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    whole, fake = search(out=tmp_path / "whole.json")
+    total = len(fake.calls)
+    out, measured, runs = tmp_path / "plan.json", [], 0
+    result = None
+    while result is None:
+        runs += 1
+        result, fake = search(out=out, dies_at=17)
+        measured += fake.calls
+    assert runs > 5
+    assert result.plan == whole.plan
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # only the plan at hand when it died is measured again: at most its 8 samples a run
+    assert len(measured) - total <= 8 * (runs - 1)
+    finished, fake = search(out=out)
+    assert fake.calls == []
+    assert finished.plan == whole.plan
+
+
+KILLED = """
+opened_search.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
+find_plan(profile, "50%", out=sys.argv[2], model=source)
+"""
+
+
+def test_sigkill_and_again(search: Search, search_script: str, tmp_path: Path) -> None:
+    whole, fake = search(out=tmp_path / "whole.json")
+    out = tmp_path / "plan.json"
+    half = len(fake.calls) // 2 + 20
+    command = [sys.executable, "-c", search_script + KILLED, str(HERE / "conftest.py"), str(out), str(half)]
+    killed = subprocess.run(command, cwd=HERE.parent.parent, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    journal = tmp_path / "plan.study.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 8, "worker')  # what a kill in the middle of a write leaves
+    result, rest = search(out=out)
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert result.plan == whole.plan
+    assert len(rest.calls) + half - len(fake.calls) <= 8
+
+
+def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    def settings() -> Profile:
+        return profiles(trials=2, rounds=2, moves=3)
+
+    whole, _ = search(settings(), out=tmp_path / "whole.json")
+    result, runs, out = None, 0, tmp_path / "plan.json"
+    while result is None:
+        runs += 1
+        result, _ = search(settings(), out=out, dies_at=23)
+    assert runs > 3
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert result.explanation == whole.explanation
+
+
+def test_timeout_stops_rounds_and_moves_and_the_same_call_goes_on(
+    search: Search, profiles: Profiles, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    first, _ = search(profiles(trials=1, rounds=2, moves=2, timeout=1e-6), out=out)
+    assert not any(stage["name"].startswith(("round", "moves")) for stage in first.explanation["stages"])
+    assert first.plan.provenance["finished"] is False
+    second, _ = search(profiles(trials=1, rounds=2, moves=2), out=out)
+    assert second.harm["plan"] < first.harm["plan"]
+
+
+def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out, harms, stage = tmp_path / "plan.json", [], ""
+    while not stage.startswith("round"):
+        result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
+        assert result is None
+        if out.exists():
+            found = Plan.load(out)
+            stage = found.provenance["stage"]
+            harms.append(found.quality["measured_harm"]["plan"])
+    stopped, _ = search(profiles(trials=1, rounds=3, moves=2, timeout=1e-6), out=out)
+    assert stopped.harm["plan"] == harms[-1] < harms[0]
+    assert stopped.plan.provenance["stage"] == stage
+    assert stopped.plan.provenance["finished"] is False
+    more, _ = search(profiles(trials=3, rounds=3, moves=2, timeout=1e-6), out=out)
+    assert more.harm["plan"] <= harms[-1]
+
+
+def test_more_trials_go_on_with_the_same_study(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    search(profiles(trials=4), out=out)
+    result, fake = search(profiles(trials=7), out=out)
+    assert result.trials == 7
+    assert len(fake.calls) <= 3 * 8
+    again, fake = search(profiles(trials=5), out=out)
+    assert again.trials == 7
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kind: str) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db" if kind == "sqlite" else str(tmp_path / "sub" / "s.log")
+    profile = profiles(trials=6, storage=storage)
+    killed, _ = search(profile, dies_at=60)
+    assert killed is None
+    result, fake = search(profile)
+    assert result.plan.rules == search(profiles(trials=6))[0].plan.rules
+    assert len(fake.calls) < 140
+    assert storage not in json.dumps(result.plan.to_dict())
+    again, fake = search(profile)
+    assert fake.calls == []
+    assert again.plan == result.plan
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("nowhere", "neither a journal file"),
+        ("sqlite:////nonexistent/folder/s.db", "cannot use the study storage"),
+        ("nosuchdb://user:secret@host/x", "cannot use the study storage nosuchdb://host/x"),
+        ("/proc/nothing/s.journal", "cannot use the study storage"),
+    ],
+)
+def test_storage_that_is_not_there(search: Search, profiles: Profiles, storage: str, message: str) -> None:
+    with pytest.raises(MoaCompressError, match=message) as error:
+        search(profiles(storage=storage))
+    assert "secret" not in str(error.value)
+
+
+def test_garbage_in_the_journal(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    path = tmp_path / "s.journal"
+    path.write_text("not json\nnor this\n")
+    with pytest.raises(ArtefactError, match="cannot use the study storage"):
+        search(profiles(storage=str(path)))
+
+
+def test_a_study_of_another_profile_is_refused(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    storage = str(tmp_path / "s.journal")
+    result, _ = search(profiles(trials=1, storage=storage))
+    backend = optuna.storages.journal.JournalFileBackend(storage)
+    name = f"moacompress-{result.plan.provenance['search']}"
+    optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name=name).set_user_attr(
+        "profile", "other"
+    )
+    with pytest.raises(ArtefactError, match="of another profile"):
+        search(profiles(trials=1, storage=storage))
+
+
+def test_what_is_at_the_output_already(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    out.write_text("{}")
+    with pytest.raises(ArtefactError, match="is not a plan"):
+        search(profiles(trials=2), out=out)
+    search(profiles(trials=2), out=out, overwrite=True)
+    with pytest.raises(ArtefactError, match="another search"):
+        search(profiles(trials=2), "60%", out=out)
+    assert Plan.load(out).budget["asked"] == ["50%"]
+    search(profiles(trials=2), "60%", out=out, overwrite=True)
+    assert Plan.load(out).budget["asked"] == ["60%"]
+    with pytest.raises(ArtefactError, match="exists already"):
+        search(profiles(trials=2), out=tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("budget", ["50%", "60%"], ids=["the same search", "another search"])
+def test_overwrite_starts_anew_and_leaves_what_is_not_of_the_search(
+    search: Search, profiles: Profiles, tmp_path: Path, budget: str
+) -> None:
+    out, profile = tmp_path / "plan.json", profiles(trials=2)
+    _, fresh = search(profile, budget, out=tmp_path / "whole" / "plan.json")
+    search(profile, out=out)
+    for name in ("plan.baselines/old.json", "plan.rounds/key/samples/00000.safetensors", "plan.scouts/99.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    (tmp_path / ".plan.json.abcdefgh.tmp").write_text("half a pl")
+    (tmp_path / "plan.study.journal.lock").write_text("")
+    own = ("plan.txt", "plan.notes.json", "plan-25.json", "plan.study.journal.copy", "other.study.journal")
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    made = {path.name for path in of_search(out)}
+    with ExitStack() as held:  # an open file keeps its inode from being given to another
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and path.relative_to(tmp_path).parts[0] in made]
+        before = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
+        _, fake = search(profile, budget, out=out, overwrite=True)
+        assert not before & {path.stat().st_ino for path in tmp_path.rglob("*")}
+    assert fake.calls == fresh.calls
+    assert out.read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+    left = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")}
+    assert left <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    assert {path.name for path in tmp_path.iterdir()} == {*own, "whole", *(path.parts[0] for path in left)}
+    assert all((tmp_path / name).read_text() == "mine" for name in own)
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
+    search: Search, profiles: Profiles, tmp_path: Path, kind: str
+) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db" if kind == "sqlite" else str(tmp_path / "s.log")
+    profile = profiles(trials=2, rounds=1, storage=storage)
+    _, first = search(profile, out=tmp_path / "plan.json")
+    _, other = search(profile, "60%", out=tmp_path / "other.json")
+    _, again = search(profile, out=tmp_path / "plan.json", overwrite=True)
+    assert again.calls == first.calls
+    _, kept = search(profile, "60%", out=tmp_path / "copy.json")
+    assert kept.calls == []
+    assert other.calls
+
+
+def test_an_overwrite_that_is_interrupted_is_recovered_from(
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every removal in turn, the same command starts anew, and without the flag the same search goes on."""
+    profile = profiles(trials=1)
+    whole, fresh = search(profile, out=tmp_path / "plan.json")
+
+    for stop in range(len(of_search(tmp_path))):
+
+        def removing(paths: list[Path], stop: int = stop) -> None:
+            remove(paths[:stop])
+            raise KeyboardInterrupt
+
+        for overwrite in (True, False):
+            with monkeypatch.context() as patched:
+                patched.setattr(study, "remove", removing)
+                assert search(profile, out=tmp_path / "plan.json", overwrite=True)[0] is None
+            result, fake = search(profile, out=tmp_path / "plan.json", overwrite=overwrite)
+            assert result.plan == whole.plan
+            assert not overwrite or fake.calls == fresh.calls

@@ -1,0 +1,177 @@
+"""Two searches never work on one plan or one study, and what a killed one owned is taken over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.core.errors import ArtefactError
+from moacompress.rules.plan import Plan
+from moacompress.search import ledger
+from moacompress.search.ledger import own_study
+from moacompress.search.study import find_plan
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+Measuring = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
+
+HERE = Path(__file__).resolve().parent
+
+
+HOLDING = """
+class Holding(fakes.FakeObjective):
+    held = False
+    def under(self, plan):
+        if len(self.calls) > 60 and not self.held:
+            self.held = True
+            print("measuring", flush=True)
+            sys.stdin.readline()
+        return super().under(plan)
+opened_search.Objective = lambda model, samples: Holding(profile)
+storage = sys.argv[3] or None
+find_plan(profile, "50%", out=sys.argv[2], model=source, recipe=profile.recipe.override(search__storage=storage))
+"""
+
+
+@pytest.fixture
+def measuring(search_script: str) -> Measuring:
+    """Runs a search in a process of its own, which is in the middle of measuring and waits for a line."""
+
+    @contextmanager
+    def run(out: Path, storage: str = "") -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", search_script + HOLDING, str(HERE / "conftest.py"), str(out), storage]
+        with subprocess.Popen(
+            command, cwd=HERE.parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "measuring\n"
+                yield process
+            finally:
+                process.kill()
+
+    return run
+
+
+def test_a_second_search_is_refused_while_the_first_lives(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path
+) -> None:
+    whole, _ = search(out=tmp_path / "whole.json")
+    out = tmp_path / "plan.json"
+    with measuring(out) as process:
+        for overwrite in (False, True):
+            with pytest.raises(ArtefactError, match=rf"plan.json is in use: process {process.pid} on .* another file"):
+                search(out=out, overwrite=overwrite)
+        storage = str(tmp_path / "plan.study.journal")
+        recipe = profiles().recipe.override(search__storage=storage)
+        with pytest.raises(
+            ArtefactError, match=rf"the study .* in .*plan.study.journal is in use: process {process.pid} "
+        ):
+            search(out=tmp_path / "other.json", recipe=recipe)
+        search(None, "60%", out=tmp_path / "other.json", recipe=recipe)  # another study in the same journal
+        process.communicate("go on\n")
+        assert process.returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    name = f"moacompress-{whole.plan.provenance['search']}"
+    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    states = {trial.state.name for trial in optuna.load_study(storage=journal, study_name=name).trials}
+    assert states == {"COMPLETE"}
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
+def test_a_killed_search_is_taken_over(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path, kind: str
+) -> None:
+    storage = {"beside": "", "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
+    profile = profiles(storage=storage or None)
+    whole, fake = search(out=tmp_path / "whole.json")
+    with measuring(tmp_path / "plan.json", storage) as process:
+        if storage:
+            with pytest.raises(
+                ArtefactError, match=rf"the study .* is in use: process {process.pid} .* with --storage"
+            ):
+                search(profile, out=tmp_path / "other.json")
+        process.kill()
+    result, rest = search(profile, out=tmp_path / "plan.json")
+    assert result.plan.rules == whole.plan.rules
+    assert len(rest.calls) <= len(fake.calls) - 60
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+def test_owners_that_killed_searches_left_in_a_journal_go(
+    search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path
+) -> None:
+    with measuring(tmp_path / "plan.json") as process:
+        process.kill()
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".owner"]) == 2
+    search(profiles(trials=1), "60%", out=tmp_path / "plan.json", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
+
+
+@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
+def test_a_second_search_in_the_same_process_is_refused(
+    search: Search, profiles: Profiles, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, fake_objective: Any
+) -> None:
+    storage = {"beside": None, "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
+    profile = profiles(trials=1, storage=storage)
+    seconds: list[Future[Any]] = []
+    honest = fake_objective.under
+
+    def under(self: Any, plan: Plan) -> Any:
+        if not seconds:
+            out = tmp_path / ("plan.json" if storage is None else "other.json")
+            with ThreadPoolExecutor(1) as pool:
+                seconds.append(pool.submit(find_plan, profile, "50%", out=out, model=source))
+        return honest(self, plan)
+
+    source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape)
+    monkeypatch.setattr(fake_objective, "under", under)
+    search(profile, out=tmp_path / "plan.json")
+    with pytest.raises(ArtefactError, match=f"is in use: process {os.getpid()} on"):
+        seconds[0].result()
+
+
+def test_an_owner_in_a_database_is_heard_of_and_leaves_its_successor_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"sqlite:///{tmp_path}/s.db"
+    beats: list[Callable[[], None]] = []
+
+    @contextmanager
+    def heard_of(beat: Callable[[], None]) -> Iterator[None]:
+        beats.append(beat)
+        yield
+
+    monkeypatch.setattr(ledger, "heard_of", heard_of)
+
+    def attribute() -> Any:
+        return optuna.load_study(study_name="moacompress-x", storage=storage).user_attrs["owner"]
+
+    with own_study(storage, "moacompress-x"):
+        begun = attribute()
+        beats[0]()
+        assert attribute()["heard"] > begun["heard"]
+        other = {**begun, "token": "theirs", "host": "elsewhere"}
+        optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", other)
+        beats[0]()
+        assert attribute() == other
+        with pytest.raises(ArtefactError, match="on elsewhere has been at work"), own_study(storage, "moacompress-x"):
+            pass
+    assert attribute() == other
+    stale = {**other, "heard": other["heard"] - 1000}
+    optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", stale)
+    with own_study(storage, "moacompress-x"):
+        assert attribute()["token"] != "theirs"
+    assert attribute() is None
