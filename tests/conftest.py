@@ -113,6 +113,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return build
 
 
+@pytest.fixture(scope="session")
+def families() -> tuple[str, ...]:
+    """All families of `TINY`."""
+    return tuple(TINY)
+
+
 @pytest.fixture(params=TINY)
 def family(request: pytest.FixtureRequest) -> str:
     """Every family of `TINY` in turn: a test that asks for it passes through all of them."""

@@ -21,20 +21,10 @@ from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach, detach
 from moacompress.runtime.attaching import attached_plan
 
-TINY = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "smollm3",
-    "gpt_neox",
-    "olmo2",
-    "granite",
+ALL = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", "olmo2", "granite"),
+    *("cohere2", "qwen3_moe", "ministral3", "gpt_oss"),
 )
-TINY += ("cohere2", "qwen3_moe", "ministral3", "gpt_oss")
 SEVERAL = ("llama", "gemma2", "gpt_oss")
 BACKENDS = (None, "reference", "counting")
 """What the machine has; plain PyTorch; and a backend that is none of the product's."""
@@ -90,7 +80,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(
-    params=[(name, backend) for backend in BACKENDS for name in (TINY if backend is None else SEVERAL)], ids=str
+    params=[(name, backend) for backend in BACKENDS for name in (ALL if backend is None else SEVERAL)], ids=str
 )
 def family(request: pytest.FixtureRequest, use_backend: Callable[[str], Any], counting: Any) -> Iterator[str]:
     """Every family by the kernels that this machine has, and those that differ most by every backend."""
@@ -107,6 +97,10 @@ def sparse(family: str, tiny_model: Callable[..., Any], random_plan: Callable[..
     """A tiny dense model of the family and a sparse plan for it."""
     model = tiny_model(family)
     return model, random_plan(model_shape(model), seed=4, full_share=0.1)
+
+
+def test_no_family_is_left_out(families: tuple[str, ...]) -> None:
+    assert set(families) == set(ALL)
 
 
 def test_full_span_is_the_stock_model(family: str, tiny_model: Callable[..., Any], token_ids: Any) -> None:

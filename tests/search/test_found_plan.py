@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,7 @@ def test_the_explanation_says_which_heads_and_why(search: Search, profiles: Prof
     assert saves == sorted(saves, reverse=True)
     for row in rows[:4]:
         rule = result.plan.rules[row["layer"]][row["kv_head"]]
-        assert row["rule"] == (
-            "full" if rule.is_full else {"sink": rule.sink, "alpha": rule.alpha, "beta_q": rule.beta_q}
-        )
+        assert row["rule"] == ("full" if rule.is_full else asdict(rule))
         assert row["kept"] == rule.kept(512, 32, shape.native_windows[row["layer"]])
     assert saves[0] > 0
     assert sum(told["knobs"].values()) == pytest.approx(1.0)
