@@ -16,7 +16,7 @@ from types import ModuleType
 
 AFTER = "transformers.modeling_utils"
 """The module without which no model can be loaded."""
-REGISTERS = "moacompress.runtime.loading"
+REGISTERS = "moacompress.runtime.hf.loading"
 """The module that registers itself when it is imported."""
 
 _reported = False

@@ -169,7 +169,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
+    import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.to(device)

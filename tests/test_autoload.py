@@ -61,7 +61,7 @@ def test_a_failure_is_said_once_and_breaks_nothing(first: str) -> None:
     done = run(
         f"""
         import sys
-        sys.modules["moacompress.runtime.loading"] = None
+        sys.modules["moacompress.runtime.hf.loading"] = None
         import {first}, torch
         from transformers import LlamaForCausalLM
         import moacompress

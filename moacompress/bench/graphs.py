@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.utils import counters
 
+from moacompress.runtime.hf import compat
+
+_counters = compat.take(compat.COUNTERS)
+_lookup_backend = compat.take(compat.LOOKUP_BACKEND)
 BACKEND = "inductor"
 
 
@@ -60,18 +62,18 @@ class CompiledForward:
     """
 
     def __init__(self, forward: Callable[..., Any], backend: str | None = None) -> None:
-        self._inner: Any = lookup_backend(backend or BACKEND)
+        self._inner: Any = _lookup_backend(backend or BACKEND)
         self._forward = torch.compile(forward, backend=self._compile)
         self._graphs = self._calls = self._steps = self._breaks = 0
         self._before = (0, 0, 0)
 
     def __call__(self, **inputs: Any) -> Any:
         """Runs the forward."""
-        before, graphs = sum(counters["graph_break"].values()), self._graphs
+        before, graphs = sum(_counters["graph_break"].values()), self._graphs
         found = self._forward(**inputs)
         self._steps += 1
         if self._graphs != graphs:
-            self._breaks += sum(counters["graph_break"].values()) - before
+            self._breaks += sum(_counters["graph_break"].values()) - before
         return found
 
     def _compile(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:

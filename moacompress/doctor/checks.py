@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ def check_environment() -> dict[str, Any]:
     kernel = _kernel()
     if kernel["name"] is None:
         problems.append(str(kernel["reason"]))
+    names, broken = _private_names()
+    problems += broken
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -63,6 +66,7 @@ def check_environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "kernel": kernel,
         "autoload": autoload,
+        "private_names": names,
         "extras": {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()},
         "problems": problems,
     }
@@ -254,7 +258,7 @@ def _stored_plan(config: PreTrainedConfig) -> Plan:
     Raises:
         PlanError: it is malformed, or newer than is known.
     """
-    from moacompress.runtime.config import MoaCompressConfig
+    from moacompress.runtime.hf.config import MoaCompressConfig
 
     found: Any = config.quantization_config
     return found.plan if isinstance(found, MoaCompressConfig) else MoaCompressConfig.from_dict(found).plan
@@ -278,6 +282,21 @@ def _check_autoload() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError) as error:
         said, reason = False, str(error)
     return {"registered": said, "switch": os.environ.get(SWITCH), "reason": None if said else reason}
+
+
+def _private_names() -> tuple[dict[str, Any], list[str]]:
+    """Returns how many private names of transformers and torch are looked for and which are broken; and that as sentences."""
+    try:
+        from moacompress.runtime.hf import compat
+    except ImportError as error:
+        return {"packages": None, "listed": 0, "broken": []}, [one_line(error)]
+    broken = compat.check()
+    facts = {
+        "packages": compat.installed(),
+        "listed": len(compat.NAMES),
+        "broken": [asdict(found) for found in broken],
+    }
+    return facts, [*map(str, broken), *([compat.remedy()] if broken else [])]
 
 
 def _kernel() -> dict[str, str | None]:

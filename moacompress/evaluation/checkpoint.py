@@ -56,7 +56,7 @@ class Checkpoint:
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the model under `plan`; nothing is done where it runs under it already."""
         from moacompress.runtime import attach, detach
-        from moacompress.runtime.attaching import attached_plan
+        from moacompress.runtime.hf.attaching import attached_plan
 
         current = attached_plan(self.model)
         if current is None or current.key() != plan.key():
@@ -109,7 +109,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import moacompress.runtime.loading  # noqa: F401  (in case the entry point is switched off)
+    import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")

@@ -25,6 +25,10 @@ def environment_table(data: Mapping[str, Any]) -> Group:
     named = f"{kernel['name']}, {kernel['isa']}" if kernel["isa"] else kernel["name"] or "none"
     rows["kernel"] = f"{named}: {kernel['reason']}"
     rows["autoload"] = "registers with transformers" if data["autoload"]["registered"] else "does not register"
+    names = data["private_names"]
+    lost = ", ".join(found["name"] for found in names["broken"])
+    said = f"missing or changed: {lost}" if lost else f"all {names['listed']} private names are there"
+    rows["internals"] = f"{names['packages']}: {said}" if names["packages"] else "transformers or torch is missing"
     rows["extras"] = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in data["extras"].items())
     return facts("Environment", rows)
 

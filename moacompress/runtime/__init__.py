@@ -1,15 +1,35 @@
 """The runtime: loading through transformers, the hooks on a model, the attention and its cache.
 
-It needs a plan and nothing else of moacompress: no calibration, no search.
+It needs a plan and nothing else of moacompress: no calibration, no search. What it offers is imported when it is asked for, so
+that `runtime.hf.compat` can say what is missing where the rest cannot be imported.
 """
 
-# First, and alone: the entry point imports `runtime.loading` as soon as this module is executed, which must not happen
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# First, and alone: the entry point imports `runtime.hf.loading` as soon as this module is executed, which must not happen
 # while one of our own modules is half imported.
 import transformers.modeling_utils  # noqa: F401
 
-import moacompress.runtime.loading  # noqa: F401  registers with transformers where the entry point is switched off
-from moacompress.runtime.attaching import attach, detach
-from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.linear import pack_weights
+if TYPE_CHECKING:
+    from moacompress.runtime.cache.plan_cache import PlanCache
+    from moacompress.runtime.hf.attaching import attach, detach
+    from moacompress.runtime.linear import pack_weights
 
 __all__ = ["PlanCache", "attach", "detach", "pack_weights"]
+
+_HOMES = {
+    "PlanCache": "moacompress.runtime.cache.plan_cache",
+    "attach": "moacompress.runtime.hf.attaching",
+    "detach": "moacompress.runtime.hf.attaching",
+    "pack_weights": "moacompress.runtime.linear",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("moacompress.runtime.hf.loading")  # registers where the entry point is switched off
+    return getattr(importlib.import_module(_HOMES[name]), name)

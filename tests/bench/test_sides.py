@@ -8,7 +8,7 @@ import torch
 
 from moacompress.bench.bench_request import Cell
 from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids
-from moacompress.runtime.attaching import attached_plan
+from moacompress.runtime.hf.attaching import attached_plan
 
 SIDES = ("plan", "full_span", "dense", STATIC)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from moacompress.doctor.checks import check_environment, check_model
 from moacompress.models.source import model_shape
 from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
-from moacompress.runtime.attaching import attach
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.attaching import attach
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,67 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
         assert text in shown(environment_table({**environment, "kernel": found}))
 
 
+def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    import transformers
+
+    from moacompress.report.doctor_tables import environment_table
+
+    names = environment["private_names"]
+    assert names["listed"] > 30
+    assert names["broken"] == []
+    said = f"transformers {transformers.__version__} / torch {torch.__version__}: all {names['listed']} private names are there"
+    assert said in shown(environment_table(environment))
+    monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
+    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_hooks", [])
+    facts, problems = checks._private_names()
+    assert [(found["name"].rpartition(".")[2], found["problem"][:9]) for found in facts["broken"]] == [
+        ("_supports_sdpa", "is missin"),
+        ("_global_forward_hooks", "is a list"),
+    ]
+    assert len(problems) == 3
+    assert problems[0].startswith("transformers.modeling_utils.PreTrainedModel._supports_sdpa is missing")
+    assert "install what moacompress is tested with: " in problems[-1]
+    text = shown(environment_table({**environment, "private_names": facts}))
+    assert all(found["name"] in text for found in facts["broken"])
+
+
+def test_broken_private_names_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+    from typer.testing import CliRunner
+
+    from moacompress.cli import app
+
+    monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert [broken["name"].rpartition(".")[2] for broken in found["private_names"]["broken"]] == ["_supports_sdpa"]
+    assert len(found["problems"]) == 2
+
+
+BROKEN = """
+import sys
+import transformers.masking_utils, transformers.utils.output_capturing as capturing
+del capturing._active_collector, transformers.masking_utils.causal_mask_function
+sys.argv[1:] = ["doctor", "--json"]
+from moacompress.cli import main
+main()
+"""
+
+
+def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    names = {broken["name"] for broken in found["private_names"]["broken"]}
+    assert {compat.ACTIVE_COLLECTOR, compat.CAUSAL_MASK} <= names
+    assert any(problem.startswith(f"{compat.CAUSAL_MASK} is missing") for problem in found["problems"])
+    assert done.stderr.count("could not register with transformers: UnsupportedError: ") == 1
+
+
 def shown(table: Any) -> str:
-    console = Console(width=200)
+    console = Console(width=300)
     with console.capture() as capture:
         console.print(table)
     return capture.get()

@@ -214,7 +214,7 @@ def test_text(compressed: Path, prose: Path) -> None:
 
 def test_retention_is_on_the_prompts_that_dense_gets_right(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scripted(model: Any, tokenizer: Any, cases: Any) -> list[scoring.Score]:
-        from moacompress.runtime.attaching import attached_plan
+        from moacompress.runtime.hf.attaching import attached_plan
 
         plan = attached_plan(model)
         assert plan is not None
@@ -236,7 +236,7 @@ def test_pooled_rows_are_of_all_prompts(compressed: Path, monkeypatch: pytest.Mo
     """Two tasks of other difficulty: the numbers together are those of their prompts, paired, and of what dense gets right."""
 
     def scripted(model: Any, tokenizer: Any, cases: Any) -> list[scoring.Score]:
-        from moacompress.runtime.attaching import attached_plan
+        from moacompress.runtime.hf.attaching import attached_plan
 
         plan = attached_plan(model)
         assert plan is not None

@@ -14,7 +14,7 @@ from moacompress.exporter.card import model_card
 from moacompress.exporter.exporting import check_reusable, export, exported_plan, licence_files, save_dense
 from moacompress.models.source import load_source
 from moacompress.rules.plan import Plan
-from moacompress.runtime.attaching import attached_plan
+from moacompress.runtime.hf.attaching import attached_plan
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
-from moacompress.runtime.attaching import attached_plan
 from moacompress.runtime.decode import fused
+from moacompress.runtime.hf.attaching import attached_plan
 
 LAYERS, PROMPT, STEPS = 2, 60, 4
 

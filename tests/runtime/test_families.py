@@ -19,7 +19,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach, detach
-from moacompress.runtime.attaching import attached_plan
+from moacompress.runtime.hf.attaching import attached_plan
 
 ALL = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", "olmo2", "granite"),

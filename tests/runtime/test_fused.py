@@ -17,6 +17,7 @@ from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
+from moacompress.runtime.hf.compat import NORMS
 from moacompress.runtime.linear import FEW_ROWS, pack_weights
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 @pytest.fixture(autouse=True)
 def _one_by_one(monkeypatch):
-    """No call for all layers at once: tests/runtime/test_stack.py is about that."""
+    """No call for all layers at once: tests/runtime/test_all_layers.py is about that."""
     monkeypatch.setattr(Stack, "begin", lambda *arguments: None)
 
 
@@ -193,7 +194,7 @@ def test_a_changed_epsilon_keeps_a_layer_to_itself(model, calls, steps):
     made.model.layers[0].input_layernorm.variance_epsilon = 0.5
     found = steps(made, 2, 20)
     assert calls == [20 * (len(attention_modules(made)) - 1), 20]
-    for name in fused.NORMS:
+    for name in NORMS:
         getattr(made.model.layers[0], name).variance_epsilon = 0.5
     calls[:] = 0, 0
     assert not torch.equal(steps(made, 2, 20), found)

@@ -272,7 +272,7 @@ LIMITED = """
 import resource, sys
 import torch
 from transformers import AutoModelForCausalLM
-import moacompress.runtime.loading
+import moacompress.runtime.hf.loading
 from moacompress.core.errors import MoaCompressError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 256 * 2**20, resource.RLIM_INFINITY))

@@ -1,21 +1,23 @@
 """Plain `from_pretrained` and `save_pretrained`, in this process and in a fresh one, and the ways around a model."""
 
 import copy
+import functools
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import moacompress.runtime.loading  # noqa: F401
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.runtime.attaching import attached_plan
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.hf import loading
+from moacompress.runtime.hf.attaching import attached_plan
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
 
@@ -170,6 +172,51 @@ def test_from_config_is_refused(compressed):
         AutoModelForCausalLM.from_config(config)
     del config.quantization_config
     assert AutoModelForCausalLM.from_config(config) is not None
+
+
+@pytest.fixture
+def dense_config(tiny_model):
+    return copy.deepcopy(tiny_model().config)
+
+
+def wrappers():
+    """Returns how many functions are around transformers' own `_from_config`."""
+    found, count = vars(PreTrainedModel)["_from_config"].__func__, 0
+    while hasattr(found, "__wrapped__"):
+        found, count = found.__wrapped__, count + 1
+    return count
+
+
+def test_registering_twice_leaves_one_wrapper(dense_config):
+    assert wrappers() == 1
+    importlib.reload(loading)
+    assert wrappers() == 1
+    assert AutoModelForCausalLM.from_config(dense_config) is not None
+    dense_config.quantization_config = {"quant_method": "moacompress"}
+    with pytest.raises(UnsupportedError, match="from_config would build a dense model"):
+        AutoModelForCausalLM.from_config(dense_config)
+
+
+def test_a_wrapper_of_others_stays(dense_config, monkeypatch):
+    own, seen = vars(PreTrainedModel)["_from_config"], []
+
+    @functools.wraps(own.__func__)
+    def counted(cls, config, **rest):
+        seen.append(config)
+        return own.__func__(cls, config, **rest)
+
+    monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(counted))
+    importlib.reload(loading)
+    assert AutoModelForCausalLM.from_config(dense_config) is not None
+    assert seen == [dense_config]
+
+
+@pytest.mark.parametrize("method", ["gptq", None])
+def test_other_configs_are_handed_on_at_once(method, dense_config, monkeypatch):
+    if method is not None:
+        dense_config.quantization_config = {"quant_method": method}
+    monkeypatch.setattr(loading, "_is_being_loaded", lambda config: pytest.fail("another config was looked into"))
+    assert AutoModelForCausalLM.from_config(dense_config) is not None
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])

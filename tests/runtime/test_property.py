@@ -22,7 +22,7 @@ from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
-from moacompress.runtime.hooks import read_mask
+from moacompress.runtime.hf.hooks import read_mask
 
 EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
 LAYERS, DIM = 2, 4

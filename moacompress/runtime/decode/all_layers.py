@@ -26,16 +26,17 @@ from moacompress.kernels.backend import LayerWeights, Rotary, WeightsMoved
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.capturing import are_foreign, is_capturing
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import StackRequest
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.capturing import are_foreign, is_capturing
 from moacompress.runtime.linear import FEW_ROWS
 
 RUN = "moacompress_run"
 """Keyword under which a `StackStep` reaches the decoder layers."""
-GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+GLOBAL_HOOKS = (compat.take(compat.FORWARD_HOOKS), compat.take(compat.FORWARD_PRE_HOOKS))
 """Hooks on all modules there are; both empty, mostly."""
-REPLACEMENTS = ("forward", "_compiled_call_impl")
+REPLACEMENTS = ("forward", compat.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
 
 
@@ -81,7 +82,7 @@ class Reading:
                     self._watch(held, *held)
             self._watch(attention.__dict__, "training", "scaling")
             self._watch(attention._forward_pre_hooks, *attention._forward_pre_hooks)
-            self._watch(attention.config.__dict__, "_attn_implementation_internal")
+            self._watch(attention.config.__dict__, compat.IMPLEMENTATION)
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
         for kind, _ in {part for layer in self.layers for part in layer.made_of}:

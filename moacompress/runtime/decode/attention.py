@@ -10,10 +10,10 @@ from transformers import AttentionInterface
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import Scores, prefill_alone
 from moacompress.kernels.dispatch import backend_for
-from moacompress.runtime import masks
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import take
 from moacompress.runtime.decode.step_requests import AttendRequest
+from moacompress.runtime.hf import masks
 
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "

@@ -17,26 +17,23 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.capturing import do_something
 from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
 from moacompress.runtime.decode.context import CONTEXT, LayerCall
 from moacompress.runtime.decode.routes import first_route, take
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
-from moacompress.runtime.hooks import AttentionHook
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.capturing import do_something
+from moacompress.runtime.hf.compat import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
+from moacompress.runtime.hf.hooks import AttentionHook
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-"""Models of transformers whose layers are known, and what the names of their classes begin with."""
 PREFIX = "Fused"
-PROJECTIONS, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
 PLAIN = (nn.Linear, PackedLinear)
-SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
+SILU = tuple({type(compat.take(compat.ACTIVATIONS)[name]) for name in ("silu", "swish")})
 
 
 class _LayerParts(NamedTuple):

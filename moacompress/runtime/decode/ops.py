@@ -14,11 +14,11 @@ import torch
 
 from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary, Scores
 from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime import hooks
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.routes import take
 from moacompress.runtime.decode.step_requests import AttendRequest, HiddenRequest, LayerRequest
+from moacompress.runtime.hf import hooks
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.utils import output_capturing
+from moacompress.runtime.hf import compat
 
-_NAMES = vars(output_capturing)
-_active = output_capturing._active_collector
+_NAMES = compat.take(compat.OUTPUT_CAPTURING).__globals__
+_active = compat.take(compat.ACTIVE_COLLECTOR)
 
 
 def is_capturing() -> bool:

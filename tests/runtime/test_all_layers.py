@@ -20,9 +20,9 @@ from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
-from moacompress.runtime.decode import all_layers as stack
-from moacompress.runtime.decode import fused
+from moacompress.runtime.decode import all_layers, fused
 from moacompress.runtime.decode.routes import first_route
+from moacompress.runtime.hf.compat import NORMS
 from moacompress.runtime.linear import FEW_ROWS, pack_weights
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
@@ -56,7 +56,7 @@ def one_by_one(monkeypatch, steps):
 
     def run(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(stack.Stack, "begin", lambda *nothing: None)
+            patch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
             return steps(*arguments)
 
     return run
@@ -103,7 +103,7 @@ def test_generate_uses_it(way, model, calls, monkeypatch):
 
     found, used = generate(), calls["steps"]
     assert used > 0
-    monkeypatch.setattr(stack.Stack, "begin", lambda *nothing: None)
+    monkeypatch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
     assert torch.equal(generate(), found)
     assert calls["steps"] == used
 
@@ -123,7 +123,7 @@ def test_padding_in_the_cache(model, calls, monkeypatch):
 
     found = run()
     assert calls["steps"] - calls["cache"] == 10
-    monkeypatch.setattr(stack.Stack, "begin", lambda *nothing: None)
+    monkeypatch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
     assert torch.equal(run(), found)
 
 
@@ -269,7 +269,7 @@ def test_other_numbers_are_read_anew(model, calls, one_by_one, steps):
 
 def test_layers_that_differ_go_one_by_one(model, calls, steps):
     made = model()
-    for name in fused.NORMS:
+    for name in NORMS:
         getattr(made.model.layers[1], name).variance_epsilon = 0.5
     steps(made, 2, 40)
     assert calls["steps"] == 0
@@ -388,7 +388,7 @@ def test_what_comes_between_layers_is_refused(model):
     layers = made.model.layers
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
-        run = stack.StackStep(stack.Stack(fused.read_layers), tuple(layers), cache)
+        run = all_layers.StackStep(all_layers.Stack(fused.read_layers), tuple(layers), cache)
         hidden, rotary = torch.randn(2, 1, made.config.hidden_size), made.model.rotary_emb(torch.zeros(1), ids[:, 50:])
         out = run.step(layers[0], hidden, None, rotary, first_route)
         assert run.step(layers[1], out, None, rotary, first_route) is out
@@ -425,7 +425,7 @@ def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers,
         cache = made(ids[:, :50]).cache
         with monkeypatch.context() as patch:
             if kind is CpuBackend:
-                patch.setattr(stack.Stack, "begin", lambda *nothing: None)
+                patch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
             if name == "step_hidden":
                 patch.setattr(fused, "_layer", lambda *nothing: None)
             made(ids[:, 50:51], cache=cache)
@@ -453,7 +453,7 @@ def test_an_interrupt_between_two_locks_holds_none(model):
             pass
 
     last = SimpleNamespace(lock=Interrupting())
-    with pytest.raises(KeyboardInterrupt), stack._all_locked([*cache.layers, last]):
+    with pytest.raises(KeyboardInterrupt), all_layers._all_locked([*cache.layers, last]):
         pass
 
     def is_free(lock):
@@ -480,7 +480,7 @@ def test_other_devices_are_left_to_the_layers(model):
     made = model()
     with torch.no_grad():
         cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
-    run = stack.StackStep(stack.Stack(fused.read_layers), tuple(made.model.layers), cache)
+    run = all_layers.StackStep(all_layers.Stack(fused.read_layers), tuple(made.model.layers), cache)
     hidden = torch.empty(2, 1, made.config.hidden_size, device="meta")
     assert run.step(made.model.layers[0], hidden, None, (torch.zeros(1, 1, 2),) * 2, first_route) is None
 

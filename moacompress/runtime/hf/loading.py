@@ -22,11 +22,16 @@ from transformers.quantizers.base import HfQuantizer
 from moacompress.core.errors import ArtefactError, UnsupportedError
 from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
+from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_weights
-from moacompress.runtime.attaching import install
-from moacompress.runtime.config import METHOD, MoaCompressConfig
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.attaching import install
+from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
+
+# importing this module anew registers its new class, which transformers refuses while there is another one
+compat.take(compat.QUANTIZERS).pop(METHOD, None)
 
 
 @register_quantizer(METHOD)
@@ -70,7 +75,7 @@ class MoaCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         check_weights(files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        model.__dict__[_MISSING_HOOK] = types.MethodType(_refuse_missing, model)
+        model.__dict__[compat.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
         install(model, self.quantization_config.plan)
@@ -78,16 +83,12 @@ class MoaCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
-        model.__dict__.pop(_MISSING_HOOK, None)
+        model.__dict__.pop(compat.MISSING_WEIGHTS, None)
         return model
 
 
-_MISSING_HOOK = "_move_missing_keys_from_meta_to_device"
-"""The method of a model that makes room for the weights that no file held, before they are drawn at random."""
-
-
 def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands in for it while a compressed checkpoint is loaded.
+    """Stands in for the model's `compat.MISSING_WEIGHTS` while a compressed checkpoint is loaded.
 
     A head that is new, such as a classifier on the checkpoint of a language model, is still drawn at random.
 
@@ -106,28 +107,37 @@ def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None
             f"the compressed checkpoint lacks {len(lost)} of its weights, or holds them in another shape, such as {lost[0]}; "
             "transformers would draw them at random, so export it again"
         )
-    getattr(type(model), _MISSING_HOOK)(model, missing, *args, **kwargs)
+    getattr(type(model), compat.MISSING_WEIGHTS)(model, missing, *args, **kwargs)
 
 
 def _guard_from_config() -> None:
-    """Makes `from_config` refuse the config of a compressed checkpoint: it would build a dense model and say nothing."""
-    original: Any = PreTrainedModel.__dict__["_from_config"].__func__
+    """Makes `from_config` refuse the config of a compressed checkpoint: it would build a dense model and say nothing.
 
-    @functools.wraps(original)
+    This is a patch because transformers asks nobody there: no quantizer has a part in a model that is built from a config, and
+    a config that was read from a file holds the plan as a plain dictionary. All ways to build one, of every auto class and of
+    a model's own, end in one class method, which is wrapped. For any other config the wrapper hands on at once. It is put on
+    once: a wrapper of an earlier import of this module goes.
+    """
+    own: Any = vars(PreTrainedModel)[compat.FROM_CONFIG].__func__
+    code = getattr(own, "__code__", None)
+    if code is not None and code.co_filename == _guard_from_config.__code__.co_filename:
+        own = own.__wrapped__
+
+    @functools.wraps(own)
     def guarded(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> Any:
-        found = getattr(config, "quantization_config", None)
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        # a part of a model that from_pretrained builds is built like this too, on "meta": the plan is put on it afterwards
-        loading = isinstance(found, MoaCompressConfig) and torch.get_default_device().type == "meta"
-        if method == METHOD and not loading:
+        if quantization_method(config) == METHOD and not _is_being_loaded(config):
             raise UnsupportedError(
                 "from_config would build a dense model from a compressed checkpoint's config and ignore its plan; use "
                 "from_pretrained, or delete config.quantization_config for a dense model"
             )
-        return original(cls, config, **kwargs)
+        return own(cls, config, **kwargs)
 
-    guard: Any = classmethod(guarded)  # type: ignore[arg-type]
-    setattr(PreTrainedModel, "_from_config", guard)  # noqa: B010  mypy takes an assignment for an override
+    setattr(PreTrainedModel, compat.FROM_CONFIG, classmethod(guarded))  # type: ignore[arg-type]
+
+
+def _is_being_loaded(config: Any) -> bool:
+    """Whether `from_pretrained` builds a part of a model like this, on "meta"; the plan is put on it afterwards."""
+    return isinstance(config.quantization_config, MoaCompressConfig) and torch.get_default_device().type == "meta"
 
 
 attention.register()

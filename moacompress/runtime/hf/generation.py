@@ -10,7 +10,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from moacompress.core.errors import MoaCompressError, UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hooks import check_cache
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.hooks import check_cache
 
 MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -29,7 +30,7 @@ def _prepare_cache(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """Stands in for `GenerationMixin._prepare_cache_for_generation`."""
+    """Makes or checks the cache of `generate`, under the name that the model expects."""
     attachment = getattr(self, "_moacompress", None)
     if attachment is None:
         raise MoaCompressError("the plan was taken off this model by hand; use moacompress.detach(model)")
@@ -67,7 +68,7 @@ def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache,
+    compat.PREPARE_CACHE: _prepare_cache,
     "set_attn_implementation": _refuse_other_attention,
     "generate_batch": _refuse_continuous_batching,
     "init_continuous_batching": _refuse_continuous_batching,

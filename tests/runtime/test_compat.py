@@ -1,0 +1,306 @@
+"""The list of private names: all are there, each is missed by name, and the product uses no other."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.runtime.hf import compat
+from moacompress.runtime.hf.compat import NAMES, PrivateName
+
+ROOT = Path(__file__).resolve().parents[2]
+Removal = Callable[[pytest.MonkeyPatch], None]
+
+
+def test_all_hold_with_the_installed_versions() -> None:
+    assert [str(broken) for broken in compat.check()] == []
+
+
+def test_every_name_is_listed_once_and_says_what_it_is_for() -> None:
+    names = [entry.name for entry in NAMES]
+    assert len(names) == len(set(names)) > 30
+    assert all(entry.use for entry in NAMES)
+
+
+def covered(holder: Any, name: str) -> Removal:
+    """Puts a number in the place of a name that comes from C, which cannot be taken away."""
+    return lambda monkeypatch: monkeypatch.setattr(holder, name, 0)
+
+
+def read_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.generation.utils import GenerationMixin
+
+    for name, method in [*vars(GenerationMixin).items()]:
+        if name != compat.PREPARE_CACHE and "_is_user_defined" in compat._words(method):
+            monkeypatch.delattr(GenerationMixin, name)
+
+
+def tie_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = PreTrainedModel.post_init
+
+    def post_init(self: Any) -> None:
+        own(self)
+        del self.all_tied_weights_keys
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", post_init)
+
+
+REMOVALS: dict[str, Removal] = {
+    "importlib.machinery.ModuleSpec._initializing": lambda monkeypatch: monkeypatch.delattr(
+        compat.__spec__, "_initializing"
+    ),
+    "transformers.cache_utils.Cache._is_user_defined": read_no_mark,
+    "transformers.modeling_utils.PreTrainedModel.all_tied_weights_keys": tie_nothing,
+    "torch.Tensor._version": covered(torch.Tensor, "_version"),
+    "torch.ops.mkldnn._reorder_linear_weight": covered(torch.ops.mkldnn, "_reorder_linear_weight"),
+    "torch.ops.mkldnn._linear_pointwise": covered(torch.ops.mkldnn, "_linear_pointwise"),
+}
+"""How names are taken away that are no attribute of the class or module which holds them."""
+
+
+NEEDED_BY_OTHERS = (
+    "PreTrainedModel",
+    "PreTrainedConfig",
+    "masking_utils",
+    "transformers.models.",
+    "torch.nn.Module.",
+    "next_id",
+    "tree_iter",
+)
+"""Parts of names without which others do not work, or cannot be looked at."""
+
+
+def take_away(entry: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes a name from the class that defines it, from the objects of its class, or from its module."""
+    if entry.name in REMOVALS:
+        REMOVALS[entry.name](monkeypatch)
+        return
+    path, _, attribute = entry.name.rpartition(".")
+    holder = compat._find(path)
+    kinds = holder.__mro__[:-1] if inspect.isclass(holder) else ()
+    defining = [kind for kind in kinds if attribute in vars(kind)] if kinds else [holder]
+    for owner in defining:
+        monkeypatch.delattr(owner, attribute)
+    if not defining:
+        own = holder.__init__
+
+        def made(self: Any, *arguments: Any, **rest: Any) -> None:
+            own(self, *arguments, **rest)
+            vars(self).pop(attribute, None)
+
+        monkeypatch.setattr(holder, "__init__", made)
+
+
+@pytest.mark.parametrize("entry", NAMES, ids=[entry.name for entry in NAMES])
+def test_a_name_that_goes_is_missed(entry: PrivateName) -> None:
+    if entry.name.startswith("torch.ops.mkldnn") and not torch.backends.mkldnn.is_available():
+        pytest.skip("nothing is packed on this machine")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_away(entry, monkeypatch)
+        problem, broken = entry.problem(), compat.check()
+    assert problem is not None
+    names = {found.name for found in broken}
+    assert entry.name in names
+    assert len(names) == 1 or any(part in entry.name for part in NEEDED_BY_OTHERS)
+    assert all("\n" not in str(found) for found in broken)
+    assert entry.problem() is None
+
+
+FORMS: dict[str, tuple[Any, str]] = {
+    "transformers.modeling_utils.PreTrainedModel._from_config": (lambda settings: None, "takes no config, kwargs"),
+    "transformers.generation.utils.GenerationMixin._prepare_cache_for_generation": (
+        lambda self, generation_config, model_kwargs, generation_mode, batch_size: None,
+        "takes no max_cache_length",
+    ),
+    "transformers.cache_utils.Cache.crop": (lambda self, max_length: None, "takes no tokens_to_remove"),
+    "transformers.quantizers.base.HfQuantizer.preprocess_model": (lambda self: None, "does not say is_quantized, "),
+    "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": ([], "is a list, not a dict"),
+    "transformers.utils.output_capturing._active_collector": (
+        type("Collector", (), {"get": lambda self: {"hidden_states": []}})(),
+        "says that something is captured where no forward runs",
+    ),
+    "transformers.utils.output_capturing.install_output_capuring_hook": (
+        lambda module, key, index: module.register_forward_hook(print),
+        "puts another hook on a module",
+    ),
+    "transformers.masking_utils.sliding_window_overlay": (
+        lambda size: lambda *at: True,
+        "makes a function that is called",
+    ),
+    "transformers.masking_utils.sliding_window_causal_mask_function": (
+        lambda size: lambda *at: True,
+        "is not told from other masks",
+    ),
+    "torch.utils.hooks.RemovableHandle.next_id": (property(lambda self: 0), "has another form"),
+    "torch.nn.modules.module._global_forward_hooks": ([], "is a list, not a dict"),
+    "transformers.models.llama.modeling_llama.LlamaMLP": (
+        torch.nn.Identity,
+        "has no gate_proj, up_proj, down_proj, act_fn",
+    ),
+}
+"""Other forms of a name, and what is said of them."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_another_form_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, said = FORMS[name]
+    holder, _, attribute = name.rpartition(".")
+    monkeypatch.setattr(compat._find(holder), attribute, form)
+    problem = next(entry for entry in NAMES if entry.name == name).problem()
+    assert problem is not None
+    assert problem.startswith(said)
+
+
+def test_other_parts_of_a_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+
+    def forward(self: Any, hidden_states: Any, attention_mask: Any, position_embeddings: Any) -> None: ...
+
+    def made(self: Any, hidden_size: int, eps: float) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", made)
+    found = {broken.name.rpartition(".")[2]: broken.problem for broken in compat.check()}
+    assert found == {
+        "LlamaAttention": "has a forward that begins with hidden_states, attention_mask, position_embeddings, not "
+        "hidden_states, position_embeddings, attention_mask",
+        "LlamaRMSNorm": "has no variance_epsilon",
+    }
+
+
+def test_what_is_missing_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import output_capturing
+
+    assert compat.take(compat.ACTIVE_COLLECTOR) is output_capturing._active_collector
+    monkeypatch.delattr(output_capturing, "_active_collector")
+    with pytest.raises(
+        UnsupportedError, match=f"^{compat.ACTIVE_COLLECTOR} is missing .*; it is for .* is here; install"
+    ):
+        compat.take(compat.ACTIVE_COLLECTOR)
+
+
+def product_files() -> Iterator[Path]:
+    """Yields the product's modules, each once."""
+    yield ROOT / "_moacompress_autoload.py"
+    for package in ("moacompress", "search", "calibration"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if not any(parent.is_symlink() for parent in path.parents):
+                yield path
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """Returns what a module defines: functions, classes, fields, variables, and attributes of `self`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return found
+
+
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+"""Public in spite of their underscore, says Python."""
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yields private names that a module uses and does not define, with their lines.
+
+    Those are attributes, parts of imports, and strings that name an attribute.
+    """
+    own = own_names(tree)
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif (
+            isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] != "moacompress"
+        ):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            names = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        for name in names:
+            if is_private(name) and name not in own | OF_NAMED_TUPLES and not name.startswith("_moacompress"):
+                yield name, getattr(node, "lineno", 0)
+
+
+def test_the_product_uses_no_private_name_that_is_not_listed() -> None:
+    listed = {part for entry in NAMES for part in entry.name.split(".")}
+    files = [*product_files()]
+    assert len(files) > 100
+    unlisted = {
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path in files
+        for name, line in private_names(ast.parse(path.read_text("utf-8")))
+        if name not in listed
+    }
+    assert unlisted == set()
+
+
+def test_private_names_are_found_wherever_they_stand() -> None:
+    code = """
+import torch._one.two
+from transformers._three import four
+from transformers.five import _six
+from moacompress._ours import _own
+class Mine:
+    def _method(self):
+        self._field, other._seven = other._eight, self._method()
+getattr(Mine, "_nine", None); getattr(Mine, "_moacompress"); Mine.__dict__
+"""
+    found = sorted(name for name, _ in private_names(ast.parse(code)))
+    assert found == ["_eight", "_nine", "_one", "_seven", "_six", "_three"]
+
+
+def test_every_listed_name_that_is_taken_is_listed() -> None:
+    """`take` looks names up in the list: each constant that the product takes is one of it."""
+    listed = {entry.name for entry in NAMES}
+    for path in product_files():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "compat.take":
+                assert getattr(compat, ast.unparse(node.args[0]).removeprefix("compat.")) in listed
+
+
+def test_the_methods_that_stand_in_for_others_are_listed() -> None:
+    from moacompress.runtime.hf.generation import OVERRIDES
+
+    last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
+    assert set(OVERRIDES) <= last_parts
+
+
+def test_what_our_classes_override_is_listed() -> None:
+    """All of a cache, which transformers calls by name; of other classes what is private."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    import moacompress.calibration.probe
+    from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+    from moacompress.runtime.cache.plan_cache import PlanCache
+    from moacompress.runtime.hf.config import MoaCompressConfig
+    from moacompress.runtime.hf.loading import MoaCompressQuantizer
+    from moacompress.runtime.linear import PackedLinear
+
+    last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
+    others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.probe.LiveBytes)
+    for kind in (PlanCache, PlanCacheLayer, *others):
+        overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(kind.__mro__[1], name)}
+        if not issubclass(kind, Cache | CacheLayerMixin):
+            overridden = {name for name in overridden if is_private(name)}
+        assert overridden - {"_abc_impl"} <= last_parts, kind
