@@ -275,7 +275,8 @@ class _Benchmark:
             for side, turn in turns.items()
             if isinstance(turn.forward, CompiledForward)
         }
-        return {"seconds": seconds, "proofs": proofs, "refused": refused, "kv_bytes": kv_bytes}
+        routes = {side: turn.routes for side, turn in turns.items() if turn.routes}
+        return {"seconds": seconds, "proofs": proofs, "refused": refused, "kv_bytes": kv_bytes, "routes": routes}
 
     def _prefill(self, cell: Cell, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
         request = self.request
@@ -289,7 +290,7 @@ class _Benchmark:
         turns = {side: PrefillTurn(models[side], ids, request.device) for side in sides}
         repeats = request.prefill_repeats
         seconds = interleave(turns, repeats, self.clock, lambda: self.progress.step(f"prefill {cell}"))
-        return {"seconds": seconds, "kv_bytes": {}}
+        return {"seconds": seconds, "kv_bytes": {}, "routes": {}}
 
 
 def _warm(turn: DecodeTurn) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -215,6 +216,11 @@ class DecodeTurn:
     def use(self, cache: Any) -> None:
         """Takes the steps on this cache, once, in place of one that is put back before every turn."""
         self._cache = cache
+
+    @property
+    def routes(self) -> list[str]:
+        """The routes that the layers of its last steps took, the most frequent first; none for a cache that knows of none."""
+        return [name for name, _ in getattr(self._cache, "step_routes", Counter()).most_common()]
 
     def prepare(self) -> None:
         """Puts the cache back to the cell's length and takes the first step."""

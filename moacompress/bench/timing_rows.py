@@ -94,6 +94,7 @@ def make_row(
         "peak_bytes_dense": None,
         **{f"peak_bytes_{side}": found[phase] for side, found in peaks.items()},
         "kernel": measured["kernel"],
+        "routes": measured["routes"],
         "load_per_core": measured["load_per_core"],
         "compiled": sorted(measured.get("proofs", {})),
         "graphs": measured.get("proofs", {}),

@@ -122,6 +122,8 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_cell(row)}: a static cache with a compiled step is left out, because {row['dense_best_refused']}."
         elif row["dense_best"] is not None:
             yield f"{_cell(row)}: the best dense is {_named(row['dense_best'])}."
+        if routes := row["routes"].get("plan"):
+            yield f"{_cell(row)}: steps under the plan go by {', then '.join(routes)}."
         for side in ("plan", "full_span"):
             found = row["graphs"].get(side)
             if found and (found["graph_breaks"] or found["recompiles"] or found["graph_calls"] != found["steps"]):

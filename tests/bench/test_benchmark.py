@@ -43,6 +43,8 @@ def test_every_cell_has_its_fields(compressed, tmp_path):
             p.numel() for p in benchmark.load_checkpoint(compressed / "model", "float32", "cpu").model.parameters()
         )
         assert row["kernel"] in ("cpu", "reference")
+        steps = {"cpu": ["all layers"], "reference": ["commit and decode"]}[row["kernel"]]
+        assert row["routes"].get("plan") == (steps if row["phase"] == "decode" else None)
         assert row["dense_best"] in ("dense", "static cache, compiled")
         assert (row["peak_bytes_plan"], row["peak_bytes_dense"]) == (None, None)
         graphs = row["graphs"].get("dense_static")
@@ -140,7 +142,7 @@ def test_without_a_compiler_the_best_is_plain_dense(compressed, monkeypatch):
     def fails(module, inputs):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(graphs, "lookup_backend", lambda name: fails)
+    monkeypatch.setattr(graphs, "_lookup_backend", lambda name: fails)
     (row,) = run_bench(compressed, replace(ONE, prefill_repeats=0, sides=("plan", "dense_best")))["runs"]
     assert (row["dense_best"], row["dense_ms"]) == ("dense", None)
     assert row["dense_best_ms"] > 0

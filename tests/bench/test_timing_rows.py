@@ -25,6 +25,7 @@ def measured(seconds, proof=None, refused=None, sides=ALL):
         "weight_bytes": 1000,
         "packed_bytes": 0,
         "kernel": "cpu",
+        "routes": {"plan": ["all layers"]},
         "load_per_core": 0.1,
         "sides": sides,
     }

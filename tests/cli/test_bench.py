@@ -63,6 +63,7 @@ def test_tables(compressed: Path) -> None:
     for part in ("Decode, ms a step", "Prefill, seconds", "8 x 96 fp32", "full span", "best dense", "ceiling"):
         assert part in result.stdout
     assert sum("decoding is " in line for line in lines) == 2
+    assert sum("steps under the plan go by " in line for line in lines) == 1
 
 
 def test_what_was_not_measured_is_not_in_the_tables(compressed: Path) -> None:
@@ -84,6 +85,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
     row: dict[str, Any] = {f"{side}_ms": value for side, value in ms.items()}
     row |= {
         "phase": "decode", "length": 1024, "batch": 1, "dtype": "float32", "repeats": 20, "kernel": "cpu",
+        "routes": {"plan": ["all layers"]},
         "spread_ms": {side: [value - 1, value + 1] for side, value in ms.items()}, "load_per_core": None,
         "speedup": {
             "dense": {"value": 2.0, "ci95": [1.9, 2.1]}, "dense_best": {"value": 0.9, "ci95": None}
