@@ -220,7 +220,8 @@ class DecodeTurn:
     @property
     def routes(self) -> list[str]:
         """The routes that the layers of its last steps took, the most frequent first; none for a cache that knows of none."""
-        return [name for name, _ in getattr(self._cache, "step_routes", Counter()).most_common()]
+        found: Counter[str] = getattr(self._cache, "step_routes", Counter())
+        return [name for name, _ in found.most_common()]
 
     def prepare(self) -> None:
         """Puts the cache back to the cell's length and takes the first step."""
