@@ -220,7 +220,7 @@ class DecodeTurn:
     @property
     def routes(self) -> list[str]:
         """The routes that the layers of its last steps took, the most frequent first; none for a cache that knows of none."""
-        found: Counter[str] = getattr(self._cache, "step_routes", Counter())
+        found: Counter[str] = getattr(self._cache, "step_routes", None) or Counter()
         return [name for name, _ in found.most_common()]
 
     def prepare(self) -> None:

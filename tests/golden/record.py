@@ -2,7 +2,7 @@
 
     python tests/golden/record.py
 
-prints the record of this checkout as one line of JSON. `benchmarks/checkouts.py` compares two checkouts by it, to the bit;
+in a checkout prints its record as one line of JSON. `benchmarks/checkouts.py` compares two checkouts by it, to the bit;
 `test_golden.py` holds this checkout against the files that lie here. Only what a user would import is imported, so that the
 script runs in older and newer checkouts.
 """
@@ -29,7 +29,8 @@ ROOT = HERE.parent.parent
 PROFILE = HERE / "profile"
 """A finished profile of `tiny_source`."""
 BUDGET = "30%"
-PUBLISHED = ROOT / "docs/plans/smollm2-135m-quarter.json"
+PUBLISHED = "docs/plans/smollm2-135m-quarter.json"
+"""In a checkout: each reads its own, which may be of an older version."""
 DENSE = ROOT / ".cache/smollm2-135m-dense"
 """The model of the published plan, as the tests leave it."""
 PROMPT, STEPS, SHOWN = 300, 8, 16
@@ -83,11 +84,12 @@ def found_plan() -> dict[str, Any]:
     }
 
 
-def published_logits(model: PreTrainedModel) -> list[torch.Tensor]:
+def published_logits(model: PreTrainedModel, checkout: Path = ROOT) -> list[torch.Tensor]:
     """Returns the logits of SmolLM2-135M under the published plan: of a prompt's last token, and of each decode step.
 
     Args:
         model: the dense model in float32; it is dense again when this returns.
+        checkout: where the plan is published.
 
     Returns:
         `STEPS + 1` tensors `[vocabulary]`.
@@ -97,7 +99,7 @@ def published_logits(model: PreTrainedModel) -> list[torch.Tensor]:
     import moacompress
 
     ids = torch.from_numpy(np.random.RandomState(0).randint(100, 40_000, (1, PROMPT + STEPS)))
-    moacompress.attach(model, moacompress.Plan.load(PUBLISHED))
+    moacompress.attach(model, moacompress.Plan.load(checkout / PUBLISHED))
     try:
         with torch.no_grad():
             out: Any = model(ids[:, :PROMPT], logits_to_keep=1)
@@ -120,16 +122,17 @@ def shown_logits(logits: list[torch.Tensor]) -> list[dict[str, Any]]:
     return found
 
 
-def record(dense: Path) -> dict[str, Any]:
+def record(dense: Path, checkout: Path) -> dict[str, Any]:
     """Returns the whole record.
 
     Args:
         dense: a folder with SmolLM2-135M-Instruct as safetensors in float32.
+        checkout: where the plan is published.
     """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(dense).eval()
-    return {"plan": found_plan(), "logits": shown_logits(published_logits(model))}
+    return {"plan": found_plan(), "logits": shown_logits(published_logits(model, checkout))}
 
 
 def main() -> None:
@@ -138,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--dense", type=Path, default=DENSE, help="folder of the dense SmolLM2-135M-Instruct in float32"
     )
-    print(json.dumps(record(parser.parse_args().dense), sort_keys=True))
+    print(json.dumps(record(parser.parse_args().dense, Path.cwd()), sort_keys=True))
 
 
 if __name__ == "__main__":
