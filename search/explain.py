@@ -27,7 +27,7 @@ class Stage:
         harm: of its plan, nats.
         log_ratio: mean paired log-ratio of that harm to the surrogate's own plan.
         kept: whether its plan became the best one.
-        plan: its plan's rules, as `outcome.pack` packs them.
+        plan: its plan's rules, as `search_result.pack` packs them.
     """
 
     name: str

@@ -119,6 +119,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "moacompress": own_version(),
+        "kernel": kernel.name,
         "isa": kernel.isa,
     }
 

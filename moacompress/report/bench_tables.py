@@ -47,7 +47,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
 
 def _machine(report: Mapping[str, Any]) -> str:
     machine, row = report["environment"], report["runs"][0]
-    kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == "cpu" else "")
+    kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == machine["kernel"] else "")
     loads = [found["load_per_core"] for found in report["runs"] if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"

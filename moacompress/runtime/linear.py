@@ -131,14 +131,14 @@ class PackedLinear(nn.Linear):
         trained = torch.is_grad_enabled() and (
             weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
-        if trained or input.dtype != weight.dtype or input.device.type != "cpu":
+        if trained or input.dtype != weight.dtype:
             return super().forward(input)
         ready = (
             has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
         )
         if ready and (backend := backend_for(input)).capabilities.linear:
             return backend.linear(input, weight, self.bias)
-        if pack is None:
+        if pack is None or input.device.type != "cpu":  # weights are packed for the CPU
             return super().forward(input)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return _forward(input, weight, self.bias, pack.number)  # an operator takes as long again as a small product

@@ -53,7 +53,7 @@ def test_every_cell_has_its_fields(compressed, tmp_path):
     assert [(row["batch"], row["against"]) for row in report["break_even"]] == [
         (2, against) for against in ("dense", "dense_best")
     ]
-    assert {"cpu", "threads", "torch", "isa"} <= set(report["environment"])
+    assert {"cpu", "threads", "torch", "kernel", "isa"} <= set(report["environment"])
 
 
 def test_times_are_those_of_the_clock(compressed):

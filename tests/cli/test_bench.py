@@ -96,7 +96,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
     report = {
         "runs": [row],
         "break_even": [{"batch": 1, "dtype": "float32", "text": "not faster than the best dense at 1k tokens"}],
-        "environment": {"cpu": "a CPU", "threads": 2, "torch": "2", "isa": "avx2"},
+        "environment": {"cpu": "a CPU", "threads": 2, "torch": "2", "kernel": "cpu", "isa": "avx2"},
     }
     console = Console(width=100, file=io.StringIO())
     for part in bench_tables(report):

@@ -13,7 +13,6 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import take
 from moacompress.runtime.decode.step_requests import AttendRequest
-from moacompress.runtime.hf import masks
 
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
@@ -112,6 +111,5 @@ def _refuse(
 
 
 def register() -> None:
-    """Makes the attention and its mask function known to transformers."""
+    """Makes the attention known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
-    masks.register(NAME)

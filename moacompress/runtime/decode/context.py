@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import as_tensors
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -18,6 +19,8 @@ NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
 CONTEXT = "moacompress_context"
 """Keyword under which a `LayerCall` reaches the attention."""
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""Keywords under which transformers hands a cache to a layer."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,28 @@ class LayerCall(NamedTuple):
 
     context: LayerContext
     cache: PlanCache | None
+
+
+@dataclass
+class AttentionHook:
+    """Hands a layer's part of the plan, and its cache, to the attention."""
+
+    context: LayerContext
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
+        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
+
+    def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
+        """Returns what the attention is handed.
+
+        Raises:
+            UnsupportedError: the attention implementation was changed.
+        """
+        if module.config._attn_implementation != NAME:
+            raise UnsupportedError(
+                f"the attention implementation was changed to {module.config._attn_implementation!r}, which would ignore "
+                "the plan; use moacompress.detach(model) to get the dense model back"
+            )
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        return LayerCall(self.context, cache)

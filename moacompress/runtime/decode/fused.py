@@ -22,13 +22,12 @@ from moacompress.kernels.backend import AroundAttention, LayerWeights, Projectio
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
-from moacompress.runtime.decode.context import CONTEXT, LayerCall
+from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import first_route, take
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
 from moacompress.runtime.hf import compat
 from moacompress.runtime.hf.capturing import do_something
 from moacompress.runtime.hf.compat import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
-from moacompress.runtime.hf.hooks import AttentionHook
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
 
 PREFIX = "Fused"

@@ -245,17 +245,13 @@ def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
 
 ROUTES: tuple[Route[Any], ...] = (AllLayers(), OneLayer(), FromHidden(), CacheStep(), CommitAndDecode(), Plain())
 """All routes, in the order in which they are tried."""
-_BY_REQUEST = {
-    kind: tuple(route for route in ROUTES if route.takes is kind)
-    for kind in (StackRequest, LayerRequest, HiddenRequest, AttendRequest)
-}
 _said: set[str] = set()
 
 
 def first_route(request: Request) -> torch.Tensor | None:
     """Does what a request asks for by the first route that can; None where there is none."""
-    for route in _BY_REQUEST[type(request)]:
-        out = route.run(request) if route.can(request) else None
+    for route in ROUTES:
+        out = route.run(request) if route.takes is type(request) and route.can(request) else None
         if out is None:
             continue
         if request.tokens == 1 and request.whole is not None:

@@ -14,13 +14,13 @@ from moacompress.core.errors import PlanError
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
-from moacompress.runtime.decode import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.decode.all_layers import Stack
-from moacompress.runtime.decode.context import NAME, LayerContext
+from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
+from moacompress.runtime.hf import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
-from moacompress.runtime.hf.hooks import AttentionHook, DecoderHook
+from moacompress.runtime.hf.hooks import DecoderHook
 from moacompress.runtime.linear import leave_few_rows, take_few_rows
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -9,6 +9,7 @@ module's `_parameters`, is written where it is used. This module can be imported
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -50,6 +51,23 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known part by part, and what the names of their classes begin with."""
 PROJECTIONS, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@functools.cache
+def _causal_mask() -> Any:
+    return take(CAUSAL_MASK)
+
+
+def is_stock_mask(function: Callable[..., Any], local_size: int | None) -> bool:
+    """Returns whether a mask function is transformers' causal one, or that with a sliding window of `local_size` tokens."""
+    causal, overlay = _causal_mask(), SLIDING_OVERLAY.rpartition(".")[2]
+    if function is causal:
+        return True
+    # transformers composes a sliding mask as and_masks(window overlay, causal): a closure over just these two
+    parts = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
+    name = getattr(functions[0], "__qualname__", "") if functions else ""
+    return local_size is not None and len(functions) == 2 and name.startswith(overlay) and functions[1] is causal
 
 
 def _is_there(holder: Any, attribute: str) -> str | None:
@@ -300,10 +318,8 @@ def _is_named_in_masks(holder: Any, attribute: str) -> str | None:
 
 
 def _is_told_from_others(holder: Any, attribute: str) -> str | None:
-    from moacompress.runtime.hf.masks import is_stock
-
     made = getattr(holder, attribute)(4)
-    told = is_stock(made, 4) and not is_stock(made, None) and not is_stock(lambda *at: True, 4)
+    told = is_stock_mask(made, 4) and not is_stock_mask(made, None) and not is_stock_mask(lambda *at: True, 4)
     return None if told else "is not told from other masks"
 
 

@@ -8,7 +8,6 @@ are real goes through the model as its mask. So threads can share a model, and l
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,35 +20,9 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
-from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
+from moacompress.runtime.decode.context import CACHE_NAMES
 
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
-
-
-@dataclass
-class AttentionHook:
-    """Hands a layer's part of the plan, and its cache, to the attention."""
-
-    context: LayerContext
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
-        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
-
-    def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
-        """Returns what the attention is handed.
-
-        Raises:
-            UnsupportedError: the attention implementation was changed.
-        """
-        if module.config._attn_implementation != NAME:
-            raise UnsupportedError(
-                f"the attention implementation was changed to {module.config._attn_implementation!r}, which would ignore "
-                "the plan; use moacompress.detach(model) to get the dense model back"
-            )
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        return LayerCall(self.context, cache)
 
 
 class DecoderHook:

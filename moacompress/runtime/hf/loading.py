@@ -26,7 +26,7 @@ from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_weights
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hf import compat
+from moacompress.runtime.hf import compat, masks
 from moacompress.runtime.hf.attaching import install
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
 
@@ -141,4 +141,5 @@ def _is_being_loaded(config: Any) -> bool:
 
 
 attention.register()
+masks.register(NAME)
 _guard_from_config()

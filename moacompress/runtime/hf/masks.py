@@ -12,7 +12,6 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.hf import compat
 
 _CAUSAL = compat.take(compat.CAUSAL_MASK)
-_OVERLAY = compat.SLIDING_OVERLAY.rpartition(".")[2]
 
 
 def plan_mask(
@@ -34,7 +33,7 @@ def plan_mask(
     """
     # what a mask is made of cannot be traced. All overlays ask for vmap, packed sequences show in the position ids that the
     # decoder's hook checks, and layers with other masks of their own are refused when the plan is put on the model
-    if use_vmap or not (torch.compiler.is_compiling() or is_stock(mask_function, local_size)):
+    if use_vmap or not (torch.compiler.is_compiling() or compat.is_stock_mask(mask_function, local_size)):
         raise UnsupportedError(
             "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
             "(packed sequences, bidirectional attention, or an overlay)"
@@ -42,17 +41,6 @@ def plan_mask(
     if attention_mask is None or q_length is None:
         return None
     return attention_mask[:, attention_mask.shape[1] - q_length :].bool()
-
-
-def is_stock(mask_function: Callable[..., Any], local_size: int | None) -> bool:
-    """Returns whether a mask function is transformers' causal one, or that with a sliding window of `local_size` tokens."""
-    if mask_function is _CAUSAL:
-        return True
-    # transformers composes a sliding mask as and_masks(window overlay, causal): a closure over just these two
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
-    overlay = getattr(functions[0], "__qualname__", "") if functions else ""
-    return local_size is not None and len(functions) == 2 and overlay.startswith(_OVERLAY) and functions[1] is _CAUSAL
 
 
 def register(name: str) -> None:

@@ -1,0 +1,100 @@
+"""Which route a forward goes by: the first in the list that can, said once, and counted by the cache."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from moacompress.runtime import PlanCache
+from moacompress.runtime.decode import all_layers, fused, routes
+from moacompress.runtime.decode.step_requests import AttendRequest
+
+LAYERS = 3
+WITHOUT = {
+    "all layers": lambda patch: None,
+    "one layer": lambda patch: patch.setattr(all_layers.Stack, "begin", lambda *nothing: None),
+    "attention from hidden states": lambda patch: patch.setattr(fused, "_layer", lambda *nothing: None),
+    "cache step": lambda patch: patch.setattr(fused, "_fits", lambda *nothing: False),
+    "commit and decode": lambda patch: patch.setattr(routes.CacheStep, "can", lambda *nothing: False),
+}
+"""What takes away the routes before one."""
+
+
+@pytest.fixture
+def fed(model):
+    """Returns a function that feeds a prompt and some steps to a tiny Llama; it returns logits and the cache."""
+    made = model("llama", num_hidden_layers=LAYERS)
+    ids = torch.randint(3, made.config.vocab_size, (2, 70), generator=torch.Generator().manual_seed(0))
+
+    def run(steps=20, mask=None):
+        with torch.no_grad():
+            cache = made(ids[:, :50]).cache
+            rest = [made(ids[:, i : i + 1], cache=cache).logits for i in range(50, 50 + steps)]
+        return torch.cat(rest, 1), cache
+
+    return run
+
+
+def test_all_are_in_the_list():
+    names = [route.name for route in routes.ROUTES]
+    assert names == [*WITHOUT, "plain"]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_each_is_taken_where_those_before_it_cannot(fed, monkeypatch):
+    expected, _ = fed()
+    for name, without in WITHOUT.items():
+        without(monkeypatch)
+        found, cache = fed()
+        assert cache.step_routes == {name: 20 * LAYERS}  # a prompt is no step
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["reference", "counting"])
+def test_a_backend_with_no_calls_of_a_step_goes_by_those_it_has(name, fed, use_backend):
+    use_backend(name)
+    _, cache = fed()
+    assert cache.step_routes == {"commit and decode": 20 * LAYERS}
+
+
+def test_it_is_said_once(fed, monkeypatch, caplog):
+    monkeypatch.setattr(routes, "_said", set())
+    with caplog.at_level(logging.INFO, logger=routes.logger.name):
+        _, cache = fed()
+        fed()
+    (name,) = cache.step_routes
+    assert [record.getMessage() for record in caplog.records] == [f"decode steps go by the route: {name}"]
+
+
+def test_a_fork_goes_on_counting_by_itself(fed):
+    _, cache = fed(steps=3)
+    fork = cache.fork()
+    fork.step_routes["another"] += 1
+    assert "another" not in cache.step_routes
+    assert isinstance(cache, PlanCache)
+
+
+def test_one_more_route_is_one_in_the_list(fed, monkeypatch):
+    """Before the others it takes what it can, and what it cannot after all goes on by the next."""
+    seen = []
+
+    class Watching(routes.Route[AttendRequest]):
+        name, takes = "watching", AttendRequest
+
+        def can(self, request):
+            return request.tokens == 1
+
+        def run(self, request):
+            seen.append(request.context.layer)
+            return routes.CommitAndDecode().run(request) if request.context.layer else None
+
+    monkeypatch.setattr(routes, "ROUTES", (Watching(), *routes.ROUTES))
+    monkeypatch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
+    monkeypatch.setattr(fused, "_layer", lambda *nothing: None)
+    monkeypatch.setattr(fused, "_fits", lambda *nothing: False)
+    _, cache = fed(steps=4)
+    assert seen == [*range(LAYERS)] * 4
+    assert cache.step_routes["watching"] == 4 * (LAYERS - 1)
+    assert cache.step_routes.total() == 4 * LAYERS
