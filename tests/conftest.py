@@ -231,10 +231,13 @@ def counting(load_script: Callable[[Path], Any]) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def _wanted_backend(request: pytest.FixtureRequest) -> None:
     """Runs all tests on the backend that MOACOMPRESS_TEST_BACKEND names."""
-    if os.environ.get("MOACOMPRESS_TEST_BACKEND") == "counting":
+    wanted = os.environ.get("MOACOMPRESS_TEST_BACKEND")
+    if wanted:
         from moacompress.kernels import dispatch
 
-        dispatch.register(request.getfixturevalue("counting"))
+        backend = request.getfixturevalue("counting")
+        assert wanted == backend.name, f"MOACOMPRESS_TEST_BACKEND is {wanted!r}; there is only {backend.name!r}"
+        dispatch.register(backend)
 
 
 @pytest.fixture

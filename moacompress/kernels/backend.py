@@ -23,7 +23,8 @@ class Capabilities:
     """What a backend can do beside `decode` and `prefill`.
 
     Attributes:
-        prefill_gradients: `prefill` without a cache has gradients that can be compiled.
+        prefill_gradients: `prefill` without a cache has gradients.
+        traced: `prefill` without a cache, and its gradients, can be in a graph of `torch.compile`.
         cached_gradients: `decode`, and `prefill` over a cache, have gradients.
         step: `Backend.step`.
         step_hidden: `Backend.step_hidden`.
@@ -34,6 +35,7 @@ class Capabilities:
     """
 
     prefill_gradients: bool = False
+    traced: bool = False
     cached_gradients: bool = False
     step: bool = False
     step_hidden: bool = False
@@ -223,7 +225,11 @@ class Backend(ABC):
 
     @abstractmethod
     def status(self) -> Status:
-        """Returns whether it can run in this process; a result that does not change is kept."""
+        """Returns whether it can run in this process; a result that does not change is kept.
+
+        Raises:
+            UsageError: the environment asks something of it that there is not.
+        """
 
     @abstractmethod
     def supports(self, device: str, dtype: torch.dtype) -> bool:
@@ -257,7 +263,7 @@ class Backend(ABC):
             `out` is NaN.
 
         Raises:
-            UnsupportedError: a visible block is not in the table.
+            UnsupportedError: a visible block is not in the table, or a format is not known; RuntimeError of compiled kernels.
         """
 
     @abstractmethod
@@ -276,8 +282,8 @@ class Backend(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of a chunk of tokens per row over the cache and over the chunk itself.
 
-        Query t of row r stands at position `past[r] + t`. Without a cache it has gradients for query, key, value and learned
-        logits.
+        Query t of row r stands at position `past[r] + t`. Where `capabilities` say so it has gradients, for query, key, value
+        and learned logits.
 
         Args:
             query: `[rows, heads, tokens, head_dim]`.
@@ -295,7 +301,7 @@ class Backend(ABC):
             least, -inf past `valid`; numbers that are not finite as of `decode`.
 
         Raises:
-            UnsupportedError: a visible block is not in the table.
+            UnsupportedError: a visible block is not in the table, or a format is not known; RuntimeError of compiled kernels.
         """
 
     def step(

@@ -1,7 +1,7 @@
-"""Which backend runs: the first of those registered that works for a tensor's device and dtype.
+"""Which backend runs: the first of those registered that works, and another where that one does not support a tensor.
 
-`MOACOMPRESS_KERNEL` names one and overrides the choice; a backend that was asked for and cannot run is an error, never a silent
-change.
+`MOACOMPRESS_KERNEL` names one and overrides the choice; a backend that was asked for and does not support a query's device or
+dtype is an error, never a silent change. Gradients that the chosen one does not have come from the reference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moacompress.core.errors import UnsupportedError, UsageError
-from moacompress.kernels.backend import Backend
+from moacompress.kernels.backend import Backend, Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 
@@ -48,16 +48,19 @@ def backends() -> tuple[Backend, ...]:
 
 
 def register(backend: Backend) -> None:
-    """Puts a backend before all others, or in the place of the one of its name."""
-    others = {name: other for name, other in _backends.items() if name != backend.name}
-    _backends.clear()
-    _backends.update({backend.name: backend, **others})
+    """Puts a backend before all others, or in the place of the one of its name.
+
+    A model that is compiled already goes on with the one that its graph was made for.
+    """
+    global _backends
+    _backends = {backend.name: backend, **{name: other for name, other in _backends.items() if name != backend.name}}
     forget()
 
 
 def unregister(name: str) -> None:
-    """Takes a backend away; one that is not there is no error."""
-    _backends.pop(name, None)
+    """Takes a backend away; one that is not there is no error, and the reference stays."""
+    global _backends
+    _backends = {known: other for known, other in _backends.items() if known != name or other is REFERENCE}
     forget()
 
 
@@ -76,7 +79,7 @@ def choose(wanted: str | None, backends: Sequence[Backend]) -> Choice:
 
     Raises:
         UsageError: no backend of that name.
-        UnsupportedError: the backend that is asked for cannot run.
+        UnsupportedError: the backend that is asked for cannot run, or none can.
     """
     if wanted:
         backend = next((backend for backend in backends if backend.name == wanted), None)
@@ -118,17 +121,35 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     return _backends[_constant_name(tensor.device.type, tensor.dtype)]
 
 
-def backend_with_gradients(tensor: torch.Tensor, *, cached: bool) -> Backend:
-    """Returns the backend for a tensor that may need gradients.
+def backend_with_gradients(query: torch.Tensor, *others: torch.Tensor, cached: bool) -> Backend:
+    """Returns the backend for a query; the reference where gradients are needed that the backend does not have.
 
     Args:
-        tensor: the query.
+        query: as `backend_for` takes it.
+        *others: what else gradients may be needed of.
         cached: whether what is attended to is in a cache.
+
+    Raises:
+        UnsupportedError: as `backend_for`.
     """
-    backend = backend_for(tensor)
-    if cached and tensor.requires_grad and torch.is_grad_enabled() and not backend.capabilities.cached_gradients:
+    backend = backend_for(query)
+    able = backend.capabilities
+    has = able.cached_gradients if cached else able.prefill_gradients
+    if not has and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others)):
         return REFERENCE
     return backend
+
+
+def capabilities_for(tensor: torch.Tensor) -> Capabilities:
+    """Returns what the backend for tensors of this device and dtype can do; nothing where `backend_for` refuses them."""
+    name = _supporting_name(tensor.device.type, tensor.dtype)
+    return _backends[name].capabilities if name else Capabilities()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _supporting_name(device: str, dtype: torch.dtype) -> str:
+    choice = chosen()
+    return "" if choice.asked and not _backends[choice.name].supports(device, dtype) else _name_for(device, dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

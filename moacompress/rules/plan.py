@@ -178,7 +178,7 @@ class Plan:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form (DESIGN: the plan)."""
+        """Returns the JSON form."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -273,7 +273,7 @@ def _check(plan: Plan) -> None:
             _whole(rule.alpha, f"alpha of {where}", 0, MAX_ALPHA)
             _whole(rule.beta_q, f"beta_q of {where}", 0, BETA_ONE)
             for name in ("key_format", "value_format"):
-                if getattr(rule, name) not in FORMATS:
+                if not isinstance(getattr(rule, name), str) or getattr(rule, name) not in FORMATS:
                     raise PlanError(
                         f"{name} of {where} is {_short(getattr(rule, name))}, not one of {', '.join(FORMATS)}; upgrade "
                         "moacompress if a newer one wrote the plan"
@@ -353,22 +353,27 @@ def _parse(data: Any) -> Plan:
 
 def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
     """Returns a plan of an older version in the form of the present one; what is wrong with it is found later."""
-    layers = data.get("layers")
+    layers, model = data.get("layers"), data.get("model")
     if version > 1 or not isinstance(layers, list):
         return data
-    return {**data, "layers": [_formatted(layer, f"layer {index}") for index, layer in enumerate(layers)]}
+    heads = model.get("kv_heads") if isinstance(model, dict) else None
+    native = [NATIVE] * heads if isinstance(heads, int) and 0 < heads <= MAX_HEADS else []
+    return {**data, "layers": [_formatted(layer, f"layer {index}", native) for index, layer in enumerate(layers)]}
 
 
-def _formatted(layer: Any, where: str) -> Any:
+def _formatted(layer: Any, where: str, native: list[str]) -> Any:
     """Returns a layer of version 1, which knew no formats, with native ones."""
-    if not isinstance(layer, dict) or not isinstance(layer.get("sink"), list):
+    if not isinstance(layer, dict):
         return layer
-    heads = len(layer["sink"])
-    for head, dtype in enumerate(_list(layer.get("kv_dtype", [None] * heads), f"kv_dtype of {where}", heads)):
+    for name in ("key_format", "value_format"):
+        if name in layer:
+            raise PlanError(f"{where} has the unknown key {name!r}; plans of version 1 have no formats")
+    given = layer.get("kv_dtype", [])
+    for head, dtype in enumerate(given if isinstance(given, list) else [given]):
         if dtype is not None:
             raise PlanError(f"kv_dtype of {where} KV head {head} is {_short(dtype)!r}; version 1 has only null")
     rest = {name: value for name, value in layer.items() if name != "kv_dtype"}
-    return {"key_format": [NATIVE] * heads, "value_format": [NATIVE] * heads, **rest}
+    return {**rest, "key_format": native, "value_format": native}
 
 
 def _room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:

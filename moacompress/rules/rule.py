@@ -78,7 +78,13 @@ class Rule:
 
     @staticmethod
     def from_list(data: Sequence[Any]) -> Rule:
-        """Reads what `to_list` returned."""
+        """Reads what `to_list` returned.
+
+        Raises:
+            ValueError: something else.
+        """
+        if len(data) not in (3, 5) or any(name not in FORMATS for name in map(str, data[3:])):
+            raise ValueError(f"{data!r} is no rule: three numbers, and two formats of {', '.join(FORMATS)} or none")
         sink, alpha, beta_q = map(int, data[:3])
         return Rule(sink, alpha, beta_q, *map(str, data[3:]))
 

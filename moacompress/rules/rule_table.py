@@ -11,7 +11,7 @@ import numpy as np
 from moacompress.core.arrays import Ints
 from moacompress.rules.formats import FORMAT_NAMES, FORMATS
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import Span, block_runs, kept, slots, visible_intervals
+from moacompress.rules.windows import Span, block_runs, slots, visible_intervals
 
 COLUMNS = ("sink", "alpha", "beta_q", "min_window", "native_window", "key_format", "value_format")
 """What the columns of a table hold: the numbers of a `Span`, then the codes of the two formats."""
@@ -22,7 +22,8 @@ class RuleTable:
     """The rules of a layer's KV heads, or candidates for one.
 
     Attributes:
-        columns: int64 `[len(COLUMNS), rules]`, contiguous. A numpy array; a copy for a device has a tensor in its place.
+        columns: int64 `[len(COLUMNS), rules]`, contiguous. A numpy array; a copy for a device has a tensor in its place, and
+            says what is visible and nothing of blocks and bytes.
     """
 
     columns: Any
@@ -57,6 +58,11 @@ class RuleTable:
         return Span(*self.columns[: len(Span._fields)])
 
     @property
+    def is_native(self) -> bool:
+        """Whether all keys and values are kept as the model computes them."""
+        return not bool(self.columns[len(Span._fields) :].any())
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules, without the two windows that are not theirs."""
         rows = zip(*self.columns.tolist(), strict=True)
@@ -85,10 +91,6 @@ class RuleTable:
         shape = (*n.shape, len(self))
         runs = block_runs(n[..., None], self.span)
         return np.stack([np.stack([np.broadcast_to(bound, shape) for bound in run]) for run in runs])
-
-    def kept(self, n: Ints) -> Ints:
-        """Returns the keys visible to queries `n - 1`, int64 `[..., rules]`."""
-        return np.asarray(kept(n[..., None], self.span), np.int64)
 
     def slots(self, n: Ints) -> Ints:
         """Returns the tokens that the cache holds memory for at `n` tokens, int64 `[..., rules]`."""

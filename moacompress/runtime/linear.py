@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moacompress.core.memory import available_bytes
-from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.dispatch import backend_for, capabilities_for
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class PackedLinear(nn.Linear):
         ready = (
             has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
         )
-        if ready and (backend := backend_for(input)).capabilities.linear:
-            return backend.linear(input, weight, self.bias)
+        if ready and capabilities_for(input).linear:
+            return backend_for(input).linear(input, weight, self.bias)
         if pack is None or input.device.type != "cpu":  # weights are packed for the CPU
             return super().forward(input)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):

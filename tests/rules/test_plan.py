@@ -129,8 +129,16 @@ def test_a_plan_of_version_1_is_one_of_native_formats() -> None:
     loaded = Plan.from_dict(old)
     assert loaded == plan
     assert loaded.to_dict()["version"] == 2
-    old["layers"][1]["kv_dtype"] = [None, "int8"]
-    with pytest.raises(PlanError, match="kv_dtype of layer 1 KV head 1 is 'int8'"):
+    for change, match in (
+        ({"kv_dtype": [None, "int8"]}, "kv_dtype of layer 1 KV head 1 is 'int8'"),
+        ({"sink": [4]}, "sink of layer 1 has 1 entries, not 2"),
+        ({"key_format": ["native", "native"]}, "layer 1 has the unknown key 'key_format'; plans of version 1"),
+    ):
+        layers = [layer | change if index == 1 else layer for index, layer in enumerate(old["layers"])]
+        with pytest.raises(PlanError, match=match):
+            Plan.from_dict(old | {"layers": layers})
+    del old["layers"][1]["sink"], old["layers"][0]["kv_dtype"]
+    with pytest.raises(PlanError, match="layer 1 lacks the key 'sink'"):
         Plan.from_dict(old)
 
 

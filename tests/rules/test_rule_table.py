@@ -32,7 +32,6 @@ def test_it_says_what_each_rule_says(native: int | None) -> None:
             assert [(int(a[at, number]), int(b[at, number])) for a, b in (bounds[0],)] == [expected[0]]
             assert bounds[1][0][at, number] == expected[1][0]
             assert runs[:, :, at, number].tolist() == [list(run) for run in block_runs(n, span)]
-            assert table.kept(LENGTHS)[at, number] == rule.kept(n, 32, native)
             assert table.slots(LENGTHS)[at, number] == rule.slots(n, 32, native)
 
 
@@ -54,3 +53,11 @@ def test_the_json_form_of_a_rule() -> None:
     for rule in RULES:
         assert rule.to_list() == [rule.sink, rule.alpha, rule.beta_q]
         assert Rule.from_list(rule.to_list()) == rule
+
+
+@pytest.mark.parametrize(
+    "data", [[4, 16], [4, 16, 0, "native"], [4, 16, 0, "int3", "native"], [4, 16, 0, 7, 7], ["a", 1, 2]]
+)
+def test_what_is_no_rule(data: list[object]) -> None:
+    with pytest.raises(ValueError, match="no rule|invalid literal"):
+        Rule.from_list(data)

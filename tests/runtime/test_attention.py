@@ -193,3 +193,39 @@ def test_cache_is_made_only_when_wanted(tiny_model, random_plan, token_ids):
     assert model(ids, use_cache=False).cache is None
     model.config.use_cache = False
     assert model(ids).cache is None
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "counting"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_first_chunk_of_padding_alone(tokens, backend, tiny_model, random_plan, use_backend):
+    """Left-padded input that is fed in pieces: the rows have no token yet, and the next piece is as without the padding."""
+    if backend is not None:
+        use_backend(backend)
+    model = tiny_model("llama")
+    attach(model, random_plan(model_shape(model), 3))
+    ids = torch.randint(3, 150, (2, 60), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[:, :tokens] = 0
+    with torch.no_grad():
+        cache = model(ids[:, :tokens], attention_mask=mask[:, :tokens], use_cache=True).cache
+        found = model(ids[:, tokens:], attention_mask=mask, cache=cache).logits
+        expected = model(ids[:, tokens:]).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
+def test_gradients_of_one_projection_alone(trained, tiny_model, random_plan):
+    """Rows that end in padding, no cache: as in float64, which plain PyTorch computes."""
+    ids = torch.randint(3, 150, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_model("llama").to(dtype)
+        attach(model, random_plan(model_shape(model), 3))
+        weights = [getattr(layer.self_attn, trained).weight.requires_grad_() for layer in model.model.layers]
+        model(ids, attention_mask=mask, use_cache=False).logits.square().sum().backward()
+        found.append([weight.grad.double() for weight in weights])
+    for mine, exact in zip(*found, strict=True):
+        assert exact.abs().max() > 0
+        assert (mine - exact).abs().max() < 1e-4 * exact.abs().max()

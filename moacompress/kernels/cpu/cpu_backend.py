@@ -40,7 +40,14 @@ class CpuBackend(Backend):
     name = "cpu"
     known = "float32, bfloat16 and float16 on the CPU"
     capabilities = Capabilities(
-        prefill_gradients=True, step=True, step_hidden=True, step_layer=True, stack=True, linear=True, profile=True
+        prefill_gradients=True,
+        traced=True,
+        step=True,
+        step_hidden=True,
+        step_layer=True,
+        stack=True,
+        linear=True,
+        profile=True,
     )
 
     def status(self) -> Status:

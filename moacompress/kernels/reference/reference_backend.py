@@ -17,7 +17,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch, on any device and dtype."""
 
     name = "reference"
-    capabilities = Capabilities(cached_gradients=True)
+    capabilities = Capabilities(prefill_gradients=True, cached_gradients=True)
 
     def status(self) -> Status:
         """See `Backend`; it always works."""
@@ -72,6 +72,8 @@ def _attend(
 
     Without a chunk a row's only query is the cache's last token, so that `past` counts it.
     """
+    if not rules.is_native:
+        raise UnsupportedError("the kernel 'reference' knows native keys and values only; the rules have other formats")
     rows, heads, tokens, head_dim = query.shape
     kv_heads = cache.table.shape[1]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, tokens, head_dim)
@@ -151,7 +153,7 @@ def _held(
     pieces = [(low, high - low) for low, high in (sinks, (start, past)) if high > low]
     if not pieces:
         return None
-    position = torch.cat([torch.arange(low, low + count) for low, count in pieces])
+    position = torch.cat([torch.arange(low, low + count, device="cpu") for low, count in pieces])
     blocks = position // BLOCK
     table = cache.table[list(rows)][:, list(heads)].long()
     known = blocks < table.shape[-1]

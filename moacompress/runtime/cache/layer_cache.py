@@ -163,6 +163,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     def step_pending(self, call: StepCall) -> torch.Tensor:
         """As `stepped`, for the chunk of the running forward, which is then taken in."""
+        assert self._pending is not None
         out = self.stepped(call)
         self._pending = None
         return out

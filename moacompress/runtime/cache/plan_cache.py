@@ -33,7 +33,7 @@ class PlanCache(Cache):
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
         reading: what the route through all layers knows of it, or None.
-        step_routes: how many layers of decode steps went by each route, by its name; see `runtime.decode.routes`.
+        step_routes: how many layers of forwards of one token went by each route, by its name; see `runtime.decode.routes`.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
 
     A cache can be pickled, to keep a prefix; what is read has memory of its own, and just the blocks in use.

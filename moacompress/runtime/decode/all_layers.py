@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import LayerWeights, Rotary, WeightsMoved
-from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.dispatch import backend_for, capabilities_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
@@ -64,7 +64,8 @@ class Reading:
         """
         one = self.weights[0].projections.weights[0]
         rules = [context.rules for context in self.contexts]
-        self.bound = backend_for(one).read_layers(self.weights, head_dim=head_dim, rules=rules, scaling=scaling)
+        self._backend = backend_for(one)
+        self.bound = self._backend.read_layers(self.weights, head_dim=head_dim, rules=rules, scaling=scaling)
         self._dtype = one.dtype
         self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]
         self._modules: list[torch.nn.Module] = []
@@ -103,9 +104,9 @@ class Reading:
             else:
                 yield from chain.from_iterable(map(itemgetter(*names), all_held))
 
-    def holds(self, layers: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    def holds(self, layers: tuple[Any, ...], hidden: torch.Tensor) -> bool:
         """Whether the layers are those that were read, and nothing about them has changed; not whether weights were moved."""
-        if layers != self.layers or dtype != self._dtype:
+        if layers != self.layers or hidden.dtype != self._dtype or backend_for(hidden) is not self._backend:
             return False
         made = RemovableHandle.next_id  # how many hooks anything ever got: most steps need not look for them
         if made != self._hooks_made:
@@ -182,7 +183,7 @@ class Stack:
     def reading(self, request: StackRequest) -> Reading | None:
         """Returns what the layers are made of, or None where they cannot make one call."""
         last, hidden = self._last, request.hidden
-        if last is None or not last.holds(request.modules, hidden.dtype):
+        if last is None or not last.holds(request.modules, hidden):
             last = self._last = self._read(request.modules, hidden, request.rotary, request.whole)
         if last is None or (last.captured and is_capturing()):
             return None
@@ -245,7 +246,7 @@ class StackStep:
 def can_step_all(request: StackRequest) -> bool:
     """Whether a step through all layers is worth a closer look: few rows, one dtype, a backend that can, caches with memory."""
     hidden = request.hidden
-    if hidden.shape[1] != 1 or not 0 < hidden.shape[0] <= FEW_ROWS or not backend_for(hidden).capabilities.stack:
+    if hidden.shape[1] != 1 or not 0 < hidden.shape[0] <= FEW_ROWS or not capabilities_for(hidden).stack:
         return False
     if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
         return False

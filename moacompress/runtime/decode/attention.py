@@ -71,7 +71,8 @@ def attention_forward(
         out = torch.ops.moacompress.attend(*tensors, handle, context.rules.columns, context.layer, *scores)
         return out, None
     backend = backend_for(query)
-    if cache is None and attention_mask is None and backend.capabilities.prefill_gradients:
+    able = backend.capabilities
+    if cache is None and attention_mask is None and able.prefill_gradients and able.traced:
         whole = prefill_alone(backend, query, key, value, rules=context.rules, scores=scores)
         return whole.transpose(1, 2).contiguous(), None
     return _take_around(context, cache, *tensors, scores), None

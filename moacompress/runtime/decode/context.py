@@ -42,6 +42,12 @@ class LayerContext:
         """KV heads of the layer."""
         return len(self.rules)
 
+    @staticmethod
+    def from_tensor(layer: int, columns: torch.Tensor) -> LayerContext:
+        """Returns the context of a layer with a table's columns, as an operator is given them."""
+        rules = RuleTable(columns)
+        return LayerContext(layer, rules, int(rules.span.native_window[0]) or None)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # not as a tensor, which would be read onto the device of the weights
         return _from_columns, (self.layer, self.rules.columns.numpy(), self.native_window)

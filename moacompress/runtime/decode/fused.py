@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary
-from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
 from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
@@ -66,7 +66,7 @@ class _FusedAttention:
         found = None
         if attention_mask is None and _is_as_made(module):
             found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
-        able = backend_for(hidden_states).capabilities.step_hidden
+        able = capabilities_for(hidden_states).step_hidden
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
@@ -158,7 +158,7 @@ def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections
 
 def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _LayerParts | None:
     """Returns the parts of a decoder layer, or None where its step cannot be asked for; `kwargs` has the cache."""
-    if not backend_for(hidden).capabilities.step_layer:
+    if not capabilities_for(hidden).step_layer:
         return None
     parts = module._modules
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]

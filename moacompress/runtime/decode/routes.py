@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 import torch
 
+from moacompress.core.arrays import Ints
 from moacompress.kernels.backend import CacheView
 from moacompress.kernels.dispatch import backend_for, backend_with_gradients
 from moacompress.rules.windows import BLOCK
@@ -151,16 +152,8 @@ class CommitAndDecode(Route[AttendRequest]):
         cache, query = request.cache, request.query
         assert cache is not None
         cache.commit(request.chunk)
-        backend = backend_with_gradients(query, cached=True)
-        lengths = torch.from_numpy(cache.lengths)
-        out, _ = backend.decode(
-            query[:, :, 0],
-            cache=cache.blocks_held().view(),
-            lengths=lengths,
-            rules=request.context.rules,
-            scores=request.scores,
-        )
-        return out[:, None].contiguous()
+        view = cache.blocks_held().view()
+        return _decoded(request, query[:, :, 0], view, cache.lengths)[:, None].contiguous()
 
 
 class Plain(Route[AttendRequest]):
@@ -183,7 +176,7 @@ class Plain(Route[AttendRequest]):
             tensor if order is None else tensor.gather(2, order.expand_as(tensor))
             for tensor in (request.query, request.key, request.value)
         )
-        out, _ = backend_with_gradients(query, cached=cached).prefill(
+        out, _ = backend_with_gradients(query, key, value, cached=cached).prefill(
             query,
             key,
             value,
@@ -219,16 +212,28 @@ def _with_padded_ends(
     cache, chunk = request.cache, request.chunk
     assert chunk.real is not None
     tokens = chunk.counts(len(out)) if cache is None else cache.lengths
-    lengths = torch.from_numpy(np.where(chunk.real[:, -1], 0, tokens))
-    ends, _ = backend_with_gradients(request.query, cached=True).decode(
-        request.query[:, :, -1],
-        cache=_as_blocks(key, value) if cache is None else cache.blocks_held().view(),
-        lengths=lengths,
-        rules=request.context.rules,
-        scores=request.scores,
-    )
-    padded = (lengths > 0).to(out.device)[:, None, None]
+    lengths = np.where(chunk.real[:, -1], 0, tokens)
+    view = _as_blocks(key, value) if cache is None else cache.blocks_held().view()
+    ends = _decoded(request, request.query[:, :, -1], view, lengths)
+    padded = torch.from_numpy(lengths > 0).to(out.device)[:, None, None]
     return torch.cat((out[:, :, :-1], torch.where(padded, ends, out[:, :, -1])[:, :, None]), 2)
+
+
+def _decoded(request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints) -> torch.Tensor:
+    """Returns attention of one query a row over a cache, `[rows, heads, value_dim]`; 0 for rows without tokens.
+
+    Args:
+        request: what it is part of.
+        query: `[rows, heads, head_dim]`.
+        view: what is attended to.
+        lengths: tokens of the rows, `[rows]`.
+    """
+    if not lengths.any():  # there may be no memory yet
+        return query.new_zeros(*query.shape[:2], request.value.shape[-1])
+    out, _ = backend_with_gradients(query, *view.keys, *view.values, cached=True).decode(
+        query, cache=view, lengths=torch.from_numpy(lengths), rules=request.context.rules, scores=request.scores
+    )
+    return out
 
 
 def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
@@ -239,7 +244,7 @@ def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
         torch.nn.functional.pad(tensor, (0, 0, 0, width * BLOCK - tokens)).reshape(-1, BLOCK, tensor.shape[-1])
         for tensor in (key, value)
     )
-    table = torch.arange(rows * heads * width, dtype=torch.int32).view(rows, heads, width)
+    table = torch.arange(rows * heads * width, dtype=torch.int32, device="cpu").view(rows, heads, width)
     return CacheView([keys], [values], table)
 
 

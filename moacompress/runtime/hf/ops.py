@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary, Scores
-from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.routes import take
@@ -64,7 +63,7 @@ def _attend(
     cache = _cache(handle)
     if cache is not None:
         cache.update(key, value, layer)
-    context = LayerContext(layer, RuleTable(rules))
+    context = LayerContext.from_tensor(layer, rules)
     return take(AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux)))
 
 
@@ -80,7 +79,7 @@ def _attend_hidden(
     scaling: float,
 ) -> torch.Tensor:
     """Does what a `HiddenRequest` asks for."""
-    context, projections = LayerContext(layer, RuleTable(rules)), Projections(weights, biases)
+    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases)
     return take(HiddenRequest(context, PlanCache.find(handle), hidden, projections, Rotary(cos, sin), scaling))
 
 
@@ -99,7 +98,7 @@ def _step_layer(
     scaling: float,
 ) -> torch.Tensor:
     """Does what a `LayerRequest` asks for."""
-    context, whole = LayerContext(layer, RuleTable(rules)), PlanCache.find(handle)
+    context, whole = LayerContext.from_tensor(layer, rules), PlanCache.find(handle)
     parts = LayerWeights(Projections(weights, biases), AroundAttention(norms, eps, around))
     return take(LayerRequest(context, whole, hidden, parts, Rotary(cos, sin), scaling))
 
