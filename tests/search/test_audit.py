@@ -24,6 +24,7 @@ from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.audit_tables import audit_tables, scatter_html, write_scatter
 from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import Rule
 from moacompress.search import objective
 from moacompress.search.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
@@ -339,9 +340,9 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
 def test_measured_harm_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
     data = run(audited, source, tmp_path).data
     objective = Objective(source.model, audited.validation)
-    index = {(rule.sink, rule.alpha, rule.beta_q): number for number, rule in enumerate(audited.rules)}
+    index = {rule: number for number, rule in enumerate(audited.rules)}
     for point in data["points"][:4]:
-        rule = index[tuple(point["rule"].values())]
+        rule = index[Rule(**point["rule"])]
         plan = ablation(audited, (point["layer"], point["kv_head"], rule))
         assert point["measured"] == pytest.approx(objective.harms(plan).mean(), rel=1e-3, abs=1e-7)
         influence = predicted_influence(audited, audited.validation)["moa"]
