@@ -114,7 +114,8 @@ def test_what_torch_must_know(random_case):
     torch.library.opcheck(OPS.decode.default, case.decode, test_utils=(tests[0], tests[2]))
 
 
-def test_compiled_graphs_hold_the_operators(random_case):
+def test_compiled_graphs_hold_the_operators(random_case, use_backend):
+    use_backend("cpu")
     case = random_case(4, torch.float32, rows=2, past=40, tokens=3, valid=3)
     eager = case.decoded(CPU), case.prefilled(CPU)
     query, rules = case.query, case.rules
