@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach, detach
-from moacompress.runtime import linear as linear_layers
 from moacompress.runtime.linear import (
     FEW_ROWS,
     PackedLinear,
@@ -154,7 +152,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, monkeypatch):
+def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, use_backend):
     layer = linear(dtype=dtype)
     pack_weights(layer)
     x = torch.randn(rows, 1, 24, dtype=dtype)
@@ -166,7 +164,7 @@ def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, monkeypat
 
     assert kernels_run(x) == (rows <= FEW_ROWS)
     assert not kernels_run(x.clone().requires_grad_())
-    monkeypatch.setattr(linear_layers, "backend_for", lambda tensor: REFERENCE)
+    use_backend("reference")
     assert not kernels_run(x)
 
 
