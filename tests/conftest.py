@@ -72,10 +72,11 @@ def load_script() -> Callable[[Path], Any]:
     """Returns a function that loads a script as a module, which is on no path of Python's."""
 
     def load(path: Path) -> Any:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look for the module of their class
         spec.loader.exec_module(module)
         return module
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -21,3 +24,21 @@ def test_it_starts(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("usage: ")
+
+
+def test_ways_to_round(load_script: Callable[[Path], Any]) -> None:
+    formats = load_script(FOLDER / "formats.py")
+    x = torch.randn(1, 3, 50, 64) + 4
+    means = {0: x.mean(2, keepdim=True)}
+    ways = formats.ways(means, {0: x.square().mean(2, keepdim=True).sqrt()})
+    for name, way in ways.items():
+        bits = [int(number) for number in name.split()[0].split("/")]
+        group = 32 if "groups" in name else 64
+        taken = [number + 32 / group if number < 16 else 16 for number in bits]
+        assert way.share(64) == pytest.approx(sum(taken) / 32)
+        for rounds, number in zip((way.keys, way.values), bits, strict=True):
+            error = (rounds(x, 0) - x).abs().max()
+            assert error == 0 if number == 16 else error < 200 / 2**number
+    sinks = ways["4/4 native sinks"].keys(x, 0)
+    assert torch.equal(sinks[:, :, : formats.SINKS], x[:, :, : formats.SINKS])
+    assert formats.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0])["value"] == pytest.approx(2, abs=1e-4)

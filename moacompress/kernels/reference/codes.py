@@ -1,0 +1,86 @@
+"""Keys and values as integer codes with a scale and a zero point of each vector: `docs/formats.md`, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LARGEST = 65504.0
+"""Of float16: scales and zero points beyond it are this."""
+
+
+class Codes(NamedTuple):
+    """Vectors as they are kept, in the rotated basis.
+
+    Attributes:
+        codes: uint8 `[..., dim]`.
+        scale: float16 `[..., 1]`.
+        zero: float16 `[..., 1]`.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Returns `H x` in float32, `[..., dim]`: Hadamard matrices of the largest power of two that divides `dim`.
+
+    It is its own inverse.
+    """
+    dim = x.shape[-1]
+    block = dim & -dim
+    y = x.float()
+    if block == 1:
+        return y
+    stage = 1
+    while stage < block:
+        low, high = y.view(*x.shape[:-1], dim // (2 * stage), 2, stage).unbind(-2)
+        y = torch.stack((low + high, low - high), -2).view(x.shape)
+        stage *= 2
+    return y * torch.tensor(block**-0.5, dtype=torch.float32)
+
+
+def encode(x: torch.Tensor, bits: int) -> Codes:
+    """Returns the codes of vectors.
+
+    Args:
+        x: `[..., dim]`, in any float dtype; float64 is rounded to float32 first.
+        bits: of a code, 1 to 8.
+    """
+    levels, y = (1 << bits) - 1, rotated(x)
+    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    wild = ~x.isfinite().all(-1, keepdim=True)
+    zero, scale = (_half(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
+    inverse = torch.where(scale == 0, 0, 1 / scale.float())
+    codes = torch.round((y - zero.float()) * inverse).clamp(0, levels)
+    return Codes(codes.masked_fill(wild, 0).to(torch.uint8), scale, zero)
+
+
+def decode(kept: Codes) -> torch.Tensor:
+    """Returns what codes stand for, float32 `[..., dim]`, in the rotated basis; `rotated` brings it back."""
+    return kept.scale.float() * kept.codes.float() + kept.zero.float()
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns codes as they lie in memory, uint8 `[..., ceil(dim * bits / 8)]`.
+
+    Args:
+        codes: uint8 `[..., dim]`.
+        bits: 8, or 4: then the first half of a vector is in the low nibbles and the second in the high ones.
+    """
+    if bits == 8:
+        return codes
+    half = -(-codes.shape[-1] // 2)
+    low, high = codes[..., :half], codes[..., half:]
+    return low | (torch.nn.functional.pad(high, (0, half - high.shape[-1])) << 4)
+
+
+def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Returns the codes of `pack`, uint8 `[..., dim]`."""
+    return packed if bits == 8 else torch.cat((packed & 15, packed >> 4), -1)[..., :dim]
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-LARGEST, LARGEST).half()

@@ -1,0 +1,146 @@
+"""Codes are those of docs/formats.md, byte for byte, and lose no more than half a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.kernels.reference.codes import LARGEST, Codes, decode, encode, pack, rotated, unpack
+
+DIMS = (1, 2, 5, 6, 16, 24, 64, 80, 96, 112, 128, 256)
+BITS = (4, 8)
+
+
+def by_the_page(x: np.ndarray, bits: int) -> tuple[list[int], np.float16, np.float16]:
+    """One vector, number by number, as the page says it."""
+    d, levels = len(x), (1 << bits) - 1
+    b = d & -d
+    y = x.astype(np.float32)
+    s = 1
+    while s < b:
+        for i in range(d):
+            if not i & s:
+                y[i], y[i + s] = np.float32(y[i] + y[i + s]), np.float32(y[i] - y[i + s])
+        s *= 2
+    if b > 1:
+        y = y * np.float32(1 / np.sqrt(b))
+
+    def half(number: np.float32) -> np.float16:
+        return np.float16(min(max(number, np.float32(-LARGEST)), np.float32(LARGEST)))
+
+    zero, scale = half(y.min()), half(np.float32((y.max() - y.min()) / np.float32(levels)))
+    if not scale:
+        return [0] * d, scale, zero
+    inverse = np.float32(1) / np.float32(scale)
+    codes = np.clip(np.rint((y - np.float32(zero)) * inverse), 0, levels)
+    return codes.astype(int).tolist(), scale, zero
+
+
+def draw(rng: np.random.Generator, dim: int, count: int = 20) -> torch.Tensor:
+    """Vectors of very different sizes, some far from zero, some with a channel that is much larger than the others."""
+    x = rng.standard_normal((count, dim)) * 10.0 ** rng.integers(-9, 6, (count, 1)) + rng.integers(-3, 4, (count, 1))
+    x[::5, 0] *= 300
+    return torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_they_are_those_of_the_page(dim: int, bits: int) -> None:
+    x = draw(np.random.default_rng(dim), dim)
+    found = encode(x, bits)
+    for row, vector in enumerate(x.numpy()):
+        codes, scale, zero = by_the_page(vector.copy(), bits)
+        assert found.codes[row].tolist() == codes
+        assert found.scale[row].numpy().tobytes() == scale.tobytes()
+        assert found.zero[row].numpy().tobytes() == zero.tobytes()
+
+
+def test_golden_bytes() -> None:
+    """Codes, scale and zero point of three vectors, as they lie in memory."""
+    x = torch.tensor([[0.5, -1.0, 2.0, 0.25, -3.0, 1.5, 0.0, 7.0], [1.0] * 8, [0.0] * 8])
+    found = {}
+    for bits in BITS:
+        kept = encode(x, bits)
+        parts = (pack(kept.codes, bits), kept.scale.view(torch.uint8), kept.zero.view(torch.uint8))
+        found[bits] = [[part[row].numpy().tobytes().hex() for part in parts] for row in range(3)]
+    assert found == {
+        8: [
+            ["b51d00844affa753", "9d28", "f4c3"],
+            ["ff00000000000000", "ae21", "0000"],
+            ["0000000000000000", "0000", "0000"],
+        ],
+        4: [["4bf2a058", "e738", "f4c3"], ["0f000000", "0932", "0000"], ["00000000", "0000", "0000"]],
+    }
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_rotation_keeps_lengths_and_undoes_itself(dim: int) -> None:
+    x = torch.randn(30, dim)
+    assert torch.allclose(rotated(rotated(x)), x, atol=1e-5)
+    assert torch.allclose(rotated(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_what_is_lost(dim: int, bits: int) -> None:
+    """Half a step, and what the rounding of scale and zero point moves the two ends by."""
+    x = torch.randn(200, dim) * 3 + 1
+    kept, y = encode(x, bits), rotated(x)
+    spread = y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True)
+    ends = (spread + y.abs().amax(-1, keepdim=True)) * 2.0**-10
+    assert ((decode(kept) - y).abs() <= kept.scale.float() / 2 + ends).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_what_is_packed_comes_back(dim: int, bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 5, dim), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape[-1] == -(-dim * bits // 8)
+    assert torch.equal(unpack(packed, bits, dim), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_edge_values(bits: int) -> None:
+    nan = float("nan")
+    x = torch.tensor([[5.0] * 8, [1e-9] * 7 + [0.0], [nan] + [1.0] * 7, [float("inf")] + [1.0] * 7, [3e7] + [-3e7] * 7])
+    kept = encode(x, bits)
+    decoded = decode(kept)
+    assert kept.scale[0] >= 0
+    assert torch.allclose(rotated(decoded[:1]), x[:1], atol=1e-2)
+    assert kept.scale[1] == 0
+    assert not kept.codes[1:4].any()
+    assert kept.scale[2:4].isnan().all()
+    assert kept.zero[2:4].isnan().all()
+    assert decoded[2:4].isnan().all()
+    assert (kept.scale.view(torch.int16)[2:4] == 0x7E00).all()
+    assert kept.zero[4] == -LARGEST
+    assert decoded[4].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_token_s_codes_are_its_own(bits: int) -> None:
+    """Whatever is beside it, and however it lies in memory."""
+    x = torch.randn(2, 3, 40, 64).to(torch.bfloat16)
+    whole = encode(x, bits)
+    for part in (
+        x[:, :, 7:8],
+        x.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 7:8],
+        x[..., :, :].clone()[:, :, 7:8],
+    ):
+        alone = encode(part, bits)
+        assert all(torch.equal(a, b[:, :, 7:8]) for a, b in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
+    query, x = torch.randn(5, 64), torch.randn(30, 64)
+    kept = encode(x, bits)
+    turned = rotated(query)
+    scores = (turned @ kept.codes.float().T) * kept.scale.float().T + turned.sum(-1, keepdim=True) * kept.zero.float().T
+    assert torch.allclose(scores, query @ rotated(decode(kept)).T, atol=1e-3)
+    weights = torch.randn(5, 30).softmax(-1)
+    out = (weights * kept.scale.float().T) @ kept.codes.float() + weights @ kept.zero.float()
+    assert torch.allclose(rotated(out), weights @ rotated(decode(kept)), atol=1e-4)
+    assert isinstance(kept, Codes)
