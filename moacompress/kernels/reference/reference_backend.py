@@ -84,7 +84,7 @@ def _attend(
     logits = None if scores.sink_logits is None else scores.sink_logits.view(kv_heads, -1)
     for own, before, count in _equal_rows(past, valid):
         for span, members in rules.groups():
-            at = _places(own, members, out.shape, query.device)
+            at = _places(own, members, query.device)
             keys = _held(cache, own, members, before, span, seen=before + (chunk is not None), device=query.device)
             if chunk is not None:
                 new = tuple(tensor[at][:, :, :count] for tensor in chunk)
@@ -112,9 +112,7 @@ def _equal_rows(past: torch.Tensor, valid: torch.Tensor) -> Iterator[tuple[list[
             yield rows, before, count
 
 
-def _places(
-    rows: Sequence[int], heads: Sequence[int], shape: torch.Size, device: torch.device
-) -> tuple[slice | torch.Tensor, ...]:
+def _places(rows: Sequence[int], heads: Sequence[int], device: torch.device) -> tuple[slice | torch.Tensor, ...]:
     """Returns an index of rows and KV heads in the first two dimensions; slices, which copy nothing, where that is possible."""
     runs = [len(numbers) == numbers[-1] - numbers[0] + 1 for numbers in (rows, heads)]
     slices = tuple(slice(numbers[0], numbers[-1] + 1) for numbers in (rows, heads))

@@ -75,7 +75,7 @@ class _FusedAttention:
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
         else:
-            out = take(HiddenRequest(context, cache, hidden_states, found, Rotary(*rotary), module.scaling))
+            out = take(HiddenRequest(context, cache, hidden_states, Rotary(*rotary), module.scaling, found))
         return module.o_proj(out.flatten(2)), None
 
 
@@ -108,7 +108,7 @@ class _FusedLayer:
         if torch.compiler.is_compiling():
             rest = (*around, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
             return cast(torch.Tensor, torch.ops.moacompress.step_layer(hidden_states, *projections, *rest))
-        return take(LayerRequest(context, cache, hidden_states, layer.weights, Rotary(*rotary), scaling))
+        return take(LayerRequest(context, cache, hidden_states, Rotary(*rotary), scaling, layer.weights))
 
 
 def _read(layers: Iterable[Any], hidden: torch.Tensor) -> Projections | None:

@@ -61,14 +61,13 @@ class AttendRequest:
 
 
 @dataclass(frozen=True)
-class HiddenRequest:
-    """Attention of one token a row, from what the attention layer gets.
+class _TokenRequest:
+    """What is asked of one layer for one token a row, from hidden states.
 
     Attributes:
         context: the layer's part of the plan.
         whole: the model's cache.
-        hidden: `[rows, 1, inputs]`.
-        projections: what makes queries, keys and values of it.
+        hidden: what the layer, or its attention, gets, `[rows, 1, inputs]`.
         rotary: of the token.
         scaling: factor on the scores.
     """
@@ -76,7 +75,6 @@ class HiddenRequest:
     context: LayerContext
     whole: PlanCache
     hidden: torch.Tensor
-    projections: Projections
     rotary: Rotary
     scaling: float
     layers = tokens = 1
@@ -95,6 +93,17 @@ class HiddenRequest:
     def backend(self) -> Backend:
         """The backend for the hidden states."""
         return backend_for(self.hidden)
+
+
+@dataclass(frozen=True)
+class HiddenRequest(_TokenRequest):
+    """Attention of one token a row, from what the attention layer gets.
+
+    Attributes:
+        projections: what makes queries, keys and values of it.
+    """
+
+    projections: Projections
 
     def attend_request(self) -> AttendRequest:
         """Returns the attention that it asks for."""
@@ -111,46 +120,20 @@ class HiddenRequest:
 
 
 @dataclass(frozen=True)
-class LayerRequest:
-    """A whole decoder layer for one token a row.
+class LayerRequest(_TokenRequest):
+    """A whole decoder layer for one token a row, from the residual stream.
 
     Attributes:
-        context: the layer's part of the plan.
-        whole: the model's cache.
-        hidden: the residual stream, `[rows, 1, hidden]`.
         weights: the layer's.
-        rotary: of the token.
-        scaling: factor on the scores.
     """
 
-    context: LayerContext
-    whole: PlanCache
-    hidden: torch.Tensor
     weights: LayerWeights
-    rotary: Rotary
-    scaling: float
-    layers = tokens = 1
-
-    @property
-    def cache(self) -> PlanCacheLayer:
-        """The layer's cache."""
-        return self.whole.layers[self.context.layer]
-
-    @property
-    def scores(self) -> Scores:
-        """How scores are made."""
-        return Scores(self.scaling)
-
-    @property
-    def backend(self) -> Backend:
-        """The backend for the hidden states."""
-        return backend_for(self.hidden)
 
     def hidden_request(self) -> HiddenRequest:
         """Returns the attention that it asks for."""
         projections, around = self.weights
         normed = normalized(self.hidden, around.norms[0], around.eps)
-        return HiddenRequest(self.context, self.whole, normed, projections, self.rotary, self.scaling)
+        return HiddenRequest(self.context, self.whole, normed, self.rotary, self.scaling, projections)
 
     def finished(self, attended: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output, `[rows, 1, hidden]`, from what attention gave, `[rows, 1, heads, value_dim]`."""

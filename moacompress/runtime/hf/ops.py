@@ -80,7 +80,7 @@ def _attend_hidden(
 ) -> torch.Tensor:
     """Does what a `HiddenRequest` asks for."""
     context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases)
-    return take(HiddenRequest(context, PlanCache.find(handle), hidden, projections, Rotary(cos, sin), scaling))
+    return take(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
 
 
 def _step_layer(
@@ -100,7 +100,7 @@ def _step_layer(
     """Does what a `LayerRequest` asks for."""
     context, whole = LayerContext.from_tensor(layer, rules), PlanCache.find(handle)
     parts = LayerWeights(Projections(weights, biases), AroundAttention(norms, eps, around))
-    return take(LayerRequest(context, whole, hidden, parts, Rotary(cos, sin), scaling))
+    return take(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 
 def _fake_attend_hidden(
