@@ -45,8 +45,27 @@ class Native:
         return dim * DTYPE_BYTES[dtype]
 
 
+@dataclass(frozen=True)
+class Integer:
+    """Codes of so many bits, and a scale and a zero point of each vector: `docs/formats.md`."""
+
+    bits: int
+    code: int
+
+    @property
+    def name(self) -> str:
+        """See `Format`."""
+        return f"int{self.bits}"
+
+    def vector_bytes(self, dim: int, dtype: str) -> int:
+        """See `Format`."""
+        return -(-dim * self.bits // 8) + VECTOR_NUMBERS
+
+
+VECTOR_NUMBERS = 4
+"""Bytes of the scale and the zero point of a vector of codes."""
 NATIVE = Native().name
-FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(),)}
+FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(), Integer(8, 1), Integer(4, 2))}
 """Every format by its name; a new one is a class and an entry here."""
 FORMAT_NAMES = {format.code: name for name, format in FORMATS.items()}
 """Names of the formats by their codes."""

@@ -47,11 +47,14 @@ def test_bytes_of_a_token_come_from_the_formats() -> None:
     assert RuleTable.of(RULES[:3], 32).token_bytes(64, 64, "float32").tolist() == [512] * 3
     assert [format.code for format in FORMATS.values()] == [*range(len(FORMATS))]
     assert FORMATS[NATIVE].vector_bytes(80, "float16") == 160
+    assert [FORMATS[name].vector_bytes(65, "bfloat16") for name in ("int8", "int4")] == [69, 37]
+    assert Rule(4, 100, 0, "int8", "int4").token_bytes(64, 32, "bfloat16") == 68 + 20
 
 
 def test_the_json_form_of_a_rule() -> None:
-    for rule in RULES:
-        assert rule.to_list() == [rule.sink, rule.alpha, rule.beta_q]
+    assert Rule(4, 16, 0, "int8", "native").to_list() == [4, 16, 0, "int8", "native"]
+    for rule in (*RULES, Rule(4, 16, 0, "int4", "int8")):
+        assert rule.to_list()[:3] == [rule.sink, rule.alpha, rule.beta_q]
         assert Rule.from_list(rule.to_list()) == rule
 
 
