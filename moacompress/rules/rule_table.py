@@ -62,6 +62,12 @@ class RuleTable:
         """Whether all keys and values are kept as the model computes them."""
         return not bool(self.columns[len(Span._fields) :].any())
 
+    def as_native(self) -> RuleTable:
+        """Returns the same spans with all keys and values kept as the model computes them."""
+        columns = self.columns * 1
+        columns[len(Span._fields) :] = 0
+        return RuleTable(columns)
+
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules, without the two windows that are not theirs."""
