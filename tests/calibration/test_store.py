@@ -181,6 +181,31 @@ def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
     assert (folder / "influence.safetensors").exists()
 
 
+def forget_formats(folder: Path) -> None:
+    """Makes a profile one of a version that knew of no formats."""
+    path = folder / "profile.json"
+    data = json.loads(path.read_text())
+    del data["recipe"]["profile"]["formats"]
+    plain = [Statistics({k: v for k, v in statistics(i).arrays.items() if k in ("squares", "total")}) for i in range(3)]
+    data["digest"] = Statistics.stack(plain).digest()
+    path.write_text(json.dumps(data))
+    begun = Manifest.read(folder)
+    merge(folder, replace(begun, complete=False), PROFILED, plain)
+    data = json.loads(path.read_text())
+    del data["recipe"]["profile"]["formats"]
+    path.write_text(json.dumps(data))
+
+
+def test_a_profile_that_knows_of_no_formats_is_read_and_completed(folder: Path) -> None:
+    forget_formats(folder)
+    older = Profile.load(folder)
+    assert older.recipe.profile.formats == ()
+    assert set(older.statistics.arrays) == {"squares", "total"}
+    again = prepare(folder, head(), False)
+    assert not again.complete  # its samples are to be profiled again
+    assert again.recipe.profile.formats == ("int8", "int4")
+
+
 def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
     later = RECIPE.override(profile__estimator="sample", search__trials=3)
     found = prepare(folder, head(recipe=later, source="moved/model"), False)
