@@ -15,6 +15,8 @@ Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
 """Ways to predict harm; those after the first three need a profile with `profile.baselines`."""
+OF_FORMATS = ESTIMATORS[:3]
+"""Those that know what formats of keys and values cost."""
 SIDES = ("key", "value")
 """What has a format, as names of arrays begin."""
 DRAWN = ("total", *(f"{side}_total" for side in SIDES))
@@ -92,17 +94,19 @@ def power_mean(values: Doubles, power: float) -> Doubles:
     return mean
 
 
-def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64]) -> Doubles:
+def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64], side: str = "") -> Doubles:
     """Returns predicted harm in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
     Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
 
     Args:
         statistics: of samples, their axis in front.
-        estimator: one that is `available`.
+        estimator: one that is `available`; of formats one of `OF_FORMATS`.
         samples: indices of at least one.
+        side: one of `SIDES`: predict what its formats cost, `[layers, kv_heads, 1 + formats]`; by default what rules do.
     """
-    values = statistics.arrays[_NEEDS[estimator]][samples].astype(np.float64)
+    name = f"{side}_{_NEEDS[estimator]}" if side else _NEEDS[estimator]
+    values = statistics.arrays[name][samples].astype(np.float64)
     return power_mean(_OF_SAMPLE[estimator](values), POWER if estimator == "robust" else 1.0)
 
 

@@ -142,6 +142,9 @@ class SearchRecipe(_Section):
     trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
     timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
     text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
+    formats: Formats | None = Field(
+        None, description="formats of keys and values on offer beside native; by default all that are profiled"
+    )
     solver: Solver = Field("lagrange", description="solver inside each trial")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
