@@ -196,7 +196,7 @@ def _smallest(
     def scouted(share: int) -> bool:
         return holds(scout(share))
 
-    smallest = math.ceil(100 * smallest_share(profile.offering(offered_formats(profile, recipe))))
+    smallest = math.ceil(100 * smallest_share(profile.offering(offered_formats(profile.profiled_formats, recipe))))
     bad, good = smallest - 1, 99
     if not scouted(good):
         raise InfeasibleBudgetError(

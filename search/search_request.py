@@ -29,15 +29,15 @@ SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 
-def offered_formats(profile: Profile, recipe: Recipe) -> tuple[str, ...]:
+def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
     """Returns the formats of keys and values that a search offers beside the native one.
 
-    They are those of the recipe, or else all that the profile and the estimator know; `Profile.offering` refuses others.
+    They are those of the recipe, or else all that were profiled and that the estimator knows of.
     """
     asked = recipe.search.formats
     if asked is not None:
         return asked
-    return profile.profiled_formats if recipe.profile.estimator in OF_FORMATS else ()
+    return profiled if recipe.profile.estimator in OF_FORMATS else ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SearchRequest:
             InfeasibleBudgetError: as `find_plan`.
             UsageError: a profile around a plan, or formats that it says nothing of.
         """
-        profile = profile.offering(offered_formats(profile, recipe))
+        profile = profile.offering(offered_formats(profile.profiled_formats, recipe))
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         floors = layer_floors(recipe.search.floors, profile.shape)

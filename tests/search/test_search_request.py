@@ -72,5 +72,5 @@ def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile
 def test_an_estimator_of_others_searches_spans_alone(profiles: Callable[..., Profile]) -> None:
     profile = profiles(formats=True)
     recipe = profile.recipe.override(profile__estimator="moa")
-    assert offered_formats(profile, recipe) == ()
-    assert offered_formats(profile, recipe.override(search__formats="int8")) == ("int8",)
+    assert offered_formats(profile.profiled_formats, recipe) == ()
+    assert offered_formats(profile.profiled_formats, recipe.override(search__formats="int8")) == ("int8",)
