@@ -94,7 +94,7 @@ def explain(
 
 
 def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
-    """Returns a row of every KV head, those first whose range is worth most; see `explain`."""
+    """Returns a row of every KV head, those first whose bytes are worth most; see `explain`."""
     n, limit = max(request.limits.items())
     profile, shape = request.profile, request.profile.shape
     average = limit // (shape.layers * shape.kv_heads)

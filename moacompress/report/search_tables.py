@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
 
 HEADS = 8
-"""KV heads that are shown: those whose range is worth most."""
+"""KV heads that are shown: those whose bytes are worth most."""
 KNOBS = 5
 
 
@@ -37,14 +37,15 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         ],
     )
     heads = section(
-        "KV heads whose range is worth most",
-        ("layer", "KV head", "keeps", "of", "harm at the average share instead, nats"),
+        "KV heads whose bytes are worth most",
+        ("layer", "KV head", "keeps", "of", "keys/values", "harm at the average share instead, nats"),
         [
             (
                 str(row["layer"]),
                 str(row["kv_head"]),
                 str(row["kept"]),
                 str(row["of"]),
+                _formats_of(row["rule"]),
                 f"+{readable_number(row['saves'])}",
             )
             for row in explanation["heads"][:HEADS]
@@ -71,6 +72,12 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
             "Predicted harm by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
         )
     return shown
+
+
+def _formats_of(rule: Any) -> str:
+    """Returns the formats of keys and values of a rule, as an explanation has it."""
+    named = {} if rule == "full" else rule  # an older search left rules without formats
+    return f"{named.get('key_format', NATIVE)}/{named.get('value_format', NATIVE)}"
 
 
 def _formats_table(formats: Mapping[str, Any]) -> RenderableType:
