@@ -10,8 +10,9 @@ This is exact, not a first-order expansion: the expansion is in how the loss dep
 are added before anything is squared. Queries are worked on in tiles of rows, so nothing of size N x N is ever held, and
 one pair of cumulative sums over the keys serves all rules.
 
-A layer may itself run under a plan. Then O and D are those under the plan, P stays the dense model's, and the same
-formula says what every change of a rule does, up or down.
+A layer may itself run under a plan. Then O and D are those under the plan, P is that of all keys, and the same formula says
+what every change of a span does, up or down. Keys and values are as the plan's formats keep them, in float32; what a change of
+a format does is told from the gradients, see `precision`.
 
 Where a backend has a sweep of its own and all that is wanted are sums, it makes gradients and sums at once; what is here in
 PyTorch is its reference, and what collectors that look at whole tiles get.
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from torch.nn import functional
 from moacompress.calibration.sweep import SumCollector, swept
 from moacompress.kernels.backend import Scores, as_tensors, prefill_alone
 from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.reference.rounding import rounded
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -148,8 +150,8 @@ class TileView:
     Attributes:
         tile: which rows and keys.
         table: the rules, for this layer and on its device.
-        probabilities: P, the dense model's, `[kv_heads, group, rows, keys of the tile]`, newest key first, zero where
-            nothing is seen.
+        probabilities: P, of all that the dense model sees, `[kv_heads, group, rows, keys of the tile]`, newest key first,
+            zero where nothing is seen.
         centred: `P * (G - D)`, same shape; D is that of the output as the layer computes it.
         escaped: with a learned sink logit, its probability e and `e * D`, both `[kv_heads, group, rows, 1]`.
         plan: the rule that each KV head runs under, or None for the dense model.
@@ -236,6 +238,28 @@ class Collector(Protocol):
         """Takes one tile."""
 
 
+class Kept(NamedTuple):
+    """A layer's keys or its values, and what a backward pass says of them, `[1, kv_heads, N, dim]` each.
+
+    Attributes:
+        given: as the model makes them, keys after their rotary embedding.
+        seen: as the layer attends to them: rounded where its plan says so.
+        grad: gradient of `seen`.
+    """
+
+    given: Tensor
+    seen: Tensor
+    grad: Tensor
+
+
+@runtime_checkable
+class GradientCollector(Protocol):
+    """What receives the gradients of a layer's keys and values, once a backward pass."""
+
+    def take_gradients(self, keys: Kept, values: Kept) -> None:
+        """Takes them."""
+
+
 def _hidden(table: RuleTable, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns where what each rule hides begins and ends, `[rows, rules]` each; the native window hides more."""
     (_, sink_end), (start, _) = table.visible_intervals(rows + 1)
@@ -265,12 +289,12 @@ def attend(
         value: as `key`.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
-        plan: the rule of each KV head, or None for the dense model.
+        plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
 
     Returns:
         `[1, heads, N, head_dim]`.
     """
-    rules = plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)
+    rules = (plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)).native()
     here, scores = as_tensors(rules.in_layer(spec.native_window)), spec.scores(sink_logit)
     return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores)
 
@@ -301,14 +325,14 @@ def attend_backward(
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         table: the rules.
         collectors: receive the tiles, or the sums of all.
-        plan: the rule of each KV head, or None for the dense model.
+        plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
         tile: query rows worked on at a time; the compiled kernel has its own.
 
     Returns:
         Gradients of query, key and value.
     """
     chunk, native = (query, key, value, grad), spec.native_window
-    table, plan = table.in_layer(native), None if plan is None else plan.in_layer(native)
+    table, plan = table.in_layer(native), None if plan is None else plan.native().in_layer(native)
     if backend_for(query).capabilities.profile:
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
         found = swept(*chunk, spec, sink_logit, table, summing, plan)
@@ -392,8 +416,23 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def as_kept(query: Tensor, key: Tensor, value: Tensor, plan: RuleTable | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what a layer computes with: keys and values rounded, and all in float32, where a format of its plan asks for it.
+
+    Args:
+        query: `[1, heads, N, head_dim]`.
+        key: `[1, kv_heads, N, head_dim]`.
+        value: as `key`.
+        plan: the rule of each KV head, or None for the dense model.
+    """
+    if plan is None or plan.is_native:
+        return query, key, value
+    keys, values = plan.formats
+    return query.float(), rounded(key, keys), rounded(value, values)
+
+
 class ProfiledAttention(torch.autograd.Function):
-    """`attend`, whose backward pass runs `attend_backward` and so fills collectors, once for every backward."""
+    """`attend` under a plan's formats, whose backward pass runs `attend_backward` and fills collectors, every time."""
 
     @staticmethod
     def forward(
@@ -404,19 +443,25 @@ class ProfiledAttention(torch.autograd.Function):
         sink_logit: Tensor | None,
         spec: AttentionSpec,
         table: RuleTable,
-        collectors: Sequence[Collector],
+        collectors: Sequence[Collector | GradientCollector],
         plan: RuleTable | None = None,
     ) -> Tensor:
-        """Returns `attend(query, key, value, spec, sink_logit, plan)`."""
-        ctx.save_for_backward(query, key, value, sink_logit)
+        """Returns `attend` of what `as_kept` returns, in the query's dtype."""
+        seen = as_kept(query, key, value, plan)
+        ctx.save_for_backward(query, key, value, sink_logit, *(seen if seen[1] is not key else ()))
         ctx.spec, ctx.table, ctx.collectors, ctx.plan = spec, table, collectors, plan
-        return attend(query, key, value, spec, sink_logit, plan)
+        return attend(*seen, spec, sink_logit, plan).to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of query, key and value; the learned sink is a weight, and weights are frozen."""
-        query, key, value, sink_logit = ctx.saved_tensors
-        gradients = attend_backward(
-            query, key, value, grads[0], ctx.spec, sink_logit, ctx.table, ctx.collectors, ctx.plan
-        )
-        return (*gradients, None, None, None, None, None)
+        query, key, value, sink_logit, *rounded_ones = ctx.saved_tensors
+        seen: tuple[Tensor, Tensor, Tensor] = tuple(rounded_ones) or (query, key, value)
+        ending = [collector for collector in ctx.collectors if isinstance(collector, GradientCollector)]
+        tiled = [collector for collector in ctx.collectors if not isinstance(collector, GradientCollector)]
+        pulled = grads[0].to(seen[0].dtype)
+        gradients = attend_backward(*seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan)
+        for collector in ending:
+            collector.take_gradients(*(Kept(*one) for one in zip((key, value), seen[1:], gradients[1:], strict=True)))
+        straight = (grad.to(query.dtype) for grad in gradients)  # what is rounded hands its gradient on as it is
+        return (*straight, None, None, None, None, None)

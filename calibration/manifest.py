@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moacompress.calibration.statistics import SIDES
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
     INFLUENCE_FILE,
@@ -101,6 +102,7 @@ class Manifest:
         data = _json(path)
         try:
             shape = {**data["shape"], "native_windows": tuple(data["shape"]["native_windows"])}
+            data["recipe"]["profile"].setdefault("formats", [])  # older profiles know of none
             names = (
                 "source",
                 "request",
@@ -216,6 +218,7 @@ def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
         profile__baselines=ours.baselines or theirs.baselines,
         profile__heads=ours.heads or theirs.heads,
         profile__anchors=max(ours.anchors, theirs.anchors),
+        profile__formats=[*ours.formats, *theirs.formats],
     )
 
 
@@ -310,9 +313,13 @@ def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: b
     names += ["moa", "mass", "gold_squares", "gold_total"] if chosen.baselines else []
     heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
     pairs = size[0], chosen.anchors, size[1], size[1]
+    formats = (*size[:2], 1 + len(chosen.formats))
+    parts = ("squares", "first") if around else ("squares",)
     return {
         "total": (chosen.draws, *size),
         **dict.fromkeys(names, size),
+        **{f"{side}_{part}": formats for side in (SIDES if chosen.formats else ()) for part in parts},
+        **{f"{side}_total": (chosen.draws, *formats) for side in (SIDES if chosen.formats else ())},
         **({"harm": (1,)} if around else {}),
         **(heads if chosen.heads else {}),
         **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if chosen.anchors else (), pairs),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from moacompress.calibration.influence import AttentionSpec, Collector, ProfiledAttention
+from moacompress.calibration.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention, as_kept
 from moacompress.calibration.sharing import Attended
 from moacompress.core.errors import ModelError
 from moacompress.models.modules import decoder_layers
@@ -54,7 +54,7 @@ class Recording:
     table: RuleTable
     native_windows: tuple[int | None, ...]
     plans: tuple[RuleTable | None, ...]
-    collectors: tuple[list[Collector], ...]
+    collectors: tuple[list[Collector | GradientCollector], ...]
     attended: dict[int, Attended] | None = None
 
     @staticmethod
@@ -64,7 +64,7 @@ class Recording:
         for layer, rules in enumerate(plan.rules if plan is not None else ()):
             if plan is not None and not all(rule.is_full for rule in rules):
                 plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
-        collectors: tuple[list[Collector], ...] = tuple([] for _ in range(shape.layers))
+        collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
         return Recording(table, shape.native_windows, tuple(plans), collectors, {} if keep else None)
 
 
@@ -94,7 +94,8 @@ def _attention(
         softcap=softcap,
     )
     if recording.attended is not None:
-        recording.attended[layer] = Attended(query.detach(), key.detach(), s_aux, spec, recording.plans[layer])
+        asking, keys, _ = as_kept(query.detach(), key.detach(), value.detach(), recording.plans[layer])
+        recording.attended[layer] = Attended(asking, keys, s_aux, spec, recording.plans[layer])
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, s_aux, spec, recording.table, recording.collectors[layer], recording.plans[layer]
     )
@@ -249,7 +250,9 @@ class Tape:
         del self._states, self._embeddings
         self._stack.close()
 
-    def backward(self, cotangent: Cotangent, collectors: Sequence[Sequence[Collector]], last: bool) -> None:
+    def backward(
+        self, cotangent: Cotangent, collectors: Sequence[Sequence[Collector | GradientCollector]], last: bool
+    ) -> None:
         """Runs one backward pass from the logits down to the embeddings.
 
         Args:

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.head_statistics import HeadSums
-from moacompress.calibration.influence import Collector
+from moacompress.calibration.influence import Collector, GradientCollector
 from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
+from moacompress.calibration.precision import PrecisionSums
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
-from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.statistics import DRAWN, Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
@@ -146,11 +147,13 @@ def sample_statistics(
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
             dense = target_states(model, ids, rows)
     size = shape.kv_heads, len(table), model.device
-    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
-    squares = np.zeros((shape.layers, *size[:2]), np.float64)
-    totals: list[Tensor] = []
-    found: dict[str, Tensor] = {}
     recording = Recording.of(shape, table, around, keep=chosen.anchors > 0)
+    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
+    rounding = [
+        PrecisionSums(shape.kv_heads, chosen.formats, plan, model.device)
+        for plan in (recording.plans if chosen.formats else ())
+    ]
+    found: dict[str, Tensor] = {}
     heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
     copies = [
         CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
@@ -160,35 +163,44 @@ def sample_statistics(
     with Tape(model, recording, ids, rows) as tape:
         if dense is not None:
             divergence = Divergence(model, dense)
-            tape.backward(divergence, [[sums] for sums in influence], last=False)
-            found["first"] = torch.stack([sums.total for sums in influence])
+            tape.backward(divergence, _by_layer(influence, rounding), last=False)
+            sums = _stacked(influence) | (_stacked(rounding) if rounding else {})
+            found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
             found["harm"] = torch.tensor([max(divergence.harm, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size) for _ in range(shape.layers)]
             _reset(influence)
-            pairs: list[list[Collector]] = [[a, b] for a, b in zip(influence, baselines, strict=True)]
-            tape.backward(label_cotangent(ids[rows + 1]), pairs, last=False)
+            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
             found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
+        drawn = []
         for draw in range(chosen.draws):
-            _reset(influence)
+            _reset([*influence, *rounding])
             cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
-            wanted: list[Sequence[Collector]] = [influence, copies, heads if draw == 0 else []]
-            tape.backward(cotangent, list(zip(*filter(None, wanted), strict=True)), last=draw + 1 == chosen.draws)
+            wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
+            tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
             for copied in copies:
                 copied.end()
-            squares += torch.stack([sums.squares for sums in influence]).cpu().numpy()
-            totals.append(torch.stack([sums.total for sums in influence]))
+            drawn.append(_stacked(influence) | (_stacked(rounding) if rounding else {}))
+    for name in drawn[0]:
+        every = torch.stack([one[name] for one in drawn])
+        found[name] = every if name in DRAWN else every.mean(0)
     found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
-    arrays = {name: value.float().cpu().numpy() for name, value in (found | {"total": torch.stack(totals)}).items()}
-    return Statistics({**arrays, "squares": (squares / chosen.draws).astype(np.float32)})
+    return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
 
 
-def _reset(collectors: Sequence[InfluenceSums]) -> None:
+def _by_layer(*collectors: Sequence[Collector | GradientCollector]) -> list[tuple[Collector | GradientCollector, ...]]:
+    """Returns the collectors of each layer, from lists with one of every layer, or with none at all."""
+    return list(zip(*filter(None, collectors), strict=True))
+
+
+def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
     for sums in collectors:
         sums.reset()
 
 
-def _stacked(collectors: Sequence[InfluenceSums | BaselineSums | HeadSums | CopySums]) -> dict[str, Tensor]:
+def _stacked(
+    collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums],
+) -> dict[str, Tensor]:
     """Returns the sums of all layers by name, layers in front."""
     layers = [sums.tensors() for sums in collectors]
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}

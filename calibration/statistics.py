@@ -15,6 +15,12 @@ Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
 """Ways to predict harm; those after the first three need a profile with `profile.baselines`."""
+OF_FORMATS = ESTIMATORS[:3]
+"""Those that know what formats of keys and values cost."""
+SIDES = ("key", "value")
+"""What has a format, as names of arrays begin."""
+DRAWN = ("total", *(f"{side}_total" for side in SIDES))
+"""Arrays with an axis for the draw in front."""
 POWER = 0.75
 """Exponent of the power mean over samples that makes `robust` of `fisher`.
 
@@ -32,6 +38,8 @@ class Statistics:
             `total`: `sum_i d_i` of each draw, so with an axis for the draw in front;
             `first`: around a plan, `sum_i d_i` from the gradient of KL(dense || plan), signed;
             `harm`: around a plan, KL(dense || plan) itself, nats per answer token, `[1]`;
+            `key_squares`, `key_total`, `key_first`, `value_squares`, `value_total`, `value_first`: of formats instead of
+                rules, `1 + formats` on the last axis, the native one first; see `precision.PrecisionSums`;
             `moa`, `mass`, `gold_squares`, `gold_total`: from the gold label; see `collectors.BaselineSums`;
             `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
             `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
@@ -59,7 +67,7 @@ class Statistics:
         for name, array in self.arrays.items():
             bad = np.argwhere(~np.isfinite(array))
             if len(bad):
-                return f"{name} of layer {bad[0][1 if name == 'total' else 0]}"
+                return f"{name} of layer {bad[0][1 if name in DRAWN else 0]}"
         return ""
 
     def take(self, samples: npt.NDArray[np.int64]) -> Statistics:
@@ -86,17 +94,19 @@ def power_mean(values: Doubles, power: float) -> Doubles:
     return mean
 
 
-def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64]) -> Doubles:
+def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64], side: str = "") -> Doubles:
     """Returns predicted harm in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
     Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
 
     Args:
         statistics: of samples, their axis in front.
-        estimator: one that is `available`.
+        estimator: one that is `available`; of formats one of `OF_FORMATS`.
         samples: indices of at least one.
+        side: one of `SIDES`: predict what its formats cost, `[layers, kv_heads, 1 + formats]`; by default what rules do.
     """
-    values = statistics.arrays[_NEEDS[estimator]][samples].astype(np.float64)
+    name = f"{side}_{_NEEDS[estimator]}" if side else _NEEDS[estimator]
+    values = statistics.arrays[name][samples].astype(np.float64)
     return power_mean(_OF_SAMPLE[estimator](values), POWER if estimator == "robust" else 1.0)
 
 

@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from moacompress.calibration.manifest import Manifest, damaged
 from moacompress.calibration.samples import Sample, SampleKind, fingerprint_samples, load_samples
-from moacompress.calibration.statistics import ESTIMATORS, Statistics, available, estimate
+from moacompress.calibration.statistics import ESTIMATORS, OF_FORMATS, SIDES, Statistics, available, estimate
 from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import write_bytes
 from moacompress.recipe import Recipe
+from moacompress.rules.candidates import in_formats
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 
@@ -45,7 +46,8 @@ class Profile:
         source: MODEL, as it can be loaded again.
         shape: the model's shape, weights fingerprint included.
         lengths: profiled lengths in tokens, ascending.
-        rules: the candidate rules; `rules[0]` is `Rule.FULL`.
+        rules: the candidate rules; `rules[0]` is `Rule.FULL`. Of a profile that offers formats, every span in every pair of
+            formats, the native pair first.
         min_window: smallest window of any rule, tokens.
         recipe: the resolved recipe.
         fingerprint: of everything that decides the numbers.
@@ -56,6 +58,7 @@ class Profile:
         sample_kinds: kind of every profiled sample, "answer" or "text".
         statistics: of every profiled sample.
         around: key of the plan that was profiled around; empty for the dense model.
+        formats: of keys and values that `rules` has beside the native one; see `offering`.
     """
 
     path: Path
@@ -73,16 +76,71 @@ class Profile:
     sample_kinds: tuple[str, ...]
     statistics: Statistics
     around: str = ""
+    formats: tuple[str, ...] = ()
 
     @property
     def estimators(self) -> tuple[str, ...]:
-        """Those of `ESTIMATORS` that the profile holds the statistics of."""
-        return available(self.statistics)
+        """Those of `ESTIMATORS` that the profile holds the statistics of, for all its rules."""
+        found = available(self.statistics)
+        return tuple(name for name in found if name in OF_FORMATS) if self.formats else found
+
+    @property
+    def profiled_formats(self) -> tuple[str, ...]:
+        """Formats beside the native one that the profile holds the statistics of."""
+        return self.recipe.profile.formats if f"{SIDES[0]}_squares" in self.statistics.arrays else ()
+
+    @property
+    def spans(self) -> tuple[Rule, ...]:
+        """The rules in the native formats alone: the first of `rules`."""
+        return self.rules[: len(self.rules) // (1 + len(self.formats)) ** 2]
+
+    def offering(self, formats: Sequence[str]) -> Profile:
+        """Returns the same profile with these formats on offer beside the native one, none by default.
+
+        Raises:
+            UsageError: a format that was not profiled.
+        """
+        missing = [name for name in formats if name not in self.profiled_formats]
+        if missing:
+            raise UsageError(
+                f"the profile in {self.path} says nothing of the format {missing[0]}; run the same profile command again to "
+                "add it, or search with --formats native"
+            )
+        return replace(self, rules=in_formats(self.spans, formats), formats=tuple(formats))
+
+    @property
+    def parts(self) -> npt.NDArray[np.int64] | None:
+        """What every rule is made of, as places on the last axis of `of_parts`, `[rules, 3]`: span, keys and values.
+
+        None where no formats are on offer: then every rule is a part of its own.
+        """
+        if not self.formats:
+            return None
+        spans, offered = len(self.spans), 1 + len(self.formats)
+        keys, values, span = np.unravel_index(np.arange(len(self.rules)), (offered, offered, spans))
+        return np.stack([span, spans + keys, spans + offered + values], axis=1)
+
+    def of_parts(self, name: str) -> npt.NDArray[np.float64]:
+        """Returns a statistic of all parts of the rules, `[samples, ..., layers, kv_heads, parts]`.
+
+        Args:
+            name: "squares", "total" or "first".
+        """
+        arrays = [self.statistics.arrays[name]]
+        if self.formats:
+            arrays += [self.statistics.arrays[f"{side}_{name}"][..., self._columns] for side in SIDES]
+        return np.concatenate(arrays, axis=-1).astype(np.float64)
+
+    @property
+    def _columns(self) -> list[int]:
+        """Where the native format and those on offer are on the last axis of the statistics of formats."""
+        return [0, *(1 + self.recipe.profile.formats.index(name) for name in self.formats)]
 
     def influence(self, estimator: str, kind: str = "answer") -> npt.NDArray[np.float64]:
         """Returns the predicted KL of one rule on one KV head, in nats per answer token.
 
-        Around a plan it is the predicted change of KL: the signed first-order term plus half the curvature.
+        Around a plan it is the predicted change of KL: the signed first-order term plus half the curvature. What keys and
+        values lose by their formats is predicted for the span that the KV head has there, and added to what the span costs.
 
         Args:
             estimator: one of `estimators`.
@@ -96,12 +154,25 @@ class Profile:
         """
         if estimator not in ESTIMATORS:
             raise UsageError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+        if self.formats and estimator not in OF_FORMATS:
+            raise UsageError(
+                f"the estimator {estimator!r} says nothing of formats; choose one of {', '.join(OF_FORMATS)}, or search with "
+                "--formats native"
+            )
         if estimator not in self.estimators:
             raise UsageError(f"the profile has no statistics for the estimator {estimator!r}; profile with --baselines")
         if kind not in self.sample_kinds:
             held = ", ".join(sorted(set(self.sample_kinds)))
             raise UsageError(f"the profile has no samples of kind {kind!r} but {held}; profile with such samples")
-        return np.stack([self._at(length, estimator, kind) for length in self.lengths])
+        found = np.stack([self._at(length, estimator, kind) for length in self.lengths])
+        if not self.formats:
+            return found
+        keys, values = (
+            np.stack([self._at(length, estimator, kind, side) for length in self.lengths])[..., self._columns]
+            for side in SIDES
+        )
+        pairs = keys[..., :, None, None] + values[..., None, :, None]
+        return (found[..., None, None, :] + pairs).reshape(*found.shape[:-1], -1)
 
     def calibration_samples(self) -> list[Sample]:
         """Reads the samples that were profiled, those left out included.
@@ -142,14 +213,14 @@ class Profile:
             return self.influence(estimator, kinds[0])
         return self.influence(estimator) + text_weight * self.influence(estimator, "text")
 
-    def _at(self, length: int, estimator: str, kind: str) -> npt.NDArray[np.float64]:
+    def _at(self, length: int, estimator: str, kind: str, side: str = "") -> npt.NDArray[np.float64]:
         of_kind = np.array([found == kind for found in self.sample_kinds])
         here = np.flatnonzero(of_kind & (self.sample_lengths == length))
         # a few samples of plain text need not be of every length
         chosen = here if len(here) else np.flatnonzero(of_kind)
-        found = estimate(self.statistics, estimator, chosen)
-        if "first" in self.statistics.arrays:
-            found = found + self.statistics.arrays["first"][chosen].astype(np.float64).mean(0)
+        found, first = estimate(self.statistics, estimator, chosen, side), f"{side}_first" if side else "first"
+        if first in self.statistics.arrays:
+            found = found + self.statistics.arrays[first][chosen].astype(np.float64).mean(0)
         return found
 
     def subset(self, samples: Sequence[int]) -> Profile:

@@ -63,6 +63,9 @@ def compress(
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
     if not recipe.budget:
         raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
+    missing = [name for name in recipe.search.formats or () if name not in recipe.profile.formats]
+    if missing:
+        raise RecipeError(f"search.formats offers {missing[0]}, which profile.formats leaves out; add it there too")
     out = Path(out)
     with own_folder(out):
         if overwrite:

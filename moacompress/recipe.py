@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from moacompress.core.errors import MoaCompressError, RecipeError
 from moacompress.rules.budget import Budget, parse_length
+from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
@@ -35,6 +36,19 @@ def _texts(value: Any) -> Any:
     return [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in items]
 
 
+def _formats(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    names = [str(item).strip() for item in items]
+    for name in names:
+        if name not in FORMATS:
+            near = difflib.get_close_matches(name, FORMATS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
+            raise ValueError(f"unknown format {name!r}; {hint}")
+    return tuple(name for name in FORMATS if name in names and name != NATIVE)
+
+
+Formats = Annotated[tuple[str, ...], BeforeValidator(_formats)]
+"""Names of formats beside the native one, which is always on offer."""
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
 
 
@@ -97,6 +111,7 @@ class ProfileRecipe(_Section):
     baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
     heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
     anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
+    formats: Formats = Field(CODED, description="formats of keys and values that are profiled")
     min_window: int = Field(32, description="smallest window of any KV head, tokens")
     sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")
 
@@ -127,6 +142,9 @@ class SearchRecipe(_Section):
     trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
     timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
     text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
+    formats: Formats | None = Field(
+        None, description="formats of keys and values on offer beside native; by default all that are profiled"
+    )
     solver: Solver = Field("lagrange", description="solver inside each trial")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")

@@ -45,7 +45,7 @@ class ProfileAround:
     """Profiles some calibration samples around a plan; each is computed once where there is a folder to keep it.
 
     Attributes:
-        profile: the profile of the dense model.
+        profile: the profile of the dense model, with the formats that are on offer.
         recipe: the estimator, the weight of plain text and the seed count.
         source: the model.
         samples: what is profiled.
@@ -66,12 +66,14 @@ class ProfileAround:
             ArtefactError: the folder cannot be written.
         """
         profile = self.profile
-        chosen = self.recipe.profile.model_copy(update={"draws": 1, "baselines": False, "heads": False, "anchors": 0})
-        table = RuleTable.of(profile.rules, profile.min_window)
-        shapes = array_shapes(chosen, profile.shape, len(profile.rules), around=True)
-        owner = fingerprint(
-            [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
+        formats = profile.profiled_formats if profile.formats else ()
+        chosen = self.recipe.profile.model_copy(
+            update={"draws": 1, "baselines": False, "heads": False, "anchors": 0, "formats": formats}
         )
+        table = RuleTable.of(profile.spans, profile.min_window)
+        shapes = array_shapes(chosen, profile.shape, len(table), around=True)
+        marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
+        owner = fingerprint([*marks, *formats])
         folder = None if self.folder is None else self.folder / plan.key()
         found = []
         progress.start("profiling around the plan", len(self.samples))

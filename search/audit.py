@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.samples import Sample, fingerprint_ordered
+from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import AUDIT_FILE, ledger_file, of_audit
@@ -27,14 +28,15 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
-from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.cost import budget_limits
 from moacompress.rules.model_shape import ModelShape
+from moacompress.search.audit_precision import assess_formats, choose_format_picks, format_plans
 from moacompress.search.audit_statistics import BootstrapValue, assess
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
 from moacompress.search.measuring import measured_harms
-from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest, offered_formats
 from moacompress.search.split_half import split_half
 from moacompress.search.surrogate import Surrogate
 
@@ -54,6 +56,8 @@ class Audit:
             `audit`: for each estimator `spearman, ci95, slope, slope_ci95, n`, of the ablations, and the calibration
             `c, gamma` to all of them;
             `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, regret_ci95, n`;
+            `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
+            offers formats;
             `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
             `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
@@ -93,8 +97,9 @@ def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budge
         InfeasibleBudgetError: no plan fits the budget.
     """
     lengths, chosen = recipe.calibration.lengths, recipe.profile
-    rules = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
-    check_counts(shape, masking_rules(shape, rules, chosen.min_window, lengths), count, plans)
+    spans = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
+    check_counts(shape, masking_rules(shape, spans, chosen.min_window, lengths), count, plans)
+    rules = in_formats(spans, offered_formats(chosen.formats, recipe))
     budget_limits([Budget.parse(budget)], shape, lengths, rules, chosen.min_window)
 
 
@@ -111,6 +116,9 @@ def audit(
     overwrite: bool = False,
 ) -> Audit:
     """Measures ablations and plans and compares every estimator of a profile with them.
+
+    Where the recipe's search offers formats, as many ablations of single formats are measured beside those of spans, and the
+    plans mix both; estimators that say nothing of formats predict what the spans cost.
 
     The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`.
 
@@ -141,7 +149,7 @@ def audit(
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
     request = SearchRequest.of(profile, budget, profile.recipe)
     masking = masking_rules(
-        profile.shape, profile.rules, profile.min_window, [len(sample.input_ids) for sample in samples]
+        profile.shape, profile.spans, profile.min_window, [len(sample.input_ids) for sample in samples]
     )
     check_counts(profile.shape, masking, count, plans)
     path = profile.path / AUDIT_FILE if out is None else Path(out)
@@ -161,7 +169,7 @@ def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: i
         {
             "version": VERSION,
             "profile": profile.fingerprint,
-            "estimators": list(profile.estimators),
+            "estimators": list(profile.offering(()).estimators),
             "search": request.key,
             "samples": fingerprint_ordered(samples),
             "counts": [count, plans],
@@ -201,12 +209,18 @@ def _run(
     chosen = equal_byte_choices(request.surrogate.raw(), Knapsack.of(request), plans, seed)
     if len(chosen) < plans:
         logger.warning("only %d different plans of %d were found at %s", len(chosen), plans, request.asked[0])
-    measured_plans = [ablation(profile, pick) for pick in picks]
-    measured_plans += [chosen_plan(profile, choice) for _, choice in chosen]
+    whole_plans = [chosen_plan(profile, choice) for _, choice in chosen]
+    rounded = choose_format_picks(profile, count, seed)
+    if rounded and profile.shape.dtype != "float32":
+        logger.warning(
+            "in %s the harm of a single format is mostly noise; audit with --dtype float32", profile.shape.dtype
+        )
+    measured_plans = [*(ablation(profile, pick) for pick in picks), *whole_plans, *format_plans(profile, rounded)]
     ledger = ledger_file(path)
     harms = measured_harms(model, samples, measured_plans, ledger, progress).mean(axis=1)
+    of_picks, of_plans, of_formats = np.split(harms, [count, count + len(whole_plans)])
     influence = predicted_influence(profile, samples)
-    results = assess(influence, picks, harms[:count], [choice for _, choice in chosen], harms[count:], seed)
+    results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)
     estimator = request.recipe.profile.estimator
     correlations = results.correlations
     differences = {
@@ -217,7 +231,7 @@ def _run(
     for point in results.points:
         rule = profile.rules[point["rule"]]
         point["rule"] = asdict(rule)
-    for row, (noise, _), plan in zip(results.plan_points, chosen, measured_plans[count:], strict=True):
+    for row, (noise, _), plan in zip(results.plan_points, chosen, whole_plans, strict=True):
         row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.limits}}
     return {
         "model": shared_name(model.source),
@@ -228,6 +242,7 @@ def _run(
         "audit": results.ablations,
         "audit_plans": results.plans,
         **differences,
+        **(assess_formats(profile, influence, rounded, of_formats, seed) if rounded else {}),
         "split_half": split_half(request, seed),
         "points": results.points,
         "plans": results.plan_points,
@@ -237,18 +252,23 @@ def _run(
 def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str, Floats]:
     """Returns what every estimator predicts on samples like these, by estimator: [layers, kv_heads, rules], monotone.
 
-    Each sample counts with the influence at the profiled length nearest to its own, of its kind.
+    Each sample counts with the influence at the profiled length nearest to its own, of its kind. What says nothing of formats
+    predicts what the span of a rule costs.
 
     Args:
-        profile: of the dense model.
+        profile: of the dense model, with the formats that are on offer.
         samples: those measured on.
     """
     groups = Counter(
         (sample.kind, int(np.abs(np.array(profile.lengths) - sample.length).argmin())) for sample in samples
     )
-    found = {}
-    for estimator in profile.estimators:
-        of_kind = {kind: profile.influence(estimator, kind) for kind in {kind for kind, _ in groups}}
+    found, spans = {}, profile.offering(())
+    for estimator in spans.estimators:
+        knows = profile if estimator in OF_FORMATS else spans
+        pairs = len(profile.rules) // len(knows.rules)
+        of_kind = {
+            kind: np.tile(knows.influence(estimator, kind), (1, 1, 1, pairs)) for kind in {kind for kind, _ in groups}
+        }
         influence = np.stack([of_kind[kind][length] for kind, length in groups])
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         found[estimator] = surrogate.raw(list(groups.values()))

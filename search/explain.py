@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moacompress.rules.cost import bytes_by_formats, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.search_result import pack, unpack
@@ -65,9 +66,13 @@ def explain(
     Returns:
         `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
         harm in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
+        `formats`: `bits` of keys and values, mean over the kept tokens, and for every pair of formats its KV heads and bytes;
+        at the longest limited length.
         `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
+        `kinds`: predicted harm of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `stages`, `harm`.
     """
+    n = max(request.limits)
     return {
         "format": "moacompress-explanation",
         "plan": plan.key(),
@@ -76,12 +81,20 @@ def explain(
         "stages": [asdict(stage) for stage in stages],
         "knobs": dict(sorted(importances.items(), key=lambda item: -item[1])),
         "predicted": _predicted(request, surrogate, tried),
+        "kinds": _by_kind(request, surrogate, plan),
+        "formats": {
+            "bits": kept_bits(plan, n),
+            "pairs": [
+                {"key_format": keys, "value_format": values, "kv_heads": heads, "kv_bytes": size}
+                for (keys, values), (heads, size) in bytes_by_formats(plan, n).items()
+            ],
+        },
         "heads": head_rows(request, surrogate, plan),
     }
 
 
 def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
-    """Returns a row of every KV head, those first whose range is worth most; see `explain`."""
+    """Returns a row of every KV head, those first whose bytes are worth most; see `explain`."""
     n, limit = max(request.limits.items())
     profile, shape = request.profile, request.profile.shape
     average = limit // (shape.layers * shape.kv_heads)
@@ -108,6 +121,16 @@ def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[
                 }
             )
     return sorted(rows, key=lambda row: -(row["saves"] or 0.0))
+
+
+def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[str, float | None]:
+    """Returns the predicted harm of a plan on each kind of samples, nats."""
+    profile, found = request.profile, {}
+    for kind in sorted(set(profile.sample_kinds)):
+        influence = profile.influence(request.recipe.profile.estimator, kind)
+        alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        found[kind] = alone.calibrated(surrogate.calibration).predicted(plan)
+    return found
 
 
 def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def find_front(
             limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
             here = replace(knapsack, limits=limit_array(limits))
             choice = request.choice(surrogate, here, {name: at for name, at in trial.params.items() if name != SHARE})
-            plan = chosen_plan(profile, choice)
+            plan = chosen_plan(request.profile, choice)
             harm = float(np.mean(meter.harms("front", plan, meter.order)))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             ledger.tell(trial, [harm, kept], plan=pack(plan))

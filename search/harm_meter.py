@@ -85,11 +85,15 @@ class HarmMeter:
         return [float(harm) for harm in known]
 
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
-        """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest)."""
+        """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
+
+        A KV head gets another span or other formats, never both: what the two cost is told apart.
+        """
         recipe, profile, surrogate = request.recipe, request.profile, request.surrogate
         shortest = Surrogate(surrogate.rules, surrogate.influence[:1], surrogate.supersets)
         influence = shortest.raw()
-        picks = pick_ablations(influence, recipe.search.ablations, recipe.seed)
+        pure = np.array([rule.is_native or rule.sees_all for rule in surrogate.rules])
+        picks = pick_ablations(np.where(pure, influence, 0.0), recipe.search.ablations, recipe.seed)
         nearest = sorted(self.order, key=lambda number: _rank(profile.validation[number]))
         numbers = nearest[: ABLATION_SAMPLES if picks else 0]
         plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)

@@ -50,7 +50,7 @@ class Knapsack:
         return found.choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:
-        """Returns the choice with what it leaves of the limits spent: rules that keep no less at any length, and cost no more.
+        """Returns the choice with what it leaves of the limits spent: rules of no fewer bytes at any length, that cost no more.
 
         Args:
             costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.

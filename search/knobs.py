@@ -19,6 +19,7 @@ DEPTH_RANGE = 0.5
 LENGTH_RANGE = 0.5
 EXPONENT_RANGE = 0.25
 COHERENCE_RANGE = 0.8
+PRECISION_RANGE = 1.0
 START_COHERENCE = 0.3
 """Tried right after the surrogate's own plan."""
 
@@ -32,17 +33,20 @@ class Knobs:
     `depth_K`: multipliers of the cost, from the first layer to the last, interpolated between the knots.
     `length_N`: weight of the profiled length N, relative to the longest.
     `exponent`: exponent on the cost; above 0 it favours the costliest KV heads.
+    `precision`: multiplier of what formats of keys and values cost, beside what spans cost; only where formats are on offer.
     `coherence`: share of the quadratic form, which knows what KV heads do together; see `quadratic`.
 
     Attributes:
         layers: layers of the model.
         lengths: profiled lengths, ascending.
         coherent: whether there is a quadratic form.
+        formats: whether formats are on offer.
     """
 
     layers: int
     lengths: tuple[int, ...]
     coherent: bool = False
+    formats: bool = False
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -51,6 +55,7 @@ class Knobs:
             **{f"depth_{knot}": (-DEPTH_RANGE, DEPTH_RANGE) for knot in range(min(DEPTH_KNOTS, self.layers))},
             **{f"length_{length}": (-LENGTH_RANGE, LENGTH_RANGE) for length in self.lengths[:-1]},
             "exponent": (-EXPONENT_RANGE, EXPONENT_RANGE),
+            **({"precision": (-PRECISION_RANGE, PRECISION_RANGE)} if self.formats else {}),
             **({"coherence": (0.0, COHERENCE_RANGE)} if self.coherent else {}),
         }
 
@@ -71,7 +76,8 @@ class Knobs:
     def bend(self, surrogate: Surrogate, values: Mapping[str, float]) -> Floats:
         """Returns the costs of every rule under the knobs, [layers, kv_heads, rules]; only their ratios count."""
         weights = np.exp([values.get(f"length_{length}", 0.0) for length in self.lengths])
-        costs: Floats = surrogate.costs(weights) ** np.exp(values["exponent"])
+        precision = float(np.exp(values.get("precision", 0.0)))
+        costs: Floats = surrogate.costs(weights, precision) ** np.exp(values["exponent"])
         return costs * self._multipliers(values)[:, None, None]
 
     def _multipliers(self, values: Mapping[str, float]) -> Floats:

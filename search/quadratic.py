@@ -8,6 +8,7 @@ alone it overfits, so it is mixed with the surrogate, and a study decides how mu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,14 +28,18 @@ KNEE = 0.05
 class Quadratic:
     """The quadratic form of a profile.
 
+    A rule is made of parts, its span and the formats of its keys and values, and moves the sum of what its parts move.
+
     Attributes:
-        rows: what a rule on a KV head moves along each cotangent, `[rows, heads, rules]`, heads of all layers in one axis.
-        linear: first-order change of harm, nats, `[heads, rules]`; 0 around the dense model. Predicted harm is its sum over
+        rows: what a part on a KV head moves along each cotangent, `[rows, heads, parts]`, heads of all layers in one axis.
+        linear: first-order change of harm, nats, `[heads, parts]`; 0 around the dense model. Predicted harm is its sum over
             heads, and half the sum over rows of the squared sum over heads. Around a plan it is the change against that plan.
+        parts: the parts of every rule, int64 `[rules, parts of a rule]`; None where every rule is a part of its own.
     """
 
     rows: Floats
     linear: Floats
+    parts: Ints | None = None
 
     @staticmethod
     def of(profile: Profile, text_weight: float, relative: float = 0.0) -> Quadratic:
@@ -47,7 +52,7 @@ class Quadratic:
                 change of the mean harm, at 1 nearly that of the mean logarithm.
         """
         arrays = profile.statistics.arrays
-        totals = arrays["total"].astype(np.float64)  # [samples, draws, layers, kv_heads, rules]
+        totals = profile.of_parts("total")  # [samples, draws, layers, kv_heads, parts]
         samples, draws = totals.shape[:2]
         kinds = np.array(profile.sample_kinds)
         weights = np.zeros(samples)
@@ -65,34 +70,66 @@ class Quadratic:
         scale = np.sqrt(weights / draws)[:, None, None, None, None]
         rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
         if "first" not in arrays:
-            return Quadratic(rows, np.zeros(rows.shape[1:]))
-        return Quadratic(
-            rows, np.tensordot(weights, arrays["first"].astype(np.float64), axes=1).reshape(rows.shape[1:])
-        )
+            return Quadratic(rows, np.zeros(rows.shape[1:]), profile.parts)
+        linear = np.tensordot(weights, profile.of_parts("first"), axes=1).reshape(rows.shape[1:])
+        return Quadratic(rows, linear, profile.parts)
 
     def joined(self, other: Quadratic) -> Quadratic:
         """Returns the mean of two forms, each weighing as much as it has rows."""
         ours, theirs = (len(form.rows) / (len(self.rows) + len(other.rows)) for form in (self, other))
         rows = np.concatenate([self.rows * ours**0.5, other.rows * theirs**0.5])
-        return Quadratic(rows, ours * self.linear + theirs * other.linear)
+        return Quadratic(rows, ours * self.linear + theirs * other.linear, self.parts)
 
     def harm(self, choice: Ints) -> float:
         """Returns the predicted harm of a choice of rules, `[layers, kv_heads]`, in nats."""
         chosen = choice.reshape(-1)
-        first = self.linear[np.arange(len(chosen)), chosen].sum()
-        return float(first + (self._chosen(chosen).sum(axis=1) ** 2).sum() / 2)
+        heads = np.arange(len(chosen))
+        first = self.linear[heads[:, None], self._parts_of(chosen)].sum()
+        return float(first + (self._moved(heads, chosen).sum(axis=1) ** 2).sum() / 2)
 
-    def _chosen(self, choice: Ints) -> Floats:
-        return self.rows[:, np.arange(len(choice)), choice]
+    def _parts_of(self, rules: Ints) -> Ints:
+        """Returns the parts of rules, `[..., parts of a rule]`."""
+        return rules[..., None] if self.parts is None else self.parts[rules]
+
+    def _of_rules(self, of_parts: Floats) -> Floats:
+        """Returns sums over the parts of every rule: `[..., parts]` to `[..., rules]`."""
+        return of_parts if self.parts is None else of_parts[..., self.parts].sum(axis=-1)
+
+    def _moved(self, heads: Ints, rules: Ints) -> Floats:
+        """Returns what rules on KV heads move along each cotangent, `[rows, heads given]`."""
+        moved: Floats = self.rows[:, heads[:, None], self._parts_of(rules)].sum(axis=-1)
+        return moved
+
+    @cached_property
+    def _products(self) -> Floats:
+        """Sums over rows of the products of a KV head's parts, `[heads, parts, parts]`."""
+        by_head = self.rows.transpose(1, 2, 0)
+        products: Floats = by_head @ by_head.transpose(0, 2, 1)
+        return products
+
+    @cached_property
+    def _squares(self) -> Floats:
+        """Sum over rows of the square of what every rule moves, `[heads, rules]`."""
+        if self.parts is None:
+            return np.diagonal(self._products, axis1=1, axis2=2)
+        squares: Floats = self._products[:, self.parts[:, :, None], self.parts[:, None, :]].sum(axis=(2, 3))
+        return squares
 
     def changes(self, choice: Ints) -> Floats:
         """Returns the predicted change of harm by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
-        now = choice.reshape(-1)
-        return self._changes(now, self.rows - self._chosen(now)[:, :, None]).reshape(*choice.shape, -1)
+        return self._changes(choice.reshape(-1)).reshape(*choice.shape, -1)
 
-    def _changes(self, now: Ints, moved: Floats) -> Floats:
-        found: Floats = np.tensordot(self._chosen(now).sum(axis=1), moved, axes=1) + (moved**2).sum(axis=0) / 2
-        return found + self.linear - self.linear[np.arange(len(now)), now][:, None]
+    def _changes(self, now: Ints) -> Floats:
+        """Returns `changes`, `[heads, rules]`.
+
+        With m what a rule moves, s the sum of all KV heads now and c the part of this one, `(s - c) m + m^2 / 2` summed over
+        rows, less the same of the present rule.
+        """
+        heads = np.arange(len(now))
+        total = self._moved(heads, now).sum(axis=1)
+        own = self._products[heads[:, None], self._parts_of(now)].sum(axis=1)
+        found: Floats = self._of_rules(np.tensordot(total, self.rows, axes=1) - own + self.linear) + self._squares / 2
+        return found - found[heads, now][:, None]
 
     def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
         """Returns a choice within the limits that no change of one KV head, or of two, improves.
@@ -114,15 +151,14 @@ class Quadratic:
         now = choice.reshape(-1).copy()
         heads = np.arange(len(now))
         for _ in range(MAX_STEPS):
-            moved = self.rows - self._chosen(now)[:, :, None]
-            together = self._changes(now, moved)
+            together = self._changes(now)
             change = (1 - share) * (alone - alone[heads, now][:, None]) + share * together
             reduced = change + priced - priced[heads, now][:, None]
             reduced[heads, now] = np.inf
             moves = np.argsort(reduced, axis=None, kind="stable")[: min(CANDIDATES, reduced.size - len(heads))]
             head, rule = np.divmod(moves, rules)
             gain = change[head, rule]
-            effect = moved[:, head, rule]
+            effect = self._moved(head, rule) - self._moved(head, now[head])
             added = sizes[:, head, rule] - sizes[:, head, now[head]]
             left = knapsack.limits - sizes[:, heads, now].sum(axis=1)
             fits = (added[:, :, None] + added[:, None, :] <= left[:, None, None]).all(axis=0) & (head[:, None] != head)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from moacompress.calibration.samples import fingerprint_samples
+from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import UsageError
@@ -28,12 +29,23 @@ SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 
+def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
+    """Returns the formats of keys and values that a search offers beside the native one.
+
+    They are those of the recipe, or else all that were profiled and that the estimator knows of.
+    """
+    asked = recipe.search.formats
+    if asked is not None:
+        return asked
+    return profiled if recipe.profile.estimator in OF_FORMATS else ()
+
+
 @dataclass(frozen=True)
 class SearchRequest:
     """What is asked for, known before the model is loaded.
 
     Attributes:
-        profile: the profile.
+        profile: the profile, with the formats on offer that the recipe asks for.
         recipe: the resolved recipe.
         asked: the budgets as given.
         limits: most KV bytes at every length that the budgets restrict.
@@ -57,8 +69,9 @@ class SearchRequest:
         Raises:
             BudgetError: as `find_plan`.
             InfeasibleBudgetError: as `find_plan`.
-            UsageError: a profile around a plan.
+            UsageError: a profile around a plan, or formats that it says nothing of.
         """
+        profile = profile.offering(offered_formats(profile.profiled_formats, recipe))
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         floors = layer_floors(recipe.search.floors, profile.shape)
@@ -90,15 +103,17 @@ class SearchRequest:
                 "floors": search.floors,
                 "alternatives": search.alternatives,
                 "starts": [dict(knobs) for knobs in self.starts],
-                "moa": "moa" in self.profile.estimators,
+                "moa": "moa" in self.profile.offering(()).estimators,
                 "seed": self.recipe.seed,
+                **({"formats": self.profile.formats} if self.profile.formats else {}),
             }
         )
 
     @property
     def knobs(self) -> Knobs:
         """What the study tunes."""
-        return Knobs(self.profile.shape.layers, self.profile.lengths, self.quadratic is not None)
+        profile = self.profile
+        return Knobs(profile.shape.layers, profile.lengths, self.quadratic is not None, bool(profile.formats))
 
     @cached_property
     def quadratic(self) -> Quadratic | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import ArtefactError
+from moacompress.rules.formats import FORMATS, at_least_as_exact
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import window
@@ -53,7 +55,7 @@ class Surrogate:
     Attributes:
         rules: candidate rules, the full one first.
         influence: float64 [lengths, layers, kv_heads, rules], nats; 0 for the full rule.
-        supersets: bool [rules, rules]; `[a, b]` is whether b keeps everything that a keeps, at every length.
+        supersets: bool [rules, rules]; `[a, b]` is whether b keeps everything that a keeps, at every length, and as exactly.
         calibration: from influence to measured harm.
     """
 
@@ -81,18 +83,33 @@ class Surrogate:
         influence[..., [rule.is_full for rule in rules]] = 0.0
         return Surrogate(tuple(rules), influence, nested(rules, min_window, max_length))
 
-    def raw(self, length_weights: npt.ArrayLike | None = None) -> Floats:
+    def raw(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
         """Returns monotone influence averaged over lengths, [layers, kv_heads, rules].
 
         Args:
             length_weights: positive weights of the profiled lengths, [lengths]; equal by default.
+            precision: how many times what formats cost counts, beside what spans cost.
         """
         weights = np.ones(len(self.influence)) if length_weights is None else np.asarray(length_weights, np.float64)
-        return monotone(np.tensordot(weights / weights.sum(), self.influence, axes=1), self.supersets)
+        found = np.tensordot(weights / weights.sum(), self.influence, axes=1)
+        if precision != 1:
+            found = found + (precision - 1) * found[..., self._at_full_span]
+        return monotone(found, self.supersets)
 
-    def costs(self, length_weights: npt.ArrayLike | None = None) -> Floats:
+    def costs(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
         """Returns predicted harm in nats, [layers, kv_heads, rules]; see `raw`."""
-        return self.calibration(self.raw(length_weights))
+        return self.calibration(self.raw(length_weights, precision))
+
+    @property
+    def has_formats(self) -> bool:
+        """Whether some of the rules have other formats than the native one."""
+        return not all(rule.is_native for rule in self.rules)
+
+    @cached_property
+    def _at_full_span(self) -> Ints:
+        """The rule with every rule's formats that sees everything, [rules]: what it costs, the formats cost alone."""
+        number = {(rule.key_format, rule.value_format): at for at, rule in enumerate(self.rules) if rule.sees_all}
+        return np.array([number[rule.key_format, rule.value_format] for rule in self.rules], np.int64)
 
     def calibrated(self, calibration: Calibration) -> Surrogate:
         """Returns the same influence under another calibration."""
@@ -108,13 +125,25 @@ class Surrogate:
 
 
 def nested(rules: Sequence[Rule], min_window: int, max_length: int) -> npt.NDArray[np.bool_]:
-    """Returns `[a, b]`: rule b keeps at least the keys that rule a keeps, for every n up to `max_length`."""
+    """Returns `[a, b]`: rule b keeps at least the keys that rule a keeps, for every n up to `max_length`, and as exactly."""
+    spans = list(dict.fromkeys((rule.sink, rule.alpha, rule.beta_q) for rule in rules))
     n: Ints = np.unique(np.linspace(1, max_length, min(max_length, 4096)).astype(np.int64))[:, None]
-    alpha, beta_q, sink = (np.array([getattr(rule, name) for rule in rules]) for name in ("alpha", "beta_q", "sink"))
+    sink, alpha, beta_q = np.array(spans).T
     windows = window(n, alpha, beta_q, min_window)
-    within = np.stack([(windows[:, [a]] <= windows).all(axis=0) for a in range(len(rules))])
-    full = np.array([rule.is_full for rule in rules])
-    supersets: npt.NDArray[np.bool_] = within & (sink[:, None] <= sink) | full
+    within = np.stack([(windows[:, [a]] <= windows).all(axis=0) for a in range(len(spans))])
+    full = np.array([Rule(*span).sees_all for span in spans])
+    keeps = within & (sink[:, None] <= sink) | full
+    exact = np.array([[at_least_as_exact(other, name) for other in FORMATS] for name in FORMATS])
+    number = {name: at for at, name in enumerate(FORMATS)}
+    span, keys, values = np.array(
+        [
+            (spans.index((rule.sink, rule.alpha, rule.beta_q)), number[rule.key_format], number[rule.value_format])
+            for rule in rules
+        ]
+    ).T
+    supersets: npt.NDArray[np.bool_] = (
+        keeps[np.ix_(span, span)] & exact[np.ix_(keys, keys)] & exact[np.ix_(values, values)]
+    )
     return supersets
 
 

@@ -350,6 +350,9 @@ def test_another_recipe_is_refused(finished, recipe, tmp_path):
 def test_what_is_missing_is_said_before_anything_is_written(recipe, tmp_path):
     with pytest.raises(RecipeError, match="no model given"):
         compress(Recipe(budget=("25%",)), tmp_path / "out")
+    unknown = recipe.override(profile__formats="int8", search__formats="int8,int4")
+    with pytest.raises(RecipeError, match=r"search.formats offers int4, which profile.formats leaves out"):
+        compress(unknown, tmp_path / "formats")
     with pytest.raises(RecipeError, match="no budget given"):
         compress(recipe.override(budget=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,10 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'?"),
         ({"search": {"trails": 3}}, "unknown key 'search.trails'; did you mean 'trials'?"),
         ({"calibration": {"sources": [{"generatr": "needle"}]}}, "did you mean 'generator'?"),
-        ({"profile": {"qqq": 3}}, "known keys are draws, estimator, baselines, heads, anchors, min_window, sinks"),
+        (
+            {"profile": {"qqq": 3}},
+            "known keys are draws, estimator, baselines, heads, anchors, formats, min_window, sinks",
+        ),
         ({"search": {"trials": 0}}, "search.trials: "),
         ({"search": {"trials": "many"}}, "search.trials: "),
         ({"profile": {"min_window": 17}}, "profile.min_window: min_window is one of 16, 32, 64"),
@@ -47,6 +50,7 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"budget": ["25%", "abc"]}, "'abc' is not understood"),
         ({"seed": -1}, "seed: "),
         ({"dtype": "int8"}, "dtype: "),
+        ({"profile": {"formats": ["itn4"]}}, "profile.formats: unknown format 'itn4'; did you mean 'int4'?"),
         ({"evaluation": {"tasks": []}}, "evaluation.tasks: "),
         ([], "must be a mapping"),
         (None, "must be a mapping"),
@@ -59,6 +63,19 @@ def test_refused(data: Any, message: str) -> None:
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "formats"),
+    [
+        ("int4,int8", ("int8", "int4")),
+        (["int4", "native", "int4"], ("int4",)),
+        ("native", ()),
+        ([], ()),
+    ],
+)
+def test_formats_are_those_beside_the_native_one(given: Any, formats: tuple[str, ...]) -> None:
+    assert Recipe.from_dict({"profile": {"formats": given}}).profile.formats == formats
 
 
 def test_files(tmp_path: Path) -> None:

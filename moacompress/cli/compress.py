@@ -10,6 +10,7 @@ import typer
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import (
     Budgets,
+    FormatsOption,
     LengthsOption,
     ModelArgument,
     Overwrite,
@@ -44,6 +45,7 @@ def compress(
     validation_samples: ValidationSamples = None,
     source: Sources = None,
     text: Text = None,
+    formats: FormatsOption = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
@@ -64,6 +66,7 @@ def compress(
         calibration__validation_samples=validation_samples,
         calibration__sources=read_sources(source),
         calibration__text=text,
+        search__formats=formats,
         search__trials=trials,
         evaluation__tasks=split_list(tasks),
         evaluation__prompts=prompts,

@@ -24,6 +24,15 @@ Budgets = Annotated[
 LengthsOption = Annotated[
     str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
 ]
+FormatsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--formats",
+        metavar="LIST",
+        help="Formats of keys and values on offer beside native, such as int8,int4; native for spans alone. By default all "
+        "that are profiled.",
+    ),
+]
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),

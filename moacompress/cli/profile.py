@@ -30,7 +30,17 @@ from moacompress.core.errors import UsageError
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
 
-AUDIT_KEYS = ("audit", "audit_plans", "fisher_minus_moa", "chosen_minus_moa", "split_half", "points", "plans")
+AUDIT_KEYS = (
+    "audit",
+    "audit_plans",
+    "audit_precision",
+    "fisher_minus_moa",
+    "chosen_minus_moa",
+    "split_half",
+    "points",
+    "plans",
+    "precision_points",
+)
 """What `--json` takes over from an audit."""
 
 
@@ -78,7 +88,9 @@ def profile(
     audit: Annotated[
         int | None,
         typer.Option(
-            metavar="K", help="Then measure K ablations of one KV head and compare them with every estimator."
+            metavar="K",
+            help="Then measure K ablations of one KV head, and K of one in another format, and compare them with what is "
+            "predicted.",
         ),
     ] = None,
     audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,

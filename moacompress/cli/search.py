@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import Overwrite, RecipeFile
+from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 50%,25%,12.5% -o plans/plan.json",
     "moacompress search profile/ --budget 50%,12.5% --front -o plans/plan.json --trials 40",
     "moacompress search profile/ --max-loss 1% -o plan.json",
+    "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
 )
 def search(
@@ -58,6 +59,7 @@ def search(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which no new trial, round or move starts.")
     ] = None,
+    formats: FormatsOption = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     overwrite: Overwrite = False,
@@ -83,6 +85,7 @@ def search(
         search__rounds=rounds,
         search__moves=moves,
         search__timeout=timeout,
+        search__formats=formats,
         search__solver=solver,
         search__storage=storage,
     )

@@ -47,6 +47,8 @@ def audit_tables(audit: Data) -> list[RenderableType]:
             for name, row in audit["audit_plans"].items()
         ]
         shown.append(section(title, ("", "Spearman", "slope", "regret", "n"), rows))
+    if "audit_precision" in audit:
+        shown.append(_formats_section(audit["audit_precision"]))
     names = dict.fromkeys(("fisher", chosen)) if "fisher_minus_moa" in audit else {}
     for name in names:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
@@ -58,6 +60,21 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         ]
         shown.append(section(title, ("samples", "mean ratio", "largest"), rows))
     return [*shown, "* the estimator that the search goes by"]
+
+
+def _formats_section(found: Data) -> RenderableType:
+    """Returns the table of single KV heads in other formats, all of them and by kind."""
+    rows = [
+        (
+            name,
+            _number(row, "spearman", "ci95"),
+            _number(row, "ratio", "ratio_range"),
+            str(row["n"]),
+        )
+        for name, row in [("all", found), *found["kinds"].items()]
+    ]
+    title = f"{found['n']} KV heads with keys or values in another format, as {found['estimator']} predicts it"
+    return section(title, ("", "Spearman", "measured / predicted [10% 90%]", "n"), rows)
 
 
 def _name(name: str, chosen: str) -> str:
@@ -75,7 +92,8 @@ def _number(row: Data, value: str, interval: str) -> str:
 def scatter_html(audit: Data) -> str:
     """Returns a page of its own: measured against predicted harm on logarithmic axes, a trace for each estimator.
 
-    One panel for the ablations, one for the plans, each with the line where both are equal.
+    One panel for the ablations, one for the plans, one for single formats (not calibrated), each with the line where both are
+    equal.
 
     Args:
         audit: the `data` of a `search.audit.Audit`.
@@ -91,10 +109,16 @@ def scatter_html(audit: Data) -> str:
     ]
     if audit["plans"]:
         panels.append((f"{len(audit['plans'])} plans at {audit['budget']}", audit["plans"], _plan_note))
+    if "audit_precision" in audit:
+        name = audit["audit_precision"]["estimator"]
+        formats = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["precision_points"]]
+        panels.append((f"{len(formats)} KV heads in another format", formats, _format_note))
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels])
     palette = colors.qualitative.Plotly
     for column, (_, points, note) in enumerate(panels, start=1):
         for index, name in enumerate(audit["audit"]):
+            if not all(name in point["calibrated"] for point in points):
+                continue
             figure.add_scatter(
                 x=[point["calibrated"][name] or None for point in points],
                 y=[point["measured"] or None for point in points],
@@ -137,6 +161,10 @@ def write_scatter(path: Path, audit: Data) -> None:
 
 def _point_note(point: Data) -> str:
     return f"layer {point['layer']} KV head {point['kv_head']}, {Rule(**point['rule'])}"
+
+
+def _format_note(point: Data) -> str:
+    return f"layer {point['layer']} KV head {point['kv_head']}, {point['side']}s in {point['format']}"
 
 
 def _plan_note(plan: Data) -> str:

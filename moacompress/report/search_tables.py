@@ -9,12 +9,13 @@ from rich.console import RenderableType
 
 from moacompress.core.tables import readable_number, section
 from moacompress.rules.budget import format_length
+from moacompress.rules.formats import NATIVE
 
 if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
 
 HEADS = 8
-"""KV heads that are shown: those whose range is worth most."""
+"""KV heads that are shown: those whose bytes are worth most."""
 KNOBS = 5
 
 
@@ -36,14 +37,15 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         ],
     )
     heads = section(
-        "KV heads whose range is worth most",
-        ("layer", "KV head", "keeps", "of", "harm at the average share instead, nats"),
+        "KV heads whose bytes are worth most",
+        ("layer", "KV head", "keeps", "of", "keys/values", "harm at the average share instead, nats"),
         [
             (
                 str(row["layer"]),
                 str(row["kv_head"]),
                 str(row["kept"]),
                 str(row["of"]),
+                _formats_of(row["rule"]),
                 f"+{readable_number(row['saves'])}",
             )
             for row in explanation["heads"][:HEADS]
@@ -51,6 +53,11 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         ],
     )
     shown: list[RenderableType] = [steps, heads]
+    formats = explanation.get("formats")  # what an older search left has none
+    if formats and any(
+        pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]
+    ):
+        shown.append(_formats_table(formats))
     knobs = list(explanation["knobs"].items())[:KNOBS]
     if knobs:
         shown.append("Knobs that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in knobs) + ".")
@@ -59,7 +66,31 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(
             f"Predicted and measured harm of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
         )
+    kinds = {kind: harm for kind, harm in explanation.get("kinds", {}).items() if harm is not None}
+    if len(kinds) > 1:
+        shown.append(
+            "Predicted harm by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
+        )
     return shown
+
+
+def _formats_of(rule: Any) -> str:
+    """Returns the formats of keys and values of a rule, as an explanation has it."""
+    named = {} if rule == "full" else rule  # an older search left rules without formats
+    return f"{named.get('key_format', NATIVE)}/{named.get('value_format', NATIVE)}"
+
+
+def _formats_table(formats: Mapping[str, Any]) -> RenderableType:
+    """Returns where the bytes of a plan are, by the formats of keys and values."""
+    bits, total = formats["bits"], sum(pair["kv_bytes"] for pair in formats["pairs"])
+    return section(
+        f"Where the bytes are: a kept number takes {bits['keys']:.1f} bits in keys and {bits['values']:.1f} in values",
+        ("keys", "values", "KV heads", "of the bytes"),
+        [
+            (pair["key_format"], pair["value_format"], str(pair["kv_heads"]), f"{pair['kv_bytes'] / total:.0%}")
+            for pair in formats["pairs"]
+        ],
+    )
 
 
 def front_table(results: Sequence[SearchResult]) -> RenderableType:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from moacompress.rules.formats import NATIVE
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import BETA_ONE
 
@@ -27,6 +29,19 @@ def candidate_windows(max_length: int, min_window: int) -> list[tuple[int, int]]
 
 
 def candidate_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple[Rule, ...]:
-    """Returns every candidate rule, `Rule.FULL` first, then narrowest window first, for each sink."""
+    """Returns every candidate span, native, `Rule.FULL` first, then narrowest window first, for each sink."""
     windows = candidate_windows(max_length, min_window)
     return (Rule.FULL, *(Rule(sink, alpha, beta_q) for sink in sinks for alpha, beta_q in windows))
+
+
+def in_formats(spans: Sequence[Rule], formats: Sequence[str]) -> tuple[Rule, ...]:
+    """Returns every span in every pair of a format of keys and one of values: the native pair first, then by keys.
+
+    Args:
+        spans: native rules.
+        formats: names of the formats on offer beside the native one.
+    """
+    offered = (NATIVE, *formats)
+    return tuple(
+        replace(span, key_format=keys, value_format=values) for keys in offered for values in offered for span in spans
+    )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import BudgetError
 from moacompress.rules.budget import Budget, byte_limits, check_feasible
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -81,6 +82,35 @@ def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
             if any(rule.slots(n, plan.min_window, native) * plan.model.token_bytes(rule) < least for rule in row):
                 return False
     return True
+
+
+def kept_bits(plan: Plan, n: int) -> dict[str, float]:
+    """Returns the bits that a number of the keys and of the values takes at `n` tokens, mean over the kept tokens.
+
+    Scales and zero points are counted, so that `int4` with 64 numbers a vector has 4.5.
+    """
+    shape, kept, bits = plan.model, 0, {"keys": 0.0, "values": 0.0}
+    for row, native in zip(plan.rules, shape.native_windows, strict=True):
+        for rule in row:
+            tokens = int(rule.kept(n, plan.min_window, native))
+            kept += tokens
+            for side, name in (("keys", rule.key_format), ("values", rule.value_format)):
+                bits[side] += tokens * 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
+    return {side: total / kept for side, total in bits.items()}
+
+
+def bytes_by_formats(plan: Plan, n: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Returns how many KV heads have each pair of formats of keys and values, and the bytes that they take at `n` tokens.
+
+    The pair that takes most comes first.
+    """
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for row, native in zip(plan.rules, plan.model.native_windows, strict=True):
+        for rule in row:
+            heads, taken = found.get((rule.key_format, rule.value_format), (0, 0))
+            size = int(rule.slots(n, plan.min_window, native)) * plan.model.token_bytes(rule)
+            found[rule.key_format, rule.value_format] = heads + 1, taken + size
+    return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
 def attention_flops(plan: Plan, n: int) -> dict[str, int]:

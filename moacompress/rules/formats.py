@@ -74,3 +74,13 @@ FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(), In
 """Every format by its name; a new one is a class and an entry here."""
 FORMAT_NAMES = {format.code: name for name, format in FORMATS.items()}
 """Names of the formats by their codes."""
+CODED = tuple(name for name, format in FORMATS.items() if isinstance(format, Integer))
+"""Names of the formats that keep integer codes, the most exact first: what a KV head may have instead of native."""
+
+
+def at_least_as_exact(name: str, other: str) -> bool:
+    """Returns whether a format, by its name, rounds no more than another one."""
+    ours, theirs = FORMATS[name], FORMATS[other]
+    if isinstance(ours, Integer) and isinstance(theirs, Integer):
+        return ours.bits >= theirs.bits
+    return name in (other, NATIVE)

@@ -49,6 +49,12 @@ class RuleTable:
         columns[COLUMNS.index("native_window")] = native_window or 0
         return RuleTable(columns)
 
+    def native(self) -> RuleTable:
+        """Returns the same spans with all keys and values kept as the model computes them."""
+        columns = self.columns * 1  # a copy, of whatever kind of array it is
+        columns[len(Span._fields) :] = 0
+        return RuleTable(columns)
+
     def __len__(self) -> int:
         return int(self.columns.shape[1])
 
@@ -67,6 +73,12 @@ class RuleTable:
         columns = self.columns * 1
         columns[len(Span._fields) :] = 0
         return RuleTable(columns)
+
+    @property
+    def formats(self) -> tuple[list[int], list[int]]:
+        """Codes of the formats of the keys and of the values, `[rules]` each."""
+        keys, values = self.columns[len(Span._fields) :].tolist()
+        return keys, values
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -11,8 +11,8 @@ from moacompress.search.trials import log_ratio, log_ratios, standard_error
 def spend_rest(standing: Standing, context: SearchContext) -> Standing:
     """Spends what is left of the budget: what interactions and moves gave back, and what another length left over.
 
-    No KV head then keeps less at any length of the budget, and some keep more. What the validation samples do not ask for
-    may need it, so it stays unless they say that it is worse, by more than the standard error of their paired differences.
+    No KV head then takes fewer bytes at any length of the budget, and some take more. What the validation samples do not ask
+    for may need it, so it stays unless they say that it is worse, by more than the standard error of their paired differences.
 
     Args:
         standing: measured.

@@ -118,10 +118,13 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
         shape = model_shape(model)
         sample = make_samples(None, RECIPE, "calibration")[0]
         found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, ALL, None, 0, 0)
-        size = shape.layers, shape.kv_heads, 4
-        assert found.shapes == {"total": (1, *size)} | dict.fromkeys(
-            ("squares", "moa", "mass", "gold_squares", "gold_total"), size
-        )
+        size, formats = (shape.layers, shape.kv_heads, 4), (shape.layers, shape.kv_heads, 3)
+        assert found.shapes == {
+            "total": (1, *size),
+            **dict.fromkeys(("squares", "moa", "mass", "gold_squares", "gold_total"), size),
+            **dict.fromkeys(("key_squares", "value_squares"), formats),
+            **dict.fromkeys(("key_total", "value_total"), (1, *formats)),
+        }
         assert found.finite
         assert not any(array[..., 0].any() for array in found.arrays.values())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -475,7 +478,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
 def test_samples_that_are_not_finite_are_left_out(
     source: SourceModel, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = RECIPE.override(calibration__samples=20)
+    plain = RECIPE.override(profile__formats=[])
+    recipe = plain.override(calibration__samples=20)
     poison(monkeypatch, {3})
     made = profile(source, tmp_path / "one", recipe)
     assert len(made.sample_lengths) == 19
@@ -485,7 +489,7 @@ def test_samples_that_are_not_finite_are_left_out(
         profile(source, tmp_path / "two", recipe)
     poison(monkeypatch, {0})
     with pytest.raises(DataError, match="1 of 2 samples"):
-        profile(source, tmp_path / "all", RECIPE.override(calibration__samples=2))
+        profile(source, tmp_path / "all", plain.override(calibration__samples=2))
 
 
 def test_a_model_with_nan_is_one_clear_error(source: SourceModel, tmp_path: Path, data: list[str]) -> None:

@@ -181,6 +181,31 @@ def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
     assert (folder / "influence.safetensors").exists()
 
 
+def forget_formats(folder: Path) -> None:
+    """Makes a profile one of a version that knew of no formats."""
+    path = folder / "profile.json"
+    data = json.loads(path.read_text())
+    del data["recipe"]["profile"]["formats"]
+    plain = [Statistics({k: v for k, v in statistics(i).arrays.items() if k in ("squares", "total")}) for i in range(3)]
+    data["digest"] = Statistics.stack(plain).digest()
+    path.write_text(json.dumps(data))
+    begun = Manifest.read(folder)
+    merge(folder, replace(begun, complete=False), PROFILED, plain)
+    data = json.loads(path.read_text())
+    del data["recipe"]["profile"]["formats"]
+    path.write_text(json.dumps(data))
+
+
+def test_a_profile_that_knows_of_no_formats_is_read_and_completed(folder: Path) -> None:
+    forget_formats(folder)
+    older = Profile.load(folder)
+    assert older.recipe.profile.formats == ()
+    assert set(older.statistics.arrays) == {"squares", "total"}
+    again = prepare(folder, head(), False)
+    assert not again.complete  # its samples are to be profiled again
+    assert again.recipe.profile.formats == ("int8", "int4")
+
+
 def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
     later = RECIPE.override(profile__estimator="sample", search__trials=3)
     found = prepare(folder, head(recipe=later, source="moved/model"), False)
@@ -260,3 +285,64 @@ def test_the_request_depends_on_what_decides_the_numbers() -> None:
     }
     assert base not in hashes
     assert len(hashes) == 6
+
+
+def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> None:
+    profile = Profile.load(folder)
+    assert profile.profiled_formats == ("int8", "int4")
+    assert profile.spans == profile.rules == RULES
+    assert profile.parts is None
+    for wanted in (("int8", "int4"), ("int4",)):
+        offered = profile.offering(wanted)
+        assert offered.rules[: len(RULES)] == offered.spans == RULES
+        assert len(set(offered.rules)) == len(offered.rules) == 3 * (1 + len(wanted)) ** 2
+        assert offered.offering(wanted).rules == offered.rules
+        assert offered.offering(()).rules == RULES
+        assert offered.subset([0, 2]).rules == offered.rules
+        for estimator in ("robust", "fisher", "sample"):
+            alone, found = profile.influence(estimator), offered.influence(estimator)
+            for number, rule in enumerate(offered.rules):
+                span = RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))
+                expected = alone[..., span].copy()
+                for side, name in (("key", rule.key_format), ("value", rule.value_format)):
+                    column = ("native", "int8", "int4").index(name)
+                    for place, length in enumerate((128, 256)):
+                        of_samples = _half_squares(offered, side, estimator)[
+                            profile.sample_lengths == length, ..., column
+                        ]
+                        power = 0.75 if estimator == "robust" else 1.0
+                        expected[place] += (of_samples**power).mean(0) ** (1 / power)
+                np.testing.assert_allclose(found[..., number], expected, rtol=1e-6)
+        parts, totals = offered.parts, offered.of_parts("total")
+        assert parts is not None
+        for number, rule in enumerate(offered.rules):
+            span = RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))
+            columns = [("native", "int8", "int4").index(name) for name in (rule.key_format, rule.value_format)]
+            arrays = profile.statistics.arrays
+            moved = arrays["total"][..., span].astype(np.float64)
+            for side, column in zip(("key", "value"), columns, strict=True):
+                moved = moved + arrays[f"{side}_total"][..., column]
+            np.testing.assert_allclose(totals[..., parts[number]].sum(-1), moved, rtol=1e-6)
+
+
+def _half_squares(profile: Profile, side: str, estimator: str) -> np.ndarray:
+    arrays = profile.statistics.arrays
+    if estimator == "sample":
+        return (arrays[f"{side}_total"].astype(np.float64) ** 2).mean(1) / 2
+    return arrays[f"{side}_squares"].astype(np.float64) / 2
+
+
+def test_formats_that_a_profile_says_nothing_of_are_one_clear_error(folder: Path) -> None:
+    forget_formats(folder)
+    older = Profile.load(folder)
+    assert older.profiled_formats == ()
+    assert older.offering(()).rules == older.rules
+    with pytest.raises(UsageError, match="nothing of the format int4; run the same profile command again"):
+        older.offering(["int4"])
+
+
+def test_other_estimators_say_nothing_of_formats(folder: Path) -> None:
+    offered = Profile.load(folder).offering(["int8"])
+    assert offered.estimators == ("robust", "fisher", "sample")
+    with pytest.raises(UsageError, match="'moa' says nothing of formats"):
+        offered.influence("moa")

@@ -104,6 +104,7 @@ def test_version() -> None:
         (["compress", "m", "--budget", "25%,12%"], "names several plans"),
         (["compress", "m", "--lengths", "1x"], "length '1x' is not a number of tokens"),
         (["compress", "m", "--dtype", "int4"], "dtype: "),
+        (["compress", "m", "--formats", "itn8"], "unknown format 'itn8'; did you mean 'int8'?"),
         (["compress", "m", "--recipe", "none.yaml"], "cannot read recipe none.yaml"),
         (["profile", "m", "--source", "nedle"], "did you mean 'needle'?"),
         (["profile", "m", "--draws", "0"], "profile.draws: "),

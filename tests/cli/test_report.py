@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from moacompress.report.evaluation_tables import csv_text, evaluation_tables
+from moacompress.report.search_tables import explanation_tables
 from moacompress.report.summary_tables import harm_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
@@ -101,3 +102,35 @@ def test_csv_has_every_row() -> None:
     assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,"
     assert second.startswith("difference,dense,")
     assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,"
+
+
+def test_an_explanation_says_where_the_bytes_are() -> None:
+    rule = {"sink": 4, "alpha": 64, "beta_q": 0}
+    head = {"layer": 1, "kv_head": 0, "kept": 80, "of": 512, "saves": 0.25}
+    told: dict[str, Any] = {
+        "stages": [{"name": "surrogate", "harm": 0.1, "log_ratio": 0.0, "kept": True}],
+        "heads": [
+            {**head, "rule": {**rule, "key_format": "int8", "value_format": "int4"}},
+            {**head, "rule": rule},  # of an older search
+        ],
+        "knobs": {"precision": 1.0},
+        "predicted": {"pairs": [], "spearman": None},
+        "kinds": {"answer": 0.125, "text": 0.5},
+        "formats": {
+            "bits": {"keys": 8.5, "values": 4.5},
+            "pairs": [
+                {"key_format": "int8", "value_format": "int4", "kv_heads": 5, "kv_bytes": 300},
+                {"key_format": "native", "value_format": "native", "kv_heads": 1, "kv_bytes": 100},
+            ],
+        },
+    }
+    text = shown(*explanation_tables(told))
+    assert "8.5 bits in keys and 4.5 in values" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["int8", "int4", "5", "75%"] in rows
+    assert ["native", "native", "1", "25%"] in rows
+    assert any(row[:5] == ["1", "0", "80", "512", "int8/int4"] for row in rows)
+    assert any(row[:5] == ["1", "0", "80", "512", "native/native"] for row in rows)
+    assert "answer 0.12, text 0.5" in text
+    plain = {key: value for key, value in told.items() if key not in ("kinds", "formats")}
+    assert "bits" not in shown(*explanation_tables(plain))

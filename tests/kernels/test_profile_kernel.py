@@ -418,7 +418,9 @@ def test_statistics_of_a_model(
     reference, compiled = found
     assert reference.arrays.keys() == compiled.arrays.keys()
     for name, wanted in reference.arrays.items():
-        assert np.abs(compiled.arrays[name] - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
+        # a number half-way between two codes may get either of them
+        most = 0.01 if name.startswith(("key", "value")) else 1e-4
+        assert np.abs(compiled.arrays[name] - wanted).max() <= most * np.abs(wanted).max(), name
 
 
 def test_the_fake_has_the_shapes_of_the_real_one() -> None:

@@ -13,7 +13,9 @@ from moacompress.rules.cost import (
     attention_flops,
     budget_limits,
     byte_table,
+    bytes_by_formats,
     floored,
+    kept_bits,
     layer_floors,
     smallest_bytes,
 )
@@ -101,3 +103,19 @@ def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:
     assert (found[:, 1] < table[:, 1, :, :1]).any()
     arguments = (profile.shape, profile.rules, profile.min_window, profile.lengths)
     assert all(smallest_bytes(*arguments, floors)[n] > smallest_bytes(*arguments)[n] for n in profile.lengths)
+
+
+def test_bits_and_bytes_by_formats(profiles: Profiles) -> None:
+    offer = profiles(layers=2)
+    narrow, whole = Rule(4, 64, 0, "int8", "int4"), Rule(4, 0, 1024, "int4", "native")
+    plan = Plan(offer.shape, 32, ((narrow, whole), (Rule.FULL, narrow)))
+    n, dim = 512, offer.shape.head_dim
+    few, all_of_them = narrow.kept(n, 32), 512
+    keys = 2 * few * (8 * dim + 32) + all_of_them * (4 * dim + 32) + all_of_them * 32 * dim
+    values = 2 * few * (4 * dim + 32) + 2 * all_of_them * 32 * dim
+    kept = 2 * (few + all_of_them) * dim
+    assert kept_bits(plan, n) == pytest.approx({"keys": keys / kept, "values": values / kept})
+    found = bytes_by_formats(plan, n)
+    assert list(found) == [("native", "native"), ("int4", "native"), ("int8", "int4")]
+    assert [heads for heads, _ in found.values()] == [1, 1, 2]
+    assert sum(size for _, size in found.values()) == plan.kv_bytes(n)

@@ -32,8 +32,10 @@ def keep_shares(rules: tuple[Rule, ...], n: int, natives: tuple[int | None, ...]
     return np.array([[rule.kept(n, MIN_WINDOW, native) / n for rule in rules] for native in natives])
 
 
-def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int = 8, **search: Any) -> Profile:
-    """A profile of a model that does not exist: a few KV heads matter a lot, most hardly at all."""
+def make_profile(
+    layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int = 8, formats: bool = False, **search: Any
+) -> Profile:
+    """A profile of a model that does not exist: a few KV heads matter a lot, most hardly at all; so do formats, if wanted."""
     rng = np.random.default_rng(seed)
     natives = tuple(64 if layer % 5 == 4 else None for layer in range(layers))
     shape = ModelShape("llama", layers, 2 * kv_heads, kv_heads, 16, "float32", natives, f"weights{seed}")
@@ -48,6 +50,13 @@ def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int
         ]
     ).astype(np.float32)
     squares[..., 0] = 0
+    arrays = {"squares": squares[:, 0], "total": np.sqrt(squares)}
+    other = np.random.default_rng([seed, 1])
+    for side, size in (("key", 1e-2), ("value", 1e-3)) if formats else ():
+        heads = size * np.exp(other.normal(-2, 1.5, (layers, kv_heads, 1)))
+        of_formats = heads * np.array([0, 5e-3, 1]) * np.exp(other.normal(0, 0.5, (len(lengths), 2, 1, 1, 1)))
+        arrays[f"{side}_squares"] = of_formats[:, 0].astype(np.float32)
+        arrays[f"{side}_total"] = np.sqrt(of_formats).astype(np.float32)
     ids = rng.integers(3, 99, (samples, max(LENGTHS)))
     validation = [
         Sample(ids[i, :n].astype(np.int64), np.arange(n) >= n - 4, "needle/noise", n)
@@ -74,7 +83,7 @@ def make_profile(layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int
         seconds=1.0,
         sample_lengths=lengths.astype(np.int64),
         sample_kinds=("answer",) * len(lengths),
-        statistics=Statistics({"squares": squares[:, 0], "total": np.sqrt(squares)}),
+        statistics=Statistics(arrays),
     )
 
 
@@ -83,11 +92,13 @@ class FakeObjective:
 
     Attributes:
         calls: (plan key, sample) measured, in order.
+        on_offer: rules of the search, the first of the profile's.
         dies_at: number of the measurement at which it fails; None for never.
         kills: die by SIGKILL, not by an exception.
     """
 
     def __init__(self, profile: Profile, dies_at: int | None = None, kills: bool = False) -> None:
+        profile = profile.offering(profile.profiled_formats)
         self.profile, self.size, self.dies_at, self.kills = profile, len(profile.validation), dies_at, kills
         self.calls: list[tuple[str, int]] = []
         rng = np.random.default_rng(7)
@@ -97,6 +108,7 @@ class FakeObjective:
         self.truth = truth / truth.max()
         self.sample_scale = np.exp(rng.normal(0, 0.7, self.size))
         self.index = {rule: number for number, rule in enumerate(profile.rules)}
+        self.on_offer = len(self.index)
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Callable[[int], float]]:
@@ -133,7 +145,7 @@ class FakeObjective:
         here = [
             [self._cost(layer, head, rule) for head, rule in enumerate(row)] for layer, row in enumerate(plan.rules)
         ]
-        change = 20 * (self.truth - np.array(here)[..., None])
+        change = 20 * (self.truth - np.array(here)[..., None])[..., : self.on_offer]
         form = Quadratic(
             np.zeros((1, change.shape[0] * change.shape[1], change.shape[2])), change.reshape(-1, change.shape[2])
         )
@@ -173,7 +185,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjectiv
     def pretend(profile: Profile, dies_at: int | None = None) -> tuple[FakeObjective, Any]:
         fake = fake_objective(profile, dies_at)
         monkeypatch.setattr(opened_search, "Objective", lambda model, samples: fake)
-        monkeypatch.setattr(opened_search, "ProfileAround", lambda *arguments: fake.around)
+
+        def around(offering: Profile, *others: Any) -> Any:
+            fake.on_offer = len(offering.rules)
+            return fake.around
+
+        monkeypatch.setattr(opened_search, "ProfileAround", around)
         monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
         return fake, SimpleNamespace(model=None, source="model", shape=profile.shape)
 

@@ -17,7 +17,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.search import around as around_module
 from moacompress.search.around import ProfileAround, spread_samples
-from moacompress.search.knapsack import chosen_plan
+from moacompress.search.knapsack import choice_of, chosen_plan
 from moacompress.search.objective import Objective
 
 Profiles = Callable[..., Profile]
@@ -56,6 +56,37 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     measured = Objective(source.model, samples).harms(plan)
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
+
+
+@pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
+def test_around_a_plan_of_formats(
+    formats: tuple[str, ...], source: SourceModel, profiled: Profile, tmp_path: Path
+) -> None:
+    """Changes of a span, of the keys' format and of the values' are each as a profile around the plan has them."""
+    offered = profiled.offering(formats)
+    rules, spans = offered.rules, len(offered.spans)
+    choice = np.array([[spans + 3, 3], [len(rules) - 1, 0], [2 * spans + 5, len(rules) - spans]])
+    plan = chosen_plan(offered, choice)
+    assert np.array_equal(choice_of(offered, plan), choice)
+    samples = offered.calibration_samples()
+    forms = ProfileAround(offered, offered.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)
+    form = forms(0.0)
+    assert form.harm(choice) == 0
+    changes = form.changes(choice)
+    assert changes.shape == (3, 2, len(rules))
+    whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan).offering(formats)
+    predicted = whole.influence("sample").mean(0)
+    for layer, head in np.ndindex(3, 2):
+        now = rules[choice[layer, head]]
+        assert changes[layer, head, choice[layer, head]] == 0
+        for number, rule in enumerate(rules):
+            kept = (rule.sink, rule.alpha, rule.beta_q) == (now.sink, now.alpha, now.beta_q)
+            if [kept, rule.key_format == now.key_format, rule.value_format == now.value_format].count(False) == 1:
+                one = changes[layer, head, number]
+                assert one == pytest.approx(predicted[layer, head, number], rel=1e-3, abs=1e-8)
+    assert whole.statistics.arrays["harm"].min() > 0
+    again = ProfileAround(offered, offered.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)
+    assert np.array_equal(again(0.5).linear, forms(0.5).linear)
 
 
 def test_finished_samples_are_kept(

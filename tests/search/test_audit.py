@@ -333,7 +333,12 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     assert difference["value"] == pytest.approx(data["audit"]["fisher"]["spearman"] - data["audit"]["moa"]["spearman"])
     assert difference == data["chosen_minus_moa"]
     assert [row["samples"] for row in data["split_half"]] == [4]
-    assert len(measured) == (COUNT + len(data["plans"])) * 3
+    assert len(measured) == (2 * COUNT + len(data["plans"])) * 3
+    precision = data["audit_precision"]
+    assert {"spearman", "ci95", "ratio", "n", "kinds"} <= set(precision)
+    assert (precision["n"], len(data["precision_points"])) == (COUNT, COUNT)
+    assert precision["spearman"] > 0.8
+    assert 0.3 < precision["ratio"] < 3
     assert data["audit"]["fisher"]["spearman"] > 0.5  # second order is right about a tiny smooth model
 
 
@@ -434,7 +439,7 @@ def test_the_plot_shows_every_estimator(audited: Profile, source: SourceModel, t
     page = (tmp_path / "audit.html").read_text("utf-8")
     assert page == scatter_html(found.data)
     for name in audited.estimators:
-        assert page.count(f'"name":"{name}"') == 2
+        assert page.count(f'"name":"{name}"') == 2 + (name == found.data["audit_precision"]["estimator"])
     assert f"{COUNT} ablations" in page
     assert 'src="http' not in page  # nothing is fetched
 
@@ -468,6 +473,7 @@ def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, 
         assert text.count(name) >= 2
     assert "robust*" in text
     assert "Spearman of fisher minus that of moa" in text
+    assert "int4 keys" in text
 
 
 def test_native_windows_only(profiles: Profiles) -> None:

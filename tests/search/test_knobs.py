@@ -27,5 +27,16 @@ def test_neutral_knobs_leave_the_surrogate_alone(profiles: Profiles) -> None:
     np.testing.assert_allclose(bent, surrogate.costs([3, 1]) ** 2)
 
 
+def test_formats_have_a_knob_of_their_own(profiles: Profiles) -> None:
+    profile = profiles(formats=True).offering(("int8",))
+    surrogate = Surrogate.build(profile.influence("fisher"), profile.rules, 32, 512)
+    knobs = Knobs(6, profile.lengths, formats=True)
+    assert set(knobs.neutral) - set(Knobs(6, profile.lengths).neutral) == {"precision"}
+    np.testing.assert_array_equal(knobs.bend(surrogate, knobs.neutral), surrogate.costs())
+    bent = knobs.bend(surrogate, {**knobs.neutral, "precision": np.log(3)})
+    np.testing.assert_allclose(bent, surrogate.costs(precision=3.0))
+    assert (bent != surrogate.costs()).any()
+
+
 def test_models_of_few_layers_have_few_knots() -> None:
     assert list(Knobs(1, (512,)).neutral) == ["depth_0", "exponent"]

@@ -83,6 +83,25 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
     assert np.array_equal(form.refined(start, costs, 0.0, knapsack), start)
 
 
+def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
+    profile = profiles(layers=2, formats=True).offering(("int8", "int4"))
+    form = Quadratic.of(profile, 0.25)
+    assert form.parts is not None
+    assert form.rows.shape[2] == len(profile.spans) + 6
+    whole = Quadratic(form.rows[..., form.parts].sum(-1), form.linear[..., form.parts].sum(-1))
+    request = SearchRequest.of(profile, "25%", profile.recipe)
+    knapsack, costs = Knapsack.of(request), request.surrogate.costs()
+    rng = np.random.default_rng(0)
+    for choice in (knapsack.choose(costs), rng.integers(0, len(profile.rules), (2, 2))):
+        assert form.harm(choice) == pytest.approx(whole.harm(choice))
+        np.testing.assert_allclose(form.changes(choice), whole.changes(choice), rtol=1e-6, atol=1e-9)
+    start = knapsack.choose(costs)
+    end = form.refined(start, costs, 0.6, knapsack)
+    assert np.array_equal(end, whole.refined(start, costs, 0.6, knapsack))
+    joined = form.joined(form)
+    assert joined.harm(end) == pytest.approx(form.harm(end))
+
+
 def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
     profile = coherent(profiles)
     request = SearchRequest.of(profile, "50%", profile.recipe)

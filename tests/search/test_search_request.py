@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.store import Profile
-from moacompress.core.errors import UsageError
-from moacompress.search.search_request import SearchRequest
+from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.search.knapsack import Knapsack, chosen_plan
+from moacompress.search.search_request import SearchRequest, offered_formats
 
 
 def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[..., Profile]) -> None:
@@ -39,3 +40,37 @@ def test_a_profile_around_a_plan_is_refused(profiles: Callable[..., Profile]) ->
     profile = replace(profiles(), around="0123456789abcdef")
     with pytest.raises(UsageError, match="is of changes around a plan; search in one of the dense model"):
         SearchRequest.of(profile, "25%", profile.recipe)
+
+
+def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Callable[..., Profile]) -> None:
+    profile = profiles(formats=True)
+    keys = set()
+    for asked, formats in ((None, ("int8", "int4")), (["int8"], ("int8",)), ([], ())):
+        request = SearchRequest.of(profile, "25%", profile.recipe.override(search__formats=asked))
+        assert request.profile.formats == formats
+        assert request.surrogate.rules == request.profile.rules
+        assert ("precision" in request.knobs.ranges) == bool(formats)
+        keys.add(request.key)
+    assert len(keys) == 3
+    plain = profiles()
+    assert SearchRequest.of(plain, "25%", plain.recipe).profile.formats == ()
+    assert SearchRequest.of(plain, "25%", plain.recipe).key in keys  # searched as ever
+    with pytest.raises(UsageError, match="says nothing of the format int4"):
+        SearchRequest.of(plain, "25%", plain.recipe.override(search__formats="int4"))
+
+
+def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile]) -> None:
+    profile = profiles(formats=True)
+    native = profile.recipe.override(search__formats="native")
+    with pytest.raises(InfeasibleBudgetError):
+        SearchRequest.of(profile, "8%", native)
+    request = SearchRequest.of(profile, "8%", profile.recipe)
+    choice = Knapsack.of(request).choose(request.surrogate.costs())
+    assert chosen_plan(request.profile, choice).kv_share(512) <= 0.08
+
+
+def test_an_estimator_of_others_searches_spans_alone(profiles: Callable[..., Profile]) -> None:
+    profile = profiles(formats=True)
+    recipe = profile.recipe.override(profile__estimator="moa")
+    assert offered_formats(profile.profiled_formats, recipe) == ()
+    assert offered_formats(profile.profiled_formats, recipe.override(search__formats="int8")) == ("int8",)

@@ -58,6 +58,29 @@ def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profile
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
 
+def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles(layers=12, formats=True, trials=4, rounds=1, moves=3)
+    spans, _ = search(profile, "25%", recipe=profile.recipe.override(search__formats="native"))
+    found, fake = search(profile, "25%", out=tmp_path / "plan.json")
+    assert found.harm["plan"] < spans.harm["plan"] / 3
+    assert found.harm["plan"] == pytest.approx(np.mean(fake.harms(found.plan)))
+    assert found.harm["uniform"] == spans.harm["uniform"]  # what needs no search is native
+    for n in profile.lengths:
+        assert found.plan.kv_bytes(n) <= profile.shape.dense_kv_bytes(n) // 4
+    assert "precision" in found.plan.provenance["knobs"]
+    assert "precision" not in spans.plan.provenance["knobs"]
+    told = found.explanation["formats"]
+    pairs = {(pair["key_format"], pair["value_format"]): pair for pair in told["pairs"]}
+    assert len(pairs) > 1
+    assert sum(pair["kv_heads"] for pair in told["pairs"]) == 24
+    assert sum(pair["kv_bytes"] for pair in told["pairs"]) == found.plan.kv_bytes(512)
+    assert told["bits"]["values"] < told["bits"]["keys"] < 32  # values lose less
+    assert spans.explanation["formats"]["bits"] == {"keys": 32.0, "values": 32.0}
+    assert set(found.explanation["kinds"]) == {"answer"}
+    again, fake = search(profile, "25%", out=tmp_path / "plan.json")
+    assert (again.plan, fake.calls) == (found.plan, [])
+
+
 def test_alternatives_are_each_at_their_best(search: Search, profiles: Profiles) -> None:
     result, fake = search(profiles(trials=1))
     profile = fake.profile

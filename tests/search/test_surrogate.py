@@ -36,6 +36,31 @@ def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -
                 assert small.kept(512, 32) <= large.kept(512, 32)
 
 
+def test_a_superset_keeps_as_exactly(profiles: Profiles) -> None:
+    profile = profiles(formats=True).offering(("int8", "int4"))
+    rules, spans = profile.rules, len(profile.spans)
+    supersets, alone = nested(rules, 32, 512), nested(profile.spans, 32, 512)
+    order = ("native", "int8", "int4")
+    for a, small in enumerate(rules):
+        for b, large in enumerate(rules):
+            exact = order.index(large.key_format) <= order.index(small.key_format)
+            exact &= order.index(large.value_format) <= order.index(small.value_format)
+            assert supersets[a, b] == (exact and alone[a % spans, b % spans])
+    assert supersets[:, 0].all()
+
+
+def test_precision_multiplies_what_formats_cost(profiles: Profiles) -> None:
+    profile = profiles(formats=True).offering(("int8", "int4"))
+    surrogate, spans = build(profile), len(profile.spans)
+    assert surrogate.has_formats
+    assert not build(profiles()).has_formats
+    raw, twice = surrogate.raw(), surrogate.raw(precision=2.0)
+    np.testing.assert_array_equal(twice[..., :spans], raw[..., :spans])
+    np.testing.assert_allclose(twice[..., ::spans], 2 * raw[..., ::spans])  # of everything, in each pair of formats
+    pure = monotone(surrogate.influence.mean(0)[..., :spans], nested(profile.spans, 32, 512))
+    np.testing.assert_allclose(surrogate.raw(precision=1e-9)[..., -spans:], pure, atol=1e-7)
+
+
 def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
     profile = profiles()
     noisy = profile.influence("fisher") * np.exp(np.random.default_rng(0).normal(0, 2, (2, 6, 2, len(profile.rules))))
