@@ -92,10 +92,10 @@ class PlanContender:
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """Returns `sink` and `window` (tokens, at that length) where all KV heads of a baseline that are not full agree."""
+        """Returns `sink` and `window` (tokens, at that length) where a baseline's KV heads that leave something out agree."""
         if self.name.partition(":")[0] not in BASELINES:
             return {}
-        rules = [rule for row in self.plan.rules for rule in row if not rule.is_full]
+        rules = [rule for row in self.plan.rules for rule in row if not rule.sees_all]
         sinks = {rule.sink for rule in rules}
         windows = {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules}
         agreed = {"sink": sinks, "window": windows}
@@ -165,7 +165,7 @@ class Field:
         plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile)
         known = None if self.every_candidate else _known_sink(self.plan, name)
         fitting = [
-            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.is_full}
+            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.sees_all}
         ]
         return fitting or plans
 
