@@ -308,7 +308,7 @@ def smollm2() -> Path:
         pytest.fail("the real model is not there; run `make test-data`")
     folder = ROOT / ".cache" / "smollm2-135m-dense"
     if not folder.exists():
-        save_dense(gguf, folder)
+        save_dense(gguf, folder, dtype="float32")
     return folder
 
 

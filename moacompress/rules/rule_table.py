@@ -68,12 +68,6 @@ class RuleTable:
         """Whether all keys and values are kept as the model computes them."""
         return not bool(self.columns[len(Span._fields) :].any())
 
-    def as_native(self) -> RuleTable:
-        """Returns the same spans with all keys and values kept as the model computes them."""
-        columns = self.columns * 1
-        columns[len(Span._fields) :] = 0
-        return RuleTable(columns)
-
     @property
     def formats(self) -> tuple[list[int], list[int]]:
         """Codes of the formats of the keys and of the values, `[rules]` each."""

@@ -216,7 +216,7 @@ def straight_through(
     if context.formats is None:
         return (query, key, value), context.rules
     keys, values = context.formats
-    return (query.float(), rounded(key, keys), rounded(value, values)), context.rules.as_native()
+    return (query.float(), rounded(key, keys), rounded(value, values)), context.rules.native()
 
 
 def _with_padded_ends(
