@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
 from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
-from moacompress.kernels.halves import Half
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -112,7 +112,7 @@ def peak_flops() -> float:
 scattered = False
 
 
-def decode_pools(shape: Heads, n: int, batch: int, halves: tuple[Half, Half]) -> Iterator[Any]:
+def decode_pools(shape: Heads, n: int, batch: int, halves: tuple[BlockHalf, BlockHalf]) -> Iterator[Any]:
     """Yields caches without end: pools that together are larger than any cache of the processor.
 
     The blocks of a KV head lie side by side, as after one prefill, or anywhere.
@@ -128,7 +128,7 @@ def decode_pools(shape: Heads, n: int, batch: int, halves: tuple[Half, Half]) ->
     return itertools.cycle(pools)
 
 
-def memory(half: Half, blocks: int) -> torch.Tensor:
+def memory(half: BlockHalf, blocks: int) -> torch.Tensor:
     """Returns blocks of random numbers, or of random codes with the scales that such numbers have."""
     if not half.bits:
         return torch.randn(blocks, BLOCK, half.dim).to(half.dtype)
@@ -145,8 +145,10 @@ def bench_decode(
     dtype, rule = DTYPES[name], kept_rule(n, share)
     query = torch.randn(batch, shape.heads, shape.head_dim).to(dtype)
     lengths, backend = torch.full((batch,), n), dispatch.backend_for(query)
-    codes = [(FORMATS[key].code, FORMATS[value].code) for key, value in FORMATS_TIMED]
-    halves = [tuple(Half(code, shape.head_dim, dtype) for code in pair) for pair in codes]
+    halves = [
+        (BlockHalf(FORMATS[key].code, shape.head_dim, dtype), BlockHalf(FORMATS[value].code, shape.head_dim, dtype))
+        for key, value in FORMATS_TIMED
+    ]
     pools = [decode_pools(shape, n, batch, pair) for pair in halves]
 
     def ours(number: int, rule: Rule) -> Callable[[], Any]:

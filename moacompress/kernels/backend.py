@@ -1,9 +1,9 @@
 """What a backend can do, and what its calls take.
 
 A cache is a pool of blocks of 16 tokens, in segments that count on from each other, and a table `[rows, kv_heads, width]` that
-holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. A segment is of one format of keys and one
-of values, see `halves`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU, int32
-or int64; a backend makes copies for its device.
+holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. A segment is of one format of keys and
+one of values, see `halves`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU,
+int32 or int64; a backend makes copies for its device.
 """
 
 from __future__ import annotations

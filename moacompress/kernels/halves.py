@@ -16,7 +16,7 @@ from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS
 from moacompress.rules.windows import BLOCK
 
 
-class Half(NamedTuple):
+class BlockHalf(NamedTuple):
     """A format for vectors of one size.
 
     Attributes:
@@ -96,9 +96,9 @@ class Half(NamedTuple):
 
 
 def read_tokens(
-    segments: Sequence[torch.Tensor], half: Half, ids: torch.Tensor, places: torch.Tensor
+    segments: Sequence[torch.Tensor], half: BlockHalf, ids: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor | None:
-    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `Half.read`.
+    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `BlockHalf.read`.
 
     Args:
         segments: of the pool, those of other formats too; block ids count through them.

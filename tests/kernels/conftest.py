@@ -13,7 +13,7 @@ import torch
 
 from moacompress.kernels.backend import Backend, CacheView, Scores
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.kernels.halves import Half
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 
@@ -236,7 +236,7 @@ def _in_formats(
     for begin, end in zip(edges, edges[1:] or edges, strict=False):
         pair = kinds[int(kind[order[begin]])] if end else formats[0]
         for pool, code, into in zip((pool_k, pool_v), pair, segments, strict=True):
-            half = Half(code, pool.shape[-1], pool.dtype)
+            half = BlockHalf(code, pool.shape[-1], pool.dtype)
             memory = half.new(end - begin, pool.device)
             half.write(memory, torch.arange(16 * (end - begin)), pool[order[begin:end]].flatten(0, 1))
             into.append(memory)

@@ -101,8 +101,8 @@ class Case:
         normed = normalized(x, self.norms[0].double(), self.eps)
         bias = self.biases[0].double() if self.biases else None
         query = linear(normed, self.weights[0].double(), bias).view(rows, 1, -1, cos.shape[-1]).transpose(1, 2)
-        pools = ([part.double() if part.is_floating_point() else part for part in side] for side in (keys, values))
-        view = CacheView(*pools, table, value_dim)
+        keys, values = ([t.double() if t.is_floating_point() else t for t in side] for side in (keys, values))
+        view = CacheView(keys, values, table, value_dim)
         lengths, turned = torch.from_numpy(cache.lengths), rotated(query, Rotary(cos, sin))[:, :, 0]
         mixed, _ = REFERENCE.decode(turned, cache=view, lengths=lengths, rules=self.rules, scores=self.scores)
         hidden = x + linear(mixed.reshape(rows, 1, -1), output)

@@ -21,7 +21,7 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 
-MODULE = types.SimpleNamespace(is_causal=True)
+MODULE: Any = types.SimpleNamespace(is_causal=True)
 RULES = (Rule(4, 20, 0, "int8", "int4"), Rule(16, 0, 300, "native", "int8"), Rule(4, 0, 1024, "int4", "native"))
 BACKENDS = (None, "reference", "counting")
 
@@ -39,6 +39,12 @@ def coded(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> t
     model = tiny_model("llama")
     plan = random_plan(model_shape(model), seed=9, full_share=0.1, formats=True)
     return attach(model, plan), plan
+
+
+def attended(context: LayerContext, cache: Any, chunk: list[torch.Tensor], mask: Any = None) -> torch.Tensor:
+    """Attention of a chunk's query, key and value as a layer has it, `[rows, tokens, heads, dim]`."""
+    call: Any = {CONTEXT: LayerCall(context, cache)}
+    return attention_forward(MODULE, chunk[0], chunk[1], chunk[2], mask, **call)[0]
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -68,8 +74,7 @@ def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
     if padded:
         real[1, 61:] = False
     context = LayerContext.of(0, RULES, 16, None)
-    arguments = {CONTEXT: LayerCall(context, None)}
-    found, _ = attention_forward(MODULE, *tensors, real if padded else None, **arguments)
+    found = attended(context, None, tensors, real if padded else None)
     wanted = plain(*tensors)
     if padded:
         # a padded query sees nothing, but in the last column, which sees what the last real token does
@@ -164,8 +169,8 @@ def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> N
         cache, at, found = PlanCache(plan), 0, []
         for size in sizes:
             part = [tensor[:, :, at : at + size] for tensor in own]
-            cache.update(*part[1:], 0)
-            attention_forward(MODULE, *part, None, **{CONTEXT: LayerCall(context, cache)})
+            cache.update(part[1], part[2], 0)
+            attended(context, cache, part)
             at += size
         held = cache.layers[0].blocks_held()
         pool, starts = held.pool, torch.tensor([0, *map(len, held.pool.keys)]).cumsum(0)

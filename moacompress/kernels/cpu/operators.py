@@ -16,7 +16,15 @@ def _rows(like: torch.Tensor, rows: Any, heads: Any, tokens: Any, dim: Any) -> t
 
 
 def _fake_decode(
-    query: torch.Tensor, keys: Any, values: Any, table: Any, lengths: Any, rules: Any, scaling: Any, softcap: Any, *rest: Any
+    query: torch.Tensor,
+    keys: Any,
+    values: Any,
+    table: Any,
+    lengths: Any,
+    rules: Any,
+    scaling: Any,
+    softcap: Any,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, _ = query.shape
     out = query.new_empty(rows, heads, rest[1] or next(part.shape[2] for part in values if part.ndim == 3))

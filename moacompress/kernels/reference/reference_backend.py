@@ -8,7 +8,7 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import Backend, CacheView, Capabilities, Scores, Status
-from moacompress.kernels.halves import Half, read_tokens
+from moacompress.kernels.halves import BlockHalf, read_tokens
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.formats import FORMAT_NAMES
@@ -89,8 +89,10 @@ def _attend(
             codes = rules.columns[-2:, members[0]].tolist()
             if not set(codes) <= set(FORMAT_NAMES):
                 raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
-            halves = tuple(Half(*half, query.dtype) for half in zip(codes, (head_dim, value_dim), strict=True))
-            keys = _held(cache, halves, own, members, before, span, seen=before + (chunk is not None), device=query.device)
+            halves = tuple(BlockHalf(*half, query.dtype) for half in zip(codes, (head_dim, value_dim), strict=True))
+            keys = _held(
+                cache, halves, own, members, before, span, seen=before + (chunk is not None), device=query.device
+            )
             if chunk is not None:
                 new = tuple(tensor[at][:, :, :count] for tensor in chunk)
                 keys = _joined(keys, tuple(map(_as_kept, halves, new)), before)
@@ -135,14 +137,14 @@ def _value_dim(cache: CacheView) -> int:
     return cache.value_dim or next(segment.shape[2] for segment in cache.values if segment.ndim == 3)
 
 
-def _as_kept(half: Half, x: torch.Tensor) -> torch.Tensor:
+def _as_kept(half: BlockHalf, x: torch.Tensor) -> torch.Tensor:
     """Returns a chunk's keys or values, `[rows, heads, tokens, dim]`, as they will be kept."""
     return rounded(x, [half.code] * x.shape[1]) if half.bits else x
 
 
 def _held(
     cache: CacheView,
-    halves: tuple[Half, ...],
+    halves: tuple[BlockHalf, ...],
     rows: Sequence[int],
     heads: Sequence[int],
     past: int,

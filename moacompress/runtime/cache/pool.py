@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.halves import Half
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, Span
 
@@ -56,14 +56,16 @@ class Layout(NamedTuple):
         of_head: which of them each KV head has, int64 `[kv_heads]`.
     """
 
-    kinds: tuple[tuple[Half, Half], ...]
+    kinds: tuple[tuple[BlockHalf, BlockHalf], ...]
     of_head: Ints
 
     @staticmethod
     def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
         """Returns the layout of KV heads with these rules, sizes and dtype."""
         formats, of_head = np.unique(rules.columns[len(Span._fields) :], axis=1, return_inverse=True)
-        kinds = ((Half(key, head_dim, dtype), Half(value, value_dim, dtype)) for key, value in formats.T.tolist())
+        kinds = (
+            (BlockHalf(key, head_dim, dtype), BlockHalf(value, value_dim, dtype)) for key, value in formats.T.tolist()
+        )
         return Layout(tuple(kinds), of_head.reshape(-1).astype(np.int64))
 
     @property

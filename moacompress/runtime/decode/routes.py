@@ -19,8 +19,8 @@ from moacompress.kernels.dispatch import backend_for, backend_with_gradients
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
+from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
