@@ -31,7 +31,11 @@ TORCH = (2, 10)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-SETS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_bf16.cpp": (*AVX512, "-mavx512bf16")}
+SETS = {
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
+}
 """Flags of the sources that are for one instruction set: only they may use it."""
 
 

@@ -146,7 +146,10 @@ def bench_decode(
     query = torch.randn(batch, shape.heads, shape.head_dim).to(dtype)
     lengths, backend = torch.full((batch,), n), dispatch.backend_for(query)
     halves = [
-        (BlockHalf(FORMATS[key].code, shape.head_dim, dtype), BlockHalf(FORMATS[value].code, shape.head_dim, dtype))
+        (
+            BlockHalf(FORMATS[key].code, shape.head_dim, dtype),
+            BlockHalf(FORMATS[value].code, shape.head_dim, dtype, values=True),
+        )
         for key, value in FORMATS_TIMED
     ]
     pools = [decode_pools(shape, n, batch, pair) for pair in halves]

@@ -1,7 +1,7 @@
 """Where keys or values lie in the memory of cache blocks: one half of a block holds those of its 16 tokens, in one format.
 
 Native numbers lie one token after the other, `[blocks, 16, dim]`. Codes, scales and zero points lie as `docs/formats.md` says,
-`[blocks, bytes]`; `kernels/cpu/formats.h` and tests hold the sizes equal.
+`[blocks, bytes]`; `kernels/cpu/formats.h` has the same, and tests hold the bytes equal.
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from moacompress.kernels.reference.codes import Codes, decode, encode, pack, rotated, unpack
-from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS
+from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS, Integer
 from moacompress.rules.windows import BLOCK
+
+QUAD = 4
+"""Bytes of a token, or tokens, whose codes lie side by side: what processors multiply at once."""
 
 
 class BlockHalf(NamedTuple):
-    """A format for vectors of one size.
+    """A format for keys, or for values, of one size.
 
     Attributes:
         code: of the format, as in a rule table.
         dim: numbers of a vector.
         dtype: the model's.
+        values: whether they are values.
     """
 
     code: int
     dim: int
     dtype: torch.dtype
+    values: bool = False
 
     @property
     def bits(self) -> int:
@@ -43,7 +49,8 @@ class BlockHalf(NamedTuple):
 
     @property
     def _token(self) -> int:
-        return -(-self.dim * self.bits // 8)
+        """Bytes of the codes of a token."""
+        return Integer(self.bits, self.code).code_bytes(self.dim)
 
     def new(self, blocks: int, device: torch.device) -> torch.Tensor:
         """Returns memory of so many blocks, not initialised."""
@@ -62,12 +69,14 @@ class BlockHalf(NamedTuple):
         if not self.bits:
             memory.view(-1, self.dim)[slots] = vectors
             return
-        found = encode(vectors, self.bits)
-        at = slots // BLOCK, slots % BLOCK
-        codes, numbers = self._parts(memory)
-        codes[at] = pack(found.codes, self.bits)
+        found, blocks, places = encode(vectors, self.bits), slots // BLOCK, slots % BLOCK
+        packed = pack(found.codes, self.bits)
+        packed = pad(packed, (0, self._token - packed.shape[-1]))
+        codes, at = self._codes(memory, blocks, places)
+        codes[at] = packed if self.values else packed.unflatten(-1, (-1, QUAD))
+        numbers = self._numbers(memory)
         for side, part in enumerate((found.scale, found.zero)):
-            numbers[at[0], side, at[1]] = part[:, 0]
+            numbers[blocks, side, places] = part[:, 0]
 
     def read(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns tokens: native ones as they are, float32 of codes, in the basis of the vectors, `[..., dim]`.
@@ -77,16 +86,29 @@ class BlockHalf(NamedTuple):
             blocks: int64 `[...]`.
             places: in the blocks, broadcastable to `blocks`.
         """
-        if not self.bits:
-            return memory[blocks, places]
-        codes, numbers = self._parts(memory)
-        scale, zero = (numbers[:, side][blocks, places][..., None] for side in range(2))
-        return rotated(decode(Codes(unpack(codes[blocks, places], self.bits, self.dim), scale, zero)))
+        return rotated(decode(self.kept(memory, blocks, places))) if self.bits else memory[blocks, places]
 
-    def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns views of codes, `[blocks, 16, bytes]`, and of scales and zero points, float16 `[blocks, 2, 16]`."""
-        codes = memory[:, : BLOCK * self._token].unflatten(1, (BLOCK, self._token))
-        return codes, memory[:, BLOCK * self._token :].view(torch.float16).unflatten(1, (2, BLOCK))
+    def kept(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> Codes:
+        """Returns the codes of tokens; arguments are those of `read`."""
+        places = places.expand_as(blocks)
+        codes, at = self._codes(memory, blocks, places)
+        packed = codes[at].reshape(*blocks.shape, self._token)
+        used = -(-self.dim * self.bits // 8)
+        scale, zero = (self._numbers(memory)[blocks, side, places][..., None] for side in range(2))
+        return Codes(unpack(packed[..., :used], self.bits, self.dim), scale, zero)
+
+    def _codes(
+        self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | slice, ...]]:
+        """Returns a view of all codes, and an index of those of tokens, `[tokens, bytes]` or `[tokens, bytes / 4, 4]`."""
+        codes = memory[:, : BLOCK * self._token]
+        if self.values:
+            return codes.unflatten(1, (QUAD, self._token, QUAD)), (blocks, places // QUAD, slice(None), places % QUAD)
+        return codes.unflatten(1, (self._token // QUAD, BLOCK, QUAD)), (blocks, slice(None), places)
+
+    def _numbers(self, memory: torch.Tensor) -> torch.Tensor:
+        """Returns a view of scales and zero points, float16 `[blocks, 2, 16]`."""
+        return memory[:, BLOCK * self._token :].view(torch.float16).unflatten(1, (2, BLOCK))
 
     def fits(self, memory: torch.Tensor) -> bool:
         """Whether memory is of such halves."""

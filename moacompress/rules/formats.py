@@ -64,7 +64,11 @@ class Integer:
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
         """See `Format`."""
-        return -(-dim * self.bits // 8) + VECTOR_NUMBERS
+        return self.code_bytes(dim) + VECTOR_NUMBERS
+
+    def code_bytes(self, dim: int) -> int:
+        """Returns the bytes of the codes of one vector, a multiple of 4."""
+        return -(-dim * self.bits // 32) * 4
 
 
 VECTOR_NUMBERS = 4

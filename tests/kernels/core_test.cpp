@@ -406,12 +406,15 @@ std::vector<double> meant(const char* at, const Half& half, int64_t place) {
     return one.get(0);
   };
   const double scale = half_number(at + half.scales + 2 * place), zero = half_number(at + half.zeros + 2 * place);
-  const auto* codes = reinterpret_cast<const unsigned char*>(at + place * half.token_bytes);
-  const int64_t block = half.dim & -half.dim;
+  const auto* codes = reinterpret_cast<const unsigned char*>(at);
+  const auto byte = [&](int64_t i) {
+    return int(codes[half.side == KEYS ? i / 4 * 64 + place * 4 + i % 4 : place / 4 * 4 * half.token_bytes + i * 4 + place % 4]);
+  };
+  const int64_t first = (half.dim + 1) / 2, block = half.dim & -half.dim;
   std::vector<double> turned, found(static_cast<size_t>(half.dim), 0.0);
   for (int64_t d = 0; d < half.dim; d++) {
-    int code = codes[half.format == INT8 ? d : d % half.token_bytes];
-    if (half.format == INT4) code = d < half.token_bytes ? code & 15 : code >> 4;
+    int code = byte(half.format == INT8 ? d : d % first);
+    if (half.format == INT4) code = d < first ? code & 15 : code >> 4;
     turned.push_back(scale * code + zero);
   }
   for (int64_t d = 0; d < half.dim; d++)
@@ -441,7 +444,7 @@ void test_codes(Isa isa, DType dtype) {
   for (int64_t head = 0; head < kv_heads; head++)
     for (int64_t side = 0; side < 2; side++) {
       Side& to = sides[side];
-      to.halves.push_back(half_of(side ? rules.of(head).value_format : rules.of(head).key_format, side ? value_dim : dim, element));
+      to.halves.push_back(half_of(side ? rules.of(head).value_format : rules.of(head).key_format, side ? value_dim : dim, element, side));
       const int64_t bytes = to.halves.back().bytes;
       to.memory.emplace_back(new char[size_t(each * bytes)]);
       std::memset(to.memory.back().get(), 0xff, size_t(each * bytes));

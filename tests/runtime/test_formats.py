@@ -180,9 +180,8 @@ def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> N
                 block = int(held.table.ids[0, head, j // 16])
                 number = int((starts <= block).sum()) - 1
                 for half, memory in zip(pool.layout.kinds[pool.kinds[block]], (pool.keys, pool.values), strict=True):
-                    parts = half._parts(memory[number]) if half.bits else (memory[number],)
-                    inside = [part[block - starts[number]] for part in parts]
-                    found += [inside[0][j % 16], *(numbers[:, j % 16] for numbers in inside[1:])]
+                    inside = torch.tensor(block - int(starts[number])), torch.tensor(j % 16)
+                    found += half.kept(memory[number], *inside) if half.bits else [memory[number][inside]]
         return found
 
     whole = contents(chunk, (50,))

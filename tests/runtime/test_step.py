@@ -79,11 +79,10 @@ def contents(layer):
         first = 0
         for memory in segments:
             half = pool.layout.kinds[pool.kinds[first]][side]
-            parts = [memory]
+            joined = memory.double()
             if half.bits:
-                codes, numbers = half._parts(memory)
-                parts = [codes, numbers.contiguous().view(torch.uint8).view(-1, 2, BLOCK, 2).transpose(1, 2).flatten(2)]
-            joined = torch.cat(parts, -1).double()
+                codes = half.kept(memory, torch.arange(len(memory))[:, None].expand(-1, BLOCK), torch.arange(BLOCK))
+                joined = torch.cat([codes.codes, *(part.view(torch.int16) for part in codes[1:])], -1).double()
             tokens[first : first + len(memory), :, : joined.shape[-1]] = joined
             first += len(memory)
         blocks = torch.where(ids[..., None, None] < 0, torch.inf, tokens[ids.clamp_min(0)])

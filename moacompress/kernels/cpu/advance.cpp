@@ -39,8 +39,8 @@ struct Job {
   int64_t next[FORMATS * FORMATS] = {};  // for each pair of formats: blocks before it are taken, or of other formats
 
   Rule rule(int64_t pair) const { return call.rules.of(pair % call.shape.kv_heads); }
-  Half key(int64_t pair) const { return half_of(rule(pair).key_format, call.shape.head_dim, element); }
-  Half value(int64_t pair) const { return half_of(rule(pair).value_format, call.shape.value_dim, element); }
+  Half key(int64_t pair) const { return half_of(rule(pair).key_format, call.shape.head_dim, element, KEYS); }
+  Half value(int64_t pair) const { return half_of(rule(pair).value_format, call.shape.value_dim, element, VALUES); }
   int64_t row(int64_t pair) const { return pair / call.shape.kv_heads; }
   int32_t* ids(int64_t pair) const { return call.ids + pair * call.width; }
   int64_t& bound(int64_t run, int64_t side, int64_t pair) const { return call.runs[(run * 2 + side) * pairs + pair]; }

@@ -53,7 +53,7 @@ struct Halves {
 
 Halves halves_of(const Rule& rule, const Shape& shape) {
   const int64_t element = int64_t(element_size(shape.dtype));
-  return {half_of(rule.key_format, shape.head_dim, element), half_of(rule.value_format, shape.value_dim, element)};
+  return {half_of(rule.key_format, shape.head_dim, element, KEYS), half_of(rule.value_format, shape.value_dim, element, VALUES)};
 }
 
 struct DecodeJob {

@@ -148,13 +148,13 @@ struct PoolViews {
       if (coded) {
         check_rows(t, {-1, -1}, ScalarType::Byte, op, name);
         const int64_t bytes = t.size(1);
-        STD_TORCH_CHECK(bytes == half_of(INT8, dim, 1).bytes || bytes == half_of(INT4, dim, 1).bytes, op, ": codes of ", bytes,
-                        " bytes a block of ", name, ", not ", half_of(INT8, dim, 1).bytes, " or ", half_of(INT4, dim, 1).bytes);
+        STD_TORCH_CHECK(bytes == half_of(INT8, dim, 1, KEYS).bytes || bytes == half_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
+                        " bytes a block of ", name, ", not ", half_of(INT8, dim, 1, KEYS).bytes, " or ", half_of(INT4, dim, 1, KEYS).bytes);
         half_bytes.push_back(bytes);
       } else {
         check_rows(t, {-1, BLOCK, dim}, type, op, name);
         STD_TORCH_CHECK(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
-        half_bytes.push_back(half_of(NATIVE, dim, element).bytes);
+        half_bytes.push_back(half_of(NATIVE, dim, element, KEYS).bytes);
       }
       base.push_back(t.const_data_ptr());
       block_stride.push_back(t.stride(0) * element);

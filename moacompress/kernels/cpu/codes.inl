@@ -45,11 +45,17 @@ inline float number(const f16* p) {
   return x[0];
 }
 
+// Puts a token's bytes of codes where they lie.
+inline void put_codes(const uint8_t* codes, const Half& half, int64_t place, uint8_t* to) {
+  const int64_t step = half.step();
+  for (int64_t i = 0; i < half.token_bytes; i += 4)
+    for (int64_t k = 0; k < 4; k++) to[half.at(place, i) + k * step] = codes[i + k];
+}
+
 template <class T> void encode(const void* from, const Half& half, int64_t place, void* to, float* buffer) {
   const int64_t dim = half.dim;
   const float levels = half.format == INT8 ? 255.f : 15.f;
   char* const at = (char*)to;
-  uint8_t* const codes = (uint8_t*)at + place * half.token_bytes;
   f16 *const scale_at = (f16*)(at + half.scales) + place, *const zero_at = (f16*)(at + half.zeros) + place;
   widen_row((const T*)from, dim, buffer);
   hadamard(buffer, dim);
@@ -62,7 +68,8 @@ template <class T> void encode(const void* from, const Half& half, int64_t place
     finite = fma(x, zero(), finite);
   }
   if (!(sum(finite) == 0)) {
-    memset(codes, 0, size_t(half.token_bytes));
+    memset(buffer, 0, size_t(half.token_bytes));
+    put_codes((const uint8_t*)buffer, half, place, (uint8_t*)at);
     scale_at->bits = zero_at->bits = 0x7e00;
     return;
   }
@@ -74,188 +81,353 @@ template <class T> void encode(const void* from, const Half& half, int64_t place
   uint8_t* const whole = (uint8_t*)buffer;  // behind the numbers that are read
   for (int64_t i = 0; i < dim; i += W)
     store_codes(whole + i, round(min(max((load(buffer + i) - base) * inverse, zero()), most)));
-  if (half.format == INT8) {
-    memcpy(codes, whole, size_t(dim));
-    return;
-  }
-  for (int64_t i = 0; i < half.token_bytes; i++) {
-    const int64_t above = i + half.token_bytes;
-    codes[i] = uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0));
-  }
+  for (int64_t i = dim; i < 2 * half.token_bytes; i++) whole[i] = 0;
+  if (half.format == INT4)
+    for (int64_t i = 0; i < half.token_bytes; i++) {
+      const int64_t above = i + half.low;
+      whole[i] = i < half.low ? uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0)) : uint8_t(0);
+    }
+  put_codes(whole, half, place, (uint8_t*)at);
 }
 
-// What the codes of a token stand for, in the rotated basis. What is read of a half beyond a token's codes is in the half.
+// What the codes of a token stand for, in the rotated basis.
 inline void expand(const void* from, int place, const Half& half, float* to) {
   const char* at = (const char*)from;
-  const uint8_t* codes = (const uint8_t*)at + place * half.token_bytes;
+  const uint8_t* codes = (const uint8_t*)at;
   const V scale = set1(number((const f16*)(at + half.scales) + place)), base = set1(number((const f16*)(at + half.zeros) + place));
   const auto put = [&](V x, int64_t i, int64_t end) {
     x = x * scale + base;
     if (i + W <= end) store(to + i, x);
     else if (i < end) store_part(to + i, x, int(end - i));
   };
+  const int64_t step = half.step();
   for (int64_t i = 0; i < half.token_bytes; i += W) {
+    uint8_t side_by_side[W] = {};
+    for (int64_t j = i; j < smaller(i + W, half.token_bytes); j += 4)
+      for (int64_t k = 0; k < 4; k++) side_by_side[j - i + k] = codes[half.at(place, j) + k * step];
     if (half.format == INT8) {
-      put(load_codes(codes + i), i, half.dim);
+      put(load_codes(side_by_side), i, half.dim);
       continue;
     }
     V low, high;
-    load_nibbles(codes + i, low, high);
-    put(low, i, half.token_bytes);
-    put(high, i + half.token_bytes, half.dim);
+    load_nibbles(side_by_side, low, high);
+    put(low, i, half.low);
+    put(high, i + half.low, half.dim);
   }
 }
 
 // ---- decode ----
 
-inline int64_t whole_vectors(int64_t count) { return (count + W - 1) / W * W; }
+// Where a chunk's tokens have their scores. Where a side has codes every block has 16 places, and those of tokens that are not seen
+// are hidden; otherwise the tokens that are seen lie side by side.
+struct Places {
+  int first[CHUNK_BLOCKS];  // of each block's first token that is seen
+  int count;
+  bool whole_blocks;
 
-// Floats of a query as `score_codes` reads it: of nibbles first those of the low ones.
-inline int64_t coded_query(const Half& key) { return key.format == INT8 ? whole_vectors(key.dim) : 2 * whole_vectors(key.token_bytes); }
-
-// Rotates a query and lays it out with zeros where there are no codes; returns the sum of its numbers.
-template <class T> inline float keep_rotated(const T* from, const Half& key, float* buffer, float* to) {
-  widen_row(from, key.dim, buffer);
-  hadamard(buffer, key.dim);
-  memset(to, 0, size_t(coded_query(key)) * sizeof(float));
-  const int64_t low = key.format == INT8 ? key.dim : key.token_bytes;
-  memcpy(to, buffer, size_t(low) * sizeof(float));
-  memcpy(to + whole_vectors(low), buffer + low, size_t(key.dim - low) * sizeof(float));
-  V all = zero();
-  for (int64_t i = 0; i < coded_query(key); i += W) all = all + load(to + i);
-  return sum(all);
-}
+  explicit Places(const DecodeChunk& c) : count(0), whole_blocks(c.key.format != NATIVE || c.value.format != NATIVE) {
+    for (int64_t b = 0; b < c.blocks; b++) {
+      first[b] = whole_blocks ? int(b * BLOCK) + c.begin[b] : count;
+      count += whole_blocks ? int(BLOCK) : c.end[b] - c.begin[b];
+    }
+  }
+  // Writes minus infinity where there is no token that is seen, up to whole vectors.
+  inline void hide(const DecodeChunk& c, float* row) const {
+    for (int t = count; t % W; t++) row[t] = -__builtin_inff();
+    for (int64_t b = 0; whole_blocks && b < c.blocks; b++) {
+      for (int t = 0; t < c.begin[b]; t++) row[b * BLOCK + t] = -__builtin_inff();
+      for (int t = c.end[b]; t < int(BLOCK); t++) row[b * BLOCK + t] = -__builtin_inff();
+    }
+  }
+};
 
 // A half of a block that will be read soon; null for none.
 struct Ahead {
   const char* at;
   int64_t bytes;
-  inline void fetch(int part, int parts) const {
+  inline void fetch(int64_t part, int64_t parts) const {
     if (!at) return;
     const int64_t size = (bytes + parts - 1) / parts;
     for (int64_t line = part * size; line < smaller((part + 1) * size, bytes); line += 64) prefetch(at + line);
   }
 };
 
-// Scores of HEADS query heads with the tokens [begin, end) of a block: scale * (query . codes) + zero * (sum of the query).
-template <int BITS, int HEADS, int STEPS>
-inline void score_codes(const void* from, const Half& half, const Ahead& next, int begin, int end, const float* query,
-                        int64_t query_stride, const float* query_sums, float* to) {
-  const uint8_t* codes = (const uint8_t*)from;
-  const int64_t steps = STEPS ? STEPS : (half.token_bytes + W - 1) / W;
-  for (int t = begin; t < end; t += 4) {
-    const uint8_t* rows[4];
-    V sums[HEADS][4];
-    for (int i = 0; i < 4; i++) {
-      rows[i] = codes + (t + i < end ? t + i : end - 1) * half.token_bytes;
-      for (int h = 0; h < HEADS; h++) sums[h][i] = zero();
-    }
-    next.fetch(t / 4, 4);
-    for (int64_t s = 0; s < steps; s++) {
-      V low[4], high[4];
-      for (int i = 0; i < 4; i++) {
-        if (BITS == 8) low[i] = load_codes(rows[i] + s * W);
-        else load_nibbles(rows[i] + s * W, low[i], high[i]);
-      }
-      for (int h = 0; h < HEADS; h++) {
-        const float* q = query + h * query_stride + s * W;
-        const V a = load(q);
-        for (int i = 0; i < 4; i++) sums[h][i] = fma(low[i], a, sums[h][i]);
-        if (BITS == 8) continue;
-        const V b = load(q + steps * W);
-        for (int i = 0; i < 4; i++) sums[h][i] = fma(high[i], b, sums[h][i]);
-      }
-    }
-    for (int h = 0; h < HEADS; h++)  // up to three too many; the next tokens write over them
-      sum4(sums[h][0], sums[h][1], sums[h][2], sums[h][3], to + h * CHUNK_STRIDE + (t - begin));
-  }
-  const f16 *scales = (const f16*)(codes + half.scales) + begin, *zeros = (const f16*)(codes + half.zeros) + begin;
-  for (int t = 0; t < end - begin; t += W) {
-    const int count = int(smaller(end - begin - t, W));
-    const V scale = load_part(scales + t, count), base = load_part(zeros + t, count);
-    for (int h = 0; h < HEADS; h++) {
-      float* at = to + h * CHUNK_STRIDE + t;
-      store_part(at, fma(load_part(at, count), scale, base * set1(query_sums[h])), count);
-    }
-  }
-}
+constexpr int BLOCK_VECTORS = int(BLOCK) / W;
 
-template <int HEADS>
-inline void score_coded_heads(const void* from, const Half& half, const Ahead& next, int begin, int end, const float* query,
-                              int64_t query_stride, const float* sums, float* to) {
-  if (half.format == INT8) {
-    if (half.dim == 64) score_codes<8, HEADS, 64 / W>(from, half, next, begin, end, query, query_stride, sums, to);
-    else score_codes<8, HEADS, 0>(from, half, next, begin, end, query, query_stride, sums, to);
-  } else {
-    if (half.dim == 64) score_codes<4, HEADS, 32 / W>(from, half, next, begin, end, query, query_stride, sums, to);
-    else score_codes<4, HEADS, 0>(from, half, next, begin, end, query, query_stride, sums, to);
+// A query and the weights of a head as they are multiplied with codes in float32.
+struct FloatCodes {
+  static inline int64_t query_floats(int64_t bytes) { return 2 * bytes; }
+  // Of INT8 the numbers, of INT4 those of the low nibbles and then of the high ones; returns the sum of all.
+  static inline float keep_query(const float* from, const Half& key, float* to) {
+    const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low;
+    memset(to, 0, size_t((key.format == INT8 ? 1 : 2) * bytes) * sizeof(float));
+    memcpy(to, from, size_t(low) * sizeof(float));
+    memcpy(to + bytes, from + low, size_t(key.dim - low) * sizeof(float));
+    float sum = 0.f;
+    for (int64_t i = 0; i < key.dim; i++) sum += from[i];
+    return sum;
   }
-}
-
-// Adds weights * codes of all blocks for HEADS heads and VECS vectors of bytes of a token, and then `more` to every number.
-template <int BITS, int HEADS, int VECS>
-inline void mix_codes(const DecodeChunk& c, const float* weights, int64_t column, bool ahead, const float* more, float* to) {
-  constexpr int EACH = 8 / BITS;
-  V sums[HEADS][VECS * EACH];
-  for (int h = 0; h < HEADS; h++)
-    for (int v = 0; v < VECS * EACH; v++) sums[h][v] = zero();
+  template <int BITS, int HEADS>
+  static inline void dots(const uint8_t* codes, const Half& half, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
+    for (int h = 0; h < HEADS; h++)
+      for (int v = 0; v < BLOCK_VECTORS; v++) to[h][v] = zero();
+    for (int64_t i = 0; i < half.token_bytes; i += 4, codes += 4 * BLOCK) {
+      if (i % 16 == 0) next.fetch(i / 16, (half.token_bytes + 15) / 16);
+      for (int v = 0; v < BLOCK_VECTORS; v++) {
+        const Ints x = load_ints(codes + v * 4 * W);
+        for (int k = 0; k < 4; k++) {
+          const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
+          for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(query[h * stride + i + k]), to[h][v]);
+          if (BITS == 8) continue;
+          const V high = picked(x, 8 * k + 4, 15);
+          for (int h = 0; h < HEADS; h++) to[h][v] = fma(high, set1(query[h * stride + half.token_bytes + i + k]), to[h][v]);
+        }
+      }
+    }
+  }
+  static inline int64_t weight_floats() { return 0; }
+  static inline float keep_weights(const DecodeChunk&, const float*, float*) { return 0.f; }
+  template <int BITS, int HEADS, int VECS>
+  static inline void mix(const DecodeChunk& c, const float* weights, const float*, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
   for (int64_t b = 0; b < c.blocks; b++) {
-    const uint8_t* row = (const uint8_t*)c.values[b] + c.begin[b] * c.value.token_bytes + column;
     const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
     const bool last = later >= c.blocks;
     const Ahead next = {!ahead ? nullptr : (const char*)(last ? c.coming[later - c.blocks] : c.values[later]),
                         last ? c.key.bytes : c.value.bytes};
-    for (int t = c.begin[b]; t < c.end[b]; t++, row += c.value.token_bytes, weights++) {
-      next.fetch(t, int(BLOCK));
-      V value[VECS * EACH];
+    for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
+      next.fetch(quad, BLOCK / 4);
+      if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
+      const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
+      const float* at = weights + b * BLOCK + quad * 4;
       for (int v = 0; v < VECS; v++) {
-        if (BITS == 8) value[v] = load_codes(row + v * W);
-        else load_nibbles(row + v * W, value[v], value[VECS * (EACH - 1) + v]);
-      }
-      for (int h = 0; h < HEADS; h++) {
-        const V weight = set1(weights[h * CHUNK_STRIDE]);
-        for (int v = 0; v < VECS * EACH; v++) sums[h][v] = fma(weight, value[v], sums[h][v]);
+        const Ints x = load_ints(row + v * 4 * W);
+        for (int k = 0; k < 4; k++) {
+          const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
+          for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(at[h * CHUNK_STRIDE + k]), to[h][v]);
+          if (BITS == 8) continue;
+          const V high = picked(x, 8 * k + 4, 15);
+          for (int h = 0; h < HEADS; h++) {
+            V& sum = to[h][VECS * (8 / BITS - 1) + v];
+            sum = fma(high, set1(at[h * CHUNK_STRIDE + k]), sum);
+          }
+        }
       }
     }
   }
+}
+};
+
+#ifdef MOACOMPRESS_BF16_DOT
+// The same in whole numbers of 16 bits, an upper and a lower byte each, that are exact to 2^-16 of the largest; products of four
+// bytes are summed by the processor. Whoever asks in float32 gets float32.
+struct ByteCodes {
+  // Puts 16 numbers as upper and lower bytes; returns the whole numbers.
+  static inline V put(V x, V factor, int8_t* upper, int8_t* lower) {
+    const __m512i whole = _mm512_cvtps_epi32(x * factor);
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    _mm_storeu_si128((__m128i*)upper, _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i*)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8))));
+    return _mm512_cvtepi32_ps(whole);
+  }
+  static constexpr float MOST = 32512.f;  // 127 * 256
+  // What a whole number stands for: NaN where some number is not finite.
+  static inline float unit(float largest, float all) { return all - all == 0 ? largest / MOST : __builtin_nanf(""); }
+  static inline V inverse(float largest) { return set1(largest > 0 ? MOST / largest : 0.f); }
+  static inline V joined(__m512i upper, __m512i lower, V unit) {
+    return fma(_mm512_cvtepi32_ps(upper), set1(256.f), _mm512_cvtepi32_ps(lower)) * unit;
+  }
+  static inline __m512i dot(__m512i sum, __m512i codes, const int8_t* quad) {
+    int four;
+    memcpy(&four, quad, 4);
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+  }
+  template <int BITS> static inline __m512i low(__m512i x) { return BITS == 8 ? x : _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static inline __m512i high(__m512i x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+
+  // Upper and lower bytes, each of the low codes and then of the high ones, and before them the unit. The sum is that of the whole
+  // numbers: codes are never negative, and an error would not cancel against their zero point.
+  static inline float keep_query(const float* from, const Half& key, float* to) {
+    const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low, all = 2 * (bytes + 16);
+    V tops = zero();
+    float plain = 0.f;  // not finite where some number is not
+    for (int64_t i = 0; i < key.dim; i++) plain += from[i];
+    for (int64_t i = 0; i < key.dim; i += W) {
+      const V x = load_part(from + i, int(smaller(key.dim - i, W)));
+      tops = max(max(x, zero() - x), tops);
+    }
+    const float top = largest(tops);
+    int8_t* upper = (int8_t*)(to + 1);
+    memset(upper, 0, size_t(2 * all));
+    to[0] = unit(top, plain);
+    V wholes = zero();
+    for (int64_t part = 0; part < 2; part++) {
+      const float* x = from + (part ? low : 0);
+      const int64_t count = part ? key.dim - low : low;
+      for (int64_t i = 0; i < count; i += W) {
+        int8_t* at = upper + part * bytes + i;
+        const V numbers = load_part(x + i, int(smaller(count - i, W)));  // what is beyond is zero, or written over by the next part
+        wholes = wholes + put(plain - plain == 0 ? numbers : zero(), inverse(top), at, at + all);
+      }
+    }
+    return sum(wholes) * to[0];
+  }
+  static inline int64_t query_floats(int64_t bytes) { return 1 + bytes + 16; }
+  template <int BITS, int HEADS>
+  static inline void dots(const uint8_t* codes, const Half& half, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
+    const int64_t bytes = half.token_bytes, all = 2 * (bytes + 16);
+    __m512i upper[HEADS], lower[HEADS];
+    for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < bytes; i += 4, codes += 4 * BLOCK) {
+      if (i % 16 == 0) next.fetch(i / 16, (bytes + 15) / 16);
+      const __m512i x = _mm512_loadu_si512(codes), a = low<BITS>(x), b = high(x);
+      for (int h = 0; h < HEADS; h++) {
+        const int8_t* q = (const int8_t*)(query + h * stride + 1) + i;
+        upper[h] = dot(upper[h], a, q);
+        lower[h] = dot(lower[h], a, q + all);
+        if (BITS == 8) continue;
+        upper[h] = dot(upper[h], b, q + bytes);
+        lower[h] = dot(lower[h], b, q + bytes + all);
+      }
+    }
+    for (int h = 0; h < HEADS; h++) to[h][0] = joined(upper[h], lower[h], set1(query[h * stride]));
+  }
+  // Upper and then lower bytes, and before them the unit. Returns what the zero points add for what the whole numbers differ from
+  // the weights by.
+  static inline int64_t weight_floats() { return 1 + 2 * CHUNK / 4; }
+  static inline float keep_weights(const DecodeChunk& c, const float* weights, float* to) {
+    const int count = int(c.blocks * BLOCK);
+    V tops = zero(), all = zero(), more = zero();
+    for (int t = 0; t < count; t += W) {
+      tops = max(load(weights + t), tops);
+      all = all + load(weights + t);
+    }
+    const float top = largest(tops), sum_of_all = sum(all);
+    to[0] = unit(top, sum_of_all);
+    int8_t* upper = (int8_t*)(to + 1);
+    for (int64_t b = 0; b < c.blocks; b++) {
+      const char* half = (const char*)c.values[b];
+      const V scale = load((const f16*)(half + c.value.scales)), base = load((const f16*)(half + c.value.zeros));
+      const V weight = sum_of_all - sum_of_all == 0 ? load(weights + b * BLOCK) : zero();
+      const V error = put(weight, inverse(top), upper + b * BLOCK, upper + CHUNK + b * BLOCK) * set1(to[0]) - weight;
+      const Mask counts = both(at_least(weight, set1(1e-30f)), at_least(scale, set1(1e-30f)));
+      more = select(counts, fma(error * _mm512_rcp14_ps(scale), base, more), more);
+    }
+    return sum(more);
+  }
+  template <int BITS, int HEADS, int VECS>
+  static inline void mix(const DecodeChunk& c, const float*, const float* kept, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
+    constexpr int ALL = VECS * 8 / BITS;
+    const int64_t stride = weight_floats();
+    __m512i upper[HEADS][ALL], lower[HEADS][ALL];
+    for (int h = 0; h < HEADS; h++)
+      for (int v = 0; v < ALL; v++) upper[h][v] = lower[h][v] = _mm512_setzero_si512();
+    for (int64_t b = 0; b < c.blocks; b++) {
+      const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
+      const bool last = later >= c.blocks;
+      const Ahead next = {!ahead ? nullptr : (const char*)(last ? c.coming[later - c.blocks] : c.values[later]),
+                          last ? c.key.bytes : c.value.bytes};
+      for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
+        next.fetch(quad, BLOCK / 4);
+        if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
+        const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
+        for (int v = 0; v < VECS; v++) {
+          const __m512i x = _mm512_loadu_si512(row + v * 64), codes[] = {low<BITS>(x), high(x)};
+          for (int h = 0; h < HEADS; h++) {
+            const int8_t* w = (const int8_t*)(kept + h * stride + 1) + b * BLOCK + quad * 4;
+            for (int e = 0; e < 8 / BITS; e++) {
+              upper[h][e * VECS + v] = dot(upper[h][e * VECS + v], codes[e], w);
+              lower[h][e * VECS + v] = dot(lower[h][e * VECS + v], codes[e], w + CHUNK);
+            }
+          }
+        }
+      }
+    }
+    for (int h = 0; h < HEADS; h++)
+      for (int v = 0; v < ALL; v++) to[h][v] = joined(upper[h][v], lower[h][v], set1(kept[h * stride]));
+  }
+};
+#endif
+
+// How a dtype's queries and weights are multiplied with codes.
+template <class T> struct CodesOf { typedef FloatCodes type; };
+#ifdef MOACOMPRESS_BF16_DOT
+template <> struct CodesOf<bf16> { typedef ByteCodes type; };
+template <> struct CodesOf<f16> { typedef ByteCodes type; };
+#endif
+
+// Scores of HEADS query heads with all tokens of a block: scale * (query . codes) + zero * (sum of the query).
+template <class Op, int BITS, int HEADS>
+inline void score_codes(const void* from, const Half& half, const Ahead& next, const float* query, int64_t stride, const float* sums,
+                        float* to) {
+  V found[HEADS][BLOCK_VECTORS];
+  Op::template dots<BITS, HEADS>((const uint8_t*)from, half, next, query, stride, found);
+  const f16 *scales = (const f16*)((const char*)from + half.scales), *zeros = (const f16*)((const char*)from + half.zeros);
+  for (int v = 0; v < BLOCK_VECTORS; v++) {
+    const V scale = load(scales + v * W), base = load(zeros + v * W);
+    for (int h = 0; h < HEADS; h++) store(to + h * CHUNK_STRIDE + v * W, fma(found[h][v], scale, base * set1(sums[h])));
+  }
+}
+template <class Op, int HEADS>
+inline void score_coded_heads(const void* from, const Half& half, const Ahead& next, const float* query, int64_t stride,
+                              const float* sums, float* to) {
+  if (half.format == INT8) score_codes<Op, 8, HEADS>(from, half, next, query, stride, sums, to);
+  else score_codes<Op, 4, HEADS>(from, half, next, query, stride, sums, to);
+}
+
+// Puts the scales of the values into the weights of a head, zeros where no token is seen; returns what their zero points add.
+inline float weigh_codes(const DecodeChunk& c, float* weights) {
+  V more = zero();
+  for (int64_t b = 0; b < c.blocks; b++) {
+    const char* half = (const char*)c.values[b];
+    const f16 *scales = (const f16*)(half + c.value.scales), *zeros = (const f16*)(half + c.value.zeros);
+    const V begin = set1(float(c.begin[b])), last = set1(float(c.end[b] - 1));
+    for (int v = 0; v < BLOCK_VECTORS; v++) {
+      static const float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const V lane = load(lanes + v * W);
+      const Mask is_seen = both(at_least(lane, begin), at_least(last, lane));
+      float* at = weights + b * BLOCK + v * W;
+      const V weight = load(at);
+      more = select(is_seen, fma(weight, load(zeros + v * W), more), more);
+      store(at, select(is_seen, weight * load(scales + v * W), zero()));
+    }
+  }
+  return sum(more);
+}
+
+// Mixes the codes of HEADS heads and VECS vectors of bytes of a token, and adds `more` to every number.
+template <class Op, int BITS, int HEADS, int VECS>
+inline void mix_codes(const DecodeChunk& c, const float* weights, const float* kept, int64_t column, bool ahead, const float* more, float* to) {
+  V sums[HEADS][VECS * 8 / BITS];
+  for (int h = 0; h < HEADS; h++)
+    for (int v = 0; v < VECS * 8 / BITS; v++) sums[h][v] = zero();
+  Op::template mix<BITS, HEADS, VECS>(c, weights, kept, column, ahead, sums);
   const auto put = [&](V x, int h, int64_t i, int64_t end) {
     x = x + set1(more[h]);
     float* at = to + h * c.value_dim + i;
     if (i + W <= end) store(at, x);
     else if (i < end) store_part(at, x, int(end - i));
   };
-  const int64_t low = BITS == 8 ? c.value_dim : c.value.token_bytes;
+  const int64_t low = BITS == 8 ? c.value_dim : c.value.low;
   for (int h = 0; h < HEADS; h++)
     for (int v = 0; v < VECS; v++) {
       put(sums[h][v], h, column + v * W, low);
-      if (BITS == 4) put(sums[h][VECS * (EACH - 1) + v], h, low + column + v * W, c.value_dim);
+      if (BITS == 4) put(sums[h][VECS * (8 / BITS - 1) + v], h, low + column + v * W, c.value_dim);
     }
 }
 
-template <int BITS, int HEADS>
-inline void mix_coded_heads(const DecodeChunk& c, const float* weights, bool ahead, const float* more, float* to) {
-  constexpr int WIDE = PANEL * BITS / 8;
-  int64_t column = 0;
-  for (; column + WIDE * W <= c.value.token_bytes; column += WIDE * W, ahead = false)
-    mix_codes<BITS, HEADS, WIDE>(c, weights, column, ahead, more, to);
-  for (; column < c.value.token_bytes; column += W, ahead = false) mix_codes<BITS, HEADS, 1>(c, weights, column, ahead, more, to);
-}
-
-// Puts the scales of the values into the weights of the chunk's tokens; returns what their zero points add to every number.
-inline float weigh_codes(const DecodeChunk& c, float* weights) {
-  V more = zero();
-  for (int64_t b = 0, first = 0; b < c.blocks; first += c.end[b] - c.begin[b], b++) {
-    const char* half = (const char*)c.values[b];
-    const f16 *scales = (const f16*)(half + c.value.scales), *zeros = (const f16*)(half + c.value.zeros);
-    for (int t = c.begin[b]; t < c.end[b]; t += W) {
-      const int count = int(smaller(c.end[b] - t, W));
-      float* at = weights + first + t - c.begin[b];
-      const V weight = load_part(at, count);
-      more = fma(weight, load_part(zeros + t, count), more);
-      store_part(at, weight * load_part(scales + t, count), count);
-    }
+template <class Op, int BITS, int HEADS>
+inline void mix_coded_heads(const DecodeChunk& c, const float* weights, const float* kept, bool ahead, const float* more, float* to) {
+  if constexpr (HEADS == 4 && PANEL == 4) {  // for want of registers
+    mix_coded_heads<Op, BITS, 2>(c, weights, kept, ahead, more, to);
+    mix_coded_heads<Op, BITS, 2>(c, weights + 2 * CHUNK_STRIDE, kept + 2 * Op::weight_floats(), false, more + 2, to + 2 * c.value_dim);
+  } else {
+    constexpr int WIDE = PANEL * BITS / 8;
+    int64_t column = 0;
+    for (; column + WIDE * W <= c.value.token_bytes; column += WIDE * W, ahead = false)
+      mix_codes<Op, BITS, HEADS, WIDE>(c, weights, kept, column, ahead, more, to);
+    for (; column < c.value.token_bytes; column += W, ahead = false)
+      mix_codes<Op, BITS, HEADS, 1>(c, weights, kept, column, ahead, more, to);
   }
-  return sum(more);
 }
 
 }  // namespace

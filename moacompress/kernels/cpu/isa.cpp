@@ -10,7 +10,7 @@ bool isa_works(Isa isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == AVX2) return avx2;
   if (isa == AVX512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512bf16");
+  return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif

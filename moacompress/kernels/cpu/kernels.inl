@@ -87,10 +87,25 @@ template <> struct DotOf<bf16> { typedef DotPairs type; };
 
 inline int64_t padded(int64_t dim) { return (dim + 2 * W - 1) / (2 * W) * (2 * W); }
 
-// Scores, queries, and of codes the sums of the queries and what the values' zero points add; then one query that is rotated.
-size_t decode_scratch(int64_t group, int64_t head_dim) {
-  return size_t(group) * size_t(CHUNK_STRIDE + padded(head_dim) + 2 * W + 2) + size_t(padded(head_dim));
-}
+// Where a decode task works: scores, queries, of codes the sums of the queries, what the values' zero points add and the weights as
+// they are multiplied; then one query that is rotated. All for a group.
+struct DecodeScratch {
+  int64_t query_floats, weight_floats, floats;
+  float *scores, *queries, *query_sums, *more, *weights, *buffer;
+
+  DecodeScratch(float* at, int64_t group, int64_t head_dim)
+      : query_floats(2 * padded(head_dim) + 64), weight_floats(1 + 2 * CHUNK / 4) {
+    const int64_t sizes[] = {group * CHUNK_STRIDE, group * query_floats, group, group, group * weight_floats, padded(head_dim)};
+    float** const parts[] = {&scores, &queries, &query_sums, &more, &weights, &buffer};
+    floats = 0;
+    for (int i = 0; i < 6; i++) {
+      *parts[i] = at + floats;
+      floats += sizes[i];
+    }
+  }
+};
+
+size_t decode_scratch(int64_t group, int64_t head_dim) { return size_t(DecodeScratch(nullptr, group, head_dim).floats); }
 
 // Scores of HEADS query heads with the tokens [begin, end) of a block; `next` is read ahead.
 template <class T, int HEADS, int STEPS>
@@ -150,7 +165,7 @@ inline void score_heads(const T* keys, const char* next, int begin, int end, con
 
 // Adds weights * values of all blocks for HEADS heads and VECS vectors of value columns (PART columns if VECS is 0).
 template <class T, int HEADS, int VECS>
-inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t column, int part, bool ahead, float* to) {
+inline void mix_blocks(const DecodeChunk& c, const Places& places, const float* all, int64_t column, int part, bool ahead, float* to) {
   constexpr int N = VECS ? VECS : 1;
   V sums[HEADS][N];
   for (int h = 0; h < HEADS; h++)
@@ -160,6 +175,7 @@ inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t colum
     const T* row = (const T*)c.values[b] + c.begin[b] * c.value_dim + column;
     const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
     const char* next = !ahead ? nullptr : (const char*)(later < c.blocks ? c.values[later] : c.coming[later - c.blocks]);
+    const float* weights = all + places.first[b];
     for (int t = c.begin[b]; t < c.end[b]; t++, row += c.value_dim, weights++) {
       if (next)
         for (int64_t line = t * bytes; line < (t + 1) * bytes; line += 64) prefetch(next + line);
@@ -179,94 +195,86 @@ inline void mix_blocks(const DecodeChunk& c, const float* weights, int64_t colum
     }
 }
 
-template <class T, int HEADS> inline void mix_heads(const DecodeChunk& c, const float* weights, bool ahead, float* to) {
+template <class T, int HEADS>
+inline void mix_heads(const DecodeChunk& c, const Places& places, const float* weights, bool ahead, float* to) {
   int64_t column = 0;
   constexpr int WIDE = 2 * PANEL;  // vectors: whole rows are read in memory's order, by two heads at once for want of registers
   if constexpr (WIDE >= 8 && HEADS > 2) {
     if (c.value_dim >= WIDE * W) {
-      mix_heads<T, 2>(c, weights, ahead, to);
-      mix_heads<T, HEADS - 2>(c, weights + 2 * CHUNK_STRIDE, false, to + 2 * c.value_dim);
+      mix_heads<T, 2>(c, places, weights, ahead, to);
+      mix_heads<T, HEADS - 2>(c, places, weights + 2 * CHUNK_STRIDE, false, to + 2 * c.value_dim);
       return;
     }
   } else if constexpr (WIDE >= 8) {
     for (; column + WIDE * W <= c.value_dim; column += WIDE * W, ahead = false)
-      mix_blocks<T, HEADS, WIDE>(c, weights, column, 0, ahead, to);
+      mix_blocks<T, HEADS, WIDE>(c, places, weights, column, 0, ahead, to);
   }
   for (; column + LANES <= c.value_dim; column += LANES, ahead = false)
-    mix_blocks<T, HEADS, PANEL>(c, weights, column, 0, ahead, to);
-  for (; column + W <= c.value_dim; column += W, ahead = false) mix_blocks<T, HEADS, 1>(c, weights, column, 0, ahead, to);
-  if (column < c.value_dim) mix_blocks<T, HEADS, 0>(c, weights, column, int(c.value_dim - column), ahead, to);
+    mix_blocks<T, HEADS, PANEL>(c, places, weights, column, 0, ahead, to);
+  for (; column + W <= c.value_dim; column += W, ahead = false) mix_blocks<T, HEADS, 1>(c, places, weights, column, 0, ahead, to);
+  if (column < c.value_dim) mix_blocks<T, HEADS, 0>(c, places, weights, column, int(c.value_dim - column), ahead, to);
 }
 
+// Calls f with how many of the group's heads from `h` on are worked on at once, as a template argument.
+#define MOACOMPRESS_HEADS(left, call)                                          \
+  do {                                                                         \
+    if ((left) == 1) { constexpr int HEADS = 1; call; }                        \
+    else if ((left) == 2) { constexpr int HEADS = 2; call; }                   \
+    else if ((left) == 3) { constexpr int HEADS = 3; call; }                   \
+    else { constexpr int HEADS = 4; call; }                                    \
+  } while (0)
+
 // Scores of all query heads with native keys.
-template <class T> inline void score_chunk(const DecodeChunk& c, float* query_at, float* scores) {
+template <class T> inline void score_chunk(const DecodeChunk& c, const Places& places, const DecodeScratch& s) {
   typedef typename DotOf<T>::type::Query Query;
   const int64_t stride = padded(c.head_dim) * int64_t(sizeof(float) / sizeof(Query));
-  Query* query = (Query*)query_at;
+  Query* query = (Query*)s.queries;
   for (int64_t h = 0; h < c.group; h++) {
     memset((void*)(query + h * stride), 0, size_t(stride) * sizeof(Query));
     DotOf<T>::type::keep((const T*)c.query + h * c.query_head, c.head_dim, query + h * stride);
   }
-  for (int64_t b = 0; b < c.blocks; scores += c.end[b] - c.begin[b], b++) {
+  for (int64_t b = 0; b < c.blocks; b++) {
     const T* keys = (const T*)c.keys[b];
     const int64_t later = b + AHEAD, past = later - c.blocks;  // past the last keys come the first values
     const char* next = (const char*)(past < 0 ? c.keys[later] : past < c.blocks ? c.values[past] : nullptr);
-    for (int64_t h = 0; h < c.group; h += 4, next = nullptr) {
-      const Query* q = query + h * stride;
-      float* to = scores + h * CHUNK_STRIDE;
-      switch (smaller(c.group - h, 4)) {
-        case 1: score_heads<T, 1>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
-        case 2: score_heads<T, 2>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
-        case 3: score_heads<T, 3>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
-        default: score_heads<T, 4>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to);
-      }
-    }
+    for (int64_t h = 0; h < c.group; h += 4, next = nullptr)
+      MOACOMPRESS_HEADS(c.group - h, ({
+        score_heads<T, HEADS>(keys, next, c.begin[b], c.end[b], query + h * stride, stride, c.head_dim,
+                              s.scores + h * CHUNK_STRIDE + places.first[b]);
+      }));
   }
 }
 
 // The same with codes.
-template <class T> inline void score_coded_chunk(const DecodeChunk& c, float* query, float* sums, float* buffer, float* scores) {
-  const int64_t stride = coded_query(c.key);
-  for (int64_t h = 0; h < c.group; h++)
-    sums[h] = keep_rotated((const T*)c.query + h * c.query_head, c.key, buffer, query + h * stride);
-  for (int64_t b = 0; b < c.blocks; scores += c.end[b] - c.begin[b], b++) {
+template <class T, class Op> inline void score_coded_chunk(const DecodeChunk& c, const DecodeScratch& s) {
+  const int64_t stride = Op::query_floats(c.key.token_bytes);
+  for (int64_t h = 0; h < c.group; h++) {
+    widen_row((const T*)c.query + h * c.query_head, c.head_dim, s.buffer);
+    hadamard(s.buffer, c.head_dim);
+    s.query_sums[h] = Op::keep_query(s.buffer, c.key, s.queries + h * stride);
+  }
+  for (int64_t b = 0; b < c.blocks; b++) {
     const int64_t later = b + AHEAD, past = later - c.blocks;  // past the last keys come the first values
     Ahead next = {(const char*)(past < 0 ? c.keys[later] : past < c.blocks ? c.values[past] : nullptr),
                   past < 0 ? c.key.bytes : c.value.bytes};
-    for (int64_t h = 0; h < c.group; h += 4, next.at = nullptr) {
-      const float *q = query + h * stride, *all = sums + h;
-      float* to = scores + h * CHUNK_STRIDE;
-      switch (smaller(c.group - h, 4)) {
-        case 1: score_coded_heads<1>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
-        case 2: score_coded_heads<2>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
-        case 3: score_coded_heads<3>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
-        default: score_coded_heads<4>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to);
-      }
-    }
+    for (int64_t h = 0; h < c.group; h += 4, next.at = nullptr)
+      MOACOMPRESS_HEADS(c.group - h, ({
+        score_coded_heads<Op, HEADS>(c.keys[b], c.key, next, s.queries + h * stride, stride, s.query_sums + h,
+                                     s.scores + h * CHUNK_STRIDE + b * BLOCK);
+      }));
   }
 }
 
-template <int HEADS, class T> inline void mix_any_heads(const DecodeChunk& c, const float* weights, bool ahead, const float* more, float* to) {
-  if (c.value.format == NATIVE) mix_heads<T, HEADS>(c, weights, ahead, to);
-  else if (c.value.format == INT8) mix_coded_heads<8, HEADS>(c, weights, ahead, more, to);
-  else mix_coded_heads<4, HEADS>(c, weights, ahead, more, to);
-}
-
 template <class T> void decode_chunk(const DecodeChunk& c) {
-  float* scores = c.scratch;
-  float* query = scores + c.group * CHUNK_STRIDE;
-  float* query_sums = query + c.group * (padded(c.head_dim) + 2 * W);
-  float* more = query_sums + c.group;
-  if (c.key.format == NATIVE) score_chunk<T>(c, query, scores);
-  else score_coded_chunk<T>(c, query, query_sums, more + c.group, scores);
-  int tokens = 0;
-  for (int64_t b = 0; b < c.blocks; b++) tokens += c.end[b] - c.begin[b];
+  typedef typename CodesOf<T>::type Op;
+  const DecodeScratch s(c.scratch, c.group, c.head_dim);
+  const Places places(c);
+  if (c.key.format == NATIVE) score_chunk<T>(c, places, s);
+  else score_coded_chunk<T, Op>(c, s);
+  const int tokens = places.count;
   for (int64_t h = 0; h < c.group; h++) {
-    float* row = scores + h * CHUNK_STRIDE;
-    const auto hide_rest = [&] {  // of the last vector
-      for (int t = tokens; t % W; t++) row[t] = -__builtin_inff();
-    };
-    hide_rest();
+    float* row = s.scores + h * CHUNK_STRIDE;
+    places.hide(c, row);
     V peaks = set1(-__builtin_inff());  // NaN is passed over: its weight will be NaN
     for (int t = 0; t < tokens; t += W) {
       V x = load(row + t);
@@ -274,7 +282,7 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
       store(row + t, x);
       peaks = max(x, peaks);
     }
-    if (c.softcap > 0) hide_rest();  // the cap has made numbers of it, though none above the peak
+    if (c.softcap > 0) places.hide(c, row);  // the cap has made numbers of it, though none above the peak
     const float peak = largest(peaks);
     const V base = set1(peak == -__builtin_inff() ? 0.f : peak);  // so that the weights of minus infinity are zero
     V totals = zero();
@@ -285,17 +293,18 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
     }
     c.peak[h] = peak;
     c.total[h] = sum(totals);
-    if (c.value.format != NATIVE) more[h] = weigh_codes(c, row);
+    if (c.value.format == NATIVE) continue;
+    s.more[h] = weigh_codes(c, row);
+    s.more[h] += Op::keep_weights(c, row, s.weights + h * Op::weight_floats());
   }
   for (int64_t h = 0; h < c.group; h += 4) {
-    const float* weights = scores + h * CHUNK_STRIDE;
+    const float *weights = s.scores + h * CHUNK_STRIDE, *kept = s.weights + h * Op::weight_floats(), *more = s.more + h;
     float* to = c.mixed + h * c.value_dim;
-    switch (smaller(c.group - h, 4)) {
-      case 1: mix_any_heads<1, T>(c, weights, h == 0, more + h, to); break;
-      case 2: mix_any_heads<2, T>(c, weights, h == 0, more + h, to); break;
-      case 3: mix_any_heads<3, T>(c, weights, h == 0, more + h, to); break;
-      default: mix_any_heads<4, T>(c, weights, h == 0, more + h, to);
-    }
+    MOACOMPRESS_HEADS(c.group - h, ({
+      if (c.value.format == NATIVE) mix_heads<T, HEADS>(c, places, weights, h == 0, to);
+      else if (c.value.format == INT8) mix_coded_heads<Op, 8, HEADS>(c, weights, kept, h == 0, more, to);
+      else mix_coded_heads<Op, 4, HEADS>(c, weights, kept, h == 0, more, to);
+    }));
   }
 }
 

@@ -80,6 +80,12 @@ inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   low = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
   high = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4));
 }
+// The numbers of the bits `mask << shift` of W whole numbers of 32 bits.
+typedef __m256i Ints;
+inline Ints load_ints(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline V picked(Ints x, int shift, int mask) {
+  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, shift), _mm256_set1_epi32(mask)));
+}
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   const __m256i x = _mm256_cvtps_epi32(v);
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -76,6 +76,12 @@ inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   low = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
   high = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
 }
+// The numbers of the bits `mask << shift` of W whole numbers of 32 bits.
+typedef __m512i Ints;
+inline Ints load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline V picked(Ints x, int shift, int mask) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, unsigned(shift)), _mm512_set1_epi32(mask)));
+}
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }

@@ -77,6 +77,10 @@ inline V load_codes(const uint8_t* p) { return V{float(p[0]), float(p[1]), float
 inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   for (int i = 0; i < W; i++) low[i] = float(p[i] & 15), high[i] = float(p[i] >> 4);
 }
+// The numbers of the bits `mask << shift` of W whole numbers of 32 bits.
+typedef uint32_t Ints __attribute__((vector_size(16)));
+inline Ints load_ints(const uint8_t* p) { Ints x; memcpy(&x, p, 16); return x; }
+inline V picked(Ints x, int shift, int mask) { return __builtin_convertvector((x >> shift) & uint32_t(mask), V); }
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   for (int i = 0; i < W; i++) p[i] = uint8_t(v[i]);
 }

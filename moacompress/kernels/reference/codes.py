@@ -64,7 +64,7 @@ def decode(kept: Codes) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns codes as they lie in memory, uint8 `[..., ceil(dim * bits / 8)]`.
+    """Returns a vector's codes as bytes, uint8 `[..., ceil(dim * bits / 8)]`.
 
     Args:
         codes: uint8 `[..., dim]`.

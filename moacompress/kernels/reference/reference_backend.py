@@ -89,7 +89,10 @@ def _attend(
             codes = rules.columns[-2:, members[0]].tolist()
             if not set(codes) <= set(FORMAT_NAMES):
                 raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
-            halves = tuple(BlockHalf(*half, query.dtype) for half in zip(codes, (head_dim, value_dim), strict=True))
+            halves = (
+                BlockHalf(codes[0], head_dim, query.dtype),
+                BlockHalf(codes[1], value_dim, query.dtype, values=True),
+            )
             keys = _held(
                 cache, halves, own, members, before, span, seen=before + (chunk is not None), device=query.device
             )

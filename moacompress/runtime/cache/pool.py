@@ -64,7 +64,8 @@ class Layout(NamedTuple):
         """Returns the layout of KV heads with these rules, sizes and dtype."""
         formats, of_head = np.unique(rules.columns[len(Span._fields) :], axis=1, return_inverse=True)
         kinds = (
-            (BlockHalf(key, head_dim, dtype), BlockHalf(value, value_dim, dtype)) for key, value in formats.T.tolist()
+            (BlockHalf(key, head_dim, dtype), BlockHalf(value, value_dim, dtype, values=True))
+            for key, value in formats.T.tolist()
         )
         return Layout(tuple(kinds), of_head.reshape(-1).astype(np.int64))
 
