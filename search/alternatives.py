@@ -75,7 +75,7 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
         meter: measures.
         progress: told of every measurement.
     """
-    profile = request.profile.offering(())
+    profile = request.profile
     floors = layer_floors(request.recipe.search.floors, profile.shape)
     sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
     field = {

@@ -18,6 +18,7 @@ NAMES = {
     "per_layer": "one rule per layer",
     "duo": "full and streaming heads",
     "moa": "MoA's estimator",
+    "quantized": "every token, rounded",
 }
 
 

@@ -237,3 +237,36 @@ def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[in
             drawn = tuple(tuple(offered[i] for i in rng.integers(len(offered), size=2)) for _ in range(3))
             if fits(profile, drawn, limits):
                 assert (surrogate.predicted(Plan(profile.shape, 32, drawn)) or 0.0) >= harm * (1 - 5e-3)
+
+
+def test_families_have_candidates_in_every_pair_of_formats(profiles: Callable[..., Profile]) -> None:
+    profile = profiles(layers=3, formats=True)
+    limits = {n: int(0.3 * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
+    offered = profile.offering(("int8", "int4"))
+    for family in ("uniform", "per_layer", "duo", "quantized"):
+        plans = family_plans(family, profile.shape, limits, offered, (4, 16, 64))
+        assert len({plan.key() for plan in plans}) == len(plans)
+        assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
+        pairs = [{(rule.key_format, rule.value_format) for row in plan.rules for rule in row} for plan in plans]
+        assert all(len(pair) == 1 for pair in pairs)
+        found = set.union(*pairs)
+        if family == "quantized":
+            assert found == {("int8", "int4"), ("int4", "int4")}  # 8 bits in both take more
+            assert all(rule.sees_all for plan in plans for row in plan.rules for rule in row)
+            assert family_plans(family, profile.shape, limits, profile, (4,)) == []
+        else:
+            assert found >= {
+                ("native", "native"),
+                ("native", "int4"),
+                ("int8", "int8"),
+                ("int8", "int4"),
+                ("int4", "int4"),
+            }
+            assert ("int4", "int8") not in found
+            native = family_plans(family, profile.shape, limits, profile, (4, 16, 64))
+            assert {plan.key() for plan in native} < {plan.key() for plan in plans}
+    best = family_plans("per_layer", profile.shape, limits, offered, (4, 16, 64))
+    influence = offered.influence(profile.recipe.profile.estimator)
+    surrogate = Surrogate.build(influence, offered.rules, 32, max(profile.lengths))
+    harms = [surrogate.predicted(plan) or 0.0 for plan in best]
+    assert harms == pytest.approx(sorted(harms))
