@@ -5,7 +5,8 @@
 Tensors rotate over half a gigabyte, so that the last cache does not decide. `limit_ms` is the larger of two times measured
 here: reading as many bytes as the kept keys and values have, and the multiplications of their attention at the measured peak.
 `sdpa_best_ms` is the faster of torch's two forms of grouped attention. All are medians, in milliseconds, for one layer; plan,
-full span and reading take turns.
+full span and reading take turns. Decode has a row for each pair of formats of keys and values (`bits`), of the same spans; all
+pairs take turns with each other, and `native_ms` is the time of the native one.
 On a busy machine `--cpu-time` counts the time of one thread on its core instead of wall time.
 """
 
@@ -18,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
 from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
+from moacompress.kernels.halves import BlockHalf
+from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
@@ -74,6 +77,10 @@ def median_ms(run: Callable[[], Any], times: int) -> float:
     return medians_ms([run], times)[0]
 
 
+FORMATS_TIMED = ((NATIVE, NATIVE), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+"""Formats of keys and of values."""
+
+
 def arguments(shape: Heads, rule: Rule) -> dict[str, Any]:
     """Returns one rule for all KV heads, and the scores, as the kernels take them."""
     table = as_tensors(RuleTable.of([rule] * shape.kv_heads, MIN_WINDOW))
@@ -105,61 +112,81 @@ def peak_flops() -> float:
 scattered = False
 
 
-def decode_pools(shape: Heads, n: int, batch: int, dtype: torch.dtype) -> Iterator[Any]:
-    """Yields `(keys, values, table)` without end: pools that together are larger than any cache.
+def decode_pools(shape: Heads, n: int, batch: int, halves: tuple[BlockHalf, BlockHalf]) -> Iterator[Any]:
+    """Yields caches without end: pools that together are larger than any cache of the processor.
 
     The blocks of a KV head lie side by side, as after one prefill, or anywhere.
     """
     blocks = batch * shape.kv_heads * (n // BLOCK)
-    bytes_ = 2 * blocks * BLOCK * shape.head_dim * dtype.itemsize
+    bytes_ = blocks * sum(half.nbytes for half in halves)
     pools = []
     for _ in range(max(2, -(-ROTATE_BYTES // bytes_))):
-        keys, values = (torch.randn(blocks, BLOCK, shape.head_dim).to(dtype) for _ in range(2))
+        keys, values = (memory(half, blocks) for half in halves)
         ids = torch.randperm(blocks) if scattered else torch.arange(blocks)
         table = ids.to(torch.int32).view(batch, shape.kv_heads, n // BLOCK)
-        pools.append((keys, values, table))
+        pools.append(CacheView([keys], [values], table, shape.head_dim))
     return itertools.cycle(pools)
 
 
-def bench_decode(shape: Heads, n: int, batch: int, name: str, share: float, times: int, flops: float) -> dict[str, Any]:
-    """Returns one row of `decode`."""
-    dtype = DTYPES[name]
-    pools = decode_pools(shape, n, batch, dtype)
+def memory(half: BlockHalf, blocks: int) -> torch.Tensor:
+    """Returns blocks of random numbers, or of random codes with the scales that such numbers have."""
+    if not half.bits:
+        return torch.randn(blocks, BLOCK, half.dim).to(half.dtype)
+    made = torch.randint(256, (blocks, half.nbytes), dtype=torch.uint8)
+    scales = made[:, -2 * BLOCK * 2 :].view(torch.float16)
+    scales[:, :BLOCK], scales[:, BLOCK:] = 6 / 2**half.bits, -3
+    return made
+
+
+def bench_decode(
+    shape: Heads, n: int, batch: int, name: str, share: float, times: int, flops: float
+) -> list[dict[str, Any]]:
+    """Returns the rows of `decode` of a shape and dtype."""
+    dtype, rule = DTYPES[name], kept_rule(n, share)
     query = torch.randn(batch, shape.heads, shape.head_dim).to(dtype)
-    lengths = torch.full((batch,), n)
-    rule = kept_rule(n, share)
+    lengths, backend = torch.full((batch,), n), dispatch.backend_for(query)
+    halves = [
+        (BlockHalf(FORMATS[key].code, shape.head_dim, dtype), BlockHalf(FORMATS[value].code, shape.head_dim, dtype))
+        for key, value in FORMATS_TIMED
+    ]
+    pools = [decode_pools(shape, n, batch, pair) for pair in halves]
 
-    def ours(rule: Rule) -> Callable[[], Any]:
-        chosen, backend = arguments(shape, rule), dispatch.backend_for(query)
-
-        def run() -> Any:
-            keys, values, table = next(pools)
-            return backend.decode(query, cache=CacheView([keys], [values], table), lengths=lengths, **chosen)
-
-        return run
+    def ours(number: int, rule: Rule) -> Callable[[], Any]:
+        key, value = FORMATS_TIMED[number]
+        chosen = arguments(shape, replace(rule, key_format=key, value_format=value))
+        return lambda: backend.decode(query, cache=next(pools[number]), lengths=lengths, **chosen)
 
     def grouped() -> Any:
-        k, v = (t.view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools)[:2])
+        k, v = (t[0].view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools[0])[:2])
         return F.scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True)
 
     def packed() -> Any:
-        k, v = (t.view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools)[:2])
+        k, v = (t[0].view(batch, shape.kv_heads, n, shape.head_dim) for t in next(pools[0])[:2])
         return F.scaled_dot_product_attention(query.view(batch, shape.kv_heads, -1, shape.head_dim), k, v)
 
-    held = batch * shape.kv_heads * 2 * shape.head_dim * dtype.itemsize * int(rule.slots(n, MIN_WINDOW))
+    slots = int(rule.slots(n, MIN_WINDOW))
+    held = [batch * shape.kv_heads * slots // BLOCK * sum(half.nbytes for half in pair) for pair in halves]
     work = batch * shape.heads * 4 * shape.head_dim * int(rule.kept(n, MIN_WINDOW))
-    ms, full_span_ms, read_ms = medians_ms([ours(rule), ours(Rule.FULL), reading(held)], times)
-    return {
-        "length": n,
-        "batch": batch,
-        "dtype": name,
-        "heads": str(shape),
-        "kept": int(rule.slots(n, MIN_WINDOW)) / n,
-        "ms": ms,
-        "full_span_ms": full_span_ms,
-        "limit_ms": max(read_ms, work / flops * 1e3),
-        "sdpa_best_ms": min(median_ms(run, max(3, times // 4)) for run in (grouped, packed)),
-    }
+    numbers = range(len(FORMATS_TIMED))
+    runs = [*(ours(i, rule) for i in numbers), *(ours(i, Rule.FULL) for i in numbers), *map(reading, held)]
+    taken = medians_ms(runs, times)
+    sdpa = min(median_ms(run, max(3, times // 4)) for run in (grouped, packed))
+    return [
+        {
+            "length": n,
+            "batch": batch,
+            "dtype": name,
+            "bits": "/".join(str(half.bits or 8 * dtype.itemsize) for half in halves[i]),
+            "heads": str(shape),
+            "kept": slots / n,
+            "ms": taken[i],
+            "native_ms": taken[0],
+            "full_span_ms": taken[len(numbers) + i],
+            "limit_ms": max(taken[2 * len(numbers) + i], work / flops * 1e3),
+            "sdpa_best_ms": sdpa,
+        }
+        for i in numbers
+    ]
 
 
 def bench_prefill(shape: Heads, n: int, name: str, plan: str, times: int, sdpa_ms: float) -> dict[str, Any]:
@@ -200,6 +227,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch, all cores by default")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, its time on the core: for a busy machine")
     parser.add_argument("--scattered", action="store_true", help="decode: blocks at random places of the pool")
+    parser.add_argument("--parts", default="decode,prefill", help="decode, prefill or both")
     chosen = parser.parse_args()
     global clock, scattered
     scattered = chosen.scattered
@@ -231,11 +259,12 @@ def main() -> None:
                 flush=True,
             )
 
-    for shape, name in itertools.product(shapes, DTYPES):
+    for shape, name in itertools.product(shapes, DTYPES) if "decode" in chosen.parts else ():
         flops = peak_flops()  # sums are in float32, whatever the storage
         for batch in (1, 8):
-            note("decode", bench_decode(shape, n, batch, name, 0.25, times, flops))
-    for shape, name in itertools.product(shapes, DTYPES):
+            for row in bench_decode(shape, n, batch, name, 0.25, times, flops):
+                note("decode", row)
+    for shape, name in itertools.product(shapes, DTYPES) if "prefill" in chosen.parts else ():
         few = max(2, times // 8)
         sdpa_ms = sdpa_prefill_ms(shape, n, DTYPES[name], few)
         for plan in ("full", "alpha", "beta"):

@@ -126,7 +126,12 @@ class Manifest:
 
 
 def request_fingerprint(
-    shape: ModelShape, rules: Sequence[Rule], recipe: Recipe, files: dict[str, str], around: str = ""
+    shape: ModelShape,
+    rules: Sequence[Rule],
+    recipe: Recipe,
+    files: dict[str, str],
+    around: str = "",
+    computes_in: str | None = None,
 ) -> str:
     """Returns a hash of all that decides a profile's numbers and is known before its samples are made.
 
@@ -138,7 +143,9 @@ def request_fingerprint(
         recipe: the run.
         files: digest of every local file that samples are made of.
         around: key of the plan that is profiled around; empty for the dense model.
+        computes_in: the dtype that the model computes in; by default its own.
     """
+    other = computes_in not in (None, shape.dtype)
     return fingerprint(
         {
             "around": around,
@@ -150,6 +157,7 @@ def request_fingerprint(
             "seed": recipe.seed,
             "calibration": recipe.resolved()["calibration"],
             "files": files,
+            **({"computes_in": computes_in} if other else {}),
         }
     )
 

@@ -242,7 +242,7 @@ def profile(
     files = _local_files(recipe)
     with own_folder(out):
         shape = _known_shape(out, source, overwrite)
-        request = request_fingerprint(shape, rules, recipe, files, key)
+        request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
         manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
         if manifest.complete:
             try:
@@ -345,7 +345,7 @@ def _stored_or_built(
             manifest.recipe,
             split,
             progress,
-            AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, manifest.shape.dtype),
+            AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in),
         )
         save_samples(path, samples)
     return samples

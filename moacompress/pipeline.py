@@ -118,6 +118,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
             "measured": measured_kv_bytes(out / MODEL_FOLDER, length, recipe.device),
         },
         "kv_share": plan.kv_share(length),
+        "dtype": plan.model.dtype,
         "seconds": clock.seconds,
         "quality": quality_table(scores["results"]),
         "harm": plan.quality.get("measured_harm", {}),

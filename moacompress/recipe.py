@@ -177,7 +177,9 @@ class Recipe(_Section):
 
     model: str | None = Field(None, description="hub id, folder or .gguf file")
     budget: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), description="budgets that must all hold")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
+    )
     device: str = "cpu"
     seed: int = Field(0, ge=0, le=2**31 - 1)
     trust_remote_code: bool = False

@@ -1,8 +1,7 @@
 """Plans that need no search, at the same bytes: what a found plan has to beat.
 
-Every baseline is a list of candidates, at least one for each sink, of which the best measured counts: a plan must beat
-the alternative at its best. Where a search offers formats of keys and values, so does every baseline, a pair for all KV heads.
-Bytes are those of cache slots, native windows respected, as everywhere.
+Every baseline is a list of candidates, for each sink and pair of formats, of which the best measured counts: a plan must beat
+the alternative at its best. Bytes are those of cache slots, native windows respected, as everywhere.
 """
 
 from __future__ import annotations
@@ -10,15 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from moacompress.core.arrays import Floats, Ints
+from moacompress.core.arrays import Floats
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import byte_table, limit_array
-from moacompress.rules.formats import NATIVE, at_least_as_exact
+from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan, may_be_same_weights
 from moacompress.rules.rule import SINKS, Rule
@@ -30,18 +31,34 @@ from moacompress.search.surrogate import Surrogate
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
 
+FormatPair: TypeAlias = tuple[str, str]
+"""Formats of the keys and of the values, by name."""
+NATIVE_PAIR: FormatPair = (NATIVE, NATIVE)
 STREAMING_WINDOW = 256
 """Widest fixed window of a streaming KV head, tokens."""
-Pair: TypeAlias = tuple[str, str]
-"""A format of keys and one of values."""
-NATIVE_PAIR: Pair = (NATIVE, NATIVE)
+
+
+def format_pairs(formats: Sequence[str]) -> tuple[FormatPair, ...]:
+    """Returns the pairs of formats that baselines are offered: native, and those that round values no less than keys.
+
+    Args:
+        formats: names of the formats on offer beside the native one.
+    """
+    coded = [name for name in FORMATS if name in formats and name != NATIVE]  # the most exact first
+    return (NATIVE_PAIR, *((keys, values) for number, keys in enumerate(coded) for values in coded[number:]))
 
 
 def baseline_plans(
-    name: str, shape: ModelShape, n: int, kv_bytes: int, min_window: int, profile: Profile | None = None
+    name: str,
+    shape: ModelShape,
+    n: int,
+    kv_bytes: int,
+    min_window: int,
+    profile: Profile | None = None,
+    formats: Sequence[str] = (),
 ) -> list[Plan]:
     """Returns the candidates of a baseline that take at most `kv_bytes` at `n` tokens; see `plans_within`."""
-    return plans_within(name, shape, {n: kv_bytes}, min_window, profile)
+    return plans_within(name, shape, {n: kv_bytes}, min_window, profile, formats=formats)
 
 
 def plans_within(
@@ -51,29 +68,30 @@ def plans_within(
     min_window: int = 32,
     profile: Profile | None = None,
     sinks: Sequence[int] = SINKS,
-    pair: Pair = NATIVE_PAIR,
+    formats: Sequence[str] = (),
 ) -> list[Plan]:
     """Returns the candidates of a baseline within byte limits, as near below them as the baseline allows.
 
     Args:
-        name: one of `BASELINES`, or `quantized`:
+        name: one of `BASELINES`:
             `uniform`: one sink and fixed window for every KV head (StreamingLLM);
             `uniform-elastic`: one sink and share of the tokens so far for every KV head;
-            `per-layer`: one rule of the profile for all KV heads of a layer, least predicted harm;
-            `split`: KV heads keep everything or a sink and a short window (DuoAttention), those that the short window
-            would harm most keep everything, as many as fit;
+            `quantized`: everything, rounded, in one pair of formats for every KV head (what a quantized cache gives);
+            `per-layer`: one span of the profile for all KV heads of a layer, least predicted harm, in one pair of formats;
+            `split`: KV heads keep everything or a sink and a short window (DuoAttention), in one pair of formats; those
+            that the short window would harm most keep everything, as many as fit;
             `moa`: the choice of rules of least influence by MoA's own estimator, one sink for all KV heads; the profile
-            must have been made with `--baselines`;
-            `quantized`: every KV head keeps everything, in a pair of formats that is not native.
+            must have been made with `--baselines`.
         shape: the model; native windows are respected.
         limits: most KV bytes at each length, tokens; all hold.
         min_window: smallest window, tokens.
-        profile: what all but the first two are predicted from.
+        profile: what all but the first three are predicted from.
         sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
-        pair: formats of all KV heads; `moa` says nothing of any but the native ones.
+        formats: formats on offer beside the native one, see `format_pairs`; `moa` is native.
 
     Returns:
-        At least one plan, all different; of those made from a profile the one of least predicted harm first.
+        At least one plan, all different; pairs of formats take turns, and of each the plan of least predicted harm comes first
+        where they are made from a profile, which is taken to know nothing of formats.
 
     Raises:
         UsageError: unknown name, or no profile of this model where one is needed.
@@ -83,22 +101,54 @@ def plans_within(
         near = difflib.get_close_matches(name, BASELINES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BASELINES)}"
         raise UsageError(f"unknown baseline {name!r}; {hint}")
+    pairs = format_pairs(formats) if name in _IN_FORMATS else (NATIVE_PAIR,)
     if name in _UNPROFILED:
-        made = [_UNPROFILED[name](shape, limits, sink, min_window, pair) for sink in sinks]
-        found = [plan for plan in made if plan is not None]
+        make = _UNPROFILED[name]
+        made = [[make(shape, limits, sink, min_window, pair) for sink in sinks] for pair in pairs]
+        of_pairs = [[plan for plan in plans if plan is not None] for plans in made]
     else:
-        costs = _Costs.of(name, shape, min_window, profile, pair)
-        ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, limits, sink)]
-        found = [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
+        costs = _Costs.of(name, shape, min_window, profile)
+        of_pairs = [_ranked(name, costs.in_formats(pair), limits, sinks) for pair in pairs]
+    turns = zip_longest(*map(_different, of_pairs))
+    found = [plan for turn in turns for plan in turn if plan is not None]
     if not found:
-        n, limit = next(iter(limits.items()))
-        raise InfeasibleBudgetError(
-            f"no {name} plan fits {limit:,} KV bytes at {format_length(n)} tokens"
-            + (f" and {len(limits) - 1} more limits" if len(limits) > 1 else "")
-            + f": a window of {min_window} tokens with a sink of {min(sinks)} takes "
-            f"{_kv_bytes(shape, Rule(min(sinks), min_window, 0), min_window, n):,}"
+        raise InfeasibleBudgetError(_too_few_bytes(name, shape, limits, min_window, sinks, pairs))
+    return found
+
+
+def _different(plans: Sequence[Plan]) -> list[Plan]:
+    return list({plan.key(): plan for plan in reversed(plans)}.values())[::-1]
+
+
+def _ranked(name: str, costs: _Costs, limits: Mapping[int, int], sinks: Sequence[int]) -> list[Plan]:
+    """Returns the candidates of a baseline in one pair of formats, the one of least predicted harm first."""
+    ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, limits, sink)]
+    return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _too_few_bytes(
+    name: str,
+    shape: ModelShape,
+    limits: Mapping[int, int],
+    min_window: int,
+    sinks: Sequence[int],
+    pairs: Sequence[FormatPair],
+) -> str:
+    """Returns what to say where no candidate fits: the bytes there are, and those of the smallest one."""
+    n, limit = next(iter(limits.items()))
+    more = f" and {len(limits) - 1} more limits" if len(limits) > 1 else ""
+    text = f"no {name} plan fits {limit:,} KV bytes at {format_length(n)} tokens{more}"
+    if name == "quantized":
+        rules, what = (
+            [_in_formats(Rule.FULL, pair) for pair in pairs if pair != NATIVE_PAIR],
+            "everything in the shortest codes",
         )
-    return list({plan.key(): plan for plan in reversed(found)}.values())[::-1]
+        if not rules:
+            return f"{text}: no format but native is on offer"
+    else:
+        rules = [_in_formats(Rule(min(sinks), min_window, 0), pair) for pair in pairs]
+        what = f"a window of {min_window} tokens with a sink of {min(sinks)}"
+    return f"{text}: {what} takes {min(_kv_bytes(shape, rule, min_window, n) for rule in rules):,}"
 
 
 def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window: int = 32) -> Plan:
@@ -124,36 +174,48 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
     return plan
 
 
-def _fixed(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: Pair) -> Plan | None:
+def _fixed(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: FormatPair) -> Plan | None:
     alpha = _widest(min_window, max(limits), lambda a: _fits(shape, Rule(sink, a, 0, *pair), limits, min_window))
     return None if alpha is None else Plan.uniform(shape, Rule(sink, alpha, 0, *pair), min_window)
 
 
-def _elastic(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: Pair) -> Plan | None:
+def _elastic(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: FormatPair) -> Plan | None:
     beta_q = _widest(0, BETA_ONE, lambda b: _fits(shape, Rule(sink, 0, b, *pair), limits, min_window))
     return None if beta_q is None else Plan.uniform(shape, Rule(sink, 0, beta_q, *pair), min_window)
 
 
-def _quantized(shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: Pair) -> Plan | None:
-    rule = Rule(Rule.FULL.sink, Rule.FULL.alpha, Rule.FULL.beta_q, *pair)
-    return (
-        None if rule.is_native or not _fits(shape, rule, limits, min_window) else Plan.uniform(shape, rule, min_window)
-    )
+def _quantized(
+    shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: FormatPair
+) -> Plan | None:
+    """Everything in a pair of formats, whatever the sink; no candidate where that is the dense model."""
+    rule = _in_formats(Rule.FULL, pair)
+    if rule.is_native or not _fits(shape, rule, limits, min_window):
+        return None
+    return Plan.uniform(shape, rule, min_window)
+
+
+def _in_formats(rule: Rule, pair: FormatPair) -> Rule:
+    keys, values = pair
+    return replace(rule, key_format=keys, value_format=values)
 
 
 class _Costs:
     """Predicted harm and bytes of a profile's rules, and plans made of them.
 
     Attributes:
-        rules: those of the profile in one pair of formats.
-        harm: nats, mean over the profile's lengths, monotone, [layers, kv_heads, rules].
+        rules: those of the profile, in one pair of formats.
+        harm: of their spans, nats, mean over the profile's lengths, monotone, [layers, kv_heads, rules].
     """
 
     def __init__(self, shape: ModelShape, min_window: int, rules: tuple[Rule, ...], harm: Floats) -> None:
         self.shape, self.min_window, self.rules, self.harm = shape, min_window, rules, harm
 
+    def in_formats(self, pair: FormatPair) -> _Costs:
+        """Returns the same spans in a pair of formats."""
+        return _Costs(self.shape, self.min_window, tuple(_in_formats(rule, pair) for rule in self.rules), self.harm)
+
     @staticmethod
-    def of(name: str, shape: ModelShape, min_window: int, profile: Profile | None, pair: Pair) -> _Costs:
+    def of(name: str, shape: ModelShape, min_window: int, profile: Profile | None) -> _Costs:
         if profile is None:
             raise UsageError(
                 f"the baseline {name} is made from a profile and there is none; give the folder of a finished profile, or "
@@ -165,11 +227,9 @@ class _Costs:
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
             )
         estimator = "moa" if name == "moa" else profile.recipe.profile.estimator
-        offered = profile.offering([name for name in dict.fromkeys(pair) if name != NATIVE])
-        surrogate = _surrogate(offered, estimator)
-        numbers = [at for at, rule in enumerate(offered.rules) if (rule.key_format, rule.value_format) == pair]
-        rules = tuple(offered.rules[number] for number in numbers)
-        return _Costs(shape, min_window, rules, surrogate.costs()[..., numbers])
+        influence = profile.blended(estimator, profile.recipe.search.text_weight)
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        return _Costs(shape, min_window, profile.rules, surrogate.costs())
 
     def sizes(self, numbers: Sequence[int], limits: Mapping[int, int]) -> np.ndarray:
         """Returns the bytes of the numbered rules, int64 [lengths, layers, kv_heads, rules]."""
@@ -180,11 +240,6 @@ class _Costs:
         harm = total_cost(self.harm, choice)
         rules = tuple(tuple(self.rules[number] for number in row) for row in choice.tolist())
         return harm, Plan(self.shape, self.min_window, rules)
-
-
-def _surrogate(profile: Profile, estimator: str) -> Surrogate:
-    influence = profile.blended(estimator, profile.recipe.search.text_weight)
-    return Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
 
 
 def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
@@ -231,7 +286,7 @@ def _moa(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[
     yield costs.plan(np.array(numbers)[choice])
 
 
-_UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int, Pair], Plan | None]] = {
+_UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int, FormatPair], Plan | None]] = {
     "uniform": _fixed,
     "uniform-elastic": _elastic,
     "quantized": _quantized,
@@ -241,8 +296,10 @@ _PROFILED: dict[str, Callable[[_Costs, Mapping[int, int], int], Iterable[tuple[f
     "split": _split,
     "moa": _moa,
 }
-BASELINES = ("uniform", "uniform-elastic", *_PROFILED)
-"""Names of the baselines that need no formats; those after the first two need a profile."""
+BASELINES = (*_UNPROFILED, *_PROFILED)
+"""Names of the baselines; those after the first three need a profile."""
+_IN_FORMATS = (*_UNPROFILED, "per-layer", "split")
+"""Baselines that are offered formats beside the native one."""
 FAMILIES = {
     "uniform": ("uniform", "uniform-elastic"),
     "per_layer": ("per-layer",),
@@ -254,46 +311,27 @@ FAMILIES = {
 
 
 def family_plans(
-    family: str, shape: ModelShape, limits: Mapping[int, int], profile: Profile, sinks: Sequence[int]
+    family: str,
+    shape: ModelShape,
+    limits: Mapping[int, int],
+    profile: Profile,
+    sinks: Sequence[int],
+    formats: Sequence[str] = (),
 ) -> list[Plan]:
     """Returns the candidates of one of `FAMILIES`; empty where none fits, or the profile lacks what they are made from.
 
-    Where the profile offers formats there are candidates in every pair of them whose keys are at least as exact as its values,
-    those predicted to be best first. Other arguments are those of `plans_within`.
+    Arguments are those of `plans_within`.
     """
     found: dict[str, Plan] = {}
-    for pair in _pairs(profile.formats):
-        for name in FAMILIES[family]:
-            if name == "moa" and (pair != NATIVE_PAIR or name not in profile.offering(()).estimators):
-                continue
-            if name == "uniform-elastic" and len(limits) == 1:
-                continue  # at one length it is a fixed window
-            with suppress(InfeasibleBudgetError):
-                plans = plans_within(name, shape, limits, profile.min_window, profile, sinks, pair)
-                found |= {plan.key(): plan for plan in plans}
-    if not profile.formats:
-        return list(found.values())
-    surrogate = _surrogate(profile, profile.recipe.profile.estimator)
-    return sorted(found.values(), key=lambda plan: _guessed(surrogate, plan, max(limits)))
-
-
-def _pairs(formats: Sequence[str]) -> list[Pair]:
-    """Returns the pairs of formats that baselines are tried in, the native one first."""
-    offered = (NATIVE, *formats)
-    return [(keys, values) for keys in offered for values in offered if at_least_as_exact(keys, values)]
-
-
-def _guessed(surrogate: Surrogate, plan: Plan, n: int) -> float:
-    """Returns about what a plan is predicted to cost: each rule as the widest candidate that keeps no more tokens at `n`."""
-    kept = np.array([rule.kept(n, plan.min_window) for rule in surrogate.rules], np.float64)
-    pairs = np.array([(rule.key_format, rule.value_format) for rule in surrogate.rules])
-    nearest: dict[Rule, int] = {}
-    for rule in {rule for row in plan.rules for rule in row}:
-        alike = (pairs == (rule.key_format, rule.value_format)).all(axis=1)
-        near = np.where(kept <= rule.kept(n, plan.min_window), kept, -kept)
-        nearest[rule] = int(np.argmax(np.where(alike, near, -np.inf)))
-    choice: Ints = np.array([[nearest[rule] for rule in row] for row in plan.rules], np.int64)
-    return total_cost(surrogate.costs(), choice)
+    for name in FAMILIES[family]:
+        if name == "moa" and name not in profile.estimators:
+            continue
+        if name == "uniform-elastic" and len(limits) == 1:
+            continue  # at one length it is a fixed window
+        with suppress(InfeasibleBudgetError):
+            plans = plans_within(name, shape, limits, profile.min_window, profile, sinks, formats)
+            found |= {plan.key(): plan for plan in plans}
+    return list(found.values())
 
 
 def _fits(shape: ModelShape, rule: Rule, limits: Mapping[int, int], min_window: int) -> bool:

@@ -41,7 +41,7 @@ def measured_harms(
 
     ledger = Records(path)
     marks = [fingerprint_ordered([sample]) for sample in samples]
-    dtype = model.shape.dtype
+    dtype = model.computes_in
     keys = [
         [fingerprint([plan.model.weights_fingerprint, dtype, plan.key(), mark]) for mark in marks] for plan in plans
     ]

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,18 +172,24 @@ def tiny_folder(
 
 @pytest.fixture(scope="session")
 def random_plan() -> Callable[..., Plan]:
-    """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`."""
+    """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`; with `formats` any of each."""
 
-    def draw(shape: ModelShape, seed: int = 0, full_share: float = 0.15) -> Plan:
+    def draw(shape: ModelShape, seed: int = 0, full_share: float = 0.15, formats: bool = False) -> Plan:
+        from moacompress.rules.formats import FORMATS
         from moacompress.rules.plan import Plan
         from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
 
         rng = random.Random(seed)
 
-        def rule() -> Rule:
+        def span() -> Rule:
             if rng.random() < full_share:
                 return Rule.FULL
             return Rule(rng.choice(SINKS), rng.choice([0, 7, 20, 40, 100]), rng.choice([0, 0, 100, 300, 700]))
+
+        def rule() -> Rule:
+            if not formats:
+                return span()
+            return replace(span(), key_format=rng.choice([*FORMATS]), value_format=rng.choice([*FORMATS]))
 
         rules = tuple(tuple(rule() for _ in range(shape.kv_heads)) for _ in range(shape.layers))
         return Plan(shape, rng.choice(MIN_WINDOWS), rules)
@@ -221,6 +228,27 @@ def no_kernels() -> Callable[[str | None], None]:
         pytest.skip(message)
 
     return give_up
+
+
+@pytest.fixture
+def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
+    """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
+    from moacompress.core.errors import UsageError
+    from moacompress.kernels.cpu import library
+
+    built = library.load()
+    if built.isa is None:
+        no_kernels(built.reason)
+
+    def choose(name: str) -> None:
+        try:
+            library.set_isa(name)
+        except UsageError as error:
+            pytest.skip(str(error))
+
+    yield choose
+    assert built.isa is not None
+    library.set_isa(built.isa)
 
 
 @pytest.fixture(scope="session")
@@ -280,7 +308,7 @@ def smollm2() -> Path:
         pytest.fail("the real model is not there; run `make test-data`")
     folder = ROOT / ".cache" / "smollm2-135m-dense"
     if not folder.exists():
-        save_dense(gguf, folder)
+        save_dense(gguf, folder, dtype="float32")
     return folder
 
 

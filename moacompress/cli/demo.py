@@ -33,7 +33,8 @@ def demo(
 ) -> Output:
     """Compress a small real model, start to end.
 
-    SmolLM2-135M-Instruct keeps a quarter of its KV cache and is measured, on a laptop's CPU.
+    SmolLM2-135M-Instruct keeps a quarter of its KV cache and is measured, on a laptop's CPU. --dtype is that of the checkpoint,
+    bfloat16 by default; profiling and searching compute in float32.
     """
     model = model or _find(data, MODEL_FILE)
     squad = _find(data, SQUAD_FILE)
@@ -41,7 +42,7 @@ def demo(
     from moacompress.demo.smollm2 import run_demo
     from moacompress.report.summary_tables import summary_tables
 
-    summary = run_demo(out, model, squad, overwrite=overwrite, progress=run.progress)
+    summary = run_demo(out, model, squad, dtype=run.common.dtype or "auto", overwrite=overwrite, progress=run.progress)
     return Output(
         summary,
         [

@@ -28,13 +28,16 @@ def export(
 ) -> Output:
     """Write a checkpoint that from_pretrained loads.
 
-    It is loaded and made to generate in a fresh process before it is moved into place.
+    It is loaded and made to generate in a fresh process before it is moved into place. --dtype is that of the checkpoint; by
+    default it is the plan's.
     """
     from moacompress.exporter.exporting import export as export_model
     from moacompress.report.inspection import inspect_plan, kv_table
     from moacompress.rules.plan import Plan
 
     loaded = Plan.load(plan)
+    if run.common.dtype not in (None, "auto"):
+        loaded = loaded.in_dtype(run.recipe().dtype)
     folder = export_model(
         model,
         loaded,

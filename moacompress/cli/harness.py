@@ -55,7 +55,9 @@ class Common:
     debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")] = False
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
     device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda.")] = None
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16, float16.")
+    ] = None
 
 
 @dataclass

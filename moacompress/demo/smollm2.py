@@ -26,6 +26,7 @@ def run_demo(
     model: str | Path,
     squad: str | Path,
     *,
+    dtype: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def run_demo(
         out: the folder to fill, as `compress` does; also `dense/`, the source model as safetensors, and `text/`.
         model: the demo's model, a `.gguf` file or a folder.
         squad: SQuAD as JSON, whose articles are the prose haystack.
+        dtype: of `dense/`, and so of the cache whose bytes are counted; "auto" for the model's own, which is bfloat16.
         overwrite: start anew: all that a run left in `out` is removed, and nothing else.
         progress: is told of the steps.
 
@@ -46,21 +48,21 @@ def run_demo(
     out, model, squad = Path(out), Path(model), Path(squad)
     dense, text = out / DENSE_FOLDER, out / TEXT_FOLDER
     with own_folder(out):
-        _claim(out, model, squad, overwrite)
+        _claim(out, model, squad, dtype, overwrite)
         if not text.exists():
             articles_to_text(squad, text)
         if not dense.exists():
-            save_dense(model, dense)
+            save_dense(model, dense, dtype)
         data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
         data["model"] = str(dense)
         data.setdefault("calibration", {})["text"] = str(text)
         return fill(Recipe.from_dict(data, f"recipe {RECIPE}"), out, progress or Progress())
 
 
-def _claim(out: Path, model: Path, squad: Path, overwrite: bool) -> None:
-    """Makes `out` the folder of a demo of this model and these texts, or refuses."""
+def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> None:
+    """Makes `out` the folder of a demo of this model, in this dtype, and these texts, or refuses."""
     mark = out / DEMO_FILE
-    wanted = {"model": digest_files(model), "squad": digest_files(squad)}
+    wanted = {"model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
     sweep_files(mark)
     if overwrite:
         foreign = [path for path in of_demo(out) if path.exists() and not mark.exists()]

@@ -47,3 +47,8 @@ class Case:
 def mean_tokens(cases: Sequence[Case]) -> int:
     """Returns the mean number of tokens of the cases, rounded: the length at which their KV bytes are stated."""
     return round(sum(case.tokens for case in cases) / len(cases))
+
+
+def mean_answer_tokens(cases: Sequence[Case]) -> int:
+    """Returns the mean number of tokens of the reference answers, rounded: what is read after the prompt."""
+    return round(sum(len(case.answer_ids) for case in cases) / len(cases))

@@ -63,6 +63,12 @@ class Checkpoint:
             attach(detach(self.model), plan)
         return self.model
 
+    def without_plan(self) -> PreTrainedModel:
+        """Returns the dense model as transformers runs it."""
+        from moacompress.runtime import detach
+
+        return detach(self.model)
+
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses prompts that are longer than what the model was made for.
 

@@ -1,4 +1,4 @@
-"""Who is measured on a set of prompts: the plan, the dense model, baselines at the plan's bytes, and other plans."""
+"""Who is measured on a set of prompts: the plan, the dense model, baselines at the plan's bytes, other plans and caches."""
 
 from __future__ import annotations
 
@@ -6,43 +6,96 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
+from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
 from moacompress.rules.windows import window
 from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, uniform_plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PLAN, DENSE = "plan", "dense"
-NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS))
+NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
 """What can be measured against by name; anything else is another compressed checkpoint."""
 NEED_PROFILE = ("per-layer", "split", "moa")
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(Protocol):
     """A model to be measured on one task and length.
 
     Attributes:
         name: as in the results; candidates of which only the best is reported share one.
-        plan: what it runs under. The dense model runs under a plan that keeps everything: the same kernels then compute
-            all contenders, and a difference between them is the plan's doing and never one of rounding.
         kv_bytes: at the mean number of tokens of the prompts.
+        unit: a prompt is read up to a multiple of so many tokens, and the rest of it with the answer.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def kv_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def unit(self) -> int: ...  # noqa: D102
+
+    def key(self) -> str:
+        """Returns what its scores depend on besides weights and prompts."""
+        ...
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Returns the checkpoint's weights as it runs them."""
+        ...
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """Returns an empty cache that `model` is given, or None where it makes its own."""
+        ...
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """Returns further fields of its result rows, at that length."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanContender:
+    """A `Contender` under a plan.
+
+    Attributes:
+        name: see `Contender`.
+        plan: what it runs under. The dense model runs under a plan that keeps everything: the same kernels then compute
+            all of them, and a difference between them is the plan's doing and never one of rounding.
+        kv_bytes: see `Contender`.
+        unit: see `Contender`.
     """
 
     name: str
     plan: Plan
     kv_bytes: int
+    unit: int = 1
+
+    def key(self) -> str:
+        """See `Contender`."""
+        return self.plan.key()
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """See `Contender`."""
+        return checkpoint.put_on(self.plan)
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """See `Contender`."""
+        return None
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """Returns `sink` and `window` (tokens, at that length) where all KV heads of a baseline that are not full agree."""
+        """Returns `sink` and `window` (tokens, at that length) where a baseline's KV heads that leave something out agree."""
         if self.name.partition(":")[0] not in BASELINES:
             return {}
-        rules = [rule for row in self.plan.rules for rule in row if not rule.is_full]
+        rules = [rule for row in self.plan.rules for rule in row if not rule.sees_all]
         sinks = {rule.sink for rule in rules}
         windows = {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules}
         agreed = {"sink": sinks, "window": windows}
@@ -54,35 +107,49 @@ class Field:
     """What a checkpoint is measured against.
 
     Attributes:
-        plan: the checkpoint's own.
+        checkpoint: what is measured.
         against: names and folders, without repeats, in the order asked for.
         others: the plan of each of `against` that is a folder.
         profile: the profile that some baselines are made from, or None.
         every_candidate: try every sink of a baseline, also where the search has found one to be best.
     """
 
-    plan: Plan
+    checkpoint: Checkpoint
     against: tuple[str, ...]
     others: dict[str, Plan]
     profile: Profile | None
     every_candidate: bool
 
-    def at(self, tokens: int) -> list[Contender]:
-        """Returns the models to run on prompts of `tokens` tokens, the plan first.
+    @property
+    def plan(self) -> Plan:
+        """The checkpoint's own."""
+        return self.checkpoint.plan
+
+    def at(self, tokens: int, last: int) -> list[Contender]:
+        """Returns the models to run on prompts, the plan first.
+
+        Args:
+            tokens: of a prompt and its answer.
+            last: of these, the tokens that are read after the others.
 
         Raises:
             InfeasibleBudgetError: a baseline has no plan that is small enough.
+            UsageError: a cache that cannot hold the model's layers.
         """
         shape, limit = self.plan.model, self.plan.kv_bytes(tokens)
-        found = [Contender(PLAN, self.plan, limit)]
+        found: list[Contender] = [PlanContender(PLAN, self.plan, limit)]
         for name in self.against:
             if name == DENSE:
-                found.append(Contender(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
+                found.append(PlanContender(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
+            elif name in QUANTIZED:
+                kind = QUANTIZED[name]
+                held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
+                found.append(QuantizedContender(kind, held))
             elif name in self.others:
-                found.append(Contender(name, self.others[name], self.others[name].kv_bytes(tokens)))
+                found.append(PlanContender(name, self.others[name], self.others[name].kv_bytes(tokens)))
             else:
                 plans = self._baseline(name, tokens, limit)
-                found += [Contender(name, plan, plan.kv_bytes(tokens)) for plan in plans]
+                found += [PlanContender(name, plan, plan.kv_bytes(tokens)) for plan in plans]
         return found
 
     def without_baselines(self) -> dict[str, Plan]:
@@ -98,7 +165,7 @@ class Field:
         plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile)
         known = None if self.every_candidate else _known_sink(self.plan, name)
         fitting = [
-            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.is_full}
+            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.sees_all}
         ]
         return fitting or plans
 
@@ -121,16 +188,18 @@ def make_field(
     names = tuple(dict.fromkeys(against))
     found = _profile(checkpoint, names, profile)
     others = {name: _other_plan(checkpoint, name) for name in names if name not in NAMED}
-    return Field(checkpoint.plan, names, others, found, every_candidate)
+    return Field(checkpoint, names, others, found, every_candidate)
 
 
 def check_names(against: Sequence[str]) -> None:
-    """Refuses what is neither a known name nor a folder.
+    """Refuses what is neither a known name nor a folder, and a cache whose package is not installed.
 
     Raises:
-        UsageError: names the nearest known one.
+        UsageError: names the nearest known one, or the package.
     """
     for name in against:
+        if name in QUANTIZED:
+            QUANTIZED[name].check_installed()
         if name in NAMED:
             continue
         if Path(name).exists():

@@ -14,9 +14,10 @@ from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.records import Records
-from moacompress.evaluation.cases import Case, mean_tokens
+from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
+from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.result_rows import (
     Measured,
     ResultRow,
@@ -63,14 +64,16 @@ def evaluate(
 
     All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
     plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
-    prompts' mean length. A baseline with several candidates (sinks, streaming windows) is represented by the one with
-    the lowest mean NLL on these very prompts.
+    prompts' mean length. With a quantized cache they run as transformers runs them, and the cache's tensors are counted.
+    A baseline with several candidates (sinks, streaming windows) is represented by the one with the lowest mean NLL on
+    these very prompts.
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
         against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `per-layer` and
-            `split`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; folders of other compressed checkpoints
-            of the same weights.
+            `split`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers' quantized caches, such as
+            `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take; folders of other compressed
+            checkpoints of the same weights.
         tasks: names of tasks or of groups of them; `text` for perplexity by position, KL and top-1 agreement with
             dense on windows of `text`.
         lengths: prompt lengths, tokens, template and answer included.
@@ -102,7 +105,8 @@ def evaluate(
         `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed anew each time.
 
     Raises:
-        UsageError: `target` is not compressed, an unknown task or baseline, or no prompts.
+        UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
+            that cannot hold the model's layers, or no prompts.
         DataError: prompts cannot be made at a length, or what they are made of is missing.
         PlanError: the plan is damaged, or another folder or the profile has other weights.
         ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written, is not an evaluation of this
@@ -216,10 +220,8 @@ class _Evaluation:
         """
         if task == TEXT:
             self._windows(length)
-            tokens = length
-        else:
-            tokens = mean_tokens(self._cases(task, length, 1))
-        return len(self.field.at(tokens)) * self.prompts
+            return len(self._readers(length)) * self.prompts
+        return len(self._answerers(self._cases(task, length, 1))) * self.prompts
 
     def measured(self, wanted: Iterable[tuple[str, int]]) -> dict[str, Any]:
         """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""
@@ -245,21 +247,26 @@ class _Evaluation:
         """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases))
-        field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._contenders(cell)]
+        field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._answerers(cases)]
         return cell, best_candidates(field)
 
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
         cell = TaskCell(task, length, len(windows), length)
-        contenders = self._contenders(cell)
+        contenders = self._readers(length)
         entries = self.scorer.windows(contenders, windows, task)
         measured = [TextMeasured(*pair) for pair in zip(contenders, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
         return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
 
-    def _contenders(self, cell: TaskCell) -> list[Contender]:
-        return self.field.at(cell.tokens)
+    def _answerers(self, cases: Sequence[Case]) -> list[Contender]:
+        """Returns the models that answer prompts."""
+        return self.field.at(mean_tokens(cases), mean_answer_tokens(cases))
+
+    def _readers(self, length: int) -> list[Contender]:
+        """Returns the models that read windows of so many tokens."""
+        return self.field.at(length, length % RESIDUAL)
 
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)

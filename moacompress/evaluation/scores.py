@@ -14,7 +14,8 @@ from moacompress.core.progress import Progress
 from moacompress.core.records import Entry, Records
 from moacompress.evaluation.cases import Case
 from moacompress.evaluation.checkpoint import Checkpoint
-from moacompress.evaluation.contenders import Contender
+from moacompress.evaluation.contenders import DENSE, Contender, PlanContender
+from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring import Score, batches, score_batch
 from moacompress.evaluation.text import States, read, score_window
 from moacompress.rules.plan import Plan
@@ -33,18 +34,19 @@ class Scorer:
 
     def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:
         """Returns the contender's score on every case."""
-        model = self.checkpoint.model
-        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        vocabulary = int(self.checkpoint.model.config.get_text_config(decoder=True).vocab_size)
         scores: dict[int, Score] = {}
         for members in batches(cases, vocabulary):
             batch = [cases[index] for index in members]
             content = fingerprint([asdict(case) for case in batch])
-            keys = [self._key(contender.plan, content, row) for row in range(len(batch))]
+            keys = [self._key(contender, content, row) for row in range(len(batch))]
             held = [entry for entry in map(self.ledger.get, keys) if entry is not None]
             if len(held) == len(batch):
                 found = [Score(**entry) for entry in held]
             else:
-                found = score_batch(self.checkpoint.put_on(contender.plan), self.checkpoint.tokenizer, batch)
+                model = contender.put_on(self.checkpoint)
+                cache = contender.new_cache(model)
+                found = score_batch(model, self.checkpoint.tokenizer, batch, cache, contender.unit)
             for index, key, case, score in zip(members, keys, batch, found, strict=True):
                 scores[index] = score
                 self._file(key, asdict(score), contender, case.task, case.length, index)
@@ -62,17 +64,16 @@ class Scorer:
             half.
         """
         found: list[list[Entry]] = [[] for _ in contenders]
-        dense_plan = Plan.full(self.checkpoint.plan.model)
+        full = PlanContender(DENSE, Plan.full(self.checkpoint.plan.model), 0)
         for index, window in enumerate(windows):
             content = fingerprint(list(window))
             dense: States | None = None
             for contender, column in zip(contenders, found, strict=True):
-                key = self._key(contender.plan, content, "text")
+                key = self._key(contender, content, "text")
                 entry = self.ledger.get(key)
                 if entry is None:
-                    dense = dense or read(self.checkpoint.put_on(dense_plan), window)
-                    is_dense = contender.plan.key() == dense_plan.key()
-                    ours = dense if is_dense else read(self.checkpoint.put_on(contender.plan), window)
+                    dense = dense or self._read(full, window)
+                    ours = dense if contender.key() == full.key() else self._read(contender, window)
                     score = score_window(ours, dense, window)
                     entry = {
                         "nll_early": score.early.nll,
@@ -84,8 +85,12 @@ class Scorer:
                 self._file(key, entry, contender, task, len(window), index)
         return found
 
-    def _key(self, plan: Plan, content: str, part: int | str) -> str:
-        return fingerprint([SCORE_VERSION, plan.key(), *self.checkpoint.identity, content, part])
+    def _read(self, contender: Contender, window: Sequence[int]) -> States:
+        model = contender.put_on(self.checkpoint)
+        return read(model, window, contender.new_cache(model), RESIDUAL)
+
+    def _key(self, contender: Contender, content: str, part: int | str) -> str:
+        return fingerprint([SCORE_VERSION, contender.key(), *self.checkpoint.identity, content, part])
 
     def _file(self, key: str, numbers: Entry, contender: Contender, task: str, length: int, index: int) -> None:
         if self.ledger.get(key) is None:

@@ -67,13 +67,17 @@ def score_case(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case:
     return score_batch(model, tokenizer, [case])[0]
 
 
-def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> list[Score]:
+def score_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], cache: Any = None, unit: int = 1
+) -> list[Score]:
     """Returns the scores of a model on prompts of one length.
 
     Args:
-        model: dense or under a plan; its own kind of cache is used.
+        model: dense or under a plan.
         tokenizer: decodes the answers.
         cases: at least one, all with the same number of prompt tokens and the same `turn_at`.
+        cache: an empty one to use; by default the model's own kind.
+        unit: the prompt is read up to a multiple of so many tokens, and the rest of it with the answer.
 
     Raises:
         UsageError: prompts of different lengths.
@@ -84,7 +88,7 @@ def score_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case
             "prompts of different lengths, or with other turns, cannot be scored together; score each alone"
         )
     with torch.inference_mode():
-        last, cache = _read(model, cases)
+        last, cache = _read(model, cases, cache, unit)
         forced = _teacher_forced(model, cases, last, copy.deepcopy(cache))
         answers = _greedy(model, tokenizer, cases, last, cache)
     return [
@@ -103,12 +107,11 @@ def match_share(case: Case, answer: str) -> float:
     return float(any(found)) if case.match == "any" else sum(found) / len(found)
 
 
-def _read(model: PreTrainedModel, cases: Sequence[Case]) -> tuple[torch.Tensor, Any]:
-    """Reads the prompts but for their last token; returns that, `[batch, 1]`, and the cache."""
+def _read(model: PreTrainedModel, cases: Sequence[Case], cache: Any, unit: int) -> tuple[torch.Tensor, Any]:
+    """Reads the prompts but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache; None makes a new one."""
     ids = torch.tensor([case.prompt_ids for case in cases], device=model.device)
-    end, turn = ids.shape[1] - 1, cases[0].turn_at
-    edges = [0, end] if turn is None or not 0 < turn < end else [0, turn, end]
-    cache = None
+    end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))
+    edges = [0, turn, end] if 0 < turn < end else [0, end]
     for first, after in itertools.pairwise(edges):
         past: dict[str, Any] = {} if cache is None else {"cache": cache}
         cache = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **past).cache
@@ -125,7 +128,9 @@ def _teacher_forced(
     size = max(len(case.answer_ids) for case in cases)
     answers = torch.tensor([case.answer_ids + case.answer_ids[-1:] * (size - len(case.answer_ids)) for case in cases])
     given = torch.cat((last, answers[:, :-1].to(last.device)), 1)
-    logits = model(input_ids=given, cache=cache, use_cache=True).logits  # [batch, answer tokens, vocabulary]
+    logits = model(
+        input_ids=given, cache=cache, use_cache=True, logits_to_keep=size
+    ).logits  # [batch, size, vocabulary]
     found = []
     for case, row in zip(cases, logits, strict=True):
         values = torch.tensor([index for index, counts in enumerate(case.is_value) if counts], device=row.device)

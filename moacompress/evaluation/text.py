@@ -148,11 +148,23 @@ def text_scores(
     return [score_window(read(model, window), against, window) for window, against in zip(windows, dense, strict=True)]
 
 
-def read(model: PreTrainedModel, window: Sequence[int]) -> States:
-    """Runs a model over a window, without a cache."""
+def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step: int = 0) -> States:
+    """Runs a model over a window.
+
+    Args:
+        model: dense or under a plan.
+        window: token ids.
+        cache: an empty cache that `step` tokens at a time go into; by default the whole window is one forward without one.
+        step: tokens.
+    """
     ids = torch.tensor([list(window)], device=model.device)
     with torch.inference_mode():
-        return States(model, _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+        if cache is None:
+            states = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+        else:
+            forwards = (_decoder(model)(input_ids=part, cache=cache, use_cache=True) for part in ids.split(step, 1))
+            states = torch.cat([forward.last_hidden_state for forward in forwards], 1)
+        return States(model, states[0])
 
 
 def score_window(states: States, dense: States, window: Sequence[int]) -> TextScore:

@@ -39,7 +39,8 @@ def export(
     """Writes a compressed checkpoint.
 
     Args:
-        model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded).
+        model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded). One that is loaded
+            in another dtype than the plan's is loaded again.
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan is left as it is.
         overwrite: replace an existing model; any other folder is left alone.
@@ -66,10 +67,7 @@ def export(
         # not even with --overwrite: a mistyped folder must not cost somebody's files
         raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
     progress.start("export", 3)
-    if isinstance(model, SourceModel):
-        source = model
-    else:
-        source = load_source(model, dtype=plan.model.dtype, trust_remote_code=trust_remote_code)
+    source = _loaded_in(plan.model.dtype, model, trust_remote_code)
     plan.check_model(source.shape, weights=source.weights_like)
     if reused:
         progress.done()
@@ -98,6 +96,15 @@ def export(
     return out
 
 
+def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: bool) -> SourceModel:
+    """Returns the dense model in a dtype: a loaded one as it is where it computes in that."""
+    if isinstance(model, SourceModel):
+        if model.computes_in == dtype:
+            return model
+        model = model.source
+    return load_source(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def _shared(plan: Plan) -> Plan:
     """Returns the plan without the paths that plans of earlier versions hold: of each its last part."""
 
@@ -117,9 +124,15 @@ def exported_plan(folder: Path) -> Plan | None:
     return Plan.load(found) if found.is_file() and is_compressed(folder) else None
 
 
-def save_dense(model: str | Path | SourceModel, out: str | Path) -> Path:
-    """Writes a dense model as safetensors with its tokenizer and licence files, atomically."""
-    source = model if isinstance(model, SourceModel) else load_source(model)
+def save_dense(model: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+    """Writes a dense model as safetensors with its tokenizer and licence files, atomically.
+
+    Args:
+        model: hub id, folder, or `.gguf` file.
+        out: the folder to make.
+        dtype: of the weights that are written; "auto" for the model's own (`load_source`).
+    """
+    source = load_source(model, dtype=dtype)
     with new_folder(Path(out)) as aside:
         source.model.save_pretrained(aside)
         source.tokenizer.save_pretrained(aside)

@@ -98,7 +98,7 @@ class Continuation:
             return_dict_in_generate=True,
         )
         logits = torch.cat(out.logits).float().cpu().numpy()
-        return Continuation(prompt, out.sequences[0, len(prompt) :].tolist(), logits, plan.key(), source.shape.dtype)
+        return Continuation(prompt, out.sequences[0, len(prompt) :].tolist(), logits, plan.key(), source.computes_in)
 
 
 def verify_fresh(folder: Path, expected: Continuation) -> None:

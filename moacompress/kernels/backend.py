@@ -1,8 +1,9 @@
 """What a backend can do, and what its calls take.
 
-A cache is a pool of blocks of 16 tokens, in segments `[blocks, 16, dim]` that count on from each other, and a table
-`[rows, kv_heads, width]` that holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. Tables,
-lengths and rules are on the CPU, int32 or int64; a backend makes copies for its device.
+A cache is a pool of blocks of 16 tokens, in segments that count on from each other, and a table `[rows, kv_heads, width]` that
+holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. A segment is of one format of keys and
+one of values, see `halves`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU,
+int32 or int64; a backend makes copies for its device.
 """
 
 from __future__ import annotations
@@ -77,14 +78,17 @@ class CacheView(NamedTuple):
     """What attention reads of a layer's cache.
 
     Attributes:
-        keys: the pool's segments of keys, `[blocks, 16, head_dim]` each; none if no row has a past.
-        values: its segments of values, `[blocks, 16, value_dim]` each.
+        keys: the pool's segments of keys, `[blocks, 16, head_dim]` each, or `[blocks, bytes]` of codes; none if no row has a
+            past.
+        values: its segments of values, likewise of `value_dim`.
         table: block ids, int32 `[rows, kv_heads, width]`.
+        value_dim: numbers of a value; 0 for those of the segments that are native.
     """
 
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     table: torch.Tensor
+    value_dim: int = 0
 
     @staticmethod
     def empty(key: torch.Tensor) -> CacheView:
@@ -119,9 +123,11 @@ class Room(NamedTuple):
 
     Attributes:
         blocks: of the pool; 0 where the table is too narrow.
+        head: a KV head that the blocks are for: they are of its formats.
     """
 
     blocks: int
+    head: int = 0
 
 
 class Projections(NamedTuple):
@@ -287,7 +293,8 @@ class Backend(ABC):
 
         Args:
             query: `[rows, heads, tokens, head_dim]`.
-            key: `[rows, kv_heads, tokens, head_dim]`, of the chunk.
+            key: `[rows, kv_heads, tokens, head_dim]`, of the chunk; where a format has codes it is what they stand for that
+                is attended to.
             value: `[rows, kv_heads, tokens, value_dim]`, of the chunk.
             cache: pool and table.
             past: tokens before the chunk, int64 `[rows]` on the CPU.

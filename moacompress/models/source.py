@@ -18,7 +18,7 @@ from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.support import config_problems, quantization_method, stored_problems
-from moacompress.models.weight_files import weight_problems
+from moacompress.models.weight_files import gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import weights_version
@@ -37,7 +37,7 @@ class SourceModel:
         model: the dense model, in eval mode, weights frozen.
         tokenizer: its tokenizer.
         source: MODEL as given, folders and files made absolute.
-        shape: what a plan must know of it.
+        shape: what a plan must know of it; its dtype is the checkpoint's own, whatever the model computes in.
         context: longest sequence the model was made for, tokens.
     """
 
@@ -46,6 +46,11 @@ class SourceModel:
     source: str
     shape: ModelShape
     context: int
+
+    @property
+    def computes_in(self) -> str:
+        """The dtype of the loaded weights; what is measured depends on it, bytes go by that of `shape`."""
+        return _dtype_name(self.model.dtype)
 
     def weights_like(self, given: str) -> str:
         """Returns the fingerprint of the weights in the version of a given one; see `fingerprint.weights_like`."""
@@ -60,7 +65,8 @@ def load_source(
 
     Args:
         source: hub id, folder, or `.gguf` file.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (float32 for `.gguf`).
+        dtype: what the model computes in: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; that of a
+            `.gguf` file is `weight_files.gguf_dtype`.
         device: torch device, such as "cpu" or "cuda".
         trust_remote_code: run modelling code that comes with the model.
 
@@ -73,16 +79,20 @@ def load_source(
     name, arguments = locate_source(source)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
-    if arguments and dtype == "auto":
-        dtype = "float32"
+    is_gguf = "gguf_file" in arguments
     arguments["trust_remote_code"] = trust_remote_code
     try:
-        if "gguf_file" not in arguments:
+        if is_gguf:
+            own: str | None = gguf_dtype(Path(source))
+        else:
             config = AutoConfig.from_pretrained(name, **arguments)
             problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
             if problems:
                 raise ModelError(f"{source} cannot be used: {problems[0]}")
+            own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))
             arguments["use_safetensors"] = True  # a pickle can run code when it is opened
+        if dtype == "auto" and is_gguf and own is not None:
+            dtype = own
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
         model, info = loaded
@@ -106,9 +116,9 @@ def load_source(
         model.hf_quantizer = None
         model.is_quantized = False
     model.to(device).eval().requires_grad_(False)
-    shape = model_shape(model)
+    shape = model_shape(model, own)
     context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
-    place = str(Path(source).resolve()) if "gguf_file" in arguments else name
+    place = str(Path(source).resolve()) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
 
 
@@ -156,14 +166,23 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("quant_method") == "moacompress"
 
 
-def model_shape(model: PreTrainedModel) -> ModelShape:
+def model_shape(model: PreTrainedModel, dtype: str | None = None) -> ModelShape:
     """Returns the shape of a loaded model, fingerprint included.
+
+    Args:
+        model: the model.
+        dtype: the checkpoint's own; by default that of the loaded weights.
 
     Raises:
         ModelError: the model's attention is not one that moacompress can replace.
     """
     check_supported(model)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype or _dtype_name(model.dtype)
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"the model's dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
     return config_shape(model.config, dtype=dtype, fingerprint=weights_fingerprint(model))
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Returns the name of a dtype of torch, or of what a config has in its place."""
+    return str(dtype).removeprefix("torch.")

@@ -18,6 +18,8 @@ from moacompress.core.files import MAX_JSON_BYTES, read_json
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that moacompress takes for weights, with their bytes, as safetensors names them."""
+FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The same types as safetensors and `.gguf` files name them, and as torch does."""
 OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4, "U16": 2}
 """Types of buffers, which may stand beside the weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -95,6 +97,16 @@ def weight_problems(folder: Path) -> list[str]:
     return [f"{text}; weights must be one of {', '.join(FLOAT_BYTES)}" for text in found.values()]
 
 
+def stored_dtype(folder: Path) -> str | None:
+    """Returns the dtype of the first weight in a model folder, which transformers goes by where the config names none.
+
+    Returns:
+        Its name; None where there are no safetensors files, as for what is not a folder.
+    """
+    stored = (tensor.dtype for file in sorted(folder.glob("*.safetensors")) for tensor in read_header(file).values())
+    return next((FLOAT_NAMES[kind] for kind in stored if kind in FLOAT_NAMES), None)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the safetensors files that transformers loads a checkpoint from.
 
@@ -163,6 +175,17 @@ def gguf_problems(file: Path) -> list[str]:
                 "turn into floats"
             )
     return found
+
+
+def gguf_dtype(file: Path) -> str:
+    """Returns the dtype that a `.gguf` file stands for: that of its matrices, bfloat16 where they are quantized or several.
+
+    The file does not say what was quantized; nearly always it was bfloat16, and its rounding is far below that of the codes.
+    """
+    from gguf import GGUFReader
+
+    kinds = {str(tensor.tensor_type.name) for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    return FLOAT_NAMES.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 
 def _parse(file: Path) -> dict[str, StoredTensor]:

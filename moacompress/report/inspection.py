@@ -44,6 +44,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
+        "dtype": plan.model.dtype,
         "layers": plan.model.layers,
         "kv_heads": plan.model.kv_heads,
         "shared_layers": [],
@@ -102,7 +103,7 @@ def kv_table(data: dict[str, Any]) -> Group:
             )
         )
     titles = ("tokens", "dense", "this plan", "share", "attention FLOPs, prefill", "decode")
-    return section("KV cache, batch 1", titles, rows)
+    return section(f"KV cache, batch 1; shares are of the {data['dtype']} dense cache", titles, rows)
 
 
 def kept_map(plan: Plan, n: int) -> Text:

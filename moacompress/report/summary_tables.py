@@ -18,7 +18,7 @@ NAMES = {
     "per_layer": "one rule per layer",
     "duo": "full and streaming heads",
     "moa": "MoA's estimator",
-    "quantized": "every token, rounded",
+    "quantized": "everything, in fewer bits",
 }
 
 
@@ -32,7 +32,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     dense = kv_bytes["dense"]
     size = section(
         f"KV cache at {format_length(summary['reference_length'])} tokens, batch 1",
-        ("", "bytes", "share of dense"),
+        ("", "bytes", f"share of {summary.get('dtype', 'the')} dense"),
         [
             (name, readable_bytes(kv_bytes[name]), f"{kv_bytes[name] / dense:.1%}")
             for name in ("dense", "planned", "measured")

@@ -15,6 +15,7 @@ class Format(Protocol):
     Attributes:
         name: as a plan writes it.
         code: as a rule table and the kernels write it.
+        bits: of the code that a number is kept as; 0 where numbers are kept themselves.
     """
 
     @property
@@ -22,6 +23,9 @@ class Format(Protocol):
 
     @property
     def code(self) -> int: ...  # noqa: D102
+
+    @property
+    def bits(self) -> int: ...  # noqa: D102
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
         """Returns the bytes of one vector.
@@ -39,6 +43,7 @@ class Native:
 
     name: str = "native"
     code: int = 0
+    bits: int = 0
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
         """See `Format`."""

@@ -110,8 +110,13 @@ class Plan:
         return batch * int(sum(tokens))
 
     def in_dtype(self, dtype: str) -> Plan:
-        """Returns the same rules for the same model in another dtype, for what its cache takes."""
-        return replace(self, model=replace(self.model, dtype=dtype))
+        """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included."""
+        other = replace(self, model=replace(self.model, dtype=dtype))
+        stated = {
+            length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}
+            for length in self.budget.get("bytes", {})
+        }
+        return other.with_notes(budget={**self.budget, "bytes": stated}) if stated else other
 
     def kv_share(self, n: int) -> float:
         """Returns the cache's bytes at `n` tokens as a share of the dense model's."""

@@ -282,9 +282,12 @@ def test_the_request_depends_on_what_decides_the_numbers() -> None:
         request_fingerprint(replace(SHAPE, weights_fingerprint="other"), RULES, RECIPE, {}),
         request_fingerprint(SHAPE, RULES[:2], RECIPE, {}),
         request_fingerprint(SHAPE, RULES, RECIPE, {"qa.jsonl": "0"}),
+        request_fingerprint(SHAPE, RULES, RECIPE, {}, computes_in="bfloat16"),
+        request_fingerprint(replace(SHAPE, dtype="bfloat16"), RULES, RECIPE, {}, computes_in=SHAPE.dtype),
     }
+    assert base == request_fingerprint(SHAPE, RULES, RECIPE, {}, computes_in=SHAPE.dtype)
     assert base not in hashes
-    assert len(hashes) == 6
+    assert len(hashes) == 8
 
 
 def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> None:

@@ -72,6 +72,17 @@ def test_another_run_is_not_touched_without_overwrite(place: Path, tiny_folder: 
     assert "--overwrite" in message
 
 
+def test_export_in_another_dtype(place: Path, tiny_folder: Path) -> None:
+    data = run("export", tiny_folder, place / "plan.json", "-o", place / "half", "--dtype", "bfloat16")
+    ours, theirs = (run("inspect", folder) for folder in (place / "half", place / "model"))
+    assert (ours["dtype"], theirs["dtype"]) == ("bfloat16", "float32")
+    assert data["kv_bytes"] == ours["kv_bytes"]
+    stated = Plan.load(place / "half" / "plan.json").budget["bytes"]
+    assert stated == ours["kv_bytes"]
+    assert stated == {n: {k: v // 2 for k, v in row.items()} for n, row in theirs["kv_bytes"].items()}
+    assert json.loads((place / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_eval(place: Path) -> None:
     data = run(
         "eval", place / "model", "--tasks", "needle-noise", "--lengths", "768", "--prompts", "2",

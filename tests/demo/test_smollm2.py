@@ -18,9 +18,11 @@ from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.owners import own_folder
 from moacompress.demo import smollm2
 from moacompress.demo.smollm2 import run_demo
+from moacompress.rules.plan import Plan
 
 RECIPE = {
     "budget": "50%",
+    "dtype": "float32",
     "calibration": {
         "sources": [{"generator": "needle"}],
         "lengths": [700],
@@ -80,6 +82,19 @@ def test_overwrite_starts_anew_and_all_that_is_left_is_listed(
     assert not (out / "text" / "article-999.txt").exists()
 
 
+def test_bytes_and_checkpoint_are_of_the_dense_model_s_dtype(
+    small: None, squad: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The recipe computes in float32 for profiling and searching."""
+    out = tmp_path / "out"
+    summary = run_demo(out, tiny_folder, squad, dtype="bfloat16")
+    folders = [json.loads((out / name / "config.json").read_text())["dtype"] for name in ("dense", "model")]
+    assert [*folders, summary["dtype"]] == ["bfloat16"] * 3
+    plan = Plan.load(out / "plan.json")
+    assert summary["kv_bytes"]["dense"] == plan.in_dtype("float32").model.dense_kv_bytes(700) // 2
+    assert summary["kv_bytes"]["measured"] <= summary["kv_bytes"]["dense"] // 2
+
+
 def test_the_same_demo_goes_on_and_another_is_refused(
     filled: list[Path], squad: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +107,8 @@ def test_the_same_demo_goes_on_and_another_is_refused(
     (copy / "LICENSE").write_text("another")
     with pytest.raises(ArtefactError, match="out holds another run .*; choose another folder or pass --overwrite"):
         run_demo(out, copy, squad)
+    with pytest.raises(ArtefactError, match="holds another run"):
+        run_demo(out, tiny_folder, squad, dtype="bfloat16")
     run_demo(out, copy, squad, overwrite=True)
     assert (out / "dense" / "LICENSE").read_text() == "another"
     squad.write_text(squad.read_text().replace("Text.", "Other text."))

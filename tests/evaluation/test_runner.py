@@ -17,6 +17,7 @@ import moacompress.evaluation.scoring as scoring
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
+from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.evaluation.contenders import Contender, Field
 from moacompress.evaluation.tasks import Resources
 from moacompress.prompts.pools import Prose, draw_numbers
@@ -33,11 +34,11 @@ def run(target: Path, **options: Any) -> dict[str, Any]:
 def count_batches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[str]:
     seen: list[str] = []
 
-    def counted(model: Any, tokenizer: Any, cases: Any) -> Any:
+    def counted(model: Any, tokenizer: Any, cases: Any, *arguments: Any) -> Any:
         if len(seen) == stop_after:
             raise KeyboardInterrupt
         seen.append(cases[0].task)
-        return scoring.score_batch(model, tokenizer, cases)
+        return scoring.score_batch(model, tokenizer, cases, *arguments)
 
     monkeypatch.setattr(scores, "score_batch", counted)
     return seen
@@ -134,12 +135,13 @@ def test_uniform_has_the_sink_that_the_search_found(compressed: Path, tmp_path: 
 def test_every_baseline_has_the_sink_that_the_search_found(
     compressed: Path, monkeypatch: pytest.MonkeyPatch, name: str, family: str
 ) -> None:
-    plan = Plan.load(compressed / "model" / "plan.json").with_notes(quality={"baselines": {family: {"sink": 16}}})
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan = checkpoint.plan.with_notes(quality={"baselines": {family: {"sink": 16}}})
     made = [Plan.uniform(plan.model, Rule(sink, 64, 0), 32) for sink in (4, 16, 64)]
     monkeypatch.setattr(contenders, "baseline_plans", lambda *arguments: made)
 
     def sinks(every_candidate: bool) -> list[int]:
-        _, *candidates = Field(plan, (name,), {}, None, every_candidate).at(LENGTH)
+        _, *candidates = Field(replace(checkpoint, plan=plan), (name,), {}, None, every_candidate).at(LENGTH, 8)
         return [candidate.description(LENGTH)["sink"] for candidate in candidates]
 
     assert sinks(False) == [16]
@@ -213,7 +215,7 @@ def test_text(compressed: Path, prose: Path) -> None:
 
 
 def test_retention_is_on_the_prompts_that_dense_gets_right(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scripted(model: Any, tokenizer: Any, cases: Any) -> list[scoring.Score]:
+    def scripted(model: Any, tokenizer: Any, cases: Any, *arguments: Any) -> list[scoring.Score]:
         from moacompress.runtime.hf.attaching import attached_plan
 
         plan = attached_plan(model)
@@ -235,7 +237,7 @@ def test_retention_is_on_the_prompts_that_dense_gets_right(compressed: Path, mon
 def test_pooled_rows_are_of_all_prompts(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks of other difficulty: the numbers together are those of their prompts, paired, and of what dense gets right."""
 
-    def scripted(model: Any, tokenizer: Any, cases: Any) -> list[scoring.Score]:
+    def scripted(model: Any, tokenizer: Any, cases: Any, *arguments: Any) -> list[scoring.Score]:
         from moacompress.runtime.hf.attaching import attached_plan
 
         plan = attached_plan(model)
@@ -416,11 +418,11 @@ def test_not_compressed(compressed: Path, tiny_folder: Path, tmp_path: Path) -> 
 
 
 def test_no_uniform_window_is_small_enough(compressed: Path) -> None:
-    plan = Plan.load(compressed / "model" / "plan.json")
-    smallest = Plan.uniform(plan.model, Rule(4, 32, 0), 32)
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    checkpoint = replace(checkpoint, plan=Plan.uniform(checkpoint.plan.model, Rule(4, 32, 0), 32))
 
     def at(name: str) -> list[Contender]:
-        return Field(smallest, (name,), {}, None, True).at(700)
+        return Field(checkpoint, (name,), {}, None, True).at(700, 8)
 
     with pytest.raises(InfeasibleBudgetError, match="sink of 64"):
         at("uniform:64")

@@ -67,6 +67,18 @@ def test_a_loaded_model_stays_dense(tiny_folder, plan, tmp_path):
     assert not hasattr(source.model.config, "quantization_config")
 
 
+def test_what_computes_in_float32_is_written_as_it_was(tiny_folder, random_plan, tmp_path):
+    dense = save_dense(tiny_folder, tmp_path / "dense", dtype="bfloat16")
+    source = load_source(dense, dtype="float32")
+    plan = random_plan(source.shape, 3)
+    assert plan.model.dtype == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(export(source, plan, tmp_path / "model"))
+    expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.dtype == torch.bfloat16
+    assert source.model.dtype == torch.float32
+
+
 def test_another_model_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):
     target = tmp_path / "model"
     shutil.copytree(exported, target)

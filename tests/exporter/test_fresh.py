@@ -70,7 +70,7 @@ def test_other_kernels_pass(
     dtype: str, tiny_folder: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load_source(tiny_folder, dtype=dtype)
-    plan = replace(plan, model=source.shape)
+    plan = replace(plan, model=replace(source.shape, dtype=dtype))
     monkeypatch.setenv("MOACOMPRESS_KERNEL", "reference")  # this process has chosen already
     assert exported_plan(export(source, plan, tmp_path / "model")) == plan
 

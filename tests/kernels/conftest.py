@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moacompress.kernels.backend import Backend, CacheView, Scores
-from moacompress.kernels.cpu import library
 from moacompress.kernels.dispatch import REFERENCE
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 
@@ -42,6 +42,8 @@ class Case:
     scaling: float
     softcap: float
     sink_logits: torch.Tensor | None
+    formats: torch.Tensor | None = None
+    """Codes of the formats of keys and values, `[2, kv_heads]`."""
 
     @property
     def rules(self) -> RuleTable:
@@ -51,6 +53,8 @@ class Case:
             self.min_window,
             self.native_window,
         )
+        if self.formats is not None:
+            columns[-2:] = self.formats
         return RuleTable(columns)
 
     @property
@@ -59,7 +63,7 @@ class Case:
 
     @property
     def cache(self) -> CacheView:
-        return CacheView(self.keys, self.values, self.table)
+        return CacheView(self.keys, self.values, self.table, self.value.shape[-1])
 
     @property
     def prefill(self) -> tuple[Any, ...]:
@@ -71,7 +75,7 @@ class Case:
     def decode(self) -> tuple[Any, ...]:
         """What the operator takes."""
         cache = (*map(list, self.cache[:2]), self.table)
-        return (self.query[:, :, 0], *cache, self.past, self.rules.columns, *self.scores)
+        return (self.query[:, :, 0], *cache, self.past, self.rules.columns, *self.scores, self.value.shape[-1])
 
     def prefilled(self, backend: Backend = REFERENCE) -> tuple[Any, ...]:
         """What a backend makes of it."""
@@ -101,7 +105,10 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         logits = self.sink_logits
         moved = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
-        moved |= {name: [t.to(dtype) for t in getattr(self, name)] for name in ("keys", "values")}
+        moved |= {
+            name: [t.to(dtype) if t.is_floating_point() else t for t in getattr(self, name)]
+            for name in ("keys", "values")
+        }
         moved["sink_logits"] = logits.to(torch.float64) if logits is not None and dtype == torch.float64 else logits
         return Case(**{**self.__dict__, **moved})
 
@@ -152,6 +159,9 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
     rules = fixed.get("rules", rules)
     min_window, native = pick("min_window", 16, 32, 64), pick("native_window", 0, 0, 0, 1, 9, 60, 300)
     softcap = pick("softcap", 0.0, 0.0, 2.0, 30.0)
+    formats = fixed.get("formats")
+    if formats == "any":
+        formats = [(rng.choice((0, 1, 2)), rng.choice((0, 1, 2))) for _ in range(kv_heads)]
     logits = torch.randn(heads) * 2 if pick("logits", False, False, True) else None
 
     width = (max(past) + 15) // 16 + rng.randint(0, 2)
@@ -177,6 +187,9 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
             pool_k[at] = torch.randn(len(positions), dim, dtype=dtype)
             pool_v[at] = torch.randn(len(positions), value_dim, dtype=dtype)
     cuts = sorted(rng.randint(0, len(pool_k)) for _ in range(pick("cuts", 0, 0, 1, 2)))
+    keys, values = list(pool_k.tensor_split(cuts)), list(pool_v.tensor_split(cuts))
+    if formats is not None:
+        keys, values, table = _in_formats(pool_k, pool_v, table, formats, cuts)
     query = _strided(rng, rows, heads, tokens, dim, dtype=dtype)
     key = _strided(rng, rows, kv_heads, tokens, dim, dtype=dtype)
     value = _strided(rng, rows, kv_heads, tokens, value_dim, dtype=dtype)
@@ -189,8 +202,8 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
         query=query,
         key=key,
         value=value,
-        keys=list(pool_k.tensor_split(cuts)),
-        values=list(pool_v.tensor_split(cuts)),
+        keys=keys,
+        values=values,
         table=table,
         past=torch.tensor(past),
         valid=torch.tensor(valid),
@@ -202,7 +215,32 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
         scaling=pick("scaling", dim**-0.5, 0.3),
         softcap=softcap,
         sink_logits=logits,
+        formats=None if formats is None else torch.tensor(formats).T.contiguous(),
     )
+
+
+def _in_formats(
+    pool_k: torch.Tensor, pool_v: torch.Tensor, table: torch.Tensor, formats: list[tuple[int, int]], cuts: list[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The same pool with every block in the formats of its head, and those of each pair of formats in segments of their own."""
+    kinds = sorted(set(formats))
+    kind = torch.zeros(len(pool_k), dtype=torch.int64)  # of blocks that nobody has too
+    for head, pair in enumerate(formats):
+        mine = table[:, head]
+        kind[mine[mine >= 0].long()] = kinds.index(pair)
+    order = torch.argsort(kind, stable=True)
+    place = torch.argsort(order)
+    table = torch.where(table < 0, table, place[table.clamp_min(0).long()].to(torch.int32))
+    edges = sorted({*cuts, *torch.bincount(kind, minlength=len(kinds)).cumsum(0).tolist(), 0, len(pool_k)})
+    segments: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for begin, end in zip(edges, edges[1:] or edges, strict=False):
+        pair = kinds[int(kind[order[begin]])] if end else formats[0]
+        for pool, code, into in zip((pool_k, pool_v), pair, segments, strict=True):
+            half = BlockHalf(code, pool.shape[-1], pool.dtype)
+            memory = half.new(end - begin, pool.device)
+            half.write(memory, torch.arange(16 * (end - begin)), pool[order[begin:end]].flatten(0, 1))
+            into.append(memory)
+    return *segments, table
 
 
 @pytest.fixture
@@ -310,23 +348,3 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
-    """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
-    from moacompress.core.errors import UsageError
-
-    built = library.load()
-    if built.isa is None:
-        no_kernels(built.reason)
-
-    def choose(name: str) -> None:
-        try:
-            library.set_isa(name)
-        except UsageError as error:
-            pytest.skip(str(error))
-
-    yield choose
-    assert built.isa is not None
-    library.set_isa(built.isa)

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../moacompress/kernels/cpu/core.h"
+#include "../../moacompress/kernels/cpu/tasks.h"
 
 using namespace moacompress;
 
@@ -164,9 +164,11 @@ void test(Isa isa, DType dtype) {
     }
   }
   const void *key_base[] = {k0.bytes.get(), k1.bytes.get()}, *value_base[] = {v0.bytes.get(), v1.bytes.get()};
-  const int64_t first_block[] = {0, cut, blocks}, key_stride[] = {BLOCK * dim, BLOCK * dim};
-  const int64_t value_stride[] = {BLOCK * value_dim, BLOCK * value_dim};
-  const Pool keys = {2, key_base, key_stride, first_block}, values = {2, value_base, value_stride, first_block};
+  const int64_t element = int64_t(element_size(dtype)), first_block[] = {0, cut, blocks};
+  const int64_t key_stride[] = {BLOCK * dim * element, BLOCK * dim * element};
+  const int64_t value_stride[] = {BLOCK * value_dim * element, BLOCK * value_dim * element};
+  const Pool keys = {2, key_base, key_stride, key_stride, first_block};
+  const Pool values = {2, value_base, value_stride, value_stride, first_block};
 
   Data query(dtype, rows * heads * tokens * dim), key(dtype, rows * kv_heads * tokens * dim);
   Data value(dtype, rows * kv_heads * tokens * value_dim), out(dtype, rows * heads * tokens * value_dim);
@@ -335,7 +337,7 @@ void test_profile(Isa isa, DType dtype) {
 
 // Many single tokens into a cache of two segments that begins empty: it stays inside its memory, every token that a later query sees
 // is where the table says, blocks are counted as often as they are named, and a pool or a table that is too small changes nothing.
-void test_advance(DType dtype) {
+void test_advance(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 3), kv_heads = pick(1, 3), pairs = rows * kv_heads, dim = pick(1, 9), value_dim = pick(1, 20);
   const int64_t steps = pick(1, 200), width = (steps + BLOCK - 1) / BLOCK, blocks = pairs * width, cut = blocks / 3;
   std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0);
@@ -345,26 +347,32 @@ void test_advance(DType dtype) {
   Data k0(dtype, cut * BLOCK * dim), k1(dtype, (blocks - cut) * BLOCK * dim);
   Data v0(dtype, cut * BLOCK * value_dim), v1(dtype, (blocks - cut) * BLOCK * value_dim);
   const void *key_base[] = {k0.bytes.get(), k1.bytes.get()}, *value_base[] = {v0.bytes.get(), v1.bytes.get()};
-  const int64_t first_block[] = {0, cut, blocks}, key_stride[] = {BLOCK * dim, BLOCK * dim};
-  const int64_t value_stride[] = {BLOCK * value_dim, BLOCK * value_dim};
+  const int64_t element = int64_t(element_size(dtype)), first_block[] = {0, cut, blocks};
+  const int64_t key_stride[] = {BLOCK * dim * element, BLOCK * dim * element};
+  const int64_t value_stride[] = {BLOCK * value_dim * element, BLOCK * value_dim * element};
   Data key(dtype, pairs * dim), value(dtype, pairs * value_dim);
   AdvanceCall call = {{dtype, rows, kv_heads, 1, dim, value_dim}, rules, pick_of({0, 0, 20}), key.bytes.get(), value.bytes.get(),
                       {kv_heads * dim, dim, dim}, {kv_heads * value_dim, value_dim, value_dim},
-                      {2, key_base, key_stride, first_block}, {2, value_base, value_stride, first_block}, table.data(), width,
+                      {2, key_base, key_stride, key_stride, first_block}, {2, value_base, value_stride, value_stride, first_block},
+                      table.data(), width,
                       lengths.data(), runs.data(), refs.data(), blocks};
   const auto number_of = [](int64_t pair, int64_t j, int64_t d) { return double((pair * 31 + j * 7 + d * 3) % 97 - 48) / 8; };
   const auto fail = [](const char* what) {
     if (failures++ < 10) std::printf("advance: %s\n", what);
   };
+  const auto advanced = [&] {
+    Missing missing;
+    return advance(call, isa, missing) == OK ? missing.blocks : -2;
+  };
   std::fill(refs.begin(), refs.end(), 1);
-  if (advance(call) != pairs || lengths[0] != 0) fail("a full pool was written to");
+  if (advanced() != pairs || lengths[0] != 0) fail("a full pool was written to");
   std::fill(refs.begin(), refs.end(), 0);
   for (int64_t n = 1; n <= steps; n++) {
     for (int64_t pair = 0; pair < pairs; pair++) {
       for (int64_t d = 0; d < dim; d++) key.set(pair * dim + d, number_of(pair, n - 1, d));
       for (int64_t d = 0; d < value_dim; d++) value.set(pair * value_dim + d, number_of(pair, n - 1, d + 50));
     }
-    if (advance(call) != 0 || lengths[0] != n) fail("a token was not taken");
+    if (advanced() != 0 || lengths[0] != n) fail("a token was not taken");
     std::vector<int32_t> named(static_cast<size_t>(blocks), 0);
     for (const int32_t id : table)
       if (id >= 0) named[size_t(id)]++;
@@ -387,7 +395,156 @@ void test_advance(DType dtype) {
     }
   }
   for (int64_t& n : lengths) n = width * BLOCK;
-  if (advance(call) != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
+  if (advanced() != TABLE_TOO_NARROW || lengths[0] != width * BLOCK) fail("a token went beyond the table");
+}
+
+// What a token's codes stand for, by the words of docs/formats.md, in the basis that it came in.
+std::vector<double> meant(const char* at, const Half& half, int64_t place) {
+  const auto half_number = [](const char* from) {
+    Data one(F16, 1);
+    std::memcpy(one.bytes.get(), from, 2);
+    return one.get(0);
+  };
+  const double scale = half_number(at + half.scales + 2 * place), zero = half_number(at + half.zeros + 2 * place);
+  const auto* codes = reinterpret_cast<const unsigned char*>(at + place * half.token_bytes);
+  const int64_t block = half.dim & -half.dim;
+  std::vector<double> turned, found(static_cast<size_t>(half.dim), 0.0);
+  for (int64_t d = 0; d < half.dim; d++) {
+    int code = codes[half.format == INT8 ? d : d % half.token_bytes];
+    if (half.format == INT4) code = d < half.token_bytes ? code & 15 : code >> 4;
+    turned.push_back(scale * code + zero);
+  }
+  for (int64_t d = 0; d < half.dim; d++)
+    for (int64_t e = d / block * block; e < (d / block + 1) * block; e++)
+      found[size_t(d)] += (__builtin_popcountll(size_t((d % block) & (e % block))) % 2 ? -1 : 1) * turned[size_t(e)] / std::sqrt(double(block));
+  return found;
+}
+
+// Single tokens into a cache with formats, as many blocks of each KV head's formats in a segment of their exact size; then decode and prefill
+// against what the codes stand for, which is near what was fed.
+void test_codes(Isa isa, DType dtype) {
+  const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
+  const int64_t dim = pick_of({16, 24, 40, 64, 80, 13, 128}), value_dim = pick_of({16, 24, 64, 72, 9, 128});
+  const int64_t steps = pick(1, 90), tokens = pick_of({1, 3, 17, 70}), width = (steps + BLOCK - 1) / BLOCK, each = rows * width;
+  const int64_t element = int64_t(element_size(dtype));
+  std::vector<int64_t> columns = random_rules(kv_heads, pick_of({1, 16, 32}), pick_of({0, 0, 5, 50}));
+  for (int64_t i = 5 * kv_heads; i < 7 * kv_heads; i++) columns[size_t(i)] = pick(0, FORMATS - 1);
+  const RuleTable rules = {columns.data(), kv_heads};
+  const Shape shape = {dtype, rows, kv_heads, group, dim, value_dim};
+  struct Side {
+    std::vector<std::unique_ptr<char[]>> memory;
+    std::vector<const void*> base;
+    std::vector<int64_t> bytes, first{0};
+    std::vector<Half> halves;
+    Pool pool() const { return {int64_t(base.size()), base.data(), bytes.data(), bytes.data(), first.data()}; }
+  } sides[2];
+  for (int64_t head = 0; head < kv_heads; head++)
+    for (int64_t side = 0; side < 2; side++) {
+      Side& to = sides[side];
+      to.halves.push_back(half_of(side ? rules.of(head).value_format : rules.of(head).key_format, side ? value_dim : dim, element));
+      const int64_t bytes = to.halves.back().bytes;
+      to.memory.emplace_back(new char[size_t(each * bytes)]);
+      std::memset(to.memory.back().get(), 0xff, size_t(each * bytes));
+      to.base.push_back(to.memory.back().get());
+      to.bytes.push_back(bytes);
+      to.first.push_back(to.first.back() + each);
+    }
+  std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0);
+  std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), refs(static_cast<size_t>(kv_heads * each), 0);
+  Data key(dtype, pairs * tokens * dim), value(dtype, pairs * tokens * value_dim), query(dtype, rows * heads * tokens * dim);
+  const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
+  const auto renew = [&](int64_t at) {  // the numbers of one token of the chunk
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      for (int64_t d = 0; d < dim; d++) key.set((pair * tokens + at) * dim + d, number());
+      for (int64_t d = 0; d < value_dim; d++) value.set((pair * tokens + at) * value_dim + d, number());
+    }
+  };
+  AdvanceCall call = {shape, rules, 0, key.bytes.get(), value.bytes.get(), strides(kv_heads, dim), strides(kv_heads, value_dim),
+                      sides[0].pool(), sides[1].pool(), table.data(), width, lengths.data(), runs.data(), refs.data(), kv_heads * each};
+  const auto fail = [&](const char* what) {
+    if (failures++ < 10) std::printf("codes, %s, dtype %d: %s\n", isa_name(isa), dtype, what);
+  };
+  const auto token = [&](int64_t side, int64_t pair, int64_t j) {  // as it is kept
+    const int64_t head = pair % kv_heads;
+    const Half& half = sides[side].halves[size_t(head)];
+    const int32_t id = table[size_t(pair * width + j / BLOCK)];
+    if (id < 0 || id >= kv_heads * each || sides[side].halves[size_t(id / each)].bytes != half.bytes) {
+      fail("a block is not of the formats of its head");
+      return std::vector<double>(static_cast<size_t>(half.dim), 0.0);
+    }
+    const char* at = sides[side].memory[size_t(id / each)].get() + id % each * half.bytes;
+    if (half.format != NATIVE) return meant(at, half, j % BLOCK);
+    Data copy(dtype, half.dim);
+    std::memcpy(copy.bytes.get(), at + j % BLOCK * half.token_bytes, size_t(half.token_bytes));
+    std::vector<double> found;
+    for (int64_t d = 0; d < half.dim; d++) found.push_back(copy.get(d));
+    return found;
+  };
+  for (int64_t n = 1; n <= steps; n++) {
+    renew(0);
+    Missing missing;
+    if (advance(call, isa, missing) != OK || missing.blocks != 0) fail("a token was not taken");
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const std::vector<double> k = token(0, pair, n - 1);
+      const double bound = sides[0].halves[size_t(pair % kv_heads)].format == INT4 ? 0.8 : 0.06;  // of numbers in [-1.5, 1.5]
+      for (int64_t d = 0; d < dim; d++)
+        near(k[size_t(d)], key.get(pair * tokens * dim + d), bound * std::sqrt(double(dim & -dim)), "a key's codes", isa, dtype);
+    }
+  }
+  for (int64_t t = 0; t < tokens; t++) renew(t);
+  for (int64_t i = 0; i < query.count; i++) query.set(i, number());
+  const std::vector<int64_t> valid(static_cast<size_t>(rows), tokens);
+  Data out(dtype, rows * heads * tokens * value_dim), one(dtype, rows * heads * value_dim);
+  std::unique_ptr<float[]> lse(new float[size_t(rows * heads * tokens)]), one_lse(new float[size_t(rows * heads)]);
+  const Scores scores = {0.25f, float(pick_of({0, 0, 3})), nullptr};
+  const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
+  const PrefillCall fill = {shape, rules, scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), strides(heads, dim),
+                            strides(kv_heads, dim), strides(kv_heads, value_dim), sides[0].pool(), sides[1].pool(),
+                            {table.data(), width}, lengths.data(), valid.data(), out.bytes.get(), strides(heads, value_dim), lse.get()};
+  if (prefill(fill, parallel, isa) != OK) fail("prefill failed");
+  const DecodeCall step = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, sides[0].pool(),
+                           sides[1].pool(), {table.data(), width}, lengths.data(), one.bytes.get(), one_lse.get()};
+  if (decode(step, parallel, isa) != OK) fail("decode failed");
+  const double tolerance = dtype == F32 ? 1e-4 : dtype == F16 ? 3e-3 : 3e-2;
+  std::vector<float> buffer(static_cast<size_t>(larger(dim, value_dim) + 16));
+  std::vector<double> q(static_cast<size_t>(dim));
+  for (int64_t lane = 0; lane < rows * heads; lane++) {
+    const int64_t r = lane / heads, h = lane % heads, pair = r * kv_heads + h / group, head = h / group;
+    std::vector<std::vector<double>> kept[2];
+    for (int64_t side = 0; side < 2; side++) {
+      const Half& half = sides[side].halves[size_t(head)];
+      Data& chunk = side ? value : key;
+      const Visible see = visible(steps, rules.of(head)), then = visible(steps + 1, rules.of(head));
+      for (int64_t j = 0; j < steps; j++) {
+        const auto by = [&](const Visible& v) { return (j >= v.first && j < v.sink_end) || j >= v.start; };
+        kept[side].push_back(by(see) || by(then) ? token(side, pair, j) : std::vector<double>(static_cast<size_t>(half.dim), NAN));
+      }
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t first = (pair * tokens + t) * half.dim;
+        std::vector<double> numbers;
+        for (int64_t d = 0; d < half.dim; d++) numbers.push_back(chunk.get(first + d));
+        if (half.format != NATIVE) {
+          const std::unique_ptr<char[]> block(new char[size_t(half.bytes)]);
+          kernels_of(isa).encode[dtype](chunk.bytes.get() + first * element, half, 0, block.get(), buffer.data());
+          numbers = meant(block.get(), half, 0);
+        }
+        kept[side].push_back(numbers);
+      }
+    }
+    const auto from = [&](int64_t side) { return [&, side](int64_t j, int64_t d) { return kept[side][size_t(j)][size_t(d)]; }; };
+    const auto compare = [&](const Data& found, const float* sums, int64_t at, int64_t n, const char* what) {
+      const std::vector<double> wanted = plain(q.data(), dim, value_dim, n, rules.of(head), scores, h, from(0), from(1));
+      for (int64_t d = 0; d < value_dim; d++) near(found.get(at * value_dim + d), wanted[size_t(d)], tolerance, what, isa, dtype);
+      near(sums[at], wanted[size_t(value_dim)], 1e-3, what, isa, dtype);
+    };
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get((lane * tokens + t) * dim + d);
+      compare(out, lse.get(), lane * tokens + t, steps + t + 1, "prefill of codes");
+      if (t == 0) compare(one, one_lse.get(), lane, steps, "decode of codes");
+    }
+  }
+  for (int32_t& id : table) id = int32_t((id + each) % (kv_heads * each));  // blocks of other heads, and so maybe of other sizes
+  decode(step, parallel, isa);
 }
 
 // Linear layers of the same input, all at once, some of them gated or added to something.
@@ -465,13 +622,14 @@ void test_norm(Isa isa, DType dtype) {
 
 int main() {
   int tests = 0;
-  for (int i = 0; i < 24; i++, tests++) test_advance(DType(i % 3));
+  for (int i = 0; i < 24; i++, tests++) test_advance(PORTABLE, DType(i % 3));
   for (int isa = PORTABLE; isa <= AVX512_BF16; isa++) {
     if (!isa_works(Isa(isa))) {
       std::printf("%s: not on this processor\n", isa_name(Isa(isa)));
       continue;
     }
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 24; i++, tests++) test_codes(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
     for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
     for (int i = 0; i < 60; i++, tests++) test_rotate(Isa(isa), DType(i % 3));

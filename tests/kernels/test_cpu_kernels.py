@@ -35,11 +35,23 @@ def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
     close(OPS.decode(*case.decode), exact.decoded(), dtype)
 
 
+@pytest.mark.parametrize("seed", range(320))
+def test_random_configurations_of_formats(seed, random_case, close, isa, poisoned_memory):
+    isa(library.ISAS[seed % 4])
+    dtype = library.DTYPES[seed // 4 % 3]
+    case = random_case(seed, dtype, formats="any")
+    exact = case.to(torch.float64)
+    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
+    close(OPS.decode(*case.decode), exact.decoded(), dtype)
+
+
+@pytest.mark.parametrize("formats", [None, [(1, 2), (2, 0)]])
 @pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("dtype", library.DTYPES)
-def test_threads_and_batch_change_no_bit(name, dtype, random_case, isa, threads):
+def test_threads_and_batch_change_no_bit(name, dtype, formats, random_case, isa, threads):
     isa(name)
-    case = random_case(11, dtype, rows=3, kv_heads=2, group=3, tokens=200, past=700, native_window=0, valid=190)
+    sizes = {"rows": 3, "kv_heads": 2, "group": 3, "tokens": 200, "past": 700, "native_window": 0, "valid": 190}
+    case = random_case(11, dtype, **sizes, formats=formats)
     results = []
     for count in (1, 17, 2):
         threads(count)

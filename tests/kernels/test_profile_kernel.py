@@ -384,7 +384,7 @@ def test_bad_arguments_are_refused() -> None:
     refused("native windows of 0 and of 7 in one layer", rules=table((4, 0, 0, 16, 0), (4, 0, 0, 16, 7)))
     quantized = columns.clone()
     quantized[-1, 0] = 1
-    refused("rule 0 has the formats 0 and 1; only 0 is known", rules=quantized)
+    refused("rule 0 has the formats 0 and 1; this is done with native ones", rules=quantized)
     refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))

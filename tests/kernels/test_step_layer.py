@@ -26,6 +26,7 @@ from moacompress.kernels.backend import (
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
@@ -94,13 +95,14 @@ class Case:
     def expected(self) -> torch.Tensor:
         """The same in float64, once the token is in the cache."""
         cache, rows = self.cache, self.x.shape[0]
-        keys, values, table = cache.blocks_held().view()
+        keys, values, table, value_dim = cache.blocks_held().view()
         x, cos, sin = self.x.double(), *(part.double() for part in self.rotary)
         output, gate, up, last = (weight.double() for weight in self.weights[3:])
         normed = normalized(x, self.norms[0].double(), self.eps)
         bias = self.biases[0].double() if self.biases else None
         query = linear(normed, self.weights[0].double(), bias).view(rows, 1, -1, cos.shape[-1]).transpose(1, 2)
-        view = CacheView([part.double() for part in keys], [part.double() for part in values], table)
+        keys, values = ([t.double() if t.is_floating_point() else t for t in side] for side in (keys, values))
+        view = CacheView(keys, values, table, value_dim)
         lengths, turned = torch.from_numpy(cache.lengths), rotated(query, Rotary(cos, sin))[:, :, 0]
         mixed, _ = REFERENCE.decode(turned, cache=view, lengths=lengths, rules=self.rules, scores=self.scores)
         hidden = x + linear(mixed.reshape(rows, 1, -1), output)
@@ -113,7 +115,7 @@ def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def build(seed: int, dtype: torch.dtype, rows: int | None = None) -> Case:
+def build(seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool = False) -> Case:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows, heads, group = rows or rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 3)
@@ -124,7 +126,12 @@ def build(seed: int, dtype: torch.dtype, rows: int | None = None) -> Case:
         rng.randint(1, 150),
     )
     rules = [
-        Rule(rng.choice((4, 16, 64)), rng.choice((0, 7, 40, 128)), rng.choice((0, 100, 700, 1024)))
+        Rule(
+            rng.choice((4, 16, 64)),
+            rng.choice((0, 7, 40, 128)),
+            rng.choice((0, 100, 700, 1024)),
+            *((rng.choice([*FORMATS]), rng.choice([*FORMATS])) if formats else ()),
+        )
         for _ in range(heads)
     ]
     cache = PlanCacheLayer(RuleTable.of(rules, rng.choice((16, 48)), rng.choice((None, None, 9, 60))))
@@ -148,7 +155,7 @@ def build(seed: int, dtype: torch.dtype, rows: int | None = None) -> Case:
 def test_random_layers(seed, isa, poisoned_memory):
     isa(library.ISAS[seed % 4])
     dtype = library.DTYPES[seed // 4 % 3]
-    case = build(seed, dtype)
+    case = build(seed, dtype, formats=seed % 2 == 1)
     for _ in range(2):
         found, expected = case.step(), case.expected()
         assert found.dtype == dtype
@@ -243,7 +250,7 @@ def read(case: Case) -> BoundCaches:
 
 
 def make_room(case: Case) -> None:
-    case.cache.blocks_held().pool.grow(100)
+    case.cache.blocks_held().pool.grow(100, 0)
     case.cache.blocks_held().table.widen(20)
 
 

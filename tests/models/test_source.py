@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moacompress.core.errors import ModelError, PlanError
+from moacompress.exporter.exporting import save_dense
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
 from moacompress.models.source import load_source, model_shape
 from moacompress.models.support import native_windows
+from moacompress.models.weight_files import gguf_dtype
 from moacompress.recipe import Recipe
 from moacompress.runtime.linear import PackedLinear, can_pack
 from moacompress.runtime.ready_model import load_for
@@ -159,11 +163,55 @@ def test_groups_of_one_and_many(tiny_model: Callable[..., Any]) -> None:
     assert model_shape(tiny_model("llama", num_key_value_heads=1)).kv_heads == 1
 
 
-def test_one_checkpoint_has_one_fingerprint(tiny_folder: Path) -> None:
-    single = load_source(tiny_folder, dtype="float32").shape
-    half = load_source(tiny_folder, dtype="bfloat16").shape
-    assert single.weights_fingerprint == half.weights_fingerprint
-    assert (single.dtype, half.dtype) == ("float32", "bfloat16")
+def test_one_checkpoint_has_one_fingerprint_and_one_dtype(tiny_folder: Path) -> None:
+    single = load_source(tiny_folder, dtype="float32")
+    half = load_source(tiny_folder, dtype="bfloat16")
+    assert single.shape == half.shape
+    assert (single.shape.dtype, single.computes_in, half.computes_in) == ("float32", "float32", "bfloat16")
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_config_s_or_that_of_the_weights(
+    own: str, named: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = save_dense(tiny_folder, tmp_path / "dense", own)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == own
+    if not named:
+        del config["dtype"]
+        (folder / "config.json").write_text(json.dumps(config))
+    auto = load_source(folder)
+    assert (auto.shape.dtype, auto.computes_in) == (own, own)
+    asked = load_source(folder, dtype="float32")
+    assert (asked.shape, asked.computes_in) == (auto.shape, "float32")
+
+
+def test_the_dtype_of_a_gguf_file(tmp_path: Path) -> None:
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    norm = np.ones(32, np.float32)
+    wide, half = np.zeros((2, 32), np.float32), np.zeros((2, 32), np.float16)
+    brain = gguf.quants.quantize(wide, kinds.BF16)
+    codes = gguf.quants.quantize(wide, kinds.Q8_0)
+    cases: list[tuple[str, list[tuple[Any, Any]]]] = [
+        ("float32", [(wide, None)]),
+        ("float16", [(half, None), (half, None)]),
+        ("bfloat16", [(brain, kinds.BF16)]),
+        ("bfloat16", [(codes, kinds.Q8_0)]),
+        ("bfloat16", [(codes, kinds.Q8_0), (wide, None)]),
+    ]
+    for expected, matrices in cases:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("norm.weight", norm)
+        for number, (data, kind) in enumerate(matrices):
+            writer.add_tensor(f"blk.{number}.ffn_down.weight", data, raw_dtype=kind)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        assert gguf_dtype(path) == expected
 
 
 def test_a_loaded_model_tells_its_fingerprint_in_every_version(tiny_folder: Path) -> None:

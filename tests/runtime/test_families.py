@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
+from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.source import model_shape
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach, detach
 from moacompress.runtime.hf.attaching import attached_plan
@@ -26,11 +30,15 @@ ALL = (
     *("cohere2", "qwen3_moe", "ministral3", "gpt_oss"),
 )
 SEVERAL = ("llama", "gemma2", "gpt_oss")
+SIDES = ("key_format", "value_format")
 BACKENDS = (None, "reference", "counting")
 """What the machine has; plain PyTorch; and a backend that is none of the product's."""
 EXACT = 1e-5
 """Largest difference in fp32 where only the order of sums differs, as a share of the largest logit."""
+FLIPS = 2e-3
+"""The same with formats: what differs in the last bits is now and then rounded to the next code."""
 _MASKS: dict[int, torch.Tensor] = {}
+_FORMATS: dict[int, tuple[list[int], list[int]]] = {}
 
 
 def plan_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
@@ -49,6 +57,8 @@ def plan_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
 
 def _stock_eager(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
     forward = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    keys, values = _FORMATS[module.layer_idx]
+    key, value = rounded(key, keys), rounded(value, values)
     return forward(module, query, key, value, _MASKS[module.layer_idx], **kwargs)
 
 
@@ -59,6 +69,8 @@ AttentionMaskInterface.register("stock_eager_with_plan_masks", lambda *args, **k
 def stock_logits(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
     """Returns a dense model's logits under ready-made masks: `[batch, n, vocabulary]`."""
     _MASKS.update({layer: plan_mask(plan, layer, ids.shape[1]) for layer in range(plan.model.layers)})
+    for layer, rules in enumerate(plan.rules):
+        _FORMATS[layer] = tuple([FORMATS[getattr(rule, name)].code for rule in rules] for name in SIDES)  # type: ignore[assignment]
     before = model.config._attn_implementation_internal
     model.config._attn_implementation_internal = "stock_eager_with_plan_masks"
     try:
@@ -67,6 +79,7 @@ def stock_logits(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch
     finally:
         model.config._attn_implementation_internal = before
         _MASKS.clear()
+        _FORMATS.clear()
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -122,6 +135,27 @@ def test_a_sparse_plan_is_the_stock_model_with_its_masks(sparse: tuple[Any, Plan
     assert difference(expected, dense) > 0.01, "the plan must change the model, or this shows nothing"
     attach(model, plan)
     assert difference(logits(model, ids, use_cache=False), expected) < EXACT
+
+
+def test_formats_are_the_stock_model_with_rounded_keys_and_values(
+    family: str, tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], token_ids: Any
+) -> None:
+    model = tiny_model(family)
+    plan = random_plan(model_shape(model), seed=4, full_share=0.1, formats=True)
+    ids = token_ids(2, 150)
+    expected = stock_logits(model, plan, ids)
+    native = replace(plan, rules=tuple(tuple(Rule(*rule.to_list()[:3]) for rule in row) for row in plan.rules))
+    assert difference(expected, stock_logits(model, native, ids)) > 2 * FLIPS, "the formats must change the model"
+    attach(model, plan)
+    assert difference(logits(model, ids, use_cache=False), expected) < FLIPS
+    cache, parts, at = None, [], 0
+    for size in (60, 1, 1, 40, 1, 33, 1, 1, 12):
+        with torch.no_grad():
+            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
+        cache, at = out.cache, at + size
+        parts.append(out.logits)
+        assert cache.used_bytes() == plan.kv_bytes(at, batch=2)
+    assert difference(torch.cat(parts, 1), expected) < FLIPS
 
 
 def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:

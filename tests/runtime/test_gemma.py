@@ -20,7 +20,7 @@ LENGTH = 640
 
 @pytest.fixture(scope="module")
 def source(gemma: Path) -> SourceModel:
-    return load_source(gemma)
+    return load_source(gemma, dtype="float32")
 
 
 @pytest.fixture(scope="module")

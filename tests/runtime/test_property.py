@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.reference.rounding import round_to
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
@@ -30,9 +32,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """float64 runs in plain PyTorch, float32 by the compiled kernels where they are built."""
 MODULE = types.SimpleNamespace(is_causal=True)
 
-RULES = st.one_of(
+FORMAT = st.sampled_from(sorted(FORMATS))
+SPANS = st.one_of(
     st.just(Rule.FULL),
     st.builds(Rule, st.sampled_from(SINKS), st.integers(0, 90), st.sampled_from([0, 0, 64, 200, 500, 1000])),
+)
+RULES = st.one_of(
+    SPANS, st.builds(lambda rule, key, value: replace(rule, key_format=key, value_format=value), SPANS, FORMAT, FORMAT)
 )
 
 
@@ -82,10 +88,16 @@ def expected(plan, layer, query, key, value):
         seen = (j <= i) & ((j < rule.sink) | (j > i - w))
         if native is not None:
             seen &= j > i - native
-        scores = query[head] @ key[head // group].T * DIM**-0.5
+        k, v = kept(key[head // group], rule.key_format), kept(value[head // group], rule.value_format)
+        scores = query[head] @ k.T * DIM**-0.5
         weights = scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1)
-        out[head] = weights @ value[head // group]
+        out[head] = weights @ v
     return out
+
+
+def kept(x, name):
+    """What is attended to of keys or values, `[tokens, dim]`, in a format."""
+    return round_to(x, FORMATS[name].bits).to(x.dtype) if FORMATS[name].bits else x
 
 
 def feed(plan, world, tokens, real, generator, same=False):

@@ -12,6 +12,7 @@ import torch
 from moacompress.kernels.backend import Scores, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
@@ -24,10 +25,15 @@ SCORES, CPU = Scores(0.4), CpuBackend()
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
-def pair(rng, lag=False, reserve=None):
+def pair(rng, lag=False, reserve=None, formats=False):
     """Two empty layers with the same random rules."""
     rules = [
-        Rule(rng.choice((4, 16, 64)), rng.choice((0, 7, 40, 128)), rng.choice((0, 100, 700, 1024)))
+        Rule(
+            rng.choice((4, 16, 64)),
+            rng.choice((0, 7, 40, 128)),
+            rng.choice((0, 100, 700, 1024)),
+            *((rng.choice([*FORMATS]), rng.choice([*FORMATS])) if formats else ()),
+        )
         for _ in range(HEADS)
     ]
     bounds = (rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
@@ -61,12 +67,26 @@ def feed(layers, key, value, real=None, scores=SCORES):
 
 
 def contents(layer):
-    """Blocks of keys and values in the order of the table, infinite where there is none, 0 behind the last token."""
-    found = []
-    for name in ("keys", "values"):
-        pool = torch.cat(getattr(layer.held.pool, name))
-        ids = torch.from_numpy(layer.held.table.ids).long()
-        blocks = torch.where(ids[..., None, None] < 0, torch.inf, pool[ids.clamp_min(0)].double())
+    """Tokens of keys and values in the order of the table, infinite where there is none, 0 behind the last token.
+
+    `[rows, heads, blocks, 16, numbers]`; of codes the numbers are their bytes, and those of scale and zero point.
+    """
+    found, pool = [], layer.held.pool
+    ids = torch.from_numpy(layer.held.table.ids).long()
+    for side, segments in enumerate((pool.keys, pool.values)):
+        most = max(DIM, VALUE_DIM) + 4
+        tokens = torch.full((len(pool.refs), BLOCK, most), 0.0, dtype=torch.float64)
+        first = 0
+        for memory in segments:
+            half = pool.layout.kinds[pool.kinds[first]][side]
+            parts = [memory]
+            if half.bits:
+                codes, numbers = half._parts(memory)
+                parts = [codes, numbers.contiguous().view(torch.uint8).view(-1, 2, BLOCK, 2).transpose(1, 2).flatten(2)]
+            joined = torch.cat(parts, -1).double()
+            tokens[first : first + len(memory), :, : joined.shape[-1]] = joined
+            first += len(memory)
+        blocks = torch.where(ids[..., None, None] < 0, torch.inf, tokens[ids.clamp_min(0)])
         for row, n in enumerate(layer.lengths):
             if n % BLOCK:
                 blocks[row, :, n // BLOCK, n % BLOCK :] = 0
@@ -91,14 +111,19 @@ def assert_counted(*layers):
     assert np.array_equal(np.bincount(ids[ids >= 0], minlength=len(pool.refs)), pool.refs)
 
 
+@pytest.mark.parametrize("formats", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_it_does_what_the_python_path_does(seed):
-    """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout."""
+def test_it_does_what_the_python_path_does(seed, formats, isa):
+    """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout.
+
+    Codes, scales and zero points are those of the Python path, to the bit, for every instruction set.
+    """
+    isa(library.ISAS[-1 - seed // 3 % len(library.ISAS)])
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = library.DTYPES[seed % 3]
     lag, rows = rng.random() < 0.5, rng.choice((1, 2, 3))
-    layers = pair(rng, lag, rng.choice((None, 200)))
+    layers = pair(rng, lag, rng.choice((None, 200)), formats)
     logits = torch.randn(HEADS * GROUP)
     scores = Scores(rng.choice((0.2, 1.0)), rng.choice((0.0, 3.0)), rng.choice((None, logits)))
     steps = 0
@@ -150,7 +175,7 @@ def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
             with pytest.raises(TimeoutError):
                 read.result(timeout=0.2)
             pool.values.append(torch.zeros(1, BLOCK, VALUE_DIM))
-        keys, values, _ = read.result(timeout=30)
+        keys, values, *_ = read.result(timeout=30)
     assert len(keys) == len(values)
 
 

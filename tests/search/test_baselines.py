@@ -16,7 +16,15 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import BETA_ONE
-from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, family_plans, plans_within, uniform_plan
+from moacompress.search.baselines import (
+    BASELINES,
+    FAMILIES,
+    baseline_plans,
+    family_plans,
+    format_pairs,
+    plans_within,
+    uniform_plan,
+)
 from moacompress.search.surrogate import Surrogate
 
 DENSE = ModelShape("llama", 3, 4, 2, 16, "float32", (None,) * 3, "w")
@@ -78,11 +86,14 @@ def fits(profile: Profile, rules: tuple[tuple[Rule, ...], ...], limits: dict[int
     return all(bytes_of(profile, rules, n) <= limit for n, limit in limits.items())
 
 
+WINDOWED = [name for name in BASELINES if name != "quantized"]
+"""Baselines that leave something out."""
+BOTH = ("int8", "int4")
 LIMITS = [{512: 0.3}, {500: 0.5}, {256: 0.4, 512: 0.4}, {256: 0.9, 512: 0.35}]
 
 
 @pytest.mark.parametrize("shares", LIMITS)
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", WINDOWED)
 def test_every_baseline_is_within_the_limits(profile: Profile, name: str, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
     plans = plans_within(name, profile.shape, limits, 32, profile)
@@ -162,7 +173,7 @@ def test_split_keeps_the_heads_that_need_it(
 
 def test_where_only_one_block_of_sinks_fits(profile: Profile) -> None:
     limit = Plan.uniform(profile.shape, Rule(4, 32, 0), 32).kv_bytes(512)
-    for name in BASELINES:
+    for name in WINDOWED:
         plans = baseline_plans(name, profile.shape, 512, limit, 32, profile)
         assert {rule.sink for plan in plans for row in plan.rules for rule in row} == {4, 16}
         assert {plan.kv_bytes(512) for plan in plans} == {limit}
@@ -172,7 +183,7 @@ def test_where_only_one_block_of_sinks_fits(profile: Profile) -> None:
 
 def test_all_of_the_bytes_is_everything(profile: Profile) -> None:
     limit = profile.shape.dense_kv_bytes(512)
-    for name in BASELINES:
+    for name in WINDOWED:
         plan = baseline_plans(name, profile.shape, 512, limit, 32, profile)[0]
         assert plan.kept(512) == Plan.full(profile.shape).kept(512)
 
@@ -239,34 +250,53 @@ def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[in
                 assert (surrogate.predicted(Plan(profile.shape, 32, drawn)) or 0.0) >= harm * (1 - 5e-3)
 
 
-def test_families_have_candidates_in_every_pair_of_formats(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(layers=3, formats=True)
-    limits = {n: int(0.3 * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-    offered = profile.offering(("int8", "int4"))
-    for family in ("uniform", "per_layer", "duo", "quantized"):
-        plans = family_plans(family, profile.shape, limits, offered, (4, 16, 64))
-        assert len({plan.key() for plan in plans}) == len(plans)
-        assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
-        pairs = [{(rule.key_format, rule.value_format) for row in plan.rules for rule in row} for plan in plans]
-        assert all(len(pair) == 1 for pair in pairs)
-        found = set.union(*pairs)
-        if family == "quantized":
-            assert found == {("int8", "int4"), ("int4", "int4")}  # 8 bits in both take more
-            assert all(rule.sees_all for plan in plans for row in plan.rules for rule in row)
-            assert family_plans(family, profile.shape, limits, profile, (4,)) == []
-        else:
-            assert found >= {
-                ("native", "native"),
-                ("native", "int4"),
-                ("int8", "int8"),
-                ("int8", "int4"),
-                ("int4", "int4"),
-            }
-            assert ("int4", "int8") not in found
-            native = family_plans(family, profile.shape, limits, profile, (4, 16, 64))
-            assert {plan.key() for plan in native} < {plan.key() for plan in plans}
-    best = family_plans("per_layer", profile.shape, limits, offered, (4, 16, 64))
-    influence = offered.influence(profile.recipe.profile.estimator)
-    surrogate = Surrogate.build(influence, offered.rules, 32, max(profile.lengths))
-    harms = [surrogate.predicted(plan) or 0.0 for plan in best]
-    assert harms == pytest.approx(sorted(harms))
+def formats_of(plan: Plan) -> set[tuple[str, str]]:
+    return {(rule.key_format, rule.value_format) for row in plan.rules for rule in row}
+
+
+def test_pairs_round_keys_no_more_than_values() -> None:
+    native, eight, four = "native", "int8", "int4"
+    assert format_pairs(()) == format_pairs((native,)) == ((native, native),)
+    assert format_pairs((four,)) == ((native, native), (four, four))
+    assert format_pairs((four, eight)) == ((native, native), (eight, eight), (eight, four), (four, four))
+
+
+@pytest.mark.parametrize("shape", [replace(DENSE, head_dim=64), replace(SLIDING, head_dim=64)])
+def test_everything_in_the_formats_that_fit(shape: ModelShape) -> None:
+    full = [Plan.uniform(shape, replace(Rule.FULL, key_format=k, value_format=v)) for k, v in format_pairs(BOTH)[1:]]
+    sizes = [plan.kv_bytes(512) for plan in full]
+    assert sizes == sorted(sizes, reverse=True)
+    for count, size in enumerate(reversed(sizes), 1):
+        found = baseline_plans("quantized", shape, 512, size, 32, formats=BOTH)
+        assert [plan.key() for plan in found] == [plan.key() for plan in full[-count:]]
+    with pytest.raises(InfeasibleBudgetError, match=f"everything in the shortest codes takes {sizes[-1]:,}"):
+        baseline_plans("quantized", shape, 512, sizes[-1] - 1, 32, formats=BOTH)
+    with pytest.raises(InfeasibleBudgetError, match="no format but native is on offer"):
+        baseline_plans("quantized", shape, 512, 10**9, 32)
+
+
+@pytest.mark.parametrize("name", ["uniform", "uniform-elastic", "per-layer", "split"])
+@pytest.mark.parametrize("shares", LIMITS)
+def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares: dict[int, float]) -> None:
+    profile = replace(profile, shape=replace(profile.shape, head_dim=64))
+    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
+    plans = plans_within(name, profile.shape, limits, 32, profile, formats=BOTH)
+    assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
+    of_pairs = {pair: [plan for plan in plans if formats_of(plan) == {pair}] for pair in format_pairs(BOTH)}
+    assert sum(map(len, of_pairs.values())) == len(plans)
+    native = plans_within(name, profile.shape, limits, 32, profile)
+    assert of_pairs["native", "native"] == native
+    assert [formats_of(plan) for plan in plans[:4]] == [{pair} for pair in of_pairs]
+    kept = [max(plan.kept(512) for plan in of_pair) for of_pair in of_pairs.values()]
+    assert kept == sorted(kept)
+    assert kept[-1] > kept[0]
+
+
+def test_what_stays_native(profile: Profile) -> None:
+    limits = {512: profile.shape.dense_kv_bytes(512) // 2}
+    plans = plans_within("moa", profile.shape, limits, 32, profile, formats=BOTH)
+    assert plans == plans_within("moa", profile.shape, limits, 32, profile)
+    assert family_plans("quantized", profile.shape, limits, profile, (4,)) == []
+    shape = replace(profile.shape, head_dim=64)
+    limits = {512: shape.dense_kv_bytes(512) // 2}
+    assert len(family_plans("quantized", shape, limits, profile, (4, 16), BOTH)) == 3

@@ -29,12 +29,18 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
   }
 }
 
-char* at_block(const Pool& pool, int64_t id, int64_t element) { return const_cast<char*>(block_of(pool, id, element)); }
+char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
 
 struct Job {
   const AdvanceCall& call;
-  int64_t pairs, element, next = 0;  // blocks before `next` are taken
+  const Kernels& kernels;
+  int64_t pairs, element;
+  float* buffer;
+  int64_t next[FORMATS * FORMATS] = {};  // for each pair of formats: blocks before it are taken, or of other formats
 
+  Rule rule(int64_t pair) const { return call.rules.of(pair % call.shape.kv_heads); }
+  Half key(int64_t pair) const { return half_of(rule(pair).key_format, call.shape.head_dim, element); }
+  Half value(int64_t pair) const { return half_of(rule(pair).value_format, call.shape.value_dim, element); }
   int64_t row(int64_t pair) const { return pair / call.shape.kv_heads; }
   int32_t* ids(int64_t pair) const { return call.ids + pair * call.width; }
   int64_t& bound(int64_t run, int64_t side, int64_t pair) const { return call.runs[(run * 2 + side) * pairs + pair]; }
@@ -51,7 +57,7 @@ struct Job {
     const int64_t n = call.lengths[row(pair)] + 1;
     Runs held, now;
     for (int64_t i = 0; i < RUNS; i++) held[i] = {bound(i, 0, pair), bound(i, 1, pair)};
-    kept_runs(n, call.rules.of(pair % call.shape.kv_heads), call.lag, held, now);
+    kept_runs(n, rule(pair), call.lag, held, now);
     for (const Interval& run : held)
       for (int64_t block = larger(run.begin, 0); block < smaller(smaller(run.end, now[RUNS - 1].begin), call.width); block++) {
         bool stays = false;
@@ -71,51 +77,63 @@ struct Job {
   }
 
   bool take(int64_t pair) {
-    while (next < call.blocks && call.refs[next] != 0) next++;
-    if (next == call.blocks) return false;
+    const Half key = this->key(pair), value = this->value(pair);
+    int64_t& free = next[key.format * FORMATS + value.format];
+    const auto fits = [&](int64_t id) {
+      return call.refs[id] == 0 && block_of(call.keys, id, key.bytes) && block_of(call.values, id, value.bytes);
+    };
+    while (free < call.blocks && !fits(free)) free++;
+    if (free == call.blocks) return false;
     int32_t& id = ids(pair)[call.lengths[row(pair)] / BLOCK];
     if (known(id)) {
-      copy(call.keys, next, id, call.shape.head_dim);
-      copy(call.values, next, id, call.shape.value_dim);
+      std::memcpy(at_block(call.keys, free, key.bytes), block_of(call.keys, id, key.bytes), size_t(key.bytes));
+      std::memcpy(at_block(call.values, free, value.bytes), block_of(call.values, id, value.bytes), size_t(value.bytes));
       call.refs[id]--;
     }
-    id = int32_t(next);
-    call.refs[next] = 1;
+    id = int32_t(free);
+    call.refs[free] = 1;
     return true;
-  }
-
-  void copy(const Pool& pool, int64_t to, int64_t from, int64_t dim) const {
-    std::memcpy(at_block(pool, to, element), block_of(pool, from, element), size_t(BLOCK * dim * element));
   }
 
   void write(int64_t pair) const {
     const int64_t before = call.lengths[row(pair)], head = pair % call.shape.kv_heads;
     const int32_t id = ids(pair)[before / BLOCK];
-    const auto put = [&](const Pool& pool, const void* token, const Strides& at, int64_t dim) {
+    const auto put = [&](const Pool& pool, const Half& half, const void* token, const Strides& at) {
       const char* from = static_cast<const char*>(token) + (row(pair) * at.row + head * at.head) * element;
-      std::memcpy(at_block(pool, id, element) + before % BLOCK * dim * element, from, size_t(dim * element));
+      char* to = at_block(pool, id, half.bytes);
+      if (half.format == NATIVE) std::memcpy(to + before % BLOCK * half.token_bytes, from, size_t(half.token_bytes));
+      else kernels.encode[call.shape.dtype](from, half, before % BLOCK, to, buffer);
     };
-    put(call.keys, call.key, call.key_at, call.shape.head_dim);
-    put(call.values, call.value, call.value_at, call.shape.value_dim);
+    put(call.keys, key(pair), call.key, call.key_at);
+    put(call.values, value(pair), call.value, call.value_at);
   }
 };
 
 }  // namespace
 
-int64_t advance(const AdvanceCall& call) {
+Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
+  missing = {TABLE_TOO_NARROW, 0};
   for (int64_t row = 0; row < call.shape.rows; row++)
-    if (call.lengths[row] / BLOCK >= call.width) return TABLE_TOO_NARROW;
-  Job job = {call, call.shape.rows * call.shape.kv_heads, int64_t(element_size(call.shape.dtype))};
+    if (call.lengths[row] / BLOCK >= call.width) return OK;
+  const Buffer<float> buffer(size_t(larger(call.shape.head_dim, call.shape.value_dim) + 16));
+  if (!buffer.get()) return NO_MEMORY;
+  Job job = {call, kernels_of(isa), call.shape.rows * call.shape.kv_heads, int64_t(element_size(call.shape.dtype)), buffer.get()};
   for (int64_t pair = 0; pair < job.pairs; pair++) job.settle(pair);
   for (int64_t pair = 0; pair < job.pairs; pair++)
     if (job.wanting(pair) && !job.take(pair)) {
-      int64_t missing = 0;
-      for (; pair < job.pairs; pair++) missing += job.wanting(pair);
-      return missing;
+      missing = {0, pair % call.shape.kv_heads};
+      const Rule lacking = job.rule(pair);
+      for (; pair < job.pairs; pair++) {
+        const Rule rule = job.rule(pair);
+        const bool same = rule.key_format == lacking.key_format && rule.value_format == lacking.value_format;
+        missing.blocks += same && job.wanting(pair);
+      }
+      return OK;
     }
   for (int64_t pair = 0; pair < job.pairs; pair++) job.write(pair);
   for (int64_t row = 0; row < call.shape.rows; row++) call.lengths[row]++;
-  return 0;
+  missing = {0, 0};
+  return OK;
 }
 
 }  // namespace moacompress

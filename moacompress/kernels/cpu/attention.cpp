@@ -2,16 +2,17 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 
 #include "tasks.h"
 
 namespace moacompress {
 
-const char* block_of(const Pool& pool, int64_t id, int64_t element) {
+const char* block_of(const Pool& pool, int64_t id, int64_t bytes) {
   int64_t s = pool.segments - 1;
   while (s > 0 && id < pool.first_block[s]) s--;
-  if (s < 0 || id < 0 || id >= pool.first_block[s + 1]) return nullptr;
-  return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s] * element;
+  if (s < 0 || id < 0 || id >= pool.first_block[s + 1] || pool.half_bytes[s] != bytes) return nullptr;
+  return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s];
 }
 
 namespace {
@@ -45,6 +46,16 @@ Reads reads_of(int64_t n, const Rule& rule) {
   return {{{see.first, see.sink_end}, {see.start, n}}};
 }
 
+// The two halves of a KV head's blocks.
+struct Halves {
+  Half key, value;
+};
+
+Halves halves_of(const Rule& rule, const Shape& shape) {
+  const int64_t element = int64_t(element_size(shape.dtype));
+  return {half_of(rule.key_format, shape.head_dim, element), half_of(rule.value_format, shape.value_dim, element)};
+}
+
 struct DecodeJob {
   const DecodeCall& call;
   const Kernels& kernels;
@@ -76,6 +87,9 @@ struct DecodeJob {
     chunk.group = shape.group;
     chunk.head_dim = shape.head_dim;
     chunk.value_dim = shape.value_dim;
+    const Halves halves = halves_of(call.rules.of(head), shape);
+    chunk.key = halves.key;
+    chunk.value = halves.value;
     chunk.query =
         static_cast<const char*>(call.query) + (row * call.query_row + head * shape.group * call.query_head) * element;
     chunk.query_head = call.query_head;
@@ -94,8 +108,8 @@ struct DecodeJob {
       const int32_t id = part.block < call.table.width ? ids[part.block] : -1;
       chunk.begin[k] = int(part.begin);
       chunk.end[k] = int(part.end);
-      chunk.keys[k] = block_of(call.keys, id, element);
-      chunk.values[k] = block_of(call.values, id, element);
+      chunk.keys[k] = block_of(call.keys, id, chunk.key.bytes);
+      chunk.values[k] = block_of(call.values, id, chunk.value.bytes);
       if (!chunk.keys[k] || !chunk.values[k]) return MISSING_BLOCK;
     }
     if (index + threads < first_chunk[pairs]) find_coming(index + threads, chunk.coming);
@@ -107,11 +121,12 @@ struct DecodeJob {
   // Finds the first key blocks of another task; those that are not there stay null.
   void find_coming(int64_t index, const void** coming) const {
     const int64_t pair = pair_of(index), begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
+    const int64_t bytes = halves_of(call.rules.of(pair % call.shape.kv_heads), call.shape).key.bytes;
     const Reads reads = reads_of_pair(pair);
     for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
       const int64_t block = reads.part(begin + k).block;
       if (block < call.table.width)
-        coming[k] = block_of(call.keys, call.table.ids[pair * call.table.width + block], int64_t(element_size(call.shape.dtype)));
+        coming[k] = block_of(call.keys, call.table.ids[pair * call.table.width + block], bytes);
     }
   }
 
@@ -138,6 +153,7 @@ struct DecodeJob {
       }
       if (begin < end) {
         for (int64_t d = 0; d < shape.value_dim; d++) mixed[d] /= total;
+        if (call.rules.of(pair % shape.kv_heads).value_format != NATIVE) kernels.hadamard(mixed, shape.value_dim);
         kernels.narrow[shape.dtype](mixed, shape.value_dim, out);
       } else {
         std::memset(out, 0, size_t(shape.value_dim) * element_size(shape.dtype));
@@ -147,9 +163,60 @@ struct DecodeJob {
   }
 };
 
+// The chunk of a prefill as codes, of the KV heads that keep codes: halves of blocks, from the chunk's first token on.
+struct CodedChunk {
+  const PrefillCall& call;
+  const Kernels& kernels;
+  const Buffer<int64_t> begins;  // [2, kv_heads + 1] of each head's keys in `memory`, then of its values
+  std::optional<Buffer<char>> memory;
+
+  CodedChunk(const PrefillCall& call, const Kernels& kernels)
+      : call(call), kernels(kernels), begins(size_t(2 * (call.shape.kv_heads + 1))) {
+    if (!begins.get()) return;
+    int64_t sum = 0;
+    for (int64_t side = 0; side < 2; side++)
+      for (int64_t head = 0; head <= call.shape.kv_heads; head++) {
+        begins[size_t(side * (call.shape.kv_heads + 1) + head)] = sum;
+        if (head == call.shape.kv_heads) continue;
+        const Half half = half_at(side, head);
+        if (half.format != NATIVE) sum += blocks() * half.bytes;
+      }
+    row_bytes = sum;
+    memory.emplace(size_t(sum * call.shape.rows));
+  }
+
+  int64_t row_bytes = 0;
+  bool there() const { return begins.get() && memory->get(); }
+  int64_t blocks() const { return (call.tokens + BLOCK - 1) / BLOCK; }
+  Half half_at(int64_t side, int64_t head) const {
+    const Halves halves = halves_of(call.rules.of(head), call.shape);
+    return side == 0 ? halves.key : halves.value;
+  }
+  char* of(int64_t side, int64_t row, int64_t head) const {
+    return memory->get() + row * row_bytes + begins[size_t(side * (call.shape.kv_heads + 1) + head)];
+  }
+
+  // Makes the codes of one block of one (row, KV head).
+  Status encode(int64_t index, float* buffer) const {
+    const int64_t block = index % blocks(), pair = index / blocks();
+    const int64_t row = pair / call.shape.kv_heads, head = pair % call.shape.kv_heads;
+    const int64_t element = int64_t(element_size(call.shape.dtype)), end = smaller((block + 1) * BLOCK, call.valid[row]);
+    for (int64_t side = 0; side < 2; side++) {
+      const Half half = half_at(side, head);
+      if (half.format == NATIVE) continue;
+      const Strides& at = side == 0 ? call.key_at : call.value_at;
+      const char* from = static_cast<const char*>(side == 0 ? call.key : call.value) + (row * at.row + head * at.head) * element;
+      for (int64_t t = block * BLOCK; t < end; t++)
+        kernels.encode[call.shape.dtype](from + t * at.token * element, half, t % BLOCK, of(side, row, head) + block * half.bytes, buffer);
+    }
+    return OK;
+  }
+};
+
 struct PrefillJob {
   const PrefillCall& call;
   const Kernels& kernels;
+  const CodedChunk& coded;
   int64_t rows, tiles;  // query rows of a tile; tiles of a row
 
   Status run(int64_t index, float* scratch) const {
@@ -186,13 +253,16 @@ struct PrefillJob {
     work.source.width = call.table.width;
     work.source.keys = &call.keys;
     work.source.values = &call.values;
-    work.source.key = static_cast<const char*>(call.key) + (row * k.row + head * k.head) * element;
-    work.source.value = static_cast<const char*>(call.value) + (row * v.row + head * v.head) * element;
-    work.source.key_bytes = k.token * element;
-    work.source.value_bytes = v.token * element;
-    work.source.key_row_bytes = shape.head_dim * element;
-    work.source.value_row_bytes = shape.value_dim * element;
-    work.source.element = size_t(element);
+    const Halves halves = halves_of(work.rule, shape);
+    work.source.key = halves.key;
+    work.source.value = halves.value;
+    const auto find = [&](const Half& half, int64_t side, const void* chunk, const Strides& at, const char*& from, int64_t& bytes) {
+      const bool native = half.format == NATIVE;
+      from = native ? static_cast<const char*>(chunk) + (row * at.row + head * at.head) * element : coded.of(side, row, head);
+      bytes = native ? at.token * element : half.bytes;
+    };
+    find(halves.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
+    find(halves.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * shape.group : nullptr;
@@ -201,31 +271,40 @@ struct PrefillJob {
     work.out_row_bytes = call.out_at.token * element;
     work.lse = lse + first;
     work.lse_head = call.tokens;
-    return kernels.prefill[shape.dtype](work, scratch) ? OK : MISSING_BLOCK;
+    const auto& tiles_of = work.rule.native() ? kernels.prefill : kernels.prefill_codes;
+    return tiles_of[shape.dtype](work, scratch) ? OK : MISSING_BLOCK;
   }
 };
 
 }  // namespace
 
-bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values) {
+bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values, int* places) {
   const char *key = nullptr, *value = nullptr;
   int64_t block = -1;
+  const auto in_block = [](const Half& half, const char* at, int64_t place) {
+    return half.format == NATIVE ? at + place * half.token_bytes : at;
+  };
+  const auto in_chunk = [](const Half& half, const char* at, int64_t bytes, int64_t token) {
+    return at + (half.format == NATIVE ? token : token / BLOCK) * bytes;
+  };
   for (int64_t i = 0; i < count; i++) {
     const int64_t position = source.columns.position(column + i), ahead = position - source.past;
     if (ahead >= 0) {
-      keys[i] = source.key + ahead * source.key_bytes;
-      values[i] = source.value + ahead * source.value_bytes;
+      keys[i] = in_chunk(source.key, source.key_chunk, source.key_bytes, ahead);
+      values[i] = in_chunk(source.value, source.value_chunk, source.value_bytes, ahead);
+      places[i] = int(ahead % BLOCK);
       continue;
     }
     if (position / BLOCK != block) {
       block = position / BLOCK;
       const int32_t id = block < source.width ? source.ids[block] : -1;
-      key = block_of(*source.keys, id, int64_t(source.element));
-      value = block_of(*source.values, id, int64_t(source.element));
+      key = block_of(*source.keys, id, source.key.bytes);
+      value = block_of(*source.values, id, source.value.bytes);
       if (!key || !value) return false;
     }
-    keys[i] = key + position % BLOCK * source.key_row_bytes;
-    values[i] = value + position % BLOCK * source.value_row_bytes;
+    places[i] = int(position % BLOCK);
+    keys[i] = in_block(source.key, key, places[i]);
+    values[i] = in_block(source.value, value, places[i]);
   }
   return true;
 }
@@ -255,7 +334,15 @@ Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
 Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa) {
   const Shape& shape = call.shape;
   const int64_t rows = smaller(tile_rows(shape.group), larger(call.tokens, 1));
-  const PrefillJob job = {call, kernels_of(isa), rows, (call.tokens + rows - 1) / rows};
+  const CodedChunk coded(call, kernels_of(isa));
+  if (!coded.there()) return NO_MEMORY;
+  if (coded.row_bytes) {
+    const auto encode = [&](int64_t i, float* at) { return coded.encode(i, at); };
+    const size_t buffer = size_t(larger(shape.head_dim, shape.value_dim) + 16);
+    const Status status = run_tasks(parallel, coded.blocks() * shape.rows * shape.kv_heads, buffer, encode);
+    if (status != OK) return status;
+  }
+  const PrefillJob job = {call, kernels_of(isa), coded, rows, (call.tokens + rows - 1) / rows};
   const size_t scratch = job.kernels.tile_scratch(shape.group * rows, shape.head_dim, shape.value_dim);
   const int64_t tasks = job.tiles * shape.rows * shape.kv_heads;
   return run_tasks(parallel, tasks, scratch, [&](int64_t i, float* at) { return job.run(i, at); });

@@ -7,13 +7,14 @@ namespace {
 using namespace moacompress;
 
 std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor rules,
-                                     double scaling, double softcap, std::optional<Tensor> sink_logits) {
+                                     double scaling, double softcap, std::optional<Tensor> sink_logits, int64_t value_dim) {
   const char* op = "decode";
   STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
                   " of values; at least one of each, and as many, are needed");
-  STD_TORCH_CHECK(table.dim() == 3 && values[0].dim() == 3, op, ": the table has the shape ", text(table),
-                  " and the first segment of values ", text(values[0]), "; both must have 3 dimensions");
-  const Shape shape = shape_of(query, 3, table.size(1), values[0].size(2), op);
+  STD_TORCH_CHECK(table.dim() == 3, op, ": the table has the shape ", text(table), ", not of 3 dimensions");
+  for (const Tensor& segment : values)
+    if (!value_dim && segment.dim() == 3) value_dim = segment.size(2);
+  const Shape shape = shape_of(query, 3, table.size(1), value_dim, op);
   const ScalarType type = query.scalar_type();
   check_rows(query, {shape.rows, -1, shape.head_dim}, type, op, "query");
   const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
     STD_TORCH_CHECK(real[row] >= 0 && real[row] <= tokens && tokens < MAX_TOKENS, op, ": row ", row, " has ", real[row],
                     " real tokens of ", tokens);
   const Rest rest = rest_of(rules, scaling, softcap, std::nullopt, shape, op);
+  check_native(rest.rules, op);
   Tensor dquery = new_rows(query, shape.rows, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, shape.rows, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, shape.rows, shape.kv_heads, tokens, shape.value_dim);
@@ -100,10 +102,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   const int64_t native_window = asked.of(0).native_window;
   RuleTable own = {};
   if (plan) own = rules_of(*plan, shape.kv_heads, op, "the plan's KV head");
-  for (const RuleTable& table : {asked, own})
+  for (const RuleTable& table : {asked, own}) {
+    check_native(table, op);
     for (int64_t i = 0; i < table.count; i++)
       STD_TORCH_CHECK(table.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
                       table.of(i).native_window, " in one layer");
+  }
   const Scores scores = scores_of(scaling, softcap, sink_logits, shape, op);
   Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
@@ -153,7 +157,7 @@ EXPORT void moacompress_visible(int64_t n, const int64_t* numbers, int64_t* inte
 STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
   m.def(
       "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor rules, float scaling, "
-      "float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
+      "float softcap, Tensor? sink_logits, int value_dim=0) -> (Tensor, Tensor)");
   m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
       "Tensor rules, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");

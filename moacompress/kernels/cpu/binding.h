@@ -95,8 +95,9 @@ inline void check_rule(const Rule& rule, int64_t i, const char* op, const char* 
                   "; they must be at least 0, beta_q at most 1024");
   STD_TORCH_CHECK(rule.min_window >= 1, op, ": min_window is ", rule.min_window, ", less than 1, at ", name, " ", i);
   STD_TORCH_CHECK(rule.native_window >= 0, op, ": native_window is ", rule.native_window, " at ", name, " ", i, "; 0 means none");
-  STD_TORCH_CHECK(rule.key_format == NATIVE && rule.value_format == NATIVE, op, ": ", name, " ", i, " has the formats ",
-                  rule.key_format, " and ", rule.value_format, "; only ", NATIVE, " is known");
+  for (const int64_t format : {rule.key_format, rule.value_format})
+    STD_TORCH_CHECK(format >= 0 && format < FORMATS, op, ": ", name, " ", i, " has the format ", format, "; known are 0 to ",
+                    FORMATS - 1);
 }
 
 // A table of `count` rules, -1 for any number; `name` is what each belongs to. Must be outlived by the tensor.
@@ -105,6 +106,13 @@ inline RuleTable rules_of(const Tensor& rules, int64_t count, const char* op, co
   const RuleTable table = {static_cast<const int64_t*>(columns), rules.size(1)};
   for (int64_t i = 0; i < table.count; i++) check_rule(table.of(i), i, op, name);
   return table;
+}
+
+// Refuses rules with codes: gradients are of native numbers, rounded before.
+inline void check_native(const RuleTable& rules, const char* op) {
+  for (int64_t i = 0; i < rules.count; i++)
+    STD_TORCH_CHECK(rules.of(i).native(), op, ": rule ", i, " has the formats ", rules.of(i).key_format, " and ",
+                    rules.of(i).value_format, "; this is done with native ones alone");
 }
 
 struct Rest {
@@ -127,21 +135,33 @@ inline Rest rest_of(const Tensor& rules, double scaling, double softcap, const s
   return {rules_of(rules, shape.kv_heads, op, "KV head"), scores_of(scaling, softcap, sink_logits, shape, op)};
 }
 
-// Views of a pool's segments; must outlive the call.
+// Views of a pool's segments; must outlive the call. A segment of native numbers has the shape [blocks, 16, dim], one of codes is
+// of bytes, [blocks, bytes of a half].
 struct PoolViews {
   std::vector<const void*> base;
-  std::vector<int64_t> block_stride, first_block{0};
+  std::vector<int64_t> block_stride, half_bytes, first_block{0};
 
   PoolViews(const Tensors& segments, int64_t dim, ScalarType type, const char* op, const char* name) {
     for (const Tensor& t : segments) {
-      check_rows(t, {-1, BLOCK, dim}, type, op, name);
-      STD_TORCH_CHECK(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
+      const bool coded = t.scalar_type() == ScalarType::Byte;
+      const int64_t element = coded ? 1 : type == ScalarType::Float ? 4 : 2;
+      if (coded) {
+        check_rows(t, {-1, -1}, ScalarType::Byte, op, name);
+        const int64_t bytes = t.size(1);
+        STD_TORCH_CHECK(bytes == half_of(INT8, dim, 1).bytes || bytes == half_of(INT4, dim, 1).bytes, op, ": codes of ", bytes,
+                        " bytes a block of ", name, ", not ", half_of(INT8, dim, 1).bytes, " or ", half_of(INT4, dim, 1).bytes);
+        half_bytes.push_back(bytes);
+      } else {
+        check_rows(t, {-1, BLOCK, dim}, type, op, name);
+        STD_TORCH_CHECK(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
+        half_bytes.push_back(half_of(NATIVE, dim, element).bytes);
+      }
       base.push_back(t.const_data_ptr());
-      block_stride.push_back(t.stride(0));
+      block_stride.push_back(t.stride(0) * element);
       first_block.push_back(first_block.back() + t.size(0));
     }
   }
-  Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), first_block.data()}; }
+  Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), half_bytes.data(), first_block.data()}; }
 };
 
 inline Shape shape_of(const Tensor& query, int64_t dims, int64_t kv_heads, int64_t value_dim, const char* op) {

@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "formats.h"
 #include "visible.h"
 
 namespace moacompress {
@@ -34,12 +35,12 @@ struct Strides {
   int64_t row, head, token;
 };
 
-// A growing list of segments `[blocks, 16, dim]`; a block's tokens lie side by side. Segment s holds the block ids
-// [first_block[s], first_block[s + 1]).
+// A growing list of segments of blocks, of their keys or of their values. Segment s holds the block ids [first_block[s],
+// first_block[s + 1]), each `half_bytes[s]` of memory, `block_stride[s]` bytes apart; see `Half`.
 struct Pool {
   int64_t segments;
   const void* const* base;
-  const int64_t* block_stride;
+  const int64_t *block_stride, *half_bytes;
   const int64_t* first_block;
 };
 
@@ -100,6 +101,10 @@ struct AdvanceCall {
   int64_t *lengths, *runs;  // [rows], [RUNS, 2, rows, kv_heads]
   int32_t* refs;            // [blocks]
   int64_t blocks;
+};
+// What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
+struct Missing {
+  int64_t blocks, head;
 };
 constexpr int64_t TABLE_TOO_NARROW = -1;
 
@@ -174,9 +179,9 @@ bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
 Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa);
 Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
-// Returns 0; or how many blocks the pool lacks; or TABLE_TOO_NARROW. Then the call can be made again once there is room: no token
-// is written and no length is changed before.
-int64_t advance(const AdvanceCall& call);
+// The call can be made again once there is room: no token is written and no length is changed before. NO_MEMORY is for what it
+// works in.
+Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
@@ -188,31 +193,33 @@ void norm(const NormCall& call, Isa isa);
 // One decode task: some blocks of one (row, KV head), read once for all query heads of the group.
 struct DecodeChunk {
   int64_t group, head_dim, value_dim, blocks;
+  Half key, value;
   const void* query;
   int64_t query_head;
-  const void* keys[CHUNK_BLOCKS];  // first token of each block
+  const void* keys[CHUNK_BLOCKS];  // each block's half
   const void* values[CHUNK_BLOCKS];
   const void* coming[AHEAD];  // first blocks of the keys that this thread probably reads next, or null
   int begin[CHUNK_BLOCKS], end[CHUNK_BLOCKS];  // tokens [begin, end) of each block are visible
   float scaling, softcap;
   float *peak, *total;  // [group] largest score, and sum of exp(score - peak)
-  float* mixed;         // [group, value_dim] sum of exp(score - peak) * value
+  float* mixed;         // [group, value_dim] sum of exp(score - peak) * value, of codes in their rotated basis
   float* scratch;       // `decode_scratch` floats
 };
 
-// Finds the key and value rows of columns [column, column + count) of a task.
+// Finds the keys and values of columns [column, column + count) of a task: of native ones the row, of codes the half of the block,
+// and its `places` in it.
 struct RowSource {
   Columns columns;
   int64_t past;
   const int32_t* ids;  // the (row, KV head)'s part of the table
   int64_t width;
+  Half key, value;
   const Pool *keys, *values;
-  const char *key, *value;  // chunk of the (row, KV head)
-  int64_t key_bytes, value_bytes;          // from token to token of the chunk
-  int64_t key_row_bytes, value_row_bytes;  // from token to token of a block
-  size_t element;
+  // the chunk of the (row, KV head): its rows, or its halves of blocks from its first token on
+  const char *key_chunk, *value_chunk;
+  int64_t key_bytes, value_bytes;  // from token to token, or from block to block
 };
-bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values);
+bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values, int* places);
 
 // One task of prefill: query rows [0, rows) of the `group` heads of one (row, KV head). A lane is (head, row), head * rows + row.
 struct PrefillTile {
@@ -294,10 +301,13 @@ struct LinearTile {
 };
 
 struct Kernels {
-  size_t (*decode_scratch)(int64_t group, int64_t head_dim);
+  size_t (*decode_scratch)(int64_t group, int64_t head_dim);  // in floats
   size_t (*tile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim);  // of all tile kernels, in floats
   void (*decode[3])(const DecodeChunk&);
   bool (*prefill[3])(const PrefillTile&, float* scratch);
+  bool (*prefill_codes[3])(const PrefillTile&, float* scratch);  // where keys or values have codes
+  void (*encode[3])(const void* from, const Half& half, int64_t place, void* to, float* buffer);  // buffer: [dim rounded up to 16]
+  void (*hadamard)(float* x, int64_t dim);                       // docs/formats.md, in place
   bool (*backward_query[3])(const PrefillTile&, float* scratch);
   void (*backward_key[3])(const KeyTile&, float* scratch);
   size_t (*profile_scratch)(int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys);  // floats; keys: a multiple of TILE

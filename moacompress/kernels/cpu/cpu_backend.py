@@ -31,7 +31,9 @@ from moacompress.rules.rule_table import RuleTable
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
 TOO_NARROW = 1
-"""What the operators of a step return where the table is too narrow; 1 + n where the pool lacks n blocks, 0 when done."""
+"""What the operators of a step return where the table is too narrow; 0 when done. See `_room`."""
+ROOM_HEADS = 1 << 16
+"""They return 1 + n * ROOM_HEADS + h where the pool lacks n blocks of the formats of KV head h."""
 
 
 class CpuBackend(Backend):
@@ -85,7 +87,14 @@ class CpuBackend(Backend):
                 "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
             )
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
-            _rows(query), list(cache.keys), list(cache.values), cache.table, lengths, rules.columns, *_numbers(scores)
+            _rows(query),
+            list(cache.keys),
+            list(cache.values),
+            cache.table,
+            lengths,
+            rules.columns,
+            *_numbers(scores),
+            cache.value_dim,
         )
         return found
 
@@ -244,7 +253,7 @@ class _CpuCaches(BoundCaches):
 
 
 def _room(wanted: int) -> Room | None:
-    return Room(wanted - TOO_NARROW) if wanted else None
+    return Room(*divmod(wanted - TOO_NARROW, ROOM_HEADS)) if wanted else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

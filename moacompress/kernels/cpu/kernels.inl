@@ -12,8 +12,6 @@ namespace {
 constexpr int LANES = PANEL * W;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float NOTHING = -__FLT_MAX__;  // peak of a lane that has seen no key
-constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
-constexpr int CHUNK_STRIDE = CHUNK + 16;
 
 inline V exp2(V x) {  // relative error 2e-7; 0 below 2^-126; NaN of NaN
   const V low = set1(-126.f);
@@ -47,6 +45,17 @@ template <class T> inline void narrow_row(const float* from, int64_t n, T* to) {
   if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
 }
 
+constexpr int CHUNK = int(CHUNK_BLOCKS * BLOCK);
+constexpr int CHUNK_STRIDE = CHUNK + 16;
+
+}  // namespace
+}  // namespace moacompress
+
+#include "codes.inl"
+
+namespace moacompress {
+namespace {
+
 // ---- decode ----
 
 // Dot products along a row that is widened to float32 as it is read.
@@ -78,8 +87,9 @@ template <> struct DotOf<bf16> { typedef DotPairs type; };
 
 inline int64_t padded(int64_t dim) { return (dim + 2 * W - 1) / (2 * W) * (2 * W); }
 
+// Scores, queries, and of codes the sums of the queries and what the values' zero points add; then one query that is rotated.
 size_t decode_scratch(int64_t group, int64_t head_dim) {
-  return size_t(group) * size_t(CHUNK_STRIDE + padded(head_dim));
+  return size_t(group) * size_t(CHUNK_STRIDE + padded(head_dim) + 2 * W + 2) + size_t(padded(head_dim));
 }
 
 // Scores of HEADS query heads with the tokens [begin, end) of a block; `next` is read ahead.
@@ -188,23 +198,22 @@ template <class T, int HEADS> inline void mix_heads(const DecodeChunk& c, const 
   if (column < c.value_dim) mix_blocks<T, HEADS, 0>(c, weights, column, int(c.value_dim - column), ahead, to);
 }
 
-template <class T> void decode_chunk(const DecodeChunk& c) {
+// Scores of all query heads with native keys.
+template <class T> inline void score_chunk(const DecodeChunk& c, float* query_at, float* scores) {
   typedef typename DotOf<T>::type::Query Query;
   const int64_t stride = padded(c.head_dim) * int64_t(sizeof(float) / sizeof(Query));
-  float* scores = c.scratch;
-  Query* query = (Query*)(c.scratch + c.group * CHUNK_STRIDE);
+  Query* query = (Query*)query_at;
   for (int64_t h = 0; h < c.group; h++) {
     memset((void*)(query + h * stride), 0, size_t(stride) * sizeof(Query));
     DotOf<T>::type::keep((const T*)c.query + h * c.query_head, c.head_dim, query + h * stride);
   }
-  int tokens = 0;
-  for (int64_t b = 0; b < c.blocks; b++) {
+  for (int64_t b = 0; b < c.blocks; scores += c.end[b] - c.begin[b], b++) {
     const T* keys = (const T*)c.keys[b];
     const int64_t later = b + AHEAD, past = later - c.blocks;  // past the last keys come the first values
     const char* next = (const char*)(past < 0 ? c.keys[later] : past < c.blocks ? c.values[past] : nullptr);
     for (int64_t h = 0; h < c.group; h += 4, next = nullptr) {
       const Query* q = query + h * stride;
-      float* to = scores + h * CHUNK_STRIDE + tokens;
+      float* to = scores + h * CHUNK_STRIDE;
       switch (smaller(c.group - h, 4)) {
         case 1: score_heads<T, 1>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
         case 2: score_heads<T, 2>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to); break;
@@ -212,8 +221,46 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
         default: score_heads<T, 4>(keys, next, c.begin[b], c.end[b], q, stride, c.head_dim, to);
       }
     }
-    tokens += c.end[b] - c.begin[b];
   }
+}
+
+// The same with codes.
+template <class T> inline void score_coded_chunk(const DecodeChunk& c, float* query, float* sums, float* buffer, float* scores) {
+  const int64_t stride = coded_query(c.key);
+  for (int64_t h = 0; h < c.group; h++)
+    sums[h] = keep_rotated((const T*)c.query + h * c.query_head, c.key, buffer, query + h * stride);
+  for (int64_t b = 0; b < c.blocks; scores += c.end[b] - c.begin[b], b++) {
+    const int64_t later = b + AHEAD, past = later - c.blocks;  // past the last keys come the first values
+    Ahead next = {(const char*)(past < 0 ? c.keys[later] : past < c.blocks ? c.values[past] : nullptr),
+                  past < 0 ? c.key.bytes : c.value.bytes};
+    for (int64_t h = 0; h < c.group; h += 4, next.at = nullptr) {
+      const float *q = query + h * stride, *all = sums + h;
+      float* to = scores + h * CHUNK_STRIDE;
+      switch (smaller(c.group - h, 4)) {
+        case 1: score_coded_heads<1>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
+        case 2: score_coded_heads<2>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
+        case 3: score_coded_heads<3>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to); break;
+        default: score_coded_heads<4>(c.keys[b], c.key, next, c.begin[b], c.end[b], q, stride, all, to);
+      }
+    }
+  }
+}
+
+template <int HEADS, class T> inline void mix_any_heads(const DecodeChunk& c, const float* weights, bool ahead, const float* more, float* to) {
+  if (c.value.format == NATIVE) mix_heads<T, HEADS>(c, weights, ahead, to);
+  else if (c.value.format == INT8) mix_coded_heads<8, HEADS>(c, weights, ahead, more, to);
+  else mix_coded_heads<4, HEADS>(c, weights, ahead, more, to);
+}
+
+template <class T> void decode_chunk(const DecodeChunk& c) {
+  float* scores = c.scratch;
+  float* query = scores + c.group * CHUNK_STRIDE;
+  float* query_sums = query + c.group * (padded(c.head_dim) + 2 * W);
+  float* more = query_sums + c.group;
+  if (c.key.format == NATIVE) score_chunk<T>(c, query, scores);
+  else score_coded_chunk<T>(c, query, query_sums, more + c.group, scores);
+  int tokens = 0;
+  for (int64_t b = 0; b < c.blocks; b++) tokens += c.end[b] - c.begin[b];
   for (int64_t h = 0; h < c.group; h++) {
     float* row = scores + h * CHUNK_STRIDE;
     const auto hide_rest = [&] {  // of the last vector
@@ -238,15 +285,16 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
     }
     c.peak[h] = peak;
     c.total[h] = sum(totals);
+    if (c.value.format != NATIVE) more[h] = weigh_codes(c, row);
   }
   for (int64_t h = 0; h < c.group; h += 4) {
     const float* weights = scores + h * CHUNK_STRIDE;
     float* to = c.mixed + h * c.value_dim;
     switch (smaller(c.group - h, 4)) {
-      case 1: mix_heads<T, 1>(c, weights, h == 0, to); break;
-      case 2: mix_heads<T, 2>(c, weights, h == 0, to); break;
-      case 3: mix_heads<T, 3>(c, weights, h == 0, to); break;
-      default: mix_heads<T, 4>(c, weights, h == 0, to);
+      case 1: mix_any_heads<1, T>(c, weights, h == 0, more + h, to); break;
+      case 2: mix_any_heads<2, T>(c, weights, h == 0, more + h, to); break;
+      case 3: mix_any_heads<3, T>(c, weights, h == 0, more + h, to); break;
+      default: mix_any_heads<4, T>(c, weights, h == 0, more + h, to);
     }
   }
 }
@@ -354,9 +402,11 @@ template <class T> inline void into_lane(const T* row, int64_t dim, int64_t lane
   float* to = panels + lane / LANES * dim * LANES + lane % LANES;
   for (int64_t d = 0; d < dim; d++) to[d * LANES] = buffer[d];
 }
-template <class T> inline void out_of_lane(const float* panels, int64_t dim, int64_t lane, float factor, float* buffer, T* row) {
+template <class T>
+inline void out_of_lane(const float* panels, int64_t dim, int64_t lane, float factor, float* buffer, T* row, bool rotate = false) {
   const float* from = panels + lane / LANES * dim * LANES + lane % LANES;
   for (int64_t d = 0; d < dim; d++) buffer[d] = from[d * LANES] * factor;
+  if (rotate) hadamard(buffer, dim);
   narrow_row(buffer, dim, row);
 }
 
@@ -510,16 +560,18 @@ inline void pair_values(const void* const* from, int64_t count, int64_t dim, flo
 }
 #endif
 
-// How a dtype's tiles are multiplied.
+// How a dtype's tiles are multiplied; `Row` is what the rows of values are of that `values` takes.
 template <class T> struct FloatTile {
   typedef Float32 Op;
+  typedef T Row;
   static inline int64_t depth(int64_t dim) { return dim; }
-  static inline void lane(const T* row, int64_t dim, int64_t lane, float* buffer, float* panels) {
-    into_lane(row, dim, lane, buffer, panels);
+  static inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+    into_lane(row, key.dim, lane, buffer, panels);
   }
-  static inline void keys(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
-    as_floats(from, count, dim, store, (const T*)nullptr, to);
+  static inline void keys(const void* const* from, const int*, int64_t count, const Half& half, float* store, const char** to) {
+    as_floats(from, count, half.dim, store, (const T*)nullptr, to);
   }
+  static inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
   static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     as_floats(from, count, dim, store, (const T*)nullptr, to);
     return count;
@@ -530,15 +582,18 @@ template <class T> struct FloatTile {
 #ifdef MOACOMPRESS_BF16_DOT
 struct PairTile {
   typedef Pairs Op;
+  typedef bf16 Row;
   static inline int64_t depth(int64_t dim) { return dim / 2; }
-  static inline void lane(const bf16* row, int64_t dim, int64_t lane, float*, float* panels) {
-    float* to = panels + lane / LANES * (dim / 2) * LANES + lane % LANES;
-    for (int64_t d = 0; d < dim / 2; d++) memcpy(to + d * LANES, row + 2 * d, 4);
+  static inline void lane(const bf16* row, const Half& key, int64_t lane, float*, float* panels) {
+    const int64_t cells = key.dim / 2;
+    float* to = panels + lane / LANES * cells * LANES + lane % LANES;
+    for (int64_t d = 0; d < cells; d++) memcpy(to + d * LANES, row + 2 * d, 4);
   }
-  static inline void keys(const void* const* from, int64_t count, int64_t, float*, const char** to) {
+  static inline void keys(const void* const* from, const int*, int64_t count, const Half&, float*, const char** to) {
     for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
     repeat_last(to, count);
   }
+  static inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
   static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     pair_values(from, count, dim, store, to);
     return (count + 1) / 2;
@@ -551,8 +606,34 @@ struct PairTile {
 };
 #endif
 
+// Codes are expanded, a tile of them at a time, to float32 in their rotated basis.
+template <class T> struct CodesTile : FloatTile<float> {
+  static inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+    widen_row(row, key.dim, buffer);
+    if (key.format != NATIVE) hadamard(buffer, key.dim);
+    float* to = panels + lane / LANES * key.dim * LANES + lane % LANES;
+    for (int64_t d = 0; d < key.dim; d++) to[d * LANES] = buffer[d];
+  }
+  static inline void floats(const void* const* from, const int* places, int64_t count, const Half& half, float* store) {
+    for (int64_t i = 0; i < count; i++) {
+      if (half.format == NATIVE) widen_row((const T*)from[i], half.dim, store + i * half.dim);
+      else expand(from[i], places[i], half, store + i * half.dim);
+    }
+  }
+  static inline void keys(const void* const* from, const int* places, int64_t count, const Half& half, float* store, const char** to) {
+    floats(from, places, count, half, store);
+    for (int64_t i = 0; i < count; i++) to[i] = (const char*)(store + i * half.dim);
+    repeat_last(to, count);
+  }
+  static inline void find_values(const void** rows, const int* places, int64_t count, const Half& half, float* store) {
+    floats(rows, places, count, half, store);
+    for (int64_t i = 0; i < count; i++) rows[i] = store + i * half.dim;
+  }
+};
+
 template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* scratch, bool careful = false) {
   typedef typename Tile::Op Op;
+  typedef typename Tile::Row Row;
   const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
   const int64_t depth = Tile::depth(t.head_dim);
   float* query = scratch;
@@ -568,21 +649,23 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
 
   memset(query, 0, size_t(all_lanes * (depth + t.value_dim)) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++)
-    Tile::lane((const T*)(t.query + lane / t.rows * t.query_head_bytes + lane % t.rows * t.query_row_bytes), t.head_dim, lane,
+    Tile::lane((const T*)(t.query + lane / t.rows * t.query_head_bytes + lane % t.rows * t.query_row_bytes), t.source.key, lane,
                buffer, query);
   for (int64_t lane = 0; lane < all_lanes; lane++) peak[lane] = NOTHING, total[lane] = 0.f;
   set_bounds(t, all_lanes, bounds);
 
   const void *keys[TILE], *values[TILE], *tame_values[TILE];
   const char *key_rows[TILE], *value_rows[TILE];
+  int places[TILE];
   const int64_t columns = t.source.columns.count();
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int64_t count = smaller(TILE, columns - begin);
-    if (!find_rows(t.source, begin, count, keys, values)) return false;
-    Tile::keys(keys, count, t.head_dim, key_store, key_rows);
+    if (!find_rows(t.source, begin, count, keys, values, places)) return false;
+    Tile::keys(keys, places, count, t.source.key, key_store, key_rows);
+    Tile::find_values(values, places, count, t.source.value, value_store);
     const bool all = all_seen(t, begin, begin + count);
-    const bool wild = careful && !all && !all_finite<T>(values, count, t.value_dim);
-    if (wild) tame<T>(values, count, t.value_dim, tame_store, tame_values);
+    const bool wild = careful && !all && !all_finite<Row>(values, count, t.value_dim);
+    if (wild) tame<Row>(values, count, t.value_dim, tame_store, tame_values);
     const int64_t cells = Tile::values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
@@ -594,7 +677,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
         Tile::template weights<VECS>(scores, count);
         mix<Op, VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
         if (wild)
-          add_wild<T, VECS>(
+          add_wild<Row, VECS>(
               values, count, t.value_dim, [&](int64_t k, int v) { return Tile::weight(scores, k, v); },
               [&](int64_t k, int v) { return seen(set1(float(begin + k)), here, v); }, buffer, out + at * t.value_dim);
       }));
@@ -611,12 +694,14 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
       top = most;
     }
     t.lse[head * t.lse_head + row] = top + __builtin_logf(sum);
-    out_of_lane(out, t.value_dim, lane, factor / sum, buffer, (T*)(t.out + head * t.out_head_bytes + row * t.out_row_bytes));
+    out_of_lane(out, t.value_dim, lane, factor / sum, buffer, (T*)(t.out + head * t.out_head_bytes + row * t.out_row_bytes),
+                t.source.value.format != NATIVE);
   }
   return true;
 }
 
 template <class T> bool prefill_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, FloatTile<T>>(t, scratch); }
+template <class T> bool prefill_codes_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, CodesTile<T>>(t, scratch); }
 #ifdef MOACOMPRESS_BF16_DOT
 template <> bool prefill_tile<bf16>(const PrefillTile& t, float* scratch) {
   if (t.head_dim % 2) return prefill_with<bf16, FloatTile<bf16>>(t, scratch);
@@ -663,10 +748,11 @@ template <class T> bool backward_query_with(const PrefillTile& t, float* scratch
 
   const void *keys[TILE], *values[TILE];
   const char *key_rows[TILE], *value_rows[TILE], *tame_rows[TILE];
+  int places[TILE];
   const int64_t columns = t.source.columns.count();
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int64_t count = smaller(TILE, columns - begin);
-    if (!find_rows(t.source, begin, count, keys, values)) return false;
+    if (!find_rows(t.source, begin, count, keys, values, places)) return false;
     as_floats(keys, count, t.head_dim, key_store, (const T*)nullptr, key_rows);
     as_floats(values, count, t.value_dim, value_store, (const T*)nullptr, value_rows);
     const bool wild = careful && !all_seen(t, begin, begin + count) && !all_finite<float>(key_rows, count, t.head_dim);
@@ -794,6 +880,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { ba
                         tile_scratch,                                                               \
                         {decode_chunk<float>, decode_chunk<bf16>, decode_chunk<f16>},               \
                         {prefill_tile<float>, prefill_tile<bf16>, prefill_tile<f16>},               \
+                        {prefill_codes_tile<float>, prefill_codes_tile<bf16>, prefill_codes_tile<f16>}, \
+                        {encode<float>, encode<bf16>, encode<f16>},                                 \
+                        hadamard,                                                                   \
                         {backward_query_tile<float>, backward_query_tile<bf16>, backward_query_tile<f16>}, \
                         {backward_key_tile<float>, backward_key_tile<bf16>, backward_key_tile<f16>}, \
                         profile_scratch,                                                            \

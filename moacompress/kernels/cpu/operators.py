@@ -15,9 +15,19 @@ def _rows(like: torch.Tensor, rows: Any, heads: Any, tokens: Any, dim: Any) -> t
     return like.new_empty(rows, tokens, heads, dim).transpose(1, 2)
 
 
-def _fake_decode(query: torch.Tensor, keys: Any, values: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_decode(
+    query: torch.Tensor,
+    keys: Any,
+    values: Any,
+    table: Any,
+    lengths: Any,
+    rules: Any,
+    scaling: Any,
+    softcap: Any,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, _ = query.shape
-    out = query.new_empty(rows, heads, values[0].shape[-1])
+    out = query.new_empty(rows, heads, rest[1] or next(part.shape[2] for part in values if part.ndim == 3))
     return out, query.new_empty(rows, heads, dtype=torch.float32)
 
 

@@ -5,6 +5,9 @@
 
 namespace moacompress {
 
+// KV heads that a number of what a step lacks has place for.
+constexpr int64_t ROOM_HEADS = 1 << 16;
+
 // A layer's cache and the rules it is kept by. Views of tensors that must outlive it.
 struct LayerCache {
   PoolViews keys, values;
@@ -28,6 +31,7 @@ struct LayerCache {
                     this->keys.first_block.back(), " blocks of keys and ", this->values.first_block.back(),
                     " of values, refs counts ", blocks);
     STD_TORCH_CHECK(lag >= 0, op, ": lag is ", lag);
+    STD_TORCH_CHECK(shape.kv_heads < ROOM_HEADS, op, ": ", shape.kv_heads, " KV heads; at most ", ROOM_HEADS - 1);
     ids = static_cast<int32_t*>(table.mutable_data_ptr());
     width = table.size(2);
     this->lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
@@ -44,17 +48,20 @@ struct Token {
 };
 
 // Takes a token into a cache and attends, to `out`, [rows, heads, value_dim]. Returns 0; or, when nothing is done yet, 1 where the
-// table is too narrow, and 1 + n where the pool lacks n blocks.
+// table is too narrow, and 1 + n * ROOM_HEADS + h where the pool lacks n blocks of the formats of KV head h.
 inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op) {
   const Shape& shape = token.shape;
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
                     " tokens");
   const Rest& rest = cache.rest;
-  const int64_t missing =
-      advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
-               cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks});
-  if (missing) return missing == TABLE_TOO_NARROW ? 1 : 1 + missing;
+  Missing missing;
+  check_status(advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
+                        cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks},
+                       isa(), missing),
+               op);
+  if (missing.blocks == TABLE_TOO_NARROW) return 1;
+  if (missing.blocks) return 1 + missing.blocks * ROOM_HEADS + missing.head;
   check_status(decode({shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
                        cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr},
                       parallel(), isa()),

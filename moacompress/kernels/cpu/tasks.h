@@ -54,7 +54,7 @@ template <class Task> Status run_tasks(const Parallel& parallel, int64_t count, 
 
 const Kernels& kernels_of(Isa isa);
 
-// Returns where a block lies, null if the pool has none of that id; `element` is the size of a number in bytes.
-const char* block_of(const Pool& pool, int64_t id, int64_t element);
+// Returns where a half of a block lies; null if the pool has none of that id and so many bytes.
+const char* block_of(const Pool& pool, int64_t id, int64_t bytes);
 
 }  // namespace moacompress

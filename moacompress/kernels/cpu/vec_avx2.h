@@ -73,4 +73,28 @@ inline void sum4(V a, V b, V c, V d, float* to) {
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
+// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+inline V load_codes(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+inline void load_nibbles(const uint8_t* p, V& low, V& high) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  low = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+  high = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4));
+}
+inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
+  const __m256i x = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+}
+// x of the lane i ^ STEP in lane i; and the signs of the lanes with that bit turned.
+template <int STEP> inline V swapped(V x) {
+  if constexpr (STEP == 1) return _mm256_permute_ps(x, 0xb1);
+  else if constexpr (STEP == 2) return _mm256_permute_ps(x, 0x4e);
+  else return _mm256_permute2f128_ps(x, x, 1);
+}
+template <int STEP> inline V turned(V x) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), bit = _mm256_and_si256(lanes, _mm256_set1_epi32(STEP));
+  const __m256i set = _mm256_cmpeq_epi32(bit, _mm256_set1_epi32(STEP));
+  return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(set, 31)));
+}
+
 }  // namespace

@@ -69,4 +69,26 @@ inline void sum4(V a, V b, V c, V d, float* to) {
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
+// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+inline V load_codes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline void load_nibbles(const uint8_t* p, V& low, V& high) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  low = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
+  high = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
+}
+inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+// x of the lane i ^ STEP in lane i; and the signs of the lanes with that bit turned.
+template <int STEP> inline V swapped(V x) {
+  if constexpr (STEP == 1) return _mm512_permute_ps(x, 0xb1);
+  else if constexpr (STEP == 2) return _mm512_permute_ps(x, 0x4e);
+  else if constexpr (STEP == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+  else return _mm512_shuffle_f32x4(x, x, 0x4e);
+}
+template <int STEP> inline V turned(V x) {
+  const Mask set = STEP == 1 ? 0xaaaa : STEP == 2 ? 0xcccc : STEP == 4 ? 0xf0f0 : 0xff00;
+  return _mm512_mask_xor_ps(x, set, x, set1(-0.f));
+}
+
 }  // namespace

@@ -72,4 +72,24 @@ inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline void sum4(V a, V b, V c, V d, float* to) { to[0] = sum(a); to[1] = sum(b); to[2] = sum(c); to[3] = sum(d); }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+inline V load_codes(const uint8_t* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline void load_nibbles(const uint8_t* p, V& low, V& high) {
+  for (int i = 0; i < W; i++) low[i] = float(p[i] & 15), high[i] = float(p[i] >> 4);
+}
+inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
+  for (int i = 0; i < W; i++) p[i] = uint8_t(v[i]);
+}
+// x of the lane i ^ STEP in lane i; and the signs of the lanes with that bit turned.
+template <int STEP> inline V swapped(V x) {
+  V y;
+  for (int i = 0; i < W; i++) y[i] = x[i ^ STEP];
+  return y;
+}
+template <int STEP> inline V turned(V x) {
+  for (int i = 0; i < W; i++)
+    if (i & STEP) x[i] = -x[i];
+  return x;
+}
+
 }  // namespace

@@ -18,9 +18,9 @@ struct Visible {
 // One column of a rule table (moacompress/rules/rule_table.py), in the order of its numbers.
 struct Rule {
   int64_t sink, alpha, beta_q, min_window, native_window;  // native_window: 0 = none
-  int64_t key_format, value_format;                        // NATIVE is the only one there is
+  int64_t key_format, value_format;                        // see formats.h
+  MOACOMPRESS_INLINE bool native() const { return key_format == 0 && value_format == 0; }
 };
-constexpr int64_t NATIVE = 0;
 
 // Rules as columns of numbers, [RULE_NUMBERS, count], contiguous.
 struct RuleTable {

@@ -50,8 +50,8 @@ def encode(x: torch.Tensor, bits: int) -> Codes:
         bits: of a code, 1 to 8.
     """
     levels, y = (1 << bits) - 1, rotated(x)
-    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
-    wild = ~x.isfinite().all(-1, keepdim=True)
+    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # adding makes a minus zero a plus
+    wild = ~y.isfinite().all(-1, keepdim=True)
     zero, scale = (_half(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
     inverse = torch.where(scale == 0, 0, 1 / scale.float())
     codes = torch.round((y - zero.float()) * inverse).clamp(0, levels)

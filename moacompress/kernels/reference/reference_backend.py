@@ -8,7 +8,10 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import Backend, CacheView, Capabilities, Scores, Status
+from moacompress.kernels.halves import BlockHalf, read_tokens
+from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
+from moacompress.rules.formats import FORMAT_NAMES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, Span, visible_intervals
 
@@ -72,12 +75,10 @@ def _attend(
 
     Without a chunk a row's only query is the cache's last token, so that `past` counts it.
     """
-    if not rules.is_native:
-        raise UnsupportedError("the kernel 'reference' knows native keys and values only; the rules have other formats")
     rows, heads, tokens, head_dim = query.shape
     kv_heads = cache.table.shape[1]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, tokens, head_dim)
-    value_dim = (cache.values[0] if chunk is None else chunk[1]).shape[-1]
+    value_dim = _value_dim(cache) if chunk is None else chunk[1].shape[-1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros(*grouped.shape[:-1], value_dim)
     lse = query.new_full(grouped.shape[:-1], float("-inf"), dtype=wide) if with_lse else None
@@ -85,14 +86,24 @@ def _attend(
     for own, before, count in _equal_rows(past, valid):
         for span, members in rules.groups():
             at = _places(own, members, query.device)
-            keys = _held(cache, own, members, before, span, seen=before + (chunk is not None), device=query.device)
+            codes = rules.columns[-2:, members[0]].tolist()
+            if not set(codes) <= set(FORMAT_NAMES):
+                raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
+            halves = tuple(BlockHalf(*half, query.dtype) for half in zip(codes, (head_dim, value_dim), strict=True))
+            keys = _held(
+                cache, halves, own, members, before, span, seen=before + (chunk is not None), device=query.device
+            )
             if chunk is not None:
                 new = tuple(tensor[at][:, :, :count] for tensor in chunk)
-                keys = _joined(keys, new, before)
+                keys = _joined(keys, tuple(map(_as_kept, halves, new)), before)
             assert keys is not None  # a query sees itself
+            asking = grouped[at][:, :, :, :count]
+            if any(codes):
+                asking, keys = asking.to(wide), Keys(keys.keys.to(wide), keys.values.to(wide), keys.pieces)
             here = scores._replace(sink_logits=None if logits is None else logits[[*members]])
             n = before + (count if chunk is not None else 0)
-            found = sparse_attention(grouped[at][:, :, :, :count], keys, n, span, here, with_lse=with_lse)
+            found = sparse_attention(asking, keys, n, span, here, with_lse=with_lse)
+            found = (found[0].to(query.dtype), *found[1:])
             if len(own) == rows and len(members) == kv_heads and count == tokens:
                 out, lse = found[0], found[1] if with_lse else None
                 continue
@@ -122,8 +133,18 @@ def _places(rows: Sequence[int], heads: Sequence[int], device: torch.device) -> 
     return row[:, None], head
 
 
+def _value_dim(cache: CacheView) -> int:
+    return cache.value_dim or next(segment.shape[2] for segment in cache.values if segment.ndim == 3)
+
+
+def _as_kept(half: BlockHalf, x: torch.Tensor) -> torch.Tensor:
+    """Returns a chunk's keys or values, `[rows, heads, tokens, dim]`, as they will be kept."""
+    return rounded(x, [half.code] * x.shape[1]) if half.bits else x
+
+
 def _held(
     cache: CacheView,
+    halves: tuple[BlockHalf, ...],
     rows: Sequence[int],
     heads: Sequence[int],
     past: int,
@@ -136,15 +157,16 @@ def _held(
 
     Args:
         cache: pool and table.
+        halves: what keys and values are kept as.
         rows: of the batch; all have `past` tokens.
-        heads: KV heads that share the span.
+        heads: KV heads that share the span and the formats.
         past: tokens in the cache.
         span: in Python ints.
         seen: position of the first query + 1.
         device: of the pool.
 
     Raises:
-        UnsupportedError: a block is not in the table, or not in the pool.
+        UnsupportedError: a block is not in the table, or not in the pool in these formats.
     """
     (first, _), (start, _) = visible_intervals(seen, span)
     sinks = first, max(first, min(span.sink, start, past))  # those of later queries too
@@ -158,29 +180,15 @@ def _held(
     ids = (
         table[:, :, blocks.clamp(max=max(table.shape[-1] - 1, 0))] if table.shape[-1] else table.new_full((1, 1, 1), -1)
     )
-    if not bool(known.all()) or bool((ids < 0).any()) or int(ids.max()) >= sum(map(len, cache.keys)):
-        raise UnsupportedError("a block that a query sees has no id of the pool in the table")
+    there = bool(known.all()) and not bool((ids < 0).any())
     ids, place = ids.to(device), (position % BLOCK).to(device)
-    return Keys(_read(cache.keys, ids, place), _read(cache.values, ids, place), pieces)
-
-
-def _read(segments: Sequence[torch.Tensor], ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Returns tokens of a pool, `[rows, heads, tokens, dim]`.
-
-    Args:
-        segments: of the pool, `[blocks, 16, dim]` each.
-        ids: blocks of the tokens, `[rows, heads, tokens]`.
-        place: of the tokens in their blocks, `[tokens]`.
-    """
-    if len(segments) == 1:
-        return segments[0][ids, place]
-    found = segments[0].new_empty(*ids.shape, segments[0].shape[-1])
-    first, places = 0, place.expand_as(ids)
-    for segment in segments:
-        inside = (ids >= first) & (ids < first + len(segment))
-        found[inside] = segment[ids[inside] - first, places[inside]]
-        first += len(segment)
-    return found
+    keys, values = (
+        read_tokens(segments, half, ids, place) if there and segments else None
+        for segments, half in zip(cache[:2], halves, strict=True)
+    )
+    if keys is None or values is None:
+        raise UnsupportedError("a block that a query sees has no id of the pool in the table")
+    return Keys(keys, values, pieces)
 
 
 def _joined(held: Keys | None, chunk: tuple[torch.Tensor, ...], past: int) -> Keys:

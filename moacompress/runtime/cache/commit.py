@@ -54,16 +54,22 @@ def _commit(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, chunk: Ch
     _write(held, key, value, before, chunk)
 
 
-def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> int:
-    """Returns the blocks to take memory for: those at these lengths, or the most on the way to the reserved one."""
-    now = int(run_sizes(runs).sum())
+def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
+    """Returns the blocks to take memory for, of each kind: those at these lengths, or the most on the way to the reserved one.
+
+    Returns:
+        int64 `[kinds]`.
+    """
+    layout = held.pool.layout
+    of_kind = np.arange(len(layout.kinds))[:, None] == layout.of_head
+    now: Ints = (of_kind * run_sizes(runs).sum(axis=0)).sum(axis=1)
     if to_come <= 0:
         return now
-    total = 0
+    total = np.zeros_like(now)
     for n, count in zip(*np.unique(lengths, return_counts=True), strict=True):
         way = np.arange(max(n, n + to_come - LONGEST_LOOK), n + to_come + 1)
-        total += int(count) * int(run_sizes(held.rules.block_runs(way)).sum(axis=1).max())
-    return max(total, now)
+        total += int(count) * (run_sizes(held.rules.block_runs(way)) @ of_kind.T).max(axis=0)
+    return np.maximum(total, now)
 
 
 def _free(held: LayerBlocks, runs: Ints) -> None:
@@ -86,7 +92,7 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
     owner, number = (np.concatenate(parts) for parts in zip(*new, strict=True))
     if len(owner):
         rows, heads = np.divmod(owner, held.heads)
-        table.ids[rows, heads, number] = pool.take(len(owner))
+        table.ids[rows, heads, number] = pool.take(heads)
     if not pool.shared:
         return
     open_rows = np.flatnonzero((before % BLOCK != 0) & (counts > 0))
@@ -94,7 +100,7 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
     row, head = np.nonzero((last >= 0) & (pool.refs[np.maximum(last, 0)] > 1))
     if len(row):
         sources = last[row, head]
-        copies = pool.take(len(row))
+        copies = pool.take(head)
         pool.copy(sources, copies)
         pool.release(sources)
         table.ids[open_rows[row], head, before[open_rows[row]] // BLOCK] = copies

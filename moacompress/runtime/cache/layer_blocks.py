@@ -17,7 +17,7 @@ from moacompress.kernels.backend import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs
-from moacompress.runtime.cache.pool import Pool, Table
+from moacompress.runtime.cache.pool import Layout, Pool, Table
 
 
 class LayerBlocks:
@@ -42,7 +42,8 @@ class LayerBlocks:
         """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each."""
         rows, heads = key.shape[0], len(rules)
         lengths = np.zeros(rows, np.int64)
-        return LayerBlocks(rules, Pool(key, value), Table(rows, heads), lengths, no_runs(rows, heads))
+        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype)
+        return LayerBlocks(rules, Pool(layout, key.device), Table(rows, heads), lengths, no_runs(rows, heads))
 
     @property
     def heads(self) -> int:
@@ -57,16 +58,17 @@ class LayerBlocks:
     @property
     def used_bytes(self) -> int:
         """Bytes of `used`."""
-        return self.used * self.pool.block_bytes
+        return self.pool.bytes_of(self.table.ids)
 
     def has_memory_for(self, like: torch.Tensor) -> bool:
         """Whether a step's keys and values can go into the pool as they are: there is memory, of the dtype of `like`."""
-        return bool(self.pool.keys) and self.pool.keys[0].dtype == like.dtype
+        return bool(self.pool.keys) and self.pool.layout.dtype == like.dtype
 
     def view(self) -> CacheView:
         """Returns what attention reads."""
         with self.pool.lock:  # a fork in another thread may be adding a segment
-            return CacheView([*self.pool.keys], [*self.pool.values], torch.from_numpy(self.table.ids))
+            segments = [*self.pool.keys], [*self.pool.values]
+            return CacheView(*segments, torch.from_numpy(self.table.ids), self.pool.layout.value_dim)
 
     def state(self, lag: int) -> CacheState:
         """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""
@@ -76,7 +78,7 @@ class LayerBlocks:
     def make_room(self, room: Room) -> None:
         """Gives a compiled step what it lacks; the pool's lock is held."""
         if room.blocks:
-            self.pool.grow(room.blocks)
+            self.pool.grow(room.blocks, room.head)
         else:
             self.table.widen(int(self.lengths.max()) // BLOCK + 1)
 

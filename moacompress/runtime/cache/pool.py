@@ -7,14 +7,16 @@ rows, beams or forks of a prefix have in their tables is counted, and never writ
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.rules.windows import BLOCK
+from moacompress.kernels.halves import BlockHalf
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK, Span
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
@@ -46,29 +48,66 @@ class Table:
             self.ids = np.concatenate([self.ids, more], axis=2)
 
 
+class Layout(NamedTuple):
+    """What the blocks of a layer are made of.
+
+    Attributes:
+        kinds: the pairs of formats that its KV heads have, halves of keys and of values.
+        of_head: which of them each KV head has, int64 `[kv_heads]`.
+    """
+
+    kinds: tuple[tuple[BlockHalf, BlockHalf], ...]
+    of_head: Ints
+
+    @staticmethod
+    def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
+        """Returns the layout of KV heads with these rules, sizes and dtype."""
+        formats, of_head = np.unique(rules.columns[len(Span._fields) :], axis=1, return_inverse=True)
+        kinds = (
+            (BlockHalf(key, head_dim, dtype), BlockHalf(value, value_dim, dtype)) for key, value in formats.T.tolist()
+        )
+        return Layout(tuple(kinds), of_head.reshape(-1).astype(np.int64))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.kinds[0][0].dtype
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value."""
+        return self.kinds[0][1].dim
+
+    @property
+    def block_bytes(self) -> Ints:
+        """Bytes of a block of each kind, int64 `[kinds]`."""
+        return np.array([keys.nbytes + values.nbytes for keys, values in self.kinds], np.int64)
+
+
 class Pool:
     """Memory for the blocks of one layer: segments that stay where they are, so that growing moves nothing.
 
-    Block ids count through the segments. Caches that were forked from each other share a pool; the lock makes taking and
-    giving back blocks safe where they run in threads.
+    A segment holds blocks of one pair of formats, and block ids count through the segments. Caches that were forked from each
+    other share a pool; the lock makes taking and giving back blocks safe where they run in threads.
 
     Args:
-        key: a tensor whose last dimension, dtype and device are those of the keys.
-        value: the same for the values.
+        layout: what its blocks are made of.
+        device: where.
 
     Attributes:
-        keys: segments `[blocks, 16, head_dim]`.
-        values: segments `[blocks, 16, value_dim]`.
+        keys: segments of keys; see `halves`.
+        values: segments of values, of as many blocks each.
         refs: how many table entries name each block; 0 is free.
+        kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
         lock: held while blocks are taken and given back.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._key, self._value = key.new_empty(0, BLOCK, key.shape[-1]), value.new_empty(0, BLOCK, value.shape[-1])
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.refs = np.zeros(0, np.int32)
+        self.refs, self.kinds = np.zeros(0, np.int32), np.zeros(0, np.int64)
         self.shared = False
         self.lock = threading.RLock()
 
@@ -78,40 +117,53 @@ class Pool:
         return [*self.keys, *self.values]
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block's keys and values."""
-        return (
-            self._key.new_empty(1, *self._key.shape[1:]).nbytes
-            + self._value.new_empty(1, *self._value.shape[1:]).nbytes
-        )
-
-    @property
     def used(self) -> int:
         """Blocks that some table names."""
         return int(np.count_nonzero(self.refs))
 
-    def reserve(self, blocks: int) -> None:
-        """Adds a segment if the pool has fewer than `blocks` blocks."""
-        missing = blocks - len(self.refs)
-        if missing > 0:
-            self.keys.append(self._key.new_empty(missing, *self._key.shape[1:]))
-            self.values.append(self._value.new_empty(missing, *self._value.shape[1:]))
-            self.refs = np.concatenate([self.refs, np.zeros(missing, np.int32)])
+    def bytes_of(self, ids: Ids) -> int:
+        """Returns the bytes of the blocks that are named, each counted once; ids below 0 are no blocks."""
+        named = np.unique(ids[ids >= 0])
+        return int(self.layout.block_bytes[self.kinds[named]].sum())
 
-    def take(self, count: int) -> Ids:
-        """Returns the ids of `count` free blocks, which are then named once each; grows where there are too few."""
-        free = np.flatnonzero(self.refs == 0)
-        if len(free) < count:
-            self.grow(count - len(free))
-            free = np.flatnonzero(self.refs == 0)
-        taken = free[:count].astype(np.int32)
+    def reserve(self, wanted: Ints) -> None:
+        """Adds segments where the pool has fewer blocks of a kind than wanted, int64 `[kinds]`."""
+        missing = wanted - np.bincount(self.kinds, minlength=len(wanted))
+        for kind in np.flatnonzero(missing > 0).tolist():
+            self._add(kind, int(missing[kind]))
+
+    def _add(self, kind: int, blocks: int) -> None:
+        keys, values = self.layout.kinds[kind]
+        self.keys.append(keys.new(blocks, self.device))
+        self.values.append(values.new(blocks, self.device))
+        self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
+        self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
+
+    def take(self, heads: Ints) -> Ids:
+        """Returns the id of a free block for each of these KV heads, named once each; grows where there are too few."""
+        taken = np.zeros(len(heads), np.int32)
+        wanted = self.layout.of_head[heads]
+        for kind in np.unique(wanted).tolist():
+            here = np.flatnonzero(wanted == kind)
+            free = self._free(kind)
+            if len(free) < len(here):
+                self._grow(len(here) - len(free), kind)
+                free = self._free(kind)
+            taken[here] = free[: len(here)]
         self.refs[taken] = 1
         return taken
 
-    def grow(self, missing: int) -> None:
-        """Adds a segment of at least so many blocks."""
-        size = len(self.refs)
-        self.reserve(size + (max(missing, size // SLACK, LEAST_GROWTH) if size else missing))
+    def _free(self, kind: int) -> Ints:
+        free = self.refs == 0
+        return np.flatnonzero(free if len(self.layout.kinds) == 1 else free & (self.kinds == kind))
+
+    def grow(self, missing: int, head: int) -> None:
+        """Adds a segment of at least so many blocks for a KV head."""
+        self._grow(missing, int(self.layout.of_head[head]))
+
+    def _grow(self, missing: int, kind: int) -> None:
+        size = int(np.count_nonzero(self.kinds == kind))
+        self._add(kind, max(missing, size // SLACK, LEAST_GROWTH) if size else missing)
 
     def retain(self, ids: Ids) -> None:
         """Counts every id (with repeats) once more; those below 0 are no blocks."""
@@ -129,7 +181,7 @@ class Pool:
         np.subtract.at(self.refs, named, 1)
 
     def copy(self, sources: Ids, targets: Ids) -> None:
-        """Copies whole blocks."""
+        """Copies whole blocks, each to one of its own kind."""
         for segments in (self.keys, self.values):
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
                 block = self._block(segments, target)
@@ -141,67 +193,55 @@ class Pool:
         Args:
             ids: block ids of any shape; those below 0 are no blocks, and stay so.
         """
-        pool, renumbered = Pool(self._key, self._value), ids.copy()
-        named, renumbered[ids >= 0] = np.unique(ids[ids >= 0], return_inverse=True)
-        if len(named):
-            copies = self.gather(named[None, None])
-            pool.keys, pool.values = ([copy.view(len(named), BLOCK, copy.shape[-1])] for copy in copies)
-            pool.refs = np.bincount(renumbered[ids >= 0]).astype(np.int32)
-            pool.shared = bool((pool.refs > 1).any())
+        pool, renumbered = Pool(self.layout, self.device), ids.copy()
+        named, counts = np.unique(ids[ids >= 0], return_counts=True)
+        order = np.argsort(self.kinds[named], kind="stable")  # the blocks of a kind lie in one segment
+        places = np.empty(len(named), np.int32)
+        places[order] = np.arange(len(named))
+        renumbered[ids >= 0] = places[np.searchsorted(named, ids[ids >= 0])]
+        pool.reserve(np.bincount(self.kinds[named], minlength=len(self.layout.kinds)))
+        pool.refs, pool.shared = counts[order].astype(np.int32), bool((counts > 1).any())
+        for own, other in ((self.keys, pool.keys), (self.values, pool.values)):
+            done = 0
+            for segment in other:
+                for at, picks, inside in self._split(own, named[order[done : done + len(segment)]].astype(np.int64), 1):
+                    segment[picks] = own[at][inside]
+                done += len(segment)
         return pool, renumbered
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, refs=state["refs"].copy(), lock=threading.RLock())
+        own = {name: state[name].copy() for name in ("refs", "kinds")}
+        self.__dict__.update(state, **own, lock=threading.RLock())
 
     def write(self, slots: Ints, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes tokens.
+        """Writes tokens, each into a block of the formats of its KV head.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
             keys: `[tokens, head_dim]`.
             values: `[tokens, value_dim]`.
         """
-        for segments, data in ((self.keys, keys), (self.values, values)):
+        for side, (segments, data) in enumerate(((self.keys, keys), (self.values, values))):
             if len(segments) == 1:
-                segments[0].view(-1, data.shape[-1])[self._index(slots)] = data
+                self.layout.kinds[0][side].write(segments[0], self._index(slots), data)
                 continue
-            for segment, picks, inside in self._split(segments, slots, BLOCK):
-                segment.view(-1, data.shape[-1])[inside] = data[picks]
-
-    def gather(self, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns copies of blocks, joined along the tokens.
-
-        Args:
-            ids: block ids `[rows, heads, blocks]`.
-
-        Returns:
-            Keys `[rows, heads, blocks * 16, head_dim]` and values `[rows, heads, blocks * 16, value_dim]`.
-        """
-        found = []
-        for segments in (self.keys, self.values):
-            if len(segments) == 1:
-                blocks = segments[0][self._index(ids)]
-            else:
-                flat = ids.reshape(-1).astype(np.int64)
-                blocks = segments[0].new_empty(len(flat), *segments[0].shape[1:])
-                for segment, picks, inside in self._split(segments, flat, 1):
-                    blocks[picks] = segment[inside]
-            found.append(blocks.view(*ids.shape[:2], ids.shape[2] * BLOCK, segments[0].shape[-1]))
-        return found[0], found[1]
+            for at, picks, inside in self._split(segments, slots, BLOCK):
+                kind = self.kinds[sum(map(len, segments[:at]))]
+                self.layout.kinds[kind][side].write(segments[at], inside, data[picks])
 
     def _split(
         self, segments: list[torch.Tensor], places: Ints, unit: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Returns for every segment that is met which of the places lie in it, and where there."""
+    ) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Returns of every segment that is met its number, which of the places lie in it, and where there."""
         starts = np.cumsum([0, *(len(segment) * unit for segment in segments)])
         number = np.searchsorted(starts, places, side="right") - 1
         parts = []
         for at in np.unique(number).tolist():
             picks = np.flatnonzero(number == at)
-            parts.append((segments[at], self._index(picks), self._index(places[picks] - starts[at])))
+            parts.append((at, self._index(picks), self._index(places[picks] - starts[at])))
         return parts
 
     def _block(self, segments: list[torch.Tensor], number: int) -> torch.Tensor:
@@ -212,7 +252,7 @@ class Pool:
         raise IndexError("no such block")
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers, np.int64)).to(self._key.device)
+        return torch.from_numpy(np.ascontiguousarray(numbers, np.int64)).to(self.device)
 
 
 def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:

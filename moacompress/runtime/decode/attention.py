@@ -11,7 +11,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import Scores, prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
-from moacompress.runtime.decode.routes import take
+from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
 
 MASK_SHAPE = (
@@ -73,7 +73,8 @@ def attention_forward(
     backend = backend_for(query)
     able = backend.capabilities
     if cache is None and attention_mask is None and able.prefill_gradients and able.traced:
-        whole = prefill_alone(backend, query, key, value, rules=context.rules, scores=scores)
+        chunk, rules = straight_through(context, query, key, value)
+        whole = prefill_alone(backend, *chunk, rules=rules, scores=scores).to(query.dtype)
         return whole.transpose(1, 2).contiguous(), None
     return _take_around(context, cache, *tensors, scores), None
 

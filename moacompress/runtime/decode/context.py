@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,12 @@ class LayerContext:
         """KV heads of the layer."""
         return len(self.rules)
 
+    @cached_property
+    def formats(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Codes of the formats of keys and of values, `[kv_heads]` each; None where all are native."""
+        keys, values = self.rules.formats
+        return (tuple(keys), tuple(values)) if any(keys) or any(values) else None
+
     @staticmethod
     def from_tensor(layer: int, columns: torch.Tensor) -> LayerContext:
         """Returns the context of a layer with a table's columns, as an operator is given them."""
@@ -66,7 +73,9 @@ def _with_tensors(layer: int, rules: RuleTable, native_window: int | None) -> La
     here = as_tensors(rules)
     # or a graph of as many rows as there are KV heads would be for no other number of rows
     torch._dynamo.mark_static(here.columns)
-    return LayerContext(layer, here, native_window)
+    context = LayerContext(layer, here, native_window)
+    context.formats  # noqa: B018  read now: a graph could not
+    return context
 
 
 class LayerCall(NamedTuple):

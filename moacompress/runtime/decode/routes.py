@@ -16,8 +16,11 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.kernels.backend import CacheView
 from moacompress.kernels.dispatch import backend_for, backend_with_gradients
+from moacompress.kernels.reference.rounding import rounded
+from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
+from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -153,7 +156,7 @@ class CommitAndDecode(Route[AttendRequest]):
         assert cache is not None
         cache.commit(request.chunk)
         view = cache.blocks_held().view()
-        return _decoded(request, query[:, :, 0], view, cache.lengths)[:, None].contiguous()
+        return _decoded(request, query[:, :, 0], view, cache.lengths, request.context.rules)[:, None].contiguous()
 
 
 class Plain(Route[AttendRequest]):
@@ -176,16 +179,18 @@ class Plain(Route[AttendRequest]):
             tensor if order is None else tensor.gather(2, order.expand_as(tensor))
             for tensor in (request.query, request.key, request.value)
         )
-        out, _ = backend_with_gradients(query, key, value, cached=cached).prefill(
-            query,
-            key,
-            value,
+        asked, rules = (query, key, value), request.context.rules
+        if cache is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
+            asked, rules = straight_through(request.context, *asked)
+        out, _ = backend_with_gradients(*asked, cached=cached).prefill(
+            *asked,
             cache=view,
             past=torch.from_numpy(past),
             valid=torch.from_numpy(chunk.counts(batch)),
-            rules=request.context.rules,
+            rules=rules,
             scores=request.scores,
         )
+        out = out.to(query.dtype)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
@@ -193,6 +198,25 @@ class Plain(Route[AttendRequest]):
         if chunk.real is not None and not chunk.real[:, -1].all():
             out = _with_padded_ends(request, key, value, out)
         return out.transpose(1, 2).contiguous()
+
+
+def straight_through(
+    context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], RuleTable]:
+    """Returns what to attend with under rules without codes so that it is as with them, and the rules.
+
+    In float32, keys and values are what their codes stand for; gradients pass straight through the rounding.
+
+    Args:
+        context: of the layer.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: likewise.
+    """
+    if context.formats is None:
+        return (query, key, value), context.rules
+    keys, values = context.formats
+    return (query.float(), rounded(key, keys), rounded(value, values)), context.rules.native()
 
 
 def _with_padded_ends(
@@ -212,14 +236,19 @@ def _with_padded_ends(
     cache, chunk = request.cache, request.chunk
     assert chunk.real is not None
     tokens = chunk.counts(len(out)) if cache is None else cache.lengths
-    lengths = np.where(chunk.real[:, -1], 0, tokens)
-    view = _as_blocks(key, value) if cache is None else cache.blocks_held().view()
-    ends = _decoded(request, request.query[:, :, -1], view, lengths)
+    lengths, ends = np.where(chunk.real[:, -1], 0, tokens), request.query[:, :, -1]
+    if cache is None:
+        (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
+        ends = _decoded(request, query[:, :, 0], _as_blocks(key, value), lengths, rules).to(out.dtype)
+    else:
+        ends = _decoded(request, ends, cache.blocks_held().view(), lengths, request.context.rules)
     padded = torch.from_numpy(lengths > 0).to(out.device)[:, None, None]
     return torch.cat((out[:, :, :-1], torch.where(padded, ends, out[:, :, -1])[:, :, None]), 2)
 
 
-def _decoded(request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints) -> torch.Tensor:
+def _decoded(
+    request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints, rules: RuleTable
+) -> torch.Tensor:
     """Returns attention of one query a row over a cache, `[rows, heads, value_dim]`; 0 for rows without tokens.
 
     Args:
@@ -227,11 +256,12 @@ def _decoded(request: AttendRequest, query: torch.Tensor, view: CacheView, lengt
         query: `[rows, heads, head_dim]`.
         view: what is attended to.
         lengths: tokens of the rows, `[rows]`.
+        rules: that `view` was made by.
     """
     if not lengths.any():  # there may be no memory yet
         return query.new_zeros(*query.shape[:2], request.value.shape[-1])
     out, _ = backend_with_gradients(query, *view.keys, *view.values, cached=True).decode(
-        query, cache=view, lengths=torch.from_numpy(lengths), rules=request.context.rules, scores=request.scores
+        query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=request.scores
     )
     return out
 

@@ -1,0 +1,124 @@
+"""Where keys or values lie in the memory of cache blocks: one half of a block holds those of its 16 tokens, in one format.
+
+Native numbers lie one token after the other, `[blocks, 16, dim]`. Codes, scales and zero points lie as `docs/formats.md` says,
+`[blocks, bytes]`; `kernels/cpu/formats.h` and tests hold the sizes equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from moacompress.kernels.reference.codes import Codes, decode, encode, pack, rotated, unpack
+from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS
+from moacompress.rules.windows import BLOCK
+
+
+class BlockHalf(NamedTuple):
+    """A format for vectors of one size.
+
+    Attributes:
+        code: of the format, as in a rule table.
+        dim: numbers of a vector.
+        dtype: the model's.
+    """
+
+    code: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 of native numbers."""
+        return FORMATS[FORMAT_NAMES[self.code]].bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a half of a block."""
+        if not self.bits:
+            return BLOCK * self.dim * self.dtype.itemsize
+        return BLOCK * (self._token + VECTOR_NUMBERS)
+
+    @property
+    def _token(self) -> int:
+        return -(-self.dim * self.bits // 8)
+
+    def new(self, blocks: int, device: torch.device) -> torch.Tensor:
+        """Returns memory of so many blocks, not initialised."""
+        if not self.bits:
+            return torch.empty(blocks, BLOCK, self.dim, dtype=self.dtype, device=device)
+        return torch.empty(blocks, self.nbytes, dtype=torch.uint8, device=device)
+
+    def write(self, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Writes tokens.
+
+        Args:
+            memory: see `new`.
+            slots: block * 16 + place in the block, int64 `[tokens]`.
+            vectors: `[tokens, dim]`.
+        """
+        if not self.bits:
+            memory.view(-1, self.dim)[slots] = vectors
+            return
+        found = encode(vectors, self.bits)
+        at = slots // BLOCK, slots % BLOCK
+        codes, numbers = self._parts(memory)
+        codes[at] = pack(found.codes, self.bits)
+        for side, part in enumerate((found.scale, found.zero)):
+            numbers[at[0], side, at[1]] = part[:, 0]
+
+    def read(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Returns tokens: native ones as they are, float32 of codes, in the basis of the vectors, `[..., dim]`.
+
+        Args:
+            memory: see `new`.
+            blocks: int64 `[...]`.
+            places: in the blocks, broadcastable to `blocks`.
+        """
+        if not self.bits:
+            return memory[blocks, places]
+        codes, numbers = self._parts(memory)
+        scale, zero = (numbers[:, side][blocks, places][..., None] for side in range(2))
+        return rotated(decode(Codes(unpack(codes[blocks, places], self.bits, self.dim), scale, zero)))
+
+    def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns views of codes, `[blocks, 16, bytes]`, and of scales and zero points, float16 `[blocks, 2, 16]`."""
+        codes = memory[:, : BLOCK * self._token].unflatten(1, (BLOCK, self._token))
+        return codes, memory[:, BLOCK * self._token :].view(torch.float16).unflatten(1, (2, BLOCK))
+
+    def fits(self, memory: torch.Tensor) -> bool:
+        """Whether memory is of such halves."""
+        if not self.bits:
+            return memory.dtype == self.dtype and memory.shape[1:] == (BLOCK, self.dim)
+        return memory.dtype == torch.uint8 and memory.shape[1:] == (self.nbytes,)
+
+
+def read_tokens(
+    segments: Sequence[torch.Tensor], half: BlockHalf, ids: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor | None:
+    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `BlockHalf.read`.
+
+    Args:
+        segments: of the pool, those of other formats too; block ids count through them.
+        half: what the tokens are kept as.
+        ids: blocks of the tokens, int64 `[rows, heads, tokens]`, at least 0.
+        places: of the tokens in their blocks, `[tokens]`.
+
+    Returns:
+        None where a block is in no segment of such halves.
+    """
+    if len(segments) == 1 and half.fits(segments[0]):
+        return half.read(segments[0], ids, places) if int(ids.max()) < len(segments[0]) else None
+    found = torch.empty(
+        *ids.shape, half.dim, dtype=torch.float32 if half.bits else half.dtype, device=segments[0].device
+    )
+    first, left, places = 0, ids.numel(), places.expand_as(ids)
+    for segment in segments:
+        inside = (ids >= first) & (ids < first + len(segment))
+        if half.fits(segment):
+            found[inside] = half.read(segment, ids[inside] - first, places[inside])
+            left -= int(inside.sum())
+        first += len(segment)
+    return None if left else found

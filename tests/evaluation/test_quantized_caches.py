@@ -1,0 +1,144 @@
+"""transformers' quantized caches as contenders: scored as they are used, their memory counted, and refused in clear words."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.core.errors import UsageError
+from moacompress.evaluation import evaluate
+from moacompress.evaluation.cases import Case
+from moacompress.evaluation.checkpoint import load_checkpoint
+from moacompress.evaluation.contenders import make_field
+from moacompress.evaluation.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes
+from moacompress.evaluation.scoring import score_batch
+from moacompress.evaluation.text import read
+from moacompress.models.source import model_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Build = Callable[..., "PreTrainedModel"]
+
+
+@pytest.fixture(params=QUANTIZED)
+def kind(request: pytest.FixtureRequest) -> QuantizedKind:
+    """Every cache whose package is installed."""
+    found = QUANTIZED[request.param]
+    if found.module is not None:
+        pytest.importorskip(found.module)
+    return found
+
+
+@pytest.fixture
+def model(tiny_model: Build) -> PreTrainedModel:
+    """Of three KV heads, so that an odd number of tokens has an odd number of groups."""
+    return tiny_model("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=192, num_hidden_layers=2)
+
+
+def random_case(size: int, turn_at: int | None = None) -> Case:
+    ids = np.random.default_rng(size).integers(4, 100, size + 5).tolist()
+    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0, turn_at)
+
+
+@pytest.mark.parametrize("size", [200, 201])
+def test_an_answer_is_scored_over_rounded_keys_and_values(
+    kind: QuantizedKind, size: int, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As where the prompt is read and the answer comes token by token."""
+    case = random_case(size)
+    cut = (size - 1) // kind.unit * kind.unit
+    ids, cache = torch.tensor([[*case.prompt_ids, *case.answer_ids]]), kind.new_cache(model)
+    model(input_ids=ids[:, :cut], cache=cache, use_cache=True)
+    steps = [
+        model(input_ids=ids[:, at : at + 1], cache=cache, use_cache=True).logits[0, -1] for at in range(cut, size + 4)
+    ]
+    rows = torch.stack(steps[-5:]).log_softmax(-1)
+    expected = -float(rows[range(5), case.answer_ids].mean())
+    (found,) = score_batch(model, tiny_tokenizer, [case], kind.new_cache(model), kind.unit)
+    (dense,) = score_batch(model, tiny_tokenizer, [case])
+    assert found.nll == pytest.approx(expected, abs=1e-4)
+    assert abs(found.nll - dense.nll) > 1e-6
+
+
+def test_a_second_turn_goes_on_over_the_first(
+    kind: QuantizedKind, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (turns,) = score_batch(model, tiny_tokenizer, [random_case(301, 101)], kind.new_cache(model), kind.unit)
+    (one,) = score_batch(model, tiny_tokenizer, [random_case(301)], kind.new_cache(model), kind.unit)
+    assert turns.nll != one.nll
+
+
+def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTrainedModel) -> None:
+    """In float64: in float32 another order of sums flips a code now and then."""
+    model = model.double()
+    window = np.random.default_rng(0).integers(4, 100, 300).tolist()
+    states = read(model, window, kind.new_cache(model), RESIDUAL).states
+    cache, ids = kind.new_cache(model), torch.tensor([window])
+    first = model.get_decoder()(input_ids=ids[:, :RESIDUAL], cache=cache, use_cache=True).last_hidden_state[0]
+    rest = [
+        model.get_decoder()(input_ids=ids[:, at : at + 1], cache=cache, use_cache=True).last_hidden_state[0]
+        for at in range(RESIDUAL, 300)
+    ]
+    torch.testing.assert_close(states, torch.cat([first, *rest]), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(states[RESIDUAL:], read(model, window).states[RESIDUAL:], atol=1e-4)
+
+
+def test_its_bytes_are_those_of_its_tensors(
+    kind: QuantizedKind, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shape = model_shape(model.bfloat16())
+    tokens, last = 307, 6
+    cache = kind.new_cache(model)
+    first = (tokens - last) // kind.unit * kind.unit
+    for size in (first, tokens - first):
+        model(input_ids=torch.randint(4, 99, (1, size)), cache=cache, use_cache=True)
+    found = kind.measured_bytes(model, shape, tokens, last)
+    assert found == sum(held_bytes(vars(layer)) for layer in cache.layers)
+    tensors, rows = 2 * shape.layers, shape.kv_heads * first  # a row of 64 numbers is a group
+    codes = tensors * 64 * math.ceil(rows * (kind.bits or 8) / 8)
+    numbers = tensors * shape.kv_heads * 64 * (tokens - first)
+    if kind.bits is None:
+        assert found == codes + numbers + 4 * tensors  # a scale in float32 for all keys of a layer, one for its values
+    else:
+        assert found == codes + 4 * tensors * rows + 2 * numbers  # a scale and a zero point of a group, in bfloat16
+
+
+def test_a_row_beside_the_others(kind: QuantizedKind, compressed: Path) -> None:
+    options: dict[str, Any] = {"lengths": (700,), "prompts": 3, "against": ("dense", kind.name)}
+    report = evaluate(compressed, tasks=("needle-noise",), **options)
+    rows = {(row["model"], row["metric"]): row for row in report["results"]}
+    assert 0.2 < rows[kind.name, "nll"]["kv_bytes"] / rows["dense", "nll"]["kv_bytes"] < 0.6
+    assert 0 < abs(rows[kind.name, "nll"]["value"] - rows["dense", "nll"]["value"]) < 0.5
+    assert {row["model"] for row in report["differences"]} == {"dense", kind.name}
+
+
+def test_a_package_that_is_not_there(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", None)
+    message = (
+        r"^quantized:hqq-8 needs hqq\.core\.quantize, which cannot be imported \(.*\); install it with `pip install "
+    )
+    with pytest.raises(UsageError, match=message + r"'moacompress\[rivals\]'`$"):
+        evaluate(compressed, against=("quantized:hqq-8",))
+
+
+def test_layers_that_such_a_cache_cannot_hold(
+    tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    from moacompress.runtime import attach
+
+    model = tiny_model("gemma3_text")
+    plan = random_plan(model_shape(model), seed=1)
+    attach(model, plan).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    plan.save(tmp_path / "plan.json")
+    field = make_field(load_checkpoint(tmp_path, "auto", "cpu"), ("quantized:fp8",), None, True)
+    with pytest.raises(UsageError, match="quantized:fp8 cannot be measured on this model: .*sliding_attention"):
+        field.at(700, 8)

@@ -1,0 +1,197 @@
+"""Plans whose KV heads keep codes: training, compiled graphs, copies, padding and the routes of a decode step."""
+
+from __future__ import annotations
+
+import pickle
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.kernels.reference.rounding import round_to
+from moacompress.models.source import model_shape
+from moacompress.rules.formats import FORMATS
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import visible_intervals
+from moacompress.runtime import attach
+from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.decode.attention import attention_forward
+from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+
+MODULE: Any = types.SimpleNamespace(is_causal=True)
+RULES = (Rule(4, 20, 0, "int8", "int4"), Rule(16, 0, 300, "native", "int8"), Rule(4, 0, 1024, "int4", "native"))
+BACKENDS = (None, "reference", "counting")
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], Any]) -> None:
+    """What the machine has, and the others."""
+    if request.param is not None:
+        use_backend(request.param)
+
+
+@pytest.fixture
+def coded(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> tuple[Any, Plan]:
+    """A tiny model under a plan with formats."""
+    model = tiny_model("llama")
+    plan = random_plan(model_shape(model), seed=9, full_share=0.1, formats=True)
+    return attach(model, plan), plan
+
+
+def attended(context: LayerContext, cache: Any, chunk: list[torch.Tensor], mask: Any = None) -> torch.Tensor:
+    """Attention of a chunk's query, key and value as a layer has it, `[rows, tokens, heads, dim]`."""
+    call: Any = {CONTEXT: LayerCall(context, cache)}
+    return attention_forward(MODULE, chunk[0], chunk[1], chunk[2], mask, **call)[0]
+
+
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention by the definitions, with gradients straight through the rounding: `[rows, tokens, heads, dim]`."""
+    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
+    n, j = torch.arange(1, tokens + 1)[:, None], torch.arange(tokens)[None]
+    out = []
+    for head, rule in enumerate(RULES):
+        sides = []
+        for x, name in ((key[:, head], rule.key_format), (value[:, head], rule.value_format)):
+            bits = FORMATS[name].bits
+            sides.append(x + (round_to(x, bits) - x).detach() if bits else x)
+        (first, sink_end), (start, _) = visible_intervals(n, rule.span(16))
+        seen = ((first <= j) & (j < sink_end)) | ((start <= j) & (j < n))
+        asking = query[:, head * group : (head + 1) * group]
+        scores = (asking @ sides[0][:, None].transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        out.append(scores.softmax(-1) @ sides[1][:, None])
+    return torch.cat(out, 1).transpose(1, 2)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, 70, 16, requires_grad=True) for heads in (6, 3, 3)]
+    real = torch.ones(2, 70, dtype=torch.bool)
+    if padded:
+        real[1, 61:] = False
+    context = LayerContext.of(0, RULES, 16, None)
+    found = attended(context, None, tensors, real if padded else None)
+    wanted = plain(*tensors)
+    if padded:
+        # a padded query sees nothing, but in the last column, which sees what the last real token does
+        ends = plain(torch.cat((tensors[0][:, :, :60], tensors[0][:, :, -1:]), 2), *(t[:, :, :61] for t in tensors[1:]))
+        wanted = torch.cat((wanted[1, :61], torch.zeros_like(wanted[1, :8]), ends[1, 60:]))[None]
+        found = found[1:]
+    assert (found - wanted).abs().max() < 1e-5
+    weights = torch.randn_like(wanted)
+    mine, theirs = (torch.autograd.grad((out * weights).sum(), tensors) for out in (found, wanted))
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one - other).abs().max() < 1e-5 * (1 + other.abs().max())
+        assert other.abs().max() > 0
+
+
+def test_the_straight_way_gives_what_a_forward_without_gradients_gives(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    model, _ = coded
+    ids = token_ids(2, 120)
+    with torch.no_grad():
+        without = model(ids, use_cache=False).logits
+    model.requires_grad_()
+    trained = model(ids, use_cache=False).logits
+    assert (trained - without).abs().max() < 2e-3 * without.abs().max()
+    trained.square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_decode_step_of_a_known_family_is_one_call(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = coded
+    cache = PlanCache(plan)
+    out = model.generate(token_ids(2, 90), cache=cache, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert out.shape == (2, 99)
+    assert dict(cache.step_routes) == {"all layers": 8 * plan.model.layers}
+    assert cache.used_bytes() == plan.kv_bytes(98, batch=2)
+    assert cache.kv_bytes() >= cache.used_bytes()
+
+
+def test_copies_go_on_alike(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    """A fork, and one that was pickled, hold the same codes and give the same tokens."""
+    model, plan = coded
+    ids = token_ids(2, 80)
+    cache = PlanCache(plan)
+    with torch.no_grad():
+        model(ids[:, :50], cache=cache)
+        copies = [cache.fork(), pickle.loads(pickle.dumps(cache)), cache]
+        assert copies[1].used_bytes() == cache.used_bytes()
+        ends = [torch.cat([model(ids[:, i : i + 1], cache=copy).logits for i in range(50, 80)], 1) for copy in copies]
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
+def test_beams_share_blocks_and_are_as_without_a_cache(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    model, _ = coded
+    settings = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    ids = token_ids(1, 70)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def test_drafts_are_rolled_back(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    model, _ = coded
+    ids = token_ids(1, 40).repeat(1, 3)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **settings), model.generate(ids, **settings))
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_compiled_model_gives_the_same(coded: tuple[Any, Plan], token_ids: Any) -> None:
+    model, plan = coded
+    ids = token_ids(2, 60)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    caches = [PlanCache(plan) for _ in range(2)]
+    with torch.no_grad():
+        for part in (ids[:, :50], ids[:, 50:51], ids[:, 51:52]):
+            one, other = (run(part, cache=cache).logits for run, cache in zip((model, compiled), caches, strict=True))
+            assert (one - other).abs().max() < 2e-3 * one.abs().max()
+    model.requires_grad_()
+    loss = [run(ids, use_cache=False).logits.square().mean() for run in (model, compiled)]
+    found = [torch.autograd.grad(one, model.get_input_embeddings().weight)[0] for one in loss]
+    assert (found[0] - found[1]).abs().max() < 2e-3 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> None:
+    """In one chunk, in chunks, one by one and in a larger batch: given the same keys and values, byte for byte."""
+    torch.manual_seed(0)
+    rows, tokens, dim = 3, 50, 16
+    chunk = [torch.randn(rows, heads, tokens, dim).to(dtype) for heads in (6, 3, 3)]
+    plan = Plan(_shape(dim), 16, (RULES,))
+    context = LayerContext.of(0, RULES, 16, None)
+
+    def contents(own: list[torch.Tensor], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+        """What is kept of every token of row 0 that is visible: numbers, or codes, scale and zero point."""
+        cache, at, found = PlanCache(plan), 0, []
+        for size in sizes:
+            part = [tensor[:, :, at : at + size] for tensor in own]
+            cache.update(part[1], part[2], 0)
+            attended(context, cache, part)
+            at += size
+        held = cache.layers[0].blocks_held()
+        pool, starts = held.pool, torch.tensor([0, *map(len, held.pool.keys)]).cumsum(0)
+        for head, rule in enumerate(RULES):
+            (first, sink_end), (start, _) = visible_intervals(tokens, rule.span(16))
+            for j in (*range(first, sink_end), *range(start, tokens)):
+                block = int(held.table.ids[0, head, j // 16])
+                number = int((starts <= block).sum()) - 1
+                for half, memory in zip(pool.layout.kinds[pool.kinds[block]], (pool.keys, pool.values), strict=True):
+                    parts = half._parts(memory[number]) if half.bits else (memory[number],)
+                    inside = [part[block - starts[number]] for part in parts]
+                    found += [inside[0][j % 16], *(numbers[:, j % 16] for numbers in inside[1:])]
+        return found
+
+    whole = contents(chunk, (50,))
+    assert len(whole) > 200
+    for own, sizes in ((chunk, (17, 1, 1, 30, 1)), (chunk, (1,) * 50), ([t[:1] for t in chunk], (50,))):
+        assert all(torch.equal(one, other) for one, other in zip(whole, contents(own, sizes), strict=True))
+
+
+def _shape(dim: int) -> Any:
+    from moacompress.rules.model_shape import ModelShape
+
+    return ModelShape("llama", 1, 6, 3, dim, "float32", (None,), "")
