@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moacompress.rules.cost import bytes_by_formats, kept_bits
+from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.search_result import pack, unpack
@@ -84,10 +84,7 @@ def explain(
         "kinds": _by_kind(request, surrogate, plan),
         "formats": {
             "bits": kept_bits(plan, n),
-            "pairs": [
-                {"key_format": keys, "value_format": values, "kv_heads": heads, "kv_bytes": size}
-                for (keys, values), (heads, size) in bytes_by_formats(plan, n).items()
-            ],
+            "pairs": format_rows(plan, n),
         },
         "heads": head_rows(request, surrogate, plan),
     }

@@ -24,14 +24,23 @@ def inspect(
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
-    KV bytes at several lengths, and the kept share of every layer and KV head. The model is not loaded.
+    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. The model is not loaded.
     """
     from moacompress.models.source import find_model_folder
-    from moacompress.report.inspection import inspect_plan, kept_map, kv_table, overview
+    from moacompress.report.inspection import (
+        formats_map,
+        formats_table,
+        inspect_plan,
+        kept_map,
+        kv_table,
+        overview,
+    )
     from moacompress.rules.budget import parse_lengths
     from moacompress.rules.plan import Plan
 
     file = find_plan_file(path)
     plan = Plan.load(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
-    return Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])
+    shown = [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])]
+    bits = formats_map(plan)
+    return Output(data, shown if bits is None else [*shown, formats_table(data["formats"], data["bits"]), bits])

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from moacompress.rules.budget import format_length
+from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 
 
@@ -21,11 +22,14 @@ def model_card(plan: Plan) -> str:
         _front_matter(source),
         f"# {name}, compressed",
         f"`{name}` with a smaller KV cache: the same weights, and for each of its {plan.model.layers} x "
-        f"{plan.model.kv_heads} KV heads its own sinks and attention window, found by moacompress.",
+        f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
+        "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
         "## KV cache\n\n" + _bytes_table(plan),
     ]
+    if plan.stated_lengths and not all(rule.is_native for row in plan.rules for rule in row):
+        parts.append("## Formats of keys and values\n\n" + _formats_table(plan, max(plan.stated_lengths)))
     quality = _quality(plan)
     if quality:
         parts.append("## Measured harm\n\n" + quality)
@@ -58,6 +62,19 @@ def _bytes_table(plan: Plan) -> str:
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
+
+
+def _formats_table(plan: Plan, n: int) -> str:
+    rows = ["| keys | values | KV heads | bytes |", "| --- | --- | ---: | ---: |"]
+    rows += [
+        f"| {row['key_format']} | {row['value_format']} | {row['kv_heads']} | {row['kv_bytes']:,} |"
+        for row in format_rows(plan, n)
+    ]
+    bits = kept_bits(plan, n)
+    return "\n".join(rows) + (
+        f"\n\nAt {format_length(n)} tokens, where a kept number takes {bits['keys']:.1f} bits in keys and "
+        f"{bits['values']:.1f} in values, scales and zero points counted."
+    )
 
 
 def _quality(plan: Plan) -> str:

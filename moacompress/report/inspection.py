@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from rich.text import Text
 from moacompress.core.tables import facts, readable_bytes, section
 from moacompress.models.weight_files import total_numbers
 from moacompress.rules.budget import Budget, format_length, reference_length
-from moacompress.rules.cost import attention_flops
+from moacompress.rules.cost import attention_flops, format_rows, kept_bits
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
 SHADES = "▁▂▃▄▅▆▇█"
+NATIVE_MARK = "·"
 MAP_COLUMNS = 80
 """Most layers in one row of the map."""
 
@@ -41,6 +43,8 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
     parameters = None if folder is None else count_parameters(folder)
     return {
         "density": plan.density(reference),
+        "bits": kept_bits(plan, reference),
+        "formats": format_rows(plan, reference),
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
@@ -81,6 +85,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
         "budget": ", ".join(data["budget"]) or "none asked for",
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
+        "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {len(distinct)} distinct rules, no window under {plan.min_window}",
     }
     if data["parameters"] is not None:
@@ -104,6 +109,43 @@ def kv_table(data: dict[str, Any]) -> Group:
         )
     titles = ("tokens", "dense", "this plan", "share", "attention FLOPs, prefill", "decode")
     return section(f"KV cache, batch 1; shares are of the {data['dtype']} dense cache", titles, rows)
+
+
+def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float]) -> Group:
+    """Returns where the bytes of a plan are, by formats of keys and values.
+
+    Args:
+        formats: see `cost.format_rows`.
+        bits: of a kept number, of `keys` and of `values`.
+    """
+    total = sum(pair["kv_bytes"] for pair in formats)
+    rows = [
+        (pair["key_format"], pair["value_format"], str(pair["kv_heads"]), f"{pair['kv_bytes'] / total:.0%}")
+        for pair in formats
+    ]
+    title = (
+        f"Where the bytes are: a kept number takes {bits['keys']:.1f} bits in keys and {bits['values']:.1f} in values"
+    )
+    return section(title, ("keys", "values", "KV heads", "of the bytes"), rows)
+
+
+def formats_map(plan: Plan) -> Text | None:
+    """Returns a map of the bits of a code: a column for each layer, and for each KV head a row of keys and one of values.
+
+    None where all are native.
+    """
+    if all(rule.is_native for row in plan.rules for rule in row):
+        return None
+    lines = [f"Bits of the keys (K) and values (V) of each KV head ({NATIVE_MARK} as the model computes them):"]
+    for first in range(0, plan.model.layers, MAP_COLUMNS):
+        rows = plan.rules[first : first + MAP_COLUMNS]
+        lines.append(f"layers {first}-{first + len(rows) - 1}")
+        for head in range(plan.model.kv_heads):
+            for side in ("key_format", "value_format"):
+                bits = [FORMATS[getattr(row[head], side)].bits for row in rows]
+                marks = "".join(str(bit) if bit else NATIVE_MARK for bit in bits)
+                lines.append(f"KV head {head:<2}{side[0].upper()} {marks}")
+    return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
 def kept_map(plan: Plan, n: int) -> Text:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from moacompress.core.tables import readable_number, section
+from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import NATIVE
 
@@ -57,7 +58,7 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
     if formats and any(
         pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]
     ):
-        shown.append(_formats_table(formats))
+        shown.append(formats_table(formats["pairs"], formats["bits"]))
     knobs = list(explanation["knobs"].items())[:KNOBS]
     if knobs:
         shown.append("Knobs that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in knobs) + ".")
@@ -78,19 +79,6 @@ def _formats_of(rule: Any) -> str:
     """Returns the formats of keys and values of a rule, as an explanation has it."""
     named = {} if rule == "full" else rule  # an older search left rules without formats
     return f"{named.get('key_format', NATIVE)}/{named.get('value_format', NATIVE)}"
-
-
-def _formats_table(formats: Mapping[str, Any]) -> RenderableType:
-    """Returns where the bytes of a plan are, by the formats of keys and values."""
-    bits, total = formats["bits"], sum(pair["kv_bytes"] for pair in formats["pairs"])
-    return section(
-        f"Where the bytes are: a kept number takes {bits['keys']:.1f} bits in keys and {bits['values']:.1f} in values",
-        ("keys", "values", "KV heads", "of the bytes"),
-        [
-            (pair["key_format"], pair["value_format"], str(pair["kv_heads"]), f"{pair['kv_bytes'] / total:.0%}")
-            for pair in formats["pairs"]
-        ],
-    )
 
 
 def front_table(results: Sequence[SearchResult]) -> RenderableType:

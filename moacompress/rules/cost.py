@@ -113,6 +113,14 @@ def bytes_by_formats(plan: Plan, n: int) -> dict[tuple[str, str], tuple[int, int
     return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
+def format_rows(plan: Plan, n: int) -> list[dict[str, str | int]]:
+    """Returns `bytes_by_formats` as rows of `key_format`, `value_format`, `kv_heads` and `kv_bytes`."""
+    return [
+        {"key_format": keys, "value_format": values, "kv_heads": heads, "kv_bytes": taken}
+        for (keys, values), (heads, taken) in bytes_by_formats(plan, n).items()
+    ]
+
+
 def attention_flops(plan: Plan, n: int) -> dict[str, int]:
     """Returns the floating-point operations of attention's two matrix products at batch 1, a multiply-add as two.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import readable_bytes, readable_number
-from moacompress.report.inspection import count_parameters, inspect_plan, kept_map
+from moacompress.report.inspection import count_parameters, formats_map, inspect_plan, kept_map
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -89,6 +90,34 @@ def test_people_see_tables_within_100_columns(tmp_path: Path) -> None:
 def test_the_map_has_a_row_for_each_head_and_a_column_for_each_layer() -> None:
     lines = kept_map(plan(), 1024).plain.splitlines()
     assert lines[1:] == ["layers 0-1", "KV head 0   █▂", "KV head 1   ▂▁"]
+
+
+def test_formats_are_shown_where_there_are_codes(tmp_path: Path) -> None:
+    native = plan()
+    assert formats_map(native) is None
+    assert inspect_plan(native)["bits"] == {"keys": 32.0, "values": 32.0}
+    rows = [[replace(rule, key_format="int8", value_format="int4") for rule in row] for row in native.rules]
+    rows[0][1] = replace(rows[0][1], key_format="int4")
+    coded = replace(native, rules=tuple(map(tuple, rows)))
+    shown = formats_map(coded)
+    assert shown is not None
+    assert shown.plain.splitlines()[1:] == [
+        "layers 0-1",
+        "KV head 0 K 88",
+        "KV head 0 V 44",
+        "KV head 1 K 48",
+        "KV head 1 V 44",
+    ]
+    data = inspect_plan(coded)
+    dim = coded.model.head_dim
+    assert data["bits"]["values"] == 4 + 32 / dim
+    assert 4 < data["bits"]["keys"] - 32 / dim < 8
+    assert sum(row["kv_bytes"] for row in data["formats"]) == coded.kv_bytes(data["reference_length"])
+    coded.save(tmp_path / "plan.json")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0
+    assert "Where the bytes are" in result.stdout
+    assert "KV head 1 K 48" in result.stdout
 
 
 def test_numbers() -> None:
