@@ -14,10 +14,13 @@ from moacompress.core.progress import Progress
 from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.harm_meter import HarmMeter
+from moacompress.search.knapsack import total_cost
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import bytes_note
+from moacompress.search.surrogate import Surrogate
 
 SCREENED = 3
 """Samples on which all candidates of a family are measured."""
@@ -75,17 +78,7 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
         meter: measures.
         progress: told of every measurement.
     """
-    profile = request.profile.offering(())
-    floors = layer_floors(request.recipe.search.floors, profile.shape)
-    sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
-    field = {
-        family: [
-            plan
-            for plan in family_plans(family, profile.shape, request.limits, profile, sinks)
-            if meets(plan, floors, request.limits)
-        ][:CANDIDATES]
-        for family in FAMILIES
-    }
+    field = {family: _candidates(family, request) for family in FAMILIES}
     progress.start("measuring alternatives", len(field))
     found = {}
     for family, plans in field.items():
@@ -105,3 +98,36 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
             found[family] = best
     progress.done()
     return found
+
+
+def _candidates(family: str, request: SearchRequest) -> list[Plan]:
+    """Returns what is measured of a family: where formats are on offer, those predicted to be best."""
+    spans, formats = request.profile.offering(()), request.profile.formats
+    floors = layer_floors(request.recipe.search.floors, spans.shape)
+    sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
+    found = [
+        plan
+        for plan in family_plans(family, spans.shape, request.limits, spans, sinks, formats)
+        if meets(plan, floors, request.limits)
+    ]
+    if formats:
+        found.sort(key=lambda plan: nearly_predicted(request.surrogate, plan, max(request.limits)))
+    return found[:CANDIDATES]
+
+
+def nearly_predicted(surrogate: Surrogate, plan: Plan, n: int) -> float:
+    """Returns about what a plan is predicted to cost, in nats: each rule as the widest candidate that keeps no more tokens.
+
+    Args:
+        surrogate: of the profile's rules.
+        plan: its rules need be no candidates; their formats are.
+        n: tokens, at which what they keep is compared.
+    """
+    kept = np.array([rule.kept(n, plan.min_window) for rule in surrogate.rules], np.float64)
+    pairs = np.array([(rule.key_format, rule.value_format) for rule in surrogate.rules])
+    nearest: dict[Rule, int] = {}
+    for rule in {rule for row in plan.rules for rule in row}:
+        alike = (pairs == (rule.key_format, rule.value_format)).all(axis=1)
+        near = np.where(kept <= rule.kept(n, plan.min_window), kept, -kept)
+        nearest[rule] = int(np.argmax(np.where(alike, near, -np.inf)))
+    return total_cost(surrogate.costs(), np.array([[nearest[rule] for rule in row] for row in plan.rules], np.int64))

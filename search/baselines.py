@@ -77,7 +77,7 @@ def plans_within(
             `uniform`: one sink and fixed window for every KV head (StreamingLLM);
             `uniform-elastic`: one sink and share of the tokens so far for every KV head;
             `quantized`: everything, rounded, in one pair of formats for every KV head (what a quantized cache gives);
-            `per-layer`: one rule of the profile for all KV heads of a layer, least predicted harm;
+            `per-layer`: one span of the profile for all KV heads of a layer, least predicted harm, in one pair of formats;
             `split`: KV heads keep everything or a sink and a short window (DuoAttention), in one pair of formats; those
             that the short window would harm most keep everything, as many as fit;
             `moa`: the choice of rules of least influence by MoA's own estimator, one sink for all KV heads; the profile
@@ -87,7 +87,7 @@ def plans_within(
         min_window: smallest window, tokens.
         profile: what all but the first three are predicted from.
         sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
-        formats: formats on offer beside the native one, see `format_pairs`; `per-layer` and `moa` are native.
+        formats: formats on offer beside the native one, see `format_pairs`; `moa` is native.
 
     Returns:
         At least one plan, all different; pairs of formats take turns, and of each the plan of least predicted harm comes first
@@ -244,7 +244,7 @@ class _Costs:
 
 def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of one rule for each layer of least predicted harm."""
-    numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
+    numbers = [number for number, rule in enumerate(costs.rules) if rule.sees_all or rule.sink == sink]
     sizes = costs.sizes(numbers, limits).sum(axis=2)
     try:
         solution = solve(costs.harm[..., numbers].sum(axis=1), sizes, limit_array(limits))
@@ -298,7 +298,7 @@ _PROFILED: dict[str, Callable[[_Costs, Mapping[int, int], int], Iterable[tuple[f
 }
 BASELINES = (*_UNPROFILED, *_PROFILED)
 """Names of the baselines; those after the first three need a profile."""
-_IN_FORMATS = (*_UNPROFILED, "split")
+_IN_FORMATS = (*_UNPROFILED, "per-layer", "split")
 """Baselines that are offered formats beside the native one."""
 FAMILIES = {
     "uniform": ("uniform", "uniform-elastic"),

@@ -11,6 +11,7 @@ from typing import Any
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
+from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -98,17 +99,24 @@ def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
 
 
 def baseline_note(plan: Plan, harm: float, lengths: Iterable[int]) -> dict[str, Any]:
-    """Returns what a plan says about a baseline that it was measured beside; `sink` is there where all share one."""
-    rules = {rule for row in plan.rules for rule in row if not rule.is_full}
+    """Returns what a plan says about a baseline that it was measured beside.
+
+    `sink` is there where all KV heads share one that do not keep everything, `formats`, of keys and values, where all share a
+    pair that is not native.
+    """
+    rules = {rule for row in plan.rules for rule in row if not rule.sees_all}
+    pairs = {(rule.key_format, rule.value_format) for row in plan.rules for rule in row}
     sinks = {rule.sink for rule in rules}
     note: dict[str, Any] = {
         "key": plan.key(),
         "harm": harm,
         "kv_bytes": {str(n): plan.kv_bytes(n) for n in sorted(set(lengths))},
     }
+    if len(pairs) == 1 and pairs != {(NATIVE, NATIVE)}:
+        note["formats"] = list(pairs.pop())
     if len(sinks) == 1:
         note["sink"] = sinks.pop()
-    if len(rules) == 1 and all(not rule.is_full for row in plan.rules for rule in row):
+    if len(rules) == 1 and not any(rule.sees_all for row in plan.rules for rule in row):
         (rule,) = rules
         note |= {"alpha": rule.alpha, "beta_q": rule.beta_q}
     return note

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,7 +156,9 @@ class FakeObjective:
         if rule in self.index:
             return float(self.truth[layer, head, self.index[rule]])
         keeps = rule.kept(512, MIN_WINDOW) / 512  # a uniform window is no candidate
-        return float(self.truth[layer, head].max() * (1 - keeps) ** 2)
+        whole = self.index[replace(Rule.FULL, key_format=rule.key_format, value_format=rule.value_format)]
+        widths = self.truth[layer, head, : len(self.profile.spans)]
+        return float(widths.max() * (1 - keeps) ** 2 + self.truth[layer, head, whole])
 
 
 @pytest.fixture(autouse=True)

@@ -275,7 +275,7 @@ def test_everything_in_the_formats_that_fit(shape: ModelShape) -> None:
         baseline_plans("quantized", shape, 512, 10**9, 32)
 
 
-@pytest.mark.parametrize("name", ["uniform", "uniform-elastic", "split"])
+@pytest.mark.parametrize("name", ["uniform", "uniform-elastic", "per-layer", "split"])
 @pytest.mark.parametrize("shares", LIMITS)
 def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares: dict[int, float]) -> None:
     profile = replace(profile, shape=replace(profile.shape, head_dim=64))
@@ -294,9 +294,8 @@ def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares
 
 def test_what_stays_native(profile: Profile) -> None:
     limits = {512: profile.shape.dense_kv_bytes(512) // 2}
-    for name in ("per-layer", "moa"):
-        plans = plans_within(name, profile.shape, limits, 32, profile, formats=BOTH)
-        assert plans == plans_within(name, profile.shape, limits, 32, profile)
+    plans = plans_within("moa", profile.shape, limits, 32, profile, formats=BOTH)
+    assert plans == plans_within("moa", profile.shape, limits, 32, profile)
     assert family_plans("quantized", profile.shape, limits, profile, (4,)) == []
     shape = replace(profile.shape, head_dim=64)
     limits = {512: shape.dense_kv_bytes(512) // 2}

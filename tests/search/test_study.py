@@ -64,7 +64,13 @@ def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profil
     found, fake = search(profile, "25%", out=tmp_path / "plan.json")
     assert found.harm["plan"] < spans.harm["plan"] / 3
     assert found.harm["plan"] == pytest.approx(np.mean(fake.harms(found.plan)))
-    assert found.harm["uniform"] == spans.harm["uniform"]  # what needs no search is native
+    for family in ("uniform", "per_layer", "duo"):  # what needs no search has formats too
+        assert found.harm["plan"] < found.harm[family] < spans.harm[family]
+    assert found.harm["plan"] < found.harm["quantized"]
+    assert spans.harm["quantized"] is None
+    notes = found.plan.quality["baselines"]
+    assert set(notes["quantized"]["formats"]) <= {"int8", "int4"}
+    assert notes["quantized"]["kv_bytes"]["512"] <= profile.shape.dense_kv_bytes(512) // 4
     for n in profile.lengths:
         assert found.plan.kv_bytes(n) <= profile.shape.dense_kv_bytes(n) // 4
     assert "precision" in found.plan.provenance["knobs"]
