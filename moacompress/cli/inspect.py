@@ -41,6 +41,8 @@ def inspect(
     file = find_plan_file(path)
     plan = Plan.load(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
-    shown = [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])]
+    shown = Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])
     bits = formats_map(plan)
-    return Output(data, shown if bits is None else [*shown, formats_table(data["formats"], data["bits"]), bits])
+    if bits is not None:
+        shown.show.extend((formats_table(data["formats"], data["bits"]), bits))
+    return shown

@@ -86,7 +86,9 @@ class BlockHalf(NamedTuple):
             blocks: int64 `[...]`.
             places: in the blocks, broadcastable to `blocks`.
         """
-        return rotated(decode(self.kept(memory, blocks, places))) if self.bits else memory[blocks, places]
+        if not self.bits:
+            return memory[blocks, places]
+        return rotated(decode(self.kept(memory, blocks, places)))
 
     def kept(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> Codes:
         """Returns the codes of tokens; arguments are those of `read`."""
@@ -108,7 +110,8 @@ class BlockHalf(NamedTuple):
 
     def _numbers(self, memory: torch.Tensor) -> torch.Tensor:
         """Returns a view of scales and zero points, float16 `[blocks, 2, 16]`."""
-        return memory[:, BLOCK * self._token :].view(torch.float16).unflatten(1, (2, BLOCK))
+        numbers: torch.Tensor = memory[:, BLOCK * self._token :].view(torch.float16).unflatten(1, (2, BLOCK))
+        return numbers
 
     def fits(self, memory: torch.Tensor) -> bool:
         """Whether memory is of such halves."""

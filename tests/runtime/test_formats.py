@@ -166,7 +166,8 @@ def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> N
 
     def contents(own: list[torch.Tensor], sizes: tuple[int, ...]) -> list[torch.Tensor]:
         """What is kept of every token of row 0 that is visible: numbers, or codes, scale and zero point."""
-        cache, at, found = PlanCache(plan), 0, []
+        cache, at = PlanCache(plan), 0
+        found: list[torch.Tensor] = []
         for size in sizes:
             part = [tensor[:, :, at : at + size] for tensor in own]
             cache.update(part[1], part[2], 0)
