@@ -32,11 +32,12 @@ TARGETS = 32
 """Answer tokens of the sample."""
 
 
-def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
     """Profiles one sample of random tokens in this process, and runs it plainly.
 
     Args:
         model: MODEL.
+        dtype: what it computes in.
         length: of the sample, tokens.
         times: how often each is run and timed.
         cpu_time: whether to count one thread's time on its core.
@@ -58,7 +59,7 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
 
     if cpu_time:
         torch.set_num_threads(1)
-    source, chosen = load_source(model), ProfileRecipe(draws=1)
+    source, chosen = load_source(model, dtype=dtype), ProfileRecipe(draws=1)
     network = source.model
     table = RuleTable.of(candidate_rules(length, chosen.sinks, chosen.min_window), chosen.min_window)
     ids = np.random.default_rng(0).integers(0, len(source.tokenizer), length)
@@ -98,6 +99,7 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
     profile_s, sdpa_s = (round(statistics.median(found), 3) for found in seconds)
     return {
         "length": length,
+        "dtype": dtype,
         "profile_s": profile_s,
         "sdpa_s": sdpa_s,
         "before_bytes": before,
@@ -108,10 +110,10 @@ def measure(model: str, length: int, times: int, cpu_time: bool) -> dict[str, An
     }
 
 
-def run_alone(model: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+def run_alone(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
     """Returns what `measure` does, from a new process: its peak is not that of another length."""
-    command = [sys.executable, str(Path(__file__).resolve()), model, "--lengths", str(length), "--times", str(times)]
-    command += ["--here", *(["--cpu-time"] if cpu_time else [])]
+    command = [sys.executable, str(Path(__file__).resolve()), model, "--dtype", dtype, "--lengths", str(length)]
+    command += ["--times", str(times), "--here", *(["--cpu-time"] if cpu_time else [])]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
     return found
 
@@ -121,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="hub id, folder or .gguf file")
     parser.add_argument("--lengths", default="1k,2k,4k", help="tokens, with commas between")
+    parser.add_argument("--dtype", default="float32", help="what the model computes in")
     parser.add_argument("--times", type=int, default=3, help="passes of each kind that are timed")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, its time on the core: for a busy machine")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
@@ -128,11 +131,11 @@ def main() -> None:
     chosen = parser.parse_args()
     lengths = parse_lengths(chosen.lengths)
     if chosen.here:
-        print(json.dumps(measure(chosen.model, lengths[0], chosen.times, chosen.cpu_time)))
+        print(json.dumps(measure(chosen.model, chosen.dtype, lengths[0], chosen.times, chosen.cpu_time)))
         return
     runs = []
     for length in lengths:
-        runs.append(run_alone(chosen.model, length, chosen.times, chosen.cpu_time))
+        runs.append(run_alone(chosen.model, chosen.dtype, length, chosen.times, chosen.cpu_time))
         if not chosen.json:
             run = runs[-1]
             print(
