@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from moacompress.kernels.halves import BlockHalf
 from moacompress.kernels.reference.codes import LARGEST, Codes, decode, encode, pack, rotated, unpack
+from moacompress.rules.formats import FORMAT_NAMES, FORMATS
 
 DIMS = (1, 2, 5, 6, 16, 24, 64, 80, 96, 112, 128, 256)
 BITS = (4, 8)
@@ -144,3 +146,35 @@ def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
     out = (weights * kept.scale.float().T) @ kept.codes.float() + weights @ kept.zero.float()
     assert torch.allclose(rotated(out), weights @ rotated(decode(kept)), atol=1e-4)
     assert isinstance(kept, Codes)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> None:
+    half = BlockHalf(code, dim, torch.bfloat16, values)
+    x = torch.randn(48, dim).to(torch.bfloat16)
+    memory = half.new(3, x.device).fill_(255)
+    order = torch.randperm(48)
+    half.write(memory, order, x[order])
+    kept, used = encode(x, half.bits), -(-dim * half.bits // 8)
+    wide = -(-used // 4) * 4
+    assert (
+        half.nbytes
+        == memory.shape[1]
+        == 16 * wide + 64
+        == 16 * FORMATS[FORMAT_NAMES[code]].vector_bytes(dim, "bfloat16")
+    )
+    packed = torch.nn.functional.pad(pack(kept.codes, half.bits), (0, wide - used))
+    wanted = torch.full_like(memory, 255)
+    for token in range(48):
+        block, t = divmod(token, 16)
+        for b in range(wide):
+            at = 4 * wide * (t // 4) + 4 * b + t % 4 if values else 64 * (b // 4) + 4 * t + b % 4
+            wanted[block, at] = packed[token, b]
+        for side, part in enumerate((kept.scale, kept.zero)):
+            begin = 16 * wide + 32 * side + 2 * t
+            wanted[block, begin : begin + 2] = part[token].view(torch.uint8)
+    assert torch.equal(memory, wanted)
+    blocks, places = torch.arange(3)[:, None].expand(3, 16), torch.arange(16)
+    assert torch.equal(half.read(memory, blocks, places).view(48, dim), rotated(decode(kept)))
