@@ -13,6 +13,7 @@ from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
+from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
 from moacompress.rules.windows import window
@@ -92,13 +93,20 @@ class PlanContender:
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """Returns `sink` and `window` (tokens, at that length) where a baseline's KV heads that leave something out agree."""
+        """Returns `sink`, `window` (tokens, at that length) and `formats` of a baseline, where its KV heads agree.
+
+        Sink and window are of those that leave something out.
+        """
         if self.name.partition(":")[0] not in BASELINES:
             return {}
         rules = [rule for row in self.plan.rules for rule in row if not rule.sees_all]
         sinks = {rule.sink for rule in rules}
         windows = {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules}
-        agreed = {"sink": sinks, "window": windows}
+        agreed: dict[str, set[Any]] = {
+            "sink": sinks,
+            "window": windows,
+            "formats": {"/".join(pair) for pair in _formats_of(self.plan)},
+        }
         return {name: values.pop() for name, values in agreed.items() if len(values) == 1}
 
 
@@ -111,7 +119,8 @@ class Field:
         against: names and folders, without repeats, in the order asked for.
         others: the plan of each of `against` that is a folder.
         profile: the profile that some baselines are made from, or None.
-        every_candidate: try every sink of a baseline, also where the search has found one to be best.
+        every_candidate: try every sink of a baseline, also where the search has found one to be best. Every pair of formats
+            is tried where the plan does not say which the search found best.
     """
 
     checkpoint: Checkpoint
@@ -162,12 +171,10 @@ class Field:
         shape, min_window = self.plan.model, self.plan.min_window
         if ":" in name:
             return [uniform_plan(shape, tokens, limit, int(name.partition(":")[2]), min_window)]
-        plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile)
-        known = None if self.every_candidate else _known_sink(self.plan, name)
-        fitting = [
-            plan for plan in plans if known in {rule.sink for row in plan.rules for rule in row if not rule.sees_all}
-        ]
-        return fitting or plans
+        plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile, CODED)
+        sink, formats = _known_best(self.plan, name)
+        plans = [plan for plan in plans if formats in _formats_of(plan)] or plans
+        return plans if self.every_candidate else [plan for plan in plans if sink in _sinks_of(plan)] or plans
 
 
 def make_field(
@@ -243,10 +250,21 @@ def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
     return other.plan
 
 
-def _known_sink(plan: Plan, name: str) -> int | None:
-    """Returns the sink that the search found best for a baseline, or None where the plan does not say."""
+def _sinks_of(plan: Plan) -> set[int]:
+    return {rule.sink for row in plan.rules for rule in row if not rule.sees_all}
+
+
+def _formats_of(plan: Plan) -> set[tuple[str, str]]:
+    return {(rule.key_format, rule.value_format) for row in plan.rules for rule in row}
+
+
+def _known_best(plan: Plan, name: str) -> tuple[int | None, tuple[str, str] | None]:
+    """Returns the sink and the formats that the search found best for a baseline, None where the plan does not say."""
     baselines = plan.quality.get("baselines")
     family = next(family for family, names in FAMILIES.items() if name in names)
     noted = baselines.get(family) if isinstance(baselines, dict) else None
-    sink = noted.get("sink") if isinstance(noted, dict) else None
-    return sink if sink in SINKS else None
+    if not isinstance(noted, dict):
+        return None, None
+    sink, formats = noted.get("sink"), noted.get("formats", [NATIVE, NATIVE])
+    known = isinstance(formats, list) and len(formats) == 2 and all(name in FORMATS for name in map(str, formats))
+    return sink if sink in SINKS else None, (str(formats[0]), str(formats[1])) if known else None

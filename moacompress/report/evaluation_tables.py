@@ -16,7 +16,7 @@ RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
-    "tokens", "sink", "window",
+    "tokens", "sink", "window", "formats",
 )  # fmt: skip
 """`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"

@@ -325,13 +325,19 @@ def test_a_newer_fingerprint_is_refused(compressed: Path, tmp_path: Path) -> Non
         run(tmp_path / "OUT")
 
 
-def test_best_candidate_is_measured(compressed: Path) -> None:
-    one = {name: run(compressed, against=(name,)) for name in ("uniform", "uniform:4", "uniform:16", "uniform:64")}
+def test_best_candidate_is_measured(compressed: Path, tmp_path: Path) -> None:
+    shutil.copytree(compressed, tmp_path / "OUT")
+    path = tmp_path / "OUT" / "model" / "plan.json"
+    Plan.load(path).with_notes(quality={"baselines": {"uniform": {"harm": 1.0}}}).save(path)  # best with native formats
+    one = {
+        name: run(tmp_path / "OUT", against=(name,)) for name in ("uniform", "uniform:4", "uniform:16", "uniform:64")
+    }
     nll = {name: values(report, "model", "metric")[name, "nll"] for name, report in one.items()}
     best = min(("uniform:4", "uniform:16", "uniform:64"), key=lambda name: nll[name])
     assert nll["uniform"] == nll[best]
     row = next(row for row in one["uniform"]["results"] if row["model"] == "uniform")
     assert row["sink"] == int(best.partition(":")[2])
+    assert row["formats"] == "native/native"
 
 
 def test_progress(compressed: Path) -> None:
@@ -428,5 +434,8 @@ def test_no_uniform_window_is_small_enough(compressed: Path) -> None:
         at("uniform:64")
     plan_itself, *candidates = [contender.description(700) for contender in at("uniform")]
     assert plan_itself == {}
-    assert [found["sink"] for found in candidates] == [4, 16]  # one block of sinks
+    native = [found for found in candidates if found["formats"] == "native/native"]
+    assert [found["sink"] for found in native] == [4, 16]  # one block of sinks
     assert all(found["window"] >= 32 for found in candidates)
+    widest = {found["formats"]: found["window"] for found in candidates if found["sink"] == 4}
+    assert widest["native/native"] < widest["int8/int8"] < widest["int8/int4"] < widest["int4/int4"]
