@@ -32,7 +32,7 @@ from torch.nn import functional
 from moacompress.calibration.sweep import SumCollector, swept
 from moacompress.kernels.backend import Scores, as_tensors, prefill_alone
 from moacompress.kernels.dispatch import backend_for
-from moacompress.kernels.reference.rounding import rounded
+from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -416,21 +416,6 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def as_kept(query: Tensor, key: Tensor, value: Tensor, plan: RuleTable | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what a layer computes with: keys and values rounded, and all in float32, where a format of its plan asks for it.
-
-    Args:
-        query: `[1, heads, N, head_dim]`.
-        key: `[1, kv_heads, N, head_dim]`.
-        value: as `key`.
-        plan: the rule of each KV head, or None for the dense model.
-    """
-    if plan is None or plan.is_native:
-        return query, key, value
-    keys, values = plan.formats
-    return query.float(), rounded(key, keys), rounded(value, values)
-
-
 class ProfiledAttention(torch.autograd.Function):
     """`attend` under a plan's formats, whose backward pass runs `attend_backward` and fills collectors, every time."""
 
@@ -447,7 +432,7 @@ class ProfiledAttention(torch.autograd.Function):
         plan: RuleTable | None = None,
     ) -> Tensor:
         """Returns `attend` of what `as_kept` returns, in the query's dtype."""
-        seen = as_kept(query, key, value, plan)
+        seen = as_kept(query, key, value, None if plan is None else plan.formats)
         ctx.save_for_backward(query, key, value, sink_logit, *(seen if seen[1] is not key else ()))
         ctx.spec, ctx.table, ctx.collectors, ctx.plan = spec, table, collectors, plan
         return attend(*seen, spec, sink_logit, plan).to(query.dtype)

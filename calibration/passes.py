@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from moacompress.calibration.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention, as_kept
+from moacompress.calibration.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
 from moacompress.calibration.sharing import Attended
 from moacompress.core.errors import ModelError
+from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -94,8 +95,9 @@ def _attention(
         softcap=softcap,
     )
     if recording.attended is not None:
-        asking, keys, _ = as_kept(query.detach(), key.detach(), value.detach(), recording.plans[layer])
-        recording.attended[layer] = Attended(asking, keys, s_aux, spec, recording.plans[layer])
+        plan = recording.plans[layer]
+        asking, keys, _ = as_kept(query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats)
+        recording.attended[layer] = Attended(asking, keys, s_aux, spec, plan)
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, s_aux, spec, recording.table, recording.collectors[layer], recording.plans[layer]
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moacompress.calibration.influence import Kept
 from moacompress.calibration.statistics import SIDES
-from moacompress.kernels.reference.codes import LARGEST, rotated
+from moacompress.kernels.reference.codes import rotated, stored
 from moacompress.kernels.reference.rounding import BITS
 from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.rule_table import RuleTable
@@ -54,7 +54,8 @@ class PrecisionSums:
     ) -> None:
         codes = [FORMATS[name].code for name in columns(formats)]
         self._bits = [BITS[code] for code in codes[1:]]
-        now = torch.zeros(len(SIDES), kv_heads, dtype=torch.int64) if plan is None else torch.tensor(plan.formats)
+        formats_now = None if plan is None else plan.formats
+        now = torch.zeros(len(SIDES), kv_heads, dtype=torch.int64) if formats_now is None else torch.tensor(formats_now)
         self._rounded = now.any(1).tolist()
         self._stays = (now[..., None] == torch.tensor(codes)).to(device)
         self._sums = torch.zeros(len(SIDES), 2, kv_heads, len(codes), dtype=torch.float64, device=device)
@@ -104,10 +105,10 @@ def rounding_errors(x: Tensor, bits: Sequence[int]) -> Tensor:
     """
     y = rotate_quickly(x)
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
-    above = y.sub_(_stored(low))
+    above = y.sub_(stored(low).float())
     found = torch.empty(len(bits), *x.shape, device=x.device)
     for error, wanted in zip(found, bits, strict=True):
-        scale = _stored((high - low) / ((1 << wanted) - 1))
+        scale = stored((high - low) / ((1 << wanted) - 1)).float()
         inverse = torch.where(scale == 0, 0, 1 / scale)
         torch.mul(above, inverse, out=error).round_().clamp_(0, (1 << wanted) - 1).mul_(scale).sub_(above)
     return found
@@ -122,8 +123,3 @@ def rotate_quickly(x: Tensor) -> Tensor:
 def _rotation(dim: int, device: str) -> Tensor:
     with torch.inference_mode(False):
         return rotated(torch.eye(dim, device=device))
-
-
-def _stored(x: Tensor) -> Tensor:
-    """Returns what is left of scales or zero points in float16."""
-    return x.clamp(-LARGEST, LARGEST).half().float()

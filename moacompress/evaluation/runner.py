@@ -70,10 +70,10 @@ def evaluate(
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
-        against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `per-layer` and
-            `split`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers' quantized caches, such as
-            `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take; folders of other compressed
-            checkpoints of the same weights.
+        against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
+            `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
+            quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
+            folders of other compressed checkpoints of the same weights.
         tasks: names of tasks or of groups of them; `text` for perplexity by position, KL and top-1 agreement with
             dense on windows of `text`.
         lengths: prompt lengths, tokens, template and answer included.

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from moacompress.kernels.reference.codes import Codes, decode, encode, pack, rotated, unpack
-from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS, Integer
+from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS
 from moacompress.rules.windows import BLOCK
 
 QUAD = 4
@@ -43,14 +43,17 @@ class BlockHalf(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of a half of a block."""
-        if not self.bits:
-            return BLOCK * self.dim * self.dtype.itemsize
-        return BLOCK * (self._token + VECTOR_NUMBERS)
+        return BLOCK * self._vector
+
+    @property
+    def _vector(self) -> int:
+        """Bytes of a token, of codes with scale and zero point."""
+        return FORMATS[FORMAT_NAMES[self.code]].vector_bytes(self.dim, str(self.dtype).removeprefix("torch."))
 
     @property
     def _token(self) -> int:
         """Bytes of the codes of a token."""
-        return Integer(self.bits, self.code).code_bytes(self.dim)
+        return self._vector - VECTOR_NUMBERS
 
     def new(self, blocks: int, device: torch.device) -> torch.Tensor:
         """Returns memory of so many blocks, not initialised."""

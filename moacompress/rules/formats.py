@@ -64,11 +64,7 @@ class Integer:
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
         """See `Format`."""
-        return self.code_bytes(dim) + VECTOR_NUMBERS
-
-    def code_bytes(self, dim: int) -> int:
-        """Returns the bytes of the codes of one vector, a multiple of 4."""
-        return -(-dim * self.bits // 32) * 4
+        return -(-dim * self.bits // 32) * 4 + VECTOR_NUMBERS
 
 
 VECTOR_NUMBERS = 4

@@ -66,13 +66,13 @@ class RuleTable:
     @property
     def is_native(self) -> bool:
         """Whether all keys and values are kept as the model computes them."""
-        return not bool(self.columns[len(Span._fields) :].any())
+        return self.formats is None
 
     @property
-    def formats(self) -> tuple[list[int], list[int]]:
-        """Codes of the formats of the keys and of the values, `[rules]` each."""
-        keys, values = self.columns[len(Span._fields) :].tolist()
-        return keys, values
+    def formats(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Codes of the formats of the keys and of the values, `[rules]` each; None where all are native."""
+        keys, values = map(tuple, self.columns[len(Span._fields) :].tolist())
+        return (keys, values) if any(keys) or any(values) else None
 
     @property
     def rules(self) -> tuple[Rule, ...]:

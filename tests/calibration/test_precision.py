@@ -68,7 +68,8 @@ def test_sums_are_those_of_the_definition(planned: bool) -> None:
     plan = RuleTable.of([Rule(4, 20, 0, *pair) for pair in now], 16) if planned else None
     given = draw(1, 3, tokens, 16, seed=1), draw(1, 3, tokens, 8, seed=2)
     grads = draw(1, 3, tokens, 16, seed=3), draw(1, 3, tokens, 8, seed=4)
-    seen = given if plan is None else tuple(map(rounded, given, plan.formats))
+    formats = None if plan is None else plan.formats
+    seen = given if formats is None else tuple(map(rounded, given, formats))
     sums = PrecisionSums(3, CODED, plan)
     for _ in range(2):  # the second pass forgets the first
         sums.reset()

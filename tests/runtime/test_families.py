@@ -87,6 +87,19 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Te
         return model(ids, **kwargs).logits
 
 
+def in_parts(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of two rows of 150 tokens that are fed in chunks and one by one; the cache takes the plan's bytes."""
+    cache, parts, at = None, [], 0
+    for size in (60, 1, 1, 40, 1, 33, 1, 1, 12):
+        with torch.no_grad():
+            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
+        cache, at = out.cache, at + size
+        parts.append(out.logits)
+        assert cache.used_bytes() == plan.kv_bytes(at, batch=2)
+    assert at == ids.shape[1]
+    return torch.cat(parts, 1)
+
+
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the largest difference as a share of the largest expected number."""
     return float((found - expected).abs().max() / expected.abs().max())
@@ -148,14 +161,7 @@ def test_formats_are_the_stock_model_with_rounded_keys_and_values(
     assert difference(expected, stock_logits(model, native, ids)) > 2 * FLIPS, "the formats must change the model"
     attach(model, plan)
     assert difference(logits(model, ids, use_cache=False), expected) < FLIPS
-    cache, parts, at = None, [], 0
-    for size in (60, 1, 1, 40, 1, 33, 1, 1, 12):
-        with torch.no_grad():
-            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
-        cache, at = out.cache, at + size
-        parts.append(out.logits)
-        assert cache.used_bytes() == plan.kv_bytes(at, batch=2)
-    assert difference(torch.cat(parts, 1), expected) < FLIPS
+    assert difference(in_parts(model, plan, ids), expected) < FLIPS
 
 
 def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:
@@ -163,15 +169,7 @@ def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:
     ids = token_ids(2, 150)
     attach(model, plan)
     whole = logits(model, ids, use_cache=False)
-    cache, parts, at = None, [], 0
-    for size in (60, 1, 1, 40, 1, 33, 1, 1, 12):
-        with torch.no_grad():
-            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
-        cache, at = out.cache, at + size
-        parts.append(out.logits)
-        assert cache.used_bytes() == plan.kv_bytes(at, batch=2)
-    assert at == ids.shape[1]
-    assert difference(torch.cat(parts, 1), whole) < EXACT
+    assert difference(in_parts(model, plan, ids), whole) < EXACT
 
 
 def test_generated_tokens_are_the_argmax_of_a_cacheless_forward(sparse: tuple[Any, Plan], token_ids: Any) -> None:

@@ -39,8 +39,7 @@ struct Job {
   int64_t next[FORMATS * FORMATS] = {};  // for each pair of formats: blocks before it are taken, or of other formats
 
   Rule rule(int64_t pair) const { return call.rules.of(pair % call.shape.kv_heads); }
-  Half key(int64_t pair) const { return half_of(rule(pair).key_format, call.shape.head_dim, element, KEYS); }
-  Half value(int64_t pair) const { return half_of(rule(pair).value_format, call.shape.value_dim, element, VALUES); }
+  Halves halves(int64_t pair) const { return halves_of(rule(pair), call.shape); }
   int64_t row(int64_t pair) const { return pair / call.shape.kv_heads; }
   int32_t* ids(int64_t pair) const { return call.ids + pair * call.width; }
   int64_t& bound(int64_t run, int64_t side, int64_t pair) const { return call.runs[(run * 2 + side) * pairs + pair]; }
@@ -77,17 +76,18 @@ struct Job {
   }
 
   bool take(int64_t pair) {
-    const Half key = this->key(pair), value = this->value(pair);
-    int64_t& free = next[key.format * FORMATS + value.format];
+    const Halves halves = this->halves(pair);
+    int64_t& free = next[halves.key.format * FORMATS + halves.value.format];
+    const int64_t key_bytes = halves.key.bytes, value_bytes = halves.value.bytes;
     const auto fits = [&](int64_t id) {
-      return call.refs[id] == 0 && block_of(call.keys, id, key.bytes) && block_of(call.values, id, value.bytes);
+      return call.refs[id] == 0 && block_of(call.keys, id, key_bytes) && block_of(call.values, id, value_bytes);
     };
     while (free < call.blocks && !fits(free)) free++;
     if (free == call.blocks) return false;
     int32_t& id = ids(pair)[call.lengths[row(pair)] / BLOCK];
     if (known(id)) {
-      std::memcpy(at_block(call.keys, free, key.bytes), block_of(call.keys, id, key.bytes), size_t(key.bytes));
-      std::memcpy(at_block(call.values, free, value.bytes), block_of(call.values, id, value.bytes), size_t(value.bytes));
+      std::memcpy(at_block(call.keys, free, key_bytes), block_of(call.keys, id, key_bytes), size_t(key_bytes));
+      std::memcpy(at_block(call.values, free, value_bytes), block_of(call.values, id, value_bytes), size_t(value_bytes));
       call.refs[id]--;
     }
     id = int32_t(free);
@@ -104,8 +104,9 @@ struct Job {
       if (half.format == NATIVE) std::memcpy(to + before % BLOCK * half.token_bytes, from, size_t(half.token_bytes));
       else kernels.encode[call.shape.dtype](from, half, before % BLOCK, to, buffer);
     };
-    put(call.keys, key(pair), call.key, call.key_at);
-    put(call.values, value(pair), call.value, call.value_at);
+    const Halves halves = this->halves(pair);
+    put(call.keys, halves.key, call.key, call.key_at);
+    put(call.values, halves.value, call.value, call.value_at);
   }
 };
 

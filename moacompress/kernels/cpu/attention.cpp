@@ -46,16 +46,6 @@ Reads reads_of(int64_t n, const Rule& rule) {
   return {{{see.first, see.sink_end}, {see.start, n}}};
 }
 
-// The two halves of a KV head's blocks.
-struct Halves {
-  Half key, value;
-};
-
-Halves halves_of(const Rule& rule, const Shape& shape) {
-  const int64_t element = int64_t(element_size(shape.dtype));
-  return {half_of(rule.key_format, shape.head_dim, element, KEYS), half_of(rule.value_format, shape.value_dim, element, VALUES)};
-}
-
 struct DecodeJob {
   const DecodeCall& call;
   const Kernels& kernels;

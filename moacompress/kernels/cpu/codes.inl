@@ -152,6 +152,13 @@ struct Ahead {
   }
 };
 
+// What comes after the values of a block: those of a later one, and past the last values the keys of the next task.
+inline Ahead after_values(const DecodeChunk& c, int64_t b) {
+  const int64_t later = b + AHEAD;
+  if (later < c.blocks) return {(const char*)c.values[later], c.value.bytes};
+  return {(const char*)c.coming[later - c.blocks], c.key.bytes};
+}
+
 constexpr int BLOCK_VECTORS = int(BLOCK) / W;
 
 // A query and the weights of a head as they are multiplied with codes in float32.
@@ -189,32 +196,31 @@ struct FloatCodes {
   static inline float keep_weights(const DecodeChunk&, const float*, float*) { return 0.f; }
   template <int BITS, int HEADS, int VECS>
   static inline void mix(const DecodeChunk& c, const float* weights, const float*, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
-  for (int64_t b = 0; b < c.blocks; b++) {
-    const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
-    const bool last = later >= c.blocks;
-    const Ahead next = {!ahead ? nullptr : (const char*)(last ? c.coming[later - c.blocks] : c.values[later]),
-                        last ? c.key.bytes : c.value.bytes};
-    for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
-      next.fetch(quad, BLOCK / 4);
-      if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
-      const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
-      const float* at = weights + b * BLOCK + quad * 4;
-      for (int v = 0; v < VECS; v++) {
-        const Ints x = load_ints(row + v * 4 * W);
-        for (int k = 0; k < 4; k++) {
-          const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
-          for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(at[h * CHUNK_STRIDE + k]), to[h][v]);
-          if (BITS == 8) continue;
-          const V high = picked(x, 8 * k + 4, 15);
-          for (int h = 0; h < HEADS; h++) {
-            V& sum = to[h][VECS * (8 / BITS - 1) + v];
-            sum = fma(high, set1(at[h * CHUNK_STRIDE + k]), sum);
+    for (int h = 0; h < HEADS; h++)
+      for (int v = 0; v < VECS * 8 / BITS; v++) to[h][v] = zero();
+    for (int64_t b = 0; b < c.blocks; b++) {
+      const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
+      for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
+        next.fetch(quad, BLOCK / 4);
+        if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
+        const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
+        const float* at = weights + b * BLOCK + quad * 4;
+        for (int v = 0; v < VECS; v++) {
+          const Ints x = load_ints(row + v * 4 * W);
+          for (int k = 0; k < 4; k++) {
+            const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
+            for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(at[h * CHUNK_STRIDE + k]), to[h][v]);
+            if (BITS == 8) continue;
+            const V high = picked(x, 8 * k + 4, 15);
+            for (int h = 0; h < HEADS; h++) {
+              V& sum = to[h][VECS * (8 / BITS - 1) + v];
+              sum = fma(high, set1(at[h * CHUNK_STRIDE + k]), sum);
+            }
           }
         }
       }
     }
   }
-}
 };
 
 #ifdef MOACOMPRESS_BF16_DOT
@@ -322,10 +328,7 @@ struct ByteCodes {
     for (int h = 0; h < HEADS; h++)
       for (int v = 0; v < ALL; v++) upper[h][v] = lower[h][v] = _mm512_setzero_si512();
     for (int64_t b = 0; b < c.blocks; b++) {
-      const int64_t later = b + AHEAD;  // past the last values come the keys of the next task
-      const bool last = later >= c.blocks;
-      const Ahead next = {!ahead ? nullptr : (const char*)(last ? c.coming[later - c.blocks] : c.values[later]),
-                          last ? c.key.bytes : c.value.bytes};
+      const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
       for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
         next.fetch(quad, BLOCK / 4);
         if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
@@ -398,8 +401,6 @@ inline float weigh_codes(const DecodeChunk& c, float* weights) {
 template <class Op, int BITS, int HEADS, int VECS>
 inline void mix_codes(const DecodeChunk& c, const float* weights, const float* kept, int64_t column, bool ahead, const float* more, float* to) {
   V sums[HEADS][VECS * 8 / BITS];
-  for (int h = 0; h < HEADS; h++)
-    for (int v = 0; v < VECS * 8 / BITS; v++) sums[h][v] = zero();
   Op::template mix<BITS, HEADS, VECS>(c, weights, kept, column, ahead, sums);
   const auto put = [&](V x, int h, int64_t i, int64_t end) {
     x = x + set1(more[h]);

@@ -49,6 +49,16 @@ struct Shape {
   int64_t rows, kv_heads, group, head_dim, value_dim;
 };
 
+// The two halves of a KV head's blocks.
+struct Halves {
+  Half key, value;
+};
+
+static MOACOMPRESS_INLINE Halves halves_of(const Rule& rule, const Shape& shape) {
+  const int64_t element = int64_t(element_size(shape.dtype));
+  return {half_of(rule.key_format, shape.head_dim, element, KEYS), half_of(rule.value_format, shape.value_dim, element, VALUES)};
+}
+
 struct Scores {
   float scaling, softcap;    // softcap: 0 = none
   const float* sink_logits;  // [kv_heads * group] or null

@@ -24,10 +24,11 @@ def _fake_decode(
     rules: Any,
     scaling: Any,
     softcap: Any,
-    *rest: Any,
+    sink_logits: Any,
+    value_dim: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, heads, _ = query.shape
-    out = query.new_empty(rows, heads, rest[1] or next(part.shape[2] for part in values if part.ndim == 3))
+    out = query.new_empty(rows, heads, value_dim or next(part.shape[2] for part in values if part.ndim == 3))
     return out, query.new_empty(rows, heads, dtype=torch.float32)
 
 

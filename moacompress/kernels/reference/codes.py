@@ -52,7 +52,7 @@ def encode(x: torch.Tensor, bits: int) -> Codes:
     levels, y = (1 << bits) - 1, rotated(x)
     low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # adding makes a minus zero a plus
     wild = ~y.isfinite().all(-1, keepdim=True)
-    zero, scale = (_half(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
+    zero, scale = (stored(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
     inverse = torch.where(scale == 0, 0, 1 / scale.float())
     codes = torch.round((y - zero.float()) * inverse).clamp(0, levels)
     return Codes(codes.masked_fill(wild, 0).to(torch.uint8), scale, zero)
@@ -82,5 +82,6 @@ def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     return packed if bits == 8 else torch.cat((packed & 15, packed >> 4), -1)[..., :dim]
 
 
-def _half(x: torch.Tensor) -> torch.Tensor:
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """Returns scales or zero points as they are kept, float16."""
     return x.clamp(-LARGEST, LARGEST).half()

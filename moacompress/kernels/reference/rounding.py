@@ -37,6 +37,22 @@ def rounded(x: torch.Tensor, formats: Sequence[int]) -> torch.Tensor:
     return straight
 
 
+def as_kept(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, formats: tuple[Sequence[int], Sequence[int]] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns what to attend with under native rules so that it is as with formats: keys and values rounded, all in float32.
+
+    Args:
+        query: `[rows, heads, tokens, head_dim]`.
+        key: `[rows, kv_heads, tokens, head_dim]`.
+        value: `[rows, kv_heads, tokens, value_dim]`.
+        formats: codes of those of the keys and of the values, `[kv_heads]` each; None, and nothing is done, for native ones.
+    """
+    if formats is None:
+        return query, key, value
+    return query.float(), rounded(key, formats[0]), rounded(value, formats[1])
+
+
 def round_to(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Returns what codes of so many bits stand for, float32 `[..., dim]`, not rotated; without a gradient's way."""
     return rotated(decode(encode(x, bits)))

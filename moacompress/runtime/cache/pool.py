@@ -227,7 +227,7 @@ class Pool:
         """
         for side, (segments, data) in enumerate(((self.keys, keys), (self.values, values))):
             if len(segments) == 1:
-                self.layout.kinds[0][side].write(segments[0], self._index(slots), data)
+                self.layout.kinds[self.kinds[0]][side].write(segments[0], self._index(slots), data)
                 continue
             for at, picks, inside in self._split(segments, slots, BLOCK):
                 kind = self.kinds[sum(map(len, segments[:at]))]

@@ -46,8 +46,7 @@ class LayerContext:
     @cached_property
     def formats(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Codes of the formats of keys and of values, `[kv_heads]` each; None where all are native."""
-        keys, values = self.rules.formats
-        return (tuple(keys), tuple(values)) if any(keys) or any(values) else None
+        return self.rules.formats
 
     @staticmethod
     def from_tensor(layer: int, columns: torch.Tensor) -> LayerContext:

@@ -16,7 +16,7 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.kernels.backend import CacheView
 from moacompress.kernels.dispatch import backend_for, backend_with_gradients
-from moacompress.kernels.reference.rounding import rounded
+from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
@@ -213,10 +213,8 @@ def straight_through(
         key: `[batch, kv_heads, tokens, head_dim]`.
         value: likewise.
     """
-    if context.formats is None:
-        return (query, key, value), context.rules
-    keys, values = context.formats
-    return (query.float(), rounded(key, keys), rounded(value, values)), context.rules.native()
+    rules = context.rules if context.formats is None else context.rules.native()
+    return as_kept(query, key, value, context.formats), rules
 
 
 def _with_padded_ends(
