@@ -89,14 +89,16 @@ def kept_bits(plan: Plan, n: int) -> dict[str, float]:
 
     Scales and zero points are counted, so that `int4` with 64 numbers a vector has 4.5.
     """
-    shape, kept, bits = plan.model, 0, {"keys": 0.0, "values": 0.0}
-    for row, native in zip(plan.rules, shape.native_windows, strict=True):
+    shape, kept, bits = plan.model, {"keys": 0, "values": 0}, {"keys": 0.0, "values": 0.0}
+    for layer, (row, native) in enumerate(zip(plan.rules, shape.native_windows, strict=True)):
         for rule in row:
             tokens = int(rule.kept(n, plan.min_window, native))
-            kept += tokens
             for side, name in (("keys", rule.key_format), ("values", rule.value_format)):
+                if side == "keys" and plan.share(layer) is not None:  # they are the anchor's
+                    continue
+                kept[side] += tokens
                 bits[side] += tokens * 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
-    return {side: total / kept for side, total in bits.items()}
+    return {side: total / kept[side] for side, total in bits.items()}
 
 
 def bytes_by_formats(plan: Plan, n: int) -> dict[tuple[str, str], tuple[int, int]]:
@@ -105,10 +107,9 @@ def bytes_by_formats(plan: Plan, n: int) -> dict[tuple[str, str], tuple[int, int
     The pair that takes most comes first.
     """
     found: dict[tuple[str, str], tuple[int, int]] = {}
-    for row, native in zip(plan.rules, plan.model.native_windows, strict=True):
-        for rule in row:
+    for row, sizes in zip(plan.rules, plan.head_bytes(n), strict=True):
+        for rule, size in zip(row, sizes, strict=True):
             heads, taken = found.get((rule.key_format, rule.value_format), (0, 0))
-            size = int(rule.slots(n, plan.min_window, native)) * plan.model.token_bytes(rule)
             found[rule.key_format, rule.value_format] = heads + 1, taken + size
     return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 

@@ -17,6 +17,7 @@ from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, rea
 from moacompress.rules.formats import DTYPE_BYTES, FORMATS, NATIVE
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.share import LayerShares, Share, check_shares
 from moacompress.rules.windows import BETA_ONE
 
 FORMAT = "moacompress-plan"
@@ -67,6 +68,7 @@ class Plan:
         budget: `{"asked": [...], "bytes": {"1024": {"plan": int, "dense": int}}}`, empty for a hand-made plan.
         quality: predicted and measured harm, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
+        shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
     """
 
     model: ModelShape
@@ -75,8 +77,11 @@ class Plan:
     budget: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    shares: LayerShares = ()
 
     def __post_init__(self) -> None:
+        if not any(self.shares):
+            object.__setattr__(self, "shares", ())
         _check(self)
 
     @staticmethod
@@ -104,10 +109,27 @@ class Plan:
 
     def kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the bytes of the cache at `n` tokens."""
-        tokens = (
-            rule.slots(n, self.min_window, native) * self.model.token_bytes(rule) for rule, native in self._heads()
-        )
-        return batch * int(sum(tokens))
+        return batch * sum(size for row in self.head_bytes(n) for size in row)
+
+    def head_bytes(self, n: int) -> list[list[int]]:
+        """Returns the bytes of the cache at `n` tokens of every KV head, `[layer][kv_head]`.
+
+        A reuse layer takes what its values take, for as many tokens as its anchor keeps.
+        """
+        found = []
+        for layer, (row, native) in enumerate(zip(self.rules, self.model.native_windows, strict=True)):
+            share = self.share(layer)
+            sizes = []
+            for head, rule in enumerate(row):
+                kept = rule if share is None else self.rules[share.anchor][share.head_map[head]]
+                size = self.model.token_bytes(rule) if share is None else self.model.value_bytes(rule)
+                sizes.append(int(kept.slots(n, self.min_window, native)) * size)
+            found.append(sizes)
+        return found
+
+    def share(self, layer: int) -> Share | None:
+        """Returns what a layer takes from an earlier one, or None."""
+        return self.shares[layer] if self.shares else None
 
     def in_dtype(self, dtype: str) -> Plan:
         """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included."""
@@ -134,7 +156,10 @@ class Plan:
         """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""
         shape = self.model.to_dict()
         del shape["weights_fingerprint"]
-        return fingerprint([shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]])
+        does: list[Any] = [shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]]
+        if self.shares:
+            does.append([share and share.to_dict() for share in self.shares])
+        return fingerprint(does)
 
     def with_notes(self, **notes: dict[str, Any]) -> Plan:
         """Returns the same rules with other `budget`, `quality` or `provenance`."""
@@ -180,6 +205,9 @@ class Plan:
             for head, (rule, other_rule) in enumerate(zip(row, other_row, strict=False)):
                 if rule != other_rule and not (rule.is_full and other_rule.is_full):
                     lines.append(f"layer {layer} KV head {head}: {rule} -> {other_rule}")
+            shares = self.share(layer), other.share(layer) if layer < other.model.layers else None
+            if shares[0] != shares[1]:
+                lines.append(f"layer {layer}: {' -> '.join(str(share or 'own attention') for share in shares)}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,8 +218,11 @@ class Plan:
             "model": self.model.to_dict(),
             "min_window": self.min_window,
             "layers": [
-                {**{name: [getattr(rule, name) for rule in row] for name in RULE_FIELDS}, "share": None}
-                for row in self.rules
+                {
+                    **{name: [getattr(rule, name) for rule in row] for name in RULE_FIELDS},
+                    "share": share and share.to_dict(),
+                }
+                for row, share in zip(self.rules, self.shares or (None,) * self.model.layers, strict=True)
             ],
             "budget": finite_json(self.budget),
             "quality": finite_json(self.quality),
@@ -283,6 +314,7 @@ def _check(plan: Plan) -> None:
                         f"{name} of {where} is {_short(getattr(rule, name))}, not one of {', '.join(FORMATS)}; upgrade "
                         "moacompress if a newer one wrote the plan"
                     )
+    check_shares(plan.model, plan.rules, plan.shares)
 
 
 def _object(data: Any, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
@@ -330,7 +362,7 @@ def _parse(data: Any) -> Plan:
     values["native_windows"] = tuple(_list(model["native_windows"], "model.native_windows", layers))
     shape = ModelShape(**values)
     _check_shape(shape)
-    rules = []
+    rules, shares = [], []
     for index, layer in enumerate(_list(data["layers"], "layers", layers)):
         where = f"layer {index}"
         _object(layer, where, RULE_FIELDS, ("share",))
@@ -339,8 +371,7 @@ def _parse(data: Any) -> Plan:
             if name.endswith("_format"):
                 for head, value in enumerate(column):
                     _text(value, f"{name} of {where} KV head {head}")
-        if layer.get("share") is not None:
-            raise PlanError(f"{where} shares attention, which this moacompress does not support; upgrade moacompress")
+        shares.append(_share(layer.get("share"), where, kv_heads))
         rules.append(tuple(Rule(*values) for values in zip(*columns, strict=True)))
     notes: dict[str, Any] = {}
     room = MAX_NOTES
@@ -353,7 +384,18 @@ def _parse(data: Any) -> Plan:
                 "and characters with the other notes"
             )
     _check_notes(notes["budget"], notes["provenance"])
-    return Plan(shape, data["min_window"], tuple(rules), **notes)
+    return Plan(shape, data["min_window"], tuple(rules), shares=tuple(shares), **notes)
+
+
+def _share(data: Any, where: str, kv_heads: int) -> Share | None:
+    if data is None:
+        return None
+    where = f"share of {where}"
+    _object(data, where, ("anchor", "kind", "head_map"))
+    anchor = _whole(data["anchor"], f"anchor of {where}", 0, MAX_LAYERS - 1)
+    heads = _list(data["head_map"], f"head_map of {where}", kv_heads)
+    head_map = tuple(_whole(head, f"head_map of {where}", 0, MAX_HEADS - 1) for head in heads)
+    return Share(anchor, _text(data["kind"], f"kind of {where}"), head_map)
 
 
 def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:

@@ -233,7 +233,7 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("layers", 0, "key_format", 1, value="int2"), "key_format of layer 0 KV head 1 is int2, not one of native"),
     (at("layers", 0, "value_format", 0, value=8), "value_format of layer 0 KV head 0 must be a text"),
     (without("layers", 0, "value_format"), "layer 0 lacks the key 'value_format'"),
-    (at("layers", 0, "share", value={"anchor": 0}), "layer 0 shares attention"),
+    (at("layers", 0, "share", value={"anchor": 0}), "share of layer 0 lacks the key 'kind'"),
     (at("quality", value=[1]), "quality must be an object"),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
@@ -173,7 +174,7 @@ def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> N
             cache.update(part[1], part[2], 0)
             attended(context, cache, part)
             at += size
-        held = cache.layers[0].blocks_held()
+        held = cast(PlanCacheLayer, cache.layers[0]).blocks_held()
         pool, starts = held.pool, torch.tensor([0, *map(len, held.pool.keys)]).cumsum(0)
         for head, rule in enumerate(RULES):
             (first, sink_end), (start, _) = visible_intervals(tokens, rule.span(16))

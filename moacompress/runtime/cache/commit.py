@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 
@@ -108,25 +110,50 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
 
 def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
     """Copies the real tokens of the chunk that stay into their blocks."""
-    ids = held.table.ids
+    for slots, _, (keys, values) in _placed(held, (key, value), before, chunk):
+        held.pool.write(slots, keys, values)
+
+
+def write_beside(
+    held: LayerBlocks, value: torch.Tensor, before: Ints, chunk: Chunk, head_map: Ints, planes: Ints
+) -> None:
+    """Copies the values of a layer that shares the keys beside those of the same chunk, which is taken in already.
+
+    Args:
+        held: the blocks of the layer whose keys they are.
+        value: `[rows, heads, tokens, value_dim]`.
+        before: tokens of the rows before the chunk, `[rows]`.
+        chunk: which of its tokens are real.
+        head_map: see `LayerBlocks.view_beside`.
+        planes: likewise.
+    """
+    for slots, heads, (values,) in _placed(held, (value,), before, chunk, head_map):
+        held.pool.write_beside(slots, planes[heads], values)
+
+
+def _placed(
+    held: LayerBlocks, chunks: Sequence[torch.Tensor], before: Ints, chunk: Chunk, head_map: Ints | None = None
+) -> Iterator[tuple[Ints, Ints, list[torch.Tensor]]]:
+    """Goes through the real tokens of a chunk that stay: slots, their heads, and of each of the `chunks` what goes there."""
+    ids, runs = held.table.ids, held.runs
+    if head_map is not None:
+        ids, runs = ids[:, head_map], runs[:, :, :, head_map]
     if chunk.columns == 1:
         rows = np.flatnonzero(held.lengths > before)
         own = ids[rows, :, before[rows] // BLOCK].astype(np.int64)
         slots = (own * BLOCK + (before[rows] % BLOCK)[:, None]).reshape(-1)
-        picked = [
-            t[:, :, 0] if len(rows) == len(t) else t[torch.from_numpy(rows).to(t.device), :, 0] for t in (key, value)
-        ]
-        held.pool.write(slots, *(t.flatten(0, 1).detach() for t in picked))
+        picked = [t[:, :, 0] if len(rows) == len(t) else t[torch.from_numpy(rows).to(t.device), :, 0] for t in chunks]
+        yield slots, np.tile(np.arange(ids.shape[1]), len(rows)), [t.flatten(0, 1).detach() for t in picked]
         return
     for row in range(len(before)):
         first, end = before[row], held.lengths[row]
         parts = [
             ragged_ranges(np.maximum(begin * BLOCK, first), np.minimum(stop * BLOCK, end))
-            for begin, stop in held.runs[:, :, row]
+            for begin, stop in runs[:, :, row]
         ]
         head, position = (np.concatenate(part) for part in zip(*parts, strict=True))
         slots = ids[row][head, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
         real = chunk.where(row)
         column = position - first if real is None else real[position - first]
-        h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(key.device) for t in (head, column))
-        held.pool.write(slots, key[row, h, at].detach(), value[row, h, at].detach())
+        h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(chunks[0].device) for t in (head, column))
+        yield slots, head, [t[row, h, at].detach() for t in chunks]

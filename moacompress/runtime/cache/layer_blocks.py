@@ -17,7 +17,7 @@ from moacompress.kernels.backend import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs
-from moacompress.runtime.cache.pool import Layout, Pool, Table
+from moacompress.runtime.cache.pool import Beside, Layout, Pool, Table
 
 
 class LayerBlocks:
@@ -38,11 +38,11 @@ class LayerBlocks:
         self.give_back.atexit = False
 
     @staticmethod
-    def none(rules: RuleTable, key: torch.Tensor, value: torch.Tensor) -> LayerBlocks:
+    def none(rules: RuleTable, key: torch.Tensor, value: torch.Tensor, beside: Beside = ()) -> LayerBlocks:
         """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each."""
         rows, heads = key.shape[0], len(rules)
         lengths = np.zeros(rows, np.int64)
-        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype)
+        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, beside)
         return LayerBlocks(rules, Pool(layout, key.device), Table(rows, heads), lengths, no_runs(rows, heads))
 
     @property
@@ -69,6 +69,23 @@ class LayerBlocks:
         with self.pool.lock:  # a fork in another thread may be adding a segment
             segments = [*self.pool.keys], [*self.pool.values]
             return CacheView(*segments, torch.from_numpy(self.table.ids), self.pool.layout.value_dim)
+
+    def view_beside(self, head_map: Ints, planes: Ints) -> CacheView:
+        """Returns what the attention of a layer that shares the keys reads: its own values lie beside those of the blocks.
+
+        Where its KV heads need other planes, the segments come once more for each, and block ids count on through them.
+
+        Args:
+            head_map: the KV head whose blocks each of its heads reads, `[heads]`.
+            planes: which values beside the blocks' own those of each head are, `[heads]`.
+        """
+        with self.pool.lock:
+            used, number = np.unique(planes, return_inverse=True)
+            keys = self.pool.keys * len(used)
+            values = [segment for plane in used.tolist() for segment in self.pool.values_beside(plane)]
+            ids, step = self.table.ids[:, head_map], len(self.pool.refs)
+            ids = np.ascontiguousarray(np.where(ids >= 0, ids + (number * step)[:, None], -1), np.int32)
+            return CacheView(keys, values, torch.from_numpy(ids), self.pool.layout.value_dim)
 
     def state(self, lag: int) -> CacheState:
         """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""

@@ -1,8 +1,9 @@
-"""The cache of one layer as transformers and the attention see it."""
+"""The cache of one layer as transformers and the attention see it: with blocks of its own, or in those of its anchor."""
 
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import CacheState, Room
+from moacompress.kernels.backend import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.pool import Beside
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
 
@@ -25,16 +27,11 @@ StepCall = Callable[[CacheState], tuple[torch.Tensor, Room | None]]
 """A call of a backend that takes one more token of every row into the cache."""
 
 
-class PlanCacheLayer(CacheLayerMixin):
-    """The cache of one layer; the attention reads and commits it, transformers only asks for its length.
-
-    Args:
-        rules: of the KV heads, in numpy.
-        reserve: tokens of a row for which memory is taken at once, or None.
+class CacheLayer(CacheLayerMixin):
+    """What transformers asks of the cache of any layer.
 
     Attributes:
         columns: tokens fed so far, padding included; transformers' length.
-        held: its blocks; None while it is empty.
         stepping: whether a compiled call has begun whose token is not counted yet; after a forward, that it was interrupted.
         record_past: whether `LAG` tokens are kept longer, so that drafts can be rolled back.
     """
@@ -43,23 +40,112 @@ class PlanCacheLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, rules: RuleTable, reserve: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rules, self.reserve = rules, reserve
-        self.record_past = False
+        self.columns = 0
+        self.stepping = self.record_past = False
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether drafts can be rolled back: while a little more than the plan's is kept."""
+        return self.record_past
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Ints:
+        """Real tokens of every row, int64 `[rows]`; in a forward, until the layer has taken in its chunk, those before it."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the cache, -1 while it is empty."""
+        return len(self.lengths) if self.is_initialized else -1
+
+    @abstractmethod
+    def select(self, rows: Ints) -> None:
+        """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
+
+    @abstractmethod
+    def roll_back(self, counts: Ints, columns: int) -> None:
+        """Forgets the last real tokens of every row.
+
+        Args:
+            counts: how many, `[rows]`.
+            columns: tokens fed that they were, padding included.
+
+        Raises:
+            UnsupportedError: what the earlier length needs is gone.
+        """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns `(kv_length, kv_offset)` as transformers asks for it."""
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the number of tokens fed so far, padding included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """Returns -1: the cache grows as long as memory lasts."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens of every row; see `PlanCache.crop`, which knows of padding."""
+        count = abs(tokens_to_remove)
+        if count and self.is_initialized:
+            self.roll_back(np.full(len(self.lengths), count, np.int64), count)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""
+        self.select(beam_idx.detach().cpu().numpy())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows of the batch, in that order."""
+        rows = indices.detach().cpu()
+        self.select((torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows).numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch; the copies share blocks."""
+        self.select(np.arange(len(self.lengths)).repeat(repeats))
+
+    def offload(self) -> None:
+        """Refused: the cache stays on its device."""
+        raise UnsupportedError("an offloaded cache is not supported by moacompress; its own cache is small already")
+
+    prefetch = offload
+
+
+class PlanCacheLayer(CacheLayer):
+    """The cache of one layer; the attention reads and commits it, transformers only asks for its length.
+
+    Where other layers share its keys, their values lie beside its own in its blocks. They attend after it in a forward, so it
+    keeps what they need of the cache before the chunk until the last of them has taken in its values.
+
+    Args:
+        rules: of the KV heads, in numpy.
+        reserve: tokens of a row for which memory is taken at once, or None.
+        beside: formats of the values beside each KV head's own.
+
+    Attributes:
+        held: its blocks; None while it is empty.
+    """
+
+    def __init__(self, rules: RuleTable, reserve: int | None = None, beside: Beside = ()) -> None:
+        super().__init__()
+        self.rules, self.reserve, self.beside = rules, reserve, beside
         self._clear()
 
     def _clear(self) -> None:
         self.columns = 0
         self.held: LayerBlocks | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._before: LayerBlocks | None = None
+        self.lengths_before: Ints = np.zeros(0, np.int64)
         self.stepping = False
         self.is_initialized = False
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether drafts can be rolled back: while a little more than the plan's is kept."""
-        return self.record_past
 
     @property
     def lag(self) -> int:
@@ -70,11 +156,6 @@ class PlanCacheLayer(CacheLayerMixin):
     def lengths(self) -> Ints:
         """Real tokens of every row, int64 `[rows]`."""
         return np.zeros(0, np.int64) if self.held is None else self.held.lengths
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in the cache, -1 while it is empty."""
-        return -1 if self.held is None else len(self.held.lengths)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -124,7 +205,7 @@ class PlanCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the number of rows, the dimensions and the device; no memory yet."""
-        self.held = LayerBlocks.none(self.rules, key_states, value_states)
+        self.held = LayerBlocks.none(self.rules, key_states, value_states, self.beside)
         self.is_initialized = True
 
     def blocks_held(self) -> LayerBlocks:
@@ -132,9 +213,16 @@ class PlanCacheLayer(CacheLayerMixin):
         assert self.held is not None
         return self.held
 
+    def view(self) -> CacheView:
+        """Returns what attention reads."""
+        return self.blocks_held().view()
+
     def can_step(self, like: torch.Tensor) -> bool:
-        """Whether a compiled call can take in one more token of every row: there is memory of the dtype of `like`."""
-        return self.held is not None and self.held.has_memory_for(like)
+        """Whether a compiled call can take in one more token of every row: there is memory of the dtype of `like`.
+
+        It knows of no values beside a block's own.
+        """
+        return self.held is not None and not self.beside and self.held.has_memory_for(like)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """As `can_step`, for hidden states `[rows, 1, hidden]` of as many rows, and no forward was left in its midst."""
@@ -186,21 +274,25 @@ class PlanCacheLayer(CacheLayerMixin):
         """
         assert self._pending is not None
         to_come = (self.reserve or 0) - self.columns - chunk.columns
-        commit(self.blocks_held(), *self._pending, chunk, lag=self.lag, to_come=to_come)
+        held = self.blocks_held()
+        if self.beside:
+            # of a single token nothing that it evicts is seen
+            past = chunk.columns > 1 and held.lengths.any()
+            self._before = fork(held) if past else None
+            self.lengths_before = held.lengths
+        commit(held, *self._pending, chunk, lag=self.lag, to_come=to_come)
         self.columns += chunk.columns
         self._pending = None
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns `(kv_length, kv_offset)` as transformers asks for it."""
-        return self.columns + query_length, 0
+    def before(self) -> LayerBlocks:
+        """Returns the blocks as they were before the chunk of the running forward, for layers that share their keys."""
+        return self._before or self.blocks_held()
 
-    def get_seq_length(self) -> int:
-        """Returns the number of tokens fed so far, padding included."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """Returns -1: the cache grows as long as memory lasts."""
-        return -1
+    def forget_before(self) -> None:
+        """Gives back what only the layers that share its keys still needed."""
+        if self._before is not None:
+            self._before.give_back()
+            self._before = None
 
     def reset(self) -> None:
         """Empties the layer."""
@@ -239,7 +331,7 @@ class PlanCacheLayer(CacheLayerMixin):
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
         if self._pending is not None:
             raise UnsupportedError("a cache cannot be forked in the middle of a forward")
-        other = PlanCacheLayer(self.rules, self.reserve)
+        other = PlanCacheLayer(self.rules, self.reserve, self.beside)
         other.record_past = self.record_past
         if self.held is not None:
             other._use(fork(self.held), self.columns)
@@ -252,38 +344,9 @@ class PlanCacheLayer(CacheLayerMixin):
         if self._pending is not None or self.stepping:
             raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
         packed = None if self.held is None else pack(self.held)
-        return type(self), (self.rules, self.reserve), (self.record_past, self.columns, packed)
+        return type(self), (self.rules, self.reserve, self.beside), (self.record_past, self.columns, packed)
 
     def __setstate__(self, state: tuple[bool, int, Any]) -> None:
         self.record_past, columns, packed = state
         if packed is not None:
             self._use(unpack(self.rules, packed), columns)
-
-    def activate_past_recording(self) -> None:
-        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens of every row; see `PlanCache.crop`, which knows of padding."""
-        count = abs(tokens_to_remove)
-        if count and self.held is not None:
-            self.roll_back(np.full(len(self.lengths), count, np.int64), count)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Makes row `beam_idx[i]` row i; rows of the same origin share blocks."""
-        self.select(beam_idx.detach().cpu().numpy())
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given rows of the batch, in that order."""
-        rows = indices.detach().cpu()
-        self.select((torch.nonzero(rows)[:, 0] if rows.dtype == torch.bool else rows).numpy())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row of the batch; the copies share blocks."""
-        self.select(np.arange(len(self.lengths)).repeat(repeats))
-
-    def offload(self) -> None:
-        """Refused: the cache stays on its device."""
-        raise UnsupportedError("an offloaded cache is not supported by moacompress; its own cache is small already")
-
-    prefetch = offload

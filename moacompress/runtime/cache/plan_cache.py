@@ -13,10 +13,13 @@ from transformers.cache_utils import Cache
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import served, users_of
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Bools
+from moacompress.runtime.cache.user_layer import UserCacheLayer
 
 _caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -39,7 +42,7 @@ class PlanCache(Cache):
     A cache can be pickled, to keep a prefix; what is read has memory of its own, and just the blocks in use.
     """
 
-    layers: list[PlanCacheLayer]  # type: ignore[assignment]
+    layers: list[PlanCacheLayer | UserCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, plan: Plan, reserve: int | None = None) -> None:
         self.plan_key = plan.key()
@@ -48,10 +51,17 @@ class PlanCache(Cache):
         self._positions: tuple[int, Ints] | None = None
         self._is_user_defined = False
         self.step_routes: Counter[str] = Counter()
-        layers = zip(plan.rules, plan.model.native_windows, strict=True)
-        tables = (RuleTable.of(rules, plan.min_window, native) for rules, native in layers)
-        super().__init__(layers=[PlanCacheLayer(rules, reserve) for rules in tables])
+        super().__init__(layers=[_layer(plan, layer, reserve) for layer in range(plan.model.layers)])
+        self._link()
         self._take_handle()
+
+    def _link(self) -> None:
+        """Gives every layer that shares keys its anchor."""
+        for layer in self.layers:
+            if isinstance(layer, UserCacheLayer):
+                anchor = self.layers[layer.share.anchor]
+                assert isinstance(anchor, PlanCacheLayer)
+                layer.anchor = anchor
 
     def _take_handle(self) -> None:
         number = next(_numbers)
@@ -130,6 +140,7 @@ class PlanCache(Cache):
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
         other.layers, other.reading = [layer.fork() for layer in self.layers], None
+        other._link()
         other.step_routes = self.step_routes.copy()
         other._take_handle()
         return other
@@ -146,6 +157,7 @@ class PlanCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, reading=None)
+        self._link()
         self._take_handle()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -204,3 +216,18 @@ class PlanCache(Cache):
             self.real = self.real[rows]
         if self._positions is not None:
             self._positions = self._positions[0], self._positions[1][rows]
+
+
+def _layer(plan: Plan, layer: int, reserve: int | None) -> PlanCacheLayer | UserCacheLayer:
+    """Returns the empty cache of a layer."""
+    share, kv_heads = plan.share(layer), plan.model.kv_heads
+    if share is None:
+        served_here = served(plan.shares, layer, kv_heads)
+        beside = tuple(
+            tuple(FORMATS[plan.rules[user][head].value_format].code for user, head in each) for each in served_here
+        )
+        rules = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
+        return PlanCacheLayer(rules, reserve, beside if any(beside) else ())
+    beside_anchor = served(plan.shares, share.anchor, kv_heads)
+    planes = tuple(beside_anchor[of].index((layer, head)) for head, of in enumerate(share.head_map))
+    return UserCacheLayer(share, planes, layer == users_of(plan.shares, share.anchor)[-1])

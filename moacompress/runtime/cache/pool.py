@@ -7,6 +7,7 @@ rows, beams or forks of a prefix have in their tables is counted, and never writ
 from __future__ import annotations
 
 import threading
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ from moacompress.rules.windows import BLOCK, Span
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
+Beside: TypeAlias = tuple[tuple[int, ...], ...]
+"""Of each KV head the formats of the values that layers which share its keys keep beside its own; empty where none does."""
 SLACK = 8
 """A pool that must grow beyond what was reserved grows by at least 1/8, so that it is not done at every block."""
 LEAST_GROWTH = 16
@@ -54,20 +57,28 @@ class Layout(NamedTuple):
     Attributes:
         kinds: the pairs of formats that its KV heads have, halves of keys and of values.
         of_head: which of them each KV head has, int64 `[kv_heads]`.
+        beside: of each kind the halves of values of layers that share the keys, which lie beside a block's own.
     """
 
     kinds: tuple[tuple[BlockHalf, BlockHalf], ...]
     of_head: Ints
+    beside: tuple[tuple[BlockHalf, ...], ...]
 
     @staticmethod
-    def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype) -> Layout:
+    def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype, beside: Beside = ()) -> Layout:
         """Returns the layout of KV heads with these rules, sizes and dtype."""
-        formats, of_head = np.unique(rules.columns[len(Span._fields) :], axis=1, return_inverse=True)
-        kinds = (
-            (BlockHalf(key, head_dim, dtype), BlockHalf(value, value_dim, dtype, values=True))
-            for key, value in formats.T.tolist()
+        own = zip(*rules.columns[len(Span._fields) :].tolist(), strict=True)
+        heads = [(*formats, *more) for formats, more in zip(own, beside or ((),) * len(rules), strict=True)]
+        formats = sorted(set(heads))
+
+        def values(code: int) -> BlockHalf:
+            return BlockHalf(code, value_dim, dtype, values=True)
+
+        return Layout(
+            tuple((BlockHalf(key, head_dim, dtype), values(value)) for key, value, *_ in formats),
+            np.array([formats.index(head) for head in heads], np.int64),
+            tuple(tuple(map(values, more)) for _, _, *more in formats),
         )
-        return Layout(tuple(kinds), of_head.reshape(-1).astype(np.int64))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +93,8 @@ class Layout(NamedTuple):
     @property
     def block_bytes(self) -> Ints:
         """Bytes of a block of each kind, int64 `[kinds]`."""
-        return np.array([keys.nbytes + values.nbytes for keys, values in self.kinds], np.int64)
+        halves = ((*own, *more) for own, more in zip(self.kinds, self.beside, strict=True))
+        return np.array([sum(half.nbytes for half in each) for each in halves], np.int64)
 
 
 class Pool:
@@ -98,6 +110,7 @@ class Pool:
     Attributes:
         keys: segments of keys; see `halves`.
         values: segments of values, of as many blocks each.
+        beside: of every segment those of values of layers that share the keys, in the order of the layout.
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
@@ -108,6 +121,7 @@ class Pool:
         self.layout, self.device = layout, device
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.beside: list[tuple[torch.Tensor, ...]] = []
         self.refs, self.kinds = np.zeros(0, np.int32), np.zeros(0, np.int64)
         self.shared = False
         self.lock = threading.RLock()
@@ -115,7 +129,7 @@ class Pool:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that hold memory."""
-        return [*self.keys, *self.values]
+        return [*self.keys, *self.values, *chain.from_iterable(self.beside)]
 
     @property
     def used(self) -> int:
@@ -137,6 +151,7 @@ class Pool:
         keys, values = self.layout.kinds[kind]
         self.keys.append(keys.new(blocks, self.device))
         self.values.append(values.new(blocks, self.device))
+        self.beside.append(tuple(half.new(blocks, self.device) for half in self.layout.beside[kind]))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 
@@ -183,10 +198,9 @@ class Pool:
 
     def copy(self, sources: Ids, targets: Ids) -> None:
         """Copies whole blocks, each to one of its own kind."""
-        for segments in (self.keys, self.values):
-            for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-                block = self._block(segments, target)
-                block.copy_(self._block(segments, source))
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            for block, copied in zip(self._block(target), self._block(source), strict=True):
+                block.copy_(copied)
 
     def only(self, ids: Ids) -> tuple[Pool, Ids]:
         """Returns a pool with copies of some blocks and no others, each counted as often as it is named, and their ids in it.
@@ -202,12 +216,12 @@ class Pool:
         renumbered[ids >= 0] = places[np.searchsorted(named, ids[ids >= 0])]
         pool.reserve(np.bincount(self.kinds[named], minlength=len(self.layout.kinds)))
         pool.refs, pool.shared = counts[order].astype(np.int32), bool((counts > 1).any())
-        for own, other in ((self.keys, pool.keys), (self.values, pool.values)):
-            done = 0
-            for segment in other:
-                for at, picks, inside in self._split(own, named[order[done : done + len(segment)]].astype(np.int64), 1):
-                    segment[picks] = own[at][inside]
-                done += len(segment)
+        done = 0
+        for number, segment in enumerate(pool.keys):
+            for at, picks, inside in self._split(named[order[done : done + len(segment)]].astype(np.int64), 1):
+                for copied, own in zip(pool._segment(number), self._segment(at), strict=True):
+                    copied[picks] = own[inside]
+            done += len(segment)
         return pool, renumbered
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,19 +239,41 @@ class Pool:
             keys: `[tokens, head_dim]`.
             values: `[tokens, value_dim]`.
         """
-        for side, (segments, data) in enumerate(((self.keys, keys), (self.values, values))):
-            if len(segments) == 1:
-                self.layout.kinds[self.kinds[0]][side].write(segments[0], self._index(slots), data)
-                continue
-            for at, picks, inside in self._split(segments, slots, BLOCK):
-                kind = self.kinds[sum(map(len, segments[:at]))]
-                self.layout.kinds[kind][side].write(segments[at], inside, data[picks])
+        if len(self.keys) == 1:
+            halves, places = self.layout.kinds[self.kinds[0]], self._index(slots)
+            for half, segment, data in zip(halves, (self.keys[0], self.values[0]), (keys, values), strict=True):
+                half.write(segment, places, data)
+            return
+        for at, picks, inside in self._split(slots, BLOCK):
+            halves = self.layout.kinds[self._kind(at)]
+            for half, segment, data in zip(halves, (self.keys[at], self.values[at]), (keys, values), strict=True):
+                half.write(segment, inside, data[picks])
 
-    def _split(
-        self, segments: list[torch.Tensor], places: Ints, unit: int
-    ) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    def write_beside(self, slots: Ints, planes: Ints, values: torch.Tensor) -> None:
+        """Writes values of a layer that shares the keys.
+
+        Args:
+            slots: block id * 16 + place in the block, `[tokens]`.
+            planes: which of those beside a block's own each is, `[tokens]`.
+            values: `[tokens, value_dim]`.
+        """
+        for plane in np.unique(planes).tolist():
+            chosen = np.flatnonzero(planes == plane)
+            data = values if len(chosen) == len(planes) else values[self._index(chosen)]
+            for at, picks, inside in self._split(slots[chosen], BLOCK):
+                half = self.layout.beside[self._kind(at)][plane]
+                half.write(self.beside[at][plane], inside, data[picks])
+
+    def values_beside(self, plane: int) -> list[torch.Tensor]:
+        """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""
+        return [more[plane] if plane < len(more) else own for own, more in zip(self.values, self.beside, strict=True)]
+
+    def _kind(self, segment: int) -> int:
+        return int(self.kinds[sum(map(len, self.keys[:segment]))])
+
+    def _split(self, places: Ints, unit: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
         """Returns of every segment that is met its number, which of the places lie in it, and where there."""
-        starts = np.cumsum([0, *(len(segment) * unit for segment in segments)])
+        starts = np.cumsum([0, *(len(segment) * unit for segment in self.keys)])
         number = np.searchsorted(starts, places, side="right") - 1
         parts = []
         for at in np.unique(number).tolist():
@@ -245,10 +281,14 @@ class Pool:
             parts.append((at, self._index(picks), self._index(places[picks] - starts[at])))
         return parts
 
-    def _block(self, segments: list[torch.Tensor], number: int) -> torch.Tensor:
-        for segment in segments:
+    def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
+        return self.keys[number], self.values[number], *self.beside[number]
+
+    def _block(self, number: int) -> list[torch.Tensor]:
+        """Returns all that a block is made of."""
+        for at, segment in enumerate(self.keys):
             if number < len(segment):
-                return segment[number]
+                return [part[number] for part in self._segment(at)]
             number -= len(segment)
         raise IndexError("no such block")
 

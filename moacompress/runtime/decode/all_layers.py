@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -250,13 +250,13 @@ def can_step_all(request: StackRequest) -> bool:
         return False
     if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
         return False
-    return request.whole.reading is not None or _can_step(request.whole.layers, hidden)
+    return request.whole.reading is not None or _can_step(_caches(request), hidden)
 
 
 def step_all(request: StackRequest) -> torch.Tensor | None:
     """Makes the step through all layers; `[rows, 1, hidden]`, or None, and nothing is done, where it cannot after all."""
     stack, hidden, whole = request.stack, request.hidden, request.whole
-    caches = whole.layers
+    caches = _caches(request)
     while True:
         reading = stack.reading(request)
         if reading is None:
@@ -278,6 +278,12 @@ def step_all(request: StackRequest) -> torch.Tensor | None:
         if out is not None:
             return out
         stack.forget()
+
+
+def _caches(request: StackRequest) -> list[PlanCacheLayer]:
+    return cast(
+        "list[PlanCacheLayer]", request.whole.layers
+    )  # under a plan where layers share there is no such request
 
 
 def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
+from moacompress.runtime.sharing.handing import Handed, taken
 
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
@@ -60,8 +61,12 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    context, cache = call
+    context, cache, handed = call
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
+    if context.share is not None:
+        query, key, s_aux = taken(handed, context.layer, context.share, query, s_aux)
+    elif context.serves and handed is not None:
+        handed[context.layer] = Handed(query, key, s_aux)
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():

@@ -14,7 +14,9 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import as_tensors
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import Share
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.sharing.handing import HANDED
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
@@ -32,11 +34,15 @@ class LayerContext:
         layer: index of the layer.
         rules: of its KV heads, with tensors on the CPU.
         native_window: the layer's own sliding window in tokens, or None.
+        share: what it takes from its anchor, or None.
+        serves: whether other layers share its attention.
     """
 
     layer: int
     rules: RuleTable
     native_window: int | None = None
+    share: Share | None = None
+    serves: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -56,32 +62,51 @@ class LayerContext:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # not as a tensor, which would be read onto the device of the weights
-        return _from_columns, (self.layer, self.rules.columns.numpy(), self.native_window)
+        return _from_columns, (self.layer, self.rules.columns.numpy(), self.native_window, self.share, self.serves)
 
     @staticmethod
-    def of(layer: int, rules: Sequence[Rule], min_window: int, native_window: int | None) -> LayerContext:
+    def of(
+        layer: int,
+        rules: Sequence[Rule],
+        min_window: int,
+        native_window: int | None,
+        share: Share | None = None,
+        serves: bool = False,
+    ) -> LayerContext:
         """Returns the context of a layer with these rules."""
-        return _with_tensors(layer, RuleTable.of(rules, min_window, native_window), native_window)
+        return _with_tensors(layer, RuleTable.of(rules, min_window, native_window), native_window, share, serves)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it shares attention with another layer, as anchor or as its user."""
+        return self.serves or self.share is not None
 
 
-def _from_columns(layer: int, columns: Ints, native_window: int | None) -> LayerContext:
-    return _with_tensors(layer, RuleTable(columns.copy()), native_window)
+def _from_columns(layer: int, columns: Ints, *rest: Any) -> LayerContext:
+    return _with_tensors(layer, RuleTable(columns.copy()), *rest)
 
 
-def _with_tensors(layer: int, rules: RuleTable, native_window: int | None) -> LayerContext:
+def _with_tensors(layer: int, rules: RuleTable, *rest: Any) -> LayerContext:
     here = as_tensors(rules)
     # or a graph of as many rows as there are KV heads would be for no other number of rows
     torch._dynamo.mark_static(here.columns)
-    context = LayerContext(layer, here, native_window)
+    context = LayerContext(layer, here, *rest)
     context.formats  # noqa: B018  read now: a graph could not
     return context
 
 
 class LayerCall(NamedTuple):
-    """What the hook of a layer hands to its attention: the context, and the model's cache or None."""
+    """What the hook of a layer hands to its attention.
+
+    Attributes:
+        context: of the layer.
+        cache: the model's, or None.
+        handed: what anchors have handed on in this forward, by layer, or None; see `runtime.sharing.handing`.
+    """
 
     context: LayerContext
     cache: PlanCache | None
+    handed: dict[int, Any] | None = None
 
 
 @dataclass
@@ -92,7 +117,8 @@ class AttentionHook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
-        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
+        kwargs[CONTEXT] = self.call(module, kwargs)
+        return args, {name: value for name, value in kwargs.items() if name != HANDED}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
         """Returns what the attention is handed.
@@ -106,4 +132,4 @@ class AttentionHook:
                 "the plan; use moacompress.detach(model) to get the dense model back"
             )
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        return LayerCall(self.context, cache)
+        return LayerCall(self.context, cache, kwargs.get(HANDED))

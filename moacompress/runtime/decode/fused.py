@@ -70,7 +70,7 @@ class _FusedAttention:
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        context, cache = call
+        context, cache = call.context, call.cache
         if torch.compiler.is_compiling():
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
@@ -148,6 +148,7 @@ def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections
     context, (queries, keys, values) = call.context, (weight.shape[0] for weight in weights)
     return (
         sliding in (None, context.native_window)
+        and not context.takes_part
         and module.is_causal
         and cos.shape[-1] == sin.shape[-1] == head_dim
         and keys == context.kv_heads * head_dim

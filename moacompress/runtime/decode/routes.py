@@ -19,6 +19,7 @@ from moacompress.kernels.dispatch import backend_for, backend_with_gradients
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import (
@@ -126,12 +127,12 @@ class CacheStep(Route[AttendRequest]):
         """See `Route`: no padding and no gradients, and a cache with memory."""
         query, cache = request.query, request.cache
         single = request.tokens == 1 and request.chunk.real is None and not query.requires_grad
-        return cache is not None and single and backend_for(query).capabilities.step and cache.can_step(query)
+        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query)
+        return able and single and backend_for(query).capabilities.step
 
     def run(self, request: AttendRequest) -> torch.Tensor:
         """See `Route`: `[rows, 1, heads, value_dim]`."""
-        cache, backend = request.cache, backend_for(request.query)
-        assert cache is not None
+        cache, backend = cast(PlanCacheLayer, request.cache), backend_for(request.query)
         token = (request.query, request.key.detach(), request.value.detach())
         return cache.step_pending(
             lambda state: backend.step(*token, cache=state, rules=request.context.rules, scores=request.scores)
@@ -155,7 +156,7 @@ class CommitAndDecode(Route[AttendRequest]):
         cache, query = request.cache, request.query
         assert cache is not None
         cache.commit(request.chunk)
-        view = cache.blocks_held().view()
+        view = cache.view()
         return _decoded(request, query[:, :, 0], view, cache.lengths, request.context.rules)[:, None].contiguous()
 
 
@@ -173,7 +174,7 @@ class Plain(Route[AttendRequest]):
         cache, chunk, batch = request.cache, request.chunk, len(request.query)
         past = np.zeros(batch, np.int64) if cache is None else cache.lengths
         cached = cache is not None and bool(past.any())
-        view = cast(Any, cache).blocks_held().view() if cached else CacheView.empty(request.key)
+        view = cast(Any, cache).view() if cached else CacheView.empty(request.key)
         order = None if chunk.real is None else torch.from_numpy(chunk.order)[:, None, :, None].to(request.query.device)
         query, key, value = (
             tensor if order is None else tensor.gather(2, order.expand_as(tensor))
@@ -239,7 +240,7 @@ def _with_padded_ends(
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
         ends = _decoded(request, query[:, :, 0], _as_blocks(key, value), lengths, rules).to(out.dtype)
     else:
-        ends = _decoded(request, ends, cache.blocks_held().view(), lengths, request.context.rules)
+        ends = _decoded(request, ends, cache.view(), lengths, request.context.rules)
     padded = torch.from_numpy(lengths > 0).to(out.device)[:, None, None]
     return torch.cat((out[:, :, :-1], torch.where(padded, ends, out[:, :, -1])[:, :, None]), 2)
 

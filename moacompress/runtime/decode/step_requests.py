@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import linear, silu
@@ -18,6 +18,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.user_layer import UserCacheLayer
 from moacompress.runtime.decode.context import LayerContext
 
 
@@ -45,7 +46,7 @@ class AttendRequest:
     layers = 1
 
     @property
-    def cache(self) -> PlanCacheLayer | None:
+    def cache(self) -> PlanCacheLayer | UserCacheLayer | None:
         """The layer's cache."""
         return None if self.whole is None else self.whole.layers[self.context.layer]
 
@@ -82,7 +83,9 @@ class _TokenRequest:
     @property
     def cache(self) -> PlanCacheLayer:
         """The layer's cache."""
-        return self.whole.layers[self.context.layer]
+        return cast(
+            PlanCacheLayer, self.whole.layers[self.context.layer]
+        )  # layers that share attention ask for no such
 
     @property
     def scores(self) -> Scores:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moacompress.core.errors import PlanError
+from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
+from moacompress.rules.share import users_of
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
@@ -22,18 +23,20 @@ from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
 from moacompress.runtime.hf.hooks import DecoderHook
 from moacompress.runtime.linear import leave_few_rows, take_few_rows
+from moacompress.runtime.sharing.projections import Dropped, drop_projections
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass
 class _Attachment:
-    """What `detach` must undo."""
+    """What `detach` must undo; of a checkpoint that was loaded without some projections those are not there to give back."""
 
     plan: Plan
     handles: list[Any]
     implementations: list[tuple[Any, str | None]]
     head: torch.nn.Module | None
+    dropped: list[Dropped] | None
 
 
 def attach(model: Model, plan: Plan) -> Model:
@@ -60,7 +63,7 @@ def attach(model: Model, plan: Plan) -> Model:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
     _take_own_configs(model)
-    _put(model, plan, modules)
+    _put(model, plan, modules, drop_projections(model, plan))
     model.config.quantization_config = MoaCompressConfig(plan=plan)
     return model
 
@@ -77,8 +80,15 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = getattr(model, "_moacompress", None)
     if attachment is None:
         return model
+    if attachment.dropped is None and attachment.plan.shares:
+        raise UnsupportedError(
+            "layers of this checkpoint that share attention have no queries and keys of their own, so it cannot be made dense; "
+            "load the dense model"
+        )
     for handle in attachment.handles:
         handle.remove()
+    for dropped in attachment.dropped or ():
+        dropped.give_back()
     for module in model.modules():
         unfuse(module)
     if attachment.head is not None:
@@ -107,7 +117,9 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     Raises:
         PlanError: the plan is for a model of another shape.
     """
-    _put(model, plan, _fitting_modules(model, plan))
+    modules = _fitting_modules(model, plan)
+    drop_projections(model, plan)
+    _put(model, plan, modules, None)
 
 
 def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module]:
@@ -128,14 +140,16 @@ def _take_own_configs(model: PreTrainedModel) -> None:
                 setattr(module, name, copy.deepcopy(held, copies))
 
 
-def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module]) -> None:
+def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dropped: list[Dropped] | None) -> None:
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)
-    stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) else None
+    # a compiled step knows of no layers that share attention
+    stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) and not plan.shares else None
     handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder, stack), with_kwargs=True)]
     for layer, module in enumerate(modules):
-        handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
+        hook = AttentionHook(_context(plan, layer))
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     implementations = []
     for config in {id(c): c for c in (m.config for m in model.modules() if isinstance(m, PreTrainedModel))}.values():
         before = config._attn_implementation_internal
@@ -147,8 +161,9 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module]) -> 
         setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
     taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
-    model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken)
+    model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken, dropped)
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:
-    return LayerContext.of(layer, plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
+    native, serves = plan.model.native_windows[layer], bool(users_of(plan.shares, layer))
+    return LayerContext.of(layer, plan.rules[layer], plan.min_window, native, plan.share(layer), serves)

@@ -21,6 +21,7 @@ from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.decode.context import CACHE_NAMES
+from moacompress.runtime.sharing.handing import HANDED
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
 
@@ -45,6 +46,8 @@ class DecoderHook:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         _check_rest(module, kwargs)
+        if self.plan.shares:
+            kwargs[HANDED] = {}
         name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")
         cache = check_cache(kwargs.get(name), self.plan_key)
         if cache is None and self._wants_cache(module, kwargs):

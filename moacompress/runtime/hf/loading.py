@@ -73,12 +73,12 @@ class MoaCompressQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
-        check_weights(files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
         model.__dict__[compat.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
         install(model, self.quantization_config.plan)
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        check_weights(files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer

@@ -1,0 +1,120 @@
+"""The cache of a layer that shares its anchor's keys: its values lie in the anchor's blocks, beside the anchor's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.backend import CacheView
+from moacompress.rules.share import Share
+from moacompress.runtime.cache.commit import write_beside
+from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Chunk
+
+
+class UserCacheLayer(CacheLayer):
+    """The cache of a reuse layer: it has no memory of its own.
+
+    What selects, forks and forgets rows is done by the anchor alone.
+
+    Args:
+        share: what the layer takes from its anchor.
+        planes: which of the values beside the anchor's own are those of each KV head, `[kv_heads]`.
+        last: whether no later layer uses the same anchor.
+    """
+
+    tensors: tuple[torch.Tensor, ...] = ()
+    used_bytes = blocks = 0
+
+    def __init__(self, share: Share, planes: tuple[int, ...], last: bool) -> None:
+        super().__init__()
+        self.share, self.planes, self.last = share, planes, last
+        self.anchor: PlanCacheLayer
+        self._heads = np.array(share.head_map, np.int64), np.array(planes, np.int64)
+        self.is_initialized = False
+        self._pending: torch.Tensor | None = None
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the anchor has taken in the chunk of the running forward and this layer has not."""
+        return self.columns != self.anchor.columns
+
+    @property
+    def lengths(self) -> Ints:
+        """See `CacheLayer`."""
+        return self.anchor.lengths_before if self._is_behind else self.anchor.lengths
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes note of a chunk's values; see `PlanCacheLayer.update`."""
+        self.lazy_initialization(key_states, value_states)
+        self.check_rows(key_states.shape[0])
+        self._pending = value_states
+        return key_states, value_states
+
+    def check_rows(self, rows: int) -> None:
+        """Refuses a chunk that the anchor has not just taken in.
+
+        Raises:
+            UnsupportedError: a forward was left in its midst, or the chunk has another number of rows.
+        """
+        if self._pending is not None or not self._is_behind or rows != len(self.lengths):
+            raise UnsupportedError("this cache was left in the middle of a forward (an interrupt); start a new one")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes note that there is something; memory is the anchor's."""
+        self.is_initialized = True
+
+    def view(self) -> CacheView:
+        """Returns what attention reads: before its values are taken in, that is without the chunk of the running forward."""
+        held = self.anchor.before() if self._is_behind else self.anchor.blocks_held()
+        return held.view_beside(*self._heads)
+
+    def can_step(self, like: torch.Tensor) -> bool:
+        """No compiled call puts values beside others."""
+        return False
+
+    can_step_rows = can_step
+
+    def commit(self, chunk: Chunk) -> None:
+        """Takes in the values of the chunk of the running forward.
+
+        Args:
+            chunk: which of its tokens are real.
+        """
+        assert self._pending is not None
+        write_beside(self.anchor.blocks_held(), self._pending, self.anchor.lengths_before, chunk, *self._heads)
+        self.columns += chunk.columns
+        self._pending = None
+        if self.last:
+            self.anchor.forget_before()
+
+    def select(self, rows: Ints) -> None:
+        """See `CacheLayer`."""
+
+    def check_roll_back(self, counts: Ints) -> None:
+        """The anchor refuses what cannot be forgotten."""
+
+    def roll_back(self, counts: Ints, columns: int) -> None:
+        """See `CacheLayer`."""
+        self.columns -= columns
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        self.columns, self._pending, self.is_initialized = 0, None, False
+
+    def fork(self) -> UserCacheLayer:
+        """Returns a layer of the same content for a cache whose anchor is forked too, which it is to be given."""
+        other = UserCacheLayer(self.share, self.planes, self.last)
+        other.columns, other.record_past, other.is_initialized = self.columns, self.record_past, self.is_initialized
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pending is not None:
+            raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
+        return {name: value for name, value in self.__dict__.items() if name != "anchor"}

@@ -1,0 +1,169 @@
+"""Reuse layers without the projections that they do not need, and how to give them back.
+
+A dropped weight is stored with no rows, so that a program that does not know of sharing fails on the shape. What attention's
+own code reads in the place of dropped queries and keys are zeros that take no memory; nothing that is computed from them is
+used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import ModelError, PlanError
+from moacompress.models.modules import attention_modules
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import COPY, KEYS, Share
+
+
+class DroppedProjection(nn.Module):
+    """In the place of a linear layer that is not needed: gives zeros, and has weights of no rows.
+
+    Args:
+        like: the linear layer.
+
+    Attributes:
+        in_features: of the linear layer.
+        out_features: likewise.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.weight = _without_rows(like.weight)
+        self.register_parameter("bias", None if like.bias is None else _without_rows(like.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns zeros, `[..., out_features]`, of one number in memory."""
+        return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """As of a linear layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PartProjection(nn.Module):
+    """In the place of a linear layer that makes queries, keys and values together: makes some of them, and zeros.
+
+    Args:
+        like: the linear layer.
+        rows: its outputs that are made, ascending.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, like: nn.Linear, rows: Ints) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._rows = like.in_features, like.out_features, tuple(rows.tolist())
+        self.weight = _rows_of(like.weight, self._rows)
+        self.register_parameter("bias", None if like.bias is None else _rows_of(like.bias, self._rows))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `[..., out_features]`."""
+        made = nn.functional.linear(x, self.weight, self.bias)
+        out = made.new_zeros(*made.shape[:-1], self.out_features)
+        return out.index_copy(-1, torch.tensor(self._rows, device=made.device), made)
+
+    def extra_repr(self) -> str:
+        """As of a linear layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, made={len(self._rows)}"
+
+
+def _without_rows(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().new_empty((0, *weight.shape[1:])), requires_grad=weight.requires_grad)
+
+
+def _rows_of(weight: torch.Tensor, rows: Sequence[int]) -> nn.Parameter:
+    picked = weight.detach()[list(rows)]
+    return nn.Parameter(picked, requires_grad=weight.requires_grad)
+
+
+@dataclass
+class Dropped:
+    """A module that was replaced."""
+
+    owner: nn.Module
+    name: str
+    was: nn.Module
+
+    def give_back(self) -> None:
+        """Puts the module back."""
+        setattr(self.owner, self.name, self.was)
+
+
+def drop_projections(model: Any, plan: Plan) -> list[Dropped]:
+    """Takes from the layers that share attention what they do not need.
+
+    Args:
+        model: its weights may be on "meta".
+        plan: of the model.
+
+    Returns:
+        What was replaced, to be given back.
+
+    Raises:
+        ModelError: the attention of a layer is made of other modules than those known.
+        PlanError: a layer shares keys that are rotated otherwise than its queries.
+    """
+    replaced: list[tuple[Dropped, nn.Module]] = []
+    modules = attention_modules(model)
+    for layer, module in enumerate(modules):
+        share = plan.share(layer)
+        if share is None:
+            continue
+        anchor = modules[share.anchor]
+        if share.kind == KEYS and getattr(module, "use_rope", True) != getattr(anchor, "use_rope", True):
+            raise PlanError(
+                f"layer {layer} shares the keys of layer {share.anchor}, and one of the two has no rotary embeddings: its "
+                "queries do not go with those keys"
+            )
+        for name, instead in _instead(module, share, plan, layer).items():
+            replaced.append((Dropped(module, name, getattr(module, name)), instead))
+    for dropped, instead in replaced:  # all or none
+        setattr(dropped.owner, dropped.name, instead)
+    return [dropped for dropped, _ in replaced]
+
+
+def _instead(module: nn.Module, share: Share, plan: Plan, layer: int) -> dict[str, nn.Module]:
+    """Returns what is put in the places of a layer's modules, by their names."""
+    sides = ("q", "k") if share.kind == COPY else ("k",)
+    fused = next((name for name in ("qkv_proj", "query_key_value") if hasattr(module, name)), None)
+    norms: dict[str, nn.Module] = {
+        f"{side}_norm": nn.Identity() for side in sides if isinstance(getattr(module, f"{side}_norm", None), nn.Module)
+    }
+    if fused is not None:
+        linear = _linear(module, fused, layer)
+        return {fused: PartProjection(linear, _made_rows(fused, linear, sides, plan)), **norms}
+    return {**{f"{side}_proj": DroppedProjection(_linear(module, f"{side}_proj", layer)) for side in sides}, **norms}
+
+
+def _made_rows(name: str, linear: nn.Linear, sides: Sequence[str], plan: Plan) -> Ints:
+    """Returns the outputs of a fused projection that are still made."""
+    shape = plan.model
+    if name == "query_key_value":  # query, key and value of one head after the other
+        kinds = np.tile(np.arange(3).repeat(shape.head_dim), shape.heads)
+    else:
+        kinds = np.arange(3).repeat(np.array([shape.heads, shape.kv_heads, shape.kv_heads]) * shape.head_dim)
+    if len(kinds) != linear.out_features:
+        raise ModelError(
+            f"{name} gives {linear.out_features} numbers a token, not {len(kinds)}; its layers cannot share"
+        )
+    return np.flatnonzero(~np.isin(kinds, ["qkv".index(side) for side in sides]))
+
+
+def _linear(module: nn.Module, name: str, layer: int) -> nn.Linear:
+    found = getattr(module, name, None)
+    if not isinstance(found, nn.Linear):
+        raise ModelError(
+            f"layer {layer} makes its queries and keys by {type(module).__name__}, which has no linear layer {name}; its "
+            "attention cannot be shared"
+        )
+    return found
