@@ -17,6 +17,7 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import LayerShares
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class CacheState(NamedTuple):
         runs: first block and end of every run of blocks held, int64 `[RUNS, 2, rows, kv_heads]`.
         refs: how many table entries name each block, int32 `[blocks]`.
         lag: tokens that are kept longer for rolling back.
+        beside: planes of values of layers that share the keys, beside the blocks' own: of each its part of every segment, with
+            no bytes where a segment has none.
     """
 
     keys: Sequence[torch.Tensor]
@@ -116,6 +119,7 @@ class CacheState(NamedTuple):
     runs: torch.Tensor
     refs: torch.Tensor
     lag: int = 0
+    beside: Sequence[Sequence[torch.Tensor]] = ()
 
 
 class Room(NamedTuple):
@@ -204,11 +208,11 @@ class BoundLayers(ABC):
     """All decoder layers as a backend has read them. It keeps their tensors as long as it lives."""
 
     @abstractmethod
-    def read_caches(self, states: Sequence[CacheState]) -> BoundCaches:
+    def read_caches(self, states: Sequence[CacheState | None]) -> BoundCaches:
         """Reads the caches of the layers.
 
         Args:
-            states: of each layer, with one lag; all tensors are written to in steps.
+            states: of each layer, with one lag; None of one that shares attention. All tensors are written to in steps.
         """
 
 
@@ -387,7 +391,13 @@ class Backend(ABC):
         raise self._cannot("step_layer")
 
     def read_layers(
-        self, layers: Sequence[LayerWeights], *, head_dim: int, rules: Sequence[RuleTable], scaling: float
+        self,
+        layers: Sequence[LayerWeights],
+        *,
+        head_dim: int,
+        rules: Sequence[RuleTable],
+        scaling: float,
+        shares: LayerShares = (),
     ) -> BoundLayers:
         """Reads all decoder layers for steps through all of them.
 
@@ -396,6 +406,7 @@ class Backend(ABC):
             head_dim: numbers of a query and a key.
             rules: of each layer's KV heads, with tensors on the CPU.
             scaling: factor on the scores.
+            shares: what each layer takes from an earlier one, or nothing; weights that it does without have no rows.
         """
         raise self._cannot("read_layers")
 

@@ -55,6 +55,14 @@ def served(shares: LayerShares, anchor: int, kv_heads: int) -> tuple[tuple[tuple
     )
 
 
+def planes_of(shares: LayerShares, layer: int) -> tuple[int, ...]:
+    """Returns of each KV head of a layer that shares which of the values beside the anchor's own are its; see `served`."""
+    share = shares[layer]
+    assert share is not None
+    beside = served(shares, share.anchor, len(share.head_map))
+    return tuple(beside[of].index((layer, head)) for head, of in enumerate(share.head_map))
+
+
 def with_shared_rules(rules: Sequence[Sequence[Rule]], shares: LayerShares) -> tuple[tuple[Rule, ...], ...]:
     """Returns the rules with those of copying layers made what a copy has: the anchor's span and key format, own value format.
 

@@ -211,7 +211,7 @@ void test(Isa isa, DType dtype) {
   }
 
   DecodeCall one = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, keys, values,
-                    {table.data(), width}, past.data(), nullptr, nullptr};
+                    {table.data(), width}, past.data(), nullptr, nullptr, nullptr, nullptr};
   Data small(dtype, rows * heads * value_dim);
   std::unique_ptr<float[]> small_lse(new float[size_t(rows * heads)]);
   one.out = small.bytes.get();
@@ -355,7 +355,7 @@ void test_advance(Isa isa, DType dtype) {
                       {kv_heads * dim, dim, dim}, {kv_heads * value_dim, value_dim, value_dim},
                       {2, key_base, key_stride, key_stride, first_block}, {2, value_base, value_stride, value_stride, first_block},
                       table.data(), width,
-                      lengths.data(), runs.data(), refs.data(), blocks};
+                      lengths.data(), runs.data(), refs.data(), blocks, 0, nullptr, nullptr};
   const auto number_of = [](int64_t pair, int64_t j, int64_t d) { return double((pair * 31 + j * 7 + d * 3) % 97 - 48) / 8; };
   const auto fail = [](const char* what) {
     if (failures++ < 10) std::printf("advance: %s\n", what);
@@ -424,7 +424,8 @@ std::vector<double> meant(const char* at, const Half& half, int64_t place) {
 }
 
 // Single tokens into a cache with formats, as many blocks of each KV head's formats in a segment of their exact size; then decode and prefill
-// against what the codes stand for, which is near what was fed.
+// against what the codes stand for, which is near what was fed. A second layer shares the keys: its values lie in planes beside the
+// first one's, a plane for each of its KV heads that reads the same head.
 void test_codes(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
   const int64_t dim = pick_of({16, 24, 40, 64, 80, 13, 128}), value_dim = pick_of({16, 24, 64, 72, 9, 128});
@@ -452,6 +453,34 @@ void test_codes(Isa isa, DType dtype) {
       to.bytes.push_back(bytes);
       to.first.push_back(to.first.back() + each);
     }
+  std::vector<int64_t> head_map, plane_of, user_columns(columns);
+  for (int64_t head = 0; head < kv_heads; head++) {
+    const int64_t of = pick(0, kv_heads - 1);
+    plane_of.push_back(std::count(head_map.begin(), head_map.end(), of));
+    head_map.push_back(of);
+    for (int64_t i = 0; i < 6; i++) user_columns[size_t(i * kv_heads + head)] = columns[size_t(i * kv_heads + of)];
+    user_columns[size_t(6 * kv_heads + head)] = pick(0, FORMATS - 1);
+  }
+  const RuleTable user_rules = {user_columns.data(), kv_heads};
+  std::vector<int64_t> beside_bytes(static_cast<size_t>(kv_heads * kv_heads), 0);
+  for (int64_t head = 0; head < kv_heads; head++)
+    beside_bytes[size_t(head_map[size_t(head)] * kv_heads + plane_of[size_t(head)])] =
+        half_of(user_rules.of(head).value_format, value_dim, element, VALUES).bytes;
+  std::vector<Side> planes(static_cast<size_t>(kv_heads));
+  std::vector<Pool> beside, user_values;
+  for (int64_t plane = 0; plane < kv_heads; plane++) {
+    Side& to = planes[size_t(plane)];
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const int64_t bytes = beside_bytes[size_t(head * kv_heads + plane)];
+      to.memory.emplace_back(bytes ? new char[size_t(each * bytes)] : nullptr);
+      if (bytes) std::memset(to.memory.back().get(), 0xff, size_t(each * bytes));
+      to.base.push_back(to.memory.back().get());
+      to.bytes.push_back(bytes);
+      to.first.push_back(to.first.back() + each);
+    }
+    beside.push_back(to.pool());
+  }
+  for (const int64_t plane : plane_of) user_values.push_back(planes[size_t(plane)].pool());
   std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0);
   std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), refs(static_cast<size_t>(kv_heads * each), 0);
   Data key(dtype, pairs * tokens * dim), value(dtype, pairs * tokens * value_dim), query(dtype, rows * heads * tokens * dim);
@@ -463,19 +492,20 @@ void test_codes(Isa isa, DType dtype) {
     }
   };
   AdvanceCall call = {shape, rules, 0, key.bytes.get(), value.bytes.get(), strides(kv_heads, dim), strides(kv_heads, value_dim),
-                      sides[0].pool(), sides[1].pool(), table.data(), width, lengths.data(), runs.data(), refs.data(), kv_heads * each};
+                      sides[0].pool(), sides[1].pool(), table.data(), width, lengths.data(), runs.data(), refs.data(), kv_heads * each,
+                      kv_heads, beside.data(), beside_bytes.data()};
+  const BesideCall user_call = {shape, user_rules, value.bytes.get(), strides(kv_heads, value_dim), head_map.data(), user_values.data(),
+                                {table.data(), width}, lengths.data()};
   const auto fail = [&](const char* what) {
     if (failures++ < 10) std::printf("codes, %s, dtype %d: %s\n", isa_name(isa), dtype, what);
   };
-  const auto token = [&](int64_t side, int64_t pair, int64_t j) {  // as it is kept
-    const int64_t head = pair % kv_heads;
-    const Half& half = sides[side].halves[size_t(head)];
+  const auto in_pool = [&](const Side& pool, const Half& half, int64_t pair, int64_t j) {  // a token as it is kept
     const int32_t id = table[size_t(pair * width + j / BLOCK)];
-    if (id < 0 || id >= kv_heads * each || sides[side].halves[size_t(id / each)].bytes != half.bytes) {
+    if (id < 0 || id >= kv_heads * each || pool.bytes[size_t(id / each)] != half.bytes) {
       fail("a block is not of the formats of its head");
       return std::vector<double>(static_cast<size_t>(half.dim), 0.0);
     }
-    const char* at = sides[side].memory[size_t(id / each)].get() + id % each * half.bytes;
+    const char* at = pool.memory[size_t(id / each)].get() + id % each * half.bytes;
     if (half.format != NATIVE) return meant(at, half, j % BLOCK);
     Data copy(dtype, half.dim);
     std::memcpy(copy.bytes.get(), at + j % BLOCK * half.token_bytes, size_t(half.token_bytes));
@@ -483,10 +513,16 @@ void test_codes(Isa isa, DType dtype) {
     for (int64_t d = 0; d < half.dim; d++) found.push_back(copy.get(d));
     return found;
   };
+  const auto token = [&](int64_t side, int64_t pair, int64_t j) {
+    return in_pool(sides[side], sides[side].halves[size_t(pair % kv_heads)], pair, j);
+  };
   for (int64_t n = 1; n <= steps; n++) {
     renew(0);
     Missing missing;
     if (advance(call, isa, missing) != OK || missing.blocks != 0) fail("a token was not taken");
+    for (int64_t i = 0; i < value.count && n > 1; i++)
+      if (i / value_dim % tokens == 0) value.set(i, number());  // those of the other layer
+    if (put_beside(user_call, isa) != OK) fail("a token was not put beside another");
     for (int64_t pair = 0; pair < pairs; pair++) {
       const std::vector<double> k = token(0, pair, n - 1);
       const double bound = sides[0].halves[size_t(pair % kv_heads)].format == INT4 ? 0.8 : 0.06;  // of numbers in [-1.5, 1.5]
@@ -505,9 +541,25 @@ void test_codes(Isa isa, DType dtype) {
                             strides(kv_heads, dim), strides(kv_heads, value_dim), sides[0].pool(), sides[1].pool(),
                             {table.data(), width}, lengths.data(), valid.data(), out.bytes.get(), strides(heads, value_dim), lse.get()};
   if (prefill(fill, parallel, isa) != OK) fail("prefill failed");
-  const DecodeCall step = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, sides[0].pool(),
-                           sides[1].pool(), {table.data(), width}, lengths.data(), one.bytes.get(), one_lse.get()};
+  DecodeCall step = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, sides[0].pool(),
+                     sides[1].pool(), {table.data(), width}, lengths.data(), one.bytes.get(), one_lse.get(), nullptr, nullptr};
+  const std::unique_ptr<float[]> weights(new float[kept_floats(step)]);
+  step.keep = weights.get();
   if (decode(step, parallel, isa) != OK) fail("decode failed");
+  step.keep = nullptr;
+  // the other layer, by the weights that were kept, and by the queries and keys that they are of
+  Data its_query(dtype, rows * heads * dim), copied(dtype, one.count), shared_out(dtype, one.count);
+  for (int64_t lane = 0; lane < rows * heads; lane++) {
+    const int64_t h = lane % heads, from = lane - h + head_map[size_t(h / group)] * group + h % group;
+    for (int64_t d = 0; d < dim; d++) its_query.set(lane * dim + d, query.get(from * tokens * dim + d));
+  }
+  const Shared by_keys = {head_map.data(), user_values.data(), rules, nullptr}, by_weights = {head_map.data(), user_values.data(), rules, weights.get()};
+  const DecodeCall copy = {shape, user_rules, scores, nullptr, 0, 0, sides[0].pool(), sides[1].pool(), {table.data(), width}, lengths.data(),
+                           copied.bytes.get(), nullptr, nullptr, &by_weights};
+  const DecodeCall shared = {shape, user_rules, scores, its_query.bytes.get(), heads * dim, dim, sides[0].pool(), sides[1].pool(),
+                             {table.data(), width}, lengths.data(), shared_out.bytes.get(), nullptr, nullptr, &by_keys};
+  if (decode(shared, parallel, isa) != OK) fail("decode with another layer's keys failed");
+  if (decode(copy, parallel, isa) != OK) fail("decode with another layer's weights failed");
   const double tolerance = dtype == F32 ? 1e-4 : dtype == F16 ? 3e-3 : 3e-2;
   std::vector<float> buffer(static_cast<size_t>(larger(dim, value_dim) + 16));
   std::vector<double> q(static_cast<size_t>(dim));
@@ -540,6 +592,23 @@ void test_codes(Isa isa, DType dtype) {
       for (int64_t d = 0; d < value_dim; d++) near(found.get(at * value_dim + d), wanted[size_t(d)], tolerance, what, isa, dtype);
       near(sums[at], wanted[size_t(value_dim)], 1e-3, what, isa, dtype);
     };
+    const int64_t of = head_map[size_t(head)];
+    const Half user_half = half_of(user_rules.of(head).value_format, value_dim, element, VALUES);
+    for (int64_t d = 0; d < dim; d++) q[size_t(d)] = its_query.get(lane * dim + d);
+    std::vector<std::vector<double>> its[2];
+    const Visible its_view = visible(steps, user_rules.of(head));
+    for (int64_t j = 0; j < steps; j++) {
+      const bool seen = (j >= its_view.first && j < its_view.sink_end) || j >= its_view.start;
+      const Side& plane = planes[size_t(plane_of[size_t(head)])];
+      its[0].push_back(seen ? token(0, r * kv_heads + of, j) : std::vector<double>(static_cast<size_t>(dim), NAN));
+      its[1].push_back(seen ? in_pool(plane, user_half, r * kv_heads + of, j) : std::vector<double>(static_cast<size_t>(value_dim), NAN));
+    }
+    const auto its_side = [&](int64_t side) { return [&, side](int64_t j, int64_t d) { return its[side][size_t(j)][size_t(d)]; }; };
+    const std::vector<double> wanted = plain(q.data(), dim, value_dim, steps, user_rules.of(head), scores, h, its_side(0), its_side(1));
+    for (int64_t d = 0; d < value_dim; d++) {
+      near(shared_out.get(lane * value_dim + d), wanted[size_t(d)], tolerance, "decode with shared keys", isa, dtype);
+      near(copied.get(lane * value_dim + d), wanted[size_t(d)], tolerance, "decode with copied weights", isa, dtype);
+    }
     for (int64_t t = 0; t < tokens; t++) {
       for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get((lane * tokens + t) * dim + d);
       compare(out, lse.get(), lane * tokens + t, steps + t + 1, "prefill of codes");

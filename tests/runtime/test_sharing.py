@@ -385,3 +385,36 @@ def test_a_layer_alone_is_refused(llama: Callable[..., tuple[Any, Plan]]) -> Non
     rotary = model.model.rotary_emb(hidden, torch.arange(5)[None])
     with pytest.raises(UnsupportedError, match=f"layer {layer} shares the attention of layer .* run the decoder whole"):
         model.model.layers[layer](hidden, position_embeddings=rotary)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("seed", range(12))
+def test_the_step_through_all_layers(llama: Callable[..., tuple[Any, Plan]], token_ids: Any, seed: int) -> None:
+    """It gives what the layers give one after the other, and leaves such a cache; forks and room included."""
+    model, plan = llama(seed, formats=seed % 2 == 1)
+    attach(model, plan)
+    ids, near = token_ids(3, 120, seed), EXACT if seed % 2 == 0 else FLIPS
+    with torch.no_grad():
+        fast = model(ids[:, :50], use_cache=True).cache
+        slow = pickle.loads(pickle.dumps(fast))
+        for at in range(50, 120):
+            token = ids[:, at : at + 1]
+            if at in (70, 101):  # blocks that others name are copied before they are written to
+                forks = fast.fork(), slow.fork()
+                found = model(token.flip(0), cache=forks[0]).logits
+                assert difference(found, one_by_one(model, token.flip(0), forks[1])) < near
+            expected = one_by_one(model, token, slow)
+            assert difference(model(token, cache=fast).logits, expected) < near, at
+    assert fast.step_routes == {"all layers": 70 * plan.model.layers}
+    del forks
+    assert fast.used_bytes() == plan.kv_bytes(120, batch=3)
+
+
+def one_by_one(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Returns the logits of a step whose layers each do their part by themselves."""
+    (hook,) = model.get_decoder()._forward_pre_hooks.values()
+    stack, hook.stack = hook.stack, None
+    try:
+        return model(token, cache=cache).logits
+    finally:
+        hook.stack = stack

@@ -29,6 +29,12 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
   }
 }
 
+// Puts a token into its place of a half of a block.
+void put_token(const Kernels& kernels, DType dtype, const Half& half, const void* from, int64_t place, char* to, float* buffer) {
+  if (half.format == NATIVE) std::memcpy(to + place * half.token_bytes, from, size_t(half.token_bytes));
+  else kernels.encode[dtype](from, half, place, to, buffer);
+}
+
 char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
 
 struct Job {
@@ -75,12 +81,22 @@ struct Job {
     return !known(id) || call.refs[id] > 1;
   }
 
+  const int64_t* beside(int64_t pair) const { return call.beside_bytes + pair % call.shape.kv_heads * call.planes; }
+
+  // Whether a block has beside its own values those that a pair's have, and no others.
+  bool has_beside(int64_t id, int64_t pair) const {
+    for (int64_t plane = 0; plane < call.planes; plane++)
+      if (half_bytes_of(call.beside[plane], id) != beside(pair)[plane]) return false;
+    return true;
+  }
+
   bool take(int64_t pair) {
     const Halves halves = this->halves(pair);
-    int64_t& free = next[halves.key.format * FORMATS + halves.value.format];
+    int64_t from_start = 0;
+    int64_t& free = call.planes ? from_start : next[halves.key.format * FORMATS + halves.value.format];
     const int64_t key_bytes = halves.key.bytes, value_bytes = halves.value.bytes;
     const auto fits = [&](int64_t id) {
-      return call.refs[id] == 0 && block_of(call.keys, id, key_bytes) && block_of(call.values, id, value_bytes);
+      return call.refs[id] == 0 && block_of(call.keys, id, key_bytes) && block_of(call.values, id, value_bytes) && has_beside(id, pair);
     };
     while (free < call.blocks && !fits(free)) free++;
     if (free == call.blocks) return false;
@@ -88,6 +104,10 @@ struct Job {
     if (known(id)) {
       std::memcpy(at_block(call.keys, free, key_bytes), block_of(call.keys, id, key_bytes), size_t(key_bytes));
       std::memcpy(at_block(call.values, free, value_bytes), block_of(call.values, id, value_bytes), size_t(value_bytes));
+      for (int64_t plane = 0; plane < call.planes; plane++) {
+        const int64_t bytes = beside(pair)[plane];
+        if (bytes) std::memcpy(at_block(call.beside[plane], free, bytes), block_of(call.beside[plane], id, bytes), size_t(bytes));
+      }
       call.refs[id]--;
     }
     id = int32_t(free);
@@ -100,9 +120,7 @@ struct Job {
     const int32_t id = ids(pair)[before / BLOCK];
     const auto put = [&](const Pool& pool, const Half& half, const void* token, const Strides& at) {
       const char* from = static_cast<const char*>(token) + (row(pair) * at.row + head * at.head) * element;
-      char* to = at_block(pool, id, half.bytes);
-      if (half.format == NATIVE) std::memcpy(to + before % BLOCK * half.token_bytes, from, size_t(half.token_bytes));
-      else kernels.encode[call.shape.dtype](from, half, before % BLOCK, to, buffer);
+      put_token(kernels, call.shape.dtype, half, from, before % BLOCK, at_block(pool, id, half.bytes), buffer);
     };
     const Halves halves = this->halves(pair);
     put(call.keys, halves.key, call.key, call.key_at);
@@ -126,7 +144,8 @@ Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
       const Rule lacking = job.rule(pair);
       for (; pair < job.pairs; pair++) {
         const Rule rule = job.rule(pair);
-        const bool same = rule.key_format == lacking.key_format && rule.value_format == lacking.value_format;
+        bool same = rule.key_format == lacking.key_format && rule.value_format == lacking.value_format;
+        for (int64_t plane = 0; plane < call.planes; plane++) same = same && job.beside(pair)[plane] == job.beside(missing.head)[plane];
         missing.blocks += same && job.wanting(pair);
       }
       return OK;
@@ -134,6 +153,24 @@ Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
   for (int64_t pair = 0; pair < job.pairs; pair++) job.write(pair);
   for (int64_t row = 0; row < call.shape.rows; row++) call.lengths[row]++;
   missing = {0, 0};
+  return OK;
+}
+
+Status put_beside(const BesideCall& call, Isa isa) {
+  const Shape& shape = call.shape;
+  const Buffer<float> buffer(size_t(shape.value_dim + 16));
+  if (!buffer.get()) return NO_MEMORY;
+  const int64_t element = int64_t(element_size(shape.dtype));
+  for (int64_t row = 0; row < shape.rows; row++)
+    for (int64_t head = 0; head < shape.kv_heads; head++) {
+      const int64_t at = call.lengths[row] - 1, pair = row * shape.kv_heads + call.head_map[head];
+      const Half half = halves_of(call.rules.of(head), shape).value;
+      const int32_t id = at >= 0 && at / BLOCK < call.table.width ? call.table.ids[pair * call.table.width + at / BLOCK] : -1;
+      const char* to = block_of(call.values[head], id, half.bytes);
+      if (!to) return MISSING_BLOCK;
+      const char* from = static_cast<const char*>(call.value) + (row * call.value_at.row + head * call.value_at.head) * element;
+      put_token(kernels_of(isa), shape.dtype, half, from, at % BLOCK, const_cast<char*>(to), buffer.get());
+    }
   return OK;
 }
 

@@ -8,10 +8,21 @@
 
 namespace moacompress {
 
-const char* block_of(const Pool& pool, int64_t id, int64_t bytes) {
+// The segment that a block lies in, -1 for none.
+static inline int64_t segment_of(const Pool& pool, int64_t id) {
   int64_t s = pool.segments - 1;
   while (s > 0 && id < pool.first_block[s]) s--;
-  if (s < 0 || id < 0 || id >= pool.first_block[s + 1] || pool.half_bytes[s] != bytes) return nullptr;
+  return s < 0 || id < 0 || id >= pool.first_block[s + 1] ? -1 : s;
+}
+
+int64_t half_bytes_of(const Pool& pool, int64_t id) {
+  const int64_t s = segment_of(pool, id);
+  return s < 0 ? -1 : pool.half_bytes[s];
+}
+
+const char* block_of(const Pool& pool, int64_t id, int64_t bytes) {
+  const int64_t s = segment_of(pool, id);
+  if (s < 0 || pool.half_bytes[s] != bytes) return nullptr;
   return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s];
 }
 
@@ -54,9 +65,12 @@ struct DecodeJob {
   int64_t* first_chunk;        // [pairs + 1] tasks of all pairs before
   std::atomic<int64_t>* left;  // [pairs] tasks that are not done
   float* partial;              // [tasks, stride]: peak [group], total [group], mixed [group, value_dim]
+  const int64_t* first_kept;   // [pairs] the anchor's tasks of all its pairs before, where it kept weights
 
   Reads reads_of_pair(int64_t pair) const {
-    return reads_of(call.lengths[pair / call.shape.kv_heads], call.rules.of(pair % call.shape.kv_heads));
+    const int64_t row = pair / call.shape.kv_heads;
+    if (keeps()) return reads_of(call.lengths[row], call.shared->rules.of(pair_read(pair) % call.shape.kv_heads));
+    return reads_of(call.lengths[row], call.rules.of(pair % call.shape.kv_heads));
   }
 
   int64_t pair_of(int64_t chunk) const {  // the last pair whose first task is at most `chunk`
@@ -80,6 +94,13 @@ struct DecodeJob {
     const Halves halves = halves_of(call.rules.of(head), shape);
     chunk.key = halves.key;
     chunk.value = halves.value;
+    const int64_t from = pair_read(pair), kept = shape.group * KEPT;
+    if (call.keep) chunk.keep = call.keep + index * kept;
+    if (keeps()) {
+      const Rule anchor = call.shared->rules.of(from % shape.kv_heads);
+      chunk.kept = call.shared->kept + (first_kept[from] + index - first_chunk[pair]) * kept;
+      chunk.kept_in_blocks = !anchor.native();
+    }
     chunk.query =
         static_cast<const char*>(call.query) + (row * call.query_row + head * shape.group * call.query_head) * element;
     chunk.query_head = call.query_head;
@@ -92,31 +113,40 @@ struct DecodeJob {
     chunk.scratch = scratch;
     const int64_t begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
     chunk.blocks = smaller(CHUNK_BLOCKS, reads.count() - begin);
-    const int32_t* ids = call.table.ids + pair * call.table.width;
+    const int32_t* ids = call.table.ids + from * call.table.width;
     for (int64_t k = 0; k < chunk.blocks; k++) {
       const Part part = reads.part(begin + k);
       const int32_t id = part.block < call.table.width ? ids[part.block] : -1;
       chunk.begin[k] = int(part.begin);
       chunk.end[k] = int(part.end);
-      chunk.keys[k] = block_of(call.keys, id, chunk.key.bytes);
-      chunk.values[k] = block_of(call.values, id, chunk.value.bytes);
-      if (!chunk.keys[k] || !chunk.values[k]) return MISSING_BLOCK;
+      if (!chunk.kept && !(chunk.keys[k] = block_of(call.keys, id, chunk.key.bytes))) return MISSING_BLOCK;
+      if (!(chunk.values[k] = block_of(values_of(head), id, chunk.value.bytes))) return MISSING_BLOCK;
     }
-    if (index + threads < first_chunk[pairs]) find_coming(index + threads, chunk.coming);
+    if (index + threads < first_chunk[pairs]) find_coming(index + threads, chunk);
     kernels.decode[shape.dtype](chunk);
     if (left[pair].fetch_sub(1) == 1) merge(pair);
     return OK;
   }
 
-  // Finds the first key blocks of another task; those that are not there stay null.
-  void find_coming(int64_t index, const void** coming) const {
-    const int64_t pair = pair_of(index), begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
-    const int64_t bytes = halves_of(call.rules.of(pair % call.shape.kv_heads), call.shape).key.bytes;
+  bool keeps() const { return call.shared && call.shared->kept; }
+  // The (row, KV head) whose blocks a pair reads.
+  int64_t pair_read(int64_t pair) const {
+    const int64_t head = pair % call.shape.kv_heads;
+    return call.shared ? pair - head + call.shared->head_map[head] : pair;
+  }
+  const Pool& values_of(int64_t head) const { return call.shared ? call.shared->values[head] : call.values; }
+
+  // Finds what another task begins with, keys or of kept weights values; what is not there stays null.
+  void find_coming(int64_t index, DecodeChunk& chunk) const {
+    const int64_t pair = pair_of(index), head = pair % call.shape.kv_heads, begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
+    const Halves halves = halves_of(call.rules.of(head), call.shape);
+    chunk.coming_bytes = keeps() ? halves.value.bytes : halves.key.bytes;
     const Reads reads = reads_of_pair(pair);
     for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
       const int64_t block = reads.part(begin + k).block;
       if (block < call.table.width)
-        coming[k] = block_of(call.keys, call.table.ids[pair * call.table.width + block], bytes);
+        chunk.coming[k] = block_of(keeps() ? values_of(head) : call.keys,
+                                   call.table.ids[pair_read(pair) * call.table.width + block], chunk.coming_bytes);
     }
   }
 
@@ -299,18 +329,33 @@ bool find_rows(const RowSource& source, int64_t column, int64_t count, const voi
   return true;
 }
 
+static int64_t tasks_of(int64_t n, const Rule& rule) { return (reads_of(n, rule).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
+
+size_t kept_floats(const DecodeCall& call) {
+  int64_t tasks = 0;
+  for (int64_t row = 0; row < call.shape.rows; row++)
+    for (int64_t head = 0; head < call.shape.kv_heads; head++) tasks += tasks_of(call.lengths[row], call.rules.of(head));
+  return size_t(tasks * call.shape.group * KEPT);
+}
+
 Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
   const Shape& shape = call.shape;
   const int64_t pairs = shape.rows * shape.kv_heads, stride = shape.group * (2 + shape.value_dim);
   const Buffer<int64_t> first_chunk(size_t(pairs + 1));
   const Buffer<std::atomic<int64_t>> left(static_cast<size_t>(pairs));
   if (!first_chunk.get() || !left.get()) return NO_MEMORY;
-  DecodeJob job = {call, kernels_of(isa), pairs, stride, parallel.threads, first_chunk.get(), left.get(), nullptr};
+  const Buffer<int64_t> first_kept(size_t(pairs + 1));
+  if (!first_kept.get()) return NO_MEMORY;
+  DecodeJob job = {call, kernels_of(isa), pairs, stride, parallel.threads, first_chunk.get(), left.get(), nullptr, first_kept.get()};
+  for (int64_t pair = 0, sum = 0; job.keeps() && pair < pairs; pair++) {
+    first_kept[size_t(pair)] = sum;
+    sum += tasks_of(call.lengths[pair / shape.kv_heads], call.shared->rules.of(pair % shape.kv_heads));
+  }
   first_chunk[0] = 0;
   for (int64_t pair = 0; pair < pairs; pair++) {
     const int64_t chunks = (job.reads_of_pair(pair).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
-    new (&left[size_t(pair)]) std::atomic<int64_t>(chunks);
     first_chunk[size_t(pair) + 1] = first_chunk[size_t(pair)] + chunks;
+    new (&left[size_t(pair)]) std::atomic<int64_t>(chunks);
     if (chunks == 0) job.merge(pair);
   }
   const int64_t tasks = first_chunk[size_t(pairs)];

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   Tensor lse = new_floats(query, {shape.rows, heads});
   const DecodeCall call = {shape, rest.rules, rest.scores, query.const_data_ptr(), query.stride(0), query.stride(1),
                            key_pool.view(), value_pool.view(), {static_cast<const int32_t*>(ids), table.size(2)}, tokens,
-                           out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr())};
+                           out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), nullptr, nullptr};
   check_status(decode(call, parallel(), isa()), op);
   return {out, lse};
 }

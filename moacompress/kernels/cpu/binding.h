@@ -141,9 +141,16 @@ struct PoolViews {
   std::vector<const void*> base;
   std::vector<int64_t> block_stride, half_bytes, first_block{0};
 
-  PoolViews(const Tensors& segments, int64_t dim, ScalarType type, const char* op, const char* name) {
+  PoolViews(const Tensors& segments, int64_t dim, ScalarType type, const char* op, const char* name, bool may_lack = false) {
     for (const Tensor& t : segments) {
       const bool coded = t.scalar_type() == ScalarType::Byte;
+      if (may_lack && coded && t.dim() == 2 && t.size(1) == 0) {  // this segment has none
+        base.push_back(nullptr);
+        block_stride.push_back(0);
+        half_bytes.push_back(0);
+        first_block.push_back(first_block.back() + t.size(0));
+        continue;
+      }
       const int64_t element = coded ? 1 : type == ScalarType::Float ? 4 : 2;
       if (coded) {
         check_rows(t, {-1, -1}, ScalarType::Byte, op, name);

@@ -1,5 +1,6 @@
 // A decode step through all decoder layers. What the layers and the caches are is read, and checked, once and remembered under a
 // number: between the products of two layers there is then nothing to convert.
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,10 @@ struct Layers {
   std::vector<std::pair<const void*, int64_t>> memory;  // of each: where it is, and how many numbers
   std::vector<DecoderLayer> layers;
   std::vector<Rest> rests;
+  std::vector<std::optional<Reuse>> reuses;
+  std::vector<size_t> planes;                      // of each layer: of values beside its own, of layers that share its keys
+  std::vector<std::vector<int64_t>> beside_bytes;  // of each layer: bytes of their halves, [kv_heads, planes]
+  std::vector<bool> copied;                        // whether some layer copies its weights
   ScalarType type;
   int64_t inputs;
 
@@ -28,12 +33,13 @@ struct Layers {
   }
 };
 
-// The caches of decoder layers for some rows, and the tensors that each is of. Used by one thread at a time. A cache that is kept
-// does not keep the weights.
+// The caches of decoder layers for some rows, and the tensors that each is of; none of layers that share attention. Used by one
+// thread at a time. A cache that is kept does not keep the weights.
 struct Caches {
   std::weak_ptr<const Layers> layers;
   int64_t rows;
-  std::vector<std::pair<LayerCache, Tensors>> caches;
+  std::vector<std::optional<std::pair<LayerCache, Tensors>>> caches;
+  std::vector<Scratch> kept;  // of each layer the weights that others copy in the running step
 };
 
 // Things that operators name by numbers.
@@ -77,7 +83,51 @@ Named<Caches>& all_caches() {
 
 void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
 
-int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling) {
+// Reads how layers share attention: of each layer its anchor, -1 for none, 1 for a copy and 0 for keys alone, then of each KV head
+// the anchor's that it reads and the plane of its values.
+std::vector<std::optional<Reuse>> reuses_of(const Tensor& shares, size_t count, int64_t kv_heads, const char* op) {
+  std::vector<std::optional<Reuse>> found(count);
+  const bool none = shares.numel() == 0;
+  const auto* at = static_cast<const int64_t*>(dense(shares, {none ? -1 : int64_t(count), none ? -1 : 2 + 2 * kv_heads}, ScalarType::Long, op, "shares"));
+  for (size_t i = 0; i < count && !none; i++, at += 2 + 2 * kv_heads) {
+    if (at[0] < 0) continue;
+    STD_TORCH_CHECK(at[0] < int64_t(i) && !found[size_t(at[0])], op, ": layer ", i, " shares with layer ", at[0],
+                    ", which is no earlier layer with attention of its own");
+    Reuse reuse = {at[0], at[1] != 0, {at + 2, at + 2 + kv_heads}, {at + 2 + kv_heads, at + 2 + 2 * kv_heads}};
+    for (int64_t head = 0; head < kv_heads; head++)
+      STD_TORCH_CHECK(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.planes[size_t(head)] >= 0 &&
+                          reuse.planes[size_t(head)] < int64_t(count) * kv_heads,
+                      op, ": KV head ", head, " of layer ", i, " reads head ", reuse.head_map[size_t(head)], " and plane ",
+                      reuse.planes[size_t(head)]);
+    found[i] = std::move(reuse);
+  }
+  return found;
+}
+
+// Takes note of what the layers that share attention keep in the blocks of their anchors.
+void count_beside(Layers& read) {
+  const size_t count = read.layers.size();
+  read.planes.assign(count, 0);
+  read.beside_bytes.resize(count);
+  read.copied.assign(count, false);
+  for (const auto& reuse : read.reuses)
+    if (reuse)
+      for (const int64_t plane : reuse->planes) read.planes[size_t(reuse->anchor)] = std::max(read.planes[size_t(reuse->anchor)], size_t(plane) + 1);
+  for (size_t i = 0; i < count; i++)
+    if (const auto& reuse = read.reuses[i]) {
+      const size_t anchor = size_t(reuse->anchor);
+      const Shape& shape = read.layers[i].projections.shape;
+      std::vector<int64_t>& bytes = read.beside_bytes[anchor];
+      bytes.resize(size_t(shape.kv_heads) * read.planes[anchor], 0);
+      for (size_t head = 0; head < reuse->planes.size(); head++)
+        bytes[size_t(reuse->head_map[head]) * read.planes[anchor] + size_t(reuse->planes[head])] =
+            halves_of(read.rests[i].rules.of(int64_t(head)), shape).value.bytes;
+      if (reuse->copies) read.copied[anchor] = true;
+    }
+}
+
+int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
+                       Tensor shares) {
   const char* op = "read_layers";
   const size_t count = rules.size();
   STD_TORCH_CHECK(count && weights.size() == 7 * count && norms.size() == 2 * count &&
@@ -88,44 +138,76 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
   Layers read;
   read.type = weights[0].scalar_type();
   read.inputs = weights[0].size(1);
+  read.reuses = reuses_of(shares, count, rules[0].dim() == 2 ? rules[0].size(1) : 0, op);
   for (size_t i = 0; i < count; i++) {
     check(rules[i], {RULE_NUMBERS, -1}, ScalarType::Long, op, "the table of rules");
+    const auto& reuse = read.reuses[i];
+    const Shape* anchor = reuse ? &read.layers[size_t(reuse->anchor)].projections.shape : nullptr;
+    const Shape like = anchor ? *anchor : Shape{};  // `layers` may move
     read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
-                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op);
+                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op, anchor ? &like : nullptr,
+                             reuse && reuse->copies);
     const Shape& shape = read.layers.back().projections.shape;
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
+  count_beside(read);
   for (const Tensors* some : {&weights, &biases, &norms, &rules}) append(read.held, *some);
   for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
   return all_layers().add(std::move(read));
 }
 
 std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size_t layer, const Tensors& keys, const Tensors& values,
-                                        const Tensor* state, int64_t lag, const char* op) {
+                                        const Tensors& beside, const Tensor* state, int64_t lag, const char* op) {
   Shape shape = layers.layers[layer].projections.shape;
   shape.rows = rows;
   Tensors held(state, state + 4);
   append(held, keys);
   append(held, values);
-  return {LayerCache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op), held};
+  append(held, beside);
+  LayerCache cache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op);
+  const size_t planes = layers.planes[layer], segments = keys.size();
+  STD_TORCH_CHECK(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,
+                  ", of ", planes, " planes");
+  for (size_t plane = 0; plane < planes; plane++) {
+    const auto begin = beside.begin() + int64_t(plane * segments);
+    cache.beside.emplace_back(Tensors(begin, begin + int64_t(segments)), shape.value_dim, layers.type, op, "values beside others", true);
+    STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": ", cache.beside.back().first_block.back(),
+                    " blocks beside ", cache.blocks);
+  }
+  for (const PoolViews& views : cache.beside) cache.planes.push_back(views.view());
+  cache.beside_bytes = layers.beside_bytes[layer];
+  return {std::move(cache), held};
 }
 
-int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors states, int64_t lag) {
+int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors beside, Tensors states, int64_t lag) {
   const char* op = "read_caches";
   const std::shared_ptr<const Layers> of = all_layers().find(layers, op, "layers");
   const size_t count = of->layers.size();
-  STD_TORCH_CHECK(segments.size() == count && states.size() == 4 * count, op, ": ", segments.size(), " numbers of segments and ",
-                  states.size(), " parts of caches for ", count, " layers; 1 and 4 of each are needed");
+  size_t own_caches = 0;
+  for (const auto& reuse : of->reuses) own_caches += !reuse;
+  STD_TORCH_CHECK(segments.size() == count && states.size() == 4 * own_caches, op, ": ", segments.size(), " numbers of segments and ",
+                  states.size(), " parts of caches for ", count, " layers, ", own_caches, " of them with caches; 1 and 4 of each are needed");
   check(states[1], {-1}, ScalarType::Long, op, "lengths");
-  Caches read = {of, states[1].size(0), {}};
+  Caches read = {of, states[1].size(0), {}, std::vector<Scratch>(count)};
   int64_t begin = 0;
+  size_t state = 0, begin_beside = 0;
   for (size_t i = 0; i < count; i++) {
     const int64_t own = segments[i];
+    if (of->reuses[i]) {
+      STD_TORCH_CHECK(own == 0, op, ": ", own, " segments of layer ", i, ", whose values lie in those of another");
+      read.caches.emplace_back(std::nullopt);
+      continue;
+    }
     STD_TORCH_CHECK(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
                     " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
     const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
-    read.caches.push_back(cache_of(*of, read.rows, i, part(keys), part(values), &states[4 * i], lag, op));
+    const size_t more = of->planes[i] * size_t(own);
+    STD_TORCH_CHECK(more <= beside.size() - begin_beside, op, ": ", beside.size(), " segments beside others; more are needed");
+    const auto first = beside.begin() + int64_t(begin_beside);
+    read.caches.emplace_back(cache_of(*of, read.rows, i, part(keys), part(values), Tensors(first, first + int64_t(more)),
+                                      &states[4 * state++], lag, op));
     begin += own;
+    begin_beside += more;
   }
   STD_TORCH_CHECK(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
                   keys.size(), " of keys and ", values.size(), " of values");
@@ -139,19 +221,21 @@ std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
 }
 
 // Reads the cache of one layer anew.
-void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors state, int64_t lag) {
+void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors beside, Tensors state, int64_t lag) {
   const char* op = "read_cache";
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
   STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == 4, op, ": layer ", layer, " of ",
                   all->caches.size(), " with ", state.size(), " parts of a cache, of 4");
-  all->caches[size_t(layer)] = cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, state.data(), lag, op);
+  STD_TORCH_CHECK(all->caches[size_t(layer)], op, ": layer ", layer, " has no cache of its own");
+  all->caches[size_t(layer)].emplace(
+      cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, beside, state.data(), lag, op));
 }
 
 // The layers from `first` on, one after the other. Returns what came out of the last one that was done, the number of layers done,
 // and what the next one wants; -1 where the weights are no more what was read.
 std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor sin, int64_t caches, int64_t first) {
   const char* op = "step_layers";
-  const std::shared_ptr<const Caches> all = all_caches().find(caches, op, "caches");
+  const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
   const std::shared_ptr<const Layers> layers = layers_of(*all, op);
   const Layers& read = *layers;
   const int64_t rows = all->rows, count = int64_t(read.layers.size());
@@ -166,8 +250,13 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
   Scratch memory;
   for (int64_t i = first; i < count; i++) {
     Tensor& to = out[i % 2];
-    const int64_t wanted =
-        read.layers[size_t(i)].step(all->caches[size_t(i)].first, rotary, rows, from, to.mutable_data_ptr(), memory, op);
+    const auto& reuse = read.reuses[size_t(i)];
+    const auto attend = [&](const Token& token, void* mixed) {
+      if (!reuse) return take(all->caches[size_t(i)]->first, token, mixed, op, read.copied[size_t(i)] ? &all->kept[size_t(i)] : nullptr);
+      const size_t anchor = size_t(reuse->anchor);
+      return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
+    };
+    const int64_t wanted = read.layers[size_t(i)].step(attend, rotary, rows, from, to.mutable_data_ptr(), memory, op);
     if (wanted) return {out[(i + 1) % 2], i, wanted};
     from = to.const_data_ptr();
   }
@@ -184,10 +273,10 @@ EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(numb
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
   m.def(
-      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling) "
-      "-> int");
-  m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] states, int lag) -> int");
-  m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] state, int lag) -> ()");
+      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
+      "Tensor shares) -> int");
+  m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int");
+  m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] beside, Tensor[] state, int lag) -> ()");
   m.def("step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)");
 }
 

@@ -100,7 +100,8 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
   Tensor out = new_tensor(x, Shapes{rows, 1, inputs});
-  return {out, layer.step(cache, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op)};
+  const auto attend = [&](const Token& token, void* to) { return take(cache, token, to, op); };
+  return {out, layer.step(attend, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op)};
 }
 
 }  // namespace

@@ -152,11 +152,11 @@ struct Ahead {
   }
 };
 
-// What comes after the values of a block: those of a later one, and past the last values the keys of the next task.
+// What comes after the values of a block: those of a later one, and past the last values what the next task begins with.
 inline Ahead after_values(const DecodeChunk& c, int64_t b) {
   const int64_t later = b + AHEAD;
   if (later < c.blocks) return {(const char*)c.values[later], c.value.bytes};
-  return {(const char*)c.coming[later - c.blocks], c.key.bytes};
+  return {(const char*)c.coming[later - c.blocks], c.coming_bytes};
 }
 
 constexpr int BLOCK_VECTORS = int(BLOCK) / W;

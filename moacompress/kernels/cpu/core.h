@@ -21,6 +21,7 @@ enum Status : int { OK = 0, NO_MEMORY = 1, MISSING_BLOCK = 2 };
 constexpr int64_t CHUNK_BLOCKS = 16;  // cache blocks of one decode task
 constexpr int64_t AHEAD = 2;          // blocks that decode reads ahead
 constexpr int64_t TILE = 64;          // keys of one step of prefill and backward
+constexpr int64_t KEPT = CHUNK_BLOCKS * BLOCK + 16;  // floats that a decode task keeps of a query head: peak, total, and weights from 16 on
 
 static MOACOMPRESS_INLINE size_t element_size(DType dtype) { return dtype == F32 ? 4 : 2; }
 
@@ -69,6 +70,14 @@ struct Table {
   int64_t width;
 };
 
+// What a layer that shares attention has of its anchor, whose keys and table the call is given.
+struct Shared {
+  const int64_t* head_map;  // [kv_heads] the anchor's KV head whose keys each of its own reads
+  const Pool* values;       // [kv_heads] where the values of each lie, beside the anchor's own
+  RuleTable rules;          // of the anchor's KV heads
+  const float* kept;        // weights that the anchor's call kept: its queries are not looked at, nor keys; or null
+};
+
 struct DecodeCall {
   Shape shape;
   RuleTable rules;  // of the KV heads
@@ -80,6 +89,8 @@ struct DecodeCall {
   const int64_t* lengths;  // [rows]
   void* out;               // [rows, heads, value_dim], dense
   float* lse;              // [rows, heads], dense; or null
+  float* keep;             // `kept_floats` for layers that share, or null
+  const Shared* shared;    // or null
 };
 
 struct PrefillCall {
@@ -111,6 +122,21 @@ struct AdvanceCall {
   int64_t *lengths, *runs;  // [rows], [RUNS, 2, rows, kv_heads]
   int32_t* refs;            // [blocks]
   int64_t blocks;
+  // values of layers that share the keys, beside a block's own: so many planes at most, and of each KV head the bytes of their halves
+  int64_t planes;
+  const Pool* beside;           // [planes]
+  const int64_t* beside_bytes;  // [kv_heads, planes]; 0 for none
+};
+// The values of one token of every row, put beside those of the anchor's blocks, whose token is in them already.
+struct BesideCall {
+  Shape shape;  // the group is not looked at
+  RuleTable rules;  // of the KV heads
+  const void* value;
+  Strides value_at;
+  const int64_t* head_map;  // as of `Shared`
+  const Pool* values;       // likewise; written to
+  Table table;              // the anchor's
+  const int64_t* lengths;   // [rows] with the token
 };
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
 struct Missing {
@@ -188,10 +214,12 @@ Isa best_isa();            // the best that this processor and this build have
 bool isa_works(Isa isa);
 const char* isa_name(Isa isa);
 Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa);
+size_t kept_floats(const DecodeCall& call);  // that a call can keep of its weights
 Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // The call can be made again once there is room: no token is written and no length is changed before. NO_MEMORY is for what it
 // works in.
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
+Status put_beside(const BesideCall& call, Isa isa);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
@@ -208,12 +236,16 @@ struct DecodeChunk {
   int64_t query_head;
   const void* keys[CHUNK_BLOCKS];  // each block's half
   const void* values[CHUNK_BLOCKS];
-  const void* coming[AHEAD];  // first blocks of the keys that this thread probably reads next, or null
+  const void* coming[AHEAD];  // first halves of blocks that this thread probably reads next, or null
+  int64_t coming_bytes;
   int begin[CHUNK_BLOCKS], end[CHUNK_BLOCKS];  // tokens [begin, end) of each block are visible
   float scaling, softcap;
   float *peak, *total;  // [group] largest score, and sum of exp(score - peak)
   float* mixed;         // [group, value_dim] sum of exp(score - peak) * value, of codes in their rotated basis
   float* scratch;       // `decode_scratch` floats
+  float* keep;          // [group, KEPT] where peak, total and weights are kept, or null
+  const float* kept;    // what was kept so, or null; then there are no keys
+  bool kept_in_blocks;  // whether it was kept of whole blocks, or of the tokens that are seen alone
 };
 
 // Finds the keys and values of columns [column, column + count) of a task: of native ones the row, of codes the half of the block,

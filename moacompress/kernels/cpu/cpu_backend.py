@@ -27,6 +27,7 @@ from moacompress.kernels.backend import (
 )
 from moacompress.kernels.cpu import library
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import COPY, LayerShares, planes_of
 
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
@@ -177,10 +178,16 @@ class CpuBackend(Backend):
         return out, _room(wanted)
 
     def read_layers(
-        self, layers: Sequence[LayerWeights], *, head_dim: int, rules: Sequence[RuleTable], scaling: float
+        self,
+        layers: Sequence[LayerWeights],
+        *,
+        head_dim: int,
+        rules: Sequence[RuleTable],
+        scaling: float,
+        shares: LayerShares = (),
     ) -> BoundLayers:
         """See `Backend.read_layers`."""
-        return _CpuLayers(layers, head_dim, rules, scaling)
+        return _CpuLayers(layers, head_dim, rules, scaling, shares)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See `Backend.linear`."""
@@ -211,18 +218,23 @@ class _CpuLayers(BoundLayers):
     """Decoder layers that the library keeps under a number, which operators name them by."""
 
     def __init__(
-        self, layers: Sequence[LayerWeights], head_dim: int, rules: Sequence[RuleTable], scaling: float
+        self,
+        layers: Sequence[LayerWeights],
+        head_dim: int,
+        rules: Sequence[RuleTable],
+        scaling: float,
+        shares: LayerShares,
     ) -> None:
         weights = [[*layer.projections.weights, *layer.around.weights] for layer in layers]
         biases, norms = ([*layer.projections.biases] for layer in layers), ([*layer.around.norms] for layer in layers)
         lists = [list(chain.from_iterable(tensors)) for tensors in (weights, biases, norms)]
         tables = [table.columns for table in rules]
         self.number: int = torch.ops.moacompress_cpu.read_layers(
-            *lists, layers[0].around.eps, head_dim, tables, scaling
+            *lists, layers[0].around.eps, head_dim, tables, scaling, _shares(shares, len(rules[0]))
         )
         weakref.finalize(self, library.forget_layers, self.number).atexit = False
 
-    def read_caches(self, states: Sequence[CacheState]) -> BoundCaches:
+    def read_caches(self, states: Sequence[CacheState | None]) -> BoundCaches:
         """See `BoundLayers`."""
         return _CpuCaches(self.number, states)
 
@@ -230,16 +242,23 @@ class _CpuLayers(BoundLayers):
 class _CpuCaches(BoundCaches):
     """Caches that the library keeps under a number; they do not keep the layers."""
 
-    def __init__(self, layers: int, states: Sequence[CacheState]) -> None:
-        keys, values = [t for state in states for t in state.keys], [t for state in states for t in state.values]
-        segments, parts = [len(state.keys) for state in states], [t for state in states for t in _parts(state)]
-        self.number: int = torch.ops.moacompress_cpu.read_caches(layers, keys, values, segments, parts, states[0].lag)
+    def __init__(self, layers: int, states: Sequence[CacheState | None]) -> None:
+        own = [state for state in states if state is not None]
+        keys, values = [t for state in own for t in state.keys], [t for state in own for t in state.values]
+        segments, parts = (
+            [len(state.keys) if state else 0 for state in states],
+            [t for state in own for t in _parts(state)],
+        )
+        beside = [t for state in own for t in _beside(state)]
+        self.number: int = torch.ops.moacompress_cpu.read_caches(
+            layers, keys, values, segments, beside, parts, own[0].lag
+        )
         weakref.finalize(self, library.forget_caches, self.number).atexit = False
 
     def read_again(self, layer: int, state: CacheState) -> None:
         """See `BoundCaches`."""
         torch.ops.moacompress_cpu.read_cache(
-            self.number, layer, list(state.keys), list(state.values), _parts(state), state.lag
+            self.number, layer, list(state.keys), list(state.values), _beside(state), _parts(state), state.lag
         )
 
     def step(self, hidden: torch.Tensor, rotary: Rotary, first: int) -> tuple[torch.Tensor, int, Room | None]:
@@ -268,6 +287,21 @@ def _numbers(scores: Scores) -> tuple[float, float, torch.Tensor | None]:
 
 def _state(cache: CacheState) -> tuple[Any, ...]:
     return list(cache.keys), list(cache.values), *_parts(cache)
+
+
+def _beside(cache: CacheState) -> list[torch.Tensor]:
+    return list(chain.from_iterable(cache.beside))
+
+
+def _shares(shares: LayerShares, kv_heads: int) -> torch.Tensor:
+    """Returns of each layer its anchor, or -1, whether it copies, its head map and its planes, int64 `[layers, ...]`."""
+    rows = [
+        (-1, 0, *[0] * 2 * kv_heads)
+        if share is None
+        else (share.anchor, int(share.kind == COPY), *share.head_map, *planes_of(shares, layer))
+        for layer, share in enumerate(shares)
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 2 + 2 * kv_heads)
 
 
 def _parts(cache: CacheState) -> list[torch.Tensor]:

@@ -211,34 +211,64 @@ template <class T, class Op> inline void score_coded_chunk(const DecodeChunk& c,
   }
 }
 
+// Makes weights of the scores of a head, and takes note of their peak and sum.
+inline void weigh_scores(const DecodeChunk& c, const Places& places, int64_t h, float* row) {
+  const int tokens = places.count;
+  places.hide(c, row);
+  V peaks = set1(-__builtin_inff());  // NaN is passed over: its weight will be NaN
+  for (int t = 0; t < tokens; t += W) {
+    V x = load(row + t);
+    x = c.softcap > 0 ? capped(x, c.scaling, c.softcap) : x * set1(c.scaling);
+    store(row + t, x);
+    peaks = max(x, peaks);
+  }
+  if (c.softcap > 0) places.hide(c, row);  // the cap has made numbers of it, though none above the peak
+  const float peak = largest(peaks);
+  const V base = set1(peak == -__builtin_inff() ? 0.f : peak);  // so that the weights of minus infinity are zero
+  V totals = zero();
+  for (int t = 0; t < tokens; t += W) {
+    const V p = exp2((load(row + t) - base) * set1(LOG2_E));
+    store(row + t, p);
+    totals = totals + p;
+  }
+  c.peak[h] = peak;
+  c.total[h] = sum(totals);
+  if (!c.keep) return;
+  float* kept = c.keep + h * KEPT;
+  kept[0] = c.peak[h];
+  kept[1] = c.total[h];
+  for (int t = 0; t < tokens; t += W) store(kept + 16 + t, load(row + t));
+}
+
+// Reads the weights of a head that the anchor kept, whose values may be of another format, and so its weights in other places.
+inline void read_kept(const DecodeChunk& c, const Places& places, int64_t h, float* row) {
+  const float* kept = c.kept + h * KEPT;
+  c.peak[h] = kept[0];
+  c.total[h] = kept[1];
+  kept += 16;
+  if (places.whole_blocks == c.kept_in_blocks) {
+    for (int t = 0; t < places.count; t += W) store(row + t, load(kept + t));
+    return;
+  }
+  for (int64_t b = 0; b < c.blocks; b++) {
+    const int count = c.end[b] - c.begin[b];
+    if (places.whole_blocks)
+      for (int t = 0; t < int(BLOCK); t += W) store(row + b * BLOCK + t, zero());
+    memcpy(row + places.first[b], kept + (c.kept_in_blocks ? b * BLOCK + c.begin[b] : 0), size_t(count) * sizeof(float));
+    if (!c.kept_in_blocks) kept += count;
+  }
+}
+
 template <class T> void decode_chunk(const DecodeChunk& c) {
   typedef typename CodesOf<T>::type Op;
   const DecodeScratch s(c.scratch, c.group, c.head_dim);
   const Places places(c);
-  if (c.key.format == NATIVE) score_chunk<T>(c, places, s);
-  else score_coded_chunk<T, Op>(c, s);
-  const int tokens = places.count;
+  if (!c.kept && c.key.format == NATIVE) score_chunk<T>(c, places, s);
+  else if (!c.kept) score_coded_chunk<T, Op>(c, s);
   for (int64_t h = 0; h < c.group; h++) {
     float* row = s.scores + h * CHUNK_STRIDE;
-    places.hide(c, row);
-    V peaks = set1(-__builtin_inff());  // NaN is passed over: its weight will be NaN
-    for (int t = 0; t < tokens; t += W) {
-      V x = load(row + t);
-      x = c.softcap > 0 ? capped(x, c.scaling, c.softcap) : x * set1(c.scaling);
-      store(row + t, x);
-      peaks = max(x, peaks);
-    }
-    if (c.softcap > 0) places.hide(c, row);  // the cap has made numbers of it, though none above the peak
-    const float peak = largest(peaks);
-    const V base = set1(peak == -__builtin_inff() ? 0.f : peak);  // so that the weights of minus infinity are zero
-    V totals = zero();
-    for (int t = 0; t < tokens; t += W) {
-      const V p = exp2((load(row + t) - base) * set1(LOG2_E));
-      store(row + t, p);
-      totals = totals + p;
-    }
-    c.peak[h] = peak;
-    c.total[h] = sum(totals);
+    if (c.kept) read_kept(c, places, h, row);
+    else weigh_scores(c, places, h, row);
     if (c.value.format == NATIVE) continue;
     s.more[h] = weigh_codes(c, row);
     s.more[h] += Op::keep_weights(c, row, s.weights + h * Op::weight_floats());

@@ -16,6 +16,10 @@ struct LayerCache {
   int32_t* refs;
   int64_t blocks, lag;
   Rest rest;
+  // values of layers that share the keys: planes, views of them, and of each KV head the bytes of their halves
+  std::vector<PoolViews> beside{};
+  std::vector<Pool> planes{};
+  std::vector<int64_t> beside_bytes{};
 
   LayerCache(const Tensors& keys, const Tensors& values, const Tensor& table, const Tensor& lengths, const Tensor& runs,
              const Tensor& refs, const Rest& rest, int64_t lag, const Shape& shape, ScalarType type, const char* op)
@@ -40,6 +44,26 @@ struct LayerCache {
   }
 };
 
+// Memory that a layer works in; grows to what the largest one wants.
+struct Scratch {
+  std::optional<Buffer<char>> held;
+  size_t bytes = 0;
+
+  char* of(size_t wanted, const char* op) {
+    if (!held || wanted > bytes) held.emplace(bytes = wanted);
+    STD_TORCH_CHECK(held->get(), op, ": no memory for ", wanted, " bytes");
+    return held->get();
+  }
+};
+
+// How a layer shares attention: with which earlier one; whether it copies, or shares the keys alone; and of each KV head whose keys it
+// reads, and in which plane beside the anchor's values its own are.
+struct Reuse {
+  int64_t anchor;
+  bool copies;
+  std::vector<int64_t> head_map, planes;
+};
+
 // One token of every row.
 struct Token {
   Shape shape;
@@ -47,9 +71,10 @@ struct Token {
   Strides query_at, key_at, value_at;
 };
 
-// Takes a token into a cache and attends, to `out`, [rows, heads, value_dim]. Returns 0; or, when nothing is done yet, 1 where the
-// table is too narrow, and 1 + n * ROOM_HEADS + h where the pool lacks n blocks of the formats of KV head h.
-inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op) {
+// Takes a token into a cache and attends, to `out`, [rows, heads, value_dim]; weights go to `kept`, if there is one, for layers that
+// copy them. Returns 0; or, when nothing is done yet, 1 where the table is too narrow, and 1 + n * ROOM_HEADS + h where the pool lacks
+// n blocks of the formats of KV head h.
+inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op, Scratch* kept = nullptr) {
   const Shape& shape = token.shape;
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
@@ -57,13 +82,33 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
   const Rest& rest = cache.rest;
   Missing missing;
   check_status(advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
-                        cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks},
+                        cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks,
+                        int64_t(cache.planes.size()), cache.planes.data(), cache.beside_bytes.data()},
                        isa(), missing),
                op);
   if (missing.blocks == TABLE_TOO_NARROW) return 1;
   if (missing.blocks) return 1 + missing.blocks * ROOM_HEADS + missing.head;
-  check_status(decode({shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
-                       cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr},
+  DecodeCall call = {shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
+                     cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr, nullptr, nullptr};
+  if (kept) call.keep = reinterpret_cast<float*>(kept->of(kept_floats(call) * sizeof(float), op));
+  check_status(decode(call, parallel(), isa()), op);
+  return 0;
+}
+
+// The same of a layer that shares attention, once its anchor has taken the token in; always 0.
+inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const Rest& rest, const Token& token, Scratch& kept, void* out,
+                           const char* op) {
+  std::vector<Pool> values;
+  for (const int64_t plane : reuse.planes) values.push_back(anchor.planes[size_t(plane)]);
+  const Table table = {anchor.ids, anchor.width};
+  check_status(put_beside({token.shape, rest.rules, token.value, token.value_at, reuse.head_map.data(), values.data(), table,
+                           anchor.lengths},
+                          isa()),
+               op);
+  const float* weights = reuse.copies ? reinterpret_cast<const float*>(kept.of(0, op)) : nullptr;
+  const Shared shared = {reuse.head_map.data(), values.data(), anchor.rest.rules, weights};
+  check_status(decode({token.shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, anchor.keys.view(),
+                       anchor.values.view(), table, anchor.lengths, out, nullptr, nullptr, &shared},
                       parallel(), isa()),
                op);
   return 0;
@@ -107,16 +152,25 @@ struct Rotary {
   }
 };
 
-// What makes the queries, keys and values of one token: three weights, and three biases or null.
+// What makes the queries, keys and values of one token: three weights, and three biases or null. Of a layer that shares attention the
+// weights of its keys have no rows, and of a copy those of its queries.
 struct Projections {
   LinearCall calls[3];
   Shape shape;  // of the heads; rows are those of a step
 
   Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
-              DType dtype, const char* op) {
+              DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false) {
     STD_TORCH_CHECK(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
+    for (size_t i = 0; i < 3; i++) calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
+    if (anchor) {
+      shape = *anchor;
+      const int64_t queries = copies ? 0 : shape.kv_heads * shape.group * shape.head_dim, values = shape.kv_heads * shape.value_dim;
+      STD_TORCH_CHECK(kv_heads == shape.kv_heads && calls[0].outputs == queries && calls[1].outputs == 0 && calls[2].outputs == values,
+                      op, ": the weights of a layer that shares attention have ", calls[0].outputs, ", ", calls[1].outputs, " and ",
+                      calls[2].outputs, " outputs, not ", queries, ", 0 and ", values);
+      return;
+    }
     for (size_t i = 0; i < 3; i++) {
-      calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
       const int64_t of = i == 2 ? kv_heads : kv_heads * dim;
       STD_TORCH_CHECK(calls[i].outputs > 0 && calls[i].outputs % of == 0 && (i != 1 || calls[i].outputs == of), op, ": weight ", i,
                       " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
@@ -140,8 +194,12 @@ struct Projections {
       now[i].out = to;
       to += bytes_of(shape.dtype, rows * now[i].outputs);
     }
-    run(now, 3, op);
-    for (size_t i = 0; i < 2; i++)
+    LinearCall made[3];
+    int64_t count = 0;
+    for (const LinearCall& call : now)
+      if (call.outputs) made[count++] = call;
+    run(made, count, op);
+    for (size_t i = 0; i < 2 && now[i].outputs; i++)
       rotate({shape.dtype, rows, now[i].outputs / shape.head_dim, shape.head_dim, now[i].out, rotary.cos, rotary.sin,
               rotary.cos_row, rotary.sin_row},
              isa());
@@ -149,18 +207,6 @@ struct Projections {
     Token token = {shape, now[0].out, now[1].out, now[2].out, at(0, shape.head_dim), at(1, shape.head_dim), at(2, shape.value_dim)};
     token.shape.rows = rows;
     return token;
-  }
-};
-
-// Memory that a layer works in; grows to what the largest one wants.
-struct Scratch {
-  std::optional<Buffer<char>> held;
-  size_t bytes = 0;
-
-  char* of(size_t wanted, const char* op) {
-    if (!held || wanted > bytes) held.emplace(bytes = wanted);
-    STD_TORCH_CHECK(held->get(), op, ": no memory for ", wanted, " bytes");
-    return held->get();
   }
 };
 
@@ -173,8 +219,8 @@ struct DecoderLayer {
   float eps;
 
   DecoderLayer(const Tensor* weights, const Tensor* biases, const Tensor* norms, double eps, int64_t inputs, int64_t kv_heads,
-               int64_t dim, ScalarType type, DType dtype, const char* op)
-      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op), eps(float(eps)) {
+               int64_t dim, ScalarType type, DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false)
+      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, anchor, copies), eps(float(eps)) {
     STD_TORCH_CHECK(eps >= 0, op, ": eps is ", eps);
     for (size_t i = 0; i < 2; i++) scales[i] = dense(norms[i], {inputs}, type, op, "a norm");
     const Shape& shape = projections.shape;
@@ -188,9 +234,10 @@ struct DecoderLayer {
     gate.up = up.weight;
   }
 
-  // One token of every row: `x` to `out`, [rows, inputs] each. Returns as `take`.
-  int64_t step(const LayerCache& cache, const Rotary& rotary, int64_t rows, const void* x, void* out, Scratch& memory,
-               const char* op) const {
+  // One token of every row: `x` to `out`, [rows, inputs] each. `attend` is given the token and where its attention goes, and returns as
+  // `take`; so does this.
+  template <class Attend>
+  int64_t step(const Attend& attend, const Rotary& rotary, int64_t rows, const void* x, void* out, Scratch& memory, const char* op) const {
     const DType dtype = output.dtype;
     const int64_t inputs = output.outputs;
     const size_t heads = projections.bytes(rows), attended = bytes_of(dtype, rows * output.inputs), wide = bytes_of(dtype, rows * inputs);
@@ -205,7 +252,7 @@ struct DecoderLayer {
       run(&call, 1, op);
     };
     normalize(x, scales[0]);
-    if (const int64_t wanted = take(cache, projections.make(normed, rows, rotary, parts, op), mixed, op)) return wanted;
+    if (const int64_t wanted = attend(projections.make(normed, rows, rotary, parts, op), mixed)) return wanted;
     product(output, mixed, hidden, x);
     normalize(hidden, scales[1]);
     product(gate, normed, gated, nullptr);

@@ -57,4 +57,7 @@ const Kernels& kernels_of(Isa isa);
 // Returns where a half of a block lies; null if the pool has none of that id and so many bytes.
 const char* block_of(const Pool& pool, int64_t id, int64_t bytes);
 
+// Returns the bytes of a half of a block, -1 where the pool has none of that id.
+int64_t half_bytes_of(const Pool& pool, int64_t id);
+
 }  // namespace moacompress

@@ -90,7 +90,7 @@ class LayerBlocks:
     def state(self, lag: int) -> CacheState:
         """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""
         table, lengths, runs, refs = map(torch.from_numpy, (self.table.ids, self.lengths, self.runs, self.pool.refs))
-        return CacheState(self.pool.keys, self.pool.values, table, lengths, runs, refs, lag)
+        return CacheState(self.pool.keys, self.pool.values, table, lengths, runs, refs, lag, self.pool.planes())
 
     def make_room(self, room: Room) -> None:
         """Gives a compiled step what it lacks; the pool's lock is held."""

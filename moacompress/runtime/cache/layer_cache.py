@@ -225,8 +225,13 @@ class PlanCacheLayer(CacheLayer):
         return self.held is not None and not self.beside and self.held.has_memory_for(like)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
-        """As `can_step`, for hidden states `[rows, 1, hidden]` of as many rows, and no forward was left in its midst."""
-        return self.can_step(hidden) and self._pending is None and hidden.shape[0] == len(self.lengths)
+        """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
+        there = self.held is not None and self.held.has_memory_for(hidden)
+        return there and self._pending is None and hidden.shape[0] == len(self.lengths)
+
+    def state(self, lag: int) -> CacheState:
+        """Returns what a step through all layers reads and writes."""
+        return self.blocks_held().state(lag)
 
     def stepped(self, call: StepCall) -> torch.Tensor:
         """Makes a call that takes in one more token of every row, all real, and gives it room where it lacks some.

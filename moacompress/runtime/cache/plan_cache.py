@@ -16,7 +16,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.share import served, users_of
+from moacompress.rules.share import planes_of, served, users_of
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.cache.user_layer import UserCacheLayer
@@ -220,14 +220,12 @@ class PlanCache(Cache):
 
 def _layer(plan: Plan, layer: int, reserve: int | None) -> PlanCacheLayer | UserCacheLayer:
     """Returns the empty cache of a layer."""
-    share, kv_heads = plan.share(layer), plan.model.kv_heads
+    share = plan.share(layer)
     if share is None:
-        served_here = served(plan.shares, layer, kv_heads)
+        served_here = served(plan.shares, layer, plan.model.kv_heads)
         beside = tuple(
             tuple(FORMATS[plan.rules[user][head].value_format].code for user, head in each) for each in served_here
         )
         rules = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
         return PlanCacheLayer(rules, reserve, beside if any(beside) else ())
-    beside_anchor = served(plan.shares, share.anchor, kv_heads)
-    planes = tuple(beside_anchor[of].index((layer, head)) for head, of in enumerate(share.head_map))
-    return UserCacheLayer(share, planes, layer == users_of(plan.shares, share.anchor)[-1])
+    return UserCacheLayer(share, planes_of(plan.shares, layer), layer == users_of(plan.shares, share.anchor)[-1])

@@ -268,6 +268,18 @@ class Pool:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""
         return [more[plane] if plane < len(more) else own for own, more in zip(self.values, self.beside, strict=True)]
 
+    def planes(self) -> list[list[torch.Tensor]]:
+        """Returns of every plane of values beside the blocks' own its part of each segment, of no bytes where there is none."""
+
+        def part(number: int, plane: int) -> torch.Tensor:
+            more = self.beside[number]
+            return more[plane] if plane < len(more) else self._nothing(len(self.keys[number]))
+
+        return [[part(at, plane) for at in range(len(self.keys))] for plane in range(max(map(len, self.layout.beside)))]
+
+    def _nothing(self, blocks: int) -> torch.Tensor:
+        return torch.empty(blocks, 0, dtype=torch.uint8, device=self.device)
+
     def _kind(self, segment: int) -> int:
         return int(self.kinds[sum(map(len, self.keys[:segment]))])
 

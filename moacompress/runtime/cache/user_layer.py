@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,21 @@ class UserCacheLayer(CacheLayer):
         """No compiled call puts values beside others."""
         return False
 
-    can_step_rows = can_step
+    def can_step_rows(self, hidden: torch.Tensor) -> bool:
+        """See `PlanCacheLayer`: where its anchor can, and no forward was left in its midst."""
+        return self._pending is None and not self._is_behind
+
+    def state(self, lag: int) -> None:
+        """It has none of its own; see `PlanCacheLayer`."""
+
+    def arrays(self) -> tuple[Any, ...]:
+        """See `PlanCacheLayer`."""
+        return self.anchor, self._pending
+
+    @property
+    def lock(self) -> threading.RLock:
+        """See `PlanCacheLayer`."""
+        return self.anchor.lock
 
     def commit(self, chunk: Chunk) -> None:
         """Takes in the values of the chunk of the running forward.

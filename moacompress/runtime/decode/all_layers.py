@@ -65,7 +65,14 @@ class Reading:
         one = self.weights[0].projections.weights[0]
         rules = [context.rules for context in self.contexts]
         self._backend = backend_for(one)
-        self.bound = self._backend.read_layers(self.weights, head_dim=head_dim, rules=rules, scaling=scaling)
+        shares = tuple(context.share for context in self.contexts)
+        self.bound = self._backend.read_layers(
+            self.weights,
+            head_dim=head_dim,
+            rules=rules,
+            scaling=scaling,
+            shares=shares if any(shares) else (),
+        )
         self._dtype = one.dtype
         self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]
         self._modules: list[torch.nn.Module] = []
@@ -145,7 +152,7 @@ class CacheReading:
     def __init__(self, reading: Reading, caches: list[PlanCacheLayer]) -> None:
         # a cache that is kept does not keep the weights
         self._reading, self._caches, self._lag = weakref.ref(reading), caches, caches[0].lag
-        self.bound = reading.bound.read_caches([cache.blocks_held().state(self._lag) for cache in caches])
+        self.bound = reading.bound.read_caches([cache.state(self._lag) for cache in caches])
         self._arrays = [cache.arrays() for cache in caches]
 
     def holds(self, reading: Reading, caches: list[PlanCacheLayer]) -> bool:
@@ -281,9 +288,8 @@ def step_all(request: StackRequest) -> torch.Tensor | None:
 
 
 def _caches(request: StackRequest) -> list[PlanCacheLayer]:
-    return cast(
-        "list[PlanCacheLayer]", request.whole.layers
-    )  # under a plan where layers share there is no such request
+    # those of layers that share attention are as good: what is asked of them here they have
+    return cast("list[PlanCacheLayer]", request.whole.layers)
 
 
 def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:

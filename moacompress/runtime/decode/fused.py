@@ -29,6 +29,7 @@ from moacompress.runtime.hf import compat
 from moacompress.runtime.hf.capturing import do_something
 from moacompress.runtime.hf.compat import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
+from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
 PLAIN = (nn.Linear, PackedLinear)
@@ -111,7 +112,9 @@ class _FusedLayer:
         return take(LayerRequest(context, cache, hidden_states, Rotary(*rotary), scaling, layer.weights))
 
 
-def _read(layers: Iterable[Any], hidden: torch.Tensor) -> Projections | None:
+def _read(
+    layers: Iterable[Any], hidden: torch.Tensor, kinds: tuple[type[nn.Module], ...] = PLAIN
+) -> Projections | None:
     """Returns weights and biases of linear layers, or None where the compiled kernels cannot use them.
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
@@ -120,7 +123,7 @@ def _read(layers: Iterable[Any], hidden: torch.Tensor) -> Projections | None:
         return None
     weights, biases = [], []
     for layer in layers:
-        if type(layer) not in PLAIN or _is_touched(layer):
+        if type(layer) not in kinds or _is_touched(layer):
             return None
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
@@ -132,8 +135,19 @@ def _read(layers: Iterable[Any], hidden: torch.Tensor) -> Projections | None:
     return Projections(weights, biases)
 
 
-def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections: Projections) -> bool:
-    """Whether attention's forward is one that can be asked for by its projections' weights and biases."""
+def _fits(
+    module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections: Projections, among_all: bool = False
+) -> bool:
+    """Whether attention's forward is one that can be asked for by its projections' weights and biases.
+
+    Args:
+        module: the attention.
+        hidden: what comes into it.
+        rotary: cosines and sines.
+        call: what the plan's hook hands to it.
+        projections: the weights and biases.
+        among_all: whether all layers are asked for together, those too that share attention.
+    """
     weights, biases = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
@@ -148,16 +162,18 @@ def _fits(module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections
     context, (queries, keys, values) = call.context, (weight.shape[0] for weight in weights)
     return (
         sliding in (None, context.native_window)
-        and not context.takes_part
+        and (among_all or not context.takes_part)
         and module.is_causal
         and cos.shape[-1] == sin.shape[-1] == head_dim
-        and keys == context.kv_heads * head_dim
+        and keys == (0 if context.share is not None else context.kv_heads * head_dim)
         and values % context.kv_heads == 0
-        and queries % keys == 0
+        and queries % (context.kv_heads * head_dim) == 0
     )
 
 
-def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any]) -> _LayerParts | None:
+def _layer(
+    module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any], among_all: bool = False
+) -> _LayerParts | None:
     """Returns the parts of a decoder layer, or None where its step cannot be asked for; `kwargs` has the cache."""
     if not capabilities_for(hidden).step_layer:
         return None
@@ -175,7 +191,8 @@ def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any
     if any(map(_is_touched, others)):
         return None
     linears = (*(own[name] for name in PROJECTIONS), own["o_proj"], *(beside[name] for name in FEED_FORWARD))
-    found, scales = _read(linears, hidden), [norm._parameters["weight"] for norm in norms]
+    found = _read(linears, hidden, (*PLAIN, DroppedProjection) if among_all else PLAIN)
+    scales = [norm._parameters["weight"] for norm in norms]
     if found is None or len(found[1]) not in (0, 3) or any(part.bias is not None for part in linears[3:]):
         return None
     eps = norms[0].variance_epsilon
@@ -184,7 +201,7 @@ def _layer(module: Any, hidden: torch.Tensor, rotary: Any, kwargs: dict[str, Any
     weights, biases = found
     projections = Projections(weights[:3], biases)
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
-    if call is None or not _fits(attention, hidden, rotary, call, projections):
+    if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
         return None
     return _LayerParts(attention, call, LayerWeights(projections, AroundAttention(scales, eps, weights[3:])))
 
@@ -222,7 +239,7 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
     numbers, biased = set(), set()
     for module in layers:
         untouched = are_fused((module,)) and not _is_touched(module)
-        layer = _layer(module, hidden, rotary, {"cache": cache}) if untouched else None
+        layer = _layer(module, hidden, rotary, {"cache": cache}, among_all=True) if untouched else None
         if layer is None:
             return None
         reading.weights.append(layer.weights)

@@ -144,8 +144,7 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)
-    # a compiled step knows of no layers that share attention
-    stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) and not plan.shares else None
+    stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) else None
     handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder, stack), with_kwargs=True)]
     for layer, module in enumerate(modules):
         hook = AttentionHook(_context(plan, layer))
