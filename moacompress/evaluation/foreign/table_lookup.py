@@ -1,0 +1,87 @@
+"""A long table of several columns, as markdown or CSV, of which one cell is asked for by its row and its column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.foreign.names import NAMES, draw_names
+from moacompress.evaluation.prompt_request import PromptRequest
+
+Layout = Literal["markdown", "csv"]
+LAYOUTS: tuple[Layout, ...] = ("markdown", "csv")
+COLUMNS = 3
+ROW_TOKENS = 16
+"""A row surely has more tokens: how many are drawn at most."""
+CELLS = (1000, 10_000)
+"""The cells are integers from the first up, below the second."""
+TEMPLATE = "Here is a table of {title}.\n\n{context}\n\nIn the table above, what is the {column} of {name}?"
+PREFIX = "The {column} of {name} is"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a table is about: its title, what a row stands for, and the columns there may be."""
+
+    title: str
+    row: str
+    columns: tuple[str, ...]
+
+
+SUBJECTS = (
+    Subject("towns", "town", ("population", "elevation", "rainfall", "area", "budget", "founding year")),
+    Subject("ships", "ship", ("tonnage", "length", "crew", "range", "cargo", "horsepower")),
+    Subject("employees", "surname", ("salary", "badge", "bonus", "mileage", "pension", "overtime")),
+    Subject("farms", "farm", ("acreage", "yield", "livestock", "rent", "turnover", "subsidy")),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what a row stands for, the columns, and for every row its name and its cells."""
+
+    row: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def text(self, layout: Layout) -> str:
+        """Returns the table as it is written in markdown or CSV."""
+        lines: list[list[str]] = [[self.row, *self.columns], *([name, *map(str, cells)] for name, cells in self.rows)]
+        if layout == "csv":
+            return "\n".join(",".join(line) for line in lines)
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def make_table_lookup(request: PromptRequest) -> PromptDraft:
+    """Returns a table of different rows, one cell of which is asked for.
+
+    Raises:
+        DataError: the length is too short, or too long for the names there are.
+    """
+    rng = request.rng
+    subject, layout = SUBJECTS[int(rng.integers(len(SUBJECTS)))], LAYOUTS[int(rng.integers(len(LAYOUTS)))]
+    columns = tuple(subject.columns[index] for index in rng.permutation(len(subject.columns))[:COLUMNS])
+    limit = min(request.length // ROW_TOKENS, NAMES - 1)
+    names = draw_names(rng, limit + 1)
+    cells = rng.integers(*CELLS, (limit + 1, COLUMNS)).tolist()
+    asked, *others = [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
+    depth, column = float(rng.random()), int(rng.integers(COLUMNS))
+
+    def write(count: int) -> PromptDraft:
+        before = round(depth * count)
+        table = Table(subject.row, columns, (*others[:before], asked, *others[before:count]))
+        return render(subject.title, table, layout, before, column)
+
+    short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
+    return request.fit(write, limit, short)
+
+
+def render(title: str, table: Table, layout: Layout, row: int, column: int) -> PromptDraft:
+    """Returns the prompt of a table in which the cell of `row` and `column`, by their index, is asked for."""
+    name, cells = table.rows[row]
+    asked = {"column": table.columns[column], "name": name}
+    user = TEMPLATE.format(title=title, context=table.text(layout), **asked)
+    value = str(cells[column])
+    return PromptDraft((user,), f"\n{PREFIX.format(**asked)}", Answer.of(value), (value,))
