@@ -20,7 +20,7 @@ from moacompress.evaluation.foreign.names import NAMES, SPEAKERS, draw_names
 from moacompress.evaluation.foreign.table_lookup import Table
 from moacompress.evaluation.tasks import make_cases
 from moacompress.prompts.generators import TASKS, Values, make_prompt
-from moacompress.prompts.pools import Prose
+from moacompress.prompts.pools import Prose, draw_codes
 from moacompress.recipe import Generator
 
 if TYPE_CHECKING:
@@ -158,6 +158,12 @@ def test_calibration_has_nothing_of_them(calibrated: str, tiny_tokenizer: PreTra
         for text, value in drawn(task, 1500, 5, tiny_tokenizer):
             assert value not in re.findall(r"[\w-]+", calibrated)
             assert set(text.split("\n")[2:]) & set(calibrated.split("\n")) <= {""}
+
+
+def test_no_code_of_calibration_has_their_form() -> None:
+    for split in ("calibration", "validation"):
+        codes = draw_codes(np.random.default_rng(0), split, 2000)
+        assert not any(re.search(r"[A-Z]{2}-\d{4}", code) for code in codes)
 
 
 def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
