@@ -79,10 +79,14 @@ def test_table_lookup(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     draft = table_lookup.render("towns", table, "markdown", 1, 0)
     assert draft.messages == (
         "Here is a table of towns.\n\n| town | area | budget |\n| --- | --- | --- |\n| Ashford | 1111 | 2222 |\n"
-        "| Beckham | 3333 | 4444 |\n\nIn the table above, what is the area of Beckham?",
+        "| Beckham | 3333 | 4444 |\n\nIn the table above, what is the area of Beckham? "
+        "Repeat its row up to there.",
     )
-    assert (draft.prefix, draft.references) == ("\nThe area of Beckham is", ("3333",))
+    assert (draft.prefix, draft.answer.text, draft.references) == ("\n| Beckham |", " 3333", ("3333",))
     assert values_of(draft, tiny_tokenizer) == "3333"
+    second = table_lookup.render("towns", table, "csv", 0, 1)
+    assert (second.prefix, second.answer.text) == ("\nAshford,1111,", "2222")
+    assert values_of(second, tiny_tokenizer) == "2222"
     assert table.text("csv") == "town,area,budget\nAshford,1111,2222\nBeckham,3333,4444"
 
 
@@ -98,7 +102,7 @@ def test_drawn_tables(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         (row,) = [row for row in rows if row[0] == name]
         assert row[header.index(column)] == value
         columns.add(header.index(column))
-    assert (layouts, columns) == ({True, False}, {1, 2, 3})
+    assert (layouts, columns) == ({True, False}, {2, 3})
     with pytest.raises(DataError, match=r"task table-lookup has 7,\d+ names, too few for a prompt of 400,000 tokens"):
         make_cases("table-lookup", 400_000, 1, 0, tiny_tokenizer)
 

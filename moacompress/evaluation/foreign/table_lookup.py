@@ -1,7 +1,12 @@
-"""A long table of several columns, as markdown or CSV, of which one cell is asked for by its row and its column."""
+"""A long table of several columns, as markdown or CSV, of which one cell is asked for by its row and its column.
+
+The answer begins with the row as far as it is before that cell, which is never the first: asked in a sentence, a small model
+takes any number of the table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +21,10 @@ ROW_TOKENS = 16
 """A row surely has more tokens: how many are drawn at most."""
 CELLS = (1000, 10_000)
 """The cells are integers from the first up, below the second."""
-TEMPLATE = "Here is a table of {title}.\n\n{context}\n\nIn the table above, what is the {column} of {name}?"
-PREFIX = "The {column} of {name} is"
+TEMPLATE = (
+    "Here is a table of {title}.\n\n{context}\n\nIn the table above, what is the {column} of {name}? Repeat its row up "
+    "to there."
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,19 @@ class Table:
     def text(self, layout: Layout) -> str:
         """Returns the table as it is written in markdown or CSV."""
         lines: list[list[str]] = [[self.row, *self.columns], *([name, *map(str, cells)] for name, cells in self.rows)]
-        if layout == "csv":
-            return "\n".join(",".join(line) for line in lines)
-        lines.insert(1, ["---"] * len(lines[0]))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        if layout == "markdown":
+            lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(_line(cells, layout) for cells in lines)
+
+    def opening(self, layout: Layout, row: int, column: int) -> str:
+        """Returns how a row is written up to a cell, both by their index: the cell's text follows without a space."""
+        name, cells = self.rows[row]
+        line = _line([name, *map(str, cells[:column]), "?"], layout)
+        return line[: line.rindex("?")]
+
+
+def _line(cells: Sequence[str], layout: Layout) -> str:
+    return ",".join(cells) if layout == "csv" else f"| {' | '.join(cells)} |"
 
 
 def make_table_lookup(request: PromptRequest) -> PromptDraft:
@@ -67,7 +83,7 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
     names = draw_names(rng, limit + 1)
     cells = rng.integers(*CELLS, (limit + 1, COLUMNS)).tolist()
     asked, *others = [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
-    depth, column = float(rng.random()), int(rng.integers(COLUMNS))
+    depth, column = float(rng.random()), int(rng.integers(1, COLUMNS))
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
@@ -81,7 +97,7 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
 def render(title: str, table: Table, layout: Layout, row: int, column: int) -> PromptDraft:
     """Returns the prompt of a table in which the cell of `row` and `column`, by their index, is asked for."""
     name, cells = table.rows[row]
-    asked = {"column": table.columns[column], "name": name}
-    user = TEMPLATE.format(title=title, context=table.text(layout), **asked)
-    value = str(cells[column])
-    return PromptDraft((user,), f"\n{PREFIX.format(**asked)}", Answer.of(value), (value,))
+    user = TEMPLATE.format(title=title, context=table.text(layout), column=table.columns[column], name=name)
+    opening, value = table.opening(layout, row, column), str(cells[column])
+    space = " " if opening.endswith(" ") else ""
+    return PromptDraft((user,), f"\n{opening.rstrip()}", Answer.of(value, before=space), (value,))
