@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moacompress.core.errors import DataError, UsageError
+from moacompress.prompts.field_records import (
+    FIELDS,
+    LAYOUTS,
+    RECORD_FIELDS,
+    TEMPLATE,
+    FieldRecord,
+    record_opening,
+    record_value,
+)
 from moacompress.prompts.fitting import largest_fit
 from moacompress.prompts.pools import (
     KEYS_PER_SPLIT,
@@ -27,15 +36,6 @@ from moacompress.prompts.pools import (
     sentence_ends,
 )
 from moacompress.prompts.recall import WORDS, Recall, most_pairs, pairs_text, question
-from moacompress.prompts.records import (
-    FIELDS,
-    LAYOUTS,
-    RECORD_FIELDS,
-    TEMPLATE,
-    FieldRecord,
-    record_opening,
-    record_value,
-)
 from moacompress.prompts.templates import Prompt, encode_prompt, encode_text
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from moacompress.evaluation.foreign import dialogue_fact, legal_codes, table_loo
 from moacompress.evaluation.foreign.dialogue_fact import SaidFact
 from moacompress.evaluation.foreign.legal_codes import FiledCode
 from moacompress.evaluation.foreign.names import NAMES, SPEAKERS, draw_names
-from moacompress.evaluation.foreign.table_lookup import Table
+from moacompress.evaluation.foreign.table_lookup import CellTable
 from moacompress.evaluation.tasks import make_cases
 from moacompress.prompts.generators import TASKS, Values, make_prompt
 from moacompress.prompts.pools import Prose, draw_codes
@@ -75,7 +75,7 @@ def test_drawn_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_table_lookup(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    table = Table("town", ("area", "budget"), (("Ashford", (1111, 2222)), ("Beckham", (3333, 4444))))
+    table = CellTable("town", ("area", "budget"), (("Ashford", (1111, 2222)), ("Beckham", (3333, 4444))))
     draft = table_lookup.render("towns", table, "markdown", 1, 0)
     assert draft.messages == (
         "Here is a table of towns.\n\n| town | area | budget |\n| --- | --- | --- |\n| Ashford | 1111 | 2222 |\n"

@@ -15,6 +15,7 @@ import pytest
 
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation import tasks, vocabulary
+from moacompress.prompts.field_records import FIELDS, LAYOUTS, FieldRecord, record_opening
 from moacompress.prompts.generators import (
     ANSWER_ROOM,
     TASKS,
@@ -37,7 +38,6 @@ from moacompress.prompts.pools import (
     draw_numbers,
 )
 from moacompress.prompts.recall import WORDS
-from moacompress.prompts.records import FIELDS, LAYOUTS, FieldRecord, record_opening
 from moacompress.prompts.templates import encode_prompt
 
 if TYPE_CHECKING:

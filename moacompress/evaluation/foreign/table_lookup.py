@@ -14,8 +14,8 @@ from moacompress.evaluation.drafts import Answer, PromptDraft
 from moacompress.evaluation.foreign.names import NAMES, draw_names
 from moacompress.evaluation.prompt_request import PromptRequest
 
-Layout = Literal["markdown", "csv"]
-LAYOUTS: tuple[Layout, ...] = ("markdown", "csv")
+TableLayout = Literal["markdown", "csv"]
+LAYOUTS: tuple[TableLayout, ...] = ("markdown", "csv")
 COLUMNS = 3
 ROW_TOKENS = 16
 """A row surely has more tokens: how many are drawn at most."""
@@ -45,28 +45,28 @@ SUBJECTS = (
 
 
 @dataclass(frozen=True)
-class Table:
+class CellTable:
     """A table: what a row stands for, the columns, and for every row its name and its cells."""
 
     row: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[int, ...]], ...]
 
-    def text(self, layout: Layout) -> str:
+    def text(self, layout: TableLayout) -> str:
         """Returns the table as it is written in markdown or CSV."""
         lines: list[list[str]] = [[self.row, *self.columns], *([name, *map(str, cells)] for name, cells in self.rows)]
         if layout == "markdown":
             lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(_line(cells, layout) for cells in lines)
 
-    def opening(self, layout: Layout, row: int, column: int) -> str:
+    def opening(self, layout: TableLayout, row: int, column: int) -> str:
         """Returns how a row is written up to a cell, both by their index: the cell's text follows without a space."""
         name, cells = self.rows[row]
         line = _line([name, *map(str, cells[:column]), "?"], layout)
         return line[: line.rindex("?")]
 
 
-def _line(cells: Sequence[str], layout: Layout) -> str:
+def _line(cells: Sequence[str], layout: TableLayout) -> str:
     return ",".join(cells) if layout == "csv" else f"| {' | '.join(cells)} |"
 
 
@@ -87,14 +87,14 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
-        table = Table(subject.row, columns, (*others[:before], asked, *others[before:count]))
+        table = CellTable(subject.row, columns, (*others[:before], asked, *others[before:count]))
         return render(subject.title, table, layout, before, column)
 
     short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
     return request.fit(write, limit, short)
 
 
-def render(title: str, table: Table, layout: Layout, row: int, column: int) -> PromptDraft:
+def render(title: str, table: CellTable, layout: TableLayout, row: int, column: int) -> PromptDraft:
     """Returns the prompt of a table in which the cell of `row` and `column`, by their index, is asked for."""
     name, cells = table.rows[row]
     user = TEMPLATE.format(title=title, context=table.text(layout), column=table.columns[column], name=name)
