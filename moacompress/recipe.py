@@ -20,7 +20,7 @@ from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]
-Generator = Literal["needle", "multi-needle", "key-value", "recall"]
+Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
 
 
 def _lengths(value: Any) -> Any:
@@ -65,15 +65,17 @@ class SourceRecipe(_Section):
     config: str | None = Field(None, description="configuration name of the hub set")
     split: str = Field("train", description="split of the hub set")
     haystack: Literal["noise", "prose"] = Field("noise", description="filler of a generator; prose needs `text`")
-    values: Literal["numbers", "uuids"] = Field("numbers", description="what needles and key-value pairs hide")
+    values: Literal["numbers", "uuids", "codes"] = Field(
+        "numbers", description="what needles, key-value pairs and records hide"
+    )
     weight: float = Field(1.0, gt=0, le=1000, description="share of the samples, relative to the other sources")
 
     @model_validator(mode="after")
     def _one_kind(self) -> SourceRecipe:
         if sum(kind is not None for kind in (self.generator, self.path, self.dataset)) != 1:
             raise ValueError("a source names exactly one of generator, path, dataset")
-        if self.values != "numbers" and self.generator not in ("needle", "multi-needle", "key-value"):
-            raise ValueError(f"only needles and key-value pairs have values; {self._name} has none to choose")
+        if self.values != "numbers" and self.generator not in ("needle", "multi-needle", "key-value", "records"):
+            raise ValueError(f"only needles, key-value pairs and records have values; {self._name} has none to choose")
         return self
 
     @property

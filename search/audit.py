@@ -147,7 +147,7 @@ def audit(
     samples = list(samples)
     if not samples:
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
-    request = SearchRequest.of(profile, budget, profile.recipe)
+    request = SearchRequest.of(profile, budget, profile.recipe, model=model)
     masking = masking_rules(
         profile.shape, profile.spans, profile.min_window, [len(sample.input_ids) for sample in samples]
     )

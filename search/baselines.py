@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -140,13 +139,13 @@ def _too_few_bytes(
     text = f"no {name} plan fits {limit:,} KV bytes at {format_length(n)} tokens{more}"
     if name == "quantized":
         rules, what = (
-            [_in_formats(Rule.FULL, pair) for pair in pairs if pair != NATIVE_PAIR],
+            [Rule.FULL.in_formats(*pair) for pair in pairs if pair != NATIVE_PAIR],
             "everything in the shortest codes",
         )
         if not rules:
             return f"{text}: no format but native is on offer"
     else:
-        rules = [_in_formats(Rule(min(sinks), min_window, 0), pair) for pair in pairs]
+        rules = [Rule(min(sinks), min_window, 0).in_formats(*pair) for pair in pairs]
         what = f"a window of {min_window} tokens with a sink of {min(sinks)}"
     return f"{text}: {what} takes {min(_kv_bytes(shape, rule, min_window, n) for rule in rules):,}"
 
@@ -188,15 +187,10 @@ def _quantized(
     shape: ModelShape, limits: Mapping[int, int], sink: int, min_window: int, pair: FormatPair
 ) -> Plan | None:
     """Everything in a pair of formats, whatever the sink; no candidate where that is the dense model."""
-    rule = _in_formats(Rule.FULL, pair)
+    rule = Rule.FULL.in_formats(*pair)
     if rule.is_native or not _fits(shape, rule, limits, min_window):
         return None
     return Plan.uniform(shape, rule, min_window)
-
-
-def _in_formats(rule: Rule, pair: FormatPair) -> Rule:
-    keys, values = pair
-    return replace(rule, key_format=keys, value_format=values)
 
 
 class _Costs:
@@ -212,7 +206,7 @@ class _Costs:
 
     def in_formats(self, pair: FormatPair) -> _Costs:
         """Returns the same spans in a pair of formats."""
-        return _Costs(self.shape, self.min_window, tuple(_in_formats(rule, pair) for rule in self.rules), self.harm)
+        return _Costs(self.shape, self.min_window, tuple(rule.in_formats(*pair) for rule in self.rules), self.harm)
 
     @staticmethod
     def of(name: str, shape: ModelShape, min_window: int, profile: Profile | None) -> _Costs:

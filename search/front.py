@@ -68,7 +68,7 @@ def find_front(
     """
     started, progress = time.monotonic(), progress or SILENT
     low, high = _shares(budgets)
-    request = SearchRequest.of(profile, f"{low:.6f}", recipe)
+    request = SearchRequest.of(profile, f"{low:.6f}", recipe, model=model)
     key = fingerprint(["front", request.key, low, high])
     storage = recipe.search.storage or str(front_journal(out))
     name = f"moacompress-{key}"

@@ -13,6 +13,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
 from moacompress.rules.cost import budget_limits, layer_floors
@@ -51,6 +52,7 @@ class SearchRequest:
         limits: most KV bytes at every length that the budgets restrict.
         surrogate: not yet calibrated.
         starts: knobs that are tried right after the neutral ones.
+        computes_in: the dtype that the model computes in, on which what it measures depends.
     """
 
     profile: Profile
@@ -58,13 +60,25 @@ class SearchRequest:
     asked: tuple[str, ...]
     limits: dict[int, int]
     surrogate: Surrogate
-    starts: tuple[Knob, ...] = ()
+    starts: tuple[Knob, ...]
+    computes_in: str
 
     @staticmethod
     def of(
-        profile: Profile, budget: str | Sequence[str] | None, recipe: Recipe, starts: Sequence[Knob] = ()
+        profile: Profile,
+        budget: str | Sequence[str] | None,
+        recipe: Recipe,
+        starts: Sequence[Knob] = (),
+        model: SourceModel | None = None,
     ) -> SearchRequest:
         """Reads the budgets and the profile.
+
+        Args:
+            profile: finished.
+            budget: as `find_plan` takes it.
+            recipe: the run.
+            starts: knobs that are tried right after the neutral ones.
+            model: the model where it is loaded already; by default it will be as the recipe says.
 
         Raises:
             BudgetError: as `find_plan`.
@@ -82,12 +96,15 @@ class SearchRequest:
             )
         influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts))
+        loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
+        computes_in = loaded_in if model is None else model.computes_in
+        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in)
 
     @cached_property
     def key(self) -> str:
         """Fingerprint of all that decides the result but for how long the search may take."""
         search = self.recipe.search
+        in_other = self.computes_in != self.profile.shape.dtype
         return fingerprint(
             {
                 "version": SEARCH_VERSION,
@@ -106,6 +123,7 @@ class SearchRequest:
                 "moa": "moa" in self.profile.offering(()).estimators,
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
+                **({"computes_in": self.computes_in} if in_other else {}),
             }
         )
 

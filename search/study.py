@@ -78,7 +78,7 @@ def find_plan(
     started = time.monotonic()
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
-    request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts)
+    request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts, model)
     path = None if out is None else Path(out)
     with nullcontext() if path is None else own_file(path):
         if path is not None:

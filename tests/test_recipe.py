@@ -40,7 +40,7 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"calibration": {"sources": [{}]}}, "exactly one of generator, path, dataset"),
         (
             {"calibration": {"sources": [{"generator": "recall", "values": "uuids"}]}},
-            "only needles and key-value pairs have values; recall has none to choose",
+            "only needles, key-value pairs and records have values; recall has none to choose",
         ),
         ({"calibration": {"sources": [{"generator": "needle", "path": "x"}]}}, "exactly one of"),
         ({"calibration": {"sources": [{"generator": "nedle"}]}}, "calibration.sources.0.generator: "),

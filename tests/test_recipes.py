@@ -30,6 +30,16 @@ def test_recipe(file: Path) -> None:
     assert file.read_text("utf-8").startswith("# ")
 
 
+def test_one_profile_serves_every_budget() -> None:
+    recipes = [Recipe.load(FOLDER / "smollm2-135m" / f"{name}.yaml") for name in ("quarter", "eighth", "sixteenth")]
+    assert len({recipe.budget for recipe in recipes}) == 3
+    for recipe in recipes:
+        assert (recipe.calibration, recipe.profile, recipe.dtype, recipe.seed, recipe.model) == (
+            (recipes[0].calibration, recipes[0].profile, recipes[0].dtype, recipes[0].seed, recipes[0].model)
+        )
+        assert (recipe.search.trials, recipe.search.rounds, recipe.search.moves) == (6, 1, 12)
+
+
 PLANS = sorted((FOLDER.parent / "docs" / "plans").glob("*.json"))
 
 

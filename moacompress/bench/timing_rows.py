@@ -14,6 +14,7 @@ from moacompress.bench.bench_request import SIDES, Cell
 from moacompress.bench.graphs import Proof
 from moacompress.bench.sides import STATIC
 from moacompress.rules.budget import format_length
+from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 
 TimingRow = dict[str, Any]
@@ -87,6 +88,7 @@ def make_row(
         "repeats": len(next(iter(ms.values()))),
         "kv_bytes_plan": plan_kv,
         "kv_bytes_dense": dense_kv,
+        "bits": kept_bits(plan, cell.length),
         "weight_bytes": weights,
         "packed_bytes": measured["packed_bytes"],
         "byte_ratio": (weights + dense_kv) / (weights + plan_kv),

@@ -67,7 +67,7 @@ def required_model(given: str | None, recipe_model: str | None) -> str:
 
 
 def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
-    """Returns the recipe form of `--source`: generators, `generator-prose`, `-uuids` of both, data files and hub sets.
+    """Returns the recipe form of `--source`: generators, `generator-prose`, either with `-uuids` or `-codes`, files, hub sets.
 
     Raises:
         UsageError: a name that is none of them.
@@ -77,8 +77,10 @@ def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
 
 def _source(name: str) -> dict[str, Any]:
     generators = get_args(Generator)
-    task = name.removesuffix("-uuids")
-    values = {} if task == name else {"values": "uuids"}
+    task, values = name, {}
+    for kind in ("uuids", "codes"):
+        if name.endswith(f"-{kind}"):
+            task, values = name.removesuffix(f"-{kind}"), {"values": kind}
     kind, _, haystack = task.rpartition("-")
     if task in generators:
         return {"generator": task, **values}

@@ -17,6 +17,9 @@ from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.associative_recall import make_recall
 from moacompress.evaluation.cases import Case, Match
 from moacompress.evaluation.drafts import Answer, PromptDraft, encode_draft
+from moacompress.evaluation.foreign.dialogue_fact import make_dialogue_fact
+from moacompress.evaluation.foreign.legal_codes import make_legal_codes
+from moacompress.evaluation.foreign.table_lookup import make_table_lookup
 from moacompress.evaluation.longeval import make_lines
 from moacompress.evaluation.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.ruler.counting import make_common, make_frequent
@@ -129,6 +132,9 @@ TASKS: dict[str, EvaluationTask] = {
         EvaluationTask(
             "second-question", "a second needle asked for on a context already read", make_second_question, True
         ),
+        EvaluationTask("legal-codes", "a reference code stated once in legal prose", make_legal_codes, False),
+        EvaluationTask("table-lookup", "a cell of a table, by row and column", make_table_lookup, True),
+        EvaluationTask("dialogue-fact", "a number that one of several speakers said once", make_dialogue_fact, True),
     )
 }
 GROUPS = ("ruler", "all")

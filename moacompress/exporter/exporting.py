@@ -9,17 +9,19 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
-from moacompress.core.errors import ArtefactError, PlanError
+from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import new_folder, write_text
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.models.source import SourceModel, is_compressed, load_source
 from moacompress.recipe import shared_name
+from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ def export(
     if reused:
         progress.done()
         return out
+    warn_of_budget(plan)
     plan = _shared(plan)
     progress.step("model loaded")
     with new_folder(out, overwrite) as aside:
@@ -103,6 +106,30 @@ def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: b
             return model
         model = model.source
     return load_source(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def warn_of_budget(plan: Plan) -> None:
+    """Warns where a plan takes more than the budget that it was searched for, as codes do beside a smaller dtype."""
+    lengths = sorted(map(int, plan.budget.get("bytes", ())))
+    over: dict[int, int] = {}
+    for text in plan.budget.get("asked", ()):
+        with suppress(BudgetError):  # a form of budget that a plan of another version was found for
+            for n, limit in Budget.parse(text).limits(plan.model, lengths).items():
+                if plan.kv_bytes(n) > limit:
+                    over[n] = min(limit, over.get(n, limit))
+    if not over:
+        return
+    n, limit = max(over.items(), key=lambda item: plan.kv_bytes(item[0]) / item[1])
+    dense = plan.model.dense_kv_bytes(n)
+    logger.warning(
+        "in %s the plan takes %.1f%% of the dense KV bytes at %s tokens, more than the %.1f%% of the budget %s: codes and "
+        "their scales are as large as before, the dense numbers smaller",
+        plan.model.dtype,
+        100 * plan.kv_bytes(n) / dense,
+        format_length(n),
+        100 * limit / dense,
+        ", ".join(map(str, plan.budget["asked"])),
+    )
 
 
 def _shared(plan: Plan) -> Plan:

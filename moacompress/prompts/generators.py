@@ -1,7 +1,7 @@
-"""Synthetic tasks that need one place far back: RULER's needles, a JSON object of keys and values, associative recall.
+"""Synthetic tasks that need one place far back: RULER's needles, pairs of keys and values, records of fields, recall.
 
 Every prompt is fitted to a length in tokens: chat template, answer prefix and room for the answer included, as near
-below it as one sentence of noise, one word of prose or one pair of keys and values allows.
+below it as one sentence of noise, one word of prose, one pair of keys and values or one record allows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moacompress.core.errors import DataError, UsageError
+from moacompress.prompts.field_records import (
+    FIELDS,
+    LAYOUTS,
+    RECORD_FIELDS,
+    TEMPLATE,
+    FieldRecord,
+    record_opening,
+    record_value,
+)
 from moacompress.prompts.fitting import largest_fit
 from moacompress.prompts.pools import (
     KEYS_PER_SPLIT,
     NOISE,
     Prose,
     Split,
+    draw_codes,
     draw_keys,
     draw_numbers,
     draw_uuids,
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Haystack = Literal["noise", "prose"]
-Values = Literal["numbers", "uuids"]
+Values = Literal["numbers", "uuids", "codes"]
 ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
@@ -47,6 +57,8 @@ PAIRS = (
     'What is the value of the key "{key}"?'
 )
 PAIRS_PREFIX = '"{key}":'
+RECORD_TOKENS = 8
+"""A record surely has more tokens: how many are drawn at most."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class SyntheticTask:
 
     Attributes:
         name: as given on the command line and written in results.
-        kind: `needle`, `multi-needle`, `key-value` or `recall`, as in recipes.
+        kind: `needle`, `multi-needle`, `key-value`, `records` or `recall`, as in recipes.
         haystack: the filler; None where the task makes its own.
     """
 
@@ -72,11 +84,13 @@ TASKS = {
         SyntheticTask("multi-needle-noise", "multi-needle", "noise"),
         SyntheticTask("multi-needle-prose", "multi-needle", "prose"),
         SyntheticTask("key-value", "key-value", None),
+        SyntheticTask("records", "records", None),
         SyntheticTask("recall", "recall", None),
     )
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
-_KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid"}
+_KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid", "codes": "code"}
+_DRAW = {"numbers": draw_numbers, "uuids": draw_uuids, "codes": draw_codes}
 
 
 def find_task(name: str) -> SyntheticTask:
@@ -119,6 +133,8 @@ def make_prompt(
     task = find_task(task) if isinstance(task, str) else task
     if task.kind == "key-value":
         return make_key_value(rng, split, tokenizer, length, values)
+    if task.kind == "records":
+        return make_records(rng, split, tokenizer, length, values)
     if task.kind == "recall":
         return make_recall(rng, split, tokenizer, length)
     return make_needle(rng, split, tokenizer, length, task.haystack or "noise", text, KEYS_OF_KIND[task.kind], values)
@@ -140,7 +156,7 @@ def make_needle(
     """
     kind = "needle" if keys == 1 else "multi-needle"
     task, noun = f"{kind}-{haystack}", _KIND_OF_VALUE[values]
-    names, hidden = draw_keys(rng, split, keys), _draw(rng, split, keys, values)
+    names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
     needles = [NEEDLE.format(kind=noun, key=key, value=value) for key, value in zip(names, hidden, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
@@ -174,13 +190,13 @@ def make_key_value(
     length: int,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns a JSON object of word keys and 7-digit numbers or UUIDs, one of which is asked for.
+    """Returns a JSON object of word keys and 7-digit numbers, UUIDs or codes, one of which is asked for.
 
     Arguments and errors are those of `make_prompt`.
     """
     limit = min(length, KEYS_PER_SPLIT) - 1
     count = limit + 1
-    (asked, *others), (value, *fillers) = draw_keys(rng, split, count), _draw(rng, split, count, values)
+    (asked, *others), (value, *fillers) = draw_keys(rng, split, count), _DRAW[values](rng, split, count)
     quote = "" if values == "numbers" else '"'
     depth = float(rng.random())
     prefix = PAIRS_PREFIX.format(key=asked)
@@ -195,8 +211,41 @@ def make_key_value(
     return Prompt(user(count), prefix, answer, "key-value", "key-value")
 
 
-def _draw(rng: np.random.Generator, split: Split, count: int, values: Values) -> list[str]:
-    return (draw_uuids if values == "uuids" else draw_numbers)(rng, split, count)
+def make_records(
+    rng: np.random.Generator,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    values: Values = "numbers",
+) -> Prompt:
+    """Returns records of a few fields each, all in one layout, and asks for one field of one of them.
+
+    Arguments and errors are those of `make_prompt`.
+    """
+    limit = min(length // RECORD_TOKENS, KEYS_PER_SPLIT - 1)
+    layout, fields = LAYOUTS[int(rng.integers(len(LAYOUTS)))], FIELDS[split]
+    drawn = iter(_DRAW[values](rng, split, RECORD_FIELDS * (limit + 1)))
+    asked, *others = [
+        FieldRecord(
+            key,
+            tuple(
+                (fields[index], record_value(next(drawn), layout))
+                for index in rng.permutation(len(fields))[:RECORD_FIELDS].tolist()
+            ),
+        )
+        for key in draw_keys(rng, split, limit + 1)
+    ]
+    field, answer = asked.fields[int(rng.integers(RECORD_FIELDS))]
+    depth = float(rng.random())
+    prefix = record_opening(layout, asked.key, field)
+
+    def user(count: int) -> str:
+        records = [record.text(layout) for record in others[:count]]
+        records.insert(round(depth * count), asked.text(layout))
+        return TEMPLATE.format(context="\n".join(records), field=field, key=asked.key)
+
+    count = _fit(tokenizer, user, prefix, answer, length, limit, "records")
+    return Prompt(user(count), prefix, answer, "records", "records")
 
 
 def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:

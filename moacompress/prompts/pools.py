@@ -1,7 +1,7 @@
 """Disjoint pools of keys, values and haystacks for calibration, validation and evaluation.
 
 What a plan is measured on must never have been profiled, so the split is built into how things are drawn: keys by their
-noun's index mod 3, numbers by their residue mod 3, prose by document (or by part of a document). The noise haystack is
+noun's index mod 3, numbers and codes by a residue mod 3, prose by document (or by part of a document). The noise haystack is
 one fixed line in every split: it holds nothing to learn.
 """
 
@@ -43,6 +43,21 @@ temple thunder tiger timber tractor tunnel turtle valley velvet violin volcano w
 """
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 
+CODE_FORMS = (
+    "A9A9A9",
+    "aa99a9a",
+    "9A9/A9A9",
+    "aAa99Aa9",
+    "99aa99aa",
+    "A99.a99A",
+    "AAA9_99aa",
+    "a9-99A-9a",
+    "9aa9:A9a",
+    "A9AA99A",
+)
+"""Forms of codes: `A` stands for a capital, `a` for a small letter, `9` for a digit."""
+_CLASSES = {"A": "ABCDEFGHJKLMNPQRSTUVWXYZ", "a": "abcdefghijkmnpqrstuvwxyz", "9": "0123456789"}
+
 KEYS_PER_SPLIT = len(ADJECTIVES) * (len(NOUNS) // len(SPLITS))
 """Word keys that every split has at least."""
 
@@ -72,6 +87,22 @@ def draw_uuids(rng: np.random.Generator, split: Split, count: int) -> list[str]:
         drawn = uuid.UUID(bytes=rng.bytes(16), version=4)
         if drawn.int % len(SPLITS) == SPLITS.index(split):
             found[str(drawn)] = None
+    return list(found)
+
+
+def draw_codes(rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    """Returns `count` different codes of letters and digits, of many forms, whose characters add up to the split's residue.
+
+    None has the form of two letters, a hyphen and four digits.
+    """
+    found: dict[str, None] = {}
+    while len(found) < count:
+        form = CODE_FORMS[int(rng.integers(len(CODE_FORMS)))]
+        code = "".join(
+            _CLASSES[mark][int(rng.integers(len(_CLASSES[mark])))] if mark in _CLASSES else mark for mark in form
+        )
+        if sum(code.encode()) % len(SPLITS) == SPLITS.index(split):
+            found[code] = None
     return list(found)
 
 

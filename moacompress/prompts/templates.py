@@ -23,7 +23,7 @@ class Prompt:
         prefix: how the answer begins; given to the model, not scored. May be empty. See `encode_prompt`.
         answer: the reference, the value alone.
         task: name of the task, such as `needle-noise`.
-        kind: `needle`, `multi-needle`, `key-value` or `recall`.
+        kind: `needle`, `multi-needle`, `key-value`, `records` or `recall`.
         plain: the text goes to the model as it is, without the chat template.
     """
 

@@ -16,7 +16,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefill": ("seconds, all rows", 1e-3)}
 SPEED_TITLE = "This plan is so many times as fast as the others (median of the turns, 95% interval)"
 SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
-KV_TITLE = "Weights and KV cache"
+KV_TITLE = "Weights and KV cache; bits of a kept number in keys and in values, scales and zero points counted"
 CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
 PEAK_TITLE = "Peak memory of a process, weights and libraries included"
 
@@ -98,12 +98,13 @@ def _bytes(runs: Sequence[Row]) -> RenderableType:
             _cell(row),
             *(readable_bytes(row[name]) for name in ("weight_bytes", "kv_bytes_dense", "kv_bytes_plan")),
             f"{row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}",
+            f"{row['bits']['keys']:.1f} / {row['bits']['values']:.1f}",
             f"{row['byte_ratio']:.2f}",
         )
         for row in runs
         if row["phase"] == first
     ]
-    return section(KV_TITLE, ("", "weights", "KV, dense", "KV, this plan", "share", "ceiling"), lines)
+    return section(KV_TITLE, ("", "weights", "KV, dense", "KV, this plan", "share", "bits", "ceiling"), lines)
 
 
 def _place(row: Row) -> str:

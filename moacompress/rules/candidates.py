@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.rule import Rule
@@ -42,6 +41,4 @@ def in_formats(spans: Sequence[Rule], formats: Sequence[str]) -> tuple[Rule, ...
         formats: names of the formats on offer beside the native one.
     """
     offered = (NATIVE, *formats)
-    return tuple(
-        replace(span, key_format=keys, value_format=values) for keys in offered for values in offered for span in spans
-    )
+    return tuple(span.in_formats(keys, values) for keys in offered for values in offered for span in spans)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from moacompress.rules.formats import FORMATS, NATIVE
@@ -47,6 +47,10 @@ class Rule:
     def is_full(self) -> bool:
         """Whether the KV head is as in the dense model."""
         return self.sees_all and self.is_native
+
+    def in_formats(self, keys: str, values: str) -> Rule:
+        """Returns the same span in a format of keys and one of values."""
+        return replace(self, key_format=keys, value_format=values)
 
     def span(self, min_window: int, native_window: int | None = None) -> Span:
         """Returns what decides which keys are visible, in a plan of this smallest window and a layer of this native one."""

@@ -54,6 +54,15 @@ def test_a_row_of_decoding():
     assert (found["peak_bytes_plan"], found["peak_bytes_dense"], found["kernel"]) == (None, None, "cpu")
 
 
+def test_bits_go_by_the_formats_and_the_dtype():
+    coded = Plan.uniform(SHAPE, Rule(4, 60, 0, "int8", "int4"))
+    bits = [
+        make_row("decode", Cell(dtype, 1024, 1), measured(TIMES, proof={}), {}, plan, 4)["bits"]
+        for plan, dtype in ((PLAN, "float32"), (PLAN, "bfloat16"), (coded, "float32"))
+    ]
+    assert bits == [{"keys": 32, "values": 32}, {"keys": 16, "values": 16}, {"keys": 10, "values": 6}]
+
+
 def test_a_row_of_prefilling():
     found = row({side: TIMES[side] for side in ("plan", "dense")}, phase="prefill", steps=1)
     assert (found["plan_ms"], found["full_span_ms"], found["dense_ms"]) == (500, None, 1000)

@@ -277,7 +277,18 @@ def questions(count: int, size: int = 60) -> list[dict[str, str]]:
     return [{"context": f"D{i:03d} " + "y" * size, "question": f"What of D{i:03d}?"} for i in range(count)]
 
 
-SOURCES = ("needle", "multi-needle", "key-value", "recall", "prompts", "conversations", "questions", "squad", "text")
+SOURCES = (
+    "needle",
+    "multi-needle",
+    "key-value",
+    "records",
+    "recall",
+    "prompts",
+    "conversations",
+    "questions",
+    "squad",
+    "text",
+)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ RUNNER = CliRunner()
 SMALL = ("--lengths", "96,160", "--tokens", "2", "--repeats", "6", "--prefill-repeats", "1", "--no-peak")
 FIELDS = {
     "phase", "length", "batch", "dtype", "plan_ms", "full_span_ms", "dense_ms", "dense_best_ms", "kv_bytes_plan",
-    "kv_bytes_dense", "weight_bytes", "peak_bytes_plan", "peak_bytes_dense", "kernel",
+    "kv_bytes_dense", "bits", "weight_bytes", "peak_bytes_plan", "peak_bytes_dense", "kernel",
 }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
         },
         "dense_best": "static cache, compiled", "dense_best_refused": None, "graphs": {}, "byte_ratio": 1.5,
         "weight_bytes": 100, "packed_bytes": 0, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
+        "bits": {"keys": 10.0, "values": 6.25},
     }  # fmt: skip
     report = {
         "runs": [row],
@@ -105,6 +106,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
     assert "0.90*" in text
     assert "2.00 1.90-2.10" in text
     assert "* The plan is slower here" in text
+    assert "10.0 / 6.2" in text
     assert "1 x 1k fp32: the best dense is the static cache, compiled." in text
     assert "Batch 1, fp32: decoding is not faster than the best dense at 1k tokens." in text
 

@@ -32,6 +32,7 @@ def test_sources(tmp_path: Path) -> None:
         "key-value",
         "key-value-uuids",
         "needle-prose-uuids",
+        "records-codes",
         "qa.jsonl",
         str(tmp_path / "texts"),
         "some/set",
@@ -43,11 +44,12 @@ def test_sources(tmp_path: Path) -> None:
         {"generator": "key-value"},
         {"generator": "key-value", "values": "uuids"},
         {"generator": "needle", "haystack": "prose", "values": "uuids"},
+        {"generator": "records", "values": "codes"},
         {"path": "qa.jsonl"},
         {"path": str(tmp_path / "texts")},
         {"dataset": "some/set"},
     ]
-    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 8
+    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 9
     assert read_sources(None) is None
     with pytest.raises(UsageError, match="unknown source 'nedle'; did you mean 'needle'?"):
         read_sources(["nedle"])

@@ -11,9 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
 from moacompress.exporter import exporting
 from moacompress.exporter.card import model_card
-from moacompress.exporter.exporting import check_reusable, export, exported_plan, licence_files, save_dense
+from moacompress.exporter.exporting import (
+    check_reusable,
+    export,
+    exported_plan,
+    licence_files,
+    save_dense,
+    warn_of_budget,
+)
 from moacompress.models.source import load_source
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.runtime.hf.attaching import attached_plan
 
 
@@ -77,6 +85,38 @@ def test_what_computes_in_float32_is_written_as_it_was(tiny_folder, random_plan,
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.dtype == torch.bfloat16
     assert source.model.dtype == torch.float32
+
+
+def test_a_smaller_dtype_may_take_more_than_the_budget(tiny_folder, tmp_path, caplog):
+    shape = load_source(tiny_folder).shape
+    assert shape.dtype == "float32"
+
+    def planned(rule, asked, n=512):
+        plan = Plan.uniform(shape, rule)
+        share = plan.kv_share(n)
+        asked = asked.format(share=f"{share + 1e-6:.6f}", bytes=f"{(plan.kv_bytes(n) + 1) / 2**20:.9f}MiB")
+        stated = {str(n): {"plan": plan.kv_bytes(n), "dense": shape.dense_kv_bytes(n)}}
+        return plan.with_notes(budget={"asked": [asked], "bytes": stated})
+
+    coded, native = Rule(4, 100, 0, "int8", "int8"), Rule(4, 100, 0)
+    for plan in (
+        planned(coded, "{share}"),
+        planned(native, "{share}").in_dtype("bfloat16"),
+        planned(coded, "{bytes}@512"),
+    ):
+        warn_of_budget(plan)
+    warn_of_budget(planned(coded, "{bytes}@512").in_dtype("bfloat16"))  # the bytes are the same
+    warn_of_budget(Plan.uniform(shape, coded).in_dtype("bfloat16"))
+    assert not caplog.records
+    plan = planned(coded, "{share}").in_dtype("bfloat16")
+    export(tiny_folder, plan, tmp_path / "model")
+    (record,) = [record for record in caplog.records if "of the budget" in record.message]
+    before = 100 * Plan.uniform(shape, coded).kv_share(512)
+    assert (
+        f"in bfloat16 the plan takes {100 * plan.kv_share(512):.1f}% of the dense KV bytes at 512 tokens"
+        in record.message
+    )
+    assert f"more than the {before:.1f}% of the budget {plan.budget['asked'][0]}: " in record.message
 
 
 def test_another_model_is_refused_and_overwrite_replaces(exported, tiny_folder, plan, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import uuid
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation import tasks, vocabulary
+from moacompress.prompts.field_records import FIELDS, LAYOUTS, FieldRecord, record_opening
 from moacompress.prompts.generators import (
     ANSWER_ROOM,
     TASKS,
@@ -22,8 +24,19 @@ from moacompress.prompts.generators import (
     make_needle,
     make_prompt,
     make_recall,
+    make_records,
 )
-from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, Split, draw_keys, draw_numbers
+from moacompress.prompts.pools import (
+    ADJECTIVES,
+    CODE_FORMS,
+    NOUNS,
+    SPLITS,
+    Prose,
+    Split,
+    draw_codes,
+    draw_keys,
+    draw_numbers,
+)
 from moacompress.prompts.recall import WORDS
 from moacompress.prompts.templates import encode_prompt
 
@@ -43,9 +56,9 @@ def prose(tmp_path: Path) -> Prose:
     return Prose.load(tmp_path)
 
 
-def test_keys_and_numbers_of_splits_are_disjoint_by_construction() -> None:
+def test_keys_and_values_of_splits_are_disjoint_by_construction() -> None:
     assert len(set(NOUNS)) == len(NOUNS)
-    for draw in (draw_keys, draw_numbers):
+    for draw in (draw_keys, draw_numbers, draw_codes):
         pools = {split: set(draw(rng(), split, 2000)) for split in SPLITS}
         assert all(len(pool) == 2000 for pool in pools.values())
         assert len(set.union(*pools.values())) == 6000
@@ -91,7 +104,7 @@ def test_prompts_fit_closely(
         ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
         # one token a character; the space before the answer counts
         used = len(ids) + len(prompt.answer) + 1 + ANSWER_ROOM
-        assert length - 30 < used <= length
+        assert length - (100 if task == "records" else 30) < used <= length  # the longest piece of filler
         assert prompt.answer in prompt.user
         assert (prompt.task, prompt.kind) == (task, TASKS[task].kind)
         assert ("<|im_start|>" in str(tokenizer.decode(ids))) == (chat and not prompt.plain)
@@ -189,6 +202,64 @@ def test_words_of_recall_are_those_of_no_other_split(tiny_tokenizer: PreTrainedT
             assert {value for _, value in pairs} <= set(WORDS[split])
             assert not seen["keys"] & {key for key, _ in pairs}
             assert not seen["values"] & {value for _, value in pairs}
+
+
+def test_codes_have_many_forms() -> None:
+    def form(code: str) -> str:
+        return re.sub(r"\d", "9", re.sub("[a-z]", "a", re.sub("[A-Z]", "A", code)))
+
+    for index, split in enumerate(SPLITS):
+        codes = draw_codes(rng(), split, 1000)
+        assert {form(code) for code in codes} == set(CODE_FORMS)
+        assert {sum(code.encode()) % 3 for code in codes} == {index}
+        assert all(any(map(str.isalpha, code)) and any(map(str.isdigit, code)) for code in codes)
+
+
+def test_record_layouts() -> None:
+    record = FieldRecord("bold-raven", (("port", "12"), ("token_id", '"k7"')))
+    assert record.text("json-lines") == '{"record": "bold-raven", "port": 12, "token_id": "k7"}'
+    assert record.text("assignments") == '[bold-raven]\nport = 12\ntoken_id = "k7"'
+    assert record.text("bullets") == 'bold-raven\n* port: 12\n* token_id: "k7"'
+    assert [record_opening(layout, "bold-raven", "port") for layout in LAYOUTS] == [
+        '{"record": "bold-raven", "port":',
+        "[bold-raven]\nport =",
+        "bold-raven\n* port:",
+    ]
+
+
+@pytest.mark.parametrize("values", ["numbers", "uuids", "codes"])
+def test_records(tiny_tokenizer: PreTrainedTokenizerBase, values: Any) -> None:
+    layouts, places = set(), []
+    for seed in range(30):
+        prompt = make_records(rng(seed), "calibration", tiny_tokenizer, 1500, values)
+        first, *lines, question = prompt.user.split("\n")
+        assert first == "Memorize the records below."
+        asked, key = re.fullmatch(r'What is "(\w+)" in the record "([a-z-]+)"\?', question).groups()  # type: ignore[union-attr]
+        layout = next(layout for layout in LAYOUTS if record_opening(layout, key, asked) == prompt.prefix)
+        layouts.add(layout)
+        records: dict[str, dict[str, str]] = {}
+        for line in lines:
+            if layout == "json-lines":
+                fields = {name: json.dumps(value) for name, value in json.loads(line).items()}
+                records[json.loads(fields.pop("record"))] = fields
+            elif pair := re.fullmatch(r"(?:\* )?(\w+)(?: =|:) (.+)", line):
+                records[list(records)[-1]][pair[1]] = pair[2]
+            else:
+                records[line.strip("[]")] = {}
+        assert records[key][asked] == prompt.answer
+        assert prompt.user.count(prompt.answer) == 1
+        assert len(records) > 8
+        assert {len(fields) for fields in records.values()} == {2}
+        assert {name for fields in records.values() for name in fields} <= set(FIELDS["calibration"])
+        places.append(list(records).index(key) / len(records))
+    assert layouts == set(LAYOUTS)
+    assert min(places) < 0.25
+    assert max(places) > 0.75
+
+
+def test_fields_of_splits_are_disjoint() -> None:
+    fields = [name for split in SPLITS for name in FIELDS[split]]
+    assert len(set(fields)) == len(fields) > 40
 
 
 def test_recall_has_an_end(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

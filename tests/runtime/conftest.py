@@ -10,9 +10,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moacompress.kernels import dispatch
+from moacompress.kernels.cpu import cpu_backend
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
+from moacompress.runtime.decode import all_layers
 
 _MASKS: dict[int, torch.Tensor] = {}
 
@@ -113,5 +116,39 @@ def steps() -> Callable[..., torch.Tensor]:
         with torch.no_grad():
             cache = model(ids[:, :50]).cache
             return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
+
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts calls for all layers, readings of layers and of caches: a dictionary that tests may clear."""
+    found = {"steps": 0, "layers": 0, "caches": 0, "cache": 0}
+
+    def counted(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **rest: Any) -> Any:
+            found[name] += 1
+            return own(*arguments, **rest)
+
+        return call
+
+    for name, kind, of in (
+        ("steps", cpu_backend._CpuCaches, "step"),
+        ("layers", CpuBackend, "read_layers"),
+        ("caches", cpu_backend._CpuLayers, "read_caches"),
+        ("cache", cpu_backend._CpuCaches, "read_again"),
+    ):
+        monkeypatch.setattr(kind, of, counted(name, getattr(kind, of)))
+    return found
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch, steps: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns logits of steps with each layer doing its part by itself."""
+
+    def run(*arguments: Any) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
+            return steps(*arguments)
 
     return run

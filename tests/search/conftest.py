@@ -195,7 +195,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjectiv
 
         monkeypatch.setattr(opened_search, "ProfileAround", around)
         monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
-        return fake, SimpleNamespace(model=None, source="model", shape=profile.shape)
+        return fake, SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 
     return pretend
 
@@ -230,7 +230,7 @@ fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
 from moacompress.search import opened_search
 from moacompress.search.study import find_plan
 profile = fakes.make_profile()
-source = SimpleNamespace(model=None, source="model", shape=profile.shape)
+source = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 """
 
 

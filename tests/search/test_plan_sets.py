@@ -35,7 +35,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: An
 
 
 def model(profile: Profile) -> Any:
-    return SimpleNamespace(model=None, source="model", shape=profile.shape)
+    return SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 
 
 def test_commas_ask_for_several_plans() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.models.source import SourceModel
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.search_request import SearchRequest, offered_formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[..., Profile]) -> None:
@@ -57,6 +63,26 @@ def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Ca
     assert SearchRequest.of(plain, "25%", plain.recipe).key in keys  # searched as ever
     with pytest.raises(UsageError, match="says nothing of the format int4"):
         SearchRequest.of(plain, "25%", plain.recipe.override(search__formats="int4"))
+
+
+def test_what_is_measured_in_another_dtype_is_another_search(
+    profiles: Callable[..., Profile],
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    profile = profiles()
+    own = profile.shape.dtype
+    other = "bfloat16" if own == "float32" else "float32"
+
+    def key(asked: str, loaded: str | None = None) -> str:
+        model = None
+        if loaded is not None:
+            model = SourceModel(tiny_model().to(getattr(torch, loaded)), tiny_tokenizer, "", profile.shape, 0)
+        return SearchRequest.of(profile, "25%", profile.recipe.override(dtype=asked), model=model).key
+
+    assert key("auto") == key(own) == key("auto", own)
+    assert key(other) == key(other, other) == key("auto", other)
+    assert key("auto") != key(other)
 
 
 def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile]) -> None:

@@ -136,7 +136,7 @@ def test_a_second_search_in_the_same_process_is_refused(
                 seconds.append(pool.submit(find_plan, profile, "50%", out=out, model=source))
         return honest(self, plan)
 
-    source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape)
+    source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
     monkeypatch.setattr(fake_objective, "under", under)
     search(profile, out=tmp_path / "plan.json")
     with pytest.raises(ArtefactError, match=f"is in use: process {os.getpid()} on"):

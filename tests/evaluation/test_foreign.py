@@ -1,0 +1,186 @@
+"""Legal prose, tables and dialogue, against prompts written out by hand, and what they share with calibration: nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import pytest
+
+import moacompress.evaluation.foreign as foreign
+from moacompress.core.errors import DataError
+from moacompress.evaluation.drafts import encode_draft
+from moacompress.evaluation.foreign import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.foreign.dialogue_fact import SaidFact
+from moacompress.evaluation.foreign.legal_codes import FiledCode
+from moacompress.evaluation.foreign.names import NAMES, SPEAKERS, draw_names
+from moacompress.evaluation.foreign.table_lookup import CellTable
+from moacompress.evaluation.tasks import make_cases
+from moacompress.prompts.generators import TASKS, Values, make_prompt
+from moacompress.prompts.pools import Prose, draw_codes
+from moacompress.recipe import Generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOREIGN = ("legal-codes", "table-lookup", "dialogue-fact")
+
+
+def drawn(task: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Returns the texts of prompts, each with its reference."""
+    cases = make_cases(task, length, count, 0, tokenizer)
+    return [(str(tokenizer.decode(case.prompt_ids)), case.references[0]) for case in cases]
+
+
+def values_of(draft: object, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = encode_draft(tokenizer, draft)  # type: ignore[arg-type]
+    return str(tokenizer.decode([i for i, counts in zip(ids.answer_ids, ids.is_value, strict=True) if counts]))
+
+
+def test_names_differ() -> None:
+    assert len(set(draw_names(np.random.default_rng(0), NAMES))) == NAMES > 7000
+
+
+def test_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    filed = FiledCode("deed number", "lease", "Ashford Limited", "Beckham Estates", "KR-4827")
+    draft = legal_codes.render([f"Clause {index}." for index in range(7)], filed)
+    assert draft.messages == (
+        "Read the agreement below and answer the question after it.\n\n"
+        "1.1 Clause 0. 1.2 Clause 1. 1.3 Clause 2. 1.4 Clause 3. 1.5 Clause 4. 1.6 Clause 5.\n\n2.1 Clause 6.\n\n"
+        "What is the deed number of the lease between Ashford Limited and Beckham Estates?",
+    )
+    assert draft.prefix == "\nThe deed number of the lease between Ashford Limited and Beckham Estates is"
+    assert (draft.answer.text, draft.references) == (" KR-4827", ("KR-4827",))
+    assert values_of(draft, tiny_tokenizer) == "KR4827"
+
+
+def test_drawn_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    depths = []
+    for text, code in drawn("legal-codes", 3000, 20, tiny_tokenizer):
+        assert re.fullmatch(r"[A-Z]{2}-\d{4}", code)
+        agreement, _, question = text.partition("\n\nWhat is the ")
+        clauses = re.split(r"\d+\.\d ", agreement)[1:]
+        assert len(set(clauses)) > 10
+        (stated,) = [clause for clause in clauses if code in clause]
+        assert not re.search(r"[{}]", text)
+        noun, document, firms = re.match(r"([a-z ]+?) of the ([a-z ]+) between ([\w ]+)\?", question).groups()  # type: ignore[union-attr]
+        assert all(part in stated for part in (noun, document, firms))
+        assert f"The {noun} of the {document} between {firms} is" in question
+        depths.append(clauses.index(stated) / len(clauses))
+    assert min(depths) < 0.25
+    assert max(depths) > 0.75
+
+
+def test_table_lookup(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    table = CellTable("town", ("area", "budget"), (("Ashford", (1111, 2222)), ("Beckham", (3333, 4444))))
+    draft = table_lookup.render("towns", table, "markdown", 1, 0)
+    assert draft.messages == (
+        "Here is a table of towns.\n\n| town | area | budget |\n| --- | --- | --- |\n| Ashford | 1111 | 2222 |\n"
+        "| Beckham | 3333 | 4444 |\n\nIn the table above, what is the area of Beckham? "
+        "Repeat its row up to there.",
+    )
+    assert (draft.prefix, draft.answer.text, draft.references) == ("\n| Beckham |", " 3333", ("3333",))
+    assert values_of(draft, tiny_tokenizer) == "3333"
+    second = table_lookup.render("towns", table, "csv", 0, 1)
+    assert (second.prefix, second.answer.text) == ("\nAshford,1111,", "2222")
+    assert values_of(second, tiny_tokenizer) == "2222"
+    assert table.text("csv") == "town,area,budget\nAshford,1111,2222\nBeckham,3333,4444"
+
+
+def test_drawn_tables(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    layouts, columns = set(), set()
+    for text, value in drawn("table-lookup", 2000, 30, tiny_tokenizer):
+        table = [re.split(r" ?[|,] ?", line.strip("| ")) for line in text.split("\n\n")[1].split("\n")]
+        layouts.add(len(table[1][0]) == 3)
+        header, rows = table[0], [row for row in table[1:] if row[0] != "---"]
+        assert len(header) == 4
+        assert len({row[0] for row in rows}) == len(rows) > 20
+        column, name = re.search(r"what is the ([a-z ]+) of (\w+)\?", text).groups()  # type: ignore[union-attr]
+        (row,) = [row for row in rows if row[0] == name]
+        assert row[header.index(column)] == value
+        columns.add(header.index(column))
+    assert (layouts, columns) == ({True, False}, {2, 3})
+    with pytest.raises(DataError, match=r"task table-lookup has 7,\d+ names, too few for a prompt of 400,000 tokens"):
+        make_cases("table-lookup", 400_000, 1, 0, tiny_tokenizer)
+
+
+def test_dialogue_fact(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    draft = dialogue_fact.render(
+        ["Olga", "Hugo", "Mei"], ["Olga: Hello.", "Hugo: Yes."], SaidFact("Mei", "room number", "1234")
+    )
+    assert draft.messages == (
+        "Here is a conversation between Olga, Hugo and Mei.\n\nOlga: Hello.\nHugo: Yes.\n\nWhat is Mei's room number?",
+    )
+    assert (draft.prefix, draft.references) == ("\nMei's room number is", ("1234",))
+    assert values_of(draft, tiny_tokenizer) == "1234"
+
+
+def test_drawn_dialogues(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    firsts = 0
+    for text, value in drawn("dialogue-fact", 2000, 30, tiny_tokenizer):
+        company = re.split(r", | and ", re.search(r"conversation between ([\w, ]+)\.", text)[1])  # type: ignore[index]
+        lines = [line.partition(": ")[::2] for line in text.split("\n\n")[1].split("\n")]
+        assert len(set(company)) == 4
+        assert {speaker for speaker, _ in lines} <= set(company) <= set(SPEAKERS)
+        name, noun = re.search(r"What is (\w+)'s ([a-z ]+)\?", text).groups()  # type: ignore[union-attr]
+        facts = [(speaker, said) for speaker, said in lines if re.search(r"\d{4}", said)]
+        assert len(facts) == 2
+        (asked,) = [fact for fact in facts if value in fact[1]]
+        assert asked[0] == name
+        assert f"my {noun} is {value}." in asked[1]
+        firsts += asked == facts[0]
+    assert 5 < firsts < 25
+
+
+@pytest.fixture
+def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
+    """Returns prompts of every generator, haystack and kind of value that calibration and validation draw."""
+    (tmp_path / "a.txt").write_text("word " * 3000)
+    prose, texts = Prose.load(tmp_path), []
+    for task in TASKS:
+        for values in get_args(Values):
+            for split in ("calibration", "validation"):
+                for seed in range(2):
+                    prompt = make_prompt(task, np.random.default_rng(seed), split, tiny_tokenizer, 1500, prose, values)
+                    texts.append(f"{prompt.user}\n{prompt.prefix} {prompt.answer}\n")
+    return "".join(texts)
+
+
+def test_calibration_has_nothing_of_them(calibrated: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Neither a name, nor a code of their form, nor a number as long as theirs, nor a line of their text."""
+    assert not set(FOREIGN) & {*TASKS, *get_args(Generator)}
+    words = set(re.findall(r"\w+", calibrated))
+    assert len(words) > 1000
+    assert not words & {*SPEAKERS, *draw_names(np.random.default_rng(0), NAMES)}
+    assert not re.search(r"\b[A-Z]{2}-\d{4}\b", calibrated)
+    assert not re.search(r"(?<![\w-])\d{4}(?![\w-])", calibrated)
+    assert not re.search(r"^\||^\w+(,\w+)+$|^\w+: .*[.!?]$", calibrated, re.MULTILINE)
+    for task in FOREIGN:
+        for text, value in drawn(task, 1500, 5, tiny_tokenizer):
+            assert value not in re.findall(r"[\w-]+", calibrated)
+            assert set(text.split("\n")[2:]) & set(calibrated.split("\n")) <= {""}
+
+
+def test_no_code_of_calibration_has_their_form() -> None:
+    for split in ("calibration", "validation"):
+        codes = draw_codes(np.random.default_rng(0), split, 2000)
+        assert not any(re.search(r"[A-Z]{2}-\d{4}", code) for code in codes)
+
+
+def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
+    package = Path(foreign.__file__).parents[2]
+    readers = set()
+    for file in (
+        *package.rglob("*.py"),
+        *package.parent.glob("calibration/*.py"),
+        *package.parent.glob("search/**/*.py"),
+    ):
+        modules = {
+            node.module for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)
+        }
+        if any(str(module).startswith(foreign.__name__) for module in modules):
+            readers.add(file.name)
+    assert readers == {"tasks.py", "legal_codes.py", "table_lookup.py", "dialogue_fact.py"}

@@ -1,0 +1,245 @@
+"""A call for all layers sees what changes them between two decode steps: other modules, hooks, hidden states asked for."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from moacompress.models.modules import attention_modules
+from moacompress.runtime import attach, detach
+from moacompress.runtime.linear import pack_weights
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
+
+CHANGES = {
+    "hook on a layer": lambda model: model.model.layers[1].register_forward_hook(lambda *arguments: None),
+    "hook before a layer": lambda model: model.model.layers[0].register_forward_pre_hook(lambda *arguments: None),
+    "hook on attention": lambda model: attention_modules(model)[1].register_forward_pre_hook(lambda *arguments: None),
+    "hook on a product": lambda model: model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *arguments: None),
+    "another forward": lambda model: setattr(model.model.layers[1], "forward", model.model.layers[1].forward),
+    "another product": lambda model: setattr(
+        model.model.layers[1].mlp, "up_proj", nn.Sequential(model.model.layers[1].mlp.up_proj)
+    ),
+    "another layer": lambda model: model.model.layers.__setitem__(1, Around(model.model.layers[1]).eval()),
+    "attention in training": lambda model: attention_modules(model)[1].train(),
+    "another class of a layer": lambda model: other_class(model.model.layers[1]),
+    "another class of a feed-forward": lambda model: other_class(model.model.layers[1].mlp),
+    "another class of a product": lambda model: other_class(model.model.layers[1].mlp.up_proj),
+    "compiled": lambda model: model.model.layers[1].mlp.compile(backend="eager"),
+    "another kind of tensor": lambda model: setattr(
+        model.model.layers[1].mlp.up_proj, "weight", other_tensor(model.model.layers[1].mlp.up_proj.weight)
+    ),
+    "a weight that is not as it was": lambda model: setattr(
+        model.model.layers[1].mlp.up_proj.weight, "data", model.model.layers[1].mlp.up_proj.weight.t().contiguous().t()
+    ),
+}
+
+
+class Other(torch.Tensor):
+    """Stands for the tensors of quantizers."""
+
+
+def other_class(module):
+    """A subclass that does something to what comes in, and undoes it."""
+
+    class Other(type(module)):
+        def forward(self, x, *arguments, **rest):
+            return super().forward(x * 1, *arguments, **rest)
+
+    module.__class__ = Other
+
+
+def other_tensor(weight):
+    return nn.Parameter(weight.detach().as_subclass(Other), requires_grad=False)
+
+
+class Around(nn.Module):
+    """A decoder layer inside another module."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments, **rest):
+        return self.layer(*arguments, **rest)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_two_steps_is_seen(change, model, calls):
+    """In the midst of a generation, with the same cache."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3)]
+        assert calls["steps"] - calls["cache"] == 3
+        calls.update(steps=0, cache=0)
+        change(made)
+        found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
+    assert calls["steps"] == (change is CHANGES["a weight that is not as it was"])  # that only the call itself sees
+    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaRMSNorm", "LlamaAttention", "LlamaDecoderLayer"])
+def test_another_forward_in_a_class_is_seen(name, model, calls, monkeypatch):
+    """As libraries do that bring their own kernels: before a model is loaded, or in the midst of a generation."""
+    from transformers.models.llama import modeling_llama
+
+    made, seen = model(), []
+    kind = getattr(modeling_llama, name)
+    own = kind.forward
+
+    def other(self, *arguments, **rest):
+        seen.append(self)
+        return own(self, *arguments, **rest)
+
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3)]
+        monkeypatch.setattr(kind, "forward", other)
+        steps_before = calls["steps"]
+        found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
+        assert len(seen) >= 7 * made.config.num_hidden_layers
+        assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+        plan = made._moacompress.plan
+        detach(made)
+        seen.clear()
+        cache = attach(made, plan)(ids[:, :50]).cache
+        assert seen
+        seen.clear()
+        made(ids[:, 50:51], cache=cache)
+        assert len(seen) >= made.config.num_hidden_layers
+    assert calls["steps"] == steps_before
+
+
+def test_hooks_on_all_modules_are_seen(model, calls):
+    made, seen = model(), []
+    ids = torch.randint(3, made.config.vocab_size, (2, 53))
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:51], cache=cache)
+        calls.update(steps=0)
+        with nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module)):
+            made(ids[:, 51:52], cache=cache)
+        assert calls["steps"] == 0
+        assert made.model.layers[1].mlp.act_fn in seen
+        made(ids[:, 52:], cache=cache)
+        assert calls["steps"] > 0
+
+
+def test_other_numbers_are_read_anew(model, calls, one_by_one, steps):
+    made = model()
+    steps(made, 2, 40)
+    for change in (
+        lambda layer: layer.mlp.down_proj.weight.data.mul_(2),
+        lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data * 2),
+        lambda layer: setattr(layer.mlp, "gate_proj", copy.deepcopy(layer.mlp.gate_proj)),
+        lambda layer: setattr(layer.self_attn.o_proj, "weight", nn.Parameter(layer.self_attn.o_proj.weight * 2, False)),
+        lambda layer: pack_weights(layer),
+    ):
+        change(made.model.layers[1])
+        before = calls["steps"]
+        found = steps(made, 2, 40)
+        assert calls["steps"] > before
+        assert torch.equal(one_by_one(made, 2, 40), found)
+    made.half()
+    found = steps(made, 2, 40)
+    assert found.dtype == torch.float16
+    assert torch.equal(one_by_one(made, 2, 40), found)
+
+
+def test_hidden_states_are_those_of_every_layer(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 51))
+    with torch.no_grad():
+        expected = made(ids, use_cache=False, output_hidden_states=True).hidden_states
+        cache = made(ids[:, :50]).cache
+        found = made(ids[:, 50:], cache=cache, output_hidden_states=True).hidden_states
+    assert calls["steps"] == 0
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other[:, -1:]).abs().max() < 2e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("asked", ["prompt", "step"])
+def test_after_hidden_states_all_layers_are_one_call_again(asked, model, calls):
+    """The hooks that capture them stay on the layers, and do nothing in other forwards."""
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 70))
+    captured = [*range(53, 55), *range(60, 62)]
+    with torch.no_grad():
+        expected = model()(ids, use_cache=False, output_hidden_states=True)
+        cache = made(ids[:, :50], output_hidden_states=asked == "prompt").cache
+        for at in range(50, 70):
+            before = calls["steps"] - calls["cache"]
+            found = made(ids[:, at : at + 1], cache=cache, output_hidden_states=at in captured)
+            assert calls["steps"] - calls["cache"] - before == (at not in captured)
+            assert (found.logits[:, 0] - expected.logits[:, at]).abs().max() < 2e-5 * expected.logits.abs().max()
+            if at not in captured:
+                assert found.hidden_states is None
+                continue
+            for mine, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+                assert (mine[:, 0] - other[:, at]).abs().max() < 2e-5 * other.abs().max()
+    assert calls["layers"] == 1  # nothing was read anew
+
+
+def test_after_hidden_states_steps_are_to_the_bit_what_they_were(model, steps):
+    made = model()
+    expected = steps(made, 2, 40)
+    made.generate(
+        torch.randint(3, 160, (2, 30)), max_new_tokens=5, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert torch.equal(steps(made, 2, 40), expected)
+
+
+@pytest.mark.parametrize("place", ["", "self_attn", "mlp", "mlp.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("first", ["hook", "hidden states"])
+def test_other_hooks_are_seen_beside_those_that_capture(first, place, model, calls):
+    made, seen = model(), []
+    ids = torch.randint(3, made.config.vocab_size, (2, 60))
+    part = made.model.layers[1].get_submodule(place)
+    with torch.no_grad():
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        cache = made(ids[:, :50]).cache
+        found = [made(ids[:, 50:51], cache=cache).logits]
+        actions = [
+            lambda: part.register_forward_hook(lambda module, *rest: seen.append(module)),
+            lambda: made(ids, use_cache=False, output_hidden_states=True),
+        ]
+        handles = [action() for action in (actions if first == "hook" else reversed(actions))]
+        seen.clear()
+        calls.update(steps=0)
+        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(51, 54)]
+        assert calls["steps"] == 0
+        assert seen == [part] * 3
+        handles[0 if first == "hook" else 1].remove()
+        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(54, 60)]
+    assert calls["steps"] - calls["cache"] == 6
+    assert len(seen) == 3
+    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_hidden_states_in_one_thread_and_none_in_another(model, calls):
+    made = model()
+    ids = torch.randint(3, made.config.vocab_size, (2, 50))
+    with torch.no_grad():
+        prefix = made(ids).cache
+
+    def go_on(captured):
+        with torch.no_grad():
+            cache = prefix.fork()
+            outs = [made(ids[:, i : i + 1], cache=cache, output_hidden_states=captured) for i in range(40)]
+        return torch.cat([out.hidden_states[-2] if captured else out.logits for out in outs], 1)
+
+    expected = [go_on(captured) for captured in (False, True)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(go_on, [False, True] * 3))
+    assert all(torch.equal(one, expected[number % 2]) for number, one in enumerate(found))
