@@ -50,7 +50,9 @@ def repair_text(plan: Plan) -> str:
         return ""
     fitted = f"{notes.get('tokens'):,} tokens of the profile {notes.get('profile')}"
     if notes.get("penalty") is None:
-        return f"A repair with {fitted} changed nothing: it would not lower measured harm. The weights are the source's."
+        return (
+            f"A repair with {fitted} changed nothing: it would not lower measured harm. The weights are the source's."
+        )
     harm = notes["harm"]
     before, after, change = (_with_error(harm[name]) for name in ("before", "after", "change"))
     return (

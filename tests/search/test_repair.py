@@ -52,7 +52,7 @@ def test_it_lowers_harm_where_it_was_not_fitted(source: SourceModel, narrow: Pla
     judged = Objective(source.model, validation[1::2])
     before = judged.harms(narrow)
     with with_weights(source.model, done.weights):
-        after = [harm for harm in harms_against(own, source, narrow, validation[1::2])]
+        after = harms_against(own, source, narrow, validation[1::2])
     assert np.mean(after) < np.mean(before)
     assert report["harm"]["before"]["mean"] == pytest.approx(np.mean(before), rel=1e-4)
     assert report["harm"]["after"]["mean"] == pytest.approx(np.mean(after), rel=1e-4)
@@ -80,7 +80,7 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
     source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Harms:
-        numbers = [0, 1, 2, 3]
+        numbers = (0, 1, 2, 3)
 
         def __init__(self, *args: Any) -> None:
             pass
