@@ -134,8 +134,8 @@ def evaluate(
     checkpoint.check_lengths(lengths)
     if checkpoint.is_repaired:
         logger.warning(
-            "the weights of %s were repaired for its plan: what is called dense here, and the baselines, have these weights too; "
-            "evaluate an export without --repair for those of the model's own",
+            "the weights of %s were repaired for its plan: what is called dense here, and the baselines, have these weights "
+            "too; evaluate an export without --repair for those of the model's own",
             folder,
         )
     field = make_field(checkpoint, against, profile, every_candidate)

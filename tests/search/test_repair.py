@@ -80,10 +80,8 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
     source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Harms:
-        numbers = (0, 1, 2, 3)
-
         def __init__(self, *args: Any) -> None:
-            pass
+            self.numbers = [0, 1, 2, 3]
 
         def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
             return np.array([1.0, 2.0, 3.0, 4.0]) if not weights else np.array([0.5, 2.5, 2.5, 4.5])
