@@ -24,7 +24,7 @@ from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
-    from moacompress.search.repair import Repaired
+    from moacompress.search.repaired import Repaired
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def export(
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan, with the same repair, is left as it is.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
-            samples, where that lowers measured harm; see `moacompress.search.repair`. A loaded model has its own weights
+            samples, where that lowers measured harm; see `moacompress.search.repaired`. A loaded model has its own weights
             again afterwards.
         overwrite: replace an existing model; any other folder is left alone.
         trust_remote_code: run modelling code that comes with the model.
@@ -139,7 +139,7 @@ def _repaired(
 ) -> Repaired:
     """Repairs in the dtype that was profiled in, which need not be the checkpoint's, with a loaded model if one has it."""
     from moacompress.runtime.ready_model import load_for
-    from moacompress.search.repair import repair_by_profile
+    from moacompress.search.repaired import repair_by_profile
 
     recipe = profile.recipe
     profile.check_model(source, "repair")

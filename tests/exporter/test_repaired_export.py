@@ -22,7 +22,7 @@ from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
-from moacompress.search.repair import repair_by_profile
+from moacompress.search.repaired import repair_by_profile
 
 RECIPE = {
     "calibration": {
@@ -147,7 +147,11 @@ def test_nothing_is_left_of_one_that_is_stopped(
 
     source = load_source(profiled.source)
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
-    for name in ("calibration.repair.OutputProjection.changed", "search.repair.kl", "exporter.exporting.verify_fresh"):
+    for name in (
+        "calibration.repair.OutputProjection.changed",
+        "search.repaired.kl",
+        "exporter.exporting.verify_fresh",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(f"moacompress.{name}", stop)
             with pytest.raises(KeyboardInterrupt):

@@ -17,9 +17,9 @@ from moacompress.core.errors import DataError, ModelError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search import repair as repairing
+from moacompress.search import repaired as repairing
 from moacompress.search.objective import Objective
-from moacompress.search.repair import repair, repair_by_profile
+from moacompress.search.repaired import repair, repair_by_profile
 
 Models = Callable[..., PreTrainedModel]
 
