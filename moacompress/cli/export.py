@@ -15,6 +15,7 @@ from moacompress.core.artefact_names import MODEL_FOLDER
 @verb(
     "moacompress export path/to/model plan.json -o model/",
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
+    "moacompress export path/to/model plan.json -o model/ --repair profile/",
 )
 def export(
     run: VerbRun,
@@ -23,6 +24,15 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path(
         MODEL_FOLDER
     ),
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            "--repair",
+            metavar="PROFILE",
+            help="Folder that `profile` made: refit the output projections of attention to the plan with its samples, where "
+            "that lowers measured harm. The weights change.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:
@@ -31,7 +41,9 @@ def export(
     It is loaded and made to generate in a fresh process before it is moved into place. --dtype is that of the checkpoint; by
     default it is the plan's.
     """
+    from moacompress.exporter.card import repair_text
     from moacompress.exporter.exporting import export as export_model
+    from moacompress.exporter.exporting import exported_plan
     from moacompress.report.inspection import inspect_plan, kv_table
     from moacompress.rules.plan import Plan
 
@@ -42,13 +54,19 @@ def export(
         model,
         loaded,
         out,
+        repair=repair,
         overwrite=overwrite,
         trust_remote_code=bool(trust_remote_code),
         progress=run.progress,
     )
-    inspected = inspect_plan(loaded)
-    data = {"model": str(folder), "plan": str(plan), "kv_bytes": inspected["kv_bytes"]}
+    written = exported_plan(folder) or loaded
+    inspected = inspect_plan(written)
+    data = {"model": str(folder), "plan": str(plan), "kv_bytes": inspected["kv_bytes"], "repair": inspected["repair"]}
     return Output(
         data,
-        [kv_table(inspected), f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")'],
+        [
+            kv_table(inspected),
+            *filter(None, [repair_text(written)]),
+            f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")',
+        ],
     )

@@ -53,6 +53,12 @@ class Checkpoint:
         weights = self.weights_like(self.plan.model.weights_fingerprint)
         return weights, str(self.model.dtype), self.model.device.type
 
+    @property
+    def is_repaired(self) -> bool:
+        """Whether an export refitted its weights to the plan."""
+        notes = self.plan.provenance.get("repair")
+        return isinstance(notes, dict) and notes.get("penalty") is not None
+
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the model under `plan`; nothing is done where it runs under it already."""
         from moacompress.runtime import attach, detach

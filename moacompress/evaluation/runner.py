@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from moacompress.evaluation.text_rows import (
     text_result_rows,
 )
 from moacompress.prompts.pools import Prose
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -129,6 +132,12 @@ def evaluate(
     checkpoint = load_checkpoint(folder, dtype, device)
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
+    if checkpoint.is_repaired:
+        logger.warning(
+            "the weights of %s were repaired for its plan: what is called dense here, and the baselines, have these weights "
+            "too; evaluate an export without --repair for those of the model's own",
+            folder,
+        )
     field = make_field(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}

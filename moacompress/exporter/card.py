@@ -21,7 +21,7 @@ def model_card(plan: Plan) -> str:
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
-        f"`{name}` with a smaller KV cache: the same weights, and for each of its {plan.model.layers} x "
+        f"`{name}` with a smaller KV cache: {_weights(plan)}, and for each of its {plan.model.layers} x "
         f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
@@ -33,11 +33,45 @@ def model_card(plan: Plan) -> str:
     quality = _quality(plan)
     if quality:
         parts.append("## Measured harm\n\n" + quality)
+    repair = repair_text(plan)
+    if repair:
+        parts.append("## Repair\n\n" + repair)
     recipe = plan.provenance.get("recipe")
     if recipe is not None:
         text = json.dumps(recipe, indent=1, ensure_ascii=False)
         parts.append(f"## Recipe\n\nEvery choice of the run, defaults included:\n\n```json\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def repair_text(plan: Plan) -> str:
+    """Returns what a repair did to the weights of a checkpoint, and what it gained; empty where there was none."""
+    notes = plan.provenance.get("repair")
+    if not isinstance(notes, dict):
+        return ""
+    fitted = f"{notes.get('tokens'):,} tokens of the profile {notes.get('profile')}"
+    if notes.get("penalty") is None:
+        return (
+            f"A repair with {fitted} changed nothing: it would not lower measured harm. The weights are the source's."
+        )
+    harm = notes["harm"]
+    before, after, change = (_with_error(harm[name]) for name in ("before", "after", "change"))
+    return (
+        "The weights are not the source's: the output projections of attention were refitted to this plan (closed form, ridge "
+        f"{notes['penalty']:g}) on {fitted}. On {notes['validation_samples']} validation samples, which had no part in the "
+        f"fit or in the choice of the ridge, KL(dense || model) is {after} nats per answer token, and {before} with the "
+        f"source's weights: a change of {change} (mean and standard error)."
+    )
+
+
+def _weights(plan: Plan) -> str:
+    notes = plan.provenance.get("repair")
+    changed = isinstance(notes, dict) and notes.get("penalty") is not None
+    return "weights that were repaired for it" if changed else "the same weights"
+
+
+def _with_error(value: dict[str, float | None]) -> str:
+    error = value["error"]
+    return f"{value['mean']:.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _front_matter(source: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
@@ -24,6 +24,10 @@ from moacompress.recipe import shared_name
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
 
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
+    from moacompress.search.repaired import Repaired
+
 logger = logging.getLogger(__name__)
 
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
@@ -34,6 +38,7 @@ def export(
     plan: Plan | str | Path,
     out: str | Path,
     *,
+    repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -44,7 +49,10 @@ def export(
         model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded). One that is loaded
             in another dtype than the plan's is loaded again.
         plan: a plan or its file.
-        out: the folder to make. One that holds an export of this plan is left as it is.
+        out: the folder to make. One that holds an export of this plan, with the same repair, is left as it is.
+        repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
+            samples, where that lowers measured harm; see `moacompress.search.repaired`. A loaded model has its own weights
+            again afterwards.
         overwrite: replace an existing model; any other folder is left alone.
         trust_remote_code: run modelling code that comes with the model.
         progress: is told of the steps.
@@ -54,17 +62,21 @@ def export(
 
     Raises:
         PlanError: the plan is not for this model.
-        ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written.
+        ModelError: the profile is of another model.
+        DataError: the profile has too few samples to repair with.
+        ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written. Or the profile cannot be
+            read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
-    from moacompress.runtime import attach, detach
-
     progress = progress or Progress()
     out = Path(out)
-    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    plan = _unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan))
+    profile = _read_profile(repair)
     reused = not overwrite and out.exists()
-    if reused and not _is_export_of(out, plan):
-        raise ArtefactError(f"{out} exists already and is not of this plan; choose another folder or pass --overwrite")
+    if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
+        raise ArtefactError(
+            f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
+        )
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         # not even with --overwrite: a mistyped folder must not cost somebody's files
         raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
@@ -76,14 +88,14 @@ def export(
         return out
     warn_of_budget(plan)
     plan = _shared(plan)
+    weights: Mapping[str, Any] = {}
     progress.step("model loaded")
+    if profile is not None:
+        repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
+        plan, weights = _with_repair(plan, repaired.report), repaired.weights
+        progress.start("export", 2)
     with new_folder(out, overwrite) as aside:
-        attach(source.model, plan)
-        try:
-            source.model.save_pretrained(aside)
-            expected = Continuation.of(source, plan)
-        finally:
-            detach(source.model)
+        expected = _write_model(source, plan, weights, aside)
         source.tokenizer.save_pretrained(aside)
         plan.save(aside / PLAN_FILE)
         recipe = plan.provenance.get("recipe")
@@ -97,6 +109,67 @@ def export(
         progress.step("loaded and generated in a fresh process")
     progress.done()
     return out
+
+
+def _write_model(source: SourceModel, plan: Plan, weights: Mapping[str, Any], folder: Path) -> Continuation:
+    """Writes the weights and configs of a model under a plan, and returns how it goes on; it is dense again afterwards.
+
+    Args:
+        source: the dense model.
+        plan: for this model.
+        weights: that stand in for its own, by name.
+        folder: an empty one.
+    """
+    from moacompress.calibration.repair import with_weights
+    from moacompress.runtime import attach, detach
+
+    with with_weights(source.model, weights):
+        attach(source.model, plan)
+        try:
+            source.model.save_pretrained(folder)
+            return Continuation.of(source, plan)
+        finally:
+            detach(source.model)
+
+
+def _repaired(
+    source: SourceModel,
+    model: str | Path | SourceModel,
+    plan: Plan,
+    profile: Profile,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Repaired:
+    """Repairs in the dtype that was profiled in, which need not be the checkpoint's, with a loaded model if one has it."""
+    from moacompress.runtime.ready_model import load_for
+    from moacompress.search.repaired import repair_by_profile
+
+    recipe = profile.recipe
+    profile.check_model(source, "repair")
+    dtype = source.computes_in if recipe.dtype == "auto" else recipe.dtype
+    loaded = next((one for one in (source, model) if isinstance(one, SourceModel) and one.computes_in == dtype), None)
+    if loaded is None:
+        loaded = load_for(
+            recipe.model_copy(update={"dtype": dtype, "trust_remote_code": trust_remote_code}), source.source
+        )
+    return repair_by_profile(loaded, plan, profile, progress)
+
+
+def _read_profile(profile: Profile | str | Path | None) -> Profile | None:
+    if isinstance(profile, str | Path):
+        from moacompress.calibration.store import Profile
+
+        return Profile.load(profile)
+    return profile
+
+
+def _with_repair(plan: Plan, report: dict[str, Any]) -> Plan:
+    return plan.with_notes(provenance={**plan.provenance, "repair": report})
+
+
+def _unrepaired(plan: Plan) -> Plan:
+    """Returns a plan without the notes of a repair, which are of a checkpoint's weights and not of the plan."""
+    return plan.with_notes(provenance={name: note for name, note in plan.provenance.items() if name != "repair"})
 
 
 def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: bool) -> SourceModel:
@@ -208,6 +281,27 @@ def check_reusable(folder: Path, plan: Plan) -> bool:
     return True
 
 
-def _is_export_of(folder: Path, plan: Plan) -> bool:
+def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> bool:
     found = exported_plan(folder)
-    return found is not None and _shared(found).to_dict() == _shared(plan).to_dict()
+    if found is None or _unrepaired(_shared(found)).to_dict() != _unrepaired(_shared(plan)).to_dict():
+        return False
+    return _repaired_by(found) == repaired_by
+
+
+def _repaired_by(plan: Plan) -> str | None:
+    """Returns the fingerprint of the profile that an exported plan's weights were repaired with, or None."""
+    notes = plan.provenance.get("repair")
+    return str(notes.get("profile")) if isinstance(notes, dict) else None
+
+
+def _other_repair(folder: Path, plan: Plan) -> str:
+    """Returns what to add to "not of this plan" where only the repair differs."""
+    found = exported_plan(folder)
+    if found is None or not _is_export_of(folder, plan, _repaired_by(found)):
+        return ""
+    by = _repaired_by(found)
+    return (
+        " with this repair (it has none)"
+        if by is None
+        else f" with this repair (it was repaired with the profile {by})"
+    )

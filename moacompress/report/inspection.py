@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from moacompress.core.tables import facts, readable_bytes, section
+from moacompress.exporter.card import repair_text
 from moacompress.models.weight_files import total_numbers
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, format_rows, kept_bits
@@ -54,6 +55,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "shared_layers": [],
         # no layer's weights are dropped as long as no layer shares another's attention
         "parameters": None if parameters is None else {"dense": parameters, "plan": parameters},
+        "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
     }
@@ -90,6 +92,9 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     }
     if data["parameters"] is not None:
         rows["parameters"] = f"{data['parameters']['plan']:,}"
+    repair = repair_text(plan)
+    if repair:
+        rows["repair"] = repair
     return facts("Plan", rows)
 
 

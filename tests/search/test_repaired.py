@@ -1,0 +1,121 @@
+"""The choice of a repair: what is kept lowers harm on samples that it was not fitted to, or nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moacompress.calibration.repair import RepairSetting, with_weights
+from moacompress.calibration.samples import Sample
+from moacompress.core.errors import DataError, ModelError
+from moacompress.models.source import SourceModel, model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.search import repaired as repairing
+from moacompress.search.objective import Objective
+from moacompress.search.repaired import repair, repair_by_profile
+
+Models = Callable[..., PreTrainedModel]
+
+
+def made(seed: int, count: int, n: int = 120) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    mask = np.arange(n) >= n - 60
+    return [Sample(rng.integers(3, 150, n), mask, "test", n) for _ in range(count)]
+
+
+@pytest.fixture
+def source(tiny_model: Models) -> SourceModel:
+    model = tiny_model("llama")
+    return SourceModel(model, None, "tiny", model_shape(model), 4096)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def narrow(source: SourceModel) -> Plan:
+    return Plan.uniform(source.shape, Rule(4, 16, 0), 16)
+
+
+def test_it_lowers_harm_where_it_was_not_fitted(source: SourceModel, narrow: Plan) -> None:
+    own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    validation = made(8, 6)
+    done = repair(source, narrow, made(7, 20), validation, settings=[RepairSetting(0.03), RepairSetting(100.0)])
+    assert all(torch.equal(tensor, own[name]) for name, tensor in source.model.state_dict().items())
+    report = done.report
+    assert (report["penalty"], report["answer_share"], report["tokens"], report["samples"]) == (0.03, None, 2400, 20)
+    assert report["validation_samples"] == 3
+    judged = Objective(source.model, validation[1::2])
+    before = judged.harms(narrow)
+    with with_weights(source.model, done.weights):
+        after = harms_against(own, source, narrow, validation[1::2])
+    assert np.mean(after) < np.mean(before)
+    assert report["harm"]["before"]["mean"] == pytest.approx(np.mean(before), rel=1e-4)
+    assert report["harm"]["after"]["mean"] == pytest.approx(np.mean(after), rel=1e-4)
+    assert report["harm"]["change"]["error"] == pytest.approx(np.std(after - before, ddof=1) / 3**0.5, rel=1e-3)
+
+
+def harms_against(own: dict[str, Any], source: SourceModel, plan: Plan, samples: list[Sample]) -> np.ndarray[Any, Any]:
+    """Returns the harm of the model as it is against the one with its own weights."""
+    objective = Objective(source.model, samples)
+    with with_weights(source.model, {name: own[name] for name, _ in source.model.named_parameters()}):
+        objective.harms(Plan.full(source.shape))  # keeps the dense logits
+    return objective.harms(plan)
+
+
+def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    worse = {name: torch.randn_like(source.model.state_dict()[name])}
+    monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [worse])
+    done = repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
+    assert done.weights == {}
+    assert (done.report["penalty"], done.report["harm"]["change"]["mean"]) == (None, 0)
+
+
+def test_none_is_kept_that_the_other_half_does_not_confirm(
+    source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Harms:
+        def __init__(self, *args: Any) -> None:
+            self.numbers = [0, 1, 2, 3]
+
+        def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
+            return np.array([1.0, 2.0, 3.0, 4.0]) if not weights else np.array([0.5, 2.5, 2.5, 4.5])
+
+    monkeypatch.setattr(repairing, "_Harms", Harms)
+    monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
+    done = repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
+    assert done.weights == {}
+    assert done.report["penalty"] is None
+
+
+def test_a_plan_of_full_rules_is_not_worked_on(source: SourceModel) -> None:
+    done = repair(source, Plan.full(source.shape), made(1, 2), made(2, 2))
+    assert done.weights == {}
+    assert "did not" not in done.report
+    assert done.report["penalty"] is None
+
+
+def test_too_few_samples(source: SourceModel, narrow: Plan) -> None:
+    with pytest.raises(DataError, match="no calibration samples"):
+        repair(source, narrow, [], made(2, 2))
+    with pytest.raises(DataError, match="there are 1; profile with more --validation-samples"):
+        repair(source, narrow, made(1, 1), made(2, 1))
+
+
+def test_a_profile_of_another_model(source: SourceModel, narrow: Plan, profiles: Any) -> None:
+    profile = profiles()
+    assert profile.shape.weights_fingerprint != source.shape.weights_fingerprint
+    with pytest.raises(ModelError, match="or repair with the model that was profiled"):
+        repair_by_profile(source, narrow, profile)
+
+
+def test_samples_are_taken_from_all_over(source: SourceModel) -> None:
+    samples = [replace(sample, source=str(number)) for number, sample in enumerate(made(3, 10))]
+    chosen = repairing._of_tokens(samples, 350)
+    assert [sample.source for sample in chosen] == ["0", "4", "9"]
+    assert repairing._of_tokens(samples, 10**6) == samples
