@@ -21,7 +21,7 @@ def model_card(plan: Plan) -> str:
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
-        f"`{name}` with a smaller KV cache: the same weights, and for each of its {plan.model.layers} x "
+        f"`{name}` with a smaller KV cache: {_weights(plan)}, and for each of its {plan.model.layers} x "
         f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
@@ -33,6 +33,9 @@ def model_card(plan: Plan) -> str:
     quality = _quality(plan)
     if quality:
         parts.append("## Measured harm\n\n" + quality)
+    healed = plan.provenance.get("heal")
+    if healed is not None:
+        parts.append("## Healed\n\n" + _healed(healed))
     recipe = plan.provenance.get("recipe")
     if recipe is not None:
         text = json.dumps(recipe, indent=1, ensure_ascii=False)
@@ -86,3 +89,30 @@ def _quality(plan: Plan) -> str:
     samples = plan.quality.get("samples")
     note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""
     return "\n".join(rows) + note
+
+
+def _weights(plan: Plan) -> str:
+    healed = plan.provenance.get("heal")
+    return (
+        "the same weights" if healed is None or not healed["improved"] else "weights that were distilled from its own"
+    )
+
+
+def _healed(notes: dict[str, Any]) -> str:
+    kl = notes["held_out_kl"]
+    rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
+    rows += [
+        f"| {name} | {kl[place]['mean']:.4g} | {kl[place]['standard_error']:.2g} |"
+        for name, place in (("as exported", "before"), ("healed", "after"), ("difference", "difference"))
+    ]
+    what = (
+        f"Trained: {notes['train']}, objective {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps; the "
+        f"best state, after step {notes['best_step']}, is what is here."
+        if notes["improved"]
+        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) gave nothing better: these are the "
+        "weights as they were exported."
+    )
+    measured = (
+        f"Measured on {kl['samples']} held-out samples, by which the state was chosen. What was measured of the plan "
+    )
+    return f"{what}\n\n" + "\n".join(rows) + f"\n\n{measured}before is of the weights as exported."

@@ -77,23 +77,41 @@ def export(
     with new_folder(out, overwrite) as aside:
         attach(source.model, plan)
         try:
-            source.model.save_pretrained(aside)
-            expected = Continuation.of(source, plan)
+            expected = write_checkpoint(source, plan, aside)
         finally:
             detach(source.model)
-        source.tokenizer.save_pretrained(aside)
-        plan.save(aside / PLAN_FILE)
-        recipe = plan.provenance.get("recipe")
-        if recipe is not None:
-            write_text(aside / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
-        write_text(aside / "README.md", model_card(plan))
-        for licence in licence_files(source.source):
-            shutil.copyfile(licence, aside / licence.name)
         progress.step("written")
         verify_fresh(aside, expected)
         progress.step("loaded and generated in a fresh process")
     progress.done()
     return out
+
+
+def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuation:
+    """Writes all files of a compressed checkpoint.
+
+    Args:
+        source: the model, under the plan; licence files are those that come with its `source`.
+        plan: the plan.
+        folder: an empty one.
+
+    Returns:
+        What a fresh process is to compute from the folder.
+
+    Raises:
+        ArtefactError: the folder cannot be written.
+    """
+    source.model.save_pretrained(folder)
+    expected = Continuation.of(source, plan)
+    source.tokenizer.save_pretrained(folder)
+    plan.save(folder / PLAN_FILE)
+    recipe = plan.provenance.get("recipe")
+    if recipe is not None:
+        write_text(folder / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", model_card(plan))
+    for licence in licence_files(source.source):
+        shutil.copyfile(licence, folder / licence.name)
+    return expected
 
 
 def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: bool) -> SourceModel:
