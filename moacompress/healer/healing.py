@@ -23,6 +23,7 @@ from moacompress.core.artefact_names import (
     ANSWERS_FILE,
     HEAL_CHECKPOINTS_FOLDER,
     HEAL_FILE,
+    HEAL_HISTORY_FILE,
     PROFILE_FOLDER,
     heal_folder,
     of_heal,
@@ -331,8 +332,12 @@ def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
         found = read_json(mark, "heal")
         if isinstance(found, dict) and found.get("request") == request.key:
             return
-        raise ArtefactError(f"{work} holds another heal, which was stopped; choose another --out or pass --overwrite")
-    remove(of_heal(work))
+        if (work / HEAL_HISTORY_FILE).exists():
+            raise ArtefactError(
+                f"{work} holds another heal, which was stopped; choose another --out or pass --overwrite"
+            )
+    else:
+        remove(of_heal(work))
     write_json(mark, {"request": request.key, "recipe": request.recipe.shared(request.teacher.source)["heal"]})
 
 
@@ -399,7 +404,7 @@ def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, p
         progress.step("done before")
     with stopping(stop):
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-    if not history.finished:
+    if processes.agreed(stop.is_set()):
         raise KeyboardInterrupt
     progress.done()
     return history

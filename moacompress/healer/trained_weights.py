@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,8 +111,8 @@ def trained_weights(model: Any) -> list[TrainedWeight]:
         return [TrainedWeight(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     from peft.tuners.lora import LoraLayer
 
-    modules: list[tuple[str, Any]] = model.get_base_model().named_modules()
-    layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+    modules: Iterable[tuple[str, Any]] = model.get_base_model().named_modules()
+    layers: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
     return [TrainedWeight(f"{name}.weight", layer.get_base_layer().weight, layer) for name, layer in layers]
 
 
