@@ -21,8 +21,12 @@ def target_rows(sample: Sample) -> Tensor:
     return torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
 
 
+MAX_STATE_BYTES = 2 * 2**30
+"""Of what is kept of the dense model; samples beyond it are read again."""
+
+
 class Teacher:
-    """The dense model. What its output layer gets at targets is kept, so that it reads every sample once.
+    """The dense model. What its output layer gets at targets is kept, so that it reads most samples once.
 
     Args:
         model: dense, in eval mode, weights frozen.
@@ -31,6 +35,7 @@ class Teacher:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._states: dict[Any, Tensor] = {}
+        self._room = MAX_STATE_BYTES
 
     def target_logits(self, key: Any, ids: Tensor, rows: Tensor) -> Tensor:
         """Returns logits `[rows, vocabulary]`.
@@ -40,10 +45,14 @@ class Teacher:
             ids: int64 `[N]`.
             rows: int64 positions.
         """
-        if key not in self._states:
-            self._states[key] = target_states(self.model, ids, rows).clone()
+        states = self._states.get(key)
+        if states is None:
+            states = target_states(self.model, ids, rows)
+            if states.nbytes <= self._room:
+                self._states[key] = states
+                self._room -= states.nbytes
         with torch.no_grad():
-            return output_logits(self.model, self._states[key])
+            return output_logits(self.model, states)
 
     def logits_and_layers(self, ids: Tensor, rows: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Returns logits `[rows, vocabulary]`, and what each of some layers gives, `[1, N, hidden]`."""
