@@ -84,7 +84,7 @@ def heal(
 
     The plan stays as it is. What is written is the state of least KL to the dense model on held-out samples, and the start
     where no step was better. --dtype is what is computed in: float32 on a CPU, else bfloat16; weights are trained in float32.
-    Under torchrun (torchrun --nproc-per-node 2 -m moacompress heal ...) processes share the samples.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) processes share the samples.
     """
     resolved = run.recipe(
         recipe,

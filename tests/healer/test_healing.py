@@ -351,20 +351,20 @@ def test_two_processes_train_one_model(healable: Place, tmp_path: Path) -> None:
         "--batch",
         "576",
         "--samples",
-        "24",
+        "16",
         "--evaluations",
         "2",
-        "--json",
     ]
     place = ["--profile", str(healable["profile"]), "-o", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [*command, "moacompress", "heal", str(healable["model"]), *place, *options],
+        [*command, "moacompress", "heal", str(healable["model"]), *place, *options, "--json"],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
+        timeout=240,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     data = json.loads(ran.stdout)
