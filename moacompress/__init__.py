@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moacompress.calibration.profiler import profile
     from moacompress.evaluation import evaluate
     from moacompress.exporter.exporting import export
+    from moacompress.healer.healing import heal
     from moacompress.pipeline import compress
     from moacompress.recipe import Recipe
     from moacompress.rules.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_plan",
+    "heal",
     "profile",
 ]
 
@@ -46,6 +48,7 @@ _HOMES = {
     "evaluate": "moacompress.evaluation",
     "export": "moacompress.exporter.exporting",
     "find_plan": "moacompress.search.study",
+    "heal": "moacompress.healer.healing",
     "profile": "moacompress.calibration.profiler",
 }
 

@@ -21,6 +21,8 @@ from moacompress.rules.rule import MIN_WINDOWS, SINKS
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
+HealObjective = Literal["kl", "echoatt"]
+TrainedPart = Literal["full", "lora", "reuse"]
 
 
 def _lengths(value: Any) -> Any:
@@ -174,6 +176,35 @@ class EvaluationRecipe(_Section):
     prompts: int = Field(20, ge=1, le=100_000, description="prompts of each task and length")
 
 
+class HealRecipe(_Section):
+    """How the weights of a compressed model are distilled from the dense model."""
+
+    objective: HealObjective = Field("kl", description="what is lowered: KL to dense, or the two stages of EchoAtt")
+    train: TrainedPart = Field(
+        "lora", description="all weights, LoRA of all linear layers, or layers that reuse attention"
+    )
+    samples: int = Field(96, ge=1, le=1_000_000, description="training samples, those of the profile first")
+    text_share: float = Field(0.25, ge=0, le=1, description="share of plain text in them, where there is prose")
+    lengths: Lengths | None = Field(
+        None, min_length=1, max_length=8, description="of training samples, tokens; by default the profile's"
+    )
+    steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
+    max_minutes: float | None = Field(None, gt=0, description="minutes of training after which it ends")
+    batch: int = Field(8192, ge=1, le=2**30, description="tokens of an optimizer step")
+    lr: float | None = Field(None, gt=0, le=1, description="largest learning rate; by default what suits `train`")
+    rank: int = Field(16, ge=1, le=4096, description="of LoRA")
+    hidden_weight: float = Field(1.0, ge=0, description="of the states of layers, in EchoAtt's first stage")
+    soft_weight: float = Field(1.0, ge=0, description="of KL to dense, likewise")
+    hard_weight: float = Field(1.0, ge=0, description="of the answers' own tokens, likewise")
+    first_stage: float = Field(0.7, ge=0, le=1, description="share of the steps that EchoAtt's first stage takes")
+    evaluations: int = Field(8, ge=1, le=10_000, description="times that held-out KL is measured on the way")
+    patience: int = Field(3, ge=1, le=10_000, description="evaluations in a row without a new best that end it")
+    held_out: int | None = Field(None, ge=1, description="validation samples that it is measured on; by default all")
+    checkpointing: bool | None = Field(
+        None, description="compute layers twice and keep less; by default for samples beyond 1,536 tokens"
+    )
+
+
 class Recipe(_Section):
     """A whole run."""
 
@@ -189,6 +220,7 @@ class Recipe(_Section):
     profile: ProfileRecipe = ProfileRecipe()
     search: SearchRecipe = SearchRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    heal: HealRecipe = HealRecipe()
 
     @field_validator("budget")
     @classmethod

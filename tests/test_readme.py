@@ -49,7 +49,7 @@ def test_command(command: str) -> None:
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
     else:
-        assert program in ("pip", "optuna-dashboard")
+        assert program in ("pip", "optuna-dashboard", "torchrun")
 
 
 def test_every_verb_is_in_the_table() -> None:

@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 import moacompress
-from moacompress.cli import bench, compress, data, demo, doctor, eval, export, inspect, profile, search
+from moacompress.cli import bench, compress, data, demo, doctor, eval, export, heal, inspect, profile, search
 from moacompress.cli.harness import INTERRUPTED, say
 
 VERBS = {
     "profile": profile.profile,
     "search": search.search,
     "export": export.export,
+    "heal": heal.heal,
     "compress": compress.compress,
     "eval": eval.evaluate,
     "bench": bench.bench,

@@ -68,11 +68,13 @@ class Output:
         data: the JSON object of `--json`.
         show: what a person sees instead.
         exit_code: 0, or 1 when the answer is no.
+        said_elsewhere: nothing is printed, as another process of the same run prints it.
     """
 
     data: Mapping[str, Any]
     show: list[RenderableType] = field(default_factory=list)
     exit_code: int = 0
+    said_elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class Verb:
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
         interrupted = ANEW if arguments.get("overwrite") else INTERRUPTED
         output = _guarded(lambda run: self._work(run, **arguments), common, interrupted)
-        if common.as_json:
+        if output.said_elsewhere:
+            pass
+        elif common.as_json:
             print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
         else:
             console = out_console()

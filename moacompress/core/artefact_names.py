@@ -45,6 +45,12 @@ INFLUENCE_FILE = "influence.safetensors"
 ANSWERS_FILE = "answers.jsonl"
 AUDIT_FILE = "audit.json"
 
+HEAL_FILE = "heal.json"
+"""What a heal is of; it lies in the work folder, as do the next three."""
+HEAL_HISTORY_FILE = "history.json"
+HEAL_CHECKPOINTS_FOLDER = "checkpoints"
+HEAL_BEST_FILE = "best.safetensors"
+
 PARTIAL = ".partial"
 """End of the name of a folder that is being written, or removed."""
 TEMPORARY = ".tmp"
@@ -129,6 +135,11 @@ def scouts_folder(plan: Path) -> Path:
     return plan.with_suffix(".scouts")
 
 
+def heal_folder(out: Path) -> Path:
+    """Returns where a heal works until its checkpoint is done: `model.heal` for `model`."""
+    return out.with_name(f"{out.name}.heal")
+
+
 def scores_file(evaluation: Path) -> Path:
     """Returns where an evaluation keeps its finished scores: `eval.scores.jsonl` for `eval.json`."""
     return evaluation.with_name(f"{evaluation.stem}.scores.jsonl")
@@ -178,6 +189,12 @@ def of_profile(folder: Path) -> list[Path]:
     """Returns all that `profile` leaves in its folder."""
     samples = (INFLUENCE_FILE, SAMPLES_FOLDER, VALIDATION_FILE, CALIBRATION_FILE, ANSWERS_FILE, MANIFEST_FILE)
     return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]
+
+
+def of_heal(folder: Path) -> list[Path]:
+    """Returns all that a heal leaves in its work folder."""
+    names = (HEAL_BEST_FILE, HEAL_CHECKPOINTS_FOLDER, HEAL_HISTORY_FILE, ANSWERS_FILE, HEAL_FILE)
+    return [folder / name for name in names]
 
 
 def of_evaluation(evaluation: Path) -> list[Path]:

@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "datasets", "safetensors", "numpy", "scipy")
-EXTRAS = {"demo": "gguf", "offload": "accelerate"}
+EXTRAS = {
+    "demo": ("gguf",),
+    "eval": ("accelerate", "lm_eval"),
+    "heal": ("accelerate", "peft"),
+    "offload": ("accelerate",),
+    "report": ("plotly",),
+    "rivals": ("hqq", "optimum.quanto"),
+}
+"""Modules that each extra brings."""
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """torch's own variable; "0" keeps torch from calling the entry point that registers moacompress."""
 AUTOLOAD_SECONDS = 120
@@ -67,7 +75,7 @@ def check_environment() -> dict[str, Any]:
         "kernel": kernel,
         "autoload": autoload,
         "private_names": names,
-        "extras": {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()},
+        "extras": {name: all(map(_is_there, modules)) for name, modules in EXTRAS.items()},
         "problems": problems,
     }
 
@@ -317,6 +325,13 @@ def _kernel_for(dtype: str) -> str:
     from moacompress.kernels.dispatch import backend_for
 
     return backend_for(torch.empty(0, dtype=getattr(torch, dtype))).name
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, un
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
@@ -193,6 +196,12 @@ def make_field(
         PlanError: a plan of other weights.
     """
     names = tuple(dict.fromkeys(against))
+    if names and checkpoint.plan.provenance.get("heal", {}).get("improved"):
+        logger.warning(
+            "%s was healed: dense and the baselines are measured with its own weights, not with those of the model that it was "
+            "distilled from; evaluate the checkpoint before healing for these",
+            checkpoint.folder,
+        )
     found = _profile(checkpoint, names, profile)
     others = {name: _other_plan(checkpoint, name) for name in names if name not in NAMED}
     return Field(checkpoint, names, others, found, every_candidate)

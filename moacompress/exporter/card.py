@@ -36,6 +36,9 @@ def model_card(plan: Plan) -> str:
     repair = repair_text(plan)
     if repair:
         parts.append("## Repair\n\n" + repair)
+    healed = plan.provenance.get("heal")
+    if healed is not None:
+        parts.append("## Healed\n\n" + _healed(healed))
     recipe = plan.provenance.get("recipe")
     if recipe is not None:
         text = json.dumps(recipe, indent=1, ensure_ascii=False)
@@ -64,8 +67,10 @@ def repair_text(plan: Plan) -> str:
 
 
 def _weights(plan: Plan) -> str:
-    notes = plan.provenance.get("repair")
-    changed = isinstance(notes, dict) and notes.get("penalty") is not None
+    repaired, healed = plan.provenance.get("repair"), plan.provenance.get("heal")
+    if isinstance(healed, dict) and healed.get("improved"):
+        return "weights that were distilled from its own"
+    changed = isinstance(repaired, dict) and repaired.get("penalty") is not None
     return "weights that were repaired for it" if changed else "the same weights"
 
 
@@ -120,3 +125,23 @@ def _quality(plan: Plan) -> str:
     samples = plan.quality.get("samples")
     note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""
     return "\n".join(rows) + note
+
+
+def _healed(notes: dict[str, Any]) -> str:
+    kl = notes["held_out_kl"]
+    rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
+    rows += [
+        f"| {name} | {kl[place]['mean']:.4g} | {kl[place]['standard_error']:.2g} |"
+        for name, place in (("as exported", "before"), ("healed", "after"), ("difference", "difference"))
+    ]
+    what = (
+        f"Trained: {notes['train']}, objective {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps; the "
+        f"best state, after step {notes['best_step']}, is what is here."
+        if notes["improved"]
+        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) gave nothing better: these are the "
+        "weights as they were exported."
+    )
+    measured = (
+        f"Measured on {kl['samples']} held-out samples, by which the state was chosen. What was measured of the plan "
+    )
+    return f"{what}\n\n" + "\n".join(rows) + f"\n\n{measured}before is of the weights as exported."

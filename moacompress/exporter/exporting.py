@@ -68,6 +68,9 @@ def export(
             read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
+    from moacompress.calibration.repair import with_weights
+    from moacompress.runtime import attach, detach
+
     progress = progress or Progress()
     out = Path(out)
     plan = _unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan))
@@ -95,41 +98,17 @@ def export(
         plan, weights = _with_repair(plan, repaired.report), repaired.weights
         progress.start("export", 2)
     with new_folder(out, overwrite) as aside:
-        expected = _write_model(source, plan, weights, aside)
-        source.tokenizer.save_pretrained(aside)
-        plan.save(aside / PLAN_FILE)
-        recipe = plan.provenance.get("recipe")
-        if recipe is not None:
-            write_text(aside / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
-        write_text(aside / "README.md", model_card(plan))
-        for licence in licence_files(source.source):
-            shutil.copyfile(licence, aside / licence.name)
+        with with_weights(source.model, weights):
+            attach(source.model, plan)
+            try:
+                expected = write_checkpoint(source, plan, aside)
+            finally:
+                detach(source.model)
         progress.step("written")
         verify_fresh(aside, expected)
         progress.step("loaded and generated in a fresh process")
     progress.done()
     return out
-
-
-def _write_model(source: SourceModel, plan: Plan, weights: Mapping[str, Any], folder: Path) -> Continuation:
-    """Writes the weights and configs of a model under a plan, and returns how it goes on; it is dense again afterwards.
-
-    Args:
-        source: the dense model.
-        plan: for this model.
-        weights: that stand in for its own, by name.
-        folder: an empty one.
-    """
-    from moacompress.calibration.repair import with_weights
-    from moacompress.runtime import attach, detach
-
-    with with_weights(source.model, weights):
-        attach(source.model, plan)
-        try:
-            source.model.save_pretrained(folder)
-            return Continuation.of(source, plan)
-        finally:
-            detach(source.model)
 
 
 def _repaired(
@@ -170,6 +149,33 @@ def _with_repair(plan: Plan, report: dict[str, Any]) -> Plan:
 def _unrepaired(plan: Plan) -> Plan:
     """Returns a plan without the notes of a repair, which are of a checkpoint's weights and not of the plan."""
     return plan.with_notes(provenance={name: note for name, note in plan.provenance.items() if name != "repair"})
+
+
+def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuation:
+    """Writes all files of a compressed checkpoint.
+
+    Args:
+        source: the model, under the plan; licence files are those that come with its `source`.
+        plan: the plan.
+        folder: an empty one.
+
+    Returns:
+        What a fresh process is to compute from the folder.
+
+    Raises:
+        ArtefactError: the folder cannot be written.
+    """
+    source.model.save_pretrained(folder)
+    expected = Continuation.of(source, plan)
+    source.tokenizer.save_pretrained(folder)
+    plan.save(folder / PLAN_FILE)
+    recipe = plan.provenance.get("recipe")
+    if recipe is not None:
+        write_text(folder / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", model_card(plan))
+    for licence in licence_files(source.source):
+        shutil.copyfile(licence, folder / licence.name)
+    return expected
 
 
 def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: bool) -> SourceModel:

@@ -12,6 +12,7 @@ from rich.text import Text
 from moacompress.core.tables import facts, readable_bytes, section
 from moacompress.exporter.card import repair_text
 from moacompress.models.weight_files import total_numbers
+from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, format_rows, kept_bits
 from moacompress.rules.formats import FORMATS
@@ -58,6 +59,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
+        "healed": plan.provenance.get("heal"),
     }
 
 
@@ -95,6 +97,8 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     repair = repair_text(plan)
     if repair:
         rows["repair"] = repair
+    if data["healed"] is not None:
+        rows["healed"] = heal_sentence(data["healed"])
     return facts("Plan", rows)
 
 

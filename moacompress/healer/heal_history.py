@@ -1,0 +1,129 @@
+"""What happened in a heal so far, in its work folder, so that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moacompress.core.artefact_names import HEAL_BEST_FILE, HEAL_HISTORY_FILE
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import read_json, write_bytes, write_json
+
+TRAINER_STATE = "trainer_state.json"
+"""What transformers writes last into a checkpoint: one without it is half-written."""
+
+
+@dataclass
+class Evaluated:
+    """Held-out KL at one step.
+
+    Attributes:
+        step: optimizer steps before it.
+        mark: number of the evaluation that was due.
+        harms: KL(dense || model) of every held-out sample, nats.
+    """
+
+    step: int
+    mark: int
+    harms: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the samples."""
+        return float(np.mean(self.harms))
+
+
+@dataclass
+class HealHistory:
+    """Losses and held-out KL of a heal.
+
+    Attributes:
+        start: before the first step; None until it is measured.
+        best: the lowest so far, if below the start's.
+        evaluations: those on the way, `start` left out.
+        losses: mean loss of every step.
+        tokens: that were trained on.
+        seconds: of training, evaluations on the way included.
+        finished: whether no step follows.
+    """
+
+    start: Evaluated | None = None
+    best: Evaluated | None = None
+    evaluations: list[Evaluated] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    def add(self, found: Evaluated) -> bool:
+        """Takes in an evaluation; returns whether it is the best so far."""
+        assert self.start is not None
+        self.evaluations.append(found)
+        better = found.mean < (self.best or self.start).mean
+        if better:
+            self.best = found
+        return better
+
+    def fruitless(self) -> int:
+        """Returns how many evaluations in a row, up to the last, were no new best."""
+        best = self.best.step if self.best is not None else 0
+        return sum(found.step > best for found in self.evaluations)
+
+    def back_to(self, step: int) -> None:
+        """Forgets what came after a step; the best state stays what it was, as it was measured."""
+        self.tokens = round(self.tokens * step / max(len(self.losses), 1))
+        self.losses = self.losses[:step]
+        self.evaluations = [found for found in self.evaluations if found.step <= step]
+
+    def write(self, folder: Path) -> None:
+        """Writes it into the work folder, atomically."""
+        write_json(folder / HEAL_HISTORY_FILE, asdict(self))
+
+    @staticmethod
+    def read(folder: Path) -> HealHistory:
+        """Reads what an earlier run wrote; an empty history where it wrote none.
+
+        Raises:
+            ArtefactError: the file is damaged.
+        """
+        path = folder / HEAL_HISTORY_FILE
+        if not path.is_file():
+            return HealHistory()
+        data = read_json(path, "history")
+        try:
+            start, best = (None if data[name] is None else Evaluated(**data[name]) for name in ("start", "best"))
+            evaluations = [Evaluated(**found) for found in data["evaluations"]]
+            return HealHistory(**{**data, "start": start, "best": best, "evaluations": evaluations})
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged: {error}; heal anew with --overwrite") from error
+
+
+def save_best(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes the best weights so far, atomically."""
+    from safetensors.torch import save
+
+    write_bytes(folder / HEAL_BEST_FILE, save(tensors))
+
+
+def load_best(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads what `save_best` wrote.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / HEAL_BEST_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"{folder / HEAL_BEST_FILE} is damaged: {error}; heal anew with --overwrite") from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the last whole checkpoint of transformers' Trainer in a folder."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE).is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

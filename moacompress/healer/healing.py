@@ -1,0 +1,479 @@
+"""Heal: a compressed checkpoint whose weights are distilled from the dense model, under its own plan.
+
+The work folder beside the checkpoint (`core.artefact_names.heal_folder`) holds the answers, the Trainer's checkpoints, the
+history and the best weights so far, until the new checkpoint is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moacompress.calibration.answer_store import AnswerStore
+from moacompress.calibration.samples import fingerprint_ordered, fingerprint_samples
+from moacompress.calibration.store import Profile
+from moacompress.core.artefact_names import (
+    ANSWERS_FILE,
+    HEAL_CHECKPOINTS_FOLDER,
+    HEAL_FILE,
+    HEAL_HISTORY_FILE,
+    PROFILE_FOLDER,
+    heal_folder,
+    of_heal,
+    owner_of_folder,
+)
+from moacompress.core.errors import ArtefactError, ModelError, UsageError
+from moacompress.core.files import digest_files, fingerprint, new_folder, read_json, remove, sweep_folders, write_json
+from moacompress.core.owners import own_folder
+from moacompress.core.progress import SILENT, Progress
+from moacompress.evaluation.checkpoint import Checkpoint, load_checkpoint
+from moacompress.exporter.exporting import exported_plan, write_checkpoint
+from moacompress.exporter.fresh import verify_fresh
+from moacompress.healer import processes
+from moacompress.healer.heal_history import HealHistory, last_checkpoint, load_best
+from moacompress.healer.teacher import HeldOut, Teacher
+from moacompress.healer.trained_weights import (
+    LEARNING_RATES,
+    check_installed,
+    check_trainable,
+    distilled_layers,
+    make_trainable,
+)
+from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
+from moacompress.models.source import SourceModel, find_model_folder, is_compressed, load_source
+from moacompress.recipe import HealRecipe, Recipe
+from moacompress.rules.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+HEAL_VERSION = 1
+"""Part of what a heal is known by; raised where the same request would give other weights."""
+TWICE_BEYOND = 1536
+"""Longest sample whose layers keep all that their backward pass needs, where the recipe does not say."""
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What is asked for, and what it is asked of.
+
+    Attributes:
+        checkpoint: the compressed model; its weights are frozen and of the dtype that is trained in.
+        teacher: the dense model.
+        profile: of the dense model.
+        recipe: `heal`, `seed`, `device` and `calibration.text` count.
+        compute: dtype that is computed in, "float32" or "bfloat16".
+        key: fingerprint of all that decides the result but for how long it may take.
+    """
+
+    checkpoint: Checkpoint
+    teacher: SourceModel
+    profile: Profile
+    recipe: Recipe
+    compute: str
+    key: str
+
+    @property
+    def heal(self) -> HealRecipe:
+        """The section of the recipe."""
+        return self.recipe.heal
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the checkpoint."""
+        return self.checkpoint.plan
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest."""
+        return self.heal.lr or LEARNING_RATES[self.heal.train]
+
+    @staticmethod
+    def of(
+        target: str | Path, profile: str | Path | Profile | None, teacher: str | SourceModel | None, recipe: Recipe
+    ) -> HealRequest:
+        """Loads and compares all that is asked for.
+
+        Raises:
+            UsageError: not a compressed model, no profile, nothing to train, a missing package, or float16.
+            ModelError: the dense model is not there, or not the one that was profiled.
+            PlanError: the dense model, or the profile, is not what the plan was made for.
+        """
+        check_installed(recipe.heal.train)
+        folder = _compressed(Path(target))
+        known = profile if isinstance(profile, Profile) else Profile.load(_profile_folder(folder, profile))
+        compute = _compute_dtype(recipe)
+        frozen = recipe.heal.train == "lora"
+        checkpoint = load_checkpoint(folder, compute if frozen else "float32", recipe.device)
+        checkpoint.model.requires_grad_(False)
+        plan = checkpoint.plan
+        check_trainable(plan, recipe.heal.train)
+        source = _load_teacher(teacher, known, compute, recipe)
+        plan.check_model(source.shape, weights=source.weights_like)
+        known.check_model(source, "heal")
+        if known.around:
+            raise UsageError(
+                f"the profile in {known.path} is of changes around a plan; heal with one of the dense model"
+            )
+        return HealRequest(checkpoint, source, known, recipe, compute, _key(checkpoint, known, recipe, compute))
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """A healed checkpoint.
+
+    Attributes:
+        folder: where it is.
+        plan: its plan.
+        losses: mean loss of every step; empty where the checkpoint was there already.
+    """
+
+    folder: Path
+    plan: Plan
+    losses: tuple[float, ...] = ()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the plan says of the heal."""
+        found: dict[str, Any] = self.plan.provenance["heal"]
+        return found
+
+
+def heal(
+    target: str | Path,
+    out: str | Path,
+    *,
+    profile: str | Path | Profile | None = None,
+    teacher: str | SourceModel | None = None,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> HealResult:
+    """Distils the weights of a compressed model from the dense one, and writes them as a checkpoint of the same plan.
+
+    Held-out KL is measured on the way, of the weights as they would be written; the best state is what is written. Where none
+    is better than the start, the start is. Under `torchrun`, processes share the samples.
+
+    Args:
+        target: a compressed model, or the folder of a run with one under `model/`.
+        out: the folder to make. One that this very heal made is left as it is, and one that was stopped goes on.
+        profile: folder of the dense model's profile, whose validation samples are held out; by default the run's own.
+        teacher: the dense model; by default the one that was profiled.
+        recipe: `heal` and `seed` count, `device`, `dtype` (what is computed in) and `calibration.text` (where new prose is
+            taken from).
+        overwrite: start anew: a checkpoint at `out`, and what a heal left beside it, are removed.
+        progress: is told of the steps.
+
+    Raises:
+        UsageError: not a compressed model, no profile, nothing to train, a missing package, or float16.
+        ModelError: the dense model is not there, or numbers that are not finite.
+        PlanError: the dense model, or the profile, is not what the plan was made for.
+        DataError: data that are missing, or that the held-out set or an evaluation uses too.
+        ArtefactError: `out` is something else, cannot be written, or another process is at it.
+        MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
+    """
+    out, progress = Path(out), progress or SILENT
+    request = HealRequest.of(target, profile, teacher, recipe or Recipe())
+    done = _already_there(out, request, overwrite)
+    if done is not None:
+        return done
+    work = heal_folder(out)
+    arguments = trainer_arguments(request, work)
+    with own_folder(work) if processes.rank() == 0 else nullcontext():
+        if processes.rank() == 0:
+            _claim(work, request, overwrite)
+        data = _data(request, work, progress)
+        history = _trained(request, data, arguments, work, progress)
+        result = HealResult(out, _noted(request, data, history), tuple(history.losses))
+        if processes.rank() == 0:
+            _write(result, request, history, work, overwrite, progress)
+    if processes.rank() == 0:
+        _tidy(work)
+    processes.agreed(None)  # no process ends before the checkpoint is there
+    return result
+
+
+def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
+    """Returns the arguments of transformers' Trainer; under `torchrun` they bring up the process group.
+
+    Args:
+        request: what is asked for.
+        work: the work folder; None where nothing is written.
+    """
+    from transformers import TrainingArguments
+
+    heal, longest = request.heal, max(heal_lengths(request.profile, request.recipe))
+    twice = heal.checkpointing if heal.checkpointing is not None else longest > TWICE_BEYOND
+    arguments = TrainingArguments(
+        output_dir=str(work / HEAL_CHECKPOINTS_FOLDER) if work is not None else None,
+        max_steps=heal.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation(request),
+        learning_rate=request.learning_rate,
+        weight_decay=0.0,
+        gradient_checkpointing=twice,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=request.compute == "bfloat16",
+        use_cpu=request.recipe.device == "cpu",
+        ddp_backend="gloo" if request.recipe.device == "cpu" and processes.world_size() > 1 else None,
+        ddp_timeout=24 * 3600,
+        seed=request.recipe.seed,
+        save_strategy="no",
+        save_total_limit=2,
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+    )
+    _ = arguments.device
+    return arguments
+
+
+def accumulation(request: HealRequest) -> int:
+    """Returns how many samples each process takes for a step."""
+    longest = max(heal_lengths(request.profile, request.recipe))
+    return max(1, round(request.heal.batch / longest / processes.world_size()))
+
+
+def _compressed(target: Path) -> Path:
+    folder = find_model_folder(target)
+    if folder is None:
+        raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
+    if not is_compressed(folder):
+        raise UsageError(
+            f"{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress "
+            f"{folder} --budget 25% -o OUT`) and heal OUT"
+        )
+    return folder
+
+
+def _profile_folder(folder: Path, given: str | Path | None) -> Path:
+    beside = [place / PROFILE_FOLDER for place in (folder, folder.parent)]
+    path = Path(given) if given is not None else next((place for place in beside if place.is_dir()), None)
+    if path is None:
+        raise UsageError(
+            f"there is no profile beside {folder}, whose validation samples a heal is measured on; give one (--profile DIR)"
+        )
+    return path
+
+
+def _compute_dtype(recipe: Recipe) -> str:
+    """Returns what is computed in: on a CPU float32, where few are faster in bfloat16, elsewhere bfloat16 if not asked."""
+    if recipe.dtype == "auto":
+        return "float32" if recipe.device == "cpu" else "bfloat16"
+    if recipe.dtype == "float16":
+        raise UsageError("a heal cannot compute in float16, whose gradients underflow; choose bfloat16 or float32")
+    return recipe.dtype
+
+
+def _load_teacher(given: str | SourceModel | None, profile: Profile, compute: str, recipe: Recipe) -> SourceModel:
+    if isinstance(given, SourceModel):
+        return given
+    name = given or profile.source
+    if given is None and Path(name).is_absolute() and not Path(name).exists():
+        raise ModelError(
+            f"the dense model is not at {name} any more, where it was profiled; say where it is (--teacher)"
+        )
+    return load_source(name, dtype=compute, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+
+
+def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:
+    heal = recipe.heal.model_dump(mode="json", exclude={"max_minutes", "checkpointing"})
+    text = recipe.calibration.text
+    return fingerprint(
+        {
+            "version": HEAL_VERSION,
+            "plan": checkpoint.plan.key(),
+            "weights": checkpoint.weights,
+            "dtype": checkpoint.plan.model.dtype,
+            "profile": profile.fingerprint,
+            "validation": fingerprint_samples(profile.validation),
+            "heal": heal,
+            "text": None if text is None else digest_files(Path(text)),
+            "seed": recipe.seed,
+            "computes_in": compute,
+            "processes": processes.world_size(),
+        }
+    )
+
+
+def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
+    """Returns what this very heal made, or None; refuses anything else that is at `out`."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    plan = exported_plan(out) if (out / "config.json").is_file() else None
+    if plan is None:
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        raise ArtefactError(f"{out} exists already and is not a compressed model; choose another folder")
+    if out.resolve() == request.checkpoint.folder.resolve():
+        raise ArtefactError(f"{out} is the model that is to be healed; choose another folder")
+    if overwrite:
+        return None
+    if plan.provenance.get("heal", {}).get("request") != request.key:
+        raise ArtefactError(f"{out} exists already and is not of this heal; choose another folder or pass --overwrite")
+    return HealResult(out, plan)
+
+
+def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
+    """Makes the work folder this heal's, or refuses it. This process owns it."""
+    mark = work / HEAL_FILE
+    held = set(work.iterdir()) - {owner_of_folder(work)}
+    if held and not mark.is_file():
+        raise ArtefactError(f"{work} exists already and no heal left it; choose another --out")
+    if mark.is_file() and not overwrite:
+        found = read_json(mark, "heal")
+        if isinstance(found, dict) and found.get("request") == request.key:
+            return
+        if (work / HEAL_HISTORY_FILE).exists():
+            raise ArtefactError(
+                f"{work} holds another heal, which was stopped; choose another --out or pass --overwrite"
+            )
+    else:
+        remove(of_heal(work))
+    write_json(mark, {"request": request.key, "recipe": request.recipe.shared(request.teacher.source)["heal"]})
+
+
+def _tidy(work: Path) -> None:
+    remove(of_heal(work))
+    if not any(work.iterdir()):
+        work.rmdir()
+
+
+def _data(request: HealRequest, work: Path, progress: Progress) -> HealData:
+    """Returns the samples. The first process makes the answers, the others find them in the work folder."""
+    teacher = request.teacher
+
+    def made(shown: Progress) -> HealData:
+        store = AnswerStore(work / ANSWERS_FILE, teacher.shape.weights_fingerprint, teacher.computes_in)
+        return make_heal_data(request.profile, teacher, request.recipe, shown, store)
+
+    data = made(progress) if processes.rank() == 0 else None
+    processes.agreed(None)
+    return data if data is not None else made(SILENT)
+
+
+def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, progress: Progress) -> HealHistory:
+    """Trains, or goes on from the last checkpoint, and returns what happened."""
+    import torch
+    from transformers import PrinterCallback
+
+    from moacompress.healer.heal_trainer import HealCallback, HealParts, HealTrainer, Pace, as_batches, stopping
+
+    heal = request.heal
+    model = make_trainable(request.checkpoint.model, request.plan, heal, request.recipe.seed)
+    begun = last_checkpoint(work / HEAL_CHECKPOINTS_FOLDER)
+    history = HealHistory.read(work)
+    if history.finished:
+        return history
+    step = 0 if begun is None else int(begun.name.rpartition("-")[2])
+    history.back_to(step)
+    teacher = Teacher(request.teacher.model)
+    parts = HealParts(
+        heal=heal,
+        layers=distilled_layers(request.plan),
+        teacher=teacher,
+        held_out=HeldOut(teacher, data.held_out),
+        dtype=getattr(torch, request.plan.model.dtype),
+        history=history,
+        pace=Pace(heal, history.seconds if step else 0.0),
+        work=work,
+    )
+    if history.start is None:
+        progress.start("held-out KL at the start", 1)
+        history.start = parts.measure(model, 0, 0)
+        progress.step(f"{history.start.mean:.4g}")
+        progress.done()
+        if processes.rank() == 0:
+            history.write(work)
+        parts = HealParts(**{**vars(parts), "pace": Pace(heal, 0.0)})
+    trainer = HealTrainer(parts, model=model, args=arguments, train_dataset=as_batches(data.training))
+    trainer.done = parts.pace.share(step)
+    stop = threading.Event()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(HealCallback(parts, trainer, stop, progress))
+    progress.start("healing", heal.steps)
+    for _ in range(step):
+        progress.step("done before")
+    with stopping(stop):
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+    if processes.agreed(stop.is_set()):
+        raise KeyboardInterrupt
+    progress.done()
+    return history
+
+
+def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
+    """Returns the plan with what was done in its notes."""
+    assert history.start is not None
+    heal, best = request.heal, history.best
+    notes = {
+        "request": request.key,
+        "objective": heal.objective,
+        "train": heal.train,
+        "improved": best is not None,
+        "held_out_kl": {
+            "before": _statistics(history.start.harms),
+            "after": _statistics((best or history.start).harms),
+            "difference": _statistics(np.subtract((best or history.start).harms, history.start.harms).tolist()),
+            "samples": len(data.held_out),
+        },
+        "best_step": best.step if best is not None else 0,
+        "steps": len(history.losses),
+        "tokens": history.tokens,
+        "seconds": round(history.seconds, 1),
+        "training_samples": len(data.training),
+        "data": data.fingerprint,
+        "held_out": fingerprint_ordered(data.held_out),
+        "profile": request.profile.fingerprint,
+        "teacher": request.teacher.shape.weights_fingerprint,
+        "from_weights": request.checkpoint.weights,
+        "computes_in": request.compute,
+        "learning_rate": request.learning_rate,
+        "processes": processes.world_size(),
+        "evaluations": [{"step": found.step, "kl": found.mean} for found in [history.start, *history.evaluations]],
+        "recipe": {**request.recipe.shared(request.teacher.source)["heal"], "seed": request.recipe.seed},
+    }
+    return request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float]:
+    """Returns the mean of some numbers and its standard error."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "standard_error": error}
+
+
+def _write(
+    result: HealResult, request: HealRequest, history: HealHistory, work: Path, overwrite: bool, progress: Progress
+) -> None:
+    """Writes the checkpoint aside, loads it in a fresh process, and moves it into place."""
+    from moacompress.runtime import attach, detach
+
+    folder, plan = request.checkpoint.folder, result.plan
+    progress.start("writing the healed checkpoint", 2)
+    fresh = load_checkpoint(folder, plan.model.dtype, "cpu")
+    if history.best is not None:
+        held = fresh.model.state_dict()
+        for name, tensor in load_best(work).items():
+            held[name].copy_(tensor)
+    else:
+        logger.warning("no step lowered the held-out KL: %s gets the weights that %s has", result.folder, folder)
+    model = attach(detach(fresh.model), plan)
+    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    source = SourceModel(model, fresh.tokenizer, str(folder), plan.model, context)
+    sweep_folders(result.folder)
+    if result.folder.is_dir() and not any(result.folder.iterdir()):
+        result.folder.rmdir()
+    with new_folder(result.folder, overwrite) as aside:
+        expected = write_checkpoint(source, plan, aside)
+        progress.step("written")
+        verify_fresh(aside, expected)
+        progress.step("loaded and generated in a fresh process")
+    progress.done()

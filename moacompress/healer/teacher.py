@@ -1,0 +1,96 @@
+"""The dense model as a heal asks it: what it predicts at the targets of samples, and the states of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moacompress.calibration.passes import output_logits, target_states
+from moacompress.calibration.samples import Sample
+from moacompress.core.errors import ModelError
+from moacompress.healer import processes
+from moacompress.search.objective import answer_logits, kl
+
+
+def target_rows(sample: Sample) -> Tensor:
+    """Returns the positions whose logits predict the targets of a sample, int64 `[targets]`."""
+    return torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+
+
+MAX_STATE_BYTES = 2 * 2**30
+"""Of what is kept of the dense model; samples beyond it are read again."""
+
+
+class Teacher:
+    """The dense model. What its output layer gets at targets is kept, so that it reads most samples once.
+
+    Args:
+        model: dense, in eval mode, weights frozen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._states: dict[Any, Tensor] = {}
+        self._room = MAX_STATE_BYTES
+
+    def target_logits(self, key: Any, ids: Tensor, rows: Tensor) -> Tensor:
+        """Returns logits `[rows, vocabulary]`.
+
+        Args:
+            key: of the sample.
+            ids: int64 `[N]`.
+            rows: int64 positions.
+        """
+        states = self._states.get(key)
+        if states is None:
+            states = target_states(self.model, ids, rows)
+            if states.nbytes <= self._room:
+                self._states[key] = states
+                self._room -= states.nbytes
+        with torch.no_grad():
+            return output_logits(self.model, states)
+
+    def logits_and_layers(self, ids: Tensor, rows: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Returns logits `[rows, vocabulary]`, and what each of some layers gives, `[1, N, hidden]`."""
+        with torch.no_grad():
+            out = self.model(input_ids=ids[None], logits_to_keep=rows, use_cache=False, output_hidden_states=True)
+        return out.logits[0], [out.hidden_states[layer + 1] for layer in layers]
+
+
+class HeldOut:
+    """The samples that a heal is measured on.
+
+    Args:
+        teacher: the dense model.
+        samples: with targets.
+    """
+
+    def __init__(self, teacher: Teacher, samples: Sequence[Sample]) -> None:
+        self.teacher, self.samples = teacher, list(samples)
+
+    def harms(self, model: Any) -> list[float]:
+        """Returns KL(dense || model) of every sample, nats, mean over its targets; each process measures its share.
+
+        Args:
+            model: under a plan.
+
+        Raises:
+            ModelError: logits that are not finite.
+        """
+        training = model.training
+        model.eval()
+        found = {}
+        for number in range(processes.rank(), len(self.samples), processes.world_size()):
+            sample = self.samples[number]
+            ids = torch.from_numpy(sample.input_ids).to(model.device)
+            dense = self.teacher.target_logits(f"held out {number}", ids, target_rows(sample).to(model.device))
+            found[number] = kl(dense.float(), answer_logits(model, sample))
+            if not np.isfinite(found[number]):
+                raise ModelError(f"the logits of held-out sample {number} are not finite; heal with --dtype float32")
+        model.train(training)
+        together = processes.gathered(found)
+        return [together[number] for number in range(len(self.samples))]

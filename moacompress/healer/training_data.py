@@ -1,0 +1,233 @@
+"""What a heal trains on and what it is measured on.
+
+Training samples are the profile's calibration samples and, where more are asked for, new ones of the same recipe with another
+seed: answers of the dense model, and plain text. They are drawn from the calibration pools, so that none is one that plans
+are measured on (the profile's validation samples, which end the training) or that an evaluation uses; both are checked by
+fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moacompress.calibration.answer_store import AnswerStore
+from moacompress.calibration.answers import SampleDraft, answer_drafts
+from moacompress.calibration.sample_sources import check_counts, make_drafts
+from moacompress.calibration.samples import SHORTEST, Sample, fingerprint_ordered, fingerprint_sample
+from moacompress.calibration.store import Profile
+from moacompress.core.errors import DataError
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
+from moacompress.prompts.pools import SPLITS, Split, read_documents
+from moacompress.recipe import Recipe
+
+TEXT_TARGETS = 256
+"""Positions of a plain text that count: training has time for more than the few that a plan is measured on."""
+
+
+@dataclass(frozen=True)
+class HealData:
+    """Samples of a heal.
+
+    Attributes:
+        training: what it trains on.
+        held_out: what it is measured on, validation samples of the profile.
+    """
+
+    training: list[Sample]
+    held_out: list[Sample]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training samples, in order."""
+        return fingerprint_ordered(self.training)
+
+    @property
+    def longest(self) -> int:
+        """Nominal length of the longest training sample, tokens."""
+        return max(sample.length for sample in self.training)
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """How many training samples come from where.
+
+    Attributes:
+        answers: those of the profile with answers.
+        texts: those of the profile of plain text.
+        new_answers: to be made.
+        new_texts: to be made.
+    """
+
+    answers: int
+    texts: int
+    new_answers: int
+    new_texts: int
+
+
+def heal_lengths(profile: Profile, recipe: Recipe) -> tuple[int, ...]:
+    """Returns the lengths of the training samples, ascending."""
+    return recipe.heal.lengths or profile.lengths
+
+
+def held_out_samples(profile: Profile, recipe: Recipe) -> list[Sample]:
+    """Returns the validation samples that a heal is measured on: none longer than what is trained on.
+
+    Raises:
+        DataError: all are longer.
+    """
+    longest = max(heal_lengths(profile, recipe))
+    found = [sample for sample in profile.validation if sample.length <= longest]
+    if not found:
+        shortest = min(sample.length for sample in profile.validation)
+        raise DataError(
+            f"the validation samples of {profile.path} have {shortest:,} tokens or more, training samples {longest:,}: there "
+            "is nothing to measure the heal on; ask for longer lengths"
+        )
+    wanted = recipe.heal.held_out
+    if wanted is None or wanted >= len(found):
+        return found
+    chosen = np.random.default_rng(recipe.seed).permutation(len(found))[:wanted]
+    return [found[number] for number in sorted(chosen.tolist())]
+
+
+def count_samples(profile: Profile, calibration: Sequence[Sample], recipe: Recipe) -> SampleCounts:
+    """Returns how many training samples are the profile's, and how many are to be made.
+
+    Args:
+        profile: the profile.
+        calibration: its calibration samples.
+        recipe: `heal` counts.
+    """
+    heal, lengths = recipe.heal, heal_lengths(profile, recipe)
+    here = [sample.kind for sample in calibration if sample.length in lengths]
+    wanted = round(heal.samples * heal.text_share)
+    texts = min(here.count("text"), wanted)
+    profiled = profile.recipe.calibration.text
+    prose = recipe.calibration.text is not None or (profiled is not None and Path(profiled).exists())
+    new_texts = wanted - texts if prose else 0
+    answers = min(here.count("answer"), heal.samples - texts - new_texts)
+    return SampleCounts(answers, texts, heal.samples - texts - new_texts - answers, new_texts)
+
+
+def make_heal_data(
+    profile: Profile,
+    teacher: SourceModel,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    answers: AnswerStore | None = None,
+) -> HealData:
+    """Returns the samples of a heal; the same arguments give the same samples.
+
+    Args:
+        profile: of the dense model.
+        teacher: the dense model, which answers.
+        recipe: `heal`, `seed` and `calibration.text`, which wins over the profile's.
+        progress: told about every answer.
+        answers: where answers are kept, if at all.
+
+    Raises:
+        DataError: data that are missing, or that the held-out set or an evaluation uses too; lengths that the model
+            cannot have.
+        ArtefactError: the profile's samples cannot be read, or answers not be written.
+    """
+    refuse_evaluation_text(recipe.calibration.text, profile.recipe.calibration.text)
+    lengths = heal_lengths(profile, recipe)
+    check_counts(lengths, len(lengths), teacher.context, "calibration")
+    calibration = profile.calibration_samples()
+    counts = count_samples(profile, calibration, recipe)
+    rng = np.random.default_rng(recipe.seed)
+    chosen: list[Sample] = []
+    for kind, wanted in (("answer", counts.answers), ("text", counts.texts)):
+        here = [sample for sample in calibration if sample.kind == kind and sample.length in lengths]
+        chosen += [here[number] for number in sorted(rng.permutation(len(here))[:wanted].tolist())]
+    drafts = _new_drafts(profile, teacher, recipe, counts, lengths)
+    made = answer_drafts(teacher.model, drafts, progress, answers) if drafts else []
+    known = {fingerprint_sample(sample) for sample in chosen}
+    chosen += [sample for sample in made if fingerprint_sample(sample) not in known]
+    if not chosen:
+        raise DataError("there are no training samples; ask for more (--samples)")
+    refuse_seen(chosen, profile.validation)
+    return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out_samples(profile, recipe))
+
+
+def refuse_seen(training: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    """Refuses training samples that are held out.
+
+    Raises:
+        DataError: says how many.
+    """
+    known = {fingerprint_sample(sample) for sample in held_out}
+    seen = [sample for sample in training if fingerprint_sample(sample) in known]
+    if seen:
+        raise DataError(
+            f"{len(seen)} of {len(training)} training samples are validation samples of the profile, such as one of "
+            f"{seen[0].source}; a heal is measured on those, so train on other data"
+        )
+
+
+def refuse_evaluation_text(text: str | None, profiled: str | None) -> None:
+    """Refuses texts to train on that evaluations, or the measuring of plans, read of the profile's text.
+
+    Args:
+        text: file or folder that training texts are taken from; None for the profile's own.
+        profiled: file or folder that the profile's were.
+
+    Raises:
+        DataError: says how many documents, and that one of `text` cannot be read.
+    """
+    if text is None or profiled is None or not Path(profiled).exists():
+        return
+    ours, theirs = (list(map(_fingerprint_text, read_documents(path))) for path in (text, profiled))
+    if ours == theirs:
+        return
+    kept = {one for split in SPLITS if split != "calibration" for one in _documents_of(theirs, split)}
+    seen = sum(one in kept for one in _documents_of(ours, "calibration"))
+    if seen:
+        raise DataError(
+            f"{seen} of the texts in {text} that would be trained on are texts of {profiled} that evaluations and validation "
+            "read; train on other texts, or on the profile's, of which each has its own part"
+        )
+
+
+def _documents_of(documents: Sequence[str], split: Split) -> Sequence[str]:
+    """Returns the documents that a split has all or a part of; see `prompts.pools`."""
+    return documents[SPLITS.index(split) :: len(SPLITS)] if len(documents) >= len(SPLITS) else documents
+
+
+def _fingerprint_text(text: str) -> str:
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def _new_drafts(
+    profile: Profile, teacher: SourceModel, recipe: Recipe, counts: SampleCounts, lengths: Sequence[int]
+) -> list[SampleDraft]:
+    """Returns what the dense model is still to answer: of the profile's recipe, with a seed that the profile did not use."""
+    if not counts.new_answers + counts.new_texts:
+        return []
+    ours = profile.recipe.calibration.text if recipe.calibration.text is None else recipe.calibration.text
+    wanted = profile.recipe.override(
+        seed=(profile.recipe.seed + 1 + recipe.seed) % 2**31,
+        calibration__text=ours,
+        calibration__lengths=lengths,
+        calibration__samples=max(counts.new_answers, len(lengths)),
+        calibration__text_samples=counts.new_texts,
+    )
+    drafts = make_drafts(teacher, wanted, "calibration")
+    texts = [draft for draft in drafts if draft.kind == "text"]
+    return [*(draft for draft in drafts if draft.kind == "answer" and counts.new_answers), *texts]
+
+
+def _with_more_targets(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Returns a plain text with `TEXT_TARGETS` positions as targets; any other sample as it is."""
+    if sample.kind != "text":
+        return sample
+    later = np.arange(SHORTEST, len(sample.input_ids))
+    mask = np.zeros(len(sample.input_ids), np.bool_)
+    mask[rng.choice(later, size=min(TEXT_TARGETS, len(later)), replace=False)] = True
+    return replace(sample, answer_mask=mask)

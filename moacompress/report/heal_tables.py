@@ -1,0 +1,47 @@
+"""What a heal did, as rows of name and value, and as one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+
+from moacompress.core.tables import facts
+
+
+def heal_sentence(notes: Mapping[str, Any]) -> str:
+    """Returns what was trained and what it gave.
+
+    Args:
+        notes: `heal` in the provenance of a plan.
+    """
+    kl = notes["held_out_kl"]
+    before, after = (f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g}" for name in ("before", "after"))
+    trained = f"{notes['train']}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
+    if not notes["improved"]:
+        return (
+            f"{trained}: nothing was better than the start, a held-out KL of {before} nats on {kl['samples']} samples"
+        )
+    return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples"
+
+
+def heal_table(notes: Mapping[str, Any]) -> Group:
+    """Returns the result of a heal.
+
+    Args:
+        notes: `heal` in the provenance of a plan.
+    """
+    kl = notes["held_out_kl"]
+    rows = {
+        name: f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g} nats, {kl['samples']} samples"
+        for name in ("before", "after", "difference")
+    }
+    share = 1 - kl["after"]["mean"] / kl["before"]["mean"] if kl["before"]["mean"] else 0.0
+    rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
+    rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0
+    rows["trained"] = (
+        f"{notes['train']}, {notes['objective']}, best state after step {notes['best_step']} of {notes['steps']}"
+    )
+    rows["tokens"] = f"{notes['tokens']:,} of {notes['training_samples']} samples, {rate:,.0f} a second"
+    return facts("Held-out KL(dense || model), before and after", rows)

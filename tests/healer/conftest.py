@@ -1,0 +1,95 @@
+"""A tiny dense model, its profile of random samples, and a compressed model whose weights are off: there is much to heal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moacompress.calibration.samples import Sample
+    from moacompress.recipe import Recipe
+
+LENGTHS = (128, 192)
+
+
+def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
+    """Stands in for the data: random ids, every second sample plain text."""
+    from moacompress.calibration.samples import Sample
+
+    rng = np.random.default_rng([recipe.seed, split == "calibration"])
+    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+    return [
+        Sample(rng.integers(4, 95, n - 1), np.arange(n - 1) > n - 24, "random", n, "text" if i % 2 else "answer")
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="session")
+def healable(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    random_plan: Callable[..., Any],
+) -> dict[str, Path]:
+    """Returns the folders `dense`, `profile` and `model`, a compressed one; do not write into them."""
+    from moacompress.calibration.profiler import profile
+    from moacompress.models.source import load_source
+    from moacompress.recipe import Recipe
+    from moacompress.runtime import attach
+
+    place = tmp_path_factory.mktemp("healable")
+    recipe = Recipe.from_dict(
+        {
+            "model": str(tiny_folder),
+            "calibration": {"lengths": LENGTHS, "samples": 32, "validation_samples": 6},
+            "profile": {"draws": 1},
+        }
+    )
+    source = load_source(tiny_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        profile(source, place / "profile", recipe)
+    plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
+    attach(source.model, plan)
+    for name, weight in source.model.named_parameters():
+        if name.endswith("down_proj.weight"):
+            weight.data.mul_(0.6)
+    source.model.save_pretrained(place / "model")
+    tiny_tokenizer.save_pretrained(place / "model")
+    plan.save(place / "model" / "plan.json")
+    (place / "model" / "LICENSE").write_text("Licence of the tiny model.\n")
+    return {"dense": tiny_folder, "profile": place / "profile", "model": place / "model"}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the fresh process that loads what was written, which takes seconds."""
+    monkeypatch.setattr("moacompress.healer.healing.verify_fresh", lambda folder, expected: None)
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Recipe]:
+    """Returns a function that makes the recipe of a quick heal: `small(train="lora", steps=3)`."""
+    from moacompress.recipe import Recipe
+
+    def make(**flags: Any) -> Recipe:
+        heal = {
+            "samples": 24,
+            "text_share": 0.6,
+            "steps": 6,
+            "batch": 576,
+            "evaluations": 3,
+            "train": "full",
+            "lr": 1e-3,
+            **flags,
+        }
+        return Recipe.from_dict({"heal": heal})
+
+    return make

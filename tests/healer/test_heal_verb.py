@@ -1,0 +1,83 @@
+"""The verb `heal`: one JSON object, a table for people, and the command that goes on after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+
+RUNNER = CliRunner()
+OPTIONS = ["--train", "full", "--lr", "1e-3", "--steps", "2", "--batch", "576", "--samples", "12", "--evaluations", "1"]
+
+
+@pytest.fixture
+def command(healable: dict[str, Path], tmp_path: Path, quick: None) -> list[str]:
+    (tmp_path / "run").mkdir()
+    for name in ("model", "profile"):
+        (tmp_path / "run" / name).symlink_to(healable[name])
+    return ["heal", str(tmp_path / "run"), "-o", str(tmp_path / "out"), *OPTIONS]
+
+
+def test_json_then_a_table_of_the_same(command: list[str]) -> None:
+    done = RUNNER.invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert (data["steps"], len(data["losses"]), data["improved"]) == (2, 2, True)
+    shown = RUNNER.invoke(app, command)  # the checkpoint is there already
+    assert shown.exit_code == 0, shown.stderr
+    assert f"{data['held_out_kl']['after']['mean']:.4g}" in shown.stdout
+    assert "of the KL" in shown.stdout
+
+
+def test_after_ctrl_c_the_command_is_said(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moacompress.healer.healing.heal", stopped)
+    monkeypatch.setattr(sys, "argv", ["moacompress", *command])
+    done = RUNNER.invoke(app, command)
+    assert done.exit_code == 130
+    assert f"to go on: moacompress heal {command[1]} -o" in done.stderr
+
+
+def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.healer.healing import HealResult
+    from moacompress.rules.model_shape import ModelShape
+    from moacompress.rules.plan import Plan
+
+    plan = Plan.full(ModelShape("llama", 1, 1, 1, 16, "float32", (None,), "0" * 16))
+    statistics = {"mean": 1.0, "standard_error": 0.1}
+    notes = {
+        "held_out_kl": {"before": statistics, "after": statistics, "difference": statistics, "samples": 2},
+        **dict.fromkeys(("steps", "tokens", "seconds", "best_step", "training_samples"), 1),
+        "train": "full",
+        "objective": "kl",
+        "improved": False,
+    }
+    result = HealResult(Path("out"), plan.with_notes(provenance={"heal": notes}))
+    monkeypatch.setattr("moacompress.healer.healing.heal", lambda *args, **kwargs: result)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert RUNNER.invoke(app, [*command, "--json"]).stdout.count("\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective", "klx"], "heal.objective"),
+        (["--train", "some"], "heal.train"),
+        (["--steps", "0"], "heal.steps"),
+        (["--lr", "-1"], "heal.lr"),
+    ],
+)
+def test_values_out_of_range(options: list[str], message: str, command: list[str]) -> None:
+    done = RUNNER.invoke(app, [*command, *options])
+    assert done.exit_code == 2
+    assert message in done.stderr

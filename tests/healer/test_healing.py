@@ -1,0 +1,375 @@
+"""A heal lowers held-out KL or leaves the weights, can be stopped at any step, and refuses what it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moacompress.calibration.samples import load_samples
+from moacompress.core.artefact_names import heal_folder
+from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
+from moacompress.core.progress import Progress
+from moacompress.healer.heal_history import HealHistory
+from moacompress.healer.healing import heal
+from moacompress.healer.teacher import HeldOut, Teacher
+from moacompress.healer.trained_weights import as_written, make_trainable, written_tensors
+from moacompress.models.source import load_source
+from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime.hf.attaching import attached_plan
+
+Place = dict[str, Path]
+Make = Callable[..., Recipe]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def measured(place: Place, folder: Path) -> list[float]:
+    """Returns the held-out KL of a checkpoint as plain transformers loads it."""
+    samples = load_samples(place["profile"] / "validation.safetensors")
+    return HeldOut(Teacher(load_source(place["dense"]).model), samples[:6]).harms(
+        AutoModelForCausalLM.from_pretrained(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        ({"steps": 16, "batch": 1000}, 0.65),
+        ({"steps": 16, "batch": 1000, "lr": 1e-2, "train": "lora", "rank": 8}, 0.8),
+        ({"steps": 12, "batch": 1000, "objective": "echoatt", "checkpointing": True}, 0.97),
+    ],
+    ids=["full", "lora", "echoatt"],
+)
+def test_held_out_kl_falls_and_is_that_of_what_is_written(
+    flags: dict[str, Any], share: float, healable: Place, small: Make, tmp_path: Path, quick: None
+) -> None:
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(**flags))
+    before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
+    assert done.notes["improved"]
+    assert after < share * before
+    assert done.losses[-1] < done.losses[0]
+    for folder, value in ((healable["model"], before), (done.folder, after)):
+        found = measured(healable, folder)
+        assert sum(found) / len(found) == pytest.approx(value, rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    plan, dense = Plan.load(done.folder / "plan.json"), Plan.load(healable["model"] / "plan.json")
+    assert plan.key() == dense.key()
+    assert plan.model.weights_fingerprint == dense.model.weights_fingerprint
+    loaded = attached_plan(AutoModelForCausalLM.from_pretrained(done.folder))
+    assert loaded is not None
+    assert loaded.provenance["heal"] == done.notes
+
+
+def test_what_is_written_loads_in_a_fresh_process_and_says_what_was_done(
+    healable: Place, small: Make, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from moacompress.cli import app
+
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=3))
+    names = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "README.md", "LICENSE"}
+    assert {path.name for path in done.folder.iterdir()} >= names
+    notes = done.notes
+    assert (notes["objective"], notes["train"], notes["steps"], len(done.losses)) == ("kl", "full", 3, 3)
+    assert notes["tokens"] == pytest.approx(3 * 3 * 160, rel=0.2)
+    assert notes["teacher"] == done.plan.model.weights_fingerprint != notes["from_weights"]
+    assert notes["held_out_kl"]["samples"] == 6
+    assert notes["held_out_kl"]["before"]["standard_error"] > 0
+    card = (done.folder / "README.md").read_text()
+    assert "## Healed" in card
+    assert "distilled" in card
+    assert f"{notes['held_out_kl']['after']['mean']:.4g}" in card
+    shown = CliRunner().invoke(app, ["inspect", str(done.folder), "--json"])
+    assert json.loads(shown.stdout)["healed"]["data"] == notes["data"]
+    assert "held-out KL from" in CliRunner().invoke(app, ["inspect", str(done.folder)]).stdout
+
+
+def test_the_same_heal_again_is_left_as_it_is(healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
+    arguments: dict[str, Any] = {"profile": healable["profile"], "recipe": small(steps=1)}
+    done = heal(healable["model"], tmp_path / "out", **arguments)
+    before = (done.folder / "model.safetensors").stat().st_mtime_ns
+    again = heal(healable["model"], tmp_path / "out", **arguments)
+    assert again.notes == done.notes
+    assert (done.folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ArtefactError, match="is not of this heal"):
+        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2))
+    anew = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2), overwrite=True)
+    assert anew.notes["steps"] == 2
+
+
+class StopAfter(Progress):
+    """Presses Ctrl-C in some step of the training."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self, note: str = "") -> None:
+        if note.startswith("loss"):
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), 2)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_stopped_heal_ends_as_one_that_was_not(
+    train: str, healable: Place, small: Make, tmp_path: Path, quick: None
+) -> None:
+    arguments: dict[str, Any] = {"profile": healable["profile"], "recipe": small(train=train, steps=5, evaluations=2)}
+    whole = heal(healable["model"], tmp_path / "whole", **arguments)
+    for stop in (1, 1):
+        with pytest.raises(KeyboardInterrupt):
+            heal(healable["model"], tmp_path / "out", progress=StopAfter(stop), **arguments)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ArtefactError, match="holds another heal, which was stopped"):
+        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(train=train, steps=4))
+    resumed = heal(healable["model"], tmp_path / "out", **arguments)
+    assert resumed.losses == whole.losses
+    assert {**resumed.notes, "seconds": 0} == {**whole.notes, "seconds": 0}
+    ours, theirs = weights(resumed.folder), weights(whole.folder)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_best_state_is_written_and_worse_ones_end_the_training(
+    healable: Place, small: Make, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third of the measured states is the best: what is written are its weights, two fruitless ones later."""
+    states = []
+    given = iter([0.5, 0.4, 0.3, 0.6, 0.5, 0.1])
+
+    def harms(self: HeldOut, model: Any) -> list[float]:
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return [next(given)] * len(self.samples)
+
+    monkeypatch.setattr(HeldOut, "harms", harms)
+    recipe = small(steps=8, evaluations=8, patience=2)
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=recipe)
+    assert [found["kl"] for found in done.notes["evaluations"]] == pytest.approx([0.5, 0.4, 0.3, 0.6, 0.5])
+    assert (done.notes["best_step"], done.notes["steps"]) == (2, 4)
+    written = weights(done.folder)
+    assert all(torch.equal(value, states[2][name]) for name, value in written.items())
+    assert not all(torch.equal(value, states[3][name]) for name, value in written.items())
+
+
+def test_where_nothing_was_better_the_start_is_written(
+    healable: Place, small: Make, tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(lr=0.5, steps=3))
+    assert not done.notes["improved"]
+    assert done.notes["held_out_kl"]["after"] == done.notes["held_out_kl"]["before"]
+    assert "no step lowered the held-out KL" in caplog.text
+    before = weights(healable["model"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(done.folder).items())
+    assert "the same weights" in (done.folder / "README.md").read_text()
+
+
+def test_the_time_ends_a_heal(healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
+    recipe = small(steps=10_000, max_minutes=0.01, evaluations=1)
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=recipe)
+    assert 1 <= done.notes["steps"] < 1000
+    assert done.notes["evaluations"][-1]["step"] == done.notes["steps"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_as_written_is_what_is_written_and_leaves_the_model(
+    train: str, dtype: str, healable: Place, small: Make
+) -> None:
+    """Merged LoRA gives the logits of LoRA beside the weights, but for what the checkpoint's dtype rounds away."""
+    model: Any = AutoModelForCausalLM.from_pretrained(healable["model"]).requires_grad_(False)
+    plan = Plan.load(healable["model"] / "plan.json")
+    made = make_trainable(model, plan, small(train=train).heal, 0)
+    torch.manual_seed(1)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    ids, wanted = torch.randint(4, 95, (1, 120)), getattr(torch, dtype)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with torch.no_grad():
+        beside = made(input_ids=ids, use_cache=False).logits
+        with as_written(made, wanted) as written:
+            merged = written(input_ids=ids, use_cache=False).logits
+        tensors = written_tensors(made, wanted)
+        fresh: Any = AutoModelForCausalLM.from_pretrained(healable["model"])
+        held = fresh.state_dict()
+        for name, tensor in tensors.items():
+            assert tensor.dtype == wanted
+            held[name].copy_(tensor)
+        loaded = fresh(ids, use_cache=False).logits
+    assert (merged - loaded).abs().max() < 1e-4
+    assert (merged - beside).abs().max() < (1e-3 if dtype == "float32" else 0.5) * beside.abs().max()
+    if train == "lora":
+        assert {name.rpartition(".")[0].rpartition(".")[2] for name in tensors} == {
+            *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+        }
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def refused(error: type[Exception], match: str, healable: Place, out: Path, recipe: Recipe, **changed: Any) -> None:
+    arguments: dict[str, Any] = {"target": healable["model"], "profile": healable["profile"], **changed}
+    with pytest.raises(error, match=match):
+        heal(arguments.pop("target"), out, recipe=recipe, **arguments)
+    assert not out.exists()
+    assert not heal_folder(out).exists()
+
+
+def test_bad_requests_are_refused_and_leave_nothing(
+    healable: Place, small: Make, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    out = tmp_path / "out"
+    refused(UsageError, "is a dense model: it has lost nothing", healable, out, small(), target=healable["dense"])
+    refused(UsageError, "no config.json was found", healable, out, small(), target=tmp_path)
+    refused(UsageError, "shares no attention", healable, out, small(train="reuse"))
+    refused(UsageError, "cannot compute in float16", healable, out, small().override(dtype="float16"))
+    refused(ArtefactError, "is not a profile", healable, out, small(), profile=healable["dense"])
+    tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    refused(PlanError, "is for other weights", healable, out, small(), teacher=str(tmp_path / "other"))
+
+
+def test_no_profile_beside_it(healable: Place, small: Make, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "model").symlink_to(healable["model"])
+    refused(
+        UsageError, "there is no profile beside", healable, tmp_path / "out", small(),
+        target=tmp_path / "place" / "model", profile=None,
+    )  # fmt: skip
+
+
+def test_a_dense_model_that_has_gone(healable: Place, small: Make, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from moacompress.calibration.store import Profile
+
+    lost = replace(Profile.load(healable["profile"]), source=str(tmp_path / "gone"))
+    refused(ModelError, r"is not at .*gone any more.*--teacher", healable, tmp_path / "out", small(), profile=lost)
+
+
+@pytest.mark.parametrize("package", ["peft", "accelerate"])
+def test_a_missing_package_is_named(
+    package: str, healable: Place, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else there(name, *rest)
+    )
+    match = rf"needs the package {package}.*moacompress\[heal\]"
+    refused(UsageError, match, healable, tmp_path / "out", small(train="lora"))
+
+
+def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tmp_path: Path) -> None:
+    for name in ("out", "other.heal"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    for name, match in (("out", "is not a compressed model"), ("other", "no heal left it")):
+        with pytest.raises(ArtefactError, match=match):
+            heal(healable["model"], tmp_path / name, profile=healable["profile"], recipe=small(), overwrite=True)
+    assert len(list(tmp_path.rglob("mine.txt"))) == 2
+    with pytest.raises(ArtefactError, match="is the model that is to be healed"):
+        heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)
+
+
+def test_held_out_samples_are_not_trained_on(
+    healable: Place, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moacompress.calibration.store import Profile
+
+    validation = Profile.load(healable["profile"]).validation
+    monkeypatch.setattr(Profile, "calibration_samples", lambda self: validation)
+    with pytest.raises(DataError, match="training samples are validation samples of the profile"):
+        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(samples=2, text_share=0.5))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_request_that_failed_before_it_trained_is_in_nobody_s_way(
+    healable: Place, small: Make, tmp_path: Path, quick: None
+) -> None:
+    with pytest.raises(DataError, match="takes at least 381 tokens; 128 were asked for"):
+        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(samples=50))
+    done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=1))
+    assert done.notes["steps"] == 1
+
+
+def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from moacompress.cli import app
+
+    options = [
+        "--profile",
+        str(healable["profile"]),
+        "--train",
+        "full",
+        "--steps",
+        "7",
+        "--batch",
+        "576",
+        "--samples",
+        "12",
+    ]
+    command = ["heal", str(healable["model"]), "-o", str(tmp_path / "out"), *options, "--dry-run"]
+    said = CliRunner().invoke(app, [*command, "--json"])
+    assert said.exit_code == 0, said.stderr
+    data = json.loads(said.stdout)
+    assert (data["steps"], data["tokens"], data["held_out_samples"], data["new_samples"]) == (7, 7 * 3 * 160, 6, 0)
+    assert data["train_seconds"] > 0
+    assert data["evaluation_seconds"] > 0
+    assert data["peak_bytes"] > 4 * data["trained_parameters"]
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was trained or written" in CliRunner().invoke(app, command).stdout
+
+
+def test_a_damaged_history_is_said(tmp_path: Path) -> None:
+    (tmp_path / "history.json").write_text('{"start": {"step": 0}}')
+    with pytest.raises(ArtefactError, match="history.json is damaged"):
+        HealHistory.read(tmp_path)
+
+
+@pytest.mark.heavy
+def test_two_processes_train_one_model(healable: Place, tmp_path: Path) -> None:
+    options = [
+        "--train",
+        "full",
+        "--lr",
+        "1e-3",
+        "--steps",
+        "6",
+        "--batch",
+        "576",
+        "--samples",
+        "16",
+        "--evaluations",
+        "2",
+    ]
+    place = ["--profile", str(healable["profile"]), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, "moacompress", "heal", str(healable["model"]), *place, *options, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    data = json.loads(ran.stdout)
+    assert data["processes"] == 2
+    assert data["tokens"] == pytest.approx(6 * 4 * 160, rel=0.2)
+    after = measured(healable, tmp_path / "out")
+    assert sum(after) / len(after) == pytest.approx(data["held_out_kl"]["after"]["mean"], rel=1e-3)
+    assert data["held_out_kl"]["after"]["mean"] < data["held_out_kl"]["before"]["mean"]
