@@ -321,9 +321,14 @@ def test_what_a_copy_is_predicted_to_cost() -> None:
     assert fisher.shape == (3, 1, 2, 2)
     assert fisher[1, 0].tolist() == [[5, 5.5], [6, 6.5]]
     assert np.array_equal(sample, fisher * 4)
-    with pytest.raises(UsageError, match="'mass' does not predict what a copy costs; choose one of fisher, sample"):
+    robust = ((squares.astype(np.float64) / 2) ** 0.75).mean(0) ** (4 / 3)
+    np.testing.assert_allclose(copy_influence(statistics, "robust"), robust)
+    assert (robust < fisher).all()
+    with pytest.raises(
+        UsageError, match="'mass' does not predict what a copy costs; choose one of robust, fisher, sample"
+    ):
         copy_influence(statistics, "mass")
-    with pytest.raises(UsageError, match="no statistics of copies"):
+    with pytest.raises(UsageError, match="no statistics of copies; profile again with --anchors"):
         copy_influence(Statistics({"squares": squares}), "fisher")
 
 
