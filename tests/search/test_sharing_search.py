@@ -28,7 +28,7 @@ def fits(plan: Plan, profile: Profile, budget: str) -> bool:
 
 
 def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:
-    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 12, "rounds": 0, "moves": 0}
+    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5, "rounds": 0, "moves": 0}
     alone = search(profiles(**settings), "25%")[0]
     profile = profiles(**settings, share="auto")
     found = search(profile, "25%")[0]
@@ -63,7 +63,7 @@ def test_copies_that_cost_much_are_left_and_that_is_said(search: Search, profile
 
 
 def test_without_sharing_nothing_changes(search: Search, profiles: Profiles) -> None:
-    plain, other = (search(profiles(anchors=anchors))[0] for anchors in (0, 2))
+    plain, other = (search(profiles(anchors=anchors, trials=3))[0] for anchors in (0, 2))
     assert plain.plan.key() == other.plan.key()
     assert plain.plan.provenance["search"] == other.plan.provenance["search"]
     assert "sharing" not in other.explanation
@@ -89,7 +89,7 @@ def test_fixed_shares_go_through_all_steps(
 
 
 def test_rounds_improve_the_plan_without_sharing_beside(search: Search, profiles: Profiles) -> None:
-    settings = {"layers": 12, "anchors": 2, "trials": 6, "moves": 0, "alternatives": False}
+    settings = {"layers": 12, "anchors": 2, "trials": 4, "moves": 0, "alternatives": False}
     alone = search(profiles(**settings, rounds=2), "30%")[0]
     joint = search(profiles(**settings, rounds=2, copying=1e-6, share="auto"), "30%")[0]
     assert joint.harm["plan"] <= alone.harm["plan"] * 1.001
@@ -97,7 +97,7 @@ def test_rounds_improve_the_plan_without_sharing_beside(search: Search, profiles
 
 
 def test_a_search_that_died_goes_on_to_the_same_plan(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=6, moves=3)
+    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, moves=3)
     whole, fake = search(profile, "30%", out=tmp_path / "whole.json")
     died, _ = search(profile, "30%", out=tmp_path / "plan.json", dies_at=len(fake.calls) * 2 // 3)
     assert died is None
@@ -120,10 +120,11 @@ def test_knobs_of_another_budget_stay_in_range(search: Search, profiles: Profile
 def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_path: Path) -> None:
     from moacompress.search import front
 
-    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=12, ablations=0)
+    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, ablations=0)
     fake, model = pretended(profile)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front, "Objective", lambda model, samples: fake)
+        patch.setattr(front, "STARTS", 1)  # these share nothing
         results = find_front(profile, ["22%", "50%"], recipe=profile.recipe, out=tmp_path / "plan.json", model=model)
     assert any(any(result.plan.shares) for result in results)
     for result in results:
