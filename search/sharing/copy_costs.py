@@ -47,11 +47,13 @@ class CopyCosts:
     @staticmethod
     def of_kind(profile: Profile, estimator: str, kind: str) -> CopyCosts:
         """Reads a profile's samples of one kind; raises as `of`."""
-        of_lengths = [
-            copy_influence(profile.statistics.take(profile.samples_of(length, kind)), estimator)
-            for length in profile.lengths
-        ]
-        influence = np.mean(of_lengths, axis=0)
+        of_lengths = [CopyCosts.at(profile, estimator, kind, length) for length in profile.lengths]
+        return CopyCosts(np.mean([costs.influence for costs in of_lengths], axis=0), of_lengths[0].may)
+
+    @staticmethod
+    def at(profile: Profile, estimator: str, kind: str, length: int) -> CopyCosts:
+        """Reads a profile's samples of one kind at one length; raises as `of`."""
+        influence = copy_influence(profile.statistics.take(profile.samples_of(length, kind)), estimator)
         return CopyCosts(influence, copyable(profile.shape.native_windows, influence.shape[1]))
 
     @property
