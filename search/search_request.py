@@ -138,8 +138,15 @@ class SearchRequest:
         """Most layers that a trial may let share; 0 where trials do not choose."""
         if self.sharing is None or not self.sharing.asked.auto:
             return 0
-        costs = self.surrogate.raw()
-        return self.sharing.most(total_cost(costs, self.space().knapsack.choose(costs)))
+        single = self.surrogate.raw()
+
+        def harm(shares: LayerShares) -> float:
+            space = self.space(shares)
+            costs = space.costs(single)
+            return total_cost(costs, space.knapsack.choose(costs))
+
+        alone = harm(())
+        return self.sharing.most(lambda shares: alone - harm(shares))
 
     def shares(self, knobs: Knob) -> LayerShares:
         """Returns which layers share under some knobs."""

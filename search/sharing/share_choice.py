@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,9 @@ from moacompress.search.sharing.copy_costs import CopyCosts
 PROTECTED = 2
 """First layers that share only where they are named by hand: every later layer builds on what they attend to, so their copies
 do far more harm than the second order, which holds for small changes, predicts. They may be anchors."""
+
+HOPE = 3.0
+"""How many times the harm that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +86,18 @@ class ShareChoice:
             )
         return self._made(found[1])
 
-    def most(self, harm: float) -> int:
+    def most(self, saved: Callable[[LayerShares], float]) -> int:
         """Returns how many layers a trial may let share, at least 1.
 
+        There are more as long as all copies cost no more than `HOPE` times their gain.
+
         Args:
-            harm: predicted for the best plan without sharing, nats: where the copies alone cost more, the bytes that they save
-                can be worth no more.
+            saved: returns the harm that the bytes of the keys that some shares save are predicted to avoid, nats.
         """
         most = 1
         while most < self.shape.layers // 2:
             found = self._anchors(most + 1)
-            if found is None or found[0] > harm:
+            if found is None or found[0] > HOPE * saved(self._made(found[1])):
                 break
             most += 1
         return most

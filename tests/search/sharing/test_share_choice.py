@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from moacompress.calibration.store import Profile
 from moacompress.core.errors import MoaCompressError, PlanError, RecipeError, UsageError
 from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import COPY, LayerShares, Share
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.copy_costs import CopyCosts
-from moacompress.search.sharing.share_choice import ShareChoice
+from moacompress.search.sharing.share_choice import HOPE, ShareChoice
 
 Profiles = Callable[..., Profile]
 
@@ -81,19 +82,23 @@ def test_layers_that_are_alike_share_and_the_first_do_not(profiles: Profiles) ->
     auto = choice_of(profile, share="auto")
     assert auto is not None
     assert auto.fixed == ()
-    assert auto.most(0.0) == 1
-    assert auto.most(0.05) == 1
+    assert auto.most(lambda shares: 0.0) == 1
     assert choice_of(profile) is None
     assert choice_of(profile, share=0) is None
 
 
-def test_more_harm_lets_more_layers_share(profiles: Profiles) -> None:
+def test_more_layers_share_as_long_as_that_may_pay(profiles: Profiles) -> None:
     profile = copying(profiles(layers=12, anchors=3), copy_squares=np.full((12, 3, 2, 2), 0.5))
     found = choice_of(profile, share="auto")
     assert found is not None
-    counts = [found.most(harm) for harm in (0.4, 1.1, 1.6, 100)]
-    assert counts[:3] == [1, 2, 3]
-    assert counts[3] == 6
+    asked = []
+
+    def saved(most: int, shares: LayerShares) -> float:
+        asked.append(sum(share is not None for share in shares))
+        return min(asked[-1], most) * 0.5 * 1.001 / HOPE
+
+    assert [found.most(partial(saved, most)) for most in (1, 2, 3, 9)] == [1, 2, 3, 6]
+    assert set(asked) == {2, 3, 4, 5, 6}
     assert sum(share is not None for share in found.shares(4)) == 4
 
 
