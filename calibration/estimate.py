@@ -18,7 +18,7 @@ from moacompress.calibration.answers import BATCH_TOKENS
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
 from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
-from moacompress.calibration.profiler import check_lengths
+from moacompress.calibration.profiler import check_around, check_lengths
 from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes
@@ -138,7 +138,7 @@ def dry_run(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
-        PlanError: `around` is a plan of another model.
+        PlanError: `around` is a plan of another model, or one whose layers share attention.
     """
     source = load_for(recipe, model)
     check_lengths(source, recipe)
@@ -146,7 +146,7 @@ def dry_run(
     check_counts(asked.lengths, asked.samples, source.context, "calibration")
     check_counts(asked.lengths, asked.validation_samples, source.context, "validation")
     if around is not None:
-        around.check_model(source.shape, weights=source.weights_like)
+        check_around(source, around)
     progress = progress or SILENT
     lengths = asked.lengths
     progress.start("timing short passes", 1 + len(lengths))

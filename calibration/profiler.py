@@ -115,6 +115,19 @@ class Divergence:
             return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
 
 
+def check_around(source: SourceModel, plan: Plan) -> None:
+    """Refuses a plan that a model cannot be profiled around.
+
+    Raises:
+        PlanError: a plan of another model, or one whose layers share attention.
+    """
+    plan.check_model(source.shape, weights=source.weights_like)
+    if plan.shares:
+        raise PlanError(
+            "layers of the plan share attention, and profiling around such a plan is not possible; give a plan without sharing"
+        )
+
+
 def sample_statistics(
     model: PreTrainedModel,
     shape: ModelShape,
@@ -228,7 +241,7 @@ def profile(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
-        PlanError: `around` is a plan of another model.
+        PlanError: `around` is a plan of another model, or one whose layers share attention.
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
     out, progress = Path(out), progress or SILENT
@@ -237,7 +250,7 @@ def profile(
     chosen = recipe.profile
     rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
     if around is not None:
-        around.check_model(source.shape, weights=source.weights_like)
+        check_around(source, around)
     key = around.key() if around is not None else ""
     files = _local_files(recipe)
     with own_folder(out):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration.influence import AttentionSpec, Tile, TileView, tile_probabilities
-from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.statistics import POWER, Statistics, power_mean
 from moacompress.core.errors import UsageError
 from moacompress.kernels.backend import as_tensors
 from moacompress.rules.rule_table import RuleTable
@@ -161,17 +161,17 @@ def _directions(probabilities: Tensor) -> Tensor:
     return directions
 
 
-_NEEDS = {"fisher": "copy_squares", "sample": "copy_totals"}
+_NEEDS = {"robust": "copy_squares", "fisher": "copy_squares", "sample": "copy_totals"}
 
 
 def copy_influence(statistics: Statistics, estimator: str) -> npt.NDArray[np.float64]:
-    """Returns the predicted KL of one KV head that copies, in nats per answer token, mean over samples.
+    """Returns the predicted KL of one KV head that copies, in nats per answer token, a mean over samples.
 
-    Around a plan it is the curvature's part alone.
+    The mean is that of the estimator, as for rules. Around a plan it is the curvature's part alone.
 
     Args:
         statistics: of at least one sample, the axis for samples in front.
-        estimator: "fisher" or "sample".
+        estimator: "robust", "fisher" or "sample".
 
     Returns:
         `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`. It means nothing
@@ -186,9 +186,10 @@ def copy_influence(statistics: Statistics, estimator: str) -> npt.NDArray[np.flo
         )
     name = _NEEDS[estimator]
     if name not in statistics.arrays:
-        raise UsageError("the profile has no statistics of copies; profile again with profile.anchors of 1 or more")
-    influence: npt.NDArray[np.float64] = statistics.arrays[name].mean(0, dtype=np.float64) / 2
-    return influence
+        raise UsageError(
+            "the profile has no statistics of copies; profile again with --anchors 2 (profile.anchors of 1 or more)"
+        )
+    return power_mean(statistics.arrays[name].astype(np.float64) / 2, POWER if estimator == "robust" else 1.0)
 
 
 def best_head_map(influence: npt.NDArray[np.float64]) -> tuple[tuple[int, ...], float]:

@@ -213,11 +213,15 @@ class Profile:
             return self.influence(estimator, kinds[0])
         return self.influence(estimator) + text_weight * self.influence(estimator, "text")
 
-    def _at(self, length: int, estimator: str, kind: str, side: str = "") -> npt.NDArray[np.float64]:
+    def samples_of(self, length: int, kind: str) -> npt.NDArray[np.int64]:
+        """Returns the indices of the samples of a kind at a length; all of the kind where none has this length."""
         of_kind = np.array([found == kind for found in self.sample_kinds])
         here = np.flatnonzero(of_kind & (self.sample_lengths == length))
         # a few samples of plain text need not be of every length
-        chosen = here if len(here) else np.flatnonzero(of_kind)
+        return here if len(here) else np.flatnonzero(of_kind)
+
+    def _at(self, length: int, estimator: str, kind: str, side: str = "") -> npt.NDArray[np.float64]:
+        chosen = self.samples_of(length, kind)
         found, first = estimate(self.statistics, estimator, chosen, side), f"{side}_first" if side else "first"
         if first in self.statistics.arrays:
             found = found + self.statistics.arrays[first][chosen].astype(np.float64).mean(0)

@@ -31,6 +31,7 @@ from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import check_reusable, export, exported_plan
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
+from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
 
@@ -66,6 +67,8 @@ def compress(
     missing = [name for name in recipe.search.formats or () if name not in recipe.profile.formats]
     if missing:
         raise RecipeError(f"search.formats offers {missing[0]}, which profile.formats leaves out; add it there too")
+    if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
+        raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
     out = Path(out)
     with own_folder(out):
         if overwrite:

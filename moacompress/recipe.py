@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moacompress.core.errors import MoaCompressError, RecipeError
+from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
@@ -47,6 +48,13 @@ def _formats(value: Any) -> Any:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
             raise ValueError(f"unknown format {name!r}; {hint}")
     return tuple(name for name in FORMATS if name in names and name != NATIVE)
+
+
+def _share(value: Any) -> Any:
+    try:
+        return AskedShares.parse("off" if value is False else value).text  # YAML reads off as False
+    except MoaCompressError as error:
+        raise ValueError(str(error)) from error
 
 
 Formats = Annotated[tuple[str, ...], BeforeValidator(_formats)]
@@ -150,6 +158,11 @@ class SearchRecipe(_Section):
         None, description="formats of keys and values on offer beside native; by default all that are profiled"
     )
     solver: Solver = Field("lagrange", description="solver inside each trial")
+    share: Annotated[str, BeforeValidator(_share)] = Field(
+        "off",
+        description="layers that copy the attention of an earlier one: off, auto, a number, or layers=12:11,18:17",
+    )
+    segments: bool = Field(False, description="layers that share follow their anchor at once, with none between")
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
     rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.cost import budget_limits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.audit_precision import assess_formats, choose_format_picks, format_plans
+from moacompress.search.audit_sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
 from moacompress.search.audit_statistics import BootstrapValue, assess
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
@@ -58,6 +60,8 @@ class Audit:
             `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, regret_ci95, n`;
             `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
             offers formats;
+            `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`; where
+            the profile has copies;
             `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
             `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
@@ -118,7 +122,8 @@ def audit(
     """Measures ablations and plans and compares every estimator of a profile with them.
 
     Where the recipe's search offers formats, as many ablations of single formats are measured beside those of spans, and the
-    plans mix both; estimators that say nothing of formats predict what the spans cost.
+    plans mix both; estimators that say nothing of formats predict what the spans cost. Where the profile has copies, as many of
+    single layers are measured too, as far as there are.
 
     The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`.
 
@@ -165,6 +170,7 @@ def audit(
 
 def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: int, seed: int) -> str:
     profile = request.profile
+    copies = profile.statistics.arrays.get("copy_squares")
     return fingerprint(
         {
             "version": VERSION,
@@ -173,6 +179,7 @@ def _key(request: SearchRequest, samples: Sequence[Sample], count: int, plans: i
             "search": request.key,
             "samples": fingerprint_ordered(samples),
             "counts": [count, plans],
+            **({"copies": copies.shape[2]} if copies is not None else {}),
             "seed": seed,
         }
     )
@@ -215,10 +222,17 @@ def _run(
         logger.warning(
             "in %s the harm of a single format is mostly noise; audit with --dtype float32", profile.shape.dtype
         )
-    measured_plans = [*(ablation(profile, pick) for pick in picks), *whole_plans, *format_plans(profile, rounded)]
+    costs = copy_costs(profile, samples)
+    copied = [] if costs is None else choose_copy_picks(costs, count, seed)
+    groups = [
+        [ablation(profile, pick) for pick in picks],
+        whole_plans,
+        format_plans(profile, rounded),
+        copy_plans(profile, copied),
+    ]
     ledger = ledger_file(path)
-    harms = measured_harms(model, samples, measured_plans, ledger, progress).mean(axis=1)
-    of_picks, of_plans, of_formats = np.split(harms, [count, count + len(whole_plans)])
+    harms = measured_harms(model, samples, list(chain(*groups)), ledger, progress).mean(axis=1)
+    of_picks, of_plans, of_formats, of_copies = np.split(harms, np.cumsum([len(group) for group in groups])[:-1])
     influence = predicted_influence(profile, samples)
     results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)
     estimator = request.recipe.profile.estimator
@@ -243,6 +257,7 @@ def _run(
         "audit_plans": results.plans,
         **differences,
         **(assess_formats(profile, influence, rounded, of_formats, seed) if rounded else {}),
+        **(assess_copies(profile, costs, copied, of_copies, seed) if costs is not None and copied else {}),
         "split_half": split_half(request, seed),
         "points": results.points,
         "plans": results.plan_points,

@@ -17,12 +17,8 @@ from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.audit_statistics import spearman
+from moacompress.search.audit_statistics import rank_and_ratio
 from moacompress.search.knapsack import Pick, ablation
-from moacompress.search.surrogate import FLOOR
-
-RATIOS = (0.1, 0.9)
-"""Quantiles between which most ratios of measured to predicted harm are."""
 
 
 class FormatPick(NamedTuple):
@@ -104,25 +100,12 @@ def assess_formats(
     predicted = np.array([influence[estimator][pick.among(profile)] for pick in picks])
     kinds = np.array([pick.kind for pick in picks])
     by_kind = {
-        kind: _row(predicted[kinds == kind], measured[kinds == kind], seed) for kind in dict.fromkeys(kinds.tolist())
+        kind: rank_and_ratio(predicted[kinds == kind], measured[kinds == kind], seed)
+        for kind in dict.fromkeys(kinds.tolist())
     }
     points = [
         {**pick._asdict(), "predicted": guess, "measured": harm}
         for pick, guess, harm in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]
-    whole = {"estimator": estimator, **_row(predicted, measured, seed), "kinds": by_kind}
+    whole = {"estimator": estimator, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
     return {"audit_precision": whole, "precision_points": points}
-
-
-def _row(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
-    rank = spearman(predicted, measured, seed)
-    usable = (predicted > FLOOR) & (measured > FLOOR)
-    ratios = measured[usable] / predicted[usable]
-    middle, low, high = np.quantile(ratios, (0.5, *RATIOS)).tolist() if len(ratios) else (float("nan"),) * 3
-    return {
-        "spearman": rank.value,
-        "ci95": rank.ci95,
-        "ratio": middle,
-        "ratio_range": [low, high],
-        "n": len(predicted),
-    }

@@ -18,6 +18,8 @@ from moacompress.search.knapsack import Pick, total_cost
 from moacompress.search.surrogate import FLOOR, fit
 
 RESAMPLES = 5000
+RATIOS = (0.1, 0.9)
+"""Quantiles between which most ratios of measured to predicted harm are."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,30 @@ def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
     chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
     own = _excess(measured[[predicted.argmin()]], measured.min(keepdims=True))
     return BootstrapValue(float(own[0]), _excess(chosen, measured[drawn].min(axis=1)))
+
+
+def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
+    """Returns how close predictions are that are not calibrated.
+
+    Args:
+        predicted: nats, [points].
+        measured: nats, [points].
+        seed: of the bootstrap.
+
+    Returns:
+        `spearman, ci95`, the median `ratio` of measured to predicted harm, `ratio_range` that four fifths of them are in, `n`.
+    """
+    rank = spearman(predicted, measured, seed)
+    usable = (predicted > FLOOR) & (measured > FLOOR)
+    ratios = measured[usable] / predicted[usable]
+    middle, low, high = np.quantile(ratios, (0.5, *RATIOS)).tolist() if len(ratios) else (float("nan"),) * 3
+    return {
+        "spearman": rank.value,
+        "ci95": rank.ci95,
+        "ratio": middle,
+        "ratio_range": [low, high],
+        "n": len(predicted),
+    }
 
 
 def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:

@@ -11,7 +11,9 @@ import numpy as np
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
+from moacompress.search.explain_sharing import sharing_notes
 from moacompress.search.search_result import pack, unpack
+from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.surrogate import Surrogate
 from moacompress.search.trials import Tried
 
@@ -70,6 +72,7 @@ def explain(
         at the longest limited length.
         `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
         `kinds`: predicted harm of the plan on each kind of samples that was profiled; None where a rule is no candidate.
+        `sharing`: see `sharing_notes`; where it was asked for.
         `stages`, `harm`.
     """
     n = max(request.limits)
@@ -87,6 +90,7 @@ def explain(
             "pairs": format_rows(plan, n),
         },
         "heads": head_rows(request, surrogate, plan),
+        **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),
     }
 
 
@@ -126,7 +130,11 @@ def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[s
     for kind in sorted(set(profile.sample_kinds)):
         influence = profile.influence(request.recipe.profile.estimator, kind)
         alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        found[kind] = alone.calibrated(surrogate.calibration).predicted(plan)
+        harm = alone.calibrated(surrogate.calibration).predicted(plan)
+        if harm is not None and plan.shares:
+            copies = CopyCosts.of_kind(profile, request.recipe.profile.estimator, kind)
+            harm += copies.cost(plan.shares, surrogate.calibration)
+        found[kind] = harm
     return found
 
 
@@ -138,8 +146,8 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     pairs = []
     for trial in tried:
         if trial.measured and not trial.pruned:
-            plan = Plan(profile.shape, profile.min_window, unpack(trial.plan))
-            pairs.append([surrogate.predicted(plan), float(np.mean(trial.harms))])
+            plan = unpack(trial.plan, profile.shape, profile.min_window)
+            pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.harms))])
     predicted, measured = zip(*pairs, strict=True)
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

@@ -80,7 +80,7 @@ def _earlier(context: SearchContext) -> Standing | None:
     harms = context.meter.known("improved", plan)
     if harms is None or plan.provenance.get("search") != context.request.key:
         return None
-    bare = Plan(plan.model, plan.min_window, plan.rules)
+    bare = Plan(plan.model, plan.min_window, plan.rules, shares=plan.shares)
     return Standing(bare, harms, log_ratio(harms, context.reference), plan.provenance["stage"])
 
 
@@ -95,7 +95,7 @@ def _noted(standing: Standing, context: SearchContext, *, finished: bool) -> Pla
     return plan.with_notes(
         budget={"asked": list(request.asked), "bytes": bytes_note(plan, lengths)},
         quality={
-            "predicted_harm": context.surrogate.predicted(plan),
+            "predicted_harm": request.predicted(context.surrogate, plan),
             "measured_harm": harm,
             "baselines": {
                 family: baseline_note(other.plan, other.harm, lengths) for family, other in context.alternatives.items()

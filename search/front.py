@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
-from moacompress.rules.cost import limit_array
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Objective
 from moacompress.search.plan_sets import write_front
@@ -91,7 +89,6 @@ def find_front(
         profile.check_model(source, "search")
         meter = HarmMeter.of(ledger, Objective(source.model, profile.validation), recipe.seed)
         surrogate = meter.calibrated(request, progress)
-        knapsack = Knapsack.of(request)
         progress.start("searching the front", recipe.search.trials)
         for _ in ledger.finished()[: recipe.search.trials]:
             progress.step()
@@ -102,9 +99,8 @@ def find_front(
             trial = ledger.ask()
             share = float(np.exp(trial.params[SHARE]))
             limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-            here = replace(knapsack, limits=limit_array(limits))
-            choice = request.choice(surrogate, here, {name: at for name, at in trial.params.items() if name != SHARE})
-            plan = chosen_plan(request.profile, choice)
+            knobs = {name: at for name, at in trial.params.items() if name != SHARE}
+            plan = request.plan(surrogate, knobs, limits)
             harm = float(np.mean(meter.harms("front", plan, meter.order)))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             ledger.tell(trial, [harm, kept], plan=pack(plan))
@@ -178,7 +174,7 @@ def _uniform(low: float, high: float) -> Any:
 
 def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
-    plan = Plan(profile.shape, profile.min_window, unpack(point.packed))
+    plan = unpack(point.packed, profile.shape, profile.min_window)
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
         quality={"measured_harm": {"plan": point.harm}, "samples": len(profile.validation)},

@@ -11,6 +11,7 @@ from moacompress.core.arrays import Floats, Ints
 from moacompress.rules.cost import byte_table, floored, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import LayerShares, with_shared_rules
 from moacompress.search.solver import fill, solve
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ def total_cost(costs: Floats, choice: Ints) -> float:
     return float(np.take_along_axis(costs, choice[..., None], axis=-1).sum())
 
 
-def chosen_plan(profile: Profile, choice: Ints) -> Plan:
-    """Returns the plan of a choice of rules."""
+def chosen_plan(profile: Profile, choice: Ints, shares: LayerShares = ()) -> Plan:
+    """Returns the plan of a choice of rules, whose layers share as given."""
     rows = tuple(tuple(profile.rules[number] for number in row) for row in choice.tolist())
-    return Plan(profile.shape, profile.min_window, rows)
+    return Plan(profile.shape, profile.min_window, with_shared_rules(rows, shares), shares=shares)
 
 
 def choice_of(profile: Profile, plan: Plan) -> Ints:

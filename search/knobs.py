@@ -28,25 +28,28 @@ START_COHERENCE = 0.3
 class Knobs:
     """The search space of one model and its profiled lengths; all knobs at 0 are the surrogate itself.
 
-    All but `coherence` are logarithms.
+    All but `coherence` and `sharing` are logarithms.
 
     `depth_K`: multipliers of the cost, from the first layer to the last, interpolated between the knots.
     `length_N`: weight of the profiled length N, relative to the longest.
     `exponent`: exponent on the cost; above 0 it favours the costliest KV heads.
     `precision`: multiplier of what formats of keys and values cost, beside what spans cost; only where formats are on offer.
     `coherence`: share of the quadratic form, which knows what KV heads do together; see `quadratic`.
+    `sharing`: layers that copy the attention of an earlier one, rounded; only where the search chooses how many do.
 
     Attributes:
         layers: layers of the model.
         lengths: profiled lengths, ascending.
         coherent: whether there is a quadratic form.
         formats: whether formats are on offer.
+        shared: most layers that may share; 0 where that is not to be chosen.
     """
 
     layers: int
     lengths: tuple[int, ...]
     coherent: bool = False
     formats: bool = False
+    shared: int = 0
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -57,6 +60,7 @@ class Knobs:
             "exponent": (-EXPONENT_RANGE, EXPONENT_RANGE),
             **({"precision": (-PRECISION_RANGE, PRECISION_RANGE)} if self.formats else {}),
             **({"coherence": (0.0, COHERENCE_RANGE)} if self.coherent else {}),
+            **({"sharing": (0.0, float(self.shared))} if self.shared else {}),
         }
 
     @property
@@ -71,7 +75,12 @@ class Knobs:
     @property
     def starts(self) -> list[dict[str, float]]:
         """What is tried right after the neutral values."""
-        return [{**self.neutral, "coherence": START_COHERENCE}] if self.coherent else []
+        found = [{**self.neutral, "coherence": START_COHERENCE}] if self.coherent else []
+        return [*found, {**self.neutral, "sharing": 1.0}] if self.shared else found
+
+    def within(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Returns values that won in another search, none of them out of its range here; what is missing is neutral."""
+        return {name: min(max(values.get(name, 0.0), low), high) for name, (low, high) in self.ranges.items()}
 
     def bend(self, surrogate: Surrogate, values: Mapping[str, float]) -> Floats:
         """Returns the costs of every rule under the knobs, [layers, kv_heads, rules]; only their ratios count."""

@@ -14,7 +14,6 @@ from moacompress.search.alternatives import measure_alternatives
 from moacompress.search.around import Around, ProfileAround, spread_samples
 from moacompress.search.deadline import Deadline
 from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.knapsack import Knapsack
 from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Measure, Objective
 from moacompress.search.search_context import SearchContext
@@ -57,7 +56,7 @@ def opened(
             request.knobs.distributions(),
             request.knobs.neutral,
             request.recipe.seed,
-            [*request.starts, *request.knobs.starts],
+            [*map(request.knobs.within, request.starts), *request.knobs.starts],
         )
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
@@ -69,7 +68,6 @@ def opened(
             storage=storage,
             name=name,
             meter=meter,
-            knapsack=Knapsack.of(request),
             surrogate=surrogate,
             alternatives=measure_alternatives(request, meter, progress) if settings.alternatives else {},
             around=around,

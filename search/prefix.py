@@ -32,9 +32,21 @@ class Prefix:
 
 
 def first_changed(plan: Plan, base: Plan) -> int:
-    """Returns the first layer in which two plans differ; the number of layers where none does."""
-    pairs = enumerate(zip(plan.rules, base.rules, strict=True))
-    return next((layer for layer, (ours, theirs) in pairs if ours != theirs), plan.model.layers)
+    """Returns the first layer that a plan needs computed where all before is as under another one.
+
+    That is the first in which the two differ, or one before it whose attention a computed layer shares; the number of layers
+    where none differs.
+    """
+    layers = range(plan.model.layers)
+    differ = (
+        layer for layer in layers if plan.rules[layer] != base.rules[layer] or plan.share(layer) != base.share(layer)
+    )
+    first = next(differ, len(layers))
+    while True:
+        anchors = [share.anchor for layer in layers[first:] if (share := plan.share(layer)) is not None]
+        if min(anchors, default=first) >= first:
+            return first
+        first = min(anchors)
 
 
 def record(model: torch.nn.Module, forward: Callable[[], Value]) -> tuple[Prefix, Value]:

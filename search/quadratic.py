@@ -7,7 +7,7 @@ alone it overfits, so it is mixed with the surrogate, and a study decides how mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.search.knapsack import Knapsack
+from moacompress.search.sharing.head_groups import HeadGroups
 from moacompress.search.solver import best_prices
 
 CANDIDATES = 300
@@ -114,6 +115,10 @@ class Quadratic:
             return np.diagonal(self._products, axis1=1, axis2=2)
         squares: Floats = self._products[:, self.parts[:, :, None], self.parts[:, None, :]].sum(axis=(2, 3))
         return squares
+
+    def merged(self, groups: HeadGroups) -> Quadratic:
+        """Returns the form over groups of KV heads that have one rule: what they move adds up before it is squared."""
+        return replace(self, rows=groups.summed(self.rows), linear=groups.summed(self.linear))
 
     def changes(self, choice: Ints) -> Floats:
         """Returns the predicted change of harm by every change of one KV head, nats, `[layers, kv_heads, rules]`."""

@@ -17,7 +17,6 @@ from moacompress.search.around import Around
 from moacompress.search.deadline import Deadline
 from moacompress.search.explain import Stage
 from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
 from moacompress.search.knobs import distributions
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
@@ -36,7 +35,6 @@ class SearchContext:
         storage: of the search's studies, as that of a `Ledger`.
         name: of the study; those of single steps go on from it.
         meter: measures plans on validation samples, at most once each.
-        knapsack: the budget.
         surrogate: calibrated.
         alternatives: the best plan of every family of baselines, by family.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
@@ -52,7 +50,6 @@ class SearchContext:
     storage: str | None
     name: str
     meter: HarmMeter
-    knapsack: Knapsack
     surrogate: Surrogate
     alternatives: Mapping[str, Alternative]
     around: Around | None
@@ -69,12 +66,12 @@ class SearchContext:
         return self.tried[0].harms
 
     def plan_of(self, knobs: Knob) -> Plan:
-        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
+        """Returns the plan of a trial: see `SearchRequest.plan`.
 
         Args:
             knobs: values of the study's knobs.
         """
-        return chosen_plan(self.request.profile, self.request.choice(self.surrogate, self.knapsack, knobs))
+        return self.request.plan(self.surrogate, knobs)
 
     def start(self) -> Standing:
         """Returns the surrogate's own plan: what a search begins with. It is not measured yet."""
@@ -112,21 +109,22 @@ class SearchContext:
         self.stages.append(Stage.of(name, standing.plan, standing.harms, standing.value, kept))
 
     def changes(self, standing: Standing) -> Floats:
-        """Returns the predicted change of harm by every change of one KV head, nats, `[layers, kv_heads, rules]`.
+        """Returns the predicted change of harm by every change of one row of the plan's knapsack, nats, the rules last.
 
         It is that of the form around the plan, or else that of the surrogate with what the profile says of KV heads together;
-        then only differences between the rules of a KV head count.
+        then only differences between the rules of a row count.
 
         Args:
             standing: the plan that is to be changed.
         """
-        choice = choice_of(self.request.profile, standing.plan)
+        space = self.request.space(standing.plan.shares)
+        choice = space.choice(standing.plan)
         if standing.form is not None:
-            return standing.form.changes(choice)
-        costs, form = self.surrogate.costs(), self.request.quadratic
+            return space.form(standing.form).changes(choice)
+        costs, form = space.costs(self.surrogate.costs()), self.request.quadratic
         if form is None:
             return costs
-        return costs - np.take_along_axis(costs, choice[..., None], axis=-1) + form.changes(choice)
+        return costs - np.take_along_axis(costs, choice[..., None], axis=-1) + space.form(form).changes(choice)
 
     def ledger_of(
         self, suffix: str, ranges: Mapping[str, tuple[float, float]], neutral: Knob, starts: Sequence[Knob]

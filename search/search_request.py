@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from moacompress.calibration.samples import fingerprint_samples
 from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
-from moacompress.core.arrays import Floats, Ints
+from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
 from moacompress.rules.cost import budget_limits, layer_floors
-from moacompress.search.knapsack import Knapsack, total_cost
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import LayerShares
+from moacompress.search.knapsack import total_cost
 from moacompress.search.knobs import Knobs
+from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
+from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.surrogate import Surrogate
 
 Knob: TypeAlias = Mapping[str, float]
@@ -53,6 +57,7 @@ class SearchRequest:
         surrogate: not yet calibrated.
         starts: knobs that are tried right after the neutral ones.
         computes_in: the dtype that the model computes in, on which what it measures depends.
+        sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
     """
 
     profile: Profile
@@ -62,6 +67,7 @@ class SearchRequest:
     surrogate: Surrogate
     starts: tuple[Knob, ...]
     computes_in: str
+    sharing: ShareChoice | None = None
 
     @staticmethod
     def of(
@@ -83,13 +89,18 @@ class SearchRequest:
         Raises:
             BudgetError: as `find_plan`.
             InfeasibleBudgetError: as `find_plan`.
-            UsageError: a profile around a plan, or formats that it says nothing of.
+            UsageError: a profile around a plan, or formats or copies that it says nothing of.
+            PlanError: layers that cannot share.
         """
         profile = profile.offering(offered_formats(profile.profiled_formats, recipe))
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         floors = layer_floors(recipe.search.floors, profile.shape)
-        limits = budget_limits(budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors)
+        sharing = ShareChoice.of(profile, recipe)
+        shares = () if sharing is None else sharing.fixed
+        limits = budget_limits(
+            budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares
+        )
         if profile.around:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
@@ -98,7 +109,7 @@ class SearchRequest:
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
         computes_in = loaded_in if model is None else model.computes_in
-        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in)
+        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in, sharing)
 
     @cached_property
     def key(self) -> str:
@@ -124,14 +135,53 @@ class SearchRequest:
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
                 **({"computes_in": self.computes_in} if in_other else {}),
+                **({"share": self._share_key} if self.sharing else {}),
             }
         )
 
     @property
+    def _share_key(self) -> list[Any]:
+        """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
+        search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
+        return [search.share, search.segments, anchors]
+
+    @property
     def knobs(self) -> Knobs:
         """What the study tunes."""
-        profile = self.profile
-        return Knobs(profile.shape.layers, profile.lengths, self.quadratic is not None, bool(profile.formats))
+        profile, coherent = self.profile, self.quadratic is not None
+        return Knobs(profile.shape.layers, profile.lengths, coherent, bool(profile.formats), self.most_shared)
+
+    @cached_property
+    def most_shared(self) -> int:
+        """Most layers that a trial may let share; 0 where trials do not choose."""
+        if self.sharing is None or not self.sharing.asked.auto:
+            return 0
+        single = self.surrogate.raw()
+
+        def harm(shares: LayerShares) -> float:
+            space = self.space(shares)
+            costs = space.costs(single)
+            return total_cost(costs, space.knapsack.choose(costs))
+
+        alone = harm(())
+        return self.sharing.most(lambda shares: alone - harm(shares))
+
+    def shares(self, knobs: Knob) -> LayerShares:
+        """Returns which layers share under some knobs."""
+        if self.sharing is None:
+            return ()
+        return self.sharing.shares(round(knobs.get("sharing", 0.0))) if self.sharing.asked.auto else self.sharing.fixed
+
+    def space(self, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
+        """Returns the plans whose layers share so, within the limits or others."""
+        return PlanSpace.of(self, shares, limits)
+
+    def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
+        """Returns the predicted harm of a plan with its copies, nats; None where a rule of it is no candidate."""
+        found = surrogate.predicted(plan)
+        if found is None or self.sharing is None:
+            return found
+        return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
 
     @cached_property
     def quadratic(self) -> Quadratic | None:
@@ -139,27 +189,30 @@ class SearchRequest:
         samples, draws = self.profile.statistics.arrays["total"].shape[:2]
         return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
 
-    def choice(self, surrogate: Surrogate, knapsack: Knapsack, knobs: Knob) -> Ints:
-        """Returns the rule of every KV head that the solver chooses under some knobs, int64 `[layers, kv_heads]`.
+    def choice(self, surrogate: Surrogate, space: PlanSpace, knobs: Knob) -> Ints:
+        """Returns the rule of every row of the knapsack that the solver chooses under some knobs, int64.
 
         Args:
             surrogate: calibrated.
-            knapsack: bytes and limits.
+            space: the plans to choose among.
             knobs: values of `knobs`.
         """
-        choice = knapsack.choose(self.knobs.bend(surrogate, knobs))
+        bent = space.costs(self.knobs.bend(surrogate, knobs))
+        choice = space.knapsack.choose(bent)
         share = knobs.get("coherence", 0.0)
         if self.quadratic is None or not share:
             return choice
-        return self.quadratic.refined(choice, self.bent(surrogate, knobs, choice), share, knapsack)
+        # of bending only ratios count, so the costs are scaled to be nats again
+        nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
+        return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def bent(self, surrogate: Surrogate, knobs: Knob, choice: Ints) -> Floats:
-        """Returns the bent costs in nats, `[layers, kv_heads, rules]`: of bending only ratios count, so they are scaled.
+    def plan(self, surrogate: Surrogate, knobs: Knob, limits: Mapping[int, int] | None = None) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
 
         Args:
             surrogate: calibrated.
             knobs: values of `knobs`.
-            choice: the choice whose total is the surrogate's own.
+            limits: other ones than the request's.
         """
-        bent = self.knobs.bend(surrogate, knobs)
-        return bent * (total_cost(surrogate.raw(), choice) / max(total_cost(bent, choice), 1e-300))
+        space = self.space(self.shares(knobs), limits)
+        return space.plan(self.choice(surrogate, space, knobs))

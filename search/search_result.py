@@ -12,8 +12,10 @@ from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.rules.formats import NATIVE
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import Share
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
 
@@ -134,16 +136,25 @@ def versions() -> dict[str, str]:
 
 
 def pack(plan: Plan) -> dict[str, Any]:
-    """Returns the rules of a plan in few bytes: the distinct ones, and each KV head's number among them."""
+    """Returns a plan without its notes in few bytes: the distinct rules, each KV head's number among them, and the shares."""
     distinct = sorted({rule for row in plan.rules for rule in row})
     number = {rule: index for index, rule in enumerate(distinct)}
     return {
         "rules": [rule.to_list() for rule in distinct],
         "choice": [[number[rule] for rule in row] for row in plan.rules],
+        **({"shares": [share and share.to_dict() for share in plan.shares]} if plan.shares else {}),
     }
 
 
-def unpack(packed: dict[str, Any]) -> tuple[tuple[Rule, ...], ...]:
-    """Returns the rules that `pack` packed."""
+def unpack(packed: dict[str, Any], shape: ModelShape, min_window: int) -> Plan:
+    """Returns the plan that `pack` packed.
+
+    Args:
+        packed: what it returned.
+        shape: of the plan's model.
+        min_window: smallest window of the plan, tokens.
+    """
     distinct: Sequence[Rule] = [Rule.from_list(rule) for rule in packed["rules"]]
-    return tuple(tuple(distinct[number] for number in row) for row in packed["choice"])
+    rules = tuple(tuple(distinct[number] for number in row) for row in packed["choice"])
+    shares = tuple(share and Share.from_dict(share) for share in packed.get("shares", ()))
+    return Plan(shape, min_window, rules, shares=shares)

@@ -38,7 +38,7 @@ class Standing:
     @staticmethod
     def of(trial: Tried, profile: Profile) -> Standing:
         """Returns the plan of a trial."""
-        plan = Plan(profile.shape, profile.min_window, unpack(trial.plan))
+        plan = unpack(trial.plan, profile.shape, profile.min_window)
         return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")
 
     @property

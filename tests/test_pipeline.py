@@ -353,6 +353,8 @@ def test_what_is_missing_is_said_before_anything_is_written(recipe, tmp_path):
     unknown = recipe.override(profile__formats="int8", search__formats="int8,int4")
     with pytest.raises(RecipeError, match=r"search.formats offers int4, which profile.formats leaves out"):
         compress(unknown, tmp_path / "formats")
+    with pytest.raises(RecipeError, match=r"search.share needs to know what copies cost; add profile.anchors"):
+        compress(recipe.override(search__share="auto"), tmp_path / "shares")
     with pytest.raises(RecipeError, match="no budget given"):
         compress(recipe.override(budget=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

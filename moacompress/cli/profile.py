@@ -34,12 +34,14 @@ AUDIT_KEYS = (
     "audit",
     "audit_plans",
     "audit_precision",
+    "audit_sharing",
     "fisher_minus_moa",
     "chosen_minus_moa",
     "split_half",
     "points",
     "plans",
     "precision_points",
+    "sharing_points",
 )
 """What `--json` takes over from an audit."""
 
@@ -89,8 +91,8 @@ def profile(
         int | None,
         typer.Option(
             metavar="K",
-            help="Then measure K ablations of one KV head, and K of one in another format, and compare them with what is "
-            "predicted.",
+            help="Then measure K ablations of one KV head, K of one in another format, and with --anchors up to K layers that "
+            "share, and compare them with what is predicted.",
         ),
     ] = None,
     audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,

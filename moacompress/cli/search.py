@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 50%,12.5% --front -o plans/plan.json --trials 40",
     "moacompress search profile/ --max-loss 1% -o plan.json",
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
+    "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
 )
 def search(
@@ -60,6 +61,15 @@ def search(
         float | None, typer.Option(help="Seconds after which no new trial, round or move starts.")
     ] = None,
     formats: FormatsOption = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHICH",
+            help="Layers that attend as an earlier one does and keep values alone: off (the default), a number of them, or "
+            "layers=12:11,18:17 with their anchors. With auto some trials share and others do not, and measured harm decides. "
+            "Needs a profile with --anchors.",
+        ),
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     overwrite: Overwrite = False,
@@ -86,6 +96,7 @@ def search(
         search__moves=moves,
         search__timeout=timeout,
         search__formats=formats,
+        search__share=share,
         search__solver=solver,
         search__storage=storage,
     )

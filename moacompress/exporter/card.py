@@ -30,6 +30,8 @@ def model_card(plan: Plan) -> str:
     ]
     if plan.stated_lengths and not all(rule.is_native for row in plan.rules for rule in row):
         parts.append("## Formats of keys and values\n\n" + _formats_table(plan, max(plan.stated_lengths)))
+    if plan.shares:
+        parts.append("## Shared attention\n\n" + _shared_attention(plan))
     quality = _quality(plan)
     if quality:
         parts.append("## Measured harm\n\n" + quality)
@@ -114,6 +116,11 @@ def _formats_table(plan: Plan, n: int) -> str:
         f"\n\nAt {format_length(n)} tokens, where a kept number takes {bits['keys']:.1f} bits in keys and "
         f"{bits['values']:.1f} in values, scales and zero points counted."
     )
+
+
+def _shared_attention(plan: Plan) -> str:
+    shares = "; ".join(f"layer {layer}: {share}" for layer, share in enumerate(plan.shares) if share is not None)
+    return f"These layers attend as an earlier one does, or to its keys, and have no weights for what they take:\n\n{shares}."
 
 
 def _quality(plan: Plan) -> str:

@@ -17,6 +17,7 @@ from moacompress.rules.rule import Rule
 logger = logging.getLogger(__name__)
 
 Data = Mapping[str, Any]
+RATIO_COLUMNS = ("", "Spearman", "measured / predicted [10% 90%]", "n")
 
 
 def audit_tables(audit: Data) -> list[RenderableType]:
@@ -49,6 +50,8 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         shown.append(section(title, ("", "Spearman", "slope", "regret", "n"), rows))
     if "audit_precision" in audit:
         shown.append(_formats_section(audit["audit_precision"]))
+    if "audit_sharing" in audit:
+        shown.append(_sharing_section(audit["audit_sharing"]))
     names = dict.fromkeys(("fisher", chosen)) if "fisher_minus_moa" in audit else {}
     for name in names:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
@@ -64,17 +67,19 @@ def audit_tables(audit: Data) -> list[RenderableType]:
 
 def _formats_section(found: Data) -> RenderableType:
     """Returns the table of single KV heads in other formats, all of them and by kind."""
-    rows = [
-        (
-            name,
-            _number(row, "spearman", "ci95"),
-            _number(row, "ratio", "ratio_range"),
-            str(row["n"]),
-        )
-        for name, row in [("all", found), *found["kinds"].items()]
-    ]
+    rows = [_ratio_row(name, row) for name, row in [("all", found), *found["kinds"].items()]]
     title = f"{found['n']} KV heads with keys or values in another format, as {found['estimator']} predicts it"
-    return section(title, ("", "Spearman", "measured / predicted [10% 90%]", "n"), rows)
+    return section(title, RATIO_COLUMNS, rows)
+
+
+def _sharing_section(found: Data) -> RenderableType:
+    """Returns the table of single layers that copy."""
+    title = f"{found['n']} layers that copy an earlier one's attention, as {found['estimator']} predicts it"
+    return section(title, RATIO_COLUMNS, [_ratio_row("all", found)])
+
+
+def _ratio_row(name: str, row: Data) -> tuple[str, ...]:
+    return name, _number(row, "spearman", "ci95"), _number(row, "ratio", "ratio_range"), str(row["n"])
 
 
 def _name(name: str, chosen: str) -> str:
@@ -92,8 +97,8 @@ def _number(row: Data, value: str, interval: str) -> str:
 def scatter_html(audit: Data) -> str:
     """Returns a page of its own: measured against predicted harm on logarithmic axes, a trace for each estimator.
 
-    One panel for the ablations, one for the plans, one for single formats (not calibrated), each with the line where both are
-    equal.
+    One panel for the ablations, one for the plans, one for single formats and one for copies (these two not calibrated), each
+    with the line where both are equal.
 
     Args:
         audit: the `data` of a `search.audit.Audit`.
@@ -113,6 +118,10 @@ def scatter_html(audit: Data) -> str:
         name = audit["audit_precision"]["estimator"]
         formats = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["precision_points"]]
         panels.append((f"{len(formats)} KV heads in another format", formats, _format_note))
+    if "audit_sharing" in audit:
+        name = audit["audit_sharing"]["estimator"]
+        copies = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["sharing_points"]]
+        panels.append((f"{len(copies)} layers that copy", copies, _copy_note))
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels])
     palette = colors.qualitative.Plotly
     for column, (_, points, note) in enumerate(panels, start=1):
@@ -165,6 +174,10 @@ def _point_note(point: Data) -> str:
 
 def _format_note(point: Data) -> str:
     return f"layer {point['layer']} KV head {point['kv_head']}, {point['side']}s in {point['format']}"
+
+
+def _copy_note(point: Data) -> str:
+    return f"layer {point['layer']} of layer {point['anchor']}"
 
 
 def _plan_note(plan: Data) -> str:

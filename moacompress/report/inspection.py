@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from moacompress.core.tables import facts, readable_bytes, section
 from moacompress.exporter.card import repair_text
-from moacompress.models.weight_files import total_numbers
+from moacompress.models.weight_files import read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, format_rows, kept_bits
@@ -23,6 +24,8 @@ DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
 SHADES = "▁▂▃▄▅▆▇█"
 NATIVE_MARK = "·"
+_OF_LAYER = re.compile(r"(.*\.(?:layers|h)\.)(\d+)(\..+)")
+"""Names of the weights of decoder layers."""
 MAP_COLUMNS = 80
 """Most layers in one row of the map."""
 
@@ -42,7 +45,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
     chosen = list(lengths or own or DEFAULT_LENGTHS)
     profiled = [n for n in plan.provenance.get("lengths", []) if isinstance(n, int)] or own or chosen
     reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], profiled)
-    parameters = None if folder is None else count_parameters(folder)
+    parameters = None if folder is None else count_parameters(folder, plan)
     return {
         "density": plan.density(reference),
         "bits": kept_bits(plan, reference),
@@ -53,9 +56,10 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "dtype": plan.model.dtype,
         "layers": plan.model.layers,
         "kv_heads": plan.model.kv_heads,
-        "shared_layers": [],
-        # no layer's weights are dropped as long as no layer shares another's attention
-        "parameters": None if parameters is None else {"dense": parameters, "plan": parameters},
+        "shared_layers": [
+            {"layer": layer, **share.to_dict()} for layer, share in enumerate(plan.shares) if share is not None
+        ],
+        "parameters": parameters,
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
@@ -68,14 +72,33 @@ def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
     return {phase: {"dense": dense[phase], "plan": ours[phase]} for phase in dense}
 
 
-def count_parameters(folder: Path) -> int | None:
+def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     """Returns the numbers in a checkpoint's safetensors files, read from their headers; None if there are none.
+
+    Args:
+        folder: the compressed checkpoint.
+        plan: its plan.
+
+    Returns:
+        `plan`, those that are there, and `dense`, with those that layers that share do without: what their anchors have more.
 
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    return total_numbers(files) if files else None
+    held = {
+        name: tensor.numbers
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in read_header(file).items()
+    }
+    if not held:
+        return None
+    dropped = 0
+    for layer, share in enumerate(plan.shares):
+        for name, numbers in held.items() if share is not None else ():
+            part = _OF_LAYER.fullmatch(name)
+            if share is not None and part is not None and int(part[2]) == share.anchor:
+                dropped += max(0, numbers - held.get(f"{part[1]}{layer}{part[3]}", 0))
+    return {"dense": sum(held.values()) + dropped, "plan": sum(held.values())}
 
 
 def overview(plan: Plan, data: dict[str, Any]) -> Group:
@@ -92,8 +115,13 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {len(distinct)} distinct rules, no window under {plan.min_window}",
     }
+    if plan.shares:
+        rows["sharing"] = "; ".join(
+            f"layer {layer}: {share}" for layer, share in enumerate(plan.shares) if share is not None
+        )
     if data["parameters"] is not None:
-        rows["parameters"] = f"{data['parameters']['plan']:,}"
+        dense, ours = data["parameters"]["dense"], data["parameters"]["plan"]
+        rows["parameters"] = f"{ours:,}" if ours == dense else f"{ours:,} of {dense:,}"
     repair = repair_text(plan)
     if repair:
         rows["repair"] = repair

@@ -59,6 +59,8 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]
     ):
         shown.append(formats_table(formats["pairs"], formats["bits"]))
+    if "sharing" in explanation:
+        shown.extend(_sharing(explanation["sharing"]))
     knobs = list(explanation["knobs"].items())[:KNOBS]
     if knobs:
         shown.append("Knobs that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in knobs) + ".")
@@ -72,6 +74,26 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(
             "Predicted harm by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
         )
+    return shown
+
+
+def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns what sharing gave: a row for every number of layers, and a sentence where it gave nothing."""
+    rows = [
+        (
+            str(row["layers"]),
+            ", ".join(f"{layer} of {anchor}" for layer, anchor in row["pairs"]) or "none",
+            readable_number(row["copies"]),
+            readable_number(row["predicted"]),
+            readable_number(row["harm"]),
+            "-" if row["log_ratio"] is None else f"{100 * _change(row['log_ratio']):+.0f}%",
+        )
+        for row in found["counts"]
+    ]
+    titles = ("layers", "copies", "copies, predicted", "plan, predicted", "measured", "against trial 0")
+    shown: list[RenderableType] = [section("Layers that copy an earlier one's attention (nats a token)", titles, rows)]
+    if not found["shared"]:
+        shown.append("Sharing buys nothing at this budget: the best plan has none.")
     return shown
 
 

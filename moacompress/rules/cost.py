@@ -19,30 +19,34 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import LayerShares
 
 Shares: TypeAlias = npt.NDArray[np.float64]
 
 
-def byte_table(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> Ints:
-    """Returns the bytes of cache that every KV head takes under every rule.
+def byte_table(
+    shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int], shares: LayerShares = ()
+) -> Ints:
+    """Returns the bytes of cache that every KV head takes under every rule; those of a layer that shares are its values'.
 
     Args:
         shape: for layers, KV heads and native windows.
         rules: candidate rules.
         min_window: smallest window, tokens.
         lengths: tokens so far.
+        shares: what each layer takes from an earlier one; empty for nothing.
 
     Returns:
         int64 [lengths, layers, kv_heads, rules].
     """
     n = np.array(lengths, np.int64)
-    tables = {native: RuleTable.of(rules, min_window, native) for native in set(shape.native_windows)}
-    by_native = {
-        native: table.slots(n) * table.token_bytes(shape.head_dim, shape.head_dim, shape.dtype)
-        for native, table in tables.items()
-    }
-    layers = np.stack([by_native[native] for native in shape.native_windows], axis=1)
-    return np.repeat(layers[:, :, None, :], shape.kv_heads, axis=2)
+    slots = {native: RuleTable.of(rules, min_window, native).slots(n) for native in set(shape.native_windows)}
+    whole, values = (np.array([of(rule) for rule in rules], np.int64) for of in (shape.token_bytes, shape.value_bytes))
+    layers = [
+        slots[native] * (values if shares and shares[layer] is not None else whole)
+        for layer, native in enumerate(shape.native_windows)
+    ]
+    return np.repeat(np.stack(layers, axis=1)[:, :, None, :], shape.kv_heads, axis=2)
 
 
 def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
@@ -68,9 +72,12 @@ def floored(sizes: Ints, floors: Shares) -> Ints:
         sizes: bytes, [lengths, layers, kv_heads, rules], the full rule first.
         floors: [layers].
     """
-    full = sizes[..., :1]
-    below = (sizes < np.ceil(floors[:, None, None] * full)).any(axis=0)
-    return np.where(below, full, sizes)
+    return np.where(below_floors(sizes, floors), sizes[..., :1], sizes)
+
+
+def below_floors(sizes: Ints, floors: Shares) -> npt.NDArray[np.bool_]:
+    """Returns whether a rule keeps less than its layer's floor at some length, [layers, kv_heads, rules]; see `floored`."""
+    return np.asarray((sizes < np.ceil(floors[:, None, None] * sizes[..., :1])).any(axis=0))
 
 
 def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
@@ -153,6 +160,7 @@ def budget_limits(
     rules: Sequence[Rule],
     min_window: int,
     floors: Shares | None = None,
+    shares: LayerShares = (),
 ) -> dict[int, int]:
     """Returns the most KV bytes at every length that the budgets restrict, ascending.
 
@@ -163,20 +171,29 @@ def budget_limits(
         rules: candidate rules, for the smallest plan there is.
         min_window: smallest window, tokens.
         floors: smallest share that every layer keeps, [layers]; none by default.
+        shares: what each layer takes from an earlier one.
 
     Raises:
         InfeasibleBudgetError: no plan of these rules fits; says the smallest budget that works.
     """
     limits = byte_limits(budgets, shape, lengths)
-    check_feasible(limits, smallest_bytes(shape, rules, min_window, list(limits), floors), shape)
+    check_feasible(limits, smallest_bytes(shape, rules, min_window, list(limits), floors, shares), shape)
     return limits
 
 
 def smallest_bytes(
-    shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int], floors: Shares | None = None
+    shape: ModelShape,
+    rules: Sequence[Rule],
+    min_window: int,
+    lengths: Sequence[int],
+    floors: Shares | None = None,
+    shares: LayerShares = (),
 ) -> dict[int, int]:
-    """Returns the KV bytes of the smallest plan at each length; arguments are those of `budget_limits`."""
-    table = byte_table(shape, rules, min_window, lengths)
+    """Returns the KV bytes of the smallest plan at each length; arguments are those of `budget_limits`.
+
+    KV heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
+    """
+    table = byte_table(shape, rules, min_window, lengths, shares)
     smallest = (table if floors is None else floored(table, floors)).min(axis=-1).sum(axis=(1, 2))
     return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
 

@@ -34,6 +34,11 @@ class Share:
         """Returns the JSON form."""
         return {"anchor": self.anchor, "kind": self.kind, "head_map": list(self.head_map)}
 
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Share:
+        """Reads what `to_dict` returned."""
+        return Share(data["anchor"], data["kind"], tuple(data["head_map"]))
+
     def __str__(self) -> str:
         return f"{self.kind} of layer {self.anchor} by heads {', '.join(map(str, self.head_map))}"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.knapsack import Knapsack
 from moacompress.search.search_context import SearchContext
 from moacompress.search.solver import best_prices, solve
 from moacompress.search.standing import Standing
@@ -33,10 +33,10 @@ def make_moves(standing: Standing, context: SearchContext) -> Standing:
     count, trainer = context.request.recipe.search.moves, context.trainer
     if not count or trainer is None or context.deadline.over():
         return standing
-    profile = context.request.profile
-    choice = choice_of(profile, standing.plan)
-    moves = marginal_moves(context.knapsack, context.changes(standing), choice, count)
-    plans = [standing.plan, *(chosen_plan(profile, move.on(choice)) for move in moves)]
+    space = context.request.space(standing.plan.shares)
+    choice = space.choice(standing.plan)
+    moves = marginal_moves(space.knapsack, context.changes(standing), choice, count)
+    plans = [standing.plan, *(space.plan(move.on(choice)) for move in moves)]
     context.progress.start("measuring moves", trainer.size)
     harms = []
     for number in range(trainer.size):
@@ -45,7 +45,7 @@ def make_moves(standing: Standing, context: SearchContext) -> Standing:
     context.progress.done()
     ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
     for caution in CAUTIONS if moves else ():
-        plan = chosen_plan(profile, combined(context.knapsack, choice, moves, ratios, caution))
+        plan = space.plan(combined(space.knapsack, choice, moves, ratios, caution))
         if plan.key() == standing.plan.key():
             continue
         found = context.measured(standing, plan, "moves")
@@ -58,11 +58,11 @@ def make_moves(standing: Standing, context: SearchContext) -> Standing:
 
 @dataclass(frozen=True)
 class Move:
-    """One KV head with another rule.
+    """One KV head with another rule; where layers share, one group of KV heads.
 
     Attributes:
-        layer: its layer.
-        head: its KV head.
+        layer: its layer, or the number of the group.
+        head: its KV head, or 0.
         rule: number of the new rule.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moacompress.search.knapsack import choice_of, chosen_plan
 from moacompress.search.search_context import SearchContext
 from moacompress.search.standing import Standing
 from moacompress.search.trials import log_ratio, log_ratios, standard_error
@@ -18,9 +17,9 @@ def spend_rest(standing: Standing, context: SearchContext) -> Standing:
         standing: measured.
         context: its surrogate says where the rest goes.
     """
-    profile = context.request.profile
-    filled = context.knapsack.filled(context.surrogate.costs(), choice_of(profile, standing.plan))
-    plan = chosen_plan(profile, filled)
+    space = context.request.space(standing.plan.shares)
+    filled = space.knapsack.filled(space.costs(context.surrogate.costs()), space.choice(standing.plan))
+    plan = space.plan(filled)
     if plan.key() == standing.plan.key() or context.deadline.over():
         return standing
     found = context.measured(standing, plan, "rest")

@@ -8,6 +8,7 @@ or of its mean logarithm, is a small study of its own, in every round.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,12 +18,14 @@ from moacompress.core.arrays import Ints
 from moacompress.rules.plan import Plan
 from moacompress.search.around import Forms
 from moacompress.search.found_plan import write_so_far
-from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import Knob
 from moacompress.search.standing import Standing
 from moacompress.search.trials import Trials, best_trial, least_trial
+
+logger = logging.getLogger(__name__)
 
 RANGES = {"moved": (0.0, 0.2), "coherence": (0.1, 0.9), "relative": (0.0, 1.0)}
 """Each knob of a round, its smallest and its largest value.
@@ -46,6 +49,9 @@ ROUND_CAUTION = 1.0
 def make_rounds(standing: Standing, context: SearchContext) -> Standing:
     """Profiles around the best plan and moves bytes, as long as that helps; a plan that is better is written at once.
 
+    Plans whose layers share attention are not profiled around: the best trial without sharing is improved instead, where there
+    is one, and the better of the two goes on.
+
     Args:
         standing: measured.
         context: its `around` profiles.
@@ -53,6 +59,23 @@ def make_rounds(standing: Standing, context: SearchContext) -> Standing:
     Returns:
         The best plan, with the form of what was profiled last.
     """
+    if not standing.plan.shares:
+        return _rounds(standing, context, standing)
+    own = [trial for trial in context.tried if "shares" not in trial.plan]
+    if not context.request.recipe.search.rounds or context.around is None:
+        return standing
+    if not own:
+        logger.warning("rounds know nothing of layers that share attention: none is made")
+        return standing
+    logger.info(
+        "rounds know nothing of layers that share attention: they improve the best plan without, to be compared"
+    )
+    alone = _rounds(Standing.of(best_trial(own), context.request.profile), context, standing)
+    return min(standing, alone, key=lambda one: one.value)
+
+
+def _rounds(standing: Standing, context: SearchContext, rival: Standing) -> Standing:
+    """Makes the rounds on a plan without sharing; what is written is the better of it and a rival."""
     forms: Forms | None = None
     for number in range(1, context.request.recipe.search.rounds + 1):
         if context.around is None or context.deadline.over():
@@ -62,7 +85,7 @@ def make_rounds(standing: Standing, context: SearchContext) -> Standing:
         if better is None:
             break
         standing = better
-        write_so_far(standing, context)
+        write_so_far(min(standing, rival, key=lambda one: one.value), context)
     return standing if forms is None else replace(standing, form=forms(NEUTRAL["relative"]))
 
 
@@ -76,11 +99,11 @@ def _round(number: int, standing: Standing, forms: Forms, context: SearchContext
 
     A small study of how to move them: trial 0 is the plan as it is, and one that beats it by a standard error is better.
     """
-    profile, meter = context.request.profile, context.meter
-    choice = choice_of(profile, standing.plan)
+    profile, meter, space = context.request.profile, context.meter, context.request.space()
+    choice = space.choice(standing.plan)
 
     def plan_of(knobs: Knob) -> Plan:
-        return chosen_plan(profile, moved(context.knapsack, forms(knobs["relative"]), knobs, choice))
+        return space.plan(moved(space.knapsack, forms(knobs["relative"]), knobs, choice))
 
     ledger = context.ledger_of(standing.plan.key(), RANGES, NEUTRAL, STARTS)
     trials = Trials(ledger, meter.measure, meter.order, plan_of, {standing.plan.key(): standing.harms})

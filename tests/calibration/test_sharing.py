@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from moacompress.calibration.profiler import fisher_cotangent, profile, sample_s
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.statistics import Statistics
-from moacompress.core.errors import UsageError
+from moacompress.core.errors import PlanError, UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import COPY, Share
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
@@ -321,10 +323,26 @@ def test_what_a_copy_is_predicted_to_cost() -> None:
     assert fisher.shape == (3, 1, 2, 2)
     assert fisher[1, 0].tolist() == [[5, 5.5], [6, 6.5]]
     assert np.array_equal(sample, fisher * 4)
-    with pytest.raises(UsageError, match="'mass' does not predict what a copy costs; choose one of fisher, sample"):
+    robust = ((squares.astype(np.float64) / 2) ** 0.75).mean(0) ** (4 / 3)
+    np.testing.assert_allclose(copy_influence(statistics, "robust"), robust)
+    assert (robust < fisher).all()
+    with pytest.raises(
+        UsageError, match="'mass' does not predict what a copy costs; choose one of robust, fisher, sample"
+    ):
         copy_influence(statistics, "mass")
-    with pytest.raises(UsageError, match="no statistics of copies"):
+    with pytest.raises(UsageError, match="no statistics of copies; profile again with --anchors"):
         copy_influence(Statistics({"squares": squares}), "fisher")
+
+
+def test_a_plan_whose_layers_share_cannot_be_profiled_around(
+    tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = tiny_model("llama")
+    source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+    full = Plan.full(source.shape)
+    profiler.check_around(source, full)
+    with pytest.raises(PlanError, match="profiling around such a plan is not possible"):
+        profiler.check_around(source, replace(full, shares=(None, None, Share(1, COPY, (0, 1)))))
 
 
 def test_each_head_takes_its_cheapest_anchor_head() -> None:

@@ -19,6 +19,7 @@ from moacompress.report.inspection import count_parameters, formats_map, inspect
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import COPY, Share, with_shared_rules
 
 RUNNER = CliRunner()
 
@@ -75,7 +76,32 @@ def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
 def test_weights_that_are_damaged(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ArtefactError, match="is not a whole safetensors file"):
-        count_parameters(tmp_path)
+        count_parameters(tmp_path, plan())
+
+
+def test_layers_that_share_are_listed_and_what_they_do_without_is_counted(tmp_path: Path) -> None:
+    shares = (None, Share(0, COPY, (1, 0)))
+    bare = plan(**NOTES)
+    shared = replace(bare, rules=with_shared_rules(bare.rules, shares), shares=shares)
+    (tmp_path / "config.json").write_text("{}")
+    shared.save(tmp_path / "plan.json")
+    weights = {
+        "model.embed": (5, 8),
+        "model.layers.0.attn.q_proj.weight": (64, 8),
+        "model.layers.0.attn.q_proj.bias": (64,),
+    }
+    weights |= {"model.layers.0.attn.v_proj.weight": (32, 8), "model.layers.0.attn.q_norm.weight": (16,)}
+    weights |= {"model.layers.1.attn.q_proj.weight": (0, 8), "model.layers.1.attn.v_proj.weight": (32, 8)}
+    arrays = {name: np.zeros(size, np.float32) for name, size in weights.items()}
+    save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path), "--json"])
+    data = json.loads(result.stdout)
+    there = sum(array.size for array in arrays.values())
+    assert data["parameters"] == {"dense": there + 64 * 8 + 64 + 16, "plan": there}
+    assert data["shared_layers"] == [{"layer": 1, "anchor": 0, "kind": "copy", "head_map": [1, 0]}]
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path)])
+    assert "layer 1: copy of layer 0 by heads 1, 0" in result.stdout
+    assert f"{there:,} of {there + 592:,}" in result.stdout
 
 
 def test_people_see_tables_within_100_columns(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from moacompress.exporter.exporting import (
     warn_of_budget,
 )
 from moacompress.models.source import load_source
+from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import COPY, Share, with_shared_rules
 from moacompress.runtime.hf.attaching import attached_plan
 
 
@@ -66,6 +68,20 @@ def test_loads_with_plain_transformers(exported, plan):
     ids = tokenizer("hello", return_tensors="pt")["input_ids"]
     assert attached_plan(model) == plan
     assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+
+
+def test_what_layers_share_is_not_written_twice(tiny_folder, random_plan, tmp_path):
+    source = load_source(tiny_folder)
+    bare, layers = random_plan(source.shape, 3), source.shape.layers
+    shares = (*(None,) * (layers - 1), Share(layers - 2, COPY, tuple(range(source.shape.kv_heads))[::-1]))
+    plan = replace(bare, rules=with_shared_rules(bare.rules, shares), shares=shares)
+    folder = export(source, plan, tmp_path / "model")
+    assert exported_plan(folder) == plan
+    dense = sum(weight.numel() for weight in source.model.parameters())
+    found = inspect_plan(plan, None, folder)["parameters"]
+    assert found["dense"] == dense
+    assert found["plan"] < dense
+    assert f"layer {layers - 1}: copy of layer {layers - 2}" in (folder / "README.md").read_text()
 
 
 def test_a_loaded_model_stays_dense(tiny_folder, plan, tmp_path):

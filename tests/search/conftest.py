@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moacompress.calibration.samples import Sample
+from moacompress.calibration.sharing import copyable
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.recipe import Recipe
@@ -23,6 +24,7 @@ from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.search.sharing.copy_costs import CopyCosts
 
 LENGTHS = (256, 512)
 MIN_WINDOW = 32
@@ -34,9 +36,19 @@ def keep_shares(rules: tuple[Rule, ...], n: int, natives: tuple[int | None, ...]
 
 
 def make_profile(
-    layers: int = 6, kv_heads: int = 2, seed: int = 0, samples: int = 8, formats: bool = False, **search: Any
+    layers: int = 6,
+    kv_heads: int = 2,
+    seed: int = 0,
+    samples: int = 8,
+    formats: bool = False,
+    anchors: int = 0,
+    copying: float = 1.0,
+    **search: Any,
 ) -> Profile:
-    """A profile of a model that does not exist: a few KV heads matter a lot, most hardly at all; so do formats, if wanted."""
+    """A profile of a model that does not exist: a few KV heads matter a lot, most hardly at all; so do formats, if wanted.
+
+    Where every layer was tried with some `anchors`, `copying` says how much copies cost.
+    """
     rng = np.random.default_rng(seed)
     natives = tuple(64 if layer % 5 == 4 else None for layer in range(layers))
     shape = ModelShape("llama", layers, 2 * kv_heads, kv_heads, 16, "float32", natives, f"weights{seed}")
@@ -58,6 +70,14 @@ def make_profile(
         of_formats = heads * np.array([0, 5e-3, 1]) * np.exp(other.normal(0, 0.5, (len(lengths), 2, 1, 1, 1)))
         arrays[f"{side}_squares"] = of_formats[:, 0].astype(np.float32)
         arrays[f"{side}_total"] = np.sqrt(of_formats).astype(np.float32)
+    if anchors:
+        of_copies = len(lengths), layers, anchors, kv_heads, kv_heads
+        costs = (
+            np.exp(np.random.default_rng([seed, 2]).normal(-3, 2, of_copies[1:]))
+            * copyable(natives, anchors)[..., None, None]
+        )
+        arrays["copy_squares"] = np.broadcast_to(copying * costs, of_copies).astype(np.float32)
+        arrays["copy_totals"] = 2 * arrays["copy_squares"]
     ids = rng.integers(3, 99, (samples, max(LENGTHS)))
     validation = [
         Sample(ids[i, :n].astype(np.int64), np.arange(n) >= n - 4, "needle/noise", n)
@@ -67,7 +87,7 @@ def make_profile(
         {
             "calibration": {"lengths": list(LENGTHS)},
             "search": {"trials": 8, "ablations": 5, "rounds": 0, "moves": 0, **search},
-            "profile": {"min_window": MIN_WINDOW},
+            "profile": {"min_window": MIN_WINDOW, "anchors": anchors},
         }
     )
     return Profile(
@@ -106,7 +126,8 @@ class FakeObjective:
         truth = profile.influence("fisher").mean(0) * np.exp(
             rng.normal(0, 1, (*profile.influence("fisher").shape[1:3], 1))
         )
-        self.truth = truth / truth.max()
+        self.scale = float(truth.max())
+        self.truth = truth / self.scale
         self.sample_scale = np.exp(rng.normal(0, 0.7, self.size))
         self.index = {rule: number for number, rule in enumerate(profile.rules)}
         self.on_offer = len(self.index)
@@ -122,6 +143,8 @@ class FakeObjective:
             total = sum(
                 self._cost(layer, head, rule) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row)
             )
+            if plan.shares:
+                total += CopyCosts.of(self.profile, "fisher", 0.0).cost(plan.shares) / self.scale
             return float(total * self.sample_scale[number])
 
         yield harm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import COPY, Share
 from moacompress.runtime import attach, detach
 from moacompress.search.objective import answer_logits
 from moacompress.search.prefix import first_changed, record, resumed
@@ -32,7 +34,7 @@ def ablated(plan: Plan, layer: int) -> Plan:
     """Returns the full plan with the first KV head of one layer cut short."""
     rows = [list(row) for row in plan.rules]
     rows[layer][0] = Rule(4, 32, 0)
-    return Plan(plan.model, plan.min_window, tuple(map(tuple, rows)))
+    return replace(plan, rules=tuple(map(tuple, rows)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,6 +57,29 @@ def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: st
     assert first_changed(full, full) == full.model.layers
     with resumed(model, prefix, full.model.layers):
         assert torch.equal(answer_logits(model, sample), dense)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_layers_that_share_are_computed_from_their_anchor_on(tiny_model: Factory, family: str) -> None:
+    model, sample = tiny_model(family, num_hidden_layers=5), make_sample()
+    full = Plan.full(model_shape(model))
+    heads = tuple(range(full.model.kv_heads))
+    near, far = Share(2, COPY, heads), Share(1, COPY, heads[::-1])
+    base = replace(full, shares=(None, None, None, far, None))
+    late = replace(full, shares=(None, None, None, None, near))
+    straight = replace(full, shares=(None, None, None, replace(far, head_map=heads), None))
+    around_full = [(base, 1), (late, 2), (straight, 1)]
+    around_base = [(full, 3), (late, 2), (straight, 1), (ablated(base, 4), 4), (ablated(base, 2), 1)]
+    for start, plans in ((full, around_full), (base, around_base)):
+        attach(model, start)
+        prefix, before = record(model, lambda: answer_logits(model, sample))
+        for plan, layer in plans:
+            assert first_changed(plan, start) == layer
+            attach(model, plan)
+            whole = answer_logits(model, sample)
+            with resumed(model, prefix, layer):
+                assert torch.equal(answer_logits(model, sample), whole)
+            assert not torch.equal(whole, before)
 
 
 def test_layers_before_are_not_computed_and_those_after_are(tiny_model: Factory) -> None:

@@ -106,10 +106,10 @@ def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
     profile = coherent(profiles)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     assert request.knobs.starts == [{**request.knobs.neutral, "coherence": START_COHERENCE}]
-    knapsack = Knapsack.of(request)
-    neutral = request.choice(request.surrogate, knapsack, request.knobs.neutral)
-    assert np.array_equal(neutral, knapsack.choose(request.surrogate.costs()))
-    bent = request.choice(request.surrogate, knapsack, request.knobs.starts[0])
+    space = request.space()
+    neutral = request.choice(request.surrogate, space, request.knobs.neutral)
+    assert np.array_equal(neutral, space.knapsack.choose(request.surrogate.costs()))
+    bent = request.choice(request.surrogate, space, request.knobs.starts[0])
     assert request.quadratic is not None
     assert request.quadratic.harm(bent) < request.quadratic.harm(neutral)
     few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)

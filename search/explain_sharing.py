@@ -1,0 +1,67 @@
+"""What sharing gives at a budget: for several numbers of copying layers what is predicted, and what trials measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import LayerShares
+from moacompress.search.surrogate import Surrogate
+from moacompress.search.trials import Tried
+
+if TYPE_CHECKING:
+    from moacompress.search.search_request import SearchRequest
+
+
+def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[Tried]) -> dict[str, Any]:
+    """Returns what is known of sharing, as JSON values.
+
+    Args:
+        request: what was asked for, sharing among it.
+        surrogate: calibrated.
+        plan: the plan that is returned.
+        tried: the finished trials.
+
+    Returns:
+        `asked`; `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share;
+        `counts`: for no copy, one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor,
+        as chosen for this number; `copies`, their predicted harm; `predicted`, that of the solver's plan with them; and of the
+        best trial that shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0.
+        Harms in nats.
+    """
+    choice = request.sharing
+    assert choice is not None
+    best: dict[int, Tried] = {}
+    for trial in tried:
+        count = sum(share is not None for share in trial.plan.get("shares", ()))
+        if count not in best or (trial.pruned, trial.value) < (best[count].pruned, best[count].value):
+            best[count] = trial
+    known: dict[int, LayerShares] = {0: ()}
+    for count in {1, *best} if choice.asked.auto else ():
+        known[count] = choice.shares(count)
+    if choice.fixed:
+        known[sum(share is not None for share in choice.fixed)] = choice.fixed
+    rows = []
+    for count, shares in sorted(known.items()):
+        space = request.space(shares)
+        made = space.plan(space.knapsack.choose(space.costs(surrogate.costs())))
+        found = best.get(count)
+        rows.append(
+            {
+                "layers": count,
+                "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
+                "copies": choice.costs.cost(shares, surrogate.calibration),
+                "predicted": request.predicted(surrogate, made),
+                "harm": None if found is None or found.pruned else float(np.mean(found.harms)),
+                "log_ratio": None if found is None else found.value,
+            }
+        )
+    return {
+        "asked": choice.asked.text,
+        "most": request.most_shared or None,
+        "shared": sum(share is not None for share in plan.shares),
+        "counts": rows,
+    }

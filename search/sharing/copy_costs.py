@@ -1,0 +1,95 @@
+"""What copies are predicted to cost: for every layer and candidate anchor the best head map and its influence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moacompress.calibration.sharing import best_head_map, copy_influence, copyable
+from moacompress.calibration.store import Profile
+from moacompress.core.arrays import Floats
+from moacompress.core.errors import UsageError
+from moacompress.rules.share import COPY, LayerShares, Share
+
+PROFILE_AGAIN = "profile again with --anchors {anchors} (profile.anchors)"
+
+
+@dataclass(frozen=True, eq=False)
+class CopyCosts:
+    """Predicted harm of copies, one layer at a time.
+
+    The heads of a layer, and layers, are added up as if what they move were independent, as the spans' influence is.
+
+    Attributes:
+        influence: nats, `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`.
+        may: whether layer `l` may copy layer `l - 1 - k`, `[layers, anchors]`; elsewhere the influence means nothing.
+    """
+
+    influence: Floats
+    may: npt.NDArray[np.bool_]
+
+    @staticmethod
+    def of(profile: Profile, estimator: str, text_weight: float) -> CopyCosts:
+        """Reads a profile, lengths weighing the same and plain text by its weight.
+
+        Raises:
+            UsageError: a profile without copies, or an estimator that says nothing of them.
+        """
+        kinds = sorted(set(profile.sample_kinds))
+        if kinds != ["answer", "text"]:
+            return CopyCosts.of_kind(profile, estimator, kinds[0])
+        answer, text = (CopyCosts.of_kind(profile, estimator, kind) for kind in kinds)
+        return CopyCosts(answer.influence + text_weight * text.influence, answer.may)
+
+    @staticmethod
+    def of_kind(profile: Profile, estimator: str, kind: str) -> CopyCosts:
+        """Reads a profile's samples of one kind; raises as `of`."""
+        of_lengths = [CopyCosts.at(profile, estimator, kind, length) for length in profile.lengths]
+        return CopyCosts(np.mean([costs.influence for costs in of_lengths], axis=0), of_lengths[0].may)
+
+    @staticmethod
+    def at(profile: Profile, estimator: str, kind: str, length: int) -> CopyCosts:
+        """Reads a profile's samples of one kind at one length; raises as `of`."""
+        influence = copy_influence(profile.statistics.take(profile.samples_of(length, kind)), estimator)
+        return CopyCosts(influence, copyable(profile.shape.native_windows, influence.shape[1]))
+
+    @property
+    def anchors(self) -> int:
+        """Earlier layers that every layer was tried with."""
+        return int(self.may.shape[1])
+
+    def table(self) -> Floats:
+        """Returns the cost of every layer with every anchor by the best head map, nats, `[layers, anchors]`; else infinity."""
+        return np.where(self.may, self.influence.min(-1).sum(-1), np.inf)
+
+    def share(self, layer: int, anchor: int) -> Share:
+        """Returns the copy of least predicted harm.
+
+        Raises:
+            UsageError: the profile says nothing of this anchor.
+        """
+        index = layer - 1 - anchor
+        if index >= self.anchors:
+            raise UsageError(
+                f"the profile has tried every layer with the {self.anchors} before it, and layer {anchor} is "
+                f"{layer - anchor} before layer {layer}; {PROFILE_AGAIN.format(anchors=layer - anchor)}, or name a nearer "
+                "anchor"
+            )
+        return Share(anchor, COPY, best_head_map(self.influence[layer, index])[0])
+
+    def cost(self, shares: LayerShares, harm: Callable[[Floats], Floats] = np.asarray) -> float:
+        """Returns the predicted harm of all copies, nats.
+
+        Args:
+            shares: of the layers.
+            harm: makes harm of the influence of single KV heads, as a surrogate's calibration.
+        """
+        total = 0.0
+        for layer, share in enumerate(shares):
+            if share is not None:
+                of_heads = self.influence[layer, layer - 1 - share.anchor]
+                total += float(harm(of_heads[np.arange(len(of_heads)), list(share.head_map)]).sum())
+        return total

@@ -1,0 +1,140 @@
+"""The layers that a search lets share: those named by hand, a given number, or as many as a trial's knob says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from moacompress.calibration.store import Profile
+from moacompress.core.arrays import Floats
+from moacompress.core.errors import UsageError
+from moacompress.recipe import Recipe
+from moacompress.rules.asked_shares import AskedShares
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import Rule
+from moacompress.rules.share import COPY, LayerShares, Share, check_shares
+from moacompress.search.sharing.anchor_choice import Anchors, anywhere, in_segments
+from moacompress.search.sharing.copy_costs import CopyCosts
+
+PROTECTED = 2
+"""First layers that share only where they are named by hand: every later layer builds on what they attend to, so their copies
+do far more harm than the second order, which holds for small changes, predicts. They may be anchors."""
+
+HOPE = 3.0
+"""How many times the harm that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShareChoice:
+    """What a search may share.
+
+    Attributes:
+        costs: of copies, as they were profiled.
+        asked: what is to be shared.
+        segments: whether the users of an anchor follow it at once.
+        shape: of the model.
+    """
+
+    costs: CopyCosts
+    asked: AskedShares
+    segments: bool
+    shape: ModelShape
+
+    @staticmethod
+    def of(profile: Profile, recipe: Recipe) -> ShareChoice | None:
+        """Returns the choice that a recipe asks for; None where no layer is to share.
+
+        Raises:
+            UsageError: a profile that does not say what is needed, a layer that the model does not have, or more layers than
+                can share.
+            PlanError: layers that cannot share.
+        """
+        asked = AskedShares.parse(recipe.search.share)
+        if asked.off:
+            return None
+        costs = CopyCosts.of(profile, recipe.profile.estimator, recipe.search.text_weight)
+        found = ShareChoice(costs, asked, recipe.search.segments, profile.shape)
+        found.shares(1 if asked.auto else 0)
+        return found if asked.auto or found.fixed else None
+
+    @cached_property
+    def fixed(self) -> LayerShares:
+        """The shares of every plan; none where trials choose them."""
+        if self.asked.auto:
+            return ()
+        return self._by_hand() if self.asked.pairs else self.shares(self.asked.count or 0)
+
+    def shares(self, count: int) -> LayerShares:
+        """Returns so many copies of least predicted harm.
+
+        Raises:
+            UsageError: there cannot be so many.
+        """
+        if not count:
+            return ()
+        found = self._anchors(count)
+        if found is None:
+            most = len(self._segments) - 1
+            raise UsageError(
+                f"{count} layers cannot share: of {self.shape.layers} the first {PROTECTED} are left alone, and an anchor is "
+                f"one of the {self.costs.anchors} layers before, has the same sliding window and shares nothing itself"
+                + (f"; in segments there can be {most}" if self.segments else "")
+                + "; ask for fewer, or profile again with more --anchors"
+            )
+        return self._made(found[1])
+
+    def most(self, saved: Callable[[LayerShares], float]) -> int:
+        """Returns how many layers a trial may let share, at least 1.
+
+        There are more as long as all copies cost no more than `HOPE` times their gain.
+
+        Args:
+            saved: returns the harm that the bytes of the keys that some shares save are predicted to avoid, nats.
+        """
+        most = 1
+        while most < self.shape.layers // 2:
+            found = self._anchors(most + 1)
+            if found is None or found[0] > HOPE * saved(self._made(found[1])):
+                break
+            most += 1
+        return most
+
+    def _anchors(self, count: int) -> tuple[float, Anchors] | None:
+        if self.segments:
+            return self._segments[count] if count < len(self._segments) else None
+        if count not in self._known:
+            self._known[count] = anywhere(self._table, count)
+        return self._known[count]
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[float, Anchors] | None]:
+        return {}
+
+    @cached_property
+    def _segments(self) -> list[tuple[float, Anchors]]:
+        return in_segments(self._table)
+
+    @cached_property
+    def _table(self) -> Floats:
+        table = self.costs.table()
+        table[:PROTECTED] = np.inf
+        return table
+
+    def _by_hand(self) -> LayerShares:
+        layers, heads = self.shape.layers, tuple(range(self.shape.kv_heads))
+        for layer, _ in self.asked.pairs:
+            if layer >= layers:
+                raise UsageError(f"layer {layer} is to share attention; the model has the layers 0 to {layers - 1}")
+        named: list[Share | None] = [None] * layers
+        for layer, anchor in self.asked.pairs:
+            named[layer] = Share(anchor, COPY, heads)
+        check_shares(self.shape, ((Rule.FULL,) * len(heads),) * layers, tuple(named))
+        return self._made(dict(self.asked.pairs))
+
+    def _made(self, anchors: Anchors) -> LayerShares:
+        return tuple(
+            self.costs.share(layer, anchors[layer]) if layer in anchors else None for layer in range(self.shape.layers)
+        )

@@ -1,0 +1,129 @@
+"""Plans whose layers share, in one budget: groups of KV heads are the rows of the knapsack, and bytes are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.core.errors import InfeasibleBudgetError
+from moacompress.rules.share import COPY, LayerShares, Share
+from moacompress.search.plan_space import PlanSpace
+from moacompress.search.quadratic import Quadratic
+from moacompress.search.search_request import SearchRequest
+
+Profiles = Callable[..., Profile]
+SHARES: LayerShares = (None, None, Share(1, COPY, (1, 0)), Share(1, COPY, (0, 0)), None, Share(0, COPY, (1, 1)))
+"""KV head 0 of layer 1 serves three, KV head 0 of layer 0 none."""
+
+
+def space_of(profile: Profile, budget: str = "40%", shares: LayerShares = SHARES, **search: Any) -> PlanSpace:
+    recipe = profile.recipe.override(**{f"search__{name}": value for name, value in search.items()})
+    return SearchRequest.of(profile, budget, recipe).space(shares)
+
+
+def used(space: PlanSpace, choice: np.ndarray) -> list[int]:
+    taken = np.take_along_axis(space.knapsack.sizes, choice[None, ..., None], -1)
+    return taken.sum(axis=(1, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("formats", [False, True])
+def test_bytes_of_groups_are_those_of_the_plan(profiles: Profiles, formats: bool) -> None:
+    space = space_of(profiles(formats=formats))
+    assert space.groups is not None
+    rng = np.random.default_rng(0)
+    rows, rules = space.knapsack.sizes.shape[1], space.knapsack.sizes.shape[3]
+    assert rows == 6
+    for _ in range(20):
+        choice = rng.integers(rules, size=(rows, 1))
+        plan = space.plan(choice)
+        assert plan.shares == SHARES
+        assert used(space, choice) == [plan.kv_bytes(n) for n in (256, 512)]
+        assert np.array_equal(space.choice(plan), choice)
+        for layer, share in enumerate(SHARES):
+            if share is not None:
+                assert plan.rules[layer] == tuple(plan.rules[share.anchor][of] for of in share.head_map)
+
+
+def test_without_sharing_rows_are_kv_heads(profiles: Profiles) -> None:
+    profile = profiles()
+    space = space_of(profile, shares=())
+    costs = np.random.default_rng(0).random((6, 2, len(profile.rules)))
+    assert space.costs(costs) is costs
+    choice = space.knapsack.choose(costs)
+    assert choice.shape == (6, 2)
+    assert np.array_equal(space.choice(space.plan(choice)), choice)
+
+
+def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
+    profile = profiles(formats=True)
+    profile = profile.offering(("int8", "int4"))
+    space = space_of(profile)
+    rng = np.random.default_rng(1)
+    rules = len(profile.rules)
+    costs = rng.random((6, 2, rules))
+    of_rows = space.costs(costs)
+    form = Quadratic(rng.normal(size=(5, 12, rules)), rng.normal(size=(12, rules)))
+    merged = space.form(form)
+    for _ in range(5):
+        choice = rng.integers(rules, size=(6, 1))
+        assert space.groups is not None
+        heads = space.groups.spread(choice[:, 0])
+        assert np.take_along_axis(of_rows, choice[..., None], -1).sum() == pytest.approx(
+            np.take_along_axis(costs, heads[..., None], -1).sum()
+        )
+        assert merged.harm(choice) == pytest.approx(form.harm(heads))
+
+
+@pytest.mark.parametrize("budget", ["12%", "40%", "75%"])
+def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) -> None:
+    profile = profiles(formats=True, anchors=2)
+    for share in ("1", "2", "layers=2:1,3:1"):
+        for coherence in (0.0, 0.5):
+            request = SearchRequest.of(profile, budget, profile.recipe.override(search__share=share))
+            knobs = {**request.knobs.neutral, "coherence": coherence}
+            plan = request.plan(request.surrogate, knobs)
+            assert sum(one is not None for one in plan.shares) == (1 if share == "1" else 2)
+            assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())
+            assert "sharing" not in knobs
+
+
+def test_keys_that_are_saved_go_to_wider_spans(profiles: Profiles) -> None:
+    """At equal bytes the spans of a plan with a copy that costs nothing cost less."""
+    profile = profiles(anchors=1)
+    costs = []
+    for share in ("off", "layers=3:2"):
+        request = SearchRequest.of(profile, "30%", profile.recipe.override(search__share=share))
+        costs.append(request.surrogate.predicted(request.plan(request.surrogate, request.knobs.neutral)) or 0.0)
+    assert 0 < costs[1] < costs[0]
+
+
+def test_floors_hold_in_groups(profiles: Profiles) -> None:
+    profile = profiles()
+    space = space_of(profile, "45%", floors={3: 1.0})
+    assert space.groups is not None
+    rng = np.random.default_rng(0)
+    costs = rng.random((6, 2, len(profile.rules)))
+    costs[..., 0] = 0
+    plan = space.plan(space.knapsack.choose(space.costs(costs)))
+    assert all(rule.is_full for rule in plan.rules[3])
+    assert plan.rules[1][0].is_full
+    assert not plan.rules[1][1].is_full
+    assert all(plan.kv_bytes(n) <= limit for n, limit in zip((256, 512), space.knapsack.limits.tolist(), strict=True))
+
+
+def test_sharing_makes_smaller_budgets_possible(profiles: Profiles) -> None:
+    profile = profiles(layers=12, anchors=1)
+    recipe = profile.recipe.override(search__share="layers=3:2,6:5,8:7")
+    with pytest.raises(InfeasibleBudgetError) as alone:
+        SearchRequest.of(profile, "1%", profile.recipe)
+    with pytest.raises(InfeasibleBudgetError) as shared:
+        SearchRequest.of(profile, "1%", recipe)
+    least = [float(str(error.value).rpartition("at least ")[2].partition("%")[0]) for error in (alone, shared)]
+    assert least[1] < least[0]
+    request = SearchRequest.of(profile, f"{least[1]}%", recipe)
+    plan = request.plan(request.surrogate, request.knobs.neutral)
+    assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())

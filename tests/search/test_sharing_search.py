@@ -1,0 +1,141 @@
+"""Searches in which layers may share: measured harm decides, nothing else changes, and every step handles such plans."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moacompress.calibration.store import Profile
+from moacompress.report.search_tables import explanation_tables
+from moacompress.rules.plan import Plan
+from moacompress.search.front import find_front
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.search_result import pack, unpack
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+
+def fits(plan: Plan, profile: Profile, budget: str) -> bool:
+    return all(
+        plan.kv_bytes(n) <= limit for n, limit in SearchRequest.of(profile, budget, profile.recipe).limits.items()
+    )
+
+
+def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:
+    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5, "rounds": 0, "moves": 0}
+    alone = search(profiles(**settings), "25%")[0]
+    profile = profiles(**settings, share="auto")
+    found = search(profile, "25%")[0]
+    assert any(found.plan.shares)
+    assert found.harm["trial0"] == pytest.approx(alone.harm["trial0"])  # it does not share
+    assert found.harm["plan"] < alone.harm["trial0"]
+    assert fits(found.plan, profile, "25%")
+    notes = found.explanation["sharing"]
+    assert notes["asked"] == "auto"
+    assert notes["shared"] == sum(share is not None for share in found.plan.shares)
+    assert notes["most"] == 4  # in the layers between those with windows of their own
+    first = notes["counts"][0]
+    assert (first["layers"], first["pairs"], first["copies"]) == (0, [], 0)
+    assert first["harm"] == pytest.approx(found.harm["trial0"])
+    one = notes["counts"][1]
+    assert one["layers"] == 1
+    assert one["predicted"] < first["predicted"]
+    assert found.plan.quality["predicted_harm"] is not None
+
+
+def test_copies_that_cost_much_are_left_and_that_is_said(search: Search, profiles: Profiles) -> None:
+    profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
+    found = search(profile, "50%")[0]
+    assert found.plan.shares == ()
+    notes = found.explanation["sharing"]
+    assert (notes["most"], notes["shared"]) == (1, 0)
+    row = notes["counts"][1]
+    assert row["copies"] > notes["counts"][0]["predicted"]
+    assert row["log_ratio"] > 0  # its trial was measured
+    said = [shown for shown in explanation_tables(found.explanation) if isinstance(shown, str)]
+    assert any("Sharing buys nothing at this budget" in text for text in said)
+
+
+def test_without_sharing_nothing_changes(search: Search, profiles: Profiles) -> None:
+    plain, other = (search(profiles(anchors=anchors, trials=3))[0] for anchors in (0, 2))
+    assert plain.plan.key() == other.plan.key()
+    assert plain.plan.provenance["search"] == other.plan.provenance["search"]
+    assert "sharing" not in other.explanation
+
+
+def test_fixed_shares_go_through_all_steps(
+    search: Search, profiles: Profiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile = profiles(
+        anchors=2, copying=1e-3, share="layers=2:1,3:1", trials=3, rounds=2, moves=4, alternatives=False, formats=True
+    )
+    with caplog.at_level(logging.WARNING):
+        found = search(profile, "40%")[0]
+    assert [share and share.anchor for share in found.plan.shares] == [None, None, 1, 1, None, None]
+    assert fits(found.plan, profile, "40%")
+    assert "rounds know nothing of layers that share attention" in caplog.text
+    names = {stage["name"].partition(",")[0] for stage in found.explanation["stages"]}
+    assert {"surrogate", "study", "moves"} <= names
+    for stage in found.explanation["stages"]:
+        assert any(unpack(stage["plan"], profile.shape, 32).shares)
+    assert [row["layers"] for row in found.explanation["sharing"]["counts"]] == [0, 2]
+    assert found.explanation["sharing"]["counts"][1]["harm"] is not None
+
+
+def test_rounds_improve_the_plan_without_sharing_beside(search: Search, profiles: Profiles) -> None:
+    settings = {"layers": 12, "anchors": 2, "trials": 4, "moves": 0, "alternatives": False}
+    alone = search(profiles(**settings, rounds=2), "30%")[0]
+    joint = search(profiles(**settings, rounds=2, copying=1e-6, share="auto"), "30%")[0]
+    assert joint.harm["plan"] <= alone.harm["plan"] * 1.001
+    assert any(stage["name"].startswith("round") for stage in joint.explanation["stages"])
+
+
+def test_a_search_that_died_goes_on_to_the_same_plan(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, moves=3)
+    whole, fake = search(profile, "30%", out=tmp_path / "whole.json")
+    died, _ = search(profile, "30%", out=tmp_path / "plan.json", dies_at=len(fake.calls) * 2 // 3)
+    assert died is None
+    again, rest = search(profile, "30%", out=tmp_path / "plan.json")
+    assert again.plan.key() == whole.plan.key()
+    assert again.plan.shares == whole.plan.shares
+    assert len(rest.calls) < len(fake.calls)
+    assert Plan.load(tmp_path / "plan.json").shares == whole.plan.shares
+
+
+def test_knobs_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:
+    profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
+    request = SearchRequest.of(profile, "50%", profile.recipe)
+    start = {**request.knobs.neutral, "sharing": 7.0, "exponent": 0.1}
+    assert request.knobs.within(start)["sharing"] == request.knobs.shared == 1
+    result = search(profile, "50%", starts=[start])[0]
+    assert result.trials == 4
+
+
+def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_path: Path) -> None:
+    from moacompress.search import front
+
+    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, ablations=0)
+    fake, model = pretended(profile)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "Objective", lambda model, samples: fake)
+        patch.setattr(front, "STARTS", 1)  # these share nothing
+        results = find_front(profile, ["22%", "50%"], recipe=profile.recipe, out=tmp_path / "plan.json", model=model)
+    assert any(any(result.plan.shares) for result in results)
+    for result in results:
+        assert Plan.load(result.path).shares == result.plan.shares  # type: ignore[arg-type]
+        assert all(row["plan"] <= 0.5 * row["dense"] for row in result.kv_bytes.values())
+
+
+def test_what_is_packed_comes_back(profiles: Profiles) -> None:
+    profile = profiles(anchors=2)
+    request = SearchRequest.of(profile, "50%", profile.recipe.override(search__share="2"))
+    plan = request.plan(request.surrogate, request.knobs.neutral)
+    assert unpack(pack(plan), profile.shape, profile.min_window) == plan
+    assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
+    assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
