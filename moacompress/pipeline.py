@@ -100,6 +100,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
         "eval",
         lambda: evaluate(
             out / MODEL_FOLDER,
+            dense=recipe.model if plan.shares else None,
             tasks=evaluation.tasks,
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,

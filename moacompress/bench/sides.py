@@ -32,10 +32,20 @@ MODELS = ("plan", "full_span", "dense")
 def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel]:
     """Returns the model of every side in `MODELS`; all have the same weights in memory.
 
+    Where layers share attention the dense model has random weights: of a checkpoint without some projections there is no
+    other, and they take as long.
+
     Args:
         model: a compressed model, which is made dense.
         plan: its plan.
     """
+    if plan.shares:
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        config._attn_implementation = None
+        made: Any = type(model)(config)
+        dense = made.to(model.device, model.dtype).eval().requires_grad_(False)
+        return {"plan": model, "full_span": attach(_same_weights(dense), Plan.full(plan.model)), "dense": dense}
     dense = detach(model).requires_grad_(False)
     return {
         "plan": attach(_same_weights(dense), plan),

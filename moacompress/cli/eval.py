@@ -30,6 +30,14 @@ def evaluate(
             "compressed models of the same weights, or none.",
         ),
     ] = "dense,uniform",
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Dense model that DIR was made from, needed where its layers share attention, and for dense and baselines "
+            "where its weights were repaired or healed.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Tasks, such as niah-single-1, or ruler, all, and text for long text."),
@@ -95,6 +103,7 @@ def evaluate(
     report = evaluate_model(
         path,
         against=tuple(name for name in split_list(against) or () if name != "none"),
+        dense=dense,
         tasks=chosen,
         lengths=recipe.evaluation.lengths,
         prompts=recipe.evaluation.prompts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +28,33 @@ class Checkpoint:
         model: its weights; the plan on them changes, see `put_on`.
         tokenizer: its tokenizer.
         plan: its plan.
+        dense: the dense model that the plan was made for, where the checkpoint's own weights are not that any more; None where
+            they are.
     """
 
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    dense: PreTrainedModel | None = None
 
     @cached_property
     def weights(self) -> str:
         """Fingerprint of the weights, in the newest version."""
         return weights_fingerprint(self.model)
 
+    @cached_property
+    def dense_weights(self) -> str:
+        """Fingerprint of the dense model's weights."""
+        return self.weights if self.dense is None else weights_fingerprint(self.dense)
+
     def weights_like(self, given: str) -> str:
-        """Returns the fingerprint of the weights in the version of a given one; see `fingerprint.weights_like`."""
-        return self.weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self.model, given)
+        """Returns the fingerprint of the dense model's weights in the version of a given one."""
+        return self.dense_weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self._base, given)
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        return self.model if self.dense is None else self.dense
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
@@ -51,29 +63,33 @@ class Checkpoint:
         Weights are known as to the plan, so that scores under a fingerprint of an older version are found again.
         """
         weights = self.weights_like(self.plan.model.weights_fingerprint)
-        return weights, str(self.model.dtype), self.model.device.type
+        own = () if self.dense is None else (self.weights,)
+        return weights, *own, str(self.model.dtype), self.model.device.type
 
     @property
-    def is_repaired(self) -> bool:
-        """Whether an export refitted its weights to the plan."""
-        notes = self.plan.provenance.get("repair")
-        return isinstance(notes, dict) and notes.get("penalty") is not None
+    def changed(self) -> str | None:
+        """What has made its weights others than the dense model's; None where nothing has."""
+        repaired, healed = self.plan.provenance.get("repair"), self.plan.provenance.get("heal")
+        if isinstance(healed, dict) and healed.get("improved"):
+            return "healed"
+        return "repaired" if isinstance(repaired, dict) and repaired.get("penalty") is not None else None
 
     def put_on(self, plan: Plan) -> PreTrainedModel:
-        """Returns the model under `plan`; nothing is done where it runs under it already."""
+        """Returns the model under `plan`, the dense one under any but the checkpoint's own, if there is one."""
         from moacompress.runtime import attach, detach
         from moacompress.runtime.hf.attaching import attached_plan
 
-        current = attached_plan(self.model)
+        model = self.model if plan.key() == self.plan.key() else self._base
+        current = attached_plan(model)
         if current is None or current.key() != plan.key():
-            attach(detach(self.model), plan)
-        return self.model
+            attach(detach(model), plan)
+        return model
 
     def without_plan(self) -> PreTrainedModel:
         """Returns the dense model as transformers runs it."""
         from moacompress.runtime import detach
 
-        return detach(self.model)
+        return detach(self._base)
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses prompts that are longer than what the model was made for.
@@ -137,3 +153,24 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
     return Checkpoint(folder, model, tokenizer, plan)
+
+
+def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
+    """Returns a checkpoint with the dense model that its plan was made for.
+
+    Args:
+        checkpoint: the checkpoint.
+        dense: hub id, folder, or `.gguf` file; loaded in the checkpoint's dtype.
+
+    Raises:
+        PlanError: it is another model than the plan was made for.
+        ModelError, UsageError: it cannot be loaded.
+    """
+    from moacompress.models.source import load_source
+    from moacompress.runtime.linear import pack_where_it_fits
+
+    source = load_source(dense, dtype=str(checkpoint.model.dtype).removeprefix("torch."))
+    checkpoint.plan.check_model(source.shape, weights=source.weights_like)
+    model = source.model.eval().to(checkpoint.model.device)
+    pack_where_it_fits(model)
+    return replace(checkpoint, dense=model)

@@ -196,12 +196,6 @@ def make_field(
         PlanError: a plan of other weights.
     """
     names = tuple(dict.fromkeys(against))
-    if names and checkpoint.plan.provenance.get("heal", {}).get("improved"):
-        logger.warning(
-            "%s was healed: dense and the baselines are measured with its own weights, not with those of the model that it was "
-            "distilled from; evaluate the checkpoint before healing for these",
-            checkpoint.folder,
-        )
     found = _profile(checkpoint, names, profile)
     others = {name: _other_plan(checkpoint, name) for name in names if name not in NAMED}
     return Field(checkpoint, names, others, found, every_candidate)
@@ -251,10 +245,10 @@ def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
     """Returns the plan of another compressed folder, once its weights are known to be the same."""
     other = load_checkpoint(compressed_folder(Path(name)), "auto", "cpu")
     other.plan.check_model(checkpoint.plan.model, weights=None)
-    if other.weights != checkpoint.weights:
+    if other.weights != checkpoint.dense_weights:
         raise PlanError(
-            f"{name} has other weights than {checkpoint.folder}: fingerprint {other.weights}, not {checkpoint.weights}; only "
-            "plans on the same dense weights are compared, so evaluate it on its own"
+            f"{name} has other weights than {checkpoint.folder}: fingerprint {other.weights}, not "
+            f"{checkpoint.dense_weights}; only plans on the same dense weights are compared, so evaluate it on its own"
         )
     return other.plan
 

@@ -16,7 +16,7 @@ from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.records import Records
 from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
-from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
+from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
 from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.result_rows import (
@@ -47,6 +47,7 @@ def evaluate(
     target: str | Path,
     *,
     against: Sequence[str] = ("dense", "uniform"),
+    dense: str | Path | None = None,
     tasks: Sequence[str] = ("needle-noise",),
     lengths: Sequence[int] = (1024,),
     prompts: int = 20,
@@ -77,6 +78,8 @@ def evaluate(
             `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
             quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
             folders of other compressed checkpoints of the same weights.
+        dense: the dense model, where the checkpoint's weights are not its any more: layers share attention, or the weights were
+            repaired or healed. Everything but the checkpoint itself is then measured with its weights.
         tasks: names of tasks or of groups of them; `text` for perplexity by position, KL and top-1 agreement with
             dense on windows of `text`.
         lengths: prompt lengths, tokens, template and answer included.
@@ -132,11 +135,19 @@ def evaluate(
     checkpoint = load_checkpoint(folder, dtype, device)
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
-    if checkpoint.is_repaired:
+    if dense is not None:
+        checkpoint = with_dense(checkpoint, dense)
+    elif checkpoint.plan.shares and (against or TEXT in names):
+        raise UsageError(
+            f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
+            "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
+        )
+    elif checkpoint.changed and against:
         logger.warning(
-            "the weights of %s were repaired for its plan: what is called dense here, and the baselines, have these weights "
-            "too; evaluate an export without --repair for those of the model's own",
+            "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
+            "it was made from (--dense MODEL)",
             folder,
+            checkpoint.changed,
         )
     field = make_field(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)

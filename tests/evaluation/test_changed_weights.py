@@ -1,0 +1,80 @@
+"""Evaluation of checkpoints whose weights are not the dense model's any more: that is given beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moacompress.bench.sides import make_models
+from moacompress.core.errors import PlanError, UsageError
+from moacompress.evaluation import evaluate
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.runtime import attach, detach
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any, random_plan: Any
+) -> dict[str, Path]:
+    """A dense model, another one, and a checkpoint of the first with a layer that copies attention."""
+    place = tmp_path_factory.mktemp("shared")
+    made = {name: tiny_model("llama", seed=seed) for name, seed in (("dense", 0), ("other", 1))}
+    for name, model in made.items():
+        model.save_pretrained(place / name)
+        tiny_tokenizer.save_pretrained(place / name)
+    from moacompress.models.source import load_source
+
+    shape = load_source(str(place / "dense")).shape
+    shares = (None, None, Share(1, COPY, (1, 0)))
+    plan = replace(random_plan(shape, 2), shares=())
+    plan = Plan(shape, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
+    attach(made["dense"], plan).save_pretrained(place / "model")
+    tiny_tokenizer.save_pretrained(place / "model")
+    plan.save(place / "model" / "plan.json")
+    detach(made["dense"])
+    return {name: place / name for name in ("dense", "other", "model")}
+
+
+def run(folder: Path, **options: Any) -> dict[str, Any]:
+    return evaluate(folder, **{"lengths": (700,), "prompts": 2, **options})
+
+
+def test_shared_attention_is_measured_beside_the_dense_model(folders: dict[str, Path]) -> None:
+    report = run(folders["model"], dense=folders["dense"])
+    rows = {row["model"]: row for row in report["results"] if row["metric"] == "nll"}
+    assert set(rows) == {"plan", "dense", "uniform"}
+    shape = Plan.load(folders["model"] / "plan.json").model
+    assert rows["dense"]["kv_bytes"] == shape.dense_kv_bytes(round(rows["dense"]["tokens"]))
+    assert rows["plan"]["kv_bytes"] < rows["dense"]["kv_bytes"]
+    assert rows["plan"]["value"] != rows["dense"]["value"]
+    alone = run(folders["model"], against=())
+    assert {row["value"] for row in alone["results"] if row["metric"] == "nll"} == {rows["plan"]["value"]}
+
+
+def test_without_it_there_is_no_dense_model(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        UsageError, match="layers that share attention and no queries and keys of their own.*--dense MODEL"
+    ):
+        run(folders["model"])
+
+
+def test_another_dense_model_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(PlanError, match="the plan is for other weights"):
+        run(folders["model"], dense=folders["other"])
+
+
+def test_benchmarks_have_a_dense_model_of_the_same_sizes(folders: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plan = Plan.load(folders["model"] / "plan.json")
+    models = make_models(AutoModelForCausalLM.from_pretrained(folders["model"]), plan)
+    dense = AutoModelForCausalLM.from_pretrained(folders["dense"]).num_parameters()
+    assert models["dense"].num_parameters() == models["full_span"].num_parameters() == dense
+    assert models["plan"].num_parameters() < dense
+    assert model_shape(models["dense"]).layers == plan.model.layers
