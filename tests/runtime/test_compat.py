@@ -291,16 +291,18 @@ def test_what_our_classes_override_is_listed() -> None:
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     import moacompress.calibration.probe
-    from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+    from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
     from moacompress.runtime.cache.plan_cache import PlanCache
+    from moacompress.runtime.cache.user_layer import UserCacheLayer
     from moacompress.runtime.hf.config import MoaCompressConfig
     from moacompress.runtime.hf.loading import MoaCompressQuantizer
     from moacompress.runtime.linear import PackedLinear
 
     last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
     others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.probe.LiveBytes)
-    for kind in (PlanCache, PlanCacheLayer, *others):
-        overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(kind.__mro__[1], name)}
+    for kind in (PlanCache, CacheLayer, PlanCacheLayer, UserCacheLayer, *others):
+        base = CacheLayerMixin if issubclass(kind, CacheLayer) else kind.__mro__[1]
+        overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(base, name)}
         if not issubclass(kind, Cache | CacheLayerMixin):
             overridden = {name for name in overridden if is_private(name)}
         assert overridden - {"_abc_impl"} <= last_parts, kind
