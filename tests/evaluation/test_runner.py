@@ -14,6 +14,7 @@ import moacompress.evaluation.contenders as contenders
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scores as scores
 import moacompress.evaluation.scoring as scoring
+import moacompress.prompts.generators as generators
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
@@ -378,7 +379,7 @@ def test_prompts_are_of_the_evaluation_pool(compressed: Path, monkeypatch: pytes
         splits.append(split)
         return draw_numbers(rng, split, count)
 
-    monkeypatch.setattr("moacompress.prompts.generators.draw_numbers", recorded)
+    monkeypatch.setitem(generators._DRAW, "numbers", recorded)
     run(compressed, against=(), prompts=2)
     assert splits == ["evaluation"] * 3  # one prompt is made to see that it can be
 

@@ -75,7 +75,7 @@ class Case:
 
     def arguments(self, **changes: Any) -> tuple[Any, ...]:
         """What the operator takes, in its order; `changes` by name."""
-        keys, values, *state, lag = self.state()
+        keys, values, *state, lag, _ = self.state()
         names = ("x", "weights", "biases", "norms", "eps", "cos", "sin", "keys", "values")
         layer = (self.x, self.weights, self.biases, self.norms, self.eps, *self.rotary)
         found = dict(zip(names, (*layer, keys, values), strict=True)) | changes
@@ -301,6 +301,7 @@ def test_what_is_read_is_checked():
         "head_dim": case.rotary.cos.shape[-1],
         "rules": [rules],
         "scaling": 0.5,
+        "shares": torch.zeros(0, 2, dtype=torch.int64),
     }
 
     def refused(match, **changes):
@@ -318,12 +319,15 @@ def test_what_is_read_is_checked():
     refused("table of rules has the shape", rules=[rules[None]])
     refused("table of rules has the shape", rules=[rules[:5].contiguous()])
     refused("scaling is 0", scaling=0.0)
+    heads = rules.shape[1]
+    refused("shares has the shape", shares=torch.zeros(1, 2, dtype=torch.int64))
+    refused("layer 0 shares with layer 0, which is no earlier", shares=torch.zeros(1, 2 + 2 * heads, dtype=torch.int64))
     layers, state = ops.read_layers(*good.values()), case.state()
 
     def read_caches(of, states, lag=0):
         keys, values = [t for state in states for t in state.keys], [t for state in states for t in state.values]
         parts = [t for state in states for t in (state.table, state.lengths, state.runs, state.refs)]
-        return ops.read_caches(of, keys, values, [len(state.keys) for state in states], parts, lag)
+        return ops.read_caches(of, keys, values, [len(state.keys) for state in states], [], parts, lag)
 
     def cache_refused(match, states=(state,), lag=0):
         with pytest.raises(RuntimeError, match=match):
@@ -350,7 +354,7 @@ def test_what_is_read_is_checked():
     with pytest.raises(RuntimeError, match="cos has the shape"):
         ops.step_layers(case.x, case.rotary.cos[..., 1:], case.rotary.sin, caches, 0)
     with pytest.raises(RuntimeError, match="layer 1 of 1"):
-        ops.read_cache(caches, 1, state.keys, state.values, [state.table, state.lengths, state.runs, state.refs], 0)
+        ops.read_cache(caches, 1, state.keys, state.values, [], [state.table, state.lengths, state.runs, state.refs], 0)
     library.forget_caches(caches)
     library.forget_caches(caches)
     with pytest.raises(RuntimeError, match="no caches of the number"):

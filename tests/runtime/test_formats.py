@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +16,12 @@ from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import visible_intervals
 from moacompress.runtime import attach
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.cache.pool import Layout, Pool
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 
@@ -196,3 +199,20 @@ def _shape(dim: int) -> Any:
     from moacompress.rules.model_shape import ModelShape
 
     return ModelShape("llama", 1, 6, 3, dim, "float32", (None,), "")
+
+
+def test_a_block_may_be_of_other_formats_of_as_many_bytes() -> None:
+    """Of four numbers a vector codes of 4 and of 8 bits take as many bytes, and a compiled step takes any block that fits."""
+    rules = RuleTable.of([Rule(4, 0, 1024, "int4", "int4"), Rule(4, 0, 1024, "int4", "int8")], 16)
+    layout = Layout.of(rules, 4, 4, torch.float32)
+    assert len(set(layout.block_bytes.tolist())) == 1
+    assert sorted(layout.of_head.tolist()) == [0, 1]
+    pools = [Pool(layout, torch.device("cpu")) for _ in range(2)]
+    key, value = torch.randn(2, 1, 4)
+    for block, pool in enumerate(pools):  # one of them writes into a block of the other formats
+        pool.reserve(np.array([1, 1]))
+        pool.keys[block].zero_()
+        pool.values[block].zero_()
+        pool.write(np.array([block * 16 + 3]), np.array([1]), key, value)
+    assert torch.equal(pools[0].keys[0], pools[1].keys[1])
+    assert torch.equal(pools[0].values[0], pools[1].values[1])

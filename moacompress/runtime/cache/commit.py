@@ -110,8 +110,8 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
 
 def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
     """Copies the real tokens of the chunk that stay into their blocks."""
-    for slots, _, (keys, values) in _placed(held, (key, value), before, chunk):
-        held.pool.write(slots, keys, values)
+    for slots, heads, (keys, values) in _placed(held, (key, value), before, chunk):
+        held.pool.write(slots, heads, keys, values)
 
 
 def write_beside(
@@ -128,7 +128,7 @@ def write_beside(
         planes: likewise.
     """
     for slots, heads, (values,) in _placed(held, (value,), before, chunk, head_map):
-        held.pool.write_beside(slots, planes[heads], values)
+        held.pool.write_beside(slots, head_map[heads], planes[heads], values)
 
 
 def _placed(

@@ -220,7 +220,7 @@ class Pool:
         for number, segment in enumerate(pool.keys):
             for at, picks, inside in self._split(named[order[done : done + len(segment)]].astype(np.int64), 1):
                 for copied, own in zip(pool._segment(number), self._segment(at), strict=True):
-                    copied[picks] = own[inside]
+                    copied[slice(None) if picks is None else picks] = own[inside]
             done += len(segment)
         return pool, renumbered
 
@@ -231,38 +231,38 @@ class Pool:
         own = {name: state[name].copy() for name in ("refs", "kinds")}
         self.__dict__.update(state, **own, lock=threading.RLock())
 
-    def write(self, slots: Ints, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes tokens, each into a block of the formats of its KV head.
+    def write(self, slots: Ints, heads: Ints, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes tokens, each in the formats of its KV head: a block may be of others that take as many bytes.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
+            heads: KV head of each, `[tokens]`.
             keys: `[tokens, head_dim]`.
             values: `[tokens, value_dim]`.
         """
-        if len(self.keys) == 1:
-            halves, places = self.layout.kinds[self.kinds[0]], self._index(slots)
-            for half, segment, data in zip(halves, (self.keys[0], self.values[0]), (keys, values), strict=True):
-                half.write(segment, places, data)
-            return
-        for at, picks, inside in self._split(slots, BLOCK):
-            halves = self.layout.kinds[self._kind(at)]
-            for half, segment, data in zip(halves, (self.keys[at], self.values[at]), (keys, values), strict=True):
-                half.write(segment, inside, data[picks])
+        for kind, chosen in _groups(self.layout.of_head[heads]):
+            halves = self.layout.kinds[kind]
+            own = [data if chosen is None else data[self._index(chosen)] for data in (keys, values)]
+            for at, picks, inside in self._split(slots if chosen is None else slots[chosen], BLOCK):
+                for half, segment, data in zip(halves, (self.keys[at], self.values[at]), own, strict=True):
+                    half.write(segment, inside, data if picks is None else data[picks])
 
-    def write_beside(self, slots: Ints, planes: Ints, values: torch.Tensor) -> None:
+    def write_beside(self, slots: Ints, heads: Ints, planes: Ints, values: torch.Tensor) -> None:
         """Writes values of a layer that shares the keys.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
+            heads: KV head whose block each is in, `[tokens]`.
             planes: which of those beside a block's own each is, `[tokens]`.
             values: `[tokens, value_dim]`.
         """
-        for plane in np.unique(planes).tolist():
-            chosen = np.flatnonzero(planes == plane)
-            data = values if len(chosen) == len(planes) else values[self._index(chosen)]
-            for at, picks, inside in self._split(slots[chosen], BLOCK):
-                half = self.layout.beside[self._kind(at)][plane]
-                half.write(self.beside[at][plane], inside, data[picks])
+        for plane, on_plane in _groups(planes):
+            for kind, chosen in _groups(self.layout.of_head[heads if on_plane is None else heads[on_plane]]):
+                half = self.layout.beside[kind][plane]
+                both = on_plane if chosen is None else chosen if on_plane is None else on_plane[chosen]
+                data = values if both is None else values[self._index(both)]
+                for at, picks, inside in self._split(slots if both is None else slots[both], BLOCK):
+                    half.write(self.beside[at][plane], inside, data if picks is None else data[picks])
 
     def values_beside(self, plane: int) -> list[torch.Tensor]:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""
@@ -280,17 +280,16 @@ class Pool:
     def _nothing(self, blocks: int) -> torch.Tensor:
         return torch.empty(blocks, 0, dtype=torch.uint8, device=self.device)
 
-    def _kind(self, segment: int) -> int:
-        return int(self.kinds[sum(map(len, self.keys[:segment]))])
-
-    def _split(self, places: Ints, unit: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Returns of every segment that is met its number, which of the places lie in it, and where there."""
+    def _split(self, places: Ints, unit: int) -> list[tuple[int, torch.Tensor | None, torch.Tensor]]:
+        """Returns of every segment that is met its number, which of the places lie in it (None: all), and where there."""
+        if len(self.keys) == 1:
+            return [(0, None, self._index(places))]
         starts = np.cumsum([0, *(len(segment) * unit for segment in self.keys)])
         number = np.searchsorted(starts, places, side="right") - 1
         parts = []
-        for at in np.unique(number).tolist():
-            picks = np.flatnonzero(number == at)
-            parts.append((at, self._index(picks), self._index(places[picks] - starts[at])))
+        for at, picks in _groups(number):
+            inside = (places if picks is None else places[picks]) - starts[at]
+            parts.append((at, None if picks is None else self._index(picks), self._index(inside)))
         return parts
 
     def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
@@ -306,6 +305,12 @@ class Pool:
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers, np.int64)).to(self.device)
+
+
+def _groups(numbers: Ints) -> list[tuple[int, Ints | None]]:
+    """Returns every number that there is, and the places where it stands; None where it stands everywhere."""
+    found = np.unique(numbers).tolist()
+    return [(number, None if len(found) == 1 else np.flatnonzero(numbers == number)) for number in found]
 
 
 def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
