@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from moacompress.calibration.repair import (
 from moacompress.calibration.samples import Sample
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
+from moacompress.rules.share import COPY, Share, with_shared_rules
 from moacompress.runtime import attach, detach
 
 Models = Callable[..., PreTrainedModel]
@@ -73,16 +75,23 @@ def test_rows_count_one_on_average(share: float | None) -> None:
 
 
 def test_every_layer_is_fitted_after_those_before_it(family: str, tiny_model: Models, random_plan: Any) -> None:
-    check_layers(tiny_model(family), random_plan)
+    model = tiny_model(family)
+    check_layers(model, random_plan(model_shape(model), 5, formats=True))
 
 
 def test_a_projection_that_lies_the_other_way_round(tiny_model: Models, random_plan: Any) -> None:
-    check_layers(tiny_model("gpt2", num_key_value_heads=None, intermediate_size=None), random_plan)
+    model = tiny_model("gpt2", num_key_value_heads=None, intermediate_size=None)
+    check_layers(model, random_plan(model_shape(model), 5, formats=True))
 
 
-def check_layers(model: PreTrainedModel, random_plan: Any) -> None:
+def test_layers_that_share_attention(tiny_model: Models, random_plan: Any) -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    plan, shares = random_plan(model_shape(model), 5), (None, None, Share(1, COPY, (1, 0)), Share(0, COPY, (0, 0)))
+    check_layers(model, replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares))
+
+
+def check_layers(model: PreTrainedModel, plan: Plan) -> None:
     """Layer by layer, whole forwards and plain least squares give the same, and the residual falls."""
-    plan = random_plan(model_shape(model), 5, formats=True)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     samples, setting = made(1), RepairSetting(0.01)
     (found,) = repaired_weights(model, plan, samples, [setting], torch.float32)
