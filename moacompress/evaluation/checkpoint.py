@@ -8,15 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import PLAN_FILE
+from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.source import find_model_folder, is_compressed
+from moacompress.models.source import context_length, find_model_folder, is_compressed
 from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DENSE_GIVEN = (
+    "{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} --budget 25% -o OUT`) and "
+    "evaluate OUT, which measures the dense model too"
+)
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,6 @@ class Checkpoint:
         own = () if self.dense is None else (self.weights,)
         return weights, *own, str(self.model.dtype), self.model.device.type
 
-    @property
-    def changed(self) -> str | None:
-        """What has made its weights others than the dense model's; None where nothing has."""
-        repaired, healed = self.plan.provenance.get("repair"), self.plan.provenance.get("heal")
-        if isinstance(healed, dict) and healed.get("improved"):
-            return "healed"
-        return "repaired" if isinstance(repaired, dict) and repaired.get("penalty") is not None else None
-
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the model under `plan`, the dense one under any but the checkpoint's own, if there is one."""
         from moacompress.runtime import attach, detach
@@ -97,15 +94,19 @@ class Checkpoint:
         Raises:
             DataError: with both numbers.
         """
-        context = int(getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+        context = context_length(self.model)
         if context and max(lengths) > context:
             raise DataError(
                 f"prompts of {max(lengths):,} tokens were asked for; the model was made for at most {context:,}"
             )
 
 
-def compressed_folder(target: Path) -> Path:
+def compressed_folder(target: Path, of_dense: str = DENSE_GIVEN) -> Path:
     """Returns the compressed checkpoint that `target` is or holds under `model/`.
+
+    Args:
+        target: the checkpoint, or the folder of a run.
+        of_dense: what is said of a dense model, with its `{folder}`.
 
     Raises:
         UsageError: there is none; says what `target` is instead.
@@ -114,11 +115,16 @@ def compressed_folder(target: Path) -> Path:
     if folder is None:
         raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
     if not is_compressed(folder):
-        raise UsageError(
-            f"{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} "
-            "--budget 25% -o OUT`) and evaluate OUT, which measures the dense model too"
-        )
+        raise UsageError(of_dense.format(folder=folder))
     return folder
+
+
+def profile_folder(checkpoint: Path, given: str | Path | None) -> Path | None:
+    """Returns the profile that is given, or else the one beside a checkpoint, as a run leaves it; None where there is none."""
+    if given is not None:
+        return Path(given)
+    beside = (place / PROFILE_FOLDER for place in (checkpoint, checkpoint.parent))
+    return next((place for place in beside if place.is_dir()), None)
 
 
 def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:

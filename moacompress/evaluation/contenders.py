@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moacompress.calibration.store import Profile
-from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import PlanError, UsageError
-from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint
+from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.plan import Plan
@@ -224,8 +223,7 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
     needed = [name for name in names if name in NEED_PROFILE]
     if not needed:
         return None
-    beside = [folder / PROFILE_FOLDER for folder in (checkpoint.folder, checkpoint.folder.parent)]
-    path = Path(given) if given is not None else next((folder for folder in beside if folder.is_dir()), None)
+    path = profile_folder(checkpoint.folder, given)
     if path is None:
         raise UsageError(
             f"{needed[0]} is made from a profile and there is none beside {checkpoint.folder}; give one (--profile DIR)"

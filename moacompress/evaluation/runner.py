@@ -142,12 +142,12 @@ def evaluate(
             f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
             "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
         )
-    elif checkpoint.changed and against:
+    elif checkpoint.plan.changed_weights and against:
         logger.warning(
             "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
             "it was made from (--dense MODEL)",
             folder,
-            checkpoint.changed,
+            checkpoint.plan.changed_weights,
         )
     field = make_field(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)

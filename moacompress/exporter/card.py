@@ -9,6 +9,13 @@ from moacompress.rules.budget import format_length
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 
+WEIGHTS = {
+    None: "the same weights",
+    "repaired": "weights that were repaired for it",
+    "healed": "weights that were distilled from its own",
+}
+"""What a card says of a checkpoint's weights, by `Plan.changed_weights`."""
+
 
 def model_card(plan: Plan) -> str:
     """Returns the card as Markdown; every number in it is in the plan.
@@ -21,7 +28,7 @@ def model_card(plan: Plan) -> str:
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
-        f"`{name}` with a smaller KV cache: {_weights(plan)}, and for each of its {plan.model.layers} x "
+        f"`{name}` with a smaller KV cache: {WEIGHTS[plan.changed_weights]}, and for each of its {plan.model.layers} x "
         f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
@@ -66,14 +73,6 @@ def repair_text(plan: Plan) -> str:
         f"fit or in the choice of the ridge, KL(dense || model) is {after} nats per answer token, and {before} with the "
         f"source's weights: a change of {change} (mean and standard error)."
     )
-
-
-def _weights(plan: Plan) -> str:
-    repaired, healed = plan.provenance.get("repair"), plan.provenance.get("heal")
-    if isinstance(healed, dict) and healed.get("improved"):
-        return "weights that were distilled from its own"
-    changed = isinstance(repaired, dict) and repaired.get("penalty") is not None
-    return "weights that were repaired for it" if changed else "the same weights"
 
 
 def _with_error(value: dict[str, float | None]) -> str:

@@ -17,7 +17,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes
 from moacompress.healer import processes
 from moacompress.healer.distillation import soft_loss
-from moacompress.healer.healing import TWICE_BEYOND, HealRequest, accumulation
+from moacompress.healer.healing import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
 from moacompress.healer.training_data import count_samples, heal_lengths, held_out_samples
@@ -151,8 +151,7 @@ class _Timed:
         HeldOut(teacher, [sample]).harms(request.checkpoint.model)
         self.measure_seconds = max(_since(begin, device) - self.teacher_seconds, 0.0)
         self.model = make_trainable(request.checkpoint.model, request.plan, request.heal, request.recipe.seed).train()
-        twice = request.heal.checkpointing
-        if twice if twice is not None else len(ids) > TWICE_BEYOND:
+        if request.computes_twice(len(ids)):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         begin = time.perf_counter()
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=request.compute == "bfloat16"):

@@ -24,7 +24,6 @@ from moacompress.core.artefact_names import (
     HEAL_CHECKPOINTS_FOLDER,
     HEAL_FILE,
     HEAL_HISTORY_FILE,
-    PROFILE_FOLDER,
     heal_folder,
     of_heal,
     owner_of_folder,
@@ -33,7 +32,7 @@ from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint, new_folder, read_json, remove, sweep_folders, write_json
 from moacompress.core.owners import own_folder
 from moacompress.core.progress import SILENT, Progress
-from moacompress.evaluation.checkpoint import Checkpoint, load_checkpoint
+from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.exporter.exporting import exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer import processes
@@ -47,7 +46,7 @@ from moacompress.healer.trained_weights import (
     make_trainable,
 )
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
-from moacompress.models.source import SourceModel, find_model_folder, is_compressed, load_source
+from moacompress.models.source import SourceModel, context_length, load_source
 from moacompress.recipe import HealRecipe, Recipe
 from moacompress.rules.plan import Plan
 
@@ -57,6 +56,10 @@ HEAL_VERSION = 1
 """Part of what a heal is known by; raised where the same request would give other weights."""
 TWICE_BEYOND = 1536
 """Longest sample whose layers keep all that their backward pass needs, where the recipe does not say."""
+DENSE_GIVEN = (
+    "{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress {folder} "
+    "--budget 25% -o OUT`) and heal OUT"
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class HealRequest:
         """The largest."""
         return self.heal.lr or LEARNING_RATES[self.heal.train]
 
+    def computes_twice(self, longest: int) -> bool:
+        """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
+        asked = self.heal.checkpointing
+        return longest > TWICE_BEYOND if asked is None else asked
+
     @staticmethod
     def of(
         target: str | Path, profile: str | Path | Profile | None, teacher: str | SourceModel | None, recipe: Recipe
@@ -106,7 +114,7 @@ class HealRequest:
             PlanError: the dense model, or the profile, is not what the plan was made for.
         """
         check_installed(recipe.heal.train)
-        folder = _compressed(Path(target))
+        folder = compressed_folder(Path(target), DENSE_GIVEN)
         known = profile if isinstance(profile, Profile) else Profile.load(_profile_folder(folder, profile))
         compute = _compute_dtype(recipe)
         frozen = recipe.heal.train == "lora"
@@ -209,7 +217,6 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
     from transformers import TrainingArguments
 
     heal, longest = request.heal, max(heal_lengths(request.profile, request.recipe))
-    twice = heal.checkpointing if heal.checkpointing is not None else longest > TWICE_BEYOND
     arguments = TrainingArguments(
         output_dir=str(work / HEAL_CHECKPOINTS_FOLDER) if work is not None else None,
         max_steps=heal.steps,
@@ -217,7 +224,7 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         gradient_accumulation_steps=accumulation(request),
         learning_rate=request.learning_rate,
         weight_decay=0.0,
-        gradient_checkpointing=twice,
+        gradient_checkpointing=request.computes_twice(longest),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=request.compute == "bfloat16",
         use_cpu=request.recipe.device == "cpu",
@@ -243,21 +250,8 @@ def accumulation(request: HealRequest) -> int:
     return max(1, round(request.heal.batch / longest / processes.world_size()))
 
 
-def _compressed(target: Path) -> Path:
-    folder = find_model_folder(target)
-    if folder is None:
-        raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
-    if not is_compressed(folder):
-        raise UsageError(
-            f"{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress "
-            f"{folder} --budget 25% -o OUT`) and heal OUT"
-        )
-    return folder
-
-
 def _profile_folder(folder: Path, given: str | Path | None) -> Path:
-    beside = [place / PROFILE_FOLDER for place in (folder, folder.parent)]
-    path = Path(given) if given is not None else next((place for place in beside if place.is_dir()), None)
+    path = profile_folder(folder, given)
     if path is None:
         raise UsageError(
             f"there is no profile beside {folder}, whose validation samples a heal is measured on; give one (--profile DIR)"
@@ -466,8 +460,7 @@ def _write(
     else:
         logger.warning("no step lowered the held-out KL: %s gets the weights that %s has", result.folder, folder)
     model = attach(detach(fresh.model), plan)
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
-    source = SourceModel(model, fresh.tokenizer, str(folder), plan.model, context)
+    source = SourceModel(model, fresh.tokenizer, str(folder), plan.model, context_length(model))
     sweep_folders(result.folder)
     if result.folder.is_dir() and not any(result.folder.iterdir()):
         result.folder.rmdir()

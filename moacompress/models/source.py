@@ -117,7 +117,7 @@ def load_source(
         model.is_quantized = False
     model.to(device).eval().requires_grad_(False)
     shape = model_shape(model, own)
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    context = context_length(model)
     place = str(Path(source).resolve()) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
 
@@ -152,6 +152,11 @@ def _if_name_only(source: str | Path) -> str:
 def find_model_folder(target: Path) -> Path | None:
     """Returns the model folder that `target` is or, as the folder of a run, holds; None if there is none."""
     return next((folder for folder in (target, target / MODEL_FOLDER) if (folder / "config.json").is_file()), None)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Returns the most tokens that a model was made for, 0 where its config does not say."""
+    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
 
 
 def is_compressed(folder: Path) -> bool:

@@ -152,6 +152,14 @@ class Plan:
         ]
         return float(sum(shares) / len(shares))
 
+    @property
+    def changed_weights(self) -> str | None:
+        """What has changed a checkpoint's weights from the dense model's, "healed" or "repaired"; None where nothing has."""
+        repaired, healed = self.provenance.get("repair"), self.provenance.get("heal")
+        if isinstance(healed, dict) and healed.get("improved"):
+            return "healed"
+        return "repaired" if isinstance(repaired, dict) and repaired.get("penalty") is not None else None
+
     def key(self) -> str:
         """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""
         shape = self.model.to_dict()

@@ -27,14 +27,6 @@ SOME = ProfileRecipe.model_construct(draws=60, baselines=False)
 MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def source(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
     model = tiny_model("llama")

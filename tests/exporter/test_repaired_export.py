@@ -109,7 +109,10 @@ def test_the_same_repair_is_reused_and_another_refused(
     plain = export(tiny_folder, repaired / "plan.json", tmp_path / "plain")
     assert exported_plan(plain) == plan
     assert check_reusable(plain, plan)
-    assert [load_checkpoint(folder, "auto", "cpu").changed for folder in (repaired, plain)] == ["repaired", None]
+    assert [load_checkpoint(folder, "auto", "cpu").plan.changed_weights for folder in (repaired, plain)] == [
+        "repaired",
+        None,
+    ]
     with pytest.raises(ArtefactError, match="with this repair .it has none."):
         export(tiny_folder, plan, plain, repair=profiled)
 

@@ -33,6 +33,27 @@ def explicit_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
     return mask
 
 
+def attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns attention with the whole matrix, `[batch, n, heads, value_dim]`; `visible` is bool `[kv_heads, n, n]`."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible.repeat_interleave(group, 0), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2).contiguous()
+
+
 def _explicit_attention(
     module: Any,
     query: Any,
@@ -43,18 +64,7 @@ def _explicit_attention(
     softcap: Any = None,
     **kw: Any,
 ) -> tuple[torch.Tensor, None]:
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_MASKS[module.layer_idx].repeat_interleave(group, 0), -torch.inf)
-    if kw.get("s_aux") is not None:
-        sinks = kw["s_aux"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return attended(query, key, value, _MASKS[module.layer_idx], scaling, softcap, kw.get("s_aux")), None
 
 
 AttentionInterface.register("explicit_mask", _explicit_attention)

@@ -26,7 +26,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.share import COPY, KEYS, Share, with_shared_rules
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.plan_cache import PlanCache
-from tests.runtime.conftest import explicit_mask
+from tests.runtime.conftest import attended, explicit_mask
 
 FIVE = {"layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"]}
 LAYERS = {"gemma3_text": FIVE, "cohere2": FIVE}
@@ -95,14 +95,7 @@ class Oracle:
                 query, sinks = its_query[:, heads], None if its_sinks is None else its_sinks[heads]
         key = rounded(key, [FORMATS[rule.key_format].code for rule in rules]).to(query.dtype)
         value = rounded(value, [FORMATS[rule.value_format].code for rule in rules]).to(query.dtype)
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~self.masks[layer].repeat_interleave(group, 0), -torch.inf)
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
-        return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2).contiguous(), None
+        return attended(query, key, value, self.masks[layer], scaling, softcap, sinks), None
 
 
 @contextmanager

@@ -67,11 +67,7 @@ class Reading:
         self._backend = backend_for(one)
         shares = tuple(context.share for context in self.contexts)
         self.bound = self._backend.read_layers(
-            self.weights,
-            head_dim=head_dim,
-            rules=rules,
-            scaling=scaling,
-            shares=shares if any(shares) else (),
+            self.weights, head_dim=head_dim, rules=rules, scaling=scaling, shares=shares
         )
         self._dtype = one.dtype
         self._hooks: list[dict[int, Any]] = [*GLOBAL_HOOKS]

@@ -13,7 +13,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
-from moacompress.runtime.sharing.handing import Handed, taken
+from moacompress.runtime.sharing.handing import HANDED, Handed, taken
 
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
@@ -50,7 +50,7 @@ def attention_forward(
         softcap: bound of the scores by tanh.
         s_aux: learned sink logit of each query head, `[heads]`.
         is_causal: must not be False.
-        **kwargs: holds the `LayerCall`.
+        **kwargs: holds the `LayerCall`, and what anchors have handed on.
 
     Returns:
         `[batch, tokens, heads, value_dim]` and None: there are no attention weights to give.
@@ -61,7 +61,8 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    context, cache, handed = call
+    context, cache = call
+    handed = kwargs.get(HANDED)
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     if context.share is not None:
         query, key, s_aux = taken(handed, context.layer, context.share, query, s_aux)

@@ -16,7 +16,6 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.sharing.handing import HANDED
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
@@ -96,17 +95,10 @@ def _with_tensors(layer: int, rules: RuleTable, *rest: Any) -> LayerContext:
 
 
 class LayerCall(NamedTuple):
-    """What the hook of a layer hands to its attention.
-
-    Attributes:
-        context: of the layer.
-        cache: the model's, or None.
-        handed: what anchors have handed on in this forward, by layer, or None; see `runtime.sharing.handing`.
-    """
+    """What the hook of a layer hands to its attention: the context, and the model's cache or None."""
 
     context: LayerContext
     cache: PlanCache | None
-    handed: dict[int, Any] | None = None
 
 
 @dataclass
@@ -117,8 +109,7 @@ class AttentionHook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
-        kwargs[CONTEXT] = self.call(module, kwargs)
-        return args, {name: value for name, value in kwargs.items() if name != HANDED}
+        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
         """Returns what the attention is handed.
@@ -132,4 +123,4 @@ class AttentionHook:
                 "the plan; use moacompress.detach(model) to get the dense model back"
             )
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        return LayerCall(self.context, cache, kwargs.get(HANDED))
+        return LayerCall(self.context, cache)
