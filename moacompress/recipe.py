@@ -163,6 +163,9 @@ class SearchRecipe(_Section):
         description="layers that copy the attention of an earlier one: off, auto, a number, or layers=12:11,18:17",
     )
     segments: bool = Field(False, description="layers that share follow their anchor at once, with none between")
+    assume_healed: float = Field(
+        1.0, gt=0, le=1, description="share of the harm of copied attention that healing is assumed to leave"
+    )
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
     rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")

@@ -16,6 +16,7 @@ from moacompress.search.alternatives import write_baselines
 from moacompress.search.baselines import FAMILIES
 from moacompress.search.explain import explain
 from moacompress.search.search_context import SearchContext
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import baseline_note, bytes_note, versions
 from moacompress.search.standing import Standing
 from moacompress.search.trials import best_trial, log_ratio
@@ -101,6 +102,7 @@ def _noted(standing: Standing, context: SearchContext, *, finished: bool) -> Pla
                 family: baseline_note(other.plan, other.harm, lengths) for family, other in context.alternatives.items()
             },
             "samples": context.meter.measure.size,
+            **_assumed(request, plan, harm["plan"]),
         },
         provenance={
             "source": shared_name(profile.source),
@@ -145,3 +147,12 @@ def _least(standing: Standing, context: SearchContext, *, said: bool) -> tuple[P
                 )
     families = {family: alternatives[family].harm if family in alternatives else None for family in FAMILIES}
     return plan, {"plan": least, "trial0": float(np.mean(context.reference)), **families}
+
+
+def _assumed(request: SearchRequest, plan: Plan, harm: float | None) -> dict[str, Any]:
+    """Returns what a plan's notes say of healing that its harm assumes: the share that is left, and the harm as measured."""
+    left = request.left(plan)
+    if left == 1 or harm is None:
+        return {}
+    assert request.sharing is not None
+    return {"assumed_healed": {"left": request.sharing.assume_healed, "measured_unhealed": harm / left}}

@@ -87,7 +87,7 @@ def find_front(
         )
         source = load_for(recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        meter = HarmMeter.of(ledger, Objective(source.model, profile.validation), recipe.seed)
+        meter = HarmMeter.of(ledger, request.as_healed(Objective(source.model, profile.validation)), recipe.seed)
         surrogate = meter.calibrated(request, progress)
         progress.start("searching the front", recipe.search.trials)
         for _ in ledger.finished()[: recipe.search.trials]:

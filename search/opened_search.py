@@ -60,7 +60,8 @@ def opened(
         )
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        meter = HarmMeter.of(ledger, Objective(source.model, profile.validation), request.recipe.seed)
+        measure = request.as_healed(Objective(source.model, profile.validation))
+        meter = HarmMeter.of(ledger, measure, request.recipe.seed)
         around, trainer = _improvers(request, source, out)
         surrogate = meter.calibrated(request, progress)
         yield SearchContext(
@@ -90,4 +91,4 @@ def _improvers(
     chosen = spread_samples(samples, settings.round_samples)
     around = ProfileAround(request.profile, request.recipe, source, chosen, folder)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    return around, Objective(source.model, spread_samples(answers, MOVE_SAMPLES))
+    return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES)))

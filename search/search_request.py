@@ -21,8 +21,10 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.knapsack import total_cost
 from moacompress.search.knobs import Knobs
+from moacompress.search.objective import Measure
 from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
+from moacompress.search.sharing.assumed_healing import HealedMeasure, left_of_harm
 from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.surrogate import Surrogate
 
@@ -143,7 +145,7 @@ class SearchRequest:
     def _share_key(self) -> list[Any]:
         """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
         search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
-        return [search.share, search.segments, anchors]
+        return [search.share, search.segments, anchors, *([search.assume_healed] if search.assume_healed < 1 else [])]
 
     @property
     def knobs(self) -> Knobs:
@@ -182,6 +184,19 @@ class SearchRequest:
         if found is None or self.sharing is None:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
+
+    def left(self, plan: Plan) -> float:
+        """Returns the share of a plan's measured harm that healing is assumed to leave: see `left_of_harm`."""
+        if self.sharing is None or self.sharing.assume_healed == 1 or not any(plan.shares):
+            return 1.0
+        healed = self.sharing.costs.cost(plan.shares)
+        rest = (self.predicted(self.surrogate, plan) or healed) - healed
+        return left_of_harm(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
+
+    def as_healed(self, measure: Measure) -> Measure:
+        """Returns a measure less what healing is assumed to take off, where it is."""
+        sharing = self.sharing
+        return measure if sharing is None or sharing.assume_healed == 1 else HealedMeasure(measure, self.left)
 
     @cached_property
     def quadratic(self) -> Quadratic | None:

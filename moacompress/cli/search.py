@@ -70,6 +70,13 @@ def search(
             "Needs a profile with --anchors.",
         ),
     ] = None,
+    assume_healed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="Count so much of the harm of shared attention, 0.3 for three tenths: for those who will heal the result.",
+        ),
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     overwrite: Overwrite = False,
@@ -97,6 +104,7 @@ def search(
         search__timeout=timeout,
         search__formats=formats,
         search__share=share,
+        search__assume_healed=assume_healed,
         search__solver=solver,
         search__storage=storage,
     )

@@ -61,6 +61,10 @@ class CopyCosts:
         """Earlier layers that every layer was tried with."""
         return int(self.may.shape[1])
 
+    def healed(self, factor: float) -> CopyCosts:
+        """Returns the costs that are left where healing leaves a share of each."""
+        return CopyCosts(factor * self.influence, self.may)
+
     def table(self) -> Floats:
         """Returns the cost of every layer with every anchor by the best head map, nats, `[layers, anchors]`; else infinity."""
         return np.where(self.may, self.influence.min(-1).sum(-1), np.inf)

@@ -32,16 +32,18 @@ class ShareChoice:
     """What a search may share.
 
     Attributes:
-        costs: of copies, as they were profiled.
+        costs: of copies, as they were profiled, less what healing is assumed to take off.
         asked: what is to be shared.
         segments: whether the users of an anchor follow it at once.
         shape: of the model.
+        assume_healed: share of the copies' harm that healing is assumed to leave; `costs` count it.
     """
 
     costs: CopyCosts
     asked: AskedShares
     segments: bool
     shape: ModelShape
+    assume_healed: float = 1.0
 
     @staticmethod
     def of(profile: Profile, recipe: Recipe) -> ShareChoice | None:
@@ -55,8 +57,9 @@ class ShareChoice:
         asked = AskedShares.parse(recipe.search.share)
         if asked.off:
             return None
-        costs = CopyCosts.of(profile, recipe.profile.estimator, recipe.search.text_weight)
-        found = ShareChoice(costs, asked, recipe.search.segments, profile.shape)
+        search = recipe.search
+        costs = CopyCosts.of(profile, recipe.profile.estimator, search.text_weight).healed(search.assume_healed)
+        found = ShareChoice(costs, asked, search.segments, profile.shape, search.assume_healed)
         found.shares(1 if asked.auto else 0)
         return found if asked.auto or found.fixed else None
 

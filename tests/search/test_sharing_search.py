@@ -16,6 +16,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search.front import find_front
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import pack, unpack
+from moacompress.search.sharing.assumed_healing import left_of_harm
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -139,3 +140,28 @@ def test_what_is_packed_comes_back(profiles: Profiles) -> None:
     assert unpack(pack(plan), profile.shape, profile.min_window) == plan
     assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
     assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
+
+
+def test_copies_that_will_be_healed_count_less(search: Search, profiles: Profiles) -> None:
+    """What costs too much unhealed is worth it where healing is assumed to leave little of it."""
+    settings = {"layers": 10, "anchors": 2, "copying": 100.0, "share": "auto", "trials": 6}
+    plain = search(profiles(**settings), "25%")[0]
+    profile = profiles(**settings, assume_healed=1e-4)
+    found = search(profile, "25%")[0]
+    assert not any(plain.plan.shares)
+    assert any(found.plan.shares)
+    assert found.plan.provenance["search"] != plain.plan.provenance["search"]
+    assert found.explanation["sharing"]["assume_healed"] == 1e-4
+    noted = found.plan.quality["assumed_healed"]
+    assert noted["left"] == 1e-4
+    assert noted["measured_unhealed"] > found.harm["plan"]
+    assert found.harm["trial0"] == pytest.approx(plain.harm["trial0"])  # it does not share
+    assert any("is counted" in shown for shown in explanation_tables(found.explanation) if isinstance(shown, str))
+    assert "assumed_healed" not in plain.plan.quality
+
+
+def test_what_healing_leaves_is_of_the_copies_alone() -> None:
+    assert left_of_harm(0.3, 0.0, 1.0) == 1
+    assert left_of_harm(0.3, 1.0, 0.0) == pytest.approx(0.3)
+    assert left_of_harm(0.5, 1.0, 3.0) == pytest.approx(3.5 / 4)
+    assert left_of_harm(0.5, 0.0, 0.0) == 1

@@ -1,0 +1,60 @@
+"""Searching for those who will heal: of the harm of copies, measured harm counts what healing is assumed to leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moacompress.rules.plan import Plan
+
+if TYPE_CHECKING:
+    from moacompress.search.objective import Harm, Measure
+
+Left = Callable[[Plan], float]
+"""Share of a plan's measured harm that healing is assumed to leave, in (0, 1]."""
+
+
+def left_of_harm(factor: float, copies: float, rest: float) -> float:
+    """Returns the share of a plan's harm that healing leaves, where it leaves `factor` of that of the copies.
+
+    What a plan measures is not told apart by what does it, so it is divided as it was predicted.
+
+    Args:
+        factor: share of the copies' harm that is left, in (0, 1].
+        copies: predicted harm of the copies, unhealed, nats.
+        rest: predicted harm of everything else, nats.
+    """
+    total = copies + rest
+    return 1.0 if total <= 0 else (factor * copies + rest) / total
+
+
+@dataclass(frozen=True)
+class HealedMeasure:
+    """A measure whose harms are those that healing is assumed to leave.
+
+    Attributes:
+        measure: of the model as it is.
+        left: of every plan.
+    """
+
+    measure: Measure
+    left: Left
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.measure.size
+
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[Harm]:
+        """See `Measure`."""
+        left = self.left(plan)
+        with self.measure.under(plan) as harm:
+            yield lambda number: left * harm(number)
+
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+        """See `Measure`."""
+        harms = self.measure.many(number, plans, base)
+        return [self.left(plan) * harm for plan, harm in zip(plans, harms, strict=True)]
