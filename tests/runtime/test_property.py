@@ -20,14 +20,16 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.share import COPY, KEYS, KINDS, Share, users_of, with_shared_rules
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.hf.hooks import read_mask
+from moacompress.runtime.sharing.handing import HANDED
 
 EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
-LAYERS, DIM = 2, 4
+DIM = 4
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """float64 runs in plain PyTorch, float32 by the compiled kernels where they are built."""
 MODULE = types.SimpleNamespace(is_causal=True)
@@ -46,11 +48,29 @@ RULES = st.one_of(
 def plans(draw):
     kv_heads = draw(st.integers(1, 3))
     native = draw(st.sampled_from([None, None, None, 1, 7, 30, 70]))
-    shape = ModelShape(
-        "llama", LAYERS, kv_heads * draw(st.integers(1, 2)), kv_heads, DIM, "float64", (None, native), ""
-    )
-    rules = tuple(tuple(draw(RULES) for _ in range(kv_heads)) for _ in range(LAYERS))
-    return Plan(shape, draw(st.sampled_from(MIN_WINDOWS)), rules)
+    natives, heads = (None, native), kv_heads * draw(st.integers(1, 2))
+    anchors = draw(st.lists(st.integers(0, 1), max_size=2))  # of the layers after these two
+    natives += tuple(natives[anchor] for anchor in anchors)
+    shape = ModelShape("llama", len(natives), heads, kv_heads, DIM, "float64", natives, "")
+    rules = [tuple(draw(RULES) for _ in range(kv_heads)) for _ in natives]
+    shares = [None, None]
+    for layer, anchor in enumerate(anchors, start=2):
+        head_map = draw(st.lists(st.integers(0, kv_heads - 1), min_size=kv_heads, max_size=kv_heads))
+        shares.append(Share(anchor, draw(st.sampled_from(KINDS)), tuple(head_map)))
+        if shares[layer].kind == KEYS:
+            rules[layer] = tuple(
+                narrower(rules[anchor][of], own) for of, own in zip(head_map, rules[layer], strict=True)
+            )
+    shares = tuple(shares) if anchors else ()
+    return Plan(shape, draw(st.sampled_from(MIN_WINDOWS)), with_shared_rules(rules, shares), shares=shares)
+
+
+def narrower(kept, own):
+    """Returns the rule of a KV head that reads the keys that another keeps, no more of them than that does."""
+    span = own if kept.sees_all and not own.sees_all else kept
+    alpha, beta = (0, 0) if span.sees_all else (span.alpha // 2, span.beta_q // 2)
+    sink = 4 if span.sees_all else min(span.sink, kept.sink if not kept.sees_all else span.sink)
+    return Rule(sink, alpha, beta, kept.key_format, own.value_format)
 
 
 @dataclass
@@ -108,7 +128,8 @@ def feed(plan, world, tokens, real, generator, same=False):
         mask = None
     world.cache.real = read_mask(mask, world.cache, batch, tokens)
     chunk_mask = None if real.all() else torch.from_numpy(real)
-    for layer in range(len(world.cache.layers)):
+    handed, chunks = {}, {}
+    for layer in range(shape.layers):
         dtype = world.rows[0][layer][0].dtype
         query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=dtype)
         key, value = (
@@ -117,11 +138,20 @@ def feed(plan, world, tokens, real, generator, same=False):
         if same:
             key, value = (tensor[:1].expand_as(tensor).contiguous() for tensor in (key, value))
         world.cache.update(key, value, layer)
-        context = LayerContext.of(layer, plan.rules[layer], plan.min_window, shape.native_windows[layer])
-        found, _ = attention_forward(
-            MODULE, query, key, value, chunk_mask, **{CONTEXT: LayerCall(context, world.cache)}
+        share = plan.share(layer)
+        context = LayerContext.of(
+            layer, plan.rules[layer], plan.min_window, shape.native_windows[layer], share, bool(users_of(plan.shares, layer))
         )
+        call = {CONTEXT: LayerCall(context, world.cache), HANDED: handed}
+        found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **call)
         found = found.transpose(1, 2)
+        chunks[layer] = query, key
+        if share is not None:
+            its_query, its_key = chunks[share.anchor]
+            key = its_key[:, list(share.head_map)]
+            if share.kind == COPY:
+                by_head = its_query.unflatten(1, (shape.kv_heads, -1))
+                query = by_head[:, list(share.head_map)].flatten(1, 2)
         for row in range(batch):
             at = np.flatnonzero(real[row])
             before = world.rows[row][layer]
@@ -178,6 +208,8 @@ def check_blocks(plan, worlds):
     for world in worlds:
         for layer, cache_layer in enumerate(world.cache.layers):
             assert (cache_layer.lengths == world.lengths).all()
+            if plan.share(layer) is not None:  # its values lie in its anchor's blocks
+                continue
             ids, native = cache_layer.held.table.ids, plan.model.native_windows[layer]
             for row, (n, longest) in enumerate(zip(world.lengths, world.longest, strict=True)):
                 first = min(n, max(longest - LAG, 0)) if world.recorded else n
@@ -186,15 +218,16 @@ def check_blocks(plan, worlds):
                     held = ids[row, head] >= 0
                     assert not (wanted & ~held).any()
                     assert (held & ~wanted).sum() <= (LAG // 16 if world.recorded and native is not None else 0)
-    pools = {id(layer.held.pool): layer.held.pool for world in worlds for layer in world.cache.layers}
+    anchors = [
+        cache_layer
+        for world in worlds
+        for layer, cache_layer in enumerate(world.cache.layers)
+        if plan.share(layer) is None
+    ]
+    pools = {id(layer.held.pool): layer.held.pool for layer in anchors}
     for pool in pools.values():
         named = np.concatenate(
-            [
-                layer.held.table.ids.reshape(-1)
-                for world in worlds
-                for layer in world.cache.layers
-                if layer.held.pool is pool
-            ]
+            [layer.held.table.ids.reshape(-1) for layer in anchors if layer.held.pool is pool]
         )
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
         assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()
@@ -218,7 +251,7 @@ def test_any_sequence_of_operations(data):
     recorded = data.draw(st.booleans())
     if recorded:
         cache.activate_past_recording()
-    rows = [[(empty, empty)] * LAYERS for _ in range(batch)]
+    rows = [[(empty, empty)] * plan.model.layers for _ in range(batch)]
     worlds = [World(cache, rows, np.zeros((batch, 0), bool), recorded, np.zeros(batch, int))]
     for step in range(data.draw(st.integers(2, 9))):
         world = worlds[data.draw(st.integers(0, len(worlds) - 1))]
