@@ -94,7 +94,9 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = [section("Layers that copy an earlier one's attention (nats a token)", titles, rows)]
     left = found.get("assume_healed", 1)
     if left < 1:
-        shown.append(f"Of the harm of copies {left:g} is counted, predicted and measured: heal the checkpoint to get there.")
+        shown.append(
+            f"Of the harm of copies {left:g} is counted, predicted and measured: heal the checkpoint to get there."
+        )
     if not found["shared"]:
         shown.append("Sharing buys nothing at this budget: the best plan has none.")
     return shown

@@ -140,7 +140,12 @@ def feed(plan, world, tokens, real, generator, same=False):
         world.cache.update(key, value, layer)
         share = plan.share(layer)
         context = LayerContext.of(
-            layer, plan.rules[layer], plan.min_window, shape.native_windows[layer], share, bool(users_of(plan.shares, layer))
+            layer,
+            plan.rules[layer],
+            plan.min_window,
+            shape.native_windows[layer],
+            share,
+            bool(users_of(plan.shares, layer)),
         )
         call = {CONTEXT: LayerCall(context, world.cache), HANDED: handed}
         found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **call)
@@ -226,9 +231,7 @@ def check_blocks(plan, worlds):
     ]
     pools = {id(layer.held.pool): layer.held.pool for layer in anchors}
     for pool in pools.values():
-        named = np.concatenate(
-            [layer.held.table.ids.reshape(-1) for layer in anchors if layer.held.pool is pool]
-        )
+        named = np.concatenate([layer.held.table.ids.reshape(-1) for layer in anchors if layer.held.pool is pool])
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
         assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()
         assert not pool.shared or (counts == pool.refs).all()
