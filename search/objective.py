@@ -27,7 +27,10 @@ Harm = Callable[[int], float]
 class Measure(Protocol):
     """What a study needs of the model: plans go in, harms come out."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        ...
 
     def under(self, plan: Plan) -> Any:
         """Returns a context manager that yields the `Harm` of `plan`; the model is dense again when it ends."""
