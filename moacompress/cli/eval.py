@@ -27,7 +27,7 @@ def evaluate(
             metavar="LIST",
             help="What to measure beside it: dense, uniform, uniform:4, uniform-elastic, per-layer, split, transformers' "
             "quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, quantized:fp8), folders of other "
-            "compressed models of the same weights, or none.",
+            "compressed models made from the same one, or none.",
         ),
     ] = "dense,uniform",
     dense: Annotated[

@@ -30,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        model: its weights; the plan on them changes, see `put_on`.
+        model: its weights; where they are the dense model's, the plan on them changes, see `put_on`.
         tokenizer: its tokenizer.
         plan: its plan.
         dense: the dense model that the plan was made for, where the checkpoint's own weights are not that any more; None where
@@ -72,15 +72,12 @@ class Checkpoint:
         return weights, *own, str(self.model.dtype), self.model.device.type
 
     def put_on(self, plan: Plan) -> PreTrainedModel:
-        """Returns the model under `plan`, the dense one under any but the checkpoint's own, if there is one."""
-        from moacompress.runtime import attach, detach
-        from moacompress.runtime.hf.attaching import attached_plan
+        """Returns the dense model under `plan`."""
+        return _under(self._base, plan)
 
-        model = self.model if plan.key() == self.plan.key() else self._base
-        current = attached_plan(model)
-        if current is None or current.key() != plan.key():
-            attach(detach(model), plan)
-        return model
+    def as_stored(self) -> PreTrainedModel:
+        """Returns the checkpoint's own weights under its own plan."""
+        return _under(self.model, self.plan)
 
     def without_plan(self) -> PreTrainedModel:
         """Returns the dense model as transformers runs it."""
@@ -99,6 +96,16 @@ class Checkpoint:
             raise DataError(
                 f"prompts of {max(lengths):,} tokens were asked for; the model was made for at most {context:,}"
             )
+
+
+def _under(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    from moacompress.runtime import attach, detach
+    from moacompress.runtime.hf.attaching import attached_plan
+
+    current = attached_plan(model)
+    if current is None or current.key() != plan.key():
+        attach(detach(model), plan)
+    return model
 
 
 def compressed_folder(target: Path, of_dense: str = DENSE_GIVEN) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import PlanError, UsageError
+from moacompress.core.files import fingerprint
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
@@ -113,13 +114,46 @@ class PlanContender:
 
 
 @dataclass(frozen=True)
+class CheckpointContender:
+    """A `Contender` with weights of its own: repaired, healed, or without the projections that sharing layers do without.
+
+    Attributes:
+        name: see `Contender`.
+        own: the checkpoint; that which it is measured beside is in memory with it.
+        kv_bytes: see `Contender`.
+        unit: see `Contender`.
+    """
+
+    name: str
+    own: Checkpoint
+    kv_bytes: int
+    unit: int = 1
+
+    def key(self) -> str:
+        """See `Contender`."""
+        return fingerprint([self.own.plan.key(), self.own.weights])
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """See `Contender`; the weights are its own."""
+        return self.own.as_stored()
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """See `Contender`."""
+        return None
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """See `Contender`."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Field:
     """What a checkpoint is measured against.
 
     Attributes:
         checkpoint: what is measured.
         against: names and folders, without repeats, in the order asked for.
-        others: the plan of each of `against` that is a folder.
+        others: of each of `against` that is a folder the plan, where its weights are the dense model's, or else the checkpoint.
         profile: the profile that some baselines are made from, or None.
         every_candidate: try every sink of a baseline, also where the search has found one to be best. Every pair of formats
             is tried where the plan does not say which the search found best.
@@ -127,7 +161,7 @@ class Field:
 
     checkpoint: Checkpoint
     against: tuple[str, ...]
-    others: dict[str, Plan]
+    others: dict[str, Plan | Checkpoint]
     profile: Profile | None
     every_candidate: bool
 
@@ -148,7 +182,7 @@ class Field:
             UsageError: a cache that cannot hold the model's layers.
         """
         shape, limit = self.plan.model, self.plan.kv_bytes(tokens)
-        found: list[Contender] = [PlanContender(PLAN, self.plan, limit)]
+        found = [self._first(limit)]
         for name in self.against:
             if name == DENSE:
                 found.append(PlanContender(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
@@ -157,16 +191,23 @@ class Field:
                 held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
                 found.append(QuantizedContender(kind, held))
             elif name in self.others:
-                found.append(PlanContender(name, self.others[name], self.others[name].kv_bytes(tokens)))
+                found.append(_other_contender(name, self.others[name], tokens))
             else:
                 plans = self._baseline(name, tokens, limit)
                 found += [PlanContender(name, plan, plan.kv_bytes(tokens)) for plan in plans]
         return found
 
-    def without_baselines(self) -> dict[str, Plan]:
-        """Returns by name the plans that are the same at every length: the checkpoint's own, dense, and other folders'."""
-        fixed = {PLAN: self.plan, **self.others}
-        return fixed | ({DENSE: Plan.full(self.plan.model)} if DENSE in self.against else {})
+    def _first(self, kv_bytes: int) -> Contender:
+        """Returns the checkpoint itself, under its plan."""
+        if self.checkpoint.dense is None:
+            return PlanContender(PLAN, self.plan, kv_bytes)
+        return CheckpointContender(PLAN, self.checkpoint, kv_bytes)
+
+    def without_baselines(self) -> list[Contender]:
+        """Returns the models that are the same at every length, where they keep no token: the plan, other folders, dense."""
+        found = [self._first(0)]
+        found += [_other_contender(name, other, 0) for name, other in self.others.items()]
+        return found + ([PlanContender(DENSE, Plan.full(self.plan.model), 0)] if DENSE in self.against else [])
 
     def _baseline(self, name: str, tokens: int, limit: int) -> list[Plan]:
         """Returns the candidates of a baseline."""
@@ -186,17 +227,17 @@ def make_field(
 
     Args:
         checkpoint: the checkpoint.
-        against: see `NAMED`, or folders of other compressed checkpoints of the same dense weights.
+        against: see `NAMED`, or folders of other compressed checkpoints that were made from the same dense model.
         profile: folder of a profile of the same weights, for `NEED_PROFILE`.
         every_candidate: see `Field`.
 
     Raises:
         UsageError: a baseline that needs a profile, and there is none.
-        PlanError: a plan of other weights.
+        PlanError: a plan of another model.
     """
     names = tuple(dict.fromkeys(against))
     found = _profile(checkpoint, names, profile)
-    others = {name: _other_plan(checkpoint, name) for name in names if name not in NAMED}
+    others = {name: _other(checkpoint, name) for name in names if name not in NAMED}
     return Field(checkpoint, names, others, found, every_candidate)
 
 
@@ -239,16 +280,34 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
     return profile
 
 
-def _other_plan(checkpoint: Checkpoint, name: str) -> Plan:
-    """Returns the plan of another compressed folder, once its weights are known to be the same."""
-    other = load_checkpoint(compressed_folder(Path(name)), "auto", "cpu")
+def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
+    """Returns the plan of another compressed folder whose weights are the dense model's; else that checkpoint.
+
+    Raises:
+        PlanError: it was made from another model.
+    """
+    from moacompress.runtime.linear import pack_where_it_fits
+
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    other = load_checkpoint(compressed_folder(Path(name)), dtype, str(checkpoint.model.device))
     other.plan.check_model(checkpoint.plan.model, weights=None)
-    if other.weights != checkpoint.dense_weights:
+    if other.weights == checkpoint.dense_weights:
+        return other.plan
+    made_from = other.plan.model.weights_fingerprint
+    if checkpoint.weights_like(made_from) != made_from:
         raise PlanError(
-            f"{name} has other weights than {checkpoint.folder}: fingerprint {other.weights}, not "
-            f"{checkpoint.dense_weights}; only plans on the same dense weights are compared, so evaluate it on its own"
+            f"{name} was made from other weights than those that {checkpoint.folder} is measured beside: fingerprint "
+            f"{made_from}, not {checkpoint.weights_like(made_from)}; give the model that both were made from "
+            "(--dense MODEL), or evaluate it on its own"
         )
-    return other.plan
+    pack_where_it_fits(other.model)
+    return other
+
+
+def _other_contender(name: str, other: Plan | Checkpoint, tokens: int) -> Contender:
+    if isinstance(other, Plan):
+        return PlanContender(name, other, other.kv_bytes(tokens))
+    return CheckpointContender(name, other, other.plan.kv_bytes(tokens))
 
 
 def _sinks_of(plan: Plan) -> set[int]:

@@ -77,9 +77,10 @@ def evaluate(
         against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
             `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
             quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
-            folders of other compressed checkpoints of the same weights.
+            folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
+            or healed, or layers share attention.
         dense: the dense model, where the checkpoint's weights are not its any more: layers share attention, or the weights were
-            repaired or healed. Everything but the checkpoint itself is then measured with its weights.
+            repaired or healed. Everything but this and other checkpoints is then measured with its weights.
         tasks: names of tasks or of groups of them; `text` for perplexity by position, KL and top-1 agreement with
             dense on windows of `text`.
         lengths: prompt lengths, tokens, template and answer included.
@@ -215,9 +216,10 @@ def _lm_eval_rows(
     contenders = field.without_baselines()
     progress.start("lm-evaluation-harness", len(contenders))
     rows = []
-    for name, plan in contenders.items():
-        rows += run_lm_eval(checkpoint.put_on(plan), checkpoint.tokenizer, tasks, limit, seed=seed, name=name)
-        progress.step(name)
+    for contender in contenders:
+        model = contender.put_on(checkpoint)
+        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=contender.name)
+        progress.step(contender.name)
     progress.done()
     return rows
 

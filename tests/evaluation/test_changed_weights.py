@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import COPY, Share, with_shared_rules
 from moacompress.runtime import attach, detach
 
@@ -55,6 +57,39 @@ def test_shared_attention_is_measured_beside_the_dense_model(folders: dict[str, 
     assert rows["plan"]["value"] != rows["dense"]["value"]
     alone = run(folders["model"], against=())
     assert {row["value"] for row in alone["results"] if row["metric"] == "nll"} == {rows["plan"]["value"]}
+
+
+def test_checkpoints_with_weights_of_their_own_are_compared(folders: dict[str, Path], tmp_path: Path) -> None:
+    """One plan, on the dense model's weights and on healed ones, beside a checkpoint whose layers share attention."""
+    from transformers import AutoModelForCausalLM
+
+    dense = folders["dense"]
+    raw = Plan.uniform(Plan.load(folders["model"] / "plan.json").model, Rule(4, 0, 200))
+    names = {"raw": raw, "healed": raw.with_notes(provenance={"heal": {"tokens": 1}})}
+    for name, plan in names.items():
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        if name == "healed":
+            model.model.layers[0].self_attn.o_proj.weight.data.mul_(3.0)
+        shutil.copytree(dense, tmp_path / name)
+        attach(model, plan).save_pretrained(tmp_path / name)
+        plan.save(tmp_path / name / "plan.json")
+    healed, shared = str(tmp_path / "healed"), str(folders["model"])
+    report = run(tmp_path / "raw", against=("dense", healed, shared))
+    found = nlls(report)
+    assert len(set(found.values())) == 4  # the weights of each
+    assert {row["model"] for row in report["differences"]} == {"dense", healed, shared}
+    for other in (healed, shared):
+        assert nlls(run(Path(other), against=(), dense=dense)) == {"plan": found[other]}
+    turned = nlls(run(tmp_path / "healed", against=("dense", str(tmp_path / "raw")), dense=dense))
+    assert list(turned.values()) == [found[healed], found["dense"], found["plan"]]
+    with pytest.raises(
+        PlanError, match="was made from other weights.*--dense MODEL"
+    ):  # dense has the healed ones there
+        run(tmp_path / "healed", against=("dense", str(tmp_path / "raw")))
+
+
+def nlls(report: dict[str, Any]) -> dict[str, float]:
+    return {row["model"]: row["value"] for row in report["results"] if row["metric"] == "nll"}
 
 
 def test_without_it_there_is_no_dense_model(folders: dict[str, Path]) -> None:
