@@ -50,6 +50,7 @@ class Recording:
         plans: the rule of each KV head of every layer, None where all are full.
         collectors: of every layer; each backward pass may put others into these very lists.
         attended: what every layer attended with, kept until the tape ends; None to keep nothing.
+        values: whether that has the values too.
     """
 
     table: RuleTable
@@ -57,16 +58,19 @@ class Recording:
     plans: tuple[RuleTable | None, ...]
     collectors: tuple[list[Collector | GradientCollector], ...]
     attended: dict[int, Attended] | None = None
+    values: bool = False
 
     @staticmethod
-    def of(shape: ModelShape, table: RuleTable, plan: Plan | None = None, keep: bool = False) -> Recording:
-        """Returns a recording without collectors; with `keep` it keeps what every layer attended with."""
+    def of(
+        shape: ModelShape, table: RuleTable, plan: Plan | None = None, keep: bool = False, values: bool = False
+    ) -> Recording:
+        """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too."""
         plans: list[RuleTable | None] = [None] * shape.layers
         for layer, rules in enumerate(plan.rules if plan is not None else ()):
             if plan is not None and not all(rule.is_full for rule in rules):
                 plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
         collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
-        return Recording(table, shape.native_windows, tuple(plans), collectors, {} if keep else None)
+        return Recording(table, shape.native_windows, tuple(plans), collectors, {} if keep or values else None, values)
 
 
 _recording: ContextVar[Recording] = ContextVar("moacompress_recording")
@@ -96,8 +100,10 @@ def _attention(
     )
     if recording.attended is not None:
         plan = recording.plans[layer]
-        asking, keys, _ = as_kept(query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats)
-        recording.attended[layer] = Attended(asking, keys, s_aux, spec, plan)
+        asking, keys, values = as_kept(
+            query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats
+        )
+        recording.attended[layer] = Attended(asking, keys, s_aux, spec, plan, values if recording.values else None)
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, s_aux, spec, recording.table, recording.collectors[layer], recording.plans[layer]
     )

@@ -43,6 +43,7 @@ class Attended:
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         spec: how the layer attends.
         plan: the rule of each KV head, or None for the dense model.
+        value: `[1, kv_heads, N, value_dim]`, detached, where the recording keeps values.
     """
 
     query: Tensor
@@ -50,6 +51,7 @@ class Attended:
     sink_logit: Tensor | None
     spec: AttentionSpec
     plan: RuleTable | None = None
+    value: Tensor | None = None
 
     def probabilities(self, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Returns how a tile of rows attends.

@@ -153,8 +153,11 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
     stale = earlier is not None and _is_earlier(earlier, found.plan)
     if stale:
         remove([out / SUMMARY_FILE, out / EVALUATION_FILE])
-    if stale or not check_reusable(model, found.plan):
-        clock.run("export", lambda: export(source, found.plan, model, overwrite=stale, progress=progress))
+    repair = profiled if found.plan.quality.get("assumed_repaired") else None
+    if stale or not check_reusable(model, found.plan, repair):
+        clock.run(
+            "export", lambda: export(source, found.plan, model, repair=repair, overwrite=stale, progress=progress)
+        )
     return found
 
 

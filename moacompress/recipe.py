@@ -163,6 +163,9 @@ class SearchRecipe(_Section):
         description="layers that copy the attention of an earlier one: off, auto, a number, or layers=12:11,18:17",
     )
     segments: bool = Field(False, description="layers that share follow their anchor at once, with none between")
+    assume_repaired: bool = Field(
+        False, description="predict and measure copied attention after the repair of an export with --repair"
+    )
     assume_healed: float = Field(
         1.0, gt=0, le=1, description="share of the harm of copied attention that healing is assumed to leave"
     )

@@ -26,11 +26,12 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
         tried: the finished trials.
 
     Returns:
-        `asked`; `assume_healed`, the share of the copies' harm that all of this counts; `most`, layers that a trial could let
-        share, or None; `shared`, layers of the plan that share; `counts`: for no copy, one, and every number that was tried or
-        asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this number; `copies`, their predicted harm;
-        `predicted`, that of the solver's plan with them; and of the best trial that shared so many, `harm`, None where none
-        was measured on all samples, and `log_ratio` to trial 0. Harms in nats.
+        `asked`; `repaired`, of each copy that was repaired its `layer`, its `anchor` and what is `left` of the change of the
+        layer's attention output, and so of its harm as it is counted here; `assume_healed`, the share that is counted beside;
+        `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
+        one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
+        number; `copies`, their predicted harm; `predicted`, that of the solver's plan with them; and of the best trial that
+        shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0. Harms in nats.
     """
     choice = request.sharing
     assert choice is not None
@@ -61,6 +62,9 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
         )
     return {
         "asked": choice.asked.text,
+        "repaired": [
+            {"layer": layer, "anchor": anchor, "left": one.left} for (layer, anchor), one in choice.repairs.items()
+        ],
         "assume_healed": choice.assume_healed,
         "most": request.most_shared or None,
         "shared": sum(share is not None for share in plan.shares),

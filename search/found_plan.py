@@ -150,9 +150,13 @@ def _least(standing: Standing, context: SearchContext, *, said: bool) -> tuple[P
 
 
 def _assumed(request: SearchRequest, plan: Plan, harm: float | None) -> dict[str, Any]:
-    """Returns what a plan's notes say of healing that its harm assumes: the share that is left, and the harm as measured."""
-    left = request.left(plan)
-    if left == 1 or harm is None:
+    """Returns what a plan's notes say that its harm assumes: a repair; the share that healing leaves, and the harm before."""
+    if not any(plan.shares):
         return {}
-    assert request.sharing is not None
-    return {"assumed_healed": {"left": request.sharing.assume_healed, "measured_unhealed": harm / left}}
+    found: dict[str, Any] = {}
+    if request.recipe.search.assume_repaired:
+        found["assumed_repaired"] = True
+    left = request.left(plan)
+    if left < 1 and harm is not None:
+        found["assumed_healed"] = {"left": request.recipe.search.assume_healed, "measured_unhealed": harm / left}
+    return found

@@ -70,11 +70,14 @@ def find_front(
     key = fingerprint(["front", request.key, low, high])
     storage = recipe.search.storage or str(front_journal(out))
     name = f"moacompress-{key}"
-    distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
-    neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
     with own_file(out), quiet_optuna(), ExitStack() as owned:
         _claim(out, key, overwrite)
         owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
+        source = load_for(recipe, profile.source) if model is None else model
+        profile.check_model(source, "search")
+        request = request.repaired(source, progress)
+        distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
+        neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
         ledger = Ledger(
             storage,
             name,
@@ -85,9 +88,8 @@ def find_front(
             neutral[1:],
             objectives=2,
         )
-        source = load_for(recipe, profile.source) if model is None else model
-        profile.check_model(source, "search")
-        meter = HarmMeter.of(ledger, request.as_healed(Objective(source.model, profile.validation)), recipe.seed)
+        measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
+        meter = HarmMeter.of(ledger, measure, recipe.seed)
         surrogate = meter.calibrated(request, progress)
         progress.start("searching the front", recipe.search.trials)
         for _ in ledger.finished()[: recipe.search.trials]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from moacompress.calibration.passes import output_logits, target_states
+from moacompress.calibration.repair import Weights, with_weights
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import DataError, ModelError
 from moacompress.rules.plan import Plan
@@ -41,12 +42,17 @@ class Measure(Protocol):
         ...
 
 
+def _own_weights(plan: Plan) -> Weights:
+    return {}
+
+
 class Objective:
     """The real model under a plan, against itself dense.
 
     Args:
         model: a transformers causal LM, dense, in eval mode.
         samples: validation samples with answer tokens.
+        weights_of: returns the weights that the model has under a plan in place of its own, by the names of its parameters.
 
     Attributes:
         size: number of samples.
@@ -55,47 +61,61 @@ class Objective:
         DataError: there is no sample.
     """
 
-    def __init__(self, model: Any, samples: Sequence[Sample]) -> None:
+    def __init__(
+        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = _own_weights
+    ) -> None:
         if not samples:
             raise DataError("there are no validation samples to measure plans on; profile again")
         self.model, self.samples, self.size = model, list(samples), len(samples)
+        self._weights_of = weights_of
         self._dense: dict[int, torch.Tensor] = {}
         self._dense_bytes = 0
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Harm]:
         """Puts the model under a plan for the block's length and yields the harm of single samples."""
+        with ExitStack() as running:
+            runs = False
+
+            def harm(number: int) -> float:
+                nonlocal runs
+                if runs and number not in self._dense:
+                    running.close()
+                    runs = False
+                dense = self._dense_logits(number)
+                if not runs:
+                    running.enter_context(self._running(plan))
+                    runs = True
+                return _finite(kl(dense, answer_logits(self.model, self.samples[number])), number)
+
+            yield harm
+
+    @contextmanager
+    def _running(self, plan: Plan) -> Iterator[None]:
+        """Puts the model under a plan, with its weights, for the block's length."""
         from moacompress import runtime
 
-        attached = False
-
-        def harm(number: int) -> float:
-            nonlocal attached
-            if attached and number not in self._dense:
-                runtime.detach(self.model)
-                attached = False
-            dense = self._dense_logits(number)
-            if not attached:
-                runtime.attach(self.model, plan)
-                attached = True
-            return _finite(kl(dense, answer_logits(self.model, self.samples[number])), number)
-
-        try:
-            yield harm
-        finally:
-            if attached:
+        with with_weights(self.model, self._weights_of(plan)):
+            runtime.attach(self.model, plan)
+            try:
+                yield
+            finally:
                 runtime.detach(self.model)
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
-        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
+        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`.
+
+        All must have the same weights as `base`.
+        """
         from moacompress import runtime
 
         dense = self._dense_logits(number)
-        try:
-            found = harms_of_sample(self.model, self.samples[number], dict(enumerate(plans)), dense, base)
-            return [_finite(harm, number) for _, harm in found]
-        finally:
-            runtime.detach(self.model)
+        with with_weights(self.model, self._weights_of(base)):
+            try:
+                found = harms_of_sample(self.model, self.samples[number], dict(enumerate(plans)), dense, base)
+                return [_finite(harm, number) for _, harm in found]
+            finally:
+                runtime.detach(self.model)
 
     def harms(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the harm of every sample (or of those numbered), float64 [samples], nats."""

@@ -49,6 +49,9 @@ def opened(
     if storage is None and out is not None:
         storage = str(study_journal(out))
     with quiet_optuna(), own_study(storage, name, anew=anew):
+        source = load_for(request.recipe, profile.source) if model is None else model
+        profile.check_model(source, "search")
+        request = request.repaired(source, progress)
         ledger = Ledger(
             storage,
             name,
@@ -58,9 +61,7 @@ def opened(
             request.recipe.seed,
             [*map(request.knobs.within, request.starts), *request.knobs.starts],
         )
-        source = load_for(request.recipe, profile.source) if model is None else model
-        profile.check_model(source, "search")
-        measure = request.as_healed(Objective(source.model, profile.validation))
+        measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
         meter = HarmMeter.of(ledger, measure, request.recipe.seed)
         around, trainer = _improvers(request, source, out)
         surrogate = meter.calibrated(request, progress)
@@ -91,4 +92,4 @@ def _improvers(
     chosen = spread_samples(samples, settings.round_samples)
     around = ProfileAround(request.profile, request.recipe, source, chosen, folder)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES)))
+    return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of))

@@ -22,6 +22,7 @@ from moacompress.core.arrays import Floats
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.search.objective import MAX_DENSE_BYTES, answer_logits, kl
 
@@ -136,9 +137,14 @@ def repair_by_profile(source: SourceModel, plan: Plan, profile: Profile, progres
     """
     profile.check_model(source, "repair")
     plan.check_model(source.shape, weights=source.weights_like)
-    samples = _of_tokens(profile.calibration_samples(), TOKENS_PER_INPUT * plan.model.heads * plan.model.head_dim)
+    samples = repair_samples(profile, plan.model)
     done = repair(source, plan, samples, _spread(profile.validation, VALIDATION_SAMPLES), progress=progress)
     return Repaired(done.weights, {**done.report, "profile": profile.fingerprint})
+
+
+def repair_samples(profile: Profile, shape: ModelShape) -> list[Sample]:
+    """Returns the calibration samples that output projections are fitted to: `TOKENS_PER_INPUT`, spread over all kinds."""
+    return _of_tokens(profile.calibration_samples(), TOKENS_PER_INPUT * shape.heads * shape.head_dim)
 
 
 def _of_tokens(samples: Sequence[Sample], wanted: int) -> list[Sample]:

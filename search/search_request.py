@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import torch
+
+from moacompress.calibration.copy_repair import repaired_copies
+from moacompress.calibration.repair import Weights
 from moacompress.calibration.samples import fingerprint_samples
 from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
@@ -24,6 +29,7 @@ from moacompress.search.knobs import Knobs
 from moacompress.search.objective import Measure
 from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
+from moacompress.search.repaired import repair_samples
 from moacompress.search.sharing.assumed_healing import HealedMeasure, left_of_harm
 from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.surrogate import Surrogate
@@ -145,7 +151,9 @@ class SearchRequest:
     def _share_key(self) -> list[Any]:
         """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
         search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
-        return [search.share, search.segments, anchors, *([search.assume_healed] if search.assume_healed < 1 else [])]
+        assumed: list[Any] = [search.assume_healed] if search.assume_healed < 1 else []
+        assumed += ["repaired"] if search.assume_repaired else []
+        return [search.share, search.segments, anchors, *assumed]
 
     @property
     def knobs(self) -> Knobs:
@@ -192,6 +200,25 @@ class SearchRequest:
         healed = self.sharing.costs.cost(plan.shares)
         rest = (self.predicted(self.surrogate, plan) or healed) - healed
         return left_of_harm(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
+
+    def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
+        """Returns the request with copies repaired, and so priced, where that is asked for.
+
+        Args:
+            source: the dense model.
+            progress: told of the samples.
+        """
+        if self.sharing is None or not self.recipe.search.assume_repaired or self.sharing.repairs:
+            return self
+        copies = self.sharing.copies()
+        samples = repair_samples(self.profile, self.profile.shape)
+        dtype = getattr(torch, self.profile.shape.dtype)
+        repairs = repaired_copies(source.model, self.profile.shape, copies, samples, dtype, progress)
+        return replace(self, sharing=self.sharing.repaired(copies, repairs))
+
+    def weights_of(self, plan: Plan) -> Weights:
+        """Returns the weights that a plan is measured with in place of the model's own."""
+        return {} if self.sharing is None else self.sharing.weights(plan.shares)
 
     def as_healed(self, measure: Measure) -> Measure:
         """Returns a measure less what healing is assumed to take off, where it is."""

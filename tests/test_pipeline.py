@@ -282,6 +282,27 @@ def test_overwrite_reaches_a_study_in_another_place(recipe, tmp_path, monkeypatc
     assert asked == [overwrite]
 
 
+def test_shared_attention_is_repaired_where_the_search_assumed_it(recipe, tmp_path, caplog):
+    shared = {
+        "profile__anchors": 2,
+        "search__share": "1",
+        "search__alternatives": False,
+        "search__assume_repaired": True,
+    }
+    recipe = recipe.override(**shared)
+    summary = compress(recipe, tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "model" / "plan.json")
+    assert sum(share is not None for share in plan.shares) == 1
+    assert plan.quality["assumed_repaired"] is True
+    assert plan.provenance["repair"]["profile"] == plan.provenance["profile"]
+    assert summary["quality"]["needle-noise@700"]["nll"]["dense"] is not None
+    assert "repaired weights" not in caplog.text
+    assert compress(recipe, tmp_path / "out") == summary
+    with caplog.at_level("WARNING"):
+        export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "raw")
+    assert "export with --repair PROFILE" in caplog.text
+
+
 def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path):
     """A search that its timeout had stopped goes on in the next run, which is of the same recipe."""
     out = tmp_path / "out"

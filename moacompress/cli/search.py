@@ -70,6 +70,13 @@ def search(
             "Needs a profile with --anchors.",
         ),
     ] = None,
+    assume_repaired: Annotated[
+        bool | None,
+        typer.Option(
+            "--assume-repaired",
+            help="Predict and measure shared attention after a repair of the layers that share: export with --repair.",
+        ),
+    ] = None,
     assume_healed: Annotated[
         float | None,
         typer.Option(
@@ -104,6 +111,7 @@ def search(
         search__timeout=timeout,
         search__formats=formats,
         search__share=share,
+        search__assume_repaired=assume_repaired,
         search__assume_healed=assume_healed,
         search__solver=solver,
         search__storage=storage,

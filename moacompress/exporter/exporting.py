@@ -90,6 +90,11 @@ def export(
         progress.done()
         return out
     warn_of_budget(plan)
+    if plan.quality.get("assumed_repaired") and profile is None:
+        logger.warning(
+            "the harm of this plan was measured with repaired weights, which this checkpoint will not have; export with "
+            "--repair PROFILE"
+        )
     plan = _shared(plan)
     weights: Mapping[str, Any] = {}
     progress.step("model loaded")
@@ -274,15 +279,15 @@ def _matching(folder: Path) -> list[Path]:
     return sorted({file for file in found if file.is_file()})
 
 
-def check_reusable(folder: Path, plan: Plan) -> bool:
-    """Returns whether `folder` is a finished export of exactly this plan.
+def check_reusable(folder: Path, plan: Plan, repair: Profile | None = None) -> bool:
+    """Returns whether `folder` is a finished export of exactly this plan, repaired with that profile or not at all.
 
     Raises:
         PlanError: it is an export of another plan.
     """
     if not folder.exists():
         return False
-    if not _is_export_of(folder, plan):
+    if not _is_export_of(folder, plan, repair.fingerprint if repair else None):
         raise PlanError(f"{folder} holds another model; choose another folder or pass --overwrite")
     return True
 

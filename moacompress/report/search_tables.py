@@ -92,6 +92,12 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
     ]
     titles = ("layers", "copies", "copies, predicted", "plan, predicted", "measured", "against trial 0")
     shown: list[RenderableType] = [section("Layers that copy an earlier one's attention (nats a token)", titles, rows)]
+    if found.get("repaired"):
+        shares = sorted(row["left"] for row in found["repaired"])
+        shown.append(
+            f"All of this is after a repair, which leaves {shares[0]:.0%} to {shares[-1]:.0%} of what a copy changes: export "
+            "with --repair."
+        )
     left = found.get("assume_healed", 1)
     if left < 1:
         shown.append(

@@ -61,9 +61,13 @@ class CopyCosts:
         """Earlier layers that every layer was tried with."""
         return int(self.may.shape[1])
 
-    def healed(self, factor: float) -> CopyCosts:
-        """Returns the costs that are left where healing leaves a share of each."""
-        return CopyCosts(factor * self.influence, self.may)
+    def less(self, left: Floats | float) -> CopyCosts:
+        """Returns the costs of which a share is left.
+
+        Args:
+            left: of all, or `[layers, anchors]`.
+        """
+        return CopyCosts(self.influence * np.asarray(left, np.float64)[..., None, None], self.may)
 
     def table(self) -> Floats:
         """Returns the cost of every layer with every anchor by the best head map, nats, `[layers, anchors]`; else infinity."""

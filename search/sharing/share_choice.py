@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from moacompress.calibration.copy_repair import CopyRepair
+from moacompress.calibration.repair import Weights
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
@@ -23,6 +25,9 @@ PROTECTED = 2
 """First layers that share only where they are named by hand: every later layer builds on what they attend to, so their copies
 do far more harm than the second order, which holds for small changes, predicts. They may be anchors."""
 
+REPAIRED = 2
+"""Copies of each layer that are repaired before the choice, where that is asked for: those predicted to be cheapest."""
+
 HOPE = 3.0
 """How many times the harm that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
 
@@ -32,11 +37,12 @@ class ShareChoice:
     """What a search may share.
 
     Attributes:
-        costs: of copies, as they were profiled, less what healing is assumed to take off.
+        costs: of copies, as they were profiled, less what repair and healing are assumed to take off.
         asked: what is to be shared.
         segments: whether the users of an anchor follow it at once.
         shape: of the model.
         assume_healed: share of the copies' harm that healing is assumed to leave; `costs` count it.
+        repairs: of the copies that were repaired, by layer and anchor; `costs` count what is left.
     """
 
     costs: CopyCosts
@@ -44,6 +50,7 @@ class ShareChoice:
     segments: bool
     shape: ModelShape
     assume_healed: float = 1.0
+    repairs: Mapping[tuple[int, int], CopyRepair] = field(default_factory=dict)
 
     @staticmethod
     def of(profile: Profile, recipe: Recipe) -> ShareChoice | None:
@@ -58,7 +65,7 @@ class ShareChoice:
         if asked.off:
             return None
         search = recipe.search
-        costs = CopyCosts.of(profile, recipe.profile.estimator, search.text_weight).healed(search.assume_healed)
+        costs = CopyCosts.of(profile, recipe.profile.estimator, search.text_weight).less(search.assume_healed)
         found = ShareChoice(costs, asked, search.segments, profile.shape, search.assume_healed)
         found.shares(1 if asked.auto else 0)
         return found if asked.auto or found.fixed else None
@@ -88,6 +95,33 @@ class ShareChoice:
                 + "; ask for fewer, or profile again with more --anchors"
             )
         return self._made(found[1])
+
+    def copies(self) -> list[tuple[int, Share]]:
+        """Returns the copies that are worth repairing: those asked for by name, or each layer's `REPAIRED` cheapest."""
+        if self.asked.pairs:
+            return [(layer, share) for layer, share in enumerate(self.fixed) if share is not None]
+        found = []
+        for layer, costs in enumerate(self._table):
+            cheapest = [index for index in np.argsort(costs, kind="stable")[:REPAIRED] if np.isfinite(costs[index])]
+            found += [(layer, self.costs.share(layer, layer - 1 - int(index))) for index in cheapest]
+        return found
+
+    def repaired(self, copies: Sequence[tuple[int, Share]], repairs: Sequence[CopyRepair]) -> ShareChoice:
+        """Returns the choice among copies of which some were repaired."""
+        left = np.ones_like(self.costs.may, np.float64)
+        held = {}
+        for (layer, share), one in zip(copies, repairs, strict=True):
+            left[layer, layer - 1 - share.anchor] = one.left
+            held[layer, share.anchor] = one
+        return replace(self, costs=self.costs.less(left), repairs=held)
+
+    def weights(self, shares: LayerShares) -> Weights:
+        """Returns the repaired weights of the copies among some shares, as far as they were repaired."""
+        found: Weights = {}
+        for layer, share in enumerate(shares):
+            if share is not None and (layer, share.anchor) in self.repairs:
+                found.update(self.repairs[layer, share.anchor].weights)
+        return found
 
     def most(self, saved: Callable[[LayerShares], float]) -> int:
         """Returns how many layers a trial may let share, at least 1.

@@ -210,7 +210,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjectiv
 
     def pretend(profile: Profile, dies_at: int | None = None) -> tuple[FakeObjective, Any]:
         fake = fake_objective(profile, dies_at)
-        monkeypatch.setattr(opened_search, "Objective", lambda model, samples: fake)
+        monkeypatch.setattr(opened_search, "Objective", lambda model, samples, *weights: fake)
 
         def around(offering: Profile, *others: Any) -> Any:
             fake.on_offer = len(offering.rules)

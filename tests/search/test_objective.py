@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from moacompress.calibration.repair import with_weights
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import DataError, ModelError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.runtime import attach, detach
 from moacompress.search import objective
 from moacompress.search.objective import Objective, answer_logits, kl
 
@@ -59,6 +61,36 @@ def test_dense_logits_beyond_the_memory_limit_are_computed_again(
     for _ in range(2):
         np.testing.assert_allclose(measure.harms(sparse), expected, rtol=1e-6)
     assert len(measure._dense) == 1
+
+
+def test_a_plan_may_have_weights_of_its_own(
+    tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model never has them, not even where it is asked for again between samples under the plan."""
+    model = tiny_model("llama")
+    shape = model_shape(model)
+    sparse, full = Plan.uniform(shape, Rule(4, 32, 0), 32), Plan.full(shape)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights = {name: 2 * model.get_parameter(name).detach()}
+    before = model.get_parameter(name).detach().clone()
+    dense = [answer_logits(model, sample) for sample in samples]
+    expected = {}
+    for plan, given in ((sparse, weights), (full, {})):
+        with with_weights(model, given):
+            attach(model, plan)
+            expected[plan.key()] = [
+                kl(of_dense, answer_logits(model, sample)) for of_dense, sample in zip(dense, samples, strict=True)
+            ]
+            detach(model)
+    for limit in (2**31, 0):
+        monkeypatch.setattr(objective, "MAX_DENSE_BYTES", limit)
+        measure = Objective(model, samples, lambda plan: weights if plan == sparse else {})
+        for plan in (sparse, full):
+            assert measure.harms(plan) == pytest.approx(expected[plan.key()], rel=1e-5, abs=1e-9)
+        other = Plan.uniform(shape, Rule(4, 64, 0), 32)
+        assert measure.many(1, [sparse, other], sparse)[0] == pytest.approx(expected[sparse.key()][1], rel=1e-4)
+        assert torch.equal(model.get_parameter(name), before)
+    assert Objective(model, samples).harms(sparse)[0] != pytest.approx(expected[sparse.key()][0], rel=0.01)
 
 
 def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[Sample]) -> None:

@@ -30,7 +30,7 @@ Profiles = Callable[..., Profile]
 def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Any:
     found = fake_objective(profiles())
     for module in (opened_search, front):
-        monkeypatch.setattr(module, "Objective", lambda model, samples: found)
+        monkeypatch.setattr(module, "Objective", lambda model, samples, *weights: found)
     return found
 
 

@@ -47,7 +47,7 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
 
 
 KILLED = """
-opened_search.Objective = lambda model, samples: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
+opened_search.Objective = lambda model, samples, *weights: fakes.FakeObjective(profile, int(sys.argv[3]), kills=True)
 find_plan(profile, "50%", out=sys.argv[2], model=source)
 """
 

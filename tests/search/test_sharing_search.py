@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from moacompress.calibration.copy_repair import CopyRepair
 from moacompress.calibration.store import Profile
+from moacompress.core.progress import SILENT
 from moacompress.report.search_tables import explanation_tables
 from moacompress.rules.plan import Plan
+from moacompress.search import search_request
 from moacompress.search.front import find_front
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import pack, unpack
 from moacompress.search.sharing.assumed_healing import left_of_harm
+from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -124,7 +130,7 @@ def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_pa
     profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, ablations=0)
     fake, model = pretended(profile)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(front, "Objective", lambda model, samples: fake)
+        patch.setattr(front, "Objective", lambda model, samples, *weights: fake)
         patch.setattr(front, "STARTS", 1)  # these share nothing
         results = find_front(profile, ["22%", "50%"], recipe=profile.recipe, out=tmp_path / "plan.json", model=model)
     assert any(any(result.plan.shares) for result in results)
@@ -158,6 +164,54 @@ def test_copies_that_will_be_healed_count_less(search: Search, profiles: Profile
     assert found.harm["trial0"] == pytest.approx(plain.harm["trial0"])  # it does not share
     assert any("is counted" in shown for shown in explanation_tables(found.explanation) if isinstance(shown, str))
     assert "assumed_healed" not in plain.plan.quality
+
+
+def test_copies_are_priced_and_measured_after_a_repair(
+    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"layers": 10, "anchors": 3, "copying": 100.0, "share": "auto", "trials": 4}
+    given: list[Any] = []
+
+    def repaired(model: Any, shape: Any, copies: Any, *rest: Any) -> list[CopyRepair]:
+        given.extend(copies)
+        return [CopyRepair({f"layer {layer} of {share.anchor}": torch.ones(1)}, 1e-4) for layer, share in copies]
+
+    monkeypatch.setattr(search_request, "repaired_copies", repaired)
+    plain = profiles(**settings)
+    profile = profiles(**settings, assume_repaired=True)
+    request = SearchRequest.of(profile, "25%", profile.recipe)
+    source = SimpleNamespace(model=None)
+    monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
+    after = request.repaired(source, SILENT)  # type: ignore[arg-type]
+    assert after.key == request.key != SearchRequest.of(plain, "25%", plain.recipe).key
+    assert after.repaired(source, SILENT) is after  # type: ignore[arg-type]
+    assert request.sharing is not None
+    assert after.sharing is not None
+    cheapest = np.sort(request.sharing.costs.table(), axis=1)
+    for layer, share in given:
+        cost, left = (one.sharing.costs.table()[layer, layer - 1 - share.anchor] for one in (request, after))
+        assert cost <= cheapest[layer, REPAIRED - 1]
+        assert left == pytest.approx(1e-4 * cost)
+    assert min(layer for layer, _ in given) == PROTECTED
+    asked = {**settings, "share": "2", "alternatives": False}
+    found = search(profiles(**asked, assume_repaired=True), "25%")[0]
+    assert sum(share is not None for share in found.plan.shares) == 2
+    assert found.plan.quality["assumed_repaired"] is True
+    weights = after.weights_of(found.plan)
+    assert set(weights) == {
+        f"layer {layer} of {share.anchor}" for layer, share in enumerate(found.plan.shares) if share is not None
+    }
+    notes = found.explanation["sharing"]
+    assert {row["left"] for row in notes["repaired"]} == {1e-4}
+    assert any("after a repair" in shown for shown in explanation_tables(found.explanation) if isinstance(shown, str))
+    assert after.weights_of(Plan.full(profile.shape)) == {}
+
+
+def test_named_copies_are_the_ones_that_are_repaired(profiles: Profiles) -> None:
+    profile = profiles(anchors=2, share="layers=2:1,3:1")
+    sharing = SearchRequest.of(profile, "40%", profile.recipe).sharing
+    assert sharing is not None
+    assert [(layer, share.anchor) for layer, share in sharing.copies()] == [(2, 1), (3, 1)]
 
 
 def test_what_healing_leaves_is_of_the_copies_alone() -> None:
