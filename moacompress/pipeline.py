@@ -28,7 +28,7 @@ from moacompress.core.errors import ArtefactError, RecipeError
 from moacompress.core.files import read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
-from moacompress.exporter.exporting import check_reusable, export, exported_plan
+from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.asked_shares import AskedShares
@@ -163,7 +163,7 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:
     """Whether a plan is another one of the same search, which its timeout stopped and which then went on."""
-    return plan.provenance.get("search") == other.provenance["search"] and plan.to_dict() != other.to_dict()
+    return plan.provenance.get("search") == other.provenance["search"] and unrepaired(plan).to_dict() != other.to_dict()
 
 
 def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:

@@ -73,7 +73,7 @@ def export(
 
     progress = progress or Progress()
     out = Path(out)
-    plan = _unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan))
+    plan = unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan))
     profile = _read_profile(repair)
     reused = not overwrite and out.exists()
     if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
@@ -151,7 +151,7 @@ def _with_repair(plan: Plan, report: dict[str, Any]) -> Plan:
     return plan.with_notes(provenance={**plan.provenance, "repair": report})
 
 
-def _unrepaired(plan: Plan) -> Plan:
+def unrepaired(plan: Plan) -> Plan:
     """Returns a plan without the notes of a repair, which are of a checkpoint's weights and not of the plan."""
     return plan.with_notes(provenance={name: note for name, note in plan.provenance.items() if name != "repair"})
 
@@ -294,7 +294,7 @@ def check_reusable(folder: Path, plan: Plan, repair: Profile | None = None) -> b
 
 def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> bool:
     found = exported_plan(folder)
-    if found is None or _unrepaired(_shared(found)).to_dict() != _unrepaired(_shared(plan)).to_dict():
+    if found is None or unrepaired(_shared(found)).to_dict() != unrepaired(_shared(plan)).to_dict():
         return False
     return _repaired_by(found) == repaired_by
 

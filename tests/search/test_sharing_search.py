@@ -187,11 +187,12 @@ def test_copies_are_priced_and_measured_after_a_repair(
     assert after.repaired(source, SILENT) is after  # type: ignore[arg-type]
     assert request.sharing is not None
     assert after.sharing is not None
-    cheapest = np.sort(request.sharing.costs.table(), axis=1)
+    before, repaired_costs = request.sharing.costs.table(), after.sharing.costs.table()
+    cheapest = np.sort(before, axis=1)
     for layer, share in given:
-        cost, left = (one.sharing.costs.table()[layer, layer - 1 - share.anchor] for one in (request, after))
-        assert cost <= cheapest[layer, REPAIRED - 1]
-        assert left == pytest.approx(1e-4 * cost)
+        place = layer, layer - 1 - share.anchor
+        assert before[place] <= cheapest[layer, REPAIRED - 1]
+        assert repaired_costs[place] == pytest.approx(1e-4 * before[place])
     assert min(layer for layer, _ in given) == PROTECTED
     asked = {**settings, "share": "2", "alternatives": False}
     found = search(profiles(**asked, assume_repaired=True), "25%")[0]
