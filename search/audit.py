@@ -33,7 +33,7 @@ from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.cost import budget_limits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.audit_precision import assess_formats, choose_format_picks, format_plans
-from moacompress.search.audit_sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
+from moacompress.search.audit_sharing import assess_copies, audit_repairs, choose_copy_picks, copy_costs, copy_plans
 from moacompress.search.audit_statistics import BootstrapValue, assess
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
@@ -60,8 +60,8 @@ class Audit:
             `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, regret_ci95, n`;
             `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
             offers formats;
-            `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`; where
-            the profile has copies;
+            `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`, and
+            `audit_repair`, `repair_points` of some of them once repaired; where the profile has copies;
             `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
             `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
@@ -233,6 +233,9 @@ def _run(
     ledger = ledger_file(path)
     harms = measured_harms(model, samples, list(chain(*groups)), ledger, progress).mean(axis=1)
     of_picks, of_plans, of_formats, of_copies = np.split(harms, np.cumsum([len(group) for group in groups])[:-1])
+    repaired = (
+        audit_repairs(profile, model, costs, copied, samples, ledger, seed, progress) if costs is not None else {}
+    )
     influence = predicted_influence(profile, samples)
     results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)
     estimator = request.recipe.profile.estimator
@@ -258,6 +261,7 @@ def _run(
         **differences,
         **(assess_formats(profile, influence, rounded, of_formats, seed) if rounded else {}),
         **(assess_copies(profile, costs, copied, of_copies, seed) if costs is not None and copied else {}),
+        **repaired,
         "split_half": split_half(request, seed),
         "points": results.points,
         "plans": results.plan_points,

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
+from moacompress.calibration.copy_repair import repaired_copies
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
 from moacompress.search.audit_statistics import rank_and_ratio
+from moacompress.search.measuring import measured_harms
+from moacompress.search.repaired import repair_samples
 from moacompress.search.sharing.copy_costs import CopyCosts
+
+REPAIRED_PICKS = 24
+"""Copies that are repaired and measured again, at most: each fit holds two squares of the projection's inputs."""
 
 CopyPick: TypeAlias = tuple[int, Share]
 """A layer, and its copy."""
@@ -90,13 +100,58 @@ def assess_copies(
         `audit_sharing`: `estimator`, and what `rank_and_ratio` says; `sharing_points`: each pick, `layer, anchor, head_map,
         predicted, measured`.
     """
-    plans = copy_plans(profile, picks)
-    predicted = np.array([costs.cost(plan.shares) for plan in plans])
-    points = [
+    predicted = np.array([costs.cost(plan.shares) for plan in copy_plans(profile, picks)])
+    return {
+        "audit_sharing": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
+        "sharing_points": _points(picks, predicted, measured),
+    }
+
+
+def audit_repairs(
+    profile: Profile,
+    model: SourceModel,
+    costs: CopyCosts,
+    picks: Sequence[CopyPick],
+    samples: Sequence[Sample],
+    ledger: Path,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measures the first of some copies with repaired weights, and compares that with what a repair is predicted to leave.
+
+    Args:
+        profile: of the dense model; its calibration samples are fitted to.
+        model: dense.
+        costs: of copies that are not repaired, as predicted.
+        picks: copies; `REPAIRED_PICKS` of them are repaired.
+        samples: to measure on.
+        ledger: what it holds is not measured again.
+        seed: of the bootstrap.
+        progress: told of what is done.
+
+    Returns:
+        `audit_repair`, as `audit_sharing`; `repair_points`, as `sharing_points`, and `left`. Nothing where there are no picks.
+    """
+    picks = picks[:REPAIRED_PICKS]
+    if not picks:
+        return {}
+    shape, plans = profile.shape, copy_plans(profile, picks)
+    dtype = getattr(torch, shape.dtype)
+    repairs = repaired_copies(model.model, shape, picks, repair_samples(profile, shape), dtype, progress)
+    weights = {plan.key(): one.weights for plan, one in zip(plans, repairs, strict=True)}
+    harms = measured_harms(
+        model, samples, plans, ledger, progress, lambda plan: weights.get(plan.key(), {}), "repaired"
+    ).mean(axis=1)
+    predicted = np.array([one.left * costs.cost(plan.shares) for plan, one in zip(plans, repairs, strict=True)])
+    points = _points(picks, predicted, harms)
+    return {
+        "audit_repair": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, harms, seed)},
+        "repair_points": [{**point, "left": one.left} for point, one in zip(points, repairs, strict=True)],
+    }
+
+
+def _points(picks: Sequence[CopyPick], predicted: Floats, measured: Floats) -> list[dict[str, Any]]:
+    return [
         {"layer": layer, "anchor": share.anchor, "head_map": list(share.head_map), "predicted": guess, "measured": harm}
         for (layer, share), guess, harm in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]
-    return {
-        "audit_sharing": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
-        "sharing_points": points,
-    }

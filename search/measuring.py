@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from moacompress.calibration.repair import Weights
 from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import ModelError
@@ -16,11 +17,17 @@ from moacompress.core.progress import Progress
 from moacompress.core.records import Records
 from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
-from moacompress.search.objective import harms_of_sample
+from moacompress.search.objective import harms_of_sample, own_weights
 
 
 def measured_harms(
-    model: SourceModel, samples: Sequence[Sample], plans: Sequence[Plan], path: Path, progress: Progress
+    model: SourceModel,
+    samples: Sequence[Sample],
+    plans: Sequence[Plan],
+    path: Path,
+    progress: Progress,
+    weights_of: Callable[[Plan], Weights] = own_weights,
+    of: str = "",
 ) -> Floats:
     """Returns the harm of every plan on every sample, float64 [plans, samples], nats per answer token.
 
@@ -32,6 +39,8 @@ def measured_harms(
         plans: for this model.
         path: the ledger; what it holds is not measured again.
         progress: told of every harm that is measured.
+        weights_of: returns the weights that the model has under a plan in place of its own.
+        of: what these are, where there are any.
 
     Raises:
         ModelError: logits that are not finite.
@@ -43,14 +52,16 @@ def measured_harms(
     marks = [fingerprint_ordered([sample]) for sample in samples]
     dtype = model.computes_in
     keys = [
-        [fingerprint([plan.model.weights_fingerprint, dtype, plan.key(), mark]) for mark in marks] for plan in plans
+        [fingerprint([plan.model.weights_fingerprint, dtype, plan.key(), mark, *filter(None, [of])]) for mark in marks]
+        for plan in plans
     ]
     missing = [[row for row, key in enumerate(column) if ledger.get(key) is None] for column in zip(*keys, strict=True)]
     progress.start("measuring", sum(map(len, missing)))
     try:
         for number, rows in enumerate(missing):
             wanted = {row: plans[row] for row in rows}
-            for row, harm in harms_of_sample(model.model, samples[number], wanted, None, Plan.full(model.shape)):
+            full = Plan.full(model.shape)
+            for row, harm in harms_of_sample(model.model, samples[number], wanted, None, full, weights_of):
                 if not math.isfinite(harm):
                     raise ModelError(f"the logits of held-out sample {number} are not finite; try --dtype float32")
                 ledger.add(keys[row][number], {"harm": harm}, plan=plans[row].key(), sample=number)

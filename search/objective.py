@@ -42,7 +42,8 @@ class Measure(Protocol):
         ...
 
 
-def _own_weights(plan: Plan) -> Weights:
+def own_weights(plan: Plan) -> Weights:
+    """Returns no weights in place of the model's own."""
     return {}
 
 
@@ -62,7 +63,7 @@ class Objective:
     """
 
     def __init__(
-        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = _own_weights
+        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = own_weights
     ) -> None:
         if not samples:
             raise DataError("there are no validation samples to measure plans on; profile again")
@@ -103,19 +104,16 @@ class Objective:
                 runtime.detach(self.model)
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
-        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`.
-
-        All must have the same weights as `base`.
-        """
+        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
         from moacompress import runtime
 
+        numbered = dict(enumerate(plans))
         dense = self._dense_logits(number)
-        with with_weights(self.model, self._weights_of(base)):
-            try:
-                found = harms_of_sample(self.model, self.samples[number], dict(enumerate(plans)), dense, base)
-                return [_finite(harm, number) for _, harm in found]
-            finally:
-                runtime.detach(self.model)
+        try:
+            found = harms_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+            return [_finite(harm, number) for _, harm in found]
+        finally:
+            runtime.detach(self.model)
 
     def harms(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the harm of every sample (or of those numbered), float64 [samples], nats."""
@@ -141,9 +139,14 @@ def _finite(harm: float, number: int) -> float:
 
 
 def harms_of_sample(
-    model: Any, sample: Sample, plans: Mapping[int, Plan], dense: torch.Tensor | None, base: Plan
+    model: Any,
+    sample: Sample,
+    plans: Mapping[int, Plan],
+    dense: torch.Tensor | None,
+    base: Plan,
+    weights_of: Callable[[Plan], Weights] = own_weights,
 ) -> Iterator[tuple[int, float]]:
-    """Yields the harm of every plan, by its number; leaves the model under the last one.
+    """Yields the harm of every plan, by its number; leaves the model under the last one, with its own weights.
 
     Args:
         model: a transformers causal LM.
@@ -151,16 +154,18 @@ def harms_of_sample(
         plans: by number.
         dense: the dense model's logits at the sample's answer; None where `base` is the full plan, which has them.
         base: plans start from the first layer in which they differ from it.
+        weights_of: as of `Objective`; those of `base` and of a plan must be the same in the layers before that.
     """
     from moacompress import runtime
 
     if not plans:
         return
     runtime.attach(model, base)
-    prefix, logits = record(model, lambda: answer_logits(model, sample))
+    with with_weights(model, weights_of(base)):
+        prefix, logits = record(model, lambda: answer_logits(model, sample))
     for number, plan in plans.items():
         runtime.attach(model, plan)
-        with resumed(model, prefix, first_changed(plan, base)):
+        with with_weights(model, weights_of(plan)), resumed(model, prefix, first_changed(plan, base)):
             harm = kl(logits if dense is None else dense, answer_logits(model, sample))
         yield number, harm
 

@@ -35,6 +35,7 @@ AUDIT_KEYS = (
     "audit_plans",
     "audit_precision",
     "audit_sharing",
+    "audit_repair",
     "fisher_minus_moa",
     "chosen_minus_moa",
     "split_half",
@@ -42,6 +43,7 @@ AUDIT_KEYS = (
     "plans",
     "precision_points",
     "sharing_points",
+    "repair_points",
 )
 """What `--json` takes over from an audit."""
 

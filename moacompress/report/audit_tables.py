@@ -51,7 +51,7 @@ def audit_tables(audit: Data) -> list[RenderableType]:
     if "audit_precision" in audit:
         shown.append(_formats_section(audit["audit_precision"]))
     if "audit_sharing" in audit:
-        shown.append(_sharing_section(audit["audit_sharing"]))
+        shown.append(_sharing_section(audit["audit_sharing"], audit.get("audit_repair")))
     names = dict.fromkeys(("fisher", chosen)) if "fisher_minus_moa" in audit else {}
     for name in names:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
@@ -72,10 +72,11 @@ def _formats_section(found: Data) -> RenderableType:
     return section(title, RATIO_COLUMNS, rows)
 
 
-def _sharing_section(found: Data) -> RenderableType:
-    """Returns the table of single layers that copy."""
+def _sharing_section(found: Data, repaired: Data | None) -> RenderableType:
+    """Returns the table of single layers that copy, and of some of them once repaired."""
     title = f"{found['n']} layers that copy an earlier one's attention, as {found['estimator']} predicts it"
-    return section(title, RATIO_COLUMNS, [_ratio_row("all", found)])
+    rows = [_ratio_row("as they are", found), *([_ratio_row("repaired", repaired)] if repaired else [])]
+    return section(title, RATIO_COLUMNS, rows)
 
 
 def _ratio_row(name: str, row: Data) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def _number(row: Data, value: str, interval: str) -> str:
 def scatter_html(audit: Data) -> str:
     """Returns a page of its own: measured against predicted harm on logarithmic axes, a trace for each estimator.
 
-    One panel for the ablations, one for the plans, one for single formats and one for copies (these two not calibrated), each
+    One panel for the ablations, one for the plans, one for single formats and two for copies (these not calibrated), each
     with the line where both are equal.
 
     Args:
@@ -122,6 +123,10 @@ def scatter_html(audit: Data) -> str:
         name = audit["audit_sharing"]["estimator"]
         copies = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["sharing_points"]]
         panels.append((f"{len(copies)} layers that copy", copies, _copy_note))
+    if "audit_repair" in audit:
+        name = audit["audit_repair"]["estimator"]
+        copies = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["repair_points"]]
+        panels.append((f"{len(copies)} of them, repaired", copies, _copy_note))
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels])
     palette = colors.qualitative.Plotly
     for column, (_, points, note) in enumerate(panels, start=1):

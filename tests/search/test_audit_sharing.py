@@ -108,6 +108,16 @@ def test_small_copies_cost_what_is_predicted(
     assert row["spearman"] > 0.8
     assert row["ci95"][0] <= row["spearman"] <= row["ci95"][1]
     assert 0.6 < row["ratio"] < 1.6
+    repaired = found["audit_repair"]
+    assert repaired["n"] == len(found["repair_points"]) == 6
+    assert all(0 < point["left"] <= 1 for point in found["repair_points"])
+    points = zip(found["sharing_points"], found["repair_points"], strict=True)
+    assert all(after["predicted"] == pytest.approx(before["predicted"] * after["left"]) for before, after in points)
+    assert [point["measured"] for point in found["repair_points"]] != [
+        point["measured"] for point in found["sharing_points"]
+    ]
+    again = audit(profile, source, 6, 0, "50%", out=tmp_path / "audit.json").data
+    assert again["repair_points"] == found["repair_points"]
     assert "6 layers that copy" in scatter_html(found)
     assert any("copy" in str(getattr(part, "renderables", part)) for part in audit_tables(found))
 
