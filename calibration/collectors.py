@@ -22,6 +22,7 @@ class InfluenceSums:
     """
 
     baselines = False
+    lag = None
 
     def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
         self.squares = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
@@ -59,6 +60,7 @@ class BaselineSums:
     """
 
     baselines = True
+    lag = None
 
     def __init__(self, kv_heads: int, rules: int, device: torch.device | str = "cpu") -> None:
         self.moa = torch.zeros(kv_heads, rules, dtype=torch.float64, device=device)
@@ -95,6 +97,45 @@ class BaselineSums:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the sums by name, `[kv_heads, rules]`."""
         return {"moa": self.moa, "mass": self.mass}
+
+
+class TokenSums:
+    """What hiding single tokens would do to one backward pass: what a gate learns to predict.
+
+    `c_ij = P_ij (G_ij - D_i)`, summed over the query heads of a group, is what hiding key j alone moves the output of query i
+    along the cotangent, to first order in its probability. What counts is the sum of the squares over the queries that stand
+    `lag` tokens or more behind the key.
+
+    Args:
+        kv_heads: KV heads of the layer.
+        tokens: of the sample.
+        lag: queries that are nearer to a key do not count: any window shows it to them.
+        device: of the sums.
+
+    Attributes:
+        of_tokens: the sums, `[kv_heads, tokens]`.
+    """
+
+    baselines = False
+
+    def __init__(self, kv_heads: int, tokens: int, lag: int, device: torch.device | str = "cpu") -> None:
+        self.lag: int | None = lag
+        self.of_tokens = torch.zeros(kv_heads, tokens, dtype=torch.float64, device=device)
+
+    def add(self, view: TileView) -> None:
+        """Adds a tile."""
+        keys = torch.arange(view.tile.high - 1, view.tile.low - 1, -1, device=view.rows.device)
+        moved = view.centred.sum(1).double().masked_fill_(view.rows[:, None] - keys < (self.lag or 0), 0)
+        self.of_tokens[:, keys] += moved.square_().sum(1)
+
+    def take(self, sums: LayerSums) -> None:
+        """Adds the sums of all tiles."""
+        assert sums.of_tokens is not None  # `lag` asks for it
+        self.of_tokens += sums.of_tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the sums by name."""
+        return {"of_tokens": self.of_tokens}
 
 
 def _masked(view: TileView, values: Tensor) -> Tensor:

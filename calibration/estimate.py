@@ -15,6 +15,7 @@ from typing import Any
 
 from moacompress.calibration import passes
 from moacompress.calibration.answers import BATCH_TOKENS
+from moacompress.calibration.gates import JUDGED
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
 from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
@@ -151,7 +152,9 @@ def dry_run(
     lengths = asked.lengths
     progress.start("timing short passes", 1 + len(lengths))
     probe = Probe(source, recipe, around)
-    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
+    total = asked.samples + asked.text_samples
+    gate_passes = 1 + min(JUDGED, total) / total if recipe.profile.gates and around is None else 0.0
+    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens, gate_passes)
     progress.step(f"{SHORT[-1]} tokens")
     counts = asked.samples, asked.text_samples, asked.validation_samples
     shares = ([row[0] for row in spread(count, len(lengths), [1.0])] for count in counts)
@@ -171,10 +174,11 @@ class _Arithmetic:
     Args:
         probe: of the model.
         answer_tokens: longest answer.
+        gate_passes: forward passes over a sample that gates take.
     """
 
-    def __init__(self, probe: Probe, answer_tokens: int) -> None:
-        self._probe, self._answer = probe, answer_tokens
+    def __init__(self, probe: Probe, answer_tokens: int, gate_passes: float = 0.0) -> None:
+        self._probe, self._answer, self._gate_passes = probe, answer_tokens, gate_passes
         self._forward, self._backward = probe.beside
         self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
         self._output_bytes = max(map(probe.output_bytes, self._output))
@@ -195,7 +199,9 @@ class _Arithmetic:
             validation_samples=validation,
             tokens=(answered + texts) * length,
             answer_seconds=self._answer_seconds(length, answered, forward),
-            profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
+            profile_seconds=samples * profiling[self._answer]
+            + texts * profiling[TARGETS]
+            + (samples + texts) * self._gate_passes * forward,
             peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
         )
 

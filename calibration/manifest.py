@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.calibration.statistics import SIDES
+from moacompress.calibration.statistics import OF_TOKENS, SIDES
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
     INFLUENCE_FILE,
@@ -71,8 +71,18 @@ class Manifest:
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `array_shapes`."""
+        """See `array_shapes`; of what samples of all lengths have alike."""
         return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether samples have the influence of single tokens, which gates are fitted to; around a plan none are."""
+        return self.recipe.profile.gates and not self.around
+
+    def sample_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every array of the statistics of a sample of so many tokens."""
+        own = {OF_TOKENS: (self.shape.layers, self.shape.kv_heads, tokens)} if self.of_tokens else {}
+        return {**self.array_shapes, **own}
 
     def write(self, folder: Path) -> None:
         """Writes `profile.json`, atomically."""
@@ -189,7 +199,8 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         if (found.recipe, found.source) == (recipe, manifest.source):
             return found
         wanted = replace(found, recipe=recipe, source=manifest.source)
-        found = replace(wanted, complete=found.complete and wanted.array_shapes == found.array_shapes)
+        same = wanted.array_shapes == found.array_shapes and wanted.of_tokens == found.of_tokens
+        found = replace(wanted, complete=found.complete and same)
     found.write(folder)
     return found
 
@@ -225,6 +236,7 @@ def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
     return recipe.override(
         profile__baselines=ours.baselines or theirs.baselines,
         profile__heads=ours.heads or theirs.heads,
+        profile__gates=ours.gates or theirs.gates,
         profile__anchors=max(ours.anchors, theirs.anchors),
         profile__formats=[*ours.formats, *theirs.formats],
     )

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
+from moacompress.calibration.gates import LAG, Gates, train_gates
 from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import Collector, GradientCollector
 from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
@@ -31,7 +32,7 @@ from moacompress.calibration.passes import Cotangent, Recording, Tape, output_lo
 from moacompress.calibration.precision import PrecisionSums
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
-from moacompress.calibration.statistics import DRAWN, Statistics
+from moacompress.calibration.statistics import DRAWN, OF_TOKENS, Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
@@ -168,6 +169,10 @@ def sample_statistics(
     ]
     found: dict[str, Tensor] = {}
     heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
+    tokens = [
+        TokenSums(shape.kv_heads, len(ids), LAG, model.device)
+        for _ in range(shape.layers if chosen.gates and around is None else 0)
+    ]
     copies = [
         CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
         for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
@@ -189,7 +194,7 @@ def sample_statistics(
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])
             cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
-            wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
+            wanted = _by_layer(influence, rounding, copies, tokens, heads if draw == 0 else [])
             tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
             for copied in copies:
                 copied.end()
@@ -198,6 +203,7 @@ def sample_statistics(
         every = torch.stack([one[name] for one in drawn])
         found[name] = every if name in DRAWN else every.mean(0)
     found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
+    found |= {name: value / chosen.draws for name, value in _stacked(tokens).items()} if tokens else {}
     return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
 
 
@@ -212,7 +218,7 @@ def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
 
 
 def _stacked(
-    collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums],
+    collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums | TokenSums],
 ) -> dict[str, Tensor]:
     """Returns the sums of all layers by name, layers in front."""
     layers = [sums.tensors() for sums in collectors]
@@ -257,7 +263,8 @@ def profile(
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
         manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
-        if manifest.complete:
+        trained = not manifest.of_tokens or Gates.load(out, manifest.fingerprint) is not None
+        if manifest.complete and trained:
             try:
                 return Profile.load(out)
             except ArtefactError as error:
@@ -265,6 +272,11 @@ def profile(
         manifest, samples = _make_samples(out, source, manifest, progress)
         statistics, manifest = _run_samples(out, source, manifest, samples, around, progress)
         merge(out, manifest, samples, statistics)
+        if manifest.of_tokens:
+            used = [index for index in range(len(samples)) if index not in manifest.skipped]
+            of_tokens = [statistics[index].arrays[OF_TOKENS] for index in used]
+            gates = train_gates(source.model, [samples[index] for index in used], of_tokens, progress)
+            gates.save(out, manifest.fingerprint)
         return Profile.load(out)
 
 
@@ -377,7 +389,7 @@ def _run_samples(
     done, skipped, seconds = [], [], 0.0
     progress.start("profiling", len(samples))
     for index, sample in enumerate(samples):
-        found = read_sample(out, index, manifest.fingerprint, manifest.array_shapes)
+        found = read_sample(out, index, manifest.fingerprint, manifest.sample_shapes(len(sample.input_ids)))
         if found is None:
             begin = time.perf_counter()
             statistics = sample_statistics(

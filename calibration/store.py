@@ -5,6 +5,7 @@
     validation.safetensors    the samples that plans will be measured on
     samples/00000.safetensors statistics of one finished sample
     influence.safetensors     the statistics of all samples
+    gates.safetensors         a gate of every KV head, where they were asked for
 
 Every file is written aside and moved into place. A sample's file carries the fingerprint of the profile it belongs to
 and a digest of its numbers: a resumed run takes exactly the files that it would have written and redoes the others.
@@ -32,6 +33,7 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 
 if TYPE_CHECKING:
+    from moacompress.calibration.gates import Gates
     from moacompress.models.source import SourceModel
 
 KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
@@ -173,6 +175,13 @@ class Profile:
         )
         pairs = keys[..., :, None, None] + values[..., None, :, None]
         return (found[..., None, None, :] + pairs).reshape(*found.shape[:-1], -1)
+
+    @property
+    def gates(self) -> Gates | None:
+        """The gates that were trained with it, read from its folder; None where there are none."""
+        from moacompress.calibration.gates import Gates
+
+        return Gates.load(self.path, self.fingerprint)
 
     def calibration_samples(self) -> list[Sample]:
         """Reads the samples that were profiled, those left out included.

@@ -24,6 +24,7 @@ class LayerSums(NamedTuple):
         moa: MoA's `sum |E_ij|` over what a rule masks; None where no collector asks for it.
         mass: the probability that a rule masks, mean over query heads, summed over rows; as `moa`.
         rows: rows that took part.
+        of_tokens: influence of single tokens, `[kv_heads, tokens]`; None where no collector asks for it.
     """
 
     squares: Tensor
@@ -31,6 +32,7 @@ class LayerSums(NamedTuple):
     moa: Tensor | None
     mass: Tensor | None
     rows: int
+    of_tokens: Tensor | None = None
 
 
 @runtime_checkable
@@ -39,9 +41,11 @@ class SumCollector(Protocol):
 
     Attributes:
         baselines: whether it needs `moa` and `mass`.
+        lag: where it needs `of_tokens`, tokens from a key on before which queries do not count; one for all collectors.
     """
 
     baselines: bool
+    lag: int | None
 
     def take(self, sums: LayerSums) -> None:
         """Takes what would have come tile by tile."""
@@ -75,7 +79,8 @@ def swept(
         Gradients of query, key and value.
     """
     baselines = any(collector.baselines for collector in collectors)
-    *gradients, sums, rows = backend_for(query).profile_backward(
+    lag = next((collector.lag for collector in collectors if collector.lag is not None), None)
+    *gradients, sums, of_tokens, rows = backend_for(query).profile_backward(
         grad,
         query,
         key,
@@ -84,9 +89,10 @@ def swept(
         plan=None if plan is None else as_tensors(plan),
         scores=spec.scores(sink_logit),
         baselines=baselines,
+        lag=lag,
     )
     moa, mass = sums[2:] if baselines else (None, None)
-    found = LayerSums(sums[0], sums[1], moa, mass, rows)
+    found = LayerSums(sums[0], sums[1], moa, mass, rows, None if lag is None else of_tokens)
     for collector in collectors:
         collector.take(found)
     return gradients[0], gradients[1], gradients[2]

@@ -123,6 +123,9 @@ class ProfileRecipe(_Section):
     baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
     heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
     anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
+    gates: bool = Field(
+        False, description="also train a gate for every KV head, which scores tokens by their influence"
+    )
     formats: Formats = Field(CODED, description="formats of keys and values that are profiled")
     min_window: int = Field(32, description="smallest window of any KV head, tokens")
     sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")

@@ -84,6 +84,12 @@ def profile(
     anchors: Annotated[
         int | None, typer.Option(metavar="N", help="Also profile sharing with N earlier layers of every layer.")
     ] = None,
+    gates: Annotated[
+        bool | None,
+        typer.Option(
+            "--gates", help="Also train a gate for every KV head, and say how well it tells which tokens matter."
+        ),
+    ] = None,
     source: Sources = None,
     text: Text = None,
     around: Annotated[
@@ -125,6 +131,7 @@ def profile(
         profile__baselines=baselines if audit is None else True,
         profile__heads=heads,
         profile__anchors=anchors,
+        profile__gates=gates,
         trust_remote_code=trust_remote_code,
     )
     name = required_model(model, resolved.model)
@@ -188,5 +195,13 @@ def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[Rend
         "around": made.around,
         "seconds": made.seconds,
     }
+    found = made.gates if made.recipe.profile.gates else None
+    if found is not None:
+        data["gates"] = found.report
     work = f"{made.shape.layers * made.shape.kv_heads} KV heads x {len(made.rules)} rules on {data['samples']} samples"
-    return data, [f"Profiled {work} in {made.seconds:.0f} s."]
+    show: list[RenderableType] = [f"Profiled {work} in {made.seconds:.0f} s."]
+    if found is not None:
+        from moacompress.report.gate_tables import gate_table
+
+        show.append(gate_table(found.report))
+    return data, show

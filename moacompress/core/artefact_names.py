@@ -37,11 +37,12 @@ DENSE_FOLDER = "dense"
 TEXT_FOLDER = "text"
 
 MANIFEST_FILE = "profile.json"
-"""What a profile is of; it lies in the profile's folder, as do the next six."""
+"""What a profile is of; it lies in the profile's folder, as do the next seven."""
 CALIBRATION_FILE = "calibration.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 SAMPLES_FOLDER = "samples"
 INFLUENCE_FILE = "influence.safetensors"
+GATES_FILE = "gates.safetensors"
 ANSWERS_FILE = "answers.jsonl"
 AUDIT_FILE = "audit.json"
 
@@ -187,7 +188,15 @@ def of_audit(audit: Path) -> list[Path]:
 
 def of_profile(folder: Path) -> list[Path]:
     """Returns all that `profile` leaves in its folder."""
-    samples = (INFLUENCE_FILE, SAMPLES_FOLDER, VALIDATION_FILE, CALIBRATION_FILE, ANSWERS_FILE, MANIFEST_FILE)
+    samples = (
+        GATES_FILE,
+        INFLUENCE_FILE,
+        SAMPLES_FOLDER,
+        VALIDATION_FILE,
+        CALIBRATION_FILE,
+        ANSWERS_FILE,
+        MANIFEST_FILE,
+    )
     return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]
 
 

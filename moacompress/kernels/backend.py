@@ -434,7 +434,8 @@ class Backend(ABC):
         plan: RuleTable | None,
         scores: Scores,
         baselines: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        lag: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Gradients of attention and what every rule would move, in one sweep.
 
         What is computed, and in PyTorch, is in `moacompress.calibration.influence`.
@@ -448,10 +449,12 @@ class Backend(ABC):
             plan: the rule that each KV head runs under, or None for the dense model.
             scores: how scores are made.
             baselines: whether to sum MoA's |E| and the masked probability too.
+            lag: tokens from a key on before which queries do not count in the influence of single tokens; None for none of it.
 
         Returns:
             Gradients of query, key and value; sums, float64 `[2 or 4, kv_heads, rules]`: of squares and of the deltas, then of
-            the baselines; rows with a cotangent that is not zero: the others take no part.
+            the baselines; influence of single tokens, float64 `[kv_heads, tokens]`, no tokens where it is not asked for; rows
+            with a cotangent that is not zero: the others take no part.
         """
         raise self._cannot("profile_backward")
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, probe
-from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, dry_run
+from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
 from moacompress.calibration.probe import Gathered, LiveBytes, Probe
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
@@ -76,6 +76,15 @@ def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> Non
         assert part["answer_seconds"] > 0
         assert part["peak_bytes"] > data["weight_bytes"]
     assert data["peak_bytes"] == max(part["peak_bytes"] for part in data["lengths"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_gates_take_forward_passes(load: Callable[..., SourceModel]) -> None:
+    source, chosen = load(), recipe(128, 256)
+    probe = Probe(source, chosen, None)
+    plain, gated = (_Arithmetic(probe, 4, passes).estimate(256, 2, 1, 1) for passes in (0.0, 1e6))
+    assert gated.profile_seconds > 100 * plain.profile_seconds
+    assert dry_run(source, chosen.override(profile__gates=True)).seconds > 0
 
 
 @pytest.mark.usefixtures("quick")

@@ -284,6 +284,7 @@ void test_profile(Isa isa, DType dtype) {
     if (std::isnan(dout.get(i))) silent[size_t(i / value_dim % tokens)] = false;
   const int64_t kinds = baselines ? 4 : 2;
   std::unique_ptr<double[]> sums(new double[size_t(kinds * kv_heads * rules)]);
+  std::unique_ptr<double[]> of_tokens(new double[size_t(kv_heads * tokens)]);
   std::unique_ptr<int64_t> alive(new int64_t(-1));
   const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
   const Shape shape = {dtype, 1, kv_heads, group, dim, value_dim};
@@ -291,7 +292,8 @@ void test_profile(Isa isa, DType dtype) {
                             scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), dout.bytes.get(),
                             strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
                             dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
-                            strides(kv_heads, value_dim), baselines, sums.get(), alive.get()};
+                            strides(kv_heads, value_dim), baselines, sums.get(), pick(0, 40),
+                            pick(0, 1) ? of_tokens.get() : nullptr, alive.get()};
   const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
   if (profile(call, parallel, isa) != OK) failures++, std::printf("profile failed\n");
   for (const Data* data : {&dquery, &dkey, &dvalue})

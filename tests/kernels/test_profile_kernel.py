@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration import influence
-from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
 from moacompress.calibration.influence import (
     AttentionSpec,
     Collector,
@@ -88,6 +88,7 @@ class Case:
             "softcap": self.spec.softcap or 0.0,
             "sink_logits": self.sink_logit,
             "baselines": True,
+            "lag": None,
         }
         assert changes.keys() <= named.keys()
         return list((named | changes).values())
@@ -165,7 +166,8 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
     case = build(seed, dtype)
     exact, sizes = sums(case), Sizes()
     wanted = case.exact().backward([*exact, sizes])
-    *gradients, found, alive = OPS.profile_backward(*case.arguments())
+    *gradients, found, none, alive = OPS.profile_backward(*case.arguments())
+    assert none.shape == (case.sizes[0], 0)
     assert alive == int(case.grad.ne(0).any(-1).any(1).sum())
     for mine, other in zip(gradients, wanted, strict=True):
         assert mine.dtype == dtype
@@ -180,8 +182,13 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
     assert not found[0][exact[0].squares == 0].any()
     assert not found[2][exact[1].moa == 0].any()
     assert not found[3][exact[1].moa == 0].any()
-    only = OPS.profile_backward(*case.arguments(baselines=False))
+    lag = random.Random(seed).choice((0, 1, 7, 32, 150))
+    tokens = TokenSums(case.sizes[0], case.key.shape[2], lag)
+    case.exact().backward([tokens])
+    only = OPS.profile_backward(*case.arguments(baselines=False, lag=lag))
     assert torch.equal(only[3], found[:2])
+    close(only[4], tokens.of_tokens, 4 * SUMS)
+    assert not only[4][tokens.of_tokens == 0].any()
     assert all(torch.equal(a, b) for a, b in zip(only[:3], gradients, strict=True))
 
 
@@ -244,7 +251,7 @@ def test_nan_reaches_what_sees_it(
         changed[0, head, token, rng.randrange(sizes["dim"])] = float("nan")
         found, exact, baselines = [], [], []
         for one in (other, case):
-            *gradients, sums, _ = OPS.profile_backward(*one.arguments())
+            *gradients, sums, _, _ = OPS.profile_backward(*one.arguments())
             wanted, wanted_sums, spoilt = by_definition(one, attended)
             found.append([t[0] for t in gradients] + [sums[:2]])
             exact.append([*wanted, wanted_sums])
@@ -263,16 +270,16 @@ def test_threads_change_no_bit(name: str, isa: Callable[[str], None], threads: C
         results = []
         for count in (1, 2, 17, 17):
             threads(count)
-            results.append(OPS.profile_backward(*case.arguments()))
+            results.append(OPS.profile_backward(*case.arguments(lag=5)))
         for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0][:4], other[:4], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(results[0][:5], other[:5], strict=True))
 
 
 def test_a_group_of_more_heads_than_a_tile_has_lanes() -> None:
     case = build(3, torch.float32, n=30, kv_heads=1, group=150, dim=16)
     exact = sums(case)
     wanted = case.exact().backward(exact)
-    *gradients, found, _ = OPS.profile_backward(*case.arguments())
+    *gradients, found, _, _ = OPS.profile_backward(*case.arguments())
     for mine, other in zip((*gradients, found[0]), (*wanted, exact[0].squares), strict=True):
         close(mine, other, 1e-5)
 
@@ -387,6 +394,7 @@ def test_bad_arguments_are_refused() -> None:
     refused("rule 0 has the formats 0 and 1; this is done with native ones", rules=quantized)
     refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
+    refused("lag is -1, less than 0", lag=-1)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
 
 
@@ -424,6 +432,6 @@ def test_statistics_of_a_model(
 
 
 def test_the_fake_has_the_shapes_of_the_real_one() -> None:
-    for baselines in (False, True):
-        arguments = tuple(build(4, torch.float32).arguments(baselines=baselines))
+    for baselines, lag in ((False, None), (True, 3)):
+        arguments = tuple(build(4, torch.float32).arguments(baselines=baselines, lag=lag))
         torch.library.opcheck(OPS.profile_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))

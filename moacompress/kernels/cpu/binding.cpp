@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
   return {dquery, dkey, dvalue};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
-    std::optional<Tensor> sink_logits, bool baselines) {
+    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag) {
   const char* op = "profile_backward";
   STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -113,14 +113,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, 1, shape.kv_heads, tokens, shape.value_dim);
   Tensor sums = new_tensor(query, Shapes{baselines ? 4 : 2, shape.kv_heads, asked.count}, ScalarType::Double);
+  STD_TORCH_CHECK(!lag || *lag >= 0, op, ": lag is ", lag.value_or(0), ", less than 0");
+  Tensor of_tokens = new_tensor(query, Shapes{shape.kv_heads, lag ? tokens : 0}, ScalarType::Double);
   int64_t alive = 0;
   const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
                             strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
-                            static_cast<double*>(sums.mutable_data_ptr()), &alive};
+                            static_cast<double*>(sums.mutable_data_ptr()), lag.value_or(0),
+                            lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive};
   check_status(profile(call, parallel(), isa()), op);
-  return {dquery, dkey, dvalue, sums, alive};
+  return {dquery, dkey, dvalue, sums, of_tokens, alive};
 }
 
 }  // namespace
@@ -166,7 +169,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-      "float softcap, Tensor? sink_logits, bool baselines) -> (Tensor, Tensor, Tensor, Tensor, SymInt)");
+      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {

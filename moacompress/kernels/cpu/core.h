@@ -176,7 +176,9 @@ struct ProfileCall {
   Strides dquery_at, dkey_at, dvalue_at;
   bool baselines;
   double* sums;    // [2, or 4 with baselines, kv_heads, rules]: squares and total of d, then MoA's |E| and the masked probability
-  int64_t* alive;  // rows that took part
+  int64_t lag;     // tokens from a key on before which queries do not count in `of_tokens`
+  double* of_tokens;  // [kv_heads, tokens] sum of the squares of what each key alone would move, or null
+  int64_t* alive;     // rows that took part
 };
 
 constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
@@ -321,6 +323,8 @@ struct ProfileTile {
   char* dquery;
   int64_t dquery_head_bytes, dquery_row_bytes;
   float *dkey, *dvalue;  // [tokens up to a multiple of TILE, padded dim] of the KV head; added to
+  int64_t lag;           // see ProfileCall
+  double* of_tokens;     // [tokens] of the KV head, or null; added to
   int streams;           // 2, or 3 with MoA's |E|
   int64_t cells;         // rows * rules
   double* seen;          // [streams, cells, group] sums over what each rule sees; zero before

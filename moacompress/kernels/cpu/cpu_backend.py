@@ -205,12 +205,15 @@ class CpuBackend(Backend):
         plan: RuleTable | None,
         scores: Scores,
         baselines: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        lag: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """See `Backend.profile_backward`."""
         tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
         under = None if plan is None else plan.columns
-        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
-        found = torch.ops.moacompress_cpu.profile_backward(*tensors, rules.columns, under, *_numbers(scores), baselines)
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+        found = torch.ops.moacompress_cpu.profile_backward(
+            *tensors, rules.columns, under, *_numbers(scores), baselines, lag
+        )
         return found
 
 

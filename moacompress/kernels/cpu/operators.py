@@ -67,10 +67,21 @@ def _fake_step_layer(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
 
 
 def _fake_profile(
-    dout: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-    sums = query.new_empty(4 if rest[-1] else 2, key.shape[1], rules.shape[1], dtype=torch.float64)
-    return *_fake_backward(dout, query, key, value), sums, torch.library.get_ctx().new_dynamic_size()
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: torch.Tensor,
+    plan: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
+    baselines: bool,
+    lag: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    sums = query.new_empty(4 if baselines else 2, key.shape[1], rules.shape[1], dtype=torch.float64)
+    of_tokens = query.new_empty(key.shape[1], 0 if lag is None else key.shape[2], dtype=torch.float64)
+    return *_fake_backward(dout, query, key, value), sums, of_tokens, torch.library.get_ctx().new_dynamic_size()
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -200,6 +200,8 @@ struct ProfileJob {
     work.dquery_row_bytes = call.dquery_at.token * element;
     work.dkey = dkey + head * blocks * TILE * key_stride();
     work.dvalue = dvalue + head * blocks * TILE * value_stride();
+    work.lag = call.lag;
+    work.of_tokens = call.of_tokens ? call.of_tokens + head * call.tokens : nullptr;
     work.streams = int(streams());
     work.cells = work.rows * call.rules.count;
     work.seen = space.seen;
@@ -286,6 +288,7 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
       for (int64_t block = low / TILE; block * TILE < high; block++) turns[size_t(head * (blocks + 1) + block)].store(tile);
   }
   std::memset(call.sums, 0, size_t((call.baselines ? 4 : 2) * shape.kv_heads * call.rules.count) * sizeof(double));
+  if (call.of_tokens) std::memset(call.of_tokens, 0, size_t(shape.kv_heads * call.tokens) * sizeof(double));
   job.dkey = dkey.get();
   job.dvalue = dvalue.get();
   job.turns = turns.get();

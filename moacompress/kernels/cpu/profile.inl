@@ -206,6 +206,26 @@ void profile_weights(const ProfileTile& t, const ProfileScratch& s, int64_t pane
     }
 }
 
+// Of the keys [begin, begin + count): the sum over the rows that are `lag` tokens or more behind of the square of what the key
+// alone would move, sum over heads of p (G - D).
+void profile_tokens(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t begin, int64_t count, double* to) {
+  for (int64_t j = 0; j < count; j++) {
+    for (int64_t at = 0; at < panels * LANES; at += W) {
+      const float* cells = s.grads + (at / LANES * TILE + j) * LANES + at % LANES;
+      store(s.effects + at, load(cells) * load(s.inverse + at));  // lanes side by side
+    }
+    V sums = zero();
+    for (int64_t row = 0; row < t.rows; row += W) {
+      const int part = int(smaller(t.rows - row, W));
+      V moved = zero();
+      for (int64_t head = 0; head < t.group; head++) moved = moved + load_part(s.effects + head * t.rows + row, part);
+      moved = select(at_least(load_part(s.end + row, part), set1(float(begin + j + t.lag + 1))), moved, zero());
+      sums = fma(moved, moved, sums);
+    }
+    to[j] = double(sum(sums));
+  }
+}
+
 // Adds the cells [from, end) of the block to the running sums, in steps of `step` (1 or -1).
 void profile_run(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t from, int64_t end, int64_t step) {
   const int64_t all_lanes = panels * LANES;
@@ -346,6 +366,8 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
       for (; event < events_end && event->key == begin + next; event++) record(t, s, all_lanes, *event);
       j = next - 1;
     }
+    double of_tokens[TILE];
+    if (t.of_tokens) profile_tokens(t, s, panels, begin, count, of_tokens);  // `effects` are done with
     if (t.plan || t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
     const bool wild_keys = !all_finite<float>(key_rows, count, t.head_dim);
@@ -361,6 +383,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     }
     float *dkey = t.dkey + begin * query_stride, *dvalue = t.dvalue + begin * dout_stride;
     t.wait(t.order, begin / TILE);
+    for (int64_t j = 0; t.of_tokens && j < count; j++) t.of_tokens[begin + j] += of_tokens[j];
     add_all_products(s.grads, count, panels, s.query_rows, query_stride, dkey);
     add_all_products(s.weights, count, panels, s.dout_rows, dout_stride, dvalue);
     if (wild_queries) add_wild_products(t, s, s.grads, s.query, begin, count, t.head_dim, query_stride, dkey);

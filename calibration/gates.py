@@ -1,0 +1,265 @@
+"""Gates: linear probes of what enters a layer, one for each KV head, that score tokens by how much hiding them would do.
+
+The target of a KV head and a token is its influence on single tokens, `collectors.TokenSums`: what the answers lose where that
+token alone is hidden from the queries that stand `LAG` tokens or more behind it. A ridge regression on its logarithm, brought
+to mean 0 and variance 1 in every sample, is fitted in closed form: `score = weight . input + bias`. First tokens and the last
+`LAG` take no part, as sinks and every window keep them.
+
+Of the samples every other one belongs to each half. What a gate leaves is said of samples that it was not fitted to: scores of
+one half come from the gate that was fitted to the other; the gates that are kept are fitted to both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moacompress.calibration.passes import hidden_states
+from moacompress.calibration.repair import Normal
+from moacompress.calibration.statistics import Floats32
+from moacompress.core.arrays import Floats
+from moacompress.core.artefact_names import GATES_FILE
+from moacompress.core.errors import DataError
+from moacompress.core.files import write_bytes
+from moacompress.core.progress import SILENT, Progress
+from moacompress.models.modules import attention_modules
+
+if TYPE_CHECKING:
+    from moacompress.calibration.samples import Sample
+
+LAG = 32
+"""Queries that are nearer to a token than this do not count: any window shows it to them."""
+FIRST = 16
+"""First tokens that no gate is fitted to: sinks keep them."""
+FLOOR = 0.01
+"""Share of a sample's mean influence that is added before the logarithm: below it differences do not matter. On SmolLM2 1e-4
+left more of the influence, at every share of the tokens."""
+PENALTY = 0.01
+"""Weight of the ridge, as a share of the mean square of the inputs; 0.003 to 0.03 make no difference on SmolLM2."""
+SHARES = (0.03, 0.06, 0.12, 0.25)
+"""Shares of the tokens for which it is said how much influence choosing so many leaves."""
+JUDGED = 16
+"""Samples on which that is measured, at most."""
+MAX_BYTES = 2 * 2**30
+"""Memory of the sums of layers that are fitted in one pass over the samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """The gates of a model.
+
+    Attributes:
+        weight: float32 `[layers, kv_heads, inputs]`, of what enters the layers' attention.
+        bias: float32 `[layers, kv_heads]`.
+        report: JSON values: `samples` and `tokens` that they are fitted to, `judged` samples, `lag`, and `left`: for each of
+            `SHARES` the `share` of the tokens, and the share of influence that is left out where so many are chosen by `gate`,
+            by `recency` or by the influence itself, `oracle`; each the mean over samples and KV heads with its standard error
+            over samples as `[value, error]`, and once more weighted by influence, `of_all`.
+    """
+
+    weight: Floats32
+    bias: Floats32
+    report: dict[str, Any]
+
+    def save(self, folder: Path, fingerprint: str) -> None:
+        """Writes the gates of a profile into its folder, atomically.
+
+        Args:
+            folder: the profile's.
+            fingerprint: the profile's.
+        """
+        from safetensors.numpy import save
+
+        notes = {"profile": fingerprint, "report": json.dumps(self.report)}
+        write_bytes(folder / GATES_FILE, save({"weight": self.weight, "bias": self.bias}, metadata=notes))
+
+    @staticmethod
+    def load(folder: Path, fingerprint: str) -> Gates | None:
+        """Returns the gates of a profile; None where there are none, or they are not of this profile or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / GATES_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                notes = file.metadata() or {}
+                weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            report = json.loads(notes["report"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        sound = weight.ndim == 3 and bias.shape == weight.shape[:2] and np.isfinite(weight).all()
+        return Gates(weight, bias, report) if sound and notes.get("profile") == fingerprint else None
+
+
+def train_gates(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    of_tokens: Sequence[Floats32],
+    progress: Progress = SILENT,
+) -> Gates:
+    """Fits a gate for every KV head.
+
+    Args:
+        model: dense.
+        samples: calibration samples.
+        of_tokens: of each the influence of its tokens, `[layers, kv_heads, tokens]`.
+        progress: told of every pass over a sample.
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
+    judged = [int(place) for place in np.linspace(0, len(samples) - 1, min(JUDGED, len(samples))).round()]
+    layers = len(of_tokens[0])
+    at_once = _at_once(model)
+    groups = [range(first, min(first + at_once, layers)) for first in range(0, layers, at_once)]
+    progress.start("training gates", len(groups) * (len(samples) + len(judged)))
+    fitted, left = [], []
+    for group in groups:
+        halves = _sums(model, samples, of_tokens, group, progress)
+        left.append(_left(model, samples, of_tokens, judged, halves, progress))
+        for one, other in halves.values():
+            one.gram += other.gram
+            one.cross += other.cross
+            fitted.append(one.solve(PENALTY).T.float().cpu())
+    progress.done()
+    found = torch.stack(fitted).numpy()
+    report = {
+        "samples": len(samples),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "judged": len(judged),
+        "lag": LAG,
+        "left": _left_rows(np.concatenate(left, axis=1)),
+    }
+    return Gates(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1]), report)
+
+
+def _at_once(model: PreTrainedModel) -> int:
+    """Returns of how many layers there is memory for the sums."""
+    inputs = model.config.get_text_config(decoder=True).hidden_size + 1
+    return max(1, int(MAX_BYTES // (2 * 8 * inputs * inputs)))
+
+
+def _sums(
+    model: PreTrainedModel, samples: Sequence[Sample], of_tokens: Sequence[Floats32], layers: range, progress: Progress
+) -> dict[int, tuple[Normal, Normal]]:
+    """Returns by layer what the gates of both halves of the samples are solved from."""
+    found: dict[int, tuple[Normal, Normal]] = {}
+    for index, sample in enumerate(samples):
+        for layer, x in attention_inputs(model, sample, layers):
+            y = target(torch.from_numpy(of_tokens[index][layer])).to(x.device).T
+            if layer not in found:
+                found[layer] = Normal(x.shape[1], y.shape[1], x.device), Normal(x.shape[1], y.shape[1], x.device)
+            found[layer][index % 2].add(x, y, x.new_ones(len(x)))
+        progress.step(f"{len(sample.input_ids)} tokens")
+    return found
+
+
+def _left(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    of_tokens: Sequence[Floats32],
+    judged: Sequence[int],
+    halves: dict[int, tuple[Normal, Normal]],
+    progress: Progress,
+) -> Floats:
+    """Returns `left_out` of some samples, all layers in one axis, by the gates of the other half of the samples."""
+    gates = {layer: [normal.solve(PENALTY).float() for normal in both] for layer, both in halves.items()}
+    found = []
+    for index in judged:
+        of_layers = []
+        for layer, x in attention_inputs(model, samples[index], list(halves)):
+            scores = (x @ gates[layer][1 - index % 2]).T.cpu()
+            of_layers.append(left_out(torch.from_numpy(of_tokens[index][layer]), scores))
+        found.append(np.concatenate(of_layers))
+        progress.step("what they leave")
+    return np.stack(found)
+
+
+def target(of_tokens: Tensor) -> Tensor:
+    """Returns what gates are fitted to, `[kv_heads, tokens - FIRST - LAG]`, from the influence of a sample's tokens."""
+    influence = of_tokens[:, FIRST:-LAG].double()
+    mean = influence.mean(-1, keepdim=True)
+    y = torch.log(influence + FLOOR * mean + 1e-300)
+    y = y - y.mean(-1, keepdim=True)
+    return (y / y.std(-1, keepdim=True).clamp_min(1e-12)).float().masked_fill(mean <= 0, 0)
+
+
+def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yields what enters the attention of some layers, and a one, `[tokens - FIRST - LAG, inputs]`, in one forward pass.
+
+    Args:
+        model: dense.
+        sample: the sample.
+        layers: their indices.
+    """
+    held: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            held[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        return hook
+
+    modules = attention_modules(model)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(modules[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
+        ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
+        with torch.no_grad():
+            hidden_states(model, model.get_input_embeddings()(ids[None]))
+    for layer in layers:
+        x = held.pop(layer)[0, FIRST:-LAG].float()
+        yield layer, torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
+    """Returns the influence that is left out where tokens are chosen by scores, by recency and by the influence itself.
+
+    Args:
+        of_tokens: influence of a sample's tokens, `[kv_heads, tokens]`.
+        scores: `[kv_heads, tokens - FIRST - LAG]`.
+
+    Returns:
+        float64 `[kv_heads, 1 + 3 * len(SHARES)]`: all of the influence, then for each share what is left of it.
+    """
+    influence = of_tokens[:, FIRST:-LAG].double()
+    recency = torch.arange(influence.shape[1], dtype=torch.float64).expand_as(influence)
+    total = influence.sum(-1)
+    found = [total]
+    for share in SHARES:
+        count = max(1, round(share * influence.shape[1]))
+        for by in (scores, recency, influence):
+            chosen = influence.gather(1, by.topk(count, -1).indices).sum(-1)
+            found.append((total - chosen).clamp_min(0))
+    return torch.stack(found, 1).numpy()
+
+
+def _left_rows(counted: Floats) -> list[dict[str, Any]]:
+    """Returns `left` of the report, from `left_out` of every judged sample, `[samples, heads, 1 + 3 * len(SHARES)]`."""
+    total = counted[..., 0]
+    alive = total > 0
+    rows = []
+    for number, share in enumerate(SHARES):
+        row: dict[str, Any] = {"share": share}
+        for place, name in enumerate(("gate", "recency", "oracle")):
+            left = counted[..., 1 + 3 * number + place]
+            of_samples = np.array(
+                [(part[on] / whole[on]).mean() for part, whole, on in zip(left, total, alive, strict=True) if on.any()]
+            )
+            error = of_samples.std(ddof=1) / len(of_samples) ** 0.5 if len(of_samples) > 1 else 0.0
+            row[name] = [float(of_samples.mean()) if len(of_samples) else 0.0, float(error)]
+            row[f"{name}_of_all"] = float(left.sum() / total.sum()) if total.sum() > 0 else 0.0
+        rows.append(row)
+    return rows
