@@ -38,7 +38,7 @@ def refused(*arguments: str | Path) -> str:
 def audited(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of an audited profile, and what `--json` said."""
     out = tmp_path_factory.mktemp("audited") / "profile"
-    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--json")
+    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates", "--json")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     return out, json.loads(result.stdout)
@@ -58,6 +58,17 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
     assert (out / "audit.html").is_file()
     assert {path.name for path in out.iterdir()} == {path.name for path in of_profile(out)}
+
+
+def test_what_gates_leave_is_said(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
+    out, data = audited
+    assert data["gates"]["samples"] == 4
+    assert [row["share"] for row in data["gates"]["left"]] == [0.03, 0.06, 0.12, 0.25]
+    shown = invoke(tiny_folder, "-o", out, *SMALL, "--gates")  # what is there is used again
+    assert shown.exit_code == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert any("Influence of tokens 32 and more behind" in line for line in lines)
+    assert any(line.split()[:2] == ["25%", f"{data['gates']['left'][-1]['gate'][0]:.2f}"] for line in lines)
 
 
 def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
