@@ -1,0 +1,147 @@
+"""What a layer loses that attends as the one before it: by a copy, repaired or not, and by its keys alone.
+
+    python benchmarks/copies.py path/to/model --text prose/ --layers 5,8,10,15,18,22,25,28,29
+
+Windows of prose; KL to the dense model in nats over their later halves, mean and standard error over windows that nothing was
+fitted to. Of a copy every KV head takes the anchor's head whose attention moves its output least, and the layer's output
+projection is refitted (`calibration.copy_repair`). Of keys alone a KV head takes the anchor's head whose keys, times one
+complex number for each frequency of the rotary embedding, are nearest to its own; these numbers commute with the embedding, so
+they can be folded into the queries' projection where no norm stands between. This needs weights named as Llama's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moacompress.calibration.copy_repair import copied, repaired_copies
+from moacompress.calibration.passes import Recording, hidden_states, recorded
+from moacompress.calibration.repair import Weights
+from moacompress.calibration.samples import Sample
+from moacompress.calibration.sharing import Attended
+from moacompress.models.source import SourceModel, load_source
+from moacompress.prompts.pools import Prose, Split
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.share import COPY, KEYS, Share
+from moacompress.search.objective import Objective
+
+
+def windows(source: SourceModel, prose: Prose, split: Split, tokens: int, count: int) -> list[Sample]:
+    """Returns samples of a pool of prose whose later halves count."""
+    words = [word for document in prose.pools[split] for word in document]
+    mask, found = np.arange(tokens) >= tokens // 2, []
+    for first in np.linspace(0, len(words) - tokens, count).astype(int).tolist():
+        ids = source.tokenizer(" ".join(words[first : first + tokens])).input_ids[:tokens]
+        found.append(Sample(np.array(ids, np.int64), mask, "prose", tokens, "text"))
+    return found
+
+
+def attended(source: SourceModel, sample: Sample) -> dict[int, Attended]:
+    """Returns what every layer attended with on a sample."""
+    recording = Recording.of(source.shape, RuleTable.of([Rule.FULL], 1), values=True)
+    with recorded(source.model, recording), torch.no_grad():
+        ids = torch.from_numpy(sample.input_ids)
+        hidden_states(source.model, source.model.get_input_embeddings()(ids[None]))
+    assert recording.attended is not None
+    return recording.attended
+
+
+def copy_map(source: SourceModel, seen: list[dict[int, Attended]], layer: int) -> tuple[int, ...]:
+    """Returns of every KV head the anchor's head that moves its attention output least."""
+    heads = source.shape.kv_heads
+    moved = torch.zeros(heads, heads)
+    for one in seen:
+        own = copied(one[layer], one[layer], Share(layer, COPY, tuple(range(heads)))).unflatten(1, (heads, -1))
+        for anchor in range(heads):
+            other = copied(one[layer], one[layer - 1], Share(layer - 1, COPY, (anchor,) * heads)).unflatten(
+                1, (heads, -1)
+            )
+            moved[:, anchor] += (other - own).square().sum((0, 2))
+    return tuple(moved.argmin(1).tolist())
+
+
+def key_map(seen: list[dict[int, Attended]], layer: int) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Returns the anchor's head of every KV head, and the numbers by which its keys are nearest, `[kv_heads, dim / 2]`."""
+    own, its = (
+        torch.cat([torch.complex(*one[at].key[0].chunk(2, -1)) for one in seen], 1) for at in (layer, layer - 1)
+    )
+    heads, factors = [], []
+    for head in own:
+        factor = (head * its.conj()).sum(1) / its.abs().square().sum(1)
+        left = (head - factor[:, None] * its).abs().square().sum((1, 2))
+        heads.append(int(left.argmin()))
+        factors.append(factor[heads[-1]])
+    return tuple(heads), torch.stack(factors)
+
+
+def folded(source: SourceModel, layer: int, factors: torch.Tensor) -> Weights:
+    """Returns the queries' projection of a layer with the conjugates of the factors of its keys in it."""
+    name = f"model.layers.{layer}.self_attn.q_proj.weight"
+    weight = source.model.get_parameter(name).detach()
+    shape = source.shape
+    rows = weight.view(shape.kv_heads, shape.heads // shape.kv_heads, 2, shape.head_dim // 2, -1)
+    by = factors.conj()[:, None, :, None]
+    turned = torch.complex(rows[:, :, 0], rows[:, :, 1]) * by
+    return {name: torch.stack((turned.real, turned.imag), 2).reshape(weight.shape)}
+
+
+def main() -> None:
+    """Reads the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--layers", default="")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--fitted", type=int, default=18, help="windows that are fitted to")
+    parser.add_argument("--windows", type=int, default=8, help="windows that are measured on")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    source = load_source(args.model, dtype="float32")
+    shape = source.shape
+    layers = [int(layer) for layer in args.layers.split(",") if layer] or list(range(1, shape.layers))
+    prose = Prose.load(args.text)
+    fitted = windows(source, prose, "calibration", args.tokens, args.fitted)
+    held = windows(source, prose, "evaluation", args.tokens, args.windows)
+    seen = [attended(source, sample) for sample in fitted[:4]]
+    rules = ((Rule.FULL,) * shape.kv_heads,) * shape.layers
+
+    def measured(layer: int, share: Share, weights: Weights) -> list[float]:
+        plan = Plan(shape, 32, rules, shares=tuple(share if at == layer else None for at in range(shape.layers)))
+        harms = Objective(source.model, held, lambda plan: weights).harms(plan)
+        return [float(harms.mean()), float(harms.std(ddof=1) / len(harms) ** 0.5)]
+
+    rows: list[dict[str, Any]] = []
+    ways = ("same_heads", "copy", "repaired", "keys", "keys_turned")
+    for layer in layers:
+        same = tuple(range(shape.kv_heads))
+        copy = Share(layer - 1, COPY, copy_map(source, seen, layer))
+        repair = repaired_copies(source.model, shape, [(layer, copy)], fitted, torch.bfloat16)[0]
+        heads, factors = key_map(seen, layer)
+        keys = Share(layer - 1, KEYS, heads)
+        row: dict[str, Any] = {
+            "layer": layer,
+            "head_map": list(copy.head_map),
+            "same_heads": measured(layer, Share(layer - 1, COPY, same), {}),
+            "copy": measured(layer, copy, {}),
+            "left": repair.left,
+            "repaired": measured(layer, copy, repair.weights),
+            "keys": measured(layer, keys, {}),
+            "keys_turned": measured(layer, keys, folded(source, layer, factors)),
+        }
+        rows.append(row)
+        if not args.json:
+            texts = [f"{name} {row[name][0]:.4f} ± {row[name][1]:.4f}" for name in ways]
+            print(f"{layer}  {list(copy.head_map)}  left {repair.left:.2f}", *texts, sep="  ", flush=True)
+    if args.json:
+        print(json.dumps({"runs": rows}))
+
+
+if __name__ == "__main__":
+    main()
