@@ -21,6 +21,7 @@ from moacompress.calibration.passes import Recording, hidden_states, recorded
 from moacompress.calibration.repair import Normal, OutputProjection, Weights, output_projections
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended
+from moacompress.core.arrays import Floats
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.model_shape import ModelShape
@@ -31,6 +32,8 @@ from moacompress.runtime.sharing.handing import Handed
 
 PENALTY = 0.1
 """Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same harm."""
+MAX_BYTES = 2 * 2**30
+"""Memory of the sums of copies that are fitted in one pass over the samples."""
 JUDGING = 4
 """Every so many samples one is not fitted to: what is left is measured on it."""
 
@@ -56,7 +59,7 @@ def repaired_copies(
     dtype: torch.dtype,
     progress: Progress = SILENT,
 ) -> list[CopyRepair]:
-    """Fits copies one by one, in two forward passes of the dense model over the samples.
+    """Fits copies one by one, as many as there is memory for in one forward pass of the dense model over the samples.
 
     Args:
         model: dense.
@@ -72,28 +75,59 @@ def repaired_copies(
     projections = output_projections(model)
     judging = samples[JUDGING - 1 :: JUDGING] or samples[1:]
     fitting = [sample for sample in samples if not any(sample is one for one in judging)]
+    inputs = shape.heads * shape.head_dim + 1
+    at_once = max(1, MAX_BYTES // (2 * 8 * inputs * inputs))
+    groups = [copies[first : first + at_once] for first in range(0, len(copies), at_once)]
+    progress.start("repairing copies", len(groups) * len(samples))
+    found: list[CopyRepair] = []
+    for group in groups:
+        changes = _changes(model, shape, group, fitting, projections, progress)
+        left = _left(model, shape, group, judging, projections, changes, progress)
+        found += [
+            CopyRepair(projections[layer].changed(change, dtype), share)
+            for (layer, _), change, share in zip(group, changes, left, strict=True)
+        ]
+    progress.done()
+    return found
+
+
+def _changes(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    copies: Sequence[tuple[int, Share]],
+    samples: Sequence[Sample],
+    projections: Sequence[OutputProjection],
+    progress: Progress,
+) -> list[Tensor]:
+    """Returns what is added to the output projection of every copy, float64 `[inputs, outputs]`."""
     normals: list[Normal] = []
-    progress.start("repairing copies", len(samples))
-    for sample in fitting:
+    for sample in samples:
         for index, (x, residual) in enumerate(_rows(model, shape, copies, sample, projections)):
             if index == len(normals):
                 normals.append(Normal(x.shape[1], residual.shape[1], x.device))
             normals[index].add(x, residual, x.new_ones(len(x)))
         progress.step()
-    changes = [normal.solve(PENALTY) for normal in normals]
-    normals.clear()
+    return [normal.solve(PENALTY) for normal in normals]
+
+
+def _left(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    copies: Sequence[tuple[int, Share]],
+    samples: Sequence[Sample],
+    projections: Sequence[OutputProjection],
+    changes: Sequence[Tensor],
+    progress: Progress,
+) -> list[float]:
+    """Returns the share of the squared change of every copy's output that is left."""
     before, after = np.zeros(len(copies)), np.zeros(len(copies))
-    for sample in judging:
+    for sample in samples:
         for index, (x, residual) in enumerate(_rows(model, shape, copies, sample, projections)):
             before[index] += float(residual.double().square().sum())
             after[index] += float((residual - x @ changes[index].to(x.dtype)).double().square().sum())
         progress.step()
-    progress.done()
-    left = np.minimum(np.divide(after, before, out=np.ones_like(before), where=before > 0), 1)
-    return [
-        CopyRepair(projections[layer].changed(change, dtype), share)
-        for (layer, _), change, share in zip(copies, changes, left.tolist(), strict=True)
-    ]
+    left: Floats = np.minimum(np.divide(after, before, out=np.ones_like(before), where=before > 0), 1)
+    return left.tolist()  # type: ignore[no-any-return]
 
 
 def _rows(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from moacompress.calibration import copy_repair
 from moacompress.calibration.copy_repair import JUDGING, PENALTY, copied, repaired_copies
 from moacompress.calibration.passes import Recording, hidden_states, recorded
 from moacompress.calibration.repair import RepairSetting, output_projections, repaired_weights
@@ -87,7 +88,9 @@ def test_it_is_the_repair_of_a_plan_in_which_one_layer_copies(family: str, tiny_
         assert not torch.allclose(tensor, before[name], atol=1e-4)
 
 
-def test_copies_do_not_mix(tiny_model: Models) -> None:
+@pytest.mark.parametrize("memory", [2**31, 1])
+def test_copies_do_not_mix(memory: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_repair, "MAX_BYTES", memory)  # with little of it there is a pass for each
     model = tiny_model("llama")
     shape = model_shape(model)
     copies = [(2, Share(1, COPY, (0, 1))), (1, Share(0, COPY, (1, 0))), (2, Share(0, COPY, (1, 1)))]
