@@ -15,6 +15,7 @@ from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.support import config_problems, quantization_method, stored_problems
@@ -126,7 +127,8 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Returns the name and the arguments that transformers' `from_pretrained` takes for MODEL.
 
     Raises:
-        ModelError: a path that is neither a model folder nor a `.gguf` file.
+        ModelError: a path that is neither a model folder nor a `.gguf` file; or a name on the hub, which cannot be reached, and
+            that is not in the cache.
     """
     path = Path(source)
     if path.is_dir():
@@ -139,7 +141,14 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
         return str(path.resolve().parent), {"gguf_file": path.name}
     if path.exists():
         raise ModelError(f"{source} is neither a model folder nor a .gguf file")
-    return str(source), {}
+    if not is_hub_name(str(source)):
+        raise ModelError(
+            f"{source} does not exist; give a model folder, a .gguf file, or a name on the hub such as owner/name"
+        )
+    try:
+        return str(source), hub_arguments(str(source))
+    except ModelError as error:
+        raise ModelError(f"{error}{_if_name_only(source)}") from error
 
 
 def _if_name_only(source: str | Path) -> str:

@@ -1,0 +1,77 @@
+"""Names on the hub where it cannot be reached, which is never asked here."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from moacompress.core.errors import ModelError
+from moacompress.models import hub
+from moacompress.models.hub import can_reach, hub_arguments, is_hub_name
+from moacompress.models.source import load_source
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a hub that cannot be reached."""
+    from huggingface_hub import constants, file_download
+
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "can_reach", lambda endpoint: False)
+    return tmp_path
+
+
+def cached(cache: Path, name: str) -> Path:
+    """Puts a model's config into a cache as the hub's own package lays it out."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    return folder
+
+
+def test_what_can_be_a_name_on_the_hub() -> None:
+    assert all(map(is_hub_name, ("gpt2", "owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a.b/c_d")))
+    assert not any(map(is_hub_name, ("", "/x", "./x", "../x/y", "a/b/c", "a b", "models/", "~/x")))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    why = "HF_HUB_OFFLINE is set" if offline else "https://.* cannot be reached"
+    with pytest.raises(
+        ModelError, match=f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
+    ):
+        hub_arguments("owner/name")
+    with pytest.raises(ModelError, match="there is no folder a--b..c"):
+        hub_arguments("a--b..c")
+
+
+def test_what_is_in_the_cache_is_loaded_without_asking(cache: Path) -> None:
+    cached(cache, "owner/name")
+    assert hub_arguments("owner/name") == {"local_files_only": True}
+    with pytest.raises(ModelError, match="transformers can load"):  # its config says nothing
+        load_source("owner/name")
+
+
+def test_a_hub_that_can_be_reached_is_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "can_reach", lambda endpoint: True)
+    assert hub_arguments("owner/name") == {}
+
+
+def test_whether_a_server_takes_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert can_reach(f"http://127.0.0.1:{port}")
+    assert not can_reach(f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:1")
+    assert can_reach(f"http://127.0.0.1:{port}")  # it would be asked by the proxy
