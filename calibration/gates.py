@@ -79,7 +79,8 @@ class Gates:
         """
         from safetensors.numpy import save
 
-        notes = {"profile": fingerprint, "report": json.dumps(self.report)}
+        # one note alone: several have no order, and the same gates are to be the same bytes
+        notes = {"gates": json.dumps({"profile": fingerprint, "report": self.report})}
         write_bytes(folder / GATES_FILE, save({"weight": self.weight, "bias": self.bias}, metadata=notes))
 
     @staticmethod
@@ -92,13 +93,13 @@ class Gates:
             return None
         try:
             with safe_open(str(path), framework="numpy") as file:
-                notes = file.metadata() or {}
+                notes = json.loads((file.metadata() or {})["gates"])
                 weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-            report = json.loads(notes["report"])
-        except (OSError, SafetensorError, KeyError, ValueError):
+            owner, report = notes["profile"], notes["report"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         sound = weight.ndim == 3 and bias.shape == weight.shape[:2] and np.isfinite(weight).all()
-        return Gates(weight, bias, report) if sound and notes.get("profile") == fingerprint else None
+        return Gates(weight, bias, report) if sound and owner == fingerprint else None
 
 
 def train_gates(
