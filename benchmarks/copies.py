@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moacompress.calibration.copy_repair import copied, repaired_copies
-from moacompress.calibration.passes import Recording, hidden_states, recorded
+from moacompress.calibration.passes import all_attended
 from moacompress.calibration.repair import Weights
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended
@@ -28,7 +28,6 @@ from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose, Split
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import COPY, KEYS, Share
 from moacompress.search.objective import Objective
 
@@ -41,16 +40,6 @@ def windows(source: SourceModel, prose: Prose, split: Split, tokens: int, count:
         ids = source.tokenizer(" ".join(words[first : first + tokens])).input_ids[:tokens]
         found.append(Sample(np.array(ids, np.int64), mask, "prose", tokens, "text"))
     return found
-
-
-def attended(source: SourceModel, sample: Sample) -> dict[int, Attended]:
-    """Returns what every layer attended with on a sample."""
-    recording = Recording.of(source.shape, RuleTable.of([Rule.FULL], 1), values=True)
-    with recorded(source.model, recording), torch.no_grad():
-        ids = torch.from_numpy(sample.input_ids)
-        hidden_states(source.model, source.model.get_input_embeddings()(ids[None]))
-    assert recording.attended is not None
-    return recording.attended
 
 
 def copy_map(source: SourceModel, seen: list[dict[int, Attended]], layer: int) -> tuple[int, ...]:
@@ -109,7 +98,7 @@ def main() -> None:
     prose = Prose.load(args.text)
     fitted = windows(source, prose, "calibration", args.tokens, args.fitted)
     held = windows(source, prose, "evaluation", args.tokens, args.windows)
-    seen = [attended(source, sample) for sample in fitted[:4]]
+    seen = [all_attended(source.model, shape, sample.input_ids) for sample in fitted[:4]]
     rules = ((Rule.FULL,) * shape.kv_heads,) * shape.layers
 
     def measured(layer: int, share: Share, weights: Weights) -> list[float]:

@@ -17,23 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.influence import attend
-from moacompress.calibration.passes import Recording, hidden_states, recorded
-from moacompress.calibration.repair import Normal, OutputProjection, Weights, output_projections
+from moacompress.calibration.passes import all_attended
+from moacompress.calibration.repair import Normal, OutputProjection, Weights, in_memory, output_projections
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
 from moacompress.runtime.sharing.handing import Handed
 
 PENALTY = 0.1
 """Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same harm."""
-MAX_BYTES = 2 * 2**30
-"""Memory of the sums of copies that are fitted in one pass over the samples."""
 JUDGING = 4
 """Every so many samples one is not fitted to: what is left is measured on it."""
 
@@ -75,9 +71,7 @@ def repaired_copies(
     projections = output_projections(model)
     judging = samples[JUDGING - 1 :: JUDGING] or samples[1:]
     fitting = [sample for sample in samples if not any(sample is one for one in judging)]
-    inputs = shape.heads * shape.head_dim + 1
-    at_once = max(1, MAX_BYTES // (2 * 8 * inputs * inputs))
-    groups = [copies[first : first + at_once] for first in range(0, len(copies), at_once)]
+    groups = in_memory(copies, shape.heads * shape.head_dim + 1)
     progress.start("repairing copies", len(groups) * len(samples))
     found: list[CopyRepair] = []
     for group in groups:
@@ -142,7 +136,6 @@ def _rows(
     Yields:
         Rows `[n, inputs]`, with a one at the end where there is a bias, and `[n, outputs]`.
     """
-    recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
     own: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -151,12 +144,7 @@ def _rows(
     with ExitStack() as stack:
         for layer in {layer for layer, _ in copies}:
             stack.callback(projections[layer].module.register_forward_pre_hook(keep(layer)).remove)
-        stack.enter_context(recorded(model, recording))
-        ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
-        with torch.no_grad():
-            hidden_states(model, model.get_input_embeddings()(ids[None]))
-    attended = recording.attended
-    assert attended is not None
+        attended = all_attended(model, shape, sample.input_ids)
     for layer, share in copies:
         projection, x = projections[layer], copied(attended[layer], attended[share.anchor], share)
         if x.shape != own[layer].shape:

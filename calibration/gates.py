@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moacompress.calibration.passes import hidden_states
-from moacompress.calibration.repair import Normal
+from moacompress.calibration.passes import read_through
+from moacompress.calibration.repair import Normal, in_memory
 from moacompress.calibration.statistics import Floats32
 from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import GATES_FILE
@@ -49,8 +49,6 @@ SHARES = (0.03, 0.06, 0.12, 0.25)
 """Shares of the tokens for which it is said how much influence choosing so many leaves."""
 JUDGED = 16
 """Samples on which that is measured, at most."""
-MAX_BYTES = 2 * 2**30
-"""Memory of the sums of layers that are fitted in one pass over the samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +120,7 @@ def train_gates(
     if len(samples) < 2:
         raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
     judged = [int(place) for place in np.linspace(0, len(samples) - 1, min(JUDGED, len(samples))).round()]
-    layers = len(of_tokens[0])
-    at_once = _at_once(model)
-    groups = [range(first, min(first + at_once, layers)) for first in range(0, layers, at_once)]
+    groups = in_memory(range(len(of_tokens[0])), model.config.get_text_config(decoder=True).hidden_size + 1)
     progress.start("training gates", len(groups) * (len(samples) + len(judged)))
     fitted, left = [], []
     for group in groups:
@@ -146,14 +142,12 @@ def train_gates(
     return Gates(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1]), report)
 
 
-def _at_once(model: PreTrainedModel) -> int:
-    """Returns of how many layers there is memory for the sums."""
-    inputs = model.config.get_text_config(decoder=True).hidden_size + 1
-    return max(1, int(MAX_BYTES // (2 * 8 * inputs * inputs)))
-
-
 def _sums(
-    model: PreTrainedModel, samples: Sequence[Sample], of_tokens: Sequence[Floats32], layers: range, progress: Progress
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    of_tokens: Sequence[Floats32],
+    layers: Sequence[int],
+    progress: Progress,
 ) -> dict[int, tuple[Normal, Normal]]:
     """Returns by layer what the gates of both halves of the samples are solved from."""
     found: dict[int, tuple[Normal, Normal]] = {}
@@ -217,9 +211,7 @@ def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[in
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(modules[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
-        ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
-        with torch.no_grad():
-            hidden_states(model, model.get_input_embeddings()(ids[None]))
+        read_through(model, sample.input_ids)
     for layer in layers:
         x = held.pop(layer)[0, FIRST:-LAG].float()
         yield layer, torch.cat([x, x.new_ones(len(x), 1)], 1)

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +29,7 @@ from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 ATTENTION = "moacompress_profile"
@@ -199,8 +202,34 @@ def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
         ids: int64 `[N]`.
         rows: int64 positions.
     """
+    return read_through(model, ids)[0, rows]
+
+
+def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
+    """Returns what the output layer gets of one row of tokens, `[1, N, hidden]`, without a way back.
+
+    Args:
+        model: dense or under a plan.
+        ids: int64 `[N]`, on any device.
+    """
     with torch.no_grad():
-        return hidden_states(model, model.get_input_embeddings()(ids[None]))[0, rows]
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+        return hidden_states(model, model.get_input_embeddings()(tokens[None]))
+
+
+def all_attended(model: PreTrainedModel, shape: ModelShape, ids: Tensor | npt.NDArray[np.int64]) -> dict[int, Attended]:
+    """Returns what every layer of a dense model attends with on one row of tokens, values too.
+
+    Args:
+        model: dense.
+        shape: its shape.
+        ids: int64 `[N]`, on any device.
+    """
+    recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
+    with recorded(model, recording):
+        read_through(model, ids)
+    assert recording.attended is not None
+    return recording.attended
 
 
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from moacompress.calibration.passes import hidden_states, replaced
+from moacompress.calibration.passes import read_through, replaced
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
@@ -30,6 +30,8 @@ from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.rules.plan import Plan
 from moacompress.runtime.sharing.handing import HANDED
 
+MAX_BYTES = 2 * 2**30
+"""Memory of the sums of problems that are gathered in one pass over the samples."""
 ROWS = 1024
 """Rows whose products are summed in float32 before they are added up in float64."""
 
@@ -85,6 +87,15 @@ class Normal:
             return torch.zeros_like(self.cross)
         system = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         return torch.cholesky_solve(self.cross, torch.linalg.cholesky(system))
+
+
+Problem = TypeVar("Problem")
+
+
+def in_memory(problems: Sequence[Problem], inputs: int) -> list[Sequence[Problem]]:
+    """Returns problems in groups for which there is memory together: each has two sums of `inputs` squared."""
+    size = max(1, MAX_BYTES // (2 * 8 * inputs * inputs))
+    return [problems[first : first + size] for first in range(0, len(problems), size)]
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ def output_projections(model: PreTrainedModel) -> list[OutputProjection]:
             for module in attention.modules():
                 if isinstance(module, torch.nn.Linear | Conv1D):
                     stack.callback(module.register_forward_hook(note(layer)).remove)
-        _forward(model, torch.zeros(2, dtype=torch.int64))
+        read_through(model, torch.zeros(2, dtype=torch.int64))
     for layer, modules in enumerate(called):
         if not modules:
             raise ModelError(f"the attention of layer {layer} calls no linear layer; it cannot be repaired")
@@ -326,14 +337,9 @@ def _run_until(model: PreTrainedModel, ids: Tensor, layer: int, state: PassState
             stack.callback(decoder.register_forward_pre_hook(handed_on, with_kwargs=True).remove)
             for module in decoder_layers(model)[:layer]:
                 stack.enter_context(replaced(module, given))
-            _forward(model, ids)
+            read_through(model, ids)
     except _Stop:
         pass
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _forward(model: PreTrainedModel, ids: Tensor) -> None:
-    with torch.no_grad():
-        hidden_states(model, model.get_input_embeddings()(ids.to(model.device)[None]))

@@ -115,18 +115,11 @@ def scatter_html(audit: Data) -> str:
     ]
     if audit["plans"]:
         panels.append((f"{len(audit['plans'])} plans at {audit['budget']}", audit["plans"], _plan_note))
-    if "audit_precision" in audit:
-        name = audit["audit_precision"]["estimator"]
-        formats = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["precision_points"]]
-        panels.append((f"{len(formats)} KV heads in another format", formats, _format_note))
-    if "audit_sharing" in audit:
-        name = audit["audit_sharing"]["estimator"]
-        copies = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["sharing_points"]]
-        panels.append((f"{len(copies)} layers that copy", copies, _copy_note))
-    if "audit_repair" in audit:
-        name = audit["audit_repair"]["estimator"]
-        copies = [{**point, "calibrated": {name: point["predicted"]}} for point in audit["repair_points"]]
-        panels.append((f"{len(copies)} of them, repaired", copies, _copy_note))
+    for of, held, title, note in _PREDICTED:
+        if of in audit:
+            name = audit[of]["estimator"]
+            found = [{**point, "calibrated": {name: point["predicted"]}} for point in audit[held]]
+            panels.append((title.format(len(found)), found, note))
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels])
     palette = colors.qualitative.Plotly
     for column, (_, points, note) in enumerate(panels, start=1):
@@ -187,3 +180,11 @@ def _copy_note(point: Data) -> str:
 
 def _plan_note(plan: Data) -> str:
     return f"plan {plan['key']}, noise {plan['noise']:.2f}"
+
+
+_PREDICTED: tuple[tuple[str, str, str, Callable[[Data], str]], ...] = (
+    ("audit_precision", "precision_points", "{} KV heads in another format", _format_note),
+    ("audit_sharing", "sharing_points", "{} layers that copy", _copy_note),
+    ("audit_repair", "repair_points", "{} of them, repaired", _copy_note),
+)
+"""Panels of what one estimator predicts without calibration: part of an audit, its points, title and note of a point."""

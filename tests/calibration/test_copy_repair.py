@@ -9,16 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration import copy_repair
+from moacompress.calibration import repair
 from moacompress.calibration.copy_repair import JUDGING, PENALTY, copied, repaired_copies
-from moacompress.calibration.passes import Recording, hidden_states, recorded
+from moacompress.calibration.passes import all_attended
 from moacompress.calibration.repair import RepairSetting, output_projections, repaired_weights
 from moacompress.calibration.samples import Sample
 from moacompress.models.source import model_shape
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import COPY, Share
 from moacompress.runtime import attach, detach
 
@@ -51,11 +50,8 @@ def test_what_a_copy_attends_to_is_what_the_runtime_computes(family: str, tiny_m
     shape = model_shape(model)
     layer, share = one_copy(shape)
     ids = torch.from_numpy(made(0)[0].input_ids)
-    recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
-    with recorded(model, recording), torch.no_grad():
-        hidden_states(model, model.get_input_embeddings()(ids[None]))
-    assert recording.attended is not None
-    found = copied(recording.attended[layer], recording.attended[share.anchor], share)
+    attended = all_attended(model, shape, ids)
+    found = copied(attended[layer], attended[share.anchor], share)
     seen: list[torch.Tensor] = []
     module = output_projections(model)[layer].module
     attach(model, with_copy(shape, layer, share))
@@ -90,7 +86,7 @@ def test_it_is_the_repair_of_a_plan_in_which_one_layer_copies(family: str, tiny_
 
 @pytest.mark.parametrize("memory", [2**31, 1])
 def test_copies_do_not_mix(memory: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_repair, "MAX_BYTES", memory)  # with little of it there is a pass for each
+    monkeypatch.setattr(repair, "MAX_BYTES", memory)  # with little of it there is a pass for each
     model = tiny_model("llama")
     shape = model_shape(model)
     copies = [(2, Share(1, COPY, (0, 1))), (1, Share(0, COPY, (1, 0))), (2, Share(0, COPY, (1, 1)))]
