@@ -43,7 +43,7 @@ def main() -> None:
     profile, found = Profile.load(options.profile), Plan.load(options.plan)
     stages = read_json(explanation_file(options.plan), "explanation")["stages"]
     names = [stage["name"] for stage in stages if stage["kept"]]
-    plans = [unpack(stage["plan"], profile.shape, profile.min_window) for stage in stages if stage["kept"]]
+    plans = [unpack(stage["plan"], profile) for stage in stages if stage["kept"]]
     others = baselines(profile, found) | {path.stem: Plan.load(path) for path in options.beside}
     source = load_for(profile.recipe, profile.source)
     recipe = profile.recipe.override(calibration__validation_samples=options.samples, calibration__text_samples=0)

@@ -142,5 +142,4 @@ def _masked(view: TileView, values: Tensor) -> Tensor:
     """Returns sums of non-negative values over the keys that each rule hides, `[kv_heads, group, rows, rules]`."""
     values = values.double()
     hidden = values.sum(-1, keepdim=True) - view.visible(values)
-    sink_end, start = view.segments
-    return hidden.clamp_min_(0).masked_fill_(sink_end >= start, 0)
+    return hidden.clamp_min_(0).masked_fill_(view.full, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moacompress.calibration import passes
@@ -152,9 +152,8 @@ def dry_run(
     lengths = asked.lengths
     progress.start("timing short passes", 1 + len(lengths))
     probe = Probe(source, recipe, around)
-    total = asked.samples + asked.text_samples
-    gate_passes = 1 + min(JUDGED, total) / total if recipe.profile.gates and around is None else 0.0
-    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens, gate_passes)
+    gates = recipe.profile.gate_samples if recipe.profile.gates and around is None else 0
+    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
     progress.step(f"{SHORT[-1]} tokens")
     counts = asked.samples, asked.text_samples, asked.validation_samples
     shares = ([row[0] for row in spread(count, len(lengths), [1.0])] for count in counts)
@@ -162,6 +161,8 @@ def dry_run(
     for length, *numbers in zip(lengths, *shares, strict=True):
         parts.append(arithmetic.estimate(length, *numbers))
         progress.step(f"{length} tokens")
+    if gates:
+        parts[0] = arithmetic.with_gates(parts[0], gates)
     if longer := sum(longer_counts(recipe, source.context)):
         parts.append(arithmetic.answers(2 * lengths[-1], longer))
     progress.done()
@@ -174,11 +175,10 @@ class _Arithmetic:
     Args:
         probe: of the model.
         answer_tokens: longest answer.
-        gate_passes: forward passes over a sample that gates take.
     """
 
-    def __init__(self, probe: Probe, answer_tokens: int, gate_passes: float = 0.0) -> None:
-        self._probe, self._answer, self._gate_passes = probe, answer_tokens, gate_passes
+    def __init__(self, probe: Probe, answer_tokens: int) -> None:
+        self._probe, self._answer = probe, answer_tokens
         self._forward, self._backward = probe.beside
         self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
         self._output_bytes = max(map(probe.output_bytes, self._output))
@@ -199,10 +199,20 @@ class _Arithmetic:
             validation_samples=validation,
             tokens=(answered + texts) * length,
             answer_seconds=self._answer_seconds(length, answered, forward),
-            profile_seconds=samples * profiling[self._answer]
-            + texts * profiling[TARGETS]
-            + (samples + texts) * self._gate_passes * forward,
+            profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
             peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
+        )
+
+    def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
+        """Returns the estimate of a length with so many samples more that gates are trained on."""
+        length, attention = estimate.length, self._probe.attention(estimate.length)
+        forward = self._forward_seconds(length, attention)
+        seconds = samples * self._sample_seconds(length, self._answer, forward, attention)
+        return replace(
+            estimate,
+            tokens=estimate.tokens + samples * length,
+            answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples, forward),
+            profile_seconds=estimate.profile_seconds + seconds + (samples + min(JUDGED, samples)) * forward,
         )
 
     def answers(self, length: int, count: int) -> LengthEstimate:

@@ -5,8 +5,9 @@ token alone is hidden from the queries that stand `LAG` tokens or more behind it
 to mean 0 and variance 1 in every sample, is fitted in closed form: `score = weight . input + bias`. First tokens and the last
 `LAG` take no part, as sinks and every window keep them.
 
-Of the samples every other one belongs to each half. What a gate leaves is said of samples that it was not fitted to: scores of
-one half come from the gate that was fitted to the other; the gates that are kept are fitted to both.
+They have samples of their own: what rules that select do is profiled on others. Of these samples every other one belongs to
+each half. What a gate leaves is said of samples that it was not fitted to: scores of one half come from the gate that was
+fitted to the other; the gates that are kept are fitted to both.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.files import write_bytes
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.modules import attention_modules
+from moacompress.rules.gate_weights import GateWeights
 
 if TYPE_CHECKING:
     from moacompress.calibration.samples import Sample
@@ -56,16 +58,14 @@ class Gates:
     """The gates of a model.
 
     Attributes:
-        weight: float32 `[layers, kv_heads, inputs]`, of what enters the layers' attention.
-        bias: float32 `[layers, kv_heads]`.
+        weights: of what enters the layers' attention.
         report: JSON values: `samples` and `tokens` that they are fitted to, `judged` samples, `lag`, and `left`: for each of
             `SHARES` the `share` of the tokens, and the share of influence that is left out where so many are chosen by `gate`,
             by `recency` or by the influence itself, `oracle`; each the mean over samples and KV heads with its standard error
             over samples as `[value, error]`, and once more weighted by influence, `of_all`.
     """
 
-    weight: Floats32
-    bias: Floats32
+    weights: GateWeights
     report: dict[str, Any]
 
     def save(self, folder: Path, fingerprint: str) -> None:
@@ -79,7 +79,9 @@ class Gates:
 
         # one note alone: several have no order, and the same gates are to be the same bytes
         notes = {"gates": json.dumps({"profile": fingerprint, "report": self.report})}
-        write_bytes(folder / GATES_FILE, save({"weight": self.weight, "bias": self.bias}, metadata=notes))
+        write_bytes(
+            folder / GATES_FILE, save({"weight": self.weights.weight, "bias": self.weights.bias}, metadata=notes)
+        )
 
     @staticmethod
     def load(folder: Path, fingerprint: str) -> Gates | None:
@@ -97,7 +99,7 @@ class Gates:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         sound = weight.ndim == 3 and bias.shape == weight.shape[:2] and np.isfinite(weight).all()
-        return Gates(weight, bias, report) if sound and owner == fingerprint else None
+        return Gates(GateWeights(weight, bias), report) if sound and owner == fingerprint else None
 
 
 def train_gates(
@@ -139,7 +141,7 @@ def train_gates(
         "lag": LAG,
         "left": _left_rows(np.concatenate(left, axis=1)),
     }
-    return Gates(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1]), report)
+    return Gates(GateWeights(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1])), report)
 
 
 def _sums(

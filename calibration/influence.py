@@ -30,11 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from moacompress.calibration.sweep import SumCollector, swept
-from moacompress.kernels.backend import Scores, as_tensors, prefill_alone
+from moacompress.kernels.backend import Choices, Scores, as_tensors, prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import selected
 
 TILE = 64
 """Query rows worked on at a time."""
@@ -159,6 +160,7 @@ class TileView:
         cotangent: dO of the rows, same shape.
         keys: keys of the tile, newest first, `[kv_heads, keys, head_dim]`.
         values: as `keys`.
+        choices: what rules that select choose, or None.
     """
 
     tile: Tile
@@ -171,6 +173,7 @@ class TileView:
     cotangent: Tensor
     keys: Tensor
     values: Tensor
+    choices: Choices | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -206,7 +209,43 @@ class TileView:
         if self._oldest > 0:
             prefix = functional.pad(values[..., -self._oldest :].flip(-1).cumsum(-1), (1, 0))
             total += prefix.gather(-1, self._sink_at.expand(shape))
+        for number, chosen in self._chosen:
+            total[..., number] += (values * chosen[:, None]).sum(-1)
         return total
+
+    @cached_property
+    def _chosen(self) -> list[tuple[int, Tensor]]:
+        """Of every rule that selects its number and what it keeps beside sinks and window, bool `[kv_heads, rows, keys]`."""
+        if self.choices is None:
+            return []
+        keys = torch.arange(self.tile.high - 1, self.tile.low - 1, -1, device=self.rows.device)
+        found = []
+        for number, way in enumerate(self.choices.of_rule.tolist()):
+            if way < 0:
+                continue
+            entered = keys - int(self.table.span.sink[number]) + 1
+            gone = self.choices.gone[:, way].to(keys.device)[:, None, keys]
+            left = self._left[:, number, None]
+            found.append((number, (entered > 0) & (entered <= left) & (left < gone)))
+        return found
+
+    @cached_property
+    def _left(self) -> Tensor:
+        """How many tokens have left the window of every row and rule, `[rows, rules]`."""
+        return (self.segments[1] - self.segments[0]).clamp_min(0)
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        """How many of them each rule keeps, `[rows, rules]`."""
+        if self.choices is None:
+            return torch.zeros_like(self._left)
+        kept: Tensor = selected(self._left, *self.table.select)
+        return kept * (self.choices.of_rule >= 0).to(self._left.device)
+
+    @cached_property
+    def full(self) -> Tensor:
+        """Whether each rule sees all that the dense model sees, bool `[rows, rules]`."""
+        return self._kept >= self._left
 
     @cached_property
     def _window_at(self) -> Tensor:
@@ -225,10 +264,10 @@ class TileView:
         """Returns which rules see what the layer sees now, broadcastable to `[kv_heads, rows, rules]`."""
         sink_end, start = self.segments
         if self.plan is None:
-            return sink_end >= start
+            return self.full
         now_end, now_start = (edge.T[..., None] for edge in _hidden(self.plan, self.rows))
-        same = (sink_end == now_end) & (start == now_start)
-        return same | ((sink_end >= start) & (now_end >= now_start))
+        same = (sink_end == now_end) & (start == now_start) & (self._kept == 0)
+        return same | (self.full & (now_end >= now_start))
 
 
 class Collector(Protocol):
@@ -310,6 +349,7 @@ def attend_backward(
     collectors: Sequence[Collector],
     plan: RuleTable | None = None,
     tile: int = TILE,
+    choices: Choices | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of `attend` and hands every tile to the collectors.
 
@@ -327,6 +367,7 @@ def attend_backward(
         collectors: receive the tiles, or the sums of all.
         plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
         tile: query rows worked on at a time; the compiled kernel has its own.
+        choices: what rules that select choose; without them they are taken for their sinks and windows alone.
 
     Returns:
         Gradients of query, key and value.
@@ -335,16 +376,16 @@ def attend_backward(
     table, plan = table.in_layer(native), None if plan is None else plan.native().in_layer(native)
     if backend_for(query).capabilities.profile:
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
-        found = swept(*chunk, spec, sink_logit, table, summing, plan)
+        found = swept(*chunk, spec, sink_logit, table, summing, plan, choices)
         if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
-            for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile):
+            for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
                 for collector in looking:
                     collector.add(view)
         return found
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
-    for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile):
+    for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
         for other in collectors:
             other.add(view)
         at = view.tile.columns(n)
@@ -369,6 +410,7 @@ def _views(
     table: RuleTable,
     plan: RuleTable | None,
     tile: int,
+    choices: Choices | None,
 ) -> Iterator[tuple[TileView, Tensor, Tensor, Tensor | None]]:
     """Yields tile after tile of `attend_backward`, and what its gradients are made of.
 
@@ -408,6 +450,7 @@ def _views(
             cotangent=pulled,
             keys=keys[:, at],
             values=values[:, at],
+            choices=choices,
         )
         yield view, attended, grad_logits, slope
 
@@ -430,11 +473,12 @@ class ProfiledAttention(torch.autograd.Function):
         table: RuleTable,
         collectors: Sequence[Collector | GradientCollector],
         plan: RuleTable | None = None,
+        choices: Choices | None = None,
     ) -> Tensor:
         """Returns `attend` of what `as_kept` returns, in the query's dtype."""
         seen = as_kept(query, key, value, None if plan is None else plan.formats)
         ctx.save_for_backward(query, key, value, sink_logit, *(seen if seen[1] is not key else ()))
-        ctx.spec, ctx.table, ctx.collectors, ctx.plan = spec, table, collectors, plan
+        ctx.spec, ctx.table, ctx.collectors, ctx.plan, ctx.choices = spec, table, collectors, plan, choices
         return attend(*seen, spec, sink_logit, plan).to(query.dtype)
 
     @staticmethod
@@ -445,8 +489,10 @@ class ProfiledAttention(torch.autograd.Function):
         ending = [collector for collector in ctx.collectors if isinstance(collector, GradientCollector)]
         tiled = [collector for collector in ctx.collectors if not isinstance(collector, GradientCollector)]
         pulled = grads[0].to(seen[0].dtype)
-        gradients = attend_backward(*seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan)
+        gradients = attend_backward(
+            *seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan, choices=ctx.choices
+        )
         for collector in ending:
             collector.take_gradients(*(Kept(*one) for one in zip((key, value), seen[1:], gradients[1:], strict=True)))
         straight = (grad.to(query.dtype) for grad in gradients)  # what is rounded hands its gradient on as it is
-        return (*straight, None, None, None, None, None)
+        return (*straight, None, None, None, None, None, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.calibration.statistics import OF_TOKENS, SIDES
+from moacompress.calibration.statistics import SIDES
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
     INFLUENCE_FILE,
@@ -48,6 +48,7 @@ class Manifest:
         digest: of the statistics in `influence.safetensors`.
         seconds: time that the samples took.
         complete: whether everything is there.
+        gates: fingerprint of the gates that rules which select choose by; empty until they are trained.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Manifest:
     digest: str = ""
     seconds: float = 0.0
     complete: bool = False
+    gates: str = ""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -75,14 +77,14 @@ class Manifest:
         return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
 
     @property
-    def of_tokens(self) -> bool:
-        """Whether samples have the influence of single tokens, which gates are fitted to; around a plan none are."""
-        return self.recipe.profile.gates and not self.around
+    def has_gates(self) -> bool:
+        """Whether some of its rules select."""
+        return any(rule.selects for rule in self.rules)
 
-    def sample_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every array of the statistics of a sample of so many tokens."""
-        own = {OF_TOKENS: (self.shape.layers, self.shape.kv_heads, tokens)} if self.of_tokens else {}
-        return {**self.array_shapes, **own}
+    @property
+    def owner(self) -> str:
+        """What files of samples are marked with."""
+        return f"{self.fingerprint} {self.gates}" if self.gates else self.fingerprint
 
     def write(self, folder: Path) -> None:
         """Writes `profile.json`, atomically."""
@@ -121,7 +123,9 @@ class Manifest:
                 "calibration_fingerprint",
                 "validation_fingerprint",
                 "digest",
+                "gates",
             )
+            data.setdefault("gates", "")
             return Manifest(
                 shape=ModelShape(**shape),
                 rules=tuple(Rule.from_list(rule) for rule in data["rules"]),
@@ -168,6 +172,7 @@ def request_fingerprint(
             "calibration": recipe.resolved()["calibration"],
             "files": files,
             **({"computes_in": computes_in} if other else {}),
+            **({"gate_samples": recipe.profile.gate_samples} if any(rule.selects for rule in rules) else {}),
         }
     )
 
@@ -199,7 +204,7 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         if (found.recipe, found.source) == (recipe, manifest.source):
             return found
         wanted = replace(found, recipe=recipe, source=manifest.source)
-        same = wanted.array_shapes == found.array_shapes and wanted.of_tokens == found.of_tokens
+        same = wanted.array_shapes == found.array_shapes
         found = replace(wanted, complete=found.complete and same)
     found.write(folder)
     return found
@@ -236,7 +241,6 @@ def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
     return recipe.override(
         profile__baselines=ours.baselines or theirs.baselines,
         profile__heads=ours.heads or theirs.heads,
-        profile__gates=ours.gates or theirs.gates,
         profile__anchors=max(ours.anchors, theirs.anchors),
         profile__formats=[*ours.formats, *theirs.formats],
     )

@@ -11,7 +11,7 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from moacompress.calibration.choices import choosing
 from moacompress.calibration.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
 from moacompress.calibration.sharing import Attended
 from moacompress.core.errors import ModelError
+from moacompress.kernels.backend import Choices
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -54,6 +57,8 @@ class Recording:
         collectors: of every layer; each backward pass may put others into these very lists.
         attended: what every layer attended with, kept until the tape ends; None to keep nothing.
         values: whether that has the values too.
+        gates: of the layers, where rules select.
+        choices: what rules choose in every layer, kept until the tape ends.
     """
 
     table: RuleTable
@@ -62,10 +67,17 @@ class Recording:
     collectors: tuple[list[Collector | GradientCollector], ...]
     attended: dict[int, Attended] | None = None
     values: bool = False
+    gates: GateWeights | None = None
+    choices: dict[int, Choices | None] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        shape: ModelShape, table: RuleTable, plan: Plan | None = None, keep: bool = False, values: bool = False
+        shape: ModelShape,
+        table: RuleTable,
+        plan: Plan | None = None,
+        keep: bool = False,
+        values: bool = False,
+        gates: GateWeights | None = None,
     ) -> Recording:
         """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too."""
         plans: list[RuleTable | None] = [None] * shape.layers
@@ -73,7 +85,9 @@ class Recording:
             if plan is not None and not all(rule.is_full for rule in rules):
                 plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
         collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
-        return Recording(table, shape.native_windows, tuple(plans), collectors, {} if keep or values else None, values)
+        return Recording(
+            table, shape.native_windows, tuple(plans), collectors, {} if keep or values else None, values, gates
+        )
 
 
 _recording: ContextVar[Recording] = ContextVar("moacompress_recording")
@@ -108,7 +122,15 @@ def _attention(
         )
         recording.attended[layer] = Attended(asking, keys, s_aux, spec, plan, values if recording.values else None)
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, s_aux, spec, recording.table, recording.collectors[layer], recording.plans[layer]
+        query,
+        key,
+        value,
+        s_aux,
+        spec,
+        recording.table,
+        recording.collectors[layer],
+        recording.plans[layer],
+        recording.choices.get(layer),
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -132,7 +154,9 @@ def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
     try:
         for config, _ in before:
             config._attn_implementation = ATTENTION
-        yield
+        tables = recording.table.in_layer
+        with choosing(model, recording.gates, lambda layer: tables(recording.native_windows[layer]), recording.choices):
+            yield
     finally:
         _recording.reset(token)
         for config, name in before:
@@ -275,6 +299,7 @@ class Tape:
             self._stack.enter_context(recorded(self._model, self._recording))
             if self._recording.attended is not None:
                 self._stack.callback(self._recording.attended.clear)
+            self._stack.callback(self._recording.choices.clear)
             if len(self._ids) > KEEP_TOKENS:
                 self._stack.enter_context(checkpointed(self._model))
             self._embeddings = self._model.get_input_embeddings()(self._ids[None]).detach().requires_grad_()

@@ -32,24 +32,30 @@ from moacompress.calibration.passes import Cotangent, Recording, Tape, output_lo
 from moacompress.calibration.precision import PrecisionSums
 from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.sharing import CopySums, copyable
-from moacompress.calibration.statistics import DRAWN, OF_TOKENS, Statistics
+from moacompress.calibration.statistics import DRAWN, Floats32, Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.files import digest_files
 from moacompress.core.owners import own_folder
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.candidates import candidate_rules, gated_rules
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.gate import check_room
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
 
+GATE_SEED = 1_000_003
+"""What is added to the seed for the samples that gates are trained on."""
 MAX_SKIPPED = 0.05
 """Share of the samples that may be left out because a number in them is not finite."""
 
@@ -120,8 +126,13 @@ def check_around(source: SourceModel, plan: Plan) -> None:
     """Refuses a plan that a model cannot be profiled around.
 
     Raises:
-        PlanError: a plan of another model, or one whose layers share attention.
+        PlanError: a plan of another model, one whose layers share attention, or one that keeps tokens by their score.
     """
+    if plan.selects:
+        raise PlanError(
+            "KV heads of the plan keep tokens that a gate chooses, and profiling around such a plan is not possible; give a "
+            "plan of spans and formats"
+        )
     plan.check_model(source.shape, weights=source.weights_like)
     if plan.shares:
         raise PlanError(
@@ -138,6 +149,7 @@ def sample_statistics(
     around: Plan | None,
     seed: int,
     index: int,
+    gates: GateWeights | None = None,
 ) -> Statistics:
     """Runs one sample forward and several times backward.
 
@@ -150,6 +162,7 @@ def sample_statistics(
         around: the plan to profile around, or None for the dense model.
         seed: the run's seed.
         index: number of the sample; with `seed` it decides the cotangents.
+        gates: what rules that select choose by.
 
     Returns:
         See `store.Statistics`; the numbers may be not finite.
@@ -161,7 +174,7 @@ def sample_statistics(
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
             dense = target_states(model, ids, rows)
     size = shape.kv_heads, len(table), model.device
-    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0)
+    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates)
     influence = [InfluenceSums(*size) for _ in range(shape.layers)]
     rounding = [
         PrecisionSums(shape.kv_heads, chosen.formats, plan, model.device)
@@ -169,10 +182,6 @@ def sample_statistics(
     ]
     found: dict[str, Tensor] = {}
     heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
-    tokens = [
-        TokenSums(shape.kv_heads, len(ids), LAG, model.device)
-        for _ in range(shape.layers if chosen.gates and around is None else 0)
-    ]
     copies = [
         CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
         for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
@@ -194,7 +203,7 @@ def sample_statistics(
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])
             cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
-            wanted = _by_layer(influence, rounding, copies, tokens, heads if draw == 0 else [])
+            wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
             tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
             for copied in copies:
                 copied.end()
@@ -203,8 +212,31 @@ def sample_statistics(
         every = torch.stack([one[name] for one in drawn])
         found[name] = every if name in DRAWN else every.mean(0)
     found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
-    found |= {name: value / chosen.draws for name, value in _stacked(tokens).items()} if tokens else {}
     return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
+
+
+def token_influence(
+    model: PreTrainedModel, shape: ModelShape, sample: Sample, draws: int, seed: int, index: int
+) -> Floats32:
+    """Returns what hiding single tokens would do, mean over draws, `[layers, kv_heads, tokens]`; see `collectors.TokenSums`.
+
+    Args:
+        model: the dense model, weights frozen.
+        shape: its shape.
+        sample: the sample.
+        draws: random cotangents.
+        seed: the run's seed.
+        index: number of the sample; with `seed` it decides the cotangents.
+    """
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
+    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    sums = [TokenSums(shape.kv_heads, len(ids), LAG, model.device) for _ in range(shape.layers)]
+    with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
+        for draw in range(draws):
+            cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
+            tape.backward(cotangent, _by_layer(sums), last=draw + 1 == draws)
+    found: Floats32 = (_stacked(sums)["of_tokens"] / draws).float().cpu().numpy()
+    return found
 
 
 def _by_layer(*collectors: Sequence[Collector | GradientCollector]) -> list[tuple[Collector | GradientCollector, ...]]:
@@ -254,7 +286,10 @@ def profile(
     source = load_for(recipe, model)
     check_lengths(source, recipe)
     chosen = recipe.profile
-    rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
+    bounds = max(recipe.calibration.lengths), chosen.sinks, chosen.min_window
+    rules = candidate_rules(*bounds)
+    if chosen.gates and around is None:
+        rules += gated_rules(*bounds)
     if around is not None:
         check_around(source, around)
     key = around.key() if around is not None else ""
@@ -263,21 +298,58 @@ def profile(
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
         manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
-        trained = not manifest.of_tokens or Gates.load(out, manifest.fingerprint) is not None
-        if manifest.complete and trained:
+        if manifest.complete and (not manifest.has_gates or _known_gates(out, manifest) is not None):
             try:
                 return Profile.load(out)
             except ArtefactError as error:
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
         manifest, samples = _make_samples(out, source, manifest, progress)
-        statistics, manifest = _run_samples(out, source, manifest, samples, around, progress)
+        gates = None
+        if manifest.has_gates:
+            gates = (_known_gates(out, manifest) or _train_gates(out, source, manifest, progress)).weights
+            manifest = replace(manifest, gates=gates.fingerprint)
+            manifest.write(out)
+        statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
         merge(out, manifest, samples, statistics)
-        if manifest.of_tokens:
-            used = [index for index in range(len(samples)) if index not in manifest.skipped]
-            of_tokens = [statistics[index].arrays[OF_TOKENS] for index in used]
-            gates = train_gates(source.model, [samples[index] for index in used], of_tokens, progress)
-            gates.save(out, manifest.fingerprint)
         return Profile.load(out)
+
+
+def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
+    """Returns the gates in the folder of a profile; None where they are to be trained, as they are not those it began with."""
+    found = Gates.load(out, manifest.fingerprint)
+    return found if found is not None and manifest.gates in ("", found.weights.fingerprint) else None
+
+
+def _train_gates(out: Path, source: SourceModel, manifest: Manifest, progress: Progress) -> Gates:
+    """Trains gates on samples of their own, of the shortest length, and writes them into the folder of the profile."""
+    from moacompress.calibration.answer_store import AnswerStore
+    from moacompress.calibration.sample_sources import build_samples
+
+    check_room(attention_modules(source.model))
+    recipe, asked = manifest.recipe, manifest.recipe.calibration
+    texts = round(recipe.profile.gate_samples * asked.text_samples / (asked.samples + asked.text_samples))
+    own = asked.model_copy(
+        update={
+            "lengths": asked.lengths[:1],
+            "samples": recipe.profile.gate_samples - texts,
+            "text_samples": texts,
+        }
+    )
+    changed = recipe.model_copy(update={"calibration": own, "seed": recipe.seed + GATE_SEED})
+    answers = AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in)
+    samples = build_samples(source, changed, "calibration", progress, answers)
+    of_tokens = []
+    progress.start("what tokens matter", len(samples))
+    for index, sample in enumerate(samples):
+        of_tokens.append(token_influence(source.model, source.shape, sample, recipe.profile.draws, changed.seed, index))
+        progress.step(f"{sample.length} tokens")
+    progress.done()
+    used = [index for index, found in enumerate(of_tokens) if np.isfinite(found).all()]
+    gates = train_gates(
+        source.model, [samples[index] for index in used], [of_tokens[index] for index in used], progress
+    )
+    gates.save(out, manifest.fingerprint)
+    return gates
 
 
 def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
@@ -382,6 +454,7 @@ def _run_samples(
     manifest: Manifest,
     samples: Sequence[Sample],
     around: Plan | None,
+    gates: GateWeights | None,
     progress: Progress,
 ) -> tuple[list[Statistics], Manifest]:
     """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
@@ -389,14 +462,22 @@ def _run_samples(
     done, skipped, seconds = [], [], 0.0
     progress.start("profiling", len(samples))
     for index, sample in enumerate(samples):
-        found = read_sample(out, index, manifest.fingerprint, manifest.sample_shapes(len(sample.input_ids)))
+        found = read_sample(out, index, manifest.owner, manifest.array_shapes)
         if found is None:
             begin = time.perf_counter()
             statistics = sample_statistics(
-                source.model, source.shape, table, sample, manifest.recipe.profile, around, manifest.recipe.seed, index
+                source.model,
+                source.shape,
+                table,
+                sample,
+                manifest.recipe.profile,
+                around,
+                manifest.recipe.seed,
+                index,
+                gates,
             )
             found = statistics, time.perf_counter() - begin
-            write_sample(out, index, statistics, manifest.fingerprint, found[1])
+            write_sample(out, index, statistics, manifest.owner, found[1])
         done.append(found[0])
         seconds += found[1]
         if not found[0].finite:

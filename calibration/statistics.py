@@ -21,8 +21,8 @@ SIDES = ("key", "value")
 """What has a format, as names of arrays begin."""
 DRAWN = ("total", *(f"{side}_total" for side in SIDES))
 """Arrays with an axis for the draw in front."""
-OF_TOKENS = "of_tokens"
-"""Array that is as long as its sample: it is kept with each sample and not merged."""
+OF_RULES = ("squares", "total", "first", "moa", "mass", "gold_squares", "gold_total")
+"""Arrays with an axis for the rules, the last."""
 POWER = 0.75
 """Exponent of the power mean over samples that makes `robust` of `fisher`.
 
@@ -44,18 +44,15 @@ class Statistics:
                 rules, `1 + formats` on the last axis, the native one first; see `precision.PrecisionSums`;
             `moa`, `mass`, `gold_squares`, `gold_total`: from the gold label; see `collectors.BaselineSums`;
             `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
-            `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`;
-            `of_tokens`: of a single sample alone, `[layers, kv_heads, tokens]`, mean over the draws; see
-                `collectors.TokenSums`.
+            `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
     """
 
     arrays: Mapping[str, Floats32]
 
     @staticmethod
     def stack(samples: Sequence[Statistics]) -> Statistics:
-        """Returns the statistics of many samples, but for what is as long as each of them."""
-        names = [name for name in samples[0].arrays if name != OF_TOKENS]
-        return Statistics({name: np.stack([one.arrays[name] for one in samples]) for name in names})
+        """Returns the statistics of many samples."""
+        return Statistics({name: np.stack([one.arrays[name] for one in samples]) for name in samples[0].arrays})
 
     @property
     def finite(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,8 +24,16 @@ import numpy.typing as npt
 
 from moacompress.calibration.manifest import Manifest, damaged
 from moacompress.calibration.samples import Sample, SampleKind, fingerprint_samples, load_samples
-from moacompress.calibration.statistics import ESTIMATORS, OF_FORMATS, SIDES, Statistics, available, estimate
-from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
+from moacompress.calibration.statistics import (
+    ESTIMATORS,
+    OF_FORMATS,
+    OF_RULES,
+    SIDES,
+    Statistics,
+    available,
+    estimate,
+)
+from moacompress.core.artefact_names import CALIBRATION_FILE, GATES_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import write_bytes
 from moacompress.recipe import Recipe
@@ -61,6 +70,7 @@ class Profile:
         statistics: of every profiled sample.
         around: key of the plan that was profiled around; empty for the dense model.
         formats: of keys and values that `rules` has beside the native one; see `offering`.
+        gates_fingerprint: of the gates that rules which select choose by; empty where no rule does.
     """
 
     path: Path
@@ -79,6 +89,7 @@ class Profile:
     statistics: Statistics
     around: str = ""
     formats: tuple[str, ...] = ()
+    gates_fingerprint: str = ""
 
     @property
     def estimators(self) -> tuple[str, ...]:
@@ -176,12 +187,34 @@ class Profile:
         pairs = keys[..., :, None, None] + values[..., None, :, None]
         return (found[..., None, None, :] + pairs).reshape(*found.shape[:-1], -1)
 
-    @property
+    @cached_property
     def gates(self) -> Gates | None:
-        """The gates that were trained with it, read from its folder; None where there are none."""
+        """The gates that rules which select choose by; None where no rule does.
+
+        Raises:
+            ArtefactError: they are not those that were profiled.
+        """
         from moacompress.calibration.gates import Gates
 
-        return Gates.load(self.path, self.fingerprint)
+        if not any(rule.selects for rule in self.rules):
+            return None
+        found = Gates.load(self.path, self.fingerprint)
+        if found is None or found.weights.fingerprint != self.gates_fingerprint:
+            raise damaged(
+                self.path / GATES_FILE, "it is missing, damaged, or has other gates than those that were profiled"
+            )
+        return found
+
+    def without_gates(self) -> Profile:
+        """Returns the same profile without the rules that select; to be called before formats are on offer."""
+        keep = [number for number, rule in enumerate(self.rules) if not rule.selects]
+        if len(keep) == len(self.rules):
+            return self
+        arrays = {
+            name: array[..., keep] if name in OF_RULES else array for name, array in self.statistics.arrays.items()
+        }
+        rules = tuple(self.rules[number] for number in keep)
+        return replace(self, rules=rules, statistics=Statistics(arrays), gates_fingerprint="")
 
     def calibration_samples(self) -> list[Sample]:
         """Reads the samples that were profiled, those left out included.
@@ -277,6 +310,7 @@ class Profile:
             sample_kinds=kinds,
             statistics=statistics,
             around=head.around,
+            gates_fingerprint=head.gates,
         )
 
 

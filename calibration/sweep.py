@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.backend import Choices, as_tensors
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 
@@ -61,6 +61,7 @@ def swept(
     table: RuleTable,
     collectors: Sequence[SumCollector],
     plan: RuleTable | None,
+    choices: Choices | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of attention; collectors get the sums of all tiles.
 
@@ -74,6 +75,7 @@ def swept(
         table: the rules, for this layer.
         collectors: receive the sums.
         plan: the rule of each KV head of this layer, or None for the dense model.
+        choices: what rules that select choose.
 
     Returns:
         Gradients of query, key and value.
@@ -90,6 +92,7 @@ def swept(
         scores=spec.scores(sink_logit),
         baselines=baselines,
         lag=lag,
+        choices=choices,
     )
     moa, mass = sums[2:] if baselines else (None, None)
     found = LayerSums(sums[0], sums[1], moa, mass, rows, None if lag is None else of_tokens)

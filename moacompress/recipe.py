@@ -124,7 +124,13 @@ class ProfileRecipe(_Section):
     heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
     anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
     gates: bool = Field(
-        False, description="also train a gate for every KV head, which scores tokens by their influence"
+        False, description="train a gate for every KV head, which scores tokens, and profile rules that keep its choice"
+    )
+    gate_samples: int = Field(
+        24,
+        ge=2,
+        le=100_000,
+        description="samples of the shortest length that gates are trained on, and nothing else is",
     )
     formats: Formats = Field(CODED, description="formats of keys and values that are profiled")
     min_window: int = Field(32, description="smallest window of any KV head, tokens")
@@ -160,6 +166,7 @@ class SearchRecipe(_Section):
     formats: Formats | None = Field(
         None, description="formats of keys and values on offer beside native; by default all that are profiled"
     )
+    gates: bool = Field(True, description="offer rules that keep tokens which a gate chooses, where they are profiled")
     solver: Solver = Field("lagrange", description="solver inside each trial")
     share: Annotated[str, BeforeValidator(_share)] = Field(
         "off",

@@ -102,7 +102,7 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
 
 def _candidates(family: str, request: SearchRequest) -> list[Plan]:
     """Returns what is measured of a family: where formats are on offer, those predicted to be best."""
-    spans, formats = request.profile.offering(()), request.profile.formats
+    spans, formats = request.profile.offering(()).without_gates(), request.profile.formats
     floors = layer_floors(request.recipe.search.floors, spans.shape)
     sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
     found = [

@@ -220,6 +220,7 @@ class _Costs:
                 f"the baseline {name} needs a profile of this model (weights {shape.weights_fingerprint}); that in "
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
             )
+        profile = profile.without_gates()
         estimator = "moa" if name == "moa" else profile.recipe.profile.estimator
         influence = profile.blended(estimator, profile.recipe.search.text_weight)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))

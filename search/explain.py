@@ -146,7 +146,7 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     pairs = []
     for trial in tried:
         if trial.measured and not trial.pruned:
-            plan = unpack(trial.plan, profile.shape, profile.min_window)
+            plan = unpack(trial.plan, profile)
             pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.harms))])
     predicted, measured = zip(*pairs, strict=True)
     varied = min(len(set(predicted)), len(set(measured))) > 2

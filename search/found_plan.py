@@ -81,7 +81,7 @@ def _earlier(context: SearchContext) -> Standing | None:
     harms = context.meter.known("improved", plan)
     if harms is None or plan.provenance.get("search") != context.request.key:
         return None
-    bare = Plan(plan.model, plan.min_window, plan.rules, shares=plan.shares)
+    bare = plan.with_notes(budget={}, quality={}, provenance={})
     return Standing(bare, harms, log_ratio(harms, context.reference), plan.provenance["stage"])
 
 

@@ -176,7 +176,7 @@ def _uniform(low: float, high: float) -> Any:
 
 def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
-    plan = unpack(point.packed, profile.shape, profile.min_window)
+    plan = unpack(point.packed, profile)
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
         quality={"measured_harm": {"plan": point.harm}, "samples": len(profile.validation)},

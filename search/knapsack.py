@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +72,25 @@ def total_cost(costs: Floats, choice: Ints) -> float:
 def chosen_plan(profile: Profile, choice: Ints, shares: LayerShares = ()) -> Plan:
     """Returns the plan of a choice of rules, whose layers share as given."""
     rows = tuple(tuple(profile.rules[number] for number in row) for row in choice.tolist())
-    return Plan(profile.shape, profile.min_window, with_shared_rules(rows, shares), shares=shares)
+    return _plan(profile, with_shared_rules(rows, shares), shares)
+
+
+def _plan(profile: Profile, rows: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
+    """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates choose nothing."""
+    windows = profile.shape.native_windows
+    own = tuple(
+        tuple(rule if window is None else replace(rule, select_alpha=0, select_beta_q=0) for rule in row)
+        for row, window in zip(rows, windows, strict=True)
+    )
+    gates = None if profile.gates is None else profile.gates.weights
+    return Plan(
+        profile.shape,
+        profile.min_window,
+        own,
+        shares=shares,
+        gates=profile.gates_fingerprint,
+        gate_weights=gates,
+    )
 
 
 def choice_of(profile: Profile, plan: Plan) -> Ints:
@@ -85,4 +104,4 @@ def ablation(profile: Profile, pick: Pick) -> Plan:
     layer, head, rule = pick
     rules = [[Rule.FULL] * profile.shape.kv_heads for _ in range(profile.shape.layers)]
     rules[layer][head] = profile.rules[rule]
-    return Plan(profile.shape, profile.min_window, tuple(map(tuple, rules)))
+    return _plan(profile, rules)

@@ -21,7 +21,7 @@ from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.search_request import Knob, SearchRequest, offered_formats
+from moacompress.search.search_request import Knob, SearchRequest, offered
 from moacompress.search.search_result import SearchResult
 from moacompress.search.study import find_plan
 
@@ -196,7 +196,7 @@ def _smallest(
     def scouted(share: int) -> bool:
         return holds(scout(share))
 
-    smallest = math.ceil(100 * smallest_share(profile.offering(offered_formats(profile.profiled_formats, recipe))))
+    smallest = math.ceil(100 * smallest_share(offered(profile, recipe)))
     bad, good = smallest - 1, 99
     if not scouted(good):
         raise InfeasibleBudgetError(

@@ -53,6 +53,16 @@ def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...
     return profiled if recipe.profile.estimator in OF_FORMATS else ()
 
 
+def offered(profile: Profile, recipe: Recipe) -> Profile:
+    """Returns the profile with the rules that a search offers: formats, and whether gates choose.
+
+    Layers that share attention have no gates.
+    """
+    if not recipe.search.gates or recipe.search.share != "off":
+        profile = profile.without_gates()
+    return profile.offering(offered_formats(profile.profiled_formats, recipe))
+
+
 @dataclass(frozen=True)
 class SearchRequest:
     """What is asked for, known before the model is loaded.
@@ -100,7 +110,7 @@ class SearchRequest:
             UsageError: a profile around a plan, or formats or copies that it says nothing of.
             PlanError: layers that cannot share.
         """
-        profile = profile.offering(offered_formats(profile.profiled_formats, recipe))
+        profile = offered(profile, recipe)
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         floors = layer_floors(recipe.search.floors, profile.shape)
@@ -144,6 +154,7 @@ class SearchRequest:
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
                 **({"computes_in": self.computes_in} if in_other else {}),
                 **({"share": self._share_key} if self.sharing else {}),
+                **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
             }
         )
 

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.rules.formats import NATIVE
-from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
+
+if TYPE_CHECKING:
+    from moacompress.calibration.store import Profile
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
 
@@ -146,15 +148,17 @@ def pack(plan: Plan) -> dict[str, Any]:
     }
 
 
-def unpack(packed: dict[str, Any], shape: ModelShape, min_window: int) -> Plan:
-    """Returns the plan that `pack` packed.
-
-    Args:
-        packed: what it returned.
-        shape: of the plan's model.
-        min_window: smallest window of the plan, tokens.
-    """
+def unpack(packed: dict[str, Any], profile: Profile) -> Plan:
+    """Returns the plan that `pack` packed, of a search in a profile."""
     distinct: Sequence[Rule] = [Rule.from_list(rule) for rule in packed["rules"]]
     rules = tuple(tuple(distinct[number] for number in row) for row in packed["choice"])
     shares = tuple(share and Share.from_dict(share) for share in packed.get("shares", ()))
-    return Plan(shape, min_window, rules, shares=shares)
+    gates = None if profile.gates is None else profile.gates.weights
+    return Plan(
+        profile.shape,
+        profile.min_window,
+        rules,
+        shares=shares,
+        gates=profile.gates_fingerprint,
+        gate_weights=gates,
+    )

@@ -38,7 +38,7 @@ class Standing:
     @staticmethod
     def of(trial: Tried, profile: Profile) -> Standing:
         """Returns the plan of a trial."""
-        plan = unpack(trial.plan, profile.shape, profile.min_window)
+        plan = unpack(trial.plan, profile)
         return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")
 
     @property

@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import ArtefactError
-from moacompress.rules.formats import FORMATS, at_least_as_exact
+from moacompress.rules.formats import FORMATS, NATIVE, at_least_as_exact
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import window
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import selected, window
 
 GAMMA_RANGE = (0.5, 1.5)
 """The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this."""
@@ -126,18 +127,23 @@ class Surrogate:
 
 def nested(rules: Sequence[Rule], min_window: int, max_length: int) -> npt.NDArray[np.bool_]:
     """Returns `[a, b]`: rule b keeps at least the keys that rule a keeps, for every n up to `max_length`, and as exactly."""
-    spans = list(dict.fromkeys((rule.sink, rule.alpha, rule.beta_q) for rule in rules))
-    n: Ints = np.unique(np.linspace(1, max_length, min(max_length, 4096)).astype(np.int64))[:, None]
-    sink, alpha, beta_q = np.array(spans).T
-    windows = window(n, alpha, beta_q, min_window)
-    within = np.stack([(windows[:, [a]] <= windows).all(axis=0) for a in range(len(spans))])
-    full = np.array([Rule(*span).sees_all for span in spans])
-    keeps = within & (sink[:, None] <= sink) | full
+    spans = list(dict.fromkeys(rule.in_formats(NATIVE, NATIVE) for rule in rules))
+    n: Ints = np.unique(np.linspace(1, max_length, min(max_length, 4096)).astype(np.int64))
+    table = RuleTable.of(spans, min_window)
+    sink, alpha, beta_q = table.span[:3]
+    # what a gate keeps of the tokens that have left a wider window it kept when they were fewer
+    windows, chosen = window(n[:, None], alpha, beta_q, min_window), selected(n[:, None], *table.select)
+    within = np.stack(
+        [((windows[:, [a]] <= windows) & (chosen[:, [a]] <= chosen)).all(axis=0) for a in range(len(spans))]
+    )
+    full = np.array([span.sees_all for span in spans])
+    alike = (sink[:, None] == sink) | (chosen == 0).all(axis=0)[:, None]  # or it is another choice
+    keeps = within & (sink[:, None] <= sink) & alike | full
     exact = np.array([[at_least_as_exact(other, name) for other in FORMATS] for name in FORMATS])
     number = {name: at for at, name in enumerate(FORMATS)}
     span, keys, values = np.array(
         [
-            (spans.index((rule.sink, rule.alpha, rule.beta_q)), number[rule.key_format], number[rule.value_format])
+            (spans.index(rule.in_formats(NATIVE, NATIVE)), number[rule.key_format], number[rule.value_format])
             for rule in rules
         ]
     ).T

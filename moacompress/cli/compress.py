@@ -46,6 +46,10 @@ def compress(
     source: Sources = None,
     text: Text = None,
     formats: FormatsOption = None,
+    gates: Annotated[
+        bool | None,
+        typer.Option("--gates", help="Also offer rules that keep tokens which a gate chooses, and train these."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
@@ -66,6 +70,7 @@ def compress(
         calibration__validation_samples=validation_samples,
         calibration__sources=read_sources(source),
         calibration__text=text,
+        profile__gates=gates,
         search__formats=formats,
         search__trials=trials,
         evaluation__tasks=split_list(tasks),

@@ -10,26 +10,36 @@ import typer
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import LengthsOption
+from moacompress.core.errors import UsageError
 
 
 @verb(
     "moacompress inspect plan.json",
     "moacompress inspect runs/mine --lengths 1k,4k,32k",
     "moacompress inspect runs/mine/model --json",
+    "moacompress inspect runs/mine --show-tokens notes.txt",
 )
 def inspect(
     run: VerbRun,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
     lengths: LengthsOption = None,
+    show_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Read a text with the compressed model, and mark the tokens that its gates keep."
+        ),
+    ] = None,
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
-    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. The model is not loaded.
+    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. The model is not loaded, but for
+    --show-tokens.
     """
     from moacompress.models.source import find_model_folder
     from moacompress.report.inspection import (
         formats_map,
         formats_table,
+        gates_map,
         inspect_plan,
         kept_map,
         kv_table,
@@ -42,7 +52,19 @@ def inspect(
     plan = Plan.load(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
     shown = Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])
-    bits = formats_map(plan)
+    chosen, bits = gates_map(plan, data["reference_length"]), formats_map(plan)
+    if chosen is not None:
+        shown.show.append(chosen)
     if bits is not None:
         shown.show.extend((formats_table(data["formats"], data["bits"]), bits))
-    return shown
+    if show_tokens is None:
+        return shown
+    from moacompress.report.shown_tokens import kept_tokens, token_tables
+
+    folder = find_model_folder(file.parent)
+    if folder is None:
+        raise UsageError(
+            f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
+        )
+    found = kept_tokens(folder, plan, show_tokens)
+    return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])

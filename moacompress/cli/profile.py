@@ -87,7 +87,8 @@ def profile(
     gates: Annotated[
         bool | None,
         typer.Option(
-            "--gates", help="Also train a gate for every KV head, and say how well it tells which tokens matter."
+            "--gates",
+            help="Train a gate for every KV head, which scores tokens, and profile rules that keep those of highest score.",
         ),
     ] = None,
     source: Sources = None,

@@ -61,6 +61,10 @@ def search(
         float | None, typer.Option(help="Seconds after which no new trial, round or move starts.")
     ] = None,
     formats: FormatsOption = None,
+    gates: Annotated[
+        bool | None,
+        typer.Option("--gates/--no-gates", help="Offer rules that keep tokens which a gate chooses, or none of them."),
+    ] = None,
     share: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +114,7 @@ def search(
         search__moves=moves,
         search__timeout=timeout,
         search__formats=formats,
+        search__gates=gates,
         search__share=share,
         search__assume_repaired=assume_repaired,
         search__assume_healed=assume_healed,

@@ -110,6 +110,11 @@ def explanation_file(plan: Path) -> Path:
     return plan.with_suffix(".explain.json")
 
 
+def gates_file(plan: Path) -> Path:
+    """Returns where the gates of a plan are, where it has some: `plan.gates.safetensors` for `plan.json`."""
+    return plan.with_suffix(".gates.safetensors")
+
+
 def plan_named(plan: Path, name: str) -> Path:
     """Returns one of several plans: `plan-NAME.json` for `plan.json`."""
     return plan.with_name(f"{plan.stem}-{name}{plan.suffix or '.json'}")
@@ -166,6 +171,7 @@ def of_search(plan: Path) -> list[Path]:
     journal = study_journal(plan)
     return [
         plan,
+        gates_file(plan),
         scouts_folder(plan),
         baselines_folder(plan),
         explanation_file(plan),
@@ -178,7 +184,8 @@ def of_search(plan: Path) -> list[Path]:
 def of_front(plan: Path) -> list[Path]:
     """Returns all that the search of a front leaves beside `plan`."""
     journal = front_journal(plan)
-    return [front_file(plan), *plans_of_front(plan), journal, journal_lock(journal)]
+    plans = plans_of_front(plan)
+    return [front_file(plan), *plans, *map(gates_file, plans), journal, journal_lock(journal)]
 
 
 def of_audit(audit: Path) -> list[Path]:

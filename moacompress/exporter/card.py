@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from moacompress.rules.budget import format_length
-from moacompress.rules.cost import format_rows, kept_bits
+from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
 
 WEIGHTS = {
@@ -37,6 +37,8 @@ def model_card(plan: Plan) -> str:
     ]
     if plan.stated_lengths and not all(rule.is_native for row in plan.rules for rule in row):
         parts.append("## Formats of keys and values\n\n" + _formats_table(plan, max(plan.stated_lengths)))
+    if plan.selects:
+        parts.append("## Tokens chosen by gates\n\n" + _gates(plan, max(plan.stated_lengths)))
     if plan.shares:
         parts.append("## Shared attention\n\n" + _shared_attention(plan))
     quality = _quality(plan)
@@ -114,6 +116,15 @@ def _formats_table(plan: Plan, n: int) -> str:
     return "\n".join(rows) + (
         f"\n\nAt {format_length(n)} tokens, where a kept number takes {bits['keys']:.1f} bits in keys and "
         f"{bits['values']:.1f} in values, scales and zero points counted."
+    )
+
+
+def _gates(plan: Plan, n: int) -> str:
+    found = chosen_share(plan, n)
+    return (
+        f"{found['kv_heads']} KV heads keep, beside sinks and window, the tokens that a gate scores highest: a linear probe of "
+        f"what enters the layer, in the weights as `gate`. At {format_length(n)} tokens gates chose {found['share']:.0%} of "
+        "the tokens that are kept. Without moacompress these weights are ignored, and so is what they choose."
     )
 
 

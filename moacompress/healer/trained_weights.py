@@ -14,6 +14,7 @@ from moacompress.core.errors import UsageError
 from moacompress.models.modules import decoder_layers
 from moacompress.recipe import HealRecipe
 from moacompress.rules.plan import Plan
+from moacompress.runtime.gate import TokenGate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,9 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
     parts = [model] if heal.train == "full" else [decoder_layers(model)[layer] for layer in reuse_layers(plan)]
     for part in parts:
         part.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, TokenGate):  # nothing that is trained depends on its scores but by which tokens are kept
+            module.requires_grad_(False)
     return model
 
 

@@ -75,6 +75,19 @@ class Scores(NamedTuple):
     sink_logits: torch.Tensor | None = None
 
 
+class Choices(NamedTuple):
+    """What rules that select choose among the tokens of a sample, when they have left the window.
+
+    Attributes:
+        gone: how many have left when a token is kept no longer, in each way to choose, int32 `[kv_heads, ways, tokens]`; of a
+            token that is never kept no more than have left when it does.
+        of_rule: the way of each rule, -1 of one that does not select, int64 `[rules]`. Rules of one way have one sink.
+    """
+
+    gone: torch.Tensor
+    of_rule: torch.Tensor
+
+
 class CacheView(NamedTuple):
     """What attention reads of a layer's cache.
 
@@ -435,6 +448,7 @@ class Backend(ABC):
         scores: Scores,
         baselines: bool = False,
         lag: int | None = None,
+        choices: Choices | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Gradients of attention and what every rule would move, in one sweep.
 
@@ -450,6 +464,7 @@ class Backend(ABC):
             scores: how scores are made.
             baselines: whether to sum MoA's |E| and the masked probability too.
             lag: tokens from a key on before which queries do not count in the influence of single tokens; None for none of it.
+            choices: what rules that select choose; without them they are taken for their sinks and windows alone.
 
         Returns:
             Gradients of query, key and value; sums, float64 `[2 or 4, kv_heads, rules]`: of squares and of the deltas, then of

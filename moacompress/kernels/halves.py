@@ -81,6 +81,24 @@ class BlockHalf(NamedTuple):
         for side, part in enumerate((found.scale, found.zero)):
             numbers[blocks, side, places] = part[:, 0]
 
+    def move(self, source: torch.Tensor, slots: torch.Tensor, target: torch.Tensor, to: torch.Tensor) -> None:
+        """Copies tokens as they are kept.
+
+        Args:
+            source: see `new`.
+            slots: where they are, see `write`.
+            target: as `source`; it may be the same.
+            to: where they go to.
+        """
+        if not self.bits:
+            target.view(-1, self.dim)[to] = source.view(-1, self.dim)[slots]
+            return
+        (codes, at), (new, into) = (
+            self._codes(memory, where // BLOCK, where % BLOCK) for memory, where in ((source, slots), (target, to))
+        )
+        new[into] = codes[at]
+        self._numbers(target)[to // BLOCK, :, to % BLOCK] = self._numbers(source)[slots // BLOCK, :, slots % BLOCK]
+
     def read(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns tokens: native ones as they are, float32 of codes, in the basis of the vectors, `[..., dim]`.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moacompress.exporter.card import repair_text
 from moacompress.models.weight_files import read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
-from moacompress.rules.cost import attention_flops, format_rows, kept_bits
+from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -26,6 +27,8 @@ SHADES = "▁▂▃▄▅▆▇█"
 NATIVE_MARK = "·"
 _OF_LAYER = re.compile(r"(.*\.(?:layers|h)\.)(\d+)(\..+)")
 """Names of the weights of decoder layers."""
+_OF_GATE = re.compile(r"att(?:ention|n)\.gate\.(?:weight|bias)$")
+"""Names of the weights of gates."""
 MAP_COLUMNS = 80
 """Most layers in one row of the map."""
 
@@ -50,6 +53,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "density": plan.density(reference),
         "bits": kept_bits(plan, reference),
         "formats": format_rows(plan, reference),
+        "gates": chosen_share(plan, reference) if plan.selects else None,
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
@@ -80,7 +84,8 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
         plan: its plan.
 
     Returns:
-        `plan`, those that are there, and `dense`, with those that layers that share do without: what their anchors have more.
+        `plan`, those that are there, and `dense`, without gates and with what layers that share do without: what their anchors
+        have more.
 
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
@@ -98,7 +103,8 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
             part = _OF_LAYER.fullmatch(name)
             if share is not None and part is not None and int(part[2]) == share.anchor:
                 dropped += max(0, numbers - held.get(f"{part[1]}{layer}{part[3]}", 0))
-    return {"dense": sum(held.values()) + dropped, "plan": sum(held.values())}
+    gates = sum(numbers for name, numbers in held.items() if _OF_GATE.search(name)) if plan.selects else 0
+    return {"dense": sum(held.values()) + dropped - gates, "plan": sum(held.values())}
 
 
 def overview(plan: Plan, data: dict[str, Any]) -> Group:
@@ -115,6 +121,11 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {len(distinct)} distinct rules, no window under {plan.min_window}",
     }
+    if data["gates"] is not None:
+        rows["gates"] = (
+            f"{data['gates']['kv_heads']} KV heads keep tokens by their score: {data['gates']['share']:.0%} of the kept tokens "
+            f"at {format_length(reference)}"
+        )
     if plan.shares:
         rows["sharing"] = "; ".join(
             f"layer {layer}: {share}" for layer, share in enumerate(plan.shares) if share is not None
@@ -185,6 +196,21 @@ def formats_map(plan: Plan) -> Text | None:
     return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
+def gates_map(plan: Plan, n: int) -> Text | None:
+    """Returns a map of the share of the kept tokens that gates chose, as `kept_map`; None where no rule selects."""
+    if not plan.selects:
+        return None
+
+    def shade(layer: int, head: int) -> str:
+        rule, native = plan.rules[layer][head], plan.model.native_windows[layer]
+        kept = rule.kept(n, plan.min_window, native)
+        window = replace(rule, select_alpha=0, select_beta_q=0).kept(n, plan.min_window, native)
+        return _shade_of((kept - window) / kept)
+
+    title = f"Share of the kept tokens that its gate chose, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"
+    return _map(plan, title, shade)
+
+
 def kept_map(plan: Plan, n: int) -> Text:
     """Returns a map of the kept share: a column for each layer, a row for each KV head.
 
@@ -192,17 +218,26 @@ def kept_map(plan: Plan, n: int) -> Text:
         plan: the plan.
         n: tokens so far.
     """
-    lines = [f"Kept share of each KV head at {format_length(n)} tokens ({SHADES[0]} least, {SHADES[-1]} all):"]
+
+    def shade(layer: int, head: int) -> str:
+        native = plan.model.native_windows[layer]
+        kept = plan.rules[layer][head].kept(n, plan.min_window, native)
+        return _shade_of(kept / Rule.FULL.kept(n, plan.min_window, native))
+
+    title = f"Kept share of each KV head at {format_length(n)} tokens ({SHADES[0]} least, {SHADES[-1]} all):"
+    return _map(plan, title, shade)
+
+
+def _map(plan: Plan, title: str, mark: Callable[[int, int], str]) -> Text:
+    """Returns a map with a mark for each layer and KV head."""
+    lines = [title]
     for first in range(0, plan.model.layers, MAP_COLUMNS):
         layers = range(first, min(first + MAP_COLUMNS, plan.model.layers))
         lines.append(f"layers {layers[0]}-{layers[-1]}")
         for head in range(plan.model.kv_heads):
-            row = "".join(_shade(plan, layer, head, n) for layer in layers)
-            lines.append(f"KV head {head:<4}{row}")
+            lines.append(f"KV head {head:<4}" + "".join(mark(layer, head) for layer in layers))
     return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
-def _shade(plan: Plan, layer: int, head: int, n: int) -> str:
-    native = plan.model.native_windows[layer]
-    share = plan.rules[layer][head].kept(n, plan.min_window, native) / Rule.FULL.kept(n, plan.min_window, native)
+def _shade_of(share: float) -> str:
     return SHADES[min(int(share * (len(SHADES) - 1)), len(SHADES) - 1)]

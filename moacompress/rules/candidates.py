@@ -33,6 +33,35 @@ def candidate_rules(max_length: int, sinks: Sequence[int], min_window: int) -> t
     return (Rule.FULL, *(Rule(sink, alpha, beta_q) for sink in sinks for alpha, beta_q in windows))
 
 
+GATED_SHARES = (1 / 16, 1 / 8, 1 / 4)
+"""Growth of the windows, and of what gates choose beside them, of rules that select."""
+SMALLEST_CHOICE = 16
+"""Fewest tokens that a gate chooses, once so many have left."""
+
+
+def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple[Rule, ...]:
+    """Returns the candidates that keep tokens by their score, native: short windows, and growing ones, each with all choices.
+
+    Their windows are among those of `candidate_rules`. Fixed choices double up to a quarter of the length; the smallest sink is
+    enough, as a gate keeps what matters of the rest.
+    """
+    growing = [(0, int(share * BETA_ONE)) for share in GATED_SHARES]
+    on_offer = set(candidate_windows(max_length, min_window))
+    windows = [
+        window for window in ((min_window, 0), (2 * min_window, 0), (4 * min_window, 0), *growing) if window in on_offer
+    ]
+    fixed, size = [], SMALLEST_CHOICE
+    while 4 * size <= max_length:
+        fixed.append((size, 0))
+        size *= 2
+    choices = [*fixed, *growing, (4 * SMALLEST_CHOICE, int(BETA_ONE / 16))]
+    return tuple(
+        Rule(min(sinks), *window, select_alpha=alpha, select_beta_q=beta_q)
+        for window in windows
+        for alpha, beta_q in choices
+    )
+
+
 def in_formats(spans: Sequence[Rule], formats: Sequence[str]) -> tuple[Rule, ...]:
     """Returns every span in every pair of a format of keys and one of values: the native pair first, then by keys.
 

@@ -6,6 +6,7 @@ All numbers are integers from `moacompress.rules.rule_table`, so that the solver
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -89,6 +90,18 @@ def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
             if any(rule.slots(n, plan.min_window, native) * plan.model.token_bytes(rule) < least for rule in row):
                 return False
     return True
+
+
+def chosen_share(plan: Plan, n: int) -> dict[str, float]:
+    """Returns what gates keep at `n` tokens: `kv_heads` that have one at work, and the `share` of all kept tokens."""
+    kept, chosen, heads = 0, 0, 0
+    for row, native in zip(plan.rules, plan.model.native_windows, strict=True):
+        for rule in row:
+            whole = rule.kept(n, plan.min_window, native)
+            kept += whole
+            chosen += whole - replace(rule, select_alpha=0, select_beta_q=0).kept(n, plan.min_window, native)
+            heads += rule.selects
+    return {"kv_heads": heads, "share": chosen / kept}
 
 
 def kept_bits(plan: Plan, n: int) -> dict[str, float]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import gates_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
 from moacompress.rules.formats import DTYPE_BYTES, FORMATS, NATIVE
+from moacompress.rules.gate_weights import DIGITS, GateWeights
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
@@ -23,7 +25,11 @@ from moacompress.rules.windows import BETA_ONE
 FORMAT = "moacompress-plan"
 RULE_FIELDS = ("sink", "alpha", "beta_q", "key_format", "value_format")
 """What a layer says of each of its KV heads."""
-VERSION = 2
+SELECT_FIELDS = ("select_alpha", "select_beta_q")
+"""What a layer says besides where one of them keeps tokens that a gate chooses."""
+WITHOUT_GATES = 2
+"""Version of the plans that no gate belongs to."""
+VERSION = 3
 MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
 MAX_NOTES = 1 << 24
@@ -69,6 +75,8 @@ class Plan:
         quality: predicted and measured harm, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
+        gates: fingerprint of the gates that choose tokens; empty where no rule selects.
+        gate_weights: these gates, where they are at hand: a plan's file has them beside it.
     """
 
     model: ModelShape
@@ -78,10 +86,15 @@ class Plan:
     quality: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     shares: LayerShares = ()
+    gates: str = ""
+    gate_weights: GateWeights | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not any(self.shares):
             object.__setattr__(self, "shares", ())
+        if not self.selects:
+            object.__setattr__(self, "gates", "")
+            object.__setattr__(self, "gate_weights", None)
         _check(self)
 
     @staticmethod
@@ -98,6 +111,11 @@ class Plan:
     def stated_lengths(self) -> list[int]:
         """Lengths in tokens that its bytes are stated for, ascending; 1k and 4k where it does not say."""
         return sorted(int(length) for length in self.budget.get("bytes", {})) or [1024, 4096]
+
+    @property
+    def selects(self) -> bool:
+        """Whether some KV head keeps tokens that a gate chooses."""
+        return any(rule.selects for row in self.rules for rule in row)
 
     def kept(self, n: int) -> int:
         """Returns the keys visible to query `n - 1`, summed over layers and KV heads."""
@@ -167,6 +185,8 @@ class Plan:
         does: list[Any] = [shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]]
         if self.shares:
             does.append([share and share.to_dict() for share in self.shares])
+        if self.gates:
+            does.append(self.gates)
         return fingerprint(does)
 
     def with_notes(self, **notes: dict[str, Any]) -> Plan:
@@ -216,22 +236,28 @@ class Plan:
             shares = self.share(layer), other.share(layer) if layer < other.model.layers else None
             if shares[0] != shares[1]:
                 lines.append(f"layer {layer}: {' -> '.join(str(share or 'own attention') for share in shares)}")
+        if self.gates != other.gates:
+            lines.append(f"gates: {self.gates or 'none'} -> {other.gates or 'none'}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
+        """Returns the JSON form; what only newer versions know of is there where the plan has it."""
+
+        def layer(row: tuple[Rule, ...], share: Share | None) -> dict[str, Any]:
+            names = RULE_FIELDS + (SELECT_FIELDS if any(rule.selects for rule in row) else ())
+            return {
+                **{name: [getattr(rule, name) for rule in row] for name in names},
+                "share": share and share.to_dict(),
+            }
+
+        shares = self.shares or (None,) * self.model.layers
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.selects else WITHOUT_GATES,
             "model": self.model.to_dict(),
             "min_window": self.min_window,
-            "layers": [
-                {
-                    **{name: [getattr(rule, name) for rule in row] for name in RULE_FIELDS},
-                    "share": share and share.to_dict(),
-                }
-                for row, share in zip(self.rules, self.shares or (None,) * self.model.layers, strict=True)
-            ],
+            "layers": [layer(row, share) for row, share in zip(self.rules, shares, strict=True)],
+            **({"gates": self.gates} if self.gates else {}),
             "budget": finite_json(self.budget),
             "quality": finite_json(self.quality),
             "provenance": finite_json(self.provenance),
@@ -250,18 +276,25 @@ class Plan:
             raise PlanError("the plan is nested too deep") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, atomically."""
+        """Writes the plan as JSON, atomically, and its gates beside it."""
+        if self.gate_weights is not None:
+            self.gate_weights.save(gates_file(Path(path)))
         write_json(Path(path), self.to_dict())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Reads a plan file.
+        """Reads a plan file, and its gates where they lie beside it.
 
         Raises:
-            PlanError: unreadable, too large, or not a valid plan; the message starts with the path.
+            PlanError: unreadable, too large, or not a valid plan, or other gates; the message starts with the path.
         """
         try:
-            return Plan.from_dict(read_json(Path(path), "plan", MAX_JSON_BYTES))
+            plan = Plan.from_dict(read_json(Path(path), "plan", MAX_JSON_BYTES))
+            beside = gates_file(Path(path))
+            if not plan.gates or not beside.is_file():
+                return plan
+            heads = plan.model.layers, plan.model.kv_heads
+            return replace(plan, gate_weights=GateWeights.load(beside, heads, plan.gates))
         except (ArtefactError, PlanError) as error:
             message = str(error)
             raise PlanError(message if str(path) in message else f"plan {path}: {message}") from error
@@ -316,12 +349,23 @@ def _check(plan: Plan) -> None:
                 raise PlanError(f"sink of {where} is {_short(rule.sink)}, not one of {', '.join(map(str, SINKS))}")
             _whole(rule.alpha, f"alpha of {where}", 0, MAX_ALPHA)
             _whole(rule.beta_q, f"beta_q of {where}", 0, BETA_ONE)
+            _whole(rule.select_alpha, f"select_alpha of {where}", 0, MAX_ALPHA)
+            _whole(rule.select_beta_q, f"select_beta_q of {where}", 0, BETA_ONE)
+            if rule.selects and plan.model.native_windows[layer] is not None:
+                raise PlanError(
+                    f"{where} keeps tokens by their score in a layer with a sliding window of its own "
+                    f"({plan.model.native_windows[layer]} tokens), which would hide them"
+                )
             for name in ("key_format", "value_format"):
                 if not isinstance(getattr(rule, name), str) or getattr(rule, name) not in FORMATS:
                     raise PlanError(
                         f"{name} of {where} is {_short(getattr(rule, name))}, not one of {', '.join(FORMATS)}; upgrade "
                         "moacompress if a newer one wrote the plan"
                     )
+    if plan.selects and any(plan.shares):
+        raise PlanError(
+            "the plan has layers that share attention and KV heads that keep tokens by their score; one of the two"
+        )
     check_shares(plan.model, plan.rules, plan.shares)
 
 
@@ -359,7 +403,10 @@ def _parse(data: Any) -> Plan:
         raise PlanError(f"the plan has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress")
     data = _upgraded(data, version)
     _object(
-        data, "the plan", ("format", "version", "model", "min_window", "layers"), ("budget", "quality", "provenance")
+        data,
+        "the plan",
+        ("format", "version", "model", "min_window", "layers"),
+        ("gates", "budget", "quality", "provenance"),
     )
     fields = tuple(ModelShape.__dataclass_fields__)
     model = _object(data["model"], "model", fields)
@@ -373,9 +420,12 @@ def _parse(data: Any) -> Plan:
     rules, shares = [], []
     for index, layer in enumerate(_list(data["layers"], "layers", layers)):
         where = f"layer {index}"
-        _object(layer, where, RULE_FIELDS, ("share",))
-        columns = [_list(layer[name], f"{name} of {where}", kv_heads) for name in RULE_FIELDS]
-        for name, column in zip(RULE_FIELDS, columns, strict=True):
+        _object(layer, where, RULE_FIELDS, (*SELECT_FIELDS, "share"))
+        given = {name: layer[name] for name in RULE_FIELDS} | {
+            name: layer.get(name, [0] * kv_heads) for name in SELECT_FIELDS
+        }
+        columns = [_list(column, f"{name} of {where}", kv_heads) for name, column in given.items()]
+        for name, column in zip(RULE_FIELDS, columns, strict=False):
             if name.endswith("_format"):
                 for head, value in enumerate(column):
                     _text(value, f"{name} of {where} KV head {head}")
@@ -392,7 +442,18 @@ def _parse(data: Any) -> Plan:
                 "and characters with the other notes"
             )
     _check_notes(notes["budget"], notes["provenance"])
-    return Plan(shape, data["min_window"], tuple(rules), shares=tuple(shares), **notes)
+    plan = Plan(shape, data["min_window"], tuple(rules), shares=tuple(shares), gates=_gates(data), **notes)
+    if plan.selects and not plan.gates:
+        raise PlanError("KV heads of the plan keep tokens by their score, and it does not say by which gates")
+    return plan
+
+
+def _gates(data: dict[str, Any]) -> str:
+    """Returns the fingerprint of a plan's gates, or an empty text."""
+    found = _text(data.get("gates", ""), "gates")
+    if found and not (len(found) == DIGITS and set(found) <= set("0123456789abcdef")):
+        raise PlanError(f"gates is {_short(found)!r}, not a fingerprint of {DIGITS} hexadecimal digits")
+    return found
 
 
 def _share(data: Any, where: str, kv_heads: int) -> Share | None:

@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from moacompress.rules.formats import FORMATS, NATIVE
-from moacompress.rules.windows import BETA_ONE, Span, kept, slots
+from moacompress.rules.windows import BETA_ONE, Span, kept, selected, slots, tokens_left, whole_blocks
 
 SINKS = (4, 16, 64)
 MIN_WINDOWS = (16, 32, 64)
 MAX_ALPHA = 1 << 24
+SCORE_BYTES = 2
+"""Bytes of the score of a token that a gate may choose, which is kept beside its key and value."""
 
 
 @dataclass(frozen=True, order=True)
 class Rule:
     """What one KV head keeps, the first `sink` tokens and a window of `alpha + beta_q / 1024 * n` tokens, and in which formats.
+
+    A rule that selects keeps besides, of the tokens that have left the window, those that its gate scores highest.
 
     Attributes:
         sink: first tokens that are always kept.
@@ -24,6 +28,8 @@ class Rule:
         beta_q: growth of the window per token in 1/1024.
         key_format: of its keys, one of `formats.FORMATS`.
         value_format: of its values.
+        select_alpha: fixed part of how many tokens a gate keeps; see `windows.selected`.
+        select_beta_q: its growth per token that has left the window, in 1/1024.
     """
 
     sink: int
@@ -31,12 +37,19 @@ class Rule:
     beta_q: int
     key_format: str = NATIVE
     value_format: str = NATIVE
+    select_alpha: int = 0
+    select_beta_q: int = 0
     FULL: ClassVar[Rule]
 
     @property
     def sees_all(self) -> bool:
         """Whether every key (of a native window) is visible at every length."""
         return self.beta_q >= BETA_ONE
+
+    @property
+    def selects(self) -> bool:
+        """Whether tokens that have left the window can be kept by their score."""
+        return bool(self.select_alpha or self.select_beta_q)
 
     @property
     def is_native(self) -> bool:
@@ -46,7 +59,7 @@ class Rule:
     @property
     def is_full(self) -> bool:
         """Whether the KV head is as in the dense model."""
-        return self.sees_all and self.is_native
+        return self.sees_all and self.is_native and not self.selects
 
     def in_formats(self, keys: str, values: str) -> Rule:
         """Returns the same span in a format of keys and one of values."""
@@ -57,15 +70,20 @@ class Rule:
         return Span(self.sink, self.alpha, self.beta_q, min_window, native_window or 0)
 
     def kept(self, n: Any, min_window: int, native_window: int | None = None) -> Any:
-        """Returns the number of keys visible to query `n - 1` (`windows.kept`)."""
-        return kept(n, self.span(min_window, native_window))
+        """Returns the number of keys visible to query `n - 1` (`windows.kept`, and `windows.selected`)."""
+        span = self.span(min_window, native_window)
+        return kept(n, span) + self._selected(n, span)
 
     def slots(self, n: Any, min_window: int, native_window: int | None = None) -> Any:
-        """Returns the tokens held by the cache (`windows.slots`)."""
-        return slots(n, self.span(min_window, native_window))
+        """Returns the tokens that the cache holds memory for (`windows.slots`, and those selected in blocks of their own)."""
+        span = self.span(min_window, native_window)
+        return slots(n, span) + whole_blocks(self._selected(n, span))
+
+    def _selected(self, n: Any, span: Span) -> Any:
+        return selected(tokens_left(n, span), self.select_alpha, self.select_beta_q)
 
     def token_bytes(self, head_dim: int, value_dim: int, dtype: str) -> int:
-        """Returns the bytes of one token's key and value.
+        """Returns the bytes of one token's key and value, and of its score where the rule selects.
 
         Args:
             head_dim: numbers of a key.
@@ -73,11 +91,14 @@ class Rule:
             dtype: the model's.
         """
         keys, values = FORMATS[self.key_format], FORMATS[self.value_format]
-        return keys.vector_bytes(head_dim, dtype) + values.vector_bytes(value_dim, dtype)
+        scores = SCORE_BYTES if self.selects else 0
+        return keys.vector_bytes(head_dim, dtype) + values.vector_bytes(value_dim, dtype) + scores
 
     def to_list(self) -> list[Any]:
-        """Returns the JSON form: its numbers, then its formats where one is not native."""
+        """Returns the JSON form: its numbers, those of what it selects if it does, and its formats if one is not native."""
         numbers: list[Any] = [self.sink, self.alpha, self.beta_q]
+        if self.selects:
+            numbers += [self.select_alpha, self.select_beta_q]
         return numbers if self.is_native else [*numbers, self.key_format, self.value_format]
 
     @staticmethod
@@ -87,15 +108,26 @@ class Rule:
         Raises:
             ValueError: something else.
         """
-        if len(data) not in (3, 5) or any(name not in FORMATS for name in map(str, data[3:])):
-            raise ValueError(f"{data!r} is no rule: three numbers, and two formats of {', '.join(FORMATS)} or none")
-        sink, alpha, beta_q = map(int, data[:3])
-        return Rule(sink, alpha, beta_q, *map(str, data[3:]))
+        formats = tuple(name for name in data if isinstance(name, str))
+        numbers = data[: len(data) - len(formats)]
+        known = all(name in FORMATS for name in formats) and len(formats) in (0, 2)
+        if len(numbers) not in (3, 5) or not known or any(isinstance(number, str) for number in numbers):
+            raise ValueError(
+                f"{data!r} is no rule: three numbers or five, and two formats of {', '.join(FORMATS)} or none"
+            )
+        sink, alpha, beta_q, *select = map(int, numbers)
+        keys, values = formats or (NATIVE, NATIVE)
+        return Rule(sink, alpha, beta_q, keys, values, *select)
 
     def __str__(self) -> str:
-        growth = f"+{self.beta_q / BETA_ONE:.3g}n" if self.beta_q else ""
-        span = "full" if self.sees_all else f"{self.sink}|{self.alpha}{growth}"
+        span = "full" if self.sees_all else f"{self.sink}|{_growing(self.alpha, self.beta_q)}"
+        if self.selects:
+            span += f" gate {_growing(self.select_alpha, self.select_beta_q)}"
         return span if self.is_native else f"{span} {self.key_format}/{self.value_format}"
+
+
+def _growing(alpha: int, beta_q: int) -> str:
+    return f"{alpha}+{beta_q / BETA_ONE:.3g}n" if beta_q else str(alpha)
 
 
 Rule.FULL = Rule(sink=SINKS[0], alpha=0, beta_q=BETA_ONE)

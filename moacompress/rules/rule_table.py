@@ -11,10 +11,20 @@ import numpy as np
 from moacompress.core.arrays import Ints
 from moacompress.rules.formats import FORMAT_NAMES, FORMATS
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import Span, block_runs, slots, visible_intervals
+from moacompress.rules.windows import (
+    Span,
+    block_runs,
+    selected,
+    slots,
+    tokens_left,
+    visible_intervals,
+    whole_blocks,
+)
 
-COLUMNS = ("sink", "alpha", "beta_q", "min_window", "native_window", "key_format", "value_format")
-"""What the columns of a table hold: the numbers of a `Span`, then the codes of the two formats."""
+COLUMNS = (*Span._fields, "key_format", "value_format", "select_alpha", "select_beta_q")
+"""What the columns of a table hold: the numbers of a `Span`, the codes of the two formats, and how many tokens a gate keeps."""
+_FORMATS = slice(len(Span._fields), len(Span._fields) + 2)
+_SELECT = slice(_FORMATS.stop, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +48,12 @@ class RuleTable:
             native_window: the layer's own sliding window in tokens, or None.
         """
         rows = [
-            (*rule.span(min_window, native_window), FORMATS[rule.key_format].code, FORMATS[rule.value_format].code)
+            (
+                *rule.span(min_window, native_window),
+                *(FORMATS[name].code for name in (rule.key_format, rule.value_format)),
+                rule.select_alpha,
+                rule.select_beta_q,
+            )
             for rule in rules
         ]
         return RuleTable(np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, len(COLUMNS)).T))
@@ -50,9 +65,9 @@ class RuleTable:
         return RuleTable(columns)
 
     def native(self) -> RuleTable:
-        """Returns the same spans with all keys and values kept as the model computes them."""
+        """Returns the same rules with all keys and values kept as the model computes them."""
         columns = self.columns * 1  # a copy, of whatever kind of array it is
-        columns[len(Span._fields) :] = 0
+        columns[_FORMATS] = 0
         return RuleTable(columns)
 
     def __len__(self) -> int:
@@ -71,16 +86,32 @@ class RuleTable:
     @property
     def formats(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Codes of the formats of the keys and of the values, `[rules]` each; None where all are native."""
-        keys, values = map(tuple, self.columns[len(Span._fields) :].tolist())
+        keys, values = map(tuple, self.format_codes.tolist())
         return (keys, values) if any(keys) or any(values) else None
+
+    @property
+    def format_codes(self) -> Any:
+        """Codes of the formats of the keys and of the values, int64 `[2, rules]`."""
+        return self.columns[_FORMATS]
+
+    @property
+    def select(self) -> tuple[Any, Any]:
+        """`select_alpha` and `select_beta_q`, int64 `[rules]` each."""
+        alpha, beta_q = self.columns[_SELECT]
+        return alpha, beta_q
+
+    @property
+    def selects(self) -> bool:
+        """Whether some rule keeps tokens by their score."""
+        return bool(self.columns[_SELECT].any())
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules, without the two windows that are not theirs."""
         rows = zip(*self.columns.tolist(), strict=True)
         return tuple(
-            Rule(sink, alpha, beta_q, FORMAT_NAMES[key], FORMAT_NAMES[value])
-            for sink, alpha, beta_q, _, _, key, value in rows
+            Rule(sink, alpha, beta_q, FORMAT_NAMES[key], FORMAT_NAMES[value], *select)
+            for sink, alpha, beta_q, _, _, key, value, *select in rows
         )
 
     def visible_intervals(self, n: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -95,7 +126,7 @@ class RuleTable:
         return visible_intervals(n[..., None], self.span)
 
     def block_runs(self, n: Ints) -> Ints:
-        """Returns the cache blocks that every rule touches, int64 `[RUNS, 2, ..., rules]`: begin and end of each run.
+        """Returns the blocks of sinks and window that every rule touches, int64 `[RUNS, 2, ..., rules]`: begin and end of each.
 
         Args:
             n: tokens so far, int64 `[...]`.
@@ -106,19 +137,29 @@ class RuleTable:
 
     def slots(self, n: Ints) -> Ints:
         """Returns the tokens that the cache holds memory for at `n` tokens, int64 `[..., rules]`."""
-        return np.asarray(slots(n[..., None], self.span), np.int64)
+        return np.asarray(slots(n[..., None], self.span) + whole_blocks(self.selected(n)), np.int64)
+
+    def tokens_left(self, n: Any) -> Any:
+        """Returns how many tokens have left the windows at `n` tokens, sinks not counted, int64 `[..., rules]`."""
+        return tokens_left(n[..., None], self.span)
+
+    def selected(self, n: Any) -> Any:
+        """Returns how many tokens gates keep at `n` tokens, int64 `[..., rules]`."""
+        return selected(self.tokens_left(n), *self.select)
 
     def token_bytes(self, head_dim: int, value_dim: int, dtype: str) -> Ints:
         """Returns the bytes of one token under every rule, int64 `[rules]`; see `Rule.token_bytes`."""
         return np.array([rule.token_bytes(head_dim, value_dim, dtype) for rule in self.rules], np.int64)
 
     def groups(self) -> list[tuple[Span, tuple[int, ...]]]:
-        """Returns the numbers of the rules by what they keep and how, with that span: they are worked on together.
+        """Returns the numbers of the rules by span and formats, with that span: they are worked on together.
+
+        What gates keep is worked on apart.
 
         Every rule that sees all is one.
         """
         found: dict[tuple[int, ...], list[int]] = {}
-        for number, row in enumerate(zip(*self.columns.tolist(), strict=True)):
+        for number, row in enumerate(zip(*self.columns[: _FORMATS.stop].tolist(), strict=True)):
             if Rule(*row[:3]).sees_all:
                 row = (*Rule.FULL.to_list(), *row[3:])
             found.setdefault(row, []).append(number)

@@ -73,8 +73,36 @@ def visible_intervals(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, A
 
 
 def kept(n: Any, span: Span) -> Any:
-    """Returns the number of keys visible to the query at position `n - 1`."""
+    """Returns the number of keys of sinks and window that are visible to the query at position `n - 1`."""
     return sum(end - begin for begin, end in visible_intervals(n, span))
+
+
+def tokens_left(n: Any, span: Span) -> Any:
+    """Returns how many tokens have left the window, sinks not counted, when the query at position `n - 1` attends.
+
+    Of a layer with a sliding window of its own it is none: it sees nothing that has left.
+    """
+    (_, sink_end), (start, _) = visible_intervals(n, span)
+    return (start - sink_end) * (span.native_window == 0)
+
+
+def selected(left: Any, select_alpha: Any, select_beta_q: Any) -> Any:
+    """Returns how many tokens a gate keeps of those that have left the window.
+
+    `k = min(left, select_alpha + ((select_beta_q * left) >> 10))`, in int64: it grows by one token at most as one more leaves,
+    so that there is one to fill every place with.
+
+    Args:
+        left: see `tokens_left`.
+        select_alpha: fixed part, tokens.
+        select_beta_q: growth per token that has left, in 1/1024.
+    """
+    return _min(select_alpha + ((select_beta_q * left) >> 10), left)
+
+
+def whole_blocks(tokens: Any) -> Any:
+    """Returns a number of tokens in whole cache blocks: the tokens that the cache holds memory for."""
+    return (tokens + BLOCK - 1) // BLOCK * BLOCK
 
 
 def block_runs(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -92,5 +120,5 @@ def block_runs(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 
 def slots(n: Any, span: Span) -> Any:
-    """Returns `kept(n)` in whole cache blocks touched: the tokens that the cache holds memory for."""
+    """Returns `kept(n)` in whole cache blocks touched, the tokens that the cache holds memory for."""
     return sum(end - begin for begin, end in block_runs(n, span)) * BLOCK

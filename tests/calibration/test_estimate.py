@@ -82,8 +82,12 @@ def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> Non
 def test_gates_take_forward_passes(load: Callable[..., SourceModel]) -> None:
     source, chosen = load(), recipe(128, 256)
     probe = Probe(source, chosen, None)
-    plain, gated = (_Arithmetic(probe, 4, passes).estimate(256, 2, 1, 1) for passes in (0.0, 1e6))
+    arithmetic = _Arithmetic(probe, 4)
+    plain = arithmetic.estimate(256, 2, 1, 1)
+    gated = arithmetic.with_gates(plain, 1000)
     assert gated.profile_seconds > 100 * plain.profile_seconds
+    assert gated.answer_seconds > 100 * plain.answer_seconds
+    assert gated.tokens == plain.tokens + 1000 * 256
     assert dry_run(source, chosen.override(profile__gates=True)).seconds > 0
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration.collectors import TokenSums
+from moacompress.calibration.choices import choices_of
+from moacompress.calibration.collectors import InfluenceSums, TokenSums
 from moacompress.calibration.gates import (
     FIRST,
     FLOOR,
@@ -24,14 +25,15 @@ from moacompress.calibration.gates import (
     train_gates,
 )
 from moacompress.calibration.influence import AttentionSpec, attend_backward
-from moacompress.calibration.profiler import profile, sample_statistics
+from moacompress.calibration.profiler import profile, token_influence
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import GATES_FILE
-from moacompress.core.errors import DataError
+from moacompress.core.errors import ArtefactError, DataError
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import load_source, model_shape
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -68,18 +70,13 @@ def test_what_hiding_single_tokens_moves_is_that_of_the_definition() -> None:
 def test_a_sample_has_it_as_a_mean_over_draws(tiny_model: Models) -> None:
     model = tiny_model("llama")
     shape, sample = model_shape(model), made(0)[0]
-    found = [
-        sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=draws, gates=gates), None, 0, 0).arrays
-        for draws, gates in ((1, True), (2, True), (2, False))
-    ]
+    found = [token_influence(model, shape, sample, draws, 0, 0) for draws in (1, 2)]
     n = len(sample.input_ids)
-    assert found[0]["of_tokens"].shape == (shape.layers, shape.kv_heads, n)
-    assert (found[0]["of_tokens"] >= 0).all()
-    assert found[0]["of_tokens"][..., : n - LAG - 10].any()
-    assert not found[0]["of_tokens"][..., n - LAG :].any()
-    assert "of_tokens" not in found[2]
-    np.testing.assert_array_equal(found[1]["squares"], found[2]["squares"])
-    ratio = found[1]["of_tokens"].sum() / found[0]["of_tokens"].sum()
+    assert found[0].shape == (shape.layers, shape.kv_heads, n)
+    assert (found[0] >= 0).all()
+    assert found[0][..., : n - LAG - 10].any()
+    assert not found[0][..., n - LAG :].any()
+    ratio = found[1].sum() / found[0].sum()
     assert 0.2 < ratio < 5  # a mean, not a sum of other draws
 
 
@@ -130,14 +127,15 @@ def test_a_gate_finds_what_is_linear_in_what_enters_the_layer(family: str, tiny_
             influence[layer, :, FIRST:-LAG] = (3 * centred / scores.std(-1, keepdim=True)).exp()
         of_tokens.append(influence.numpy())
     gates = train_gates(model, samples, of_tokens)
-    assert gates.weight.shape == (shape.layers, shape.kv_heads, width - 1)
-    assert gates.bias.shape == (shape.layers, shape.kv_heads)
+    weights = gates.weights
+    assert weights.weight.shape == (shape.layers, shape.kv_heads, width - 1)
+    assert weights.bias.shape == (shape.layers, shape.kv_heads)
     for row in gates.report["left"]:
         assert row["oracle"][0] <= row["gate"][0] < 0.3 * row["recency"][0] + 1e-9
         assert row["gate_of_all"] <= 0.3 * row["recency_of_all"]
     assert gates.report["samples"] == gates.report["judged"] == 8
     layer, x = next(iter(entering[0].items()))
-    found = torch.from_numpy(gates.weight[layer]) @ x[:, :-1].T + torch.from_numpy(gates.bias[layer])[:, None]
+    found = torch.from_numpy(weights.weight[layer]) @ x[:, :-1].T + torch.from_numpy(weights.bias[layer])[:, None]
     agreed = np.corrcoef(found[0], (true[layer] @ x.T)[0])[0, 1]
     assert agreed > 0.9
 
@@ -165,7 +163,7 @@ def test_layers_are_fitted_in_groups_where_memory_is_short(tiny_model: Models, m
     whole = train_gates(model, samples, noise)
     monkeypatch.setattr(module, "MAX_BYTES", 1)
     parts = train_gates(model, samples, noise)
-    np.testing.assert_array_equal(whole.weight, parts.weight)
+    np.testing.assert_array_equal(whole.weights.weight, parts.weights.weight)
     assert whole.report == parts.report
 
 
@@ -183,7 +181,7 @@ RECIPE = {
         "text_samples": 0,
         "answer_tokens": 4,
     },
-    "profile": {"draws": 1, "gates": True},
+    "profile": {"draws": 1, "gates": True, "gate_samples": 3},
 }
 
 
@@ -192,31 +190,27 @@ def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatc
 
     source = load_source(tiny_folder)
     recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})
-    plain = profile(source, tmp_path / "profile", recipe.override(profile__gates=False))
-    assert plain.gates is None
-    assert not (plain.path / GATES_FILE).exists()
-    made = profile(source, tmp_path / "profile", recipe)  # completes it
-    assert (made.fingerprint, made.statistics.digest()) == (plain.fingerprint, plain.statistics.digest())
+    made = profile(source, tmp_path / "profile", recipe)
     gates = made.gates
     assert gates is not None
-    assert gates.report["samples"] == 4
-    assert gates.weight.shape[:2] == (source.shape.layers, source.shape.kv_heads)
+    assert gates.report["samples"] == 3
+    assert gates.weights.weight.shape[:2] == (source.shape.layers, source.shape.kv_heads)
+    assert gates.weights.fingerprint == made.gates_fingerprint
     before = (made.path / GATES_FILE).read_bytes()
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("it was done already")
 
     with monkeypatch.context() as patch:
-        patch.setattr(profiler, "train_gates", never)
-        patch.setattr(profiler, "sample_statistics", never)
-        for again in (recipe, recipe.override(profile__gates=False)):  # what was recorded stays
-            assert profile(source, tmp_path / "profile", again).gates is not None
-        assert (made.path / GATES_FILE).read_bytes() == before
+        for name in ("train_gates", "sample_statistics", "token_influence"):
+            patch.setattr(profiler, name, never)
+        assert profile(source, tmp_path / "profile", recipe).gates is not None
         (made.path / GATES_FILE).write_bytes(before[:100])
-        assert Profile.load(made.path).gates is None
+        with pytest.raises(ArtefactError, match="it is missing, damaged, or has other gates"):
+            Profile.load(made.path).gates  # noqa: B018
         with pytest.raises(AssertionError, match="done already"):
             profile(source, tmp_path / "profile", recipe)
-    with monkeypatch.context() as patch:  # from the samples that are there
+    with monkeypatch.context() as patch:  # trained again, the gates are the same, and so are the samples
         patch.setattr(profiler, "sample_statistics", never)
         profile(source, tmp_path / "profile", recipe)
     assert (made.path / GATES_FILE).read_bytes() == before
@@ -224,17 +218,78 @@ def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatc
     assert (made.path / GATES_FILE).read_bytes() != before
 
 
+def test_spans_cost_the_same_beside_gates(tiny_folder: Path, tmp_path: Path) -> None:
+    source = load_source(tiny_folder)
+    recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})
+    gated = profile(source, tmp_path / "gated", recipe)
+    plain = profile(source, tmp_path / "plain", recipe.override(profile__gates=False))
+    assert plain.gates is None
+    assert not (plain.path / GATES_FILE).exists()
+    assert any(rule.selects for rule in gated.rules)
+    same = gated.without_gates()
+    assert (same.rules, same.gates) == (plain.rules, None)
+    for name, array in plain.statistics.arrays.items():
+        np.testing.assert_allclose(same.statistics.arrays[name], array, rtol=1e-4, atol=1e-12)
+
+
+def seen_by(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
+    """Returns bool `[n, n]`, which keys queries see under a rule that selects, by the words of the definition."""
+    mask, kept, gone = torch.zeros(n, n, dtype=torch.bool), list[int](), 0
+    for i in range(n):
+        start = i + 1 - min(i + 1, max(16, rule.alpha + rule.beta_q * (i + 1) // 1024))
+        for token in range(rule.sink + gone, start):
+            gone += 1
+            least = min(range(len(kept)), key=lambda place: (scores[kept[place]], place), default=-1)
+            if len(kept) < min(gone, rule.select_alpha + rule.select_beta_q * gone // 1024):
+                kept.append(token)
+            elif kept and scores[token] > scores[kept[least]]:
+                kept[least] = token
+        mask[i, [j for j in range(i + 1) if j < rule.sink or j >= start or j in kept]] = True
+    return mask
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_rule_that_selects_costs_what_its_mask_moves(compiled: bool, use_backend: Callable[[str], Any]) -> None:
+    if not compiled:
+        use_backend("reference")
+    torch.manual_seed(0)
+    n, heads, kv_heads, dim = 140, 4, 2, 16
+    query, grad = (torch.randn(1, heads, n, dim) for _ in range(2))
+    key, value = (torch.randn(1, kv_heads, n, dim) for _ in range(2))
+    scores = torch.randint(-9, 9, (kv_heads, n)).to(torch.int16)
+    selecting = [Rule(4, 16, 0, select_alpha=20), Rule(4, 0, 200, select_beta_q=300), Rule(16, 20, 0, select_alpha=1)]
+    table = RuleTable.of([Rule.FULL, Rule(4, 16, 0), *selecting], 16)
+    sums = InfluenceSums(kv_heads, len(table))
+    attend_backward(
+        query, key, value, grad, AttentionSpec(dim**-0.5), None, table, [sums], choices=choices_of(table, scores)
+    )
+    for number, rule in enumerate(table.rules):
+        for head in range(kv_heads):
+            visible = torch.ones(n, n, dtype=torch.bool) if rule.is_full else seen_by(rule, scores[head].tolist(), n)
+            causal, moved = torch.ones(n, n, dtype=torch.bool).tril(), torch.zeros(n, dtype=torch.float64)
+            for at in range(head * heads // kv_heads, (head + 1) * heads // kv_heads):
+                logits = (query[0, at] @ key[0, head].T * dim**-0.5).double()
+                outs = [
+                    logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value[0, head].double()
+                    for mask in (causal & visible, causal)
+                ]
+                moved += ((outs[0] - outs[1]) * grad[0, at]).sum(-1)
+            assert torch.allclose(sums.total[head, number], moved.sum(), rtol=1e-4, atol=1e-4)
+            assert torch.allclose(sums.squares[head, number], moved.square().sum(), rtol=1e-4, atol=1e-6)
+
+
 def test_gates_of_another_profile_or_damaged_ones_are_none(tmp_path: Path) -> None:
-    gates = Gates(np.ones((2, 1, 3), np.float32), np.zeros((2, 1), np.float32), {"left": []})
+    weights = GateWeights(np.ones((2, 1, 3), np.float32), np.zeros((2, 1), np.float32))
+    gates = Gates(weights, {"left": []})
     gates.save(tmp_path, "a")
     found = Gates.load(tmp_path, "a")
     assert found is not None
-    np.testing.assert_array_equal(found.weight, gates.weight)
+    np.testing.assert_array_equal(found.weights.weight, weights.weight)
     assert found.report == gates.report
     assert Gates.load(tmp_path, "b") is None
-    Gates(np.full((2, 1, 3), np.nan, np.float32), gates.bias, {}).save(tmp_path, "a")
+    Gates(GateWeights(np.full((2, 1, 3), np.nan, np.float32), weights.bias), {}).save(tmp_path, "a")
     assert Gates.load(tmp_path, "a") is None
-    Gates(gates.weight, np.zeros((2, 2), np.float32), {}).save(tmp_path, "a")
+    Gates(GateWeights(weights.weight, np.zeros((2, 2), np.float32)), {}).save(tmp_path, "a")
     assert Gates.load(tmp_path, "a") is None
 
 

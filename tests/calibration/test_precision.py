@@ -162,7 +162,7 @@ def test_predicted_harm_ranks_as_measured_harm(tiny_model: Factory) -> None:
     dense = [log_probabilities(model, shape, sample, None) for sample in samples]
     predicted, measured = [], []
     for layer, head, side, name in product(range(shape.layers), range(shape.kv_heads), ("key", "value"), CODED):
-        rule = Rule(4, 0, 1024, **{f"{side}_format": name})
+        rule = with_format(Rule.FULL, side, name)
         plan = changed(Plan.full(shape), layer, head, rule)
         harms = [
             float((base.exp() * (base - log_probabilities(model, shape, sample, plan))).sum(-1).mean())
@@ -200,7 +200,7 @@ def test_around_a_plan_a_change_of_format_is_predicted_with_its_sign(tiny_model:
             assert first == 0
             assert not total.any()
             continue
-        new = Rule(old.sink, old.alpha, old.beta_q, **{**formats(old), f"{side}_format": name})
+        new = with_format(old, side, name)
         pairs.append((first + (total**2).mean() / 2, harm(changed(plan, layer, head, new)) - now))
     predicted, measured = np.array(pairs).T
     assert {True, False} == set((measured > 0).tolist())
@@ -209,8 +209,9 @@ def test_around_a_plan_a_change_of_format_is_predicted_with_its_sign(tiny_model:
     assert (np.sign(predicted[large]) == np.sign(measured[large])).all()
 
 
-def formats(rule: Rule) -> dict[str, str]:
-    return {"key_format": rule.key_format, "value_format": rule.value_format}
+def with_format(rule: Rule, side: str, name: str) -> Rule:
+    """The rule with its keys, or its values, in another format."""
+    return rule.in_formats(*((name, rule.value_format) if side == "key" else (rule.key_format, name)))
 
 
 def test_columns_are_the_native_format_and_the_others() -> None:

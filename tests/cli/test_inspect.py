@@ -16,6 +16,7 @@ from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import readable_bytes, readable_number
 from moacompress.report.inspection import count_parameters, formats_map, inspect_plan, kept_map
+from moacompress.report.shown_tokens import token_class
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -160,3 +161,41 @@ def test_failures(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["inspect", str(tmp_path), "--json"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert "not a moacompress plan" in result.stderr
+
+
+def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
+    made = replace(plan(**NOTES), gates="0" * 16)
+    rows = tuple(
+        tuple(replace(rule, select_alpha=40) if not rule.sees_all else rule for rule in row) for row in made.rules
+    )
+    gated = replace(made, rules=rows, gates="0" * 16)
+    gated.save(tmp_path / "plan.json")
+    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0
+    assert "3 KV heads keep tokens by their score" in result.stdout
+    assert "Share of the kept tokens that its gate chose" in result.stdout
+    data = inspect_plan(gated)["gates"]
+    n = inspect_plan(gated)["reference_length"]
+    chosen = gated.kept(n) - replace(made, rules=made.rules).kept(n)
+    assert chosen == 3 * 40
+    assert data == {"kv_heads": 3, "share": chosen / gated.kept(n)}
+    assert inspect_plan(made)["gates"] is None
+    refused = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), "--show-tokens", "x.txt"])
+    assert refused.exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        (" 1", "digits"),
+        ("x9", "digits"),
+        ("\n\n", "line break"),
+        ("  ", "space"),
+        (".", "punctuation"),
+        (" The", "capitalised"),
+        (" the", "start of a word"),
+        ("ing", "rest of a word"),
+    ],
+)
+def test_classes_of_tokens(token: str, name: str) -> None:
+    assert token_class(token) == name

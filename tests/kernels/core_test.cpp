@@ -27,7 +27,7 @@ std::vector<int64_t> random_rules(int64_t count, int64_t min_window, int64_t nat
   std::vector<int64_t> columns(static_cast<size_t>(RULE_NUMBERS * count));
   for (int64_t i = 0; i < count; i++) {
     const int64_t numbers[] = {pick_of({4, 16, 64}), pick_of({0, 20, 64, 1000}), pick_of({0, 100, 600, 1024}), min_window, native_window,
-                               NATIVE, NATIVE};
+                               NATIVE, NATIVE, pick_of({0, 30}), pick_of({0, 90})};
     for (int64_t number = 0; number < RULE_NUMBERS; number++) columns[size_t(number * count + i)] = numbers[number];
   }
   return columns;
@@ -293,7 +293,7 @@ void test_profile(Isa isa, DType dtype) {
                             strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
                             dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
                             strides(kv_heads, value_dim), baselines, sums.get(), pick(0, 40),
-                            pick(0, 1) ? of_tokens.get() : nullptr, alive.get()};
+                            pick(0, 1) ? of_tokens.get() : nullptr, alive.get(), 0, nullptr, nullptr};
   const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
   if (profile(call, parallel, isa) != OK) failures++, std::printf("profile failed\n");
   for (const Data* data : {&dquery, &dkey, &dvalue})

@@ -123,7 +123,7 @@ def test_an_empty_batch(backend, random_case):
 def test_a_format_that_is_not_known_is_refused(backend, dtype, random_case):
     case = random_case(1, dtype, rows=1, past=40, tokens=3, valid=3)
     rules = case.rules
-    rules.columns[-1, 0] = 7
+    rules.format_codes[1, 0] = 7
     rest = {"cache": case.cache, "rules": rules, "scores": case.scores}
     with pytest.raises((UnsupportedError, RuntimeError), match="format"):
         backend.decode(case.query[:, :, 0], lengths=case.past, **rest)

@@ -146,7 +146,7 @@ def test_bad_arguments_are_refused(random_case):
     refused(r"lengths has the shape \[2\], not \[1\]", past=torch.tensor([1, 2]))
     refused("row 0 has -1 tokens", past=torch.tensor([-1]))
     one = torch.tensor([4])
-    refused(r"table of rules has the shape \[7, 1\], not \[7, 2\]", sink=one, alpha=one, beta_q=one)
+    refused(r"table of rules has the shape \[9, 1\], not \[9, 2\]", sink=one, alpha=one, beta_q=one)
     refused("KV head 0 has sink 4, alpha -1", sink=torch.tensor([4, 4]), alpha=torch.tensor([-1, 0]))
     refused("scaling is 0, not positive", scaling=0.0)
     refused("min_window is 0", min_window=0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration import influence
+from moacompress.calibration.choices import choices_of
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
 from moacompress.calibration.influence import (
     AttentionSpec,
@@ -25,13 +26,13 @@ from moacompress.calibration.influence import (
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.backend import Choices, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
@@ -57,6 +58,7 @@ class Case:
     sink_logit: Tensor | None
     table: RuleTable
     plan: RuleTable | None
+    choices: Choices | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -68,7 +70,9 @@ class Case:
 
     def backward(self, collectors: Sequence[Collector]) -> tuple[Tensor, ...]:
         chunk = (self.query, self.key, self.value, self.grad)
-        return attend_backward(*chunk, self.spec, self.sink_logit, self.table, collectors, self.plan)
+        return attend_backward(
+            *chunk, self.spec, self.sink_logit, self.table, collectors, self.plan, choices=self.choices
+        )
 
     def arguments(self, **changes: Any) -> list[Any]:
         """What the operator gets."""
@@ -89,6 +93,8 @@ class Case:
             "sink_logits": self.sink_logit,
             "baselines": True,
             "lag": None,
+            "gone": None if self.choices is None else self.choices.gone,
+            "choice_of": None if self.choices is None else self.choices.of_rule,
         }
         assert changes.keys() <= named.keys()
         return list((named | changes).values())
@@ -137,6 +143,20 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
     )
 
 
+def with_gates(case: Case, seed: int) -> Case:
+    """Lets rules of a case select, by random scores with ties or without."""
+    rng = random.Random(-1 - seed)
+    selects = ((0, 0), (5, 0), (30, 0), (0, 200), (3, 600), (0, 1024))
+    drawn = ((rule, *rng.choice(selects)) for rule in case.table.rules)
+    rules = [replace(rule, select_alpha=alpha, select_beta_q=beta_q) for rule, alpha, beta_q in drawn]
+    table = RuleTable.of([Rule.FULL, *rules[1:]], int(case.table.span.min_window[0]))
+    few = rng.choice((3, 30000))
+    scores = torch.randint(-few, few, case.key.shape[1:3], generator=torch.Generator().manual_seed(seed)).to(
+        torch.int16
+    )
+    return replace(case, table=table, choices=choices_of(table.in_layer(case.spec.native_window), scores))
+
+
 def sums(case: Case) -> tuple[InfluenceSums, BaselineSums]:
     return InfluenceSums(*case.sizes), BaselineSums(*case.sizes)
 
@@ -164,6 +184,8 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
     isa(library.ISAS[seed % 4])
     dtype = library.DTYPES[seed // 4 % 3]
     case = build(seed, dtype)
+    if seed // 12 % 2:  # with every instruction set and dtype
+        case = with_gates(case, seed)
     exact, sizes = sums(case), Sizes()
     wanted = case.exact().backward([*exact, sizes])
     *gradients, found, none, alive = OPS.profile_backward(*case.arguments())
@@ -368,7 +390,7 @@ def test_bad_arguments_are_refused() -> None:
     columns, plan = (as_tensors(rules).columns for rules in (case.table, case.plan) if rules is not None)
 
     def table(*numbers: tuple[int, int, int, int, int]) -> Tensor:
-        return torch.tensor([(*number, 0, 0) for number in numbers]).T.contiguous()
+        return torch.tensor([(*number, 0, 0, 0, 0) for number in numbers]).T.contiguous()
 
     refused("query must be float32, bfloat16 or float16", query=case.query.double())
     refused("key has another dtype", key=case.key.half())
@@ -378,23 +400,27 @@ def test_bad_arguments_are_refused() -> None:
     refused("the batch has 2 rows", query=case.query.expand(2, -1, -1, -1))
     refused("the last dimension of query must be contiguous", query=case.query.mT.contiguous().mT)
     refused("table of rules has another dtype", rules=columns.int())
-    refused(r"table of rules has the shape \[2, \d+\], not \[7, any\]", rules=columns[:2])
+    refused(r"table of rules has the shape \[2, \d+\], not \[9, any\]", rules=columns[:2])
     refused("table of rules must be contiguous", rules=columns.T.contiguous().T)
     refused("there are no rules to ask for", rules=columns[:, :0].contiguous())
     refused("rule 0 has sink 4, alpha -1", rules=table((4, -1, 0, 16, 0)))
     refused("rule 1 has sink 4, alpha 0, beta_q 1025", rules=table((4, 0, 0, 16, 0), (4, 0, 1025, 16, 0)))
-    refused(r"table of rules has the shape \[7, 1\], not \[7, 2\]", plan=plan[:, :1].contiguous())
+    refused(r"table of rules has the shape \[9, 1\], not \[9, 2\]", plan=plan[:, :1].contiguous())
     refused("the plan's KV head 1 has sink -4", plan=table((4, 0, 0, 16, 0), (-4, 0, 0, 16, 0)))
     refused("min_window is 0, less than 1, at rule 0", rules=table((4, 0, 0, 0, 0)))
     refused("min_window is 0, less than 1, at the plan's KV head 0", plan=table((4, 0, 0, 0, 0), (4, 0, 0, 1, 0)))
     refused("native_window is -1 at rule 0", rules=table((4, 0, 0, 16, -1)))
     refused("native windows of 0 and of 7 in one layer", rules=table((4, 0, 0, 16, 0), (4, 0, 0, 16, 7)))
     quantized = columns.clone()
-    quantized[-1, 0] = 1
+    quantized[COLUMNS.index("value_format"), 0] = 1
     refused("rule 0 has the formats 0 and 1; this is done with native ones", rules=quantized)
     refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
     refused("lag is -1, less than 0", lag=-1)
+    gone, of_rule = torch.zeros(2, 1, 20, dtype=torch.int32), torch.zeros(len(columns.T), dtype=torch.int64)
+    refused("gone and choice_of go together", gone=gone)
+    refused(r"gone has the shape \[2, 1, 19\], not \[2, 1, 20\]", gone=gone[:, :, :19], choice_of=of_rule)
+    refused("rule 0 chooses in way 1 of 1", gone=gone, choice_of=of_rule + 1)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
 
 

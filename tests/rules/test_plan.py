@@ -189,7 +189,7 @@ def without(*path: str | int) -> Callable[[dict[str, Any]], None]:
 
 REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("format", value="other"), 'not a moacompress plan: "format" is not'),
-    (at("version", value=3), "version 3, this moacompress reads up to 2; upgrade"),
+    (at("version", value=4), "version 4, this moacompress reads up to 3; upgrade"),
     (at("version", value=True), "version must be a whole number, not 'True'"),
     (at("version", value=0), "version is 0, outside"),
     (without("version"), "version must be a whole number, not 'None'"),

@@ -53,13 +53,16 @@ def test_bytes_of_a_token_come_from_the_formats() -> None:
 
 def test_the_json_form_of_a_rule() -> None:
     assert Rule(4, 16, 0, "int8", "native").to_list() == [4, 16, 0, "int8", "native"]
-    for rule in (*RULES, Rule(4, 16, 0, "int4", "int8")):
+    gated = Rule(4, 16, 0, select_alpha=5), Rule(4, 16, 0, "int4", "int8", 0, 64)
+    assert gated[1].to_list() == [4, 16, 0, 0, 64, "int4", "int8"]
+    for rule in (*RULES, Rule(4, 16, 0, "int4", "int8"), *gated):
         assert rule.to_list()[:3] == [rule.sink, rule.alpha, rule.beta_q]
         assert Rule.from_list(rule.to_list()) == rule
 
 
 @pytest.mark.parametrize(
-    "data", [[4, 16], [4, 16, 0, "native"], [4, 16, 0, "int3", "native"], [4, 16, 0, 7, 7], ["a", 1, 2]]
+    "data",
+    [[4, 16], [4, 16, 0, "native"], [4, 16, 0, "int3", "native"], [4, 16, 0, 7, "int8"], [4, 16, 0, 7], ["a", 1, 2]],
 )
 def test_what_is_no_rule(data: list[object]) -> None:
     with pytest.raises(ValueError, match="no rule|invalid literal"):

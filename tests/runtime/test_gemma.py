@@ -49,7 +49,7 @@ def test_cached_equals_uncached_and_the_cache_obeys_the_plan(
     source: SourceModel, ids: torch.Tensor, random_plan: Callable[..., Plan]
 ) -> None:
     model: Any = source.model
-    plan = random_plan(source.shape, 1, full_share=0.2)
+    plan = random_plan(source.shape, 1, full_share=0.2).in_dtype("float32")  # which the cache is in
     attach(model, plan)
     with torch.no_grad():
         whole = model(ids, use_cache=False, logits_to_keep=8).logits

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import types
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ RULES = st.one_of(
     SPANS, st.builds(lambda rule, key, value: replace(rule, key_format=key, value_format=value), SPANS, FORMAT, FORMAT)
 )
 
+SELECT = st.sampled_from([(0, 0), (0, 0), (1, 0), (9, 0), (30, 0), (0, 200), (5, 500), (0, 1024)])
+
 
 @st.composite
 def plans(draw):
@@ -62,6 +65,13 @@ def plans(draw):
                 narrower(rules[anchor][of], own) for of, own in zip(head_map, rules[layer], strict=True)
             )
     shares = tuple(shares) if anchors else ()
+    if not anchors and draw(st.booleans()):
+        for layer in [layer for layer, window in enumerate(natives) if window is None]:
+            selects = [draw(SELECT) for _ in rules[layer]]
+            rules[layer] = tuple(
+                replace(rule, select_alpha=alpha, select_beta_q=beta_q)
+                for rule, (alpha, beta_q) in zip(rules[layer], selects, strict=True)
+            )
     return Plan(shape, draw(st.sampled_from(MIN_WINDOWS)), with_shared_rules(rules, shares), shares=shares)
 
 
@@ -77,12 +87,12 @@ def narrower(kept, own):
 class World:
     """A cache, and beside it all keys and values that were ever fed.
 
-    `rows[r][layer]` is a pair `[kv_heads, tokens, dim]` of the real tokens of row r; `real` is the whole mask; `longest` is how
-    many real tokens each row ever had.
+    `rows[r][layer]` are keys and values `[kv_heads, tokens, dim]` and scores `[kv_heads, tokens]` of the real tokens of row r;
+    `real` is the whole mask; `longest` is how many real tokens each row ever had.
     """
 
     cache: PlanCache
-    rows: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    rows: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
     real: np.ndarray
     recorded: bool
     longest: np.ndarray
@@ -95,7 +105,32 @@ class World:
         return World(cache, [list(row) for row in self.rows], self.real.copy(), self.recorded, self.longest)
 
 
-def expected(plan, layer, query, key, value):
+def chosen(rule, min_window, scores):
+    """How many tokens have left when a gate begins to keep each, and when it ends; which have left at each query.
+
+    `(entered, gone, left)`, int64 `[tokens]` each: token j is kept while `entered <= left < gone`.
+    """
+    n = len(scores)
+    start = np.array([i - min(i, max(min_window, rule.alpha + rule.beta_q * i // 1024)) for i in range(1, n + 1)])
+    left = np.maximum(start - rule.sink, 0)
+    entered, gone = np.full(n, n + 1), np.zeros(n, int)
+    heap, owner = [], []
+    for number in range(1, int(left.max(initial=0)) + 1):
+        token = rule.sink + number - 1
+        if len(heap) < min(number, rule.select_alpha + rule.select_beta_q * number // 1024):
+            place = len(owner)
+            owner.append(token)
+        elif heap and scores[token] > heap[0][0]:
+            _, place = heapq.heappop(heap)
+            gone[owner[place]], owner[place] = number, token
+        else:
+            continue
+        heapq.heappush(heap, (scores[token], place))
+        entered[token], gone[token] = number, n + 1
+    return entered, gone, left
+
+
+def expected(plan, layer, query, key, value, scored):
     """Attention of the last rows of one sequence by the words of the definition: `[heads, tokens, dim]`."""
     heads, tokens, _ = query.shape
     n, group = key.shape[1], heads // plan.model.kv_heads
@@ -108,6 +143,9 @@ def expected(plan, layer, query, key, value):
         seen = (j <= i) & ((j < rule.sink) | (j > i - w))
         if native is not None:
             seen &= j > i - native
+        if rule.selects:
+            entered, gone, left = chosen(rule, plan.min_window, scored[head // group].tolist())
+            seen |= (j <= i) & (entered[j] <= left[i]) & (left[i] < gone[j])
         k, v = kept(key[head // group], rule.key_format), kept(value[head // group], rule.value_format)
         scores = query[head] @ k.T * DIM**-0.5
         weights = scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1)
@@ -135,8 +173,10 @@ def feed(plan, world, tokens, real, generator, same=False):
         key, value = (
             torch.randn(batch, shape.kv_heads, tokens, DIM, generator=generator, dtype=dtype) for _ in range(2)
         )
+        few = 4 if layer else 30000  # ties in one layer
+        scored = torch.randint(-few, few, key.shape[:3], generator=generator).to(torch.int16)
         if same:
-            key, value = (tensor[:1].expand_as(tensor).contiguous() for tensor in (key, value))
+            key, value, scored = (tensor[:1].expand_as(tensor).contiguous() for tensor in (key, value, scored))
         world.cache.update(key, value, layer)
         share = plan.share(layer)
         context = LayerContext.of(
@@ -147,7 +187,7 @@ def feed(plan, world, tokens, real, generator, same=False):
             share,
             bool(users_of(plan.shares, layer)),
         )
-        call = {CONTEXT: LayerCall(context, world.cache), HANDED: handed}
+        call = {CONTEXT: LayerCall(context, world.cache, scored if context.selects else None), HANDED: handed}
         found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **call)
         found = found.transpose(1, 2)
         chunks[layer] = query, key
@@ -160,14 +200,16 @@ def feed(plan, world, tokens, real, generator, same=False):
         for row in range(batch):
             at = np.flatnonzero(real[row])
             before = world.rows[row][layer]
-            k, v = (torch.cat((old, new[row][:, at]), 1) for old, new in zip(before, (key, value), strict=True))
-            world.rows[row][layer] = k, v
+            k, v, s = (
+                torch.cat((old, new[row][:, at]), 1) for old, new in zip(before, (key, value, scored), strict=True)
+            )
+            world.rows[row][layer] = k, v, s
             if len(at):
-                wanted = expected(plan, layer, query[row][:, at], k, v)
+                wanted = expected(plan, layer, query[row][:, at], k, v, s)
                 assert (found[row][:, at] - wanted).abs().max() < TOLERANCE[dtype]
             assert not found[row][:, :-1][:, ~real[row, :-1]].any()
             if not real[row, -1]:  # generate goes on from the last column: it sees what the last real token sees
-                wanted = expected(plan, layer, query[row][:, -1:], k, v) if k.shape[1] else 0.0
+                wanted = expected(plan, layer, query[row][:, -1:], k, v, s) if k.shape[1] else 0.0
                 assert (found[row][:, -1:] - wanted).abs().max() < TOLERANCE[dtype]
     world.real = np.concatenate([world.real, real], axis=1)
     world.longest = np.maximum(world.longest, world.lengths)
@@ -186,8 +228,8 @@ def crop(plan, world, count):
         return
     world.real = world.real[:, : columns - count]
     for row, gone in zip(world.rows, removed.tolist(), strict=True):
-        for layer, (k, v) in enumerate(row):
-            row[layer] = k[:, : k.shape[1] - gone], v[:, : v.shape[1] - gone]
+        for layer, of_layer in enumerate(row):
+            row[layer] = tuple(tensor[:, : tensor.shape[1] - gone] for tensor in of_layer)
 
 
 def select(world, rows):
@@ -207,8 +249,9 @@ def touched(rule, min_window, native, lengths, blocks):
 def check_blocks(plan, worlds):
     """A cache holds just the blocks that its plan touches; one that records, those of all lengths it can be rolled back to.
 
-    It can be rolled back to `LAG` tokens before the longest that a row ever was. Of what a native window has left since then it
-    may hold more, in no more blocks than these tokens take. Every block that a table names is counted.
+    It can be rolled back to `LAG` tokens before the longest that a row ever was, and where gates choose it holds what twice
+    that needs, but for what was gone when it began to. Of what a native window has left since then it may hold more, in no
+    more blocks than these tokens take. Every block that a table names is counted.
     """
     for world in worlds:
         for layer, cache_layer in enumerate(world.cache.layers):
@@ -217,11 +260,13 @@ def check_blocks(plan, worlds):
                 continue
             ids, native = cache_layer.held.table.ids, plan.model.native_windows[layer]
             for row, (n, longest) in enumerate(zip(world.lengths, world.longest, strict=True)):
-                first = min(n, max(longest - LAG, 0)) if world.recorded else n
+                selects = any(rule.selects for rule in plan.rules[layer])
+                lag = LAG * (1 + selects)
+                first = min(n, max(longest - lag, 0)) if world.recorded else n
                 for head, rule in enumerate(plan.rules[layer]):
                     wanted = touched(rule, plan.min_window, native, np.arange(first, n + 1), ids.shape[2]).any(axis=0)
                     held = ids[row, head] >= 0
-                    assert not (wanted & ~held).any()
+                    assert not (wanted & ~held).any() or (selects and world.recorded)
                     assert (held & ~wanted).sum() <= (LAG // 16 if world.recorded and native is not None else 0)
     anchors = [
         cache_layer
@@ -231,7 +276,9 @@ def check_blocks(plan, worlds):
     ]
     pools = {id(layer.held.pool): layer.held.pool for layer in anchors}
     for pool in pools.values():
-        named = np.concatenate([layer.held.table.ids.reshape(-1) for layer in anchors if layer.held.pool is pool])
+        own = [layer.held for layer in anchors if layer.held.pool is pool]
+        tables = [table for held in own for table in (*held.tables, *(each.chosen for each in held.past))]
+        named = np.concatenate([table.ids.reshape(-1) for table in tables])
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
         assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()
         assert not pool.shared or (counts == pool.refs).all()
@@ -250,11 +297,12 @@ def test_any_sequence_of_operations(data):
     batch = data.draw(st.integers(1, 3))
     dtype = data.draw(st.sampled_from(sorted(TOLERANCE, key=str)))
     empty = torch.zeros(plan.model.kv_heads, 0, DIM, dtype=dtype)
+    unscored = torch.zeros(plan.model.kv_heads, 0, dtype=torch.int16)
     cache = PlanCache(plan, reserve=data.draw(st.sampled_from([None, 40, 200])))
     recorded = data.draw(st.booleans())
     if recorded:
         cache.activate_past_recording()
-    rows = [[(empty, empty)] * plan.model.layers for _ in range(batch)]
+    rows = [[(empty, empty, unscored)] * plan.model.layers for _ in range(batch)]
     worlds = [World(cache, rows, np.zeros((batch, 0), bool), recorded, np.zeros(batch, int))]
     for step in range(data.draw(st.integers(2, 9))):
         world = worlds[data.draw(st.integers(0, len(worlds) - 1))]

@@ -90,7 +90,7 @@ def test_fixed_shares_go_through_all_steps(
     names = {stage["name"].partition(",")[0] for stage in found.explanation["stages"]}
     assert {"surrogate", "study", "moves"} <= names
     for stage in found.explanation["stages"]:
-        assert any(unpack(stage["plan"], profile.shape, 32).shares)
+        assert any(unpack(stage["plan"], profile).shares)
     assert [row["layers"] for row in found.explanation["sharing"]["counts"]] == [0, 2]
     assert found.explanation["sharing"]["counts"][1]["harm"] is not None
 
@@ -143,7 +143,7 @@ def test_what_is_packed_comes_back(profiles: Profiles) -> None:
     profile = profiles(anchors=2)
     request = SearchRequest.of(profile, "50%", profile.recipe.override(search__share="2"))
     plan = request.plan(request.surrogate, request.knobs.neutral)
-    assert unpack(pack(plan), profile.shape, profile.min_window) == plan
+    assert unpack(pack(plan), profile) == plan
     assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
     assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
 

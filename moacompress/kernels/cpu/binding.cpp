@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
-    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag) {
+    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> gone,
+    std::optional<Tensor> choice_of) {
   const char* op = "profile_backward";
   STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -116,12 +117,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   STD_TORCH_CHECK(!lag || *lag >= 0, op, ": lag is ", lag.value_or(0), ", less than 0");
   Tensor of_tokens = new_tensor(query, Shapes{shape.kv_heads, lag ? tokens : 0}, ScalarType::Double);
   int64_t alive = 0;
+  STD_TORCH_CHECK(gone.has_value() == choice_of.has_value(), op, ": gone and choice_of go together");
+  const int64_t choices = gone && gone->dim() == 3 ? gone->size(1) : 0;
+  const void *gone_at = nullptr, *choice_at = nullptr;
+  if (gone) {
+    gone_at = dense(*gone, {shape.kv_heads, choices, tokens}, ScalarType::Int, op, "gone");
+    choice_at = dense(*choice_of, {asked.count}, ScalarType::Long, op, "choice_of");
+    for (int64_t i = 0; i < asked.count; i++) {
+      const int64_t choice = static_cast<const int64_t*>(choice_at)[i];
+      STD_TORCH_CHECK(choice < choices, op, ": rule ", i, " chooses in way ", choice, " of ", choices);
+    }
+  }
   const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
                             strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
                             static_cast<double*>(sums.mutable_data_ptr()), lag.value_or(0),
-                            lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive};
+                            lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive, choices,
+                            static_cast<const int32_t*>(gone_at), static_cast<const int64_t*>(choice_at)};
   check_status(profile(call, parallel(), isa()), op);
   return {dquery, dkey, dvalue, sums, of_tokens, alive};
 }
@@ -169,7 +182,8 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)");
+      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {

@@ -179,9 +179,13 @@ struct ProfileCall {
   int64_t lag;     // tokens from a key on before which queries do not count in `of_tokens`
   double* of_tokens;  // [kv_heads, tokens] sum of the squares of what each key alone would move, or null
   int64_t* alive;     // rows that took part
+  int64_t choices;          // ways to choose among the tokens that have left the window
+  const int32_t* gone;      // [kv_heads, choices, tokens] how many have left when a token is kept no longer
+  const int64_t* choice_of; // [rules] of a rule that selects, else -1; null where none does
 };
 
 constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
+constexpr int64_t MOST_LANES = 256;     // of a panel, on any instruction set
 constexpr int64_t PROFILE_PAD = 16;     // rows of the gradients in float32 have a multiple of it
 
 // A linear layer of a few rows; all dense.
@@ -309,6 +313,15 @@ struct LaneSums {
   double escape, delta, mass, effect;
 };
 
+// A rule that selects, on the rows of a task: it sees key j where `left - 1` is j - sink or later, and `gone` of j is not reached.
+struct ProfileChoice {
+  int64_t rule, sink;
+  const int32_t* gone;  // [tokens]
+  const int32_t* ever;  // keys that are kept for a while, ascending
+  int64_t count;
+  const int32_t* left;  // [rows], ascending
+};
+
 // One task of the profile: some query rows of the `group` heads of one KV head. A lane is head * rows + row.
 struct ProfileTile {
   int64_t group, rows, head_dim, value_dim;
@@ -333,6 +346,9 @@ struct ProfileTile {
   int64_t window_events;
   const ProfileEvent* sinks;  // oldest key first
   int64_t sink_events;
+  const ProfileChoice* chosen;
+  int64_t choices, rules;
+  float* chosen_sums;  // [streams, lanes up to a multiple of LANES]
   void* order;  // whose turn it is to add to the keys of a block
   void (*wait)(void* order, int64_t block);
   void (*done)(void* order, int64_t block);

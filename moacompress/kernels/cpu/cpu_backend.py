@@ -17,6 +17,7 @@ from moacompress.kernels.backend import (
     CacheState,
     CacheView,
     Capabilities,
+    Choices,
     LayerWeights,
     Projections,
     Room,
@@ -206,13 +207,14 @@ class CpuBackend(Backend):
         scores: Scores,
         baselines: bool = False,
         lag: int | None = None,
+        choices: Choices | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """See `Backend.profile_backward`."""
         tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
         under = None if plan is None else plan.columns
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
         found = torch.ops.moacompress_cpu.profile_backward(
-            *tensors, rules.columns, under, *_numbers(scores), baselines, lag
+            *tensors, rules.columns, under, *_numbers(scores), baselines, lag, *(choices or (None, None))
         )
         return found
 

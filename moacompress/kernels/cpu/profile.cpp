@@ -47,10 +47,13 @@ struct Workspace {
   Seen* cells;
   ProfileEvent *windows, *sinks;
   int32_t* counts;
-  float* kernel;
+  ProfileChoice* chosen;
+  int32_t* left;
+  float *chosen_sums, *kernel;
   size_t bytes;
 
-  Workspace(char* base, int64_t streams, int64_t cells_count, int64_t group, int64_t lane_count, int64_t rules, int64_t keys) {
+  Workspace(char* base, int64_t streams, int64_t cells_count, int64_t group, int64_t lane_count, int64_t rules, int64_t keys,
+            int64_t choosing) {
     size_t used = 0;
     const auto take = [&](int64_t count, size_t size) {
       char* found = base + used;
@@ -64,6 +67,9 @@ struct Workspace {
     windows = static_cast<ProfileEvent*>(take(cells_count, sizeof(ProfileEvent)));
     sinks = static_cast<ProfileEvent*>(take(cells_count, sizeof(ProfileEvent)));
     counts = static_cast<int32_t*>(take(keys + 1, sizeof(int32_t)));
+    chosen = static_cast<ProfileChoice*>(take(choosing, sizeof(ProfileChoice)));
+    left = static_cast<int32_t*>(take(choosing ? cells_count : 0, sizeof(int32_t)));
+    chosen_sums = static_cast<float*>(take(choosing ? streams * rounded_up(lane_count, MOST_LANES) : 0, sizeof(float)));
     kernel = static_cast<float*>(take(0, sizeof(float)));
     bytes = used;
   }
@@ -76,12 +82,16 @@ struct ProfileJob {
   int64_t count, rows, tiles, most_keys, blocks, element, native_window;
   float *dkey, *dvalue;         // [kv_heads, blocks * TILE, padded dim]
   std::atomic<int64_t>* turns;  // [kv_heads, blocks + 1]
+  int64_t choosing;             // rules that select
+  const int32_t* ever;          // [kv_heads, choices, tokens] the keys that are kept for a while, in front
+  const int64_t* ever_count;    // [kv_heads, choices]
 
   int64_t streams() const { return call.baselines ? 3 : 2; }
   int64_t key_stride() const { return rounded_up(call.shape.head_dim, PROFILE_PAD); }
   int64_t value_stride() const { return rounded_up(call.shape.value_dim, PROFILE_PAD); }
   Workspace workspace(char* base) const {
-    return {base, streams(), rows * call.rules.count, call.shape.group, rows * call.shape.group, call.rules.count, most_keys};
+    return {base,      streams(),       rows * call.rules.count, call.shape.group, rows * call.shape.group, call.rules.count,
+            most_keys, choosing};
   }
 
   const char* at(const void* base, const Strides& s, int64_t head) const {
@@ -104,8 +114,9 @@ struct ProfileJob {
       const Visible now = plan ? visible(n, *plan) : Visible{};
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
         const Visible see = visible(n, call.rules.of(rule));
-        const bool full = see.sink_end >= see.start;
-        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start);
+        const int64_t left = larger(see.start - see.sink_end, 0), kept = selected(rule, left);
+        const bool full = kept >= left;
+        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && !kept);
         const bool unchanged = plan ? same || (full && now.sink_end >= now.start) : full;
         space.cells[row * call.rules.count + rule] = {int32_t(see.sink_end), int32_t(see.start),
                                                 see.sink_end <= larger(see.first, work.low), full, unchanged};
@@ -134,6 +145,33 @@ struct ProfileJob {
     }
     work.windows = space.windows;
     work.sinks = space.sinks;
+  }
+
+  // How many of so many tokens that have left the window a rule keeps.
+  int64_t selected(int64_t rule, int64_t left) const {
+    if (!call.choice_of || call.choice_of[rule] < 0) return 0;
+    return smaller(left, call.rules.at(7, rule) + ((call.rules.at(8, rule) * left) >> 10));
+  }
+
+  // Says what the rules that select see on the rows of a tile.
+  void choices(const Workspace& space, ProfileTile& work, int64_t head) const {
+    int64_t found = 0;
+    for (int64_t rule = 0; choosing && rule < call.rules.count; rule++) {
+      const int64_t choice = call.choice_of[rule];
+      if (choice < 0) continue;
+      const int64_t at = (head * call.choices + choice);
+      int32_t* left = space.left + found * work.rows;
+      for (int64_t row = 0; row < work.rows; row++) {
+        const Seen& seen = space.cells[row * call.rules.count + rule];
+        left[row] = int32_t(larger(seen.start - seen.sink_end, 0));
+      }
+      space.chosen[found++] = {rule, call.rules.at(0, rule), call.gone + at * call.tokens, ever + at * call.tokens, ever_count[at],
+                               left};
+    }
+    work.chosen = space.chosen;
+    work.choices = found;
+    work.rules = call.rules.count;
+    work.chosen_sums = space.chosen_sums;
   }
 
   // Adds what the rows of a tile give to `space.sums`.
@@ -212,6 +250,7 @@ struct ProfileJob {
     std::memset(space.seen, 0, size_t(streams() * work.cells * group) * sizeof(double));
     std::memset(space.sums, 0, size_t(4 * call.rules.count) * sizeof(double));
     events(space, work, work.plan);
+    choices(space, work, head);
     kernels.profile[shape.dtype](work, space.kernel);
     sum_up(space, work);
     Order::wait(&order, blocks);
@@ -271,7 +310,8 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
   const int64_t rows = smaller(larger(PROFILE_LANES / shape.group, 1), larger(count, 1)), tiles = (count + rows - 1) / rows;
   const int64_t blocks = (call.tokens + TILE - 1) / TILE;
   const int64_t native_window = call.rules.of(0).native_window;
-  ProfileJob job = {call, kernels_of(isa), alive.get(), count, rows, tiles, 0, blocks, element, native_window, nullptr, nullptr, nullptr};
+  ProfileJob job = {call, kernels_of(isa), alive.get(), count, rows, tiles, 0, blocks, element, native_window, nullptr, nullptr, nullptr,
+                    0, nullptr, nullptr};
   const size_t key_floats = size_t(shape.kv_heads * blocks * TILE * job.key_stride());
   const size_t value_floats = size_t(shape.kv_heads * blocks * TILE * job.value_stride());
   const Buffer<float> dkey(key_floats), dvalue(value_floats);
@@ -286,6 +326,25 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
     job.most_keys = larger(job.most_keys, rounded_up(high - low, TILE));
     for (int64_t head = 0; head < shape.kv_heads; head++)
       for (int64_t block = low / TILE; block * TILE < high; block++) turns[size_t(head * (blocks + 1) + block)].store(tile);
+  }
+  const int64_t every = call.choice_of ? shape.kv_heads * call.choices : 0;
+  const Buffer<int32_t> ever(size_t(every * call.tokens));
+  const Buffer<int64_t> ever_count(static_cast<size_t>(every));
+  if (!ever.get() || !ever_count.get()) return NO_MEMORY;
+  if (call.choice_of) {
+    std::memset(ever_count.get(), 0, size_t(every) * sizeof(int64_t));
+    for (int64_t rule = 0; rule < call.rules.count; rule++) {
+      const int64_t choice = call.choice_of[rule], sink = call.rules.at(0, rule);
+      job.choosing += choice >= 0;
+      for (int64_t head = 0; choice >= 0 && head < shape.kv_heads; head++) {
+        const int64_t at = head * call.choices + choice;
+        if (ever_count[size_t(at)]) continue;  // another rule makes the same choice
+        for (int64_t key = sink; key < call.tokens; key++)
+          if (call.gone[at * call.tokens + key] > key - sink + 1) ever[size_t(at * call.tokens + ever_count[size_t(at)]++)] = int32_t(key);
+      }
+    }
+    job.ever = ever.get();
+    job.ever_count = ever_count.get();
   }
   std::memset(call.sums, 0, size_t((call.baselines ? 4 : 2) * shape.kv_heads * call.rules.count) * sizeof(double));
   if (call.of_tokens) std::memset(call.of_tokens, 0, size_t(shape.kv_heads * call.tokens) * sizeof(double));

@@ -255,6 +255,49 @@ inline void record(const ProfileTile& t, const ProfileScratch& s, int64_t all_la
           running_sum(s, stream, all_lanes, head * t.rows + event.row);
 }
 
+// Where the first of ascending numbers is that is at least `x`.
+inline int64_t first_at_least(const int32_t* numbers, int64_t count, int32_t x) {
+  int64_t low = 0;
+  while (low < count) {
+    const int64_t middle = (low + count) / 2;
+    if (numbers[middle] < x) low = middle + 1;
+    else count = middle;
+  }
+  return low;
+}
+
+// Adds to what rules see the keys [begin, begin + count) that they select.
+static_assert(LANES <= MOST_LANES, "sums of what is selected need more memory");
+void profile_chosen(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t begin, int64_t count) {
+  const float* of[STREAMS] = {s.weights, s.grads, s.effects};
+  for (int64_t i = 0; i < t.choices; i++) {
+    const ProfileChoice& rule = t.chosen[i];
+    if (t.positions[t.rows - 1] < begin || rule.left[t.rows - 1] <= begin - rule.sink) continue;
+    memset(t.chosen_sums, 0, size_t(t.streams * panels * LANES) * sizeof(float));
+    bool any = false;
+    for (int64_t at = first_at_least(rule.ever, rule.count, int32_t(begin)); at < rule.count && rule.ever[at] < begin + count; at++) {
+      const int32_t* key = rule.ever + at;
+      const int64_t first = first_at_least(rule.left, t.rows, int32_t(*key - rule.sink + 1));
+      const int64_t last = first_at_least(rule.left, t.rows, rule.gone[*key]);
+      if (first >= last) continue;
+      any = true;
+      for (int stream = 0; stream < t.streams; stream++)
+        for (int64_t head = 0; head < t.group; head++)
+          for (int64_t lane = head * t.rows + first; lane < head * t.rows + last;) {
+            const int64_t stop = smaller(head * t.rows + last, (lane / LANES + 1) * LANES);
+            const float* cells = of[stream] + (lane / LANES * TILE + *key - begin) * LANES;
+            float* to = t.chosen_sums + stream * panels * LANES;
+            for (; lane < stop; lane++) to[lane] += cells[lane % LANES];
+          }
+    }
+    for (int64_t stream = 0; any && stream < t.streams; stream++)
+      for (int64_t head = 0; head < t.group; head++)
+        for (int64_t row = 0; row < t.rows; row++)
+          t.seen[(stream * t.cells + row * t.rules + rule.rule) * t.group + head] +=
+              double(t.chosen_sums[stream * panels * LANES + head * t.rows + row]);
+  }
+}
+
 // Weights -> probabilities under the plan, and p (G - D) -> gradients of the logits, in place.
 void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys, int64_t begin, int64_t count) {
   for (int64_t panel = 0; panel < panels; panel++)
@@ -360,6 +403,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
     const int64_t count = smaller(TILE, t.high - begin);
     profile_weights(t, s, panels, keys, begin, count);
+    if (t.choices) profile_chosen(t, s, panels, begin, count);
     for (int64_t j = count - 1; j >= 0;) {
       const int64_t next = event < events_end && event->key >= begin ? event->key - begin : 0;
       profile_run(t, s, panels, j, next - 1, -1);

@@ -22,14 +22,15 @@ struct Rule {
   MOACOMPRESS_INLINE bool native() const { return key_format == 0 && value_format == 0; }
 };
 
-// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous.
+// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous. The last two say how many tokens a gate keeps, which lie in
+// blocks of their own and are attended to in calls of their own.
 struct RuleTable {
   const int64_t* columns;
   int64_t count;
   MOACOMPRESS_INLINE int64_t at(int64_t number, int64_t i) const { return columns[number * count + i]; }
   MOACOMPRESS_INLINE Rule of(int64_t i) const { return {at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i), at(6, i)}; }
 };
-constexpr int64_t RULE_NUMBERS = 7;
+constexpr int64_t RULE_NUMBERS = 9;
 
 static MOACOMPRESS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static MOACOMPRESS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -86,7 +86,7 @@ def _attend(
     for own, before, count in _equal_rows(past, valid):
         for span, members in rules.groups():
             at = _places(own, members, query.device)
-            codes = rules.columns[-2:, members[0]].tolist()
+            codes = rules.format_codes[:, members[0]].tolist()
             if not set(codes) <= set(FORMAT_NAMES):
                 raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
             halves = (

@@ -8,19 +8,27 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.rules.windows import BLOCK, RUNS
+from moacompress.rules.windows import BLOCK, RUNS, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
 from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import ragged_ranges
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.selection import Selection, arrivals, make_places, move_cached, write_new
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
 
 
 def commit(
-    held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, chunk: Chunk, *, lag: int = 0, to_come: int = 0
+    held: LayerBlocks,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunk: Chunk,
+    *,
+    selection: Selection | None = None,
+    lag: int = 0,
+    to_come: int = 0,
 ) -> None:
     """Takes in a chunk; rows that are the same are taken in once.
 
@@ -29,31 +37,50 @@ def commit(
         key: `[rows, kv_heads, tokens, head_dim]`.
         value: `[rows, kv_heads, tokens, value_dim]`.
         chunk: which of its tokens are real.
+        selection: what gates do in it, where rules select.
         lag: tokens that are kept longer for rolling back.
         to_come: tokens of a row after the chunk for which the first memory is taken, too.
     """
-    equals = find_equal_rows(held.lengths, held.table.ids, key, value, chunk)
+    kept = [table.ids for table in held.tables]
+    scores = [] if selection is None else [selection.scores]
+    equals = find_equal_rows(held.lengths, np.concatenate(kept, axis=2), (key, value, *scores), chunk)
     if equals is None:
-        _commit(held, key, value, chunk, lag, to_come)
+        _commit(held, key, value, chunk, selection, lag, to_come)
         return
     unique, inverse = np.unique(equals, return_inverse=True)
     at = torch.from_numpy(unique).to(key.device)
     held.select(unique)
-    _commit(held, key[at], value[at], chunk.of_rows(unique), lag, to_come)
+    few = None if selection is None else selection.of_rows(unique)
+    _commit(held, key[at], value[at], chunk.of_rows(unique), few, lag, to_come)
     held.select(inverse)
 
 
-def _commit(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, chunk: Chunk, lag: int, to_come: int) -> None:
+def _commit(
+    held: LayerBlocks,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunk: Chunk,
+    selection: Selection | None,
+    lag: int,
+    to_come: int,
+) -> None:
     before, counts = held.lengths, chunk.counts(len(held.lengths))
     lengths = before + counts
     runs = kept_runs(held.rules, lengths, held.runs, lag)
+    coming = [] if selection is None else arrivals(selection)
     with held.pool.lock:
         if not held.pool.tensors:
             held.pool.reserve(_needed(held, lengths, runs, 0 if lag else to_come))
+        if coming:
+            make_places(held, coming)
+            move_cached(held, coming, before)
         _free(held, runs)
         _extend(held, before, counts, runs)
     held.runs, held.lengths = runs, lengths
     _write(held, key, value, before, chunk)
+    if selection is not None:
+        write_new(held, coming, key, value, selection.scores, before, chunk)
+        _write_scores(held, selection.scores, before, chunk)
 
 
 def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
@@ -64,13 +91,14 @@ def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
     """
     layout = held.pool.layout
     of_kind = np.arange(len(layout.kinds))[:, None] == layout.of_head
-    now: Ints = (of_kind * run_sizes(runs).sum(axis=0)).sum(axis=1)
+    chosen = whole_blocks(held.rules.selected(lengths)) // BLOCK
+    now: Ints = (of_kind * (run_sizes(runs) + chosen).sum(axis=0)).sum(axis=1)
     if to_come <= 0:
         return now
     total = np.zeros_like(now)
     for n, count in zip(*np.unique(lengths, return_counts=True), strict=True):
         way = np.arange(max(n, n + to_come - LONGEST_LOOK), n + to_come + 1)
-        total += int(count) * (run_sizes(held.rules.block_runs(way)) @ of_kind.T).max(axis=0)
+        total += int(count) * (held.rules.slots(way) // BLOCK @ of_kind.T).max(axis=0)
     return np.maximum(total, now)
 
 
@@ -112,6 +140,14 @@ def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: In
     """Copies the real tokens of the chunk that stay into their blocks."""
     for slots, heads, (keys, values) in _placed(held, (key, value), before, chunk):
         held.pool.write(slots, heads, keys, values)
+
+
+def _write_scores(held: LayerBlocks, scores: torch.Tensor, before: Ints, chunk: Chunk) -> None:
+    """Writes the scores of the real tokens of the chunk that stay, `[rows, kv_heads, columns]`, where rules select."""
+    scored = np.array(held.pool.layout.scored)[held.pool.layout.of_head]
+    for slots, heads, (found,) in _placed(held, (scores.cpu()[..., None],), before, chunk):
+        there = scored[heads]
+        held.pool.write_scores(slots[there], found[:, 0].numpy()[there])
 
 
 def write_beside(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -10,16 +12,15 @@ from moacompress.runtime.cache.pool import Ids
 from moacompress.runtime.cache.real_tokens import Chunk
 
 
-def find_equal_rows(lengths: Ints, ids: Ids, key: torch.Tensor, value: torch.Tensor, chunk: Chunk) -> Ints | None:
+def find_equal_rows(lengths: Ints, ids: Ids, given: Sequence[torch.Tensor], chunk: Chunk) -> Ints | None:
     """Finds rows that are the same, to the bit, before and in a chunk.
 
     That their tokens are the same would not be enough (adapters of single rows), so keys and values are compared.
 
     Args:
         lengths: real tokens of every row before the chunk, `[rows]`.
-        ids: the block table, `[rows, heads, logical blocks]`.
-        key: of the chunk, `[rows, heads, tokens, head_dim]`.
-        value: of the chunk, `[rows, heads, tokens, value_dim]`.
+        ids: the block tables, `[rows, heads, logical blocks]`.
+        given: of the chunk, keys, values and what else counts, `[rows, heads, tokens, ...]`; keys are looked at first.
         chunk: which of its tokens are real.
 
     Returns:
@@ -34,11 +35,10 @@ def find_equal_rows(lengths: Ints, ids: Ids, key: torch.Tensor, value: torch.Ten
             bool(lengths[row] == lengths[other])
             and np.array_equal(ids[row], ids[other])
             and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
-            and torch.equal(key[row], key[other])
-            and torch.equal(value[row], value[other])
+            and all(torch.equal(tensor[row], tensor[other]) for tensor in given)
         )
 
-    last = key[:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
+    last = given[0][:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
     equals = np.arange(rows)
     for members in np.split(*_sorted_groups(np.unique(last, axis=0, return_inverse=True)[1].reshape(-1))):
         for at, row in enumerate(members):

@@ -8,6 +8,7 @@ tokens of a row are those that its mask calls real: padding is never written and
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,19 @@ from moacompress.kernels.backend import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs
-from moacompress.runtime.cache.pool import Beside, Layout, Pool, Table
+from moacompress.runtime.cache.pool import Beside, Ids, Layout, Pool, Table
+
+
+class Past(NamedTuple):
+    """What a layer's cache kept of its gates' choice before a chunk.
+
+    Attributes:
+        lengths: real tokens of every row then, `[rows]`.
+        chosen: see `LayerBlocks`; its blocks are not written to again.
+    """
+
+    lengths: Ints
+    chosen: Table
 
 
 class LayerBlocks:
@@ -29,12 +42,20 @@ class LayerBlocks:
         table: which block is which; its blocks are given back when this is dropped.
         lengths: real tokens of every row, int64 `[rows]`.
         runs: the logical blocks held, int64 `[RUNS, 2, rows, heads]`; compiled kernels write to it.
+        chosen: which blocks hold the tokens that gates keep, from the first place on; None where no rule selects.
+
+    Attributes:
+        past: what `chosen` was before chunks of late, oldest first, for rolling back; what it names is counted.
     """
 
-    def __init__(self, rules: RuleTable, pool: Pool, table: Table, lengths: Ints, runs: Ints) -> None:
+    def __init__(
+        self, rules: RuleTable, pool: Pool, table: Table, lengths: Ints, runs: Ints, chosen: Table | None = None
+    ) -> None:
         self.rules, self.pool, self.table, self.lengths, self.runs = rules, pool, table, lengths, runs
+        self.chosen = Table(len(lengths), len(rules)) if chosen is None and rules.selects else chosen
+        self.past: list[Past] = []
         # a fork that is dropped gives its blocks back to those that live on
-        self.give_back = weakref.finalize(self, _give_back, pool, table)
+        self.give_back = weakref.finalize(self, _give_back, pool, self.tables, self.past)
         self.give_back.atexit = False
 
     @staticmethod
@@ -51,24 +72,42 @@ class LayerBlocks:
         return len(self.rules)
 
     @property
+    def tables(self) -> tuple[Table, ...]:
+        """All tables that name blocks."""
+        return (self.table,) if self.chosen is None else (self.table, self.chosen)
+
+    @property
+    def named(self) -> Ids:
+        """What all tables name, one after the other; below 0 there is no block."""
+        return np.concatenate([table.ids.reshape(-1) for table in self.tables])
+
+    @property
     def used(self) -> int:
         """Blocks in use, those that other caches use too included."""
-        return int(np.count_nonzero(np.unique(self.table.ids) >= 0))
+        return int(np.count_nonzero(np.unique(self.named) >= 0))
 
     @property
     def used_bytes(self) -> int:
         """Bytes of `used`."""
-        return self.pool.bytes_of(self.table.ids)
+        return self.pool.bytes_of(self.named)
 
     def has_memory_for(self, like: torch.Tensor) -> bool:
         """Whether a step's keys and values can go into the pool as they are: there is memory, of the dtype of `like`."""
         return bool(self.pool.keys) and self.pool.layout.dtype == like.dtype
 
     def view(self) -> CacheView:
-        """Returns what attention reads."""
+        """Returns what attention reads of sinks and windows."""
+        return self._view(self.table)
+
+    def view_chosen(self) -> CacheView:
+        """Returns what attention reads of the tokens that gates keep: from the position 0 on, in no order."""
+        assert self.chosen is not None
+        return self._view(self.chosen)
+
+    def _view(self, table: Table) -> CacheView:
         with self.pool.lock:  # a fork in another thread may be adding a segment
             segments = [*self.pool.keys], [*self.pool.values]
-            return CacheView(*segments, torch.from_numpy(self.table.ids), self.pool.layout.value_dim)
+            return CacheView(*segments, torch.from_numpy(table.ids), self.pool.layout.value_dim)
 
     def view_beside(self, head_map: Ints, planes: Ints) -> CacheView:
         """Returns what the attention of a layer that shares the keys reads: its own values lie beside those of the blocks.
@@ -101,11 +140,13 @@ class LayerBlocks:
 
     def select(self, rows: Ints) -> None:
         """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
-        old = self.table.ids
-        with self.pool.lock:
-            self.pool.retain(old[rows])
-            self.pool.release(old)
-        self.table.ids = old.take(rows, axis=0)
+        for table in (*self.tables, *(each.chosen for each in self.past)):
+            old = table.ids
+            with self.pool.lock:
+                self.pool.retain(old[rows])
+                self.pool.release(old)
+            table.ids = old.take(rows, axis=0)
+        self.past[:] = [each._replace(lengths=each.lengths[rows]) for each in self.past]
         self.lengths = self.lengths[rows]
         self.runs = self.runs.take(rows, axis=2)
 
@@ -123,6 +164,7 @@ class LayerBlocks:
         self.table.ids[rows, heads, number] = -1
 
 
-def _give_back(pool: Pool, table: Table) -> None:
+def _give_back(pool: Pool, tables: tuple[Table, ...], past: list[Past]) -> None:
     with pool.lock:
-        pool.release(table.ids)
+        for table in (*tables, *(each.chosen for each in past)):
+            pool.release(table.ids)

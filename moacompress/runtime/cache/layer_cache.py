@@ -22,6 +22,7 @@ from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import Beside
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
+from moacompress.runtime.cache.selection import Selection, choose, go_back, remember
 
 StepCall = Callable[[CacheState], tuple[torch.Tensor, Room | None]]
 """A call of a backend that takes one more token of every row into the cache."""
@@ -149,8 +150,11 @@ class PlanCacheLayer(CacheLayer):
 
     @property
     def lag(self) -> int:
-        """Tokens that are kept longer than the plan says, so that drafts can be rolled back."""
-        return LAG if self.record_past else 0
+        """Tokens that are kept longer than the plan says, so that drafts can be rolled back.
+
+        What gates chose is known of some lengths alone, `LAG` tokens apart at most: from there it is made again.
+        """
+        return LAG * (1 + self.rules.selects) if self.record_past else 0
 
     @property
     def lengths(self) -> Ints:
@@ -220,9 +224,9 @@ class PlanCacheLayer(CacheLayer):
     def can_step(self, like: torch.Tensor) -> bool:
         """Whether a compiled call can take in one more token of every row: there is memory of the dtype of `like`.
 
-        It knows of no values beside a block's own.
+        It knows of no values beside a block's own, and of no gates.
         """
-        return self.held is not None and not self.beside and self.held.has_memory_for(like)
+        return self.held is not None and not self.beside and not self.rules.selects and self.held.has_memory_for(like)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
@@ -271,21 +275,47 @@ class PlanCacheLayer(CacheLayer):
         """Of the memory, which forks share; held while a state is used."""
         return self.blocks_held().pool.lock
 
-    def commit(self, chunk: Chunk) -> None:
+    def choose(self, chunk: Chunk, scores: torch.Tensor) -> Selection:
+        """Returns what gates do in the chunk of the running forward, which is not taken in yet.
+
+        Args:
+            chunk: which of its tokens are real.
+            scores: of its tokens, int16 `[rows, kv_heads, columns]`.
+        """
+        held = self.blocks_held()
+        return choose(self.rules, held.lengths, scores, chunk, held)
+
+    def commit(self, chunk: Chunk, selection: Selection | None = None) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.
 
         Args:
             chunk: which of its tokens are real.
+            selection: what gates do in it, where rules select.
         """
         assert self._pending is not None
         to_come = (self.reserve or 0) - self.columns - chunk.columns
         held = self.blocks_held()
+        if self.record_past and selection is not None:
+            self._commit_in_parts(held, chunk, selection)
+            return
         if self.beside:
             # of a single token nothing that it evicts is seen
             past = chunk.columns > 1 and held.lengths.any()
             self._before = fork(held) if past else None
             self.lengths_before = held.lengths
-        commit(held, *self._pending, chunk, lag=self.lag, to_come=to_come)
+        commit(held, *self._pending, chunk, selection=selection, lag=self.lag, to_come=to_come)
+        self.columns += chunk.columns
+        self._pending = None
+
+    def _commit_in_parts(self, held: LayerBlocks, chunk: Chunk, selection: Selection) -> None:
+        """Takes in the chunk of the running forward, and keeps what gates had chosen every `LAG` tokens."""
+        assert self._pending is not None
+        for first in range(0, chunk.columns, LAG):
+            at = slice(first, first + LAG)
+            key, value = (tensor[:, :, at] for tensor in self._pending)
+            part, scores = chunk.part(at), selection.scores[:, :, at]
+            remember(held, self.lag)
+            commit(held, key, value, part, selection=choose(self.rules, held.lengths, scores, part, held), lag=self.lag)
         self.columns += chunk.columns
         self._pending = None
 
@@ -329,7 +359,10 @@ class PlanCacheLayer(CacheLayer):
             UnsupportedError: see `check_roll_back`.
         """
         self.check_roll_back(counts)
-        roll_back(self.blocks_held(), counts)
+        held = self.blocks_held()
+        if held.chosen is not None and counts.any():
+            go_back(held, held.lengths - counts)
+        roll_back(held, counts)
         self.columns -= columns
 
     def fork(self) -> PlanCacheLayer:

@@ -16,8 +16,9 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.kernels.halves import BlockHalf
+from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.windows import BLOCK, Span
+from moacompress.rules.windows import BLOCK
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
@@ -43,6 +44,13 @@ class Table:
     def __init__(self, rows: int, heads: int) -> None:
         self.ids: Ids = np.full((rows, heads, 4), -1, np.int32)
 
+    @staticmethod
+    def of(ids: Ids) -> Table:
+        """Returns a table with a copy of these ids, `[rows, heads, logical blocks]`."""
+        table = Table(0, ids.shape[1])
+        table.ids = ids.copy()
+        return table
+
     def widen(self, blocks: int) -> None:
         """Makes place for so many logical blocks."""
         rows, heads, width = self.ids.shape
@@ -58,26 +66,33 @@ class Layout(NamedTuple):
         kinds: the pairs of formats that its KV heads have, halves of keys and of values.
         of_head: which of them each KV head has, int64 `[kv_heads]`.
         beside: of each kind the halves of values of layers that share the keys, which lie beside a block's own.
+        scored: of each kind, whether the scores of its tokens are kept too.
     """
 
     kinds: tuple[tuple[BlockHalf, BlockHalf], ...]
     of_head: Ints
     beside: tuple[tuple[BlockHalf, ...], ...]
+    scored: tuple[bool, ...]
 
     @staticmethod
     def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype, beside: Beside = ()) -> Layout:
         """Returns the layout of KV heads with these rules, sizes and dtype."""
-        own = zip(*rules.columns[len(Span._fields) :].tolist(), strict=True)
-        heads = [(*formats, *more) for formats, more in zip(own, beside or ((),) * len(rules), strict=True)]
+        own = zip(*rules.format_codes.tolist(), strict=True)
+        scored = [rule.selects for rule in rules.rules]
+        heads = [
+            (selects, *formats, *more)
+            for selects, formats, more in zip(scored, own, beside or ((),) * len(rules), strict=True)
+        ]
         formats = sorted(set(heads))
 
         def values(code: int) -> BlockHalf:
             return BlockHalf(code, value_dim, dtype, values=True)
 
         return Layout(
-            tuple((BlockHalf(key, head_dim, dtype), values(value)) for key, value, *_ in formats),
+            tuple((BlockHalf(key, head_dim, dtype), values(value)) for _, key, value, *_ in formats),
             np.array([formats.index(head) for head in heads], np.int64),
-            tuple(tuple(map(values, more)) for _, _, *more in formats),
+            tuple(tuple(map(values, more)) for _, _, _, *more in formats),
+            tuple(selects for selects, *_ in formats),
         )
 
     @property
@@ -94,7 +109,10 @@ class Layout(NamedTuple):
     def block_bytes(self) -> Ints:
         """Bytes of a block of each kind, int64 `[kinds]`."""
         halves = ((*own, *more) for own, more in zip(self.kinds, self.beside, strict=True))
-        return np.array([sum(half.nbytes for half in each) for each in halves], np.int64)
+        sizes = [sum(half.nbytes for half in each) for each in halves]
+        return np.array(
+            [size + BLOCK * SCORE_BYTES * kept for size, kept in zip(sizes, self.scored, strict=True)], np.int64
+        )
 
 
 class Pool:
@@ -111,6 +129,7 @@ class Pool:
         keys: segments of keys; see `halves`.
         values: segments of values, of as many blocks each.
         beside: of every segment those of values of layers that share the keys, in the order of the layout.
+        scores: of every segment those of its tokens, int16 `[blocks, 16]` on the CPU; of no blocks where none are kept.
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
@@ -122,6 +141,7 @@ class Pool:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.beside: list[tuple[torch.Tensor, ...]] = []
+        self.scores: list[torch.Tensor] = []
         self.refs, self.kinds = np.zeros(0, np.int32), np.zeros(0, np.int64)
         self.shared = False
         self.lock = threading.RLock()
@@ -129,7 +149,7 @@ class Pool:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that hold memory."""
-        return [*self.keys, *self.values, *chain.from_iterable(self.beside)]
+        return [*self.keys, *self.values, *chain.from_iterable(self.beside), *self.scores]
 
     @property
     def used(self) -> int:
@@ -152,6 +172,8 @@ class Pool:
         self.keys.append(keys.new(blocks, self.device))
         self.values.append(values.new(blocks, self.device))
         self.beside.append(tuple(half.new(blocks, self.device) for half in self.layout.beside[kind]))
+        scored = blocks if self.layout.scored[kind] else 0
+        self.scores.append(torch.empty(scored, BLOCK, dtype=torch.int16, device="cpu"))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 
@@ -247,6 +269,41 @@ class Pool:
                 for half, segment, data in zip(halves, (self.keys[at], self.values[at]), own, strict=True):
                     half.write(segment, inside, data if picks is None else data[picks])
 
+    def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
+        """Copies tokens, with their scores, to places in blocks of their own kind.
+
+        Args:
+            slots: where they are, block id * 16 + place in the block, `[tokens]`.
+            to: where they go to.
+            heads: KV head of each.
+        """
+        for kind, chosen in _groups(self.layout.of_head[heads]):
+            halves = (*self.layout.kinds[kind], *self.layout.beside[kind])
+            own = [where if chosen is None else where[chosen] for where in (slots, to)]
+            for at, picks, inside in self._split(own[0], BLOCK):
+                targets = own[1] if picks is None else own[1][picks.cpu().numpy()]
+                for into, few, there in self._split(targets, BLOCK):
+                    here = inside if few is None else inside[few]
+                    for half, source, target in zip(halves, self._segment(at), self._segment(into), strict=False):
+                        half.move(source, here, target, there)
+                    if self.layout.scored[kind]:
+                        self.scores[into].view(-1)[there.cpu()] = self.scores[at].view(-1)[here.cpu()]
+
+    def read_scores(self, slots: Ints) -> Ints:
+        """Returns the scores of tokens, int64 `[tokens]`; the arguments are those of `move`."""
+        found = np.zeros(len(slots), np.int64)
+        for at, picks, inside in self._split(slots, BLOCK) if len(slots) else []:
+            found[slice(None) if picks is None else picks.cpu().numpy()] = (
+                self.scores[at].view(-1)[inside.cpu()].numpy()
+            )
+        return found
+
+    def write_scores(self, slots: Ints, scores: Ints) -> None:
+        """Writes the scores of tokens, `[tokens]`; see `read_scores`."""
+        for at, picks, inside in self._split(slots, BLOCK) if len(slots) else []:
+            here = torch.from_numpy(scores if picks is None else scores[picks.cpu().numpy()]).to(torch.int16)
+            self.scores[at].view(-1)[inside.cpu()] = here
+
     def write_beside(self, slots: Ints, heads: Ints, planes: Ints, values: torch.Tensor) -> None:
         """Writes values of a layer that shares the keys.
 
@@ -293,7 +350,8 @@ class Pool:
         return parts
 
     def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
-        return self.keys[number], self.values[number], *self.beside[number]
+        scores = (self.scores[number],) if len(self.scores[number]) else ()
+        return self.keys[number], self.values[number], *self.beside[number], *scores
 
     def _block(self, number: int) -> list[torch.Tensor]:
         """Returns all that a block is made of."""

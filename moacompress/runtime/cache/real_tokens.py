@@ -49,6 +49,10 @@ class Chunk:
         """Returns the chunk of some rows of the batch."""
         return self if self.real is None else Chunk(self.columns, self.real[rows])
 
+    def part(self, columns: slice) -> Chunk:
+        """Returns some of its columns as a chunk."""
+        return Chunk(len(range(self.columns)[columns]), None if self.real is None else self.real[:, columns])
+
     def where(self, row: int) -> Ints | None:
         """Returns the columns of a row's real tokens, in order; None where all are."""
         return None if self.real is None else self.order[row, : self._counts[row]]

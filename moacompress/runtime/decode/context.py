@@ -53,6 +53,11 @@ class LayerContext:
         """Codes of the formats of keys and of values, `[kv_heads]` each; None where all are native."""
         return self.rules.formats
 
+    @cached_property
+    def selects(self) -> bool:
+        """Whether some of its rules keep tokens that a gate chooses."""
+        return self.rules.selects
+
     @staticmethod
     def from_tensor(layer: int, columns: torch.Tensor) -> LayerContext:
         """Returns the context of a layer with a table's columns, as an operator is given them."""
@@ -90,15 +95,22 @@ def _with_tensors(layer: int, rules: RuleTable, *rest: Any) -> LayerContext:
     # or a graph of as many rows as there are KV heads would be for no other number of rows
     torch._dynamo.mark_static(here.columns)
     context = LayerContext(layer, here, *rest)
-    context.formats  # noqa: B018  read now: a graph could not
+    context.formats, context.selects  # noqa: B018  read now: a graph could not
     return context
 
 
 class LayerCall(NamedTuple):
-    """What the hook of a layer hands to its attention: the context, and the model's cache or None."""
+    """What the hook of a layer hands to its attention.
+
+    Attributes:
+        context: the layer's part of the plan.
+        cache: the model's, or None.
+        gate_scores: of the tokens, int16 `[rows, kv_heads, tokens]`; None where no rule selects.
+    """
 
     context: LayerContext
     cache: PlanCache | None
+    gate_scores: torch.Tensor | None = None
 
 
 @dataclass
@@ -109,7 +121,11 @@ class AttentionHook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
-        return args, {**kwargs, CONTEXT: self.call(module, kwargs)}
+        call = self.call(module, kwargs)
+        if self.context.selects:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            call = call._replace(gate_scores=module.gate(hidden))
+        return args, {**kwargs, CONTEXT: call}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
         """Returns what the attention is handed.

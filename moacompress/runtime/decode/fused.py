@@ -71,7 +71,7 @@ class _FusedAttention:
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        context, cache = call
+        context, cache, _ = call
         if torch.compiler.is_compiling():
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
@@ -163,6 +163,7 @@ def _fits(
     return (
         sliding in (None, context.native_window)
         and (among_all or not context.takes_part)
+        and not context.selects
         and module.is_causal
         and cos.shape[-1] == sin.shape[-1] == head_dim
         and keys == (0 if context.share is not None else context.kv_heads * head_dim)

@@ -15,13 +15,14 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.kernels.backend import CacheView
-from moacompress.kernels.dispatch import backend_for, backend_with_gradients
+from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
+from moacompress.runtime.decode.selected import Kept, attend_kept, attend_passing, kept_tokens, merged
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -155,7 +156,7 @@ class CommitAndDecode(Route[AttendRequest]):
         """See `Route`: `[rows, 1, heads, value_dim]`."""
         cache, query = request.cache, request.query
         assert cache is not None
-        cache.commit(request.chunk)
+        cache.commit(request.chunk, request.choose())  # type: ignore[arg-type]
         view = cache.view()
         return _decoded(request, query[:, :, 0], view, cache.lengths, request.context.rules)[:, None].contiguous()
 
@@ -183,21 +184,34 @@ class Plain(Route[AttendRequest]):
         asked, rules = (query, key, value), request.context.rules
         if cache is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
             asked, rules = straight_through(request.context, *asked)
-        out, _ = backend_with_gradients(*asked, cached=cached).prefill(
+        selection, wanted = request.choose(), any(tensor.requires_grad for tensor in asked)
+        backend = REFERENCE if selection is not None and wanted else backend_with_gradients(*asked, cached=cached)
+        out, lse = backend.prefill(
             *asked,
             cache=view,
             past=torch.from_numpy(past),
             valid=torch.from_numpy(chunk.counts(batch)),
             rules=rules,
             scores=request.scores,
+            with_lse=selection is not None,
         )
+        kept: list[list[Kept | None]] = []
+        if selection is not None:
+            assert lse is not None
+            held = None if cache is None else cast(PlanCacheLayer, cache).held
+            kept = kept_tokens(selection, *asked[1:], rules, past, held)
+            left = [
+                _numbers(rules).tokens_left(before + 1 + np.arange(count))
+                for before, count in zip(past, chunk.counts(batch), strict=True)
+            ]
+            out = merged((out, lse), attend_passing(asked[0], kept, left, request.scores, value.shape[-1]))
         out = out.to(query.dtype)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
-            cache.commit(chunk)
+            cache.commit(chunk, selection)  # type: ignore[arg-type]
         if chunk.real is not None and not chunk.real[:, -1].all():
-            out = _with_padded_ends(request, key, value, out)
+            out = _with_padded_ends(request, key, value, out, kept)
         return out.transpose(1, 2).contiguous()
 
 
@@ -219,7 +233,7 @@ def straight_through(
 
 
 def _with_padded_ends(
-    request: AttendRequest, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+    request: AttendRequest, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, kept: list[list[Kept | None]]
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 
@@ -231,6 +245,7 @@ def _with_padded_ends(
         key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
         value: likewise, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
+        kept: the tokens that gates keep for a while in the chunk; none where no rule selects.
     """
     cache, chunk = request.cache, request.chunk
     assert chunk.real is not None
@@ -238,7 +253,12 @@ def _with_padded_ends(
     lengths, ends = np.where(chunk.real[:, -1], 0, tokens), request.query[:, :, -1]
     if cache is None:
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
-        ends = _decoded(request, query[:, :, 0], _as_blocks(key, value), lengths, rules).to(out.dtype)
+        found, lse = _attended(request, query[:, :, 0], _as_blocks(key, value), lengths, rules)
+        if kept:
+            left = [_numbers(rules).tokens_left(length[None]) for length in tokens]
+            more = attend_passing(query, kept, left, request.scores, value.shape[-1])
+            found = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
+        ends = found.to(out.dtype)
     else:
         ends = _decoded(request, ends, cache.view(), lengths, request.context.rules)
     padded = torch.from_numpy(lengths > 0).to(out.device)[:, None, None]
@@ -248,21 +268,45 @@ def _with_padded_ends(
 def _decoded(
     request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints, rules: RuleTable
 ) -> torch.Tensor:
-    """Returns attention of one query a row over a cache, `[rows, heads, value_dim]`; 0 for rows without tokens.
+    """Returns attention of one query a row over the layer's cache, what gates keep of it included, `[rows, heads, value_dim]`.
 
     Args:
         request: what it is part of.
         query: `[rows, heads, head_dim]`.
-        view: what is attended to.
-        lengths: tokens of the rows, `[rows]`.
-        rules: that `view` was made by.
+        view: of sinks and windows.
+        lengths: tokens of the rows, `[rows]`; 0, and the result is 0, for rows that are not asked for.
+        rules: that the cache was made by.
     """
+    found = _attended(request, query, view, lengths, rules)
+    if not request.context.selects:
+        return found[0]
+    held = cast(PlanCacheLayer, request.cache).blocks_held()
+    return merged(found, attend_kept(query, held, lengths, request.scores))
+
+
+def _attended(
+    request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints, rules: RuleTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_decoded`, over what is in `view` alone, with the log of the softmax's denominator, `[rows, heads]`.
+
+    Of a layer without gates nobody asks for that: it may be all -inf.
+    """
+    selects, wide = request.context.selects, torch.promote_types(query.dtype, torch.float32)
     if not lengths.any():  # there may be no memory yet
-        return query.new_zeros(*query.shape[:2], request.value.shape[-1])
-    out, _ = backend_with_gradients(query, *view.keys, *view.values, cached=True).decode(
-        query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=request.scores
+        nothing = torch.full(query.shape[:2], -torch.inf, dtype=wide, device=query.device)
+        return query.new_zeros(*query.shape[:2], request.value.shape[-1]), nothing
+    backend = backend_with_gradients(query, *view.keys, *view.values, cached=True)
+    if selects and query.requires_grad and torch.is_grad_enabled():
+        backend = REFERENCE
+    out, lse = backend.decode(
+        query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=request.scores, with_lse=selects
     )
-    return out
+    return out, torch.full(query.shape[:2], -torch.inf, dtype=wide) if lse is None else lse
+
+
+def _numbers(rules: RuleTable) -> RuleTable:
+    """Returns the same rules in numpy."""
+    return RuleTable(rules.columns.numpy())
 
 
 def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.nn.functional import linear, silu
 
 from moacompress.kernels.backend import AroundAttention, Backend, LayerWeights, Projections, Rotary, Scores
 from moacompress.kernels.dispatch import backend_for
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.selection import Selection, choose
 from moacompress.runtime.cache.user_layer import UserCacheLayer
 from moacompress.runtime.decode.context import LayerContext
 
@@ -34,6 +37,7 @@ class AttendRequest:
         value: `[batch, kv_heads, tokens, value_dim]`.
         mask: which tokens are real, bool `[batch, tokens]`, or None where all are.
         scores: how scores are made; learned logits `[heads]`.
+        gate_scores: of the tokens, int16 `[batch, kv_heads, tokens]`; None where no rule selects.
     """
 
     context: LayerContext
@@ -43,6 +47,7 @@ class AttendRequest:
     value: torch.Tensor
     mask: torch.Tensor | None
     scores: Scores
+    gate_scores: torch.Tensor | None = None
     layers = 1
 
     @property
@@ -54,6 +59,17 @@ class AttendRequest:
     def tokens(self) -> int:
         """Tokens of the chunk, padding included."""
         return self.query.shape[2]
+
+    def choose(self) -> Selection | None:
+        """Returns what gates do in the chunk, which the cache has not taken in yet; None where no rule selects."""
+        if self.gate_scores is None:
+            return None
+        cache = self.cache
+        if cache is None:
+            rules, before = RuleTable(self.context.rules.columns.numpy()), np.zeros(len(self.query), np.int64)
+            return choose(rules, before, self.gate_scores, self.chunk, None)
+        assert isinstance(cache, PlanCacheLayer)  # layers that share attention have no gates
+        return cache.choose(self.chunk, self.gate_scores)
 
     @cached_property
     def chunk(self) -> Chunk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from moacompress.rules.share import users_of
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
+from moacompress.runtime.gate import gates_on, put_gates, take_gates_off
 from moacompress.runtime.hf import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
@@ -53,7 +54,7 @@ def attach(model: Model, plan: Plan) -> Model:
         The same model.
 
     Raises:
-        PlanError: the plan is for a model of another shape.
+        PlanError: the plan is for a model of another shape, or its gates are not at hand.
         ModelError: the model cannot be compressed.
     """
     check_supported(model)
@@ -62,6 +63,7 @@ def attach(model: Model, plan: Plan) -> Model:
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
+    put_gates(modules, plan, _inputs(model))
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))
     model.config.quantization_config = MoaCompressConfig(plan=plan)
@@ -91,6 +93,7 @@ def detach(model: Model) -> Model:
         dropped.give_back()
     for module in model.modules():
         unfuse(module)
+    take_gates_off(attention_modules(model))
     if attachment.head is not None:
         leave_few_rows(attachment.head)
     for name in OVERRIDES:
@@ -106,9 +109,11 @@ def detach(model: Model) -> Model:
 
 
 def attached_plan(model: torch.nn.Module) -> Plan | None:
-    """Returns the plan that a model runs under, or None."""
+    """Returns the plan that a model runs under, with the gates that are on it, or None."""
     attachment: _Attachment | None = getattr(model, "_moacompress", None)
-    return attachment.plan if attachment is not None else None
+    if attachment is None or not attachment.plan.selects:
+        return attachment.plan if attachment is not None else None
+    return replace(attachment.plan, gate_weights=gates_on(attention_modules(model)))
 
 
 def install(model: PreTrainedModel, plan: Plan) -> None:
@@ -119,6 +124,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     """
     modules = _fitting_modules(model, plan)
     drop_projections(model, plan)
+    put_gates(modules, plan, _inputs(model), empty=True)
     _put(model, plan, modules, None)
 
 
@@ -129,6 +135,10 @@ def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module
     if len(modules) != plan.model.layers:
         raise PlanError(f"the plan has {plan.model.layers} layers, the model has attention in {len(modules)}")
     return modules
+
+
+def _inputs(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
 def _take_own_configs(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ _LIBRARY = torch.library.Library("moacompress", "DEF")
 _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, Tensor rules, int layer, float scaling, "
-    "float softcap, Tensor? s_aux) -> Tensor"
+    "float softcap, Tensor? s_aux, Tensor? gate_scores) -> Tensor"
 )
 _LIBRARY.define(
     "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, Tensor rules, "
@@ -58,13 +58,14 @@ def _attend(
     scaling: float,
     softcap: float,
     s_aux: torch.Tensor | None,
+    gate_scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """Does what an `AttendRequest` asks for; without gradients."""
     cache = _cache(handle)
     if cache is not None:
         cache.update(key, value, layer)
     context = LayerContext.from_tensor(layer, rules)
-    return take(AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux)))
+    return take(AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux), gate_scores))
 
 
 def _attend_hidden(

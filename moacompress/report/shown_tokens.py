@@ -1,0 +1,146 @@
+"""Which tokens of a text the gates of a compressed model keep: what `inspect --show-tokens` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.text import Text
+
+from moacompress.core.errors import DataError, UsageError
+from moacompress.core.tables import section
+from moacompress.models.modules import attention_modules
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import NEVER, turnover
+
+MOST_TOKENS = 2048
+"""Tokens of a text that are read, at most."""
+MARKED = 0.5
+"""Share of the KV heads with a gate that keep a token, from which on it is marked."""
+DIM = 0.1
+"""Share below which it is shown dim."""
+
+
+def kept_tokens(folder: Path, plan: Plan, text: Path) -> dict[str, Any]:
+    """Reads a text with a compressed model, and returns which of its tokens gates keep at its end.
+
+    Args:
+        folder: the checkpoint.
+        plan: its plan.
+        text: a file.
+
+    Returns:
+        `tokens`, their texts; `kept`, of each the share of the KV heads with a gate that keep it, among those whose window it
+        has left, None where it has left none; `kv_heads` with a gate; `classes` of tokens: `name`, `tokens` that have left a
+        window, and the mean of `kept`.
+
+    Raises:
+        UsageError: the plan has no gates.
+        DataError: the text cannot be read, or is too short for a token to leave a window.
+    """
+    from moacompress.evaluation.checkpoint import load_checkpoint
+
+    if not plan.selects:
+        raise UsageError("no rule of this plan keeps tokens by their score, so there is nothing to show of a text")
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {text}: {error}") from error
+    checkpoint = load_checkpoint(folder, "auto", "cpu")
+    ids = checkpoint.tokenizer(words, return_tensors="pt").input_ids[:, :MOST_TOKENS]
+    scores = _scores(checkpoint.model, ids)
+    n = ids.shape[1]
+    kept, left = np.zeros(n), np.zeros(n)
+    for layer, found in scores.items():
+        table = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
+        gone = table.tokens_left(np.array([n]))[0]
+        for head, rule in enumerate(plan.rules[layer]):
+            if rule.selects:
+                at = slice(rule.sink, rule.sink + int(gone[head]))
+                left[at] += 1
+                kept[at] += turnover(found[head, at], rule.select_alpha, rule.select_beta_q).gone == NEVER
+    if not left.any():
+        raise DataError(f"{text} has {n} tokens: none of them leaves a window; give a longer text")
+    shares = np.divide(kept, left, out=np.full(n, np.nan), where=left > 0)
+    pieces = [str(checkpoint.tokenizer.decode([token])) for token in ids[0].tolist()]
+    return {
+        "tokens": pieces,
+        "kept": [None if np.isnan(share) else round(float(share), 4) for share in shares],
+        "kv_heads": sum(rule.selects for row in plan.rules for rule in row),
+        "classes": _classes(pieces, shares),
+    }
+
+
+def _scores(model: Any, ids: Any) -> dict[int, Any]:
+    """Returns the scores that gates give the tokens of one row, by layer, int64 `[kv_heads, tokens]`."""
+    import torch
+
+    from moacompress.runtime.gate import TokenGate
+
+    found: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            found[layer] = output[0].cpu().numpy().astype(np.int64)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer, module in enumerate(attention_modules(model)):
+            gate = getattr(module, "gate", None)
+            if isinstance(gate, TokenGate):
+                stack.callback(gate.register_forward_hook(keep(layer)).remove)
+        model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+    return found
+
+
+def token_class(token: str) -> str:
+    """Returns what kind of text a token is: a name for people."""
+    bare = token.strip()
+    if not bare:
+        return "line break" if "\n" in token else "space"
+    if any(letter.isdigit() for letter in bare):
+        return "digits"
+    if not any(letter.isalpha() for letter in bare):
+        return "punctuation"
+    if bare[0].isupper():
+        return "capitalised"
+    return "start of a word" if token[0].isspace() else "rest of a word"
+
+
+def _classes(pieces: Sequence[str], shares: Any) -> list[dict[str, Any]]:
+    of_class: dict[str, list[float]] = {}
+    for piece, share in zip(pieces, shares.tolist(), strict=True):
+        if share == share:  # not NaN
+            of_class.setdefault(token_class(piece), []).append(share)
+    rows = [{"name": name, "tokens": len(found), "kept": sum(found) / len(found)} for name, found in of_class.items()]
+    return sorted(rows, key=lambda row: -row["kept"])
+
+
+def token_tables(data: Mapping[str, Any]) -> Group:
+    """Returns the classes of tokens with what is kept of them, and the text: tokens in brackets are kept by most gates.
+
+    Args:
+        data: of `kept_tokens`.
+    """
+    rows = [(row["name"], str(row["tokens"]), f"{row['kept']:.0%}") for row in data["classes"]]
+    title = (
+        f"What the gates of {data['kv_heads']} KV heads keep of the tokens that have left their windows, mean over them"
+    )
+    text = Text()
+    for token, share in zip(data["tokens"], data["kept"], strict=True):
+        if share is None:
+            text.append(token)
+        elif share >= MARKED:
+            bare = token.strip() or token
+            before, _, after = token.partition(bare)
+            text.append(f"{before}[{bare}]{after}", style="bold")
+        else:
+            text.append(token, style="dim" if share < DIM else "")
+    head = Text(f"\nThe text; [tokens] in brackets are kept by at least {MARKED:.0%} of the gates:", style="bold")
+    return Group(section(title, ("tokens", "how many", "kept"), rows), head, text)

@@ -1,0 +1,128 @@
+"""The gate of an attention layer: it scores tokens by what enters the layer, and its weights are saved with the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.plan import Plan
+
+UNIT = 256
+"""Scores are kept in 1/256: a gate's have a variance of 1, and what another matrix product makes of the last bits is less."""
+_LIMIT = (1 << 15) - 1
+
+
+class TokenGate(nn.Module):
+    """A linear probe for each KV head.
+
+    Args:
+        kv_heads: of the layer.
+        inputs: numbers of what enters it.
+        dtype: of the weights.
+        device: likewise.
+    """
+
+    def __init__(
+        self, kv_heads: int, inputs: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(kv_heads, inputs, dtype=dtype, device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(kv_heads, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns scores in 1/256, int16 `[rows, kv_heads, tokens]`; what is not a number is the least.
+
+        Args:
+            hidden: what enters the layer's attention, `[rows, tokens, inputs]`.
+        """
+        return rounded_scores(gate_scores(hidden, self.weight, self.bias).transpose(1, 2))
+
+
+NAME = "gate"
+"""What it is called among the parts of an attention module."""
+
+
+def put_gates(modules: Sequence[nn.Module], plan: Plan, inputs: int, *, empty: bool = False) -> None:
+    """Puts a gate on the attention of every layer in which a rule selects, in the dtype and on the device of its values.
+
+    Args:
+        modules: the attention of every layer.
+        plan: the plan, with its gates at hand.
+        inputs: numbers of what enters a layer.
+        empty: whether their weights are to be read from a checkpoint, and not the plan's.
+
+    Raises:
+        PlanError: the gates are not at hand, or for another number of inputs.
+        UnsupportedError: an attention module that has such a part already.
+    """
+    gates = None if empty else plan.gate_weights
+    if plan.selects and gates is None and not empty:
+        raise PlanError(
+            f"KV heads of the plan keep tokens that the gates {plan.gates} choose, and these are not at hand: they are in a "
+            "file that the search writes beside the plan, plan.gates.safetensors for plan.json"
+        )
+    if gates is not None and gates.weight.shape[2] != inputs:
+        raise PlanError(f"the gates take {gates.weight.shape[2]} numbers of a token, the model's layers get {inputs}")
+    for layer, (module, rules) in enumerate(zip(modules, plan.rules, strict=True)):
+        if not any(rule.selects for rule in rules):
+            continue
+        check_room([module])
+        like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+        gate = TokenGate(plan.model.kv_heads, inputs, like.dtype, like.device)
+        if gates is not None:
+            with torch.no_grad():
+                gate.weight.copy_(torch.from_numpy(gates.weight[layer]))
+                gate.bias.copy_(torch.from_numpy(gates.bias[layer]))
+        module.add_module(NAME, gate)
+
+
+def check_room(modules: Sequence[nn.Module]) -> None:
+    """Refuses attention modules on which no gate can be put.
+
+    Raises:
+        UnsupportedError: one has a part of that name.
+    """
+    for module in modules:
+        if hasattr(module, NAME) and not isinstance(getattr(module, NAME), TokenGate):
+            raise UnsupportedError(
+                f"{type(module).__name__} has a part {NAME!r} of its own, so no gate can choose tokens there; profile without "
+                "--gates, or search with --no-gates"
+            )
+
+
+def gates_on(modules: Sequence[nn.Module]) -> GateWeights | None:
+    """Returns the weights of the gates that are on attention modules, zero where there is none; None where none has one."""
+    gates = [getattr(module, NAME, None) for module in modules]
+    there = [gate for gate in gates if isinstance(gate, TokenGate)]
+    if not there:
+        return None
+
+    def stacked(name: str) -> npt.NDArray[np.float32]:
+        like = torch.zeros_like(getattr(there[0], name), dtype=torch.float32, device="cpu")
+        parts = [getattr(gate, name).detach().float().cpu() if isinstance(gate, TokenGate) else like for gate in gates]
+        return torch.stack(parts).numpy()
+
+    return GateWeights(stacked("weight"), stacked("bias"))
+
+
+def take_gates_off(modules: Sequence[nn.Module]) -> None:
+    """Takes away what `put_gates` put there."""
+    for module in modules:
+        if isinstance(getattr(module, NAME, None), TokenGate):
+            delattr(module, NAME)
+
+
+def gate_scores(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Returns `weight . hidden + bias` in float32, `[..., kv_heads]`, without a gradient's way."""
+    return nn.functional.linear(hidden.detach().float(), weight.detach().float(), bias.detach().float())
+
+
+def rounded_scores(scores: Tensor) -> Tensor:
+    """Returns scores as they are compared and kept, int16 in 1/256."""
+    return scores.mul(UNIT).round_().nan_to_num_(nan=-_LIMIT).clamp_(-_LIMIT, _LIMIT).to(torch.int16)

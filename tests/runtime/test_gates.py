@@ -1,0 +1,313 @@
+"""Tokens that gates keep: attention against masks from the words of the definition, in chunks, batches, formats and forks."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import types
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.reference.rounding import rounded
+from moacompress.models.source import model_shape
+from moacompress.rules.formats import FORMATS
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
+from moacompress.runtime import attach, detach
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.decode.attention import attention_forward
+from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+
+MODULE: Any = types.SimpleNamespace(is_causal=True)
+MIN_WINDOW = 16
+DIM, GROUP = 8, 2
+
+
+def visible(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
+    """Returns bool `[n, n]`, True where a query sees a key, by the words of the definition and nothing shared with the code."""
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    kept: list[int] = []  # places: positions of tokens
+    gone = 0  # tokens that have left
+    for i in range(n):
+        w = min(i + 1, max(MIN_WINDOW, rule.alpha + rule.beta_q * (i + 1) // 1024))
+        while rule.sink + gone <= i - w:
+            token, gone = rule.sink + gone, gone + 1
+            if len(kept) < min(gone, rule.select_alpha + rule.select_beta_q * gone // 1024):
+                kept.append(token)
+            elif kept:
+                least = min(range(len(kept)), key=lambda place: (scores[kept[place]], place))
+                if scores[token] > scores[kept[least]]:
+                    kept[least] = token
+        for j in range(i + 1):
+            mask[i, j] = j < rule.sink or j > i - w or j in kept
+    return mask
+
+
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Attention with the whole matrix, `[rows, n, heads, dim]`; `masks` is bool `[rows, kv_heads, n, n]`."""
+    key, value, masks = (tensor.repeat_interleave(GROUP, 1) for tensor in (key, value, masks))
+    scores = (query @ key.transpose(2, 3) * DIM**-0.5).masked_fill(~masks, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+class Case:
+    """Random rules, tokens and scores of one layer; what the attention makes of them in chunks, and the oracle's word."""
+
+    def __init__(self, seed: int, formats: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        self.rng = rng = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.rows, self.n = rng.choice((1, 1, 2, 3)), rng.randint(30, 160)
+        names = ("native", *[name for name in FORMATS if name != "native"]) if formats else ("native",)
+
+        def rule() -> Rule:
+            span = rng.choice(((0, 0), (20, 0), (40, 0), (0, 150), (10, 400), (0, 1024)))
+            select = rng.choice(((0, 0), (1, 0), (7, 0), (20, 0), (40, 0), (0, 100), (5, 300), (0, 1024)))
+            return Rule(rng.choice((4, 16)), *span, rng.choice(names), rng.choice(names), *select)
+
+        self.rules = [rule() for _ in range(rng.choice((1, 2, 3)))]
+        if not any(each.selects for each in self.rules):
+            self.rules[0] = Rule(4, 20, 0, select_alpha=9)
+        heads = len(self.rules)
+        shape = (self.rows, heads, self.n, DIM)
+        self.query = torch.randn(self.rows, heads * GROUP, self.n, DIM, generator=generator, dtype=dtype)
+        self.key, self.value = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+        few = rng.choice((3, 40, 30000))  # ties, and none
+        self.scores = torch.randint(-few, few, shape[:3], generator=generator).to(torch.int16)
+        self.table = RuleTable.of(self.rules, MIN_WINDOW)
+
+    def expected(self) -> torch.Tensor:
+        masks = torch.stack(
+            [
+                torch.stack([visible(rule, row[head].tolist(), self.n) for head, rule in enumerate(self.rules)])
+                for row in self.scores
+            ]
+        )
+        keys, values = (
+            rounded(side, [FORMATS[getattr(rule, name)].code for rule in self.rules]).to(side.dtype)
+            if any(getattr(rule, name) != "native" for rule in self.rules)
+            else side
+            for side, name in ((self.key, "key_format"), (self.value, "value_format"))
+        )
+        return dense(self.query, keys, values, masks)
+
+    def cache(self) -> Any:
+        layer = PlanCacheLayer(self.table, reserve=self.rng.choice((None, self.n)))
+        return types.SimpleNamespace(layers=[layer], step_routes=Counter())
+
+    def attended(self, cache: Any, first: int, end: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What a layer gives of some columns, `[rows, columns, heads, dim]`; those that the mask hides hold rubbish."""
+        context = LayerContext.of(0, self.rules, MIN_WINDOW, None)
+        parts = [tensor[:, :, first:end] for tensor in (self.query, self.key, self.value, self.scores)]
+        if cache is not None:
+            cache.layers[0].update(parts[1], parts[2])
+        call: Any = {CONTEXT: LayerCall(context, cache, parts[3])}
+        return attention_forward(MODULE, parts[0], parts[1], parts[2], mask, **call)[0]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        cuts = sorted({0, self.n, *(self.rng.randint(1, self.n - 1) for _ in range(self.rng.randint(0, 5)))})
+        found = []
+        for first, end in pairwise(cuts):
+            singly = end - first < 40 and self.rng.random() < 0.5
+            found += [(at, at + 1) for at in range(first, end)] if singly else [(first, end)]
+        return found
+
+    def check_bytes(self, cache: Any, n: int) -> None:
+        slots = self.table.slots(np.array([n]))[0]
+        sizes = self.table.token_bytes(DIM, DIM, str(self.key.dtype).removeprefix("torch."))
+        assert cache.layers[0].used_bytes <= self.rows * int((slots * sizes).sum())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_chunks_steps_and_whole_are_what_the_definition_says(seed: int) -> None:
+    case = Case(seed)
+    expected = case.expected()
+    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=1e-9)
+    cache = case.cache()
+    for first, end in case.chunks():
+        found = case.attended(cache, first, end)
+        assert torch.allclose(found, expected[:, first:end], atol=1e-9), (first, end)
+        case.check_bytes(cache, end)
+    slots, sizes = case.table.slots(np.array([case.n]))[0], case.table.token_bytes(DIM, DIM, "float64")
+    assert cache.layers[0].used_bytes == case.rows * int((slots * sizes).sum())
+
+
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_formats_are_attended_to_as_they_are_kept(seed: int) -> None:
+    case = Case(seed, formats=True, dtype=torch.float32)
+    expected = case.expected()
+    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=2e-5)
+    cache = case.cache()
+    for first, end in case.chunks():
+        assert torch.allclose(case.attended(cache, first, end), expected[:, first:end], atol=2e-5), (first, end)
+
+
+@pytest.mark.parametrize("seed", range(200, 215))
+def test_padded_rows_are_as_alone(seed: int) -> None:
+    case = Case(seed)
+    expected, n = case.expected(), case.n
+    real = torch.from_numpy(np.random.default_rng(seed).random((case.rows, 2 * n)) < 0.5)
+    counts = real.sum(1).clamp(max=n)
+    padded = Case(seed)
+    width = real.shape[1]
+    for name in ("query", "key", "value", "scores"):
+        own = getattr(case, name)
+        wide = own.new_full((*own.shape[:2], width, *own.shape[3:]), 77)
+        for row in range(case.rows):
+            wide[row, :, real[row].nonzero()[: counts[row], 0]] = own[row, :, : counts[row]]
+            real[row, real[row].nonzero()[counts[row] :, 0]] = False
+        setattr(padded, name, wide)
+    cache = case.cache()
+    cuts = sorted({0, width, *(case.rng.randint(1, width - 1) for _ in range(3)), width - 2, width - 1})
+    for seen in (None, cache):
+        parts = [(0, width)] if seen is None else pairwise(cuts)
+        for first, end in parts:
+            mask = real[:, first:end]
+            found = padded.attended(seen, first, end, mask)
+            for row in range(case.rows):
+                columns = mask[row].nonzero()[:, 0]
+                at = real[row, :end].sum() - len(columns) + torch.arange(len(columns))
+                assert torch.allclose(found[row, columns], expected[row, at], atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(300, 315))
+def test_forks_and_rows_go_their_own_ways(seed: int) -> None:
+    case = Case(seed)
+    cut = case.rng.randint(1, case.n - 1)
+    cache = case.cache()
+    case.attended(cache, 0, cut)
+    layer: PlanCacheLayer = cache.layers[0]
+    other = types.SimpleNamespace(layers=[layer.fork()], step_routes=cache.step_routes)
+    stored = types.SimpleNamespace(layers=[pickle.loads(pickle.dumps(layer))], step_routes=cache.step_routes)
+    for each in (other, stored, cache):
+        twin = Case(seed)
+        for name in ("query", "key", "value", "scores"):  # another continuation each
+            tensor = getattr(twin, name)
+            tensor[:, :, cut:] = tensor[:, :, cut:].flip(2) if each is other else tensor[:, :, cut:]
+        expected = twin.expected()
+        for at in range(cut, case.n):
+            assert torch.allclose(twin.attended(each, at, at + 1), expected[:, at : at + 1], atol=1e-9)
+    rows = np.random.default_rng(seed).integers(0, case.rows, case.rows)
+    layer = case.cache().layers[0]
+    cache.layers[0] = layer
+    case.attended(cache, 0, cut)
+    layer.select(rows)
+    expected = case.expected()[rows]
+    for name in ("query", "key", "value", "scores"):
+        setattr(case, name, getattr(case, name)[rows])
+    found = [case.attended(cache, at, at + 1) for at in range(cut, case.n)]
+    assert torch.allclose(torch.cat(found, 1), expected[:, cut:], atol=1e-9)
+
+
+def test_gradients_are_those_of_the_masks() -> None:
+    case = Case(3)
+    for name in ("query", "key", "value"):
+        setattr(case, name, getattr(case, name).requires_grad_())
+    weight = torch.randn(case.expected().shape, dtype=torch.float64)
+    grads = []
+    for out in (case.attended(None, 0, case.n), case.expected()):
+        grads.append(torch.autograd.grad((out * weight).sum(), (case.query, case.key, case.value)))
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9)
+
+
+def gated_plan(model: Any, seed: int) -> Plan:
+    """A random plan whose rules select, with random gates."""
+    shape, rng = model_shape(model), random.Random(seed)
+    draw = np.random.default_rng(seed)
+    gates = GateWeights(
+        draw.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
+        draw.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
+    )
+
+    def rule(window: int | None) -> Rule:
+        select = rng.choice(((9, 0), (5, 0), (12, 0), (0, 200)))
+        return Rule(
+            4, rng.choice((0, 20)), rng.choice((0, 100)), "native", "native", *(select if window is None else ())
+        )
+
+    rules = tuple(tuple(rule(window) for _ in range(shape.kv_heads)) for window in shape.native_windows)
+    return Plan(shape, 16, rules, gates=gates.fingerprint, gate_weights=gates)
+
+
+def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], family: str) -> None:
+    experts = family in ("qwen3_moe", "gpt_oss")  # torch multiplies groups of these in float32 at most
+    model = tiny_model(family).to(torch.float32 if experts else torch.float64).eval()
+    plan = gated_plan(model, 5).in_dtype("float32" if experts else "float64")
+    attach(model, plan)
+    assert plan.selects or all(plan.model.native_windows)
+    ids, tolerance = token_ids(2, 120), 1e-3 if experts else 1e-8
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :70]).cache
+        steps = torch.cat([model(ids[:, at : at + 1], cache=cache).logits for at in range(70, 120)], 1)
+    assert torch.allclose(steps, whole[:, 70:], atol=tolerance)
+    assert cache.used_bytes() == plan.kv_bytes(120, batch=2)
+    alone = model(ids[1:], use_cache=False).logits
+    assert torch.allclose(alone, whole[1:], atol=tolerance)
+
+
+def test_a_checkpoint_holds_its_gates(
+    tiny_folder: Any, tiny_model: Callable[..., Any], token_ids: Any, tmp_path: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("llama").eval()
+    plan = gated_plan(model, 1)
+    before = set(model.state_dict())
+    attach(model, plan)
+    names = set(model.state_dict()) - before
+    assert names
+    assert all(name.rpartition(".self_attn.gate.")[2] in ("weight", "bias") for name in names)
+    model.save_pretrained(tmp_path / "out")
+    ids = token_ids(1, 90)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+    out = loaded.generate(ids, max_new_tokens=8, num_beams=2, do_sample=False)
+    assert out.shape[1] <= 98
+    detach(model)
+    assert set(model.state_dict()) == before
+
+
+def test_what_does_not_go_together_is_refused(tiny_model: Callable[..., Any], tmp_path: Any) -> None:
+    model = tiny_model("llama").eval()
+    plan = gated_plan(model, 1)
+    with pytest.raises(PlanError, match=f"the gates {plan.gates} choose, and these are not at hand"):
+        attach(model, Plan.from_dict(plan.to_dict()))
+    plan.save(tmp_path / "a.json")
+    read = Plan.load(tmp_path / "a.json").gate_weights
+    assert read is not None
+    assert read.fingerprint == plan.gates
+    assert plan.gate_weights is not None
+    other = GateWeights(plan.gate_weights.weight + 1, plan.gate_weights.bias)
+    other.save(tmp_path / "a.gates.safetensors")
+    with pytest.raises(PlanError, match=f"it names {plan.gates}, these are {other.fingerprint}"):
+        Plan.load(tmp_path / "a.json")
+    attach(model, plan)
+    cache = model(torch.ones(1, 40, dtype=torch.int64)).cache
+    with pytest.raises(UnsupportedError, match="nothing was kept to roll back to"):
+        cache.crop(-1)
+    shape = model_shape(tiny_model("gemma3_text"))
+    with pytest.raises(PlanError, match="sliding window of its own"):
+        Plan.uniform(shape, Rule(4, 20, 0, select_alpha=5))
+
+
+def test_a_kept_token_takes_what_a_block_says() -> None:
+    case = Case(7)
+    cache = case.cache()
+    case.attended(cache, 0, case.n)
+    held = cast(PlanCacheLayer, cache.layers[0]).blocks_held()
+    assert held.chosen is not None
+    counts = case.table.selected(np.full(case.rows, case.n))
+    assert ((held.chosen.ids >= 0).sum(2) == -(-counts // BLOCK)).all()
