@@ -185,7 +185,8 @@ def of_front(plan: Path) -> list[Path]:
     """Returns all that the search of a front leaves beside `plan`."""
     journal = front_journal(plan)
     plans = plans_of_front(plan)
-    return [front_file(plan), *plans, *map(gates_file, plans), journal, journal_lock(journal)]
+    gates = [path for path in map(gates_file, plans) if path.exists()]
+    return [front_file(plan), *plans, *gates, journal, journal_lock(journal)]
 
 
 def of_audit(audit: Path) -> list[Path]:

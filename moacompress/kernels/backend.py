@@ -122,7 +122,10 @@ class CacheState(NamedTuple):
         refs: how many table entries name each block, int32 `[blocks]`.
         lag: tokens that are kept longer for rolling back.
         beside: planes of values of layers that share the keys, beside the blocks' own: of each its part of every segment, with
-            no bytes where a segment has none.
+            no bytes where a segment has none. Where rules select, the one plane is that of the tokens' scores, int16, as bytes.
+        chosen: block ids of the tokens that gates keep, by their places, int32 `[rows, kv_heads, width]`; None where no rule
+            selects.
+        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; as `chosen`.
     """
 
     keys: Sequence[torch.Tensor]
@@ -133,6 +136,8 @@ class CacheState(NamedTuple):
     refs: torch.Tensor
     lag: int = 0
     beside: Sequence[Sequence[torch.Tensor]] = ()
+    chosen: torch.Tensor | None = None
+    left: torch.Tensor | None = None
 
 
 class Room(NamedTuple):
@@ -186,10 +191,18 @@ class Rotary(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """A whole decoder layer."""
+    """A whole decoder layer.
+
+    Attributes:
+        projections: of its attention.
+        around: what it does around that.
+        gate: weight `[kv_heads, hidden]` and bias `[kv_heads]` of what scores tokens by what enters the attention; none where
+            no rule of the layer selects.
+    """
 
     projections: Projections
     around: AroundAttention
+    gate: Sequence[torch.Tensor] = ()
 
 
 class BoundCaches(ABC):

@@ -28,7 +28,7 @@ from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.step_requests import rotated
@@ -75,7 +75,7 @@ class Case:
 
     def arguments(self, **changes: Any) -> tuple[Any, ...]:
         """What the operator takes, in its order; `changes` by name."""
-        keys, values, *state, lag, _ = self.state()
+        keys, values, *state, lag, _, _, _ = self.state()
         names = ("x", "weights", "biases", "norms", "eps", "cos", "sin", "keys", "values")
         layer = (self.x, self.weights, self.biases, self.norms, self.eps, *self.rotary)
         found = dict(zip(names, (*layer, keys, values), strict=True)) | changes
@@ -302,6 +302,7 @@ def test_what_is_read_is_checked():
         "rules": [rules],
         "scaling": 0.5,
         "shares": torch.zeros(0, 2, dtype=torch.int64),
+        "gates": [],
     }
 
     def refused(match, **changes):
@@ -310,6 +311,11 @@ def test_what_is_read_is_checked():
 
     refused("6 weights, 0 biases and 2 norms for 1 layers with rules", weights=case.weights[:6])
     refused("for 0 layers", rules=[])
+    gated, size = rules.clone(), (rules.shape[1], case.x.shape[-1])
+    gated[COLUMNS.index("select_alpha")], gated[COLUMNS.index("native_window")] = 5, 0
+    refused("layer 0 keeps tokens by their score, and has no gate for that", rules=[gated])
+    refused("1 parts of gates for 1 layers", gates=[torch.zeros(size)])
+    refused(r"a gate has the shape \[\d+, \d+\], not", rules=[gated], gates=[torch.zeros(1, 99), torch.zeros(size[0])])
     refused("for 2 layers", rules=[rules, rules])
     refused("weight has another dtype", weights=[case.weights[0], case.weights[1].half(), *case.weights[2:]])
     refused("a norm has the shape", norms=[case.norms[0][1:], case.norms[1]])
@@ -326,14 +332,16 @@ def test_what_is_read_is_checked():
 
     def read_caches(of, states, lag=0):
         keys, values = [t for state in states for t in state.keys], [t for state in states for t in state.values]
-        parts = [t for state in states for t in (state.table, state.lengths, state.runs, state.refs)]
+        parts = [
+            t for state in states for t in (state.table, state.lengths, state.runs, state.refs, *[torch.zeros(0)] * 2)
+        ]
         return ops.read_caches(of, keys, values, [len(state.keys) for state in states], [], parts, lag)
 
     def cache_refused(match, states=(state,), lag=0):
         with pytest.raises(RuntimeError, match=match):
             read_caches(layers, states, lag)
 
-    cache_refused("2 numbers of segments and 8 parts of caches for 1 layers", [state, state])
+    cache_refused("2 numbers of segments and 12 parts of caches for 1 layers", [state, state])
     cache_refused("0 segments of layer 0", [state._replace(keys=[], values=[])])
     cache_refused("segments of layer 0, of .* of keys and 0 of values", [state._replace(values=[])])
     cache_refused("lengths has another dtype", [state._replace(lengths=state.lengths.int())])

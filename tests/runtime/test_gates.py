@@ -7,6 +7,7 @@ import random
 import types
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.selection import chosen_slots
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 
@@ -311,3 +313,56 @@ def test_a_kept_token_takes_what_a_block_says() -> None:
     assert held.chosen is not None
     counts = case.table.selected(np.full(case.rows, case.n))
     assert ((held.chosen.ids >= 0).sum(2) == -(-counts // BLOCK)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formats", [False, True], ids=["native", "formats"])
+@pytest.mark.usefixtures("compiled_kernels")
+def test_one_call_for_all_layers_keeps_what_the_others_do(
+    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], dtype: torch.dtype, formats: bool
+) -> None:
+    model = tiny_model("llama").to(dtype).eval()
+    plan, rng = gated_plan(model, 11), random.Random(3)
+    if formats:
+        rows = [[rule.in_formats(rng.choice(("int8", "int4")), "int4") for rule in row] for row in plan.rules]
+        plan = replace(plan, rules=tuple(map(tuple, rows)))
+    attach(model, plan.in_dtype(str(dtype).removeprefix("torch.")))
+    ids = token_ids(3, 190)
+    with torch.no_grad():
+        compiled, plain = (model(ids[:, :60]).cache for _ in range(2))
+        compiled_steps, plain_steps = [], []
+        for at in range(60, 190):
+            compiled_steps.append(model(ids[:, at : at + 1], cache=compiled).logits)
+            plain_steps.append(stepped_plainly(model, ids[:, at : at + 1], plain))
+            if at == 120:  # forks copy what they write to
+                compiled, other = compiled.fork(), compiled
+                assert other.used_bytes() == compiled.used_bytes()
+    assert compiled.step_routes["all layers"] == 130 * plan.model.layers
+    assert plain.step_routes["all layers"] == 0
+    found, expected = torch.cat(compiled_steps, 1).float(), torch.cat(plain_steps, 1).float()
+    # the last bits of a product may give another code, and in bfloat16 another choice
+    error = (found - expected).abs()
+    if dtype == torch.float32:
+        assert error.max() < (1e-2 if formats else 2e-3) * expected.abs().max()
+    else:
+        assert error.mean() < 0.1 * expected.abs().mean()
+    assert compiled.used_bytes() == plain.used_bytes() == model._moacompress.plan.kv_bytes(190, batch=3)
+    if dtype == torch.float32:
+        for ours, theirs in zip(compiled.layers, plain.layers, strict=True):
+            held, other = ours.held, theirs.held
+            assert (held.left == other.left).all()
+            for row, head in np.ndindex(3, plan.model.kv_heads):
+                places = np.arange(int(held.rules.selected(held.lengths)[row, head]))
+                scores = [each.pool.read_scores(chosen_slots(each, row, head, places)) for each in (held, other)]
+                assert np.abs(scores[0] - scores[1]).max(initial=0) <= 1  # of another product's last bits
+    else:
+        assert torch.isfinite(found).all()
+
+
+def stepped_plainly(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """A step that layers do by themselves: somebody looks at the first one."""
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *given: None)
+    try:
+        return model(ids, cache=cache).logits
+    finally:
+        handle.remove()

@@ -3,6 +3,7 @@
 //
 // What stays follows from the number of tokens, as moacompress/runtime/cache/block_runs.py has it for whole chunks; tests hold the two equal.
 #include <cstring>
+#include <initializer_list>
 
 #include "tasks.h"
 
@@ -33,6 +34,17 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
 void put_token(const Kernels& kernels, DType dtype, const Half& half, const void* from, int64_t place, char* to, float* buffer) {
   if (half.format == NATIVE) std::memcpy(to + place * half.token_bytes, from, size_t(half.token_bytes));
   else kernels.encode[dtype](from, half, place, to, buffer);
+}
+
+// Copies a token from its place in a half of a block to a place in another, as it is kept.
+void copy_token(const Half& half, const char* from, int64_t place, char* to, int64_t at) {
+  if (half.format == NATIVE) {
+    std::memcpy(to + at * half.token_bytes, from + place * half.token_bytes, size_t(half.token_bytes));
+    return;
+  }
+  for (int64_t i = 0; i < half.token_bytes; i += 4)
+    for (int64_t byte = 0; byte < 4; byte++) to[half.at(at, i) + byte * half.step()] = from[half.at(place, i) + byte * half.step()];
+  for (const int64_t numbers : {half.scales, half.zeros}) std::memcpy(to + numbers + 2 * at, from + numbers + 2 * place, 2);
 }
 
 char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
@@ -81,6 +93,53 @@ struct Job {
     return !known(id) || call.refs[id] > 1;
   }
 
+  // ---- the tokens that gates keep ----
+
+  bool chooses(int64_t pair) const { return call.chosen && rule(pair).selects(); }
+  int32_t* chosen(int64_t pair) const { return call.chosen->ids + pair * call.chosen->width; }
+  int16_t* scores_of(int32_t id) const { return reinterpret_cast<int16_t*>(at_block(call.beside[0], id, SCORE_BYTES * BLOCK)); }
+
+  // The token that leaves the window as the next one comes, and the place where it will be kept; -1 where none leaves, or nowhere.
+  struct Arrival {
+    int64_t position, place;
+  };
+  // Finds it; false where the cache lacks what it needs for that.
+  bool arrival(int64_t pair, Arrival& found) const {
+    const Rule own = rule(pair);
+    const int64_t left = call.chosen->left[pair], position = own.sink + left;
+    found = {-1, -1};
+    const int64_t leaving = tokens_left(call.lengths[row(pair)] + 1, own) - left;
+    if (leaving <= 0) return true;
+    const int32_t from = position / BLOCK < call.width ? ids(pair)[position / BLOCK] : -1;
+    if (leaving > 1 || position >= call.lengths[row(pair)] || !known(from) || !scores_of(from)) return false;
+    const int64_t kept = selected(left, own);
+    found = {position, kept};
+    if (selected(left + 1, own) > kept) return true;
+    int64_t least = -1, lowest = scores_of(from)[position % BLOCK];
+    for (int64_t place = 0; place < kept; place++) {
+      const int32_t id = place / BLOCK < call.chosen->width ? chosen(pair)[place / BLOCK] : -1;
+      const int16_t* scores = known(id) ? scores_of(id) : nullptr;
+      if (!scores) return false;
+      if (scores[place % BLOCK] < lowest) lowest = scores[place % BLOCK], least = place;
+    }
+    found.place = least;
+    return true;
+  }
+
+  // Keeps a token that leaves, and takes note that it has left.
+  void keep(int64_t pair, const Arrival& found) const {
+    if (found.position >= 0) call.chosen->left[pair]++;
+    if (found.place < 0) return;
+    const int32_t from = ids(pair)[found.position / BLOCK], to = chosen(pair)[found.place / BLOCK];
+    const int64_t place = found.position % BLOCK, at = found.place % BLOCK;
+    const Halves halves = this->halves(pair);
+    copy_token(halves.key, at_block(call.keys, from, halves.key.bytes), place, at_block(call.keys, to, halves.key.bytes), at);
+    copy_token(halves.value, at_block(call.values, from, halves.value.bytes), place, at_block(call.values, to, halves.value.bytes), at);
+    scores_of(to)[at] = scores_of(from)[place];
+  }
+
+  // ---- blocks ----
+
   const int64_t* beside(int64_t pair) const { return call.beside_bytes + pair % call.shape.kv_heads * call.planes; }
 
   // Whether a block has beside its own values those that a pair's have, and no others.
@@ -90,7 +149,8 @@ struct Job {
     return true;
   }
 
-  bool take(int64_t pair) {
+  // Gives a pair a free block in the place of an id, with what is there in it.
+  bool take(int64_t pair, int32_t& id) {
     const Halves halves = this->halves(pair);
     int64_t from_start = 0;
     int64_t& free = call.planes ? from_start : next[halves.key.format * FORMATS + halves.value.format];
@@ -100,7 +160,6 @@ struct Job {
     };
     while (free < call.blocks && !fits(free)) free++;
     if (free == call.blocks) return false;
-    int32_t& id = ids(pair)[call.lengths[row(pair)] / BLOCK];
     if (known(id)) {
       std::memcpy(at_block(call.keys, free, key_bytes), block_of(call.keys, id, key_bytes), size_t(key_bytes));
       std::memcpy(at_block(call.values, free, value_bytes), block_of(call.values, id, value_bytes), size_t(value_bytes));
@@ -125,6 +184,45 @@ struct Job {
     const Halves halves = this->halves(pair);
     put(call.keys, halves.key, call.key, call.key_at);
     put(call.values, halves.value, call.value, call.value_at);
+    if (chooses(pair)) scores_of(id)[before % BLOCK] = call.chosen->scores[pair];
+  }
+
+  // Says that a pair lacks a block, and those after it that want one of its kind too.
+  template <class Wants> Missing lacking(int64_t pair, const Wants& wants) const {
+    Missing missing = {0, pair % call.shape.kv_heads};
+    const Rule first = rule(pair);
+    for (; pair < pairs; pair++) {
+      const Rule other = rule(pair);
+      bool same = other.key_format == first.key_format && other.value_format == first.value_format;
+      for (int64_t plane = 0; plane < call.planes; plane++) same = same && beside(pair)[plane] == beside(missing.head)[plane];
+      missing.blocks += same && wants(pair);
+    }
+    return missing;
+  }
+
+  // Keeps the tokens that leave windows and that gates choose. OK with `missing` where the cache lacks room: made again, it goes on.
+  Status choose(Missing& missing) {
+    const Buffer<Arrival> arrivals(static_cast<size_t>(pairs));
+    if (!arrivals.get()) return NO_MEMORY;
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      arrivals[size_t(pair)] = {-1, -1};
+      if (chooses(pair) && !arrival(pair, arrivals[size_t(pair)])) return MISSING_BLOCK;
+      if (arrivals[size_t(pair)].place / BLOCK >= call.chosen->width) {
+        missing = {TABLE_TOO_NARROW, 0};
+        return OK;
+      }
+    }
+    const auto wants = [&](int64_t pair) {
+      const int64_t place = arrivals[size_t(pair)].place;
+      return place >= 0 && (!known(chosen(pair)[place / BLOCK]) || call.refs[chosen(pair)[place / BLOCK]] > 1);
+    };
+    for (int64_t pair = 0; pair < pairs; pair++)
+      if (wants(pair) && !take(pair, chosen(pair)[arrivals[size_t(pair)].place / BLOCK])) {
+        missing = lacking(pair, wants);
+        return OK;
+      }
+    for (int64_t pair = 0; pair < pairs; pair++) keep(pair, arrivals[size_t(pair)]);
+    return OK;
   }
 };
 
@@ -137,17 +235,15 @@ Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
   const Buffer<float> buffer(size_t(larger(call.shape.head_dim, call.shape.value_dim) + 16));
   if (!buffer.get()) return NO_MEMORY;
   Job job = {call, kernels_of(isa), call.shape.rows * call.shape.kv_heads, int64_t(element_size(call.shape.dtype)), buffer.get()};
+  missing = {0, 0};
+  if (call.chosen) {  // before the window's blocks are given back
+    const Status status = job.choose(missing);
+    if (status != OK || missing.blocks) return status;
+  }
   for (int64_t pair = 0; pair < job.pairs; pair++) job.settle(pair);
   for (int64_t pair = 0; pair < job.pairs; pair++)
-    if (job.wanting(pair) && !job.take(pair)) {
-      missing = {0, pair % call.shape.kv_heads};
-      const Rule lacking = job.rule(pair);
-      for (; pair < job.pairs; pair++) {
-        const Rule rule = job.rule(pair);
-        bool same = rule.key_format == lacking.key_format && rule.value_format == lacking.value_format;
-        for (int64_t plane = 0; plane < call.planes; plane++) same = same && job.beside(pair)[plane] == job.beside(missing.head)[plane];
-        missing.blocks += same && job.wanting(pair);
-      }
+    if (job.wanting(pair) && !job.take(pair, job.ids(pair)[call.lengths[job.row(pair)] / BLOCK])) {
+      missing = job.lacking(pair, [&](int64_t other) { return job.wanting(other); });
       return OK;
     }
   for (int64_t pair = 0; pair < job.pairs; pair++) job.write(pair);

@@ -28,15 +28,16 @@ const char* block_of(const Pool& pool, int64_t id, int64_t bytes) {
 
 namespace {
 
-// A block that a query reads, and which of its tokens.
+// A block that a query reads, and which of its tokens; whether it is one of those that hold what gates keep.
 struct Part {
   int64_t block, begin, end;
+  bool chosen;
 };
 
 // What the query of one (row, KV head) reads: a list of runs of tokens, and the blocks that they lie in, one run after the other.
-// A block that two runs touch is read twice, each time for its own tokens.
+// A block that two runs touch is read twice, each time for its own tokens. The last run is of what gates keep, by its places.
 struct Reads {
-  Interval tokens[RUNS];
+  Interval tokens[RUNS + 1];
 
   static int64_t blocks(const Interval& run) { return run.count() ? (run.end + BLOCK - 1) / BLOCK - run.begin / BLOCK : 0; }
   int64_t count() const {
@@ -46,15 +47,15 @@ struct Reads {
   }
   Part part(int64_t i) const {
     int64_t at = 0;
-    while (at + 1 < RUNS && i >= blocks(tokens[at])) i -= blocks(tokens[at++]);
+    while (at < RUNS && i >= blocks(tokens[at])) i -= blocks(tokens[at++]);
     const int64_t block = tokens[at].begin / BLOCK + i, first = block * BLOCK;
-    return {block, larger(tokens[at].begin - first, 0), smaller(tokens[at].end - first, BLOCK)};
+    return {block, larger(tokens[at].begin - first, 0), smaller(tokens[at].end - first, BLOCK), at == RUNS};
   }
 };
 
 Reads reads_of(int64_t n, const Rule& rule) {
   const Visible see = visible(n, rule);
-  return {{{see.first, see.sink_end}, {see.start, n}}};
+  return {{{see.first, see.sink_end}, {see.start, n}, {0, 0}}};
 }
 
 struct DecodeJob {
@@ -70,7 +71,17 @@ struct DecodeJob {
   Reads reads_of_pair(int64_t pair) const {
     const int64_t row = pair / call.shape.kv_heads;
     if (keeps()) return reads_of(call.lengths[row], call.shared->rules.of(pair_read(pair) % call.shape.kv_heads));
-    return reads_of(call.lengths[row], call.rules.of(pair % call.shape.kv_heads));
+    const Rule rule = call.rules.of(pair % call.shape.kv_heads);
+    Reads reads = reads_of(call.lengths[row], rule);
+    if (call.chosen && rule.selects()) reads.tokens[RUNS].end = selected(tokens_left(call.lengths[row], rule), rule);
+    return reads;
+  }
+
+  // The id of a block that a pair reads, -1 where the table has none.
+  int32_t id_of(int64_t pair, const Part& part) const {
+    const int64_t from = pair_read(pair), width = part.chosen ? call.chosen->width : call.table.width;
+    const int32_t* ids = part.chosen ? call.chosen->ids : call.table.ids;
+    return part.block < width ? ids[from * width + part.block] : -1;
   }
 
   int64_t pair_of(int64_t chunk) const {  // the last pair whose first task is at most `chunk`
@@ -113,10 +124,9 @@ struct DecodeJob {
     chunk.scratch = scratch;
     const int64_t begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
     chunk.blocks = smaller(CHUNK_BLOCKS, reads.count() - begin);
-    const int32_t* ids = call.table.ids + from * call.table.width;
     for (int64_t k = 0; k < chunk.blocks; k++) {
       const Part part = reads.part(begin + k);
-      const int32_t id = part.block < call.table.width ? ids[part.block] : -1;
+      const int32_t id = id_of(pair, part);
       chunk.begin[k] = int(part.begin);
       chunk.end[k] = int(part.end);
       if (!chunk.kept && !(chunk.keys[k] = block_of(call.keys, id, chunk.key.bytes))) return MISSING_BLOCK;
@@ -143,10 +153,8 @@ struct DecodeJob {
     chunk.coming_bytes = keeps() ? halves.value.bytes : halves.key.bytes;
     const Reads reads = reads_of_pair(pair);
     for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
-      const int64_t block = reads.part(begin + k).block;
-      if (block < call.table.width)
-        chunk.coming[k] = block_of(keeps() ? values_of(head) : call.keys,
-                                   call.table.ids[pair_read(pair) * call.table.width + block], chunk.coming_bytes);
+      const int32_t id = id_of(pair, reads.part(begin + k));
+      if (id >= 0) chunk.coming[k] = block_of(keeps() ? values_of(head) : call.keys, id, chunk.coming_bytes);
     }
   }
 

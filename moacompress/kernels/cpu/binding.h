@@ -168,6 +168,20 @@ struct PoolViews {
       first_block.push_back(first_block.back() + t.size(0));
     }
   }
+  // Of bytes, [blocks, bytes] each, or [blocks, 0] of a segment without.
+  static PoolViews of_bytes(const Tensors& segments, int64_t bytes, const char* op, const char* name) {
+    PoolViews found;
+    for (const Tensor& t : segments) {
+      const bool there = t.dim() == 2 && t.size(1) != 0;
+      check_rows(t, {-1, there ? bytes : 0}, ScalarType::Byte, op, name);
+      found.base.push_back(there ? t.const_data_ptr() : nullptr);
+      found.block_stride.push_back(there ? t.stride(0) : 0);
+      found.half_bytes.push_back(there ? bytes : 0);
+      found.first_block.push_back(found.first_block.back() + t.size(0));
+    }
+    return found;
+  }
+  PoolViews() = default;
   Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), half_bytes.data(), first_block.data()}; }
 };
 

@@ -21,6 +21,7 @@ struct Layers {
   std::vector<size_t> planes;                      // of each layer: of values beside its own, of layers that share its keys
   std::vector<std::vector<int64_t>> beside_bytes;  // of each layer: bytes of their halves, [kv_heads, planes]
   std::vector<bool> copied;                        // whether some layer copies its weights
+  std::vector<Gate> gates;
   ScalarType type;
   int64_t inputs;
 
@@ -126,8 +127,26 @@ void count_beside(Layers& read) {
     }
 }
 
+// Reads the gates of layers whose rules select: weight and bias of each, with no numbers of a layer without.
+std::vector<Gate> gates_of(const Tensors& given, const Layers& read, const char* op) {
+  const size_t count = read.layers.size();
+  std::vector<Gate> found(count);
+  STD_TORCH_CHECK(given.empty() || given.size() == 2 * count, op, ": ", given.size(), " parts of gates for ", count, " layers");
+  for (size_t i = 0; i < count; i++) {
+    const Shape& shape = read.layers[i].projections.shape;
+    bool selects = false;
+    for (int64_t head = 0; head < shape.kv_heads; head++) selects = selects || read.rests[i].rules.of(head).selects();
+    found[i] = {nullptr, nullptr, 0, 0};
+    if (!selects) continue;
+    STD_TORCH_CHECK(!given.empty() && !read.reuses[i], op, ": layer ", i, " keeps tokens by their score, and has no gate for that");
+    found[i] = {dense(given[2 * i], {shape.kv_heads, read.inputs}, read.type, op, "a gate"),
+                dense(given[2 * i + 1], {shape.kv_heads}, read.type, op, "a gate's bias"), shape.kv_heads, read.inputs};
+  }
+  return found;
+}
+
 int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
-                       Tensor shares) {
+                       Tensor shares, Tensors gates) {
   const char* op = "read_layers";
   const size_t count = rules.size();
   STD_TORCH_CHECK(count && weights.size() == 7 * count && norms.size() == 2 * count &&
@@ -151,21 +170,41 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
   count_beside(read);
-  for (const Tensors* some : {&weights, &biases, &norms, &rules}) append(read.held, *some);
+  read.gates = gates_of(gates, read, op);
+  for (const Tensors* some : {&weights, &biases, &norms, &rules, &gates}) append(read.held, *some);
   for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
   return all_layers().add(std::move(read));
 }
+
+// Table, lengths, runs and refs of a cache, then the table of what gates keep and how many tokens have left, of no numbers where no
+// rule selects.
+constexpr size_t STATE_PARTS = 6;
 
 std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size_t layer, const Tensors& keys, const Tensors& values,
                                         const Tensors& beside, const Tensor* state, int64_t lag, const char* op) {
   Shape shape = layers.layers[layer].projections.shape;
   shape.rows = rows;
-  Tensors held(state, state + 4);
+  Tensors held(state, state + STATE_PARTS);
   append(held, keys);
   append(held, values);
   append(held, beside);
   LayerCache cache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op);
   const size_t planes = layers.planes[layer], segments = keys.size();
+  if (layers.gates[layer].heads) {
+    STD_TORCH_CHECK(planes == 0 && beside.size() == segments, op, ": ", beside.size(), " segments of scores of layer ", layer, ", of ",
+                    segments);
+    dense(state[4], {rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates keep");
+    dense(state[5], {rows, shape.kv_heads}, ScalarType::Long, op, "the tokens that have left");
+    cache.chosen = {static_cast<int32_t*>(state[4].mutable_data_ptr()), state[4].size(2),
+                    static_cast<int64_t*>(state[5].mutable_data_ptr()), nullptr};
+    cache.beside.push_back(PoolViews::of_bytes(beside, SCORE_BYTES * BLOCK, op, "scores"));
+    STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ",
+                    cache.beside.back().first_block.back(), " blocks of ", cache.blocks);
+    cache.planes.push_back(cache.beside.back().view());
+    for (int64_t head = 0; head < shape.kv_heads; head++)
+      cache.beside_bytes.push_back(layers.rests[layer].rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
+    return {std::move(cache), held};
+  }
   STD_TORCH_CHECK(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,
                   ", of ", planes, " planes");
   for (size_t plane = 0; plane < planes; plane++) {
@@ -185,8 +224,8 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
   const size_t count = of->layers.size();
   size_t own_caches = 0;
   for (const auto& reuse : of->reuses) own_caches += !reuse;
-  STD_TORCH_CHECK(segments.size() == count && states.size() == 4 * own_caches, op, ": ", segments.size(), " numbers of segments and ",
-                  states.size(), " parts of caches for ", count, " layers, ", own_caches, " of them with caches; 1 and 4 of each are needed");
+  STD_TORCH_CHECK(segments.size() == count && states.size() == STATE_PARTS * own_caches, op, ": ", segments.size(), " numbers of segments and ",
+                  states.size(), " parts of caches for ", count, " layers, ", own_caches, " of them with caches; 1 and ", STATE_PARTS, " of each are needed");
   check(states[1], {-1}, ScalarType::Long, op, "lengths");
   Caches read = {of, states[1].size(0), {}, std::vector<Scratch>(count)};
   int64_t begin = 0;
@@ -201,11 +240,11 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
     STD_TORCH_CHECK(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
                     " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
     const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
-    const size_t more = of->planes[i] * size_t(own);
+    const size_t more = (of->gates[i].heads ? 1 : of->planes[i]) * size_t(own);
     STD_TORCH_CHECK(more <= beside.size() - begin_beside, op, ": ", beside.size(), " segments beside others; more are needed");
     const auto first = beside.begin() + int64_t(begin_beside);
     read.caches.emplace_back(cache_of(*of, read.rows, i, part(keys), part(values), Tensors(first, first + int64_t(more)),
-                                      &states[4 * state++], lag, op));
+                                      &states[STATE_PARTS * state++], lag, op));
     begin += own;
     begin_beside += more;
   }
@@ -224,8 +263,8 @@ std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
 void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors beside, Tensors state, int64_t lag) {
   const char* op = "read_cache";
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
-  STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == 4, op, ": layer ", layer, " of ",
-                  all->caches.size(), " with ", state.size(), " parts of a cache, of 4");
+  STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == STATE_PARTS, op, ": layer ", layer,
+                  " of ", all->caches.size(), " with ", state.size(), " parts of a cache, of ", STATE_PARTS);
   STD_TORCH_CHECK(all->caches[size_t(layer)], op, ": layer ", layer, " has no cache of its own");
   all->caches[size_t(layer)].emplace(
       cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, beside, state.data(), lag, op));
@@ -248,11 +287,16 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
   if (!read.same()) return {out[0], first, -1};
   const void* from = x.const_data_ptr();
   Scratch memory;
+  std::vector<int16_t> scores;
   for (int64_t i = first; i < count; i++) {
     Tensor& to = out[i % 2];
     const auto& reuse = read.reuses[size_t(i)];
     const auto attend = [&](const Token& token, void* mixed) {
-      if (!reuse) return take(all->caches[size_t(i)]->first, token, mixed, op, read.copied[size_t(i)] ? &all->kept[size_t(i)] : nullptr);
+      const Gate& gate = read.gates[size_t(i)];
+      scores.resize(size_t(rows * gate.heads));
+      if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
+      if (!reuse)
+        return take(all->caches[size_t(i)]->first, token, mixed, op, read.copied[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
       const size_t anchor = size_t(reuse->anchor);
       return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
     };
@@ -274,7 +318,7 @@ EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(numb
 STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
   m.def(
       "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
-      "Tensor shares) -> int");
+      "Tensor shares, Tensor[] gates) -> int");
   m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int");
   m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] beside, Tensor[] state, int lag) -> ()");
   m.def("step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)");

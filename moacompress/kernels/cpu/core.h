@@ -78,6 +78,16 @@ struct Shared {
   const float* kept;        // weights that the anchor's call kept: its queries are not looked at, nor keys; or null
 };
 
+// The tokens that gates keep of every row and KV head, in blocks of the pool: the one in place p is in ids[p / 16]. Beside the keys
+// and values of its tokens a block of such a KV head has their scores, int16.
+struct Chosen {
+  int32_t* ids;  // [rows, kv_heads, width]
+  int64_t width;
+  int64_t* left;          // [rows, kv_heads] tokens that have left the window, and were kept or not
+  const int16_t* scores;  // [rows, kv_heads] of the token that comes; of decode none
+};
+constexpr int64_t SCORE_BYTES = 2;
+
 struct DecodeCall {
   Shape shape;
   RuleTable rules;  // of the KV heads
@@ -91,6 +101,7 @@ struct DecodeCall {
   float* lse;              // [rows, heads], dense; or null
   float* keep;             // `kept_floats` for layers that share, or null
   const Shared* shared;    // or null
+  const Chosen* chosen = nullptr;  // or null: then of the tokens that gates keep none is seen
 };
 
 struct PrefillCall {
@@ -126,6 +137,7 @@ struct AdvanceCall {
   int64_t planes;
   const Pool* beside;           // [planes]
   const int64_t* beside_bytes;  // [kv_heads, planes]; 0 for none
+  const Chosen* chosen = nullptr;  // or null; else the one plane is that of scores
 };
 // The values of one token of every row, put beside those of the anchor's blocks, whose token is in them already.
 struct BesideCall {

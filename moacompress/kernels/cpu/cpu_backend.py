@@ -164,7 +164,7 @@ class CpuBackend(Backend):
         scores: Scores,
     ) -> tuple[torch.Tensor, Room | None]:
         """See `Backend.step_layer`."""
-        projections, around = layer
+        projections, around, _ = layer
         weights = ([*projections.weights, *around.weights], list(projections.biases), list(around.norms), around.eps)
         out, wanted = torch.ops.moacompress_cpu.step_layer(
             hidden,
@@ -234,8 +234,10 @@ class _CpuLayers(BoundLayers):
         biases, norms = ([*layer.projections.biases] for layer in layers), ([*layer.around.norms] for layer in layers)
         lists = [list(chain.from_iterable(tensors)) for tensors in (weights, biases, norms)]
         tables = [table.columns for table in rules]
+        none = torch.empty(0)
+        gates = [t for layer in layers for t in (layer.gate or (none, none))] if any(one.gate for one in layers) else []
         self.number: int = torch.ops.moacompress_cpu.read_layers(
-            *lists, layers[0].around.eps, head_dim, tables, scaling, _shares(shares, len(rules[0]))
+            *lists, layers[0].around.eps, head_dim, tables, scaling, _shares(shares, len(rules[0])), gates
         )
         weakref.finalize(self, library.forget_layers, self.number).atexit = False
 
@@ -252,7 +254,7 @@ class _CpuCaches(BoundCaches):
         keys, values = [t for state in own for t in state.keys], [t for state in own for t in state.values]
         segments, parts = (
             [len(state.keys) if state else 0 for state in states],
-            [t for state in own for t in _parts(state)],
+            [t for state in own for t in _all_parts(state)],
         )
         beside = [t for state in own for t in _beside(state)]
         self.number: int = torch.ops.moacompress_cpu.read_caches(
@@ -263,7 +265,7 @@ class _CpuCaches(BoundCaches):
     def read_again(self, layer: int, state: CacheState) -> None:
         """See `BoundCaches`."""
         torch.ops.moacompress_cpu.read_cache(
-            self.number, layer, list(state.keys), list(state.values), _beside(state), _parts(state), state.lag
+            self.number, layer, list(state.keys), list(state.values), _beside(state), _all_parts(state), state.lag
         )
 
     def step(self, hidden: torch.Tensor, rotary: Rotary, first: int) -> tuple[torch.Tensor, int, Room | None]:
@@ -307,6 +309,13 @@ def _shares(shares: LayerShares, kv_heads: int) -> torch.Tensor:
         for layer, share in enumerate(shares)
     ]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 2 + 2 * kv_heads)
+
+
+def _all_parts(cache: CacheState) -> list[torch.Tensor]:
+    """Returns `_parts`, and what gates keep, of no numbers where no rule selects."""
+    if cache.chosen is None or cache.left is None:
+        return [*_parts(cache), *[torch.empty(0)] * 2]
+    return [*_parts(cache), cache.chosen, cache.left]
 
 
 def _parts(cache: CacheState) -> list[torch.Tensor]:

@@ -1,5 +1,8 @@
 // A decode step's parts as the operators are given them: what they are checked to be once, and what is then done with them.
 #pragma once
+#include <cmath>
+#include <cstring>
+
 #include "binding.h"
 #include "tasks.h"
 
@@ -20,6 +23,8 @@ struct LayerCache {
   std::vector<PoolViews> beside{};
   std::vector<Pool> planes{};
   std::vector<int64_t> beside_bytes{};
+  // the tokens that gates keep; or no ids
+  Chosen chosen{};
 
   LayerCache(const Tensors& keys, const Tensors& values, const Tensor& table, const Tensor& lengths, const Tensor& runs,
              const Tensor& refs, const Rest& rest, int64_t lag, const Shape& shape, ScalarType type, const char* op)
@@ -69,27 +74,81 @@ struct Token {
   Shape shape;
   const void *query, *key, *value;
   Strides query_at, key_at, value_at;
+  const void* hidden = nullptr;  // what it was made of, [rows, inputs], where it was
+};
+
+// The gate of a layer: of each KV head a linear probe of what enters the layer.
+struct Gate {
+  const void *weight, *bias;  // [kv_heads, inputs], [kv_heads]
+  int64_t heads, inputs;      // no heads where there is no gate
+
+  // Scores tokens, in 1/256: to int16 [rows, kv_heads], as `runtime.gate` rounds them.
+  void score(const void* hidden, DType dtype, int64_t rows, int16_t* to) const {
+    const int64_t element = int64_t(element_size(dtype));
+    std::vector<float> x(static_cast<size_t>(inputs)), own(static_cast<size_t>(inputs));
+    for (int64_t head = 0; head < heads; head++) {
+      const char* probe = static_cast<const char*>(weight) + head * inputs * element;
+      for (int64_t i = 0; i < inputs; i++) own[size_t(i)] = number_at(probe, i, dtype);
+      for (int64_t row = 0; row < rows; row++) {
+        const char* from = static_cast<const char*>(hidden) + row * inputs * element;
+        for (int64_t i = 0; i < inputs; i++) x[size_t(i)] = number_at(from, i, dtype);
+        float parts[8] = {};
+        int64_t i = 0;
+        for (; i + 8 <= inputs; i += 8)
+          for (int64_t part = 0; part < 8; part++) parts[part] += own[size_t(i + part)] * x[size_t(i + part)];
+        float sum = number_at(static_cast<const char*>(bias), head, dtype);
+        for (; i < inputs; i++) sum += own[size_t(i)] * x[size_t(i)];
+        for (const float part : parts) sum += part;
+        const float score = std::nearbyint(sum * 256.f);
+        constexpr float LIMIT = 32767.f;
+        to[row * heads + head] = std::isnan(score) ? int16_t(-LIMIT) : int16_t(std::fmin(std::fmax(score, -LIMIT), LIMIT));
+      }
+    }
+  }
+
+  // A number of a row, in float32.
+  static float number_at(const char* row, int64_t i, DType dtype) {
+    if (dtype == F32) return reinterpret_cast<const float*>(row)[i];
+    const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[i];
+    uint32_t wide = bits << 16;
+    if (dtype == F16) {
+      const uint32_t sign = (bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+      if (exponent == 0) {
+        const float small = std::ldexp(float(fraction), -24);
+        return sign ? -small : small;
+      }
+      wide = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
+    }
+    float found;
+    std::memcpy(&found, &wide, sizeof(found));
+    return found;
+  }
 };
 
 // Takes a token into a cache and attends, to `out`, [rows, heads, value_dim]; weights go to `kept`, if there is one, for layers that
 // copy them. Returns 0; or, when nothing is done yet, 1 where the table is too narrow, and 1 + n * ROOM_HEADS + h where the pool lacks
 // n blocks of the formats of KV head h.
-inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op, Scratch* kept = nullptr) {
+// Where gates keep tokens, `scores` are those of the token, [rows, kv_heads].
+inline int64_t take(const LayerCache& cache, const Token& token, void* out, const char* op, Scratch* kept = nullptr,
+                    const int16_t* scores = nullptr) {
   const Shape& shape = token.shape;
   for (int64_t row = 0; row < shape.rows; row++)
     STD_TORCH_CHECK(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
                     " tokens");
   const Rest& rest = cache.rest;
   Missing missing;
+  Chosen chosen = cache.chosen;
+  chosen.scores = scores;
+  const Chosen* choosing = chosen.ids ? &chosen : nullptr;
   check_status(advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
                         cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks,
-                        int64_t(cache.planes.size()), cache.planes.data(), cache.beside_bytes.data()},
+                        int64_t(cache.planes.size()), cache.planes.data(), cache.beside_bytes.data(), choosing},
                        isa(), missing),
                op);
   if (missing.blocks == TABLE_TOO_NARROW) return 1;
   if (missing.blocks) return 1 + missing.blocks * ROOM_HEADS + missing.head;
   DecodeCall call = {shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
-                     cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr, nullptr, nullptr};
+                     cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr, nullptr, nullptr, choosing};
   if (kept) call.keep = reinterpret_cast<float*>(kept->of(kept_floats(call) * sizeof(float), op));
   check_status(decode(call, parallel(), isa()), op);
   return 0;
@@ -206,6 +265,7 @@ struct Projections {
     const auto at = [&](size_t i, int64_t dim) { return Strides{now[i].outputs, dim, now[i].outputs}; };
     Token token = {shape, now[0].out, now[1].out, now[2].out, at(0, shape.head_dim), at(1, shape.head_dim), at(2, shape.value_dim)};
     token.shape.rows = rows;
+    token.hidden = x;
     return token;
   }
 };

@@ -19,16 +19,20 @@ struct Visible {
 struct Rule {
   int64_t sink, alpha, beta_q, min_window, native_window;  // native_window: 0 = none
   int64_t key_format, value_format;                        // see formats.h
+  int64_t select_alpha = 0, select_beta_q = 0;             // how many tokens a gate keeps
+  MOACOMPRESS_INLINE bool selects() const { return native_window == 0 && (select_alpha > 0 || select_beta_q > 0); }
   MOACOMPRESS_INLINE bool native() const { return key_format == 0 && value_format == 0; }
 };
 
-// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous. The last two say how many tokens a gate keeps, which lie in
-// blocks of their own and are attended to in calls of their own.
+// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous. What gates keep lies in blocks of its own, which a step takes in
+// and attends to; other calls know nothing of it.
 struct RuleTable {
   const int64_t* columns;
   int64_t count;
   MOACOMPRESS_INLINE int64_t at(int64_t number, int64_t i) const { return columns[number * count + i]; }
-  MOACOMPRESS_INLINE Rule of(int64_t i) const { return {at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i), at(6, i)}; }
+  MOACOMPRESS_INLINE Rule of(int64_t i) const {
+    return {at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i), at(6, i), at(7, i), at(8, i)};
+  }
 };
 constexpr int64_t RULE_NUMBERS = 9;
 
@@ -40,6 +44,17 @@ static MOACOMPRESS_INLINE Visible visible(int64_t n, const Rule& rule) {
   const int64_t first = rule.native_window ? larger(n - rule.native_window, 0) : 0;
   const int64_t start = larger(n - window, first);
   return {first, smaller(larger(rule.sink, first), start), start};
+}
+
+// How many tokens have left the window, sinks not counted, when query n - 1 attends; none of a window of the layer's own.
+static MOACOMPRESS_INLINE int64_t tokens_left(int64_t n, const Rule& rule) {
+  if (rule.native_window) return 0;
+  const Visible see = visible(n, rule);
+  return see.start - see.sink_end;
+}
+// How many of so many tokens that have left the window a gate keeps.
+static MOACOMPRESS_INLINE int64_t selected(int64_t left, const Rule& rule) {
+  return smaller(left, rule.select_alpha + ((rule.select_beta_q * left) >> 10));
 }
 
 // Numbers [begin, end).

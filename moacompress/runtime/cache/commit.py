@@ -76,7 +76,8 @@ def _commit(
             move_cached(held, coming, before)
         _free(held, runs)
         _extend(held, before, counts, runs)
-    held.runs, held.lengths = runs, lengths
+    held.runs = runs
+    held.move_to(lengths)
     _write(held, key, value, before, chunk)
     if selection is not None:
         write_new(held, coming, key, value, selection.scores, before, chunk)

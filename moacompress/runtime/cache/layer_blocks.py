@@ -45,6 +45,8 @@ class LayerBlocks:
         chosen: which blocks hold the tokens that gates keep, from the first place on; None where no rule selects.
 
     Attributes:
+        left: how many tokens have left the windows and competed to be kept, int64 `[rows, heads]`, where rules select; compiled
+            kernels write to it.
         past: what `chosen` was before chunks of late, oldest first, for rolling back; what it names is counted.
     """
 
@@ -54,6 +56,7 @@ class LayerBlocks:
         self.rules, self.pool, self.table, self.lengths, self.runs = rules, pool, table, lengths, runs
         self.chosen = Table(len(lengths), len(rules)) if chosen is None and rules.selects else chosen
         self.past: list[Past] = []
+        self.move_to(lengths)
         # a fork that is dropped gives its blocks back to those that live on
         self.give_back = weakref.finalize(self, _give_back, pool, self.tables, self.past)
         self.give_back.atexit = False
@@ -65,6 +68,13 @@ class LayerBlocks:
         lengths = np.zeros(rows, np.int64)
         layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, beside)
         return LayerBlocks(rules, Pool(layout, key.device), Table(rows, heads), lengths, no_runs(rows, heads))
+
+    def move_to(self, lengths: Ints) -> None:
+        """Takes note of the tokens of the rows, `[rows]`, when what they need is there."""
+        self.lengths = lengths
+        self.left: Ints = np.zeros((0, 0), np.int64)
+        if self.chosen is not None:
+            self.left = np.ascontiguousarray(self.rules.tokens_left(lengths))
 
     @property
     def heads(self) -> int:
@@ -129,14 +139,19 @@ class LayerBlocks:
     def state(self, lag: int) -> CacheState:
         """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""
         table, lengths, runs, refs = map(torch.from_numpy, (self.table.ids, self.lengths, self.runs, self.pool.refs))
-        return CacheState(self.pool.keys, self.pool.values, table, lengths, runs, refs, lag, self.pool.planes())
+        chosen, left = (None, None) if self.chosen is None else map(torch.from_numpy, (self.chosen.ids, self.left))
+        return CacheState(
+            self.pool.keys, self.pool.values, table, lengths, runs, refs, lag, self.pool.planes(), chosen, left
+        )
 
     def make_room(self, room: Room) -> None:
         """Gives a compiled step what it lacks; the pool's lock is held."""
         if room.blocks:
             self.pool.grow(room.blocks, room.head)
-        else:
-            self.table.widen(int(self.lengths.max()) // BLOCK + 1)
+            return
+        self.table.widen(int(self.lengths.max()) // BLOCK + 1)
+        if self.chosen is not None:
+            self.chosen.widen(int(self.rules.selected(self.lengths + 1).max()) // BLOCK + 1)
 
     def select(self, rows: Ints) -> None:
         """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
@@ -147,7 +162,7 @@ class LayerBlocks:
                 self.pool.release(old)
             table.ids = old.take(rows, axis=0)
         self.past[:] = [each._replace(lengths=each.lengths[rows]) for each in self.past]
-        self.lengths = self.lengths[rows]
+        self.move_to(self.lengths[rows])
         self.runs = self.runs.take(rows, axis=2)
 
     def drop(self, owner: Ints, number: Ints) -> None:

@@ -231,6 +231,9 @@ class PlanCacheLayer(CacheLayer):
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
         there = self.held is not None and self.held.has_memory_for(hidden)
+        there = there and not (
+            self.record_past and self.rules.selects
+        )  # what gates chose would not be known for going back
         return there and self._pending is None and hidden.shape[0] == len(self.lengths)
 
     def state(self, lag: int) -> CacheState:
@@ -268,7 +271,8 @@ class PlanCacheLayer(CacheLayer):
     def arrays(self) -> tuple[Any, ...]:
         """Returns what a state and `can_step_rows` are made of: they say the same as long as these are the same objects."""
         held = self.blocks_held()
-        return held.table.ids, held.lengths, held.runs, held.pool.refs, self._pending
+        chosen = None if held.chosen is None else held.chosen.ids
+        return held.table.ids, held.lengths, held.runs, held.pool.refs, self._pending, chosen, held.left
 
     @property
     def lock(self) -> threading.RLock:

@@ -129,7 +129,7 @@ class Pool:
         keys: segments of keys; see `halves`.
         values: segments of values, of as many blocks each.
         beside: of every segment those of values of layers that share the keys, in the order of the layout.
-        scores: of every segment those of its tokens, int16 `[blocks, 16]` on the CPU; of no blocks where none are kept.
+        scores: of every segment those of its tokens, int16 `[blocks, 16]` on the CPU; `[blocks, 0]` where none are kept.
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
@@ -172,8 +172,8 @@ class Pool:
         self.keys.append(keys.new(blocks, self.device))
         self.values.append(values.new(blocks, self.device))
         self.beside.append(tuple(half.new(blocks, self.device) for half in self.layout.beside[kind]))
-        scored = blocks if self.layout.scored[kind] else 0
-        self.scores.append(torch.empty(scored, BLOCK, dtype=torch.int16, device="cpu"))
+        scored = BLOCK if self.layout.scored[kind] else 0
+        self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device="cpu"))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 
@@ -326,7 +326,12 @@ class Pool:
         return [more[plane] if plane < len(more) else own for own, more in zip(self.values, self.beside, strict=True)]
 
     def planes(self) -> list[list[torch.Tensor]]:
-        """Returns of every plane of values beside the blocks' own its part of each segment, of no bytes where there is none."""
+        """Returns of every plane of values beside the blocks' own its part of each segment, of no bytes where there is none.
+
+        Where scores are kept, theirs is the one plane.
+        """
+        if any(self.layout.scored):
+            return [[part.view(torch.uint8) if part.shape[1] else self._nothing(len(part)) for part in self.scores]]
 
         def part(number: int, plane: int) -> torch.Tensor:
             more = self.beside[number]
@@ -350,7 +355,7 @@ class Pool:
         return parts
 
     def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
-        scores = (self.scores[number],) if len(self.scores[number]) else ()
+        scores = (self.scores[number],) if self.scores[number].shape[1] else ()
         return self.keys[number], self.values[number], *self.beside[number], *scores
 
     def _block(self, number: int) -> list[torch.Tensor]:

@@ -49,4 +49,4 @@ def roll_back(held: LayerBlocks, counts: Ints) -> None:
         for low, high in held.runs:
             held.drop(*ragged_ranges(np.maximum(low, end), high))
     held.runs = np.minimum(held.runs, end)
-    held.lengths = lengths
+    held.move_to(lengths)

@@ -132,7 +132,7 @@ class Reading:
         """Whether some weight has gradients."""
         return any(
             tensor.requires_grad
-            for projections, around in self.weights
+            for projections, around, _ in self.weights
             for tensor in (*projections.weights, *projections.biases, *around.norms, *around.weights)
         )
 

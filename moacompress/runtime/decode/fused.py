@@ -105,7 +105,7 @@ class _FusedLayer:
             whole = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast(torch.Tensor, whole)
         context, cache, scaling = layer.call.context, cast(PlanCache, layer.call.cache), layer.attention.scaling
-        projections, around = layer.weights
+        projections, around, _ = layer.weights
         if torch.compiler.is_compiling():
             rest = (*around, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
             return cast(torch.Tensor, torch.ops.moacompress.step_layer(hidden_states, *projections, *rest))
@@ -163,7 +163,7 @@ def _fits(
     return (
         sliding in (None, context.native_window)
         and (among_all or not context.takes_part)
-        and not context.selects
+        and (among_all or not context.selects)
         and module.is_causal
         and cos.shape[-1] == sin.shape[-1] == head_dim
         and keys == (0 if context.share is not None else context.kv_heads * head_dim)
@@ -204,7 +204,13 @@ def _layer(
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
     if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
         return None
-    return _LayerParts(attention, call, LayerWeights(projections, AroundAttention(scales, eps, weights[3:])))
+    gate: tuple[torch.Tensor, ...] = ()
+    if call.context.selects:
+        probe = own["gate"]._parameters
+        gate = probe["weight"], probe["bias"]
+        if not all(lies_ready(part, hidden) for part in gate):
+            return None
+    return _LayerParts(attention, call, LayerWeights(projections, AroundAttention(scales, eps, weights[3:]), gate))
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
@@ -245,7 +251,7 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
             return None
         reading.weights.append(layer.weights)
         reading.contexts.append(layer.call.context)
-        projections, around = layer.weights
+        projections, around, _ = layer.weights
         numbers.add((around.eps, layer.attention.head_dim, layer.attention.scaling))
         biased.add(len(projections.biases))
     if len(numbers) != 1 or len(biased) != 1:

@@ -150,7 +150,7 @@ class LayerRequest(_TokenRequest):
 
     def hidden_request(self) -> HiddenRequest:
         """Returns the attention that it asks for."""
-        projections, around = self.weights
+        projections, around, _ = self.weights
         normed = normalized(self.hidden, around.norms[0], around.eps)
         return HiddenRequest(self.context, self.whole, normed, self.rotary, self.scaling, projections)
 
