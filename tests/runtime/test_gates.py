@@ -29,6 +29,7 @@ from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.selection import chosen_slots
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from moacompress.runtime.decode.selected import read
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 MIN_WINDOW = 16
@@ -315,48 +316,59 @@ def test_a_kept_token_takes_what_a_block_says() -> None:
     assert ((held.chosen.ids >= 0).sum(2) == -(-counts // BLOCK)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("formats", [False, True], ids=["native", "formats"])
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("compiled_kernels")
 def test_one_call_for_all_layers_keeps_what_the_others_do(
-    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], dtype: torch.dtype, formats: bool
+    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], seed: int
 ) -> None:
-    model = tiny_model("llama").to(dtype).eval()
-    plan, rng = gated_plan(model, 11), random.Random(3)
+    rng = random.Random(seed)
+    dtype, formats, rows = (torch.float32, torch.bfloat16)[seed % 2], seed // 2 % 2, rng.randint(1, 4)
+    model = tiny_model("llama", seed=seed).to(dtype).eval()
+    plan = gated_plan(model, 11 + seed)
     if formats:
-        rows = [[rule.in_formats(rng.choice(("int8", "int4")), "int4") for rule in row] for row in plan.rules]
-        plan = replace(plan, rules=tuple(map(tuple, rows)))
+        names = [[rule.in_formats(rng.choice(("int8", "int4")), "int4") for rule in row] for row in plan.rules]
+        plan = replace(plan, rules=tuple(map(tuple, names)))
     attach(model, plan.in_dtype(str(dtype).removeprefix("torch.")))
-    ids = token_ids(3, 190)
+    begin = rng.randint(5, 90)
+    ids = token_ids(rows, begin + 110, seed)
+    caches = [model(ids[:, :begin]).cache for _ in range(2)]
+    found, expected = [], []
     with torch.no_grad():
-        compiled, plain = (model(ids[:, :60]).cache for _ in range(2))
-        compiled_steps, plain_steps = [], []
-        for at in range(60, 190):
-            compiled_steps.append(model(ids[:, at : at + 1], cache=compiled).logits)
-            plain_steps.append(stepped_plainly(model, ids[:, at : at + 1], plain))
-            if at == 120:  # forks copy what they write to
-                compiled, other = compiled.fork(), compiled
-                assert other.used_bytes() == compiled.used_bytes()
-    assert compiled.step_routes["all layers"] == 130 * plan.model.layers
-    assert plain.step_routes["all layers"] == 0
-    found, expected = torch.cat(compiled_steps, 1).float(), torch.cat(plain_steps, 1).float()
+        for at in range(begin, begin + 110):
+            if rng.random() < 0.05:  # blocks are shared, and copied where they are written to
+                order = torch.tensor([rng.randrange(rows) for _ in range(rows)])
+                ids = ids[order]
+                for cache in caches:
+                    cache.reorder_cache(order)
+            if rng.random() < 0.05:
+                caches = [cache.fork() for cache in caches]
+            token = ids[:, at : at + 1]
+            found.append(model(token, cache=caches[0]).logits.float())
+            expected.append(stepped_plainly(model, token, caches[1]).float())
+    assert caches[0].step_routes == {"all layers": 110 * plan.model.layers}
+    assert caches[1].step_routes["all layers"] == 0
+    error, size = (torch.cat(found, 1) - torch.cat(expected, 1)).abs(), torch.cat(expected, 1).abs()
     # the last bits of a product may give another code, and in bfloat16 another choice
-    error = (found - expected).abs()
-    if dtype == torch.float32:
-        assert error.max() < (1e-2 if formats else 2e-3) * expected.abs().max()
-    else:
-        assert error.mean() < 0.1 * expected.abs().mean()
-    assert compiled.used_bytes() == plain.used_bytes() == model._moacompress.plan.kv_bytes(190, batch=3)
-    if dtype == torch.float32:
-        for ours, theirs in zip(compiled.layers, plain.layers, strict=True):
-            held, other = ours.held, theirs.held
-            assert (held.left == other.left).all()
-            for row, head in np.ndindex(3, plan.model.kv_heads):
-                places = np.arange(int(held.rules.selected(held.lengths)[row, head]))
-                scores = [each.pool.read_scores(chosen_slots(each, row, head, places)) for each in (held, other)]
-                assert np.abs(scores[0] - scores[1]).max(initial=0) <= 1  # of another product's last bits
-    else:
-        assert torch.isfinite(found).all()
+    if dtype == torch.float32 and not formats:
+        assert error.max() < 2e-3 * size.max()
+    assert error.mean() < (0.25 if dtype == torch.bfloat16 else 0.02) * size.mean()
+    most = model._moacompress.plan.kv_bytes(begin + 110, batch=rows)  # less where rows share blocks
+    assert max(cache.used_bytes() for cache in caches) <= most
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert (ours.held.left == theirs.held.left).all()
+    first = [
+        cache.layers[0].held for cache in caches
+    ]  # both get the same: what is kept there is the same, copied or not
+    alike = []
+    for row, head in np.ndindex(rows, plan.model.kv_heads):
+        places = np.arange(int(first[0].rules.selected(first[0].lengths)[row, head]))
+        slots = [chosen_slots(held, row, head, places) for held in first]
+        scores = [held.pool.read_scores(at) for held, at in zip(first, slots, strict=True)]
+        sides = [read(held, head, at) for held, at in zip(first, slots, strict=True)]
+        assert np.abs(scores[0] - scores[1]).max(initial=0) <= (1 if dtype == torch.float32 else 80)
+        for one, other in zip(*sides, strict=True):
+            alike += (one.float() - other.float()).abs().amax(-1).le(0.05 * other.float().abs().amax(-1)).tolist()
+    assert np.mean(alike) > (0.9 if dtype == torch.bfloat16 else 0.99)
 
 
 def stepped_plainly(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

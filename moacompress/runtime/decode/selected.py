@@ -141,8 +141,9 @@ def kept_tokens(
             slots = np.concatenate(
                 [chosen_slots(held, row, head, made.places[old]), window_slots(held, row, head, cached)]
             )
-            read = _read(held, head, slots)
-            parts.insert(0, tuple(old.to(own.dtype) for old, own in zip(read, parts[0], strict=True)))
+            parts.insert(
+                0, tuple(old.to(own.dtype) for old, own in zip(read(held, head, slots), parts[0], strict=True))
+            )
         keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
         entered, gone = (torch.from_numpy(numbers[ever]).to(key.device) for numbers in (made.entered, made.gone))
         return Kept(keys, values, entered, gone)
@@ -155,7 +156,7 @@ def _as_kept(tokens: Tensor, code: int) -> Tensor:
     return rounded(tokens[None, None], [code])[0, 0] if code else tokens
 
 
-def _read(held: LayerBlocks, head: int, slots: Ints) -> tuple[Tensor, Tensor]:
+def read(held: LayerBlocks, head: int, slots: Ints) -> tuple[Tensor, Tensor]:
     """Returns tokens of the cache as queries see them, `[tokens, head_dim]` and `[tokens, value_dim]`."""
     pool, places = held.pool, torch.from_numpy(slots % BLOCK)
     ids = torch.from_numpy(slots // BLOCK)[None, None]
