@@ -39,7 +39,9 @@ from moacompress.core.files import write_bytes
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import LayerShares
 
 if TYPE_CHECKING:
     from moacompress.calibration.gates import Gates
@@ -204,6 +206,18 @@ class Profile:
                 self.path / GATES_FILE, "it is missing, damaged, or has other gates than those that were profiled"
             )
         return found
+
+    def plan(self, rules: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
+        """Returns the plan of one rule for every KV head of its model, `rules[layer][kv_head]`, with its gates."""
+        gates = None if self.gates is None else self.gates.weights
+        return Plan(
+            self.shape,
+            self.min_window,
+            tuple(map(tuple, rules)),
+            shares=shares,
+            gates=self.gates_fingerprint,
+            gate_weights=gates,
+        )
 
     def without_gates(self) -> Profile:
         """Returns the same profile without the rules that select; to be called before formats are on offer."""

@@ -78,19 +78,11 @@ def chosen_plan(profile: Profile, choice: Ints, shares: LayerShares = ()) -> Pla
 def _plan(profile: Profile, rows: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
     """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates choose nothing."""
     windows = profile.shape.native_windows
-    own = tuple(
-        tuple(rule if window is None else replace(rule, select_alpha=0, select_beta_q=0) for rule in row)
+    own = [
+        [rule if window is None else replace(rule, select_alpha=0, select_beta_q=0) for rule in row]
         for row, window in zip(rows, windows, strict=True)
-    )
-    gates = None if profile.gates is None else profile.gates.weights
-    return Plan(
-        profile.shape,
-        profile.min_window,
-        own,
-        shares=shares,
-        gates=profile.gates_fingerprint,
-        gate_weights=gates,
-    )
+    ]
+    return profile.plan(own, shares)
 
 
 def choice_of(profile: Profile, plan: Plan) -> Ints:

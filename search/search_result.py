@@ -153,12 +153,4 @@ def unpack(packed: dict[str, Any], profile: Profile) -> Plan:
     distinct: Sequence[Rule] = [Rule.from_list(rule) for rule in packed["rules"]]
     rules = tuple(tuple(distinct[number] for number in row) for row in packed["choice"])
     shares = tuple(share and Share.from_dict(share) for share in packed.get("shares", ()))
-    gates = None if profile.gates is None else profile.gates.weights
-    return Plan(
-        profile.shape,
-        profile.min_window,
-        rules,
-        shares=shares,
-        gates=profile.gates_fingerprint,
-        gate_weights=gates,
-    )
+    return profile.plan(rules, shares)

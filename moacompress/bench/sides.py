@@ -21,6 +21,7 @@ from moacompress.core.errors import MoaCompressError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 
 STATIC = "dense_static"
@@ -105,7 +106,12 @@ class FilledPlanCache:
         self.cache = PlanCache(plan, reserve=room)
         for layer, (key, value) in zip(self.cache.layers, random_kv(shape, cell, seed, device), strict=True):
             layer.update(key, value)
-            layer.commit(Chunk(cell.length))
+            chunk, selection = Chunk(cell.length), None
+            if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
+                generator = torch.Generator().manual_seed(seed)
+                scores = torch.randint(-(1 << 15), 1 << 15, key.shape[:3], generator=generator, dtype=torch.int16)
+                selection = layer.choose(chunk, scores)
+            layer.commit(chunk, selection)  # type: ignore[arg-type]
 
     def fresh(self) -> PlanCache:
         """As `FilledCache`."""

@@ -1,5 +1,6 @@
 """The sides: one set of weights, caches that hold the same and share nothing, and come back as they were."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from moacompress.bench.bench_request import Cell
-from moacompress.bench.sides import STATIC, DecodeTurn, PrefillTurn, filled_cache, random_ids
+from moacompress.bench.sides import STATIC, DecodeTurn, FilledPlanCache, PrefillTurn, filled_cache, random_ids
 from moacompress.runtime.hf.attaching import attached_plan
 
 SIDES = ("plan", "full_span", "dense", STATIC)
@@ -72,6 +73,14 @@ def test_bytes_are_the_plans(dtype, length, batch, models, checkpoint):
     assert fill("plan", models, plan, cell)[1].kv_bytes() == expected
     exact = 2 * plan.model.layers * plan.model.kv_heads * plan.model.head_dim * length * batch
     assert fill("dense", models, plan, cell)[1].kv_bytes() == exact * (4 if dtype == "float32" else 2)
+
+
+def test_what_gates_keep_is_there(checkpoint):
+    plan, cell = checkpoint.plan, Cell("float32", 300, 2)
+    rows = [[replace(rule, select_alpha=20, select_beta_q=64) for rule in row] for row in plan.rules]
+    gated = replace(plan, rules=tuple(map(tuple, rows))).in_dtype("float32")
+    filled = FilledPlanCache(gated, gated.model, cell, 310, 0, "cpu")
+    assert filled.kv_bytes() == gated.kv_bytes(300, 2) > plan.in_dtype("float32").kv_bytes(300, 2)
 
 
 def test_rows_share_no_blocks(models, checkpoint):

@@ -622,6 +622,148 @@ void test_codes(Isa isa, DType dtype) {
 }
 
 // Linear layers of the same input, all at once, some of them gated or added to something.
+// Single tokens into a cache whose rules select, with formats: after every token the places that gates fill hold just the tokens that
+// the definition keeps, to the bit as they were in the window, and decode sees them beside sinks and window. Blocks that others name
+// too are copied before they are written to.
+void test_chosen(Isa isa, DType dtype) {
+  const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3}), heads = kv_heads * group;
+  const int64_t dim = pick_of({16, 24, 40, 64, 13}), value_dim = pick_of({16, 24, 64, 9}), steps = pick(1, 150);
+  const int64_t width = (steps + BLOCK - 1) / BLOCK, each = 12 * rows * width;
+  std::vector<int64_t> columns = random_rules(kv_heads, 16, 0);
+  for (int64_t i = 5 * kv_heads; i < 7 * kv_heads; i++) columns[size_t(i)] = pick(0, FORMATS - 1);
+  for (int64_t head = 0; head < kv_heads; head++) {
+    columns[size_t(1 * kv_heads + head)] = pick_of({0, 20, 64});
+    columns[size_t(2 * kv_heads + head)] = pick_of({0, 100, 600});
+    columns[size_t(7 * kv_heads + head)] = pick_of({0, 1, 9, 40});
+    columns[size_t(8 * kv_heads + head)] = pick_of({0, 0, 100, 1024});
+  }
+  const RuleTable rules = {columns.data(), kv_heads};
+  struct Side {
+    std::vector<std::unique_ptr<char[]>> memory;
+    std::vector<const void*> base;
+    std::vector<int64_t> bytes, first{0};
+    Pool pool() const { return {int64_t(base.size()), base.data(), bytes.data(), bytes.data(), first.data()}; }
+  } sides[3];  // keys, values, scores
+  std::vector<int64_t> score_bytes;
+  for (int64_t head = 0; head < kv_heads; head++) {
+    const Halves halves = halves_of(rules.of(head), {dtype, rows, kv_heads, group, dim, value_dim});
+    score_bytes.push_back(rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
+    const int64_t bytes[] = {halves.key.bytes, halves.value.bytes, score_bytes.back()};
+    for (int64_t side = 0; side < 3; side++) {
+      sides[side].memory.emplace_back(bytes[side] ? new char[size_t(each * bytes[side])] : nullptr);
+      if (bytes[side]) std::memset(sides[side].memory.back().get(), 0xff, size_t(each * bytes[side]));
+      sides[side].base.push_back(sides[side].memory.back().get());
+      sides[side].bytes.push_back(bytes[side]);
+      sides[side].first.push_back(sides[side].first.back() + each);
+    }
+  }
+  std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0), left(static_cast<size_t>(pairs), 0);
+  std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), kept_ids(table), refs(static_cast<size_t>(kv_heads * each), 0);
+  std::vector<int16_t> given(static_cast<size_t>(pairs), 0);
+  Data key(dtype, pairs * dim), value(dtype, pairs * value_dim), query(dtype, rows * heads * dim), out(dtype, rows * heads * value_dim);
+  std::unique_ptr<float[]> lse(new float[size_t(rows * heads)]);
+  const Pool beside[] = {sides[2].pool()};
+  const Chosen chosen = {kept_ids.data(), width, left.data(), given.data()};
+  const Shape shape = {dtype, rows, kv_heads, group, dim, value_dim};
+  const AdvanceCall call = {shape, rules, 0, key.bytes.get(), value.bytes.get(), {kv_heads * dim, dim, dim},
+                            {kv_heads * value_dim, value_dim, value_dim}, sides[0].pool(), sides[1].pool(), table.data(), width,
+                            lengths.data(), runs.data(), refs.data(), kv_heads * each, 1, beside, score_bytes.data(), &chosen};
+  const Scores scores = {0.25f, 0.f, nullptr};
+  const DecodeCall step = {shape, rules, scores, query.bytes.get(), heads * dim, dim, sides[0].pool(), sides[1].pool(),
+                           {table.data(), width}, lengths.data(), out.bytes.get(), lse.get(), nullptr, nullptr, &chosen};
+  const auto fail = [](const char* what) {
+    if (failures++ < 10) std::printf("chosen: %s\n", what);
+  };
+  struct Fed {
+    std::vector<double> key, value;
+    int16_t score;
+  };
+  std::vector<std::vector<Fed>> fed(static_cast<size_t>(pairs));
+  std::vector<std::vector<int64_t>> kept(static_cast<size_t>(pairs));  // positions, by their places
+  std::vector<int64_t> gone(static_cast<size_t>(pairs), 0);
+  const auto read = [&](int64_t side, int64_t pair, int32_t id, int64_t place) {
+    const int64_t head = pair % kv_heads, count = side ? value_dim : dim;
+    const Halves halves = halves_of(rules.of(head), shape);
+    const Half& half = side ? halves.value : halves.key;
+    const int64_t segment = id / each;  // of KV heads of the same formats any will do
+    const char* at = static_cast<const char*>(sides[side].base[size_t(segment)]) + (id - segment * each) * half.bytes;
+    if (half.format != NATIVE) return meant(at, half, place);
+    Data one(dtype, count);
+    std::memcpy(one.bytes.get(), at + place * half.token_bytes, size_t(half.token_bytes));
+    std::vector<double> found;
+    for (int64_t d = 0; d < count; d++) found.push_back(one.get(d));
+    return found;
+  };
+  std::vector<int32_t> held;  // ids of blocks that another cache names too
+  for (int64_t n = 1; n <= steps; n++) {
+    for (Data* data : {&key, &value, &query})
+      for (int64_t i = 0; i < data->count; i++) data->set(i, number());
+    for (int64_t pair = 0; pair < pairs; pair++) given[size_t(pair)] = int16_t(pick(-4, 4));
+    if (pick(0, 9) == 0)
+      for (const int32_t id : kept_ids)
+        if (id >= 0 && refs[size_t(id)] == 1) refs[size_t(id)]++, held.push_back(id);
+    Missing missing;
+    if (advance(call, isa, missing) != OK || missing.blocks || lengths[0] != n) {
+      fail("a token was not taken");
+      return;
+    }
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const Rule rule = rules.of(pair % kv_heads);
+      const Visible see = visible(n, rule);
+      const int32_t id = table[size_t(pair * width + (n - 1) / BLOCK)];
+      fed[size_t(pair)].push_back({read(0, pair, id, (n - 1) % BLOCK), read(1, pair, id, (n - 1) % BLOCK), given[size_t(pair)]});
+      auto& places = kept[size_t(pair)];
+      for (int64_t& count = gone[size_t(pair)]; rule.selects() && rule.sink + count < see.start;) {
+        const int64_t token = rule.sink + count++;
+        int64_t least = -1;
+        for (size_t place = 0; place < places.size(); place++)
+          if (least < 0 || fed[size_t(pair)][size_t(places[place])].score < fed[size_t(pair)][size_t(places[size_t(least)])].score) least = int64_t(place);
+        if (int64_t(places.size()) < smaller(count, rule.select_alpha + rule.select_beta_q * count / 1024)) places.push_back(token);
+        else if (least >= 0 && fed[size_t(pair)][size_t(token)].score > fed[size_t(pair)][size_t(places[size_t(least)])].score)
+          places[size_t(least)] = token;
+      }
+      for (size_t place = 0; place < places.size(); place++) {
+        const int32_t at = kept_ids[size_t(pair * width) + place / BLOCK];
+        const Fed& token = fed[size_t(pair)][size_t(places[place])];
+        if (at < 0 || read(0, pair, at, int64_t(place) % BLOCK) != token.key || read(1, pair, at, int64_t(place) % BLOCK) != token.value) {
+          fail("a place has not the token that is kept there");
+          return;
+        }
+      }
+    }
+    const Parallel parallel = {int(pick(1, 4)), run_threads, nullptr};
+    if (decode(step, parallel, isa) != OK) fail("decode failed");
+    for (int64_t pair = 0; pair < pairs; pair++)
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t lane = pair * group + g;  // [rows, heads]
+        const Rule rule = rules.of(pair % kv_heads);
+        const Visible see = visible(n, rule);
+        double total = 0;
+        std::vector<double> sum(static_cast<size_t>(value_dim), 0.0);
+        for (int64_t j = 0; j < n; j++) {
+          const auto& places = kept[size_t(pair)];
+          if (!(j < see.sink_end || j >= see.start || std::find(places.begin(), places.end(), j) != places.end())) continue;
+          const Fed& token = fed[size_t(pair)][size_t(j)];
+          double x = 0;
+          for (int64_t d = 0; d < dim; d++) x += query.get(lane * dim + d) * token.key[size_t(d)];
+          total += std::exp(0.25 * x);
+          for (int64_t d = 0; d < value_dim; d++) sum[size_t(d)] += std::exp(0.25 * x) * token.value[size_t(d)];
+        }
+        for (int64_t d = 0; d < value_dim; d++)
+          if (std::fabs(out.get(lane * value_dim + d) - sum[size_t(d)] / total) > 6e-2) {
+            fail("decode sees other tokens than are kept");
+            return;
+          }
+      }
+  }
+  std::vector<int32_t> named(refs.size(), 0);
+  for (const std::vector<int32_t>* ids : {&table, &kept_ids})
+    for (const int32_t id : *ids)
+      if (id >= 0) named[size_t(id)]++;
+  for (const int32_t id : held) named[size_t(id)]++;
+  if (named != refs) fail("blocks are not counted as they are named");
+}
+
 void test_linear(Isa isa, DType dtype) {
   const int64_t rows = pick(0, 20), inputs = pick(0, 90), count = pick(1, 3), threads = pick(1, 5);
   Data x(dtype, rows * inputs);
@@ -704,6 +846,7 @@ int main() {
     }
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_codes(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 24; i++, tests++) test_chosen(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
     for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
     for (int i = 0; i < 60; i++, tests++) test_rotate(Isa(isa), DType(i % 3));
