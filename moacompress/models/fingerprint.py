@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ CHUNK = 1 << 20
 """Numbers that version 2 hashes at once; part of what its hashes are."""
 QUEUED = 2
 """Chunks that wait for each thread, at most: with CHUNK they bound the memory."""
+
+
+ADDED = "added_by_moacompress"
+"""Attribute of a module that is none of the model's own, as gates are: its weights are not part of a fingerprint."""
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -61,7 +65,7 @@ def _sampled(model: torch.nn.Module) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in _own(model, model.named_parameters()):
         _check_in_memory(name, tensor)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
@@ -79,7 +83,9 @@ def _all_numbers(model: torch.nn.Module) -> str:
     """
     import torch
 
-    tensors = {name: value for name, value in sorted(model.state_dict().items()) if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value for name, value in _own(model, model.state_dict().items()) if isinstance(value, torch.Tensor)
+    }
     parts: dict[Any, list[Future[bytes]]] = {}
     waiting: deque[Future[bytes]] = deque()
     threads = torch.get_num_threads()
@@ -102,6 +108,12 @@ def _all_numbers(model: torch.nn.Module) -> str:
         for part in parts[_place(tensor)]:
             digest.update(part.result())
     return digest.hexdigest()[:16]
+
+
+def _own(model: torch.nn.Module, named: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Returns what is named, sorted, without what lies in modules that are none of the model's own."""
+    added = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, ADDED, False))
+    return sorted(item for item in named if not item[0].startswith(added)) if added else sorted(named)
 
 
 _VERSIONS: dict[int, Callable[[torch.nn.Module], str]] = {1: _sampled, 2: weights_fingerprint}

@@ -28,6 +28,8 @@ class TokenGate(nn.Module):
         device: likewise.
     """
 
+    added_by_moacompress = True
+
     def __init__(
         self, kv_heads: int, inputs: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:

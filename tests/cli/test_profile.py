@@ -62,7 +62,7 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
 
 def test_what_gates_leave_is_said(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
     out, data = audited
-    assert data["gates"]["samples"] == 4
+    assert data["gates"]["samples"] == 24  # of their own
     assert [row["share"] for row in data["gates"]["left"]] == [0.03, 0.06, 0.12, 0.25]
     shown = invoke(tiny_folder, "-o", out, *SMALL, "--gates")  # what is there is used again
     assert shown.exit_code == 0, shown.stderr
@@ -74,7 +74,7 @@ def test_what_gates_leave_is_said(audited: tuple[Path, dict[str, Any]], tiny_fol
 def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
     out, data = audited
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
-    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT)
+    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates")
     assert result.exit_code == 0, result.stderr
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
     assert "6 ablations of one KV head on 2 held-out samples" in result.stdout
@@ -86,7 +86,7 @@ def test_another_audit_is_not_touched_without_overwrite(
     audited: tuple[Path, dict[str, Any]], tiny_folder: Path
 ) -> None:
     out, _ = audited
-    more = ("--audit", "7", "--audit-plans", "0")
+    more = ("--audit", "7", "--audit-plans", "0", "--gates")
     message = refused(tiny_folder, "-o", out, *SMALL, *more)
     assert "audit.json holds the audit of another request" in message
     assert "--overwrite" in message

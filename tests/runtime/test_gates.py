@@ -17,6 +17,7 @@ import torch
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.reference.rounding import rounded
+from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.gate_weights import GateWeights
@@ -267,7 +268,9 @@ def test_a_checkpoint_holds_its_gates(
     model = tiny_model("llama").eval()
     plan = gated_plan(model, 1)
     before = set(model.state_dict())
+    own = weights_fingerprint(model)
     attach(model, plan)
+    assert weights_fingerprint(model) == own  # gates are none of its weights
     names = set(model.state_dict()) - before
     assert names
     assert all(name.rpartition(".self_attn.gate.")[2] in ("weight", "bias") for name in names)

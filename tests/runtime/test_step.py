@@ -214,7 +214,7 @@ def test_bad_arguments_are_refused():
     refused("runs has the shape", runs=good["runs"][:1])
     refused("row 1 has -1 tokens", lengths=torch.tensor([20, -1]))
     refused("table of rules has the shape", rules=good["rules"][:, :1].contiguous())
-    refused("min_window is 0", rules=good["rules"] * torch.tensor([1, 1, 1, 0, 1, 1, 1])[:, None])
+    refused("min_window is 0", rules=good["rules"] * torch.tensor([1, 1, 1, 0, *[1] * 5])[:, None])
     refused("lag is -1", lag=-1)
     refused("scaling is 0", scaling=0.0)
     refused("sink_logits has the shape", logits=torch.zeros(HEADS))
