@@ -26,8 +26,8 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach, detach
+from moacompress.runtime.cache.chosen_tokens import chosen_slots
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
-from moacompress.runtime.cache.selection import chosen_slots
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.decode.selected import read

@@ -10,11 +10,11 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.rules.windows import BLOCK, RUNS, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
+from moacompress.runtime.cache.chosen_tokens import Selection, arrivals, make_places, move_cached, write_new
 from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import ragged_ranges
 from moacompress.runtime.cache.real_tokens import Chunk
-from moacompress.runtime.cache.selection import Selection, arrivals, make_places, move_cached, write_new
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""

@@ -16,13 +16,13 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.block_runs import LAG
+from moacompress.runtime.cache.chosen_tokens import Selection, choose, go_back, remember
 from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import Beside
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
-from moacompress.runtime.cache.selection import Selection, choose, go_back, remember
 
 StepCall = Callable[[CacheState], tuple[torch.Tensor, Room | None]]
 """A call of a backend that takes one more token of every row into the cache."""

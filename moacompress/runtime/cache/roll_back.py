@@ -8,9 +8,9 @@ from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import BEGIN, END, LAG
+from moacompress.runtime.cache.chosen_tokens import can_go_back
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import ragged_ranges
-from moacompress.runtime.cache.selection import can_go_back
 
 
 def check_roll_back(held: LayerBlocks, counts: Ints, *, recording: bool) -> None:

@@ -22,7 +22,7 @@ from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
-from moacompress.runtime.decode.selected import Kept, attend_kept, attend_passing, kept_tokens, merged
+from moacompress.runtime.decode.selected import KeptTokens, attend_kept, attend_passing, kept_tokens, merged
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -195,7 +195,7 @@ class Plain(Route[AttendRequest]):
             scores=request.scores,
             with_lse=selection is not None,
         )
-        kept: list[list[Kept | None]] = []
+        kept: list[list[KeptTokens | None]] = []
         if selection is not None:
             assert lse is not None
             held = None if cache is None else cast(PlanCacheLayer, cache).held
@@ -233,7 +233,11 @@ def straight_through(
 
 
 def _with_padded_ends(
-    request: AttendRequest, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, kept: list[list[Kept | None]]
+    request: AttendRequest,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    kept: list[list[KeptTokens | None]],
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 

@@ -23,17 +23,17 @@ from moacompress.kernels.reference.tiled import attend
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
+from moacompress.runtime.cache.chosen_tokens import Selection, chosen_slots, window_slots
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.selection import Selection, chosen_slots, window_slots
 
 TILE = 256
 """Queries of a chunk that are worked on at a time."""
 
-Attended = tuple[Tensor, Tensor]
+PartOfSoftmax = tuple[Tensor, Tensor]
 """Output, `[rows, heads, ..., value_dim]`, and the log of the softmax's denominator, `[rows, heads, ...]`."""
 
 
-def merged(base: Attended, more: Attended) -> Tensor:
+def merged(base: PartOfSoftmax, more: PartOfSoftmax) -> Tensor:
     """Returns attention over two sets of keys together, `[..., value_dim]` of the first output's dtype.
 
     Args:
@@ -47,7 +47,7 @@ def merged(base: Attended, more: Attended) -> Tensor:
     return torch.where(other_lse.isneginf()[..., None], out, whole.to(out.dtype))
 
 
-def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> Attended:
+def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> PartOfSoftmax:
     """Attention of one query a row over the tokens that gates keep of it.
 
     Args:
@@ -91,7 +91,7 @@ def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores)
     return out.view(rows, heads, -1), lse.view(rows, heads)
 
 
-class Kept(NamedTuple):
+class KeptTokens(NamedTuple):
     """Tokens of one row and KV head that a gate keeps for a while.
 
     Attributes:
@@ -114,7 +114,7 @@ def kept_tokens(
     rules: RuleTable,
     before: Ints,
     held: LayerBlocks | None,
-) -> list[list[Kept | None]]:
+) -> list[list[KeptTokens | None]]:
     """Returns the tokens that gates keep for a while in a chunk, those of before it included, by row and KV head.
 
     Args:
@@ -127,7 +127,7 @@ def kept_tokens(
     """
     codes = rules.format_codes
 
-    def of_head(row: int, head: int) -> Kept | None:
+    def of_head(row: int, head: int) -> KeptTokens | None:
         made = selection.turnovers[row][head]
         if made is None or not len(ever := made.ever):
             return None
@@ -146,7 +146,7 @@ def kept_tokens(
             )
         keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
         entered, gone = (torch.from_numpy(numbers[ever]).to(key.device) for numbers in (made.entered, made.gone))
-        return Kept(keys, values, entered, gone)
+        return KeptTokens(keys, values, entered, gone)
 
     return [[of_head(row, head) for head in range(key.shape[1])] for row in range(len(key))]
 
@@ -171,8 +171,8 @@ def read(held: LayerBlocks, head: int, slots: Ints) -> tuple[Tensor, Tensor]:
 
 
 def attend_passing(
-    query: Tensor, kept: Sequence[Sequence[Kept | None]], left: Sequence[Ints], scores: Scores, value_dim: int
-) -> Attended:
+    query: Tensor, kept: Sequence[Sequence[KeptTokens | None]], left: Sequence[Ints], scores: Scores, value_dim: int
+) -> PartOfSoftmax:
     """Attention of queries over tokens that gates keep for a while.
 
     Args:
@@ -203,7 +203,7 @@ def attend_passing(
 
 
 def _passing(
-    query: Tensor, kept: Kept | None, left: Ints, scores: Scores, value_dim: int, wide: torch.dtype
+    query: Tensor, kept: KeptTokens | None, left: Ints, scores: Scores, value_dim: int, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`attend_passing` of one row and KV head, `query` `[group, tokens, head_dim]`."""
     group, tokens, _ = query.shape

@@ -17,10 +17,10 @@ from torch.nn.functional import linear, silu
 from moacompress.kernels.backend import AroundAttention, Backend, LayerWeights, Projections, Rotary, Scores
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.cache.chosen_tokens import Selection, choose
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
-from moacompress.runtime.cache.selection import Selection, choose
 from moacompress.runtime.cache.user_layer import UserCacheLayer
 from moacompress.runtime.decode.context import LayerContext
 
