@@ -53,9 +53,10 @@ class Case:
             self.min_window,
             self.native_window,
         )
+        table = RuleTable(columns)
         if self.formats is not None:
-            columns[-2:] = self.formats
-        return RuleTable(columns)
+            table.format_codes[:] = self.formats
+        return table
 
     @property
     def scores(self) -> Scores:
