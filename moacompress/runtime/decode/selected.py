@@ -77,7 +77,7 @@ def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores)
         table = view.table[row, head][:, None]
         full = RuleTable.of([Rule.FULL], 1)
         full.format_codes[:, 0] = formats
-        few = query.new_empty(0) if not len(row) else asking[at]
+        few = asking[at]
         found, denominator = backend_with_gradients(few, *view.keys, *view.values, cached=True).decode(
             few,
             cache=CacheView(view.keys, view.values, table.contiguous(), view.value_dim),
