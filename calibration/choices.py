@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moacompress.kernels.backend import Choices
-from moacompress.models.modules import attention_modules
+from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import turnover
@@ -67,7 +67,7 @@ def choosing(
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer in found:
                 return
-            hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
+            hidden = given_hidden(args, kwargs)[0]
             scores = gate_scores(hidden, weight.to(hidden.device), bias.to(hidden.device))
             found[layer] = choices_of(table_of(layer), rounded_scores(scores).T)
 

@@ -32,7 +32,7 @@ from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.files import write_bytes
 from moacompress.core.progress import SILENT, Progress
-from moacompress.models.modules import attention_modules
+from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[in
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            held[layer] = given_hidden(args, kwargs)
 
         return hook
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,7 +79,7 @@ def _plan(profile: Profile, rows: Sequence[Sequence[Rule]], shares: LayerShares 
     """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates choose nothing."""
     windows = profile.shape.native_windows
     own = [
-        [rule if window is None else replace(rule, select_alpha=0, select_beta_q=0) for rule in row]
+        [rule if window is None else rule.without_choice() for rule in row]
         for row, window in zip(rows, windows, strict=True)
     ]
     return profile.plan(own, shares)

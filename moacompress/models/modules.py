@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moacompress.core.errors import ModelError
 from moacompress.models.shape import config_shape
@@ -35,6 +35,11 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
         if id(child) in attention
     }
     return [found[index] for index in sorted(found)]
+
+
+def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Returns the layer's input, `[rows, tokens, hidden]`, of what an attention module is called with."""
+    return cast("torch.Tensor", kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
 def needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def gates_map(plan: Plan, n: int) -> Text | None:
     def shade(layer: int, head: int) -> str:
         rule, native = plan.rules[layer][head], plan.model.native_windows[layer]
         kept = rule.kept(n, plan.min_window, native)
-        window = replace(rule, select_alpha=0, select_beta_q=0).kept(n, plan.min_window, native)
+        window = rule.without_choice().kept(n, plan.min_window, native)
         return _shade_of((kept - window) / kept)
 
     title = f"Share of the kept tokens that its gate chose, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"

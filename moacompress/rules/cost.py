@@ -6,7 +6,6 @@ All numbers are integers from `moacompress.rules.rule_table`, so that the solver
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -99,7 +98,7 @@ def chosen_share(plan: Plan, n: int) -> dict[str, float]:
         for rule in row:
             whole = rule.kept(n, plan.min_window, native)
             kept += whole
-            chosen += whole - replace(rule, select_alpha=0, select_beta_q=0).kept(n, plan.min_window, native)
+            chosen += whole - rule.without_choice().kept(n, plan.min_window, native)
             heads += rule.selects
     return {"kv_heads": heads, "share": chosen / kept}
 

@@ -65,6 +65,10 @@ class Rule:
         """Returns the same span in a format of keys and one of values."""
         return replace(self, key_format=keys, value_format=values)
 
+    def without_choice(self) -> Rule:
+        """Returns the same rule without what a gate keeps."""
+        return replace(self, select_alpha=0, select_beta_q=0)
+
     def span(self, min_window: int, native_window: int | None = None) -> Span:
         """Returns what decides which keys are visible, in a plan of this smallest window and a layer of this native one."""
         return Span(self.sink, self.alpha, self.beta_q, min_window, native_window or 0)

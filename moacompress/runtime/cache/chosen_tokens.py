@@ -17,7 +17,7 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover, turnover
-from moacompress.rules.windows import BLOCK
+from moacompress.rules.windows import BLOCK, selected
 from moacompress.runtime.cache.layer_blocks import LayerBlocks, Past
 from moacompress.runtime.cache.pool import Table
 from moacompress.runtime.cache.real_tokens import Chunk
@@ -121,16 +121,11 @@ def _chosen(
         kept = np.zeros(0, np.int64)
         if held is not None:
             leaving = np.concatenate([held.pool.read_scores(window_slots(held, row, head, cached)), leaving])
-            kept = held.pool.read_scores(chosen_slots(held, row, head, kept_count(rules, left, head)))
+            in_use = np.arange(selected(left, int(alphas[head]), int(betas[head])))
+            kept = held.pool.read_scores(chosen_slots(held, row, head, in_use))
         return turnover(leaving, int(alphas[head]), int(betas[head]), kept, left)
 
     return Selection(scores, [[of_head(row, head) for head in range(len(rules))] for row in range(len(before))], sinks)
-
-
-def kept_count(rules: RuleTable, left: int, head: int) -> Ints:
-    """Returns the places in use, int64 `[places]`, of a head from whose window so many tokens have left."""
-    alpha, beta_q = (int(column[head]) for column in rules.select)
-    return np.arange(min(left, alpha + ((beta_q * left) >> 10)))
 
 
 def window_slots(held: LayerBlocks, row: int, head: int, positions: Ints) -> Ints:

@@ -41,9 +41,9 @@ def commit(
         lag: tokens that are kept longer for rolling back.
         to_come: tokens of a row after the chunk for which the first memory is taken, too.
     """
-    kept = [table.ids for table in held.tables]
+    tables = [table.ids for table in held.tables]
     scores = [] if selection is None else [selection.scores]
-    equals = find_equal_rows(held.lengths, np.concatenate(kept, axis=2), (key, value, *scores), chunk)
+    equals = find_equal_rows(held.lengths, tables, (key, value, *scores), chunk)
     if equals is None:
         _commit(held, key, value, chunk, selection, lag, to_come)
         return

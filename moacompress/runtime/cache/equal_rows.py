@@ -12,14 +12,14 @@ from moacompress.runtime.cache.pool import Ids
 from moacompress.runtime.cache.real_tokens import Chunk
 
 
-def find_equal_rows(lengths: Ints, ids: Ids, given: Sequence[torch.Tensor], chunk: Chunk) -> Ints | None:
+def find_equal_rows(lengths: Ints, tables: Sequence[Ids], given: Sequence[torch.Tensor], chunk: Chunk) -> Ints | None:
     """Finds rows that are the same, to the bit, before and in a chunk.
 
     That their tokens are the same would not be enough (adapters of single rows), so keys and values are compared.
 
     Args:
         lengths: real tokens of every row before the chunk, `[rows]`.
-        ids: the block tables, `[rows, heads, logical blocks]`.
+        tables: the block tables, each `[rows, heads, logical blocks]`.
         given: of the chunk, keys, values and what else counts, `[rows, heads, tokens, ...]`; keys are looked at first.
         chunk: which of its tokens are real.
 
@@ -33,7 +33,7 @@ def find_equal_rows(lengths: Ints, ids: Ids, given: Sequence[torch.Tensor], chun
     def same(row: int, other: int) -> bool:
         return (
             bool(lengths[row] == lengths[other])
-            and np.array_equal(ids[row], ids[other])
+            and all(np.array_equal(ids[row], ids[other]) for ids in tables)
             and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
             and all(torch.equal(tensor[row], tensor[other]) for tensor in given)
         )

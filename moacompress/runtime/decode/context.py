@@ -12,6 +12,7 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import as_tensors
+from moacompress.models.modules import given_hidden
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
@@ -123,8 +124,7 @@ class AttentionHook:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         call = self.call(module, kwargs)
         if self.context.selects:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            call = call._replace(gate_scores=module.gate(hidden))
+            call = call._replace(gate_scores=module.gate(given_hidden(args, kwargs)))
         return args, {**kwargs, CONTEXT: call}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:
