@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moacompress.kernels.backend import Choices
+from moacompress.kernels.dispatch import backend_on_host
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import turnover
 from moacompress.runtime.gate import gate_scores, rounded_scores
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def choices_of(table: RuleTable, scores: Tensor) -> Choices | None:
     gone = np.zeros((len(there), len(ways), there.shape[1]), np.int32)
     for (sink, alpha, beta_q), way in ways.items():
         for head, of_head in enumerate(there):
-            gone[head, way, sink:] = np.minimum(turnover(of_head[sink:], alpha, beta_q).gone, _NEVER)
+            gone[head, way, sink:] = np.minimum(backend_on_host().turnover(of_head[sink:], alpha, beta_q).gone, _NEVER)
     return Choices(torch.from_numpy(gone), torch.from_numpy(of_rule))
 
 

@@ -13,8 +13,8 @@ fitted to the other; the gates that are kept are fitted to both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ class Gates:
 def train_gates(
     model: PreTrainedModel,
     samples: Sequence[Sample],
-    of_tokens: Sequence[Floats32],
+    influence: Callable[[int], Floats32],
     progress: Progress = SILENT,
 ) -> Gates:
     """Fits a gate for every KV head.
@@ -113,30 +113,46 @@ def train_gates(
     Args:
         model: dense.
         samples: calibration samples.
-        of_tokens: of each the influence of its tokens, `[layers, kv_heads, tokens]`.
+        influence: runs one of them through the model, and returns the influence of its tokens, `[layers, kv_heads, tokens]`; a
+            sample in which that is not finite takes no part.
         progress: told of every pass over a sample.
 
     Raises:
         DataError: fewer than two samples.
     """
-    if len(samples) < 2:
+    groups = in_memory(range(len(attention_modules(model))), model.config.get_text_config(decoder=True).hidden_size + 1)
+    count = len(samples)
+    progress.start("training gates", len(groups) * (count + min(JUDGED, count)))
+    used: list[Sample] = []
+    of_tokens: list[Floats32] = []
+    first = _Sums()  # of the first group, whose inputs are kept as the influence is found
+    for index, sample in enumerate(samples):
+        with kept_inputs(model, groups[0]) as inputs:
+            found = influence(index)
+        if np.isfinite(found).all():
+            first.add(len(used), with_ones(inputs), found)
+            used.append(sample)
+            of_tokens.append(found)
+        progress.step(f"{len(sample.input_ids)} tokens")
+    if len(used) < 2:
         raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
-    judged = [int(place) for place in np.linspace(0, len(samples) - 1, min(JUDGED, len(samples))).round()]
-    groups = in_memory(range(len(of_tokens[0])), model.config.get_text_config(decoder=True).hidden_size + 1)
-    progress.start("training gates", len(groups) * (len(samples) + len(judged)))
+    judged = [int(place) for place in np.linspace(0, len(used) - 1, min(JUDGED, len(used))).round()]
     fitted, left = [], []
     for group in groups:
-        halves = _sums(model, samples, of_tokens, group, progress)
-        left.append(_left(model, samples, of_tokens, judged, halves, progress))
-        for one, other in halves.values():
+        sums = first if group is groups[0] else _Sums()
+        for index, sample in enumerate(used if group is not groups[0] else ()):
+            sums.add(index, attention_inputs(model, sample, group), of_tokens[index])
+            progress.step(f"{len(sample.input_ids)} tokens")
+        left.append(_left(model, used, of_tokens, judged, sums.of_layers, progress))
+        for one, other in sums.of_layers.values():
             one.gram += other.gram
             one.cross += other.cross
             fitted.append(one.solve(PENALTY).T.float().cpu())
     progress.done()
     found = torch.stack(fitted).numpy()
     report = {
-        "samples": len(samples),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "samples": len(used),
+        "tokens": sum(len(sample.input_ids) for sample in used),
         "judged": len(judged),
         "lag": LAG,
         "left": _left_rows(np.concatenate(left, axis=1)),
@@ -144,23 +160,24 @@ def train_gates(
     return Gates(GateWeights(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1])), report)
 
 
-def _sums(
-    model: PreTrainedModel,
-    samples: Sequence[Sample],
-    of_tokens: Sequence[Floats32],
-    layers: Sequence[int],
-    progress: Progress,
-) -> dict[int, tuple[Normal, Normal]]:
-    """Returns by layer what the gates of both halves of the samples are solved from."""
-    found: dict[int, tuple[Normal, Normal]] = {}
-    for index, sample in enumerate(samples):
-        for layer, x in attention_inputs(model, sample, layers):
-            y = target(torch.from_numpy(of_tokens[index][layer])).to(x.device).T
-            if layer not in found:
-                found[layer] = Normal(x.shape[1], y.shape[1], x.device), Normal(x.shape[1], y.shape[1], x.device)
-            found[layer][index % 2].add(x, y, x.new_ones(len(x)))
-        progress.step(f"{len(sample.input_ids)} tokens")
-    return found
+class _Sums:
+    """What the gates of some layers are solved from, for both halves of the samples.
+
+    Attributes:
+        of_layers: by layer.
+    """
+
+    def __init__(self) -> None:
+        self.of_layers: dict[int, tuple[Normal, Normal]] = {}
+
+    def add(self, index: int, inputs: Iterable[tuple[int, Tensor]], of_tokens: Floats32) -> None:
+        """Adds a sample, by its number, what enters the layers in it, and the influence of its tokens."""
+        for layer, x in inputs:
+            y = target(torch.from_numpy(of_tokens[layer])).to(x.device).T
+            if layer not in self.of_layers:
+                size = x.shape[1], y.shape[1], x.device
+                self.of_layers[layer] = Normal(*size), Normal(*size)
+            self.of_layers[layer][index % 2].add(x, y, x.new_ones(len(x)))
 
 
 def _left(
@@ -193,19 +210,19 @@ def target(of_tokens: Tensor) -> Tensor:
     return (y / y.std(-1, keepdim=True).clamp_min(1e-12)).float().masked_fill(mean <= 0, 0)
 
 
-def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields what enters the attention of some layers, and a one, `[tokens - FIRST - LAG, inputs]`, in one forward pass.
+@contextmanager
+def kept_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Keeps what enters the attention of some layers in a forward pass, `[1, tokens, inputs]` by layer.
 
     Args:
         model: dense.
-        sample: the sample.
         layers: their indices.
     """
     held: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held[layer] = given_hidden(args, kwargs)
+            held[layer] = given_hidden(args, kwargs).detach()
 
         return hook
 
@@ -213,10 +230,27 @@ def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[in
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(modules[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
-        read_through(model, sample.input_ids)
-    for layer in layers:
+        yield held
+
+
+def with_ones(held: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields of every layer what gates are fitted to of `kept_inputs`, and a one, `[tokens - FIRST - LAG, inputs + 1]`."""
+    for layer in sorted(held):
         x = held.pop(layer)[0, FIRST:-LAG].float()
         yield layer, torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yields `with_ones` of some layers, in one forward pass.
+
+    Args:
+        model: dense.
+        sample: the sample.
+        layers: their indices.
+    """
+    with kept_inputs(model, layers) as held:
+        read_through(model, sample.input_ids)
+    yield from with_ones(held)
 
 
 def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:

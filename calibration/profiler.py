@@ -338,16 +338,12 @@ def _train_gates(out: Path, source: SourceModel, manifest: Manifest, progress: P
     changed = recipe.model_copy(update={"calibration": own, "seed": recipe.seed + GATE_SEED})
     answers = AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in)
     samples = build_samples(source, changed, "calibration", progress, answers)
-    of_tokens = []
-    progress.start("what tokens matter", len(samples))
-    for index, sample in enumerate(samples):
-        of_tokens.append(token_influence(source.model, source.shape, sample, recipe.profile.draws, changed.seed, index))
-        progress.step(f"{sample.length} tokens")
-    progress.done()
-    used = [index for index, found in enumerate(of_tokens) if np.isfinite(found).all()]
-    gates = train_gates(
-        source.model, [samples[index] for index in used], [of_tokens[index] for index in used], progress
-    )
+
+    def influence(index: int) -> Floats32:
+        draws = recipe.profile.draws
+        return token_influence(source.model, source.shape, samples[index], draws, changed.seed, index)
+
+    gates = train_gates(source.model, samples, influence, progress)
     gates.save(out, manifest.fingerprint)
     return gates
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 FormatPair: TypeAlias = tuple[str, str]
 """Formats of the keys and of the values, by name."""
 NATIVE_PAIR: FormatPair = (NATIVE, NATIVE)
+UNIFORM_CHOICES = "uniform_gates"
+"""Name of the family of `uniform_choices`."""
 STREAMING_WINDOW = 256
 """Widest fixed window of a streaming KV head, tokens."""
 
@@ -301,8 +303,39 @@ FAMILIES = {
     "duo": ("split",),
     "moa": ("moa",),
     "quantized": ("quantized",),
+    UNIFORM_CHOICES: (),
 }
 """What a search measures beside its plans, and the baselines whose best candidate stands for it."""
+
+
+def uniform_choices(profile: Profile, limits: Mapping[int, int], formats: Sequence[str] = ()) -> list[Plan]:
+    """Returns plans of one rule for every KV head, by which its gate keeps as large a share of the tokens as fits.
+
+    Args:
+        profile: whose gates choose; without any there is no such plan.
+        limits: most KV bytes at each length, tokens; all hold.
+        formats: on offer beside the native one, see `format_pairs`.
+    """
+    sink, found = min((rule.sink for rule in profile.rules if rule.selects), default=None), []
+    if sink is None:
+        return []
+
+    def made(window: int, beta_q: int, pair: FormatPair) -> Plan:
+        rule = Rule(sink, window, 0, *pair, select_beta_q=beta_q)
+        rules = [rule if native is None else rule.without_choice() for native in profile.shape.native_windows]
+        return profile.plan([[rule] * profile.shape.kv_heads for rule in rules])
+
+    for pair in format_pairs(formats):
+        for window in (profile.min_window, 4 * profile.min_window):
+
+            def fits(beta_q: int, window: int = window, pair: FormatPair = pair) -> bool:
+                plan = made(window, beta_q, pair)
+                return all(plan.kv_bytes(n) <= limit for n, limit in limits.items())
+
+            widest = _widest(1, BETA_ONE, fits)
+            if widest is not None:
+                found.append(made(window, widest, pair))
+    return found
 
 
 def family_plans(

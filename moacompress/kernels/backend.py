@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import Turnover, turnover
 from moacompress.rules.share import LayerShares
 
 
@@ -86,6 +88,25 @@ class Choices(NamedTuple):
 
     gone: torch.Tensor
     of_rule: torch.Tensor
+
+
+class Passing(NamedTuple):
+    """The tokens that gates keep for a while in a chunk, all rows' and KV heads' one after the other.
+
+    A query sees one, besides what rules show it, where so many tokens have left its window: `entered` at least, and less than
+    `gone`.
+
+    Attributes:
+        begins: where those of a row and KV head begin, and all end, int64 `[rows * kv_heads + 1]`.
+        slots: where each is kept, block id * 16 + place in the block; -1 - t of the chunk's real token t; int64 `[tokens]`.
+        entered: int64 `[tokens]`.
+        gone: likewise.
+    """
+
+    begins: torch.Tensor
+    slots: torch.Tensor
+    entered: torch.Tensor
+    gone: torch.Tensor
 
 
 class CacheView(NamedTuple):
@@ -315,6 +336,7 @@ class Backend(ABC):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
+        passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of a chunk of tokens per row over the cache and over the chunk itself.
 
@@ -332,6 +354,7 @@ class Backend(ABC):
             rules: of the KV heads, with tensors on the CPU.
             scores: how scores are made.
             with_lse: whether the second result is wanted; it may be None where it is not.
+            passing: tokens that gates keep, on the CPU; with them only `cached_gradients` say whether there are gradients.
 
         Returns:
             `(out, lse)`: `[rows, heads, tokens, value_dim]` of the query's dtype, and `[rows, heads, tokens]` in float32 at
@@ -350,6 +373,7 @@ class Backend(ABC):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
+        gate_scores: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Room | None]:
         """Puts one more token of every row into its cache and attends to it; without gradients.
 
@@ -360,6 +384,7 @@ class Backend(ABC):
             cache: written to.
             rules: of the KV heads, with tensors on the CPU.
             scores: how scores are made.
+            gate_scores: of the tokens, int16 `[rows, kv_heads]` on the CPU; None where no rule selects.
 
         Returns:
             `[rows, 1, heads, value_dim]` and None; or something, and what the cache lacks.
@@ -485,6 +510,12 @@ class Backend(ABC):
             with a cotangent that is not zero: the others take no part.
         """
         raise self._cannot("profile_backward")
+
+    def turnover(
+        self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0
+    ) -> Turnover:
+        """Lets tokens leave a window, one after the other; see `rules.selection.turnover`, which this is."""
+        return turnover(scores, select_alpha, select_beta_q, kept, left)
 
     def _cannot(self, call: str) -> UnsupportedError:
         return UnsupportedError(f"the kernel {self.name!r} has no {call}; ask its capabilities first")

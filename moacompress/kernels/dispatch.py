@@ -146,6 +146,12 @@ def capabilities_for(tensor: torch.Tensor) -> Capabilities:
     return _backends[name].capabilities if name else Capabilities()
 
 
+def backend_on_host() -> Backend:
+    """Returns the backend for what is computed in integers on the CPU, wherever the model is."""
+    name = _supporting_name("cpu", torch.float32)
+    return _backends[name] if name else REFERENCE
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _supporting_name(device: str, dtype: torch.dtype) -> str:
     choice = chosen()

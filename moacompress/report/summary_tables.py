@@ -19,6 +19,7 @@ NAMES = {
     "duo": "full and streaming heads",
     "moa": "MoA's estimator",
     "quantized": "everything, in fewer bits",
+    "uniform_gates": "one choice by gates for all",
 }
 
 

@@ -40,6 +40,14 @@ class Turnover:
     gone: Ints
     places: Ints
 
+    @staticmethod
+    def of(left: int, kept_before: int, gone: Ints, places: Ints) -> Turnover:
+        """Returns it with `entered`, which follows."""
+        leaving = np.arange(left + 1, left + 1 + len(gone) - kept_before, dtype=np.int64)
+        return Turnover(
+            left, kept_before, np.concatenate([np.full(kept_before, left, np.int64), leaving]), gone, places
+        )
+
     @property
     def ever(self) -> Ints:
         """The tokens that are kept for a while."""
@@ -86,5 +94,4 @@ def turnover(scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | N
         else:
             places.append(-1)
             gone.append(now)
-    entered = np.concatenate([np.full(before, left, np.int64), left + 1 + np.arange(len(leaving), dtype=np.int64)])
-    return Turnover(left, before, entered, np.array(gone, np.int64), np.array(places, np.int64))
+    return Turnover.of(left, before, np.array(gone, np.int64), np.array(places, np.int64))

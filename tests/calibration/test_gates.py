@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from moacompress.calibration.gates import (
     train_gates,
 )
 from moacompress.calibration.influence import AttentionSpec, attend_backward
+from moacompress.calibration.passes import read_through
 from moacompress.calibration.profiler import profile, token_influence
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
@@ -44,6 +45,16 @@ TABLE = RuleTable.of([Rule.FULL, Rule(4, 32, 0)], 32)
 def made(seed: int, count: int = 6, n: int = 150) -> list[Sample]:
     rng = np.random.default_rng(seed)
     return [Sample(rng.integers(3, 150, n + 7 * i), np.arange(n + 7 * i) >= n - 10, "test", 600) for i in range(count)]
+
+
+def known(model: PreTrainedModel, samples: list[Sample], of_tokens: Sequence[Any]) -> Callable[[int], Any]:
+    """Influence that is given, of samples that go through the model for it."""
+
+    def influence(index: int) -> Any:
+        read_through(model, samples[index].input_ids)
+        return of_tokens[index]
+
+    return influence
 
 
 def test_what_hiding_single_tokens_moves_is_that_of_the_definition() -> None:
@@ -126,7 +137,7 @@ def test_a_gate_finds_what_is_linear_in_what_enters_the_layer(family: str, tiny_
             centred = scores - scores.mean(-1, keepdim=True)
             influence[layer, :, FIRST:-LAG] = (3 * centred / scores.std(-1, keepdim=True)).exp()
         of_tokens.append(influence.numpy())
-    gates = train_gates(model, samples, of_tokens)
+    gates = train_gates(model, samples, known(model, samples, of_tokens))
     weights = gates.weights
     assert weights.weight.shape == (shape.layers, shape.kv_heads, width - 1)
     assert weights.bias.shape == (shape.layers, shape.kv_heads)
@@ -147,7 +158,7 @@ def test_what_has_nothing_to_do_with_it_is_not_found(tiny_model: Models) -> None
     rng = np.random.default_rng(0)
     size = shape.layers, shape.kv_heads
     noise = [rng.lognormal(0, 2, (*size, len(sample.input_ids))).astype(np.float32) for sample in samples]
-    for row in train_gates(model, samples, noise).report["left"]:
+    for row in train_gates(model, samples, known(model, samples, noise)).report["left"]:
         assert row["gate"][0] == pytest.approx(1 - row["share"], abs=0.08)
         assert row["oracle"][0] < 0.75 * row["gate"][0]
 
@@ -160,16 +171,17 @@ def test_layers_are_fitted_in_groups_where_memory_is_short(tiny_model: Models, m
     rng = np.random.default_rng(0)
     size = shape.layers, shape.kv_heads
     noise = [rng.lognormal(0, 2, (*size, len(sample.input_ids))).astype(np.float32) for sample in samples]
-    whole = train_gates(model, samples, noise)
+    whole = train_gates(model, samples, known(model, samples, noise))
     monkeypatch.setattr(module, "MAX_BYTES", 1)
-    parts = train_gates(model, samples, noise)
+    parts = train_gates(model, samples, known(model, samples, noise))
     np.testing.assert_array_equal(whole.weights.weight, parts.weights.weight)
     assert whole.report == parts.report
 
 
 def test_a_single_sample_is_refused(tiny_model: Models) -> None:
+    model, samples = tiny_model("llama"), made(0, 1)
     with pytest.raises(DataError, match="judged on the other; profile two or more"):
-        train_gates(tiny_model("llama"), made(0, 1), [np.zeros((3, 2, 150), np.float32)])
+        train_gates(model, samples, known(model, samples, [np.zeros((3, 2, 150), np.float32)]))
 
 
 RECIPE = {

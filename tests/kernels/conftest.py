@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moacompress.kernels.backend import Backend, CacheView, Scores
+from moacompress.kernels.backend import Backend, CacheView, Passing, Scores
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.halves import BlockHalf, read_tokens
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 
@@ -44,6 +44,7 @@ class Case:
     sink_logits: torch.Tensor | None
     formats: torch.Tensor | None = None
     """Codes of the formats of keys and values, `[2, kv_heads]`."""
+    passing: Passing | None = None
 
     @property
     def rules(self) -> RuleTable:
@@ -70,7 +71,8 @@ class Case:
     def prefill(self) -> tuple[Any, ...]:
         """What the operator takes."""
         chunk = (self.query, self.key, self.value)
-        return (*chunk, *map(list, self.cache[:2]), self.table, self.past, self.valid, self.rules.columns, *self.scores)
+        held = (*map(list, self.cache[:2]), self.table, self.past, self.valid)
+        return (*chunk, *held, self.rules.columns, *self.scores, list(self.passing or ()))
 
     @property
     def decode(self) -> tuple[Any, ...]:
@@ -90,6 +92,7 @@ class Case:
             rules=self.rules,
             scores=self.scores,
             with_lse=True,
+            passing=self.passing,
         )
 
     def decoded(self, backend: Backend = REFERENCE) -> tuple[Any, ...]:
@@ -112,6 +115,38 @@ class Case:
         }
         moved["sink_logits"] = logits.to(torch.float64) if logits is not None and dtype == torch.float64 else logits
         return Case(**{**self.__dict__, **moved})
+
+    def keeping(self, rng: random.Random) -> Case:
+        """The same where gates keep random tokens for a while, of the cache's blocks and of the chunk."""
+        slots, entered, gone, begins = [], [], [], [0]
+        for row, valid in enumerate(self.valid.tolist()):
+            n = self.past[row].item() + torch.arange(1, valid + 1)
+            left = RuleTable(self.rules.columns.numpy()).tokens_left(n.numpy())
+            for head, ids in enumerate(self.table[row].tolist()):
+                there = [block * 16 + place for block in ids if block >= 0 for place in range(16)]
+                found = self.written(there, head) + [-1 - t for t in range(valid)]
+                picked = rng.sample(found, rng.choice((0, len(found) // 2, len(found))))
+                most = int(left[-1, head]) if valid else 0
+                for slot in picked:
+                    begin = rng.randint(-1, most)
+                    slots.append(slot)
+                    entered.append(begin)
+                    gone.append(rng.choice((begin + 1, rng.randint(begin, most + 1), 1 << 40)))
+                begins.append(len(slots))
+        parts = (torch.tensor(part, dtype=torch.int64) for part in (begins, slots, entered, gone))
+        return replace(self, passing=Passing(*parts))
+
+    def written(self, slots: list[int], head: int) -> list[int]:
+        """Returns those tokens of the pool that hold numbers."""
+        codes = [0, 0] if self.formats is None else self.formats[:, head].tolist()
+        at = torch.tensor(slots, dtype=torch.int64)
+        for memory, like, code, values in zip(
+            self.cache[:2], (self.key, self.value), codes, (False, True), strict=True
+        ):
+            half = BlockHalf(code, like.shape[-1], like.dtype, values)
+            found = read_tokens(memory, half, at[None, None] // 16, at % 16) if len(at) else None
+            at = at if found is None else at[found[0, 0].isfinite().all(-1)]
+        return at.tolist()
 
     def row(self, row: int) -> Case:
         """The same with one row of the batch alone."""

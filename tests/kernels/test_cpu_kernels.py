@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.windows import block_runs, visible_intervals
+from moacompress.rules.selection import turnover
+from moacompress.rules.windows import block_runs, selected, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
 CPU = CpuBackend()
@@ -46,6 +48,29 @@ def test_random_configurations_of_formats(seed, random_case, close, isa, poisone
     close(OPS.decode(*case.decode), exact.decoded(), dtype, 1e-4 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.parametrize("seed", range(320))
+def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa, poisoned_memory):
+    isa(library.ISAS[seed % 4])
+    dtype, formats = library.DTYPES[seed // 4 % 3], (None, "any")[seed // 12 % 2]
+    case = random_case(seed, dtype, formats=formats, native_window=0).keeping(random.Random(seed))
+    close(OPS.prefill(*case.prefill), case.to(torch.float64).prefilled(), dtype)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tokens_leave_as_in_the_definition(seed):
+    rng = random.Random(seed)
+    width = rng.choice((3, 50, 30000))
+    select = rng.choice(((0, 0), (1, 0), (7, 0), (40, 0), (0, 100), (5, 300), (0, 1024)))
+    left = rng.choice((0, 0, rng.randint(0, 300)))
+    kept, leaving = (
+        np.array([rng.randint(-width, width) for _ in range(n)], np.int64)
+        for n in (selected(left, *select), rng.randint(0, 400))
+    )
+    ours, theirs = (each(leaving, *select, kept, left) for each in (CPU.turnover, turnover))
+    for name in ("entered", "gone", "places"):
+        assert (getattr(ours, name) == getattr(theirs, name)).all()
+
+
 @pytest.mark.parametrize("formats", [None, [(1, 2), (2, 0)]])
 @pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("dtype", library.DTYPES)
@@ -53,12 +78,14 @@ def test_threads_and_batch_change_no_bit(name, dtype, formats, random_case, isa,
     isa(name)
     sizes = {"rows": 3, "kv_heads": 2, "group": 3, "tokens": 200, "past": 700, "native_window": 0, "valid": 190}
     case = random_case(11, dtype, **sizes, formats=formats)
-    results = []
+    keeping = case.keeping(random.Random(4))
+    results, chosen = [], []
     for count in (1, 17, 2):
         threads(count)
         results.append((*OPS.decode(*case.decode), *OPS.prefill(*case.prefill)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        chosen.append(OPS.prefill(*keeping.prefill))
+    for first, other in ((each[0], another) for each in (results, chosen) for another in each[1:]):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for row in range(3):
         alone = case.row(row)
         found = (*OPS.decode(*alone.decode), *OPS.prefill(*alone.prefill))

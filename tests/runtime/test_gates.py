@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.halves import read_tokens
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import model_shape
@@ -30,7 +31,6 @@ from moacompress.runtime.cache.chosen_tokens import chosen_slots
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
-from moacompress.runtime.decode.selected import read
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 MIN_WINDOW = 16
@@ -131,18 +131,34 @@ class Case:
         assert cache.layers[0].used_bytes <= self.rows * int((slots * sizes).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("seed", range(40))
-def test_chunks_steps_and_whole_are_what_the_definition_says(seed: int) -> None:
-    case = Case(seed)
+def test_chunks_steps_and_whole_are_what_the_definition_says(seed: int, dtype: torch.dtype) -> None:
+    case, error = Case(seed, dtype=dtype), 1e-9 if dtype == torch.float64 else 1e-4
     expected = case.expected()
-    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=1e-9)
+    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=error)
     cache = case.cache()
     for first, end in case.chunks():
         found = case.attended(cache, first, end)
-        assert torch.allclose(found, expected[:, first:end], atol=1e-9), (first, end)
+        assert torch.allclose(found, expected[:, first:end], atol=error), (first, end)
         case.check_bytes(cache, end)
-    slots, sizes = case.table.slots(np.array([case.n]))[0], case.table.token_bytes(DIM, DIM, "float64")
+    slots = case.table.slots(np.array([case.n]))[0]
+    sizes = case.table.token_bytes(DIM, DIM, str(dtype).removeprefix("torch."))
     assert cache.layers[0].used_bytes == case.rows * int((slots * sizes).sum())
+
+
+@pytest.mark.parametrize("formats", [False, True])
+@pytest.mark.parametrize("seed", range(600, 620))
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_step_of_one_layer_is_a_single_call(seed: int, formats: bool) -> None:
+    case = Case(seed, formats, torch.float32)
+    expected, cut = case.expected(), case.n // 3
+    cache = case.cache()
+    case.attended(cache, 0, cut)
+    for at in range(cut, case.n):
+        assert torch.allclose(case.attended(cache, at, at + 1), expected[:, at : at + 1], atol=1e-3), at
+        case.check_bytes(cache, at + 1)
+    assert cache.step_routes == {"cache step": case.n - cut}
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
@@ -372,6 +388,14 @@ def test_one_call_for_all_layers_keeps_what_the_others_do(
         for one, other in zip(*sides, strict=True):
             alike += (one.float() - other.float()).abs().amax(-1).le(0.05 * other.float().abs().amax(-1)).tolist()
     assert np.mean(alike) > (0.9 if dtype == torch.bfloat16 else 0.99)
+
+
+def read(held: Any, head: int, slots: np.ndarray[Any, Any]) -> list[torch.Tensor]:
+    """Keys and values of tokens of the cache as queries see them, `[tokens, dim]` each."""
+    pool, places = held.pool, torch.from_numpy(slots % BLOCK)
+    halves, ids = pool.layout.kinds[int(pool.layout.of_head[head])], torch.from_numpy(slots // BLOCK)[None, None]
+    found = [read_tokens(side, half, ids, places) for side, half in zip((pool.keys, pool.values), halves, strict=True)]
+    return [cast(torch.Tensor, each)[0, 0] for each in found]
 
 
 def stepped_plainly(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -183,7 +183,7 @@ def test_bad_arguments_are_refused():
     feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
     pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
     tensors = ("query", "key", "value", "keys", "values", "table", "lengths", "runs", "refs")
-    names = (*tensors, "rules", "lag", "scaling", "softcap", "logits")
+    names = (*tensors, "rules", "lag", "scaling", "softcap", "logits", "chosen", "scores")
     token = (torch.randn(2, heads, 1, dim) for heads, dim in ((HEADS * GROUP, DIM), (HEADS, DIM), (HEADS, VALUE_DIM)))
     arguments = (
         *token,
@@ -193,6 +193,8 @@ def test_bad_arguments_are_refused():
         as_tensors(layer.rules).columns,
         0,
         *SCORES,
+        [],
+        None,
     )
     good = dict(zip(names, arguments, strict=True))
     before = [array.copy() for array in state]
@@ -218,6 +220,7 @@ def test_bad_arguments_are_refused():
     refused("lag is -1", lag=-1)
     refused("scaling is 0", scaling=0.0)
     refused("sink_logits has the shape", logits=torch.zeros(HEADS))
+    refused("0 parts of what gates keep; at least 3", scores=torch.zeros(2, HEADS, dtype=torch.int16))
     assert torch.ops.moacompress_cpu.step(*good.values())[1] in (0, 1)
 
 

@@ -291,6 +291,11 @@ struct PrefillJob {
     };
     find(halves.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
     find(halves.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
+    if (call.passing) {
+      const int64_t begin = call.passing->begins[pair];
+      work.passing = {nullptr, call.passing->slots + begin, call.passing->entered + begin, call.passing->gone + begin};
+      work.passing_count = call.passing->begins[pair + 1] - begin;
+    }
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * shape.group : nullptr;
@@ -306,15 +311,36 @@ struct PrefillJob {
 
 }  // namespace
 
+// Where the row of a token lies, or of codes the half of the block that it is in.
+static const char* in_block(const Half& half, const char* at, int64_t place) {
+  return half.format == NATIVE ? at + place * half.token_bytes : at;
+}
+static const char* in_chunk(const Half& half, const char* at, int64_t bytes, int64_t token) {
+  return at + (half.format == NATIVE ? token : token / BLOCK) * bytes;
+}
+
+bool find_slots(const RowSource& source, const int64_t* slots, int64_t count, const void** keys, const void** values, int* places) {
+  for (int64_t i = 0; i < count; i++) {
+    const bool cached = slots[i] >= 0;
+    const int64_t token = cached ? slots[i] : -1 - slots[i];
+    places[i] = int(token % BLOCK);
+    if (!cached) {
+      keys[i] = in_chunk(source.key, source.key_chunk, source.key_bytes, token);
+      values[i] = in_chunk(source.value, source.value_chunk, source.value_bytes, token);
+      continue;
+    }
+    const char* key = block_of(*source.keys, token / BLOCK, source.key.bytes);
+    const char* value = block_of(*source.values, token / BLOCK, source.value.bytes);
+    if (!key || !value) return false;
+    keys[i] = in_block(source.key, key, places[i]);
+    values[i] = in_block(source.value, value, places[i]);
+  }
+  return true;
+}
+
 bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values, int* places) {
   const char *key = nullptr, *value = nullptr;
   int64_t block = -1;
-  const auto in_block = [](const Half& half, const char* at, int64_t place) {
-    return half.format == NATIVE ? at + place * half.token_bytes : at;
-  };
-  const auto in_chunk = [](const Half& half, const char* at, int64_t bytes, int64_t token) {
-    return at + (half.format == NATIVE ? token : token / BLOCK) * bytes;
-  };
   for (int64_t i = 0; i < count; i++) {
     const int64_t position = source.columns.position(column + i), ahead = position - source.past;
     if (ahead >= 0) {

@@ -33,9 +33,27 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   return {out, lse};
 }
 
+// Reads begins, slots, entered and gone, all int64; slots of the cache are looked up where they are used.
+Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* real, const char* op) {
+  STD_TORCH_CHECK(passing.size() == 4, op, ": ", passing.size(), " tensors say what gates keep, not 4");
+  const int64_t pairs = shape.rows * shape.kv_heads;
+  const int64_t* begins = numbers(passing[0], pairs + 1, op, "begins");
+  const int64_t count = passing[1].numel();
+  bool ascending = begins[0] == 0 && begins[pairs] == count;
+  for (int64_t pair = 0; pair < pairs; pair++) ascending = ascending && begins[pair] <= begins[pair + 1];
+  STD_TORCH_CHECK(ascending, op, ": begins do not ascend from 0 to ", count);
+  const Passing found = {begins, numbers(passing[1], count, op, "slots"), numbers(passing[2], count, op, "entered"),
+                         numbers(passing[3], count, op, "gone")};
+  for (int64_t pair = 0; pair < pairs; pair++)
+    for (int64_t i = begins[pair]; i < begins[pair + 1]; i++)
+      STD_TORCH_CHECK(-1 - found.slots[i] < real[pair / shape.kv_heads], op, ": slot ", found.slots[i], " of a chunk of ",
+                      real[pair / shape.kv_heads], " real tokens");
+  return found;
+}
+
 std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
                                       Tensor past, Tensor valid, Tensor rules, double scaling, double softcap,
-                                      std::optional<Tensor> sink_logits) {
+                                      std::optional<Tensor> sink_logits, Tensors passing) {
   const char* op = "prefill";
   const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
@@ -49,14 +67,33 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
                     ": row ", row, " has ", before[row], " tokens before the chunk and ", real[row], " real ones of ", tokens,
                     " in it");
   const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
+  Passing kept = {};
+  if (!passing.empty()) kept = passing_of(passing, shape, real, op);
   Tensor out = new_rows(query, shape.rows, heads, tokens, shape.value_dim);
   Tensor lse = new_floats(query, {shape.rows, heads, tokens});
   const PrefillCall call = {shape, rest.rules, rest.scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), strides(query), strides(key), strides(value), key_pool.view(),
                             value_pool.view(), {static_cast<const int32_t*>(ids), table.size(2)}, before, real,
-                            out.mutable_data_ptr(), strides(out), static_cast<float*>(lse.mutable_data_ptr())};
+                            out.mutable_data_ptr(), strides(out), static_cast<float*>(lse.mutable_data_ptr()),
+                            passing.empty() ? nullptr : &kept};
   check_status(prefill(call, parallel(), isa()), op);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> turnover_op(Tensor scores, Tensor kept, int64_t select_alpha, int64_t select_beta_q, int64_t left) {
+  const char* op = "turnover";
+  const int64_t before = kept.numel(), leaving = scores.numel();
+  const int64_t *own = numbers(scores, leaving, op, "scores"), *held = numbers(kept, before, op, "kept");
+  STD_TORCH_CHECK(select_alpha >= 0 && select_beta_q >= 0 && left >= before, op, ": ", select_alpha, " and ", select_beta_q,
+                  " of ", left, " that have left, of which ", before, " are kept");
+  Tensor gone = new_tensor(scores, Shapes{before + leaving}), places = new_tensor(scores, Shapes{before + leaving});
+  Rule rule = {};
+  rule.select_alpha = select_alpha;
+  rule.select_beta_q = select_beta_q;
+  const TurnoverCall call = {rule, left, held, before, own, leaving, static_cast<int64_t*>(gone.mutable_data_ptr()),
+                             static_cast<int64_t*>(places.mutable_data_ptr())};
+  check_status(turnover(call), op);
+  return {gone, places};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta,
@@ -176,7 +213,8 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "float softcap, Tensor? sink_logits, int value_dim=0) -> (Tensor, Tensor)");
   m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
-      "Tensor rules, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, Tensor)");
+      "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)");
+  m.def("turnover(Tensor scores, Tensor kept, int select_alpha, int select_beta_q, int left) -> (Tensor, Tensor)");
   m.def(
       "prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
       "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
@@ -189,6 +227,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode_op));
   m.impl("prefill", TORCH_BOX(&prefill_op));
+  m.impl("turnover", TORCH_BOX(&turnover_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
   m.impl("profile_backward", TORCH_BOX(&profile_op));
 }

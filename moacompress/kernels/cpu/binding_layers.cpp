@@ -191,18 +191,8 @@ std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size
   LayerCache cache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op);
   const size_t planes = layers.planes[layer], segments = keys.size();
   if (layers.gates[layer].heads) {
-    STD_TORCH_CHECK(planes == 0 && beside.size() == segments, op, ": ", beside.size(), " segments of scores of layer ", layer, ", of ",
-                    segments);
-    dense(state[4], {rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates keep");
-    dense(state[5], {rows, shape.kv_heads}, ScalarType::Long, op, "the tokens that have left");
-    cache.chosen = {static_cast<int32_t*>(state[4].mutable_data_ptr()), state[4].size(2),
-                    static_cast<int64_t*>(state[5].mutable_data_ptr()), nullptr};
-    cache.beside.push_back(PoolViews::of_bytes(beside, SCORE_BYTES * BLOCK, op, "scores"));
-    STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ",
-                    cache.beside.back().first_block.back(), " blocks of ", cache.blocks);
-    cache.planes.push_back(cache.beside.back().view());
-    for (int64_t head = 0; head < shape.kv_heads; head++)
-      cache.beside_bytes.push_back(layers.rests[layer].rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
+    STD_TORCH_CHECK(planes == 0, op, ": layer ", layer, " keeps tokens by their score and serves layers that share its keys");
+    put_chosen(cache, shape, beside, state[4], state[5], op);
     return {std::move(cache), held};
   }
   STD_TORCH_CHECK(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,

@@ -21,15 +21,21 @@ struct State {
 
 std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
                                     Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
-                                    std::optional<Tensor> sink_logits) {
+                                    std::optional<Tensor> sink_logits, Tensors chosen, std::optional<Tensor> scores) {
   const char* op = "step";
   const Shape shape = chunk_shape(query, key, value, op, 1);
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
-  const LayerCache cache = state.of(shape, query.scalar_type(), op);
+  LayerCache cache = state.of(shape, query.scalar_type(), op);
+  const int16_t* of_token = nullptr;
+  if (scores) {  // what gates keep: the table, how many have left, and the segments of scores
+    STD_TORCH_CHECK(chosen.size() > 2, op, ": ", chosen.size(), " parts of what gates keep; at least 3 are needed");
+    put_chosen(cache, shape, Tensors(chosen.begin() + 2, chosen.end()), chosen[0], chosen[1], op);
+    of_token = static_cast<const int16_t*>(dense(*scores, {shape.rows, shape.kv_heads}, ScalarType::Short, op, "scores"));
+  }
   Tensor out = new_tensor(query, Shapes{shape.rows, 1, shape.kv_heads * shape.group, shape.value_dim});
   const Token token = {shape, query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), strides(query), strides(key),
                        strides(value)};
-  return {out, take(cache, token, out.mutable_data_ptr(), op)};
+  return {out, take(cache, token, out.mutable_data_ptr(), op, nullptr, of_token)};
 }
 
 Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
@@ -108,13 +114,14 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
 
 #define CACHE                                                                                                            \
   "Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) table, Tensor(d!) lengths, Tensor(e!) runs, Tensor(f!) refs, "     \
-  "Tensor rules, int lag, float scaling, float softcap, Tensor? sink_logits) -> (Tensor, SymInt)"
+  "Tensor rules, int lag, float scaling, float softcap, Tensor? sink_logits"
+#define DONE ") -> (Tensor, SymInt)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("step(Tensor query, Tensor key, Tensor value, " CACHE);
-  m.def("step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, " CACHE);
-  m.def("step_layer(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE);
+  m.def("step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE);
+  m.def("step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, " CACHE DONE);
+  m.def("step_layer(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {

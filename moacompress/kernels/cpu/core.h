@@ -104,6 +104,14 @@ struct DecodeCall {
   const Chosen* chosen = nullptr;  // or null: then of the tokens that gates keep none is seen
 };
 
+// The tokens that gates keep for a while in a chunk, those of a (row, KV head) from begins[pair] up to begins[pair + 1]. One is seen
+// by the queries that so many tokens have left the window for: at least `entered`, and less than `gone`.
+struct Passing {
+  const int64_t* begins;  // [rows * kv_heads + 1]
+  const int64_t* slots;   // block id * 16 + place in it; -1 - t of token t of the chunk
+  const int64_t *entered, *gone;
+};
+
 struct PrefillCall {
   Shape shape;
   RuleTable rules;  // of the KV heads
@@ -117,6 +125,7 @@ struct PrefillCall {
   void* out;
   Strides out_at;
   float* lse;  // [rows, heads, tokens], dense
+  const Passing* passing = nullptr;  // or null; besides what the rules show
 };
 
 // One token more in every row. `runs` holds the first block and the end of every run; `lag` tokens are kept longer (0: none); `refs`
@@ -150,6 +159,18 @@ struct BesideCall {
   Table table;              // the anchor's
   const int64_t* lengths;   // [rows] with the token
 };
+// Tokens that leave a window one after the other, and compete with those that a gate has kept; see moacompress/rules/selection.py.
+struct TurnoverCall {
+  Rule rule;                 // of which how many it selects is looked at
+  int64_t left;              // tokens that have left before
+  const int64_t* kept;       // [before] their scores, by their places
+  int64_t before;
+  const int64_t* scores;     // [leaving]
+  int64_t leaving;
+  int64_t *gone, *places;    // [before + leaving] how many have left when each is kept no longer, and where it is kept
+};
+constexpr int64_t NEVER = int64_t(1) << 40;
+
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
 struct Missing {
   int64_t blocks, head;
@@ -238,6 +259,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // works in.
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
 Status put_beside(const BesideCall& call, Isa isa);
+Status turnover(const TurnoverCall& call);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
@@ -280,6 +302,8 @@ struct RowSource {
   int64_t key_bytes, value_bytes;  // from token to token, or from block to block
 };
 bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values, int* places);
+// The same of tokens by their slots, see `Passing`.
+bool find_slots(const RowSource& source, const int64_t* slots, int64_t count, const void** keys, const void** values, int* places);
 
 // One task of prefill: query rows [0, rows) of the `group` heads of one (row, KV head). A lane is (head, row), head * rows + row.
 struct PrefillTile {
@@ -289,6 +313,8 @@ struct PrefillTile {
   RowSource source;
   Rule rule;
   int64_t low;  // tokens so far at the first row, itself included
+  Passing passing;  // of the (row, KV head), from the first on: no `begins`
+  int64_t passing_count;
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   char* out;

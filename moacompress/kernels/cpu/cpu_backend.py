@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
+from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.backend import (
     Backend,
@@ -19,6 +21,7 @@ from moacompress.kernels.backend import (
     Capabilities,
     Choices,
     LayerWeights,
+    Passing,
     Projections,
     Room,
     Rotary,
@@ -28,6 +31,7 @@ from moacompress.kernels.backend import (
 )
 from moacompress.kernels.cpu import library
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import Turnover
 from moacompress.rules.share import COPY, LayerShares, planes_of
 
 MOVED = -1
@@ -112,13 +116,27 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
+        passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.prefill`."""
         held = (list(cache.keys), list(cache.values), cache.table, past, valid)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
-            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores)
+            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(passing or ())]
         )
         return found
+
+    def turnover(
+        self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0
+    ) -> Turnover:
+        """See `Backend.turnover`."""
+        held = np.zeros(0, np.int64) if kept is None else kept
+        gone, places = torch.ops.moacompress_cpu.turnover(
+            *(torch.from_numpy(np.ascontiguousarray(part, np.int64)) for part in (scores, held)),
+            select_alpha,
+            select_beta_q,
+            left,
+        )
+        return Turnover.of(left, len(held), gone.numpy(), places.numpy())
 
     def step(
         self,
@@ -129,10 +147,19 @@ class CpuBackend(Backend):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
+        gate_scores: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Room | None]:
         """See `Backend.step`."""
         out, wanted = torch.ops.moacompress_cpu.step(
-            _rows(query), _rows(key), _rows(value), *_state(cache), rules.columns, cache.lag, *_numbers(scores)
+            _rows(query),
+            _rows(key),
+            _rows(value),
+            *_state(cache),
+            rules.columns,
+            cache.lag,
+            *_numbers(scores),
+            [] if gate_scores is None else [cache.chosen, cache.left, *_beside(cache)],
+            None if gate_scores is None else gate_scores.contiguous(),
         )
         return out, _room(wanted)
 

@@ -252,10 +252,34 @@ inline bool all_seen(const PrefillTile& t, int64_t begin, int64_t end) {
          (columns.column(b.first) <= begin && end <= columns.column(a.sink_end));
 }
 
+// Which lanes see key k of a tile of columns, vector v of their panel.
+struct SeesColumns {
+  Bounds bounds;
+  int64_t begin;  // column of the first key
+  struct OfVector {
+    V a, b, c, d;
+    int64_t begin;
+    Mask operator()(int64_t k) const { return seen(set1(float(begin + k)), a, b, c, d); }
+  };
+  OfVector of(int v) const {
+    return {load(bounds.a + v * W), load(bounds.b + v * W), load(bounds.c + v * W), load(bounds.d + v * W), begin};
+  }
+};
+// The same of tokens that gates keep for a while, by how many have left the window when a lane's query attends.
+struct SeesPassing {
+  const float *left, *entered, *last;
+  struct OfVector {
+    V left;
+    const float *entered, *last;
+    Mask operator()(int64_t k) const { return both(at_least(left, set1(entered[k])), at_least(set1(last[k]), left)); }
+  };
+  OfVector of(int v) const { return {load(left + v * W), entered, last}; }
+};
+
 // Scores -> weights relative to the lane's new peak, in place; returns in `factor` what older sums must be scaled by.
-template <int VECS>
-inline void softmax_step(float* scores, int64_t count, int64_t begin, bool all, const Bounds& bounds, float scaling,
-                         float softcap, float* peak, float* total, V* factor) {
+template <int VECS, class Sees>
+inline void softmax_step(float* scores, int64_t count, bool all, const Sees& sees, float scaling, float softcap, float* peak,
+                         float* total, V* factor) {
   const V to_log2 = set1(softcap > 0 ? LOG2_E : scaling * LOG2_E);
   for (int v = 0; v < VECS; v++) {
     float* at = scores + v * W;
@@ -264,11 +288,11 @@ inline void softmax_step(float* scores, int64_t count, int64_t begin, bool all, 
     if (all && softcap <= 0) {
       for (int64_t j = 0; j < count; j++) now = max(load(at + j * LANES), now);
     } else {
-      const V a = load(bounds.a + v * W), b = load(bounds.b + v * W), c = load(bounds.c + v * W), d = load(bounds.d + v * W);
+      const typename Sees::OfVector sees_key = sees.of(v);
       for (int64_t j = 0; j < count; j++) {
         V x = load(at + j * LANES);
         if (softcap > 0) x = capped(x, scaling, softcap);
-        if (!all) x = select(seen(set1(float(begin + j)), a, b, c, d), x, set1(-__builtin_inff()));
+        if (!all) x = select(sees_key(j), x, set1(-__builtin_inff()));
         store(at + j * LANES, x);
         now = max(x, now);
       }
@@ -399,7 +423,8 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   float* peak = out + all_lanes * t.value_dim;
   float* total = peak + all_lanes;
   const Bounds bounds = {total + all_lanes, total + 2 * all_lanes, total + 3 * all_lanes, total + 4 * all_lanes};
-  float* scores = total + 5 * all_lanes;
+  float* left = total + 5 * all_lanes;
+  float* scores = left + all_lanes;
   float* key_store = scores + TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
   float* tame_store = value_store + TILE * t.value_dim;
@@ -415,30 +440,55 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   const void *keys[TILE], *values[TILE], *tame_values[TILE];
   const char *key_rows[TILE], *value_rows[TILE];
   int places[TILE];
-  const int64_t columns = t.source.columns.count();
-  for (int64_t begin = 0; begin < columns; begin += TILE) {
-    const int64_t count = smaller(TILE, columns - begin);
-    if (!find_rows(t.source, begin, count, keys, values, places)) return false;
+  // Takes in the keys that were found; `sees_from` gives of the panel at a lane which lanes see which of them.
+  const auto take = [&](int64_t count, bool all, const auto& sees_from) {
     Tile::keys(keys, places, count, t.source.key, key_store, key_rows);
     Tile::find_values(values, places, count, t.source.value, value_store);
-    const bool all = all_seen(t, begin, begin + count);
     const bool wild = careful && !all && !all_finite<Row>(values, count, t.value_dim);
     if (wild) tame<Row>(values, count, t.value_dim, tame_store, tame_values);
     const int64_t cells = Tile::values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
-      const Bounds here = bounds.from(at);
+      const auto sees = sees_from(at);
       V factor[PANEL];
       MOACOMPRESS_VECTORS(lanes - at, ({
         dots<Op, VECS>(key_rows, count, depth, query + at * depth, scores);
-        softmax_step<VECS>(scores, count, begin, all, here, t.scaling, t.softcap, peak + at, total + at, factor);
+        softmax_step<VECS>(scores, count, all, sees, t.scaling, t.softcap, peak + at, total + at, factor);
         Tile::template weights<VECS>(scores, count);
         mix<Op, VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
         if (wild)
           add_wild<Row, VECS>(
               values, count, t.value_dim, [&](int64_t k, int v) { return Tile::weight(scores, k, v); },
-              [&](int64_t k, int v) { return seen(set1(float(begin + k)), here, v); }, buffer, out + at * t.value_dim);
+              [&](int64_t k, int v) { return sees.of(v)(k); }, buffer, out + at * t.value_dim);
       }));
+    }
+  };
+  const int64_t columns = t.source.columns.count();
+  for (int64_t begin = 0; begin < columns; begin += TILE) {
+    const int64_t count = smaller(TILE, columns - begin);
+    if (!find_rows(t.source, begin, count, keys, values, places)) return false;
+    take(count, all_seen(t, begin, begin + count), [&](int64_t at) { return SeesColumns{bounds.from(at), begin}; });
+  }
+  if (t.passing_count) {
+    const int64_t first = tokens_left(t.low, t.rule), last = tokens_left(t.low + t.rows - 1, t.rule);
+    for (int64_t lane = 0; lane < all_lanes; lane++)
+      left[lane] = lane < lanes ? float(tokens_left(t.low + lane % t.rows, t.rule)) : -1.f;
+    int64_t slots[TILE];
+    float entered[TILE], until[TILE];  // seen while so many have left at most
+    bool all = true;
+    int64_t count = 0;
+    for (int64_t i = 0; i < t.passing_count; i++) {
+      if (t.passing.entered[i] <= last && t.passing.gone[i] > first) {
+        all = all && t.passing.entered[i] <= first && t.passing.gone[i] > last;
+        slots[count] = t.passing.slots[i];
+        entered[count] = float(t.passing.entered[i]);
+        until[count++] = float(t.passing.gone[i] - 1);
+      }
+      if (!count || (count < TILE && i + 1 < t.passing_count)) continue;
+      if (!find_slots(t.source, slots, count, keys, values, places)) return false;
+      take(count, all, [&](int64_t at) { return SeesPassing{left + at, entered, until}; });
+      all = true;
+      count = 0;
     }
   }
   if (!careful && !all_finite(out, all_lanes * t.value_dim)) return prefill_with<T, Tile>(t, scratch, true);

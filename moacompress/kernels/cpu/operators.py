@@ -87,8 +87,8 @@ def _fake_profile(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, keys, _, _, _, valid, rules, *numbers, sink_logits = inputs
-    ctx.numbers, ctx.cached = numbers, len(keys) > 0
+    query, key, value, keys, _, _, _, valid, rules, *numbers, sink_logits, passing = inputs
+    ctx.numbers, ctx.cached, ctx.passing = numbers, len(keys) > 0, len(passing)
     ctx.save_for_backward(query, key, value, valid, rules, sink_logits, *output)
 
 
@@ -96,6 +96,8 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     """Gradients of a prefill without cache; the learned logits' follow from the lanes' sums alone."""
     if ctx.cached:
         raise UnsupportedError("a prefill over a cache has no gradients; train without a cache (use_cache=False)")
+    if ctx.passing:
+        raise UnsupportedError("a prefill with tokens that gates keep has no gradients in compiled kernels")
     query, key, value, valid, rules, sink_logits, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     if dout.stride(-1) != 1:
@@ -110,7 +112,7 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     if sink_logits is not None:
         taken = torch.exp(sink_logits[:, None] - lse) * delta
         dlogits = -torch.where(lse == float("-inf"), 0, taken).sum((0, 2))
-    return dquery, dkey, dvalue, [], [], *[None] * 6, dlogits
+    return dquery, dkey, dvalue, [], [], *[None] * 6, dlogits, []
 
 
 def register() -> None:

@@ -49,6 +49,21 @@ struct LayerCache {
   }
 };
 
+// Puts into a cache what it has of the tokens that gates keep: of each segment the tokens' scores, the table of what is kept, and how
+// many tokens have left.
+inline void put_chosen(LayerCache& cache, const Shape& shape, const Tensors& scores, const Tensor& table, const Tensor& left, const char* op) {
+  STD_TORCH_CHECK(scores.size() == cache.keys.base.size(), op, ": ", scores.size(), " segments of scores, of ", cache.keys.base.size());
+  dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates keep");
+  dense(left, {shape.rows, shape.kv_heads}, ScalarType::Long, op, "the tokens that have left");
+  cache.chosen = {static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2), static_cast<int64_t*>(left.mutable_data_ptr()), nullptr};
+  cache.beside.push_back(PoolViews::of_bytes(scores, SCORE_BYTES * BLOCK, op, "scores"));
+  STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ", cache.beside.back().first_block.back(),
+                  " blocks of ", cache.blocks);
+  cache.planes.push_back(cache.beside.back().view());
+  for (int64_t head = 0; head < shape.kv_heads; head++)
+    cache.beside_bytes.push_back(cache.rest.rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
+}
+
 // Memory that a layer works in; grows to what the largest one wants.
 struct Scratch {
   std::optional<Buffer<char>> held;

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import Backend, CacheView, Capabilities, Scores, Status
+from moacompress.kernels.backend import Backend, CacheView, Capabilities, Passing, Scores, Status
 from moacompress.kernels.halves import BlockHalf, read_tokens
+from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.formats import FORMAT_NAMES
@@ -56,9 +57,16 @@ class ReferenceBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
+        passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.prefill`."""
-        return _attend(query, (key, value), cache, past, valid, rules, scores, with_lse)
+        wanted = with_lse or passing is not None
+        out, lse = _attend(query, (key, value), cache, past, valid, rules, scores, wanted)
+        if passing is None or lse is None:
+            return out, lse
+        kept = kept_tokens(passing, key, value, cache, rules)
+        left = tokens_left(past, valid, rules)
+        return merged((out, lse), attend_passing(query, kept, left, scores, value.shape[-1]))
 
 
 def _attend(

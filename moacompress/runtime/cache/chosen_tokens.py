@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
+from moacompress.kernels.backend import Passing
+from moacompress.kernels.dispatch import backend_on_host
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import Turnover, turnover
+from moacompress.rules.selection import Turnover
 from moacompress.rules.windows import BLOCK, selected
 from moacompress.runtime.cache.layer_blocks import LayerBlocks, Past
 from moacompress.runtime.cache.pool import Table
@@ -107,7 +109,7 @@ def _chosen(
     """`choose` from some lengths of the rows to others, where the tokens up to `before` are in the cache."""
     first, after = rules.tokens_left(first_lengths), rules.tokens_left(lengths)
     (alphas, betas), sinks, there = rules.select, rules.span.sink, scores.cpu().numpy()
-    keeps = (alphas > 0) | (betas > 0)
+    keeps, let_leave = (alphas > 0) | (betas > 0), backend_on_host().turnover
 
     def of_head(row: int, head: int) -> Turnover | None:
         if not keeps[head]:
@@ -123,7 +125,7 @@ def _chosen(
             leaving = np.concatenate([held.pool.read_scores(window_slots(held, row, head, cached)), leaving])
             in_use = np.arange(selected(left, int(alphas[head]), int(betas[head])))
             kept = held.pool.read_scores(chosen_slots(held, row, head, in_use))
-        return turnover(leaving, int(alphas[head]), int(betas[head]), kept, left)
+        return let_leave(leaving, int(alphas[head]), int(betas[head]), kept, left)
 
     return Selection(scores, [[of_head(row, head) for head in range(len(rules))] for row in range(len(before))], sinks)
 
@@ -137,6 +139,38 @@ def chosen_slots(held: LayerBlocks, row: int, head: int, places: Ints) -> Ints:
     """Returns where the tokens are that gates keep, by their places; see `window_slots`."""
     assert held.chosen is not None
     return np.asarray(held.chosen.ids[row, head, places // BLOCK].astype(np.int64) * BLOCK + places % BLOCK)
+
+
+def passing_tokens(selection: Selection, before: Ints, held: LayerBlocks | None) -> Passing:
+    """Returns the tokens that gates keep for a while in a chunk, those of before it included.
+
+    Args:
+        selection: what gates do in the chunk.
+        before: tokens of the rows before it, `[rows]`.
+        held: the layer's blocks, without the chunk; None where there is no cache.
+    """
+    none = np.zeros(0, np.int64)
+    slots, entered, gone, counts = [none], [none], [none], [0]
+    for row, made_of in enumerate(selection.turnovers):
+        for head, made in enumerate(made_of):
+            counts.append(0)
+            if made is None:
+                continue
+            ever = made.ever
+            old, new = ever[ever < made.kept_before], ever[ever >= made.kept_before]
+            positions = selection.positions(head, new, made)
+            cached = positions < before[row]
+            if held is not None:
+                slots += [
+                    chosen_slots(held, row, head, made.places[old]),
+                    window_slots(held, row, head, positions[cached]),
+                ]
+            slots.append(before[row] - positions[~cached] - 1)
+            entered.append(made.entered[ever])
+            gone.append(made.gone[ever])
+            counts[-1] = len(ever)
+    parts = np.cumsum(counts), *(np.concatenate(part) for part in (slots, entered, gone))
+    return Passing(*(torch.from_numpy(np.ascontiguousarray(part, np.int64)) for part in parts))
 
 
 class Arrivals(NamedTuple):

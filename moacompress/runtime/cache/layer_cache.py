@@ -221,19 +221,26 @@ class PlanCacheLayer(CacheLayer):
         """Returns what attention reads."""
         return self.blocks_held().view()
 
-    def can_step(self, like: torch.Tensor) -> bool:
+    def can_step(self, like: torch.Tensor, *, scored: bool = False) -> bool:
         """Whether a compiled call can take in one more token of every row: there is memory of the dtype of `like`.
 
-        It knows of no values beside a block's own, and of no gates.
+        It knows of no values beside a block's own.
+
+        Args:
+            like: a tensor.
+            scored: whether the call is given scores of the tokens, without which it knows of no gates.
         """
-        return self.held is not None and not self.beside and not self.rules.selects and self.held.has_memory_for(like)
+        able = self.held is not None and not self.beside and self.held.has_memory_for(like)
+        return able and (not self.rules.selects or (scored and self._goes_on))
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether no step need be gone back on: what gates chose would not be known."""
+        return not (self.record_past and self.rules.selects)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
-        there = self.held is not None and self.held.has_memory_for(hidden)
-        there = there and not (
-            self.record_past and self.rules.selects
-        )  # what gates chose would not be known for going back
+        there = self.held is not None and self.held.has_memory_for(hidden) and self._goes_on
         return there and self._pending is None and hidden.shape[0] == len(self.lengths)
 
     def state(self, lag: int) -> CacheState:

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.backend import CacheView
+from moacompress.kernels.backend import CacheView, Passing
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
+from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
+from moacompress.runtime.cache.chosen_tokens import passing_tokens
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
-from moacompress.runtime.decode.selected import KeptTokens, attend_kept, attend_passing, kept_tokens, merged
+from moacompress.runtime.decode.selected import attend_kept
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -128,15 +130,17 @@ class CacheStep(Route[AttendRequest]):
         """See `Route`: no padding and no gradients, and a cache with memory."""
         query, cache = request.query, request.cache
         single = request.tokens == 1 and request.chunk.real is None and not query.requires_grad
-        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query)
+        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
         return able and single and backend_for(query).capabilities.step
 
     def run(self, request: AttendRequest) -> torch.Tensor:
         """See `Route`: `[rows, 1, heads, value_dim]`."""
         cache, backend = cast(PlanCacheLayer, request.cache), backend_for(request.query)
         token = (request.query, request.key.detach(), request.value.detach())
+        rules, of_gates = request.context.rules, request.gate_scores
+        gated = None if of_gates is None else of_gates[:, :, 0].cpu()
         return cache.step_pending(
-            lambda state: backend.step(*token, cache=state, rules=request.context.rules, scores=request.scores)
+            lambda state: backend.step(*token, cache=state, rules=rules, scores=request.scores, gate_scores=gated)
         )
 
 
@@ -184,34 +188,26 @@ class Plain(Route[AttendRequest]):
         asked, rules = (query, key, value), request.context.rules
         if cache is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
             asked, rules = straight_through(request.context, *asked)
-        selection, wanted = request.choose(), any(tensor.requires_grad for tensor in asked)
-        backend = REFERENCE if selection is not None and wanted else backend_with_gradients(*asked, cached=cached)
-        out, lse = backend.prefill(
+        selection = request.choose()
+        held = None if cache is None else cast(PlanCacheLayer, cache).held
+        passing = None if selection is None else passing_tokens(selection, past, held)
+        backend = backend_with_gradients(*asked, cached=cached or passing is not None)
+        out, _ = backend.prefill(
             *asked,
             cache=view,
             past=torch.from_numpy(past),
             valid=torch.from_numpy(chunk.counts(batch)),
             rules=rules,
             scores=request.scores,
-            with_lse=selection is not None,
+            passing=passing,
         )
-        kept: list[list[KeptTokens | None]] = []
-        if selection is not None:
-            assert lse is not None
-            held = None if cache is None else cast(PlanCacheLayer, cache).held
-            kept = kept_tokens(selection, *asked[1:], rules, past, held)
-            left = [
-                _numbers(rules).tokens_left(before + 1 + np.arange(count))
-                for before, count in zip(past, chunk.counts(batch), strict=True)
-            ]
-            out = merged((out, lse), attend_passing(asked[0], kept, left, request.scores, value.shape[-1]))
         out = out.to(query.dtype)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
             cache.commit(chunk, selection)  # type: ignore[arg-type]
         if chunk.real is not None and not chunk.real[:, -1].all():
-            out = _with_padded_ends(request, key, value, out, kept)
+            out = _with_padded_ends(request, key, value, out, passing)
         return out.transpose(1, 2).contiguous()
 
 
@@ -237,7 +233,7 @@ def _with_padded_ends(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    kept: list[list[KeptTokens | None]],
+    passing: Passing | None,
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 
@@ -249,7 +245,7 @@ def _with_padded_ends(
         key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
         value: likewise, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
-        kept: the tokens that gates keep for a while in the chunk; none where no rule selects.
+        passing: the tokens that gates keep for a while in the chunk; None where no rule selects.
     """
     cache, chunk = request.cache, request.chunk
     assert chunk.real is not None
@@ -258,10 +254,11 @@ def _with_padded_ends(
     if cache is None:
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
         found, lse = _attended(request, query[:, :, 0], _as_blocks(key, value), lengths, rules)
-        if kept:
-            left = [_numbers(rules).tokens_left(length[None]) for length in tokens]
+        if passing is not None:
+            kept = kept_tokens(passing, key, value, CacheView.empty(key), rules)
+            left = tokens_left(torch.from_numpy(tokens - 1), torch.ones(len(tokens), dtype=torch.int64), rules)
             more = attend_passing(query, kept, left, request.scores, value.shape[-1])
-            found = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
+            found, _ = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
         ends = found.to(out.dtype)
     else:
         ends = _decoded(request, ends, cache.view(), lengths, request.context.rules)
@@ -285,7 +282,7 @@ def _decoded(
     if not request.context.selects:
         return found[0]
     held = cast(PlanCacheLayer, request.cache).blocks_held()
-    return merged(found, attend_kept(query, held, lengths, request.scores))
+    return merged(found, attend_kept(query, held, lengths, request.scores))[0]
 
 
 def _attended(
@@ -306,11 +303,6 @@ def _attended(
         query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=request.scores, with_lse=selects
     )
     return out, torch.full(query.shape[:2], -torch.inf, dtype=wide) if lse is None else lse
-
-
-def _numbers(rules: RuleTable) -> RuleTable:
-    """Returns the same rules in numpy."""
-    return RuleTable(rules.columns.numpy())
 
 
 def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:

@@ -1,0 +1,201 @@
+"""What a plan's gates choose, beside other scores of tokens at the same budgets, and beside other plans.
+
+    python benchmarks/gate_scores.py MODEL gates=plan.json --others windows=windows.json --tasks niah-single-2 --prompts 20
+
+The first plan has gates. Its budgets stay as they are, and tokens are scored by
+
+- `gate`: its gates, linear probes of what enters a layer;
+- `value-norm`: the norm of a token's value (as in VATP, arXiv 2406.12335);
+- `repetition`: the most attention that a token gets as the prompt is read again behind itself, with a request to repeat it (as
+  in KVzip, arXiv 2505.23416): the whole prompt must be known, so it cannot be used as tokens come;
+- `random`: a random number.
+
+The other plans are run as they are. `kept` is the share of the prompts that the dense model gets right, all tokens of the
+answer being the likeliest when the answer is given, that are right too, with its 95% interval; `nll` is that of the answer's
+tokens, less the dense model's. Everything is computed in float32. For models with a `v_proj` of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moacompress.calibration.passes import all_attended
+from moacompress.evaluation.cases import Case
+from moacompress.evaluation.stats import mean, retention
+from moacompress.evaluation.tasks import Resources, make_cases
+from moacompress.models.modules import attention_modules
+from moacompress.models.source import SourceModel, load_source
+from moacompress.prompts.pools import Prose
+from moacompress.rules.budget import parse_lengths
+from moacompress.rules.plan import Plan
+from moacompress.runtime import attach, detach
+from moacompress.runtime.gate import TokenGate, rounded_scores
+
+REQUEST = "\n\nRepeat the text above, word for word.\n\n"
+
+
+class Given(TokenGate):
+    """A gate whose scores are made elsewhere.
+
+    Args:
+        scores: gives them from what enters the layer, `[1, tokens, inputs]`: `[1, kv_heads, tokens]`.
+    """
+
+    def __init__(self, scores: Callable[[Tensor], Tensor]) -> None:
+        nn.Module.__init__(self)
+        self._scores = scores
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns scores in 1/256, int16."""
+        return rounded_scores(self._scores(hidden).float())
+
+
+def by_value_norm(module: nn.Module, kv_heads: int) -> Callable[[Tensor], Tensor]:
+    """Returns the score of a layer's tokens by the logarithm of the norm of their values."""
+    project = module.get_submodule("v_proj")
+
+    def scores(hidden: Tensor) -> Tensor:
+        value: Tensor = project(hidden).unflatten(-1, (kv_heads, -1))
+        norm: Tensor = value.norm(dim=-1)
+        return norm.clamp_min(1e-12).log().transpose(1, 2)
+
+    return scores
+
+
+def repetition_scores(source: SourceModel, ids: Sequence[int]) -> list[Tensor]:
+    """Returns of every layer the logarithm of the most attention that tokens get, `[1, kv_heads, tokens]`."""
+    between = source.tokenizer(REQUEST, add_special_tokens=False)["input_ids"]
+    n, found = len(ids), []
+    whole = np.array([*ids, *between, *ids])
+    for _, attended in sorted(all_attended(source.model, source.shape, whole).items()):
+        query, key = attended.query[0, :, n + len(between) :], attended.key[0]
+        heads, again, _ = query.shape
+        group = heads // len(key)
+        most = torch.zeros(len(key), n)
+        for head in range(heads):
+            scores = query[head] @ key[head // group].T * attended.spec.scaling
+            hidden = torch.ones(again, len(whole), dtype=torch.bool).triu(len(whole) - again + 1)
+            weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)[:, :n].amax(0)
+            most[head // group] = torch.maximum(most[head // group], weights)
+        found.append(most.clamp_min(1e-12).log()[None])
+    return found
+
+
+def ready(scores: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the scores of a prompt's tokens; those of the answer behind it get the least."""
+    return lambda hidden: nn.functional.pad(scores, (0, hidden.shape[1] - scores.shape[2]), value=-100.0)
+
+
+def put_scores(source: SourceModel, name: str, case: Case, dense: SourceModel) -> None:
+    """Puts gates of some other score on the model under the plan."""
+    modules = attention_modules(source.model)
+    repeated = repetition_scores(dense, case.prompt_ids) if name == "repetition" else []
+    generator = torch.Generator().manual_seed(len(case.prompt_ids))
+    for layer, module in enumerate(modules):
+        if not isinstance(getattr(module, "gate", None), TokenGate):
+            continue
+        if name == "value-norm":
+            module.gate = Given(by_value_norm(module, source.shape.kv_heads))
+        elif name == "repetition":
+            module.gate = Given(ready(repeated[layer]))
+        else:
+            size = 1, source.shape.kv_heads, len(case.prompt_ids)
+            module.gate = Given(ready(torch.randn(size, generator=generator)))
+
+
+def answered(model: nn.Module, case: Case) -> tuple[float, float]:
+    """Returns whether all tokens of the answer's value are the likeliest as it is given, and their mean NLL."""
+    ids = torch.tensor([case.prompt_ids + case.answer_ids])
+    values = torch.tensor([index for index, counts in enumerate(case.is_value) if counts])
+    with torch.no_grad():
+        logits = (
+            model(input_ids=ids, use_cache=False, logits_to_keep=len(case.answer_ids) + 1)
+            .logits[0, :-1][values]
+            .float()
+        )
+    targets = torch.tensor(case.answer_ids)[values]
+    return float((logits.argmax(-1) == targets).all()), float(nn.functional.cross_entropy(logits, targets))
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="MODEL, dense")
+    parser.add_argument("plan", metavar="NAME=PLAN", help="a plan with gates")
+    parser.add_argument("--others", nargs="*", default=[], metavar="NAME=PLAN", help="other plans")
+    parser.add_argument("--scores", default="gate,value-norm,repetition,random", help="with commas")
+    parser.add_argument("--tasks", default="niah-single-2,niah-single-3,niah-multikey-1", help="with commas")
+    parser.add_argument("--lengths", default="1k", help="tokens, with commas")
+    parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
+    parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    given = parser.parse_args()
+    dense, source = (load_source(given.model, dtype="float32") for _ in range(2))
+    resources = Resources(prose=Prose.load(given.text) if given.text is not None else None)
+    cases = [
+        case
+        for task in given.tasks.split(",")
+        for length in parse_lengths(given.lengths)
+        for case in make_cases(task, length, given.prompts, 0, source.tokenizer, resources)
+    ]
+    truth = [answered(dense.model, case) for case in cases]
+    right = [index for index, (correct, _) in enumerate(truth) if correct]
+    sides = [(given.plan, score) for score in given.scores.split(",")] + [(other, "") for other in given.others]
+    rows = []
+    for named, score in sides:
+        name, _, path = named.partition("=")
+        plan = Plan.load(path)
+        found = {}
+        for index in right:
+            attach(source.model, plan.in_dtype("float32"))
+            if score not in ("", "gate"):
+                put_scores(source, score, cases[index], dense)
+            found[index] = answered(source.model, cases[index])
+            detach(source.model)
+        rows.append(
+            side_row(f"{name} {score}".strip(), plan, [truth[i] for i in right], [found[i] for i in right], cases)
+        )
+        if not given.json:
+            print(shown(rows[-1]), flush=True)
+    if given.json:
+        print(json.dumps({"right": len(right), "prompts": len(cases), "rows": rows}))
+
+
+def side_row(
+    name: str,
+    plan: Plan,
+    truth: Sequence[tuple[float, float]],
+    found: Sequence[tuple[float, float]],
+    cases: Sequence[Case],
+) -> dict[str, Any]:
+    """Returns what is said of one side."""
+    n = round(float(np.mean([len(case.prompt_ids) for case in cases])))
+    kept = retention([each[0] for each in truth], [each[0] for each in found])
+    above = mean([ours[1] - theirs[1] for ours, theirs in zip(found, truth, strict=True)])
+    return {
+        "side": name,
+        "share": plan.kv_bytes(n) / plan.model.dense_kv_bytes(n),
+        "kept": None if kept is None else {"value": kept[0], "ci95": list(kept[1])},
+        "nll": {"value": above[0], "ci95": list(above[1])},
+        "right": len(found),
+    }
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Returns a row for people."""
+    kept, nll = (
+        f"{row[name]['value']:.3f} [{row[name]['ci95'][0]:.3f}, {row[name]['ci95'][1]:.3f}]" for name in ("kept", "nll")
+    )
+    return f"{row['side']:24} {row['share']:.1%} of the bytes; keeps {kept} of {row['right']}; NLL {nll} above dense"
+
+
+if __name__ == "__main__":
+    main()
