@@ -7,6 +7,7 @@ missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -31,10 +32,13 @@ TORCH = (2, 10)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
+AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 SETS = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
-    "isa_avx512_bf16.cpp": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "isa_avx512_bf16.cpp": BF16,
+    "isa_avx512_amx.cpp": (*BF16, *AMX),
 }
 """Flags of the sources that are for one instruction set: only they may use it."""
 
@@ -80,7 +84,15 @@ def instruction_flags(source: str) -> tuple[str, ...]:
     Args:
         source: its file name.
     """
-    return SETS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
+    flags = SETS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
+    return flags if knows_tiles() else tuple(flag for flag in flags if flag not in AMX)
+
+
+@functools.cache
+def knows_tiles() -> bool:
+    """Whether the compiler knows products of tiles; without them the library has none, and says so."""
+    command = [*(compiler() or ["c++"]), *AMX, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class BuildKernels(build_ext):

@@ -17,6 +17,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover, turnover
 from moacompress.rules.share import LayerShares
@@ -510,6 +511,10 @@ class Backend(ABC):
             with a cotangent that is not zero: the others take no part.
         """
         raise self._cannot("profile_backward")
+
+    def put(self, half: BlockHalf, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Writes tokens into halves of blocks; see `BlockHalf.write`, which this is."""
+        half.write(memory, slots, vectors)
 
     def turnover(
         self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0

@@ -864,7 +864,7 @@ void test_norm(Isa isa, DType dtype) {
 int main() {
   int tests = 0;
   for (int i = 0; i < 24; i++, tests++) test_advance(PORTABLE, DType(i % 3));
-  for (int isa = PORTABLE; isa <= AVX512_BF16; isa++) {
+  for (int isa = PORTABLE; isa <= AVX512_AMX; isa++) {
     if (!isa_works(Isa(isa))) {
       std::printf("%s: not on this processor\n", isa_name(Isa(isa)));
       continue;

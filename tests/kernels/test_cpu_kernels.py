@@ -13,12 +13,15 @@ from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_a
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import turnover
 from moacompress.rules.windows import block_runs, selected, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
+LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+"""Of codes: where the processor multiplies bytes, queries of 16 bits are whole numbers of as many."""
 CPU = CpuBackend()
 
 
@@ -29,8 +32,8 @@ def _built(isa):
 
 @pytest.mark.parametrize("seed", range(340))
 def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
-    isa(library.ISAS[seed % 4])
-    dtype = library.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 5])
+    dtype = library.DTYPES[seed // 5 % 3]
     case = random_case(seed, dtype)
     exact = case.to(torch.float64)
     close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
@@ -39,21 +42,36 @@ def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
 
 @pytest.mark.parametrize("seed", range(320))
 def test_random_configurations_of_formats(seed, random_case, close, isa, poisoned_memory):
-    isa(library.ISAS[seed % 4])
-    dtype = library.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 5])
+    dtype = library.DTYPES[seed // 5 % 3]
     case = random_case(seed, dtype, formats="any")
     exact = case.to(torch.float64)
-    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
-    # where the processor multiplies bytes, queries of 16 bits are whole numbers of as many
-    close(OPS.decode(*case.decode), exact.decoded(), dtype, 1e-4 if dtype == torch.float32 else 2e-3)
+    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype, LSE_ERROR[dtype])
+    close(OPS.decode(*case.decode), exact.decoded(), dtype, LSE_ERROR[dtype])
 
 
 @pytest.mark.parametrize("seed", range(320))
 def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa, poisoned_memory):
-    isa(library.ISAS[seed % 4])
-    dtype, formats = library.DTYPES[seed // 4 % 3], (None, "any")[seed // 12 % 2]
+    isa(library.ISAS[seed % 5])
+    dtype, formats = library.DTYPES[seed // 5 % 3], (None, "any")[seed // 15 % 2]
     case = random_case(seed, dtype, formats=formats, native_window=0).keeping(random.Random(seed))
-    close(OPS.prefill(*case.prefill), case.to(torch.float64).prefilled(), dtype)
+    close(OPS.prefill(*case.prefill), case.to(torch.float64).prefilled(), dtype, LSE_ERROR[dtype])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_codes_are_put_where_they_belong(seed, isa):
+    isa(library.ISAS[seed % 5])
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype, dim, count = library.DTYPES[seed % 3], rng.choice((9, 16, 20, 33, 64, 80, 256)), rng.choice((0, 1, 40, 700))
+    half = BlockHalf(rng.choice((0, 1, 2)), dim, dtype, values=rng.random() < 0.5)
+    memory = half.new(60, torch.device("cpu"))
+    memory.zero_()
+    slots, vectors = torch.randperm(60 * 16)[:count], torch.randn(count, dim + 3, dtype=dtype)[:, 2:-1]
+    expected = memory.clone()
+    half.write(expected, slots, vectors)
+    CPU.put(half, memory, slots, vectors)
+    assert torch.equal(memory, expected)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -118,7 +118,9 @@ def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch):
 
 
 def test_instruction_sets(isa):
-    with pytest.raises(UsageError, match="MOACOMPRESS_ISA is 'sse9', not one of portable, avx2, avx512, avx512_bf16"):
+    with pytest.raises(
+        UsageError, match="MOACOMPRESS_ISA is 'sse9', not one of portable, avx2, avx512, avx512_bf16, avx512_amx"
+    ):
         library.set_isa("sse9")
 
 

@@ -153,8 +153,8 @@ def build(seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_random_layers(seed, isa, poisoned_memory):
-    isa(library.ISAS[seed % 4])
-    dtype = library.DTYPES[seed // 4 % 3]
+    isa(library.ISAS[seed % 5])
+    dtype = library.DTYPES[seed // 5 % 3]
     case = build(seed, dtype, formats=seed % 2 == 1)
     for _ in range(2):
         found, expected = case.step(), case.expected()

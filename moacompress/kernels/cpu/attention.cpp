@@ -363,6 +363,18 @@ bool find_rows(const RowSource& source, int64_t column, int64_t count, const voi
   return true;
 }
 
+Status put(const PutCall& call, const Parallel& parallel, Isa isa) {
+  const Kernels& kernels = kernels_of(isa);
+  constexpr int64_t TOKENS = 256;  // of a task
+  return run_tasks(parallel, (call.count + TOKENS - 1) / TOKENS, size_t(call.half.dim + 16), [&](int64_t task, float* buffer) {
+    for (int64_t i = task * TOKENS; i < smaller((task + 1) * TOKENS, call.count); i++) {
+      const char* from = static_cast<const char*>(call.from) + i * call.row * int64_t(element_size(call.dtype));
+      kernels.encode[call.dtype](from, call.half, call.slots[i] % BLOCK, call.to + call.slots[i] / BLOCK * call.half.bytes, buffer);
+    }
+    return OK;
+  });
+}
+
 static int64_t tasks_of(int64_t n, const Rule& rule) { return (reads_of(n, rule).count() + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
 
 size_t kept_floats(const DecodeCall& call) {

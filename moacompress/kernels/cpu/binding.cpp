@@ -80,6 +80,21 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
   return {out, lse};
 }
 
+void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool values) {
+  const char* op = "put";
+  STD_TORCH_CHECK(vectors.dim() == 2 && (format == INT8 || format == INT4), op, ": vectors of the shape ", text(vectors), " in format ", format);
+  const int64_t count = vectors.size(0), dim = vectors.size(1);
+  check_rows(vectors, {count, dim}, vectors.scalar_type(), op, "vectors");
+  const Half half = half_of(format, dim, 1, values ? VALUES : KEYS);
+  dense(memory, {-1, half.bytes}, ScalarType::Byte, op, "memory");
+  const int64_t* at = numbers(slots, count, op, "slots");
+  for (int64_t i = 0; i < count; i++)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
+  const PutCall call = {dtype_of(vectors, op), half, vectors.const_data_ptr(), vectors.stride(0), count, at,
+                        static_cast<char*>(memory.mutable_data_ptr())};
+  check_status(put(call, parallel(), isa()), op);
+}
+
 std::tuple<Tensor, Tensor> turnover_op(Tensor scores, Tensor kept, int64_t select_alpha, int64_t select_beta_q, int64_t left) {
   const char* op = "turnover";
   const int64_t before = kept.numel(), leaving = scores.numel();
@@ -185,7 +200,7 @@ EXPORT const char* moacompress_isa() { return isa_name(isa()); }
 
 // Chooses an instruction set by name; false where it is unknown or this processor lacks it.
 EXPORT bool moacompress_set_isa(const char* name) {
-  for (int i = PORTABLE; i <= AVX512_BF16; i++)
+  for (int i = PORTABLE; i <= AVX512_AMX; i++)
     if (std::string(isa_name(Isa(i))) == name && isa_works(Isa(i))) {
       chosen_isa.store(i);
       return true;
@@ -214,6 +229,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
   m.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
       "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)");
+  m.def("put(Tensor(a!) memory, Tensor slots, Tensor vectors, int format, bool values) -> ()");
   m.def("turnover(Tensor scores, Tensor kept, int select_alpha, int select_beta_q, int left) -> (Tensor, Tensor)");
   m.def(
       "prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
@@ -227,6 +243,7 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode_op));
   m.impl("prefill", TORCH_BOX(&prefill_op));
+  m.impl("put", TORCH_BOX(&put_op));
   m.impl("turnover", TORCH_BOX(&turnover_op));
   m.impl("prefill_backward", TORCH_BOX(&backward_op));
   m.impl("profile_backward", TORCH_BOX(&profile_op));

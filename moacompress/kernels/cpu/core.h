@@ -15,7 +15,7 @@
 namespace moacompress {
 
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2 };
-enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AVX512_AMX = 4 };
 enum Status : int { OK = 0, NO_MEMORY = 1, MISSING_BLOCK = 2 };
 
 constexpr int64_t CHUNK_BLOCKS = 16;  // cache blocks of one decode task
@@ -171,6 +171,16 @@ struct TurnoverCall {
 };
 constexpr int64_t NEVER = int64_t(1) << 40;
 
+// Tokens written in a format with codes: to slots, block * 16 + place in it, of memory with so many blocks' halves.
+struct PutCall {
+  DType dtype;
+  Half half;
+  const void* from;   // [tokens, dim]
+  int64_t row, count;  // numbers from token to token; tokens
+  const int64_t* slots;
+  char* to;
+};
+
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
 struct Missing {
   int64_t blocks, head;
@@ -260,6 +270,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
 Status put_beside(const BesideCall& call, Isa isa);
 Status turnover(const TurnoverCall& call);
+Status put(const PutCall& call, const Parallel& parallel, Isa isa);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
@@ -422,7 +433,8 @@ struct Kernels {
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_amx_kernels;
+extern const bool built_with_tiles;  // whether the last one has products of tiles
 #endif
 
 }  // namespace moacompress

@@ -30,6 +30,7 @@ from moacompress.kernels.backend import (
     WeightsMoved,
 )
 from moacompress.kernels.cpu import library
+from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover
 from moacompress.rules.share import COPY, LayerShares, planes_of
@@ -124,6 +125,13 @@ class CpuBackend(Backend):
             _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(passing or ())]
         )
         return found
+
+    def put(self, half: BlockHalf, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
+        """See `Backend.put`."""
+        if half.bits:
+            torch.ops.moacompress_cpu.put(memory, slots.contiguous(), _rows(vectors.detach()), half.code, half.values)
+        else:
+            half.write(memory, slots, vectors)
 
     def turnover(
         self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0

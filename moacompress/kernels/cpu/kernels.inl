@@ -161,9 +161,10 @@ template <class T> inline void into_lane(const T* row, int64_t dim, int64_t lane
   for (int64_t d = 0; d < dim; d++) to[d * LANES] = buffer[d];
 }
 template <class T>
-inline void out_of_lane(const float* panels, int64_t dim, int64_t lane, float factor, float* buffer, T* row, bool rotate = false) {
+inline void out_of_lane(const float* panels, int64_t dim, int64_t lane, float factor, float* buffer, T* row, bool rotate = false,
+                        float rest = 0.f) {
   const float* from = panels + lane / LANES * dim * LANES + lane % LANES;
-  for (int64_t d = 0; d < dim; d++) buffer[d] = from[d * LANES] * factor;
+  for (int64_t d = 0; d < dim; d++) buffer[d] = (from[d * LANES] + rest) * factor;
   if (rotate) hadamard(buffer, dim);
   narrow_row(buffer, dim, row);
 }
@@ -172,7 +173,7 @@ inline int64_t panels_of(int64_t lanes) { return (lanes + LANES - 1) / LANES; }
 
 size_t tile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim) {
   const int64_t most = larger(panels_of(lanes), panels_of(TILE)) * LANES, dims = head_dim + value_dim;
-  return size_t(2 * most * dims + 8 * most + 3 * TILE * LANES + 2 * TILE * dims + dims + 2 * W);
+  return size_t(2 * most * dims + 10 * most + 3 * TILE * LANES + 2 * TILE * dims + dims + 2 * W);
 }
 
 // What a lane does not see has a weight of zero, and zero times a number that is not finite is NaN. That shows in a tile's sums,
@@ -342,55 +343,83 @@ inline void pair_values(const void* const* from, int64_t count, int64_t dim, flo
 }
 #endif
 
-// How a dtype's tiles are multiplied; `Row` is what the rows of values are of that `values` takes.
+// How a dtype's tiles are multiplied; `Row` is what the rows of values are of that `values` takes. `extra` is memory of three numbers
+// of every lane, and there is more, as for scores.
 template <class T> struct FloatTile {
   typedef Float32 Op;
   typedef T Row;
-  static inline int64_t depth(int64_t dim) { return dim; }
-  static inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+  FloatTile(const PrefillTile&, int64_t, float*, float*) {}
+  static inline int64_t depth(const PrefillTile& t) { return t.head_dim; }
+  inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
     into_lane(row, key.dim, lane, buffer, panels);
   }
-  static inline void keys(const void* const* from, const int*, int64_t count, const Half& half, float* store, const char** to) {
+  inline void keys(const void* const* from, const int*, int64_t count, const Half& half, float* store, const char** to) {
     as_floats(from, count, half.dim, store, (const T*)nullptr, to);
   }
-  static inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
-  static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
+  inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     as_floats(from, count, dim, store, (const T*)nullptr, to);
     return count;
   }
-  template <int VECS> static inline void weights(float*, int64_t) {}
-  static inline V weight(const float* at, int64_t key, int v) { return load(at + key * LANES + v * W); }
+  // Scores of the keys for the lanes of a panel, from `lane` on.
+  template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
+    dots<Op, VECS>(rows, count, depth, panel, to);
+  }
+  template <int VECS, class Sees> inline void weights(float*, int64_t, int64_t, const V*, const Sees&) {}
+  inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<T>(rows, count, dim); }
+  template <int VECS>
+  inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
+    moacompress::mix<Op, VECS>(rows, count, columns, panel, factor, to);
+  }
+  inline V weight(const float* at, int64_t key, int v) const { return load(at + key * LANES + v * W); }
+  // What is to be added to every number of a lane.
+  inline float rest(int64_t) const { return 0.f; }
+  inline bool finite() const { return true; }
 };
 #ifdef MOACOMPRESS_BF16_DOT
 struct PairTile {
   typedef Pairs Op;
   typedef bf16 Row;
-  static inline int64_t depth(int64_t dim) { return dim / 2; }
-  static inline void lane(const bf16* row, const Half& key, int64_t lane, float*, float* panels) {
+  PairTile(const PrefillTile&, int64_t, float*, float*) {}
+  static inline int64_t depth(const PrefillTile& t) { return t.head_dim / 2; }
+  inline void lane(const bf16* row, const Half& key, int64_t lane, float*, float* panels) {
     const int64_t cells = key.dim / 2;
     float* to = panels + lane / LANES * cells * LANES + lane % LANES;
     for (int64_t d = 0; d < cells; d++) memcpy(to + d * LANES, row + 2 * d, 4);
   }
-  static inline void keys(const void* const* from, const int*, int64_t count, const Half&, float*, const char** to) {
+  inline void keys(const void* const* from, const int*, int64_t count, const Half&, float*, const char** to) {
     for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
     repeat_last(to, count);
   }
-  static inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
-  static inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
+  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
+  inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     pair_values(from, count, dim, store, to);
     return (count + 1) / 2;
   }
-  template <int VECS> static inline void weights(float* at, int64_t count) { pair_weights<VECS>(at, count); }
-  static inline V weight(const float* at, int64_t key, int v) {
+  template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
+    dots<Op, VECS>(rows, count, depth, panel, to);
+  }
+  template <int VECS, class Sees> inline void weights(float* at, int64_t count, int64_t, const V*, const Sees&) {
+    pair_weights<VECS>(at, count);
+  }
+  inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<bf16>(rows, count, dim); }
+  template <int VECS>
+  inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
+    moacompress::mix<Op, VECS>(rows, count, columns, panel, factor, to);
+  }
+  inline V weight(const float* at, int64_t key, int v) const {
     const __m512i cell = _mm512_loadu_si512(at + key / 2 * LANES + v * W);
     return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
   }
+  inline float rest(int64_t) const { return 0.f; }
+  inline bool finite() const { return true; }
 };
 #endif
 
 // Codes are expanded, a tile of them at a time, to float32 in their rotated basis.
 template <class T> struct CodesTile : FloatTile<float> {
-  static inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+  using FloatTile<float>::FloatTile;
+  inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
     widen_row(row, key.dim, buffer);
     if (key.format != NATIVE) hadamard(buffer, key.dim);
     float* to = panels + lane / LANES * key.dim * LANES + lane % LANES;
@@ -402,37 +431,46 @@ template <class T> struct CodesTile : FloatTile<float> {
       else expand(from[i], places[i], half, store + i * half.dim);
     }
   }
-  static inline void keys(const void* const* from, const int* places, int64_t count, const Half& half, float* store, const char** to) {
+  inline void keys(const void* const* from, const int* places, int64_t count, const Half& half, float* store, const char** to) {
     floats(from, places, count, half, store);
     for (int64_t i = 0; i < count; i++) to[i] = (const char*)(store + i * half.dim);
     repeat_last(to, count);
   }
-  static inline void find_values(const void** rows, const int* places, int64_t count, const Half& half, float* store) {
+  inline void find_values(const void** rows, const int* places, int64_t count, const Half& half, float* store) {
     floats(rows, places, count, half, store);
     for (int64_t i = 0; i < count; i++) rows[i] = store + i * half.dim;
   }
 };
 
+#ifdef MOACOMPRESS_AMX
+}  // namespace
+}  // namespace moacompress
+#include "amx.inl"
+namespace moacompress {
+namespace {
+#endif
+
 template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* scratch, bool careful = false) {
-  typedef typename Tile::Op Op;
   typedef typename Tile::Row Row;
   const int64_t lanes = t.group * t.rows, panels = panels_of(lanes), all_lanes = panels * LANES;
-  const int64_t depth = Tile::depth(t.head_dim);
+  const int64_t depth = Tile::depth(t);
   float* query = scratch;
   float* out = query + all_lanes * depth;
   float* peak = out + all_lanes * t.value_dim;
   float* total = peak + all_lanes;
   const Bounds bounds = {total + all_lanes, total + 2 * all_lanes, total + 3 * all_lanes, total + 4 * all_lanes};
   float* left = total + 5 * all_lanes;
-  float* scores = left + all_lanes;
-  float* key_store = scores + TILE * LANES;
+  float* const extra = left + all_lanes;
+  float* scores = extra + 3 * all_lanes;
+  float* key_store = scores + 2 * TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
   float* tame_store = value_store + TILE * t.value_dim;
   float* buffer = tame_store + TILE * t.value_dim;
+  Tile tile(t, all_lanes, extra, scores + TILE * LANES);
 
   memset(query, 0, size_t(all_lanes * (depth + t.value_dim)) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++)
-    Tile::lane((const T*)(t.query + lane / t.rows * t.query_head_bytes + lane % t.rows * t.query_row_bytes), t.source.key, lane,
+    tile.lane((const T*)(t.query + lane / t.rows * t.query_head_bytes + lane % t.rows * t.query_row_bytes), t.source.key, lane,
                buffer, query);
   for (int64_t lane = 0; lane < all_lanes; lane++) peak[lane] = NOTHING, total[lane] = 0.f;
   set_bounds(t, all_lanes, bounds);
@@ -442,23 +480,23 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   int places[TILE];
   // Takes in the keys that were found; `sees_from` gives of the panel at a lane which lanes see which of them.
   const auto take = [&](int64_t count, bool all, const auto& sees_from) {
-    Tile::keys(keys, places, count, t.source.key, key_store, key_rows);
-    Tile::find_values(values, places, count, t.source.value, value_store);
-    const bool wild = careful && !all && !all_finite<Row>(values, count, t.value_dim);
+    tile.keys(keys, places, count, t.source.key, key_store, key_rows);
+    tile.find_values(values, places, count, t.source.value, value_store);
+    const bool wild = careful && !all && !tile.finite_values(values, count, t.value_dim);
     if (wild) tame<Row>(values, count, t.value_dim, tame_store, tame_values);
-    const int64_t cells = Tile::values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
+    const int64_t cells = tile.values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
       const auto sees = sees_from(at);
       V factor[PANEL];
       MOACOMPRESS_VECTORS(lanes - at, ({
-        dots<Op, VECS>(key_rows, count, depth, query + at * depth, scores);
+        tile.template scores<VECS>(key_rows, count, depth, query + at * depth, at, scores);
         softmax_step<VECS>(scores, count, all, sees, t.scaling, t.softcap, peak + at, total + at, factor);
-        Tile::template weights<VECS>(scores, count);
-        mix<Op, VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
+        tile.template weights<VECS>(scores, count, at, factor, sees);
+        tile.template mix<VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
         if (wild)
           add_wild<Row, VECS>(
-              values, count, t.value_dim, [&](int64_t k, int v) { return Tile::weight(scores, k, v); },
+              values, count, t.value_dim, [&](int64_t k, int v) { return tile.weight(scores, k, v); },
               [&](int64_t k, int v) { return sees.of(v)(k); }, buffer, out + at * t.value_dim);
       }));
     }
@@ -491,7 +529,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
       count = 0;
     }
   }
-  if (!careful && !all_finite(out, all_lanes * t.value_dim)) return prefill_with<T, Tile>(t, scratch, true);
+  if (!careful && !(all_finite(out, all_lanes * t.value_dim) && tile.finite())) return prefill_with<T, Tile>(t, scratch, true);
   for (int64_t lane = 0; lane < lanes; lane++) {
     const int64_t head = lane / t.rows, row = lane % t.rows;
     float top = peak[lane] * (t.softcap > 0 ? 1.f : t.scaling), sum = total[lane], factor = 1.f;
@@ -503,7 +541,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
     }
     t.lse[head * t.lse_head + row] = top + __builtin_logf(sum);
     out_of_lane(out, t.value_dim, lane, factor / sum, buffer, (T*)(t.out + head * t.out_head_bytes + row * t.out_row_bytes),
-                t.source.value.format != NATIVE);
+                t.source.value.format != NATIVE, tile.rest(lane));
   }
   return true;
 }
@@ -512,8 +550,17 @@ template <class T> bool prefill_tile(const PrefillTile& t, float* scratch) { ret
 template <class T> bool prefill_codes_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, CodesTile<T>>(t, scratch); }
 #ifdef MOACOMPRESS_BF16_DOT
 template <> bool prefill_tile<bf16>(const PrefillTile& t, float* scratch) {
+#ifdef MOACOMPRESS_AMX
+  if (AmxTile::fits(t)) return prefill_with<bf16, AmxTile>(t, scratch);
+#endif
   if (t.head_dim % 2) return prefill_with<bf16, FloatTile<bf16>>(t, scratch);
   return prefill_with<bf16, PairTile>(t, scratch);
+}
+#endif
+#ifdef MOACOMPRESS_AMX
+template <> bool prefill_codes_tile<bf16>(const PrefillTile& t, float* scratch) {
+  if (!AmxTile::fits(t)) return prefill_with<bf16, CodesTile<bf16>>(t, scratch);
+  return prefill_with<bf16, AmxTile>(t, scratch);
 }
 #endif
 

@@ -22,7 +22,7 @@ from moacompress.rules.rule_table import RuleTable
 
 LIBRARY = Path(__file__).parent / "libmoacompress_cpu.so"
 ISA_VARIABLE = "MOACOMPRESS_ISA"
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 """Instruction sets, the plainest first."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILERS = ("c++", "g++", "clang++")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from moacompress.core.arrays import Ints
+from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
@@ -262,12 +263,13 @@ class Pool:
             keys: `[tokens, head_dim]`.
             values: `[tokens, value_dim]`.
         """
+        put = backend_for(keys).put
         for kind, chosen in _groups(self.layout.of_head[heads]):
             halves = self.layout.kinds[kind]
             own = [data if chosen is None else data[self._index(chosen)] for data in (keys, values)]
             for at, picks, inside in self._split(slots if chosen is None else slots[chosen], BLOCK):
                 for half, segment, data in zip(halves, (self.keys[at], self.values[at]), own, strict=True):
-                    half.write(segment, inside, data if picks is None else data[picks])
+                    put(half, segment, inside, data if picks is None else data[picks])
 
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
         """Copies tokens, with their scores, to places in blocks of their own kind.

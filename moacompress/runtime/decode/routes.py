@@ -188,9 +188,10 @@ class Plain(Route[AttendRequest]):
         asked, rules = (query, key, value), request.context.rules
         if cache is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
             asked, rules = straight_through(request.context, *asked)
-        selection = request.choose()
-        held = None if cache is None else cast(PlanCacheLayer, cache).held
-        passing = None if selection is None else passing_tokens(selection, past, held)
+        selection, passing = request.choose(), None
+        if selection is not None:
+            held = None if cache is None else cast(PlanCacheLayer, cache).held
+            passing = passing_tokens(selection, past, held)
         backend = backend_with_gradients(*asked, cached=cached or passing is not None)
         out, _ = backend.prefill(
             *asked,
