@@ -31,8 +31,11 @@ def test_recipe(file: Path) -> None:
 
 
 def test_one_profile_serves_every_budget() -> None:
-    recipes = [Recipe.load(FOLDER / "smollm2-135m" / f"{name}.yaml") for name in ("quarter", "eighth", "sixteenth")]
-    assert len({recipe.budget for recipe in recipes}) == 3
+    recipes = [
+        Recipe.load(FOLDER / "smollm2-135m" / f"{name}.yaml")
+        for name in ("quarter", "eighth", "sixteenth", "thirtysecond")
+    ]
+    assert len({recipe.budget for recipe in recipes}) == len(recipes)
     for recipe in recipes:
         assert (recipe.calibration, recipe.profile, recipe.dtype, recipe.seed, recipe.model) == (
             (recipes[0].calibration, recipes[0].profile, recipes[0].dtype, recipes[0].seed, recipes[0].model)

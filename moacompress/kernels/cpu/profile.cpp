@@ -114,7 +114,7 @@ struct ProfileJob {
       const Visible now = plan ? visible(n, *plan) : Visible{};
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
         const Visible see = visible(n, call.rules.of(rule));
-        const int64_t left = larger(see.start - see.sink_end, 0), kept = selected(rule, left);
+        const int64_t left = larger(see.start - see.sink_end, 0), kept = kept_of(rule, left);
         const bool full = kept >= left;
         const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && !kept);
         const bool unchanged = plan ? same || (full && now.sink_end >= now.start) : full;
@@ -147,10 +147,9 @@ struct ProfileJob {
     work.sinks = space.sinks;
   }
 
-  // How many of so many tokens that have left the window a rule keeps.
-  int64_t selected(int64_t rule, int64_t left) const {
-    if (!call.choice_of || call.choice_of[rule] < 0) return 0;
-    return smaller(left, call.rules.at(7, rule) + ((call.rules.at(8, rule) * left) >> 10));
+  // How many of so many tokens that have left the window a rule keeps; none where it is asked for its windows alone.
+  int64_t kept_of(int64_t rule, int64_t left) const {
+    return call.choice_of && call.choice_of[rule] >= 0 ? selected(left, call.rules.of(rule)) : 0;
   }
 
   // Says what the rules that select see on the rows of a tile.
