@@ -85,14 +85,20 @@ def instruction_flags(source: str) -> tuple[str, ...]:
         source: its file name.
     """
     flags = SETS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
-    return flags if knows_tiles() else tuple(flag for flag in flags if flag not in AMX)
+    if not set(AMX) & set(flags) or knows_tiles():
+        return flags
+    return tuple(flag for flag in flags if flag not in AMX)
 
 
 @functools.cache
 def knows_tiles() -> bool:
-    """Whether the compiler knows products of tiles; without them the library has none, and says so."""
-    command = [*(compiler() or ["c++"]), *AMX, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    """Whether compiler and assembler know products of tiles; without them the library has none."""
+    command = compiler()
+    if command is None:
+        return False
+    source = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbusd(0, 1, 2); }"
+    run = [*command, *AMX, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(run, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 class BuildKernels(build_ext):

@@ -39,6 +39,7 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.gate import TokenGate, rounded_scores
 
+SCORES = ("gate", "value-norm", "repetition", "random")
 REQUEST = "\n\nRepeat the text above, word for word.\n\n"
 
 
@@ -131,13 +132,20 @@ def main() -> None:
     parser.add_argument("model", help="MODEL, dense")
     parser.add_argument("plan", metavar="NAME=PLAN", help="a plan with gates")
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME=PLAN", help="other plans")
-    parser.add_argument("--scores", default="gate,value-norm,repetition,random", help="with commas")
+    parser.add_argument("--scores", default=",".join(SCORES), help="with commas")
     parser.add_argument("--tasks", default="niah-single-2,niah-single-3,niah-multikey-1", help="with commas")
     parser.add_argument("--lengths", default="1k", help="tokens, with commas")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
     parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
+    asked = given.scores.split(",")
+    unknown = [name for name in asked if name not in SCORES]
+    if unknown:
+        parser.error(f"no score is called {unknown[0]!r}; known are {', '.join(SCORES)}")
+    plans = {named: Plan.load(named.partition("=")[2] or named) for named in (given.plan, *given.others)}
+    if not plans[given.plan].selects:
+        parser.error(f"{given.plan} has no gates")
     dense, source = (load_source(given.model, dtype="float32") for _ in range(2))
     resources = Resources(prose=Prose.load(given.text) if given.text is not None else None)
     cases = [
@@ -148,11 +156,12 @@ def main() -> None:
     ]
     truth = [answered(dense.model, case) for case in cases]
     right = [index for index, (correct, _) in enumerate(truth) if correct]
-    sides = [(given.plan, score) for score in given.scores.split(",")] + [(other, "") for other in given.others]
+    if not right:
+        raise SystemExit(f"the dense model gets none of {len(cases)} prompts right")
+    sides = [(given.plan, score) for score in asked] + [(other, "") for other in given.others]
     rows = []
     for named, score in sides:
-        name, _, path = named.partition("=")
-        plan = Plan.load(path)
+        name, plan = named.partition("=")[0], plans[named]
         found = {}
         for index in right:
             attach(source.model, plan.in_dtype("float32"))

@@ -120,6 +120,8 @@ def train_gates(
     Raises:
         DataError: fewer than two samples.
     """
+    if len(samples) < 2:
+        raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
     groups = in_memory(range(len(attention_modules(model))), model.config.get_text_config(decoder=True).hidden_size + 1)
     count = len(samples)
     progress.start("training gates", len(groups) * (count + min(JUDGED, count)))
@@ -130,12 +132,15 @@ def train_gates(
         with kept_inputs(model, groups[0]) as inputs:
             found = influence(index)
         if np.isfinite(found).all():
-            first.add(len(used), with_ones(inputs), found)
+            first.add(len(used), with_ones(inputs, groups[0]), found)
             used.append(sample)
             of_tokens.append(found)
         progress.step(f"{len(sample.input_ids)} tokens")
     if len(used) < 2:
-        raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
+        raise DataError(
+            f"only {len(used)} of {count} samples for gates have finite influence, and two are needed; profile with "
+            "--dtype float32, and check that the model is sound"
+        )
     judged = [int(place) for place in np.linspace(0, len(used) - 1, min(JUDGED, len(used))).round()]
     fitted, left = [], []
     for group in groups:
@@ -233,15 +238,23 @@ def kept_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[
         yield held
 
 
-def with_ones(held: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yields of every layer what gates are fitted to of `kept_inputs`, and a one, `[tokens - FIRST - LAG, inputs + 1]`."""
-    for layer in sorted(held):
+def with_ones(held: dict[int, Tensor], layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yields rows of inputs that gates are fitted to, each with a one for the bias, and lets go of them.
+
+    Args:
+        held: of `kept_inputs`.
+        layers: their indices.
+
+    Yields:
+        A layer, and `[tokens - FIRST - LAG, inputs + 1]` in float32.
+    """
+    for layer in layers:
         x = held.pop(layer)[0, FIRST:-LAG].float()
         yield layer, torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
 def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields `with_ones` of some layers, in one forward pass.
+    """Yields what gates are fitted to of some layers in one forward pass, as `with_ones` does.
 
     Args:
         model: dense.
@@ -250,7 +263,7 @@ def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[in
     """
     with kept_inputs(model, layers) as held:
         read_through(model, sample.input_ids)
-    yield from with_ones(held)
+    yield from with_ones(held, layers)
 
 
 def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:

@@ -15,7 +15,7 @@ from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.baselines import FAMILIES, UNIFORM_CHOICES, family_plans, uniform_choices
+from moacompress.search.baselines import FAMILIES, UNIFORM_GATES, family_plans
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import total_cost
 from moacompress.search.search_request import SearchRequest
@@ -104,12 +104,13 @@ def _candidates(family: str, request: SearchRequest) -> list[Plan]:
     """Returns what is measured of a family: where formats are on offer, those predicted to be best."""
     spans, formats = request.profile.offering(()).without_gates(), request.profile.formats
     floors = layer_floors(request.recipe.search.floors, spans.shape)
-    if family == UNIFORM_CHOICES:
-        plans = uniform_choices(request.profile, request.limits, formats)
-    else:
-        sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
-        plans = family_plans(family, spans.shape, request.limits, spans, sinks, formats)
-    found = [plan for plan in plans if meets(plan, floors, request.limits)]
+    sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
+    source = request.profile if family == UNIFORM_GATES else spans
+    found = [
+        plan
+        for plan in family_plans(family, spans.shape, request.limits, source, sinks, formats)
+        if meets(plan, floors, request.limits)
+    ]
     if formats:
         found.sort(key=lambda plan: nearly_predicted(request.surrogate, plan, max(request.limits)))
     return found[:CANDIDATES]

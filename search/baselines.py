@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FormatPair: TypeAlias = tuple[str, str]
 """Formats of the keys and of the values, by name."""
 NATIVE_PAIR: FormatPair = (NATIVE, NATIVE)
-UNIFORM_CHOICES = "uniform_gates"
+UNIFORM_GATES = "uniform_gates"
 """Name of the family of `uniform_choices`."""
 STREAMING_WINDOW = 256
 """Widest fixed window of a streaming KV head, tokens."""
@@ -303,7 +303,7 @@ FAMILIES = {
     "duo": ("split",),
     "moa": ("moa",),
     "quantized": ("quantized",),
-    UNIFORM_CHOICES: (),
+    UNIFORM_GATES: (),
 }
 """What a search measures beside its plans, and the baselines whose best candidate stands for it."""
 
@@ -350,6 +350,8 @@ def family_plans(
 
     Arguments are those of `plans_within`.
     """
+    if family == UNIFORM_GATES:
+        return uniform_choices(profile, limits, formats)
     found: dict[str, Plan] = {}
     for name in FAMILIES[family]:
         if name == "moa" and name not in profile.estimators:

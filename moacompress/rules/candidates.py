@@ -54,9 +54,7 @@ def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple
     while 4 * size <= max_length:
         fixed.append((size, 0))
         size *= 2
-    # what one length leaves over can be spent by choices that grow from a fixed number on
-    both = [(size, max(1, BETA_ONE * size // max_length)) for size, _ in fixed]
-    choices = [*fixed, *both, *growing, (4 * SMALLEST_CHOICE, int(BETA_ONE / 16))]
+    choices = [*fixed, *growing, (4 * SMALLEST_CHOICE, int(BETA_ONE / 16))]
     return tuple(
         Rule(min(sinks), *window, select_alpha=alpha, select_beta_q=beta_q)
         for window in windows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -300,3 +303,31 @@ def test_what_stays_native(profile: Profile) -> None:
     shape = replace(profile.shape, head_dim=64)
     limits = {512: shape.dense_kv_bytes(512) // 2}
     assert len(family_plans("quantized", shape, limits, profile, (4, 16), BOTH)) == 3
+
+
+def test_one_choice_for_all_takes_what_it_may() -> None:
+    shape = ModelShape("llama", 2, 4, 2, 16, "bfloat16", (None, 128), "w")
+    draw = np.random.default_rng(0)
+    weights = GateWeights(draw.standard_normal((2, 2, 8), np.float32), draw.standard_normal((2, 2), np.float32))
+    rules = (Rule.FULL, Rule(4, 16, 0), Rule(4, 16, 0, select_alpha=16), Rule(4, 32, 0, select_alpha=16))
+
+    def plan(rows: list[list[Rule]]) -> Plan:
+        return Plan(shape, 16, tuple(map(tuple, rows)), gates=weights.fingerprint, gate_weights=weights)
+
+    profile: Any = types.SimpleNamespace(shape=shape, min_window=16, rules=rules, plan=plan)
+    limits = {1024: shape.dense_kv_bytes(1024) // 4, 512: shape.dense_kv_bytes(512) // 4}
+    found = family_plans("uniform_gates", shape, limits, profile, (4,), BOTH)
+    assert found
+    for each in found:
+        assert all(each.kv_bytes(n) <= limit for n, limit in limits.items())
+        first, second = each.rules[0][0], each.rules[1][0]
+        assert first.selects
+        assert not second.selects  # a window of the layer's own
+        assert {*each.rules[0]} == {first}
+        if first.select_beta_q < 1024:
+            more = replace(first, select_beta_q=first.select_beta_q + 1)
+            wider = plan([[more] * 2, [more.without_choice()] * 2])
+            assert any(wider.kv_bytes(n) > limit for n, limit in limits.items())
+    assert family_plans("uniform_gates", shape, {512: 10}, profile, (4,), BOTH) == []
+    profile.rules = rules[:2]
+    assert family_plans("uniform_gates", shape, limits, profile, (4,), BOTH) == []

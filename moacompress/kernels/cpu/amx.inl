@@ -13,18 +13,19 @@ constexpr int64_t PAIRS = TILE / 2;  // of the keys of a step
 inline int64_t whole_cells(int64_t cells) { return (cells + CELLS - 1) / CELLS * CELLS; }
 
 // All eight tiles have 16 rows of 64 bytes while one of these is there.
-struct Tiles {
-  Tiles() {
+struct TileConfig {
+  TileConfig() {
     alignas(64) uint8_t config[64] = {1};
     for (int i = 0; i < 8; i++) {
       config[16 + 2 * i] = 64;
       config[48 + i] = 16;
     }
+    asm volatile("" ::"r"(config) : "memory");  // some compilers take it for eight bytes
     _tile_loadconfig(config);
   }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  ~TileConfig() { _tile_release(); }
+  TileConfig(const TileConfig&) = delete;
+  TileConfig& operator=(const TileConfig&) = delete;
 };
 
 // One product of tiles, by numbers that the instructions have in them.
@@ -113,7 +114,7 @@ struct AmxTile {
   int64_t lanes, width;  // lanes of all panels; cells of a key
   const int* places = nullptr;
   float key_scale[TILE], key_zero[TILE], factors[TILE], offsets[TILE];
-  const Tiles tiles;
+  const TileConfig config;
 
   AmxTile(const PrefillTile& t, int64_t lanes, float* extra, float* more)
       : t(t), key(t.source.key), value(t.source.value), units(extra), sums(extra + lanes), zeros(extra + 2 * lanes), lower(more),

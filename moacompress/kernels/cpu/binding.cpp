@@ -85,12 +85,13 @@ void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool va
   STD_TORCH_CHECK(vectors.dim() == 2 && (format == INT8 || format == INT4), op, ": vectors of the shape ", text(vectors), " in format ", format);
   const int64_t count = vectors.size(0), dim = vectors.size(1);
   check_rows(vectors, {count, dim}, vectors.scalar_type(), op, "vectors");
+  STD_TORCH_CHECK(dim > 0, op, ": vectors of no numbers");
   const Half half = half_of(format, dim, 1, values ? VALUES : KEYS);
   dense(memory, {-1, half.bytes}, ScalarType::Byte, op, "memory");
   const int64_t* at = numbers(slots, count, op, "slots");
   for (int64_t i = 0; i < count; i++)
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
-  const PutCall call = {dtype_of(vectors, op), half, vectors.const_data_ptr(), vectors.stride(0), count, at,
+  const PutCall call = {dtype_of(vectors, op, "vectors"), half, vectors.const_data_ptr(), vectors.stride(0), count, at,
                         static_cast<char*>(memory.mutable_data_ptr())};
   check_status(put(call, parallel(), isa()), op);
 }
@@ -99,8 +100,10 @@ std::tuple<Tensor, Tensor> turnover_op(Tensor scores, Tensor kept, int64_t selec
   const char* op = "turnover";
   const int64_t before = kept.numel(), leaving = scores.numel();
   const int64_t *own = numbers(scores, leaving, op, "scores"), *held = numbers(kept, before, op, "kept");
-  STD_TORCH_CHECK(select_alpha >= 0 && select_beta_q >= 0 && left >= before, op, ": ", select_alpha, " and ", select_beta_q,
-                  " of ", left, " that have left, of which ", before, " are kept");
+  STD_TORCH_CHECK(select_alpha >= 0 && select_alpha < MAX_TOKENS && select_beta_q >= 0 && select_beta_q <= 1024 && left >= before &&
+                      left + leaving < MAX_TOKENS,
+                  op, ": ", select_alpha, " and ", select_beta_q, " of ", left, " that have left, of which ", before, " are kept, and ",
+                  leaving, " that leave");
   Tensor gone = new_tensor(scores, Shapes{before + leaving}), places = new_tensor(scores, Shapes{before + leaving});
   Rule rule = {};
   rule.select_alpha = select_alpha;

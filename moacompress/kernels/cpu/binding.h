@@ -50,10 +50,10 @@ inline std::string text(const Tensor& t) {
   return shape + "]";
 }
 
-inline DType dtype_of(const Tensor& t, const char* op) {
+inline DType dtype_of(const Tensor& t, const char* op, const char* name = "the query") {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
-                  ": the query must be float32, bfloat16 or float16");
+                  ": ", name, " must be float32, bfloat16 or float16");
   return type == ScalarType::Float ? F32 : type == ScalarType::BFloat16 ? BF16 : F16;
 }
 

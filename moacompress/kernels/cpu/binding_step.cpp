@@ -13,8 +13,11 @@ struct State {
   double scaling, softcap;
   const std::optional<Tensor>& sink_logits;
 
-  LayerCache of(const Shape& shape, ScalarType type, const char* op) const {
+  LayerCache of(const Shape& shape, ScalarType type, const char* op, bool scored = false) const {
     const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
+    bool selects = false;
+    for (int64_t head = 0; head < shape.kv_heads; head++) selects = selects || rest.rules.of(head).selects();
+    STD_TORCH_CHECK(scored || !selects, op, ": rules keep tokens by their score, and there are no scores");
     return {keys, values, table, lengths, runs, refs, rest, lag, shape, type, op};
   }
 };
@@ -25,7 +28,7 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
   const char* op = "step";
   const Shape shape = chunk_shape(query, key, value, op, 1);
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
-  LayerCache cache = state.of(shape, query.scalar_type(), op);
+  LayerCache cache = state.of(shape, query.scalar_type(), op, scores.has_value());
   const int16_t* of_token = nullptr;
   if (scores) {  // what gates keep: the table, how many have left, and the segments of scores
     STD_TORCH_CHECK(chosen.size() > 2, op, ": ", chosen.size(), " parts of what gates keep; at least 3 are needed");

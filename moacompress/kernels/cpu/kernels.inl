@@ -2,7 +2,7 @@
 //
 // Decode is in decode.inl. Prefill and backward put queries (or keys, in the backward of keys and values) in the lanes of vectors
 // and broadcast the rows of the other side, so that those rows are used where they lie: no packing, and the softmax needs no sum
-// across a vector.
+// across a vector. Products of tiles (amx.inl) take copies of them.
 
 #include "core.h"
 

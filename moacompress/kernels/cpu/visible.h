@@ -24,8 +24,8 @@ struct Rule {
   MOACOMPRESS_INLINE bool native() const { return key_format == 0 && value_format == 0; }
 };
 
-// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous. What gates keep lies in blocks of its own, which a step takes in
-// and attends to; other calls know nothing of it.
+// Rules as columns of numbers, [RULE_NUMBERS, count], contiguous. What gates keep lies in blocks of its own: a step takes it in and
+// attends to it, and a prefill is told which tokens they are.
 struct RuleTable {
   const int64_t* columns;
   int64_t count;

@@ -89,17 +89,18 @@ def kept_tokens(
         cached, sides = slots >= 0, []
         for number, (side, segments) in enumerate(((key, cache.keys), (value, cache.values))):
             own, code = side[row, head], int(codes[number, head])
-            found = own.new_empty(len(slots), own.shape[-1])
+            wide = torch.promote_types(own.dtype, torch.float32) if code else own.dtype
+            found = own.new_empty(len(slots), own.shape[-1], dtype=wide)
             if bool(cached.any()):
                 half = BlockHalf(code, own.shape[-1], own.dtype, values=number == 1)
                 ids = torch.div(slots[cached], BLOCK, rounding_mode="floor")
                 there = read_tokens(segments, half, ids[None, None], slots[cached] % BLOCK)
                 if there is None:
                     raise UnsupportedError("a block of a token that a gate keeps is not in the pool")
-                found = found.index_put((cached,), there[0, 0].to(own.dtype))
+                found = found.index_put((cached,), there[0, 0].to(wide))
             fresh = own[-1 - slots[~cached]]
             if code:
-                fresh = rounded(fresh[None, None], [code])[0, 0].to(own.dtype)
+                fresh = rounded(fresh[None, None], [code])[0, 0].to(wide)
             sides.append(found.index_put((~cached,), fresh))
         keys, values = sides
         return KeptTokens(keys, values, passing.entered[at].to(key.device), passing.gone[at].to(key.device))

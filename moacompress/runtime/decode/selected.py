@@ -1,6 +1,7 @@
-"""Attention of a step over the tokens that gates keep, and how it is put together with that over sinks and windows.
+"""Attention of a step over the tokens that gates keep.
 
-A step reads the kept tokens' blocks with the backend's `decode`, a KV head of a row at a time.
+Their blocks are read with the backend's `decode`, a KV head of a row at a time; `kernels.reference.passing.merged` puts it
+together with that over sinks and windows.
 """
 
 from __future__ import annotations
