@@ -29,6 +29,7 @@ from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.chosen_tokens import chosen_slots
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 
@@ -323,6 +324,42 @@ def test_what_does_not_go_together_is_refused(tiny_model: Callable[..., Any], tm
     shape = model_shape(tiny_model("gemma3_text"))
     with pytest.raises(PlanError, match="sliding window of its own"):
         Plan.uniform(shape, Rule(4, 20, 0, select_alpha=5))
+
+
+@pytest.mark.parametrize("counts", [(23, 150), (23, 100), (128,), (129,), (60, 60), (200,), (1, 1, 126)])
+def test_what_is_gone_for_good_is_not_rolled_back(counts: tuple[int, ...]) -> None:
+    rules = [Rule(4, 0, 0, select_alpha=1), Rule(4, 20, 0, select_alpha=9)]
+    generator, n = torch.Generator().manual_seed(0), 304
+    key, value = (torch.randn(1, 2, n, DIM, generator=generator) for _ in range(2))
+    scores = torch.randint(-40, 40, (1, 2, n), generator=generator).to(torch.int16)
+    layer = PlanCacheLayer(RuleTable.of(rules, MIN_WINDOW))
+    layer.activate_past_recording()
+
+    def feed(layer: PlanCacheLayer, first: int, end: int) -> None:
+        part = slice(first, end)
+        layer.update(key[:, :, part], value[:, :, part])
+        chunk = Chunk(end - first)
+        layer.commit(chunk, layer.choose(chunk, scores[:, :, part]))
+
+    for first, end in ((0, 4), (4, 132), (132, n)):
+        feed(layer, first, end)
+    left = n
+    for count in counts:
+        try:
+            layer.roll_back(np.array([count]), count)
+        except UnsupportedError:
+            assert n - left + count > 128
+            return
+        left -= count
+        twin = PlanCacheLayer(RuleTable.of(rules, MIN_WINDOW))
+        feed(twin, 0, left)
+        for head, rule in enumerate(rules):
+            places = np.arange(int(rule.kept(left, MIN_WINDOW) - rule.without_choice().kept(left, MIN_WINDOW)))
+            ours, theirs = (
+                read(held, head, chosen_slots(held, 0, head, places))
+                for held in (layer.blocks_held(), twin.blocks_held())
+            )
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_a_kept_token_takes_what_a_block_says() -> None:

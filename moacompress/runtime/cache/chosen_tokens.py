@@ -73,8 +73,20 @@ def remember(held: LayerBlocks, lag: int) -> None:
 
 
 def can_go_back(held: LayerBlocks, lengths: Ints) -> bool:
-    """Whether it is known what gates had chosen at some earlier lengths of the rows, `[rows]`."""
-    return any((each.lengths <= lengths).all() for each in held.past)
+    """Whether it can be found what gates had chosen at some earlier lengths of the rows, `[rows]`.
+
+    It is known of lengths before them, and those that left windows since then are in the windows' blocks still.
+    """
+    known = next((each.lengths for each in reversed(held.past) if (each.lengths <= lengths).all()), None)
+    if known is None:
+        return False
+    (alphas, betas), sinks = held.rules.select, held.rules.span.sink
+    first, after = (sinks + held.rules.tokens_left(each) for each in (known, lengths))
+    leaving = ((alphas > 0) | (betas > 0)) & (after > first)
+    return all(
+        (held.table.ids[row, head, first[row, head] // BLOCK : (after[row, head] - 1) // BLOCK + 1] >= 0).all()
+        for row, head in np.argwhere(leaving)
+    )
 
 
 def go_back(held: LayerBlocks, lengths: Ints) -> None:
