@@ -377,7 +377,7 @@ def test_fakes_have_the_shapes_of_the_real_ones():
     layer, state = arguments[:7], arguments[7:]
     heads, dim, value_dim = len(case.cache.rules), layer[5].shape[-1], state[1][0].shape[-1]
     token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
-    unscored = (*state[:-1], None)
+    unscored = (*state[:-1], None, [], None)
     calls = {
         "step": (*token, *unscored),
         "step_hidden": (layer[0], layer[1][:3], layer[2], *layer[5:], *state),
