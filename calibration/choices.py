@@ -38,10 +38,11 @@ def choices_of(table: RuleTable, scores: Tensor) -> Choices | None:
     if not ways:
         return None
     there = scores.cpu().numpy().astype(np.int64)
+    turnover = backend_on_host().turnover
     gone = np.zeros((len(there), len(ways), there.shape[1]), np.int32)
     for (sink, alpha, beta_q), way in ways.items():
         for head, of_head in enumerate(there):
-            gone[head, way, sink:] = np.minimum(backend_on_host().turnover(of_head[sink:], alpha, beta_q).gone, _NEVER)
+            gone[head, way, sink:] = np.minimum(turnover(of_head[sink:], alpha, beta_q).gone, _NEVER)
     return Choices(torch.from_numpy(gone), torch.from_numpy(of_rule))
 
 

@@ -15,7 +15,7 @@ from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.baselines import FAMILIES, UNIFORM_GATES, family_plans
+from moacompress.search.baselines import FAMILIES, family_plans
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import total_cost
 from moacompress.search.search_request import SearchRequest
@@ -102,13 +102,12 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
 
 def _candidates(family: str, request: SearchRequest) -> list[Plan]:
     """Returns what is measured of a family: where formats are on offer, those predicted to be best."""
-    spans, formats = request.profile.offering(()).without_gates(), request.profile.formats
+    spans, formats = request.profile.offering(()), request.profile.formats
     floors = layer_floors(request.recipe.search.floors, spans.shape)
     sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
-    source = request.profile if family == UNIFORM_GATES else spans
     found = [
         plan
-        for plan in family_plans(family, spans.shape, request.limits, source, sinks, formats)
+        for plan in family_plans(family, spans.shape, request.limits, spans, sinks, formats)
         if meets(plan, floors, request.limits)
     ]
     if formats:

@@ -101,6 +101,11 @@ class RuleTable:
         return alpha, beta_q
 
     @property
+    def selecting(self) -> Any:
+        """Which rules keep tokens by their score, bool `[rules]`."""
+        return self.columns[_SELECT].any(0)
+
+    @property
     def selects(self) -> bool:
         """Whether some rule keeps tokens by their score."""
         return bool(self.columns[_SELECT].any())

@@ -274,10 +274,7 @@ struct AmxTile {
       for (int v = 0; v < VECS; v++) store(to + d * LANES + v * W, load(to + d * LANES + v * W) * factor[v]);
     tile_product<false, true>(columns, PAIRS, dim, cells, weights, VECS, to);
   }
-  inline V weight(const float* at, int64_t key, int v) const {
-    const __m512i cell = _mm512_loadu_si512(at + key / 2 * LANES + v * W);
-    return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
-  }
+  inline V weight(const float* at, int64_t key, int v) const { return weight_of_pair(at, key, v); }
   inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const {
     return value.format != NATIVE || all_finite<bf16>(rows, count, dim);
   }

@@ -134,10 +134,8 @@ std::vector<Gate> gates_of(const Tensors& given, const Layers& read, const char*
   STD_TORCH_CHECK(given.empty() || given.size() == 2 * count, op, ": ", given.size(), " parts of gates for ", count, " layers");
   for (size_t i = 0; i < count; i++) {
     const Shape& shape = read.layers[i].projections.shape;
-    bool selects = false;
-    for (int64_t head = 0; head < shape.kv_heads; head++) selects = selects || read.rests[i].rules.of(head).selects();
     found[i] = {nullptr, nullptr, 0, 0};
-    if (!selects) continue;
+    if (!any_selects(read.rests[i].rules)) continue;
     STD_TORCH_CHECK(!given.empty() && !read.reuses[i], op, ": layer ", i, " keeps tokens by their score, and has no gate for that");
     found[i] = {dense(given[2 * i], {shape.kv_heads, read.inputs}, read.type, op, "a gate"),
                 dense(given[2 * i + 1], {shape.kv_heads}, read.type, op, "a gate's bias"), shape.kv_heads, read.inputs};

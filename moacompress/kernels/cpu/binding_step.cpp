@@ -15,9 +15,7 @@ struct State {
 
   LayerCache of(const Shape& shape, ScalarType type, const char* op, bool scored = false) const {
     const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
-    bool selects = false;
-    for (int64_t head = 0; head < shape.kv_heads; head++) selects = selects || rest.rules.of(head).selects();
-    STD_TORCH_CHECK(scored || !selects, op, ": rules keep tokens by their score, and there are no scores");
+    STD_TORCH_CHECK(scored || !any_selects(rest.rules), op, ": rules keep tokens by their score, and there are no scores");
     return {keys, values, table, lengths, runs, refs, rest, lag, shape, type, op};
   }
 };

@@ -131,7 +131,7 @@ class CpuBackend(Backend):
         if half.bits:
             torch.ops.moacompress_cpu.put(memory, slots.contiguous(), _rows(vectors.detach()), half.code, half.values)
         else:
-            half.write(memory, slots, vectors)
+            super().put(half, memory, slots, vectors)
 
     def turnover(
         self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0

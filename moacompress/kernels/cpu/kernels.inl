@@ -326,6 +326,11 @@ template <int VECS> inline void pair_weights(float* weights, int64_t count) {
       _mm512_storeu_si512(weights + k * LANES + v * W, cell);
     }
 }
+// The weight of one of them, as it was rounded.
+inline V weight_of_pair(const float* weights, int64_t key, int v) {
+  const __m512i cell = _mm512_loadu_si512(weights + key / 2 * LANES + v * W);
+  return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
+}
 // Values of two keys in one cell.
 inline void pair_values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
   for (int64_t k = 0; 2 * k < count; k++) {
@@ -345,9 +350,23 @@ inline void pair_values(const void* const* from, int64_t count, int64_t dim, flo
 
 // How a dtype's tiles are multiplied; `Row` is what the rows of values are of that `values` takes. `extra` is memory of three numbers
 // of every lane, and there is more, as for scores.
-template <class T> struct FloatTile {
-  typedef Float32 Op;
-  typedef T Row;
+template <class Op, class OfValues> struct TileOf {
+  typedef OfValues Row;
+  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
+  inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<Row>(rows, count, dim); }
+  // Scores of the keys for the lanes of a panel, from some lane on.
+  template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
+    dots<Op, VECS>(rows, count, depth, panel, to);
+  }
+  template <int VECS>
+  inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
+    moacompress::mix<Op, VECS>(rows, count, columns, panel, factor, to);
+  }
+  // What is to be added to every number of a lane.
+  inline float rest(int64_t) const { return 0.f; }
+  inline bool finite() const { return true; }
+};
+template <class T> struct FloatTile : TileOf<Float32, T> {
   FloatTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim; }
   inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
@@ -356,30 +375,15 @@ template <class T> struct FloatTile {
   inline void keys(const void* const* from, const int*, int64_t count, const Half& half, float* store, const char** to) {
     as_floats(from, count, half.dim, store, (const T*)nullptr, to);
   }
-  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
   inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     as_floats(from, count, dim, store, (const T*)nullptr, to);
     return count;
   }
-  // Scores of the keys for the lanes of a panel, from `lane` on.
-  template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
-    dots<Op, VECS>(rows, count, depth, panel, to);
-  }
   template <int VECS, class Sees> inline void weights(float*, int64_t, int64_t, const V*, const Sees&) {}
-  inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<T>(rows, count, dim); }
-  template <int VECS>
-  inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
-    moacompress::mix<Op, VECS>(rows, count, columns, panel, factor, to);
-  }
   inline V weight(const float* at, int64_t key, int v) const { return load(at + key * LANES + v * W); }
-  // What is to be added to every number of a lane.
-  inline float rest(int64_t) const { return 0.f; }
-  inline bool finite() const { return true; }
 };
 #ifdef MOACOMPRESS_BF16_DOT
-struct PairTile {
-  typedef Pairs Op;
-  typedef bf16 Row;
+struct PairTile : TileOf<Pairs, bf16> {
   PairTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim / 2; }
   inline void lane(const bf16* row, const Half& key, int64_t lane, float*, float* panels) {
@@ -391,28 +395,14 @@ struct PairTile {
     for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
     repeat_last(to, count);
   }
-  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
   inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     pair_values(from, count, dim, store, to);
     return (count + 1) / 2;
   }
-  template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
-    dots<Op, VECS>(rows, count, depth, panel, to);
-  }
   template <int VECS, class Sees> inline void weights(float* at, int64_t count, int64_t, const V*, const Sees&) {
     pair_weights<VECS>(at, count);
   }
-  inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<bf16>(rows, count, dim); }
-  template <int VECS>
-  inline void mix(const char* const* rows, int64_t count, int64_t columns, const float* panel, const V* factor, float* to) {
-    moacompress::mix<Op, VECS>(rows, count, columns, panel, factor, to);
-  }
-  inline V weight(const float* at, int64_t key, int v) const {
-    const __m512i cell = _mm512_loadu_si512(at + key / 2 * LANES + v * W);
-    return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
-  }
-  inline float rest(int64_t) const { return 0.f; }
-  inline bool finite() const { return true; }
+  inline V weight(const float* at, int64_t key, int v) const { return weight_of_pair(at, key, v); }
 };
 #endif
 

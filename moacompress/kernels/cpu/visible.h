@@ -35,6 +35,11 @@ struct RuleTable {
   }
 };
 constexpr int64_t RULE_NUMBERS = 9;
+static MOACOMPRESS_INLINE bool any_selects(const RuleTable& rules) {
+  for (int64_t i = 0; i < rules.count; i++)
+    if (rules.of(i).selects()) return true;
+  return false;
+}
 
 static MOACOMPRESS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static MOACOMPRESS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -80,9 +80,8 @@ def can_go_back(held: LayerBlocks, lengths: Ints) -> bool:
     known = next((each.lengths for each in reversed(held.past) if (each.lengths <= lengths).all()), None)
     if known is None:
         return False
-    (alphas, betas), sinks = held.rules.select, held.rules.span.sink
-    first, after = (sinks + held.rules.tokens_left(each) for each in (known, lengths))
-    leaving = ((alphas > 0) | (betas > 0)) & (after > first)
+    first, after = (held.rules.span.sink + held.rules.tokens_left(each) for each in (known, lengths))
+    leaving = held.rules.selecting & (after > first)
     return all(
         (held.table.ids[row, head, first[row, head] // BLOCK : (after[row, head] - 1) // BLOCK + 1] >= 0).all()
         for row, head in np.argwhere(leaving)
@@ -121,7 +120,7 @@ def _chosen(
     """`choose` from some lengths of the rows to others, where the tokens up to `before` are in the cache."""
     first, after = rules.tokens_left(first_lengths), rules.tokens_left(lengths)
     (alphas, betas), sinks, there = rules.select, rules.span.sink, scores.cpu().numpy()
-    keeps, let_leave = (alphas > 0) | (betas > 0), backend_on_host().turnover
+    keeps, let_leave = rules.selecting, backend_on_host().turnover
 
     def of_head(row: int, head: int) -> Turnover | None:
         if not keeps[head]:

@@ -315,13 +315,14 @@ class Pool:
             planes: which of those beside a block's own each is, `[tokens]`.
             values: `[tokens, value_dim]`.
         """
+        put = backend_for(values).put
         for plane, on_plane in _groups(planes):
             for kind, chosen in _groups(self.layout.of_head[heads if on_plane is None else heads[on_plane]]):
                 half = self.layout.beside[kind][plane]
                 both = on_plane if chosen is None else chosen if on_plane is None else on_plane[chosen]
                 data = values if both is None else values[self._index(both)]
                 for at, picks, inside in self._split(slots if both is None else slots[both], BLOCK):
-                    half.write(self.beside[at][plane], inside, data if picks is None else data[picks])
+                    put(half, self.beside[at][plane], inside, data if picks is None else data[picks])
 
     def values_beside(self, plane: int) -> list[torch.Tensor]:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""
