@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
+from moacompress.kernels.arguments import CacheView, Scores, as_tensors
+from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.rule import Rule

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moacompress.kernels.backend import Choices
+from moacompress.kernels.arguments import Choices
 from moacompress.kernels.dispatch import backend_on_host
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moacompress.calibration.sweep import SumCollector, swept
-from moacompress.kernels.backend import Choices, Scores, as_tensors, prefill_alone
+from moacompress.kernels.arguments import Choices, Scores, as_tensors
+from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule import Rule

@@ -26,7 +26,7 @@ from moacompress.calibration.choices import choosing
 from moacompress.calibration.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
 from moacompress.calibration.sharing import Attended
 from moacompress.core.errors import ModelError
-from moacompress.kernels.backend import Choices
+from moacompress.kernels.arguments import Choices
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.rules.gate_weights import GateWeights

@@ -26,7 +26,7 @@ from torch import Tensor
 from moacompress.calibration.influence import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.calibration.statistics import POWER, Statistics, power_mean
 from moacompress.core.errors import UsageError
-from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.arguments import as_tensors
 from moacompress.rules.rule_table import RuleTable
 
 

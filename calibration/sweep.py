@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from moacompress.kernels.backend import Choices, as_tensors
+from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 

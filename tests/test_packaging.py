@@ -185,7 +185,8 @@ def test_the_installed_wheel_imports_whole(installed: Path, tmp_path: Path, proj
 _RUN_KERNEL = """
 import torch
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import Scores, as_tensors, prefill_alone
+from moacompress.kernels.arguments import Scores, as_tensors
+from moacompress.kernels.backend import prefill_alone
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 x = torch.randn(1, 1, 40, 16)

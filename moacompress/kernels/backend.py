@@ -1,10 +1,4 @@
-"""What a backend can do, and what its calls take.
-
-A cache is a pool of blocks of 16 tokens, in segments that count on from each other, and a table `[rows, kv_heads, width]` that
-holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. A segment is of one format of keys and
-one of values, see `halves`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU,
-int32 or int64; a backend makes copies for its device.
-"""
+"""What a backend can do; `arguments` has what its calls take."""
 
 from __future__ import annotations
 
@@ -17,6 +11,17 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.arguments import (
+    CacheState,
+    CacheView,
+    Choices,
+    LayerWeights,
+    Passing,
+    Projections,
+    Room,
+    Rotary,
+    Scores,
+)
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover, turnover
@@ -62,169 +67,6 @@ class Status(NamedTuple):
     works: bool
     reason: str
     isa: str | None = None
-
-
-class Scores(NamedTuple):
-    """How scores are made of queries and keys.
-
-    Attributes:
-        scaling: factor on the scores.
-        softcap: bound of the scores by tanh (Gemma 2), 0 for none.
-        sink_logits: learned logit of each query head that takes probability and gives no value (gpt-oss), `[heads]`, or None.
-    """
-
-    scaling: float
-    softcap: float = 0.0
-    sink_logits: torch.Tensor | None = None
-
-
-class Choices(NamedTuple):
-    """What rules that select choose among the tokens of a sample, when they have left the window.
-
-    Attributes:
-        gone: how many have left when a token is kept no longer, in each way to choose, int32 `[kv_heads, ways, tokens]`; of a
-            token that is never kept no more than have left when it does.
-        of_rule: the way of each rule, -1 of one that does not select, int64 `[rules]`. Rules of one way have one sink.
-    """
-
-    gone: torch.Tensor
-    of_rule: torch.Tensor
-
-
-class Passing(NamedTuple):
-    """The tokens that gates keep for a while in a chunk, all rows' and KV heads' one after the other.
-
-    A query sees one, besides what rules show it, where so many tokens have left its window: `entered` at least, and less than
-    `gone`.
-
-    Attributes:
-        begins: where those of a row and KV head begin, and all end, int64 `[rows * kv_heads + 1]`.
-        slots: where each is kept, block id * 16 + place in the block; -1 - t of the chunk's real token t; int64 `[tokens]`.
-        entered: int64 `[tokens]`.
-        gone: likewise.
-    """
-
-    begins: torch.Tensor
-    slots: torch.Tensor
-    entered: torch.Tensor
-    gone: torch.Tensor
-
-
-class CacheView(NamedTuple):
-    """What attention reads of a layer's cache.
-
-    Attributes:
-        keys: the pool's segments of keys, `[blocks, 16, head_dim]` each, or `[blocks, bytes]` of codes; none if no row has a
-            past.
-        values: its segments of values, likewise of `value_dim`.
-        table: block ids, int32 `[rows, kv_heads, width]`.
-        value_dim: numbers of a value; 0 for those of the segments that are native.
-    """
-
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
-    table: torch.Tensor
-    value_dim: int = 0
-
-    @staticmethod
-    def empty(key: torch.Tensor) -> CacheView:
-        """Returns the view of no cache, for a chunk's keys, `[rows, kv_heads, tokens, head_dim]`."""
-        return CacheView((), (), torch.empty((*key.shape[:2], 0), dtype=torch.int32, device="cpu"))
-
-
-class CacheState(NamedTuple):
-    """What the calls of a step read of a layer's cache and write to.
-
-    Attributes:
-        keys: as of `CacheView`; written to.
-        values: likewise.
-        table: likewise.
-        lengths: tokens of every row, int64 `[rows]`.
-        runs: first block and end of every run of blocks held, int64 `[RUNS, 2, rows, kv_heads]`.
-        refs: how many table entries name each block, int32 `[blocks]`.
-        lag: tokens that are kept longer for rolling back.
-        beside: planes of values of layers that share the keys, beside the blocks' own: of each its part of every segment, with
-            no bytes where a segment has none. Where rules select, the one plane is that of the tokens' scores, int16, as bytes.
-        chosen: block ids of the tokens that gates keep, by their places, int32 `[rows, kv_heads, width]`; None where no rule
-            selects.
-        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; as `chosen`.
-    """
-
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
-    table: torch.Tensor
-    lengths: torch.Tensor
-    runs: torch.Tensor
-    refs: torch.Tensor
-    lag: int = 0
-    beside: Sequence[Sequence[torch.Tensor]] = ()
-    chosen: torch.Tensor | None = None
-    left: torch.Tensor | None = None
-
-
-class Room(NamedTuple):
-    """What a call of a step lacks; nothing is done, and it is to be made again once that is there.
-
-    Attributes:
-        blocks: of the pool; 0 where the table is too narrow.
-        head: a KV head that the blocks are for: they are of its formats.
-    """
-
-    blocks: int
-    head: int = 0
-
-
-class Projections(NamedTuple):
-    """What makes queries, keys and values of an attention layer's input.
-
-    Attributes:
-        weights: of the three, `[outputs, inputs]` each, contiguous.
-        biases: of the three, `[outputs]` each, or none.
-    """
-
-    weights: Sequence[torch.Tensor]
-    biases: Sequence[torch.Tensor]
-
-
-class AroundAttention(NamedTuple):
-    """What a decoder layer does around its attention.
-
-    Attributes:
-        norms: weights of its root mean square norms, before attention and before the feed-forward, `[hidden]` each.
-        eps: added to the mean squares.
-        weights: of what attention gives, of the feed-forward's gate, of what is gated, and of its last product.
-    """
-
-    norms: Sequence[torch.Tensor]
-    eps: float
-    weights: Sequence[torch.Tensor]
-
-
-class Rotary(NamedTuple):
-    """Rotary position embeddings of one token; the two halves of a head are the coordinates that are rotated.
-
-    Attributes:
-        cos: cosines, `[rows or 1, 1, head_dim]`.
-        sin: sines, likewise.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-class LayerWeights(NamedTuple):
-    """A whole decoder layer.
-
-    Attributes:
-        projections: of its attention.
-        around: what it does around that.
-        gate: weight `[kv_heads, hidden]` and bias `[kv_heads]` of what scores tokens by what enters the attention; none where
-            no rule of the layer selects.
-    """
-
-    projections: Projections
-    around: AroundAttention
-    gate: Sequence[torch.Tensor] = ()
 
 
 class BoundCaches(ABC):
@@ -550,10 +392,3 @@ def prefill_alone(
     return backend.prefill(
         query, key, value, cache=CacheView.empty(key), past=past, valid=whole, rules=rules, scores=scores
     )[0]
-
-
-def as_tensors(rules: RuleTable, device: torch.device | str = "cpu") -> RuleTable:
-    """Returns the table with a tensor on a device in place of its numpy array, without a copy on the CPU."""
-    columns = rules.columns
-    held = columns if isinstance(columns, torch.Tensor) else torch.from_numpy(columns)
-    return RuleTable(held.to(device))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moacompress.kernels.backend import Backend, CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.halves import BlockHalf, read_tokens
 from moacompress.rules.rule_table import COLUMNS, RuleTable

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moacompress.kernels.backend import CacheView, Scores, as_tensors, prefill_alone
+from moacompress.kernels.arguments import CacheView, Scores, as_tensors
+from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE

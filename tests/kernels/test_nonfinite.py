@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import Scores
+from moacompress.kernels.arguments import Scores
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference import tiled

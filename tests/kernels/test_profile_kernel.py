@@ -26,7 +26,7 @@ from moacompress.calibration.influence import (
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import Choices, as_tensors
+from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape

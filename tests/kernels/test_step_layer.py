@@ -11,18 +11,17 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from moacompress.kernels.backend import (
+from moacompress.kernels.arguments import (
     AroundAttention,
-    BoundCaches,
     CacheState,
     CacheView,
     LayerWeights,
     Projections,
     Rotary,
     Scores,
-    WeightsMoved,
     as_tensors,
 )
+from moacompress.kernels.backend import BoundCaches, WeightsMoved
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE

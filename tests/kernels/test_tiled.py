@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from moacompress.kernels.backend import Scores
+from moacompress.kernels.arguments import Scores
 from moacompress.kernels.reference import tiled
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.rule import SINKS, Rule

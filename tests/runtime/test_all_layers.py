@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import Rotary
+from moacompress.kernels.arguments import Rotary
 from moacompress.kernels.cpu import cpu_backend, library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.rules.plan import Plan

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.kernels.backend import AroundAttention, Rotary
+from moacompress.kernels.arguments import AroundAttention, Rotary
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan

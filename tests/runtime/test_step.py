@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.kernels.backend import Scores, as_tensors
+from moacompress.kernels.arguments import Scores, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.rules.formats import FORMATS

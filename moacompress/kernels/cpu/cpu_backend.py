@@ -12,13 +12,9 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import (
-    Backend,
-    BoundCaches,
-    BoundLayers,
+from moacompress.kernels.arguments import (
     CacheState,
     CacheView,
-    Capabilities,
     Choices,
     LayerWeights,
     Passing,
@@ -26,9 +22,8 @@ from moacompress.kernels.backend import (
     Room,
     Rotary,
     Scores,
-    Status,
-    WeightsMoved,
 )
+from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, Status, WeightsMoved
 from moacompress.kernels.cpu import library
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.halves import BlockHalf, read_tokens
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import attend

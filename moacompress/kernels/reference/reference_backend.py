@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import Backend, CacheView, Capabilities, Passing, Scores, Status
+from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.backend import Backend, Capabilities, Status
 from moacompress.kernels.halves import BlockHalf, read_tokens
 from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
 from moacompress.kernels.reference.rounding import rounded

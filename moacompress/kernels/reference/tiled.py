@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from moacompress.kernels.backend import Scores
+from moacompress.kernels.arguments import Scores
 from moacompress.kernels.reference.nonfinite import all_finite, attend_apart
 from moacompress.rules.windows import BETA_ONE, Span, visible_intervals, window
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.backend import Passing
+from moacompress.kernels.arguments import Passing
 from moacompress.kernels.dispatch import backend_on_host
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.backend import CacheState, CacheView, Room
+from moacompress.kernels.arguments import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import CacheState, CacheView, Room
+from moacompress.kernels.arguments import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.chosen_tokens import Selection, choose, go_back, remember

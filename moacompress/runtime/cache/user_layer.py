@@ -10,7 +10,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import CacheView
+from moacompress.kernels.arguments import CacheView
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.commit import write_beside
 from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer

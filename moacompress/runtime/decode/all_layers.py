@@ -22,7 +22,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import LayerWeights, Rotary, WeightsMoved
+from moacompress.kernels.arguments import LayerWeights, Rotary
+from moacompress.kernels.backend import WeightsMoved
 from moacompress.kernels.dispatch import backend_for, capabilities_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache

@@ -8,7 +8,8 @@ import torch
 from transformers import AttentionInterface
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import Scores, prefill_alone
+from moacompress.kernels.arguments import Scores
+from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take

@@ -11,7 +11,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.backend import as_tensors
+from moacompress.kernels.arguments import as_tensors
 from moacompress.models.modules import given_hidden
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable

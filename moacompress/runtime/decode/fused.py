@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary
+from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary
 from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.backend import CacheView, Passing
+from moacompress.kernels.arguments import CacheView, Passing
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
 from moacompress.kernels.reference.rounding import as_kept

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.backend import CacheView, Scores, as_tensors
+from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.dispatch import backend_with_gradients
 from moacompress.kernels.reference.passing import PartOfSoftmax
 from moacompress.rules.rule import Rule

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, silu
 
-from moacompress.kernels.backend import AroundAttention, Backend, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.chosen_tokens import Selection, choose

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moacompress.kernels.backend import AroundAttention, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary, Scores
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.routes import take
