@@ -177,6 +177,14 @@ def request_fingerprint(
     )
 
 
+def recipe_in(folder: Path) -> Recipe | None:
+    """Returns the recipe of the profile in a folder; None where there is none that can be read."""
+    try:
+        return Manifest.read(folder).recipe
+    except ArtefactError:
+        return None
+
+
 def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     """Makes the folder of a profile, or finds what an earlier run of the same request left there.
 

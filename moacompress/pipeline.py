@@ -1,7 +1,8 @@
-"""The whole way: profile, search, export, evaluate. Each step leaves one artefact; the same command goes on after a stop."""
+"""The whole way: profile, search, export, evaluate, report. Each step leaves one artefact; the same command takes up a stop."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -19,12 +20,13 @@ from moacompress.core.artefact_names import (
     PLAN_FILE,
     PROFILE_FOLDER,
     RECIPE_FILE,
+    REPORT_FILE,
     SECONDS_FILE,
     SUMMARY_FILE,
     of_compress,
     of_demo,
 )
-from moacompress.core.errors import ArtefactError, RecipeError
+from moacompress.core.errors import ArtefactError, RecipeError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
@@ -38,6 +40,8 @@ from moacompress.rules.plan import Plan
 if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 
@@ -48,7 +52,7 @@ def compress(
 
     Args:
         recipe: names the model and the budget; the rest has defaults.
-        out: the folder to fill with `profile/ plan.json model/ eval.json summary.json`.
+        out: the folder to fill with `profile/ plan.json model/ eval.json summary.json report.html`.
         overwrite: start anew: all that a run left in `out` is removed, and nothing else.
         progress: is told of the steps.
 
@@ -130,7 +134,19 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
         "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, summary)
+    _write_page(out)
     return summary
+
+
+def _write_page(out: Path) -> None:
+    """Writes the page of a run; without the libraries that draw it one line says how to get it."""
+    from moacompress.report.page.findings import Findings
+    from moacompress.report.page.report_page import write_page
+
+    try:
+        write_page(Findings.load(out / PLAN_FILE), out / REPORT_FILE)
+    except UsageError as error:
+        logger.warning("no %s: %s", REPORT_FILE, error)
 
 
 def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool) -> SearchResult:

@@ -73,6 +73,7 @@ def explain(
         `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
         `kinds`: predicted harm of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
+        `trials`: of every trial its number, its harm on the samples that it was measured on, and whether it was given up.
         `stages`, `harm`.
     """
     n = max(request.limits)
@@ -90,6 +91,10 @@ def explain(
             "pairs": format_rows(plan, n),
         },
         "heads": head_rows(request, surrogate, plan),
+        "trials": [
+            {"trial": trial.index, "harm": float(np.mean(trial.harms)) if trial.harms else None, "pruned": trial.pruned}
+            for trial in tried
+        ],
         **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),
     }
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import moacompress
-from moacompress.cli import bench, compress, data, demo, doctor, eval, export, heal, inspect, profile, search
+from moacompress.cli import bench, compress, data, demo, doctor, eval, export, heal, inspect, profile, report, search
 from moacompress.cli.harness import INTERRUPTED, say
 
 VERBS = {
@@ -23,6 +23,7 @@ VERBS = {
     "eval": eval.evaluate,
     "bench": bench.bench,
     "inspect": inspect.inspect,
+    "report": report.report,
     "doctor": doctor.doctor,
     "demo": demo.demo,
 }

@@ -119,8 +119,11 @@ def profile(
     """
     if around is not None and audit is not None:
         raise UsageError("--audit compares predictions for the dense model; run it without --around")
+    from moacompress.calibration.manifest import recipe_in
+
     resolved = run.recipe(
         recipe,
+        base=None if overwrite else recipe_in(out),
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

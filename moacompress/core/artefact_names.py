@@ -12,6 +12,7 @@
       eval.json          as `eval -o` leaves it, with the scores beside it
       summary.json
       bench.json         as `bench -o` leaves it, with the cells beside it
+      report.html        as `report` leaves it
 
 Nothing else spells these names, and what `--overwrite` removes is what is listed here. The functions `of_...` return it in
 the reverse order of its making: what is half removed looks as if it had stopped earlier, and can be taken up again.
@@ -29,6 +30,7 @@ PLAN_FILE = "plan.json"
 MODEL_FOLDER = "model"
 EVALUATION_FILE = "eval.json"
 BENCH_FILE = "bench.json"
+REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 SECONDS_FILE = "seconds.json"
 
@@ -227,6 +229,7 @@ def of_bench(bench: Path) -> list[Path]:
 def of_compress(out: Path) -> list[Path]:
     """Returns all that `compress` leaves in its folder, and what `bench` leaves there of its model."""
     return [
+        out / REPORT_FILE,
         *of_bench(out / BENCH_FILE),
         out / SUMMARY_FILE,
         *of_evaluation(out / EVALUATION_FILE),

@@ -62,7 +62,7 @@ def run_demo(
 def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> None:
     """Makes `out` the folder of a demo of this model, in this dtype, and these texts, or refuses."""
     mark = out / DEMO_FILE
-    wanted = {"model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
+    wanted = {"name": model.name, "model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
     sweep_files(mark)
     if overwrite:
         foreign = [path for path in of_demo(out) if path.exists() and not mark.exists()]

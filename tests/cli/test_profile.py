@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,15 @@ def test_a_dry_run_profiles_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert shown.stdout.strip()
     assert not (tmp_path / "profile").exists()
+
+
+def test_more_of_a_profile_needs_no_option_again(
+    audited: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The command that a report names: what the profile was made with is in it."""
+    out = tmp_path / "profile"
+    shutil.copytree(audited[0], out)
+    result = invoke(tiny_folder, "-o", out, "--heads")
+    assert result.exit_code == 0, result.stderr
+    assert "distance" in Profile.load(out).statistics.arrays
+    assert "holds a profile of another model or recipe" in refused(tiny_folder, "-o", out, "--lengths", "700")

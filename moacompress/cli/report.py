@@ -1,0 +1,56 @@
+"""`moacompress report`: one page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.locate import find_plan_file
+
+
+@verb(
+    "moacompress report runs/mine",
+    "moacompress report runs/mine -o mine.html --json",
+    "moacompress report plan.json --profile profile/ -o plan.html",
+)
+def report(
+    run: VerbRun,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, compressed model, or plan file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="The page [default: report.html in the run's folder]."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Profile of the dense model; by default the run's own.")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write the pictures as PNG, for a card; needs kaleido and a Chrome."),
+    ] = None,
+) -> Output:
+    """Show what was gained and what was lost on one page.
+
+    A single HTML file: a map of what every KV head keeps, quality beside the baselines, memory and speed against length,
+    predicted against measured harm, and how the plan was found. What was not measured yet names the command that does it.
+    """
+    from moacompress.report.page.findings import Findings, report_file
+    from moacompress.report.page.report_page import write_page
+    from moacompress.report.page.still_pictures import write_pictures
+
+    found = Findings.load(find_plan_file(path), profile)
+    page = out or report_file(found)
+    data = write_page(found, page)
+    if pictures is not None:
+        data["pictures"] = [str(file) for file in write_pictures(found, pictures)]
+    return Output(
+        data,
+        [
+            f"The page is {page}",
+            *(f"{row['what']} This fills it: {row['command']}" for row in data["missing"]),
+            *(f"Left out: {text}." for text in found.passed_over),
+            *(f"The picture is {file}" for file in data.get("pictures", ())),
+        ],
+    )

@@ -1,0 +1,112 @@
+"""What a plan costs: bytes of cache by length, and the time of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moacompress.core.tables import readable_bytes
+from moacompress.report.page.figure_style import Picture, axis, lines
+from moacompress.report.page.findings import Finding, Findings
+from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
+
+SIDES = {"plan": "this plan", "full_span": "all keys, the same kernels", "dense": "dense", "dense_best": "best dense"}
+ROLE_OF = {"plan": "plan", "full_span": "other-1", "dense": "dense", "dense_best": "uniform"}
+SHORTEST, LONGEST = 256, 32768
+MIB = 2**20
+
+
+def memory_picture(found: Findings) -> Picture:
+    """Returns the bytes of cache at many lengths, exact: they follow from the plan."""
+    plan = found.plan
+    lengths = memory_lengths(found)
+    ours = [plan.kv_bytes(n) for n in lengths]
+    dense = [plan.model.dense_kv_bytes(n) for n in lengths]
+    traces = [
+        lines(role, name, lengths, [size / MIB for size in sizes], hovertemplate="%{x:,} tokens: %{y:.4g} MiB")
+        for role, name, sizes in (("dense", f"dense, {plan.model.dtype}", dense), ("plan", "this plan", ours))
+    ]
+    layout = {
+        "xaxis": axis("tokens", type="log", **length_ticks(lengths)),
+        "yaxis": axis("MiB", type="log"),
+        "height": 340,
+    }
+    rows = [
+        (format_length(n), readable_bytes(whole), readable_bytes(size), f"{size / whole:.1%}")
+        for n, size, whole in zip(lengths, ours, dense, strict=True)
+    ]
+    note = "Batch 1, whole blocks of 16 tokens."
+    return Picture("memory", "KV cache", traces, layout, note, ("tokens", "dense", "this plan", "share"), rows)
+
+
+def memory_lengths(found: Findings) -> list[int]:
+    """Returns lengths in powers of two, and those of the plan's budget, ascending."""
+    own = {n for n in (*found.plan.stated_lengths, found.reference) if n > 0}
+    return sorted({SHORTEST << power for power in range((LONGEST // SHORTEST).bit_length())} | own)
+
+
+def length_ticks(lengths: list[int]) -> dict[str, Any]:
+    """Returns the ticks of an axis of tokens: powers of two among the lengths, or all of them where there is none."""
+    shown = [n for n in lengths if n & (n - 1) == 0] or lengths
+    return {"tickvals": shown, "ticktext": [format_length(n) for n in shown]}
+
+
+def latency_pictures(bench: Finding) -> list[Picture]:
+    """Returns the time of decode steps and of prompts against length, a picture for each phase, batch and dtype."""
+    groups: dict[tuple[str, int, str], list[Any]] = {}
+    for row in bench["runs"]:
+        groups.setdefault((row["phase"], row["batch"], row["dtype"]), []).append(row)
+    found = []
+    for (phase, batch, dtype), rows in groups.items():
+        rows = sorted(rows, key=lambda row: row["length"])
+        lengths = [row["length"] for row in rows]
+        traces = []
+        for side, name in SIDES.items():
+            points = [(row["length"], row[f"{side}_ms"]) for row in rows if row[f"{side}_ms"] is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                traces.append(lines(ROLE_OF[side], name, x, y, hovertemplate="%{x:,} tokens: %{y:.4g} ms"))
+        layout = {
+            "xaxis": axis("tokens", type="log", **length_ticks(lengths)),
+            "yaxis": axis("ms a step" if phase == "decode" else "ms a prompt", rangemode="tozero"),
+            "height": 340,
+        }
+        table = [
+            (format_length(row["length"]), *(_ms(row[f"{side}_ms"]) for side in SIDES), _speedup(row)) for row in rows
+        ]
+        title = f"{'A decode step' if phase == 'decode' else 'A prompt'}, batch {batch}, {dtype}"
+        columns = ("tokens", *SIDES.values(), "times as fast as dense")
+        note = "; ".join(
+            entry["text"]
+            for entry in bench["break_even"]
+            if phase == "decode" and (entry["batch"], entry["dtype"]) == (batch, dtype)
+        )
+        note = f"This plan is {note}." if note else ""
+        found.append(Picture(f"{phase}-{batch}-{dtype}", title, traces, layout, note, columns, table))
+    return found
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _speedup(row: Any) -> str:
+    found = row["speedup"].get("dense")
+    if found is None:
+        return "-"
+    return f"{found['value']:.2f}" + ("" if found["ci95"] is None else " [{:.2f}, {:.2f}]".format(*found["ci95"]))
+
+
+def machine_text(bench: Finding) -> str:
+    """Returns where times were taken."""
+    machine = bench["environment"]
+    isa = f" ({machine['isa']})" if machine.get("isa") else ""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, kernels {machine['kernel']}{isa}."
+    )
+
+
+def bytes_text(plan: Plan, n: int) -> tuple[str, str, str]:
+    """Returns the dense bytes, the plan's and their share at a length."""
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
+    return readable_bytes(dense), readable_bytes(ours), f"{ours / dense:.1%}"

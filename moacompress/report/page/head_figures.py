@@ -1,0 +1,237 @@
+"""The map of a plan's KV heads, and what a click on one of them shows: what spans would cost it, and how it attends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moacompress.calibration.manifest import DISTANCE_BINS
+from moacompress.report.page.figure_style import Picture, axis
+from moacompress.report.page.findings import Findings
+from moacompress.rules.budget import format_length
+from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import SINKS, Rule
+
+DIGITS = 4
+"""Significant digits of what the page holds of every KV head."""
+Grid = list[list[float]]
+
+
+def head_map(found: Findings) -> tuple[Picture, list[dict[str, Any]]]:
+    """Returns the map of layers and KV heads, and what it can be coloured by.
+
+    Args:
+        found: what is known of the plan.
+
+    Returns:
+        The picture, coloured by the first entry of the list: `name`, `z` `[kv_heads, layers]`, `top` of the scale and `unit`.
+    """
+    plan, n = found.plan, found.reference
+    shades = _shades(plan, n)
+    layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
+    text = [[rule_text(plan, layer, head, n) for layer in layers] for head in heads]
+    marks = [[_sharing_mark(plan, layer) for layer in layers] for _ in heads]
+    first = shades[0]
+    trace = {
+        "type": "heatmap",
+        "x": list(layers),
+        "y": list(heads),
+        "z": first["z"],
+        "zmin": 0,
+        "zmax": first["top"],
+        "customdata": text,
+        "text": marks,
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "colorscale": "Cividis",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {"thickness": 10, "title": {"text": first["unit"], "side": "right"}},
+    }
+    layout = {
+        "xaxis": axis("layer", dtick=max(1, plan.model.layers // 10), showgrid=False, zeroline=False),
+        "yaxis": axis(
+            "KV head", dtick=max(1, plan.model.kv_heads // 8), autorange="reversed", showgrid=False, zeroline=False
+        ),
+        "height": 150 + max(90, min(22 * plan.model.kv_heads, 420)),
+    }
+    note = f"At {format_length(n)} tokens. Choose a KV head to see what it was chosen from."
+    return Picture("heads", "What every KV head keeps", [trace], layout, note), shades
+
+
+def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
+    shape = plan.model
+
+    def grid(of: Callable[[Rule, int | None], float]) -> Grid:
+        return [
+            [_short(of(plan.rules[layer][head], shape.native_windows[layer])) for layer in range(shape.layers)]
+            for head in range(shape.kv_heads)
+        ]
+
+    def kept(rule: Rule, native: int | None) -> int:
+        return int(rule.kept(n, plan.min_window, native))
+
+    def bits(name: str) -> float:
+        return 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
+
+    full = shape.token_bytes(Rule.FULL)
+    found = [
+        {
+            "name": "share of its bytes",
+            "z": grid(
+                lambda rule, native: (
+                    100
+                    * rule.slots(n, plan.min_window, native)
+                    * shape.token_bytes(rule)
+                    / (Rule.FULL.slots(n, plan.min_window, native) * full)
+                )
+            ),
+            "top": 100,
+            "unit": "% of dense bytes",
+        },
+        {
+            "name": "share of its tokens",
+            "z": grid(lambda rule, native: 100 * kept(rule, native) / kept(Rule.FULL, native)),
+            "top": 100,
+            "unit": "% of tokens",
+        },
+    ]
+    if plan.selects:
+
+        def chosen(rule: Rule, native: int | None) -> float:
+            return 100 * (1 - kept(rule.without_choice(), native) / kept(rule, native))
+
+        found.append({"name": "chosen by its gate", "z": grid(chosen), "top": 100, "unit": "% of kept tokens"})
+    if not all(rule.is_native for row in plan.rules for rule in row):
+        most = bits(NATIVE)
+        for name, shade in (
+            ("bits of its keys", grid(lambda rule, native: bits(rule.key_format))),
+            ("bits of its values", grid(lambda rule, native: bits(rule.value_format))),
+        ):
+            found.append({"name": name, "z": shade, "top": most, "unit": "bits a number"})
+    return found
+
+
+def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:
+    """Returns in words what a KV head keeps, with `<br>` between lines."""
+    rule, native, share = plan.rules[layer][head], plan.model.native_windows[layer], plan.share(layer)
+    kept = int(rule.kept(n, plan.min_window, native))
+    lines = [f"<b>layer {layer}, KV head {head}</b>"]
+    of = int(Rule.FULL.kept(n, plan.min_window, native))
+    lines.append(f"{kept:,} of {of:,} tokens" + ("" if native is None else ", the layer's own window"))
+    if kept < of:
+        lines.append(f"the first {rule.sink} and the last {_grown(rule.alpha, rule.beta_q, plan.min_window)}")
+        if rule.selects:
+            lines.append(f"chosen by its gate: {_grown(rule.select_alpha, rule.select_beta_q)}")
+    lines.append(f"keys {rule.key_format}, values {rule.value_format}")
+    if share is not None:
+        lines.append(str(share))
+    return "<br>".join(lines)
+
+
+def _grown(fixed: int, beta_q: int, least: int = 0) -> str:
+    """Returns in words a number of tokens that may grow with those so far."""
+    share = f"{beta_q / 1024:.3g} of all so far"
+    text = f"{fixed} and {share}" if fixed and beta_q else share if beta_q else str(fixed)
+    return f"{text}, {least} at least" if beta_q and least > fixed else text
+
+
+def _sharing_mark(plan: Plan, layer: int) -> str:
+    share = plan.share(layer)
+    return "" if share is None else f"={share.anchor}"
+
+
+def head_details(found: Findings) -> dict[str, Any]:
+    """Returns what a click on a KV head shows, as JSON values; without a profile only what the plan says.
+
+    Args:
+        found: what is known of the plan.
+
+    Returns:
+        `text` `[layers, kv_heads]`; `curves`: of windows and of windows with gates the kept tokens `[layers, rules]` and the
+        predicted harm `[layers, kv_heads, rules]`, nats; `chosen`
+        `[layers, kv_heads]` with `kept` and `harm`; `distance`: `labels` of the bins in tokens and the probability
+        `[layers, kv_heads, bins]`; `sinks` with the probability on the first tokens; `entropy` in nats.
+    """
+    plan, profile, n = found.plan, found.profile, found.reference
+    layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
+    data: dict[str, Any] = {
+        "length": n,
+        "text": [[rule_text(plan, layer, head, n) for head in heads] for layer in layers],
+        "curves": [],
+    }
+    rows = {(row["layer"], row["kv_head"]): row for row in (found.explanation or {}).get("heads", ())}
+    data["chosen"] = [
+        [
+            {
+                "kept": int(plan.rules[layer][head].kept(n, plan.min_window, plan.model.native_windows[layer])),
+                "harm": None
+                if (row := rows.get((layer, head))) is None or row["harm"] is None
+                else _short(row["harm"]),
+            }
+            for head in heads
+        ]
+        for layer in layers
+    ]
+    if profile is None:
+        return data
+    at = min(profile.lengths, key=lambda length: (abs(length - n), length))
+    influence = profile.influence(profile.recipe.profile.estimator)[profile.lengths.index(at)]
+    kinds: dict[str, list[int]] = {"windows": [], "windows and a gate": []}
+    for number, rule in enumerate(profile.rules):
+        kinds["windows and a gate" if rule.selects else "windows"].append(number)
+    for name, numbers in kinds.items():
+        if numbers:
+            data["curves"].append({"name": name, **_curve(found, numbers, influence, at)})
+    arrays = profile.statistics.arrays
+    if "distance" in arrays:
+        chosen = [index for index, length in enumerate(profile.sample_lengths) if length == at]
+        mean = {
+            name: np.asarray(arrays[name], np.float64)[chosen].mean(0) for name in ("distance", "sink_mass", "entropy")
+        }
+        data["distance"] = {"labels": _bins(), "share": _nested(mean["distance"])}
+        data["sinks"] = {"tokens": list(SINKS), "share": _nested(mean["sink_mass"])}
+        data["entropy"] = _nested(mean["entropy"])
+    return data
+
+
+def most_worth(found: Findings) -> list[int]:
+    """Returns the layer and the KV head whose bytes are worth most, which the page shows first."""
+    rows = (found.explanation or {}).get("heads") or [{"layer": 0, "kv_head": 0}]
+    return [int(rows[0]["layer"]), int(rows[0]["kv_head"])]
+
+
+def _curve(found: Findings, numbers: list[int], influence: Any, n: int) -> dict[str, Any]:
+    """Returns the kept tokens and the harm of some rules of a profile, by layer; rules in the order of what they keep."""
+    profile = found.profile
+    assert profile is not None
+    kept, harm = [], []
+    for layer, native in enumerate(profile.shape.native_windows):
+        sizes = [int(profile.rules[number].kept(n, profile.min_window, native)) for number in numbers]
+        order = sorted(range(len(numbers)), key=lambda place: sizes[place])
+        kept.append([sizes[place] for place in order])
+        harm.append(_nested(influence[layer][:, [numbers[place] for place in order]]))
+    return {"kept": kept, "harm": harm}
+
+
+def _bins() -> list[str]:
+    """Returns the names of the bins of distances: 0, 1, 2-3, 4-7 and so on."""
+    names = ["0"]
+    for power in range(DISTANCE_BINS - 1):
+        low, high = 2**power, 2 ** (power + 1) - 1
+        names.append(
+            f"{low}" if low == high else f"{format_length(low)}+" if power == DISTANCE_BINS - 2 else f"{low}-{high}"
+        )
+    return names
+
+
+def _nested(values: Any) -> Any:
+    """Returns an array as lists of numbers with few digits."""
+    return [_nested(part) for part in values] if np.ndim(values) else _short(float(values))
+
+
+def _short(value: float) -> float:
+    return float(f"{float(value):.{DIGITS}g}")

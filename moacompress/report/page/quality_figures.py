@@ -1,0 +1,115 @@
+"""What a checkpoint still answers, beside the dense model and beside other ways to spend the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from moacompress.report.page.figure_style import ROLES, Picture, Trace, axis, intervals, roles_of
+from moacompress.report.page.findings import Finding
+from moacompress.rules.budget import format_length
+
+METRICS = {
+    "exact_match": ("Exact match", "share of the prompts"),
+    "retention": ("Kept of what dense gets right", "share of those prompts"),
+    "nll": ("Loss of the answer", "negative log-likelihood, nats a token; less is better"),
+    "ppl_late": ("Perplexity of long text", "last half of each text; less is better"),
+    "kl": ("KL to dense on long text", "nats a token; less is better"),
+}
+"""What is shown, in this order: title and axis."""
+SHARES = ("exact_match", "retention")
+POOLED = "all tasks"
+
+
+def quality_pictures(evaluation: Finding) -> list[Picture]:
+    """Returns a picture of every metric that was measured, a group of bars for each task and length.
+
+    Args:
+        evaluation: as `eval.json` has it.
+    """
+    pooled = (evaluation.get("pooled") or {}).get("results", ())
+    rows = [*pooled, *evaluation["results"]]
+    roles = roles_of(row["model"] for row in rows)
+    found = []
+    for metric, (title, unit) in METRICS.items():
+        shown = [row for row in rows if row["metric"] == metric]
+        if shown:
+            found.append(_picture(metric, title, unit, shown, roles))
+    return found
+
+
+def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[str, str]) -> Picture:
+    groups = list(dict.fromkeys(group_name(row) for row in rows))
+    models = [name for name in roles if any(row["model"] == name for row in rows)]
+    traces = [_bars(name, [row for row in rows if row["model"] == name], roles[name]) for name in models]
+    layout = {
+        "barmode": "group",
+        "bargap": 0.25,
+        "xaxis": axis(unit, rangemode="tozero", **({"range": [0, 1.02]} if metric in SHARES else {})),
+        "yaxis": axis("", autorange="reversed", type="category", categoryorder="array", categoryarray=groups),
+        "height": 130 + len(groups) * (16 + 13 * len(models)),
+    }
+    table = [
+        (
+            group_name(row),
+            model_name(row["model"]),
+            f"{row['value']:.3g}",
+            _interval(row),
+            str(row["prompts"]),
+            _bytes(row),
+        )
+        for row in rows
+    ]
+    note = "Bars end at what was measured; lines are 95% intervals."
+    columns = ("task", "model", "value", "95% interval", "prompts", "KV bytes")
+    return Picture(f"quality-{metric}", title, traces, layout, note, columns, table)
+
+
+def _bars(name: str, rows: list[Any], role: str) -> Trace:
+    values = [row["value"] for row in rows]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": model_name(name),
+        "x": values,
+        "y": [group_name(row) for row in rows],
+        "error_x": intervals(values, [row["ci95"] or (row["value"],) * 2 for row in rows]),
+        "marker": {"color": ROLES[role][0]},
+        "meta": {"role": role},
+        "customdata": [f"{row['prompts']} prompts, {_bytes(row)} bytes" for row in rows],
+        "hovertemplate": "%{y}: %{x:.3g}<br>%{customdata}<extra>%{fullData.name}</extra>",
+    }
+
+
+def group_name(row: Any) -> str:
+    """Returns the task and the length of a row."""
+    return f"{row['task']}" if row["length"] is None else f"{row['task']}, {format_length(row['length'])}"
+
+
+def model_name(name: str) -> str:
+    """Returns what a side is called on the page: a checkpoint by the name of its folder."""
+    return {"plan": "this plan"}.get(name, PurePath(name).name if "/" in name else name)
+
+
+def _interval(row: Any) -> str:
+    return "-" if not row["ci95"] else f"{row['ci95'][0]:.3g} to {row['ci95'][1]:.3g}"
+
+
+def _bytes(row: Any) -> str:
+    return "-" if row.get("kv_bytes") is None else f"{row.get('kv_bytes_of_model', row['kv_bytes']):,}"
+
+
+def lost_text(evaluation: Finding) -> str | None:
+    """Returns one sentence on what was kept, from all prompts together; None where no task was measured."""
+    pooled = (evaluation.get("pooled") or {}).get("results") or evaluation["results"]
+    found = {(row["model"], row["metric"]): row for row in pooled}
+    ours, dense = found.get(("plan", "exact_match")), found.get(("dense", "exact_match"))
+    if ours is None:
+        return None
+    low, high = ours["ci95"]
+    text = f"Of {ours['prompts']} prompts it answers {ours['value']:.0%} [{low:.0%}, {high:.0%}]"
+    others = [] if dense is None else [f"the dense model {dense['value']:.0%}"]
+    for (model, metric), row in found.items():
+        if metric == "exact_match" and model not in ("plan", "dense"):
+            others.append(f"{model_name(model)} {row['value']:.0%}")
+    return text + (", " + ", ".join(others[:3]) if others else "") + "."

@@ -1,0 +1,299 @@
+"""The page itself: sections of pictures and tables, put into one HTML file that needs nothing from anywhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, PLAN_FILE
+from moacompress.core.errors import UsageError
+from moacompress.core.files import finite_json, write_text
+from moacompress.core.version import own_version
+from moacompress.exporter.card import WEIGHTS, repair_text
+from moacompress.recipe import shared_name
+from moacompress.report.heal_tables import heal_sentence
+from moacompress.report.page.cost_figures import bytes_text, latency_pictures, machine_text, memory_picture
+from moacompress.report.page.figure_style import ROLES, Picture
+from moacompress.report.page.findings import Findings
+from moacompress.report.page.head_figures import head_details, head_map, most_worth
+from moacompress.report.page.quality_figures import SHARES, lost_text, quality_pictures
+from moacompress.report.page.search_figures import (
+    baselines_picture,
+    front_picture,
+    history_picture,
+    predicted_pictures,
+    steps_rows,
+)
+from moacompress.rules.budget import format_length
+
+ASSETS = "moacompress.report.page"
+NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A section of the page.
+
+    Attributes:
+        name: where a link to it points.
+        title: its heading.
+        text: a sentence below it.
+        pictures: shown one below the other.
+        tabs: shown one at a time, with a button each.
+        table: columns and rows.
+        missing: what is not there, and the command that fills it.
+    """
+
+    name: str
+    title: str
+    text: str = ""
+    pictures: list[Picture] = field(default_factory=list)
+    tabs: list[Picture] = field(default_factory=list)
+    table: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = None
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_page(found: Findings, out: Path) -> dict[str, Any]:
+    """Writes the page.
+
+    Args:
+        found: what is known of the plan.
+        out: the file; what was there is replaced.
+
+    Returns:
+        `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`.
+
+    Raises:
+        UsageError: plotly or jinja2 is not installed.
+    """
+    if not all(map(find_spec, ("jinja2", "plotly"))):
+        raise UsageError(NEEDS)
+    sections = page_sections(found)
+    write_text(out, page_html(found, sections))
+    missing = [{"what": what, "command": command} for section in sections for what, command in section.missing]
+    shown = [section.name for section in sections if section.pictures or section.tabs or section.table]
+    return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
+
+
+def page_html(found: Findings, sections: list[PageSection]) -> str:
+    """Returns the page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader(ASSETS, "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    _, shades = head_map(found)
+    pictures = [picture for section in sections for picture in (*section.pictures, *section.tabs)]
+    data = {
+        "figures": {picture.name: picture.figure() for picture in pictures},
+        "shades": shades,
+        "heads": head_details(found),
+        "first": most_worth(found),
+        "colours": {role: {"light": light, "dark": dark} for role, (light, dark, _) in ROLES.items()},
+    }
+    return environment.get_template("page.html.j2").render(
+        title=f"{found.model_name}, compressed",
+        verdict=verdict(found),
+        tiles=tiles(found),
+        sections=sections,
+        provenance=provenance(found),
+        recipe=json.dumps(found.plan.provenance.get("recipe"), indent=1, ensure_ascii=False),
+        passed_over=found.passed_over,
+        made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
+        plotly=get_plotlyjs(),
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        data=embedded(data),
+    )
+
+
+def embedded(data: Any) -> str:
+    """Returns JSON that can stand in a script element: nothing in it ends one."""
+    return json.dumps(finite_json(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return resources.files(ASSETS).joinpath("assets", name).read_text("utf-8")
+
+
+def page_sections(found: Findings) -> list[PageSection]:
+    """Returns the sections of the page, in order."""
+    return [_heads(found), _quality(found), _costs(found), _harm(found), _search(found)]
+
+
+def _heads(found: Findings) -> PageSection:
+    picture, _ = head_map(found)
+    missing = []
+    if found.profile is None:
+        missing.append(
+            (
+                "The profile is not here: what a KV head was chosen from cannot be shown.",
+                _command("report", found, "--profile PROFILE"),
+            )
+        )
+    elif "distance" not in found.profile.statistics.arrays:
+        command = f"moacompress profile {_quoted(found.profile.source)} -o {_quoted(found.profile.path)} --heads"
+        missing.append(("How far back each KV head attends was not profiled.", command))
+    return PageSection("heads", "What is kept", pictures=[picture], missing=missing)
+
+
+def _quality(found: Findings) -> PageSection:
+    if found.evaluation is None:
+        missing = [("Nothing was evaluated yet.", _command("eval", found, f"-o {_quoted(found.folder / EVALUATION_FILE)}"))]
+        return PageSection("quality", "What it still answers", missing=missing)
+    return PageSection(
+        "quality",
+        "What it still answers",
+        lost_text(found.evaluation) or "",
+        tabs=quality_pictures(found.evaluation),
+    )
+
+
+def _costs(found: Findings) -> PageSection:
+    pictures, text, missing = [memory_picture(found)], "", []
+    if found.bench is None:
+        missing.append(
+            ("Nothing was timed yet.", _command("bench", found, f"-o {_quoted(found.folder / BENCH_FILE)}"))
+        )
+    else:
+        pictures += latency_pictures(found.bench)
+        text = machine_text(found.bench)
+    return PageSection("costs", "Memory and speed", text, pictures, missing=missing)
+
+
+def _harm(found: Findings) -> PageSection:
+    harm = (found.explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
+    picture = baselines_picture(dict(harm), found.plan.quality.get("samples"))
+    pictures = [*([picture] if picture else []), *predicted_pictures(found)]
+    missing = []
+    if found.audit is None:
+        where = "PROFILE" if found.profile is None else _quoted(found.profile.path)
+        source = "MODEL" if found.profile is None else _quoted(found.profile.source)
+        missing.append(
+            (
+                "Predicted harm was not audited on held-out samples.",
+                f"moacompress profile {source} -o {where} --audit 50",
+            )
+        )
+    return PageSection("harm", "What it loses, and whether that was foreseen", pictures=pictures, missing=missing)
+
+
+def _search(found: Findings) -> PageSection:
+    if found.explanation is None:
+        missing = [("The search's own notes are not here.", f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}")]
+        return PageSection("search", "How it was found", missing=missing)
+    history = history_picture(found.explanation)
+    front = front_picture(found.front) if found.front is not None else None
+    columns = ("step", "nats a token", "against the first plan", "kept")
+    return PageSection(
+        "search",
+        "How it was found",
+        pictures=[picture for picture in (history, front) if picture is not None],
+        table=(columns, [tuple(row) for row in steps_rows(found.explanation)]),
+    )
+
+
+def _command(verb: str, found: Findings, rest: str) -> str:
+    return f"moacompress {verb} {_quoted(found.folder)} {rest}"
+
+
+def _quoted(path: Path | str) -> str:
+    """Returns a place as a command takes it; of an absolute path only its name, as a page is there to be shared."""
+    return shlex.quote(shared_name(str(path)))
+
+
+def verdict(found: Findings) -> str:
+    """Returns what the plan is, in one sentence."""
+    plan, n = found.plan, found.reference
+    dense, ours, share = bytes_text(plan, n)
+    asked = ", ".join(map(str, plan.budget.get("asked", []))) or "no budget in particular"
+    parts = ["span and formats"] + (["tokens chosen by a gate"] if plan.selects else [])
+    shared = sum(share is not None for share in plan.shares)
+    also = f"; {shared} layers attend as an earlier one does" if shared else ""
+    return (
+        f"At {format_length(n)} tokens the KV cache takes {ours} instead of {dense}, {share} of it (asked for: {asked}). Each "
+        f"of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own {' and '.join(parts)}{also}. It has "
+        f"{WEIGHTS[plan.changed_weights]}."
+    )
+
+
+def tiles(found: Findings) -> list[dict[str, str]]:
+    """Returns the numbers at the top of the page: `value`, `what` and `beside`."""
+    plan, n = found.plan, found.reference
+    dense, ours, share = bytes_text(plan, n)
+    shown = [{"value": share, "what": f"of the KV bytes at {format_length(n)} tokens", "beside": f"{ours} of {dense}"}]
+    rows = _pooled(found)
+    for metric in reversed(SHARES):
+        mine, theirs = rows.get(("plan", metric)), rows.get(("dense", metric))
+        if mine is None or (metric == "exact_match" and len(shown) > 1):
+            continue
+        low, high = mine["ci95"]
+        what = "kept of what dense gets right" if metric == "retention" else "exact match"
+        beside = f"[{low:.1%}, {high:.1%}], {mine['prompts']} prompts"
+        if metric == "exact_match" and theirs is not None:
+            beside += f"; dense {theirs['value']:.1%}"
+        shown.append({"value": f"{mine['value']:.1%}", "what": what, "beside": beside})
+    steps = [
+        row for row in (found.bench or {}).get("runs", ()) if row["phase"] == "decode" and "dense" in row["speedup"]
+    ]
+    if steps:
+        row = max(steps, key=lambda row: (row["length"], row["batch"]))
+        where = f"a decode step of dense at {format_length(row['length'])} tokens, batch {row['batch']}"
+        beside = f"{row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
+        shown.append(
+            {"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}
+        )
+    harm = plan.quality.get("measured_harm", {})
+    others = [value for name, value in harm.items() if name not in ("plan", "trial0") and value is not None]
+    if harm.get("plan") is not None:
+        beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
+        shown.append({"value": f"{harm['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside})
+    return shown
+
+
+def _pooled(found: Findings) -> dict[tuple[str, str], Any]:
+    evaluation = found.evaluation or {}
+    results = (evaluation.get("pooled") or {}).get("results") or ()
+    if not results:
+        groups = {
+            (row["task"], row["length"]) for row in evaluation.get("results", ()) if row["metric"] == "exact_match"
+        }
+        results = evaluation.get("results", ()) if len(groups) == 1 else ()
+    return {(row["model"], row["metric"]): row for row in results}
+
+
+def provenance(found: Findings) -> list[tuple[str, str]]:
+    """Returns where the plan comes from, as names and values."""
+    plan, notes = found.plan, found.plan.provenance
+    rows: list[tuple[str, Any]] = [
+        ("plan", plan.key()),
+        ("model", f"{found.model_name}, weights {plan.model.weights_fingerprint}"),
+        ("profile", notes.get("profile")),
+        ("calibration samples", notes.get("calibration")),
+        ("lengths", _joined(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
+        ("seed", notes.get("seed")),
+        ("trials", notes.get("trials")),
+        ("plans measured", notes.get("measured_plans")),
+        ("the plan is from", notes.get("stage")),
+        ("repair", repair_text(plan)),
+        ("healed", heal_sentence(notes["heal"]) if isinstance(notes.get("heal"), dict) else ""),
+        ("time", _joined(f"{step} {taken:.0f} s" for step, taken in (found.summary or {}).get("seconds", {}).items())),
+        ("versions", _joined(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return ", ".join(parts)

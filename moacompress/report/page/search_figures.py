@@ -1,0 +1,165 @@
+"""How a plan was found: what its baselines lose, whether harm was predicted well, what trials and steps gave."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moacompress.core.tables import readable_number
+from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
+from moacompress.report.page.findings import Finding, Findings
+from moacompress.report.summary_tables import NAMES
+
+HARM = "KL to dense, nats a token"
+
+
+def baselines_picture(harm: dict[str, float | None], samples: int | None) -> Picture | None:
+    """Returns the measured harm of the plan and of what it was measured beside, at the same bytes; None where there is none."""
+    found = sorted(
+        ((value, name) for name, value in harm.items() if value is not None and name != "trial0"), reverse=True
+    )
+    if len(found) < 2:
+        return None
+    values, names = [value for value, _ in found], [NAMES.get(name, name) for _, name in found]
+    roles = [name if name in ROLES else "faint" for _, name in found]
+    trace: Trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": values,
+        "y": names,
+        "marker": {
+            "color": [ROLES[role][0] for role in roles],
+            "symbol": [ROLES[role][2] for role in roles],
+            "size": 12,
+        },
+        "meta": {"roles": roles},
+        "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
+    }
+    layout = {
+        "xaxis": axis(HARM, type="log", exponentformat="power"),
+        "yaxis": axis("", type="category"),
+        "height": 130 + 26 * len(found),
+        "showlegend": False,
+    }
+    note = "Each kind at its best sink, window and formats" + (
+        f", on {samples} validation samples." if samples else "."
+    )
+    rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
+    return Picture("baselines", "Harm at the same bytes", [trace], layout, note, ("plan", "nats a token"), rows)
+
+
+def predicted_pictures(found: Findings) -> list[Picture]:
+    """Returns predicted against measured harm: of an audit's ablations, formats and plans, or of the search's own trials."""
+    pictures = []
+    audit = found.audit
+    if audit is not None:
+        name = audit["estimator"]
+        groups = [
+            ("one KV head's span", [(point["calibrated"].get(name), point["measured"]) for point in audit["points"]]),
+            (
+                "one KV head's format",
+                [(point["predicted"], point["measured"]) for point in audit.get("precision_points", ())],
+            ),
+            ("whole plans", [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]]),
+        ]
+        note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, harm is what was predicted."
+        pictures.append(_scatter("audit", "Predicted and measured harm: the audit", groups, note))
+    pairs = (found.explanation or {}).get("predicted", {}).get("pairs") or ()
+    if len(pairs) > 1:
+        rank = (found.explanation or {})["predicted"]["spearman"]
+        note = f"The {len(pairs)} plans of the search" + ("." if rank is None else f"; rank correlation {rank:.2f}.")
+        pictures.append(
+            _scatter("trials-predicted", "Predicted and measured harm: the trials", [("a trial's plan", pairs)], note)
+        )
+    return pictures
+
+
+def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
+    traces, ends, rows = [], [], []
+    for role, (kind, points) in zip(("plan", *OTHERS), groups, strict=False):
+        pairs = [(x, y) for x, y in points if x is not None and y is not None and x > 0 and y > 0]
+        if not pairs:
+            continue
+        x, y = zip(*pairs, strict=True)
+        ends += [*x, *y]
+        traces.append(dots(role, kind, x, y, opacity=0.75, hovertemplate="predicted %{x:.3g}, measured %{y:.3g}"))
+        rows += [(kind, readable_number(a), readable_number(b)) for a, b in pairs]
+    if ends:
+        line = [min(ends), max(ends)]
+        traces.append(
+            lines("faint", "equal", line, line, mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")
+        )
+    layout = {
+        "xaxis": axis("predicted, nats a token", type="log", exponentformat="power"),
+        "yaxis": axis("measured, nats a token", type="log", exponentformat="power"),
+        "height": 380,
+    }
+    return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
+
+
+def history_picture(explanation: Finding) -> Picture | None:
+    """Returns the trials of a search in their order, with the best so far; None where the search did not write them down."""
+    trials = [row for row in explanation.get("trials", ()) if row["harm"] is not None]
+    if len(trials) < 2:
+        return None
+    best, low = [], math.inf
+    for row in trials:
+        low = min(low, row["harm"]) if not row["pruned"] else low
+        best.append(low)
+    numbers = [row["trial"] for row in trials]
+    ended = [row for row in trials if not row["pruned"]]
+    given_up = [row for row in trials if row["pruned"]]
+    traces = [
+        dots("plan", "measured to the end", [row["trial"] for row in ended], [row["harm"] for row in ended]),
+        dots(
+            "uniform",
+            "given up half-way",
+            [row["trial"] for row in given_up],
+            [row["harm"] for row in given_up],
+        ),
+        lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
+    ]
+    layout = {"xaxis": axis("trial"), "yaxis": axis(HARM, type="log"), "height": 320}
+    rows = [(str(row["trial"]), readable_number(row["harm"]), "given up" if row["pruned"] else "") for row in trials]
+    note = "What was given up half-way was measured on fewer samples."
+    return Picture(
+        "history",
+        "Trials of the search",
+        [t for t in traces if t["x"]],
+        layout,
+        note,
+        ("trial", "nats a token", ""),
+        rows,
+    )
+
+
+def steps_rows(explanation: Finding) -> list[tuple[str, str, str, str]]:
+    """Returns what each step of a search gave, as rows of a table: its name, its harm, the change, and whether it was kept."""
+    return [
+        (
+            stage["name"],
+            readable_number(stage["harm"]),
+            f"{100 * (math.exp(stage['log_ratio']) - 1):+.0f}%",
+            "yes" if stage["kept"] else "no",
+        )
+        for stage in explanation["stages"]
+    ]
+
+
+def front_picture(front: Finding) -> Picture | None:
+    """Returns the harm of plans of several budgets against their bytes; None where there is only one."""
+    points = [(max(point["kv_share"].values()) * 100, point["harm"]["plan"]) for point in front["points"]]
+    points = [(share, harm) for share, harm in points if harm is not None]
+    if len(points) < 2:
+        return None
+    x, y = zip(*points, strict=True)
+    layout = {
+        "xaxis": axis("% of the dense KV bytes"),
+        "yaxis": axis(HARM, type="log"),
+        "height": 320,
+        "showlegend": False,
+    }
+    rows = [(f"{share:.1f}%", readable_number(harm)) for share, harm in points]
+    return Picture(
+        "front", "Harm against bytes", [lines("plan", "plans", x, y)], layout, "", ("bytes", "nats a token"), rows
+    )

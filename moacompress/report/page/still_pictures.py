@@ -1,0 +1,57 @@
+"""Pictures of a page as PNG files, for a model card or a talk. Kaleido draws them, with a Chrome that is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moacompress.core.errors import UsageError, one_line
+from moacompress.core.files import write_bytes
+from moacompress.report.page.figure_style import Picture
+from moacompress.report.page.findings import Findings
+from moacompress.report.page.report_page import page_sections
+
+WIDTH, SCALE = 900, 2
+NEEDS = (
+    'PNG files need kaleido and a Chrome or Chromium ({}); pip install "moacompress[report]", and install a browser with '
+    "`plotly_get_chrome` or your system's packages"
+)
+LAYOUT = {
+    "template": "plotly_white",
+    "width": WIDTH,
+    "margin": {"l": 10, "r": 10, "t": 60, "b": 10},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+}
+
+
+def write_pictures(found: Findings, folder: Path) -> list[Path]:
+    """Writes every picture of the page as `NAME.png` and returns the files; those that are there are replaced.
+
+    Raises:
+        UsageError: kaleido is not installed, or it finds no browser.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [picture for section in page_sections(found) for picture in (*section.pictures, *section.tabs)]
+    files = []
+    for picture in pictures:
+        path = folder / f"{picture.name}.png"
+        write_bytes(path, png(picture))
+        files.append(path)
+    return files
+
+
+def png(picture: Picture) -> bytes:
+    """Returns a picture on white as PNG.
+
+    Raises:
+        UsageError: kaleido is not installed, or it finds no browser.
+    """
+    from plotly.graph_objects import Figure
+
+    drawn: Any = Figure(picture.figure())
+    drawn.update_layout(**LAYOUT, title={"text": picture.title})
+    try:
+        image: bytes = drawn.to_image("png", scale=SCALE)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UsageError(NEEDS.format(one_line(error))) from error
+    return image

@@ -1,0 +1,341 @@
+"""The page of a run: its numbers are those of the artefacts, a browser draws it, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.core.errors import ArtefactError
+from moacompress.pipeline import compress
+from moacompress.recipe import Recipe
+from moacompress.report.page.figure_style import OTHERS, roles_of
+from moacompress.report.page.findings import Findings
+from moacompress.report.page.head_figures import rule_text
+from moacompress.report.page.report_page import embedded, page_sections, write_page
+from moacompress.rules.cost import kept_bits
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+
+RUNNER = CliRunner()
+SETTINGS = {
+    "budget": "50%",
+    "calibration": {
+        "sources": [{"generator": "needle"}],
+        "lengths": [700, 800],
+        "samples": 4,
+        "validation_samples": 2,
+        "answer_tokens": 4,
+    },
+    "profile": {"draws": 1, "heads": True},
+    "search": {"trials": 4, "ablations": 2},
+    "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
+}
+AUDIT = {
+    "estimator": "robust",
+    "samples": 7,
+    "points": [{"calibrated": {"robust": 0.5}, "measured": 0.4}, {"calibrated": {"robust": 0.02}, "measured": 0.03}],
+    "precision_points": [{"predicted": 1e-5, "measured": 2e-5}],
+    "plans": [{"calibrated": {"robust": 0.1}, "measured": 0.0}],
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
+)  # fmt: skip
+SPY = """
+<pre id="spy"></pre><script>
+  const spied = {}, map = document.querySelector('[data-figure="heads"]');
+  for (const each of document.querySelectorAll(".plot[data-figure]")) {
+    spied[each.dataset.figure] = each.data ? each.data.map((t) => ({ x: t.x, y: t.y, z: t.z })) : null;
+  }
+  map.emit("plotly_click", { points: [{ x: 1, y: 0 }] });
+  spied.curve = document.getElementById("curve").data.map((t) => ({ name: t.name, x: t.x, y: t.y }));
+  spied.distance = document.getElementById("distance").data[0].y;
+  spied.text = document.getElementById("head-text").textContent;
+  const shade = document.getElementById("shade");
+  shade.value = 1;
+  shade.dispatchEvent(new Event("change"));
+  spied.tokens = map.data[0].z;
+  const light = getComputedStyle(document.body).backgroundColor;
+  document.getElementById("theme").click();
+  spied.themes = [light, getComputedStyle(document.body).backgroundColor];
+  for (const tab of document.querySelectorAll("[data-tab]")) tab.click();
+  spied.drawn = [...document.querySelectorAll(".plot")].map((each) => each.querySelectorAll("svg").length);
+  const inside = (each) => each.getBoundingClientRect().right <= document.body.getBoundingClientRect().right + 1;
+  spied.fits = [];
+  for (const width of ["390px", "1000px"]) {
+    document.body.style.width = width;
+    document.getElementById("theme").click();
+    spied.fits.push([...document.querySelectorAll("figure, p, .tile, nav, .scroll, .tabs, h1")].every(inside));
+  }
+  document.getElementById("spy").textContent = JSON.stringify(spied);
+</script>
+"""
+"""Looks at what plotly was given, as a reader would: a click on a KV head, another colouring, the other theme, all tabs."""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("page") / "out"
+    compress(Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)}), out)
+    bench = [
+        "bench",
+        str(out),
+        "--lengths",
+        "64,128",
+        "--repeats",
+        "7",
+        "--tokens",
+        "2",
+        "--no-peak",
+        "--sides",
+        "plan,dense",
+    ]
+    assert RUNNER.invoke(app, [*bench, "-o", str(out / "bench.json")]).exit_code == 0
+    (out / "profile" / "audit.json").write_text(json.dumps(AUDIT))
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(run_folder: Path) -> str:
+    result = RUNNER.invoke(app, ["report", str(run_folder), "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["missing"] == []
+    assert data["sections"] == ["heads", "quality", "costs", "harm", "search"]
+    return (run_folder / "report.html").read_text("utf-8")
+
+
+def page_data(page: str) -> Any:
+    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def traces(page: str, figure: str) -> dict[str, Any]:
+    return {trace["name"]: trace for trace in page_data(page)["figures"][figure]["data"]}
+
+
+def test_compress_leaves_a_page(run_folder: Path) -> None:
+    assert (run_folder / "report.html").stat().st_size > 1e6  # plotly is in it
+
+
+def test_quality_is_that_of_the_evaluation(run_folder: Path, page: str) -> None:
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    rows = [row for row in evaluation["results"] if row["metric"] == "nll"]
+    shown = traces(page, "quality-nll")
+    assert len(rows) == 3
+    for row in rows:
+        trace = shown["this plan" if row["model"] == "plan" else row["model"]]
+        assert trace["orientation"] == "h"
+        at = trace["y"].index("needle-noise, 700")
+        assert trace["x"][at] == row["value"]
+        assert trace["x"][at] + trace["error_x"]["array"][at] == pytest.approx(row["ci95"][1])
+        assert trace["x"][at] - trace["error_x"]["arrayminus"][at] == pytest.approx(row["ci95"][0])
+
+
+def test_memory_is_that_of_the_plan_and_latency_that_of_the_bench(run_folder: Path, page: str) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    shown = traces(page, "memory")["this plan"]
+    assert dict(zip(shown["x"], shown["y"], strict=True)) == {n: plan.kv_bytes(n) / 2**20 for n in shown["x"]}
+    assert {256, 800, 32768} <= set(shown["x"])
+    runs = [row for row in json.loads((run_folder / "bench.json").read_text())["runs"] if row["phase"] == "decode"]
+    decode = traces(page, f"decode-1-{runs[0]['dtype']}")
+    assert decode["this plan"]["y"] == [row["plan_ms"] for row in runs]
+    assert decode["dense"]["x"] == [64, 128]
+    assert "times as fast as dense" in page
+
+
+def test_the_map_is_that_of_the_plan(run_folder: Path, page: str) -> None:
+    plan, data = Plan.load(run_folder / "plan.json"), page_data(page)
+    shape = plan.model
+    trace = data["figures"]["heads"]["data"][0]
+    full = shape.token_bytes(Rule.FULL) * Rule.FULL.slots(800, plan.min_window, None)
+    rows = [
+        [shape.token_bytes(rule) * rule.slots(800, plan.min_window, None) / full for rule in row] for row in plan.rules
+    ]
+    assert np.allclose(np.array(trace["z"]).T, 100 * np.array(rows), rtol=1e-3)
+    assert float(np.sum(rows)) * full == pytest.approx(plan.kv_bytes(800))
+    tokens = {shade["name"]: np.array(shade["z"]) for shade in data["shades"]}["share of its tokens"]
+    assert tokens.mean() / 100 == pytest.approx(plan.density(800), rel=1e-3)
+    bits = {shade["name"]: np.array(shade["z"]) for shade in data["shades"]}.get("bits of its keys")
+    kept = np.array([[rule.kept(800, plan.min_window, None) for rule in row] for row in plan.rules]).T
+    assert bits is None or (bits * kept).sum() / kept.sum() == pytest.approx(kept_bits(plan, 800)["keys"], rel=1e-3)
+
+
+def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
+    heads, found = page_data(page)["heads"], Findings.load(run_folder / "plan.json")
+    profile = found.profile
+    assert profile is not None
+    influence = profile.influence(profile.recipe.profile.estimator)[1, 1, 0]
+    (curve,) = heads["curves"]
+    assert sorted(curve["harm"][1][0]) == pytest.approx(sorted(influence), rel=1e-3)
+    assert curve["kept"][1] == sorted(rule.kept(800, profile.min_window, None) for rule in profile.rules)
+    share = np.asarray(profile.statistics.arrays["distance"])[np.asarray(profile.sample_lengths) == 800].mean(0)
+    assert np.allclose(heads["distance"]["share"], share, rtol=2e-3)
+    assert len(heads["distance"]["labels"]) == share.shape[-1]
+    assert heads["chosen"][1][0]["kept"] == found.plan.rules[1][0].kept(800, found.plan.min_window, None)
+
+
+def test_harm_and_history_are_those_of_the_search(run_folder: Path, page: str) -> None:
+    explanation = json.loads((run_folder / "plan.explain.json").read_text())
+    (harm,) = page_data(page)["figures"]["baselines"]["data"]
+    there = {name: value for name, value in explanation["harm"].items() if value is not None and name != "trial0"}
+    assert sorted(harm["x"]) == sorted(there.values())
+    trials = {row["trial"]: row["harm"] for row in explanation["trials"]}
+    shown = traces(page, "history")
+    plotted = [shown[name] for name in ("measured to the end", "given up half-way") if name in shown]
+    assert {x: y for trace in plotted for x, y in zip(trace["x"], trace["y"], strict=True)} == trials
+    ended = [row["harm"] for row in explanation["trials"] if not row["pruned"]]
+    assert shown["best so far"]["y"][-1] == min(ended)
+    audit = traces(page, "audit")
+    assert audit["one KV head's span"]["y"] == [0.4, 0.03]
+    assert "whole plans" not in audit  # a harm of 0 has no place on a logarithmic axis
+
+
+def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chrome or Chromium is installed")
+    (tmp_path / "page.html").write_text(page.replace("</body>", SPY + "</body>"), "utf-8")
+    url = f"file://{tmp_path / 'page.html'}"
+    done = subprocess.run(
+        [browser, *FLAGS, f"--user-data-dir={tmp_path / 'user'}", url], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = re.search(r'<pre id="spy">(.*?)</pre>', done.stdout, re.S)
+    assert found is not None, done.stdout[-2000:]
+    spied, data = json.loads(unescape(found[1])), page_data(page)
+    assert all(count > 0 for count in spied["drawn"])
+    assert spied["fits"] == [True, True]
+    assert len(set(spied["themes"])) == 2
+    for name, figure in data["figures"].items():
+        for trace, drawn in zip(
+            figure["data"], spied[name] or figure["data"], strict=True
+        ):  # hidden tabs are drawn later
+            assert (drawn.get("x"), drawn.get("y"), drawn.get("z")) == (trace.get("x"), trace.get("y"), trace.get("z"))
+    assert spied["tokens"] == data["shades"][1]["z"]
+    assert spied["distance"] == data["heads"]["distance"]["share"][1][0]
+    assert "layer 1, KV head 0" in spied["text"]
+    harms = [harm for harm in data["heads"]["curves"][0]["harm"][1][0] if harm > 0]
+    assert spied["curve"][0]["y"] == harms
+
+
+def test_what_is_missing_names_its_command(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(run_folder / "plan.json", tmp_path / "plan.json")
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "plan.json"), "-o", str(tmp_path / "page.html")])
+    assert result.exit_code == 0
+    for verb in ("eval", "bench", "search", "report", "profile"):
+        assert f"moacompress {verb} " in result.stdout
+    assert str(tmp_path.parent) not in (tmp_path / "page.html").read_text("utf-8")  # a page may be shared
+
+
+def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) -> None:
+    for name in ("eval.json", "bench.json", "plan.explain.json"):
+        shutil.copy(run_folder / name, tmp_path / name)
+    plan = Plan.load(run_folder / "plan.json")
+    Plan.full(plan.model).save(tmp_path / "plan.json")
+    found = Findings.load(tmp_path / "plan.json")
+    assert (found.evaluation, found.bench, found.explanation) == (None, None, None)
+    assert len(found.passed_over) == 3
+    (tmp_path / "eval.json").write_text("[]")
+    with pytest.raises(ArtefactError, match="no JSON object"):
+        Findings.load(tmp_path / "plan.json")
+    (tmp_path / "eval.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="'checkpoint' is missing"):
+        Findings.load(tmp_path / "plan.json")
+
+
+def test_a_profile_that_is_named_must_be_the_plans(run_folder: Path, tmp_path: Path) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
+    assert Findings.load(tmp_path / "plan.json").profile is None
+    with pytest.raises(ArtefactError, match="the plan was made from 0000"):
+        Findings.load(tmp_path / "plan.json", run_folder / "profile")
+    with pytest.raises(ArtefactError, match="does not exist"):
+        Findings.load(tmp_path / "plan.json", tmp_path / "nowhere")
+
+
+def test_a_checkpoint_alone_has_a_page(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    found = Findings.load(tmp_path / "model" / "plan.json")
+    data = write_page(found, tmp_path / "page.html")
+    assert data["sections"] == ["heads", "costs", "harm"]
+    assert Findings.load(run_folder / "model" / "plan.json").folder == run_folder
+
+
+def test_no_plotly_is_one_sentence(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moacompress.report.page.report_page.find_spec", lambda name: None)
+    result = RUNNER.invoke(app, ["report", str(run_folder), "-o", str(tmp_path / "page.html")])
+    assert result.exit_code == 2
+    assert 'pip install "moacompress[report]"' in result.output
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_text_from_files_ends_no_element() -> None:
+    text = embedded({"name": "</script><script>alert(1)</script>", "bad": float("nan")})
+    assert "<" not in text
+    assert json.loads(text) == {"name": "</script><script>alert(1)</script>", "bad": None}
+
+
+def test_a_model_with_markup_in_its_name(run_folder: Path, tmp_path: Path) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    plan.with_notes(provenance={**plan.provenance, "source": "<b>bold"}).save(tmp_path / "plan.json")
+    write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
+    assert "&lt;b&gt;bold" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_every_side_has_a_colour_of_its_own() -> None:
+    roles = roles_of(["plan", "dense", "uniform:4", "uniform-elastic", "split", "quantized:hqq-4", "plan"])
+    assert roles["uniform:4"] == "uniform"
+    assert [roles[name] for name in ("uniform-elastic", "split", "quantized:hqq-4")] == list(OTHERS[:3])
+    assert len(set(roles.values())) == len(roles)
+
+
+def test_rules_in_words(run_folder: Path) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    rules = ((Rule(4, 32, 128, "int8", "int4", 16, 64), Rule(16, 64, 0)), (Rule.FULL, Rule.FULL))
+    made = Plan(plan.model, 32, (*rules, *plan.rules[2:]))
+    text = rule_text(made, 0, 0, 800)
+    assert "the first 4 and the last 32 and 0.125 of all so far" in text
+    assert "chosen by its gate: 16 and 0.0625 of all so far" in text
+    assert "keys int8, values int4" in text
+    assert "the first 16 and the last 64" in rule_text(made, 0, 1, 800)
+    assert "800 of 800 tokens" in rule_text(made, 1, 0, 800)
+
+
+def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def to_image(self: Any, form: str, scale: float) -> bytes:
+        drawn.append(self.layout.title.text)
+        return b"\x89PNG"
+
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", to_image)
+    result = RUNNER.invoke(
+        app, ["report", str(run_folder), "-o", str(tmp_path / "p.html"), "--pictures", str(tmp_path / "png")]
+    )
+    assert result.exit_code == 0, result.output
+    wanted = [p.title for s in page_sections(Findings.load(run_folder / "plan.json")) for p in (*s.pictures, *s.tabs)]
+    assert drawn == wanted
+    assert len(list((tmp_path / "png").glob("*.png"))) == len(wanted)
+
+    def refuse(self: Any, form: str, scale: float) -> bytes:
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
+
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", refuse)
+    result = RUNNER.invoke(
+        app, ["report", str(run_folder), "-o", str(tmp_path / "p.html"), "--pictures", str(tmp_path / "png")]
+    )
+    assert result.exit_code == 2
+    assert "PNG files need kaleido and a Chrome" in result.output
