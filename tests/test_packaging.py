@@ -123,7 +123,9 @@ def test_the_wheel_ships_everything_once(wheel: Path) -> None:
     for file in (ROOT / "moacompress").rglob("*.py"):
         if file.relative_to(ROOT).parts[1] not in LINKS:
             expected.add(str(file.relative_to(ROOT)))
-    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "moacompress" / "report" / "page" / "assets").iterdir()}
+    expected |= {
+        str(file.relative_to(ROOT)) for file in (ROOT / "moacompress" / "report" / "page" / "assets").iterdir()
+    }
     for link in LINKS:
         files = [*(ROOT / link).rglob("*.py"), *(ROOT / link).rglob("*.yaml")]
         expected |= {f"moacompress/{file.relative_to(ROOT)}" for file in files}

@@ -76,7 +76,7 @@ def test_second_run_reuses_everything(finished, recipe):
     assert time.perf_counter() - begun < 60
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
-    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "plan.json", "profile.json"}
+    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "plan.json", "profile.json", "report.html"}
 
 
 def test_a_run_of_an_older_version_is_taken_up(recipe, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_run_of_an_older_version_is_taken_up(recipe, tmp_path, monkeypatch):
     again = compress(recipe, tmp_path / "out")
     assert again["quality"] == first["quality"]
     rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
-    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "profile.json"}
+    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "profile.json", "report.html"}
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
 
 

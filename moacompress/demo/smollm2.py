@@ -69,7 +69,7 @@ def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> 
         if foreign:
             raise ArtefactError(f"{foreign[0]} exists already and no demo left it; choose another folder")
         clear_run(out, (model, squad))
-    elif mark.exists() and read_json(mark, "demo") == wanted:
+    elif mark.exists() and {**read_json(mark, "demo"), "name": wanted["name"]} == wanted:
         return
     refuse_held(out, (*of_demo(out), *of_compress(out)))
     write_json(mark, wanted)
