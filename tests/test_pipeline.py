@@ -24,6 +24,7 @@ from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.pipeline import compress, quality_table
 from moacompress.recipe import Recipe
+from moacompress.report.summary_tables import closing_lines
 from moacompress.rules.plan import Plan
 from moacompress.search.study import find_plan
 
@@ -66,6 +67,14 @@ def test_summary_and_artefacts(finished):
     assert set(summary["quality"]["needle-noise@700"]) == {"dense", "uniform", "plan", "prompts", "nll"}
     assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
     assert plan.provenance["recipe"]["calibration"]["samples"] == 4
+
+
+def test_the_snippet_that_a_run_ends_with_runs(finished, capsys):
+    out, _ = finished
+    (snippet_lines, *others) = closing_lines(out)
+    exec(snippet_lines.partition("\n\n")[2], {})
+    assert capsys.readouterr().out.strip()
+    assert any("report.html" in line for line in others)
 
 
 def test_second_run_reuses_everything(finished, recipe):
@@ -352,6 +361,7 @@ from pathlib import Path
 from moacompress.pipeline import compress
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
+from moacompress.report.summary_tables import closing_lines
 torch.set_num_threads(1)
 class Hold(Progress):
     def start(self, what, total):

@@ -11,8 +11,22 @@ from typing import Annotated
 import typer
 
 import moacompress
-from moacompress.cli import bench, compress, data, demo, doctor, eval, export, heal, inspect, profile, report, search
-from moacompress.cli.harness import INTERRUPTED, say
+from moacompress.cli import (
+    bench,
+    chat,
+    compress,
+    data,
+    demo,
+    doctor,
+    eval,
+    export,
+    heal,
+    inspect,
+    profile,
+    report,
+    search,
+)
+from moacompress.cli.harness import goes_on_with, say
 
 VERBS = {
     "profile": profile.profile,
@@ -24,6 +38,7 @@ VERBS = {
     "bench": bench.bench,
     "inspect": inspect.inspect,
     "report": report.report,
+    "chat": chat.chat,
     "doctor": doctor.doctor,
     "demo": demo.demo,
 }
@@ -33,7 +48,6 @@ GROUPS = {"data": data.app}
 app = typer.Typer(
     name="moacompress",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -69,5 +83,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        say(INTERRUPTED)
+        say(goes_on_with(sys.argv, overwrite=False))
         sys.exit(130)

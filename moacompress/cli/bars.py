@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,10 +16,16 @@ LINE_SECONDS = 15.0
 
 
 class RichProgress(Progress):
-    """Shows one task at a time; a new one ends the one before."""
+    """Shows one task at a time; a new one ends the one before.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where.
+        first: gives a line that is shown before the first task.
+    """
+
+    def __init__(self, console: Console, first: Callable[[], str] | None = None) -> None:
         self._console = console
+        self._first = first
         self._bars: Bars | None = None
         self._what, self._total, self._steps = "", 0, 0
         self._running = False
@@ -26,6 +33,9 @@ class RichProgress(Progress):
 
     def start(self, what: str, total: int) -> None:
         """Begins a task."""
+        if self._first is not None:
+            self._line(self._first())
+            self._first = None
         self.done()
         self._what, self._total, self._steps, self._running = what, total, 0, True
         self._begun = self._said = time.monotonic()

@@ -23,6 +23,7 @@ PREFILL_REPEATS = 3
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
     "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
+    computes=True,
 )
 def bench(
     run: VerbRun,

@@ -25,13 +25,13 @@ from moacompress.cli.options import (
     required_model,
     split_list,
 )
-from moacompress.core.artefact_names import MODEL_FOLDER
 
 
 @verb(
     "moacompress compress path/to/model --budget 25% -o runs/mine",
     "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
+    computes=True,
 )
 def compress(
     run: VerbRun,
@@ -80,14 +80,13 @@ def compress(
     resolved = resolved.override(model=required_model(model, resolved.model))
 
     from moacompress.pipeline import compress as compress_model
-    from moacompress.report.summary_tables import summary_tables
+    from moacompress.report.summary_tables import closing_lines, summary_tables
 
     summary = compress_model(resolved, out, overwrite=overwrite, progress=run.progress)
     return Output(
         summary,
         [
             *summary_tables(summary),
-            f'Load it with AutoModelForCausalLM.from_pretrained("{out / MODEL_FOLDER}")',
-            f"Look inside with: moacompress inspect {out}",
+            *closing_lines(out),
         ],
     )

@@ -9,7 +9,6 @@ import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import Overwrite
-from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import DataError
 
 MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
@@ -19,6 +18,7 @@ SQUAD_FILE = "squad.json"
 @verb(
     "moacompress demo -o runs/demo",
     "moacompress demo -o runs/demo --data .cache --json",
+    computes=True,
 )
 def demo(
     run: VerbRun,
@@ -40,15 +40,14 @@ def demo(
     squad = _find(data, SQUAD_FILE)
 
     from moacompress.demo.smollm2 import run_demo
-    from moacompress.report.summary_tables import summary_tables
+    from moacompress.report.summary_tables import closing_lines, summary_tables
 
     summary = run_demo(out, model, squad, dtype=run.common.dtype or "auto", overwrite=overwrite, progress=run.progress)
     return Output(
         summary,
         [
             *summary_tables(summary),
-            f'Load it with AutoModelForCausalLM.from_pretrained("{out / MODEL_FOLDER}")',
-            f"Look inside with: moacompress inspect {out}",
+            *closing_lines(out),
         ],
     )
 

@@ -17,6 +17,7 @@ from moacompress.core.errors import UsageError
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
+    computes=True,
 )
 def evaluate(
     run: VerbRun,

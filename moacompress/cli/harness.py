@@ -7,19 +7,22 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec
+from typing import Annotated, Any, Concatenate, ParamSpec, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
 from moacompress.cli.bars import RichProgress
-from moacompress.core.errors import MoaCompressError
+from moacompress.cli.kernel_line import kernel_line
+from moacompress.core.errors import ArtefactError, MoaCompressError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
@@ -28,6 +31,8 @@ P = ParamSpec("P")
 
 INTERRUPTED = "interrupted; what was written is kept, and the same command goes on from there"
 ANEW = INTERRUPTED + " without --overwrite, with which it starts anew"
+PROGRAM = "moacompress"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 WIDTH = 100
 """Columns of the output when it does not go to a terminal."""
 QUIET_LIBRARIES = {
@@ -58,6 +63,10 @@ class Common:
     dtype: Annotated[
         str | None, typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16, float16.")
     ] = None
+    log_file: Annotated[
+        Path | None,
+        typer.Option("--log-file", metavar="FILE", help="Also log everything to FILE, behind what is there."),
+    ] = None
 
 
 @dataclass
@@ -79,10 +88,33 @@ class Output:
 
 @dataclass(frozen=True)
 class VerbRun:
-    """One run of a verb: its common options and where it reports."""
+    """One run of a verb: its common options, where it reports, and the person who started it.
+
+    Attributes:
+        common: its common options.
+        progress: is told how far it is.
+        out: the standard output, which is not `sys.stdout` while a verb runs.
+    """
 
     common: Common
     progress: Progress
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def write(self, text: str) -> None:
+        """Writes a piece of what the person asked for."""
+        self.out.write(text)
+        self.out.flush()
+
+    def note(self, text: str) -> None:
+        """Writes a remark to stderr."""
+        error_console().print(text, style="dim", markup=False, soft_wrap=True)
+
+    def read(self, prompt: str) -> str | None:
+        """Returns the next line of the input, without blanks around it; None at its end. A person sees the prompt."""
+        if sys.stdin.isatty():
+            self.write(prompt)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
 
     def recipe(self, file: Path | None = None, base: Recipe | None = None, **flags: Any) -> Recipe:
         """Returns the recipe of this run: flags win over `file`, which wins over `base`, which wins over the defaults.
@@ -107,10 +139,18 @@ class Verb:
     """A command made of a function `(run, own options) -> Output`.
 
     Typer reads its signature: the function's own options and, after them, those of `Common`.
+
+    Args:
+        function: does the work.
+        examples: end its help.
+        computes: whether it runs a model, so that its first line says with which kernels.
     """
 
-    def __init__(self, function: Callable[Concatenate[VerbRun, P], Output], examples: tuple[str, ...]) -> None:
+    def __init__(
+        self, function: Callable[Concatenate[VerbRun, P], Output], examples: tuple[str, ...], computes: bool = False
+    ) -> None:
         self._work: Callable[..., Output] = function
+        self._computes = computes
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -121,8 +161,8 @@ class Verb:
     def __call__(self, **arguments: Any) -> None:
         """Runs the verb, prints its result and raises `typer.Exit` unless all is well."""
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
-        interrupted = ANEW if arguments.get("overwrite") else INTERRUPTED
-        output = _guarded(lambda run: self._work(run, **arguments), common, interrupted)
+        interrupted = goes_on_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
+        output = _guarded(lambda run: self._work(run, **arguments), common, interrupted, self._computes)
         if output.said_elsewhere:
             pass
         elif common.as_json:
@@ -135,9 +175,22 @@ class Verb:
             raise typer.Exit(output.exit_code)
 
 
-def verb(*examples: str) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
+def verb(*examples: str, computes: bool = False) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
     """Makes a `Verb` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Verb(function, examples)
+    return lambda function: Verb(function, examples, computes)
+
+
+def goes_on_with(argv: Sequence[str], overwrite: bool) -> str:
+    """Returns what is said after Ctrl-C: the command that goes on, where this process was started by one.
+
+    Args:
+        argv: of the process.
+        overwrite: whether the command starts anew, so that it is to be given without `--overwrite`.
+    """
+    if Path(argv[0]).name not in (PROGRAM, "__main__.py"):
+        return ANEW if overwrite else INTERRUPTED
+    command = shlex.join([PROGRAM, *(part for part in argv[1:] if part != "--overwrite")])
+    return f"interrupted; what was written is kept; go on with: {command}"
 
 
 def out_console() -> Console:
@@ -168,14 +221,16 @@ def _common_parameters() -> list[inspect.Parameter]:
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
-def _guarded(work: Callable[[VerbRun], Output], common: Common, interrupted: str) -> Output:
+def _guarded(work: Callable[[VerbRun], Output], common: Common, interrupted: str, computes: bool) -> Output:
     """Runs a verb; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
-    progress = Progress() if common.quiet else RichProgress(console)
+    first = partial(kernel_line, common.device) if computes else None
+    progress = Progress() if common.quiet else RichProgress(console, first)
     try:
         # what a library prints must not mix with the result
+        run = VerbRun(common, progress)
         with _quiet_libraries(common, console), contextlib.redirect_stdout(sys.stderr):
-            return work(VerbRun(common, progress))
+            return work(run)
     except KeyboardInterrupt:
         progress.done()
         say(interrupted)
@@ -194,10 +249,14 @@ def _guarded(work: Callable[[VerbRun], Output], common: Common, interrupted: str
 @contextlib.contextmanager
 def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
     level = logging.DEBUG if common.debug or common.verbose > 1 else logging.INFO if common.verbose else logging.WARNING
-    handler = _ConsoleHandler(console)
-    logger.addHandler(handler)
+    handlers: list[logging.Handler] = [_ConsoleHandler(console)]
+    handlers[0].setLevel(logging.ERROR if common.quiet else level)
+    if common.log_file is not None:
+        handlers.append(_log_to(common.log_file))
+    for handler in handlers:
+        logger.addHandler(handler)
     before = logger.level, logger.propagate
-    logger.setLevel(logging.ERROR if common.quiet else level)
+    logger.setLevel(logging.DEBUG if common.log_file is not None else handlers[0].level)
     logger.propagate = False
     try:
         with warnings.catch_warnings():
@@ -207,8 +266,25 @@ def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     finally:
-        logger.removeHandler(handler)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
         logger.level, logger.propagate = before
+
+
+def _log_to(path: Path) -> logging.Handler:
+    """Returns what writes all records behind what a file holds.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise ArtefactError(f"cannot write the log {path}: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    return handler
 
 
 class _ConsoleHandler(logging.Handler):

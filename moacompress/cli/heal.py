@@ -21,6 +21,7 @@ from moacompress.core.progress import SILENT
     "moacompress heal model/ -o healed/ --profile profile/ --teacher path/to/model --dry-run",
     "moacompress heal runs/mine -o healed/ --train full --lr 2e-5 --steps 200 --max-minutes 30",
     "moacompress heal runs/mine -o healed/ --objective echoatt --samples 200 --text prose/ --json",
+    computes=True,
 )
 def heal(
     run: VerbRun,

@@ -54,6 +54,7 @@ AUDIT_KEYS = (
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
     "moacompress profile path/to/model -o audited/ --audit 120 --audit-plans 40 --budget 25%",
     "moacompress profile path/to/model -o around/ --around plan.json",
+    computes=True,
 )
 def profile(
     run: VerbRun,

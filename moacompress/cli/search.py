@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
+    computes=True,
 )
 def search(
     run: VerbRun,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 
+from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, section
 from moacompress.rules.budget import format_length
 
@@ -51,6 +54,43 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
     return [f"{summary['model']}, budget {asked}", size, quality, f"Took {seconds}."]
+
+
+def closing_lines(out: Path) -> list[str]:
+    """Returns what a run ends with: a snippet that loads the model and asks it something, and where to look next.
+
+    Args:
+        out: folder of the run.
+    """
+    page = out / REPORT_FILE
+    return [
+        f"Paste this into Python:\n\n{snippet(out / MODEL_FOLDER)}",
+        f"Talk to it:   moacompress chat {shlex.quote(str(out))}",
+        f"Look inside:  moacompress inspect {shlex.quote(str(out))}",
+        *([f"The page:     {page}"] if page.is_file() else []),
+    ]
+
+
+def snippet(model: Path) -> str:
+    """Returns lines of Python that load a checkpoint and print an answer of it."""
+    place = str(model)
+    if (model / "chat_template.jinja").is_file():
+        inputs = (
+            'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+            ")\n"
+        )
+    else:
+        inputs = 'inputs = tokenizer("The capital of France is", return_tensors="pt")\n'
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({place!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})\n"
+        f"{inputs}"
+        "output = model.generate(**inputs, max_new_tokens=40)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
+    )
 
 
 def _score(row: Mapping[str, Any], model: str) -> str:

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 import moacompress
 from moacompress.cli import VERBS, app
 from moacompress.cli.bars import RichProgress
-from moacompress.cli.harness import Common, Output, Verb, VerbRun, verb
+from moacompress.cli.harness import Common, Output, Verb, VerbRun, goes_on_with, verb
 from moacompress.cli.options import Overwrite
 from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
+from moacompress.core.tables import facts
 from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -191,6 +192,54 @@ def test_people_see_text_and_choose_how_much() -> None:
     quiet = call(noisy, "-q").stderr
     assert "work" not in quiet
     assert "be careful" not in quiet
+
+
+def test_an_interrupt_names_the_command_that_goes_on() -> None:
+    argv = ["/usr/bin/moacompress", "compress", "my model", "--overwrite", "-o", "out"]
+    wanted = "interrupted; what was written is kept; go on with: moacompress compress 'my model' -o out"
+    assert goes_on_with(argv, overwrite=True) == wanted
+    assert goes_on_with(["/site/moacompress/__main__.py", "demo"], overwrite=False).endswith(
+        "go on with: moacompress demo"
+    )
+
+
+def test_a_log_file_has_everything_behind_what_is_there(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "run.log"
+    for _ in range(2):
+        result = call(noisy, "--log-file", str(log), "-q")
+        assert "by the way" not in result.stderr
+    text = log.read_text("utf-8")
+    assert text.count("WARNING moacompress.somewhere: be careful") == 2
+    assert text.count("INFO moacompress.somewhere: by the way") == 2
+    result = call(noisy, "--log-file", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "cannot write the log" in result.stderr
+
+
+def test_the_first_line_says_which_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, no_kernels: Callable[[str | None], None]
+) -> None:
+    def call_computing(*arguments: str) -> str:
+        program = typer.Typer(rich_markup_mode=None)
+        program.command("probe")(Verb(noisy, (), computes=True))
+        program.command("other")(lambda: None)
+        return str(RUNNER.invoke(program, ["probe", *arguments]).stderr)
+
+    assert "kernels" not in call(noisy).stderr
+    assert "kernels" not in call_computing("-q")
+    lines = [line for line in call_computing().splitlines() if "talks" not in line and "careful" not in line]
+    assert lines[0].startswith("kernels: ")
+    no_kernels("there is no compiler")
+    text = call_computing()
+    assert "kernels: plain PyTorch, as there is no compiler; a decode step takes 13 to 16 times as long" in text
+    assert "pip install --no-build-isolation ." in text
+    assert "plain PyTorch on cuda, which saves memory and no time" in call_computing("--device", "cuda")
+
+
+def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[3" not in call(lambda run: Output({}, [facts("Title", {"a": "b"})])).stdout
 
 
 def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:

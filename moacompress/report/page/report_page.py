@@ -151,7 +151,9 @@ def _heads(found: Findings) -> PageSection:
 
 def _quality(found: Findings) -> PageSection:
     if found.evaluation is None:
-        missing = [("Nothing was evaluated yet.", _command("eval", found, f"-o {_quoted(found.folder / EVALUATION_FILE)}"))]
+        missing = [
+            ("Nothing was evaluated yet.", _command("eval", found, f"-o {_quoted(found.folder / EVALUATION_FILE)}"))
+        ]
         return PageSection("quality", "What it still answers", missing=missing)
     return PageSection(
         "quality",
@@ -164,9 +166,7 @@ def _quality(found: Findings) -> PageSection:
 def _costs(found: Findings) -> PageSection:
     pictures, text, missing = [memory_picture(found)], "", []
     if found.bench is None:
-        missing.append(
-            ("Nothing was timed yet.", _command("bench", found, f"-o {_quoted(found.folder / BENCH_FILE)}"))
-        )
+        missing.append(("Nothing was timed yet.", _command("bench", found, f"-o {_quoted(found.folder / BENCH_FILE)}")))
     else:
         pictures += latency_pictures(found.bench)
         text = machine_text(found.bench)
@@ -192,7 +192,9 @@ def _harm(found: Findings) -> PageSection:
 
 def _search(found: Findings) -> PageSection:
     if found.explanation is None:
-        missing = [("The search's own notes are not here.", f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}")]
+        missing = [
+            ("The search's own notes are not here.", f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}")
+        ]
         return PageSection("search", "How it was found", missing=missing)
     history = history_picture(found.explanation)
     front = front_picture(found.front) if found.front is not None else None

@@ -1,0 +1,71 @@
+"""`moacompress chat`: talk to a compressed model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.core.errors import MoaCompressError, UsageError
+
+NEW, END = "/new", ("/exit", "/quit")
+
+
+@verb(
+    "moacompress chat runs/mine",
+    'moacompress chat runs/mine/model --system "Answer in one sentence." --temperature 0.7',
+    'moacompress chat runs/mine --ask "What is the capital of France?" --json',
+)
+def chat(
+    run: VerbRun,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
+    ask: Annotated[
+        list[str] | None,
+        typer.Option("--ask", metavar="TEXT", help="Ask this and end; repeated: one turn after the other."),
+    ] = None,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 for the likeliest token always.")] = 0.0,
+) -> Output:
+    """Talk to a compressed model.
+
+    After every answer it says what the KV cache holds, beside what the dense model's would. /new begins anew, /exit or the end
+    of the input ends.
+    """
+    if run.common.as_json and not ask:
+        raise UsageError("--json needs --ask, as nobody is there to type")
+
+    import torch
+
+    from moacompress.demo.chat_session import ChatSession
+
+    recipe = run.recipe()
+    torch.manual_seed(recipe.seed)
+    session = ChatSession(path, system, recipe.device, run.common.dtype or "auto")
+    turns: list[dict[str, Any]] = []
+
+    def answer(question: str) -> None:
+        say = (lambda text: None) if run.common.as_json else run.write
+        turn = session.ask(question, max_new_tokens=max_new_tokens, temperature=temperature, on_text=say)
+        turns.append({"question": question, **asdict(turn)})
+        say("\n")
+        if not run.common.as_json and not run.common.quiet:
+            run.note(turn.sentence())
+
+    for question in ask or ():
+        answer(question)
+    while not ask:
+        question = run.read("> ")
+        if question is None or question in END:
+            break
+        if question == NEW:
+            session.forget()
+        elif question:
+            try:
+                answer(question)
+            except MoaCompressError as error:
+                run.note(f"{error} ({NEW} begins anew)")
+    return Output({"turns": turns})

@@ -1,0 +1,33 @@
+"""The first line of a verb that computes: which kernels run and, where these are the slow ones, why, and what to do."""
+
+from __future__ import annotations
+
+REFERENCE_TIMES = "13 to 16"
+"""How many times as long a decode step takes without compiled kernels: docs/results.md."""
+FIX = "`pip install --no-build-isolation .` in a clone builds them where a C++ compiler is; `moacompress doctor` says more"
+
+
+def kernel_line(device: str | None) -> str:
+    """Returns the line.
+
+    Args:
+        device: that was asked for; None for the CPU.
+
+    Raises:
+        UsageError, UnsupportedError: the environment asks for kernels that are not there.
+    """
+    import torch
+
+    from moacompress.kernels.dispatch import chosen
+    from moacompress.kernels.reference.reference_backend import ReferenceBackend
+
+    choice = chosen()
+    if choice.name != ReferenceBackend.name:
+        isa = f" ({choice.isa})" if choice.isa else ""
+        return f"kernels: {choice.name}{isa}, {torch.get_num_threads()} threads"
+    if device is not None and not device.startswith("cpu"):
+        return f"kernels: plain PyTorch on {device}, which saves memory and no time"
+    why = (
+        f"plain PyTorch, as {choice.reason}; a decode step takes {REFERENCE_TIMES} times as long as with compiled ones"
+    )
+    return f"kernels: {why}" + ("" if choice.asked else f". {FIX}")

@@ -1,0 +1,151 @@
+"""A conversation with a compressed model: one cache for all turns, and what it takes beside the dense model's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from moacompress.core.errors import DataError
+from moacompress.core.tables import readable_bytes
+from moacompress.evaluation.checkpoint import compressed_folder
+from moacompress.models.source import context_length
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """A question and its answer.
+
+    Attributes:
+        answer: what the model said.
+        tokens: in the cache behind it, all turns together.
+        new_tokens: of the answer.
+        kv_bytes: that the cache holds then.
+        dense_bytes: that a dense cache of as many tokens would.
+        seconds: from the question to the end of the answer.
+    """
+
+    answer: str
+    tokens: int
+    new_tokens: int
+    kv_bytes: int
+    dense_bytes: int
+    seconds: float
+
+    def sentence(self) -> str:
+        """Returns what it took, for people."""
+        share = self.kv_bytes / self.dense_bytes
+        return (
+            f"{self.tokens:,} tokens; KV cache {readable_bytes(self.kv_bytes)}, dense {readable_bytes(self.dense_bytes)} "
+            f"({share:.0%}); {self.new_tokens / self.seconds:.1f} tokens/s"
+        )
+
+
+class ChatSession:
+    """A conversation with the model in a folder.
+
+    Args:
+        target: compressed checkpoint, or folder of a run.
+        system: what the model is told before; empty for nothing.
+        device: torch device.
+        dtype: to compute in; "auto" for the checkpoint's.
+
+    Raises:
+        UsageError: `target` is not compressed.
+    """
+
+    def __init__(self, target: Path, system: str = "", device: str = "cpu", dtype: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
+        from moacompress.core.artefact_names import PLAN_FILE
+        from moacompress.rules.plan import Plan
+
+        folder = compressed_folder(target)
+        self._plan = Plan.load(folder / PLAN_FILE)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self._system = system
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
+        self._cached: list[int] = []
+        self._cache: Any = None
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> ChatTurn:
+        """Asks, and waits for the answer.
+
+        Args:
+            question: what is asked.
+            max_new_tokens: most tokens of the answer.
+            temperature: 0 for the likeliest token always.
+            on_text: receives the answer as it comes.
+
+        Raises:
+            DataError: the conversation would be longer than the model's context.
+        """
+        said = [*self._said, {"role": "user", "content": question}]
+        ids = self._ids(said)
+        longest = context_length(self._model)
+        if longest and len(ids) + max_new_tokens > longest:
+            raise DataError(
+                f"the conversation has {len(ids):,} tokens and the answer may have {max_new_tokens:,}; the model takes "
+                f"{longest:,}: begin anew, or ask for a shorter answer"
+            )
+        known = self._cached
+        if ids[: len(known)] != known or len(ids) == len(known):
+            self._cache = None  # the template says earlier turns in other tokens now
+        prompt = torch.tensor([ids], device=self._model.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        begun = time.perf_counter()
+        out = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            streamer=_Streamer(self._tokenizer, on_text),
+            **({} if self._cache is None else {"cache": self._cache}),
+            **sampling,
+        )
+        seconds = time.perf_counter() - begun
+        sequence = out.sequences[0].tolist()
+        new = sequence[len(ids) :]
+        answer: str = self._tokenizer.decode(new, skip_special_tokens=True).strip()
+        self._cache, self._cached = out.cache, sequence[:-1]  # the last token was never fed
+        self._said = [*said, {"role": "assistant", "content": answer}]
+        n = len(self._cached)
+        return ChatTurn(answer, n, len(new), int(out.cache.kv_bytes()), self._plan.model.dense_kv_bytes(n), seconds)
+
+    def _ids(self, said: list[dict[str, str]]) -> list[int]:
+        """Returns a conversation as tokens, up to where the model goes on; the bare texts where it has no template."""
+        if self._tokenizer.chat_template:
+            found = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+        else:
+            found = self._tokenizer("\n\n".join(entry["content"] for entry in said))
+        return list(found["input_ids"])
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands on an answer's text as it comes."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hands on a piece."""
+        self._on_text(text)

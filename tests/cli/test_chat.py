@@ -1,0 +1,97 @@
+"""`moacompress chat`: turns on one cache, what it says of bytes, and how a conversation ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.core.errors import DataError
+from moacompress.demo.chat_session import ChatSession
+from moacompress.exporter.exporting import export
+from moacompress.models.source import load_source
+from moacompress.rules.plan import Plan
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("chat") / "model"
+    source = load_source(str(tiny_folder), dtype="float32")
+    export(source, random_plan(source.shape, seed=3), out)
+    return out
+
+
+def invoke(*arguments: str | Path, **more: Any) -> Any:
+    return RUNNER.invoke(app, ["chat", *map(str, arguments)], **more)
+
+
+def test_turns_on_one_cache_are_those_without(folder: Path) -> None:
+    session, again = ChatSession(folder, dtype="float32"), ChatSession(folder, dtype="float32")
+    plan = Plan.load(folder / "plan.json")
+    questions = ["one two three four five six", "seven eight", "nine " * 60]
+    for question in questions:
+        again._cache, again._cached = None, []
+        turn, fresh = (each.ask(question, max_new_tokens=12) for each in (session, again))
+        assert turn.answer == fresh.answer
+        assert (turn.tokens, turn.new_tokens) == (fresh.tokens, fresh.new_tokens)
+        assert turn.dense_bytes == plan.model.dense_kv_bytes(turn.tokens)
+        assert turn.kv_bytes >= plan.kv_bytes(turn.tokens)
+    session.forget()
+    assert session.ask(questions[1], max_new_tokens=4).tokens < 60
+
+
+def test_the_answer_is_that_of_generate(folder: Path) -> None:
+    session, pieces = ChatSession(folder, dtype="float32"), list[str]()
+    turn = session.ask("alpha beta", max_new_tokens=10, on_text=pieces.append)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    ids = torch.tensor([session._ids([{"role": "user", "content": "alpha beta"}])])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)[
+        0, ids.shape[1] :
+    ]
+    assert turn.answer == session._tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    assert "".join(pieces).strip() == turn.answer
+
+
+def test_a_conversation_is_typed(folder: Path) -> None:
+    result = invoke(folder, "--max-new-tokens", "4", input="hello\n\n/new\nhello\n/exit\nnever asked\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("KV cache") == 2
+    first, second = (line for line in result.stderr.splitlines() if "KV cache" in line)
+    assert first.split(";")[:2] == second.split(";")[:2]  # /new forgot the first
+    assert "never" not in result.stdout
+
+
+def test_one_object(folder: Path) -> None:
+    result = invoke(folder, "--ask", "hello", "--ask", "again", "--max-new-tokens", "4", "--json")
+    assert result.exit_code == 0, result.stderr
+    turns = json.loads(result.stdout)["turns"]
+    assert [turn["question"] for turn in turns] == ["hello", "again"]
+    assert turns[1]["tokens"] > turns[0]["tokens"]
+    refused = invoke(folder, "--json")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--json needs --ask" in refused.stderr
+
+
+def test_too_long_is_said_and_the_conversation_goes_on(folder: Path) -> None:
+    longest = ChatSession(folder)._model.config.max_position_embeddings
+    result = invoke(folder, "--max-new-tokens", "4", input=f"{'word ' * longest}\nhello\n")
+    assert result.exit_code == 0, result.stderr
+    assert f"the model takes {longest:,}" in result.stderr
+    assert result.stderr.count("KV cache") == 1
+    with pytest.raises(DataError, match="begin anew"):
+        ChatSession(folder).ask("hello", max_new_tokens=longest)
+
+
+def test_a_dense_model_is_refused(tiny_folder: Path) -> None:
+    result = invoke(tiny_folder, "--ask", "hello")
+    assert result.exit_code == 2
+    assert result.stderr.count("moacompress: error: ") == 1
