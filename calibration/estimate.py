@@ -22,7 +22,7 @@ from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
 from moacompress.calibration.profiler import check_around, check_lengths
 from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.tables import readable_bytes
+from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
@@ -43,6 +43,8 @@ class LengthEstimate:
         profile_seconds: for the passes.
         peak_bytes: the most bytes of tensors that are alive at a time, weights included; Python and what the allocator
             holds back come on top.
+        forward_seconds: of one forward pass at this length.
+        decode_seconds: of one more token behind it.
     """
 
     length: int
@@ -53,6 +55,8 @@ class LengthEstimate:
     answer_seconds: float
     profile_seconds: float
     peak_bytes: int
+    forward_seconds: float
+    decode_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -105,10 +109,10 @@ class ProfileEstimate:
             "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
             *(
                 f"{part.length:,} tokens: {_counted(asdict(part))}, "
-                f"{_duration(part.seconds)}, {readable_bytes(part.peak_bytes)}"
+                f"{readable_seconds(part.seconds)}, {readable_bytes(part.peak_bytes)}"
                 for part in self.lengths
             ),
-            f"In all: {_counted(total)}, {total['tokens']:,} tokens, about {_duration(self.seconds)}.",
+            f"In all: {_counted(total)}, {total['tokens']:,} tokens, about {readable_seconds(self.seconds)}.",
             f"Memory: about {readable_bytes(self.peak_bytes)} at most, {readable_bytes(self.weight_bytes)} of it weights, "
             "beside Python's own.",
         ]
@@ -117,12 +121,6 @@ class ProfileEstimate:
 def _counted(counts: Mapping[str, Any]) -> str:
     text = f" + {counts['text_samples']} plain-text" if counts["text_samples"] else ""
     return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def dry_run(
@@ -201,6 +199,8 @@ class _Arithmetic:
             answer_seconds=self._answer_seconds(length, answered, forward),
             profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
             peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
+            forward_seconds=forward,
+            decode_seconds=self._probe.decode_seconds(length),
         )
 
     def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
@@ -227,6 +227,8 @@ class _Arithmetic:
             answer_seconds=self._answer_seconds(length, count, forward),
             profile_seconds=0.0,
             peak_bytes=self._probe.weight_bytes + self._answer_bytes(length, count),
+            forward_seconds=forward,
+            decode_seconds=self._probe.decode_seconds(length),
         )
 
     def _forward_seconds(self, length: int, attention: Sequence[AttentionSeconds]) -> float:

@@ -36,6 +36,7 @@ from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
+from moacompress.run_estimate import estimate_run
 
 if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
@@ -157,6 +158,8 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
 
     assert recipe.model is not None
     source = load_for(recipe, recipe.model)
+    if not clock.seconds:  # a run that is taken up has said so before
+        progress.say(f"This takes {estimate_run(recipe, source, progress).line()}.")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(

@@ -22,8 +22,9 @@ def test_recipe(file: Path) -> None:
     from moacompress.evaluation.tasks import find_task
 
     recipe = Recipe.load(file)
-    assert recipe.model
-    assert [Budget.parse(text) for text in recipe.budget]
+    if file.parent.name != "effort":  # these are of any model and any budget
+        assert recipe.model
+        assert [Budget.parse(text) for text in recipe.budget]
     for task in recipe.evaluation.tasks:
         find_task(task)
     assert recipe.calibration.samples >= len(recipe.calibration.lengths)

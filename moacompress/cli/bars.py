@@ -33,9 +33,7 @@ class RichProgress(Progress):
 
     def start(self, what: str, total: int) -> None:
         """Begins a task."""
-        if self._first is not None:
-            self._line(self._first())
-            self._first = None
+        self._begin()
         self.done()
         self._what, self._total, self._steps, self._running = what, total, 0, True
         self._begun = self._said = time.monotonic()
@@ -74,6 +72,18 @@ class RichProgress(Progress):
         elif self._running:
             self._line(f"{self._what}: {self._steps}/{self._total} in {time.monotonic() - self._begun:.0f} s")
         self._running = False
+
+    def say(self, text: str) -> None:
+        """Shows a sentence, between two tasks."""
+        self._begin()
+        self.done()
+        self._line(text)
+
+    def _begin(self) -> None:
+        """Shows the first line, once."""
+        if self._first is not None:
+            self._line(self._first())
+            self._first = None
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moacompress.cli.efforts import Effort, effort_recipe
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import (
     Budgets,
@@ -25,12 +26,14 @@ from moacompress.cli.options import (
     required_model,
     split_list,
 )
+from moacompress.core.errors import UsageError
 
 
 @verb(
     "moacompress compress path/to/model --budget 25% -o runs/mine",
     "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
+    "moacompress compress path/to/model --budget 25% --effort quick --dry-run",
     computes=True,
 )
 def compress(
@@ -53,16 +56,30 @@ def compress(
     trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
+    effort: Annotated[
+        Effort | None,
+        typer.Option(
+            "--effort",
+            help="How much is measured where no recipe says so: quick, standard or thorough; SmolLM2-135M takes at most 10, 45 "
+            "and 150 minutes on two CPU cores. Flags win over it. [default: standard]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what all steps would take (time, memory), and do nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> Output:
     """Profile, search, export and evaluate in one run.
 
-    OUT gets profile/, plan.json, model/, eval.json and summary.json. A run that was stopped goes on with the same
+    OUT gets profile/, plan.json, model/, eval.json, summary.json and report.html. A run that was stopped goes on with the same
     command.
     """
+    if recipe is not None and effort is not None:
+        raise UsageError("a recipe says how much is measured, and so does --effort; give one of them")
     resolved = run.recipe(
         recipe,
+        base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),
         budget=budget,
         calibration__lengths=lengths,
         calibration__samples=samples,
@@ -78,6 +95,12 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     resolved = resolved.override(model=required_model(model, resolved.model))
+
+    if dry_run:
+        from moacompress.run_estimate import estimate_run
+
+        expected = estimate_run(resolved, str(resolved.model), run.progress)
+        return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model
     from moacompress.report.summary_tables import closing_lines, summary_tables

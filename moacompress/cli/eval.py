@@ -71,6 +71,9 @@ def evaluate(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run goes on from there."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how long it would take, and measure nothing.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> Output:
     """Measure a compressed model beside dense and others.
@@ -101,9 +104,26 @@ def evaluate(
     if named is None:
         chosen = () if harness else (*chosen, TEXT) if text is not None else chosen
     thresholds = parse_thresholds(fail_under, task_names(chosen))
+    others = tuple(name for name in split_list(against) or () if name != "none")
+    if dry_run:
+        from moacompress.evaluation.contenders import check_names
+        from moacompress.evaluation.eval_estimate import estimate_eval
+
+        check_names(others)
+        settings = recipe.evaluation
+        expected = estimate_eval(
+            path,
+            others,
+            task_names(chosen),
+            settings.lengths,
+            settings.prompts,
+            dtype=recipe.dtype,
+            device=recipe.device,
+        )
+        return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was measured."])
     report = evaluate_model(
         path,
-        against=tuple(name for name in split_list(against) or () if name != "none"),
+        against=others,
         dense=dense,
         tasks=chosen,
         lengths=recipe.evaluation.lengths,

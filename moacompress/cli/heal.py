@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import RenderableType
 
-from moacompress.cli.harness import Output, VerbRun, say, verb
+from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode
 from moacompress.core.progress import SILENT
 
@@ -117,20 +115,15 @@ def heal(
     from moacompress.healer.healing import heal as heal_model
 
     helper = os.environ.get("RANK", "0") != "0"
-    try:
-        healed = heal_model(
-            path,
-            out,
-            profile=profile,
-            teacher=teacher,
-            recipe=resolved,
-            overwrite=overwrite,
-            progress=SILENT if helper else run.progress,
-        )
-    except KeyboardInterrupt:
-        if not helper:
-            say(f"stopped; to go on: {shlex.join(['moacompress', *sys.argv[1:]])}")
-        raise
+    healed = heal_model(
+        path,
+        out,
+        profile=profile,
+        teacher=teacher,
+        recipe=resolved,
+        overwrite=overwrite,
+        progress=SILENT if helper else run.progress,
+    )
     from moacompress.report.heal_tables import heal_table
 
     data = {"model": str(healed.folder), **healed.notes, "losses": list(healed.losses)}

@@ -14,6 +14,8 @@ from moacompress.core.errors import BudgetError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
+    from moacompress.core.progress import Progress
+    from moacompress.recipe import Recipe
     from moacompress.search.search_result import SearchResult
 
 
@@ -91,6 +93,7 @@ def search(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and search nothing.")] = False,
     overwrite: Overwrite = False,
 ) -> Output:
     """Find the plan of least harm within a budget.
@@ -122,6 +125,8 @@ def search(
         search__solver=solver,
         search__storage=storage,
     )
+    if dry_run:
+        return _estimated(loaded, resolved, max(1, len(asked)), run.progress)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
     if front:
         from moacompress.search.front import find_front
@@ -139,6 +144,20 @@ def search(
     from moacompress.search.study import find_plan
 
     return _one(loaded, find_plan(loaded, None, **options), out)
+
+
+def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress) -> Output:
+    """Returns what a search of so many plans would take, each alone."""
+    from moacompress.calibration.estimate import dry_run as estimate_profile
+    from moacompress.core.tables import readable_seconds
+    from moacompress.runtime.ready_model import load_for
+    from moacompress.search.search_estimate import search_seconds
+
+    timed = estimate_profile(load_for(recipe, profile.source), profile.recipe, progress)
+    seconds = search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in timed.lengths])
+    data = {"estimate": True, "plans": plans, "seconds": round(plans * seconds, 1), "peak_bytes": timed.peak_bytes}
+    each = f" for {plans} plans" if plans > 1 else ""
+    return Output(data, [f"It would take about {readable_seconds(plans * seconds)}{each}. Nothing was searched."])
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:

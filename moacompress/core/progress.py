@@ -20,5 +20,8 @@ class Progress:
     def done(self) -> None:
         """Ends the task."""
 
+    def say(self, text: str) -> None:
+        """Takes a sentence that a person should read before the next task begins."""
+
 
 SILENT = Progress()

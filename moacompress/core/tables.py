@@ -47,3 +47,10 @@ def readable_bytes(count: int) -> str:
 def readable_number(value: float | None, form: str = ".3g") -> str:
     """Returns the number in a format, `-` for None."""
     return "-" if value is None else format(value, form)
+
+
+def readable_seconds(seconds: float) -> str:
+    """Returns `42 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

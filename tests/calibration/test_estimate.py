@@ -110,8 +110,8 @@ def test_weights_are_counted_once(load: Callable[..., SourceModel]) -> None:
 
 def test_a_person_sees_that_it_is_an_estimate() -> None:
     parts = (
-        LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20),
-        LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20),
+        LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20, 1.0, 0.1),
+        LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20, 9.0, 0.2),
     )
     assert ProfileEstimate(parts, 513 * 2**20).lines() == [
         "An estimate from a short pass and one tile of attention; nothing was profiled or written.",

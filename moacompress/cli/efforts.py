@@ -1,0 +1,31 @@
+"""How much work a run takes where no recipe says so: quick, standard or thorough."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Literal
+
+from moacompress.recipe import Recipe
+
+Effort = Literal["quick", "standard", "thorough"]
+FOLDER = "effort"
+
+
+def effort_recipe(effort: Effort, *, prose: bool) -> Recipe:
+    """Returns the recipe of an effort; without prose what needs some is left out.
+
+    Args:
+        effort: its name.
+        prose: whether the run is given long texts.
+    """
+    import yaml
+
+    data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(FOLDER, f"{effort}.yaml").read_text("utf-8"))
+    if not prose:
+        from moacompress.evaluation.tasks import find_task
+
+        calibration, evaluation = data["calibration"], data["evaluation"]
+        calibration["sources"] = [each for each in calibration["sources"] if each.get("haystack") != "prose"]
+        calibration["text_samples"] = 0
+        evaluation["tasks"] = [name for name in evaluation["tasks"] if find_task(name).needs != "prose"]
+    return Recipe.from_dict(data, f"effort {effort}")

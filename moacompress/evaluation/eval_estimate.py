@@ -1,0 +1,101 @@
+"""What an evaluation will take, from what a forward pass and a decode step take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moacompress.core.tables import readable_seconds
+from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
+from moacompress.rules.rule import SINKS
+
+ANSWER = 16
+"""Tokens of an answer, mean over tasks."""
+TEACHER_FORCED = 0.2
+"""What scoring the given answer takes of a prompt's forward pass: the prompt itself is read once for both."""
+
+
+def eval_seconds(
+    tasks: int,
+    lengths: Sequence[int],
+    prompts: int,
+    models: int,
+    forward: Callable[[int], float],
+    decode: Callable[[int], float],
+) -> float:
+    """Returns about how long an evaluation takes, seconds.
+
+    Args:
+        tasks: how many.
+        lengths: of prompts, tokens.
+        prompts: of each task and length.
+        models: that answer them.
+        forward: seconds of a prompt of so many tokens.
+        decode: seconds of a step after so many tokens.
+    """
+    each = sum((1 + TEACHER_FORCED) * forward(n) + ANSWER * decode(n) for n in lengths)
+    return tasks * prompts * models * each
+
+
+@dataclass(frozen=True)
+class EvalEstimate:
+    """What an evaluation will take.
+
+    Attributes:
+        models: that answer.
+        answers: prompts times models.
+        seconds: in all.
+    """
+
+    models: int
+    answers: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {"estimate": True, "models": self.models, "answers": self.answers, "seconds": round(self.seconds, 1)}
+
+    def line(self) -> str:
+        """Returns one sentence."""
+        return f"about {readable_seconds(self.seconds)} for {self.answers:,} answers of {self.models} models"
+
+
+def estimate_eval(
+    target: Path,
+    against: Sequence[str],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    prompts: int,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> EvalEstimate:
+    """Estimates an evaluation from one timed prompt of each length under the plan; nothing is written.
+
+    Arguments are those of `runner.evaluate`. Baselines without a sink of their own are tried with every sink. Tasks of
+    lm-evaluation-harness are not counted.
+
+    Raises:
+        UsageError: `target` is not compressed.
+        DataError: a length beyond the model's context.
+    """
+    checkpoint = load_checkpoint(compressed_folder(target), dtype, device)
+    checkpoint.check_lengths(lengths)
+    models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
+    model: Any = checkpoint.put_on(checkpoint.plan)
+    forward, decode = dict[int, float](), dict[int, float]()
+    for length in lengths:
+        ids = torch.full((1, length), 3, device=device)
+        with torch.no_grad():
+            begun = time.perf_counter()
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
+            middle = time.perf_counter()
+            model(input_ids=ids[:, :1], cache=cache, use_cache=True)
+        forward[length], decode[length] = middle - begun, time.perf_counter() - middle
+    seconds = eval_seconds(len(tasks), lengths, prompts, models, forward.__getitem__, decode.__getitem__)
+    return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds)

@@ -1,0 +1,132 @@
+"""What `compress` will take, all steps together, before any of them starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moacompress.calibration.estimate import ProfileEstimate
+from moacompress.calibration.estimate import dry_run as estimate_profile
+from moacompress.core.progress import Progress
+from moacompress.core.tables import readable_bytes, readable_seconds
+from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.models.source import SourceModel
+from moacompress.recipe import Recipe
+from moacompress.runtime.ready_model import load_for
+from moacompress.search.search_estimate import search_seconds
+
+EVALUATED = 3
+"""Models that `compress` evaluates: the plan, dense, and a uniform window."""
+FIXED_SECONDS, BYTES_PER_SECOND = 5.0, 200e6
+"""Of an export: loading the checkpoint in a fresh process, and writing and reading its weights."""
+
+ROWS, TURNS = 256, 3
+"""Of the product that two dtypes are compared by, and how often it is timed."""
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run will take.
+
+    Attributes:
+        profile: its first step.
+        search_seconds: for the search.
+        export_seconds: for writing the checkpoint and loading it.
+        eval_seconds: for the evaluation.
+    """
+
+    profile: ProfileEstimate
+    search_seconds: float
+    export_seconds: float
+    eval_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """All of the time."""
+        return self.profile.seconds + self.search_seconds + self.export_seconds + self.eval_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values: `seconds` of every step and in all, and the estimate of the profile."""
+        steps = {
+            "profile": self.profile.seconds,
+            "search": self.search_seconds,
+            "export": self.export_seconds,
+            "eval": self.eval_seconds,
+        }
+        return {
+            "estimate": True,
+            "seconds": {name: round(seconds, 1) for name, seconds in steps.items()},
+            "total_seconds": round(self.seconds, 1),
+            "peak_bytes": self.profile.peak_bytes,
+            "profile": self.profile.to_dict(),
+        }
+
+    def line(self) -> str:
+        """Returns one sentence."""
+        parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in self.to_dict()["seconds"].items())
+        return (
+            f"about {readable_seconds(self.seconds)} ({parts}), and about {readable_bytes(self.profile.peak_bytes)} of memory; "
+            "estimated from short passes of the model"
+        )
+
+
+def estimate_run(recipe: Recipe, model: str | SourceModel, progress: Progress | None = None) -> RunEstimate:
+    """Estimates what `compress` would take. Nothing is written, and no data is read.
+
+    Args:
+        recipe: the run.
+        model: MODEL, or the loaded model.
+        progress: told of the timing.
+
+    Raises:
+        ModelError: the model cannot be loaded or profiled.
+        DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
+    """
+    source = load_for(recipe, model)
+    profile = estimate_profile(source, recipe, progress)
+    evaluation = recipe.evaluation
+    faster = _products(source, getattr(torch, source.shape.dtype)) / _products(source, source.model.dtype)
+    return RunEstimate(
+        profile,
+        search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
+        FIXED_SECONDS + 2 * profile.weight_bytes / BYTES_PER_SECOND,
+        eval_seconds(
+            len(evaluation.tasks),
+            evaluation.lengths,
+            evaluation.prompts,
+            EVALUATED,
+            _scaled(profile, "forward_seconds", faster, per_token=True),
+            _scaled(profile, "decode_seconds", faster, per_token=False),
+        ),
+    )
+
+
+def _products(source: SourceModel, dtype: torch.dtype) -> float:
+    """Returns the seconds of one of the model's products of matrices in a dtype."""
+    linear = max(
+        (module for module in source.model.modules() if isinstance(module, torch.nn.Linear)),
+        key=lambda module: min(module.weight.shape),
+    )
+    weight = linear.weight.detach().to(dtype)
+    x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
+    taken = []
+    for _ in range(TURNS):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+def _scaled(profile: ProfileEstimate, name: str, faster: float, *, per_token: bool) -> Callable[[int], float]:
+    """Returns a time by length, from the nearest length that was timed, times `faster`."""
+
+    def seconds(length: int) -> float:
+        part = min(profile.lengths, key=lambda part: abs(part.length - length))
+        value: float = getattr(part, name) * faster
+        return value * length / part.length if per_token else value
+
+    return seconds

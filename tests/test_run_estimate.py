@@ -1,0 +1,100 @@
+"""What a run would take: steps add up, more work takes longer, and efforts are recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.cli.efforts import effort_recipe
+from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.recipe import Recipe
+from moacompress.run_estimate import estimate_run
+from moacompress.search.search_estimate import measurements, search_seconds
+
+RUNNER = CliRunner()
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return RUNNER.invoke(app, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("prose", [False, True])
+def test_efforts_grow(prose: bool) -> None:
+    quick, standard, thorough = (effort_recipe(name, prose=prose) for name in ("quick", "standard", "thorough"))
+    for less, more in ((quick, standard), (standard, thorough)):
+        assert less.calibration.samples < more.calibration.samples
+        assert less.evaluation.prompts * len(less.evaluation.lengths) < more.evaluation.prompts * len(
+            more.evaluation.lengths
+        )
+    for recipe in (quick, standard, thorough):
+        assert recipe.calibration.sources
+        assert recipe.evaluation.tasks
+        assert any(source.haystack == "prose" for source in recipe.calibration.sources) == prose
+        assert prose or recipe.calibration.text_samples == 0
+
+
+def test_a_search_takes_what_its_steps_do() -> None:
+    recipe = Recipe()
+    more = recipe.override(search__trials=32)
+    assert measurements(more, 12) > measurements(recipe, 12)
+    bare = recipe.override(
+        search__trials=1, search__ablations=0, search__rounds=0, search__moves=0, search__alternatives=False
+    )
+    assert measurements(bare, 12) == pytest.approx(1.8)  # the dense model's own, and a trial
+    assert search_seconds(bare, [(10, 1.0), (2, 5.0), (0, 100.0)]) == pytest.approx(1.8 * 20)
+    rounds = bare.override(search__rounds=2, search__round_trials=1, search__round_samples=6)
+    assert search_seconds(rounds, [(10, 1.0)]) == pytest.approx((1.8 + 1.6) * 10 + 2 * 6 * 4 * 1.0)
+
+
+def test_an_evaluation_takes_what_its_answers_do() -> None:
+    assert eval_seconds(2, [10, 20], 3, 4, lambda n: n / 10, lambda n: 0.0) == pytest.approx(2 * 3 * 4 * 1.2 * 3.0)
+
+
+def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
+    data = {"lengths": [700, 800], "samples": 4, "validation_samples": 2}
+    recipe = Recipe.from_dict({"model": str(tiny_folder), "budget": "50%", "calibration": data})
+    found = estimate_run(recipe, str(tiny_folder))
+    shown = found.to_dict()
+    assert shown["total_seconds"] == pytest.approx(sum(shown["seconds"].values()), abs=0.3)
+    assert set(shown["seconds"]) == {"profile", "search", "export", "eval"}
+    assert "profile" in found.line()
+
+
+def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke(
+        "compress", tiny_folder, "--budget", "50%", "--effort", "quick", "--lengths", "700", "--dry-run", "-o", out
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "It would take about" in result.stdout
+    assert not out.exists()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("budget: 50%\n")
+    refused = invoke("compress", tiny_folder, "--recipe", recipe, "--effort", "quick")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "a recipe says how much is measured" in refused.stderr
+
+
+def test_search_and_eval_say_what_they_would_take(tiny_folder: Path, tmp_path: Path) -> None:
+    profile, plan, model = tmp_path / "profile", tmp_path / "plan.json", tmp_path / "model"
+    small = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--draws", "1", "--source", "needle")
+    assert invoke("profile", tiny_folder, "-o", profile, *small).exit_code == 0
+    one, two = (
+        json.loads(invoke("search", profile, "--budget", budget, "-o", plan, "--dry-run", "--json").stdout)
+        for budget in ("50%", "50%,25%")
+    )
+    assert not plan.exists()
+    assert (one["plans"], two["plans"]) == (1, 2)
+    small_search = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    assert invoke("search", profile, "--budget", "50%", "-o", plan, *small_search).exit_code == 0
+    assert invoke("export", tiny_folder, plan, "-o", model).exit_code == 0
+    ask = ("--tasks", "needle-noise,key-value", "--lengths", "700", "--prompts", "3", "--dry-run", "--json")
+    found = json.loads(invoke("eval", model, *ask, "--against", "dense,uniform").stdout)
+    assert (found["models"], found["answers"]) == (5, 30)  # a uniform window is tried with each of three sinks
+    assert found["seconds"] > 0
+    assert invoke("eval", model, *ask, "--against", "unifrom").exit_code == 2
