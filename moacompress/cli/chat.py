@@ -58,14 +58,14 @@ def chat(
     for question in ask or ():
         answer(question)
     while not ask:
-        question = run.read("> ")
-        if question is None or question in END:
+        line = run.read("> ")
+        if line is None or line in END:
             break
-        if question == NEW:
+        if line == NEW:
             session.forget()
-        elif question:
+        elif line:
             try:
-                answer(question)
+                answer(line)
             except MoaCompressError as error:
                 run.note(f"{error} ({NEW} begins anew)")
     return Output({"turns": turns})

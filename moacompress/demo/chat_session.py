@@ -69,7 +69,8 @@ class ChatSession:
         folder = compressed_folder(target)
         self._plan = Plan.load(folder / PLAN_FILE)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.to(device).eval()
         self._system = system
         self.forget()
 
@@ -139,7 +140,7 @@ class ChatSession:
         return list(found["input_ids"])
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
+class _Streamer(TextStreamer):
     """Hands on an answer's text as it comes."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
