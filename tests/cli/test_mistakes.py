@@ -1,0 +1,170 @@
+"""What a newcomer gets wrong: each ends in one sentence that says what to do, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.exporter.exporting import export
+from moacompress.models.source import load_source
+from moacompress.rules.plan import Plan
+
+RUNNER = CliRunner()
+SMALL = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--source", "needle", "--trials", "1")
+
+
+@pytest.fixture(scope="module")
+def compressed_model(
+    tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out: Path = tmp_path_factory.mktemp("mistakes") / "model"
+    source = load_source(str(tiny_folder), dtype="float32")
+    export(source, random_plan(source.shape, seed=5), out)
+    return out
+
+
+def mistake(exit_code: int, *arguments: str | Path) -> str:
+    """Runs a command that must fail, and returns its one sentence."""
+    result = RUNNER.invoke(app, list(map(str, arguments)))
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("moacompress: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0].removeprefix("moacompress: error: ")
+
+
+def compress(exit_code: int, model: str | Path, out: Path, *more: str) -> str:
+    """Runs `compress` likewise; what it was to fill must not be there."""
+    text = mistake(exit_code, "compress", model, "-o", out, *(more or ("--budget", "50%")), *SMALL)
+    assert not (out / "model").exists()
+    return text
+
+
+def test_no_model() -> None:
+    assert "name one as MODEL (hub id, folder or .gguf file)" in mistake(2, "compress", "--budget", "25%")
+
+
+def test_a_wrong_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    text = compress(1, tmp_path / "photos", tmp_path / "out")
+    assert "is a folder without config.json, not a model" in text
+    text = mistake(1, "inspect", tmp_path / "photos")
+    assert "make a plan with `moacompress search` or `moacompress compress`" in text
+
+
+def test_weights_in_a_pickle(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    text = compress(1, folder, tmp_path / "out")
+    assert "safetensors" in text
+    assert "pickle" in text.lower()
+
+
+def test_a_bare_25(tiny_folder: Path, tmp_path: Path) -> None:
+    assert "did you mean '25%'?" in compress(2, tiny_folder, tmp_path / "out", "--budget", "25")
+
+
+def test_a_budget_that_is_too_small(tiny_folder: Path, tmp_path: Path) -> None:
+    text = compress(1, tiny_folder, tmp_path / "out", "--budget", "0.1%")
+    assert "%" in text
+    assert any(word in text for word in ("smallest", "least", "at least"))
+
+
+def test_the_plan_of_another_model(
+    compressed_model: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tiny_model("llama", seed=9).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    text = mistake(1, "export", other, compressed_model / "plan.json", "-o", tmp_path / "model")
+    assert "weights" in text
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moacompress.core.files.tempfile.mkstemp", full)
+    assert "No space left on device; nothing was changed" in compress(1, tiny_folder, tmp_path / "out")
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("moacompress.models.hub.can_reach", lambda endpoint: False)
+    begun = time.monotonic()
+    text = compress(1, "nobody/such-a-model", tmp_path / "out")
+    assert time.monotonic() - begun < 10
+    assert "cannot be reached" in text
+    assert "give a model folder or a .gguf file, or connect to the network" in text
+
+
+def test_longer_than_the_context(tiny_folder: Path, tmp_path: Path) -> None:
+    longest = json.loads((tiny_folder / "config.json").read_text())["max_position_embeddings"]
+    text = mistake(1, "compress", tiny_folder, "--budget", "50%", "-o", tmp_path / "out", "--lengths", str(2 * longest))
+    assert f"{longest:,}" in text or str(longest) in text
+
+
+def test_an_unknown_family(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
+    text = compress(1, folder, tmp_path / "out")
+    assert "lama" in text
+
+
+def test_a_compressed_model_again(compressed_model: Path, tmp_path: Path) -> None:
+    text = compress(1, compressed_model, tmp_path / "out")
+    assert "is compressed already" in text
+    assert "give the dense model it was made from" in text
+
+
+def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C names the command that goes on, and that command ends what was begun."""
+    out = tmp_path / "out"
+    arguments = [
+        "compress",
+        str(tiny_folder),
+        "--budget",
+        "50%",
+        "-o",
+        str(out),
+        "--prompts",
+        "2",
+        "--tasks",
+        "needle-noise",
+        *SMALL,
+    ]
+    arguments += ["--effort", "quick"]
+    command = [sys.executable, "-m", "moacompress", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (out / "profile" / "profile.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted; what was written is kept; go on with: moacompress compress " in said
+    assert "Traceback" not in said
+    result = RUNNER.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["kv_share"] <= 0.5
