@@ -6,13 +6,14 @@ for.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.core.errors import MoaCompressError, ModelError, one_line
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.hub import hub_arguments, is_hub_name
@@ -86,6 +87,7 @@ def load_source(
         if is_gguf:
             own: str | None = gguf_dtype(Path(source))
         else:
+            _check_family(Path(name), trust_remote_code)
             config = AutoConfig.from_pretrained(name, **arguments)
             problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
             if problems:
@@ -149,6 +151,28 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
         return str(source), hub_arguments(str(source))
     except ModelError as error:
         raise ModelError(f"{error}{_if_name_only(source)}") from error
+
+
+def _check_family(folder: Path, trust_remote_code: bool) -> None:
+    """Refuses a folder whose `model_type` transformers does not know, with the nearest that it does.
+
+    Raises:
+        ModelError: it does not, and code of the model's own is not to be run.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    file = folder / "config.json"
+    try:
+        config = read_json(file, "config.json") if file.is_file() else {}
+    except ArtefactError:  # transformers says what is wrong with it
+        return
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(family, str) or family in CONFIG_MAPPING or (trust_remote_code and "auto_map" in config):
+        return
+    near = difflib.get_close_matches(family, CONFIG_MAPPING.keys(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    own = "; it comes with code of its own, which --trust-remote-code runs" if "auto_map" in config else hint
+    raise ModelError(f"{file} has the model_type {family!r}, which transformers {__version__} does not know{own}")
 
 
 def _if_name_only(source: str | Path) -> str:

@@ -128,7 +128,7 @@ def test_an_unknown_family(tiny_folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
     text = compress(1, folder, tmp_path / "out")
-    assert "lama" in text
+    assert "did you mean 'llama'?" in text
 
 
 def test_a_compressed_model_again(compressed_model: Path, tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}'])
 def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="not a causal language model that transformers can load"):
+    with pytest.raises(
+        ModelError, match="not a causal language model that transformers can load|'nonesuch'.*does not know$"
+    ):
         load_source(tmp_path)
 
 
