@@ -1,18 +1,15 @@
-"""Builds the CPU kernels where torch's headers and a C++ compiler are there; everything else is in pyproject.toml.
+"""Builds the CPU kernels where a C++ compiler is there; everything else is in pyproject.toml.
 
-torch is no build requirement, so an isolated `pip install .` never downloads it: it installs without the kernels, and the
-package runs on its reference. `pip install --no-build-isolation .` builds them against the torch that is installed. What is
-missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
+They are compiled against the headers of torch's stable ABI that lie beside them, and name torch's library without being linked
+to it, so an isolated `pip install .` builds them in a minute and downloads no torch for it. Without a compiler the package
+installs all the same and runs on its reference. What is missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import importlib.util
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,8 +24,10 @@ from setuptools.errors import CompileError
 
 FOLDER = "moacompress/kernels/cpu"
 REQUIRE = os.environ.get("MOACOMPRESS_REQUIRE_EXT") == "1"
-TORCH = (2, 10)
-"""Oldest torch whose stable ABI has what the bindings use."""
+HEADERS = f"{FOLDER}/stable_abi/include"
+ABI = "0x020a000000000000"
+"""The version of torch's stable ABI that the bindings use: 2.10."""
+TORCH_LIBRARY = "torch_cpu"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -52,27 +51,10 @@ def compiler() -> list[str] | None:
     return None
 
 
-def torch_folder() -> Path | None:
-    """Returns the folder of an installed torch that is new enough and has headers, without importing it."""
-    try:
-        spec = importlib.util.find_spec("torch")
-        version = importlib.metadata.version("torch")
-    except (ImportError, ValueError):
-        return None
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if spec is None or spec.origin is None or numbers is None or (int(numbers[1]), int(numbers[2])) < TORCH:
-        return None
-    folder = Path(spec.origin).parent
-    return folder if (folder / "include/torch/csrc/stable/ops.h").exists() else None
-
-
 def missing() -> str | None:
     """Returns what keeps the kernels from being built, or None."""
     if sys.platform != "linux":
         return f"they are built on Linux only, this is {sys.platform}"
-    if torch_folder() is None:
-        least = ".".join(map(str, TORCH))
-        return f"torch {least} or newer is not there at build time (pip install --no-build-isolation uses the installed one)"
     if compiler() is None:
         return f"no C++ compiler ({os.environ.get('CXX') or 'c++, g++, clang++'})"
     return None
@@ -102,7 +84,7 @@ def knows_tiles() -> bool:
 
 
 class BuildKernels(build_ext):
-    """Compiles every source with the flags of its instruction set and links them to torch's library."""
+    """Compiles every source with the flags of its instruction set, into a library that needs torch's when it is loaded."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Returns the library's path: it is loaded by torch and is no Python module, so its name bears no Python version."""
@@ -114,8 +96,8 @@ class BuildKernels(build_ext):
         Raises:
             CompileError: a source does not compile, or the objects do not link.
         """
-        command, torch = compiler(), torch_folder()
-        if command is None or torch is None:
+        command = compiler()
+        if command is None:
             raise CompileError(f"the CPU kernels cannot be built: {missing()}")
         target = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp) / "kernels"
@@ -126,14 +108,19 @@ class BuildKernels(build_ext):
             name = Path(source).name
             flags = [*FLAGS, *instruction_flags(name), *shlex.split(os.environ.get("CXXFLAGS", ""))]
             if name.startswith("binding"):
-                flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch / "include")]
+                flags += [f"-DTORCH_TARGET_VERSION={ABI}", "-isystem", HEADERS]
             made = str(objects / f"{name}.o")
             _run([*command, *flags, "-c", source, "-o", made])
             return made
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             made = list(pool.map(compile_source, ext.sources))
-        _run([*command, "-shared", "-o", str(target), *made, "-L", str(torch / "lib"), "-ltorch_cpu"])
+        # An empty library in torch's name: the kernels' then asks for torch's, which is in memory when they are loaded.
+        stub = objects / f"lib{TORCH_LIBRARY}.so"
+        (objects / "stub.cpp").write_text("")
+        _run([*command, "-shared", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(objects / "stub.cpp")])
+        needed = ["-Wl,--no-as-needed", "-L", str(objects), f"-l{TORCH_LIBRARY}"]
+        _run([*command, "-shared", "-o", str(target), *made, *needed])
 
 
 class PlatformWheel(bdist_wheel):

@@ -232,7 +232,6 @@ def test_the_first_line_says_which_kernels_run(
     no_kernels("there is no compiler")
     text = call_computing()
     assert "kernels: plain PyTorch, as there is no compiler; a decode step takes 13 to 16 times as long" in text
-    assert "pip install --no-build-isolation ." in text
     assert "plain PyTorch on cuda, which saves memory and no time" in call_computing("--device", "cuda")
 
 

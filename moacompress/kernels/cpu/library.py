@@ -75,7 +75,7 @@ def missing(environ: Mapping[str, str]) -> str:
         return (
             f"the extension is not built and no C++ compiler is found ({', '.join(names)}); install one, then reinstall"
         )
-    return f"the extension is not built; {found} is here, so `pip install --no-build-isolation` moacompress builds it"
+    return f"the extension is not built; {found} is here, so installing moacompress again builds it (`pip install .`)"
 
 
 def set_isa(name: str) -> None:
