@@ -448,7 +448,7 @@ def _write(
     result: HealResult, request: HealRequest, history: HealHistory, work: Path, overwrite: bool, progress: Progress
 ) -> None:
     """Writes the checkpoint aside, loads it in a fresh process, and moves it into place."""
-    from moacompress.runtime import attach, detach
+    from moacompress.runtime.hf.attaching import give_notes
 
     folder, plan = request.checkpoint.folder, result.plan
     progress.start("writing the healed checkpoint", 2)
@@ -459,8 +459,8 @@ def _write(
             held[name].copy_(tensor)
     else:
         logger.warning("no step lowered the held-out KL: %s gets the weights that %s has", result.folder, folder)
-    model = attach(detach(fresh.model), plan)
-    source = SourceModel(model, fresh.tokenizer, str(folder), plan.model, context_length(model))
+    give_notes(fresh.model, plan)
+    source = SourceModel(fresh.model, fresh.tokenizer, str(folder), plan.model, context_length(fresh.model))
     sweep_folders(result.folder)
     if result.folder.is_dir() and not any(result.folder.iterdir()):
         result.folder.rmdir()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import moacompress
 from moacompress.calibration.samples import load_samples
 from moacompress.core.artefact_names import heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
@@ -26,6 +28,7 @@ from moacompress.healer.trained_weights import as_written, make_trainable, writt
 from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
+from moacompress.rules.share import COPY, Share, with_shared_rules
 from moacompress.runtime.hf.attaching import attached_plan
 
 Place = dict[str, Path]
@@ -71,6 +74,42 @@ def test_held_out_kl_falls_and_is_that_of_what_is_written(
     loaded = attached_plan(AutoModelForCausalLM.from_pretrained(done.folder))
     assert loaded is not None
     assert loaded.provenance["heal"] == done.notes
+
+
+@pytest.mark.parametrize("train", ["lora", "reuse", "full"])
+def test_layers_that_share_attention_are_healed(
+    train: str, healable: Place, small: Make, tmp_path: Path, quick: None, tiny_tokenizer: Any
+) -> None:
+    """Their checkpoint has no queries and keys of theirs, and neither has the healed one."""
+    source = load_source(healable["dense"])
+    shares = (None, Share(0, COPY, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
+    plan = Plan.full(source.shape)
+    plan = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+    moacompress.attach(source.model, plan)
+    source.model.save_pretrained(tmp_path / "shared")
+    tiny_tokenizer.save_pretrained(tmp_path / "shared")
+    plan.save(tmp_path / "shared" / "plan.json")
+    flags = {"steps": 16, "batch": 1000, "train": train, "lr": 1e-2 if train == "lora" else 3e-3}
+    done = heal(
+        tmp_path / "shared",
+        tmp_path / "out",
+        profile=healable["profile"],
+        teacher=str(healable["dense"]),
+        recipe=small(**flags),
+    )
+    assert done.notes["improved"]
+    before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
+    assert after < before
+    found = measured(healable, done.folder)
+    assert sum(found) / len(found) == pytest.approx(after, rel=1e-3)
+    healed, shared = weights(done.folder), weights(tmp_path / "shared")
+    assert {name: tensor.shape for name, tensor in healed.items()} == {
+        name: tensor.shape for name, tensor in shared.items()
+    }
+    assert sum(tensor.numel() for tensor in healed.values()) < sum(
+        t.numel() for t in weights(healable["dense"]).values()
+    )
+    assert Plan.load(done.folder / "plan.json").shares == shares
 
 
 def test_what_is_written_loads_in_a_fresh_process_and_says_what_was_done(

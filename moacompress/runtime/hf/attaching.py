@@ -116,6 +116,23 @@ def attached_plan(model: torch.nn.Module) -> Plan | None:
     return replace(attachment.plan, gate_weights=gates_on(attention_modules(model)))
 
 
+def give_notes(model: PreTrainedModel, plan: Plan) -> None:
+    """Gives a compressed model the same plan with other notes, for its config.
+
+    Args:
+        model: under a plan, also one that cannot be made dense again.
+        plan: of the same rules.
+
+    Raises:
+        PlanError: the model is under another plan, or none.
+    """
+    attachment: _Attachment | None = getattr(model, "_moacompress", None)
+    if attachment is None or attachment.plan.key() != plan.key():
+        raise PlanError("the model is not under this plan, so it cannot take its notes")
+    attachment.plan = plan
+    model.config.quantization_config = MoaCompressConfig(plan=plan)
+
+
 def install(model: PreTrainedModel, plan: Plan) -> None:
     """Puts hooks, refusals and the attention implementation of a plan on a model whose config is its own.
 
