@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ from moacompress.calibration.manifest import DISTANCE_BINS
 from moacompress.report.page.figure_style import Picture, axis
 from moacompress.report.page.findings import Findings
 from moacompress.rules.budget import format_length
-from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
 
 DIGITS = 4
 """Significant digits of what the page holds of every KV head."""
+STEP = 10
+"""A colour scale ends at a multiple of this."""
 Grid = list[list[float]]
 
 
@@ -78,7 +81,7 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
         return 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
 
     full = shape.token_bytes(Rule.FULL)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": "share of its bytes",
             "z": grid(
@@ -89,13 +92,11 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
                     / (Rule.FULL.slots(n, plan.min_window, native) * full)
                 )
             ),
-            "top": 100,
             "unit": "% of dense bytes",
         },
         {
             "name": "share of its tokens",
             "z": grid(lambda rule, native: 100 * kept(rule, native) / kept(Rule.FULL, native)),
-            "top": 100,
             "unit": "% of tokens",
         },
     ]
@@ -104,15 +105,14 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
         def chosen(rule: Rule, native: int | None) -> float:
             return 100 * (1 - kept(rule.without_choice(), native) / kept(rule, native))
 
-        found.append({"name": "chosen by its gate", "z": grid(chosen), "top": 100, "unit": "% of kept tokens"})
+        found.append({"name": "chosen by its gate", "z": grid(chosen), "unit": "% of kept tokens"})
     if not all(rule.is_native for row in plan.rules for rule in row):
-        most = bits(NATIVE)
         for name, shade in (
             ("bits of its keys", grid(lambda rule, native: bits(rule.key_format))),
             ("bits of its values", grid(lambda rule, native: bits(rule.value_format))),
         ):
-            found.append({"name": name, "z": shade, "top": most, "unit": "bits a number"})
-    return found
+            found.append({"name": name, "z": shade, "unit": "bits a number"})
+    return [{**shade, "top": STEP * math.ceil(np.max(shade["z"]) / STEP) or STEP} for shade in found]
 
 
 def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:

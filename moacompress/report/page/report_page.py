@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, PLAN_FILE
+from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
 from moacompress.core.version import own_version
@@ -34,6 +34,7 @@ from moacompress.report.page.search_figures import (
 from moacompress.rules.budget import format_length
 
 ASSETS = "moacompress.report.page"
+CONFIG_NAME = "config.json"
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
 
 
@@ -140,7 +141,7 @@ def _heads(found: Findings) -> PageSection:
         missing.append(
             (
                 "The profile is not here: what a KV head was chosen from cannot be shown.",
-                _command("report", found, "--profile PROFILE"),
+                f"moacompress report {_quoted(found.folder)} --profile PROFILE",
             )
         )
     elif "distance" not in found.profile.statistics.arrays:
@@ -151,9 +152,7 @@ def _heads(found: Findings) -> PageSection:
 
 def _quality(found: Findings) -> PageSection:
     if found.evaluation is None:
-        missing = [
-            ("Nothing was evaluated yet.", _command("eval", found, f"-o {_quoted(found.folder / EVALUATION_FILE)}"))
-        ]
+        missing = [("Nothing was evaluated yet.", _command("eval", found, EVALUATION_FILE))]
         return PageSection("quality", "What it still answers", missing=missing)
     return PageSection(
         "quality",
@@ -166,7 +165,7 @@ def _quality(found: Findings) -> PageSection:
 def _costs(found: Findings) -> PageSection:
     pictures, text, missing = [memory_picture(found)], "", []
     if found.bench is None:
-        missing.append(("Nothing was timed yet.", _command("bench", found, f"-o {_quoted(found.folder / BENCH_FILE)}")))
+        missing.append(("Nothing was timed yet.", _command("bench", found, BENCH_FILE)))
     else:
         pictures += latency_pictures(found.bench)
         text = machine_text(found.bench)
@@ -207,8 +206,12 @@ def _search(found: Findings) -> PageSection:
     )
 
 
-def _command(verb: str, found: Findings, rest: str) -> str:
-    return f"moacompress {verb} {_quoted(found.folder)} {rest}"
+def _command(verb: str, found: Findings, file: str) -> str:
+    """Returns the command of a verb that measures a checkpoint and leaves a file beside it; of a plan alone, of its export."""
+    folder = found.folder
+    if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
+        return f"moacompress {verb} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
+    return f"moacompress {verb} {_quoted(folder)} -o {shlex.quote(str(Path(shared_name(str(folder))) / file))}"
 
 
 def _quoted(path: Path | str) -> str:
