@@ -1,11 +1,11 @@
-# Everything from a fresh machine: Python 3.10 or newer (3.11 is tried first); pip's own configuration is respected.
+# Everything from a fresh machine: Python 3.11 or newer (3.11 is tried first); pip's own configuration is respected.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
-	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo $$python; break; fi; done)
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
@@ -32,7 +32,7 @@ setup: $(READY) ## make .venv with everything in it
 
 # torch comes before the package, and the package is built without isolation: its kernels are compiled against this torch.
 $(READY): pyproject.toml setup.py $(wildcard moacompress/kernels/cpu/*.cpp moacompress/kernels/cpu/*.h moacompress/kernels/cpu/*.inl)
-	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "torch>=2.10"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,6 @@ def test_names_that_are_there_twice_are_told(unique_names: Any, tmp_path: Path) 
 
 def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
     """The contract as it stands in pyproject.toml, over a copy of the layers with one import the wrong way."""
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
-    import tomllib
-
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
     layers = [name for row in settings["contracts"][0]["layers"] for name in row.split(" | ")]
     assert len(settings["contracts"][0]["layers"]) >= 12
