@@ -21,6 +21,7 @@ from moacompress.recipe import Recipe
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import rule_text
+from moacompress.report.page.quality_figures import quality_pictures
 from moacompress.report.page.report_page import embedded, page_sections, write_page
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
@@ -142,6 +143,15 @@ def test_quality_is_that_of_the_evaluation(run_folder: Path, page: str) -> None:
         assert trace["x"][at] == row["value"]
         assert trace["x"][at] + trace["error_x"]["array"][at] == pytest.approx(row["ci95"][1])
         assert trace["x"][at] - trace["error_x"]["arrayminus"][at] == pytest.approx(row["ci95"][0])
+
+
+def test_what_dense_cannot_do_is_marked(run_folder: Path, tmp_path: Path) -> None:
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    assert all("*" not in picture.note for picture in quality_pictures({**evaluation, "at_floor": []}))
+    floor = [{"task": "needle-noise", "length": 700}]
+    for picture in quality_pictures({**evaluation, "at_floor": floor}):
+        assert "* Dense cannot do this itself" in picture.note
+        assert any("needle-noise *, 700" in trace["y"] for trace in picture.traces)
 
 
 def test_memory_is_that_of_the_plan_and_latency_that_of_the_bench(run_folder: Path, page: str) -> None:

@@ -18,7 +18,7 @@ METRICS = {
 }
 """What is shown, in this order: title and axis."""
 SHARES = ("exact_match", "retention")
-POOLED = "all tasks"
+FLOOR = " * Dense cannot do this itself, so nothing follows from it."
 
 
 def quality_pictures(evaluation: Finding) -> list[Picture]:
@@ -28,17 +28,21 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
         evaluation: as `eval.json` has it.
     """
     pooled = (evaluation.get("pooled") or {}).get("results", ())
-    rows = [*pooled, *evaluation["results"]]
+    floor = {(row["task"], row["length"]) for row in evaluation.get("at_floor", ())}
+    rows = [
+        {**row, "task": f"{row['task']} *"} if (row["task"], row["length"]) in floor else row
+        for row in (*pooled, *evaluation["results"])
+    ]
     roles = roles_of(row["model"] for row in rows)
     found = []
     for metric, (title, unit) in METRICS.items():
         shown = [row for row in rows if row["metric"] == metric]
         if shown:
-            found.append(_picture(metric, title, unit, shown, roles))
+            found.append(_picture(metric, title, unit, shown, roles, FLOOR if floor else ""))
     return found
 
 
-def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[str, str]) -> Picture:
+def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[str, str], floor: str) -> Picture:
     groups = list(dict.fromkeys(group_name(row) for row in rows))
     models = [name for name in roles if any(row["model"] == name for row in rows)]
     traces = [_bars(name, [row for row in rows if row["model"] == name], roles[name]) for name in models]
@@ -60,7 +64,7 @@ def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[st
         )
         for row in rows
     ]
-    note = "Bars end at what was measured; lines are 95% intervals."
+    note = f"Bars end at what was measured; lines are 95% intervals.{floor}"
     columns = ("task", "model", "value", "95% interval", "prompts", "KV bytes")
     return Picture(f"quality-{metric}", title, traces, layout, note, columns, table)
 
