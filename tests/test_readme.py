@@ -27,11 +27,10 @@ COMMANDS = [
 ]
 
 
-def parse(command: str) -> None:
+def parse(verb: str, *arguments: str) -> None:
     """Parses a command line as the program does, and runs nothing."""
-    _, verb, *arguments = shlex.split(command)
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    commands[verb].make_context(verb, arguments)
+    commands[verb].make_context(verb, list(arguments))
 
 
 def test_there_are_commands() -> None:
@@ -44,7 +43,7 @@ def test_command(command: str) -> None:
     words = shlex.split(command)
     program, *arguments = itertools.dropwhile(lambda word: re.fullmatch(r"MOACOMPRESS_[A-Z]+=\w+", word), words)
     if program == "moacompress":
-        parse(command)
+        parse(*arguments)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
