@@ -42,7 +42,7 @@ def tokens_of(way: Way, name: str, share: float, n: int, dim: int) -> int:
 def plan_of(profile: Profile, tokens: int, n: int, share: float) -> Plan:
     """Returns the plan by which every KV head keeps so many tokens, native ones: what it is fed is rounded already."""
     window = next(size for least, size in WINDOWS.items() if share > least)
-    rule = Rule(SINKS, window, 0, select_beta_q=(tokens - SINKS - window) * 1024 // n)
+    rule = Rule(SINKS, window, 0, select_alpha=tokens - SINKS - window)
     return profile.plan([[rule] * profile.shape.kv_heads for _ in range(profile.shape.layers)])
 
 

@@ -177,12 +177,20 @@ def request_fingerprint(
     )
 
 
-def recipe_in(folder: Path) -> Recipe | None:
-    """Returns the recipe of the profile in a folder; None where there is none that can be read."""
+def recipe_in(folder: Path, model: str | None) -> Recipe | None:
+    """Returns the recipe of what was profiled in a folder; None where nothing was, or another model.
+
+    Args:
+        folder: of a profile, or to become one.
+        model: that is to be profiled; None for the one in the recipe.
+    """
+    if not any(folder.rglob("*.safetensors")):
+        return None
     try:
-        return Manifest.read(folder).recipe
+        found = Manifest.read(folder)
     except ArtefactError:
         return None
+    return found.recipe if model is None or found.source in (model, str(Path(model).resolve())) else None
 
 
 def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:

@@ -26,7 +26,7 @@ from moacompress.core.artefact_names import (
     of_compress,
     of_demo,
 )
-from moacompress.core.errors import ArtefactError, RecipeError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, RecipeError, one_line
 from moacompress.core.files import read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
@@ -39,6 +39,7 @@ from moacompress.rules.plan import Plan
 from moacompress.run_estimate import estimate_run
 
 if TYPE_CHECKING:
+    from moacompress.models.source import SourceModel
     from moacompress.search.search_result import SearchResult
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ def _write_page(out: Path) -> None:
 
     try:
         write_page(Findings.load(out / PLAN_FILE), out / REPORT_FILE)
-    except UsageError as error:
-        logger.warning("no %s: %s", REPORT_FILE, error)
+    except (MoaCompressError, LookupError, TypeError, ValueError) as error:  # a page must not cost a run that is done
+        logger.warning("no %s: %s", REPORT_FILE, one_line(error))
 
 
 def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool) -> SearchResult:
@@ -158,6 +159,7 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
 
     assert recipe.model is not None
     source = load_for(recipe, recipe.model)
+    check_evaluated(recipe, source)
     if not clock.seconds:  # a run that is taken up has said so before
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}.")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
@@ -178,6 +180,20 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
             "export", lambda: export(source, found.plan, model, repair=repair, overwrite=stale, progress=progress)
         )
     return found
+
+
+def check_evaluated(recipe: Recipe, source: SourceModel) -> None:
+    """Refuses lengths of the evaluation that the model does not take, before anything is measured.
+
+    Raises:
+        DataError: one is beyond the model's context.
+    """
+    longest = max(recipe.evaluation.lengths)
+    if source.context and longest > source.context:
+        raise DataError(
+            f"the evaluation at the end asks for prompts of {longest:,} tokens, and the model takes at most "
+            f"{source.context:,}; give --lengths, or evaluation.lengths in a recipe"
+        )
 
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:

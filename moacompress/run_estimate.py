@@ -14,6 +14,7 @@ from moacompress.calibration.estimate import dry_run as estimate_profile
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.evaluation.tasks import expand_tasks
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
@@ -89,13 +90,14 @@ def estimate_run(recipe: Recipe, model: str | SourceModel, progress: Progress | 
     source = load_for(recipe, model)
     profile = estimate_profile(source, recipe, progress)
     evaluation = recipe.evaluation
+    tasks = expand_tasks(evaluation.tasks)
     faster = _products(source, getattr(torch, source.shape.dtype)) / _products(source, source.model.dtype)
     return RunEstimate(
         profile,
         search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
         FIXED_SECONDS + 2 * profile.weight_bytes / BYTES_PER_SECOND,
         eval_seconds(
-            len(evaluation.tasks),
+            len(tasks),
             evaluation.lengths,
             evaluation.prompts,
             EVALUATED,

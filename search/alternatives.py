@@ -15,7 +15,7 @@ from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.baselines import FAMILIES, family_plans
+from moacompress.search.baselines import FAMILIES, MOA, family_plans
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import total_cost
 from moacompress.search.search_request import SearchRequest
@@ -78,7 +78,8 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
         meter: measures.
         progress: told of every measurement.
     """
-    field = {family: _candidates(family, request) for family in FAMILIES}
+    families = [family for family in FAMILIES if family != MOA or request.measures_moa]
+    field = {family: _candidates(family, request) for family in families}
     progress.start("measuring alternatives", len(field))
     found = {}
     for family, plans in field.items():

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FormatPair: TypeAlias = tuple[str, str]
 """Formats of the keys and of the values, by name."""
 NATIVE_PAIR: FormatPair = (NATIVE, NATIVE)
+MOA = "moa"
 UNIFORM_GATES = "uniform_gates"
 """Name of the family of `uniform_choices`."""
 STREAMING_WINDOW = 256
@@ -223,7 +224,7 @@ class _Costs:
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
             )
         profile = profile.without_gates()
-        estimator = "moa" if name == "moa" else profile.recipe.profile.estimator
+        estimator = MOA if name == MOA else profile.recipe.profile.estimator
         influence = profile.blended(estimator, profile.recipe.search.text_weight)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
@@ -291,7 +292,7 @@ _UNPROFILED: dict[str, Callable[[ModelShape, Mapping[int, int], int, int, Format
 _PROFILED: dict[str, Callable[[_Costs, Mapping[int, int], int], Iterable[tuple[float, Plan]]]] = {
     "per-layer": _per_layer,
     "split": _split,
-    "moa": _moa,
+    MOA: _moa,
 }
 BASELINES = (*_UNPROFILED, *_PROFILED)
 """Names of the baselines; those after the first three need a profile."""
@@ -301,7 +302,7 @@ FAMILIES = {
     "uniform": ("uniform", "uniform-elastic"),
     "per_layer": ("per-layer",),
     "duo": ("split",),
-    "moa": ("moa",),
+    MOA: (MOA,),
     "quantized": ("quantized",),
     UNIFORM_GATES: (),
 }
@@ -354,7 +355,7 @@ def family_plans(
         return uniform_choices(profile, limits, formats)
     found: dict[str, Plan] = {}
     for name in FAMILIES[family]:
-        if name == "moa" and name not in profile.estimators:
+        if name == MOA and name not in profile.estimators:
             continue
         if name == "uniform-elastic" and len(limits) == 1:
             continue  # at one length it is a fixed window

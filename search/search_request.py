@@ -129,6 +129,11 @@ class SearchRequest:
         computes_in = loaded_in if model is None else model.computes_in
         return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in, sharing)
 
+    @property
+    def measures_moa(self) -> bool:
+        """Whether MoA's estimator is a baseline: it was asked for, and the profile has it, which an audit may have added."""
+        return self.recipe.profile.baselines and "moa" in self.profile.offering(()).estimators
+
     @cached_property
     def key(self) -> str:
         """Fingerprint of all that decides the result but for how long the search may take."""
@@ -149,7 +154,7 @@ class SearchRequest:
                 "floors": search.floors,
                 "alternatives": search.alternatives,
                 "starts": [dict(knobs) for knobs in self.starts],
-                "moa": "moa" in self.profile.offering(()).estimators,
+                "moa": self.measures_moa,
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
                 **({"computes_in": self.computes_in} if in_other else {}),

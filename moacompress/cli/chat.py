@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.kernel_line import kernel_line
 from moacompress.core.errors import MoaCompressError, UsageError
 
 NEW, END = "/new", ("/exit", "/quit")
@@ -32,8 +33,8 @@ def chat(
 ) -> Output:
     """Talk to a compressed model.
 
-    After every answer it says what the KV cache holds, beside what the dense model's would. /new begins anew, /exit or the end
-    of the input ends.
+    After every answer it says what the KV cache holds, beside what the dense model's would. Ctrl-C breaks an answer off, /new
+    begins anew, /exit or the end of the input ends.
     """
     if run.common.as_json and not ask:
         raise UsageError("--json needs --ask, as nobody is there to type")
@@ -42,6 +43,8 @@ def chat(
 
     from moacompress.demo.chat_session import ChatSession
 
+    if not run.common.quiet and not run.common.as_json:
+        run.note(kernel_line(run.common.device))
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
     session = ChatSession(path, system, recipe.device, run.common.dtype or "auto")
@@ -68,4 +71,7 @@ def chat(
                 answer(line)
             except MoaCompressError as error:
                 run.note(f"{error} ({NEW} begins anew)")
+            except KeyboardInterrupt:
+                session.drop()
+                run.note("broken off; the question is forgotten")
     return Output({"turns": turns})

@@ -91,6 +91,7 @@ def compress(
         search__formats=formats,
         search__trials=trials,
         evaluation__tasks=split_list(tasks),
+        evaluation__lengths=lengths if recipe is None else None,
         evaluation__prompts=prompts,
         trust_remote_code=trust_remote_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,8 @@ from moacompress.core.errors import UsageError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
+
+logger = logging.getLogger(__name__)
 
 AUDIT_KEYS = (
     "audit",
@@ -122,9 +125,12 @@ def profile(
         raise UsageError("--audit compares predictions for the dense model; run it without --around")
     from moacompress.calibration.manifest import recipe_in
 
+    earlier = None if overwrite or recipe is not None else recipe_in(out, model)
+    if earlier is not None:
+        logger.info("%s holds a profile of this model: what no option says is as it was made", out)
     resolved = run.recipe(
         recipe,
-        base=None if overwrite else recipe_in(out),
+        base=earlier,
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

@@ -10,7 +10,7 @@ import typer
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile
 from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import BudgetError
+from moacompress.core.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
@@ -126,6 +126,8 @@ def search(
         search__storage=storage,
     )
     if dry_run:
+        if front or max_loss is not None:
+            raise UsageError("--dry-run knows what a search of given budgets takes; leave out --front and --max-loss")
         return _estimated(loaded, resolved, max(1, len(asked)), run.progress)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
     if front:

@@ -71,6 +71,7 @@ class ChatSession:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self._model = model.to(device).eval()
+        self._plan = self._plan.in_dtype(str(self._model.dtype).removeprefix("torch."))
         self._system = system
         self.forget()
 
@@ -79,6 +80,10 @@ class ChatSession:
         self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
         self._cached: list[int] = []
         self._cache: Any = None
+
+    def drop(self) -> None:
+        """Lets go of the cache, after an answer that was broken off; what was said stays."""
+        self._cached, self._cache = [], None
 
     def ask(
         self,

@@ -160,3 +160,13 @@ def test_more_of_a_profile_needs_no_option_again(
     assert result.exit_code == 0, result.stderr
     assert "distance" in Profile.load(out).statistics.arrays
     assert "holds a profile of another model or recipe" in refused(tiny_folder, "-o", out, "--lengths", "700")
+
+
+def test_what_failed_before_its_first_sample_says_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    """The corrected command is not held to the mistake."""
+    out, bad = tmp_path / "profile", tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    options = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--draws", "1")
+    assert "bad.jsonl" in refused(tiny_folder, "-o", out, "--source", bad, *options)
+    assert invoke(tiny_folder, "-o", out, *options).exit_code == 0
+    assert all(source.generator for source in Profile.load(out).recipe.calibration.sources)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
-from moacompress.report.page.head_figures import rule_text
-from moacompress.report.page.quality_figures import quality_pictures
+from moacompress.report.page.head_figures import head_map, rule_text
+from moacompress.report.page.quality_figures import quality_pictures, side_names
 from moacompress.report.page.report_page import embedded, page_sections, write_page
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import COPY, Share, with_shared_rules
 
 RUNNER = CliRunner()
 SETTINGS = {
@@ -103,7 +105,8 @@ def run_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "plan,dense",
     ]
     assert RUNNER.invoke(app, [*bench, "-o", str(out / "bench.json")]).exit_code == 0
-    (out / "profile" / "audit.json").write_text(json.dumps(AUDIT))
+    fingerprint = json.loads((out / "profile" / "profile.json").read_text())["fingerprint"]
+    (out / "profile" / "audit.json").write_text(json.dumps({**AUDIT, "profile": fingerprint}))
     return out
 
 
@@ -194,7 +197,15 @@ def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
     share = np.asarray(profile.statistics.arrays["distance"])[np.asarray(profile.sample_lengths) == 800].mean(0)
     assert np.allclose(heads["distance"]["share"], share, rtol=2e-3)
     assert len(heads["distance"]["labels"]) == share.shape[-1]
-    assert heads["chosen"][1][0]["kept"] == found.plan.rules[1][0].kept(800, found.plan.min_window, None)
+    plan = found.plan
+    assert heads["chosen"][1][0]["kept"] == plan.rules[1][0].kept(800, plan.min_window, None)
+    whole = profile.offering(profile.profiled_formats)  # the star is on the scale of the curve, with its formats
+    costs = whole.influence(profile.recipe.profile.estimator)[1]
+    for layer, row in enumerate(plan.rules):
+        for head, rule in enumerate(row):
+            assert heads["chosen"][layer][head]["harm"] == pytest.approx(
+                costs[layer, head, whole.rules.index(rule)], rel=1e-3
+            )
 
 
 def test_harm_and_history_are_those_of_the_search(run_folder: Path, page: str) -> None:
@@ -264,6 +275,68 @@ def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) ->
     (tmp_path / "eval.json").write_text("{}")
     with pytest.raises(ArtefactError, match="'checkpoint' is missing"):
         Findings.load(tmp_path / "plan.json")
+
+
+def test_what_was_left_beside_under_other_names(run_folder: Path, tmp_path: Path) -> None:
+    """As searches of several budgets and of a loss leave it: notes are known by their plan, a front by the file it lists."""
+    shutil.copy(run_folder / "plan.json", tmp_path / "plan-50.json")
+    shutil.copy(run_folder / "plan.explain.json", tmp_path / "other.explain.json")
+    points = [{"plan": f"plan-{n}.json", "kv_share": {"800": n / 100}, "harm": {"plan": 1 / n}} for n in (25, 50)]
+    (tmp_path / "plan.front.json").write_text(json.dumps({"points": points}))
+    found = Findings.load(tmp_path / "plan-50.json")
+    assert found.explanation is not None
+    names = [picture.name for section in page_sections(found) for picture in section.pictures]
+    assert "front" in names
+    shutil.copy(run_folder / "plan.json", tmp_path / "plan-7.json")
+    assert Findings.load(tmp_path / "plan-7.json").front is None
+
+
+def test_the_audit_of_another_profile_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "profile", tmp_path / "profile")
+    plan = Plan.load(run_folder / "plan.json")
+    plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
+    found = Findings.load(tmp_path / "plan.json")
+    assert (found.profile, found.audit) == (None, None)
+    assert any("audit.json" in text for text in found.passed_over)
+
+
+def test_layers_that_share_take_what_the_plan_says(run_folder: Path, tmp_path: Path) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    shares = (None, Share(0, COPY, tuple(range(plan.model.kv_heads))), *[None] * (plan.model.layers - 2))
+    shared = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+    shared.save(tmp_path / "plan.json")
+    picture, shades = head_map(Findings.load(tmp_path / "plan.json"))
+    dense = plan.model.dense_kv_bytes(800) / (plan.model.layers * plan.model.kv_heads)
+    assert np.sum(shades[0]["z"]) / 100 * dense == pytest.approx(shared.kv_bytes(800), rel=1e-3)
+    assert picture.traces[0]["text"][0][1] == "=0"
+    assert "no keys of its own" in rule_text(shared, 1, 0, 800)
+    assert "no keys of its own" not in rule_text(shared, 0, 0, 800)
+
+
+def test_sides_are_told_apart() -> None:
+    names = side_names(["plan", "dense", "/runs/a/model", "/runs/b/model", "c/model", "d/healed"])
+    assert list(names.values()) == ["this plan", "dense", "a", "b", "c", "healed"]
+    assert list(side_names(["x/a/healed", "y/a/healed"]).values()) == ["x/a/healed", "y/a/healed"]
+
+
+def test_commands_have_whole_places_on_the_terminal_and_names_on_the_page(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my run"
+    shutil.copytree(run_folder, out)
+    (out / "bench.json").unlink()
+    result = RUNNER.invoke(app, ["report", str(out), "--json"])
+    (missing,) = json.loads(result.stdout)["missing"]
+    assert missing["command"] == f"moacompress bench '{out}' -o '{out}'/bench.json"
+    assert "moacompress bench &#39;my run&#39; -o &#39;my run&#39;/bench.json" in (out / "report.html").read_text(
+        "utf-8"
+    )
+
+
+def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out)
+    (out / "bench.json").write_text("{")
+    summary = compress(Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)}), out)
+    assert summary["kv_share"] <= 0.5
 
 
 def test_a_profile_that_is_named_must_be_the_plans(run_folder: Path, tmp_path: Path) -> None:

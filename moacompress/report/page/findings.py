@@ -92,7 +92,6 @@ class Findings:
             folder = folder.parent
         plan, passed = Plan.load(plan_file), list[str]()
         searched = unrepaired(plan).key()
-        beside = plan_file if explanation_file(plan_file).is_file() else folder / PLAN_FILE
 
         def read(path: Path, belongs: Callable[[Finding], bool] = lambda found: True) -> Finding | None:
             if not path.is_file():
@@ -112,14 +111,38 @@ class Findings:
             folder=folder,
             plan=plan,
             profile=_profile(folder, plan, profile, passed),
-            explanation=read(explanation_file(beside), lambda found: found["plan"] == searched),
+            explanation=_of_plan(plan_file.parent, folder, searched, passed),
             evaluation=read(folder / EVALUATION_FILE, lambda found: found["checkpoint"]["plan"] == plan.key()),
             bench=read(folder / BENCH_FILE, lambda found: found["configuration"]["plan"] == plan.key()),
             summary=read(folder / SUMMARY_FILE),
-            audit=read((profile or folder / PROFILE_FOLDER) / AUDIT_FILE),
-            front=read(front_file(beside)),
+            audit=read(
+                (profile or folder / PROFILE_FOLDER) / AUDIT_FILE,
+                lambda found: found["profile"] == plan.provenance.get("profile"),
+            ),
+            front=_front(plan_file),
             passed_over=passed,
         )
+
+
+def _of_plan(near: Path, folder: Path, key: str, passed: list[str]) -> Finding | None:
+    """Returns the notes of the search that found a plan: those of its key, whatever the plan's file is called."""
+    files = sorted({file for place in (near, folder) for file in place.glob(explanation_file(Path("*.json")).name)})
+    for file in files:
+        found = read_json(file, file.name)
+        if isinstance(found, dict) and found.get("plan") == key:
+            return found
+    if files:
+        passed.append(f"{files[0].name} is of another plan")
+    return None
+
+
+def _front(plan_file: Path) -> Finding | None:
+    """Returns the front that lists a plan's file; None where none does."""
+    for file in sorted(plan_file.parent.glob(front_file(Path("*.json")).name)):
+        found = read_json(file, file.name)
+        if isinstance(found, dict) and any(point["plan"] == plan_file.name for point in found["points"]):
+            return found
+    return None
 
 
 def _profile(folder: Path, plan: Plan, given: Path | None, passed: list[str]) -> Profile | None:

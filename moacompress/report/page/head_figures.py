@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from moacompress.calibration.manifest import DISTANCE_BINS
+from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.report.page.figure_style import Picture, axis
 from moacompress.report.page.findings import Findings
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
+from moacompress.rules.share import COPY
 
 DIGITS = 4
 """Significant digits of what the page holds of every KV head."""
@@ -80,18 +82,15 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
     def bits(name: str) -> float:
         return 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
 
-    full = shape.token_bytes(Rule.FULL)
+    dense = Plan.full(shape).head_bytes(n)
+    sizes = [
+        [_short(100 * ours / whole) for ours, whole in zip(*rows, strict=True)]
+        for rows in zip(plan.head_bytes(n), dense, strict=True)
+    ]
     found: list[dict[str, Any]] = [
         {
             "name": "share of its bytes",
-            "z": grid(
-                lambda rule, native: (
-                    100
-                    * rule.slots(n, plan.min_window, native)
-                    * shape.token_bytes(rule)
-                    / (Rule.FULL.slots(n, plan.min_window, native) * full)
-                )
-            ),
+            "z": [list(column) for column in zip(*sizes, strict=True)],
             "unit": "% of dense bytes",
         },
         {
@@ -126,7 +125,8 @@ def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:
         lines.append(f"the first {rule.sink} and the last {_grown(rule.alpha, rule.beta_q, plan.min_window)}")
         if rule.selects:
             lines.append(f"chosen by its gate: {_grown(rule.select_alpha, rule.select_beta_q)}")
-    lines.append(f"keys {rule.key_format}, values {rule.value_format}")
+    own = share is None or share.kind != COPY
+    lines.append((f"keys {rule.key_format}, " if own else "no keys of its own, ") + f"values {rule.value_format}")
     if share is not None:
         lines.append(str(share))
     return "<br>".join(lines)
@@ -151,10 +151,11 @@ def head_details(found: Findings) -> dict[str, Any]:
         found: what is known of the plan.
 
     Returns:
-        `text` `[layers, kv_heads]`; `curves`: of windows and of windows with gates the kept tokens `[layers, rules]` and the
-        predicted harm `[layers, kv_heads, rules]`, nats; `chosen`
-        `[layers, kv_heads]` with `kept` and `harm`; `distance`: `labels` of the bins in tokens and the probability
-        `[layers, kv_heads, bins]`; `sinks` with the probability on the first tokens; `entropy` in nats.
+        `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of windows
+        and of windows with gates the kept tokens `[layers, rules]` and the predicted harm `[layers, kv_heads, rules]`, nats;
+        `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
+        the bins in tokens and the probability `[layers, kv_heads, bins]`; `sinks` with the probability on the first tokens;
+        `entropy` in nats.
     """
     plan, profile, n = found.plan, found.profile, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
@@ -163,29 +164,23 @@ def head_details(found: Findings) -> dict[str, Any]:
         "text": [[rule_text(plan, layer, head, n) for head in heads] for layer in layers],
         "curves": [],
     }
-    rows = {(row["layer"], row["kv_head"]): row for row in (found.explanation or {}).get("heads", ())}
-    data["chosen"] = [
-        [
-            {
-                "kept": int(plan.rules[layer][head].kept(n, plan.min_window, plan.model.native_windows[layer])),
-                "harm": None
-                if (row := rows.get((layer, head))) is None or row["harm"] is None
-                else _short(row["harm"]),
-            }
-            for head in heads
-        ]
-        for layer in layers
-    ]
     if profile is None:
         return data
     at = min(profile.lengths, key=lambda length: (abs(length - n), length))
-    influence = profile.influence(profile.recipe.profile.estimator)[profile.lengths.index(at)]
+    estimator = profile.recipe.profile.estimator
+    influence = profile.influence(estimator)[profile.lengths.index(at)]
     kinds: dict[str, list[int]] = {"windows": [], "windows and a gate": []}
     for number, rule in enumerate(profile.rules):
         kinds["windows and a gate" if rule.selects else "windows"].append(number)
     for name, numbers in kinds.items():
         if numbers:
             data["curves"].append({"name": name, **_curve(found, numbers, influence, at)})
+    whole = profile.offering(profile.profiled_formats if estimator in OF_FORMATS else ())
+    costs, places = whole.influence(estimator)[whole.lengths.index(at)], {rule: i for i, rule in enumerate(whole.rules)}
+    data |= {
+        "at": at,
+        "chosen": [[_chosen(plan, layer, head, at, costs, places) for head in heads] for layer in layers],
+    }
     arrays = profile.statistics.arrays
     if "distance" in arrays:
         chosen = [index for index, length in enumerate(profile.sample_lengths) if length == at]
@@ -196,6 +191,13 @@ def head_details(found: Findings) -> dict[str, Any]:
         data["sinks"] = {"tokens": list(SINKS), "share": _nested(mean["sink_mass"])}
         data["entropy"] = _nested(mean["entropy"])
     return data
+
+
+def _chosen(plan: Plan, layer: int, head: int, n: int, costs: Any, places: Mapping[Rule, int]) -> dict[str, Any]:
+    """Returns the tokens that a KV head keeps at `n` tokens, and what its own rule costs; None where it was not profiled."""
+    rule = plan.rules[layer][head]
+    kept = int(rule.kept(n, plan.min_window, plan.model.native_windows[layer]))
+    return {"kept": kept, "harm": _short(costs[layer, head, places[rule]]) if rule in places else None}
 
 
 def most_worth(found: Findings) -> list[int]:

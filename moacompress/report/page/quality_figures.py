@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
+from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.report.page.figure_style import ROLES, Picture, Trace, axis, intervals, roles_of
 from moacompress.report.page.findings import Finding
 from moacompress.rules.budget import format_length
@@ -33,19 +35,27 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
         {**row, "task": f"{row['task']} *"} if (row["task"], row["length"]) in floor else row
         for row in (*pooled, *evaluation["results"])
     ]
-    roles = roles_of(row["model"] for row in rows)
+    roles, names = roles_of(row["model"] for row in rows), side_names(row["model"] for row in rows)
     found = []
     for metric, (title, unit) in METRICS.items():
         shown = [row for row in rows if row["metric"] == metric]
         if shown:
-            found.append(_picture(metric, title, unit, shown, roles, FLOOR if floor else ""))
+            found.append(_picture(metric, title, unit, shown, roles, names, FLOOR if floor else ""))
     return found
 
 
-def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[str, str], floor: str) -> Picture:
+def _picture(
+    metric: str,
+    title: str,
+    unit: str,
+    rows: list[Any],
+    roles: dict[str, str],
+    names: dict[str, str],
+    floor: str,
+) -> Picture:
     groups = list(dict.fromkeys(group_name(row) for row in rows))
     models = [name for name in roles if any(row["model"] == name for row in rows)]
-    traces = [_bars(name, [row for row in rows if row["model"] == name], roles[name]) for name in models]
+    traces = [_bars(names[name], [row for row in rows if row["model"] == name], roles[name]) for name in models]
     layout = {
         "barmode": "group",
         "bargap": 0.25,
@@ -56,7 +66,7 @@ def _picture(metric: str, title: str, unit: str, rows: list[Any], roles: dict[st
     table = [
         (
             group_name(row),
-            model_name(row["model"]),
+            names[row["model"]],
             f"{row['value']:.3g}",
             _interval(row),
             str(row["prompts"]),
@@ -74,7 +84,7 @@ def _bars(name: str, rows: list[Any], role: str) -> Trace:
     return {
         "type": "bar",
         "orientation": "h",
-        "name": model_name(name),
+        "name": name,
         "x": values,
         "y": [group_name(row) for row in rows],
         "error_x": intervals(values, [row["ci95"] or (row["value"],) * 2 for row in rows]),
@@ -90,9 +100,20 @@ def group_name(row: Any) -> str:
     return f"{row['task']}" if row["length"] is None else f"{row['task']}, {format_length(row['length'])}"
 
 
-def model_name(name: str) -> str:
-    """Returns what a side is called on the page: a checkpoint by the name of its folder."""
-    return {"plan": "this plan"}.get(name, PurePath(name).name if "/" in name else name)
+def side_names(models: Iterable[str]) -> dict[str, str]:
+    """Returns what sides are called on the page: checkpoints by as much of the end of their path as tells them apart."""
+    given = list(dict.fromkeys(models))
+    parts = {
+        name: [part for part in PurePath(name).parts if part not in ("/", MODEL_FOLDER)] or [name]
+        for name in given
+        if "/" in name
+    }
+    found = {name: "this plan" if name == "plan" else name for name in given}
+    for name, mine in parts.items():
+        others = [theirs for other, theirs in parts.items() if other != name]
+        count = next((n for n in range(1, len(mine)) if all(mine[-n:] != theirs[-n:] for theirs in others)), len(mine))
+        found[name] = "/".join(mine[-count:])
+    return found
 
 
 def _interval(row: Any) -> str:
@@ -112,8 +133,9 @@ def lost_text(evaluation: Finding) -> str | None:
         return None
     low, high = ours["ci95"]
     text = f"Of {ours['prompts']} prompts it answers {ours['value']:.0%} [{low:.0%}, {high:.0%}]"
+    names = side_names(model for model, _ in found)
     others = [] if dense is None else [f"the dense model {dense['value']:.0%}"]
     for (model, metric), row in found.items():
         if metric == "exact_match" and model not in ("plan", "dense"):
-            others.append(f"{model_name(model)} {row['value']:.0%}")
+            others.append(f"{names[model]} {row['value']:.0%}")
     return text + (", " + ", ".join(others[:3]) if others else "") + "."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import resources
@@ -33,6 +33,7 @@ from moacompress.report.page.search_figures import (
 )
 from moacompress.rules.budget import format_length
 
+Quoted = Callable[[Path], str]
 ASSETS = "moacompress.report.page"
 CONFIG_NAME = "config.json"
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
@@ -76,8 +77,8 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     """
     if not all(map(find_spec, ("jinja2", "plotly"))):
         raise UsageError(NEEDS)
+    write_text(out, page_html(found, page_sections(found, shared_name)))
     sections = page_sections(found)
-    write_text(out, page_html(found, sections))
     missing = [{"what": what, "command": command} for section in sections for what, command in section.missing]
     shown = [section.name for section in sections if section.pictures or section.tabs or section.table]
     return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
@@ -129,30 +130,39 @@ def _asset(name: str) -> str:
     return resources.files(ASSETS).joinpath("assets", name).read_text("utf-8")
 
 
-def page_sections(found: Findings) -> list[PageSection]:
-    """Returns the sections of the page, in order."""
-    return [_heads(found), _quality(found), _costs(found), _harm(found), _search(found)]
+def page_sections(found: Findings, place: Callable[[str], str] = str) -> list[PageSection]:
+    """Returns the sections of the page, in order.
+
+    Args:
+        found: what is known of the plan.
+        place: how a folder is written in commands: as it is, or only its name, as pages are there to be shared.
+    """
+
+    def quoted(path: Path) -> str:
+        return shlex.quote(place(str(path)))
+
+    return [_heads(found, quoted), _quality(found, quoted), _costs(found, quoted), _harm(found, quoted), _search(found)]
 
 
-def _heads(found: Findings) -> PageSection:
+def _heads(found: Findings, quoted: Quoted) -> PageSection:
     picture, _ = head_map(found)
     missing = []
     if found.profile is None:
         missing.append(
             (
                 "The profile is not here: what a KV head was chosen from cannot be shown.",
-                f"moacompress report {_quoted(found.folder)} --profile PROFILE",
+                f"moacompress report {quoted(found.folder)} --profile PROFILE",
             )
         )
     elif "distance" not in found.profile.statistics.arrays:
-        command = f"moacompress profile {_quoted(found.profile.source)} -o {_quoted(found.profile.path)} --heads"
+        command = f"moacompress profile -o {quoted(found.profile.path)} --heads"
         missing.append(("How far back each KV head attends was not profiled.", command))
     return PageSection("heads", "What is kept", pictures=[picture], missing=missing)
 
 
-def _quality(found: Findings) -> PageSection:
+def _quality(found: Findings, quoted: Quoted) -> PageSection:
     if found.evaluation is None:
-        missing = [("Nothing was evaluated yet.", _command("eval", found, EVALUATION_FILE))]
+        missing = [("Nothing was evaluated yet.", _command("eval", found, EVALUATION_FILE, quoted))]
         return PageSection("quality", "What it still answers", missing=missing)
     return PageSection(
         "quality",
@@ -162,29 +172,25 @@ def _quality(found: Findings) -> PageSection:
     )
 
 
-def _costs(found: Findings) -> PageSection:
+def _costs(found: Findings, quoted: Quoted) -> PageSection:
     pictures, text, missing = [memory_picture(found)], "", []
     if found.bench is None:
-        missing.append(("Nothing was timed yet.", _command("bench", found, BENCH_FILE)))
+        missing.append(("Nothing was timed yet.", _command("bench", found, BENCH_FILE, quoted)))
     else:
         pictures += latency_pictures(found.bench)
         text = machine_text(found.bench)
     return PageSection("costs", "Memory and speed", text, pictures, missing=missing)
 
 
-def _harm(found: Findings) -> PageSection:
+def _harm(found: Findings, quoted: Quoted) -> PageSection:
     harm = (found.explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
     picture = baselines_picture(dict(harm), found.plan.quality.get("samples"))
     pictures = [*([picture] if picture else []), *predicted_pictures(found)]
     missing = []
     if found.audit is None:
-        where = "PROFILE" if found.profile is None else _quoted(found.profile.path)
-        source = "MODEL" if found.profile is None else _quoted(found.profile.source)
+        where = "PROFILE" if found.profile is None else quoted(found.profile.path)
         missing.append(
-            (
-                "Predicted harm was not audited on held-out samples.",
-                f"moacompress profile {source} -o {where} --audit 50",
-            )
+            ("Predicted harm was not audited on held-out samples.", f"moacompress profile -o {where} --audit 50")
         )
     return PageSection("harm", "What it loses, and whether that was foreseen", pictures=pictures, missing=missing)
 
@@ -206,17 +212,12 @@ def _search(found: Findings) -> PageSection:
     )
 
 
-def _command(verb: str, found: Findings, file: str) -> str:
+def _command(verb: str, found: Findings, file: str, quoted: Quoted) -> str:
     """Returns the command of a verb that measures a checkpoint and leaves a file beside it; of a plan alone, of its export."""
     folder = found.folder
     if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
         return f"moacompress {verb} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
-    return f"moacompress {verb} {_quoted(folder)} -o {shlex.quote(str(Path(shared_name(str(folder))) / file))}"
-
-
-def _quoted(path: Path | str) -> str:
-    """Returns a place as a command takes it; of an absolute path only its name, as a page is there to be shared."""
-    return shlex.quote(shared_name(str(path)))
+    return f"moacompress {verb} {quoted(folder)} -o {quoted(folder)}/{file}"
 
 
 def verdict(found: Findings) -> str:

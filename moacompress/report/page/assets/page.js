@@ -54,7 +54,7 @@
     const heads = data.heads;
     document.getElementById("head").hidden = false;
     document.getElementById("head-text").innerHTML = heads.text[layer][head];
-    const own = heads.chosen[layer][head];
+    const own = heads.chosen ? heads.chosen[layer][head] : {};
     const roles = ["plan", "other-1"];
     const traces = heads.curves.map((curve, index) => {
       const x = [], y = [];
@@ -81,7 +81,7 @@
         data: traces,
         layout: {
           height: 300, showlegend: true,
-          xaxis: { title: { text: "tokens kept" }, automargin: true, rangemode: "tozero" },
+          xaxis: { title: { text: `tokens kept at ${heads.at}` }, automargin: true, rangemode: "tozero" },
           yaxis: { title: { text: "predicted harm, nats" }, type: "log", automargin: true, exponentformat: "power" },
         },
       });
