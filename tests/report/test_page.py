@@ -195,8 +195,10 @@ def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
     assert sorted(curve["harm"][1][0]) == pytest.approx(sorted(influence), rel=1e-3)
     assert curve["kept"][1] == sorted(rule.kept(800, profile.min_window, None) for rule in profile.rules)
     share = np.asarray(profile.statistics.arrays["distance"])[np.asarray(profile.sample_lengths) == 800].mean(0)
-    assert np.allclose(heads["distance"]["share"], share, rtol=2e-3)
-    assert len(heads["distance"]["labels"]) == share.shape[-1]
+    used = len(heads["distance"]["labels"])
+    assert np.allclose(heads["distance"]["share"], share[..., :used], rtol=2e-3)
+    assert not share[..., used:].any()
+    assert heads["distance"]["labels"][-1] == "512-1023"  # of 800 tokens
     plan = found.plan
     assert heads["chosen"][1][0]["kept"] == plan.rules[1][0].kept(800, plan.min_window, None)
     whole = profile.offering(profile.profiled_formats)  # the star is on the scale of the curve, with its formats

@@ -154,8 +154,8 @@ def head_details(found: Findings) -> dict[str, Any]:
         `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of windows
         and of windows with gates the kept tokens `[layers, rules]` and the predicted harm `[layers, kv_heads, rules]`, nats;
         `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
-        the bins in tokens and the probability `[layers, kv_heads, bins]`; `sinks` with the probability on the first tokens;
-        `entropy` in nats.
+        the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with the
+        probability on the first tokens; `entropy` in nats.
     """
     plan, profile, n = found.plan, found.profile, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
@@ -187,7 +187,8 @@ def head_details(found: Findings) -> dict[str, Any]:
         mean = {
             name: np.asarray(arrays[name], np.float64)[chosen].mean(0) for name in ("distance", "sink_mass", "entropy")
         }
-        data["distance"] = {"labels": _bins(), "share": _nested(mean["distance"])}
+        used = 1 + int(np.flatnonzero(mean["distance"].any((0, 1))).max(initial=0))
+        data["distance"] = {"labels": _bins()[:used], "share": _nested(mean["distance"][..., :used])}
         data["sinks"] = {"tokens": list(SINKS), "share": _nested(mean["sink_mass"])}
         data["entropy"] = _nested(mean["entropy"])
     return data
