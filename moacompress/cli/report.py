@@ -15,6 +15,7 @@ from moacompress.cli.locate import find_plan_file
     "moacompress report runs/mine",
     "moacompress report runs/mine -o mine.html --json",
     "moacompress report plan.json --profile profile/ -o plan.html",
+    "moacompress report runs/mine --card",
 )
 def report(
     run: VerbRun,
@@ -30,6 +31,9 @@ def report(
         Path | None,
         typer.Option(metavar="DIR", help="Also write the pictures as PNG, for a card; needs kaleido and a Chrome."),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also put the pictures into the checkpoint, and show them in its card.")
+    ] = False,
 ) -> Output:
     """Show what was gained and what was lost on one page.
 
@@ -38,13 +42,17 @@ def report(
     """
     from moacompress.report.page.findings import Findings, report_file
     from moacompress.report.page.report_page import write_page
-    from moacompress.report.page.still_pictures import write_pictures
+    from moacompress.report.page.still_pictures import illustrate_card, write_pictures
 
     found = Findings.load(find_plan_file(path), profile)
     page = out or report_file(found)
     data = write_page(found, page)
-    if pictures is not None:
-        data["pictures"] = [str(file) for file in write_pictures(found, pictures)]
+    drawn = [
+        *(write_pictures(found, pictures) if pictures is not None else []),
+        *(illustrate_card(found) if card else []),
+    ]
+    if drawn:
+        data["pictures"] = [str(file) for file in drawn]
     return Output(
         data,
         [

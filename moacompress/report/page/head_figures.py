@@ -20,6 +20,8 @@ from moacompress.rules.share import COPY
 
 DIGITS = 4
 """Significant digits of what the page holds of every KV head."""
+LEAST = 1e-6
+"""Share of the attention below which a distance is not used: sums leave that much by rounding."""
 STEP = 10
 """A colour scale ends at a multiple of this."""
 Grid = list[list[float]]
@@ -187,7 +189,7 @@ def head_details(found: Findings) -> dict[str, Any]:
         mean = {
             name: np.asarray(arrays[name], np.float64)[chosen].mean(0) for name in ("distance", "sink_mass", "entropy")
         }
-        used = 1 + int(np.flatnonzero(mean["distance"].any((0, 1))).max(initial=0))
+        used = 1 + int(np.flatnonzero((mean["distance"] > LEAST).any((0, 1))).max(initial=0))
         data["distance"] = {"labels": _bins()[:used], "share": _nested(mean["distance"][..., :used])}
         data["sinks"] = {"tokens": list(SINKS), "share": _nested(mean["sink_mass"])}
         data["entropy"] = _nested(mean["entropy"])

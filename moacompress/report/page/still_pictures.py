@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import UsageError, one_line
-from moacompress.core.files import write_bytes
+from moacompress.core.files import write_bytes, write_text
 from moacompress.report.page.figure_style import Picture
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.report_page import page_sections
 
 WIDTH, SCALE = 900, 2
+CARD, PICTURES, HEADING = "README.md", "pictures", "## Pictures"
+"""A checkpoint's card, the folder of its pictures, and the heading above them, which ends the card."""
 NEEDS = (
     'PNG files need kaleido and a Chrome or Chromium ({}); pip install "moacompress[report]", and install a browser with '
     "`plotly_get_chrome` or your system's packages"
@@ -37,6 +40,28 @@ def write_pictures(found: Findings, folder: Path) -> list[Path]:
         path = folder / f"{picture.name}.png"
         write_bytes(path, png(picture))
         files.append(path)
+    return files
+
+
+def illustrate_card(found: Findings) -> list[Path]:
+    """Writes the pictures into the checkpoint's folder and shows them in its card, in the place of earlier ones.
+
+    Raises:
+        UsageError: there is no checkpoint, or no picture can be drawn.
+    """
+    folder = found.folder / MODEL_FOLDER if (found.folder / MODEL_FOLDER).is_dir() else found.folder
+    card = folder / CARD
+    if not card.is_file():
+        raise UsageError(f"{found.folder} has no checkpoint with a card; export the plan with `moacompress export`")
+    titles = {
+        picture.name: picture.title
+        for section in page_sections(found)
+        for picture in (*section.pictures, *section.tabs)
+    }
+    files = write_pictures(found, folder / PICTURES)
+    shown = "".join(f"![{titles[file.stem]}]({PICTURES}/{file.name})\n\n" for file in files)
+    before = card.read_text("utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
+    write_text(card, f"{before}\n\n{HEADING}\n\n{shown}")
     return files
 
 
