@@ -156,7 +156,14 @@ def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
     arguments += ["--effort", "quick"]
     command = [sys.executable, "-m", "moacompress", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background are born deaf to it
+    )
     deadline = time.monotonic() + 120
     while not (out / "profile" / "profile.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
