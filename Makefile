@@ -30,7 +30,7 @@ help: ## show the targets
 
 setup: $(READY) ## make .venv with everything in it
 
-# torch comes before the package, and the package is built without isolation: its kernels are compiled against this torch.
+# torch comes before the package, which is built without isolation, by this setuptools.
 $(READY): pyproject.toml setup.py $(wildcard moacompress/kernels/cpu/*.cpp moacompress/kernels/cpu/*.h moacompress/kernels/cpu/*.inl)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
     python benchmarks/retention_picture.py gates=quarter/eval.json gates=eighth/eval.json windows=eval.json:eighth -o kept.png
 
 A point is `NAME=FILE`, the plan of an evaluation that was written with `eval -o`, or `NAME=FILE:MODEL`, another side of it, a
-folder by its last part. Points of one name are joined by a line. Retention is of all prompts together that dense gets right,
+folder by its name. Points of one name are joined by a line. Retention is of all prompts together that dense gets right,
 with its 95% interval; bytes are of the dense cache at the same prompts. Needs the extra `report` and a Chrome.
 """
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from moacompress.report.page.figure_style import OTHERS, Picture, axis, intervals, lines
+from moacompress.report.page.quality_figures import side_names
 from moacompress.report.page.still_pictures import png
 
 ROLES = ("plan", "uniform", *OTHERS)
@@ -48,12 +49,10 @@ def read_point(text: str) -> Point:
     name, _, rest = text.partition("=")
     file, _, model = rest.partition(":")
     pooled = json.loads(Path(file).read_text("utf-8"))["pooled"]["results"]
-    rows = {
-        PurePath(row["model"]).name if "/" in row["model"] else row["model"]: row
-        for row in pooled
-        if row["metric"] == "retention"
-    }
-    side = model or "plan"
+    found = {row["model"]: row for row in pooled if row["metric"] == "retention"}
+    names = side_names(found)
+    rows = {names[given]: row for given, row in found.items()}
+    side = model or names.get("plan", "plan")
     if side not in rows or "dense" not in rows:
         raise SystemExit(f"{file} has no retention of {side} beside dense; it has {', '.join(rows)}")
     row = rows[side]

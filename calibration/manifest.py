@@ -184,13 +184,18 @@ def recipe_in(folder: Path, model: str | None) -> Recipe | None:
         folder: of a profile, or to become one.
         model: that is to be profiled; None for the one in the recipe.
     """
-    if not any(folder.rglob("*.safetensors")):
+    if not _has_begun(folder):
         return None
     try:
         found = Manifest.read(folder)
     except ArtefactError:
         return None
     return found.recipe if model is None or found.source in (model, str(Path(model).resolve())) else None
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether something was saved in a folder, and not only asked for."""
+    return any(folder.rglob("*.safetensors"))
 
 
 def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
@@ -282,7 +287,7 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
             return replace(manifest, seconds=0.0)
         if found.request == manifest.request:
             return found
-        if not any(folder.rglob("*.safetensors")):
+        if not _has_begun(folder):
             return None  # the other request failed before anything was saved
         raise ArtefactError(
             f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "

@@ -6,14 +6,13 @@ which wins over the defaults here.
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from moacompress.core.errors import MoaCompressError, RecipeError
+from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
@@ -44,8 +43,7 @@ def _formats(value: Any) -> Any:
     names = [str(item).strip() for item in items]
     for name in names:
         if name not in FORMATS:
-            near = difflib.get_close_matches(name, FORMATS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
+            hint = did_you_mean(name, FORMATS, f"known are {', '.join(FORMATS)}")
             raise ValueError(f"unknown format {name!r}; {hint}")
     return tuple(name for name in FORMATS if name in names and name != NATIVE)
 
@@ -354,17 +352,16 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_did_you_mean(problem['loc'])}"
+        return f"unknown key {where!r}{_nearest_key(problem['loc'])}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
+def _nearest_key(location: tuple[int | str, ...]) -> str:
     section: Any = Recipe
     for part in location[:-1]:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
             section = next(iter(getattr(annotation, "__args__", ())), annotation)
     known = list(section.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"
+    return "; " + did_you_mean(str(location[-1]), known, f"known keys are {', '.join(known)}")

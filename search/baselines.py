@@ -6,7 +6,6 @@ the alternative at its best. Bytes are those of cache slots, native windows resp
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from moacompress.core.arrays import Floats
-from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.core.errors import InfeasibleBudgetError, UsageError, did_you_mean
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import byte_table, limit_array
 from moacompress.rules.formats import FORMATS, NATIVE
@@ -100,8 +99,7 @@ def plans_within(
         InfeasibleBudgetError: no candidate fits.
     """
     if name not in _UNPROFILED and name not in _PROFILED:
-        near = difflib.get_close_matches(name, BASELINES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BASELINES)}"
+        hint = did_you_mean(name, BASELINES, f"known are {', '.join(BASELINES)}")
         raise UsageError(f"unknown baseline {name!r}; {hint}")
     pairs = format_pairs(formats) if name in _IN_FORMATS else (NATIVE_PAIR,)
     if name in _UNPROFILED:

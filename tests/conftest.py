@@ -171,6 +171,24 @@ def tiny_folder(
 
 
 @pytest.fixture(scope="session")
+def small_run() -> dict[str, Any]:
+    """Returns the recipe of a whole run that takes seconds on a tiny model, but for the model."""
+    return {
+        "budget": "50%",
+        "calibration": {
+            "sources": [{"generator": "needle"}],
+            "lengths": [700, 800],
+            "samples": 4,
+            "validation_samples": 2,
+            "answer_tokens": 4,
+        },
+        "profile": {"draws": 1},
+        "search": {"trials": 4, "ablations": 2},
+        "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
+    }
+
+
+@pytest.fixture(scope="session")
 def random_plan() -> Callable[..., Plan]:
     """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`; with `formats` any of each."""
 
@@ -218,7 +236,7 @@ def compressed(
 
 
 @pytest.fixture(scope="session")
-def no_kernels() -> Callable[[str | None], None]:
+def kernels_cannot_run() -> Callable[[str | None], None]:
     """Skips a test that needs the compiled kernels, for a reason; fails it where they are required."""
 
     def give_up(reason: str | None) -> None:
@@ -231,14 +249,14 @@ def no_kernels() -> Callable[[str | None], None]:
 
 
 @pytest.fixture
-def isa(no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
+def isa(kernels_cannot_run: Callable[[str | None], None]) -> Iterator[Callable[[str], None]]:
     """Chooses an instruction set for a test, and the best one again after it; skips where the processor lacks it."""
     from moacompress.core.errors import UsageError
     from moacompress.kernels.cpu import library
 
     built = library.load()
     if built.isa is None:
-        no_kernels(built.reason)
+        kernels_cannot_run(built.reason)
 
     def choose(name: str) -> None:
         try:
@@ -270,7 +288,7 @@ def _wanted_backend(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def use_backend(counting: Any, no_kernels: Callable[[str | None], None]) -> Iterator[Callable[[str], Any]]:
+def use_backend(counting: Any, kernels_cannot_run: Callable[[str | None], None]) -> Iterator[Callable[[str], Any]]:
     """Returns a function that makes all attention of the test run on a backend, by its name, and returns it."""
     from moacompress.kernels import dispatch
 
@@ -281,7 +299,7 @@ def use_backend(counting: Any, no_kernels: Callable[[str | None], None]) -> Iter
             dispatch.register(counting)
         backend = next(backend for backend in dispatch.backends() if backend.name == name)
         if not backend.status().works:
-            no_kernels(backend.status().reason)
+            kernels_cannot_run(backend.status().reason)
         os.environ[dispatch.VARIABLE] = name
         dispatch.forget()
         return backend

@@ -28,24 +28,10 @@ from moacompress.report.summary_tables import closing_lines
 from moacompress.rules.plan import Plan
 from moacompress.search.study import find_plan
 
-SETTINGS = {
-    "budget": "50%",
-    "calibration": {
-        "sources": [{"generator": "needle"}],
-        "lengths": [700, 800],
-        "samples": 4,
-        "validation_samples": 2,
-        "answer_tokens": 4,
-    },
-    "profile": {"draws": 1},
-    "search": {"trials": 4, "ablations": 2},
-    "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
-}
-
 
 @pytest.fixture(scope="module")
-def recipe(tiny_folder):
-    return Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)})
+def recipe(tiny_folder, small_run):
+    return Recipe.from_dict({**small_run, "model": str(tiny_folder)})
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.errors import DataError, MoaCompressError, UsageError
+from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint, read_json
 from moacompress.core.tables import readable_bytes
 from moacompress.models.weight_files import total_numbers
@@ -160,11 +159,8 @@ def _check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> Non
         raise UsageError(f"no {what} given; choose from {', '.join(known)}")
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"unknown {what} {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(known)}")
-            )
+            hint = did_you_mean(name, known, f"it is one of {', '.join(known)}")
+            raise UsageError(f"unknown {what} {name!r}; {hint}")
 
 
 def _check_numbers(what: str, given: Sequence[int], least: int, most: int | None = None) -> None:

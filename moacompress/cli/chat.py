@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.kernel_line import kernel_line
 from moacompress.core.errors import MoaCompressError, UsageError
 
 NEW, END = "/new", ("/exit", "/quit")
@@ -19,6 +18,7 @@ NEW, END = "/new", ("/exit", "/quit")
     "moacompress chat runs/mine",
     'moacompress chat runs/mine/model --system "Answer in one sentence." --temperature 0.7',
     'moacompress chat runs/mine --ask "What is the capital of France?" --json',
+    computes=True,
 )
 def chat(
     run: VerbRun,
@@ -43,8 +43,7 @@ def chat(
 
     from moacompress.demo.chat_session import ChatSession
 
-    if not run.common.quiet and not run.common.as_json:
-        run.note(kernel_line(run.common.device))
+    run.progress.say(f"{NEW} begins anew, {END[0]} ends")
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
     session = ChatSession(path, system, recipe.device, run.common.dtype or "auto")

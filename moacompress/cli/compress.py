@@ -60,8 +60,9 @@ def compress(
         Effort | None,
         typer.Option(
             "--effort",
-            help="How much is measured where no recipe says so: quick, standard or thorough; SmolLM2-135M takes at most 10, 45 "
-            "and 150 minutes on two CPU cores. Flags win over it. [default: standard]",
+            help="How much is measured where no recipe says so: quick, standard or thorough, meant for at most 10, 45 and "
+            "150 minutes with SmolLM2-135M on two CPU cores; --dry-run says what it will be. Flags win over it. "
+            "[default: standard]",
         ),
     ] = None,
     dry_run: Annotated[

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
-from moacompress.core.errors import UsageError
+from moacompress.core.errors import UsageError, did_you_mean
 from moacompress.recipe import Generator
 
 ModelArgument = Annotated[
@@ -90,6 +89,5 @@ def _source(name: str) -> dict[str, Any]:
         return {"path": name}
     if "/" in name:
         return {"dataset": name}
-    near = difflib.get_close_matches(name, generators, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it is a generator ({', '.join(generators)}), a file or a hub id"
+    hint = did_you_mean(name, generators, f"it is a generator ({', '.join(generators)}), a file or a hub id")
     raise UsageError(f"unknown source {name!r}; {hint}")

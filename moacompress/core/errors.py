@@ -1,5 +1,8 @@
 """Every error a user can meet. A message says what is wrong, where, with the numbers, and how to fix it."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class MoaCompressError(Exception):
     """Base of all errors that moacompress raises for user input; the command line prints it and exits with 1."""
@@ -43,6 +46,12 @@ class ArtefactError(MoaCompressError):
 
 class UnsupportedError(MoaCompressError, NotImplementedError):
     """Something transformers allows that a compressed model cannot do without being silently wrong."""
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns the end of a message about a name that nobody knows: the nearest known one, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def one_line(error: BaseException) -> str:

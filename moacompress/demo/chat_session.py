@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from moacompress.core.errors import DataError
 from moacompress.core.tables import readable_bytes
-from moacompress.evaluation.checkpoint import compressed_folder
+from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.models.source import context_length
 
 
@@ -56,34 +56,27 @@ class ChatSession:
         dtype: to compute in; "auto" for the checkpoint's.
 
     Raises:
-        UsageError: `target` is not compressed.
+        UsageError: `target` is not compressed, or another dtype.
+        PlanError, ModelError: the checkpoint is damaged.
     """
 
     def __init__(self, target: Path, system: str = "", device: str = "cpu", dtype: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
-        from moacompress.core.artefact_names import PLAN_FILE
-        from moacompress.rules.plan import Plan
-
-        folder = compressed_folder(target)
-        self._plan = Plan.load(folder / PLAN_FILE)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._model = model.to(device).eval()
-        self._plan = self._plan.in_dtype(str(self._model.dtype).removeprefix("torch."))
+        checkpoint = load_checkpoint(compressed_folder(target), dtype, device)
+        self._model: Any = checkpoint.model
+        self._tokenizer: Any = checkpoint.tokenizer
+        self._plan = checkpoint.plan.in_dtype(str(self._model.dtype).removeprefix("torch."))
         self._system = system
         self.forget()
 
     def forget(self) -> None:
         """Begins anew."""
         self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
-        self._cached: list[int] = []
-        self._cache: Any = None
+        self.drop()
 
     def drop(self) -> None:
         """Lets go of the cache, after an answer that was broken off; what was said stays."""
-        self._cached, self._cache = [], None
+        self._cached: list[int] = []
+        self._cache: Any = None
 
     def ask(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moacompress.calibration.store import Profile
-from moacompress.core.errors import PlanError, UsageError
+from moacompress.core.errors import PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
@@ -255,8 +254,7 @@ def check_names(against: Sequence[str]) -> None:
         if Path(name).exists():
             compressed_folder(Path(name))
             continue
-        near = difflib.get_close_matches(name, NAMED, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMED)} and compressed folders"
+        hint = did_you_mean(name, NAMED, f"known are {', '.join(NAMED)} and compressed folders")
         raise UsageError(f"cannot evaluate against {name!r}; {hint}")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib
 import logging
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.errors import DataError, MoaCompressError, UsageError
+from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,8 +113,7 @@ def _manager(manager_class: Any, tasks: Sequence[str], include_path: str | Path 
     manager = manager_class(include_path=own)
     for task in unknown:
         if task not in manager.task_index:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` shows all"
+            hint = did_you_mean(task, manager.all_tasks, "`lm-eval ls tasks` shows all")
             raise UsageError(f"lm-evaluation-harness has no task {task!r}; {hint}")
     return manager
 

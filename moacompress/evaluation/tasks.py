@@ -5,7 +5,6 @@ Prompts come from the pools that neither calibration nor validation draw from, a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moacompress.core.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError, did_you_mean
 from moacompress.evaluation.associative_recall import make_recall
 from moacompress.evaluation.cases import Case, Match
 from moacompress.evaluation.drafts import Answer, PromptDraft, encode_draft
@@ -147,8 +146,7 @@ def find_task(name: str) -> EvaluationTask:
         UsageError: unknown; names the nearest known one.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, (*TASKS, *GROUPS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known tasks are {', '.join((*TASKS, *GROUPS))}"
+        hint = did_you_mean(name, (*TASKS, *GROUPS), f"known tasks are {', '.join((*TASKS, *GROUPS))}")
         raise UsageError(f"unknown task {name!r}; {hint}")
     return TASKS[name]
 

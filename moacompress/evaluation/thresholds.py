@@ -6,12 +6,11 @@ the same model gives the same value.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moacompress.core.errors import UsageError
+from moacompress.core.errors import UsageError, did_you_mean
 from moacompress.evaluation.contenders import PLAN
 from moacompress.rules.budget import format_length, parse_length
 
@@ -101,6 +100,5 @@ def failures(thresholds: Iterable[Threshold], results: Sequence[Mapping[str, Any
 
 def _check(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        hint = did_you_mean(name, known, f"known are {', '.join(known)}")
         raise UsageError(f"unknown {what} {name!r} in a threshold; {hint}")

@@ -6,14 +6,13 @@ for.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, one_line
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, did_you_mean, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.hub import hub_arguments, is_hub_name
@@ -169,10 +168,11 @@ def _check_family(folder: Path, trust_remote_code: bool) -> None:
     family = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(family, str) or family in CONFIG_MAPPING or (trust_remote_code and "auto_map" in config):
         return
-    near = difflib.get_close_matches(family, CONFIG_MAPPING.keys(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    own = "; it comes with code of its own, which --trust-remote-code runs" if "auto_map" in config else hint
-    raise ModelError(f"{file} has the model_type {family!r}, which transformers {__version__} does not know{own}")
+    hint = did_you_mean(family, CONFIG_MAPPING.keys(), "")
+    if "auto_map" in config:
+        hint = "it comes with code of its own, which --trust-remote-code runs"
+    known = f"{file} has the model_type {family!r}, which transformers {__version__} does not know"
+    raise ModelError(f"{known}; {hint}" if hint else known)
 
 
 def _if_name_only(source: str | Path) -> str:

@@ -6,14 +6,13 @@ below it as one sentence of noise, one word of prose, one pair of keys and value
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moacompress.core.errors import DataError, UsageError
+from moacompress.core.errors import DataError, UsageError, did_you_mean
 from moacompress.prompts.field_records import (
     FIELDS,
     LAYOUTS,
@@ -100,8 +99,7 @@ def find_task(name: str) -> SyntheticTask:
         UsageError: unknown; names the nearest known one.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known tasks are {', '.join(TASKS)}"
+        hint = did_you_mean(name, TASKS, f"known tasks are {', '.join(TASKS)}")
         raise UsageError(f"unknown task {name!r}; {hint}")
     return TASKS[name]
 

@@ -18,25 +18,14 @@ if TYPE_CHECKING:
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""
 KNOBS = 5
+STEP_COLUMNS = ("nats a token", "against the surrogate's own plan", "kept")
 
 
 def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
     """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, knobs; empty where there is none."""
     if not explanation:
         return []
-    steps = section(
-        "What each step gave (validation samples)",
-        ("", "nats a token", "against the surrogate's own plan", "kept"),
-        [
-            (
-                stage["name"],
-                readable_number(stage["harm"]),
-                f"{100 * _change(stage['log_ratio']):+.0f}%",
-                _yes(stage["kept"]),
-            )
-            for stage in explanation["stages"]
-        ],
-    )
+    steps = section("What each step gave (validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
     heads = section(
         "KV heads whose bytes are worth most",
         ("layer", "KV head", "keeps", "of", "keys/values", "harm at the average share instead, nats"),
@@ -75,6 +64,19 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
             "Predicted harm by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
         )
     return shown
+
+
+def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the rows of a table of what each step of a search gave: its name, and `STEP_COLUMNS`."""
+    return [
+        (
+            stage["name"],
+            readable_number(stage["harm"]),
+            f"{100 * _change(stage['log_ratio']):+.0f}%",
+            _yes(stage["kept"]),
+        )
+        for stage in explanation["stages"]
+    ]
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:

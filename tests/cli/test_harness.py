@@ -25,6 +25,9 @@ from moacompress.cli.options import Overwrite
 from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import facts
+from moacompress.kernels import dispatch
+from moacompress.kernels.backend import Status
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -216,9 +219,7 @@ def test_a_log_file_has_everything_behind_what_is_there(tmp_path: Path) -> None:
     assert "cannot write the log" in result.stderr
 
 
-def test_the_first_line_says_which_kernels_run(
-    monkeypatch: pytest.MonkeyPatch, no_kernels: Callable[[str | None], None]
-) -> None:
+def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     def call_computing(*arguments: str) -> str:
         program = typer.Typer(rich_markup_mode=None)
         program.command("probe")(Verb(noisy, (), computes=True))
@@ -229,7 +230,9 @@ def test_the_first_line_says_which_kernels_run(
     assert "kernels" not in call_computing("-q")
     lines = [line for line in call_computing().splitlines() if "talks" not in line and "careful" not in line]
     assert lines[0].startswith("kernels: ")
-    no_kernels("there is no compiler")
+    request.addfinalizer(dispatch.forget)
+    monkeypatch.setattr(CpuBackend, "status", lambda self: Status(False, "there is no compiler"))
+    dispatch.forget()
     text = call_computing()
     assert "kernels: plain PyTorch, as there is no compiler; a decode step takes 13 to 16 times as long" in text
     assert "plain PyTorch on cuda, which saves memory and no time" in call_computing("--device", "cuda")

@@ -101,8 +101,8 @@ def test_why_it_is_not_built(tmp_path: Path):
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
-    assert library.missing({"PATH": str(tmp_path)}).startswith(
-        "the extension is not built; g++ is here, so `pip install"
+    assert library.missing({"PATH": str(tmp_path)}) == (
+        "the extension is not built; g++ is here, so installing moacompress again builds it (`pip install .`)"
     )
     assert "(my-c++)" in library.missing({"PATH": str(tmp_path), "CXX": "my-c++ -O1"})
 

@@ -30,19 +30,6 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.share import COPY, Share, with_shared_rules
 
 RUNNER = CliRunner()
-SETTINGS = {
-    "budget": "50%",
-    "calibration": {
-        "sources": [{"generator": "needle"}],
-        "lengths": [700, 800],
-        "samples": 4,
-        "validation_samples": 2,
-        "answer_tokens": 4,
-    },
-    "profile": {"draws": 1, "heads": True},
-    "search": {"trials": 4, "ablations": 2},
-    "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
-}
 AUDIT = {
     "estimator": "robust",
     "samples": 7,
@@ -88,9 +75,14 @@ SPY = """
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tiny_folder: Path, small_run: dict[str, Any]) -> Recipe:
+    return Recipe.from_dict({**small_run, "model": str(tiny_folder)}).override(profile__heads=True)
+
+
+@pytest.fixture(scope="module")
+def run_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("page") / "out"
-    compress(Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)}), out)
+    compress(recipe, out)
     bench = [
         "bench",
         str(out),
@@ -333,11 +325,11 @@ def test_commands_have_whole_places_on_the_terminal_and_names_on_the_page(run_fo
     )
 
 
-def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
     shutil.copytree(run_folder, out)
     (out / "bench.json").write_text("{")
-    summary = compress(Recipe.from_dict({**SETTINGS, "model": str(tiny_folder)}), out)
+    summary = compress(recipe, out)
     assert summary["kv_share"] <= 0.5
 
 

@@ -99,10 +99,10 @@ def token_ids() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def compiled_kernels(no_kernels: Callable[[str | None], None]) -> None:
-    """Skips a test where the compiled kernels do not run; see `no_kernels`."""
+def compiled_kernels(kernels_cannot_run: Callable[[str | None], None]) -> None:
+    """Skips a test where the compiled kernels do not run; see `kernels_cannot_run`."""
     if dispatch.chosen().name != "cpu":
-        no_kernels(dispatch.chosen().reason)
+        kernels_cannot_run(dispatch.chosen().reason)
 
 
 @pytest.fixture

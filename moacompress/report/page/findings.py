@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,6 @@ from moacompress.core.files import read_json
 from moacompress.exporter.exporting import unrepaired
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 Finding = Mapping[str, Any]
 

@@ -29,11 +29,10 @@ from moacompress.report.page.search_figures import (
     front_picture,
     history_picture,
     predicted_pictures,
-    steps_rows,
 )
+from moacompress.report.search_tables import STEP_COLUMNS, step_rows
 from moacompress.rules.budget import format_length
 
-Quoted = Callable[[Path], str]
 ASSETS = "moacompress.report.page"
 CONFIG_NAME = "config.json"
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
@@ -50,7 +49,6 @@ class PageSection:
         pictures: shown one below the other.
         tabs: shown one at a time, with a button each.
         table: columns and rows.
-        missing: what is not there, and the command that fills it.
     """
 
     name: str
@@ -59,7 +57,11 @@ class PageSection:
     pictures: list[Picture] = field(default_factory=list)
     tabs: list[Picture] = field(default_factory=list)
     table: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = None
-    missing: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def all_pictures(self) -> list[Picture]:
+        """Those that are shown at once, and those of the tabs."""
+        return [*self.pictures, *self.tabs]
 
 
 def write_page(found: Findings, out: Path) -> dict[str, Any]:
@@ -77,10 +79,10 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     """
     if not all(map(find_spec, ("jinja2", "plotly"))):
         raise UsageError(NEEDS)
-    write_text(out, page_html(found, page_sections(found, shared_name)))
     sections = page_sections(found)
-    missing = [{"what": what, "command": command} for section in sections for what, command in section.missing]
-    shown = [section.name for section in sections if section.pictures or section.tabs or section.table]
+    write_text(out, page_html(found, sections))
+    missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
+    shown = [section.name for section in sections if section.all_pictures or section.table]
     return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
 
 
@@ -97,9 +99,8 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         lstrip_blocks=True,
     )
     _, shades = head_map(found)
-    pictures = [picture for section in sections for picture in (*section.pictures, *section.tabs)]
     data = {
-        "figures": {picture.name: picture.figure() for picture in pictures},
+        "figures": {picture.name: picture.figure() for section in sections for picture in section.all_pictures},
         "shades": shades,
         "heads": head_details(found),
         "first": most_worth(found),
@@ -110,6 +111,7 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         verdict=verdict(found),
         tiles=tiles(found),
         sections=sections,
+        missing=missing_parts(found, shared_name),
         provenance=provenance(found),
         recipe=json.dumps(found.plan.provenance.get("recipe"), indent=1, ensure_ascii=False),
         passed_over=found.passed_over,
@@ -130,8 +132,59 @@ def _asset(name: str) -> str:
     return resources.files(ASSETS).joinpath("assets", name).read_text("utf-8")
 
 
-def page_sections(found: Findings, place: Callable[[str], str] = str) -> list[PageSection]:
-    """Returns the sections of the page, in order.
+def page_sections(found: Findings) -> list[PageSection]:
+    """Returns the sections of the page, in order."""
+    evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
+    heads, _ = head_map(found)
+    harm = (explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
+    baselines = baselines_picture(dict(harm), found.plan.quality.get("samples"))
+    history = history_picture(explanation) if explanation is not None else None
+    front = front_picture(found.front) if explanation is not None and found.front is not None else None
+    return [
+        PageSection("heads", "What is kept", pictures=[heads]),
+        PageSection(
+            "quality",
+            "What it still answers",
+            (lost_text(evaluation) or "") if evaluation is not None else "",
+            tabs=quality_pictures(evaluation) if evaluation is not None else [],
+        ),
+        PageSection(
+            "costs",
+            "Memory and speed",
+            machine_text(bench) if bench is not None else "",
+            [memory_picture(found), *(latency_pictures(bench) if bench is not None else [])],
+        ),
+        PageSection(
+            "harm",
+            "What it loses, and whether that was foreseen",
+            pictures=[*([baselines] if baselines else []), *predicted_pictures(found)],
+        ),
+        PageSection(
+            "search",
+            "How it was found",
+            pictures=[picture for picture in (history, front) if picture is not None],
+            table=(("step", *STEP_COLUMNS), step_rows(explanation)) if explanation is not None else None,
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class MissingPart:
+    """Something that was not measured.
+
+    Attributes:
+        section: that lacks it.
+        what: it is, as a sentence.
+        command: fills it.
+    """
+
+    section: str
+    what: str
+    command: str
+
+
+def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[MissingPart]:
+    """Returns what is not there, in the order of the sections.
 
     Args:
         found: what is known of the plan.
@@ -141,83 +194,31 @@ def page_sections(found: Findings, place: Callable[[str], str] = str) -> list[Pa
     def quoted(path: Path) -> str:
         return shlex.quote(place(str(path)))
 
-    return [_heads(found, quoted), _quality(found, quoted), _costs(found, quoted), _harm(found, quoted), _search(found)]
+    def measuring(verb: str, file: str) -> str:
+        folder = found.folder
+        if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
+            return f"moacompress {verb} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
+        return f"moacompress {verb} {quoted(folder)} -o {quoted(folder)}/{file}"
 
-
-def _heads(found: Findings, quoted: Quoted) -> PageSection:
-    picture, _ = head_map(found)
-    missing = []
-    if found.profile is None:
-        missing.append(
-            (
-                "The profile is not here: what a KV head was chosen from cannot be shown.",
-                f"moacompress report {quoted(found.folder)} --profile PROFILE",
-            )
-        )
-    elif "distance" not in found.profile.statistics.arrays:
-        command = f"moacompress profile -o {quoted(found.profile.path)} --heads"
-        missing.append(("How far back each KV head attends was not profiled.", command))
-    return PageSection("heads", "What is kept", pictures=[picture], missing=missing)
-
-
-def _quality(found: Findings, quoted: Quoted) -> PageSection:
+    parts, profile = [], found.profile
+    if profile is None:
+        what = "The profile is not here: what a KV head was chosen from cannot be shown."
+        parts.append(MissingPart("heads", what, f"moacompress report {quoted(found.folder)} --profile PROFILE"))
+    elif "distance" not in profile.statistics.arrays:
+        what = "How far back each KV head attends was not profiled."
+        parts.append(MissingPart("heads", what, f"moacompress profile -o {quoted(profile.path)} --heads"))
     if found.evaluation is None:
-        missing = [("Nothing was evaluated yet.", _command("eval", found, EVALUATION_FILE, quoted))]
-        return PageSection("quality", "What it still answers", missing=missing)
-    return PageSection(
-        "quality",
-        "What it still answers",
-        lost_text(found.evaluation) or "",
-        tabs=quality_pictures(found.evaluation),
-    )
-
-
-def _costs(found: Findings, quoted: Quoted) -> PageSection:
-    pictures, text, missing = [memory_picture(found)], "", []
+        parts.append(MissingPart("quality", "Nothing was evaluated yet.", measuring("eval", EVALUATION_FILE)))
     if found.bench is None:
-        missing.append(("Nothing was timed yet.", _command("bench", found, BENCH_FILE, quoted)))
-    else:
-        pictures += latency_pictures(found.bench)
-        text = machine_text(found.bench)
-    return PageSection("costs", "Memory and speed", text, pictures, missing=missing)
-
-
-def _harm(found: Findings, quoted: Quoted) -> PageSection:
-    harm = (found.explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
-    picture = baselines_picture(dict(harm), found.plan.quality.get("samples"))
-    pictures = [*([picture] if picture else []), *predicted_pictures(found)]
-    missing = []
+        parts.append(MissingPart("costs", "Nothing was timed yet.", measuring("bench", BENCH_FILE)))
     if found.audit is None:
-        where = "PROFILE" if found.profile is None else quoted(found.profile.path)
-        missing.append(
-            ("Predicted harm was not audited on held-out samples.", f"moacompress profile -o {where} --audit 50")
-        )
-    return PageSection("harm", "What it loses, and whether that was foreseen", pictures=pictures, missing=missing)
-
-
-def _search(found: Findings) -> PageSection:
+        what = "Predicted harm was not audited on held-out samples."
+        where = "PROFILE" if profile is None else quoted(profile.path)
+        parts.append(MissingPart("harm", what, f"moacompress profile -o {where} --audit 50"))
     if found.explanation is None:
-        missing = [
-            ("The search's own notes are not here.", f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}")
-        ]
-        return PageSection("search", "How it was found", missing=missing)
-    history = history_picture(found.explanation)
-    front = front_picture(found.front) if found.front is not None else None
-    columns = ("step", "nats a token", "against the first plan", "kept")
-    return PageSection(
-        "search",
-        "How it was found",
-        pictures=[picture for picture in (history, front) if picture is not None],
-        table=(columns, [tuple(row) for row in steps_rows(found.explanation)]),
-    )
-
-
-def _command(verb: str, found: Findings, file: str, quoted: Quoted) -> str:
-    """Returns the command of a verb that measures a checkpoint and leaves a file beside it; of a plan alone, of its export."""
-    folder = found.folder
-    if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
-        return f"moacompress {verb} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
-    return f"moacompress {verb} {quoted(folder)} -o {quoted(folder)}/{file}"
+        command = f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}"
+        parts.append(MissingPart("search", "The search's own notes are not here.", command))
+    return parts
 
 
 def verdict(found: Findings) -> str:

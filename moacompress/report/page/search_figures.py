@@ -133,19 +133,6 @@ def history_picture(explanation: Finding) -> Picture | None:
     )
 
 
-def steps_rows(explanation: Finding) -> list[tuple[str, str, str, str]]:
-    """Returns what each step of a search gave, as rows of a table: its name, its harm, the change, and whether it was kept."""
-    return [
-        (
-            stage["name"],
-            readable_number(stage["harm"]),
-            f"{100 * (math.exp(stage['log_ratio']) - 1):+.0f}%",
-            "yes" if stage["kept"] else "no",
-        )
-        for stage in explanation["stages"]
-    ]
-
-
 def front_picture(front: Finding) -> Picture | None:
     """Returns the harm of plans of several budgets against their bytes; None where there is only one."""
     points = [(max(point["kv_share"].values()) * 100, point["harm"]["plan"]) for point in front["points"]]

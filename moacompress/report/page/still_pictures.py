@@ -27,23 +27,23 @@ LAYOUT = {
 }
 
 
-def write_pictures(found: Findings, folder: Path) -> list[Path]:
-    """Writes every picture of the page as `NAME.png` and returns the files; those that are there are replaced.
+def write_pictures(found: Findings, folder: Path) -> dict[Path, str]:
+    """Writes every picture of the page as `NAME.png`, in the place of earlier ones, and returns the files with their titles.
 
     Raises:
         UsageError: kaleido is not installed, or it finds no browser.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [picture for section in page_sections(found) for picture in (*section.pictures, *section.tabs)]
-    files = []
-    for picture in pictures:
-        path = folder / f"{picture.name}.png"
-        write_bytes(path, png(picture))
-        files.append(path)
+    files = {}
+    for section in page_sections(found):
+        for picture in section.all_pictures:
+            path = folder / f"{picture.name}.png"
+            write_bytes(path, png(picture))
+            files[path] = picture.title
     return files
 
 
-def illustrate_card(found: Findings) -> list[Path]:
+def illustrate_card(found: Findings) -> dict[Path, str]:
     """Writes the pictures into the checkpoint's folder and shows them in its card, in the place of earlier ones.
 
     Raises:
@@ -53,13 +53,8 @@ def illustrate_card(found: Findings) -> list[Path]:
     card = folder / CARD
     if not card.is_file():
         raise UsageError(f"{found.folder} has no checkpoint with a card; export the plan with `moacompress export`")
-    titles = {
-        picture.name: picture.title
-        for section in page_sections(found)
-        for picture in (*section.pictures, *section.tabs)
-    }
     files = write_pictures(found, folder / PICTURES)
-    shown = "".join(f"![{titles[file.stem]}]({PICTURES}/{file.name})\n\n" for file in files)
+    shown = "".join(f"![{title}]({PICTURES}/{file.name})\n\n" for file, title in files.items())
     before = card.read_text("utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
     write_text(card, f"{before}\n\n{HEADING}\n\n{shown}")
     return files
