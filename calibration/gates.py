@@ -30,7 +30,6 @@ from moacompress.calibration.statistics import Floats32
 from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
-from moacompress.core.files import write_bytes
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
@@ -75,13 +74,8 @@ class Gates:
             folder: the profile's.
             fingerprint: the profile's.
         """
-        from safetensors.numpy import save
-
-        # one note alone: several have no order, and the same gates are to be the same bytes
-        notes = {"gates": json.dumps({"profile": fingerprint, "report": self.report})}
-        write_bytes(
-            folder / GATES_FILE, save({"weight": self.weights.weight, "bias": self.weights.bias}, metadata=notes)
-        )
+        notes = json.dumps({"profile": fingerprint, "report": self.report})
+        self.weights.save(folder / GATES_FILE, {"gates": notes})  # one alone, so that the same gates are the same bytes
 
     @staticmethod
     def load(folder: Path, fingerprint: str) -> Gates | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,17 @@ class GateWeights:
             found.update(np.ascontiguousarray(part, "<f4").tobytes())
         return found.hexdigest()[:DIGITS]
 
-    def save(self, path: Path) -> None:
-        """Writes them as safetensors, atomically."""
+    def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
+        """Writes them as safetensors, atomically.
+
+        Args:
+            path: the file.
+            notes: its metadata; of several the order is not the same each time, nor then are the bytes.
+        """
         from safetensors.numpy import save
 
-        write_bytes(path, save({"weight": self.weight, "bias": self.bias}))
+        data = save({"weight": self.weight, "bias": self.bias}, metadata=None if notes is None else dict(notes))
+        write_bytes(path, data)
 
     @staticmethod
     def load(path: Path, heads: tuple[int, int], fingerprint: str) -> GateWeights:
