@@ -314,6 +314,14 @@ def profile(
         return Profile.load(out)
 
 
+def gate_recipe(recipe: Recipe) -> Recipe:
+    """Returns the recipe whose calibration samples gates are trained on: of the shortest length, and no other samples."""
+    asked, count = recipe.calibration, recipe.profile.gate_samples
+    texts = round(count * asked.text_samples / (asked.samples + asked.text_samples))
+    own = asked.model_copy(update={"lengths": asked.lengths[:1], "samples": count - texts, "text_samples": texts})
+    return recipe.model_copy(update={"calibration": own, "seed": recipe.seed + GATE_SEED})
+
+
 def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
     """Returns the gates in the folder of a profile; None where they are to be trained, as they are not those it began with."""
     found = Gates.load(out, manifest.fingerprint)
@@ -326,21 +334,12 @@ def _train_gates(out: Path, source: SourceModel, manifest: Manifest, progress: P
     from moacompress.calibration.sample_sources import build_samples
 
     check_room(attention_modules(source.model))
-    recipe, asked = manifest.recipe, manifest.recipe.calibration
-    texts = round(recipe.profile.gate_samples * asked.text_samples / (asked.samples + asked.text_samples))
-    own = asked.model_copy(
-        update={
-            "lengths": asked.lengths[:1],
-            "samples": recipe.profile.gate_samples - texts,
-            "text_samples": texts,
-        }
-    )
-    changed = recipe.model_copy(update={"calibration": own, "seed": recipe.seed + GATE_SEED})
+    changed = gate_recipe(manifest.recipe)
     answers = AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in)
     samples = build_samples(source, changed, "calibration", progress, answers)
 
     def influence(index: int) -> Floats32:
-        draws = recipe.profile.draws
+        draws = changed.profile.draws
         return token_influence(source.model, source.shape, samples[index], draws, changed.seed, index)
 
     gates = train_gates(source.model, samples, influence, progress)
