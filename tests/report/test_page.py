@@ -23,7 +23,7 @@ from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_map, rule_text
 from moacompress.report.page.quality_figures import quality_pictures, side_names
-from moacompress.report.page.report_page import embedded, page_sections, write_page
+from moacompress.report.page.report_page import embedded, page_sections, seen_from, write_page
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -253,6 +253,14 @@ def test_what_is_missing_names_its_command(run_folder: Path, tmp_path: Path) -> 
     for verb in ("eval", "bench", "search", "report", "profile"):
         assert f"moacompress {verb} " in result.stdout
     assert str(tmp_path.parent) not in (tmp_path / "page.html").read_text("utf-8")  # a page may be shared
+
+
+def test_commands_of_a_shared_page_fit_together(tmp_path: Path) -> None:
+    place = seen_from(tmp_path / "mine")
+    assert place(str(tmp_path / "mine")) == "mine"
+    assert place(str(tmp_path / "mine" / "profile")) == "mine/profile"
+    assert place("/somewhere/else/profile") == "profile"
+    assert place("runs/mine") == "runs/mine"
 
 
 def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) -> None:

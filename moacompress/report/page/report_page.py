@@ -111,7 +111,7 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         verdict=verdict(found),
         tiles=tiles(found),
         sections=sections,
-        missing=missing_parts(found, shared_name),
+        missing=missing_parts(found, seen_from(found.folder)),
         provenance=provenance(found),
         recipe=json.dumps(found.plan.provenance.get("recipe"), indent=1, ensure_ascii=False),
         passed_over=found.passed_over,
@@ -183,12 +183,23 @@ class MissingPart:
     command: str
 
 
+def seen_from(folder: Path) -> Callable[[str], str]:
+    """Returns how a page that may be shared writes paths: absolute ones from the folder above `folder`, or by their name alone."""
+    above = folder.absolute().parent
+
+    def place(path: str) -> str:
+        inside = Path(path).is_absolute() and Path(path).is_relative_to(above)
+        return str(Path(path).relative_to(above)) if inside else shared_name(path)
+
+    return place
+
+
 def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[MissingPart]:
     """Returns what is not there, in the order of the sections.
 
     Args:
         found: what is known of the plan.
-        place: how a folder is written in commands: as it is, or only its name, as pages are there to be shared.
+        place: how a folder is written in commands, such as `seen_from` gives.
     """
 
     def quoted(path: Path) -> str:
