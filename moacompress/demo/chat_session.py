@@ -15,6 +15,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.tables import readable_bytes
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.models.source import context_length
+from moacompress.runtime.cache.plan_cache import PlanCache
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class ChatSession:
                 f"{longest:,}: begin anew, or ask for a shorter answer"
             )
         known = self._cached
-        if ids[: len(known)] != known or len(ids) == len(known):
-            self._cache = None  # the template says earlier turns in other tokens now
+        if self._cache is None or ids[: len(known)] != known or len(ids) == len(known):
+            # a new one where the template says earlier turns in other tokens now; nothing is reserved, as answers are short
+            self._cache = PlanCache(self._plan)
         prompt = torch.tensor([ids], device=self._model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         begun = time.perf_counter()
@@ -117,7 +119,7 @@ class ChatSession:
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             streamer=_Streamer(self._tokenizer, on_text),
-            **({} if self._cache is None else {"cache": self._cache}),
+            cache=self._cache,
             **sampling,
         )
         seconds = time.perf_counter() - begun

@@ -184,7 +184,7 @@ class MissingPart:
 
 
 def seen_from(folder: Path) -> Callable[[str], str]:
-    """Returns how a page that may be shared writes paths: absolute ones from the folder above `folder`, or by their name alone."""
+    """Returns how a page that may be shared writes paths: absolute ones from the folder above `folder`, or by their name."""
     above = folder.absolute().parent
 
     def place(path: str) -> str:

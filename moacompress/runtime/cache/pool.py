@@ -27,7 +27,7 @@ Beside: TypeAlias = tuple[tuple[int, ...], ...]
 """Of each KV head the formats of the values that layers which share its keys keep beside its own; empty where none does."""
 SLACK = 8
 """A pool that must grow beyond what was reserved grows by at least 1/8, so that it is not done at every block."""
-LEAST_GROWTH = 16
+LEAST_GROWTH = 4
 """Smallest growth of a pool, blocks."""
 
 
