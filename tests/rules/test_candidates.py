@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from moacompress.rules.candidates import candidate_windows, gated_rules
@@ -21,5 +23,5 @@ def test_gates_may_choose_little_and_most_of_what_has_left() -> None:
     narrow = sorted(count for rule, count in kept.items() if (rule.alpha, rule.beta_q) == (16, 0))
     assert narrow[0] == 4 + 16 + 16
     assert narrow[-1] > 0.75 * 2028
-    assert all(later <= 2 * earlier for earlier, later in zip(narrow, narrow[1:], strict=False))
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(narrow))
     assert max(kept.values()) < 2048
