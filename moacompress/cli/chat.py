@@ -71,6 +71,5 @@ def chat(
             except MoaCompressError as error:
                 run.note(f"{error} ({NEW} begins anew)")
             except KeyboardInterrupt:
-                session.drop()
                 run.note("broken off; the question is forgotten")
     return Output({"turns": turns})

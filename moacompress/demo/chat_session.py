@@ -72,10 +72,6 @@ class ChatSession:
     def forget(self) -> None:
         """Begins anew."""
         self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
-        self.drop()
-
-    def drop(self) -> None:
-        """Lets go of the cache, after an answer that was broken off; what was said stays."""
         self._cached: list[int] = []
         self._cache: Any = None
 
@@ -106,10 +102,11 @@ class ChatSession:
                 f"the conversation has {len(ids):,} tokens and the answer may have {max_new_tokens:,}; the model takes "
                 f"{longest:,}: begin anew, or ask for a shorter answer"
             )
-        known = self._cached
-        if self._cache is None or ids[: len(known)] != known or len(ids) == len(known):
-            # a new one where the template says earlier turns in other tokens now; nothing is reserved, as answers are short
-            self._cache = PlanCache(self._plan)
+        known, cache = self._cached, self._cache
+        self._cached, self._cache = [], None  # where the answer is broken off, nobody knows what the cache holds
+        if not known or ids[: len(known)] != known or len(ids) == len(known):
+            # the first turn, or the template says earlier ones in other tokens now; nothing is reserved, as answers are short
+            cache = PlanCache(self._plan)
         prompt = torch.tensor([ids], device=self._model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         begun = time.perf_counter()
@@ -119,7 +116,7 @@ class ChatSession:
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             streamer=_Streamer(self._tokenizer, on_text),
-            cache=self._cache,
+            cache=cache,
             **sampling,
         )
         seconds = time.perf_counter() - begun

@@ -49,6 +49,18 @@ def test_turns_on_one_cache_are_those_without(folder: Path) -> None:
     assert session.ask(questions[1], max_new_tokens=4).tokens < 60
 
 
+def test_a_broken_off_answer_leaves_nothing_behind(folder: Path) -> None:
+    session, fresh = ChatSession(folder, dtype="float32"), ChatSession(folder, dtype="float32")
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    for question in ("one two three four", "five six"):
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("seven " * 30, max_new_tokens=40, on_text=stop)
+        assert session.ask(question, max_new_tokens=8).answer == fresh.ask(question, max_new_tokens=8).answer
+
+
 def test_the_answer_is_that_of_generate(folder: Path) -> None:
     session, pieces = ChatSession(folder, dtype="float32"), list[str]()
     turn = session.ask("alpha beta", max_new_tokens=10, on_text=pieces.append)
