@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moacompress.calibration.gates import PENALTY, SHARES, attention_inputs, left_out, target
+from moacompress.calibration.gates import (
+    PENALTY,
+    SHARES,
+    attention_inputs,
+    left_out,
+    mean_and_error,
+    share_left,
+    target,
+)
 from moacompress.calibration.profiler import gate_recipe, token_influence
 from moacompress.calibration.repair import Normal
 from moacompress.calibration.sample_sources import build_samples
@@ -77,8 +86,8 @@ def ridge(samples: Sequence[tuple[Tensor, Tensor]], scaled: bool) -> Scores:
     size = torch.cat([x.square().mean(-2, keepdim=True) for x, _ in samples], -2).mean(-2, keepdim=True).sqrt()
     size = size.clamp_min(1e-12)
     if samples[0][0].ndim == 2:
-        weight = _solved([(x / size, y) for x, y in samples])
-        return lambda x: ((x / size) @ weight).T
+        plain_of_scaled = ridge([(x / size, y) for x, y in samples], scaled=False)
+        return lambda x: plain_of_scaled(x / size)
     weights = torch.stack(
         [_solved([(x[head] / size[head], y[head : head + 1]) for x, y in samples]) for head in range(len(size))]
     )
@@ -156,34 +165,23 @@ def judge(
                     left[index] = left_out(torch.from_numpy(influence[index][layer]), scores(features[index][seen]))
         for name, left in of_layer.items():
             found.setdefault(name, []).append(np.stack(left))
-        print(f"layer {layer + 1} of {len(modules)}", flush=True)
+        print(f"layer {layer + 1} of {len(modules)}", file=sys.stderr, flush=True)
     return {name: np.concatenate(left, axis=1) for name, left in found.items()}
 
 
 def rows(found: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
     """Returns what is said of every probe and share, from `judge`."""
-    total = found["input"][..., 0]
-    alive = total > 0
-
-    def of_samples(counted: np.ndarray[Any, Any], column: int) -> np.ndarray[Any, Any]:
-        shares = np.where(alive, counted[..., column] / np.where(alive, total, 1), 0)
-        return np.asarray(shares.sum(1) / alive.sum(1))
-
-    def stated(values: np.ndarray[Any, Any]) -> list[float]:
-        return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
-
     listed = []
     for name, counted in found.items():
         for number, share in enumerate(SHARES):
-            column = 1 + 3 * number
-            values = of_samples(counted, column)
+            left = share_left(counted, number)
             listed.append(
                 {
                     "probe": name,
                     "share": share,
-                    "left": stated(values),
-                    "difference": stated(values - of_samples(found["input"], column)),
-                    "of_all": float(counted[..., column].sum() / total.sum()),
+                    "left": mean_and_error(left),
+                    "difference": mean_and_error(left - share_left(found["input"], number)),
+                    "of_all": float(counted[..., 1 + 3 * number].sum() / counted[..., 0].sum()),
                 }
             )
     return listed
@@ -196,7 +194,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="whose calibration gates are trained on")
     parser.add_argument("--text", help="long prose, where the recipe needs it")
     parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--json", action="store_true", help="write one JSON object at the end")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     given = parser.parse_args()
     source = load_source(given.model, dtype="float32")
     changes = {"profile__gate_samples": given.samples, "calibration__text": given.text}

@@ -2,7 +2,8 @@
 
     python benchmarks/profile.py path/to/model --lengths 1k,2k,4k --json
 
-`profile_s` is one forward and one backward pass of a sample as the profiler makes them, at its default grid of rules.
+`profile_s` is one forward and one backward pass of a sample as the profiler makes them, at its default grid of rules; with
+`--gates` also of those that keep tokens by a gate, which has random weights here.
 `sdpa_s` is a forward and a backward pass of the same tokens through transformers' SDPA attention, from the cross-entropy of
 the same answer tokens down to the embeddings. No weight asks for a gradient in either. Both are medians of passes that take
 turns. `peak_bytes` is what the system says the process had in memory at most (RSS) when the profiler had run and nothing else
@@ -32,7 +33,7 @@ TARGETS = 32
 """Answer tokens of the sample."""
 
 
-def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gated: bool) -> dict[str, Any]:
     """Profiles one sample of random tokens in this process, and runs it plainly.
 
     Args:
@@ -41,6 +42,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> 
         length: of the sample, tokens.
         times: how often each is run and timed.
         cpu_time: whether to count one thread's time on its core.
+        gated: whether rules that keep tokens by a gate are profiled too.
 
     Returns:
         Length in tokens, kernel, and what the module's docstring says.
@@ -54,21 +56,29 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> 
     from moacompress.kernels import dispatch
     from moacompress.models.source import load_source
     from moacompress.recipe import ProfileRecipe
-    from moacompress.rules.candidates import candidate_rules
+    from moacompress.rules.candidates import candidate_rules, gated_rules
+    from moacompress.rules.gate_weights import GateWeights
     from moacompress.rules.rule_table import RuleTable
 
     if cpu_time:
         torch.set_num_threads(1)
     source, chosen = load_source(model, dtype=dtype), ProfileRecipe(draws=1)
     network = source.model
-    table = RuleTable.of(candidate_rules(length, chosen.sinks, chosen.min_window), chosen.min_window)
-    ids = np.random.default_rng(0).integers(0, len(source.tokenizer), length)
+    grid = length, chosen.sinks, chosen.min_window
+    rules, gates, generator = candidate_rules(*grid), None, np.random.default_rng(0)
+    ids = generator.integers(0, len(source.tokenizer), length)
+    if gated:
+        rules += gated_rules(*grid)
+        heads = source.shape.layers, source.shape.kv_heads
+        size = network.config.get_text_config(decoder=True).hidden_size
+        gates = GateWeights(generator.standard_normal((*heads, size), np.float32), np.zeros(heads, np.float32))
+    table = RuleTable.of(rules, chosen.min_window)
     sample = Sample(ids, np.arange(length) >= length - TARGETS, "random", length)
     tokens = torch.from_numpy(ids)
     rows = torch.arange(length - TARGETS - 1, length - 1)
 
     def profiled() -> None:
-        sample_statistics(network, source.shape, table, sample, chosen, None, 0, 0)
+        sample_statistics(network, source.shape, table, sample, chosen, None, 0, 0, gates)
 
     def plain() -> None:
         before = network.config._attn_implementation
@@ -100,6 +110,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> 
     return {
         "length": length,
         "dtype": dtype,
+        "rules": len(rules),
         "profile_s": profile_s,
         "sdpa_s": sdpa_s,
         "before_bytes": before,
@@ -110,10 +121,10 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> 
     }
 
 
-def run_alone(model: str, dtype: str, length: int, times: int, cpu_time: bool) -> dict[str, Any]:
+def run_alone(model: str, dtype: str, length: int, times: int, cpu_time: bool, gated: bool) -> dict[str, Any]:
     """Returns what `measure` does, from a new process: its peak is not that of another length."""
     command = [sys.executable, str(Path(__file__).resolve()), model, "--dtype", dtype, "--lengths", str(length)]
-    command += ["--times", str(times), "--here", *(["--cpu-time"] if cpu_time else [])]
+    command += ["--times", str(times), "--here", *(["--cpu-time"] if cpu_time else []), *(["--gates"] if gated else [])]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
     return found
 
@@ -126,16 +137,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="what the model computes in")
     parser.add_argument("--times", type=int, default=3, help="passes of each kind that are timed")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, its time on the core: for a busy machine")
+    parser.add_argument("--gates", action="store_true", help="also rules that keep tokens by a gate")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    lengths = parse_lengths(chosen.lengths)
+    lengths, how = parse_lengths(chosen.lengths), (chosen.times, chosen.cpu_time, chosen.gates)
     if chosen.here:
-        print(json.dumps(measure(chosen.model, chosen.dtype, lengths[0], chosen.times, chosen.cpu_time)))
+        print(json.dumps(measure(chosen.model, chosen.dtype, lengths[0], *how)))
         return
     runs = []
     for length in lengths:
-        runs.append(run_alone(chosen.model, chosen.dtype, length, chosen.times, chosen.cpu_time))
+        runs.append(run_alone(chosen.model, chosen.dtype, length, *how))
         if not chosen.json:
             run = runs[-1]
             print(

@@ -282,20 +282,36 @@ def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
     return torch.stack(found, 1).numpy()
 
 
+def share_left(counted: Floats, number: int, by: int = 0) -> Floats:
+    """Returns the share of the influence that is left out, mean over the KV heads that have any, of every sample: `[samples]`.
+
+    Samples without influence are left out.
+
+    Args:
+        counted: `left_out` of every sample, `[samples, heads, 1 + 3 * len(SHARES)]`.
+        number: of the share of the tokens, in `SHARES`.
+        by: what tokens are chosen by: 0 for scores, 1 for recency, 2 for the influence itself.
+    """
+    total, left = counted[..., 0], counted[..., 1 + 3 * number + by]
+    shares = [(part[on] / whole[on]).mean() for part, whole, on in zip(left, total, total > 0, strict=True) if on.any()]
+    return np.array(shares)
+
+
+def mean_and_error(of_samples: Floats) -> list[float]:
+    """Returns the mean over samples and its standard error; zeros where there are too few."""
+    error = of_samples.std(ddof=1) / len(of_samples) ** 0.5 if len(of_samples) > 1 else 0.0
+    return [float(of_samples.mean()) if len(of_samples) else 0.0, float(error)]
+
+
 def _left_rows(counted: Floats) -> list[dict[str, Any]]:
     """Returns `left` of the report, from `left_out` of every judged sample, `[samples, heads, 1 + 3 * len(SHARES)]`."""
     total = counted[..., 0]
-    alive = total > 0
     rows = []
     for number, share in enumerate(SHARES):
         row: dict[str, Any] = {"share": share}
-        for place, name in enumerate(("gate", "recency", "oracle")):
-            left = counted[..., 1 + 3 * number + place]
-            of_samples = np.array(
-                [(part[on] / whole[on]).mean() for part, whole, on in zip(left, total, alive, strict=True) if on.any()]
-            )
-            error = of_samples.std(ddof=1) / len(of_samples) ** 0.5 if len(of_samples) > 1 else 0.0
-            row[name] = [float(of_samples.mean()) if len(of_samples) else 0.0, float(error)]
+        for by, name in enumerate(("gate", "recency", "oracle")):
+            row[name] = mean_and_error(share_left(counted, number, by))
+            left = counted[..., 1 + 3 * number + by]
             row[f"{name}_of_all"] = float(left.sum() / total.sum()) if total.sum() > 0 else 0.0
         rows.append(row)
     return rows

@@ -44,8 +44,8 @@ SMALLEST_CHOICE = 16
 def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple[Rule, ...]:
     """Returns the candidates that keep tokens by their score, native: short windows, and growing ones, each with all choices.
 
-    Their windows are among those of `candidate_rules`. Fixed choices double up to a quarter of the length; the smallest sink is
-    enough, as a gate keeps what matters of the rest.
+    Their windows are among those of `candidate_rules`. Fixed choices double up to a quarter of the length, growing ones reach
+    three quarters of what has left the window; the smallest sink is enough, as a gate keeps what matters of the rest.
     """
     growing, chosen = ([(0, int(share * BETA_ONE)) for share in shares] for shares in (GATED_SHARES, CHOSEN_SHARES))
     on_offer = set(candidate_windows(max_length, min_window))
