@@ -9,6 +9,7 @@ line through both.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from moacompress.calibration.answers import BATCH_TOKENS
 from moacompress.calibration.gates import JUDGED
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
-from moacompress.calibration.probe import SHORT, AttentionSeconds, Line, Probe
+from moacompress.calibration.probe import SHORT, AttentionSeconds, Gathered, Line, Probe
 from moacompress.calibration.profiler import check_around, check_lengths
 from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
 from moacompress.core.progress import SILENT, Progress
@@ -207,7 +208,7 @@ class _Arithmetic:
         """Returns the estimate of a length with so many samples more that gates are trained on."""
         length, attention = estimate.length, self._probe.attention(estimate.length)
         forward = self._forward_seconds(length, attention)
-        seconds = samples * self._sample_seconds(length, self._answer, forward, attention)
+        seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer, forward, attention)
         return replace(
             estimate,
             tokens=estimate.tokens + samples * length,
@@ -245,10 +246,22 @@ class _Arithmetic:
         self, length: int, targets: int, forward: float, attention: Sequence[AttentionSeconds]
     ) -> float:
         """Returns the seconds of one sample's passes; `forward` and `attention` are those at its length."""
+        total = self._passes_seconds(self._probe.passes, length, targets, forward, attention)
+        return total + sum(layer.choosing for layer in attention) + (forward if self._probe.around else 0.0)
+
+    def _passes_seconds(
+        self,
+        wanted: Counter[Gathered],
+        length: int,
+        targets: int,
+        forward: float,
+        attention: Sequence[AttentionSeconds],
+    ) -> float:
+        """Returns the seconds of a forward pass and of backward passes of some kinds; the rest as `_sample_seconds`."""
         again = forward if length > passes.KEEP_TOKENS else 0.0
         backward = again + self._backward * length + self._output[targets] + sum(layer.idle for layer in attention)
-        total = self._probe.passes.total() * backward + forward * (2 if self._probe.around else 1)
-        for gathered, count in self._probe.passes.items():
+        total = wanted.total() * backward + forward
+        for gathered, count in wanted.items():
             *full, last = (layer.tiles[gathered] for layer in attention)
             # in the last layer only the rows of the targets have a gradient
             total += count * (math.ceil(length / TILE) * sum(full) + math.ceil(targets / TILE) * last)

@@ -61,7 +61,8 @@ class Gates:
         report: JSON values: `samples` and `tokens` that they are fitted to, `judged` samples, `lag`, and `left`: for each of
             `SHARES` the `share` of the tokens, and the share of influence that is left out where so many are chosen by `gate`,
             by `recency` or by the influence itself, `oracle`; each the mean over samples and KV heads with its standard error
-            over samples as `[value, error]`, and once more weighted by influence, `of_all`.
+            over samples as `[value, error]`, and once more weighted by influence, `of_all`. Empty where a plan
+            brought its gates.
     """
 
     weights: GateWeights

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moacompress.calibration.sweep import SumCollector, swept
-from moacompress.kernels.arguments import Choices, Scores, as_tensors
+from moacompress.kernels.arguments import Choices, Passing, Scores, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.reference.rounding import as_kept
@@ -115,6 +116,7 @@ def tile_probabilities(
     spec: AttentionSpec,
     sink_logit: Tensor | None,
     plan: RuleTable | None = None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the attention probabilities of a tile.
 
@@ -125,6 +127,7 @@ def tile_probabilities(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[kv_heads, group, 1, 1]`, or None.
         plan: the rule of each KV head of this layer, on the query's device, or None for the dense model.
+        own: see `Choices`, where rules of the plan select.
 
     Returns:
         Probabilities `[kv_heads, group, rows, keys]`; that of the learned sink `[kv_heads, group, rows, 1]` or None;
@@ -138,7 +141,7 @@ def tile_probabilities(
         logits.mul_(spec.softcap)
     _mask_logits(logits, tile, spec.native_window)
     if plan is not None:
-        _mask_plan(logits, tile, plan, -torch.inf)
+        _mask_plan(logits, tile, plan, own, -torch.inf)
     if sink_logit is None:
         return torch.softmax(logits, -1), None, slope
     total = torch.logaddexp(torch.logsumexp(logits, -1, keepdim=True), sink_logit)
@@ -267,8 +270,20 @@ class TileView:
         if self.plan is None:
             return self.full
         now_end, now_start = (edge.T[..., None] for edge in _hidden(self.plan, self.rows))
-        same = (sink_end == now_end) & (start == now_start) & (self._kept == 0)
-        return same | (self.full & (now_end >= now_start))
+        now_left = (now_start - now_end).clamp_min(0)
+        own = self.choices is not None and self.choices.own is not None
+        now_kept = selected(now_left, *(part[:, None, None] for part in self.plan.select)) if own else 0 * now_left
+        chosen_alike = (self._kept == now_kept) & ((self._kept == 0) | self._alike)
+        same = (sink_end == now_end) & (start == now_start) & chosen_alike
+        return same | (self.full & (now_kept >= now_left))
+
+    @cached_property
+    def _alike(self) -> Tensor:
+        """Whether each KV head's own rule chooses as each of the rules does, `[kv_heads, 1, rules]`."""
+        assert self.plan is not None
+        sides = (torch.stack([table.span.sink, *table.select]) for table in (self.plan, self.table))
+        own, asked = (numbers.to(self.rows.device) for numbers in sides)
+        return (own[:, :, None] == asked[:, None]).all(0)[:, None]
 
 
 class Collector(Protocol):
@@ -306,11 +321,28 @@ def _hidden(table: RuleTable, rows: Tensor) -> tuple[Tensor, Tensor]:
     return sink_end, start
 
 
-def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, fill: float) -> Tensor:
+def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, own: Tensor | None, fill: float) -> Tensor:
     """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
     sink_end, start = (edge.T[..., None] for edge in _hidden(plan, tile.rows))
     keys = torch.arange(tile.high - 1, tile.low - 1, -1, device=logits.device)
-    return logits.masked_fill_(((keys >= sink_end) & (keys < start))[:, None], fill)
+    hidden = (keys >= sink_end) & (keys < start)
+    if own is not None:
+        hidden &= start - sink_end >= own.to(keys.device)[:, None, keys]
+    return logits.masked_fill_(hidden[:, None], fill)
+
+
+def _passing(own: Tensor, rules: RuleTable) -> Passing:
+    """Returns the tokens that the rules a layer runs under keep for a while, from when they are kept no longer.
+
+    Args:
+        own: see `Choices`.
+        rules: of the KV heads, with a numpy array.
+    """
+    tokens = torch.arange(own.shape[1])
+    entered = tokens - torch.from_numpy(np.asarray(rules.span.sink))[:, None] + 1
+    heads, kept = ((entered > 0) & (own > entered)).nonzero(as_tuple=True)
+    begins = torch.searchsorted(heads, torch.arange(len(own) + 1))
+    return Passing(begins, -1 - kept, entered[heads, kept], own[heads, kept].long())
 
 
 def attend(
@@ -320,6 +352,7 @@ def attend(
     spec: AttentionSpec,
     sink_logit: Tensor | None = None,
     plan: RuleTable | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Returns causal attention as the model defines it, dense or under a plan.
 
@@ -330,13 +363,14 @@ def attend(
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
+        own: see `Choices`, where rules of the plan select.
 
     Returns:
         `[1, heads, N, head_dim]`.
     """
-    rules = (plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)).native()
-    here, scores = as_tensors(rules.in_layer(spec.native_window)), spec.scores(sink_logit)
-    return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores)
+    rules = (plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)).native().in_layer(spec.native_window)
+    here, scores, passing = as_tensors(rules), spec.scores(sink_logit), None if own is None else _passing(own, rules)
+    return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores, passing=passing)
 
 
 def attend_backward(
@@ -431,7 +465,7 @@ def _views(
         probabilities, escape, slope = tile_probabilities(scaled, keys[:, at], part, spec, sink)
         attended = probabilities
         if plan is not None:
-            attended = _mask_plan(probabilities.clone(), part, plan, 0)
+            attended = _mask_plan(probabilities.clone(), part, plan, None if choices is None else choices.own, 0)
             mass = attended.sum(-1, keepdim=True) if escape is None else attended.sum(-1, keepdim=True) + escape
             attended.div_(mass)
         centred = torch.bmm(pulled, values[:, at].transpose(1, 2)).view_as(probabilities)
@@ -480,7 +514,7 @@ class ProfiledAttention(torch.autograd.Function):
         seen = as_kept(query, key, value, None if plan is None else plan.formats)
         ctx.save_for_backward(query, key, value, sink_logit, *(seen if seen[1] is not key else ()))
         ctx.spec, ctx.table, ctx.collectors, ctx.plan, ctx.choices = spec, table, collectors, plan, choices
-        return attend(*seen, spec, sink_logit, plan).to(query.dtype)
+        return attend(*seen, spec, sink_logit, plan, None if choices is None else choices.own).to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -154,8 +154,9 @@ def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
     try:
         for config, _ in before:
             config._attn_implementation = ATTENTION
-        tables = recording.table.in_layer
-        with choosing(model, recording.gates, lambda layer: tables(recording.native_windows[layer]), recording.choices):
+        tables, windows = recording.table.in_layer, recording.native_windows
+        chosen = recording.plans, recording.choices
+        with choosing(model, recording.gates, lambda layer: tables(windows[layer]), *chosen):
             yield
     finally:
         _recording.reset(token)

@@ -18,16 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
-from moacompress.calibration.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.choices import choices_of
+from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
+from moacompress.calibration.gates import LAG
 from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import TILE, Collector, attend, attend_backward
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent
 from moacompress.calibration.sharing import Attended, CopySums, copyable
+from moacompress.kernels.arguments import Choices
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.linear import packed_bytes
 
@@ -85,11 +89,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Gathered(NamedTuple):
-    """What a backward pass gathers beside the influence."""
+    """What a backward pass gathers beside the influence; or `tokens`, the influence of single tokens, instead of all that."""
 
     baselines: bool = False
     copies: bool = False
     heads: bool = False
+    tokens: bool = False
 
     @staticmethod
     def of(chosen: ProfileRecipe, around: bool) -> Counter[Gathered]:
@@ -111,9 +116,17 @@ class _LayerKind(NamedTuple):
 
 
 class AttentionSeconds(NamedTuple):
-    """Seconds of one layer's attention: forward, backward without any tile, and a mean tile of every kind of pass."""
+    """Seconds of one layer's attention.
+
+    Attributes:
+        forward: of the forward pass.
+        choosing: of finding out what rules that select choose, once a sample.
+        idle: of a backward pass without any tile.
+        tiles: of a mean tile of every kind of pass.
+    """
 
     forward: float
+    choosing: float
     idle: float
     tiles: dict[Gathered, float]
 
@@ -146,12 +159,15 @@ class Probe:
     Attributes:
         around: as given.
         passes: how many backward passes of each kind a sample takes.
+        of_gates: how many a sample that gates are trained on takes; none where none are trained.
     """
 
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
-        rules = candidate_rules(max(recipe.calibration.lengths), chosen.sinks, chosen.min_window)
+        bounds = max(recipe.calibration.lengths), chosen.sinks, chosen.min_window
+        selects = chosen.gates if around is None else around.selects
+        rules = candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
         self._table, self._device = RuleTable.of(rules, chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
@@ -160,6 +176,8 @@ class Probe:
             for window, plan, may in zip(source.shape.native_windows, self._plans, self._allowed, strict=True)
         ]
         self.passes = Gathered.of(chosen, around is not None)
+        trained = chosen.draws if chosen.gates and around is None else 0
+        self.of_gates = +Counter({Gathered(tokens=True): trained})
         vocabulary = int(source.model.config.get_text_config(decoder=True).vocab_size)
         self._chunk: int = chunks(vocabulary, vocabulary)[0].stop
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -209,17 +227,28 @@ class Probe:
         keys = min(length, round(pairs / length) + TILE // 2)
         mean = _stretched(attended, keys)
         idle = self._timed(partial(_backward, mean, 0, self._table, []))
+        choose, chosen = partial(self._choices, window, attended.plan), None
+        if choose(keys) is not None:
+            choosing, chosen = self._timed(partial(choose, whole)) * length / whole, choose(keys)
         tiles = {}
-        for wanted in self.passes:
+        for wanted in (*self.passes, *self.of_gates):
             collectors = self._collectors(wanted, dict.fromkeys(range(anchors + 1), mean), anchors, [True] * anchors)
-            busy = self._timed(partial(_backward, mean, TILE, self._table, collectors))
+            table, choices = (_FULL, None) if wanted.tokens else (self._table, chosen)
+            busy = self._timed(partial(_backward, mean, TILE, table, collectors, choices))
             tiles[wanted] = max(0.0, busy - idle)
-        return AttentionSeconds(forward, idle * length / keys, tiles)
+        return AttentionSeconds(forward, choosing if chosen is not None else 0.0, idle * length / keys, tiles)
+
+    def _choices(self, window: int | None, plan: RuleTable | None, n: int) -> Choices | None:
+        """Returns what rules choose by random scores of `n` tokens; budgets are exact, so that any scores take as long."""
+        scores = torch.randint(-999, 999, (self._shape.kv_heads, n), generator=torch.Generator().manual_seed(0))
+        return choices_of(self._table.in_layer(window), scores.to(torch.int16), plan)
 
     def _collectors(
         self, wanted: Gathered, attended: Mapping[int, Attended], layer: int, allowed: Sequence[bool]
     ) -> list[Collector]:
         size = self._shape.kv_heads, len(self._table), self._device
+        if wanted.tokens:
+            return [TokenSums(size[0], attended[layer].key.shape[2], LAG, size[2])]
         found: list[Collector] = [InfluenceSums(*size)]
         if wanted.baselines:
             found.append(BaselineSums(*size))
@@ -340,8 +369,17 @@ def _forward(attended: Attended) -> None:
     attend(attended.query, attended.key, attended.key, attended.spec, attended.sink_logit, attended.plan)
 
 
+_FULL = RuleTable.of([Rule.FULL], 1)
+
+
 @torch.no_grad()
-def _backward(attended: Attended, rows: int, table: RuleTable, collectors: Sequence[Collector]) -> None:
+def _backward(
+    attended: Attended,
+    rows: int,
+    table: RuleTable,
+    collectors: Sequence[Collector],
+    choices: Choices | None = None,
+) -> None:
     """Runs the backward pass of attention in which only the last `rows` rows have a cotangent."""
     grad = torch.zeros_like(attended.query)
     grad[:, :, grad.shape[2] - rows :] = attended.query[:, :, grad.shape[2] - rows :]
@@ -355,4 +393,5 @@ def _backward(attended: Attended, rows: int, table: RuleTable, collectors: Seque
         table,
         collectors,
         attended.plan,
+        choices=choices,
     )

@@ -49,7 +49,7 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.gate import check_room
+from moacompress.runtime.gate import check_room, gates_of
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
@@ -126,18 +126,14 @@ def check_around(source: SourceModel, plan: Plan) -> None:
     """Refuses a plan that a model cannot be profiled around.
 
     Raises:
-        PlanError: a plan of another model, one whose layers share attention, or one that keeps tokens by their score.
+        PlanError: a plan of another model, one whose layers share attention, or one whose gates are not at hand.
     """
-    if plan.selects:
-        raise PlanError(
-            "KV heads of the plan keep tokens that a gate chooses, and profiling around such a plan is not possible; give a "
-            "plan of spans and formats"
-        )
     plan.check_model(source.shape, weights=source.weights_like)
     if plan.shares:
         raise PlanError(
             "layers of the plan share attention, and profiling around such a plan is not possible; give a plan without sharing"
         )
+    gates_of(plan, source.model.config.get_text_config(decoder=True).hidden_size)
 
 
 def sample_statistics(
@@ -162,7 +158,7 @@ def sample_statistics(
         around: the plan to profile around, or None for the dense model.
         seed: the run's seed.
         index: number of the sample; with `seed` it decides the cotangents.
-        gates: what rules that select choose by.
+        gates: what rules that select choose by, those of the plan too.
 
     Returns:
         See `store.Statistics`; the numbers may be not finite.
@@ -279,7 +275,7 @@ def profile(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
-        PlanError: `around` is a plan of another model, or one whose layers share attention.
+        PlanError: `around` is a plan of another model, one whose layers share attention, or one whose gates are not at hand.
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
     out, progress = Path(out), progress or SILENT
@@ -288,10 +284,11 @@ def profile(
     chosen = recipe.profile
     bounds = max(recipe.calibration.lengths), chosen.sinks, chosen.min_window
     rules = candidate_rules(*bounds)
-    if chosen.gates and around is None:
-        rules += gated_rules(*bounds)
     if around is not None:
         check_around(source, around)
+    selects = chosen.gates if around is None else around.selects
+    if selects:
+        rules += gated_rules(*bounds)
     key = around.key() if around is not None else ""
     files = _local_files(recipe)
     with own_folder(out):
@@ -306,7 +303,8 @@ def profile(
         manifest, samples = _make_samples(out, source, manifest, progress)
         gates = None
         if manifest.has_gates:
-            gates = (_known_gates(out, manifest) or _train_gates(out, source, manifest, progress)).weights
+            known = _known_gates(out, manifest) or (_kept_gates(out, manifest, around) if around is not None else None)
+            gates = (known or _train_gates(out, source, manifest, progress)).weights
             manifest = replace(manifest, gates=gates.fingerprint)
             manifest.write(out)
         statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
@@ -326,6 +324,14 @@ def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
     """Returns the gates in the folder of a profile; None where they are to be trained, as they are not those it began with."""
     found = Gates.load(out, manifest.fingerprint)
     return found if found is not None and manifest.gates in ("", found.weights.fingerprint) else None
+
+
+def _kept_gates(out: Path, manifest: Manifest, around: Plan) -> Gates:
+    """Writes the gates of the plan that is profiled around into the profile's folder: rules on offer choose by them."""
+    assert around.gate_weights is not None
+    gates = Gates(around.gate_weights, {})
+    gates.save(out, manifest.fingerprint)
+    return gates
 
 
 def _train_gates(out: Path, source: SourceModel, manifest: Manifest, progress: Progress) -> Gates:

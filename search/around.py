@@ -67,12 +67,14 @@ class ProfileAround:
         """
         profile = self.profile
         formats = profile.profiled_formats if profile.formats else ()
+        gates = None if profile.gates is None else profile.gates.weights
         chosen = self.recipe.profile.model_copy(
             update={"draws": 1, "baselines": False, "heads": False, "anchors": 0, "formats": formats}
         )
         table = RuleTable.of(profile.spans, profile.min_window)
         shapes = array_shapes(chosen, profile.shape, len(table), around=True)
         marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
+        marks += [profile.gates_fingerprint] if gates is not None else []
         owner = fingerprint([*marks, *formats])
         folder = None if self.folder is None else self.folder / plan.key()
         found = []
@@ -81,7 +83,7 @@ class ProfileAround:
             kept = None if folder is None else read_sample(folder, index, owner, shapes)
             if kept is None:
                 statistics = sample_statistics(
-                    self.source.model, profile.shape, table, sample, chosen, plan, self.recipe.seed, index
+                    self.source.model, profile.shape, table, sample, chosen, plan, self.recipe.seed, index, gates
                 )
                 if not statistics.finite:
                     raise ModelError(

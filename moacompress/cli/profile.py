@@ -207,11 +207,11 @@ def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[Rend
         "seconds": made.seconds,
     }
     found = made.gates if made.recipe.profile.gates else None
-    if found is not None:
+    if found is not None and found.report:
         data["gates"] = found.report
     work = f"{made.shape.layers * made.shape.kv_heads} KV heads x {len(made.rules)} rules on {data['samples']} samples"
     show: list[RenderableType] = [f"Profiled {work} in {made.seconds:.0f} s."]
-    if found is not None:
+    if found is not None and found.report:
         from moacompress.report.gate_tables import gate_table
 
         show.append(gate_table(found.report))

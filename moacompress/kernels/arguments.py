@@ -37,10 +37,12 @@ class Choices(NamedTuple):
         gone: how many have left when a token is kept no longer, in each way to choose, int32 `[kv_heads, ways, tokens]`; of a
             token that is never kept no more than have left when it does.
         of_rule: the way of each rule, -1 of one that does not select, int64 `[rules]`. Rules of one way have one sink.
+        own: `gone` of the rule that each KV head runs under, int32 `[kv_heads, tokens]`; None where no such rule selects.
     """
 
     gone: torch.Tensor
     of_rule: torch.Tensor
+    own: torch.Tensor | None = None
 
 
 class Passing(NamedTuple):

@@ -376,6 +376,7 @@ def prefill_alone(
     *,
     rules: RuleTable,
     scores: Scores,
+    passing: Passing | None = None,
 ) -> torch.Tensor:
     """Returns attention of whole rows, with no past and no padding, `[rows, heads, tokens, value_dim]`.
 
@@ -386,9 +387,18 @@ def prefill_alone(
         value: `[rows, kv_heads, tokens, value_dim]`.
         rules: of the KV heads, with tensors on the CPU.
         scores: how scores are made.
+        passing: the tokens that gates keep for a while, of the rows alone.
     """
     past = torch.zeros(key.shape[0], dtype=torch.int64, device="cpu")
     whole = torch.full_like(past, key.shape[2])
     return backend.prefill(
-        query, key, value, cache=CacheView.empty(key), past=past, valid=whole, rules=rules, scores=scores
+        query,
+        key,
+        value,
+        cache=CacheView.empty(key),
+        past=past,
+        valid=whole,
+        rules=rules,
+        scores=scores,
+        passing=passing,
     )[0]

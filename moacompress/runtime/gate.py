@@ -63,14 +63,7 @@ def put_gates(modules: Sequence[nn.Module], plan: Plan, inputs: int, *, empty: b
         PlanError: the gates are not at hand, or for another number of inputs.
         UnsupportedError: an attention module that has such a part already.
     """
-    gates = None if empty else plan.gate_weights
-    if plan.selects and gates is None and not empty:
-        raise PlanError(
-            f"KV heads of the plan keep tokens that the gates {plan.gates} choose, and these are not at hand: they are in a "
-            "file that the search writes beside the plan, plan.gates.safetensors for plan.json"
-        )
-    if gates is not None and gates.weight.shape[2] != inputs:
-        raise PlanError(f"the gates take {gates.weight.shape[2]} numbers of a token, the model's layers get {inputs}")
+    gates = None if empty else gates_of(plan, inputs)
     for layer, (module, rules) in enumerate(zip(modules, plan.rules, strict=True)):
         if not any(rule.selects for rule in rules):
             continue
@@ -82,6 +75,27 @@ def put_gates(modules: Sequence[nn.Module], plan: Plan, inputs: int, *, empty: b
                 gate.weight.copy_(torch.from_numpy(gates.weight[layer]))
                 gate.bias.copy_(torch.from_numpy(gates.bias[layer]))
         module.add_module(NAME, gate)
+
+
+def gates_of(plan: Plan, inputs: int) -> GateWeights | None:
+    """Returns the gates that a plan's KV heads choose by; None where none chooses.
+
+    Args:
+        plan: the plan.
+        inputs: numbers of what enters a layer.
+
+    Raises:
+        PlanError: the gates are not at hand, or for another number of inputs.
+    """
+    gates = plan.gate_weights
+    if plan.selects and gates is None:
+        raise PlanError(
+            f"KV heads of the plan keep tokens that the gates {plan.gates} choose, and these are not at hand: they are in a "
+            "file that the search writes beside the plan, plan.gates.safetensors for plan.json"
+        )
+    if gates is not None and gates.weight.shape[2] != inputs:
+        raise PlanError(f"the gates take {gates.weight.shape[2]} numbers of a token, the model's layers get {inputs}")
+    return gates
 
 
 def check_room(modules: Sequence[nn.Module]) -> None:

@@ -59,10 +59,6 @@ def make_rounds(standing: Standing, context: SearchContext) -> Standing:
     Returns:
         The best plan, with the form of what was profiled last.
     """
-    if context.request.profile.gates is not None:
-        if context.request.recipe.search.rounds:
-            logger.info("rounds know nothing of tokens that gates choose: none is made")
-        return standing
     if not standing.plan.shares:
         return _rounds(standing, context, standing)
     own = [trial for trial in context.tried if "shares" not in trial.plan]

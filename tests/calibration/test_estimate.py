@@ -136,8 +136,8 @@ def test_longer_samples_take_more_memory(load: Callable[..., SourceModel]) -> No
 
 
 def test_times_of_parts_add_up() -> None:
-    """Of two layers whose times are known: 1 s a pair of tiles forward, 2 s without a tile, 3 s a tile."""
-    layer = AttentionSeconds(1.0, 2.0, {Gathered(): 3.0})
+    """Of two layers whose times are known: 1 s forward, 0.5 s choosing, 2 s without a tile, 3 s a tile, 1 s of tokens."""
+    layer = AttentionSeconds(1.0, 0.5, 2.0, {Gathered(): 3.0, Gathered(tokens=True): 1.0})
     given: Any = SimpleNamespace(
         beside=(0.25, 0.5),
         output_seconds=lambda targets: 0.125 * targets,
@@ -148,6 +148,7 @@ def test_times_of_parts_add_up() -> None:
         sample_lines=lambda twice: (Line(1, 2), Line(3, 4)),
         weight_bytes=100,
         passes=Counter({Gathered(): 2}),
+        of_gates=Counter({Gathered(tokens=True): 2}),
         around=None,
     )
     found = _Arithmetic(given, 8).estimate(2 * TILE, 3, 1, 5)
@@ -156,10 +157,14 @@ def test_times_of_parts_add_up() -> None:
     assert found.decode_seconds == n / 512
     assert found.answer_seconds == 8 * (forward + 8 * n / 512)
     of_sample, of_text = (
-        2 * (0.5 * n + 0.125 * targets + 4) + forward + 2 * (2 * 3 + math.ceil(targets / TILE) * 3)
+        2 * (0.5 * n + 0.125 * targets + 4) + forward + 1 + 2 * (2 * 3 + math.ceil(targets / TILE) * 3)
         for targets in (8, TARGETS)
     )
     assert found.profile_seconds == 3 * of_sample + of_text
+    of_gates = 2 * (0.5 * n + 0.125 * 8 + 4) + forward + 2 * (2 * 1 + math.ceil(8 / TILE) * 1)
+    more = _Arithmetic(given, 8).with_gates(found, 6)
+    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + 2 * 6 * forward
+    assert more.answer_seconds - found.answer_seconds == 6 * (forward + 8 * n / 512)
     assert found.peak_bytes == 100 + max(1 + 2 * n + 8, 3 + 4 * n, n * min(8, max(1, BATCH_TOKENS // n)))
 
 
@@ -221,6 +226,15 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
         seconds.append(time.perf_counter() - begin)
     ratio = dry_run(source, chosen).lengths[0].profile_seconds / float(np.median(seconds[1:]))
     assert 1 / 3 < ratio < 3
+
+
+def test_rules_that_select_count(load: Callable[..., SourceModel]) -> None:
+    source = load()
+    gates, none = (
+        Probe(source, recipe(512, profile={"gates": on, "draws": 3}), None).attention(512) for on in (True, False)
+    )
+    assert all(layer.choosing > 0 and set(layer.tiles) == {Gathered(), Gathered(tokens=True)} for layer in gates)
+    assert all(layer.choosing == 0 and set(layer.tiles) == {Gathered()} for layer in none)
 
 
 @pytest.mark.usefixtures("quick")

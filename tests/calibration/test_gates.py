@@ -24,7 +24,7 @@ from moacompress.calibration.gates import (
     target,
     train_gates,
 )
-from moacompress.calibration.influence import AttentionSpec, attend_backward
+from moacompress.calibration.influence import AttentionSpec, attend, attend_backward
 from moacompress.calibration.passes import read_through
 from moacompress.calibration.profiler import profile, token_influence
 from moacompress.calibration.samples import Sample
@@ -260,8 +260,15 @@ def seen_by(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
     return mask
 
 
+OWN = RuleTable.of([Rule(4, 20, 0, select_alpha=9), Rule(4, 16, 0, select_alpha=20)], 16)
+"""What two KV heads run under; the second keeps what one of the rules on offer would."""
+
+
+@pytest.mark.parametrize("plan", [None, OWN])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_rule_that_selects_costs_what_its_mask_moves(compiled: bool, use_backend: Callable[[str], Any]) -> None:
+def test_a_rule_that_selects_costs_what_its_mask_moves(
+    compiled: bool, plan: RuleTable | None, use_backend: Callable[[str], Any]
+) -> None:
     if not compiled:
         use_backend("reference")
     torch.manual_seed(0)
@@ -271,23 +278,29 @@ def test_a_rule_that_selects_costs_what_its_mask_moves(compiled: bool, use_backe
     scores = torch.randint(-9, 9, (kv_heads, n)).to(torch.int16)
     selecting = [Rule(4, 16, 0, select_alpha=20), Rule(4, 0, 200, select_beta_q=300), Rule(16, 20, 0, select_alpha=1)]
     table = RuleTable.of([Rule.FULL, Rule(4, 16, 0), *selecting], 16)
-    sums = InfluenceSums(kv_heads, len(table))
-    attend_backward(
-        query, key, value, grad, AttentionSpec(dim**-0.5), None, table, [sums], choices=choices_of(table, scores)
-    )
+    sums, choices, spec = InfluenceSums(kv_heads, len(table)), choices_of(table, scores, plan), AttentionSpec(dim**-0.5)
+    assert choices is not None
+    attend_backward(query, key, value, grad, spec, None, table, [sums], plan, choices=choices)
+    out = attend(query, key, value, spec, None, plan, choices.own)
     for number, rule in enumerate(table.rules):
         for head in range(kv_heads):
-            visible = torch.ones(n, n, dtype=torch.bool) if rule.is_full else seen_by(rule, scores[head].tolist(), n)
-            causal, moved = torch.ones(n, n, dtype=torch.bool).tril(), torch.zeros(n, dtype=torch.float64)
+            whole = torch.ones(n, n, dtype=torch.bool)
+            visible = whole if rule.is_full else seen_by(rule, scores[head].tolist(), n)
+            now = whole if plan is None else seen_by(plan.rules[head], scores[head].tolist(), n)
+            causal, moved = whole.tril(), torch.zeros(n, dtype=torch.float64)
             for at in range(head * heads // kv_heads, (head + 1) * heads // kv_heads):
                 logits = (query[0, at] @ key[0, head].T * dim**-0.5).double()
                 outs = [
                     logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value[0, head].double()
-                    for mask in (causal & visible, causal)
+                    for mask in (causal & visible, causal & now)
                 ]
+                assert torch.allclose(out[0, at].double(), outs[1], atol=1e-5)
                 moved += ((outs[0] - outs[1]) * grad[0, at]).sum(-1)
             assert torch.allclose(sums.total[head, number], moved.sum(), rtol=1e-4, atol=1e-4)
             assert torch.allclose(sums.squares[head, number], moved.square().sum(), rtol=1e-4, atol=1e-6)
+    if plan is not None:
+        assert sums.squares[1, 2] == 0
+        assert sums.squares[0, 2] > 0
 
 
 def test_gates_of_another_profile_or_damaged_ones_are_none(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Case:
             "lag": None,
             "gone": None if self.choices is None else self.choices.gone,
             "choice_of": None if self.choices is None else self.choices.of_rule,
+            "own_gone": None if self.choices is None else self.choices.own,
         }
         assert changes.keys() <= named.keys()
         return list((named | changes).values())
@@ -144,17 +145,23 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
 
 
 def with_gates(case: Case, seed: int) -> Case:
-    """Lets rules of a case select, by random scores with ties or without."""
+    """Lets rules of a case select, by random scores with ties or without, and those of its plan too."""
     rng = random.Random(-1 - seed)
     selects = ((0, 0), (5, 0), (30, 0), (0, 200), (3, 600), (0, 1024))
     drawn = ((rule, *rng.choice(selects)) for rule in case.table.rules)
     rules = [replace(rule, select_alpha=alpha, select_beta_q=beta_q) for rule, alpha, beta_q in drawn]
     table = RuleTable.of([Rule.FULL, *rules[1:]], int(case.table.span.min_window[0]))
+    plan = case.plan
+    if plan is not None and case.spec.native_window is None:
+        own = [rng.choice([rule, *table.rules, replace(rule, select_alpha=9)]) for rule in plan.rules]
+        plan = RuleTable.of(own, rng.choice([16, int(table.span.min_window[0])]))
     few = rng.choice((3, 30000))
     scores = torch.randint(-few, few, case.key.shape[1:3], generator=torch.Generator().manual_seed(seed)).to(
         torch.int16
     )
-    return replace(case, table=table, choices=choices_of(table.in_layer(case.spec.native_window), scores))
+    return replace(
+        case, table=table, plan=plan, choices=choices_of(table.in_layer(case.spec.native_window), scores, plan)
+    )
 
 
 def sums(case: Case) -> tuple[InfluenceSums, BaselineSums]:

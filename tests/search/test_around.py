@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from moacompress.calibration import profiler
 from moacompress.calibration.profiler import profile as profile_model
@@ -19,20 +21,33 @@ from moacompress.search import around as around_module
 from moacompress.search.around import ProfileAround, spread_samples
 from moacompress.search.knapsack import choice_of, chosen_plan
 from moacompress.search.objective import Objective
+from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
+
+
+RECIPE = Recipe.from_dict(
+    {"calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 2}, "profile": {"draws": 1}}
+)
 
 
 @pytest.fixture(scope="module")
 def profiled(
     source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Profile]:
-    recipe = Recipe.from_dict(
-        {"calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 2}, "profile": {"draws": 1}}
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
-        yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", recipe)
+        yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", RECIPE)
+
+
+@pytest.fixture(scope="module")
+def gated(
+    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Profile]:
+    recipe = RECIPE.override(profile__gates=True, profile__gate_samples=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
 
 
 def test_around_is_what_the_profiler_says_around_the_plan(
@@ -56,6 +71,33 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     measured = Objective(source.model, samples).harms(plan)
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_around_a_plan_whose_gates_choose(
+    backend: str, source: SourceModel, gated: Profile, tmp_path: Path, use_backend: Callable[[str], Any]
+) -> None:
+    use_backend(backend)
+    choosing = [number for number, rule in enumerate(gated.rules) if rule.selects]
+    choice = np.array([[choosing[0], choosing[-1]], [0, choosing[len(choosing) // 2]], [3, choosing[7]]])
+    plan = chosen_plan(gated, choice)
+    assert plan.selects
+    samples = gated.calibration_samples()
+    form = ProfileAround(gated, gated.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)(0.0)
+    assert form.harm(choice) == 0
+    changes = form.changes(choice)
+    assert not np.take_along_axis(changes, choice[..., None], -1).any()
+    offered = gated if backend == "cpu" else gated.without_gates()  # what is offered need not select
+    whole = profile_model(source, tmp_path / "around", offered.recipe, around=plan)
+    assert whole.rules == gated.rules
+    assert whole.gates is not None
+    assert whole.gates.weights.fingerprint == plan.gates
+    assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
+    measured = Objective(source.model, samples).harms(plan)  # as the cache keeps it
+    assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
+    assert measured.min() > 0
+    again = profile_model(source, tmp_path / "around", offered.recipe, around=plan)
+    assert again.fingerprint == whole.fingerprint
 
 
 @pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
@@ -114,6 +156,17 @@ def test_finished_samples_are_kept(
     other = chosen_plan(profiled, np.full((3, 2), 4))
     with pytest.raises(KeyboardInterrupt):  # another plan is another matter
         around(other, SILENT)
+
+
+def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_path: Path) -> None:
+    recipe = gated.recipe.override(search__trials=1, search__rounds=1, search__round_samples=2, search__moves=0)
+    recipe = recipe.override(search__alternatives=False)
+    found = find_plan(gated, "40%", out=tmp_path / "plan.json", recipe=recipe, model=source)
+    stages = [stage["name"] for stage in found.explanation["stages"]]
+    assert any(name.startswith("round 1") for name in stages), stages
+    kept = list((tmp_path / "plan.rounds").rglob("*.safetensors"))
+    assert len(kept) == 2
+    assert all(load_file(path)["squares"].shape[-1] == len(gated.spans) for path in kept)  # rules that select too
 
 
 def test_samples_are_spread(profiles: Profiles) -> None:

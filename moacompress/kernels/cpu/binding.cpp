@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
     std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> gone,
-    std::optional<Tensor> choice_of) {
+    std::optional<Tensor> choice_of, std::optional<Tensor> own_gone) {
   const char* op = "profile_backward";
   STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -174,7 +174,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   int64_t alive = 0;
   STD_TORCH_CHECK(gone.has_value() == choice_of.has_value(), op, ": gone and choice_of go together");
   const int64_t choices = gone && gone->dim() == 3 ? gone->size(1) : 0;
-  const void *gone_at = nullptr, *choice_at = nullptr;
+  STD_TORCH_CHECK(!own_gone || plan, op, ": own_gone goes with a plan");
+  const void *gone_at = nullptr, *choice_at = nullptr,
+             *own_at = own_gone ? dense(*own_gone, {shape.kv_heads, tokens}, ScalarType::Int, op, "own_gone") : nullptr;
   if (gone) {
     gone_at = dense(*gone, {shape.kv_heads, choices, tokens}, ScalarType::Int, op, "gone");
     choice_at = dense(*choice_of, {asked.count}, ScalarType::Long, op, "choice_of");
@@ -189,7 +191,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
                             static_cast<double*>(sums.mutable_data_ptr()), lag.value_or(0),
                             lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive, choices,
-                            static_cast<const int32_t*>(gone_at), static_cast<const int64_t*>(choice_at)};
+                            static_cast<const int32_t*>(gone_at), static_cast<const int64_t*>(choice_at),
+                            static_cast<const int32_t*>(own_at)};
   check_status(profile(call, parallel(), isa()), op);
   return {dquery, dkey, dvalue, sums, of_tokens, alive};
 }
@@ -239,7 +242,8 @@ STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
       "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None) "
+      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None, "
+      "Tensor? own_gone=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)");
 }
 

@@ -225,6 +225,7 @@ struct ProfileCall {
   int64_t choices;          // ways to choose among the tokens that have left the window
   const int32_t* gone;      // [kv_heads, choices, tokens] how many have left when a token is kept no longer
   const int64_t* choice_of; // [rules] of a rule that selects, else -1; null where none does
+  const int32_t* own_gone;  // [kv_heads, tokens] as `gone`, of the plan's own rules; null where none of them selects
 };
 
 constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
@@ -378,6 +379,7 @@ struct ProfileTile {
   int64_t low, high;         // keys that any of the rows sees; low is a multiple of TILE
   int64_t native_window;
   const Rule* plan;          // or null
+  const int32_t* own_gone;   // [tokens] what the plan's rule keeps of what has left its window, as in ProfileChoice; or null
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   const char *query, *key, *value, *dout;  // of the KV head, first token

@@ -244,7 +244,7 @@ class CpuBackend(Backend):
         under = None if plan is None else plan.columns
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
         found = torch.ops.moacompress_cpu.profile_backward(
-            *tensors, rules.columns, under, *_numbers(scores), baselines, lag, *(choices or (None, None))
+            *tensors, rules.columns, under, *_numbers(scores), baselines, lag, *(choices or (None, None, None))
         )
         return found
 

@@ -112,12 +112,18 @@ struct ProfileJob {
     for (int64_t row = 0; row < work.rows; row++) {
       const int64_t n = work.positions[row] + 1;
       const Visible now = plan ? visible(n, *plan) : Visible{};
+      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.own_gone ? selected(now_left, *plan) : 0;
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
-        const Visible see = visible(n, call.rules.of(rule));
+        const Rule asked = call.rules.of(rule);
+        const Visible see = visible(n, asked);
         const int64_t left = larger(see.start - see.sink_end, 0), kept = kept_of(rule, left);
         const bool full = kept >= left;
-        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && !kept);
-        const bool unchanged = plan ? same || (full && now.sink_end >= now.start) : full;
+        const auto chosen_alike = [&] {  // the same tokens are kept: none, or those of the same choice
+          return kept == now_kept && (!kept || (asked.sink == plan->sink && asked.select_alpha == plan->select_alpha &&
+                                                asked.select_beta_q == plan->select_beta_q));
+        };
+        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && chosen_alike());
+        const bool unchanged = plan ? same || (full && now_kept >= now_left) : full;
         space.cells[row * call.rules.count + rule] = {int32_t(see.sink_end), int32_t(see.start),
                                                 see.sink_end <= larger(see.first, work.low), full, unchanged};
       }
@@ -219,6 +225,7 @@ struct ProfileJob {
     keys_of(tile, work.low, work.high);
     work.native_window = native_window;
     work.plan = call.plan ? &plan : nullptr;
+    work.own_gone = call.own_gone ? call.own_gone + head * call.tokens : nullptr;
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * group : nullptr;

@@ -57,6 +57,7 @@ struct ProfileScratch {
   float *query, *dout, *dquery;   // [panels, dim, LANES]
   float *query_rows, *dout_rows;  // [lanes, padded dim]
   float *peak, *inverse, *delta, *first, *end, *sink_end, *start;  // [lanes]
+  float *left;                    // [lanes] tokens that have left the window of the plan's rule
   float *total, *pulled;          // [2, lanes] sum and rest: of the weights that are attended with, and of them times G
   float *mass;                    // [2, lanes] of all weights, under a plan
   float *running;                 // [STREAMS, 2, lanes]
@@ -76,7 +77,7 @@ struct ProfileScratch {
     query = take(all * head_dim), dout = take(all * value_dim), dquery = take(all * head_dim);
     query_rows = take(all * padded_dim(head_dim)), dout_rows = take(all * padded_dim(value_dim));
     peak = take(all), inverse = take(all), delta = take(all);
-    first = take(all), end = take(all), sink_end = take(all), start = take(all);
+    first = take(all), end = take(all), sink_end = take(all), start = take(all), left = take(all);
     total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
     logits = take(all * keys), pulls = take(all * keys);
     weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
@@ -109,8 +110,14 @@ inline Mask in_dense(const ProfileScratch& s, int64_t lane, V column) {
   return both(at_least(column, load(s.first + lane)), at_least(load(s.end + lane) - set1(1.f), column));
 }
 // Whether each lane's own rule lets it see a key.
-inline Mask in_plan(const ProfileScratch& s, int64_t lane, V column) {
-  return seen(column, load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
+inline Mask in_plan(const ProfileTile& t, const ProfileScratch& s, int64_t lane, int64_t key) {
+  const Mask shown =
+      seen(set1(float(key)), load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
+  if (!t.own_gone) return shown;
+  const V left = load(s.left + lane);
+  // a key of the window has not left it, and a sink is shown anyway
+  const Mask chosen = both(at_least(left, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.own_gone[key]) - 1.f), left));
+  return either(shown, chosen);
 }
 
 // Logits as the softmax takes them, G beside them (zero where the dense model sees nothing), and the largest logit of every lane.
@@ -167,7 +174,7 @@ void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panel
           V p = weight_of(load(s.logits + at + j * LANES), peak), pull = p * load(s.pulls + at + j * LANES);
           if (t.plan) {
             add_exactly(mass, mass_rest, p);
-            const Mask mask = in_plan(s, lane, set1(float(begin + j)));
+            const Mask mask = in_plan(t, s, lane, begin + j);
             p = select(mask, p, zero());
             pull = select(mask, pull, zero());
           }
@@ -308,7 +315,7 @@ void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t pa
       for (int64_t j = 0; j < count; j++) {
         V p = load(weights + j * LANES), c = load(grads + j * LANES);
         if (t.plan) {
-          const Mask mask = in_plan(s, lane, set1(float(begin + j)));
+          const Mask mask = in_plan(t, s, lane, begin + j);
           p = select(mask, p / total, zero());
           c = select(mask, c / total, zero());
         }
@@ -333,7 +340,8 @@ void add_wild_products(const ProfileTile& t, const ProfileScratch& s, const floa
       if (x - x == 0) continue;
       for (int64_t j = 0; j < count; j++) {
         const float key = float(begin + j);
-        if ((key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
+        const bool chosen = t.own_gone && s.left[lane] >= key - float(t.plan->sink) + 1.f && s.left[lane] < float(t.own_gone[begin + j]);
+        if (chosen || (key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
           to[j * stride + d] += from[(lane / LANES * TILE + j) * LANES + lane % LANES] * x;
       }
     }
@@ -359,6 +367,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     s.peak[lane] = real && t.sink_logits ? t.sink_logits[lane / t.rows] : NOTHING;
     s.first[lane] = float(see.first), s.end[lane] = float(n);
     s.sink_end[lane] = float(see.sink_end), s.start[lane] = float(see.start);
+    s.left[lane] = float(larger(see.start - see.sink_end, 0));
   }
 
   profile_scores<T>(t, s, panels, keys);
@@ -423,7 +432,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
       if (wild_keys)
         add_wild<float, PANEL>(
             key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
-            [&](int64_t k, int v) { return in_plan(s, panel * LANES + v * W, set1(float(begin + k))); }, s.buffer, dquery);
+            [&](int64_t k, int v) { return in_plan(t, s, panel * LANES + v * W, begin + k); }, s.buffer, dquery);
     }
     float *dkey = t.dkey + begin * query_stride, *dvalue = t.dvalue + begin * dout_stride;
     t.wait(t.order, begin / TILE);
