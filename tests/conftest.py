@@ -16,6 +16,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+"""Of this process, where several run tests beside each other."""
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for cores which others use make everything many times slower
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(CORES)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +69,7 @@ TINY: dict[str, dict[str, Any]] = {
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models run faster on one thread, and leave the other cores alone; the real model gets them all."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("real") else 1)
+        sys.modules["torch"].set_num_threads(CORES if request.node.get_closest_marker("real") else 1)
 
 
 @pytest.fixture(scope="session")
@@ -319,14 +323,17 @@ def smollm2() -> Path:
     given = os.environ.get("MOACOMPRESS_TEST_MODEL")
     if given:
         return Path(given)
+    from filelock import FileLock
+
     from moacompress.exporter.exporting import save_dense
 
     gguf = next(iter(sorted((ROOT / ".cache").glob("**/SmolLM2-135M-Instruct*.gguf"))), None)
     if gguf is None:
         pytest.fail("the real model is not there; run `make test-data`")
     folder = ROOT / ".cache" / "smollm2-135m-dense"
-    if not folder.exists():
-        save_dense(gguf, folder, dtype="float32")
+    with FileLock(f"{folder}.lock"):  # several processes may want it
+        if not folder.exists():
+            save_dense(gguf, folder, dtype="float32")
     return folder
 
 
