@@ -18,7 +18,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 """Of this process, where several run tests beside each other."""
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for cores which others use make everything many times slower
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # threads that wait for cores which others use make everything many times slower
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(CORES)
 
 if TYPE_CHECKING:
