@@ -21,7 +21,7 @@ from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
-from moacompress.report.page.head_figures import head_map, rule_text
+from moacompress.report.page.head_figures import head_map, head_shades, rule_text
 from moacompress.report.page.quality_figures import quality_pictures, side_names
 from moacompress.report.page.report_page import embedded, page_sections, seen_from, write_page
 from moacompress.rules.cost import kept_bits
@@ -307,7 +307,8 @@ def test_layers_that_share_take_what_the_plan_says(run_folder: Path, tmp_path: P
     shares = (None, Share(0, COPY, tuple(range(plan.model.kv_heads))), *[None] * (plan.model.layers - 2))
     shared = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
     shared.save(tmp_path / "plan.json")
-    picture, shades = head_map(Findings.load(tmp_path / "plan.json"))
+    found = Findings.load(tmp_path / "plan.json")
+    picture, shades = head_map(found), head_shades(found)
     dense = plan.model.dense_kv_bytes(800) / (plan.model.layers * plan.model.kv_heads)
     assert np.sum(shades[0]["z"]) / 100 * dense == pytest.approx(shared.kv_bytes(800), rel=1e-3)
     assert picture.traces[0]["text"][0][1] == "=0"

@@ -27,21 +27,17 @@ STEP = 10
 Grid = list[list[float]]
 
 
-def head_map(found: Findings) -> tuple[Picture, list[dict[str, Any]]]:
-    """Returns the map of layers and KV heads, and what it can be coloured by.
+def head_map(found: Findings) -> Picture:
+    """Returns the map of layers and KV heads, coloured by the first of `head_shades`.
 
     Args:
         found: what is known of the plan.
-
-    Returns:
-        The picture, coloured by the first entry of the list: `name`, `z` `[kv_heads, layers]`, `top` of the scale and `unit`.
     """
     plan, n = found.plan, found.reference
-    shades = _shades(plan, n)
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
     text = [[rule_text(plan, layer, head, n) for layer in layers] for head in heads]
     marks = [[_sharing_mark(plan, layer) for layer in layers] for _ in heads]
-    first = shades[0]
+    first = head_shades(found)[0]
     trace = {
         "type": "heatmap",
         "x": list(layers),
@@ -66,11 +62,16 @@ def head_map(found: Findings) -> tuple[Picture, list[dict[str, Any]]]:
         "height": 150 + max(90, min(22 * plan.model.kv_heads, 420)),
     }
     note = f"At {format_length(n)} tokens. Choose a KV head to see what it was chosen from."
-    return Picture("heads", "What every KV head keeps", [trace], layout, note), shades
+    return Picture("heads", "What every KV head keeps", [trace], layout, note)
 
 
-def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
-    shape = plan.model
+def head_shades(found: Findings) -> list[dict[str, Any]]:
+    """Returns what the map can be coloured by: each `name`, `z` `[kv_heads, layers]`, `top` of the scale and `unit`.
+
+    Args:
+        found: what is known of the plan.
+    """
+    plan, n, shape = found.plan, found.reference, found.plan.model
 
     def grid(of: Callable[[Rule, int | None], float]) -> Grid:
         return [
@@ -89,7 +90,7 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
         [_short(100 * ours / whole) for ours, whole in zip(*rows, strict=True)]
         for rows in zip(plan.head_bytes(n), dense, strict=True)
     ]
-    found: list[dict[str, Any]] = [
+    shades: list[dict[str, Any]] = [
         {
             "name": "share of its bytes",
             "z": [list(column) for column in zip(*sizes, strict=True)],
@@ -106,14 +107,14 @@ def _shades(plan: Plan, n: int) -> list[dict[str, Any]]:
         def chosen(rule: Rule, native: int | None) -> float:
             return 100 * (1 - kept(rule.without_choice(), native) / kept(rule, native))
 
-        found.append({"name": "chosen by its gate", "z": grid(chosen), "unit": "% of kept tokens"})
+        shades.append({"name": "chosen by its gate", "z": grid(chosen), "unit": "% of kept tokens"})
     if not all(rule.is_native for row in plan.rules for rule in row):
         for name, shade in (
             ("bits of its keys", grid(lambda rule, native: bits(rule.key_format))),
             ("bits of its values", grid(lambda rule, native: bits(rule.value_format))),
         ):
-            found.append({"name": name, "z": shade, "unit": "bits a number"})
-    return [{**shade, "top": STEP * math.ceil(np.max(shade["z"]) / STEP) or STEP} for shade in found]
+            shades.append({"name": name, "z": shade, "unit": "bits a number"})
+    return [{**shade, "top": STEP * math.ceil(np.max(shade["z"]) / STEP) or STEP} for shade in shades]
 
 
 def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:

@@ -22,7 +22,7 @@ from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.cost_figures import bytes_text, latency_pictures, machine_text, memory_picture
 from moacompress.report.page.figure_style import ROLES, Picture
 from moacompress.report.page.findings import Findings
-from moacompress.report.page.head_figures import head_details, head_map, most_worth
+from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
 from moacompress.report.page.quality_figures import SHARES, lost_text, quality_pictures
 from moacompress.report.page.search_figures import (
     baselines_picture,
@@ -98,10 +98,9 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    _, shades = head_map(found)
     data = {
         "figures": {picture.name: picture.figure() for section in sections for picture in section.all_pictures},
-        "shades": shades,
+        "shades": head_shades(found),
         "heads": head_details(found),
         "first": most_worth(found),
         "colours": {role: {"light": light, "dark": dark} for role, (light, dark, _) in ROLES.items()},
@@ -135,13 +134,12 @@ def _asset(name: str) -> str:
 def page_sections(found: Findings) -> list[PageSection]:
     """Returns the sections of the page, in order."""
     evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
-    heads, _ = head_map(found)
     harm = (explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
     baselines = baselines_picture(dict(harm), found.plan.quality.get("samples"))
     history = history_picture(explanation) if explanation is not None else None
     front = front_picture(found.front) if explanation is not None and found.front is not None else None
     return [
-        PageSection("heads", "What is kept", pictures=[heads]),
+        PageSection("heads", "What is kept", pictures=[head_map(found)]),
         PageSection(
             "quality",
             "What it still answers",
