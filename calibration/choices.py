@@ -84,7 +84,7 @@ def choosing(
             if layer in found:
                 return
             hidden = given_hidden(args, kwargs)[0]
-            scores = gate_scores(hidden, weight.to(hidden.device), bias.to(hidden.device))
+            scores = gate_scores(hidden, weight.to(hidden), bias.to(hidden))  # in the dtype that a cache keeps them in
             found[layer] = choices_of(table_of(layer), rounded_scores(scores).T, plans[layer])
 
         return hook

@@ -138,7 +138,7 @@ def dry_run(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
-        PlanError: `around` is a plan of another model, or one whose layers share attention.
+        PlanError: as `profile`.
     """
     source = load_for(recipe, model)
     check_lengths(source, recipe)
@@ -213,8 +213,13 @@ class _Arithmetic:
             estimate,
             tokens=estimate.tokens + samples * length,
             answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples, forward),
-            profile_seconds=estimate.profile_seconds + seconds + (samples + min(JUDGED, samples)) * forward,
+            profile_seconds=estimate.profile_seconds + seconds + self._again(samples) * forward,
         )
+
+    def _again(self, samples: int) -> int:
+        """Returns how often samples that gates are fitted to or judged on go forward once more."""
+        groups = self._probe.gate_groups
+        return (groups - 1) * samples + groups * min(JUDGED, samples)
 
     def answers(self, length: int, count: int) -> LengthEstimate:
         """Returns the estimate of validation samples of a length that is not profiled."""
@@ -272,5 +277,6 @@ class _Arithmetic:
         twice = length > passes.KEEP_TOKENS
         if twice not in self._lines:
             self._lines[twice] = self._probe.sample_lines(twice)
-        kept, busy = (line.at(length) for line in self._lines[twice])
+        chosen = self._probe.choice_bytes(length)
+        kept, busy = (line.at(length) + chosen for line in self._lines[twice])
         return max(kept + self._output_bytes, busy, self._answer_bytes(length, answered))

@@ -117,7 +117,7 @@ def train_gates(
     """
     if len(samples) < 2:
         raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
-    groups = in_memory(range(len(attention_modules(model))), model.config.get_text_config(decoder=True).hidden_size + 1)
+    groups = fitted_together(model)
     count = len(samples)
     progress.start("training gates", len(groups) * (count + min(JUDGED, count)))
     used: list[Sample] = []
@@ -158,6 +158,11 @@ def train_gates(
         "left": _left_rows(np.concatenate(left, axis=1)),
     }
     return Gates(GateWeights(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1])), report)
+
+
+def fitted_together(model: PreTrainedModel) -> list[Sequence[int]]:
+    """Returns the layers of a model in groups whose gates are fitted in one go over the samples."""
+    return in_memory(range(len(attention_modules(model))), model.config.get_text_config(decoder=True).hidden_size + 1)
 
 
 class _Sums:

@@ -193,7 +193,7 @@ class TileView:
     def deltas(self) -> Tensor:
         """`d_i(r)`, summed over the query heads of each KV group: `[kv_heads, rows, rules]`.
 
-        Exactly 0 where a rule sees the very keys that the layer sees now.
+        Exactly 0 where a rule hides nothing else than the rule that the layer runs under, whatever gates choose.
         """
         mass, pull = self.visible(self.probabilities), self.visible(self.centred)
         if self.escaped is not None:

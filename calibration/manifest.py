@@ -48,7 +48,7 @@ class Manifest:
         digest: of the statistics in `influence.safetensors`.
         seconds: time that the samples took.
         complete: whether everything is there.
-        gates: fingerprint of the gates that rules which select choose by; empty until they are trained.
+        gates: fingerprint of the gates that rules which select choose by; empty until they are there.
     """
 
     source: str
@@ -160,6 +160,7 @@ def request_fingerprint(
         computes_in: the dtype that the model computes in; by default its own.
     """
     other = computes_in not in (None, shape.dtype)
+    trains = not around and any(rule.selects for rule in rules)  # around a plan its own gates choose
     return fingerprint(
         {
             "around": around,
@@ -172,7 +173,7 @@ def request_fingerprint(
             "calibration": recipe.resolved()["calibration"],
             "files": files,
             **({"computes_in": computes_in} if other else {}),
-            **({"gate_samples": recipe.profile.gate_samples} if any(rule.selects for rule in rules) else {}),
+            **({"gate_samples": recipe.profile.gate_samples} if trains else {}),
         }
     )
 

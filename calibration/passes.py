@@ -115,12 +115,21 @@ def _attention(
         native_window=recording.native_windows[layer],
         softcap=softcap,
     )
+    choices = recording.choices.get(layer)
     if recording.attended is not None:
         plan = recording.plans[layer]
         asking, keys, values = as_kept(
             query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats
         )
-        recording.attended[layer] = Attended(asking, keys, s_aux, spec, plan, values if recording.values else None)
+        recording.attended[layer] = Attended(
+            asking,
+            keys,
+            s_aux,
+            spec,
+            plan,
+            values if recording.values else None,
+            None if choices is None else choices.own,
+        )
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
         query,
         key,
@@ -130,7 +139,7 @@ def _attention(
         recording.table,
         recording.collectors[layer],
         recording.plans[layer],
-        recording.choices.get(layer),
+        choices,
     )
     return out.transpose(1, 2).contiguous(), None
 

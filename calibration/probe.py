@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from moacompress.calibration.choices import choices_of
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
-from moacompress.calibration.gates import LAG
+from moacompress.calibration.gates import LAG, fitted_together
 from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import TILE, Collector, attend, attend_backward
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
@@ -213,6 +213,18 @@ class Probe:
         found = median(forward) - attended[0], median(backward) - attended[1] - self.output_seconds(1)
         return max(0.0, found[0]) / n, max(0.0, found[1]) / n
 
+    @cached_property
+    def gate_groups(self) -> int:
+        """In how many goes over their samples gates are fitted."""
+        return len(fitted_together(self._model))
+
+    def choice_bytes(self, length: int) -> int:
+        """Returns the bytes of what rules choose in all layers of a sample, which are kept until its passes end."""
+        ways = {(rule.sink, rule.select_alpha, rule.select_beta_q) for rule in self._table.rules if rule.selects}
+        own = int(self.around is not None and self.around.selects)
+        layers = self._shape.native_windows.count(None)
+        return 4 * layers * self._shape.kv_heads * (len(ways) + own) * length
+
     def attention(self, length: int) -> list[AttentionSeconds]:
         """Returns the seconds of every layer's attention; layers of one kind are timed once."""
         first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
@@ -223,20 +235,20 @@ class Probe:
         window, anchors = self._kinds[layer].window, self._kinds[layer].anchors
         pairs, whole = _pairs(length, window), min(length, ATTEND_TOKENS)
         attended = replace(self._attended[layer], plan=self._plans[layer])
-        forward = self._timed(partial(_forward, _stretched(attended, whole))) * pairs / _pairs(whole, window)
         keys = min(length, round(pairs / length) + TILE // 2)
-        mean = _stretched(attended, keys)
+        mean, choose = _stretched(attended, keys), partial(self._choices, window, attended.plan)
+        in_whole, chosen = choose(whole), choose(keys)
+        own = None if in_whole is None else in_whole.own
+        forward = self._timed(partial(_forward, _stretched(attended, whole), own)) * pairs / _pairs(whole, window)
         idle = self._timed(partial(_backward, mean, 0, self._table, []))
-        choose, chosen = partial(self._choices, window, attended.plan), None
-        if choose(keys) is not None:
-            choosing, chosen = self._timed(partial(choose, whole)) * length / whole, choose(keys)
+        choosing = 0.0 if in_whole is None else self._timed(partial(choose, whole)) * length / whole
         tiles = {}
         for wanted in (*self.passes, *self.of_gates):
             collectors = self._collectors(wanted, dict.fromkeys(range(anchors + 1), mean), anchors, [True] * anchors)
             table, choices = (_FULL, None) if wanted.tokens else (self._table, chosen)
             busy = self._timed(partial(_backward, mean, TILE, table, collectors, choices))
             tiles[wanted] = max(0.0, busy - idle)
-        return AttentionSeconds(forward, choosing if chosen is not None else 0.0, idle * length / keys, tiles)
+        return AttentionSeconds(forward, choosing, idle * length / keys, tiles)
 
     def _choices(self, window: int | None, plan: RuleTable | None, n: int) -> Choices | None:
         """Returns what rules choose by random scores of `n` tokens; budgets are exact, so that any scores take as long."""
@@ -365,8 +377,8 @@ def _stretched(attended: Attended, n: int) -> Attended:
 
 
 @torch.no_grad()
-def _forward(attended: Attended) -> None:
-    attend(attended.query, attended.key, attended.key, attended.spec, attended.sink_logit, attended.plan)
+def _forward(attended: Attended, own: Tensor | None = None) -> None:
+    attend(attended.query, attended.key, attended.key, attended.spec, attended.sink_logit, attended.plan, own)
 
 
 _FULL = RuleTable.of([Rule.FULL], 1)

@@ -163,6 +163,7 @@ def sample_statistics(
     Returns:
         See `store.Statistics`; the numbers may be not finite.
     """
+    assert around is None or not around.selects or gates is not None
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
     ids = torch.from_numpy(sample.input_ids).to(model.device)
     dense = None

@@ -44,6 +44,7 @@ class Attended:
         spec: how the layer attends.
         plan: the rule of each KV head, or None for the dense model.
         value: `[1, kv_heads, N, value_dim]`, detached, where the recording keeps values.
+        own: see `Choices`, where rules of the plan select.
     """
 
     query: Tensor
@@ -52,6 +53,7 @@ class Attended:
     spec: AttentionSpec
     plan: RuleTable | None = None
     value: Tensor | None = None
+    own: Tensor | None = None
 
     def probabilities(self, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Returns how a tile of rows attends.
@@ -69,7 +71,7 @@ class Attended:
         keys = self.key[0, :, tile.low : tile.high].to(dtype).flip(1)
         sink = None if self.sink_logit is None else self.sink_logit.to(dtype).view(kv_heads, -1, 1, 1)
         plan = None if self.plan is None else as_tensors(self.plan.in_layer(self.spec.native_window), query.device)
-        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink, plan)
+        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink, plan, self.own)
         return probabilities, escape
 
 

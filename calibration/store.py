@@ -5,7 +5,7 @@
     validation.safetensors    the samples that plans will be measured on
     samples/00000.safetensors statistics of one finished sample
     influence.safetensors     the statistics of all samples
-    gates.safetensors         a gate of every KV head, where they were asked for
+    gates.safetensors         a gate of every KV head, where rules on offer select
 
 Every file is written aside and moved into place. A sample's file carries the fingerprint of the profile it belongs to
 and a digest of its numbers: a resumed run takes exactly the files that it would have written and redoes the others.

@@ -160,6 +160,7 @@ class SearchRequest:
                 **({"computes_in": self.computes_in} if in_other else {}),
                 **({"share": self._share_key} if self.sharing else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
+                **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
 

@@ -16,11 +16,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, _ALLOWED // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 """Of this process, where several run tests beside each other."""
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # threads that wait for cores which others use make everything many times slower
+    CORES = min(CORES, int(os.environ.get("OMP_NUM_THREADS", CORES)))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(CORES)
 
 if TYPE_CHECKING:

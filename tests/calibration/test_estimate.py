@@ -149,6 +149,8 @@ def test_times_of_parts_add_up() -> None:
         weight_bytes=100,
         passes=Counter({Gathered(): 2}),
         of_gates=Counter({Gathered(tokens=True): 2}),
+        gate_groups=3,
+        choice_bytes=lambda length: 16 * length,
         around=None,
     )
     found = _Arithmetic(given, 8).estimate(2 * TILE, 3, 1, 5)
@@ -163,9 +165,11 @@ def test_times_of_parts_add_up() -> None:
     assert found.profile_seconds == 3 * of_sample + of_text
     of_gates = 2 * (0.5 * n + 0.125 * 8 + 4) + forward + 2 * (2 * 1 + math.ceil(8 / TILE) * 1)
     more = _Arithmetic(given, 8).with_gates(found, 6)
-    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + 2 * 6 * forward
+    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + (2 * 6 + 3 * 6) * forward
     assert more.answer_seconds - found.answer_seconds == 6 * (forward + 8 * n / 512)
-    assert found.peak_bytes == 100 + max(1 + 2 * n + 8, 3 + 4 * n, n * min(8, max(1, BATCH_TOKENS // n)))
+    assert found.peak_bytes == 100 + max(
+        16 * n + 1 + 2 * n + 8, 16 * n + 3 + 4 * n, n * min(8, max(1, BATCH_TOKENS // n))
+    )
 
 
 @pytest.mark.usefixtures("quick")

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration import passes, profiler
-from moacompress.calibration.influence import AttentionSpec, attend, attend_backward
+from moacompress.calibration.choices import choices_of
+from moacompress.calibration.influence import AttentionSpec, Tile, attend, attend_backward
 from moacompress.calibration.profiler import fisher_cotangent, profile, sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
@@ -142,6 +143,24 @@ def test_sums_match_the_definition(case: dict[str, Any], dtype: torch.dtype) -> 
         assert found.shape == (1, kv_heads, kv_heads)
         largest = float(expected[name].max())
         assert float((found[0] - expected[name]).abs().max()) < tolerance * largest, name
+
+
+def test_how_a_layer_attends_whose_gates_choose() -> None:
+    torch.manual_seed(0)
+    n, spec = 150, AttentionSpec(8**-0.5)
+    query, (key, value) = torch.randn(1, 4, n, 8), torch.randn(2, 1, 2, n, 8)
+    plan = RuleTable.of([Rule(4, 16, 0, select_alpha=9), Rule(4, 16, 0)], 16)
+    choices = choices_of(TABLE, torch.randint(-99, 99, (2, n)).to(torch.int16), plan)
+    assert choices is not None
+    tile = Tile(torch.arange(n), 0, n - 1, 0)
+    found = []
+    for own in (choices.own, None):
+        probabilities, _ = Attended(query, key, None, spec, plan, own=own).probabilities(tile, torch.float32)
+        out = probabilities.flip(-1) @ value[0][:, None]
+        assert torch.allclose(out.flatten(0, 1)[None], attend(query, key, value, spec, None, plan, own), atol=1e-5)
+        found.append(out)
+    assert (found[0][0] - found[1][0]).abs().max() > 0.1
+    assert torch.equal(found[0][1], found[1][1])  # the other head's rule selects nothing
 
 
 def test_a_copy_of_itself_costs_nothing() -> None:

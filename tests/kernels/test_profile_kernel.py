@@ -427,6 +427,9 @@ def test_bad_arguments_are_refused() -> None:
     gone, of_rule = torch.zeros(2, 1, 20, dtype=torch.int32), torch.zeros(len(columns.T), dtype=torch.int64)
     refused("gone and choice_of go together", gone=gone)
     refused(r"gone has the shape \[2, 1, 19\], not \[2, 1, 20\]", gone=gone[:, :, :19], choice_of=of_rule)
+    own = gone[:, 0]
+    refused("own_gone goes with a plan", plan=None, own_gone=own)
+    refused(r"own_gone has the shape \[2, 19\], not \[2, 20\]", own_gone=own[:, :19].contiguous())
     refused("rule 0 chooses in way 1 of 1", gone=gone, choice_of=of_rule + 1)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moacompress.calibration import profiler
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
+from moacompress.core.errors import PlanError
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -87,8 +89,10 @@ def test_around_a_plan_whose_gates_choose(
     assert form.harm(choice) == 0
     changes = form.changes(choice)
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
-    offered = gated if backend == "cpu" else gated.without_gates()  # what is offered need not select
-    whole = profile_model(source, tmp_path / "around", offered.recipe, around=plan)
+    recipe = gated.recipe.override(
+        profile__gates=backend == "cpu"
+    )  # the plan's gates are there, whatever a recipe trains
+    whole = profile_model(source, tmp_path / "around", recipe, around=plan)
     assert whole.rules == gated.rules
     assert whole.gates is not None
     assert whole.gates.weights.fingerprint == plan.gates
@@ -96,8 +100,11 @@ def test_around_a_plan_whose_gates_choose(
     measured = Objective(source.model, samples).harms(plan)  # as the cache keeps it
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
-    again = profile_model(source, tmp_path / "around", offered.recipe, around=plan)
+    again = profile_model(source, tmp_path / "around", recipe.override(profile__gate_samples=9), around=plan)
     assert again.fingerprint == whole.fingerprint
+    with pytest.raises(PlanError, match=f"the gates {plan.gates} choose, and these are not at hand"):
+        profile_model(source, tmp_path / "none", recipe, around=replace(plan, gate_weights=None))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
@@ -160,10 +167,11 @@ def test_finished_samples_are_kept(
 
 def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_path: Path) -> None:
     recipe = gated.recipe.override(search__trials=1, search__rounds=1, search__round_samples=2, search__moves=0)
-    recipe = recipe.override(search__alternatives=False)
-    found = find_plan(gated, "40%", out=tmp_path / "plan.json", recipe=recipe, model=source)
+    recipe = recipe.override(search__alternatives=False, search__formats=["int8", "int4"])
+    found = find_plan(gated, "15%", out=tmp_path / "plan.json", recipe=recipe, model=source)
     stages = [stage["name"] for stage in found.explanation["stages"]]
     assert any(name.startswith("round 1") for name in stages), stages
+    assert found.plan.selects
     kept = list((tmp_path / "plan.rounds").rglob("*.safetensors"))
     assert len(kept) == 2
     assert all(load_file(path)["squares"].shape[-1] == len(gated.spans) for path in kept)  # rules that select too
