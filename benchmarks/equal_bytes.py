@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from formats import SINKS, Way, channel_constants, ratio, ways  # type: ignore[import-not-found]  # beside this script
+from formats import SINKS, Way, channel_constants, ratio, ways  # beside this script
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -75,7 +75,8 @@ def main() -> None:
     AttentionInterface.register("moacompress", attention)
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        known = ways(*channel_constants(SimpleNamespace(model=model), others))
+        of_model: Any = SimpleNamespace(model=model)
+        known = ways(*channel_constants(of_model, others))
         dense = [answer_logits(model, sample) for sample in samples]
         for text in given.budgets.split(","):
             share = Budget.parse(text).share

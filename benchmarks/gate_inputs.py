@@ -16,6 +16,10 @@ on each KV head. One half of the samples is fitted to and the other judged, and 
 `left` is the share of the influence that is left out where a share of the tokens is chosen: the mean over samples and KV heads,
 with its standard error over samples; `difference` is that to `input`, sample by sample. `of_all` weights KV heads by their
 influence. For models with a `k_proj` and a `v_proj` of their own.
+
+With `--plan PLAN`, one with gates, it is measured with probes in place of its gates, fitted to all samples, on validation samples
+of the recipe: `kl` to the dense model, nats an answer token, and the geometric mean of its ratios to that of `input`. What the plan
+keeps of how many tokens stays as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gate_scores import Given
 from torch import Tensor, nn
 
 from moacompress.calibration.gates import (
@@ -40,12 +45,18 @@ from moacompress.calibration.gates import (
     share_left,
     target,
 )
+from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.profiler import gate_recipe, token_influence
 from moacompress.calibration.repair import Normal
 from moacompress.calibration.sample_sources import build_samples
+from moacompress.calibration.samples import Sample
+from moacompress.evaluation.stats import mean
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime import attach, detach
+from moacompress.runtime.gate import TokenGate
 
 WIDTH = 64
 STOPPING = 6
@@ -169,6 +180,72 @@ def judge(
     return {name: np.concatenate(left, axis=1) for name, left in found.items()}
 
 
+def gates_of(
+    source: SourceModel, inputs: Sequence[dict[int, Tensor]], influence: Sequence[np.ndarray[Any, Any]], seed: int
+) -> dict[str, list[Given]]:
+    """Returns of every probe the gates of all layers, fitted to all samples; arguments as of `judge`."""
+    kv_heads = source.shape.kv_heads
+    found: dict[str, list[Given]] = {}
+    for layer, module in enumerate(attention_modules(source.model)):
+        features = [features_of(module, of_sample[layer], kv_heads) for of_sample in inputs]
+        targets = [target(torch.from_numpy(of_sample[layer])) for of_sample in influence]
+        for name in (*features[0], "hidden"):
+            found.setdefault(name, []).append(_gate(name, module, features, targets, seed))
+        print(f"gates of layer {layer + 1}", file=sys.stderr, flush=True)
+    return found
+
+
+def _gate(
+    name: str, module: nn.Module, features: Sequence[dict[str, Tensor]], targets: Sequence[Tensor], seed: int
+) -> Given:
+    seen = "input" if name == "hidden" else name
+    samples = [(of_sample[seen], wanted) for of_sample, wanted in zip(features, targets, strict=True)]
+    scores = hidden_layer(samples, seed) if name == "hidden" else ridge(samples, name != "input")
+
+    def of_tokens(hidden: Tensor) -> Tensor:
+        x = torch.cat([hidden[0], hidden.new_ones(hidden.shape[1], 1)], 1)
+        return scores(features_of(module, x, len(targets[0]))[seen])[None]
+
+    return Given(of_tokens)
+
+
+def divergences(
+    source: SourceModel, plan: Plan, gates: dict[str, list[Given]], samples: Sequence[Sample]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns the KL of the dense model to that under a plan by every probe's gates, nats an answer token, `[samples]`."""
+
+    def predicted(sample: Sample) -> Tensor:
+        at = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+        states = target_states(source.model, torch.from_numpy(sample.input_ids), at)
+        with torch.no_grad():
+            return output_logits(source.model, states).float().log_softmax(-1)
+
+    dense = [predicted(sample) for sample in samples]
+    found = {}
+    for name, of_layers in gates.items():
+        attach(source.model, plan.in_dtype("float32"))
+        for module, gate in zip(attention_modules(source.model), of_layers, strict=True):
+            if isinstance(getattr(module, "gate", None), TokenGate):
+                module.gate = gate
+        ours = [predicted(sample) for sample in samples]
+        detach(source.model)
+        found[name] = np.array([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(dense, ours, strict=True)])
+    return found
+
+
+def measured_rows(found: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
+    """Returns what is said of every probe end to end, from `divergences`."""
+    return [
+        {
+            "probe": name,
+            "kl": mean_and_error(kl),
+            "times": [float(np.exp(number)) for number in mean(np.log(kl / found["input"]).tolist())[1]],
+            "ratio": float(np.exp(np.log(kl / found["input"]).mean())),
+        }
+        for name, kl in found.items()
+    ]
+
+
 def rows(found: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
     """Returns what is said of every probe and share, from `judge`."""
     listed = []
@@ -194,6 +271,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="whose calibration gates are trained on")
     parser.add_argument("--text", help="long prose, where the recipe needs it")
     parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--plan", type=Path, help="one with gates, to be measured with each probe's in their place")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     given = parser.parse_args()
     source = load_source(given.model, dtype="float32")
@@ -207,10 +285,21 @@ def main() -> None:
         token_influence(source.model, source.shape, sample, recipe.profile.draws, recipe.seed, index)
         for index, sample in enumerate(samples)
     ]
-    found = rows(judge(source, inputs, influence, recipe.seed))
+    measured = []
+    if given.plan is not None:
+        plan, held = Plan.load(given.plan), build_samples(source, recipe, "validation")
+        measured = measured_rows(divergences(source, plan, gates_of(source, inputs, influence, recipe.seed), held))
+    found = rows(judge(source, inputs, influence, recipe.seed)) if not given.plan else []
     if given.json:
-        print(json.dumps({"samples": len(samples), "tokens": sum(len(s.input_ids) for s in samples), "rows": found}))
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        print(json.dumps({"samples": len(samples), "tokens": tokens, "rows": found, "measured": measured}))
         return
+    for row in measured:
+        kl, error = row["kl"]
+        low, high = row["times"]
+        print(
+            f"{row['probe']:<18} {kl:.4f} ± {error:.4f} nats, {row['ratio']:.2f} [{low:.2f}, {high:.2f}] x that of input"
+        )
     for row in found:
         (left, error), (more, spread) = row["left"], row["difference"]
         line = f"{row['probe']:<18} {row['share']:5.0%} chosen: {left:.3f} ± {error:.3f} left, "
