@@ -17,9 +17,9 @@ on each KV head. One half of the samples is fitted to and the other judged, and 
 with its standard error over samples; `difference` is that to `input`, sample by sample. `of_all` weights KV heads by their
 influence. For models with a `k_proj` and a `v_proj` of their own.
 
-With `--plan PLAN`, one with gates, it is measured with probes in place of its gates, fitted to all samples, on validation samples
-of the recipe: `kl` to the dense model, nats an answer token, and the geometric mean of its ratios to that of `input`. What the plan
-keeps of how many tokens stays as it is.
+With `--plan PLAN`, one with gates, it is measured with probes in place of its gates, fitted to all samples, on validation
+samples of the recipe: `kl` to the dense model, nats an answer token, and the geometric mean of its ratios to that of `input`.
+What the plan keeps of how many tokens stays as it is.
 """
 
 from __future__ import annotations
