@@ -64,8 +64,11 @@ def repair_text(plan: Plan) -> str:
         return ""
     fitted = f"{notes.get('tokens'):,} tokens of the profile {notes.get('profile')}"
     if notes.get("penalty") is None:
+        tried = notes.get("harm", {}).get("not_enough")
+        measured = "" if tried is None else f" (a change of {_with_error(tried)} nats, mean and standard error)"
         return (
-            f"A repair with {fitted} changed nothing: it would not lower measured harm. The weights are the source's."
+            f"A repair with {fitted} changed nothing: it would not lower measured harm beyond doubt{measured}. The weights are "
+            "the source's."
         )
     harm = notes["harm"]
     before, after, change = (_with_error(harm[name]) for name in ("before", "after", "change"))

@@ -79,18 +79,31 @@ def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypa
 def test_none_is_kept_that_the_other_half_does_not_confirm(
     source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Harms:
-        def __init__(self, *args: Any) -> None:
-            self.numbers = [0, 1, 2, 3]
+    def kept(*harms: float) -> Any:
+        class Harms:
+            def __init__(self, *args: Any) -> None:
+                self.numbers = [0, 1, 2, 3, 4, 5]
 
-        def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
-            return np.array([1.0, 2.0, 3.0, 4.0]) if not weights else np.array([0.5, 2.5, 2.5, 4.5])
+            def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
+                return np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) if not weights else np.array(harms)
 
-    monkeypatch.setattr(repairing, "_Harms", Harms)
-    monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
-    done = repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
-    assert done.weights == {}
-    assert done.report["penalty"] is None
+        monkeypatch.setattr(repairing, "_Harms", Harms)
+        monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
+        return repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
+
+    for doubtful in (
+        (0.5, 2.5, 2.5, 4.5, 4.5, 6.5),
+        (0.5, 1.0, 2.5, 4.1, 4.5, 5.9),
+    ):  # worse, and better in one of three
+        done = kept(*doubtful)
+        assert done.weights == {}
+        assert done.report["penalty"] is None
+        assert done.report["harm"]["change"]["mean"] == 0
+        tried = np.array(doubtful)[1::2] - [2, 4, 6]
+        assert done.report["harm"]["not_enough"]["mean"] == pytest.approx(tried.mean())
+    done = kept(0.5, 1.5, 2.5, 3.4, 4.5, 5.5)
+    assert done.report["penalty"] == 0.1
+    assert "not_enough" not in done.report["harm"]
 
 
 def test_a_plan_of_full_rules_is_not_worked_on(source: SourceModel) -> None:
