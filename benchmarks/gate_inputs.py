@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gate_scores import Given
+from formats import ratio
+from gate_scores import Given, choosing_modules
 from torch import Tensor, nn
 
 from moacompress.calibration.gates import (
@@ -45,18 +46,16 @@ from moacompress.calibration.gates import (
     share_left,
     target,
 )
-from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.profiler import gate_recipe, token_influence
 from moacompress.calibration.repair import Normal
 from moacompress.calibration.sample_sources import build_samples
 from moacompress.calibration.samples import Sample
-from moacompress.evaluation.stats import mean
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.runtime.gate import TokenGate
+from moacompress.search.objective import answer_logits, kl
 
 WIDTH = 64
 STOPPING = 6
@@ -149,6 +148,25 @@ def hidden_layer(samples: Sequence[tuple[Tensor, Tensor]], seed: int) -> Scores:
     return lambda x: scores(x).detach()
 
 
+def probe(
+    name: str, samples: Sequence[tuple[dict[str, Tensor], Tensor]], seed: int
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Fits a probe.
+
+    Args:
+        name: of it.
+        samples: what `features_of` gives of each, and targets, `[kv_heads, rows]`.
+        seed: of a hidden layer.
+
+    Returns:
+        Its scores, `[kv_heads, rows]`, of what `features_of` gives.
+    """
+    seen = "input" if name == "hidden" else name
+    own = [(features[seen], targets) for features, targets in samples]
+    scores = hidden_layer(own, seed) if name == "hidden" else ridge(own, name != "input")
+    return lambda features: scores(features[seen])
+
+
 def judge(
     source: SourceModel, inputs: Sequence[dict[int, Tensor]], influence: Sequence[np.ndarray[Any, Any]], seed: int
 ) -> dict[str, np.ndarray[Any, Any]]:
@@ -169,11 +187,9 @@ def judge(
         for half in (0, 1):
             others = range(1 - half, len(inputs), 2)
             for name, left in of_layer.items():
-                seen = "input" if name == "hidden" else name
-                samples = [(features[index][seen], targets[index]) for index in others]
-                scores = hidden_layer(samples, seed) if name == "hidden" else ridge(samples, name != "input")
+                scores = probe(name, [(features[index], targets[index]) for index in others], seed)
                 for index in range(half, len(inputs), 2):
-                    left[index] = left_out(torch.from_numpy(influence[index][layer]), scores(features[index][seen]))
+                    left[index] = left_out(torch.from_numpy(influence[index][layer]), scores(features[index]))
         for name, left in of_layer.items():
             found.setdefault(name, []).append(np.stack(left))
         print(f"layer {layer + 1} of {len(modules)}", file=sys.stderr, flush=True)
@@ -190,59 +206,38 @@ def gates_of(
         features = [features_of(module, of_sample[layer], kv_heads) for of_sample in inputs]
         targets = [target(torch.from_numpy(of_sample[layer])) for of_sample in influence]
         for name in (*features[0], "hidden"):
-            found.setdefault(name, []).append(_gate(name, module, features, targets, seed))
+            scores = probe(name, list(zip(features, targets, strict=True)), seed)
+            found.setdefault(name, []).append(Given(_of_entering(scores, module, kv_heads)))
         print(f"gates of layer {layer + 1}", file=sys.stderr, flush=True)
     return found
 
 
-def _gate(
-    name: str, module: nn.Module, features: Sequence[dict[str, Tensor]], targets: Sequence[Tensor], seed: int
-) -> Given:
-    seen = "input" if name == "hidden" else name
-    samples = [(of_sample[seen], wanted) for of_sample, wanted in zip(features, targets, strict=True)]
-    scores = hidden_layer(samples, seed) if name == "hidden" else ridge(samples, name != "input")
-
-    def of_tokens(hidden: Tensor) -> Tensor:
-        x = torch.cat([hidden[0], hidden.new_ones(hidden.shape[1], 1)], 1)
-        return scores(features_of(module, x, len(targets[0]))[seen])[None]
-
-    return Given(of_tokens)
+def _of_entering(scores: Callable[[dict[str, Tensor]], Tensor], module: nn.Module, kv_heads: int) -> Scores:
+    """Returns scores `[1, kv_heads, tokens]` of what enters a layer, `[1, tokens, inputs]`."""
+    return lambda hidden: scores(features_of(module, nn.functional.pad(hidden[0], (0, 1), value=1.0), kv_heads))[None]
 
 
 def divergences(
     source: SourceModel, plan: Plan, gates: dict[str, list[Given]], samples: Sequence[Sample]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns the KL of the dense model to that under a plan by every probe's gates, nats an answer token, `[samples]`."""
-
-    def predicted(sample: Sample) -> Tensor:
-        at = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
-        states = target_states(source.model, torch.from_numpy(sample.input_ids), at)
-        with torch.no_grad():
-            return output_logits(source.model, states).float().log_softmax(-1)
-
-    dense = [predicted(sample) for sample in samples]
+) -> dict[str, list[float]]:
+    """Returns the KL of the dense model to that under a plan by every probe's gates, nats an answer token, of each sample."""
+    dense = [answer_logits(source.model, sample) for sample in samples]
     found = {}
     for name, of_layers in gates.items():
         attach(source.model, plan.in_dtype("float32"))
-        for module, gate in zip(attention_modules(source.model), of_layers, strict=True):
-            if isinstance(getattr(module, "gate", None), TokenGate):
-                module.gate = gate
-        ours = [predicted(sample) for sample in samples]
+        for layer, module in choosing_modules(source.model):
+            module.gate = of_layers[layer]
+        ours = [answer_logits(source.model, sample) for sample in samples]
         detach(source.model)
-        found[name] = np.array([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(dense, ours, strict=True)])
+        found[name] = [kl(p, q) for p, q in zip(dense, ours, strict=True)]
     return found
 
 
-def measured_rows(found: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
+def measured_rows(found: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Returns what is said of every probe end to end, from `divergences`."""
     return [
-        {
-            "probe": name,
-            "kl": mean_and_error(kl),
-            "times": [float(np.exp(number)) for number in mean(np.log(kl / found["input"]).tolist())[1]],
-            "ratio": float(np.exp(np.log(kl / found["input"]).mean())),
-        }
-        for name, kl in found.items()
+        {"probe": name, "kl": mean_and_error(np.array(harms)), "times": ratio(harms, found["input"])}
+        for name, harms in found.items()
     ]
 
 
@@ -295,10 +290,10 @@ def main() -> None:
         print(json.dumps({"samples": len(samples), "tokens": tokens, "rows": found, "measured": measured}))
         return
     for row in measured:
-        kl, error = row["kl"]
-        low, high = row["times"]
+        (harm, error), times = row["kl"], row["times"]
+        low, high = times["ci95"]
         print(
-            f"{row['probe']:<18} {kl:.4f} ± {error:.4f} nats, {row['ratio']:.2f} [{low:.2f}, {high:.2f}] x that of input"
+            f"{row['probe']:<18} {harm:.4f} ± {error:.4f} nats, {times['value']:.2f} [{low:.2f}, {high:.2f}] x input's"
         )
     for row in found:
         (left, error), (more, spread) = row["left"], row["difference"]

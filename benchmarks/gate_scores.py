@@ -95,14 +95,17 @@ def ready(scores: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda hidden: nn.functional.pad(scores, (0, hidden.shape[1] - scores.shape[2]), value=-100.0)
 
 
+def choosing_modules(model: nn.Module) -> list[tuple[int, Any]]:
+    """Returns the attention modules that have a gate, each with its layer."""
+    modules = enumerate(attention_modules(model))
+    return [(layer, module) for layer, module in modules if isinstance(getattr(module, "gate", None), TokenGate)]
+
+
 def put_scores(source: SourceModel, name: str, case: Case, dense: SourceModel) -> None:
     """Puts gates of some other score on the model under the plan."""
-    modules = attention_modules(source.model)
     repeated = repetition_scores(dense, case.prompt_ids) if name == "repetition" else []
     generator = torch.Generator().manual_seed(len(case.prompt_ids))
-    for layer, module in enumerate(modules):
-        if not isinstance(getattr(module, "gate", None), TokenGate):
-            continue
+    for layer, module in choosing_modules(source.model):
         if name == "value-norm":
             module.gate = Given(by_value_norm(module, source.shape.kv_heads))
         elif name == "repetition":

@@ -206,8 +206,7 @@ class _Arithmetic:
 
     def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
         """Returns the estimate of a length with so many samples more that gates are trained on."""
-        length, attention = estimate.length, self._probe.attention(estimate.length)
-        forward = self._forward_seconds(length, attention)
+        length, attention, forward = estimate.length, self._probe.attention(estimate.length), estimate.forward_seconds
         seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer, forward, attention)
         return replace(
             estimate,

@@ -24,12 +24,11 @@ from moacompress.calibration.gates import LAG, fitted_together
 from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import TILE, Collector, attend, attend_backward
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
-from moacompress.calibration.profiler import fisher_cotangent
+from moacompress.calibration.profiler import fisher_cotangent, rules_on_offer
 from moacompress.calibration.sharing import Attended, CopySums, copyable
 from moacompress.kernels.arguments import Choices
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
-from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -165,16 +164,14 @@ class Probe:
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
-        bounds = max(recipe.calibration.lengths), chosen.sinks, chosen.min_window
-        selects = chosen.gates if around is None else around.selects
-        rules = candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
-        self._table, self._device = RuleTable.of(rules, chosen.min_window), device
+        self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
         self._kinds = [
             _LayerKind(window, plan is not None, sum(may))
             for window, plan, may in zip(source.shape.native_windows, self._plans, self._allowed, strict=True)
         ]
+        self._seconds: dict[int, list[AttentionSeconds]] = {}
         self.passes = Gathered.of(chosen, around is not None)
         trained = chosen.draws if chosen.gates and around is None else 0
         self.of_gates = +Counter({Gathered(tokens=True): trained})
@@ -226,10 +223,12 @@ class Probe:
         return 4 * layers * self._shape.kv_heads * (len(ways) + own) * length
 
     def attention(self, length: int) -> list[AttentionSeconds]:
-        """Returns the seconds of every layer's attention; layers of one kind are timed once."""
-        first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
-        timed = {kind: self._layer(layer, length) for kind, layer in first.items()}
-        return [timed[kind] for kind in self._kinds]
+        """Returns the seconds of every layer's attention; layers of one kind are timed once, and so is a length."""
+        if length not in self._seconds:
+            first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
+            timed = {kind: self._layer(layer, length) for kind, layer in first.items()}
+            self._seconds[length] = [timed[kind] for kind in self._kinds]
+        return self._seconds[length]
 
     def _layer(self, layer: int, length: int) -> AttentionSeconds:
         window, anchors = self._kinds[layer].window, self._kinds[layer].anchors

@@ -282,14 +282,9 @@ def profile(
     out, progress = Path(out), progress or SILENT
     source = load_for(recipe, model)
     check_lengths(source, recipe)
-    chosen = recipe.profile
-    bounds = max(recipe.calibration.lengths), chosen.sinks, chosen.min_window
-    rules = candidate_rules(*bounds)
     if around is not None:
         check_around(source, around)
-    selects = chosen.gates if around is None else around.selects
-    if selects:
-        rules += gated_rules(*bounds)
+    rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
     files = _local_files(recipe)
     with own_folder(out):
@@ -311,6 +306,13 @@ def profile(
         statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
         merge(out, manifest, samples, statistics)
         return Profile.load(out)
+
+
+def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
+    """Returns the rules that a profile is of; some select where gates are trained, or the plan around which it is has them."""
+    bounds = max(recipe.calibration.lengths), recipe.profile.sinks, recipe.profile.min_window
+    selects = recipe.profile.gates if around is None else around.selects
+    return candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
 
 
 def gate_recipe(recipe: Recipe) -> Recipe:

@@ -46,6 +46,7 @@ from moacompress.rules.share import LayerShares
 if TYPE_CHECKING:
     from moacompress.calibration.gates import Gates
     from moacompress.models.source import SourceModel
+    from moacompress.rules.gate_weights import GateWeights
 
 KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
@@ -207,16 +208,20 @@ class Profile:
             )
         return found
 
+    @property
+    def gate_weights(self) -> GateWeights | None:
+        """The weights of `gates`; None where no rule selects."""
+        return None if self.gates is None else self.gates.weights
+
     def plan(self, rules: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
         """Returns the plan of one rule for every KV head of its model, `rules[layer][kv_head]`, with its gates."""
-        gates = None if self.gates is None else self.gates.weights
         return Plan(
             self.shape,
             self.min_window,
             tuple(map(tuple, rules)),
             shares=shares,
             gates=self.gates_fingerprint,
-            gate_weights=gates,
+            gate_weights=self.gate_weights,
         )
 
     def without_gates(self) -> Profile:

@@ -67,7 +67,7 @@ class ProfileAround:
         """
         profile = self.profile
         formats = profile.profiled_formats if profile.formats else ()
-        gates = None if profile.gates is None else profile.gates.weights
+        gates = profile.gate_weights
         chosen = self.recipe.profile.model_copy(
             update={"draws": 1, "baselines": False, "heads": False, "anchors": 0, "formats": formats}
         )

@@ -49,7 +49,7 @@ class Repaired:
         weights: of the parameters that it changed, in the checkpoint's dtype; empty where no repair lowered the harm.
         report: `penalty` and `answer_share` of the setting, None where nothing was changed; `harm` in nats per answer token,
             each of `before`, `after` and `change` with its `mean` and standard `error`, on samples that had no part in the
-            choice, and where it was `not_enough` the change that would have been; `tokens` and `samples` that were fitted to,
+            choice, and the change that would have been where it was `not_enough`; `tokens` and `samples` that were fitted to,
             `validation_samples` that judged, `seconds`.
     """
 
@@ -104,10 +104,14 @@ def repair(
         progress.step(f"{harm:.3g} nats, {before[choosing].mean():.3g} without")
         if harm < best:
             chosen, best = (setting, weights), harm
-    after = harms.under(chosen[1], judging)
-    change = _mean(after[judging] - before[judging])
-    if change["mean"] + CAUTION * (change["error"] or 0.0) >= 0:
-        chosen, after = (None, {}), before
+    after, not_enough = before, {}
+    if chosen[0] is not None:
+        tried = harms.under(chosen[1], judging)
+        change = _mean(tried[judging] - before[judging])
+        if change["mean"] + CAUTION * (change["error"] or 0.0) < 0:
+            after = tried
+        else:
+            chosen, not_enough = (None, {}), {"not_enough": change}
     progress.done()
     kept, weights = chosen
     report = {
@@ -117,7 +121,7 @@ def repair(
             "before": _mean(before[judging]),
             "after": _mean(after[judging]),
             "change": _mean(after[judging] - before[judging]),
-            **({} if chosen[0] else {"not_enough": change}),
+            **not_enough,
         },
         **counts,
         "validation_samples": len(judging),

@@ -89,9 +89,8 @@ def test_around_a_plan_whose_gates_choose(
     assert form.harm(choice) == 0
     changes = form.changes(choice)
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
-    recipe = gated.recipe.override(
-        profile__gates=backend == "cpu"
-    )  # the plan's gates are there, whatever a recipe trains
+    # the plan's gates are there, whatever a recipe trains
+    recipe = gated.recipe.override(profile__gates=backend == "cpu")
     whole = profile_model(source, tmp_path / "around", recipe, around=plan)
     assert whole.rules == gated.rules
     assert whole.gates is not None

@@ -74,6 +74,7 @@ def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypa
     done = repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
     assert done.weights == {}
     assert (done.report["penalty"], done.report["harm"]["change"]["mean"]) == (None, 0)
+    assert "not_enough" not in done.report["harm"]  # none was chosen, so none was judged
 
 
 def test_none_is_kept_that_the_other_half_does_not_confirm(
@@ -91,10 +92,8 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
         monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
         return repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
 
-    for doubtful in (
-        (0.5, 2.5, 2.5, 4.5, 4.5, 6.5),
-        (0.5, 1.0, 2.5, 4.1, 4.5, 5.9),
-    ):  # worse, and better in one of three
+    worse, better_in_one_of_three = (0.5, 2.5, 2.5, 4.5, 4.5, 6.5), (0.5, 1.0, 2.5, 4.1, 4.5, 5.9)
+    for doubtful in (worse, better_in_one_of_three):
         done = kept(*doubtful)
         assert done.weights == {}
         assert done.report["penalty"] is None
