@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -230,6 +231,25 @@ def crop(plan, world, count):
     for row, gone in zip(world.rows, removed.tolist(), strict=True):
         for layer, of_layer in enumerate(row):
             row[layer] = tuple(tensor[:, : tensor.shape[1] - gone] for tensor in of_layer)
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE, key=str), ids=str)
+def test_sinks_outlast_a_roll_back(dtype):
+    """A native window has left them when a roll back ends, and a second one may go back to where it had not."""
+    shape = ModelShape("llama", 1, 2, 2, DIM, "float64", (70,), "")
+    plan = Plan(shape, 16, ((Rule.FULL, Rule(4, 0, 0)),))
+    cache, generator = PlanCache(plan), torch.Generator().manual_seed(0)
+    cache.activate_past_recording()
+    empty, unscored = torch.zeros(2, 0, DIM, dtype=dtype), torch.zeros(2, 0, dtype=torch.int16)
+    world = World(cache, [[(empty, empty, unscored)]], np.zeros((1, 0), bool), True, np.zeros(1, int))
+    feed(plan, world, 160, np.ones((1, 160), bool), generator)
+    crop(plan, world, 76)
+    for _ in range(3):
+        feed(plan, world, 1, np.ones((1, 1), bool), generator)
+        check_blocks(plan, [world])
+    crop(plan, world, 27)
+    assert world.lengths == [60]
+    feed(plan, world, 1, np.ones((1, 1), bool), generator)
 
 
 def select(world, rows):

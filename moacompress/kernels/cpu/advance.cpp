@@ -20,13 +20,18 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
     block_runs(larger(n - lag, 0), rule, earlier);
     for (int64_t i = 0; i < RUNS; i++) now[i] = {earlier[i].begin, larger(earlier[i].end, now[i].end)};
   }
+  int64_t wanted = 0;  // where the run after this one was to begin
   for (int64_t i = RUNS - 1; i >= 0; i--) {
     Interval& run = now[i];
-    run.begin = larger(held[i].begin, run.begin);
+    const int64_t begin = run.begin, after = wanted;
+    wanted = begin;
+    run.begin = larger(held[i].begin, begin);
     if (i + 1 == RUNS) continue;  // the window's
     run.end = larger(smaller(run.end, now[i + 1].begin), run.begin);
     // sinks grow out of the window they lie in; once apart from it they can only shrink
     if (held[i].end < held[i + 1].begin) run.end = smaller(run.end, larger(held[i].end, run.begin));
+    // what was held as sinks' before a roll back is held where the window was then
+    if (after < held[i].end) run.end = smaller(held[i].end, now[i + 1].begin);
   }
 }
 

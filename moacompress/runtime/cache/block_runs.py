@@ -39,11 +39,14 @@ def kept_runs(rules: RuleTable, lengths: Ints, held: Ints, lag: int) -> Ints:
     if lag:
         earlier = rules.block_runs(np.maximum(lengths - lag, 0))
         runs = np.stack([earlier[:, BEGIN], np.maximum(earlier[:, END], runs[:, END])], axis=1)
+    wanted = runs[1:, BEGIN].copy()
     runs[:, BEGIN] = np.maximum(held[:, BEGIN], runs[:, BEGIN])
     for number in range(RUNS - 1):
         begin, after = runs[number, BEGIN], runs[number + 1, BEGIN]
         end = np.maximum(np.minimum(runs[number, END], after), begin)
         # sinks grow out of the window they lie in; once apart from it they can only shrink
         together = held[number, END] >= held[number + 1, BEGIN]
-        runs[number, END] = np.where(together, end, np.minimum(end, np.maximum(held[number, END], begin)))
+        end = np.where(together, end, np.minimum(end, np.maximum(held[number, END], begin)))
+        # what was held as sinks' before a roll back is held where the window was then
+        runs[number, END] = np.where(wanted[number] < held[number, END], np.minimum(held[number, END], after), end)
     return runs
