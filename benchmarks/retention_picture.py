@@ -62,8 +62,10 @@ def read_point(text: str) -> Point:
 
 def picture(points: list[Point]) -> Picture:
     """Returns the picture."""
-    traces = []
-    for role, name in zip(ROLES, dict.fromkeys(point.name for point in points), strict=False):
+    traces, names = [], list(dict.fromkeys(point.name for point in points))
+    if len(names) > len(ROLES):
+        raise SystemExit(f"{len(names)} names are more than can be told apart; give at most {len(ROLES)}")
+    for role, name in zip(ROLES, names, strict=False):
         mine = sorted((point for point in points if point.name == name), key=lambda point: point.share)
         values = [point.kept for point in mine]
         error = intervals(values, [point.ci95 for point in mine])

@@ -22,7 +22,7 @@ Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", 
 Solver = Literal["lagrange", "milp"]
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
 HealObjective = Literal["kl", "echoatt"]
-TrainedPart = Literal["full", "lora", "reuse"]
+TrainedPart = Literal["full", "lora", "reuse", "gates"]
 
 
 def _lengths(value: Any) -> Any:
@@ -208,7 +208,8 @@ class HealRecipe(_Section):
 
     objective: HealObjective = Field("kl", description="what is lowered: KL to dense, or the two stages of EchoAtt")
     train: TrainedPart = Field(
-        "lora", description="all weights, LoRA of all linear layers, or layers that reuse attention"
+        "lora",
+        description="all weights, LoRA of all linear layers, layers that reuse attention, or the gates that choose tokens",
     )
     samples: int = Field(96, ge=1, le=1_000_000, description="training samples, those of the profile first")
     text_share: float = Field(0.25, ge=0, le=1, description="share of plain text in them, where there is prose")

@@ -48,7 +48,9 @@ def heal(
     train: Annotated[
         str | None,
         typer.Option(
-            metavar="PART", help="full: all weights; lora: LoRA, merged at the end; reuse: layers that reuse attention."
+            metavar="PART",
+            help="full: all weights; lora: LoRA, merged at the end; reuse: layers that reuse attention; gates: the gates "
+            "that choose tokens, and nothing else.",
         ),
     ] = None,
     samples: Annotated[
@@ -81,8 +83,9 @@ def heal(
 ) -> Output:
     """Distil the weights of a compressed model from the dense one.
 
-    The plan stays as it is. What is written is the state of least KL to the dense model on held-out samples, and the start
-    where no step was better. --dtype is what is computed in: float32 on a CPU, else bfloat16; weights are trained in float32.
+    The plan stays as it is, but for its gates where these are trained. What is written is the state of least KL to the dense
+    model on held-out samples, and the start where no step was better. --dtype is what is computed in: float32 on a CPU, else
+    bfloat16; weights are trained in float32.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) processes share the samples.
     """
     resolved = run.recipe(

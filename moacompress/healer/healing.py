@@ -46,9 +46,12 @@ from moacompress.healer.trained_weights import (
     make_trainable,
 )
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
+from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, context_length, load_source
 from moacompress.recipe import HealRecipe, Recipe
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
+from moacompress.runtime.gate import gates_on
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +201,10 @@ def heal(
             _claim(work, request, overwrite)
         data = _data(request, work, progress)
         history = _trained(request, data, arguments, work, progress)
-        result = HealResult(out, _noted(request, data, history), tuple(history.losses))
+        plan = _noted(request, data, history)
+        if request.heal.train == "gates" and history.best is not None:
+            plan = plan.with_gates(_trained_gates(request, work))
+        result = HealResult(out, plan, tuple(history.losses))
         if processes.rank() == 0:
             _write(result, request, history, work, overwrite, progress)
     if processes.rank() == 0:
@@ -413,6 +419,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
         "objective": heal.objective,
         "train": heal.train,
         "improved": best is not None,
+        "changed_weights": (best is not None and heal.train != "gates") or request.plan.changed_weights == "healed",
         "held_out_kl": {
             "before": _statistics(history.start.harms),
             "after": _statistics((best or history.start).harms),
@@ -438,6 +445,20 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
     return request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
 
 
+def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
+    """Returns the gates of the best state; the model that was trained has them afterwards."""
+    _put_best(request.checkpoint.model, work)
+    gates = gates_on(attention_modules(request.checkpoint.model))
+    assert gates is not None
+    return gates
+
+
+def _put_best(model: Any, work: Path) -> None:
+    held = model.state_dict()
+    for name, tensor in load_best(work).items():
+        held[name].copy_(tensor)
+
+
 def _statistics(values: Sequence[float]) -> dict[str, float]:
     """Returns the mean of some numbers and its standard error."""
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
@@ -448,17 +469,17 @@ def _write(
     result: HealResult, request: HealRequest, history: HealHistory, work: Path, overwrite: bool, progress: Progress
 ) -> None:
     """Writes the checkpoint aside, loads it in a fresh process, and moves it into place."""
-    from moacompress.runtime.hf.attaching import give_notes
+    from moacompress.runtime.hf.attaching import attach, detach, give_notes
 
     folder, plan = request.checkpoint.folder, result.plan
     progress.start("writing the healed checkpoint", 2)
     fresh = load_checkpoint(folder, plan.model.dtype, "cpu")
-    if history.best is not None:
-        held = fresh.model.state_dict()
-        for name, tensor in load_best(work).items():
-            held[name].copy_(tensor)
-    else:
+    if history.best is None:
         logger.warning("no step lowered the held-out KL: %s gets the weights that %s has", result.folder, folder)
+    elif plan.gates != request.plan.gates:  # a plan is of its gates
+        attach(detach(fresh.model), plan)
+    else:
+        _put_best(fresh.model, work)
     give_notes(fresh.model, plan)
     source = SourceModel(fresh.model, fresh.tokenizer, str(folder), plan.model, context_length(fresh.model))
     sweep_folders(result.folder)

@@ -19,7 +19,7 @@ from moacompress.runtime.gate import TokenGate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "reuse": 5e-5}
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "reuse": 5e-5, "gates": 1e-3}
 """Largest learning rate where none is asked for."""
 
 
@@ -59,6 +59,10 @@ def check_trainable(plan: Plan, train: str) -> None:
         raise UsageError(
             "this plan shares no attention, so there are no reuse layers to train; use --train full or lora"
         )
+    if train == "gates" and not plan.selects:
+        raise UsageError(
+            "no KV head of this plan keeps tokens by a gate, so there is none to train; use --train full or lora"
+        )
 
 
 def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: int) -> Any:
@@ -78,6 +82,11 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
             task_type="CAUSAL_LM", r=heal.rank, lora_alpha=2 * heal.rank, lora_dropout=0.0, target_modules="all-linear"
         )
         return get_peft_model(model, chosen)
+    if heal.train == "gates":
+        for module in model.modules():
+            if isinstance(module, TokenGate):
+                module.requires_grad_(True)
+        return model
     parts = [model] if heal.train == "full" else [decoder_layers(model)[layer] for layer in reuse_layers(plan)]
     for part in parts:
         part.requires_grad_(True)

@@ -168,9 +168,12 @@ class Plan:
 
     @property
     def changed_weights(self) -> str | None:
-        """What has changed a checkpoint's weights from the dense model's, "healed" or "repaired"; None where nothing has."""
+        """What has changed a checkpoint's weights from the dense model's, "healed" or "repaired"; None where nothing has.
+
+        Gates are no weights of the dense model.
+        """
         repaired, healed = self.provenance.get("repair"), self.provenance.get("heal")
-        if isinstance(healed, dict) and healed.get("improved"):
+        if isinstance(healed, dict) and healed.get("changed_weights", healed.get("improved")):
             return "healed"
         return "repaired" if isinstance(repaired, dict) and repaired.get("penalty") is not None else None
 
@@ -188,6 +191,10 @@ class Plan:
     def with_notes(self, **notes: dict[str, Any]) -> Plan:
         """Returns the same rules with other `budget`, `quality` or `provenance`."""
         return replace(self, **notes)  # type: ignore[arg-type]
+
+    def with_gates(self, gates: GateWeights) -> Plan:
+        """Returns the same rules with other gates to choose by."""
+        return replace(self, gates=gates.fingerprint, gate_weights=gates)
 
     def check_model(self, model: ModelShape, *, weights: Callable[[str], str] | None) -> None:
         """Refuses a model that the plan was not made for.

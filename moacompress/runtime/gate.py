@@ -134,9 +134,27 @@ def take_gates_off(modules: Sequence[nn.Module]) -> None:
             delattr(module, NAME)
 
 
+def trained_scores(gate: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Returns what a gate that is being trained scores, not rounded, `[rows, kv_heads, tokens]`; None where it is not.
+
+    Gradients reach its weights, and not what enters the layer.
+    """
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in gate.parameters())):
+        return None
+    assert isinstance(gate, TokenGate)
+    return _scored(hidden.detach().float(), gate.weight.float(), gate.bias.float()).transpose(1, 2)
+
+
 def gate_scores(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns `weight . hidden + bias` in float32, `[..., kv_heads]`, without a gradient's way."""
-    return nn.functional.linear(hidden.detach().float(), weight.detach().float(), bias.detach().float())
+    return _scored(hidden.detach().float(), weight.detach().float(), bias.detach().float())
+
+
+def _scored(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return nn.functional.linear(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would choose other tokens
+        return nn.functional.linear(hidden, weight, bias)
 
 
 def rounded_scores(scores: Tensor) -> Tensor:

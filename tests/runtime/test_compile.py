@@ -11,6 +11,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach
 from moacompress.runtime.cache.plan_cache import PlanCache
+from tests.runtime.test_gates import gated_plan
 
 TOLERANCE = 1e-4
 
@@ -60,6 +61,13 @@ def assert_no_breaks(model, ids, prompt, mask=None):
 def test_every_family_has_no_breaks(family, tiny_model, random_plan, token_ids):
     model = tiny_model(family)
     attach(model, random_plan(model_shape(model), 5))
+    assert_no_breaks(model, token_ids(2, 112), 90)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_nor_have_gates(family, tiny_model, token_ids):
+    model = tiny_model(family)
+    attach(model, gated_plan(model, 5))
     assert_no_breaks(model, token_ids(2, 112), 90)
 
 

@@ -62,7 +62,7 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    context, cache, gate_scores = call
+    context, cache, *of_gates = call
     handed = kwargs.get(HANDED)
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     if context.share is not None:
@@ -72,10 +72,12 @@ def attention_forward(
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
-        return take(AttendRequest(context, cache, *tensors, scores, gate_scores)), None
-    if not (torch.is_grad_enabled() and query.requires_grad):
+        return take(AttendRequest(context, cache, *tensors, scores, *of_gates)), None
+    if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
-        out = torch.ops.moacompress.attend(*tensors, handle, context.rules.columns, context.layer, *scores, gate_scores)
+        out = torch.ops.moacompress.attend(
+            *tensors, handle, context.rules.columns, context.layer, *scores, call.gate_scores
+        )
         return out, None
     backend = backend_for(query)
     able = backend.capabilities
@@ -84,7 +86,7 @@ def attention_forward(
         chunk, rules = straight_through(context, query, key, value)
         whole = prefill_alone(backend, *chunk, rules=rules, scores=scores).to(query.dtype)
         return whole.transpose(1, 2).contiguous(), None
-    return _take_around(context, cache, *tensors, scores, gate_scores), None
+    return _take_around(context, cache, *tensors, scores, *of_gates), None
 
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]

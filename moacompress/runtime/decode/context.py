@@ -17,6 +17,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.gate import trained_scores
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
@@ -107,11 +108,13 @@ class LayerCall(NamedTuple):
         context: the layer's part of the plan.
         cache: the model's, or None.
         gate_scores: of the tokens, int16 `[rows, kv_heads, tokens]`; None where no rule selects.
+        trained_scores: the same before they are rounded, where gates are trained; else None.
     """
 
     context: LayerContext
     cache: PlanCache | None
     gate_scores: torch.Tensor | None = None
+    trained_scores: torch.Tensor | None = None
 
 
 @dataclass
@@ -124,7 +127,8 @@ class AttentionHook:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         call = self.call(module, kwargs)
         if self.context.selects:
-            call = call._replace(gate_scores=module.gate(given_hidden(args, kwargs)))
+            hidden = given_hidden(args, kwargs)
+            call = call._replace(gate_scores=module.gate(hidden), trained_scores=trained_scores(module.gate, hidden))
         return args, {**kwargs, CONTEXT: call}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:

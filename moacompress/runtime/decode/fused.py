@@ -71,7 +71,7 @@ class _FusedAttention:
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        context, cache, _ = call
+        context, cache, *_ = call
         if torch.compiler.is_compiling():
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)

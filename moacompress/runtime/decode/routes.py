@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.cache.chosen_tokens import passing_tokens
+from moacompress.runtime.cache.chosen_tokens import Selection, passing_tokens
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
+from moacompress.runtime.decode.gate_gradients import Chosen, with_gate_gradients
 from moacompress.runtime.decode.selected import attend_kept
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
@@ -203,6 +205,8 @@ class Plain(Route[AttendRequest]):
             passing=passing,
         )
         out = out.to(query.dtype)
+        if request.trained_scores is not None:
+            out = _with_gate_gradients(request, out, asked, selection)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
@@ -210,6 +214,27 @@ class Plain(Route[AttendRequest]):
         if chunk.real is not None and not chunk.real[:, -1].all():
             out = _with_padded_ends(request, key, value, out, passing)
         return out.transpose(1, 2).contiguous()
+
+
+def _with_gate_gradients(
+    request: AttendRequest,
+    out: torch.Tensor,
+    asked: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    selection: Selection | None,
+) -> torch.Tensor:
+    """Returns `out` with gradients for the gates that chose, see `gate_gradients`.
+
+    Raises:
+        UnsupportedError: there is a cache, or padding.
+    """
+    assert selection is not None
+    assert request.trained_scores is not None
+    if request.cache is not None or request.chunk.real is not None:
+        raise UnsupportedError(
+            "gates are trained on whole rows: call the model with use_cache=False and without padding, or freeze them"
+        )
+    rules = RuleTable(request.context.rules.columns.numpy())
+    return with_gate_gradients(out, request.trained_scores, *asked, Chosen(rules, selection.turnovers, request.scores))
 
 
 def straight_through(

@@ -39,6 +39,7 @@ class AttendRequest:
         mask: which tokens are real, bool `[batch, tokens]`, or None where all are.
         scores: how scores are made; learned logits `[heads]`.
         gate_scores: of the tokens, int16 `[batch, kv_heads, tokens]`; None where no rule selects.
+        trained_scores: see `LayerCall`.
     """
 
     context: LayerContext
@@ -49,6 +50,7 @@ class AttendRequest:
     mask: torch.Tensor | None
     scores: Scores
     gate_scores: torch.Tensor | None = None
+    trained_scores: torch.Tensor | None = None
     layers = 1
 
     @property

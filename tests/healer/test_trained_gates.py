@@ -1,0 +1,110 @@
+"""A heal of gates: they choose other tokens, the rest of the checkpoint stays, and its plan is one of the new gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moacompress
+from moacompress.core.errors import UsageError
+from moacompress.evaluation.checkpoint import load_checkpoint
+from moacompress.healer.heal_estimate import estimate_heal
+from moacompress.healer.healing import heal
+from moacompress.models.source import load_source
+from moacompress.recipe import Recipe
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime.hf.attaching import attached_plan
+from tests.healer.test_healing import measured, weights
+
+Place = dict[str, Path]
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def gated(healable: Place, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Returns a checkpoint of the dense model, two thirds of whose KV heads choose by gates of random weights."""
+    source, rng = load_source(healable["dense"]), np.random.default_rng(5)
+    layers, kv_heads = source.shape.layers, source.shape.kv_heads
+    inputs = source.model.config.hidden_size
+    weight = rng.standard_normal((layers, kv_heads, inputs), np.float32) / np.float32(8)
+    gates = GateWeights(weight, np.zeros((layers, kv_heads), np.float32))
+    choosing, window = Rule(4, 0, 0, select_alpha=8), Rule(4, 40, 0)
+    rules = tuple(
+        tuple((choosing, choosing, window)[(layer + head) % 3] for head in range(kv_heads)) for layer in range(layers)
+    )
+    plan = Plan(source.shape, 16, rules).with_gates(gates)
+    folder = tmp_path_factory.mktemp("gated") / "model"
+    moacompress.attach(source.model, plan).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    plan.save(folder / "plan.json")
+    return folder
+
+
+def test_gates_are_healed(gated: Path, healable: Place, small: Make, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "profile": healable["profile"],
+        "teacher": str(healable["dense"]),
+        "recipe": small(train="gates", lr=3e-2, steps=8, batch=1000),
+    }
+    done = heal(gated, tmp_path / "out", **asked)
+    before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
+    assert done.notes["improved"]
+    assert after < 0.97 * before
+    found = measured(healable, done.folder)
+    assert sum(found) / len(found) == pytest.approx(after, rel=1e-3)
+    old, new = weights(gated), weights(done.folder)
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert changed == {name for name in old if ".gate." in name}
+    plan, before_it = Plan.load(done.folder / "plan.json"), Plan.load(gated / "plan.json")
+    assert plan.rules == before_it.rules
+    assert plan.gate_weights is not None
+    assert plan.gates == plan.gate_weights.fingerprint != before_it.gates
+    assert plan.changed_weights is None  # those of the dense model are as they were
+    checkpoint = load_checkpoint(done.folder, "float32", "cpu")
+    assert checkpoint.plan.key() == plan.key()
+    loaded = attached_plan(AutoModelForCausalLM.from_pretrained(done.folder))
+    assert loaded is not None
+    assert loaded.gate_weights is not None
+    for layer, row in enumerate(plan.rules):
+        if any(rule.selects for rule in row):
+            assert np.array_equal(loaded.gate_weights.weight[layer], plan.gate_weights.weight[layer])
+    assert not heal(gated, tmp_path / "out", **asked).losses  # it is there
+
+
+def test_healed_weights_stay_healed(gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
+    asked: dict[str, Any] = {"profile": healable["profile"], "teacher": str(healable["dense"])}
+    first = heal(gated, tmp_path / "first", recipe=small(train="full", steps=2, evaluations=1), **asked)
+    assert first.plan.changed_weights == "healed"
+    second = heal(
+        first.folder, tmp_path / "second", recipe=small(train="gates", lr=1e-2, steps=1, evaluations=1), **asked
+    )
+    assert second.plan.changed_weights == "healed"
+
+
+def test_what_it_takes(gated: Path, healable: Place, small: Make) -> None:
+    found = estimate_heal(
+        gated, profile=healable["profile"], teacher=str(healable["dense"]), recipe=small(train="gates", steps=7)
+    )
+    plan = Plan.load(gated / "plan.json")
+    assert plan.gate_weights is not None
+    gates = [
+        gate
+        for gate, row in zip(plan.gate_weights.weight, plan.rules, strict=True)
+        if any(each.selects for each in row)
+    ]
+    assert found.trained_parameters == sum(gate.size + len(gate) for gate in gates)
+    assert found.train_seconds > 0
+
+
+def test_a_plan_without_gates_is_refused(healable: Place, small: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none to train"):
+        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(train="gates"))
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,119 @@
+"""The gradient in what gates score: what outputs gain by each key, found by taking it away or adding it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.rule import Rule
+from moacompress.runtime.decode.attention import attention_forward
+from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from moacompress.runtime.decode.gate_gradients import MUCH, WIDTH
+from tests.runtime.test_gates import DIM, GROUP, MIN_WINDOW, MODULE, Case, visible
+
+
+def attended(case: Case, trained: torch.Tensor | None, mask: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
+    """What the layer gives of the whole case without a cache, `[rows, n, heads, dim]`."""
+    given[CONTEXT] = LayerCall(LayerContext.of(0, case.rules, MIN_WINDOW, None), None, case.scores, trained)
+    return attention_forward(MODULE, case.query, case.key, case.value, mask, **given)[0]
+
+
+class OneQuery:
+    """Attention of one query by the words of the definition.
+
+    Args:
+        raw: its scores, `[n]`.
+        value: `[n, dim]`.
+        sink: learned logit, or -inf.
+    """
+
+    def __init__(self, raw: torch.Tensor, value: torch.Tensor, sink: torch.Tensor) -> None:
+        self.raw, self.value, self.sink = raw, value, sink
+
+    def shares(self, mask: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.raw.masked_fill(~mask, -torch.inf), self.sink[None]]).softmax(-1)[:-1]
+
+    def gained(self, mask: torch.Tensor, j: int) -> torch.Tensor:
+        """What the output gains by key j: that with it less that without it, `[dim]`."""
+        with_it, without = mask.clone(), mask.clone()
+        with_it[j], without[j] = True, False
+        outs = [self.shares(seen) @ self.value for seen in (with_it, without)]
+        share = self.shares(mask)[j]
+        if share > 1 - MUCH:  # of a key that is nearly all there is, no more is said than this
+            return share / MUCH * (self.value[j] - outs[0])
+        return outs[0] - outs[1]
+
+
+def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor) -> torch.Tensor:
+    """The gradient in scores in units of 1."""
+    found = torch.zeros(case.scores.shape, dtype=torch.float64)
+    scores = case.scores.double() / 256
+    for row in range(case.rows):
+        for head, rule in enumerate(case.rules):
+            if not rule.selects:
+                continue
+            own, value = scores[row, head], case.value[row, head]
+            masks = visible(rule, case.scores[row, head].tolist(), case.n)
+            window = visible(Rule(rule.sink, rule.alpha, rule.beta_q), [0] * case.n, case.n)
+            raw = case.query[row, head * GROUP : (head + 1) * GROUP] @ case.key[row, head].T * DIM**-0.5
+            raw = torch.tanh(raw / softcap) * softcap if softcap else raw
+            for i in range(case.n):
+                there = [j for j in range(i) if not window[i, j]]
+                kept, out = [j for j in there if masks[i, j]], [j for j in there if not masks[i, j]]
+                if not kept or not out:
+                    continue
+                change = torch.zeros(len(there), dtype=torch.float64)
+                for number in range(GROUP):
+                    query = head * GROUP + number
+                    asking = OneQuery(raw[number, i], value, sinks[query])
+                    change += torch.stack([grad[row, i, query] @ asking.gained(masks[i], j) for j in there])
+                bound = (own[kept].min() + own[out].max()) / 2
+                near = torch.sigmoid((own[there] - bound) / WIDTH)
+                steep = near * (1 - near) / WIDTH
+                found[row, head, there] += (change - (change * steep).sum() / steep.sum()) * steep
+    return found
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "softcap and sinks"])
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_get_what_outputs_gain(seed: int, extras: bool) -> None:
+    case = Case(seed)
+    case.n = min(case.n, 90)
+    case.rules[0] = Rule(
+        4, 20, 0, select_alpha=(2, 7)[seed % 2]
+    )  # of some in a window of most, nothing contests a place
+    case.query, case.key, case.value, case.scores = (
+        tensor[:, :, : case.n].contiguous() for tensor in (case.query, case.key, case.value, case.scores)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    sinks = torch.randn(case.query.shape[1], generator=generator, dtype=torch.float64)
+    given: dict[str, Any] = {"softcap": 3.0, "s_aux": sinks} if extras else {}
+    trained = (case.scores.double() / 256).requires_grad_()
+    out = attended(case, trained, **given)
+    assert torch.equal(out, attended(case, None, **given))
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (found,) = torch.autograd.grad(out, trained, grad)
+    wanted = expected(case, grad, given.get("softcap", 0.0), sinks if extras else torch.full_like(sinks, -torch.inf))
+    assert case.n < 40 or wanted[:, 0].any()
+    assert torch.allclose(found.double(), wanted, rtol=1e-3, atol=1e-4 * max(float(wanted.abs().max()), 1e-3))
+
+
+def test_other_gradients_are_as_they_were() -> None:
+    case = Case(3)
+    case.query, case.key, case.value = (each.requires_grad_() for each in (case.query, case.key, case.value))
+    asked = (case.query, case.key, case.value)
+    trained = (case.scores.double() / 256).requires_grad_()
+    ours, plain = (torch.autograd.grad(attended(case, each).square().sum(), asked) for each in (trained, None))
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+def test_padding_is_refused() -> None:
+    case = Case(1)
+    trained = (case.scores.double() / 256).requires_grad_()
+    real = torch.ones(case.rows, case.n, dtype=torch.bool)
+    real[:, :3] = False
+    with pytest.raises(UnsupportedError, match="without padding"):
+        attended(case, trained, mask=real)
