@@ -448,7 +448,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
 def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
     """Returns the gates of the best state; the model that was trained has them afterwards."""
     _put_best(request.checkpoint.model, work)
-    gates = gates_on(attention_modules(request.checkpoint.model))
+    gates = gates_on(attention_modules(request.checkpoint.model), request.plan.gate_weights)
     assert gates is not None
     return gates
 

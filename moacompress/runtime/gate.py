@@ -112,17 +112,29 @@ def check_room(modules: Sequence[nn.Module]) -> None:
             )
 
 
-def gates_on(modules: Sequence[nn.Module]) -> GateWeights | None:
-    """Returns the weights of the gates that are on attention modules, zero where there is none; None where none has one."""
+def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) -> GateWeights | None:
+    """Returns the weights of the gates that are on attention modules; None where none has one.
+
+    Args:
+        modules: the attention of every layer.
+        others: the weights of gates of layers that have none, zero by default.
+    """
     gates = [getattr(module, NAME, None) for module in modules]
     there = [gate for gate in gates if isinstance(gate, TokenGate)]
     if not there:
         return None
 
     def stacked(name: str) -> npt.NDArray[np.float32]:
-        like = torch.zeros_like(getattr(there[0], name), dtype=torch.float32, device="cpu")
-        parts = [getattr(gate, name).detach().float().cpu() if isinstance(gate, TokenGate) else like for gate in gates]
-        return torch.stack(parts).numpy()
+        found = (
+            np.zeros((len(gates), *getattr(there[0], name).shape), np.float32)
+            if others is None
+            else getattr(others, name)
+        )
+        of_module = [
+            getattr(gate, name).detach().float().cpu().numpy() if isinstance(gate, TokenGate) else None
+            for gate in gates
+        ]
+        return np.stack([one if own is None else own for one, own in zip(found, of_module, strict=True)])
 
     return GateWeights(stacked("weight"), stacked("bias"))
 
