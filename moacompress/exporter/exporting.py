@@ -73,7 +73,7 @@ def export(
 
     progress = progress or Progress()
     out = Path(out)
-    plan = unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan))
+    plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
     profile = _read_profile(repair)
     reused = not overwrite and out.exists()
     if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
@@ -154,6 +154,15 @@ def _with_repair(plan: Plan, report: dict[str, Any]) -> Plan:
 def unrepaired(plan: Plan) -> Plan:
     """Returns a plan without the notes of a repair, which are of a checkpoint's weights and not of the plan."""
     return plan.with_notes(provenance={name: note for name, note in plan.provenance.items() if name != "repair"})
+
+
+def _unhealed(plan: Plan) -> Plan:
+    """Returns a plan without the notes of a heal of weights, which are of a checkpoint; those of gates are of the plan too."""
+    heal = plan.provenance.get("heal")
+    kept = {name: note for name, note in plan.provenance.items() if name != "heal"}
+    if isinstance(heal, dict) and heal.get("train") == "gates":
+        kept["heal"] = {**heal, "changed_weights": False}
+    return plan.with_notes(provenance=kept)
 
 
 def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuation:

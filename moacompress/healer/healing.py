@@ -203,7 +203,8 @@ def heal(
         history = _trained(request, data, arguments, work, progress)
         plan = _noted(request, data, history)
         if request.heal.train == "gates" and history.best is not None:
-            plan = plan.with_gates(_trained_gates(request, work))
+            gates = _trained_gates(request, work) if processes.rank() == 0 else None
+            plan = plan.with_gates(processes.agreed(gates))
         result = HealResult(out, plan, tuple(history.losses))
         if processes.rank() == 0:
             _write(result, request, history, work, overwrite, progress)

@@ -85,7 +85,8 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
     if heal.train == "gates":
         for module in model.modules():
             if isinstance(module, TokenGate):
-                module.requires_grad_(True)
+                module.trained = True
+                module.weight.requires_grad_(True)  # what a bias adds to all scores of a KV head chooses nothing
         return model
     parts = [model] if heal.train == "full" else [decoder_layers(model)[layer] for layer in reuse_layers(plan)]
     for part in parts:

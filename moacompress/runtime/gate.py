@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
+from moacompress.runtime import autocast
 
 UNIT = 256
 """Scores are kept in 1/256: a gate's have a variance of 1, and what another matrix product makes of the last bits is less."""
@@ -29,6 +30,8 @@ class TokenGate(nn.Module):
     """
 
     added_by_moacompress = True
+    trained = False
+    """Whether its weights learn: its scores then have gradients, which `from_pretrained`'s `requires_grad` does not ask for."""
 
     def __init__(
         self, kv_heads: int, inputs: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -151,9 +154,8 @@ def trained_scores(gate: nn.Module, hidden: Tensor) -> Tensor | None:
 
     Gradients reach its weights, and not what enters the layer.
     """
-    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in gate.parameters())):
+    if not (isinstance(gate, TokenGate) and gate.trained and torch.is_grad_enabled()):
         return None
-    assert isinstance(gate, TokenGate)
     return _scored(hidden.detach().float(), gate.weight.float(), gate.bias.float()).transpose(1, 2)
 
 
@@ -163,7 +165,7 @@ def gate_scores(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _scored(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast.is_on(hidden):
         return nn.functional.linear(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would choose other tokens
         return nn.functional.linear(hidden, weight, bias)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moacompress
-from moacompress.core.errors import UsageError
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.healer.heal_estimate import estimate_heal
 from moacompress.healer.healing import heal
@@ -22,7 +22,7 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime.hf.attaching import attached_plan
-from tests.healer.test_healing import measured, weights
+from tests.healer.test_healing import StopAfter, measured, weights
 
 Place = dict[str, Path]
 Make = Callable[..., Recipe]
@@ -55,12 +55,12 @@ def test_gates_are_healed(gated: Path, healable: Place, small: Make, tmp_path: P
     done = heal(gated, tmp_path / "out", **asked)
     before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
     assert done.notes["improved"]
-    assert after < 0.97 * before
+    assert after < 0.95 * before  # by gradients of noise instead it is 0.96 and 1.00, by their negatives 0.99
     found = measured(healable, done.folder)
     assert sum(found) / len(found) == pytest.approx(after, rel=1e-3)
     old, new = weights(gated), weights(done.folder)
     changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
-    assert changed == {name for name in old if ".gate." in name}
+    assert changed == {name for name in old if name.endswith(".gate.weight")}
     plan, before_it = Plan.load(done.folder / "plan.json"), Plan.load(gated / "plan.json")
     assert plan.rules == before_it.rules
     assert plan.gate_weights is not None
@@ -79,6 +79,43 @@ def test_gates_are_healed(gated: Path, healable: Place, small: Make, tmp_path: P
         )  # a layer that chooses nothing keeps its gates
         assert np.array_equal(at_hand.weight[layer], plan.gate_weights.weight[layer])
     assert not heal(gated, tmp_path / "out", **asked).losses  # it is there
+
+
+def test_a_stopped_heal_of_gates_ends_as_one_that_was_not(
+    gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None
+) -> None:
+    recipe = small(train="gates", lr=1e-2, steps=3, evaluations=3)
+    asked: dict[str, Any] = {"profile": healable["profile"], "teacher": str(healable["dense"]), "recipe": recipe}
+    whole = heal(gated, tmp_path / "whole", **asked)
+    with pytest.raises(KeyboardInterrupt):
+        heal(gated, tmp_path / "out", progress=StopAfter(1), **asked)
+    resumed = heal(gated, tmp_path / "out", **asked)
+    assert resumed.losses == whole.losses
+    assert resumed.plan.gates == whole.plan.gates
+
+
+def test_an_export_of_the_plan_is_of_the_dense_weights(
+    gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moacompress.exporter.exporting.verify_fresh", lambda folder, expected: None)
+    asked: dict[str, Any] = {"profile": healable["profile"], "teacher": str(healable["dense"])}
+    full = heal(gated, tmp_path / "full", recipe=small(train="full", steps=1, evaluations=1), **asked)
+    assert full.plan.changed_weights == "healed"
+    with pytest.raises(ArtefactError, match="not of this plan"):
+        moacompress.export(str(healable["dense"]), full.folder / "plan.json", tmp_path / "full")
+    for _ in range(2):  # made, and found again
+        out = moacompress.export(str(healable["dense"]), full.folder / "plan.json", tmp_path / "out")
+    plan = Plan.load(out / "plan.json")
+    assert plan.changed_weights is None
+    assert "heal" not in plan.provenance
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "gates"])
+def test_in_bfloat16(train: str, gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
+    recipe = small(train=train, steps=2, evaluations=1).override(dtype="bfloat16")
+    done = heal(gated, tmp_path / "out", profile=healable["profile"], teacher=str(healable["dense"]), recipe=recipe)
+    assert all(np.isfinite(done.losses))
+    assert done.notes["computes_in"] == "bfloat16"
 
 
 def test_healed_weights_stay_healed(gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
@@ -102,7 +139,7 @@ def test_what_it_takes(gated: Path, healable: Place, small: Make) -> None:
         for gate, row in zip(plan.gate_weights.weight, plan.rules, strict=True)
         if any(each.selects for each in row)
     ]
-    assert found.trained_parameters == sum(gate.size + len(gate) for gate in gates)
+    assert found.trained_parameters == sum(gate.size for gate in gates)
     assert found.train_seconds > 0
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.reference.rounding import rounded
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
@@ -51,14 +53,18 @@ def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor
     """The gradient in scores in units of 1."""
     found = torch.zeros(case.scores.shape, dtype=torch.float64)
     scores = case.scores.double() / 256
+    keys, values = (
+        rounded(side, [FORMATS[getattr(rule, name)].code for rule in case.rules]).double()
+        for side, name in ((case.key, "key_format"), (case.value, "value_format"))
+    )
     for row in range(case.rows):
         for head, rule in enumerate(case.rules):
             if not rule.selects:
                 continue
-            own, value = scores[row, head], case.value[row, head]
+            own, value = scores[row, head], values[row, head]
             masks = visible(rule, case.scores[row, head].tolist(), case.n)
             window = visible(Rule(rule.sink, rule.alpha, rule.beta_q), [0] * case.n, case.n)
-            raw = case.query[row, head * GROUP : (head + 1) * GROUP] @ case.key[row, head].T * DIM**-0.5
+            raw = case.query[row, head * GROUP : (head + 1) * GROUP].double() @ keys[row, head].T * DIM**-0.5
             raw = torch.tanh(raw / softcap) * softcap if softcap else raw
             for i in range(case.n):
                 there = [j for j in range(i) if not window[i, j]]
@@ -77,26 +83,31 @@ def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor
     return found
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "softcap and sinks"])
-@pytest.mark.parametrize("seed", range(8))
-def test_scores_get_what_outputs_gain(seed: int, extras: bool) -> None:
-    case = Case(seed)
+@pytest.mark.parametrize(
+    ("extras", "formats"), [(False, False), (True, False), (False, True)], ids=["plain", "softcap and sinks", "formats"]
+)
+@pytest.mark.parametrize("seed", range(6))
+def test_scores_get_what_outputs_gain(seed: int, extras: bool, formats: bool) -> None:
+    case = Case(seed, formats, torch.float32 if formats else torch.float64)
     case.n = min(case.n, 90)
-    case.rules[0] = Rule(
-        4, 20, 0, select_alpha=(2, 7)[seed % 2]
-    )  # of some in a window of most, nothing contests a place
+    names = ("int4", "int8") if formats else ("native", "native")
+    # of some in a window of most, nothing contests a place
+    case.rules[0] = Rule(4, 20, 0, *names, select_alpha=(2, 7)[seed % 2])
     case.query, case.key, case.value, case.scores = (
         tensor[:, :, : case.n].contiguous() for tensor in (case.query, case.key, case.value, case.scores)
     )
     generator = torch.Generator().manual_seed(seed)
-    sinks = torch.randn(case.query.shape[1], generator=generator, dtype=torch.float64)
+    sinks = torch.randn(case.query.shape[1], generator=generator, dtype=torch.float64).to(case.query.dtype)
     given: dict[str, Any] = {"softcap": 3.0, "s_aux": sinks} if extras else {}
     trained = (case.scores.double() / 256).requires_grad_()
     out = attended(case, trained, **given)
-    assert torch.equal(out, attended(case, None, **given))
-    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    plain = attended(case, None, **given)
+    assert torch.allclose(out, plain, atol=1e-4) if formats else torch.equal(out, plain)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
     (found,) = torch.autograd.grad(out, trained, grad)
-    wanted = expected(case, grad, given.get("softcap", 0.0), sinks if extras else torch.full_like(sinks, -torch.inf))
+    wanted = expected(
+        case, grad.double(), given.get("softcap", 0.0), sinks if extras else torch.full_like(sinks, -torch.inf)
+    )
     assert case.n < 40 or wanted[:, 0].any()
     assert torch.allclose(found.double(), wanted, rtol=1e-3, atol=1e-4 * max(float(wanted.abs().max()), 1e-3))
 

@@ -277,6 +277,36 @@ def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Cal
     assert torch.allclose(alone, whole[1:], atol=tolerance)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gates"])
+def test_under_autocast(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], gated: bool) -> None:
+    """Weights in float32 and products in bfloat16, as in training on a GPU: whole, in steps, and the way back."""
+    model, ids = tiny_model("llama").eval(), token_ids(2, 100)
+    plan = gated_plan(model, 5) if gated else Plan.full(model_shape(model))
+    named = model.named_parameters()
+    made = [parameter.requires_grad_() for name, parameter in named if name.endswith("v_proj.weight")]
+
+    def found() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(ids, use_cache=False).logits.float()
+        return out, list(torch.autograd.grad(out.square().mean(), made))
+
+    dense, dense_grads = found()
+    attach(model, plan)
+    whole, grads = found()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = model(ids[:, :70]).cache
+        steps = torch.cat([model(ids[:, at : at + 1], cache=cache).logits for at in range(70, 100)], 1)
+    near = 0.05 * float(dense.detach().abs().max())
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+    if gated:  # scores may fall on either side of an edge in a step and in a whole row
+        assert (steps.float() - whole[:, 70:]).abs().median() < near
+        return
+    assert (whole - dense).abs().max() < near
+    assert (steps.float() - dense[:, 70:]).abs().max() < near
+    for ours, theirs in zip(grads, dense_grads, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
 def test_a_checkpoint_holds_its_gates(
     tiny_folder: Any, tiny_model: Callable[..., Any], token_ids: Any, tmp_path: Any
 ) -> None:
@@ -297,6 +327,11 @@ def test_a_checkpoint_holds_its_gates(
         expected = model(ids, use_cache=False).logits
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+    # with gradients on, as loaded: gates learn where they are told to
+    assert torch.allclose(loaded(ids).logits, expected, atol=1e-4)
+    assert loaded(
+        ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0), use_cache=False
+    ).logits.requires_grad
     out = loaded.generate(ids, max_new_tokens=8, num_beams=2, do_sample=False)
     assert out.shape[1] <= 98
     detach(model)

@@ -17,6 +17,7 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import planes_of, served, users_of
+from moacompress.runtime import autocast
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.cache.user_layer import UserCacheLayer
@@ -79,6 +80,7 @@ class PlanCache(Cache):
         """Takes note of a layer's chunk; see `PlanCacheLayer.update`."""
         if torch.compiler.is_compiling():  # the operator that attends takes the chunk itself
             return key_states, value_states
+        key_states, value_states = autocast.as_computed(key_states, value_states)
         return self.layers[layer_idx].update(key_states, value_states)
 
     def check_whole(self) -> None:

@@ -11,6 +11,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
+from moacompress.runtime import autocast
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
@@ -62,31 +63,49 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    context, cache, *of_gates = call
-    handed = kwargs.get(HANDED)
+    context, handed = call.context, kwargs.get(HANDED)
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
+    query, key, value = autocast.as_computed(query, key, value)
     if context.share is not None:
         query, key, s_aux = taken(handed, context.layer, context.share, query, s_aux)
     elif context.serves and handed is not None:
         handed[context.layer] = Handed(query, key, s_aux)
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
+    if not autocast.is_on(query):
+        return _attended(call, *tensors, scores), None
+    with torch.autocast(query.device.type, enabled=False):
+        return _attended(call, *tensors, scores), None
+
+
+def _attended(
+    call: LayerCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scores: Scores,
+) -> torch.Tensor:
+    """Returns what `attention_forward` does; autocast is off."""
+    context, cache, *of_gates = call
+    tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
-        return take(AttendRequest(context, cache, *tensors, scores, *of_gates)), None
+        return take(AttendRequest(context, cache, *tensors, scores, *of_gates))
     if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
-        out = torch.ops.moacompress.attend(
+        out: torch.Tensor = torch.ops.moacompress.attend(
             *tensors, handle, context.rules.columns, context.layer, *scores, call.gate_scores
         )
-        return out, None
+        return out
     backend = backend_for(query)
     able = backend.capabilities
     traced = able.prefill_gradients and able.traced and not context.selects
     if cache is None and attention_mask is None and traced:
         chunk, rules = straight_through(context, query, key, value)
         whole = prefill_alone(backend, *chunk, rules=rules, scores=scores).to(query.dtype)
-        return whole.transpose(1, 2).contiguous(), None
-    return _take_around(context, cache, *tensors, scores, *of_gates), None
+        return whole.transpose(1, 2).contiguous()
+    out = _take_around(context, cache, *tensors, scores, *of_gates)
+    return out
 
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]

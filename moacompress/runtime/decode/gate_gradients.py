@@ -3,7 +3,8 @@
 A model under a plan is what it is; only the way back differs. Of every key that competes for a place it is known what a query's
 output gains by it: `p / (1 - p) (value - output)` where it is kept, with the share `p` of the softmax, and `p (value - output)`
 where it is not and its share would be `p`. Whether it is seen is taken for a steep sigmoid of how far its score is above the
-least that is kept, and who gains a place takes it from others: over the keys that compete the changes add up to nothing.
+edge, midway between the least that is kept and the best that is not, and who gains a place takes it from others: over the keys
+that compete the changes add up to nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Chosen(NamedTuple):
     scores: Scores
 
 
-class _StraightThrough(torch.autograd.Function):
+class _ToScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, out: Tensor, gate_scores: Tensor, query: Tensor, key: Tensor, value: Tensor, chosen: Chosen
@@ -71,7 +72,7 @@ def with_gate_gradients(
         value: `[rows, kv_heads, tokens, value_dim]`, likewise.
         chosen: what gates chose.
     """
-    found = _StraightThrough.apply(out, gate_scores, query.detach(), key.detach(), value.detach(), chosen)  # type: ignore[no-untyped-call]
+    found = _ToScores.apply(out, gate_scores, query.detach(), key.detach(), value.detach(), chosen)  # type: ignore[no-untyped-call]
     assert isinstance(found, Tensor)
     return found
 

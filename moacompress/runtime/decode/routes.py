@@ -188,7 +188,8 @@ class Plain(Route[AttendRequest]):
             for tensor in (request.query, request.key, request.value)
         )
         asked, rules = (query, key, value), request.context.rules
-        if cache is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
+        learns = any(tensor.requires_grad for tensor in asked) or request.trained_scores is not None
+        if cache is None and torch.is_grad_enabled() and learns:
             asked, rules = straight_through(request.context, *asked)
         selection, passing = request.choose(), None
         if selection is not None:
