@@ -128,16 +128,13 @@ def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) ->
         return None
 
     def stacked(name: str) -> npt.NDArray[np.float32]:
-        found = (
-            np.zeros((len(gates), *getattr(there[0], name).shape), np.float32)
-            if others is None
-            else getattr(others, name)
-        )
-        of_module = [
-            getattr(gate, name).detach().float().cpu().numpy() if isinstance(gate, TokenGate) else None
-            for gate in gates
-        ]
-        return np.stack([one if own is None else own for one, own in zip(found, of_module, strict=True)])
+        found = np.zeros((len(gates), *getattr(there[0], name).shape), np.float32)
+        if others is not None:
+            found[:] = getattr(others, name)
+        for layer, gate in enumerate(gates):
+            if isinstance(gate, TokenGate):
+                found[layer] = getattr(gate, name).detach().float().cpu().numpy()
+        return found
 
     return GateWeights(stacked("weight"), stacked("bias"))
 

@@ -55,7 +55,7 @@ def test_gates_are_healed(gated: Path, healable: Place, small: Make, tmp_path: P
     done = heal(gated, tmp_path / "out", **asked)
     before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
     assert done.notes["improved"]
-    assert after < 0.95 * before  # by gradients of noise instead it is 0.96 and 1.00, by their negatives 0.99
+    assert after < 0.95 * before  # by noise in place of gradients 0.96 and 0.98, by their negatives never below
     found = measured(healable, done.folder)
     assert sum(found) / len(found) == pytest.approx(after, rel=1e-3)
     old, new = weights(gated), weights(done.folder)

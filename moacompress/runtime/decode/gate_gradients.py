@@ -93,18 +93,17 @@ def score_gradients(
     """
     rows, kv_heads, tokens, _ = key.shape
     grouped = [each.reshape(rows, kv_heads, -1, tokens, each.shape[-1]) for each in (grad, out, query)]
-    found = torch.zeros_like(gate_scores)
+    found, left = torch.zeros_like(gate_scores), chosen.rules.tokens_left(1 + np.arange(tokens))
     for row in range(rows):
         for head in range(kv_heads):
             made = chosen.turnovers[row][head]
             if made is None:
                 continue
             parts = (each[row, head].float() for each in (*grouped, key, value))
-            left = RuleTable(chosen.rules.columns[:, head : head + 1]).tokens_left(1 + np.arange(tokens))[:, 0]
             span = Span(*chosen.rules.columns[: len(Span._fields), head].tolist())
             logits = chosen.scores.sink_logits
             own = None if logits is None else logits.view(kv_heads, -1)[head].float()
-            competing = _Competing.of(gate_scores[row, head], made, left, span)
+            competing = _Competing.of(gate_scores[row, head], made, left[:, head], span)
             found[row, head] = _of_head(
                 *parts, competing=competing, span=span, scores=chosen.scores._replace(sink_logits=own)
             )
