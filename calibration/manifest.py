@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from moacompress.core.artefact_names import (
     of_profile,
     owner_of_folder,
 )
-from moacompress.core.errors import ArtefactError, MoaCompressError
-from moacompress.core.files import fingerprint, read_json, remove, sweep_files, write_json
+from moacompress.core.errors import ArtefactError, MoaCompressError, one_line
+from moacompress.core.files import BrokenJson, fingerprint, read_json, remove, sweep_files, write_json, write_text
+from moacompress.core.version import own_version
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import SINKS, Rule
@@ -28,6 +30,12 @@ DISTANCE_BINS = 18
 """Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
 FORMAT = "moacompress-profile"
 VERSION = 2
+MADE_BY = "moacompress_version"
+"""Key of the version of moacompress that wrote a manifest; no fingerprint has it."""
+
+
+class DamagedProfile(ArtefactError):
+    """A file of a profile that is not as it was written; the same profile command repairs it."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +105,16 @@ class Manifest:
             "min_window": self.recipe.profile.min_window,
         }
         complete = data.pop("complete")
-        write_json(folder / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, **data, "complete": complete})
+        marks = {"format": FORMAT, "version": VERSION, MADE_BY: own_version()}
+        write_json(folder / MANIFEST_FILE, {**marks, **data, "complete": complete})
 
     @staticmethod
     def read(folder: Path) -> Manifest:
         """Reads `profile.json`.
 
         Raises:
-            ArtefactError: missing, of a newer version, or damaged.
+            DamagedProfile: no JSON.
+            ArtefactError: missing, cannot be opened, or sound JSON that this version does not accept.
         """
         path = folder / MANIFEST_FILE
         if not path.exists():
@@ -136,7 +146,11 @@ class Manifest:
                 **{name: str(data[name]) for name in names},
             )
         except (KeyError, TypeError, ValueError, AttributeError, MoaCompressError) as error:
-            raise damaged(path, str(error)) from error
+            why = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+            raise ArtefactError(
+                f"{path} was made by {_maker(data)} and moacompress {own_version()} cannot read it: {why}; use the version "
+                "that made it, or profile into another folder or with --overwrite"
+            ) from error
 
 
 def request_fingerprint(
@@ -179,19 +193,47 @@ def request_fingerprint(
 
 
 def recipe_in(folder: Path, model: str | None) -> Recipe | None:
-    """Returns the recipe of what was profiled in a folder; None where nothing was, or another model.
+    """Returns the recipe of what was profiled in a folder; None where nothing was, another model, or it is damaged.
 
     Args:
         folder: of a profile, or to become one.
         model: that is to be profiled; None for the one in the recipe.
+
+    Raises:
+        ArtefactError: a profile that this version does not accept, or something else of that name.
     """
-    if not _has_begun(folder):
-        return None
-    try:
-        found = Manifest.read(folder)
-    except ArtefactError:
+    found = _read(folder) if _has_begun(folder) else None
+    if found is None:
         return None
     return found.recipe if model is None or found.source in (model, str(Path(model).resolve())) else None
+
+
+def is_profile(folder: Path) -> bool:
+    """Whether a folder is that of a profile: of any version, finished or not, and also where its manifest is damaged."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return False
+    try:
+        _head(path)
+    except DamagedProfile:
+        return True
+    except ArtefactError:
+        return False
+    return True
+
+
+def _read(folder: Path) -> Manifest | None:
+    """Returns the manifest in a folder; None where there is none, or one that is damaged and can be made again.
+
+    Raises:
+        ArtefactError: sound JSON that this version does not accept, or it cannot be opened.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        return Manifest.read(folder)
+    except DamagedProfile:
+        return None
 
 
 def _has_begun(folder: Path) -> bool:
@@ -214,8 +256,11 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         for statistics that the earlier one did not record.
 
     Raises:
-        ArtefactError: the folder holds something else and `overwrite` is False, or cannot be written.
+        ArtefactError: the folder holds something else, or a profile that is of another request or that this version does not
+            accept, and `overwrite` is False; nothing in it is touched. Or it cannot be written.
     """
+    if not overwrite:
+        _read(folder)
     _sweep(folder)
     found = _same_request(folder, manifest, overwrite)
     if found is None:
@@ -247,7 +292,8 @@ def clear_profile(folder: Path) -> None:
         return
     try:
         found = Manifest.read(folder)
-    except ArtefactError:  # it is repaired when a profile is made
+    except ArtefactError:  # damaged, or of another version
+        write_text(manifest, "")  # which is repaired when a profile is made
         return
     Manifest(found.source, found.shape, found.rules, found.recipe, found.request, found.around).write(folder)
 
@@ -274,52 +320,53 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
         return None
     if folder.is_dir() and not set(folder.iterdir()) - {owner_of_folder(folder)}:
         return None
-    path = folder / MANIFEST_FILE
-    if path.is_file():
-        if overwrite:
-            return None
-        try:
-            found = Manifest.read(folder)
-        except ArtefactError:
-            # Nothing in it can be trusted but files that carry this profile's own fingerprint, and those are checked.
-            if _foreign(path):
-                raise
-            _forget_samples(folder)
-            return replace(manifest, seconds=0.0)
-        if found.request == manifest.request:
-            return found
-        if not _has_begun(folder):
-            return None  # the other request failed before anything was saved
-        raise ArtefactError(
-            f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
-            f"one is {manifest.request}); choose another folder or pass --overwrite"
-        )
     # not even with --overwrite: a mistyped folder must not cost somebody's files
-    raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
+    if overwrite:
+        with suppress(DamagedProfile):
+            _head(folder / MANIFEST_FILE)
+        return None
+    found = _read(folder)
+    if found is None:
+        # Nothing in it can be trusted but files that carry this profile's own fingerprint, and those are checked.
+        _forget_samples(folder)
+        return replace(manifest, seconds=0.0)
+    if found.request == manifest.request:
+        return found
+    if not _has_begun(folder):
+        return None  # the other request failed before anything was saved
+    raise ArtefactError(
+        f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
+        f"one is {manifest.request}); choose another folder or pass --overwrite"
+    )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _head(path: Path) -> dict[str, Any]:
+    """Reads a manifest of any version."""
     try:
         data = read_json(path, "profile")
-    except ArtefactError as error:
+    except BrokenJson as error:
         raise damaged(path, str(error)) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ArtefactError(f'{path} is not that of a profile: its "format" is not {FORMAT!r}; choose another folder')
+    return data
+
+
+def _json(path: Path) -> dict[str, Any]:
+    data = _head(path)
     version = data.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if type(version) is not int or version > VERSION:
         raise ArtefactError(
-            f"{path} has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress"
+            f"{path} was made by {_maker(data)} and has version {version}, this moacompress reads up to {VERSION}; upgrade "
+            "moacompress, or profile into another folder or with --overwrite"
         )
     return data
 
 
-def _foreign(path: Path) -> bool:
-    """Whether a damaged-looking `profile.json` is sound JSON of someone else, or of a newer moacompress."""
-    try:
-        data = read_json(path, "profile")
-    except ArtefactError:
-        return False
-    return not (isinstance(data, dict) and data.get("format") == FORMAT and data.get("version") == VERSION)
+def _maker(data: dict[str, Any]) -> str:
+    version = data.get(MADE_BY)
+    return f"moacompress {version}" if version else "an unnamed version of moacompress"
 
 
 def _sweep(folder: Path) -> None:
@@ -339,9 +386,9 @@ def _forget_samples(folder: Path) -> None:
     remove(folder / name for name in (CALIBRATION_FILE, VALIDATION_FILE))
 
 
-def damaged(path: Path, why: str) -> ArtefactError:
+def damaged(path: Path, why: str) -> DamagedProfile:
     """Returns the error for a file of a profile that is not as it was written."""
-    return ArtefactError(f"profile file {path} is damaged: {why}; run the same profile command again to repair it")
+    return DamagedProfile(f"profile file {path} is damaged: {why}; run the same profile command again to repair it")
 
 
 def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:

@@ -303,7 +303,8 @@ class Profile:
         """Reads a finished profile.
 
         Raises:
-            ArtefactError: missing, half-written or corrupted; the message names the file and says what to do.
+            ArtefactError: missing, half-written, corrupted, or of a version that this one does not read; the message names the
+                file and says what to do.
         """
         path = Path(path)
         head = Manifest.read(path)

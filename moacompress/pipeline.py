@@ -259,11 +259,11 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration.manifest import clear_profile
+    from moacompress.calibration.manifest import clear_profile, is_profile
 
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
-    for folder, is_ours in ((profile, _is_profile), (out / MODEL_FOLDER, is_compressed)):
+    for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):
         # not even with --overwrite: a mistyped folder must not cost somebody's files
         if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
@@ -283,10 +283,6 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         remove([path for path in going if path.parent != profile])
     with suppress(OSError):  # there are other files in it
         profile.rmdir()
-
-
-def _is_profile(folder: Path) -> bool:
-    return (folder / MANIFEST_FILE).is_file()
 
 
 def _is_within(path: str | Path, folder: Path) -> bool:

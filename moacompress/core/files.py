@@ -24,6 +24,10 @@ _RANDOM = "[a-z0-9_]{8}"
 """What makes the name of a folder or file aside its own: `tempfile`'s letters, and those of `_aside`."""
 
 
+class BrokenJson(ArtefactError):
+    """A file that was read and is no JSON, such as one that was cut off."""
+
+
 def canonical_json(value: Any) -> str:
     """Returns one line of JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -134,7 +138,8 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         max_bytes: the largest size that is read.
 
     Raises:
-        ArtefactError: missing, too large, not UTF-8 or not JSON.
+        BrokenJson: not UTF-8 or not JSON.
+        ArtefactError: missing, cannot be opened, or too large.
     """
     path = Path(path)
     try:
@@ -145,7 +150,7 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     except OSError as error:
         raise ArtefactError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
-        raise ArtefactError(f"{what} {path} is not valid JSON: {error}") from error
+        raise BrokenJson(f"{what} {path} is not valid JSON: {error}") from error
 
 
 @contextmanager

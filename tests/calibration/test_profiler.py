@@ -257,6 +257,24 @@ def test_a_damaged_profile_is_repaired(source: SourceModel, tmp_path: Path, data
     assert len(done) == 4  # no sample was profiled twice
 
 
+def test_a_profile_of_another_version_keeps_its_samples(
+    source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
+) -> None:
+    out = tmp_path / "p"
+    profile(source, out, RECIPE)
+    head = json.loads((out / "profile.json").read_text())
+    head["recipe"]["search"]["wings"] = 2
+    (out / "profile.json").write_text(json.dumps(head))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for recipe in (RECIPE, RECIPE.override(seed=1)):
+        with pytest.raises(ArtefactError, match=r"made by moacompress \S+ and .* unknown key 'search.wings'"):
+            profile(source, out, recipe)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert len(done) == 4
+    profile(source, out, RECIPE, overwrite=True)
+    assert len(done) == 8
+
+
 @pytest.mark.skipif(
     bool(os.environ.get("MOACOMPRESS_TEST_BACKEND")), reason="the other process has the product's own backends alone"
 )

@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.manifest import Manifest, prepare, request_fingerprint
+from moacompress.calibration.manifest import (
+    Manifest,
+    clear_profile,
+    is_profile,
+    prepare,
+    recipe_in,
+    request_fingerprint,
+)
 from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
 from moacompress.core.errors import ArtefactError, UsageError
+from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
@@ -181,6 +189,84 @@ def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
     assert (folder / "influence.safetensors").exists()
 
 
+def change(folder: Path, **fields: Any) -> None:
+    """Changes fields of the head, as another version might have written them."""
+    path = folder / "profile.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def of_another_version() -> list[dict[str, Any]]:
+    recipe = RECIPE.resolved()
+    return [
+        {"recipe": {**recipe, "wings": 2}},
+        {"recipe": {**recipe, "profile": {**recipe["profile"], "estimator": "oracle"}}},
+        {"rules": [[4, 32, 0, "int3", "int3"]]},
+        {"shape": {**SHAPE.to_dict(), "wings": 2}},
+        {"version": 3},
+        {"version": "2b"},
+        {"skipped": None},
+    ]
+
+
+@pytest.mark.parametrize("made_by", ["9.9.9", None])
+@pytest.mark.parametrize("fields", of_another_version(), ids=lambda fields: next(iter(fields)))
+def test_a_profile_of_another_version_is_refused_and_not_touched(
+    folder: Path, fields: dict[str, Any], made_by: str | None
+) -> None:
+    change(folder, moacompress_version=made_by, **fields)
+    (folder / ".profile.json.abcdefgh.tmp").write_text("half a fi")
+    before = contents(folder)
+    by = f"moacompress {made_by}" if made_by else "an unnamed version of moacompress"
+    for use in (
+        lambda: Profile.load(folder),
+        lambda: recipe_in(folder, "some/model"),
+        lambda: prepare(folder, head(), False),
+        lambda: prepare(folder, head(request="another"), False),
+    ):
+        with pytest.raises(ArtefactError, match=f"profile.json was made by {by} and ") as error:
+            use()
+        assert "\n" not in str(error.value)
+        assert contents(folder) == before
+    assert prepare(folder, head(), True) == head()
+    assert list(contents(folder)) == ["profile.json"]
+
+
+def test_what_cannot_be_opened_is_not_taken_for_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", denied)
+        with pytest.raises(ArtefactError, match="cannot read profile .*: Permission denied"):
+            prepare(folder, head(), False)
+    assert contents(folder) == before
+
+
+def test_the_version_is_recorded_and_in_no_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads((folder / "profile.json").read_text())
+    assert found["moacompress_version"] == own_version()
+    monkeypatch.setattr("moacompress.calibration.manifest.own_version", lambda: "9.9.9")
+    assert head() == prepare(folder.parent / "later", head(), False)
+    assert json.loads((folder.parent / "later" / "profile.json").read_text())["moacompress_version"] == "9.9.9"
+    assert prepare(folder, head(), False).complete
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: change(path.parent, version=3)], ids=["cut", "another version"])
+def test_a_cleared_folder_with_other_files_is_free_again(folder: Path, damage: Any) -> None:
+    (folder / "notes.txt").write_text("mine")
+    damage(folder / "profile.json")
+    clear_profile(folder)
+    assert sorted(contents(folder)) == ["notes.txt", "profile.json"]
+    assert is_profile(folder)
+    assert prepare(folder, head(), False) == head()
+
+
 def forget_formats(folder: Path) -> None:
     """Makes a profile one of a version that knew of no formats."""
     path = folder / "profile.json"
@@ -235,9 +321,11 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "profile.json").write_text('{"format": "something else"}')
-    with pytest.raises(ArtefactError, match="format"):
-        prepare(foreign, head(), False)
-    assert prepare(foreign, head(), True) == head()
+    assert not is_profile(foreign)
+    for overwrite in (False, True):
+        with pytest.raises(ArtefactError, match="format"):
+            prepare(foreign, head(), overwrite)
+    assert (foreign / "profile.json").read_text() == '{"format": "something else"}'
 
 
 def test_a_request_that_failed_before_anything_was_saved_is_in_nobodys_way(tmp_path: Path) -> None:
