@@ -104,7 +104,7 @@ def reading(bytes_: int) -> Callable[[], Any]:
 def peak_flops() -> float:
     """Returns multiplications and additions a second that matrix products in float32 reach, by MKL or oneDNN."""
     size = 1024
-    x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False).requires_grad_(False)
+    x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False).eval().requires_grad_(False)
     packed = copy.deepcopy(layer)
     pack_weights(packed)
     return 2 * size**3 / (min(medians_ms([lambda: layer(x), lambda: packed(x)], 9)) / 1e3)

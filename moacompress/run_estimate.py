@@ -17,6 +17,7 @@ from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.runtime.linear import weight_of
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.search_estimate import search_seconds
 
@@ -111,9 +112,9 @@ def _products(source: SourceModel, dtype: torch.dtype) -> float:
     """Returns the seconds of one of the model's products of matrices in a dtype."""
     linear = max(
         (module for module in source.model.modules() if isinstance(module, torch.nn.Linear)),
-        key=lambda module: min(module.weight.shape),
+        key=lambda module: min(module.in_features, module.out_features),
     )
-    weight = linear.weight.detach().to(dtype)
+    weight = weight_of(linear).detach().to(dtype)
     x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
     taken = []
     for _ in range(TURNS):

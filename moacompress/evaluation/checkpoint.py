@@ -158,7 +158,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     weights_version(plan.model.weights_fingerprint)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval().requires_grad_(False)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except MoaCompressError:

@@ -16,15 +16,16 @@ import transformers.modeling_utils  # noqa: F401
 if TYPE_CHECKING:
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.hf.attaching import attach, detach
-    from moacompress.runtime.linear import pack_weights
+    from moacompress.runtime.linear import pack_weights, unpack_weights
 
-__all__ = ["PlanCache", "attach", "detach", "pack_weights"]
+__all__ = ["PlanCache", "attach", "detach", "pack_weights", "unpack_weights"]
 
 _HOMES = {
     "PlanCache": "moacompress.runtime.cache.plan_cache",
     "attach": "moacompress.runtime.hf.attaching",
     "detach": "moacompress.runtime.hf.attaching",
     "pack_weights": "moacompress.runtime.linear",
+    "unpack_weights": "moacompress.runtime.linear",
 }
 
 

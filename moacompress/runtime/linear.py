@@ -2,8 +2,12 @@
 
 torch hands products in float32 to MKL, which packs a weight anew for every product and, on AMD's processors, leaves much of the
 machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a second copy: the model
-keeps its own for everything else (embeddings tied to it, checkpoints, training). A few rows, as of a decode step, are
-multiplied by the compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
+keeps its own for everything else (embeddings tied to it, checkpoints). A few rows, as of a decode step, are multiplied by the
+compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
+
+A copy can be stale, and not every write to a tensor shows: those through `.data` and of optimizers' fused kernels change no
+version. So only weights that nobody trains are packed, and the pack is dropped as soon as somebody might write: by whatever
+trains, moves, replaces or loads the weight, and by taking it in hand (`layer.weight`), as everything that merges adapters does.
 """
 
 from __future__ import annotations
@@ -42,22 +46,45 @@ _LIBRARY.define("packed_linear_backward(Tensor grad, Tensor weight, int number) 
 class _Pack:
     """The packed form of a weight, and that of its transpose once a gradient asks for it.
 
-    A graph holds its number: tensors in oneDNN's own layout cannot be traced.
+    A graph holds its number: tensors in oneDNN's own layout cannot be traced. Layers that share a weight share it.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.number = next(_numbers)
+        self._weight = weakref.ref(weight)
         self._state = _state(weight)
-        self._packed = _reordered(weight)
+        self._packed: torch.Tensor | None = _reordered(weight)
         self._transposed: torch.Tensor | None = None
         _packs[self.number] = self
 
+    @property
+    def dropped(self) -> bool:
+        """Whether it is of no use any more."""
+        return self._packed is None
+
+    def drop(self) -> None:
+        """Frees it, for all layers that share it."""
+        self._packed = self._transposed = None
+
+    def is_of(self, weight: torch.Tensor | None) -> bool:
+        """Whether it was made of this very parameter, which is frozen and shows no change; it is dropped otherwise."""
+        if self._packed is None:
+            return False
+        if weight is not None and self._weight() is weight and self.holds(weight):
+            return True
+        self.drop()
+        return False
+
     def holds(self, weight: torch.Tensor) -> bool:
-        """Whether the weight is what it was when it was packed."""
-        return self._state == _state(weight)
+        """Whether the parameter is still there, this tensor is its memory, and nothing shows that it was written."""
+        own = self._weight()
+        if self._packed is None or own is None or own.requires_grad or own.grad is not None:
+            return False
+        return self._state == _state(own) == _state(weight)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns `x @ weight.T + bias`."""
+        assert self._packed is not None
         return _product(x, self._packed, bias)
 
     def gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -68,7 +95,7 @@ class _Pack:
 
 
 def _state(weight: torch.Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
 
 
 def _reordered(weight: torch.Tensor) -> torch.Tensor:
@@ -120,34 +147,73 @@ torch.library.register_autograd("moacompress::packed_linear", _gradients, setup_
 class PackedLinear(nn.Linear):
     """A linear layer of which the compiled kernels multiply a few rows, and whose weight may be packed; see `pack_weights`.
 
-    Copies of it have nothing packed and are right all the same.
+    Without a pack it reads its weight as it lies. Copies of it have nothing packed.
     """
 
     _pack: _Pack | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `input @ weight.T + bias`, `[..., out_features]`; with gradients of the weight it is torch's own."""
-        pack, weight = self._pack, self.weight
-        trained = torch.is_grad_enabled() and (
-            weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        )
+        own = self._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None or "bias" not in own:  # pruned, or a parametrization in its place
+            self.drop_pack()
+            return super().forward(input)
+        pack = self._usable(weight)
+        trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
         if trained or input.dtype != weight.dtype:
-            return super().forward(input)
-        ready = (
-            has_few_rows(input) and lies_ready(weight, input) and (self.bias is None or lies_ready(self.bias, input))
-        )
+            return nn.functional.linear(input, weight, bias)
+        ready = has_few_rows(input) and lies_ready(weight, input) and (bias is None or lies_ready(bias, input))
         if ready and capabilities_for(input).linear:
-            return backend_for(input).linear(input, weight, self.bias)
+            return backend_for(input).linear(input, weight, bias)
         if pack is None or input.device.type != "cpu":  # weights are packed for the CPU
-            return super().forward(input)
+            return nn.functional.linear(input, weight, bias)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return _forward(input, weight, self.bias, pack.number)  # an operator takes as long again as a small product
-        return cast(torch.Tensor, torch.ops.moacompress.packed_linear(input, weight, self.bias, pack.number))
+            return _forward(input, weight, bias, pack.number)  # an operator takes as long again as a small product
+        return cast(torch.Tensor, torch.ops.moacompress.packed_linear(input, weight, bias, pack.number))
+
+    def _usable(self, weight: torch.Tensor) -> _Pack | None:
+        """Returns the pack where the weight is still what was packed; else drops it. A graph's operator asks by itself."""
+        pack = self._pack
+        if pack is None or torch.compiler.is_compiling():
+            return None if self.training or weight.requires_grad else pack
+        if self.training or not pack.is_of(weight):
+            self.drop_pack()
+            return None
+        return pack
+
+    def drop_pack(self) -> None:
+        """Has the weight read as it lies from now on, here and in all layers that share it."""
+        pack = self.__dict__.pop("_pack", None)
+        if pack is not None:
+            pack.drop()
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """See `torch.nn.Module.train`; what is to be trained is not packed."""
+        if mode:
+            self.drop_pack()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
+        self.drop_pack()
+        return cast(PackedLinear, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        # whoever takes the weight may write to it: what merges adapters goes on to `.data`, which nothing tells afterwards
+        if name == "weight" and not torch.compiler.is_compiling():
+            self.drop_pack()
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_pack", None)
         return state
+
+
+def weight_of(layer: nn.Linear) -> torch.Tensor:
+    """Returns a layer's weight to somebody who only reads it: taken as `layer.weight` it would be unpacked."""
+    own = layer._parameters.get("weight")
+    return layer.weight if own is None else own
 
 
 def has_few_rows(x: torch.Tensor) -> bool:
@@ -183,27 +249,52 @@ def can_pack() -> bool:
 
 
 def pack_weights(*models: nn.Module) -> int:
-    """Packs the weights of all linear layers on the CPU, so that their products are faster.
+    """Packs the frozen weights of all linear layers on the CPU, so that their products are faster.
 
     It takes as much memory again as these weights; up to FEW_ROWS rows are multiplied without it, by the compiled kernels.
-    Nothing else changes: parameters, checkpoints and training are as before. A weight that changes later is not used packed any
-    more; call this again. Models that share weights share the packed ones.
+    Parameters and checkpoints are as before. Models that share weights share the packed ones.
+
+    The pack of a weight is dropped, and the weight read as it lies again, by `train()`, `requires_grad`, a gradient, another
+    parameter or other memory in its place, `.to(...)`, `load_state_dict`, a write that torch counts, and whoever takes it as
+    `layer.weight`: merging adapters does. What cannot be seen is a write through `.data` of a parameter that was taken
+    otherwise (from `parameters()` or `state_dict()`) or before it was packed: call `unpack_weights` after one.
 
     Args:
-        models: in float32 or bfloat16; what is on other devices or in other dtypes is left alone.
+        models: in float32 or bfloat16, in evaluation mode (`eval()`) and with frozen weights (`requires_grad_(False)`); what is
+            trained, on another device or of another dtype is left alone.
 
     Returns:
         Bytes that the packed weights take; 0 where there is nothing to pack, or this machine cannot.
     """
     if not can_pack():
         return 0
+    unpack_weights(*models)
     weights = _weights(*models)
+    trained = sum(
+        1 for model in models for layer in _packable(model) if weight_of(layer).requires_grad or layer.training
+    )
+    if trained:
+        logger.warning(
+            "%d linear layers are not packed: they are trained, or may be; call model.eval().requires_grad_(False) first",
+            trained,
+        )
     packs = {key: _Pack(weight) for key, weight in weights.items()}
     for model in models:
         for layer in _layers(model):
             layer.__class__ = PackedLinear
-            cast(PackedLinear, layer)._pack = packs[id(layer.weight)]
+            cast(PackedLinear, layer)._pack = packs[id(weight_of(layer))]
     return sum(weight.nbytes for weight in weights.values())
+
+
+def unpack_weights(*models: nn.Module) -> None:
+    """Drops all packed weights of models, and with them those of the models that share them: weights are read as they lie.
+
+    To be called after a write that `pack_weights` cannot see.
+    """
+    for model in models:
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.drop_pack()
 
 
 def take_few_rows(layer: nn.Module) -> bool:
@@ -220,7 +311,7 @@ def take_few_rows(layer: nn.Module) -> bool:
 
 def leave_few_rows(layer: nn.Module) -> None:
     """Gives a linear layer back to torch, unless its weight has been packed meanwhile."""
-    if type(layer) is PackedLinear and layer._pack is None:
+    if type(layer) is PackedLinear and (layer._pack is None or layer._pack.dropped):
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
@@ -237,26 +328,31 @@ def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = availa
 def packed_bytes(model: nn.Module) -> int:
     """Returns the bytes of a model's packed weights; their transposes, for gradients, take as much again."""
     packs = {
-        layer._pack.number: layer.weight.nbytes
+        layer._pack.number: weight_of(layer).nbytes
         for layer in model.modules()
-        if isinstance(layer, PackedLinear) and layer._pack
+        if isinstance(layer, PackedLinear) and layer._pack and not layer._pack.dropped
     }
     return sum(packs.values())
 
 
 def _weights(*models: nn.Module) -> dict[int, torch.Tensor]:
-    """Returns the weights that can be packed by their `id`, so that shared ones come once."""
-    return {id(layer.weight): layer.weight for model in models for layer in _layers(model)}
+    """Returns the weights that are packed by their `id`, so that shared ones come once."""
+    return {id(weight_of(layer)): weight_of(layer) for model in models for layer in _layers(model)}
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the layers whose weights can be packed; subclasses may compute something else."""
+    """Returns the layers whose weights are packed: those that nobody trains."""
+    return [layer for layer in _packable(model) if not (weight_of(layer).requires_grad or layer.training)]
+
+
+def _packable(model: nn.Module) -> list[nn.Linear]:
+    """Returns the layers whose weights could be packed; subclasses may compute something else."""
     return [
         layer
         for layer in model.modules()
         if isinstance(layer, nn.Linear)
         and type(layer) in (nn.Linear, PackedLinear)
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype in DTYPES
-        and not layer.weight.is_inference()
+        and weight_of(layer).device.type == "cpu"
+        and weight_of(layer).dtype in DTYPES
+        and not weight_of(layer).is_inference()
     ]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
 
 
 def linear(inputs=24, outputs=40, bias=True, dtype=torch.float32):
-    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,8 +113,8 @@ def test_a_model_and_its_twin_share_packed_weights(tiny_model, tmp_path):
     ids = torch.randint(0, model.config.vocab_size, (1, 9))
     expected = model(ids).logits
     names = set(model.state_dict())
-    taken = pack_weights(model, twin)
     weights = {id(layer.weight): layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+    taken = pack_weights(model, twin)
     assert taken == sum(weight.nbytes for weight in weights.values())
     assert model.lm_head._pack is twin.lm_head._pack
     for one in (model, twin):

@@ -20,6 +20,7 @@ from moacompress.core.errors import ModelError, PlanError
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import COPY, KEYS, Share
+from moacompress.runtime.linear import weight_of
 
 
 class DroppedProjection(nn.Module):
@@ -38,7 +39,7 @@ class DroppedProjection(nn.Module):
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight = _without_rows(like.weight)
+        self.weight = _without_rows(weight_of(like))
         self.register_parameter("bias", None if like.bias is None else _without_rows(like.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ class PartProjection(nn.Module):
     def __init__(self, like: nn.Linear, rows: Ints) -> None:
         super().__init__()
         self.in_features, self.out_features, self._rows = like.in_features, like.out_features, tuple(rows.tolist())
-        self.weight = _rows_of(like.weight, self._rows)
+        self.weight = _rows_of(weight_of(like), self._rows)
         self.register_parameter("bias", None if like.bias is None else _rows_of(like.bias, self._rows))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
