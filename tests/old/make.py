@@ -15,8 +15,8 @@ on one machine nothing differs but times, and the marks of processes in owner fi
     run/            of `compress`, killed as it profiled around a plan
     models/         checkpoints with gates, with formats and with copies, and in expected.json what each computes
 
-Killed processes leave their owner files, of a machine that is called "elsewhere". Texts that name the folder where this was made
-name FOLDER instead.
+Killed processes leave their owner files, of a machine that is called "elsewhere". Texts that name the folder where this was
+made name FOLDER instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,26 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "amber boat cedar dune ember field grove harbour island jetty kiln lake meadow north oak pine quarry river".split()
+WORDS = [
+    "amber",
+    "boat",
+    "cedar",
+    "dune",
+    "ember",
+    "field",
+    "grove",
+    "harbour",
+    "island",
+    "jetty",
+    "kiln",
+    "lake",
+    "meadow",
+    "north",
+    "oak",
+    "pine",
+    "quarry",
+    "river",
+]
 LENGTHS = (160, 224)
 PROFILED: dict[str, Any] = {
     "calibration": {
@@ -184,7 +203,9 @@ def killed(name: str) -> None:
         progress = KilledAt("searching", 3)
         moacompress.find_plan("profile", "60%", recipe=recipe, out="search/plan.json", progress=progress)
     else:
-        moacompress.compress(moacompress.Recipe.from_dict(RUN), "run", progress=KilledAt("profiling around the plan", 1))
+        moacompress.compress(
+            moacompress.Recipe.from_dict(RUN), "run", progress=KilledAt("profiling around the plan", 1)
+        )
 
 
 def write_plans(gated: Profile) -> dict[str, Plan]:
