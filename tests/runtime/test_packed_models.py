@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from moacompress.models.source import load_source, model_shape
+from moacompress.models.source import model_shape
 from moacompress.recipe import Recipe
 from moacompress.run_estimate import _products
 from moacompress.runtime import attach, detach, pack_weights, unpack_weights
@@ -126,6 +126,12 @@ def at_the_same_address(model):
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(memory.detach(), requires_grad=False)
 
 
+def written_elsewhere_and_said(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    unpack_weights(model)
+
+
 CHANGES = {
     "another state": lambda model: model.load_state_dict(
         {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
@@ -147,10 +153,7 @@ CHANGES = {
     "a parameter at the same address": at_the_same_address,
     "pruned": lambda model: prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5),
     "reparametrized": lambda model: nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj),
-    "written elsewhere, and said": lambda model: (
-        [parameter.data.mul_(1.1) for parameter in model.parameters()],
-        unpack_weights(model),
-    ),
+    "written elsewhere, and said": written_elsewhere_and_said,
 }
 
 
