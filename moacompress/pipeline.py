@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -27,7 +26,7 @@ from moacompress.core.artefact_names import (
     of_demo,
 )
 from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, RecipeError, one_line
-from moacompress.core.files import read_json, remove, sweep_files, sweep_folders, write_json
+from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
@@ -269,7 +268,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
             raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
     for name in inputs:
         for path in going:
-            if _is_within(name, path):
+            if is_within(name, path):
                 raise ArtefactError(f"{name} would be removed with {path}; choose another folder for the run")
     with ExitStack() as owned:
         for name in (PLAN_FILE, EVALUATION_FILE, BENCH_FILE):
@@ -283,11 +282,6 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         remove([path for path in going if path.parent != profile])
     with suppress(OSError):  # there are other files in it
         profile.rmdir()
-
-
-def _is_within(path: str | Path, folder: Path) -> bool:
-    real, around = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return around in (real, *real.parents)
 
 
 def _claim(out: Path, recipe: Recipe) -> None:

@@ -206,6 +206,12 @@ def remove(paths: Iterable[Path]) -> None:
             raise ArtefactError(f"cannot remove {path}: {error.strerror or error}") from error
 
 
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file or folder is a folder or lies in it, links followed on both sides; neither need be there."""
+    real, around = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return around in (real, *real.parents)
+
+
 def sweep_folders(target: Path) -> None:
     """Removes what dead processes left of a folder that they were making or removing; what a live one makes stays."""
     name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}{re.escape(PARTIAL)})(?:{re.escape(OWNER)})?")

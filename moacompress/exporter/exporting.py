@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
-from moacompress.core.files import new_folder, write_text
+from moacompress.core.files import is_within, new_folder, write_text
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
@@ -53,7 +53,7 @@ def export(
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured harm; see `moacompress.search.repaired`. A loaded model has its own weights
             again afterwards.
-        overwrite: replace an existing model; any other folder is left alone.
+        overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
         trust_remote_code: run modelling code that comes with the model.
         progress: is told of the steps.
 
@@ -75,14 +75,13 @@ def export(
     out = Path(out)
     plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
     profile = _read_profile(repair)
-    reused = not overwrite and out.exists()
+    inputs = _read_places(model, profile) if overwrite else ()
+    check_place(out, inputs)
+    reused = not overwrite and _holds_something(out)
     if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        # not even with --overwrite: a mistyped folder must not cost somebody's files
-        raise ArtefactError(f"{out} exists already and is not a model; choose another folder")
     progress.start("export", 3)
     source = _loaded_in(plan.model.dtype, model, trust_remote_code)
     plan.check_model(source.shape, weights=source.weights_like)
@@ -112,8 +111,46 @@ def export(
         progress.step("written")
         verify_fresh(aside, expected)
         progress.step("loaded and generated in a fresh process")
+        check_place(out, inputs)  # this took a while
     progress.done()
     return out
+
+
+def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuses a place where no checkpoint may go, not even with `--overwrite`: a typo must not cost anyone files.
+
+    Args:
+        out: where the checkpoint is to go. Only a compressed one is ever replaced.
+        inputs: files and folders that the command reads, where it may replace what is at `out`; none of them goes with it.
+
+    Raises:
+        ArtefactError: there is something else, or one of the inputs lies in `out` or around it; links are followed.
+    """
+    if not _holds_something(out):
+        return
+    if not _is_checkpoint(out):
+        raise ArtefactError(f"{out} exists already and is not a compressed model; choose another folder")
+    for name in inputs:
+        parts = [name, *(Path(name).iterdir() if Path(name).is_dir() else ())]
+        if is_within(out, name) or any(is_within(part, out) for part in parts):
+            raise ArtefactError(f"{out} cannot be replaced: {name} is read by this command; choose another folder")
+
+
+def _holds_something(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return is_compressed(folder)
+    except ArtefactError:  # a config that cannot be read
+        return False
+
+
+def _read_places(model: str | Path | SourceModel, profile: Profile | None) -> list[str | Path]:
+    """Returns what an export reads, where these are files or folders."""
+    source = model.source if isinstance(model, SourceModel) else model
+    return [name for name in (source, *([profile.path] if profile else ())) if Path(name).exists()]
 
 
 def _repaired(

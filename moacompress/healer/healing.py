@@ -33,7 +33,7 @@ from moacompress.core.files import digest_files, fingerprint, new_folder, read_j
 from moacompress.core.owners import own_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
-from moacompress.exporter.exporting import exported_plan, write_checkpoint
+from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer import processes
 from moacompress.healer.heal_history import HealHistory, last_checkpoint, load_best
@@ -99,6 +99,12 @@ class HealRequest:
     def learning_rate(self) -> float:
         """The largest."""
         return self.heal.lr or LEARNING_RATES[self.heal.train]
+
+    @property
+    def places(self) -> list[str | Path]:
+        """What is read, where these are files or folders."""
+        named = self.checkpoint.folder, self.teacher.source, self.profile.path, self.recipe.calibration.text
+        return [name for name in named if name and Path(name).exists()]
 
     def computes_twice(self, longest: int) -> bool:
         """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
@@ -308,17 +314,13 @@ def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str)
 
 def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
     """Returns what this very heal made, or None; refuses anything else that is at `out`."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    plan = exported_plan(out) if (out / "config.json").is_file() else None
-    if plan is None:
-        # not even with --overwrite: a mistyped folder must not cost somebody's files
-        raise ArtefactError(f"{out} exists already and is not a compressed model; choose another folder")
     if out.resolve() == request.checkpoint.folder.resolve():
         raise ArtefactError(f"{out} is the model that is to be healed; choose another folder")
-    if overwrite:
+    check_place(out, request.places if overwrite else ())
+    if overwrite or not out.exists() or not any(out.iterdir()):
         return None
-    if plan.provenance.get("heal", {}).get("request") != request.key:
+    plan = exported_plan(out)
+    if plan is None or plan.provenance.get("heal", {}).get("request") != request.key:
         raise ArtefactError(f"{out} exists already and is not of this heal; choose another folder or pass --overwrite")
     return HealResult(out, plan)
 
@@ -491,4 +493,5 @@ def _write(
         progress.step("written")
         verify_fresh(aside, expected)
         progress.step("loaded and generated in a fresh process")
+        check_place(result.folder, request.places)  # this took a while
     progress.done()

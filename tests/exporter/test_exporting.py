@@ -159,9 +159,51 @@ def test_an_export_of_the_same_plan_is_left_as_it_is(exported, tiny_folder, tiny
 
 def test_overwrite_never_replaces_what_is_not_a_model(tiny_folder, plan, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match="is not a model"):
+    with pytest.raises(ArtefactError, match="is not a compressed model"):
         export(tiny_folder, plan, tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dense_model_is_never_replaced(tiny_folder, plan, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "dense")
+    (tmp_path / "link").symlink_to("dense")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    for model in ("dense", "link", load_source("dense")):
+        for out in ("dense", tmp_path / "link", f"../{tmp_path.name}/./dense"):
+            with pytest.raises(ArtefactError, match="exists already and is not a compressed model; choose another"):
+                export(model, plan, out, overwrite=True)
+    assert contents(tmp_path) == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_what_holds_the_source_or_lies_in_it_is_never_replaced(exported, tiny_folder, plan, tmp_path, monkeypatch):
+    """Folders that are compressed checkpoints, and the dense model is in one of them or around it."""
+    shutil.copytree(exported, tmp_path / "around")
+    shutil.copytree(tiny_folder, tmp_path / "around" / "dense")
+    shutil.copytree(exported, tmp_path / "around" / "dense" / "within")
+    (tmp_path / "door").symlink_to(tmp_path / "around" / "dense")
+    (tmp_path / "linked").mkdir()
+    shutil.copytree(exported, tmp_path / "weights")
+    for file in tiny_folder.iterdir():
+        shutil.copy(file, tmp_path / "weights" / f"dense-{file.name}")
+        (tmp_path / "linked" / file.name).symlink_to(tmp_path / "weights" / f"dense-{file.name}")
+    monkeypatch.chdir(tmp_path / "around")
+    before = contents(tmp_path)
+    for model, out in (
+        ("dense", tmp_path / "around"),
+        (tmp_path / "door", "."),
+        ("../door", "../around/dense/within"),
+        ("dense", tmp_path / "door" / "within"),
+        (tmp_path / "linked", tmp_path / "weights"),
+    ):
+        with pytest.raises(ArtefactError, match="is read by this command; choose another folder"):
+            export(model, plan, out, overwrite=True)
+        assert contents(tmp_path) == before
 
 
 def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,6 +321,16 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
     assert len(list(tmp_path.rglob("mine.txt"))) == 2
     with pytest.raises(ArtefactError, match="is the model that is to be healed"):
         heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)
+    shutil.copytree(healable["model"], tmp_path / "around")
+    shutil.copytree(healable["profile"], tmp_path / "around" / "profile")
+    with pytest.raises(ArtefactError, match=r"profile is read by this command; choose another folder"):
+        heal(
+            healable["model"],
+            tmp_path / "around",
+            profile=tmp_path / "around" / "profile",
+            recipe=small(),
+            overwrite=True,
+        )
 
 
 def test_held_out_samples_are_not_trained_on(
