@@ -37,6 +37,8 @@ from formats import ratio
 from gate_scores import Given, choosing_modules
 from torch import Tensor, nn
 
+from moacompress.calibration.answers import answer_drafts
+from moacompress.calibration.gate_samples import gate_drafts, gate_recipe
 from moacompress.calibration.gates import (
     PENALTY,
     SHARES,
@@ -46,7 +48,7 @@ from moacompress.calibration.gates import (
     share_left,
     target,
 )
-from moacompress.calibration.profiler import gate_recipe, token_influence
+from moacompress.calibration.profiler import token_influence
 from moacompress.calibration.repair import Normal
 from moacompress.calibration.sample_sources import build_samples
 from moacompress.calibration.samples import Sample
@@ -272,8 +274,11 @@ def main() -> None:
     source = load_source(given.model, dtype="float32")
     changes = {"profile__gate_samples": given.samples, "calibration__text": given.text}
     recipe = Recipe() if given.recipe is None else Recipe.load(given.recipe)
-    recipe = gate_recipe(recipe.override(**{name: value for name, value in changes.items() if value is not None}))
-    samples = build_samples(source, recipe, "calibration")
+    recipe = recipe.override(
+        profile__gates=True, **{name: value for name, value in changes.items() if value is not None}
+    )
+    samples = answer_drafts(source.model, gate_drafts(source, recipe))
+    recipe = gate_recipe(recipe)
     layers = range(source.shape.layers)
     inputs = [dict(attention_inputs(source.model, sample, layers)) for sample in samples]
     influence = [

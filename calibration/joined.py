@@ -1,7 +1,8 @@
 """Questions over long documents: a question's own document among others, joined to an exact number of tokens.
 
 The wording is RULER's question answering. Articles are split: of every three, the first is for calibration, the second
-for validation, the third for evaluation. So neither a question nor a document of one split is seen in another.
+for validation, the third for evaluation. So neither a question nor a document of one split is seen in another. Where gates are
+trained, every fourth article of calibration is for them alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moacompress.calibration.answers import SampleDraft
 from moacompress.calibration.data_rows import ARTICLE, DataRow, field
 from moacompress.core.errors import DataError
 from moacompress.prompts.fitting import largest_fit
-from moacompress.prompts.pools import SPLITS, Split
+from moacompress.prompts.pools import SPLITS, CalibrationPart, Split, numbers_of_part
 from moacompress.prompts.templates import encode_prompt
 
 if TYPE_CHECKING:
@@ -54,14 +55,20 @@ class Library:
     questions: tuple[tuple[str, int], ...]
 
     @staticmethod
-    def of(rows: Sequence[DataRow], name: str, split: Split) -> Library:
+    def of(rows: Sequence[DataRow], name: str, split: Split, part: CalibrationPart | None = None) -> Library:
         """Reads rows of `context` and `question`.
 
         A row's article is the number that a SQuAD file gives it, or else that of its `title`, or of its `context`, in
         the order in which they come. A document of two articles belongs to the first.
 
+        Args:
+            rows: with `context` and `question`.
+            name: of the source.
+            split: whose articles to take.
+            part: of calibration's articles; by default all.
+
         Raises:
-            DataError: a row without text under its columns, or fewer than three articles.
+            DataError: a row without text under its columns, or fewer than three articles, or than two for the parts.
         """
         numbers: dict[str, int] = {}
         articles: dict[str, int] = {}
@@ -81,7 +88,15 @@ class Library:
                 f"{name} has {found} documents or articles with questions; calibration, validation and evaluation take "
                 "a third each, so give at least three, better dozens"
             )
-        own = [(text, number) for text, number in articles.items() if number % len(SPLITS) == SPLITS.index(split)]
+        mine = [number for number in sorted(set(articles.values())) if number % len(SPLITS) == SPLITS.index(split)]
+        if part is not None:
+            if len(mine) < 2:
+                raise DataError(
+                    f"{name} has {len(mine)} documents or articles with questions for {split}, which gates and the profile "
+                    f"would share; give at least {2 * len(SPLITS)}, better dozens, or leave out the gates"
+                )
+            mine = [mine[place] for place in numbers_of_part(len(mine), part)]
+        own = [(text, number) for text, number in articles.items() if number in mine]
         index_of = {text: index for index, (text, _) in enumerate(own)}
         return Library(
             tuple(text for text, _ in own),
@@ -103,6 +118,7 @@ def joined_drafts(
     seed: tuple[int, ...],
     tokenizer: PreTrainedTokenizerBase,
     answer_tokens: int,
+    part: CalibrationPart | None = None,
 ) -> list[SampleDraft]:
     """Returns prompts of `length - answer_tokens` tokens exactly, each with a question of its own.
 
@@ -117,11 +133,12 @@ def joined_drafts(
         seed: of the choice.
         tokenizer: the model's.
         answer_tokens: room for the answer.
+        part: of calibration's articles; by default all.
 
     Raises:
         DataError: from `Library.of`; too few documents to fill a length, or too few questions whose document fits it.
     """
-    library = Library.of(rows, name, split)
+    library = Library.of(rows, name, split, part)
     left = np.random.default_rng(seed).permutation(len(library.questions)).tolist()
     drafts = []
     for length, count in wanted.items():

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moacompress.calibration.answers import SampleDraft, answer_drafts
 from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
+from moacompress.calibration.gate_samples import GATE_SEED, gate_drafts
 from moacompress.calibration.gates import LAG, Gates, train_gates
 from moacompress.calibration.head_statistics import HeadSums
 from moacompress.calibration.influence import Collector, GradientCollector
@@ -54,8 +57,6 @@ from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
 
-GATE_SEED = 1_000_003
-"""What is added to the seed for the samples that gates are trained on."""
 MAX_SKIPPED = 0.05
 """Share of the samples that may be left out because a number in them is not finite."""
 
@@ -296,11 +297,15 @@ def profile(
                 return Profile.load(out)
             except ArtefactError as error:
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
-        manifest, samples = _make_samples(out, source, manifest, progress)
+        trains = manifest.has_gates and around is None
+        # too little data is found before anything is answered
+        drafts = gate_drafts(source, manifest.recipe) if trains and _known_gates(out, manifest) is None else None
+        manifest, samples = _make_samples(out, source, manifest, progress, anew=drafts is not None)
         gates = None
         if manifest.has_gates:
             known = _known_gates(out, manifest) or (_kept_gates(out, manifest, around) if around is not None else None)
-            gates = (known or _train_gates(out, source, manifest, progress)).weights
+            drafts = drafts or (gate_drafts(source, manifest.recipe) if known is None else [])
+            gates = (known or _train_gates(out, source, manifest, drafts, progress)).weights
             manifest = replace(manifest, gates=gates.fingerprint)
             manifest.write(out)
         statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
@@ -313,14 +318,6 @@ def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
     bounds = max(recipe.calibration.lengths), recipe.profile.sinks, recipe.profile.min_window
     selects = recipe.profile.gates if around is None else around.selects
     return candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
-
-
-def gate_recipe(recipe: Recipe) -> Recipe:
-    """Returns the recipe whose calibration samples gates are trained on: of the shortest length, and no other samples."""
-    asked, count = recipe.calibration, recipe.profile.gate_samples
-    texts = round(count * asked.text_samples / (asked.samples + asked.text_samples))
-    own = asked.model_copy(update={"lengths": asked.lengths[:1], "samples": count - texts, "text_samples": texts})
-    return recipe.model_copy(update={"calibration": own, "seed": recipe.seed + GATE_SEED})
 
 
 def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
@@ -337,19 +334,19 @@ def _kept_gates(out: Path, manifest: Manifest, around: Plan) -> Gates:
     return gates
 
 
-def _train_gates(out: Path, source: SourceModel, manifest: Manifest, progress: Progress) -> Gates:
-    """Trains gates on samples of their own, of the shortest length, and writes them into the folder of the profile."""
+def _train_gates(
+    out: Path, source: SourceModel, manifest: Manifest, drafts: Sequence[SampleDraft], progress: Progress
+) -> Gates:
+    """Trains gates on samples of their own, and writes them into the folder of the profile."""
     from moacompress.calibration.answer_store import AnswerStore
-    from moacompress.calibration.sample_sources import build_samples
 
     check_room(attention_modules(source.model))
-    changed = gate_recipe(manifest.recipe)
     answers = AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in)
-    samples = build_samples(source, changed, "calibration", progress, answers)
+    samples = answer_drafts(source.model, drafts, progress, answers)
 
     def influence(index: int) -> Floats32:
-        draws = changed.profile.draws
-        return token_influence(source.model, source.shape, samples[index], draws, changed.seed, index)
+        draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + GATE_SEED
+        return token_influence(source.model, source.shape, samples[index], draws, seed, index)
 
     gates = train_gates(source.model, samples, influence, progress)
     gates.save(out, manifest.fingerprint)
@@ -409,11 +406,16 @@ def _digest(root: Path) -> str:
 
 
 def _make_samples(
-    out: Path, source: SourceModel, manifest: Manifest, progress: Progress
+    out: Path, source: SourceModel, manifest: Manifest, progress: Progress, anew: bool
 ) -> tuple[Manifest, list[Sample]]:
-    """Makes the samples, or reads those that are on disk already, and completes the fingerprints."""
-    calibration = _stored_or_built(out, "calibration", manifest.calibration_fingerprint, source, manifest, progress)
-    validation = _stored_or_built(out, "validation", manifest.validation_fingerprint, source, manifest, progress)
+    """Makes the samples, or reads those that are on disk already, and completes the fingerprints.
+
+    With `anew` those that are profiled are not read: an older version may have left nothing for the gates that are to be
+    trained. What the model answered before is not answered again.
+    """
+    makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
+    calibration = makes("calibration", None if anew else manifest.calibration_fingerprint)
+    validation = makes("validation", manifest.validation_fingerprint)
     ids = fingerprint_ordered(calibration)
     manifest = replace(
         manifest,
@@ -433,17 +435,20 @@ def _make_samples(
 
 
 def _stored_or_built(
-    out: Path, split: Split, expected: str, source: SourceModel, manifest: Manifest, progress: Progress
+    out: Path, split: Split, expected: str | None, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> list[Sample]:
+    """Returns samples on disk of the expected fingerprint, any if that is empty; None builds them."""
     from moacompress.calibration.answer_store import AnswerStore
     from moacompress.calibration.sample_sources import build_samples
 
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
-    samples = read_samples(path, expected)
+    samples = None if expected is None else read_samples(path, expected)
     if samples is None:
+        recipe = manifest.recipe
+        gates = recipe.profile.model_copy(update={"gates": manifest.has_gates})
         samples = build_samples(
             source,
-            manifest.recipe,
+            recipe.model_copy(update={"profile": gates}),
             split,
             progress,
             AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in),

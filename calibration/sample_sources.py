@@ -1,13 +1,14 @@
 """Calibration samples from a recipe: generators, local files and hub sets, answered by the dense model; plain text.
 
 Deterministic by the recipe's seed. Calibration and validation never share a key, a value, a row, a document of
-questions or a stretch of text.
+questions or a stretch of text. Nor do the samples that gates are trained on and those that rules are priced on share a row, a
+document or a stretch: see `gate_samples`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from moacompress.calibration.plain import chop
 from moacompress.calibration.samples import SHORTEST, Sample
 from moacompress.core.errors import DataError
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
-from moacompress.prompts.pools import SPLITS, Prose, Split
+from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, texts_of_part
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def build_samples(
 
     Args:
         source: the dense model, which answers.
-        recipe: `calibration` and `seed` count.
+        recipe: `calibration` and `seed` count, and whether there are gates, for which a part of calibration's texts is left.
         split: "calibration" gives `samples` samples, "validation" `validation_samples`.
         progress: told about every answer.
         answers: where answers are kept, if at all.
@@ -73,10 +74,17 @@ def build_samples(
     return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
 
 
-def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[SampleDraft]:
+def make_drafts(
+    source: SourceModel, recipe: Recipe, split: Split, beside: Sequence[SampleDraft] | None = None
+) -> list[SampleDraft]:
     """Returns the samples of a split before the dense model has answered; the model does not run.
 
-    Arguments are those of `build_samples`.
+    Args:
+        source: see `build_samples`.
+        recipe: likewise.
+        split: likewise.
+        beside: what is profiled, where these are the samples that gates are trained on: they are of texts that are left for
+            gates, and of other rows; where too few of these are left there are fewer samples.
 
     Raises:
         DataError: data missing, empty, without the columns needed, or too short; lengths that the model or the samples
@@ -85,20 +93,26 @@ def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Sampl
     calibration, tokenizer = recipe.calibration, source.tokenizer
     count = calibration.samples if split == "calibration" else calibration.validation_samples
     check_counts(calibration.lengths, count, source.context, split)
-    prose = _load_prose(recipe, split)
+    part: CalibrationPart | None = "profile" if beside is None else "gates"
+    if split != "calibration" or not recipe.profile.gates:
+        part = None
+    used = None if beside is None else {tuple(draft.ids) for draft in beside}
+    prose = _load_prose(recipe)
+    if prose is not None and part is not None:
+        prose = prose.of_part(part)
     shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
     lengths = list(calibration.lengths)
     if split == "validation":
         lengths.append(2 * lengths[-1])
         shares.append(longer_counts(recipe, source.context))
     drafts: list[SampleDraft] = []
-    for number, part in enumerate(calibration.sources):
+    for number, given in enumerate(calibration.sources):
         wanted = {length: row[number] for length, row in zip(lengths, shares, strict=True) if row[number]}
         seed = (recipe.seed, SPLITS.index(split), number)
-        if part.generator is not None:
-            drafts += _generated(part, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
+        if given.generator is not None:
+            drafts += _generated(given, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
         elif wanted:
-            drafts += _from_rows(part, wanted, split, seed, tokenizer, calibration.answer_tokens)
+            drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used)
     drafts.sort(key=lambda draft: draft.length)
     if prose is not None and calibration.text_samples:
         try:
@@ -110,7 +124,7 @@ def make_drafts(source: SourceModel, recipe: Recipe, split: Split) -> list[Sampl
     return drafts
 
 
-def _load_prose(recipe: Recipe, split: Split) -> Prose | None:
+def _load_prose(recipe: Recipe) -> Prose | None:
     calibration = recipe.calibration
     if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
         needed = "a source has the haystack prose"
@@ -237,14 +251,16 @@ def _generated(
 
 
 def _from_rows(
-    part: SourceRecipe,
+    given: SourceRecipe,
     wanted: dict[int, int],
     split: Split,
     seed: tuple[int, ...],
     tokenizer: PreTrainedTokenizerBase,
     answer_tokens: int,
+    part: CalibrationPart | None,
+    used: Collection[tuple[int, ...]] | None,
 ) -> list[SampleDraft]:
-    rows, name = read_rows(part), source_name(part)
+    rows, name = read_rows(given), source_name(given)
     kind = row_kind(rows, name)
     rng = np.random.default_rng(seed)
     if kind == "text":
@@ -252,21 +268,39 @@ def _from_rows(
             documents = [split_text(field(rows[0], "text", name, 0), split)]
         else:
             documents = [field(rows[i], "text", name, i) for i in split_rows(len(rows), split, name)]
+        if part is not None:
+            documents = texts_of_part(documents, part)
         return chop(documents, wanted, name, rng, tokenizer)
     if kind == "question":
-        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens)
+        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part)
     order = rng.permutation(split_rows(len(rows), split, name)).tolist()
-    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer)
+    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
     return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
 
 
 class _RowPicker:
-    """Hands out prompts that fit a length, each row at most once; rows are tokenized as they are needed."""
+    """Hands out prompts that fit a length, each row at most once; rows are tokenized as they are needed.
+
+    Args:
+        rows: all of the source's.
+        order: indices of those to choose among, in the order in which they are tried.
+        name: of the source.
+        chat: whether rows are conversations.
+        tokenizer: the model's.
+        used: token ids of prompts that are not to be chosen; where it is given too few are no error.
+    """
 
     def __init__(
-        self, rows: Sequence[DataRow], order: list[int], name: str, chat: bool, tokenizer: PreTrainedTokenizerBase
+        self,
+        rows: Sequence[DataRow],
+        order: list[int],
+        name: str,
+        chat: bool,
+        tokenizer: PreTrainedTokenizerBase,
+        used: Collection[tuple[int, ...]] | None = None,
     ) -> None:
         self.rows, self.left, self.name, self.chat, self.tokenizer = rows, order, name, chat, tokenizer
+        self.used, self.may_lack = used or (), used is not None
         self.encoded: dict[int, tuple[list[int], list[bool]]] = {}
 
     def pick(self, count: int, length: int, answer_tokens: int, split: Split) -> list[SampleDraft]:
@@ -276,9 +310,10 @@ class _RowPicker:
         for index in self.left:
             if len(chosen) == count:
                 break
-            if low <= len(self.encode(index)[0]) <= high:
+            ids, _ = self.encode(index)
+            if low <= len(ids) <= high and tuple(ids) not in self.used:
                 chosen.append(index)
-        if len(chosen) < count:
+        if len(chosen) < count and not self.may_lack:
             sizes = sorted(len(ids) for ids, _ in self.encoded.values()) or [0]
             raise DataError(
                 f"{self.name} has {len(chosen)} {split} prompts of {low:,} to {high:,} tokens left, of {count} needed "

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from moacompress.core.errors import DataError
 
 Split = Literal["calibration", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+CalibrationPart = Literal["profile", "gates"]
+"""Of calibration's texts, where there are gates: rules are priced on the one part, gates are trained on the other."""
+_GATES_EVERY = 4
+"""One document in so many is for gates."""
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 """One line of RULER's repeated haystack, by sentence."""
@@ -129,6 +133,10 @@ class Prose:
         documents = [tuple(text.split()) for text in read_documents(path)]
         return Prose(str(path), {split: _pool(documents, split) for split in SPLITS})
 
+    def of_part(self, part: CalibrationPart) -> Prose:
+        """Returns the same text with a part of calibration's pool in its place."""
+        return replace(self, pools={**self.pools, "calibration": tuple(texts_of_part(self.pools["calibration"], part))})
+
     def words(self, rng: np.random.Generator, split: Split) -> list[str]:
         """Returns every word of the pool once, from the beginning of a random sentence on, wrapping around."""
         documents = self.pools[split]
@@ -144,6 +152,23 @@ def _pool(documents: Sequence[tuple[str, ...]], split: Split) -> tuple[tuple[str
     if len(documents) >= parts:
         return tuple(documents[index::parts])
     return tuple(words[len(words) * index // parts : len(words) * (index + 1) // parts] for words in documents)
+
+
+_Text = TypeVar("_Text", str, tuple[str, ...])
+
+
+def texts_of_part(texts: Sequence[_Text], part: CalibrationPart) -> list[_Text]:
+    """Returns a part's texts, as strings or as tuples of words: every fourth is for gates; of a single one the last quarter."""
+    if len(texts) > 1:
+        return [texts[number] for number in numbers_of_part(len(texts), part)]
+    cuts = [len(text) * (_GATES_EVERY - 1) // _GATES_EVERY for text in texts]
+    return [text[cut:] if part == "gates" else text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+
+
+def numbers_of_part(count: int, part: CalibrationPart) -> list[int]:
+    """Returns the indices that a part has of `count` documents: every fourth is for gates, and of fewer the last."""
+    every = min(count, _GATES_EVERY)
+    return [number for number in range(count) if (number % every == every - 1) == (part == "gates")]
 
 
 def sentence_ends(words: Sequence[str]) -> list[int]:

@@ -126,6 +126,37 @@ def test_a_profile_that_was_killed_is_finished(made: Any, old: Path, profiled: l
         np.testing.assert_allclose(found.statistics.arrays[name], array, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
+    made: Any, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moacompress.calibration import profiler
+    from moacompress.calibration.samples import load_samples
+
+    for name in ("gates.safetensors", "influence.safetensors"):
+        (old / "gated" / name).unlink()
+    shutil.rmtree(old / "gated/samples")
+    manifest = json.loads((old / "gated/profile.json").read_text("utf-8")) | {
+        "gates": "",
+        "digest": "",
+        "complete": False,
+    }
+    (old / "gated/profile.json").write_text(json.dumps(manifest), "utf-8")
+    trained: list[Any] = []
+    real = profiler.train_gates
+
+    def train(model: Any, samples: list[Any], *rest: Any) -> Any:
+        trained.extend(samples)
+        return real(model, samples, *rest)
+
+    monkeypatch.setattr(profiler, "train_gates", train)
+    recipe = moacompress.Recipe.from_dict(made.PROFILED).override(profile__gates=True)
+    found = moacompress.profile("dense", "gated", recipe)
+    assert found.gates is not None
+    assert len(trained) == 4
+    profiled = {tuple(sample.input_ids[:60]) for sample in load_samples("gated/calibration.safetensors")}
+    assert not profiled & {tuple(sample.input_ids[:60]) for sample in trained}
+
+
 def trials(journal: Path) -> dict[str, list[Any]]:
     """Returns what the finished trials of every study in a journal came to."""
     import optuna

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moacompress.calibration import profiler
+from moacompress.calibration.answers import SampleDraft
 from moacompress.calibration.profiler import profile as profile_model
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
@@ -49,7 +50,14 @@ def gated(
     recipe = RECIPE.override(profile__gates=True, profile__gate_samples=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.profiler.gate_drafts", lambda *_: random_drafts())
         yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
+
+
+def random_drafts() -> list[SampleDraft]:
+    """Stands in for the data that gates are trained on, as `random_samples` does for what is profiled."""
+    rng = np.random.default_rng(3)
+    return [SampleDraft(rng.integers(3, 150, 184).tolist(), [False] * 184, 8, "random", 192) for _ in range(2)]
 
 
 def test_around_is_what_the_profiler_says_around_the_plan(

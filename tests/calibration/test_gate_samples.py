@@ -1,0 +1,176 @@
+"""Samples that gates are trained on share nothing with those that rules which select are priced on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from moacompress.calibration import profiler
+from moacompress.calibration.gate_samples import gate_recipe
+from moacompress.calibration.samples import Sample, load_samples
+from moacompress.core.artefact_names import CALIBRATION_FILE
+from moacompress.core.errors import DataError
+from moacompress.models.source import SourceModel, model_shape
+from moacompress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@pytest.fixture
+def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    model = tiny_model("llama", num_hidden_layers=1)
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
+class Trained(Exception):
+    """Stops a profile as it would train gates."""
+
+
+@pytest.fixture
+def both(
+    source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Recipe], tuple[list[Sample], list[Sample]]]:
+    """Returns a function that returns the samples that are profiled, and those that gates would be trained on."""
+
+    def of(recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
+        found: list[Sample] = []
+
+        def train(model: Any, samples: list[Sample], *rest: Any) -> None:
+            found.extend(samples)
+            raise Trained
+
+        monkeypatch.setattr(profiler, "train_gates", train)
+        with pytest.raises(Trained):
+            profiler.profile(source, tmp_path / "profile", recipe)
+        return load_samples(tmp_path / "profile" / CALIBRATION_FILE), found
+
+    return of
+
+
+def recipe(sources: list[dict[str, Any]], **changes: Any) -> Recipe:
+    calibration = {"lengths": [300], "samples": 6, "validation_samples": 2, "longer_samples": 0, "answer_tokens": 4}
+    return Recipe.from_dict(
+        {
+            "calibration": {"sources": sources, **calibration, **changes},
+            "profile": {"draws": 1, "gates": True, "gate_samples": 3, "sinks": [4, 16]},
+        }
+    )
+
+
+def rows_file(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return str(folder / "rows.json")
+
+
+def document(name: int, words: int) -> str:
+    """Returns a text no word of which is in another, or twice."""
+    return " ".join(f"D{name:02d}w{number:04d}." for number in range(words))
+
+
+def prompts(folder: Path) -> dict[str, Any]:
+    rows = [{"prompt": f"D{row:02d}w0000. " + "x" * 200} for row in range(14)]
+    # the same prompt with two answers is one row
+    return {"sources": [{"path": rows_file(folder, [*rows, *({**row, "answer": "other"} for row in rows)])}]}
+
+
+def conversations(folder: Path) -> dict[str, Any]:
+    turns = [[{"role": "user", "content": f"D{row:02d}w0000. " + "x" * 170}] for row in range(14)]
+    return {"sources": [{"path": rows_file(folder, [{"messages": messages} for messages in turns])}]}
+
+
+def texts(folder: Path) -> dict[str, Any]:
+    return {"sources": [{"path": rows_file(folder, [{"text": document(row, 60)} for row in range(6)])}]}
+
+
+def one_text(folder: Path) -> dict[str, Any]:
+    (folder / "text.txt").write_text(document(0, 400))
+    return {"sources": [{"path": str(folder / "text.txt")}]}
+
+
+def questions(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"title": f"T{row // 4}", "context": document(row, 4), "question": f"D{row:02d}w0009. ?"} for row in range(72)
+    ]
+    return {"sources": [{"path": rows_file(folder, rows)}], "lengths": [500]}
+
+
+def haystack(folder: Path) -> dict[str, Any]:
+    for name in range(3):
+        (folder / f"{name}.txt").write_text(document(name, 400))
+    return {"sources": [{"generator": "needle", "haystack": "prose"}], "lengths": [800], "text": str(folder)}
+
+
+def plain_text(folder: Path) -> dict[str, Any]:
+    for name in range(12):
+        (folder / f"{name:02d}.txt").write_text(document(name, 90))
+    return {"sources": [{"generator": "needle"}], "lengths": [600], "text": str(folder), "text_samples": 8}
+
+
+@pytest.mark.parametrize(
+    "data", [prompts, conversations, texts, one_text, questions, haystack, plain_text], ids=lambda data: data.__name__
+)
+def test_gates_are_trained_on_nothing_that_is_profiled(
+    data: Callable[[Path], dict[str, Any]], source: SourceModel, both: Callable[[Recipe], Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+
+    def words(samples: list[Sample]) -> set[str]:
+        said = [source.tokenizer.decode(sample.input_ids) for sample in samples]
+        return {word for text in said for word in re.findall(r"D\d\dw\d{4}\.", text)}
+
+    profiled, trained = both(recipe(**data(tmp_path / "data")))
+    assert len(trained) == 3
+    assert words(profiled)
+    assert words(trained)
+    assert not words(profiled) & words(trained)
+
+
+def test_few_rows_give_gates_what_is_left_of_them(
+    both: Callable[[Recipe], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{row:02d}" + "x" * 200} for row in range(12)]  # 8 of them are for calibration
+    profiled, trained = both(recipe([{"path": rows_file(tmp_path, rows)}]))
+    assert (len(profiled), len(trained)) == (6, 2)
+    assert "2 of the 3 samples that gates are trained on can be had" in caplog.text
+    assert not {tuple(s.input_ids[:202]) for s in profiled} & {tuple(s.input_ids[:202]) for s in trained}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [{"prompt": f"{row:02d}" + "x" * 200} for row in range(9)],
+            r"0 of the 3 samples that gates are trained on .*not those of the 6 profiled .*; give more rows",
+        ),
+        (
+            [{"title": f"T{row // 12}", "context": document(row, 4), "question": "?"} for row in range(36)],
+            "has 1 documents or articles with questions for calibration, which gates and the profile would share",
+        ),
+        (
+            [{"text": document(0, 90)}, {"text": "x"}, {"text": document(1, 90)}, {"text": "short"}],
+            "left for gates beside what is profiled: the longest of 1 texts .*; or leave out the gates",
+        ),
+    ],
+    ids=["prompts", "questions", "texts"],
+)
+def test_too_little_for_gates_is_said_before_the_model_answers(
+    rows: list[dict[str, Any]], says: str, source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moacompress.calibration.answers.generate_greedy", lambda *_: pytest.fail("it answers"))
+    with pytest.raises(DataError, match=says):
+        profiler.profile(source, tmp_path / "profile", recipe([{"path": rows_file(tmp_path, rows)}]))
+
+
+@pytest.mark.parametrize(("samples", "texts", "count"), [(1, 100_000, 2), (96, 0, 24), (48, 48, 24), (4, 900, 24)])
+def test_gates_are_trained_on_answers_too(samples: int, texts: int, count: int) -> None:
+    asked = recipe([{"generator": "needle"}], samples=samples, text_samples=texts, text="prose")
+    given = gate_recipe(asked.override(profile__gate_samples=count)).calibration
+    assert given.samples >= 1
+    assert given.samples + given.text_samples == count
+    assert abs(given.text_samples - count * texts / (samples + texts)) <= 1
