@@ -121,7 +121,7 @@ def test_gates_are_trained_on_nothing_that_is_profiled(
     (tmp_path / "data").mkdir()
 
     def words(samples: list[Sample]) -> set[str]:
-        said = [source.tokenizer.decode(sample.input_ids) for sample in samples]
+        said = [str(source.tokenizer.decode(sample.input_ids)) for sample in samples]
         return {word for text in said for word in re.findall(r"D\d\dw\d{4}\.", text)}
 
     profiled, trained = both(recipe(**data(tmp_path / "data")))

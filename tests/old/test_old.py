@@ -129,7 +129,7 @@ def test_a_profile_that_was_killed_is_finished(made: Any, old: Path, profiled: l
 def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
     made: Any, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moacompress.calibration import profiler
+    from moacompress.calibration.gates import train_gates
     from moacompress.calibration.samples import load_samples
 
     for name in ("gates.safetensors", "influence.safetensors"):
@@ -142,13 +142,12 @@ def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
     }
     (old / "gated/profile.json").write_text(json.dumps(manifest), "utf-8")
     trained: list[Any] = []
-    real = profiler.train_gates
 
     def train(model: Any, samples: list[Any], *rest: Any) -> Any:
         trained.extend(samples)
-        return real(model, samples, *rest)
+        return train_gates(model, samples, *rest)
 
-    monkeypatch.setattr(profiler, "train_gates", train)
+    monkeypatch.setattr("moacompress.calibration.profiler.train_gates", train)
     recipe = moacompress.Recipe.from_dict(made.PROFILED).override(profile__gates=True)
     found = moacompress.profile("dense", "gated", recipe)
     assert found.gates is not None
