@@ -2,8 +2,11 @@
 
 PyTorch calls `autoload` at the end of `import torch` (entry point group `torch.backends`). An exception here would
 break `import torch` for everybody, and importing transformers here would slow it down for everybody. So this module is
-top-level and uses the standard library only, it catches everything, and it waits until `transformers.modeling_utils` is
-there.
+top-level and uses the standard library only, it catches everything, and it waits until one of the modules that know
+quantizers has been imported and something is taken from it.
+
+It never registers while one of these is executed: what a half imported module lacks would be missing, and two threads
+that import from two ends would wait for each other.
 """
 
 from __future__ import annotations
@@ -12,41 +15,54 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from threading import get_ident
+from types import FrameType, ModuleType
 
-AFTER = "transformers.modeling_utils"
-"""The module without which no model can be loaded."""
+WATCHED = ("transformers.modeling_utils", "transformers.quantizers", "transformers.quantizers.auto")
+"""The modules that know quantizers: nothing reaches one but through them. What registers needs them whole."""
 REGISTERS = "moacompress.runtime.hf.loading"
-"""The module that registers itself when it is imported."""
+"""The module that registers: its `register` may be called often."""
 
+_registering: set[int] = set()
+"""The threads that are at it: what registers takes from the watched modules itself."""
 _reported = False
 
 
 def autoload() -> None:
-    """Imports `REGISTERS` as soon as `AFTER` has been imported, which may be now.
+    """Registers as soon as something is taken from a module in `WATCHED`; now, where one of them has been imported.
 
     It never raises and may be called often.
     """
     try:
-        module = sys.modules.get(AFTER)
-        if module is None:
-            if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-                sys.meta_path.insert(0, _Finder())
-        elif _is_initializing(module):
-            # transformers.modeling_utils itself is importing torch: too late for a finder, too early to register
-            if type(module) is ModuleType:
-                module.__class__ = _WatchedModule
-        else:
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+        found = _watched_modules()
+        for module in found:
+            if _is_initializing(module):  # it is importing torch itself: too late for a finder, too early to register
+                _watch(module)
+        if not all(map(_is_initializing, found)):
             _register()
     except Exception as error:
         _report(error)
 
 
-def _register() -> None:
+def _register() -> bool:
+    """Registers, or says why it cannot; False where this thread is at it already, or it is too early in this thread."""
+    thread = get_ident()
+    if thread in _registering:
+        return False
+    _registering.add(thread)
     try:
-        importlib.import_module(REGISTERS)
+        if any(_is_initializing(module) and _is_executed_here(module) for module in _watched_modules()):
+            return False
+        module = importlib.import_module(REGISTERS)  # another thread that imports it is waited for
+        if not _is_initializing(module):
+            module.register()
     except Exception as error:
         _report(error)
+    finally:
+        _registering.discard(thread)
+    return True
 
 
 def _report(error: Exception) -> None:
@@ -57,33 +73,55 @@ def _report(error: Exception) -> None:
     _reported = True
 
 
+def _watched_modules() -> list[ModuleType]:
+    """Returns those of `WATCHED` that have been imported or are being imported."""
+    return [module for module in map(sys.modules.get, WATCHED) if module is not None]
+
+
 def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
+def _is_executed_here(module: ModuleType) -> bool:
+    """Returns whether this thread is executing the body of a module."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals is module.__dict__ and frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _watch(module: ModuleType) -> None:
+    if type(module) is ModuleType:
+        module.__class__ = _WatchedModule
+
+
 class _Finder:
-    """Finds `AFTER` through the finders that follow this one, and registers once it has been executed."""
+    """Finds the modules in `WATCHED` through the finders that follow this one, and has them watched once executed.
+
+    It stays: a module that is reloaded, or whose import failed, forgets what was registered.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != AFTER or self not in sys.meta_path:
+        if name not in WATCHED or self not in sys.meta_path:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
                 if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
                 return spec
         return None
 
 
 class _Loader:
-    """Stands in for a module's loader until the module is executed, then puts the real one back and registers."""
+    """Stands in for a module's loader until the module is executed, then puts the real one back."""
 
-    def __init__(self, loader: object, finder: _Finder) -> None:
+    def __init__(self, loader: object) -> None:
         self._loader = loader
-        self._finder = finder
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -98,16 +136,18 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader  # type: ignore[assignment]
         self._loader.exec_module(module)  # type: ignore[attr-defined]
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        _register()
+        _watch(module)
 
 
 class _WatchedModule(ModuleType):
-    """A module that is still being executed; the first look at it afterwards makes it a plain module and registers."""
+    """A module from which nothing has been taken yet: the first name that is taken registers, and makes it a plain module.
+
+    Names with two underscores are not what is looked for: tools ask every module for them, some of them while they go
+    through `sys.modules`. Of these only `import *` asks for `__all__`.
+    """
 
     def __getattribute__(self, name: str) -> object:
-        if name != "__spec__" and not _is_initializing(self):
+        asked = name == "__all__" or not (name.startswith("__") and name.endswith("__"))
+        if asked and not _is_initializing(self) and _register():
             self.__class__ = ModuleType  # type: ignore[assignment]
-            _register()
         return ModuleType.__getattribute__(self, name)

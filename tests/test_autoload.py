@@ -6,9 +6,12 @@ import importlib
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +44,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         "import torch; from transformers import LlamaForCausalLM",
         "from transformers import LlamaForCausalLM",
         "import transformers.modeling_utils as m; m.PreTrainedModel; assert type(m).__name__ == 'module'",
+        "import transformers.quantizers.auto as m; m.AutoHfQuantizer; assert type(m).__name__ == 'module'",
+        "import torch, transformers.quantizers",
+        "from transformers.quantizers.base import HfQuantizer; import moacompress",
         "from transformers import LlamaForCausalLM; import moacompress",
         "import moacompress; from transformers import LlamaForCausalLM",
     ],
@@ -56,7 +62,33 @@ def test_the_switch_of_torch_turns_it_off_and_importing_turns_it_on() -> None:
     assert run(code + "; import moacompress" + REGISTERED, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout == "True\n"
 
 
-@pytest.mark.parametrize("first", ["torch", "transformers.modeling_utils"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from transformers.quantizers import AutoQuantizationConfig",
+        "from transformers.quantizers.auto import AutoQuantizationConfig",
+        "import torch; import transformers.quantizers.auto as auto; AutoQuantizationConfig = auto.AutoQuantizationConfig",
+    ],
+)
+def test_a_config_is_known_before_any_model_is(code: str) -> None:
+    reads = """
+try:
+    AutoQuantizationConfig.from_dict({"quant_method": "moacompress", "plan": {"version": 99}})
+except Exception as error:
+    print(type(error).__name__)
+"""
+    done = run(code + reads)
+    assert (done.stdout, done.stderr) == ("PlanError\n", "")
+
+
+def test_a_reload_forgets_nothing() -> None:
+    done = run(
+        "import importlib, transformers.quantizers.auto as m; importlib.reload(importlib.reload(m))" + REGISTERED
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.parametrize("first", ["torch", "transformers.modeling_utils", "transformers.quantizers.auto"])
 def test_a_failure_is_said_once_and_breaks_nothing(first: str) -> None:
     done = run(
         f"""
@@ -82,71 +114,134 @@ def test_import_torch_does_not_import_transformers() -> None:
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Stands in modules of its own for transformers and for the module that registers."""
-    (tmp_path / "fake_after.py").write_text("import builtins\nVALUE = builtins.len('abc')\n")
-    (tmp_path / "fake_registers.py").write_text("import fake_after\nSEEN = fake_after.VALUE\n")
+    """Stands in modules of its own for those of transformers and for the module that registers."""
+    (tmp_path / "fake_auto.py").write_text("KNOWN = []\n")
+    (tmp_path / "fake_models.py").write_text("from fake_auto import KNOWN\nassert not KNOWN\nVALUE = 3\n")
+    (tmp_path / "fake_registers.py").write_text(
+        "import fake_auto, fake_models\nSEEN = fake_models.VALUE\n"
+        "def register():\n    fake_auto.KNOWN[:] = ['moacompress']\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(autoload_module, "AFTER", "fake_after")
+    monkeypatch.setattr(
+        sys, "meta_path", [finder for finder in sys.meta_path if type(finder) is not autoload_module._Finder]
+    )
+    monkeypatch.setattr(autoload_module, "WATCHED", ("fake_models", "fake_auto"))
     monkeypatch.setattr(autoload_module, "REGISTERS", "fake_registers")
     monkeypatch.setattr(autoload_module, "_reported", False)
     yield tmp_path
-    for name in ("fake_after", "fake_registers"):
+    for name in ("fake_models", "fake_auto", "fake_registers"):
         sys.modules.pop(name, None)
 
 
-def finders() -> int:
-    return sum(isinstance(finder, autoload_module._Finder) for finder in sys.meta_path)
+def rewrite(file: Path, text: str) -> None:
+    file.write_text(text)
+    importlib.invalidate_caches()
 
 
-def test_the_finder_comes_once_and_goes_when_it_has_served(fakes: Path) -> None:
-    before = finders()
+def test_it_registers_when_something_is_taken(fakes: Path) -> None:
     autoload()
     autoload()
-    assert finders() == max(before, 1)
+    assert [type(finder) for finder in sys.meta_path].count(autoload_module._Finder) == 1
+    for name in ("fake_models", "fake_auto"):
+        module = importlib.import_module(name)
+        assert type(module.__loader__) is SourceFileLoader
+        assert module.__spec__ is not None
+        assert module.__spec__.loader is module.__loader__
     assert "fake_registers" not in sys.modules
-    module = importlib.import_module("fake_after")
-    assert sys.modules["fake_registers"].SEEN == 3
-    assert type(module.__loader__) is SourceFileLoader
-    assert module.__spec__ is not None
-    assert module.__spec__.loader is module.__loader__
-    assert finders() == 0
-    assert importlib.reload(module) is module
+    assert importlib.import_module("fake_models").VALUE == 3
+    assert sys.modules["fake_auto"].KNOWN == ["moacompress"]
+    assert {type(sys.modules[name]) for name in ("fake_models", "fake_auto")} == {type(sys)}
+
+
+@pytest.mark.parametrize(
+    "how", ["import fake_auto; fake_auto.KNOWN", "from fake_auto import KNOWN", "from fake_auto import *"]
+)
+def test_any_way_to_take_registers(fakes: Path, how: str) -> None:
+    autoload()
+    taken: dict[str, Any] = {}
+    exec(how, taken)
+    assert taken.get("KNOWN", sys.modules["fake_auto"].KNOWN) == ["moacompress"]
+
+
+def test_tools_that_look_at_every_module_find_plain_ones(fakes: Path) -> None:
+    autoload()
+    importlib.import_module("fake_models")
+    for module in [*sys.modules.values()]:
+        for name in ("__file__", "__dict__", "__path__", "__warningregistry__"):
+            getattr(module, name, None)
+    assert "fake_registers" not in sys.modules
 
 
 def test_what_has_been_imported_registers_at_once(fakes: Path) -> None:
-    importlib.import_module("fake_after")
+    known = importlib.import_module("fake_auto").KNOWN
     autoload()
-    assert sys.modules["fake_registers"].SEEN == 3
+    assert known == ["moacompress"]
+
+
+def test_a_reload_is_registered_again(fakes: Path) -> None:
+    autoload()
+    module = importlib.import_module("fake_auto")
+    for _ in range(2):
+        assert module.KNOWN == ["moacompress"]
+        assert importlib.reload(module) is module
+        assert vars(module)["KNOWN"] == []
+    assert module.KNOWN == ["moacompress"]
 
 
 def test_an_import_that_fails_may_be_tried_again(fakes: Path) -> None:
     autoload()
-    (fakes / "fake_after.py").write_text("raise RuntimeError('first')")
-    importlib.invalidate_caches()
+    rewrite(fakes / "fake_models.py", "raise RuntimeError('first')")
     with pytest.raises(RuntimeError, match="first"):
-        importlib.import_module("fake_after")
+        importlib.import_module("fake_models")
     assert "fake_registers" not in sys.modules
-    (fakes / "fake_after.py").write_text("VALUE = 4  # now it works")
-    importlib.invalidate_caches()
-    importlib.import_module("fake_after")
-    assert sys.modules["fake_registers"].SEEN == 4
+    rewrite(fakes / "fake_models.py", "VALUE = 4  # now it works")
+    assert importlib.import_module("fake_models").VALUE == 4
+    assert sys.modules["fake_auto"].KNOWN == ["moacompress"]
 
 
-def test_a_module_that_calls_it_while_it_is_imported(fakes: Path) -> None:
-    (fakes / "fake_after.py").write_text(
-        "import _moacompress_autoload\n_moacompress_autoload.autoload()\nimport sys\n"
-        "assert 'fake_registers' not in sys.modules\nVALUE = 5\n"
+@pytest.mark.parametrize("calling", ["fake_models", "fake_auto"])
+def test_a_module_that_calls_it_while_it_is_imported(fakes: Path, calling: str) -> None:
+    own = (fakes / f"{calling}.py").read_text()
+    rewrite(
+        fakes / f"{calling}.py",
+        f"import _moacompress_autoload\n_moacompress_autoload.autoload()\n{own}import sys\n"
+        "assert 'fake_registers' not in sys.modules\n",
     )
-    module = importlib.import_module("fake_after")
-    assert module.VALUE == 5
-    assert sys.modules["fake_registers"].SEEN == 5
-    assert type(module) is type(sys)
+    importlib.import_module(calling)
+    assert importlib.import_module("fake_auto").KNOWN == ["moacompress"]
+    assert importlib.import_module("fake_models").VALUE == 3
+    assert {type(sys.modules[name]) for name in ("fake_models", "fake_auto")} == {type(sys)}
+
+
+def test_threads_wait_for_the_one_that_registers(fakes: Path) -> None:
+    rewrite(fakes / "fake_registers.py", "import time\ntime.sleep(0.3)\n" + (fakes / "fake_registers.py").read_text())
+    autoload()
+    with ThreadPoolExecutor(4) as pool:
+        seen = pool.map(lambda name: [*importlib.import_module(name).KNOWN], ["fake_auto", "fake_models"] * 2)
+        assert [*seen] == [["moacompress"]] * 4
+
+
+def test_a_thread_waits_for_another_that_imports(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(autoload_module, "events", (inside, go_on), raising=False)
+    waits = "import _moacompress_autoload\ninside, go_on = _moacompress_autoload.events\ninside.set(); go_on.wait(30)\n"
+    rewrite(fakes / "fake_models.py", (fakes / "fake_models.py").read_text().replace("VALUE", waits + "VALUE"))
+    autoload()
+    with ThreadPoolExecutor(2) as pool:
+        importing = pool.submit(lambda: importlib.import_module("fake_models").VALUE)
+        assert inside.wait(30)
+        taking = pool.submit(lambda: [*importlib.import_module("fake_auto").KNOWN])
+        with pytest.raises(TimeoutError):
+            taking.result(0.3)
+        go_on.set()
+        assert taking.result(30) == ["moacompress"]
+        assert importing.result(30) == 3
 
 
 def test_failures_are_said_once(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (fakes / "fake_registers.py").write_text("raise RuntimeError('two\\nlines')")
-    importlib.import_module("fake_after")
+    rewrite(fakes / "fake_registers.py", "raise RuntimeError('two\\nlines')")
+    autoload()
+    assert importlib.import_module("fake_models").VALUE == 3
     autoload()
     autoload()
     said = capsys.readouterr().err
@@ -154,8 +249,8 @@ def test_failures_are_said_once(fakes: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_module_that_is_not_there_is_not_found(fakes: Path) -> None:
-    (fakes / "fake_after.py").unlink()
+    (fakes / "fake_auto.py").unlink()
     importlib.invalidate_caches()
     autoload()
-    with pytest.raises(ModuleNotFoundError, match="fake_after"):
-        importlib.import_module("fake_after")
+    with pytest.raises(ModuleNotFoundError, match="fake_auto"):
+        importlib.import_module("fake_auto")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# First, and alone: the entry point imports `runtime.hf.loading` as soon as this module is executed, which must not happen
+import transformers.modeling_utils
+
+# First of all: the entry point imports `runtime.hf.loading` when something is taken from this module, which must not happen
 # while one of our own modules is half imported.
-import transformers.modeling_utils  # noqa: F401
+getattr(transformers.modeling_utils, "PreTrainedModel", None)
 
 if TYPE_CHECKING:
     from moacompress.runtime.cache.plan_cache import PlanCache

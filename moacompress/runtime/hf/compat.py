@@ -37,6 +37,7 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 COMPILED_CALL = "_compiled_call_impl"
 """What a module has in its own dictionary after `module.compile()`."""
 QUANTIZERS = "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING"
+QUANTIZATION_CONFIGS = "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING"
 ACTIVE_COLLECTOR = "transformers.utils.output_capturing._active_collector"
 OUTPUT_CAPTURING = "transformers.utils.output_capturing.install_output_capuring_hook"
 CAUSAL_MASK = "transformers.masking_utils.causal_mask_function"
@@ -357,7 +358,7 @@ _CACHES = "transformers.cache_utils"
 _MODULE = "torch.nn.Module"
 
 _LOADING = (
-    PrivateName("transformers.modeling_utils.PreTrainedModel", "registering once its module is imported"),
+    PrivateName("transformers.modeling_utils.PreTrainedModel", "registering once something is taken from its module"),
     PrivateName(
         "importlib.machinery.ModuleSpec._initializing",
         "registering while transformers is being imported",
@@ -370,6 +371,9 @@ _LOADING = (
         _takes("method"),
     ),
     PrivateName(QUANTIZERS, "telling whether transformers knows compressed checkpoints", _is_a(dict)),
+    PrivateName(
+        QUANTIZATION_CONFIGS, "telling whether transformers knows the configs of compressed checkpoints", _is_a(dict)
+    ),
     PrivateName(
         f"{_QUANTIZER}._process_model_before_weight_loading", "putting a plan on a model", _takes("model", "kwargs")
     ),

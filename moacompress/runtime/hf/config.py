@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moacompress.core.errors import PlanError
@@ -13,7 +12,6 @@ from moacompress.rules.plan import Plan
 METHOD = "moacompress"
 
 
-@register_quantization_config(METHOD)
 class MoaCompressConfig(QuantizationConfigMixin):
     """Holds the plan in `config.json` under `quantization_config`.
 

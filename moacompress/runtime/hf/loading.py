@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from moacompress.core.errors import ArtefactError, UnsupportedError
@@ -30,11 +30,7 @@ from moacompress.runtime.hf import compat, masks
 from moacompress.runtime.hf.attaching import install
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
 
-# importing this module anew registers its new class, which transformers refuses while there is another one
-compat.take(compat.QUANTIZERS).pop(METHOD, None)
 
-
-@register_quantizer(METHOD)
 class MoaCompressQuantizer(HfQuantizer):
     """Puts the plan of a checkpoint on the model that `from_pretrained` builds."""
 
@@ -140,6 +136,20 @@ def _is_being_loaded(config: Any) -> bool:
     return isinstance(config.quantization_config, MoaCompressConfig) and torch.get_default_device().type == "meta"
 
 
+def register() -> None:
+    """Makes the quantizer and its config known to transformers; what it knows already stays, so it may be called often."""
+    known: tuple[tuple[str, Any, type], ...] = (
+        (compat.QUANTIZATION_CONFIGS, register_quantization_config, MoaCompressConfig),
+        (compat.QUANTIZERS, register_quantizer, MoaCompressQuantizer),
+    )
+    for name, registering, ours in known:
+        mapping = compat.take(name)
+        if mapping.get(METHOD) is not ours:
+            mapping.pop(METHOD, None)  # of an earlier import of this module: transformers refuses a second one
+            registering(METHOD)(ours)
+
+
+register()
 attention.register()
 masks.register(NAME)
 _guard_from_config()

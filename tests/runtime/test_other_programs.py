@@ -1,0 +1,238 @@
+"""Programs that know nothing of moacompress load a checkpoint and run it under its plan, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime import attach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STORY = "seven red balls roll over the hill and four come back; " * 4
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Path, PreTrainedModel, PreTrainedModel]:
+    """Returns a compressed checkpoint, its model, and the dense model, which says something else."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    plan = Plan.uniform(model_shape(model), Rule(4, 20, 0), min_window=16)
+    attach(model, plan).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    plan.save(folder / "plan.json")
+    return folder, model, dense
+
+
+def run(*command: str) -> str:
+    """Runs a program outside the repository and returns what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "moacompress: " not in done.stderr
+    return done.stdout
+
+
+def python(code: str) -> Any:
+    """Runs code, which does not import moacompress, and returns the JSON that it prints last."""
+    assert "moacompress" not in code
+    return json.loads(run(sys.executable, "-c", textwrap.dedent(code)).splitlines()[-1])
+
+
+def program(name: str) -> str:
+    """Returns the path of a program of the environment that runs the tests."""
+    return str(Path(sys.executable).parent / name)
+
+
+def continuation(model: Any, tokenizer: Any, text: str, tokens: int) -> str:
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_lm_eval(checkpoint: Any, tmp_path: Path) -> None:
+    folder, model, dense = checkpoint
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"story": STORY}) + "\n")
+    task = {
+        "task": "tiny_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "stories.jsonl")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{story}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "tiny_text.yaml").write_text(json.dumps(task))
+    run(
+        *(program("lm_eval"), "--model", "hf", "--model_args", f"pretrained={folder}", "--device", "cpu"),
+        *("--tasks", str(tmp_path / "tiny_text.yaml"), "--output_path", str(tmp_path / "out")),
+    )
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    (found,) = json.loads(results.read_text())["results"].values()
+    from transformers import AutoTokenizer
+
+    ids = torch.tensor([[1, *AutoTokenizer.from_pretrained(folder)(STORY)["input_ids"]]])
+
+    def bits(one: Any) -> float:
+        logits = one(ids).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+        return float(nll) / len(STORY) / 0.6931471805599453
+
+    assert found["bits_per_byte,none"] == pytest.approx(bits(model), rel=1e-4)
+    assert bits(model) != pytest.approx(bits(dense), rel=1e-2)
+
+
+def test_pipeline(checkpoint: Any, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    folder, model, dense = checkpoint
+    found = python(
+        f"""
+        import json
+        from transformers import pipeline
+        generate = pipeline("text-generation", {str(folder)!r}, device="cpu")
+        said = generate({STORY!r}, max_new_tokens=12, do_sample=False, eos_token_id=None, return_full_text=False)
+        print(json.dumps([said[0]["generated_text"], type(generate.model.config.quantization_config).__name__]))
+        """
+    )
+    ours, theirs = (continuation(one, tiny_tokenizer, STORY, 12) for one in (model, dense))
+    assert found == [ours, "MoaCompressConfig"]
+    assert ours != theirs
+
+
+def test_an_adapter(checkpoint: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder, model, dense = checkpoint
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(200).remainder(150).unsqueeze(0)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(ids).logits[0, -1]
+        without = model(ids).logits[0, -1]
+        of_dense = peft.PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "adapter").eval()(ids).logits[0, -1]
+    found = python(
+        f"""
+        import json
+        from peft import AutoPeftModelForCausalLM
+        model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r}).eval()
+        import torch
+        with torch.no_grad():
+            print(json.dumps(model(torch.arange(200).remainder(150).unsqueeze(0)).logits[0, -1].tolist()))
+        """
+    )
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
+    for other in (without, of_dense):
+        assert (expected - other).abs().max() > 1e-2
+
+
+@contextmanager
+def served(*options: str) -> Iterator[str]:
+    """Runs `transformers serve` on loopback and yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program("transformers"), "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [*command, "--device", "cpu"],
+        cwd="/",
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
+            while not _is_up(address):
+                assert server.poll() is None, server.stderr and server.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.5)
+            yield address
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+
+
+def _is_up(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def chat(address: str, model: Path, stream: bool) -> str:
+    """Returns the body of the answer to one chat completion."""
+    asked = {
+        "model": str(model),
+        "messages": [{"role": "user", "content": STORY}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "stream": stream,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        return str(answer.read().decode())
+
+
+needs_a_server = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("fastapi", "openai", "uvicorn")),
+    reason="transformers serve needs fastapi, openai and uvicorn",
+)
+
+
+@needs_a_server
+def test_serve(checkpoint: Any, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    folder, model, dense = checkpoint
+    with served(str(folder)) as address:
+        answer = json.loads(chat(address, folder, stream=False))
+    said = answer["choices"][0]["message"]["content"]
+    prompt = tiny_tokenizer.apply_chat_template(
+        [{"role": "user", "content": STORY}], tokenize=False, add_generation_prompt=True
+    )
+    ours, theirs = (continuation(one, tiny_tokenizer, str(prompt), 12) for one in (model, dense))
+    assert ours.startswith(said)
+    assert len(said) > 3
+    assert not theirs.startswith(said)
+
+
+@needs_a_server
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_serve_cannot_do_is_an_error_of_the_request(checkpoint: Any, stream: bool) -> None:
+    folder, *_ = checkpoint
+    with served(str(folder), "--continuous-batching") as address:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            chat(address, folder, stream)
+        assert refused.value.code == 500
+        assert _is_up(address)
