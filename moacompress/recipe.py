@@ -159,7 +159,7 @@ class SearchRecipe(_Section):
     """How the plan is found."""
 
     trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
-    timeout: float | None = Field(None, gt=0, description="seconds after which no new trial starts")
+    timeout: float | None = Field(None, gt=0, description="seconds that a search may take, all of it")
     text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
     formats: Formats | None = Field(
         None, description="formats of keys and values on offer beside native; by default all that are profiled"

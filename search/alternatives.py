@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,18 +70,22 @@ def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str
         plan.save(folder / f"{family}.json")
 
 
-def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Progress) -> dict[str, Alternative]:
-    """Returns the best candidate of every family that has one within the request's limits.
+def measure_alternatives(
+    request: SearchRequest, meter: HarmMeter, progress: Progress
+) -> Iterator[tuple[str, Alternative]]:
+    """Yields every family that has a candidate within the request's limits, with its best.
 
     Args:
         request: what is searched for.
         meter: measures.
         progress: told of every measurement.
+
+    Raises:
+        TimeUp: the time is up before all of them are measured.
     """
     families = [family for family in FAMILIES if family != MOA or request.measures_moa]
     field = {family: _candidates(family, request) for family in families}
     progress.start("measuring alternatives", len(field))
-    found = {}
     for family, plans in field.items():
         screened = [meter.harms("screening", plan, meter.order[:SCREENED]) for plan in plans]
         means = [float(np.mean(harms)) for harms in screened]
@@ -96,9 +100,8 @@ def measure_alternatives(request: SearchRequest, meter: HarmMeter, progress: Pro
                 best = Alternative(plans[index], harm)
         progress.step("nothing fits" if best is None else f"{family}: {best.harm:.3g} nats")
         if best is not None:
-            found[family] = best
+            yield family, best
     progress.done()
-    return found
 
 
 def _candidates(family: str, request: SearchRequest) -> list[Plan]:

@@ -8,7 +8,7 @@ zero, so the change of every rule has a sign.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -26,6 +26,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
+from moacompress.search.deadline import Deadline
 from moacompress.search.quadratic import Quadratic
 
 Forms: TypeAlias = Callable[[float], Quadratic]
@@ -50,6 +51,7 @@ class ProfileAround:
         source: the model.
         samples: what is profiled.
         folder: where finished samples are kept, or None for memory.
+        deadline: when to stop; it is checked before every sample.
     """
 
     profile: Profile
@@ -57,6 +59,7 @@ class ProfileAround:
     source: SourceModel
     samples: Sequence[Sample]
     folder: Path | None
+    deadline: Deadline = field(default_factory=Deadline)
 
     def __call__(self, plan: Plan, progress: Progress) -> Forms:
         """See `Around`.
@@ -64,6 +67,7 @@ class ProfileAround:
         Raises:
             ModelError: a statistic is not finite.
             ArtefactError: the folder cannot be written.
+            TimeUp: the time is up, and a sample is not profiled yet.
         """
         profile = self.profile
         formats = profile.profiled_formats if profile.formats else ()
@@ -82,6 +86,7 @@ class ProfileAround:
         for index, sample in enumerate(self.samples):
             kept = None if folder is None else read_sample(folder, index, owner, shapes)
             if kept is None:
+                self.deadline.check()
                 statistics = sample_statistics(
                     self.source.model, profile.shape, table, sample, chosen, plan, self.recipe.seed, index, gates
                 )

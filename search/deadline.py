@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moacompress.core.errors import OutOfTimeError
+from moacompress.core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
+class TimeUp(Exception):
+    """The time of a search is over: whatever was being measured is left as it is, and what was found so far stands."""
+
+
 @dataclass
 class Deadline:
-    """The time that a search may take; it is asked before every piece of work that may be left out.
+    """The time that a search may take, all of it; it is asked before every measurement of a sample.
 
     Attributes:
-        started: `time.monotonic()` from which the time counts.
         timeout: seconds; None for no end.
+        started: `time.monotonic()` from which the time counts, by default now.
         stopped: whether it was asked after its end, so that something was left out.
     """
 
-    started: float
     timeout: float | None = None
+    started: float = field(default_factory=lambda: time.monotonic())
     stopped: bool = False
+
+    @property
+    def left(self) -> float | None:
+        """The seconds that are left, 0 where the time is over; None for no end."""
+        return None if self.timeout is None else max(0.0, self.started + self.timeout - time.monotonic())
 
     def over(self) -> bool:
         """Returns whether the time is up."""
@@ -31,3 +44,59 @@ class Deadline:
             logger.info("the search stops: %g seconds are over", self.timeout)
         self.stopped = True
         return True
+
+    def check(self) -> None:
+        """Does nothing as long as there is time.
+
+        Raises:
+            TimeUp: the time is up.
+        """
+        if self.over():
+            raise TimeUp
+
+    def too_short(self) -> OutOfTimeError:
+        """Returns the error of a search that has no plan to hand back when the time is up."""
+        return OutOfTimeError(
+            f"the {self.timeout:g} seconds of --timeout were over before a plan was measured; what was measured is kept: the "
+            "same command with a longer one resumes"
+        )
+
+    def part(self, of: int) -> Deadline:
+        """Returns the deadline of one of several searches that are left, each of which gets as much of the time.
+
+        Args:
+            of: how many are left, this one included.
+        """
+        left = self.left
+        return Deadline(None if left is None else left / of)
+
+    def within(self, progress: Progress) -> Progress:
+        """Returns a progress that is told as another one, and that raises `TimeUp` after the step at which the time is up."""
+        return _TimedProgress(progress, self.check)
+
+
+@dataclass(frozen=True)
+class _TimedProgress(Progress):
+    """Hands on what it is told, and checks the time after every step.
+
+    Attributes:
+        progress: is told all of it.
+        check: raises where the time is up.
+    """
+
+    progress: Progress
+    check: Callable[[], None]
+
+    def start(self, what: str, total: int) -> None:
+        self.check()
+        self.progress.start(what, total)
+
+    def step(self, note: str = "") -> None:
+        self.progress.step(note)
+        self.check()
+
+    def done(self) -> None:
+        self.progress.done()
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)

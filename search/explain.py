@@ -153,6 +153,6 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
         if trial.measured and not trial.pruned:
             plan = unpack(trial.plan, profile)
             pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.harms))])
-    predicted, measured = zip(*pairs, strict=True)
+    predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

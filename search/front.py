@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Objective
@@ -45,6 +46,7 @@ def find_front(
     overwrite: bool = False,
     model: SourceModel | None = None,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> list[SearchResult]:
     """Finds plans between two budgets of which none is beaten in both bytes and measured harm.
 
@@ -56,15 +58,18 @@ def find_front(
         overwrite: start anew: the plans of a front that are there are removed, and what was measured for them.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
+        deadline: when to stop; by default `recipe.search.timeout` seconds from now.
 
     Returns:
         The plans of the front, the smallest first.
 
     Raises:
         BudgetError: not two different shares.
+        OutOfTimeError: the time is up before one plan is measured.
         MoaCompressError: as `find_plan`.
     """
     started, progress = time.monotonic(), progress or SILENT
+    deadline = deadline or Deadline(recipe.search.timeout, started)
     low, high = _shares(budgets)
     request = SearchRequest.of(profile, f"{low:.6f}", recipe, model=model)
     key = fingerprint(["front", request.key, low, high])
@@ -75,7 +80,10 @@ def find_front(
         owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
         source = load_for(recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        request = request.repaired(source, progress)
+        try:
+            request = request.repaired(source, deadline.within(progress))
+        except TimeUp:
+            raise deadline.too_short() from None
         distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
         neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
         ledger = Ledger(
@@ -89,25 +97,26 @@ def find_front(
             objectives=2,
         )
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
-        meter = HarmMeter.of(ledger, measure, recipe.seed)
-        surrogate = meter.calibrated(request, progress)
-        progress.start("searching the front", recipe.search.trials)
-        for _ in ledger.finished()[: recipe.search.trials]:
-            progress.step()
-        timeout = recipe.search.timeout
-        while len(done := ledger.finished()) < recipe.search.trials:
-            if done and timeout is not None and time.monotonic() - started > timeout:
-                break
-            trial = ledger.ask()
-            share = float(np.exp(trial.params[SHARE]))
-            limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-            knobs = {name: at for name, at in trial.params.items() if name != SHARE}
-            plan = request.plan(surrogate, knobs, limits)
-            harm = float(np.mean(meter.harms("front", plan, meter.order)))
-            kept = max(plan.kv_share(n) for n in profile.lengths)
-            ledger.tell(trial, [harm, kept], plan=pack(plan))
-            progress.step(f"{kept:.1%} of the bytes: {harm:.3g} nats")
+        meter = HarmMeter.of(ledger, measure, recipe.seed, deadline)
+        with suppress(TimeUp):
+            surrogate = meter.calibrated(request, progress)
+            progress.start("searching the front", recipe.search.trials)
+            for _ in ledger.finished()[: recipe.search.trials]:
+                progress.step()
+            while len(ledger.finished()) < recipe.search.trials:
+                deadline.check()
+                trial = ledger.ask()
+                share = float(np.exp(trial.params[SHARE]))
+                limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
+                knobs = {name: at for name, at in trial.params.items() if name != SHARE}
+                plan = request.plan(surrogate, knobs, limits)
+                harm = float(np.mean(meter.harms("front", plan, meter.order)))
+                kept = max(plan.kv_share(n) for n in profile.lengths)
+                ledger.tell(trial, [harm, kept], plan=pack(plan))
+                progress.step(f"{kept:.1%} of the bytes: {harm:.3g} nats")
         progress.done()
+        if not ledger.finished():
+            raise deadline.too_short()
         points = [
             _Point(trial.values[0], trial.values[1], trial.user_attrs["plan"], number)
             for number, trial in enumerate(ledger.finished())

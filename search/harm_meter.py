@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from moacompress.calibration.samples import Sample
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.knapsack import ablation
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
@@ -29,16 +31,19 @@ class HarmMeter:
         ledger: what is measured already.
         measure: the model on validation samples.
         order: numbers of the samples, shuffled.
+        deadline: when to stop: it is checked before every measurement of a plan on a sample, and what was measured of
+            several until then is kept for the next run.
     """
 
     ledger: Ledger
     measure: Measure
     order: Sequence[int]
+    deadline: Deadline = field(default_factory=Deadline)
 
     @staticmethod
-    def of(ledger: Ledger, measure: Measure, seed: int) -> HarmMeter:
+    def of(ledger: Ledger, measure: Measure, seed: int, deadline: Deadline) -> HarmMeter:
         """Returns the meter whose samples are shuffled by a seed."""
-        return HarmMeter(ledger, measure, np.random.default_rng(seed).permutation(measure.size).tolist())
+        return HarmMeter(ledger, measure, np.random.default_rng(seed).permutation(measure.size).tolist(), deadline)
 
     def harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
         """Returns the harm of each numbered sample, measured at most once in the life of the ledger.
@@ -47,14 +52,40 @@ class HarmMeter:
             kind: what for; with the plan it is what the numbers are filed under.
             plan: the plan.
             numbers: of the samples.
+
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet.
         """
-        known = self.known(kind, plan)
+
+        def measured(done: int) -> Generator[float, None, None]:
+            with self.measure.under(plan) as harm:
+                for number in numbers[done:]:
+                    yield harm(number)
+
+        return self._once(f"{kind}:{plan.key()}", len(numbers), measured)
+
+    def _once(self, name: str, count: int, measured: Callable[[int], Generator[float, None, None]]) -> list[float]:
+        """Returns so many harms, measured at most once in the life of the ledger.
+
+        Args:
+            name: what they are filed under.
+            count: how many there are.
+            measured: measures those behind so many that are known already.
+        """
+        known = self.ledger.recall(name)
         if known is not None:
-            return known
-        with self.measure.under(plan) as harm:
-            harms = [harm(number) for number in numbers]
-        self.keep(kind, plan, harms)
-        return harms
+            return [float(harm) for harm in known]
+        found = begun = self.ledger.begun(name)
+        with closing(measured(len(begun))) as harms:
+            try:
+                for _ in range(count - len(begun)):
+                    self.deadline.check()
+                    found = [*found, next(harms)]
+            except TimeUp:
+                self.ledger.stop(name, found)
+                raise
+        self.ledger.remember(name, found)
+        return found
 
     def keep(self, kind: str, plan: Plan, harms: Sequence[float]) -> None:
         """Keeps what was measured elsewhere, as `harms` would have."""
@@ -76,18 +107,21 @@ class HarmMeter:
             plans: quick are those that differ from `base` in late layers only.
             base: a plan.
             measure: the model on other samples than the meter's own.
+
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet.
         """
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
-        known = self.ledger.recall(name)
-        if known is None:
-            known = (measure or self.measure).many(number, plans, base)
-            self.ledger.remember(name, known)
-        return [float(harm) for harm in known]
+        model = measure or self.measure
+        return self._once(name, len(plans), lambda done: model.many(number, plans[done:], base))
 
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
         """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
 
         A KV head gets another span or other formats, never both: what the two cost is told apart.
+
+        Raises:
+            TimeUp: the time is up, and an ablation is not measured yet.
         """
         recipe, profile, surrogate = request.recipe, request.profile, request.surrogate
         shortest = Surrogate(surrogate.rules, surrogate.influence[:1], surrogate.supersets)

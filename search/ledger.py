@@ -84,6 +84,15 @@ class Ledger:
         with self._guard():
             self._study.set_user_attr(name, value)
 
+    def begun(self, name: str) -> list[float]:
+        """Returns the numbers that `stop` kept under this name; none where nothing was stopped."""
+        return [float(number) for number in self.recall(f"begun:{name}") or ()]
+
+    def stop(self, name: str, numbers: Sequence[float]) -> None:
+        """Keeps the first numbers of a list whose others are left to the next run."""
+        if list(numbers) != self.begun(name):
+            self.remember(f"begun:{name}", list(numbers))
+
     def finished(self) -> list[FrozenTrial]:
         """Returns the finished trials, in order; their place in the list is their index."""
         with self._guard():

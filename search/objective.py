@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -37,8 +37,11 @@ class Measure(Protocol):
         """Returns a context manager that yields the `Harm` of `plan`; the model is dense again when it ends."""
         ...
 
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
-        """Returns the harms of many plans on one sample; it is quick for those that differ from `base` in late layers."""
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
+        """Yields the harms of many plans on one sample; it is quick for those that differ from `base` in late layers.
+
+        The model is dense again once it is closed or has yielded all.
+        """
         ...
 
 
@@ -103,15 +106,16 @@ class Objective:
             finally:
                 runtime.detach(self.model)
 
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
-        """Returns the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
+        """Yields the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
         from moacompress import runtime
 
         numbered = dict(enumerate(plans))
         dense = self._dense_logits(number)
         try:
             found = harms_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
-            return [_finite(harm, number) for _, harm in found]
+            for _, harm in found:
+                yield _finite(harm, number)
         finally:
             runtime.detach(self.model)
 

@@ -1,4 +1,4 @@
-"""Opening a search: its study is owned, the model loaded, the surrogate calibrated, and the baselines are measured."""
+"""Opening a search: its study is owned, the model loaded, and a first plan written, before anything is measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moacompress.core.artefact_names import rounds_folder, study_journal
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.alternatives import measure_alternatives
 from moacompress.search.around import Around, ProfileAround, spread_samples
 from moacompress.search.deadline import Deadline
+from moacompress.search.found_plan import write_first
 from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Measure, Objective
@@ -25,7 +25,12 @@ MOVE_SAMPLES = 12
 
 @contextmanager
 def opened(
-    request: SearchRequest, out: Path | None, anew: bool, model: SourceModel | None, progress: Progress, started: float
+    request: SearchRequest,
+    out: Path | None,
+    anew: bool,
+    model: SourceModel | None,
+    progress: Progress,
+    deadline: Deadline,
 ) -> Iterator[SearchContext]:
     """Makes this process the owner of a search's study as long as the block runs.
 
@@ -35,23 +40,26 @@ def opened(
         anew: forget what the study holds.
         model: the profile's model where it is loaded already; by default it is loaded.
         progress: told of every measurement.
-        started: `time.monotonic()` from which the timeout counts.
+        deadline: when to stop.
 
     Yields:
-        What the steps work with; the surrogate is calibrated and the baselines are measured.
+        What the steps work with.
 
     Raises:
+        TimeUp: the time is up, and copies are not repaired yet.
         ArtefactError: the storage cannot be used, or another process is searching there.
         ModelError: the model cannot be loaded, or is not the one that was profiled.
     """
-    profile, settings, name = request.profile, request.recipe.search, f"moacompress-{request.key}"
-    storage = settings.storage
+    profile, name = request.profile, f"moacompress-{request.key}"
+    storage = request.recipe.search.storage
     if storage is None and out is not None:
         storage = str(study_journal(out))
     with quiet_optuna(), own_study(storage, name, anew=anew):
         source = load_for(request.recipe, profile.source) if model is None else model
         profile.check_model(source, "search")
-        request = request.repaired(source, progress)
+        if out is not None:
+            write_first(request, out)
+        request = request.repaired(source, deadline.within(progress))
         ledger = Ledger(
             storage,
             name,
@@ -62,26 +70,25 @@ def opened(
             [*map(request.knobs.within, request.starts), *request.knobs.starts],
         )
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
-        meter = HarmMeter.of(ledger, measure, request.recipe.seed)
-        around, trainer = _improvers(request, source, out)
-        surrogate = meter.calibrated(request, progress)
+        meter = HarmMeter.of(ledger, measure, request.recipe.seed, deadline)
+        around, trainer = _improvers(request, source, out, deadline)
         yield SearchContext(
             request=request,
             storage=storage,
             name=name,
             meter=meter,
-            surrogate=surrogate,
-            alternatives=measure_alternatives(request, meter, progress) if settings.alternatives else {},
+            surrogate=request.surrogate,
+            alternatives={},
             around=around,
             trainer=trainer,
             out=out,
-            deadline=Deadline(started, settings.timeout),
+            deadline=deadline,
             progress=progress,
         )
 
 
 def _improvers(
-    request: SearchRequest, source: SourceModel, out: Path | None
+    request: SearchRequest, source: SourceModel, out: Path | None, deadline: Deadline
 ) -> tuple[Around, Measure] | tuple[None, None]:
     """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
     settings = request.recipe.search
@@ -90,6 +97,6 @@ def _improvers(
     samples = request.profile.calibration_samples()
     folder = None if out is None else rounds_folder(out)
     chosen = spread_samples(samples, settings.round_samples)
-    around = ProfileAround(request.profile, request.recipe, source, chosen, folder)
+    around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
     return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of))

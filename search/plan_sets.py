@@ -21,6 +21,7 @@ from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.search_request import Knob, SearchRequest, offered
 from moacompress.search.search_result import SearchResult
 from moacompress.search.study import find_plan
@@ -38,6 +39,7 @@ def find_plans(
     overwrite: bool = False,
     model: SourceModel | None = None,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> list[SearchResult]:
     """Finds a plan for each of several budgets; the knobs that won at one are tried first at the next.
 
@@ -49,6 +51,8 @@ def find_plans(
         overwrite: start anew, each search as `find_plan` does.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
+        deadline: when to stop, by default `recipe.search.timeout` seconds from now: every search gets an equal part of what
+            those before it left of the time.
 
     Returns:
         The results, in the order of `budgets`.
@@ -56,6 +60,7 @@ def find_plans(
     Raises:
         MoaCompressError: as `find_plan`, for the first budget that fails; budgets are all looked at before anything runs.
     """
+    deadline = deadline or Deadline(recipe.search.timeout)
     for asked in budgets:
         SearchRequest.of(profile, list(asked), recipe)
     source = load_for(recipe, profile.source) if model is None else model
@@ -63,7 +68,7 @@ def find_plans(
         remove([front_file(out)])
     found: list[SearchResult] = []
     starts: list[Knob] = []
-    for asked in budgets:
+    for number, asked in enumerate(budgets):
         resolved = recipe.override(budget=list(asked))
         result = find_plan(
             profile,
@@ -74,6 +79,7 @@ def find_plans(
             model=source,
             starts=starts,
             progress=progress,
+            deadline=deadline.part(len(budgets) - number),
         )
         knobs = result.plan.provenance["knobs"]
         starts = [knobs] if any(knobs.values()) else []
@@ -136,6 +142,7 @@ def find_smallest(
     overwrite: bool = False,
     model: SourceModel | None = None,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> SearchResult:
     """Finds the plan of the smallest budget, a share of the dense bytes, whose measured harm is within a loss.
 
@@ -150,15 +157,19 @@ def find_smallest(
         overwrite: start anew: all of it is removed.
         model: the profile's model where it is loaded already.
         progress: told of every measurement.
+        deadline: when to stop, by default `recipe.search.timeout` seconds from now: then with the smallest plan that holds of
+            those that are measured.
 
     Raises:
         InfeasibleBudgetError: a plan that keeps next to everything does not hold.
+        OutOfTimeError: the time is up before one that holds is measured.
         MoaCompressError: as `find_plan`.
     """
+    deadline = deadline or Deadline(recipe.search.timeout)
     with own_file(out):
         _claim(out, profile, loss, overwrite)
         source = load_for(recipe, profile.source) if model is None else model
-        return _smallest(profile, loss, recipe, out, overwrite, source, progress)
+        return _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
 
 
 def _smallest(
@@ -169,6 +180,7 @@ def _smallest(
     overwrite: bool,
     source: SourceModel,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> SearchResult:
     """Finds what `find_smallest` returns."""
     quick = {
@@ -185,34 +197,46 @@ def _smallest(
         resolved = recipe.override(budget=[f"{share}%"], **settings)
         anew = overwrite and target not in begun
         begun.add(target)
-        return find_plan(profile, None, recipe=resolved, out=target, overwrite=anew, model=source, progress=progress)
+        options: dict[str, Any] = {"model": source, "progress": progress, "deadline": deadline}
+        return find_plan(profile, None, recipe=resolved, out=target, overwrite=anew, **options)
 
     def scout(share: int) -> SearchResult:
         return search(share, scouts_folder(out) / f"{share}.json", **quick)
 
+    held: list[SearchResult] = []
+
     def holds(result: SearchResult) -> bool:
-        return (result.harm["plan"] or 0.0) <= loss.harm
+        harm = result.harm["plan"]
+        if harm is None:
+            raise TimeUp
+        if harm > loss.harm:
+            return False
+        held.append(result)
+        return True
 
-    def scouted(share: int) -> bool:
-        return holds(scout(share))
+    def narrowed() -> SearchResult:
+        smallest = math.ceil(100 * smallest_share(offered(profile, recipe)))
+        bad, good = smallest - 1, 99
+        if not holds(scout(good)):
+            raise InfeasibleBudgetError(
+                f"no plan holds a loss of {loss.text} (KL {loss.harm:.2g} nats): even {good}% of the bytes cost more; allow "
+                "more loss"
+            )
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            bad, good = (bad, middle) if holds(scout(middle)) else (middle, good)
+        for share in sorted({max(smallest, int(good * LOWER)), good}):
+            found = search(share, plan_named(out, str(share)))
+            if holds(found):
+                return found
+        return scout(good)  # the surrogate's own plan does
 
-    smallest = math.ceil(100 * smallest_share(offered(profile, recipe)))
-    bad, good = smallest - 1, 99
-    if not scouted(good):
-        raise InfeasibleBudgetError(
-            f"no plan holds a loss of {loss.text} (KL {loss.harm:.2g} nats): even {good}% of the bytes cost more; allow "
-            "more loss"
-        )
-    while good - bad > 1:
-        middle = (bad + good) // 2
-        bad, good = (bad, middle) if scouted(middle) else (middle, good)
-    shares = sorted({max(smallest, int(good * LOWER)), good})
-    for share in shares:
-        found = search(share, plan_named(out, str(share)))
-        if holds(found):
-            break
-    else:  # the surrogate's own plan does
-        found = scout(good)
+    try:
+        found = narrowed()
+    except TimeUp:
+        if not held:
+            raise deadline.too_short() from None
+        found = min(held, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
     plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
     plan.save(out)
     return SearchResult.of(plan, out, found.seconds, found.explanation)

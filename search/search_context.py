@@ -35,8 +35,8 @@ class SearchContext:
         storage: of the search's studies, as that of a `Ledger`.
         name: of the study; those of single steps go on from it.
         meter: measures plans on validation samples, at most once each.
-        surrogate: calibrated.
-        alternatives: the best plan of every family of baselines, by family.
+        surrogate: not yet calibrated where no step has run.
+        alternatives: the best plan of every family of baselines that is measured, by family.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
         trainer: the model on calibration samples, for choosing moves; None likewise.
         out: where the best plan is written, or None.
@@ -51,7 +51,7 @@ class SearchContext:
     name: str
     meter: HarmMeter
     surrogate: Surrogate
-    alternatives: Mapping[str, Alternative]
+    alternatives: dict[str, Alternative]
     around: Around | None
     trainer: Measure | None
     out: Path | None

@@ -31,9 +31,9 @@ class SearchResult:
         path: where it was written, None if nowhere.
         trials: finished trials of the study, those of earlier runs included.
         measured_plans: distinct plans that trials measured.
-        best_trial: index of the best trial.
+        best_trial: index of the best trial; None where no trial has ended.
         harm: mean harm in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
-            candidate within the budget, or the profile lacks what it is made from).
+            candidate within the budget, the profile lacks what it is made from, or the time was up before it was measured).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
@@ -43,7 +43,7 @@ class SearchResult:
     path: Path | None
     trials: int
     measured_plans: int
-    best_trial: int
+    best_trial: int | None
     harm: dict[str, float | None]
     kv_bytes: dict[str, dict[str, int]]
     seconds: float
@@ -54,8 +54,7 @@ class SearchResult:
         """Reads the result off the notes of a plan that a search made, and off what is beside it."""
         made = plan.provenance
         if explanation is None:
-            beside = explanation_file(path) if path is not None else None
-            explanation = read_json(beside, "explanation") if beside is not None and beside.exists() else {}
+            explanation = {} if path is None else read_explanation(path)
         return SearchResult(
             plan=plan,
             path=path,
@@ -67,6 +66,12 @@ class SearchResult:
             seconds=seconds,
             explanation=explanation,
         )
+
+
+def read_explanation(out: Path) -> dict[str, Any]:
+    """Returns the explanation beside a plan, see `explain.explain`; empty where there is none."""
+    beside = explanation_file(out)
+    return dict(read_json(beside, "explanation")) if beside.exists() else {}
 
 
 def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:

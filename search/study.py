@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from moacompress.calibration.manifest import sweep_samples
@@ -22,11 +22,14 @@ from moacompress.core.owners import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search.found_plan import write_found
+from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.found_plan import stopped_at_once, write_found
 from moacompress.search.opened_search import opened
 from moacompress.search.search_context import Step
 from moacompress.search.search_request import Knob, SearchRequest
 from moacompress.search.search_result import SearchResult, found_before
+from moacompress.search.steps.baselines_beside import measure_baselines
+from moacompress.search.steps.calibrated_start import calibrate
 from moacompress.search.steps.knob_study import tune_knobs
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.rest import spend_rest
@@ -34,8 +37,8 @@ from moacompress.search.steps.rounds import make_rounds
 
 __all__ = ["SearchResult", "find_plan"]
 
-STEPS: tuple[Step, ...] = (tune_knobs, make_rounds, make_moves, spend_rest)
-"""Each is given what the one before it returned; the first one the surrogate's own plan, which it measures."""
+STEPS: tuple[Step, ...] = (calibrate, measure_baselines, tune_knobs, make_rounds, make_moves, spend_rest)
+"""Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
 
 
 def find_plan(
@@ -48,11 +51,13 @@ def find_plan(
     model: SourceModel | None = None,
     starts: Sequence[Knob] = (),
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> SearchResult:
     """Finds the plan of least measured harm within a budget.
 
     The same call continues where a killed one stopped: everything measured is kept in `recipe.search.storage`, by
-    default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. What was profiled
+    default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. A plan is at `out` before
+    anything is measured. What was profiled
     around plans is kept in a folder beside `out` (`plan.rounds`), the best plan of every baseline in `plan.baselines`, and why
     the plan is as it is in `plan.explain.json`.
 
@@ -65,6 +70,9 @@ def find_plan(
         model: the profile's model where it is loaded already; by default it is loaded.
         starts: knobs that are tried right after the surrogate's own plan, such as those that won at another budget.
         progress: told of every measurement.
+        deadline: when to stop; by default `recipe.search.timeout` seconds from now. The search ends within the measurement of
+            one sample after it, with the best plan so far: where none is measured yet, with the surrogate's own, whose harm
+            is then None.
 
     Returns:
         The plan with its numbers. It is a baseline's if that measured better.
@@ -75,7 +83,7 @@ def find_plan(
         ArtefactError: the profile, `out` or the storage cannot be used, or another process is searching there.
         ModelError: the model cannot be loaded, or is not the one that was profiled.
     """
-    started = time.monotonic()
+    started, progress = time.monotonic(), progress or SILENT
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
     request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts, model)
@@ -88,11 +96,18 @@ def find_plan(
                 return SearchResult.of(plan, path, time.monotonic() - started)
             if overwrite:
                 remove(of_search(path))
-        with opened(request, path, overwrite, model, progress or SILENT, started) as context:
-            standing = context.start()
-            for step in STEPS:
-                standing = step(standing, context)
-            plan, explanation = write_found(standing, context)
+        deadline = deadline or Deadline(request.recipe.search.timeout, started)
+        try:
+            with opened(request, path, overwrite, model, progress, deadline) as context:
+                standing = context.start()
+                with suppress(TimeUp):
+                    for step in STEPS:
+                        standing = step(standing, context)
+                progress.done()
+                plan, explanation = write_found(standing, context)
+        except TimeUp:
+            progress.done()
+            plan, explanation = stopped_at_once(request, path)
     return SearchResult.of(plan, path, time.monotonic() - started, explanation)
 
 

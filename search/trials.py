@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.deadline import Deadline
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
 from moacompress.search.search_result import pack
@@ -71,6 +72,7 @@ class Trials:
         measure: the model.
         order: the samples' numbers, shuffled.
         plan_of: makes a plan of knobs; it is within the limits.
+        deadline: when to stop; it is checked before every sample.
         known: the harms of plans that are measured already, in the order of the samples, by the plan's key.
     """
 
@@ -78,6 +80,7 @@ class Trials:
     measure: Measure
     order: Sequence[int]
     plan_of: Callable[[dict[str, Any]], Plan]
+    deadline: Deadline = field(default_factory=Deadline)
     known: Mapping[str, list[float]] = field(default_factory=dict)
 
     def finished(self) -> list[Tried]:
@@ -89,14 +92,15 @@ class Trials:
         ]
 
     def completed(
-        self, name: str, limit: int, deadline: Deadline, progress: Progress, after: Callable[[Sequence[Tried]], str]
+        self, name: str, limit: int, progress: Progress, after: Callable[[Sequence[Tried]], str]
     ) -> list[Tried]:
-        """Returns the finished trials, once the missing ones have run or the time is up; at least one is there.
+        """Returns the finished trials, once the missing ones have run or the time is up.
+
+        None is there where the time was up before the first one was measured; one whose plan is known takes no time.
 
         Args:
             name: of what is done, for the progress.
             limit: how many there are to be.
-            deadline: when to stop.
             progress: told of every trial.
             after: is given the finished ones after each, and returns what is said of it.
         """
@@ -104,10 +108,11 @@ class Trials:
         progress.start(name, limit)
         for _ in tried[:limit]:
             progress.step()
-        while len(tried) < limit and not (tried and deadline.over()):
-            self.run(tried)
-            tried = self.finished()
-            progress.step(after(tried))
+        with suppress(TimeUp):
+            while len(tried) < limit and not (tried and self.deadline.over()):
+                self.run(tried)
+                tried = self.finished()
+                progress.step(after(tried))
         progress.done()
         return tried
 
@@ -116,6 +121,9 @@ class Trials:
 
         Args:
             tried: those that are finished.
+
+        Raises:
+            TimeUp: the time is up before the trial has ended: the next run begins it again, with what is measured of it.
         """
         trial = self.ledger.ask()
         plan = self.plan_of(trial.params)
@@ -135,9 +143,19 @@ class Trials:
     def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
         harms: list[float] = []
+        name = f"trial:{plan.key()}"
+        begun = self.ledger.begun(name)
         with self.measure.under(plan) as harm:
             for step, number in enumerate(self.order):
-                harms.append(harm(number))
+                if step < len(begun):
+                    harms.append(begun[step])
+                else:
+                    try:
+                        self.deadline.check()
+                    except TimeUp:
+                        self.ledger.stop(name, harms)
+                        raise
+                    harms.append(harm(number))
                 ratio = log_ratios(harms[-1:], (reference or harms)[step : step + 1])[0]
                 hopeless = self.ledger.report(trial, ratio, step)
                 if hopeless and reference is not None and step + 1 < len(self.order):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,10 @@ def search(
     ] = None,
     moves: Annotated[int | None, typer.Option(help="KV heads measured with more, and with less, at the end.")] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which no new trial, round or move starts.")
+        float | None,
+        typer.Option(
+            help="Seconds that all of it may take, loading included: it ends within the measurement of one sample after them."
+        ),
     ] = None,
     formats: FormatsOption = None,
     gates: Annotated[
@@ -100,6 +104,7 @@ def search(
 
     Plans are measured on the model of PROFILE. A search that was stopped goes on with the same command.
     """
+    started = time.monotonic()
     from moacompress.calibration.store import Profile
     from moacompress.rules.budget import split_budgets
 
@@ -129,7 +134,11 @@ def search(
         if front or max_loss is not None:
             raise UsageError("--dry-run knows what a search of given budgets takes; leave out --front and --max-loss")
         return _estimated(loaded, resolved, max(1, len(asked)), run.progress)
+    from moacompress.search.deadline import Deadline
+
+    deadline = Deadline(resolved.search.timeout, started)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
+    options["deadline"] = deadline
     if front:
         from moacompress.search.front import find_front
 
@@ -171,10 +180,20 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
         [
             harm_table(found.harm, found.kv_bytes),
             *explanation_tables(found.explanation),
-            f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}.",
+            _measured(found),
             f"Next: moacompress export {profile.source} {out} -o model/",
         ],
     )
+
+
+def _measured(found: SearchResult) -> str:
+    """Returns what was measured, or that nothing was."""
+    if found.harm["plan"] is None:
+        return (
+            "Not measured: the time was over before. The plan is what the profile alone predicts to be best; the same command "
+            "with a longer --timeout resumes."
+        )
+    return f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
 
 
 def _several(profile: Profile, found: list[SearchResult]) -> Output:

@@ -44,6 +44,10 @@ class ArtefactError(MoaCompressError):
     """A file or folder that exists already, is corrupted, or belongs to another run."""
 
 
+class OutOfTimeError(MoaCompressError):
+    """A time limit that is over before there is anything to hand back; what was done until then is kept."""
+
+
 class UnsupportedError(MoaCompressError, NotImplementedError):
     """Something transformers allows that a compressed model cannot do without being silently wrong."""
 

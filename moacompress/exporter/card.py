@@ -140,6 +140,8 @@ def _quality(plan: Plan) -> str:
     harm: dict[str, Any] = plan.quality.get("measured_harm") or {}
     if not harm:
         return ""
+    if harm.get("plan") is None:
+        return "Not measured: the search was stopped before. The plan is what its profile predicts to be best."
     rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
     rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in harm.items() if value is not None]
     samples = plan.quality.get("samples")

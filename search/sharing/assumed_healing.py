@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,8 @@ class HealedMeasure:
         with self.measure.under(plan) as harm:
             yield lambda number: left * harm(number)
 
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
         """See `Measure`."""
-        harms = self.measure.many(number, plans, base)
-        return [self.left(plan) * harm for plan, harm in zip(plans, harms, strict=True)]
+        with closing(self.measure.many(number, plans, base)) as harms:
+            for plan, harm in zip(plans, harms, strict=True):
+                yield self.left(plan) * harm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moacompress.rules.plan import Plan
+from moacompress.search.deadline import TimeUp
 from moacompress.search.found_plan import write_so_far
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import Knob
@@ -18,6 +19,9 @@ def tune_knobs(standing: Standing, context: SearchContext) -> Standing:
     Args:
         standing: the surrogate's own plan, which trial 0 measures.
         context: its `tried` are filled with the trials.
+
+    Raises:
+        TimeUp: the time was up before trial 0 was measured.
     """
     request, meter = context.request, context.meter
     neutral = request.knobs.neutral
@@ -33,10 +37,10 @@ def tune_knobs(standing: Standing, context: SearchContext) -> Standing:
             write_so_far(best, context)
         return _note(best, context)
 
-    trials = Trials(meter.ledger, meter.measure, meter.order, plan_of)
-    limit = request.recipe.search.trials
-    context.tried = trials.completed("searching", limit, context.deadline, context.progress, after)
-    tried = context.tried
+    trials = Trials(meter.ledger, meter.measure, meter.order, plan_of, context.deadline)
+    tried = context.tried = trials.completed("searching", request.recipe.search.trials, context.progress, after)
+    if not tried:
+        raise TimeUp
     best, least, first = (
         Standing.of(trial, request.profile) for trial in (best_trial(tried), least_trial(tried), tried[0])
     )

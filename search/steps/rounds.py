@@ -17,6 +17,7 @@ import numpy as np
 from moacompress.core.arrays import Ints
 from moacompress.rules.plan import Plan
 from moacompress.search.around import Forms
+from moacompress.search.deadline import TimeUp
 from moacompress.search.found_plan import write_so_far
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.quadratic import Quadratic
@@ -80,7 +81,11 @@ def _rounds(standing: Standing, context: SearchContext, rival: Standing) -> Stan
     for number in range(1, context.request.recipe.search.rounds + 1):
         if context.around is None or context.deadline.over():
             break
-        forms = _joined(context.around(standing.plan, context.progress), context.request.quadratic)
+        try:
+            around = context.around(standing.plan, context.progress)
+        except TimeUp:
+            break
+        forms = _joined(around, context.request.quadratic)
         better = _round(number, standing, forms, context)
         if better is None:
             break
@@ -106,11 +111,11 @@ def _round(number: int, standing: Standing, forms: Forms, context: SearchContext
         return space.plan(moved(space.knapsack, forms(knobs["relative"]), knobs, choice))
 
     ledger = context.ledger_of(standing.plan.key(), RANGES, NEUTRAL, STARTS)
-    trials = Trials(ledger, meter.measure, meter.order, plan_of, {standing.plan.key(): standing.harms})
+    known = {standing.plan.key(): standing.harms}
+    trials = Trials(ledger, meter.measure, meter.order, plan_of, context.deadline, known)
     tried = trials.completed(
         f"round {number}",
         1 + context.request.recipe.search.round_trials,
-        context.deadline,
         context.progress,
         lambda done: f"{done[-1].knobs['moved']:.0%} moved: {np.expm1(done[-1].value):+.0%} harm",
     )

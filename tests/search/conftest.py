@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,13 +149,11 @@ class FakeObjective:
 
         yield harm
 
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> list[float]:
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
         """The harms of many plans on one sample."""
-        harms = []
         for plan in plans:
             with self.under(plan) as harm:
-                harms.append(harm(number))
-        return harms
+                yield harm(number)
 
     def harms(self, plan: Plan) -> list[float]:
         """The harm of a plan on every sample."""
@@ -201,6 +199,39 @@ def profiles() -> Callable[..., Profile]:
 @pytest.fixture
 def fake_objective() -> type[FakeObjective]:
     return FakeObjective
+
+
+@dataclass
+class Clock:
+    """A clock that only measurements move: each takes a second."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
+    clock = Clock()
+    honest = fake_objective.under
+
+    @contextmanager
+    def under(self: Any, plan: Plan) -> Iterator[Callable[[int], float]]:
+        with honest(self, plan) as harm:
+
+            def timed(number: int) -> float:
+                clock.now += 1
+                return float(harm(number))
+
+            yield timed
+
+    from moacompress.search import deadline, front, study
+
+    monkeypatch.setattr(fake_objective, "under", under)
+    for module in (deadline, front, study):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import of_front, plans_of_front
-from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, UsageError
+from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.owners import own_file
 from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.plan import Plan
@@ -93,6 +93,43 @@ def test_the_front_of_harm_and_bytes(fake: Any, profiles: Profiles, tmp_path: Pa
     for budgets in (["25%"], ["25%", "25%"], ["25%@8k", "50%"], ["25%", "1MiB@8k"], []):
         with pytest.raises(BudgetError, match="a front lies between two shares"):
             find_front(profile, budgets, recipe=profile.recipe, out=out, model=model(profile))
+
+
+def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
+    profile = profiles(trials=3, timeout=90)
+    found = find_plans(
+        profile, split_budgets(["60%,40%,25%"]), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
+    )
+    assert len(fake.calls) <= 90 + 1
+    assert [result.harm["plan"] for result in found] == [None] * 3  # 30 measurements do not end the baselines
+    assert all(result.path and Plan.load(result.path) == result.plan for result in found)
+
+
+def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
+    fake: Any, profiles: Profiles, clock: Any, tmp_path: Path
+) -> None:
+    profile = profiles(trials=12)
+
+    def options(out: str, timeout: float) -> dict[str, Any]:
+        clock.now = 0.0
+        fake.calls.clear()
+        recipe = profile.recipe.override(search__timeout=timeout)
+        return {"recipe": recipe, "out": tmp_path / out, "model": model(profile)}
+
+    searches: list[tuple[Any, Any]] = [(find_front, ["60%", "22%"]), (find_smallest, Loss.parse("5%"))]
+    for find, asked in searches:
+        with pytest.raises(OutOfTimeError, match=r"5 seconds of --timeout were over before .* a longer one resumes"):
+            find(profile, asked, **options("plan.json", 5))
+        assert len(fake.calls) <= 6
+    front = find_front(profile, ["60%", "22%"], **options("plan.json", 30))
+    assert len(fake.calls) <= 31
+    assert 1 <= front[0].trials < 12
+    loss = Loss.parse("5%")
+    smallest = find_smallest(profile, loss, **options("least.json", 20))
+    assert len(fake.calls) <= 21
+    assert (smallest.harm["plan"] or 9.9) <= loss.harm
+    rest = find_smallest(profile, loss, **options("least.json", 1e6))
+    assert rest.plan.kv_share(512) <= smallest.plan.kv_share(512)
 
 
 @pytest.mark.parametrize("share", ["1%", "5%", "20%"])

@@ -82,26 +82,16 @@ def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles
     assert result.explanation == whole.explanation
 
 
-def test_timeout_stops_rounds_and_moves_and_the_same_call_goes_on(
-    search: Search, profiles: Profiles, tmp_path: Path
-) -> None:
-    out = tmp_path / "plan.json"
-    first, _ = search(profiles(trials=1, rounds=2, moves=2, timeout=1e-6), out=out)
-    assert not any(stage["name"].startswith(("round", "moves")) for stage in first.explanation["stages"])
-    assert first.plan.provenance["finished"] is False
-    second, _ = search(profiles(trials=1, rounds=2, moves=2), out=out)
-    assert second.harm["plan"] < first.harm["plan"]
-
-
 def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     out, harms, stage = tmp_path / "plan.json", [], ""
     while not stage.startswith("round"):
         result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
         assert result is None
-        if out.exists():
-            found = Plan.load(out)
-            stage = found.provenance["stage"]
-            harms.append(found.quality["measured_harm"]["plan"])
+        found = Plan.load(out)
+        stage = found.provenance["stage"]
+        harm = found.quality["measured_harm"]["plan"]
+        assert harms == [] or harm is not None
+        harms += [harm] if harm is not None else []
     stopped, _ = search(profiles(trials=1, rounds=3, moves=2, timeout=1e-6), out=out)
     assert stopped.harm["plan"] == harms[-1] < harms[0]
     assert stopped.plan.provenance["stage"] == stage

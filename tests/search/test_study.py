@@ -135,12 +135,6 @@ def test_the_recipes_budget_is_the_default(search: Search, profiles: Profiles) -
     assert result.plan.budget["asked"] == ["55%"]
 
 
-def test_timeout_leaves_the_first_trial(search: Search, profiles: Profiles) -> None:
-    result, _ = search(profiles(timeout=1e-6))
-    assert result.trials == 1
-    assert result.best_trial == 0
-
-
 @pytest.mark.parametrize("solver", ["milp", "lagrange"])
 def test_both_solvers_and_estimators(search: Search, profiles: Profiles, solver: str) -> None:
     profile = profiles(trials=2, solver=solver)

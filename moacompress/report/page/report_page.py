@@ -276,6 +276,9 @@ def tiles(found: Findings) -> list[dict[str, str]]:
     if harm.get("plan") is not None:
         beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
         shown.append({"value": f"{harm['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside})
+    elif "plan" in harm:
+        beside = "the search was stopped before it was measured"
+        shown.append({"value": "not measured", "what": "harm of the plan", "beside": beside})
     return shown
 
 
