@@ -15,6 +15,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.tables import readable_bytes
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.models.source import context_length
+from moacompress.rules.cost import holds_from
 from moacompress.runtime.cache.plan_cache import PlanCache
 
 
@@ -29,6 +30,8 @@ class ChatTurn:
         kv_bytes: that the cache holds then.
         dense_bytes: that a dense cache of as many tokens would.
         seconds: from the question to the end of the answer.
+        budget: that the plan was made for, such as 25%; None where that is not a share.
+        budget_from: tokens from which the plan is within it.
     """
 
     answer: str
@@ -37,13 +40,17 @@ class ChatTurn:
     kv_bytes: int
     dense_bytes: int
     seconds: float
+    budget: str | None = None
+    budget_from: int | None = None
 
     def sentence(self) -> str:
         """Returns what it took, for people."""
-        share = self.kv_bytes / self.dense_bytes
+        share = f"{self.kv_bytes / self.dense_bytes:.0%}"
+        if self.budget_from is not None and self.tokens < self.budget_from:
+            share += f"; {self.budget} from {self.budget_from:,} tokens on"
         return (
             f"{self.tokens:,} tokens; KV cache {readable_bytes(self.kv_bytes)}, dense {readable_bytes(self.dense_bytes)} "
-            f"({share:.0%}); {self.new_tokens / self.seconds:.1f} tokens/s"
+            f"({share}); {self.new_tokens / self.seconds:.1f} tokens/s"
         )
 
 
@@ -67,6 +74,8 @@ class ChatSession:
         self._tokenizer: Any = checkpoint.tokenizer
         self._plan = checkpoint.plan.in_dtype(str(self._model.dtype).removeprefix("torch."))
         self._system = system
+        self._budget_from = holds_from(self._plan)
+        self._budget = None if self._budget_from is None else ", ".join(map(str, self._plan.budget["asked"]))
         self.forget()
 
     def forget(self) -> None:
@@ -126,7 +135,8 @@ class ChatSession:
         self._cache, self._cached = out.cache, sequence[:-1]  # the last token was never fed
         self._said = [*said, {"role": "assistant", "content": answer}]
         n = len(self._cached)
-        return ChatTurn(answer, n, len(new), int(out.cache.kv_bytes()), self._plan.model.dense_kv_bytes(n), seconds)
+        held, dense = int(out.cache.kv_bytes()), self._plan.model.dense_kv_bytes(n)
+        return ChatTurn(answer, n, len(new), held, dense, seconds, self._budget, self._budget_from)
 
     def _ids(self, said: list[dict[str, str]]) -> list[int]:
         """Returns a conversation as tokens, up to where the model goes on; the bare texts where it has no template."""

@@ -20,6 +20,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import LayerShares
+from moacompress.rules.windows import BLOCK
 
 Shares: TypeAlias = npt.NDArray[np.float64]
 
@@ -101,6 +102,30 @@ def chosen_share(plan: Plan, n: int) -> dict[str, float]:
             chosen += whole - rule.without_choice().kept(n, plan.min_window, native)
             heads += rule.selects
     return {"kv_heads": heads, "share": chosen / kept}
+
+
+def holds_from(plan: Plan) -> int | None:
+    """Returns the fewest tokens from which a plan is within its budget, as a share of the dense bytes, up to where that counts.
+
+    Below them windows and sinks hold nearly everything. It is counted in whole blocks of the cache.
+
+    Args:
+        plan: its notes name the budget and the lengths that it was searched for.
+
+    Returns:
+        None where no share was asked for, or the plan is not within it.
+    """
+    asked = [budget for budget in map(Budget.parse, plan.budget.get("asked", ())) if budget.share is not None]
+    found = [_holds_from(plan, budget.share or 0.0, budget.length or min(plan.stated_lengths)) for budget in asked]
+    return max((n for n in found if n is not None), default=None) if None not in found else None
+
+
+def _holds_from(plan: Plan, share: float, n: int) -> int | None:
+    if plan.kv_share(n) > share:
+        return None
+    while n > BLOCK and plan.kv_share(n - BLOCK) <= share:
+        n -= BLOCK
+    return n
 
 
 def kept_bits(plan: Plan, n: int) -> dict[str, float]:

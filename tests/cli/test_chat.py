@@ -17,7 +17,9 @@ from moacompress.core.errors import DataError
 from moacompress.demo.chat_session import ChatSession
 from moacompress.exporter.exporting import export
 from moacompress.models.source import load_source
+from moacompress.rules.cost import holds_from
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 RUNNER = CliRunner()
 
@@ -107,3 +109,23 @@ def test_a_dense_model_is_refused(tiny_folder: Path) -> None:
     result = invoke(tiny_folder, "--ask", "hello")
     assert result.exit_code == 2
     assert result.stderr.count("moacompress: error: ") == 1
+
+
+def test_below_the_length_that_the_budget_holds_from_it_says_so(
+    tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """A short conversation is all within windows: its share says nothing of the plan."""
+    source = load_source(str(tiny_folder), dtype="float32")
+    plan = Plan.uniform(source.shape, Rule(4, 64, 0), 32)
+    noted = plan.with_notes(budget={"asked": ["25%"], "bytes": {"512": {}, "1024": {}}})
+    export(source, noted, tmp_path / "model")
+    result = invoke(tmp_path / "model", "--ask", "hello", "--ask", "nine " * 500, "--max-new-tokens", "4")
+    assert result.exit_code == 0, result.stderr
+    short, long = (line for line in result.stderr.splitlines() if "KV cache" in line)
+    start = holds_from(noted)
+    assert start is not None
+    assert plan.kv_share(start) <= 0.25 < plan.kv_share(start - 16)
+    assert f"25% from {start} tokens on" in short
+    assert "from" not in long
+    assert holds_from(plan) is None  # nobody asked for a budget
+    assert holds_from(plan.with_notes(budget={"asked": ["1MiB@1k"]})) is None
