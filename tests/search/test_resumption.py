@@ -83,7 +83,7 @@ def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles
 
 
 def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    out, harms, stage = tmp_path / "plan.json", [], ""
+    out, harms, stage = tmp_path / "plan.json", list[float](), ""
     while not stage.startswith("round"):
         result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
         assert result is None
