@@ -12,6 +12,7 @@ from moacompress.kernels.arguments import Scores
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime import autocast
+from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
@@ -109,9 +110,12 @@ def _attended(
 
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]
-def _take_around(*arguments: Any) -> torch.Tensor:
+def _take_around(context: LayerContext, cache: PlanCache | None, *arguments: Any) -> torch.Tensor:
     """`take` where a compiled model cannot hold it whole: the model around it is compiled."""
-    return take(AttendRequest(*arguments))
+    request = AttendRequest(context, cache, *arguments)
+    if cache is not None:
+        cache.update(request.key, request.value, context.layer)
+    return take(request)
 
 
 def _refuse(

@@ -131,7 +131,7 @@ class CacheStep(Route[AttendRequest]):
     def can(self, request: AttendRequest) -> bool:
         """See `Route`: no padding and no gradients, and a cache with memory."""
         query, cache = request.query, request.cache
-        single = request.tokens == 1 and request.chunk.real is None and not query.requires_grad
+        single = request.tokens == 1 and request.chunk.real is None and not request.learns
         able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
         return able and single and backend_for(query).capabilities.step
 
@@ -149,14 +149,15 @@ class CacheStep(Route[AttendRequest]):
 class CommitAndDecode(Route[AttendRequest]):
     """One token a row, some of them padding: the cache takes it in, and is then attended to.
 
-    What is evicted is not seen any more, and can make room first. A padded query sees what its row's last real token sees.
+    What is evicted is not seen any more, and can make room first. A padded query sees what its row's last real token sees. What
+    is cached has no gradients.
     """
 
     name, takes = "commit and decode", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """See `Route`: a cache, and one token."""
-        return request.cache is not None and request.tokens == 1
+        """See `Route`: a cache, one token and no gradients."""
+        return request.cache is not None and request.tokens == 1 and not request.learns
 
     def run(self, request: AttendRequest) -> torch.Tensor:
         """See `Route`: `[rows, 1, heads, value_dim]`."""
@@ -188,14 +189,15 @@ class Plain(Route[AttendRequest]):
             for tensor in (request.query, request.key, request.value)
         )
         asked, rules = (query, key, value), request.context.rules
-        learns = any(tensor.requires_grad for tensor in asked) or request.trained_scores is not None
-        if cache is None and torch.is_grad_enabled() and learns:
+        alone = not cached and (cache is None or request.learns)
+        if not cached and request.learns:
             asked, rules = straight_through(request.context, *asked)
         selection, passing = request.choose(), None
         if selection is not None:
             held = None if cache is None else cast(PlanCacheLayer, cache).held
             passing = passing_tokens(selection, past, held)
-        backend = backend_with_gradients(*asked, cached=cached or passing is not None)
+        sinks = () if request.scores.sink_logits is None else (request.scores.sink_logits,)
+        backend = backend_with_gradients(*asked, *sinks, cached=cached or passing is not None)
         out, _ = backend.prefill(
             *asked,
             cache=view,
@@ -207,13 +209,13 @@ class Plain(Route[AttendRequest]):
         )
         out = out.to(query.dtype)
         if request.trained_scores is not None:
-            out = _with_gate_gradients(request, out, asked, selection)
+            out = _with_gate_gradients(request, out, asked, selection, cached)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
             cache.commit(chunk, selection)  # type: ignore[arg-type]
         if chunk.real is not None and not chunk.real[:, -1].all():
-            out = _with_padded_ends(request, key, value, out, passing)
+            out = _with_padded_ends(request, key, value, out, passing, alone)
         return out.transpose(1, 2).contiguous()
 
 
@@ -222,17 +224,19 @@ def _with_gate_gradients(
     out: torch.Tensor,
     asked: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     selection: Selection | None,
+    cached: bool,
 ) -> torch.Tensor:
     """Returns `out` with gradients for the gates that chose, see `gate_gradients`.
 
     Raises:
-        UnsupportedError: there is a cache, or padding.
+        UnsupportedError: something is in the cache, or there is padding.
     """
     assert selection is not None
     assert request.trained_scores is not None
-    if request.cache is not None or request.chunk.real is not None:
+    if cached or request.chunk.real is not None:
         raise UnsupportedError(
-            "gates are trained on whole rows: call the model with use_cache=False and without padding, or freeze them"
+            "gates are trained on whole rows: call the model with an empty cache or use_cache=False, and without padding, or "
+            "freeze them"
         )
     rules = RuleTable(request.context.rules.columns.numpy())
     return with_gate_gradients(out, request.trained_scores, *asked, Chosen(rules, selection.turnovers, request.scores))
@@ -261,6 +265,7 @@ def _with_padded_ends(
     value: torch.Tensor,
     out: torch.Tensor,
     passing: Passing | None,
+    alone: bool,
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 
@@ -273,12 +278,13 @@ def _with_padded_ends(
         value: likewise, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
         passing: the tokens that gates keep for a while in the chunk; None where no rule selects.
+        alone: whether the chunk is all that there is, and is attended to as it is: what is cached has no gradients.
     """
     cache, chunk = request.cache, request.chunk
     assert chunk.real is not None
-    tokens = chunk.counts(len(out)) if cache is None else cache.lengths
+    tokens = chunk.counts(len(out)) if alone else cast(Any, cache).lengths
     lengths, ends = np.where(chunk.real[:, -1], 0, tokens), request.query[:, :, -1]
-    if cache is None:
+    if alone:
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
         found, lse = _attended(request, query[:, :, 0], _as_blocks(key, value), lengths, rules)
         if passing is not None:
@@ -288,7 +294,7 @@ def _with_padded_ends(
             found, _ = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
         ends = found.to(out.dtype)
     else:
-        ends = _decoded(request, ends, cache.view(), lengths, request.context.rules)
+        ends = _decoded(request, ends, cast(Any, cache).view(), lengths, request.context.rules)
     padded = torch.from_numpy(lengths > 0).to(out.device)[:, None, None]
     return torch.cat((out[:, :, :-1], torch.where(padded, ends, out[:, :, -1])[:, :, None]), 2)
 

@@ -63,6 +63,12 @@ class AttendRequest:
         """Tokens of the chunk, padding included."""
         return self.query.shape[2]
 
+    @property
+    def learns(self) -> bool:
+        """Whether gradients are asked for: of what attends, or of what gates score."""
+        given = (self.query, self.key, self.value, self.scores.sink_logits, self.trained_scores)
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+
     def choose(self) -> Selection | None:
         """Returns what gates do in the chunk, which the cache has not taken in yet; None where no rule selects."""
         if self.gate_scores is None:
