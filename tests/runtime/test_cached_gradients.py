@@ -120,8 +120,9 @@ def test_gates_learn_with_an_empty_cache(tiny_model: Any, random_plan: Any, toke
     attach(model, plan)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("gate.weight"))
-    for module in attention_modules(model):
-        module.gate.trained = True
+    gates: list[Any] = [module.gate for module in attention_modules(model)]
+    for gate in gates:
+        gate.trained = True
     expected = gradients(model, ids, use_cache=False)
     assert len(expected) == 3
     assert all(grad.any() for grad in expected.values())
