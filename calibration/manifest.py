@@ -184,7 +184,7 @@ def request_fingerprint(
             "min_window": recipe.profile.min_window,
             "draws": recipe.profile.draws,
             "seed": recipe.seed,
-            "calibration": recipe.resolved()["calibration"],
+            "calibration": recipe.calibration.hashed(),
             "files": files,
             **({"computes_in": computes_in} if other else {}),
             **({"gate_samples": recipe.profile.gate_samples} if trains else {}),

@@ -287,14 +287,23 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
 def _claim(out: Path, recipe: Recipe) -> None:
     """Makes `out` this run's folder, or refuses."""
     mark = out / RECIPE_FILE
-    wanted = recipe.resolved()
     for name in (RECIPE_FILE, SECONDS_FILE, SUMMARY_FILE):
         sweep_files(out / name)
     sweep_folders(out / MODEL_FOLDER)
-    if mark.exists() and read_json(mark, "recipe") == wanted:
+    if mark.exists() and _is_of(mark, recipe):
         return
     refuse_held(out, of_compress(out))
-    write_json(mark, wanted)
+    write_json(mark, recipe.resolved())
+
+
+def _is_of(mark: Path, recipe: Recipe) -> bool:
+    """Whether a run's `recipe.json` asks for the same; a key that the version which wrote it did not know has its default.
+
+    One that cannot be read asks for something else.
+    """
+    with suppress(RecipeError):
+        return Recipe.from_dict(read_json(mark, "recipe")) == recipe
+    return False
 
 
 def refuse_held(out: Path, paths: Iterable[Path]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -63,10 +63,29 @@ Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    ALWAYS_HASHED: ClassVar[frozenset[str]] = frozenset()
+    """Keys that fingerprints have whatever their value. A key that is new is not added here; see `hashed`."""
+
+    def hashed(self) -> dict[str, Any]:
+        """Returns the choices that go into a fingerprint, as JSON values.
+
+        Of keys that are not in `ALWAYS_HASHED` those are left out that have their default: so a key that is new does not make
+        another fingerprint of what was asked for before there was one.
+        """
+        chosen = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name in self.ALWAYS_HASHED or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return self.model_dump(mode="json", include=chosen)
+
 
 class SourceRecipe(_Section):
     """One source of calibration samples: exactly one of `generator`, `path`, `dataset`."""
 
+    ALWAYS_HASHED = frozenset(
+        {"generator", "path", "dataset", "config", "split", "haystack", "values", "weight"},
+    )
     generator: Generator | None = Field(None, description="synthetic task with known long-range dependency")
     path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
     dataset: str | None = Field(None, description="hub id of a `datasets` set")
@@ -94,6 +113,18 @@ class SourceRecipe(_Section):
 class CalibrationRecipe(_Section):
     """What the heads are profiled on."""
 
+    ALWAYS_HASHED = frozenset(
+        {
+            "sources",
+            "text",
+            "lengths",
+            "samples",
+            "text_samples",
+            "validation_samples",
+            "longer_samples",
+            "answer_tokens",
+        }
+    )
     sources: tuple[SourceRecipe, ...] = Field(
         (
             SourceRecipe(generator="needle"),
@@ -111,6 +142,10 @@ class CalibrationRecipe(_Section):
         2, ge=0, le=10_000, description="of generators, twice as long as the longest, beside the validation samples"
     )
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
+
+    def hashed(self) -> dict[str, Any]:
+        """See `_Section`; of the sources likewise."""
+        return {**super().hashed(), "sources": [part.hashed() for part in self.sources]}
 
 
 class ProfileRecipe(_Section):
@@ -206,6 +241,26 @@ class EvaluationRecipe(_Section):
 class HealRecipe(_Section):
     """How the weights of a compressed model are distilled from the dense model."""
 
+    ALWAYS_HASHED = frozenset(
+        {
+            "objective",
+            "train",
+            "samples",
+            "text_share",
+            "lengths",
+            "steps",
+            "batch",
+            "lr",
+            "rank",
+            "hidden_weight",
+            "soft_weight",
+            "hard_weight",
+            "first_stage",
+            "evaluations",
+            "patience",
+            "held_out",
+        }
+    )
     objective: HealObjective = Field("kl", description="what is lowered: KL to dense, or the two stages of EchoAtt")
     train: TrainedPart = Field(
         "lora",

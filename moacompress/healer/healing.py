@@ -293,7 +293,7 @@ def _load_teacher(given: str | SourceModel | None, profile: Profile, compute: st
 
 
 def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:
-    heal = recipe.heal.model_dump(mode="json", exclude={"max_minutes", "checkpointing"})
+    heal = {name: value for name, value in recipe.heal.hashed().items() if name not in ("max_minutes", "checkpointing")}
     text = recipe.calibration.text
     return fingerprint(
         {

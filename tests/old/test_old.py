@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,43 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Returns the numbers of the samples that are profiled from now on."""
-    from moacompress.calibration import profiler
+    """Returns the numbers of the samples that are profiled from now on, not around a plan."""
+    from moacompress.calibration.profiler import sample_statistics
 
     numbers: list[int] = []
-    real = profiler.sample_statistics
 
     def counted(*arguments: Any) -> Any:
         numbers.append(arguments[7])
-        return real(*arguments)
+        return sample_statistics(*arguments)
 
-    monkeypatch.setattr(profiler, "sample_statistics", counted)
+    monkeypatch.setattr("moacompress.search.around.sample_statistics", sample_statistics)
+    monkeypatch.setattr("moacompress.calibration.profiler.sample_statistics", counted)
     return numbers
+
+
+@pytest.fixture
+def newer() -> Iterator[None]:
+    """Makes this a later version, whose recipes have one more key in every section, with a default."""
+    from pydantic.fields import FieldInfo
+
+    from moacompress import recipe
+
+    names = ("Source", "Calibration", "Profile", "Search", "Evaluation", "Heal", "")
+    sections: list[Any] = [getattr(recipe, f"{name}Recipe") for name in names]
+    made_before = [field.default for section in sections for field in section.model_fields.values()]
+    made_before += [part for value in made_before if isinstance(value, tuple) for part in value]
+    instances = [value for value in made_before if isinstance(value, tuple(sections))]
+    for section in sections:
+        section.__pydantic_fields__["invented"] = FieldInfo.from_annotated_attribute(int, 7)
+        section.model_rebuild(force=True)
+    for instance in instances:
+        instance.__dict__["invented"] = 7
+    yield
+    for section in sections:
+        del section.__pydantic_fields__["invented"]
+        section.model_rebuild(force=True)
+    for instance in instances:
+        del instance.__dict__["invented"]
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
@@ -124,6 +149,18 @@ def test_a_profile_that_was_killed_is_finished(made: Any, old: Path, profiled: l
     assert found.fingerprint == whole.fingerprint
     for name, array in whole.statistics.arrays.items():
         np.testing.assert_allclose(found.statistics.arrays[name], array, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("newer")
+def test_a_new_key_with_a_default_makes_no_other_request(made: Any, old: Path, profiled: list[int]) -> None:
+    recipe = moacompress.Recipe.from_dict(made.PROFILED)
+    moacompress.profile("dense", "profile", recipe)
+    assert profiled == []
+    moacompress.profile("dense", "half", recipe)
+    assert profiled == [4, 5]
+    for changes in ({"calibration__invented": 8}, {"calibration__sources": [{"path": "rows.jsonl", "invented": 8}]}):
+        with pytest.raises(MoaCompressError, match="another model or recipe"):
+            moacompress.profile("dense", "profile", recipe.override(**changes))
 
 
 def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
@@ -181,7 +218,9 @@ def test_a_study_that_was_killed_is_resumed(made: Any, old: Path) -> None:
     assert Plan.load("search/plan.json") == found.plan
 
 
+@pytest.mark.usefixtures("newer")
 def test_a_run_that_was_killed_is_resumed(made: Any, old: Path, profiled: list[int]) -> None:
+    assert moacompress.Recipe().resolved()["calibration"]["sources"][0]["invented"] == 7
     before, recipe = digests(old / "run"), moacompress.Recipe.from_dict(made.RUN)
     kept = {name for name in before if name.startswith(("profile/samples/", "profile/influence", "plan.rounds/"))}
     (study,) = (name for name, values in trials(old / "run/plan.study.journal").items() if len(values) == 4)
