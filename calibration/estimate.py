@@ -23,6 +23,7 @@ from moacompress.calibration.probe import SHORT, AttentionSeconds, Gathered, Lin
 from moacompress.calibration.profiler import check_around, check_lengths
 from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -67,15 +68,17 @@ class LengthEstimate:
 
 @dataclass(frozen=True)
 class ProfileEstimate:
-    """What a profile will take.
+    """What a profile will take, alone on the machine.
 
     Attributes:
         lengths: of every length, ascending.
         weight_bytes: the model's weights, part of every `peak_bytes`.
+        slowdown: how many times as long what was timed took beside whatever else ran then.
     """
 
     lengths: tuple[LengthEstimate, ...]
     weight_bytes: int
+    slowdown: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -94,6 +97,7 @@ class ProfileEstimate:
             "estimate": True,
             **{name: sum(getattr(part, name) for part in self.lengths) for name in counts},
             "seconds": round(self.seconds, 3),
+            "slowdown": round(self.slowdown, 2),
             "peak_bytes": self.peak_bytes,
             "weight_bytes": self.weight_bytes,
             "lengths": [
@@ -105,7 +109,7 @@ class ProfileEstimate:
 
     def lines(self) -> list[str]:
         """Returns what a person sees."""
-        total = self.to_dict()
+        total, busy = self.to_dict(), busy_note(self.seconds, self.slowdown)
         return [
             "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
             *(
@@ -116,6 +120,7 @@ class ProfileEstimate:
             f"In all: {_counted(total)}, {total['tokens']:,} tokens, about {readable_seconds(self.seconds)}.",
             f"Memory: about {readable_bytes(self.peak_bytes)} at most, {readable_bytes(self.weight_bytes)} of it weights, "
             "beside Python's own.",
+            *([] if busy is None else [busy]),
         ]
 
 
@@ -165,7 +170,7 @@ def dry_run(
     if longer := sum(longer_counts(recipe, source.context)):
         parts.append(arithmetic.answers(2 * lengths[-1], longer))
     progress.done()
-    return ProfileEstimate(tuple(parts), probe.weight_bytes)
+    return ProfileEstimate(tuple(parts), probe.weight_bytes, probe.watch.slowdown)
 
 
 class _Arithmetic:

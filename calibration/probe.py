@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from moacompress.calibration.influence import TILE, Collector, attend, attend_ba
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent, rules_on_offer
 from moacompress.calibration.sharing import Attended, CopySums, copyable
+from moacompress.core.stopwatch import Stopwatch
 from moacompress.kernels.arguments import Choices
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
@@ -41,7 +40,7 @@ PRIME = (73, 157)
 ATTEND_TOKENS = 2048
 """Longest sequence whose whole forward attention is timed."""
 REPEATS = 3
-"""Every time is the median of so many, after one that does not count."""
+"""Every time is the least of so many, after one that does not count."""
 
 
 def _stored(tree: Any) -> Iterator[Tensor]:
@@ -159,11 +158,13 @@ class Probe:
         around: as given.
         passes: how many backward passes of each kind a sample takes.
         of_gates: how many a sample that gates are trained on takes; none where none are trained.
+        watch: times everything as it would be alone on the machine, and knows how much slower it was.
     """
 
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
+        self.watch = Stopwatch(None if device.type == "cpu" else partial(torch.accelerator.synchronize, device))
         self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
@@ -196,18 +197,18 @@ class Probe:
         n, layers = SHORT[-1], self._shape.layers
         forward, backward = [], []
         for _ in range(REPEATS):
-            begin = self._now()
+            begun = self.watch.begin()
             with self._tape(Recording.of(self._shape, self._table), n) as tape:
-                forward.append(self._now() - begin)
-                begin = self._now()
+                forward.append(self.watch.since(begun))
+                begun = self.watch.begin()
                 tape.backward(self._cotangent(1), [[]] * layers, last=True)
-                backward.append(self._now() - begin)
+                backward.append(self.watch.since(begun))
         windows = self._shape.native_windows
         long = {window: _stretched(self._attended[layer], n) for layer, window in enumerate(windows)}
         ahead = {window: self._timed(partial(_forward, one)) for window, one in long.items()}
         back = {window: self._timed(partial(_backward, one, n, self._table, [])) for window, one in long.items()}
         attended = sum(ahead[window] for window in windows), sum(back[window] for window in windows[:-1])
-        found = median(forward) - attended[0], median(backward) - attended[1] - self.output_seconds(1)
+        found = min(forward) - attended[0], min(backward) - attended[1] - self.output_seconds(1)
         return max(0.0, found[0]) / n, max(0.0, found[1]) / n
 
     @cached_property
@@ -340,19 +341,9 @@ class Probe:
     def _cotangent(self, rows: int) -> Cotangent:
         return fisher_cotangent(rows, torch.Generator().manual_seed(0))
 
-    def _now(self) -> float:
-        if self._ids.device.type != "cpu":
-            torch.accelerator.synchronize(self._ids.device)
-        return time.perf_counter()
-
     def _timed(self, work: Callable[[], object]) -> float:
-        """Returns the median of the seconds that `work` takes, after one time that does not count."""
-        seconds = []
-        for _ in range(1 + REPEATS):
-            begin = self._now()
-            work()
-            seconds.append(self._now() - begin)
-        return median(seconds[1:])
+        """Returns the seconds that `work` takes alone: see `Stopwatch.least`."""
+        return self.watch.least(work, REPEATS)
 
 
 def _of_pairs(n: int, wanted: bool, size: int) -> bool:

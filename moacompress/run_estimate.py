@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from moacompress.calibration.estimate import ProfileEstimate
 from moacompress.calibration.estimate import dry_run as estimate_profile
 from moacompress.core.progress import Progress
+from moacompress.core.stopwatch import Stopwatch, busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
@@ -63,16 +64,18 @@ class RunEstimate:
             "estimate": True,
             "seconds": {name: round(seconds, 1) for name, seconds in steps.items()},
             "total_seconds": round(self.seconds, 1),
+            "slowdown": round(self.profile.slowdown, 2),
             "peak_bytes": self.profile.peak_bytes,
             "profile": self.profile.to_dict(),
         }
 
     def line(self) -> str:
-        """Returns one sentence."""
+        """Returns one sentence, without its end, and a second one where the machine is busy."""
+        busy = busy_note(self.seconds, self.profile.slowdown)
         parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in self.to_dict()["seconds"].items())
         return (
             f"about {readable_seconds(self.seconds)} ({parts}), and about {readable_bytes(self.profile.peak_bytes)} of memory; "
-            "estimated from short passes of the model"
+            "estimated from short passes of the model" + ("" if busy is None else f". {busy.removesuffix('.')}")
         )
 
 
@@ -116,12 +119,8 @@ def _products(source: SourceModel, dtype: torch.dtype) -> float:
     )
     weight = weight_of(linear).detach().to(dtype)
     x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
-    taken = []
-    for _ in range(TURNS):
-        begun = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+    wait = None if weight.device.type == "cpu" else partial(torch.accelerator.synchronize, weight.device)
+    return Stopwatch(wait).least(lambda: torch.nn.functional.linear(x, weight), TURNS)
 
 
 def _scaled(profile: ProfileEstimate, name: str, faster: float, *, per_token: bool) -> Callable[[int], float]:

@@ -12,10 +12,10 @@ from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.explain_sharing import sharing_notes
-from moacompress.search.search_result import pack, unpack
+from moacompress.search.search_result import unpack
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.surrogate import Surrogate
-from moacompress.search.trials import Tried
+from moacompress.search.trials import CAUTION, Tried, best_trial, noise
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
@@ -31,6 +31,8 @@ class Stage:
         log_ratio: mean paired log-ratio of that harm to the surrogate's own plan.
         kept: whether its plan became the best one.
         plan: its plan's rules, as `search_result.pack` packs them.
+        gain: mean paired log-ratio to the plan that it had to beat, below 0 where it is better; None for the first one.
+        noise: what the gain had to be beyond: some standard errors of it.
     """
 
     name: str
@@ -38,11 +40,8 @@ class Stage:
     log_ratio: float
     kept: bool
     plan: dict[str, Any]
-
-    @staticmethod
-    def of(name: str, plan: Plan, harms: Sequence[float], value: float, kept: bool) -> Stage:
-        """Returns the step that came to a plan with these harms."""
-        return Stage(name, float(np.mean(harms)), value, kept, pack(plan))
+    gain: float | None = None
+    noise: float | None = None
 
 
 def explain(
@@ -73,7 +72,8 @@ def explain(
         `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
         `kinds`: predicted harm of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
-        `trials`: of every trial its number, its harm on the samples that it was measured on, and whether it was given up.
+        `trials`: of every trial its number, its harm on the samples that it was measured on, whether it was given up and
+        whether it was the best, and its `gain` over trial 0 with the `noise` that this had to be beyond.
         `stages`, `harm`.
     """
     n = max(request.limits)
@@ -92,7 +92,14 @@ def explain(
         },
         "heads": head_rows(request, surrogate, plan),
         "trials": [
-            {"trial": trial.index, "harm": float(np.mean(trial.harms)) if trial.harms else None, "pruned": trial.pruned}
+            {
+                "trial": trial.index,
+                "harm": float(np.mean(trial.harms)) if trial.harms else None,
+                "pruned": trial.pruned,
+                "kept": trial.index == best_trial(tried).index,
+                "gain": trial.value,
+                "noise": noise(trial.harms, tried[0].harms, CAUTION),
+            }
             for trial in tried
         ],
         **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),

@@ -21,9 +21,10 @@ from moacompress.search.knobs import distributions
 from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
 from moacompress.search.search_request import Knob, SearchRequest
+from moacompress.search.search_result import pack
 from moacompress.search.standing import Standing
 from moacompress.search.surrogate import Surrogate
-from moacompress.search.trials import Tried, log_ratio
+from moacompress.search.trials import Tried, log_ratio, noise
 
 
 @dataclass
@@ -98,15 +99,23 @@ class SearchContext:
         """
         return replace(standing, plan=plan, harms=harms, value=log_ratio(harms, self.reference), stage=stage)
 
-    def add_stage(self, name: str, standing: Standing, kept: bool) -> None:
+    def add_stage(
+        self, name: str, standing: Standing, kept: bool, rival: Sequence[float] = (), caution: float = 0.0
+    ) -> None:
         """Notes what was tried for the explanation.
 
         Args:
             name: what it was.
             standing: the plan that it came to.
             kept: whether that became the best one.
+            rival: harms of the plan that it had to beat; none for the first.
+            caution: standard errors of the gain that it had to be better by.
         """
-        self.stages.append(Stage.of(name, standing.plan, standing.harms, standing.value, kept))
+        gain = log_ratio(standing.harms, rival) if rival else None
+        least = noise(standing.harms, rival, caution) if rival else None
+        self.stages.append(
+            Stage(name, standing.harm, standing.value, kept, pack(standing.plan), gain=gain, noise=least)
+        )
 
     def changes(self, standing: Standing) -> Floats:
         """Returns the predicted change of harm by every change of one row of the plan's knapsack, nats, the rules last.

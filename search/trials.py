@@ -168,6 +168,11 @@ def standard_error(ratios: Sequence[float]) -> float:
     return float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else 0.0
 
 
+def noise(harms: Sequence[float], rival: Sequence[float], caution: float) -> float:
+    """Returns what the gain of one plan over another has to be beyond, to be believed: so many standard errors of it."""
+    return caution * standard_error(log_ratios(harms, rival))
+
+
 def least_trial(tried: Sequence[Tried]) -> Tried:
     """Returns the trial of least value among those measured on all samples; trial 0 always is."""
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))
@@ -176,7 +181,5 @@ def least_trial(tried: Sequence[Tried]) -> Tried:
 def best_trial(tried: Sequence[Tried], caution: float = CAUTION) -> Tried:
     """Returns the trial of least value among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
     first = tried[0]
-    clear = [
-        trial for trial in tried if trial.value + caution * standard_error(log_ratios(trial.harms, first.harms)) < 0
-    ]
+    clear = [trial for trial in tried if trial.value + noise(trial.harms, first.harms, caution) < 0]
     return least_trial([first, *clear])

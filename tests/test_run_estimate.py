@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate
 from moacompress.cli import app
 from moacompress.cli.efforts import effort_recipe
-from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.evaluation.eval_estimate import EvalEstimate, eval_seconds
 from moacompress.recipe import Recipe
-from moacompress.run_estimate import estimate_run
+from moacompress.run_estimate import RunEstimate, estimate_run
 from moacompress.search.search_estimate import measurements, search_seconds
 
 RUNNER = CliRunner()
@@ -63,6 +64,20 @@ def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
     assert shown["total_seconds"] == pytest.approx(sum(shown["seconds"].values()), abs=0.3)
     assert set(shown["seconds"]) == {"profile", "search", "export", "eval"}
     assert "profile" in found.line()
+
+
+def test_every_dry_run_says_that_the_machine_is_busy() -> None:
+    part = LengthEstimate(512, 12, 0, 6, 9216, 20.0, 40.0, 2**20, 1.0, 0.1)
+    for slowdown, wanted in ((1.2, False), (26.0, True)):
+        profile = ProfileEstimate((part,), 2**20, slowdown)
+        for line in (
+            " ".join(profile.lines()),
+            RunEstimate(profile, 200.0, 40.0, 240.0).line(),
+            EvalEstimate(2, 20, 540.0, slowdown).line(),
+        ):
+            assert ("The machine is busy" in line) == wanted, line
+    assert "9 min" in line
+    assert "would be about 3.9 h" in line
 
 
 def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -160,15 +160,30 @@ def search(
 def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress) -> Output:
     """Returns what a search of so many plans would take, each alone."""
     from moacompress.calibration.estimate import dry_run as estimate_profile
+    from moacompress.core.stopwatch import busy_note
     from moacompress.core.tables import readable_seconds
     from moacompress.runtime.ready_model import load_for
     from moacompress.search.search_estimate import search_seconds
 
     timed = estimate_profile(load_for(recipe, profile.source), profile.recipe, progress)
     seconds = search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in timed.lengths])
-    data = {"estimate": True, "plans": plans, "seconds": round(plans * seconds, 1), "peak_bytes": timed.peak_bytes}
+    whole, timeout = plans * seconds, recipe.search.timeout
+    data = {
+        "estimate": True,
+        "plans": plans,
+        "seconds": round(whole, 1),
+        "slowdown": round(timed.slowdown, 2),
+        "peak_bytes": timed.peak_bytes,
+    }
     each = f" for {plans} plans" if plans > 1 else ""
-    return Output(data, [f"It would take about {readable_seconds(plans * seconds)}{each}. Nothing was searched."])
+    stop = (
+        ""
+        if timeout is None or whole <= timeout
+        else f", and --timeout would stop it after {readable_seconds(timeout)}"
+    )
+    busy = busy_note(whole, timed.slowdown)
+    said = f"It would take about {readable_seconds(whole)}{each}{stop}. Nothing was searched."
+    return Output(data, [said, *([] if busy is None else [busy])])
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moacompress.core.stopwatch import Stopwatch, busy_note
 from moacompress.core.tables import readable_seconds
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.rules.rule import SINKS
@@ -49,20 +49,30 @@ class EvalEstimate:
     Attributes:
         models: that answer.
         answers: prompts times models.
-        seconds: in all.
+        seconds: in all, alone on the machine.
+        slowdown: how many times as long what was timed took beside whatever else ran then.
     """
 
     models: int
     answers: int
     seconds: float
+    slowdown: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
-        return {"estimate": True, "models": self.models, "answers": self.answers, "seconds": round(self.seconds, 1)}
+        return {
+            "estimate": True,
+            "models": self.models,
+            "answers": self.answers,
+            "seconds": round(self.seconds, 1),
+            "slowdown": round(self.slowdown, 2),
+        }
 
     def line(self) -> str:
-        """Returns one sentence."""
-        return f"about {readable_seconds(self.seconds)} for {self.answers:,} answers of {self.models} models"
+        """Returns one sentence, without its end, and a second one where the machine is busy."""
+        busy = busy_note(self.seconds, self.slowdown)
+        found = f"about {readable_seconds(self.seconds)} for {self.answers:,} answers of {self.models} models"
+        return found if busy is None else f"{found}. {busy.removesuffix('.')}"
 
 
 def estimate_eval(
@@ -89,13 +99,15 @@ def estimate_eval(
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
     model: Any = checkpoint.put_on(checkpoint.plan)
     forward, decode = dict[int, float](), dict[int, float]()
+    watch = Stopwatch(None if torch.device(device).type == "cpu" else torch.accelerator.synchronize)
     for length in lengths:
         ids = torch.full((1, length), 3, device=device)
         with torch.no_grad():
-            begun = time.perf_counter()
+            begun = watch.begin()
             cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
-            middle = time.perf_counter()
+            forward[length] = watch.since(begun)
+            begun = watch.begin()
             model(input_ids=ids[:, :1], cache=cache, use_cache=True)
-        forward[length], decode[length] = middle - begun, time.perf_counter() - middle
+            decode[length] = watch.since(begun)
     seconds = eval_seconds(len(tasks), lengths, prompts, models, forward.__getitem__, decode.__getitem__)
-    return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds)
+    return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds, watch.slowdown)

@@ -73,10 +73,35 @@ def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
             stage["name"],
             readable_number(stage["harm"]),
             f"{100 * _change(stage['log_ratio']):+.0f}%",
-            _yes(stage["kept"]),
+            _kept(stage),
         )
         for stage in explanation["stages"]
     ]
+
+
+def _kept(stage: Mapping[str, Any]) -> str:
+    """Returns whether a step's plan was kept, with the reason where its harm alone would say otherwise."""
+    gain = stage.get("gain")  # what an older search left has none
+    if gain is None:
+        return _yes(stage["kept"])
+    if stage["kept"]:
+        return _yes(True) if gain < 0 else f"yes: worse by less than noise {_of_noise(stage)}"
+    return f"no: gain within noise {_of_noise(stage)}" if gain < 0 else "no: not better than the plan before"
+
+
+def trial_remark(trial: Mapping[str, Any]) -> str:
+    """Returns what became of a trial: `given up`, `kept`, or why not where its harm is less than that of trial 0."""
+    if trial["pruned"]:
+        return "given up"
+    if trial.get("kept"):
+        return "kept"
+    gain = trial.get("gain")
+    return "" if gain is None or gain >= 0 else f"gain within noise {_of_noise(trial)}"
+
+
+def _of_noise(row: Mapping[str, Any]) -> str:
+    """Returns a paired change of harm beside what it had to be beyond."""
+    return f"({100 * _change(row['gain']):+.1f}% \u00b1 {100 * _change(row['noise']):.1f}%)"
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:

@@ -10,7 +10,7 @@ from moacompress.search.found_plan import write_so_far
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import Knob
 from moacompress.search.standing import Standing
-from moacompress.search.trials import Trials, Tried, best_trial, least_trial
+from moacompress.search.trials import CAUTION, Trials, Tried, best_trial, least_trial
 
 
 def tune_knobs(standing: Standing, context: SearchContext) -> Standing:
@@ -45,7 +45,7 @@ def tune_knobs(standing: Standing, context: SearchContext) -> Standing:
         Standing.of(trial, request.profile) for trial in (best_trial(tried), least_trial(tried), tried[0])
     )
     context.add_stage("surrogate", first, True)
-    context.add_stage("study", best if best.value < 0 else least, best.value < 0)
+    context.add_stage("study", best if best.value < 0 else least, best.value < 0, first.harms, CAUTION)
     return best
 
 

@@ -50,7 +50,7 @@ def make_moves(standing: Standing, context: SearchContext) -> Standing:
             continue
         found = context.measured(standing, plan, "moves")
         kept = found.value < standing.value
-        context.add_stage("moves", found, kept)
+        context.add_stage("moves", found, kept, standing.harms)
         if kept:
             return found
     return standing

@@ -24,5 +24,5 @@ def spend_rest(standing: Standing, context: SearchContext) -> Standing:
         return standing
     found = context.measured(standing, plan, "rest")
     kept = log_ratio(found.harms, standing.harms) <= standard_error(log_ratios(found.harms, standing.harms))
-    context.add_stage("rest", found, kept)
+    context.add_stage("rest", found, kept, standing.harms, 1.0)
     return found if kept else standing

@@ -123,7 +123,8 @@ def _round(number: int, standing: Standing, forms: Forms, context: SearchContext
     others = [trial for trial in tried[1:] if not trial.pruned]
     shown = least_trial(others) if others and not won.index else won
     found = context.compared(standing, Standing.of(shown, profile).plan, shown.harms, f"round {number}")
-    context.add_stage(f"round {number}, {shown.knobs['moved']:.1%} moved", found, won.index > 0)
+    name = f"round {number}, {shown.knobs['moved']:.1%} moved"
+    context.add_stage(name, found, won.index > 0, standing.harms, ROUND_CAUTION)
     if not won.index:
         return None
     meter.keep("improved", found.plan, found.harms)

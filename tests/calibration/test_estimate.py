@@ -27,6 +27,7 @@ from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import DataError, ModelError, PlanError
 from moacompress.core.progress import Progress
+from moacompress.core.tables import readable_seconds
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
@@ -225,11 +226,33 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
     rules = candidate_rules(n, chosen.profile.sinks, chosen.profile.min_window)
     table, seconds = RuleTable.of(rules, chosen.profile.min_window), []
     for _ in range(4):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.thread_time() - begin)
     ratio = dry_run(source, chosen).lengths[0].profile_seconds / float(np.median(seconds[1:]))
     assert 1 / 3 < ratio < 3
+
+
+def test_a_busy_machine_is_noticed_and_the_time_is_that_alone(
+    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes have six of seven seconds: what this one computes takes seven times as long."""
+    source, chosen = load(hidden_size=128, intermediate_size=512), recipe(512, samples=1, validation_samples=1)
+    alone = dry_run(source, chosen)
+    busy = SimpleNamespace(perf_counter=lambda: 7 * time.thread_time(), thread_time=time.thread_time)
+    monkeypatch.setattr("moacompress.core.stopwatch.time", busy)
+    found = dry_run(source, chosen)
+    assert 1 / 3 < found.seconds / alone.seconds < 3
+    assert found.slowdown == pytest.approx(7, rel=0.01)
+    assert found.to_dict()["slowdown"] == pytest.approx(7, rel=0.01)
+    assert found.lines()[-1] == (
+        "The machine is busy: this is the time it takes alone; beside what runs now it would be about "
+        f"{readable_seconds(found.slowdown * found.seconds)}."
+    )
+    monkeypatch.setattr(
+        "moacompress.core.stopwatch.time", SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time)
+    )
+    assert not any("busy" in line for line in dry_run(source, chosen).lines())
 
 
 def test_rules_that_select_count(load: Callable[..., SourceModel]) -> None:

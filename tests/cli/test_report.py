@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from moacompress.report.evaluation_tables import csv_text, evaluation_tables
-from moacompress.report.search_tables import explanation_tables
+from moacompress.report.page.search_figures import history_picture
+from moacompress.report.search_tables import explanation_tables, step_rows
 from moacompress.report.summary_tables import harm_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
@@ -102,6 +103,45 @@ def test_csv_has_every_row() -> None:
     assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,"
     assert second.startswith("difference,dense,")
     assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,"
+
+
+def test_what_was_not_kept_though_its_harm_is_lower_has_a_reason() -> None:
+    def stage(name: str, kept: bool, gain: float | None, noise: float | None) -> dict[str, Any]:
+        return {"name": name, "harm": 0.1, "log_ratio": -0.1, "kept": kept, "gain": gain, "noise": noise}
+
+    rows = step_rows(
+        {
+            "stages": [
+                stage("surrogate", True, None, None),
+                stage("study", False, -0.03, 0.05),
+                stage("round 1", True, -0.2, 0.05),
+                stage("moves", False, 0.02, 0.0),
+                stage("rest", True, 0.01, 0.02),
+                {"name": "of an older search", "harm": 0.1, "log_ratio": -0.1, "kept": False},
+            ]
+        }
+    )
+    assert [row[-1] for row in rows] == [
+        "yes",
+        "no: gain within noise (-3.0% \u00b1 5.1%)",
+        "yes",
+        "no: not better than the plan before",
+        "yes: worse by less than noise (+1.0% \u00b1 2.0%)",
+        "no",
+    ]
+    trials = [
+        {"trial": 0, "harm": 0.1, "pruned": False, "kept": True, "gain": 0.0, "noise": 0.0},
+        {"trial": 1, "harm": 0.09, "pruned": False, "kept": False, "gain": -0.03, "noise": 0.05},
+        {"trial": 2, "harm": 0.3, "pruned": True, "kept": False, "gain": 1.0, "noise": 0.1},
+        {"trial": 3, "harm": 0.2, "pruned": False, "kept": False, "gain": 0.6, "noise": 0.1},
+    ]
+    picture = history_picture({"trials": trials})
+    assert picture is not None
+    assert [row[-1] for row in picture.rows] == ["kept", "gain within noise (-3.0% \u00b1 5.1%)", "given up", ""]
+    assert "above 2 standard errors" in picture.note
+    older = history_picture({"trials": [{"trial": n, "harm": 0.1, "pruned": n == 1} for n in range(3)]})
+    assert older is not None
+    assert [row[-1] for row in older.rows] == ["", "given up", ""]
 
 
 def test_an_explanation_says_where_the_bytes_are() -> None:

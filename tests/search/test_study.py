@@ -135,6 +135,20 @@ def test_the_recipes_budget_is_the_default(search: Search, profiles: Profiles) -
     assert result.plan.budget["asked"] == ["55%"]
 
 
+def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profiles: Profiles) -> None:
+    result, _ = search(profiles(trials=6, rounds=1, moves=2))
+    told = result.explanation
+    assert [trial["trial"] for trial in told["trials"] if trial["kept"]] == [result.best_trial]
+    for trial in told["trials"][1:]:
+        better = not trial["pruned"] and trial["gain"] + trial["noise"] < 0
+        assert better or not trial["kept"]
+    first, *others = told["stages"]
+    assert first["gain"] is first["noise"] is None
+    assert all(
+        stage["noise"] >= 0 and (stage["gain"] < 0 or not stage["kept"] or stage["name"] == "rest") for stage in others
+    )
+
+
 @pytest.mark.parametrize("solver", ["milp", "lagrange"])
 def test_both_solvers_and_estimators(search: Search, profiles: Profiles, solver: str) -> None:
     profile = profiles(trials=2, solver=solver)

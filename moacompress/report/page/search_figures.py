@@ -8,7 +8,9 @@ from typing import Any
 from moacompress.core.tables import readable_number
 from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
 from moacompress.report.page.findings import Finding, Findings
+from moacompress.report.search_tables import trial_remark
 from moacompress.report.summary_tables import NAMES
+from moacompress.search.trials import CAUTION
 
 HARM = "KL to dense, nats a token"
 
@@ -120,8 +122,11 @@ def history_picture(explanation: Finding) -> Picture | None:
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
     layout = {"xaxis": axis("trial"), "yaxis": axis(HARM, type="log"), "height": 320}
-    rows = [(str(row["trial"]), readable_number(row["harm"]), "given up" if row["pruned"] else "") for row in trials]
-    note = "What was given up half-way was measured on fewer samples."
+    rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
+    note = (
+        "What was given up half-way was measured on fewer samples. A trial of less harm than trial 0 is kept only where its "
+        f"gain, sample by sample, is above {CAUTION:g} standard errors: what looks best of many noisy numbers is usually less good."
+    )
     return Picture(
         "history",
         "Trials of the search",
