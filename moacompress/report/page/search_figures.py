@@ -125,7 +125,7 @@ def history_picture(explanation: Finding) -> Picture | None:
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
         "What was given up half-way was measured on fewer samples. A trial of less harm than trial 0 is kept only where its "
-        f"gain, sample by sample, is above {CAUTION:g} standard errors: what looks best of many noisy numbers is usually less good."
+        f"gain, sample by sample, is above {CAUTION:g} standard errors: the best of many noisy numbers is usually less good."
     )
     return Picture(
         "history",
