@@ -130,7 +130,12 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 
 def dry_run(
-    model: str | SourceModel, recipe: Recipe, progress: Progress | None = None, *, around: Plan | None = None
+    model: str | SourceModel,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    around: Plan | None = None,
+    trust_remote_code: bool = False,
 ) -> ProfileEstimate:
     """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
 
@@ -139,13 +144,14 @@ def dry_run(
         recipe: the run.
         progress: receives the progress.
         around: the plan to profile around, or None.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
         PlanError: as `profile`.
     """
-    source = load_for(recipe, model)
+    source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     check_lengths(source, recipe)
     asked = recipe.calibration
     check_counts(asked.lengths, asked.samples, source.context, "calibration")

@@ -262,6 +262,7 @@ def profile(
     *,
     around: Plan | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
     """Profiles a model into a folder, or takes up where an earlier run of the same request stopped.
@@ -269,9 +270,10 @@ def profile(
     Args:
         model: MODEL (hub id, folder, `.gguf` file), or a loaded model.
         out: the folder. With the same request in it, finished samples are kept and a finished profile is returned.
-        recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype`, `device`, `trust_remote_code`.
+        recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype` and `device`.
         around: a plan of this model: profile what every change of a rule would do to the model under it.
         overwrite: start anew, whatever profile is in the folder; other files in it stay.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: receives the progress.
 
     Raises:
@@ -281,7 +283,7 @@ def profile(
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
     out, progress = Path(out), progress or SILENT
-    source = load_for(recipe, model)
+    source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     check_lengths(source, recipe)
     if around is not None:
         check_around(source, around)

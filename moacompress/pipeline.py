@@ -29,7 +29,7 @@ from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, 
 from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.progress import Progress
-from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
+from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.asked_shares import AskedShares
@@ -47,7 +47,12 @@ Result = TypeVar("Result")
 
 
 def compress(
-    recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Profiles, searches, exports and evaluates; steps that are done already are reused.
 
@@ -55,6 +60,7 @@ def compress(
         recipe: names the model and the budget; the rest has defaults.
         out: the folder to fill with `profile/ plan.json model/ eval.json summary.json report.html`.
         overwrite: start anew: all that a run left in `out` is removed, and nothing else.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
     Returns:
@@ -78,10 +84,12 @@ def compress(
     with own_folder(out):
         if overwrite:
             clear_run(out, inputs_of(recipe))
-        return fill(recipe, out, progress or Progress(), anew=overwrite)
+        return fill(recipe, out, progress or Progress(), anew=overwrite, trust_remote_code=trust_remote_code)
 
 
-def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> dict[str, Any]:
+def fill(
+    recipe: Recipe, out: Path, progress: Progress, anew: bool = False, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Does what `compress` does, in a folder that this process owns.
 
     Args:
@@ -89,6 +97,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
         out: the folder.
         progress: is told of the steps.
         anew: do not go on with a study either that is in the recipe's own storage.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         ArtefactError: `out` holds another run.
@@ -98,7 +107,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
 
     _claim(out, recipe)
     clock = _Clock(out / SECONDS_FILE)
-    found = _produce(recipe, out, clock, progress, anew)
+    found = _produce(recipe, out, clock, progress, anew, trust_remote_code)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
     scores = clock.run(
@@ -113,6 +122,7 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
             seed=recipe.seed,
             device=recipe.device,
             out=out / EVALUATION_FILE,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         ),
     )
@@ -124,7 +134,9 @@ def fill(recipe: Recipe, out: Path, progress: Progress, anew: bool = False) -> d
         "kv_bytes": {
             "dense": plan.model.dense_kv_bytes(length),
             "planned": plan.kv_bytes(length),
-            "measured": measured_kv_bytes(out / MODEL_FOLDER, length, recipe.device),
+            "measured": measured_kv_bytes(
+                out / MODEL_FOLDER, length, recipe.device, trust_remote_code=trust_remote_code
+            ),
         },
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,
@@ -150,14 +162,16 @@ def _write_page(out: Path) -> None:
         logger.warning("no %s: %s", REPORT_FILE, one_line(error))
 
 
-def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool) -> SearchResult:
+def _produce(
+    recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool, trust_remote_code: bool
+) -> SearchResult:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
     from moacompress.runtime.ready_model import load_for
     from moacompress.search.study import find_plan
 
     assert recipe.model is not None
-    source = load_for(recipe, recipe.model)
+    source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
     check_evaluated(recipe, source)
     if not clock.seconds:  # a run that is taken up has said so before
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}.")
@@ -176,7 +190,16 @@ def _produce(recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew:
     repair = profiled if found.plan.quality.get("assumed_repaired") else None
     if stale or not check_reusable(model, found.plan, repair):
         clock.run(
-            "export", lambda: export(source, found.plan, model, repair=repair, overwrite=stale, progress=progress)
+            "export",
+            lambda: export(
+                source,
+                found.plan,
+                model,
+                repair=repair,
+                overwrite=stale,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            ),
         )
     return found
 
@@ -197,10 +220,11 @@ def check_evaluated(recipe: Recipe, source: SourceModel) -> None:
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:
     """Whether a plan is another one of the same search, which its timeout stopped and which then went on."""
-    return plan.provenance.get("search") == other.provenance["search"] and unrepaired(plan).to_dict() != other.to_dict()
+    ours, theirs = (unrepaired(as_exported(one)).to_dict() for one in (plan, other))
+    return plan.provenance.get("search") == other.provenance["search"] and ours != theirs
 
 
-def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
+def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_remote_code: bool = False) -> int:
     """Returns the bytes of memory that the cache holds after a real `generate` on a prompt of `length` tokens.
 
     One token is generated, which is not fed back. At lengths before and after, a window that straddles a block can take one
@@ -210,13 +234,14 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu") -> int:
         folder: a compressed checkpoint.
         length: tokens in the cache at the end.
         device: torch device.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model.to(device)
     prompt = torch.full((1, length), 3, device=device)
     out: Any = model.generate(

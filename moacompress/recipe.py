@@ -6,6 +6,7 @@ which wins over the defaults here.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,6 +18,12 @@ from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
+
+logger = logging.getLogger(__name__)
+
+CONSENT = "trust_remote_code"
+"""Key of recipes that earlier versions wrote, which says nothing any more."""
+ALLOWED_BY = "--trust-remote-code of the command that runs it, or that argument of the function"
 
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
 Solver = Literal["lagrange", "milp"]
@@ -298,12 +305,23 @@ class Recipe(_Section):
     )
     device: str = "cpu"
     seed: int = Field(0, ge=0, le=2**31 - 1)
-    trust_remote_code: bool = False
     calibration: CalibrationRecipe = CalibrationRecipe()
     profile: ProfileRecipe = ProfileRecipe()
     search: SearchRecipe = SearchRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     heal: HealRecipe = HealRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_consent(cls, data: Any) -> Any:
+        """Drops what earlier versions wrote: whether code may run is said by whoever runs it, never by a file."""
+        if not isinstance(data, dict) or CONSENT not in data:
+            return data
+        if data[CONSENT] is not False:
+            logger.warning(
+                "%s is ignored: no recipe or profile can allow a model's own code, only %s", CONSENT, ALLOWED_BY
+            )
+        return {key: value for key, value in data.items() if key != CONSENT}
 
     @field_validator("budget")
     @classmethod

@@ -79,19 +79,22 @@ class RunEstimate:
         )
 
 
-def estimate_run(recipe: Recipe, model: str | SourceModel, progress: Progress | None = None) -> RunEstimate:
+def estimate_run(
+    recipe: Recipe, model: str | SourceModel, progress: Progress | None = None, *, trust_remote_code: bool = False
+) -> RunEstimate:
     """Estimates what `compress` would take. Nothing is written, and no data is read.
 
     Args:
         recipe: the run.
         model: MODEL, or the loaded model.
         progress: told of the timing.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
     """
-    source = load_for(recipe, model)
+    source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     profile = estimate_profile(source, recipe, progress)
     evaluation = recipe.evaluation
     tasks = expand_tasks(evaluation.tasks)

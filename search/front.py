@@ -45,6 +45,7 @@ def find_front(
     out: Path,
     overwrite: bool = False,
     model: SourceModel | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> list[SearchResult]:
@@ -57,6 +58,7 @@ def find_front(
         out: `plan.json` stands for `plan-front-1.json` and so on, the smallest first, and `plan.front.json` for all of them.
         overwrite: start anew: the plans of a front that are there are removed, and what was measured for them.
         model: the profile's model where it is loaded already.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
         deadline: when to stop; by default `recipe.search.timeout` seconds from now.
 
@@ -78,7 +80,7 @@ def find_front(
     with own_file(out), quiet_optuna(), ExitStack() as owned:
         _claim(out, key, overwrite)
         owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
-        source = load_for(recipe, profile.source) if model is None else model
+        source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         try:
             request = request.repaired(source, deadline.within(progress))

@@ -31,6 +31,7 @@ def opened(
     model: SourceModel | None,
     progress: Progress,
     deadline: Deadline,
+    trust_remote_code: bool = False,
 ) -> Iterator[SearchContext]:
     """Makes this process the owner of a search's study as long as the block runs.
 
@@ -41,6 +42,7 @@ def opened(
         model: the profile's model where it is loaded already; by default it is loaded.
         progress: told of every measurement.
         deadline: when to stop.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Yields:
         What the steps work with.
@@ -55,7 +57,7 @@ def opened(
     if storage is None and out is not None:
         storage = str(study_journal(out))
     with quiet_optuna(), own_study(storage, name, anew=anew):
-        source = load_for(request.recipe, profile.source) if model is None else model
+        source = load_for(request.recipe, model or profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         if out is not None:
             write_first(request, out)

@@ -38,6 +38,7 @@ def find_plans(
     out: Path,
     overwrite: bool = False,
     model: SourceModel | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> list[SearchResult]:
@@ -50,6 +51,7 @@ def find_plans(
         out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
         overwrite: start anew, each search as `find_plan` does.
         model: the profile's model where it is loaded already.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
         deadline: when to stop, by default `recipe.search.timeout` seconds from now: every search gets an equal part of what
             those before it left of the time.
@@ -63,7 +65,7 @@ def find_plans(
     deadline = deadline or Deadline(recipe.search.timeout)
     for asked in budgets:
         SearchRequest.of(profile, list(asked), recipe)
-    source = load_for(recipe, profile.source) if model is None else model
+    source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
     if overwrite:
         remove([front_file(out)])
     found: list[SearchResult] = []
@@ -141,6 +143,7 @@ def find_smallest(
     out: Path,
     overwrite: bool = False,
     model: SourceModel | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
@@ -156,6 +159,7 @@ def find_smallest(
         out: where the plan goes. The others are beside it, as `plan-25.json`.
         overwrite: start anew: all of it is removed.
         model: the profile's model where it is loaded already.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
         deadline: when to stop, by default `recipe.search.timeout` seconds from now: then with the smallest plan that holds of
             those that are measured.
@@ -168,7 +172,7 @@ def find_smallest(
     deadline = deadline or Deadline(recipe.search.timeout)
     with own_file(out):
         _claim(out, profile, loss, overwrite)
-        source = load_for(recipe, profile.source) if model is None else model
+        source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
         return _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
 
 

@@ -50,6 +50,7 @@ def find_plan(
     overwrite: bool = False,
     model: SourceModel | None = None,
     starts: Sequence[Knob] = (),
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
@@ -69,6 +70,7 @@ def find_plan(
         overwrite: start anew: the plan at `out`, what is beside it and what is in the storage is removed.
         model: the profile's model where it is loaded already; by default it is loaded.
         starts: knobs that are tried right after the surrogate's own plan, such as those that won at another budget.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
         deadline: when to stop; by default `recipe.search.timeout` seconds from now. The search ends within the measurement of
             one sample after it, with the best plan so far: where none is measured yet, with the surrogate's own, whose harm
@@ -98,7 +100,7 @@ def find_plan(
                 remove(of_search(path))
         deadline = deadline or Deadline(request.recipe.search.timeout, started)
         try:
-            with opened(request, path, overwrite, model, progress, deadline) as context:
+            with opened(request, path, overwrite, model, progress, deadline, trust_remote_code) as context:
                 standing = context.start()
                 with suppress(TimeUp):
                     for step in STEPS:

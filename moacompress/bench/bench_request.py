@@ -68,6 +68,7 @@ class BenchRequest:
     peak: bool = True
     seed: int = 0
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _check_choices("side", self.sides, SIDES)
@@ -95,7 +96,8 @@ class BenchRequest:
         config = read_json(folder / "config.json", "config")
         names = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "architectures")
         sizes = {name: config.get(name) for name in names}
-        return {"plan": plan.key(), "model": fingerprint(sizes), **asdict(self)}
+        asked = {name: value for name, value in asdict(self).items() if name != "trust_remote_code"}
+        return {"plan": plan.key(), "model": fingerprint(sizes), **asked}
 
 
 def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int | None) -> None:

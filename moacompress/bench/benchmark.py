@@ -224,7 +224,9 @@ class _Benchmark:
         if self._dtype != dtype:
             self._models = {}
             gc.collect()
-            checkpoint = load_checkpoint(self.folder, dtype, self.request.device)
+            checkpoint = load_checkpoint(
+                self.folder, dtype, self.request.device, trust_remote_code=self.request.trust_remote_code
+            )
             self._models, self._dtype = make_models(checkpoint.model, self.plan), dtype
             self._packed = pack_weights(*self._models.values()) if self.request.pack else 0
             if self.request.pack and not self._packed:

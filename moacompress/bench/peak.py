@@ -43,6 +43,7 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
     """
     task = {"folder": str(folder), "side": side, "prefill": request.prefill_repeats > 0, **asdict(cell)}
     task |= {"seed": request.seed, "device": request.device, "pack": request.pack}
+    task["trust_remote_code"] = request.trust_remote_code
     command = [sys.executable, "-m", "moacompress.bench.peak", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -70,7 +71,8 @@ def measure(task: dict[str, Any]) -> dict[str, int]:
 
     cell = Cell(task["dtype"], task["length"], task["batch"])
     side, seed, device = task["side"], task["seed"], task["device"]
-    checkpoint = load_checkpoint(Path(task["folder"]), cell.dtype, device)
+    trusted = bool(task["trust_remote_code"])
+    checkpoint = load_checkpoint(Path(task["folder"]), cell.dtype, device, trust_remote_code=trusted)
     plan, model = checkpoint.plan, make_models(checkpoint.model, checkpoint.plan)[side]
     if task["pack"]:
         pack_weights(model)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import Overwrite, split_list
+from moacompress.cli.options import Overwrite, TrustRemoteCode, split_list
 from moacompress.core.errors import UsageError
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
@@ -71,6 +71,7 @@ def bench(
         typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run goes on from there."),
     ] = None,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Measure speed and memory of a compressed model beside the dense one.
 
@@ -99,6 +100,7 @@ def bench(
         peak=peak,
         seed=recipe.seed,
         device=recipe.device,
+        trust_remote_code=trust_remote_code,
     )
 
     from moacompress.bench.benchmark import run_bench

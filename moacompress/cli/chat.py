@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.options import TrustRemoteCode
 from moacompress.core.errors import MoaCompressError, UsageError
 
 NEW, END = "/new", ("/exit", "/quit")
@@ -30,6 +31,7 @@ def chat(
     system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 for the likeliest token always.")] = 0.0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Talk to a compressed model.
 
@@ -46,7 +48,7 @@ def chat(
     run.progress.say(f"{NEW} begins anew, {END[0]} ends")
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
-    session = ChatSession(path, system, recipe.device, run.common.dtype or "auto")
+    session = ChatSession(path, system, recipe.device, run.common.dtype or "auto", trust_remote_code=trust_remote_code)
     turns: list[dict[str, Any]] = []
 
     def answer(question: str) -> None:

@@ -69,7 +69,7 @@ def compress(
         bool, typer.Option("--dry-run", help="Say what all steps would take (time, memory), and do nothing.")
     ] = False,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Profile, search, export and evaluate in one run.
 
@@ -94,20 +94,21 @@ def compress(
         evaluation__tasks=split_list(tasks),
         evaluation__lengths=lengths if recipe is None else None,
         evaluation__prompts=prompts,
-        trust_remote_code=trust_remote_code,
     )
     resolved = resolved.override(model=required_model(model, resolved.model))
 
     if dry_run:
         from moacompress.run_estimate import estimate_run
 
-        expected = estimate_run(resolved, str(resolved.model), run.progress)
+        expected = estimate_run(resolved, str(resolved.model), run.progress, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model
     from moacompress.report.summary_tables import closing_lines, summary_tables
 
-    summary = compress_model(resolved, out, overwrite=overwrite, progress=run.progress)
+    summary = compress_model(
+        resolved, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=run.progress
+    )
     return Output(
         summary,
         [

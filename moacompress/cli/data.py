@@ -32,7 +32,7 @@ def preview(
     text: Text = None,
     lengths: LengthsOption = None,
     count: Annotated[int, typer.Option(min=1, help="Samples shown, of as many sources and lengths as there are.")] = 3,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Show some calibration samples, with the tokens that count marked.
 
@@ -43,7 +43,6 @@ def preview(
         calibration__sources=read_sources(source),
         calibration__text=text,
         calibration__lengths=lengths,
-        trust_remote_code=trust_remote_code,
     )
     name = required_model(model, resolved.model)
 
@@ -52,7 +51,7 @@ def preview(
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for
 
-    loaded = load_for(resolved, name)
+    loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
     samples = answer_drafts(loaded.model, drafts, run.progress)
     return Output(

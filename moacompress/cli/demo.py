@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import Overwrite
+from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.errors import DataError
 
 MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
@@ -30,6 +30,7 @@ def demo(
         Path | None, typer.Option(metavar="PATH", help="The model (folder or .gguf) instead of the one in --data.")
     ] = None,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Compress a small real model, start to end.
 
@@ -42,7 +43,15 @@ def demo(
     from moacompress.demo.smollm2 import run_demo
     from moacompress.report.summary_tables import closing_lines, summary_tables
 
-    summary = run_demo(out, model, squad, dtype=run.common.dtype or "auto", overwrite=overwrite, progress=run.progress)
+    summary = run_demo(
+        out,
+        model,
+        squad,
+        dtype=run.common.dtype or "auto",
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=run.progress,
+    )
     return Output(
         summary,
         [

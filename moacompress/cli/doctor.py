@@ -24,7 +24,7 @@ def doctor(
             metavar="[MODEL]", help="Hub id, folder or .gguf file; or a compressed model.", show_default=False
         ),
     ] = None,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Check the environment, and whether MODEL works.
 
@@ -39,7 +39,7 @@ def doctor(
     problems = list(data["problems"])
     data["model"] = None
     if model is not None:
-        data["model"] = check_model(model, trust_remote_code=bool(trust_remote_code), environment=data)
+        data["model"] = check_model(model, trust_remote_code=trust_remote_code, environment=data)
         problems += data["model"]["problems"]
         show.append(model_table(data["model"]))
     verdict = [f"problem: {problem}" for problem in problems] or ["Everything is in order."]

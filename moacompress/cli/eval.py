@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, say, verb
-from moacompress.cli.options import LengthsOption, Overwrite, Text, split_list
+from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, split_list
 from moacompress.core.errors import UsageError
 
 
@@ -75,6 +75,7 @@ def evaluate(
         bool, typer.Option("--dry-run", help="Say how long it would take, and measure nothing.")
     ] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Measure a compressed model beside dense and others.
 
@@ -119,6 +120,7 @@ def evaluate(
             settings.prompts,
             dtype=recipe.dtype,
             device=recipe.device,
+            trust_remote_code=trust_remote_code,
         )
         return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was measured."])
     report = evaluate_model(
@@ -139,6 +141,7 @@ def evaluate(
         device=recipe.device,
         out=out,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         progress=run.progress,
     )
     if csv is not None:

@@ -34,7 +34,7 @@ def export(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Write a checkpoint that from_pretrained loads.
 
@@ -56,7 +56,7 @@ def export(
         out,
         repair=repair,
         overwrite=overwrite,
-        trust_remote_code=bool(trust_remote_code),
+        trust_remote_code=trust_remote_code,
         progress=run.progress,
     )
     written = exported_plan(folder) or loaded

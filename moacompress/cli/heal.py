@@ -79,7 +79,7 @@ def heal(
         bool, typer.Option("--dry-run", help="Say what it would take (tokens, time, memory), and train nothing.")
     ] = False,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Distil the weights of a compressed model from the dense one.
 
@@ -107,12 +107,18 @@ def heal(
         heal__held_out=held_out,
         heal__checkpointing=checkpointing,
         calibration__text=text,
-        trust_remote_code=trust_remote_code,
     )
     if dry_run:
         from moacompress.healer.heal_estimate import estimate_heal
 
-        expected = estimate_heal(path, profile=profile, teacher=teacher, recipe=resolved, progress=run.progress)
+        expected = estimate_heal(
+            path,
+            profile=profile,
+            teacher=teacher,
+            recipe=resolved,
+            trust_remote_code=trust_remote_code,
+            progress=run.progress,
+        )
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.healer.healing import heal as heal_model
@@ -125,6 +131,7 @@ def heal(
         teacher=teacher,
         recipe=resolved,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         progress=SILENT if helper else run.progress,
     )
     from moacompress.report.heal_tables import heal_table

@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
 from moacompress.cli.locate import find_plan_file
-from moacompress.cli.options import LengthsOption
+from moacompress.cli.options import LengthsOption, TrustRemoteCode
 from moacompress.core.errors import UsageError
 
 
@@ -29,6 +29,7 @@ def inspect(
             metavar="FILE", help="Read a text with the compressed model, and mark the tokens that its gates keep."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
@@ -66,5 +67,5 @@ def inspect(
         raise UsageError(
             f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
         )
-    found = kept_tokens(folder, plan, show_tokens)
+    found = kept_tokens(folder, plan, show_tokens, trust_remote_code=trust_remote_code)
     return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])

@@ -15,7 +15,9 @@ ModelArgument = Annotated[
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew: what an earlier run left there is removed.")]
-TrustRemoteCode = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run modelling code of MODEL.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model, in this run.")
+]
 Budgets = Annotated[
     list[str] | None,
     typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),

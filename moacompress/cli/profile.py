@@ -114,7 +114,7 @@ def profile(
         bool, typer.Option("--dry-run", help="Say what it would take (tokens, time, memory), and profile nothing.")
     ] = False,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Predict what every KV head loses by each rule.
 
@@ -143,7 +143,6 @@ def profile(
         profile__heads=heads,
         profile__anchors=anchors,
         profile__gates=gates,
-        trust_remote_code=trust_remote_code,
     )
     name = required_model(model, resolved.model)
     resolved = resolved.override(model=name)
@@ -154,13 +153,13 @@ def profile(
     if dry_run:
         from moacompress.calibration.estimate import dry_run as estimate
 
-        expected = estimate(name, resolved, run.progress, around=plan)
+        expected = estimate(name, resolved, run.progress, around=plan, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
     from moacompress.runtime.ready_model import load_for
 
-    loaded = load_for(resolved, name)
+    loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     if audit is not None:
         from moacompress.search.audit import check_audit
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile
+from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile, TrustRemoteCode
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 
@@ -99,6 +99,7 @@ def search(
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and search nothing.")] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Find the plan of least harm within a budget.
 
@@ -133,12 +134,12 @@ def search(
     if dry_run:
         if front or max_loss is not None:
             raise UsageError("--dry-run knows what a search of given budgets takes; leave out --front and --max-loss")
-        return _estimated(loaded, resolved, max(1, len(asked)), run.progress)
+        return _estimated(loaded, resolved, max(1, len(asked)), run.progress, trust_remote_code)
     from moacompress.search.deadline import Deadline
 
     deadline = Deadline(resolved.search.timeout, started)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
-    options["deadline"] = deadline
+    options |= {"deadline": deadline, "trust_remote_code": trust_remote_code}
     if front:
         from moacompress.search.front import find_front
 
@@ -157,7 +158,7 @@ def search(
     return _one(loaded, find_plan(loaded, None, **options), out)
 
 
-def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress) -> Output:
+def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress, trust_remote_code: bool) -> Output:
     """Returns what a search of so many plans would take, each alone."""
     from moacompress.calibration.estimate import dry_run as estimate_profile
     from moacompress.core.stopwatch import busy_note
@@ -165,7 +166,8 @@ def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress)
     from moacompress.runtime.ready_model import load_for
     from moacompress.search.search_estimate import search_seconds
 
-    timed = estimate_profile(load_for(recipe, profile.source), profile.recipe, progress)
+    source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
+    timed = estimate_profile(source, profile.recipe, progress)
     seconds = search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in timed.lengths])
     whole, timeout = plans * seconds, recipe.search.timeout
     data = {

@@ -62,14 +62,23 @@ class ChatSession:
         system: what the model is told before; empty for nothing.
         device: torch device.
         dtype: to compute in; "auto" for the checkpoint's.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         UsageError: `target` is not compressed, or another dtype.
         PlanError, ModelError: the checkpoint is damaged.
     """
 
-    def __init__(self, target: Path, system: str = "", device: str = "cpu", dtype: str = "auto") -> None:
-        checkpoint = load_checkpoint(compressed_folder(target), dtype, device)
+    def __init__(
+        self,
+        target: Path,
+        system: str = "",
+        device: str = "cpu",
+        dtype: str = "auto",
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
         self._model: Any = checkpoint.model
         self._tokenizer: Any = checkpoint.tokenizer
         self._plan = checkpoint.plan.in_dtype(str(self._model.dtype).removeprefix("torch."))

@@ -28,6 +28,7 @@ def run_demo(
     *,
     dtype: str = "auto",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs the demo recipe and returns its summary.
@@ -38,6 +39,7 @@ def run_demo(
         squad: SQuAD as JSON, whose articles are the prose haystack.
         dtype: of `dense/`, and so of the cache whose bytes are counted; "auto" for the model's own, which is bfloat16.
         overwrite: start anew: all that a run left in `out` is removed, and nothing else.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
     Raises:
@@ -52,11 +54,12 @@ def run_demo(
         if not text.exists():
             articles_to_text(squad, text)
         if not dense.exists():
-            save_dense(model, dense, dtype)
+            save_dense(model, dense, dtype, trust_remote_code=trust_remote_code)
         data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
         data["model"] = str(dense)
         data.setdefault("calibration", {})["text"] = str(text)
-        return fill(Recipe.from_dict(data, f"recipe {RECIPE}"), out, progress or Progress())
+        recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
+        return fill(recipe, out, progress or Progress(), trust_remote_code=trust_remote_code)
 
 
 def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> None:

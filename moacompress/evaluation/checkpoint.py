@@ -42,6 +42,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
     dense: PreTrainedModel | None = None
+    trust_remote_code: bool = False
 
     @cached_property
     def weights(self) -> str:
@@ -134,13 +135,14 @@ def profile_folder(checkpoint: Path, given: str | Path | None) -> Path | None:
     return next((place for place in beside if place.is_dir()), None)
 
 
-def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
+def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code: bool = False) -> Checkpoint:
     """Loads a compressed checkpoint.
 
     Args:
         folder: as `compressed_folder` returns it.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         UsageError: another dtype.
@@ -158,14 +160,14 @@ def load_checkpoint(folder: Path, dtype: str, device: str) -> Checkpoint:
     weights_version(plan.model.weights_fingerprint)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval().requires_grad_(False)
-        model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)
+        model.eval().requires_grad_(False).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except MoaCompressError:
         raise
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
-    return Checkpoint(folder, model, tokenizer, plan)
+    return Checkpoint(folder, model, tokenizer, plan, trust_remote_code=trust_remote_code)
 
 
 def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
@@ -182,7 +184,8 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     from moacompress.models.source import load_source
     from moacompress.runtime.linear import pack_where_it_fits
 
-    source = load_source(dense, dtype=str(checkpoint.model.dtype).removeprefix("torch."))
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    source = load_source(dense, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
     checkpoint.plan.check_model(source.shape, weights=source.weights_like)
     model = source.model.eval().to(checkpoint.model.device)
     pack_where_it_fits(model)

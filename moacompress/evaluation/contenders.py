@@ -287,7 +287,8 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
     from moacompress.runtime.linear import pack_where_it_fits
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    other = load_checkpoint(compressed_folder(Path(name)), dtype, str(checkpoint.model.device))
+    folder, device = compressed_folder(Path(name)), str(checkpoint.model.device)
+    other = load_checkpoint(folder, dtype, device, trust_remote_code=checkpoint.trust_remote_code)
     other.plan.check_model(checkpoint.plan.model, weights=None)
     if other.weights == checkpoint.dense_weights:
         return other.plan

@@ -84,6 +84,7 @@ def estimate_eval(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> EvalEstimate:
     """Estimates an evaluation from one timed prompt of each length under the plan; nothing is written.
 
@@ -94,7 +95,7 @@ def estimate_eval(
         UsageError: `target` is not compressed.
         DataError: a length beyond the model's context.
     """
-    checkpoint = load_checkpoint(compressed_folder(target), dtype, device)
+    checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
     checkpoint.check_lengths(lengths)
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
     model: Any = checkpoint.put_on(checkpoint.plan)

@@ -62,6 +62,7 @@ def evaluate(
     device: str = "cpu",
     out: str | Path | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a compressed model on held-out prompts and text.
@@ -97,6 +98,7 @@ def evaluate(
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
             `eval.json`) and not computed again.
         overwrite: start anew: what is at `out` and the scores beside it are removed.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told about every score.
 
     Returns:
@@ -133,7 +135,7 @@ def evaluate(
     check_resources((name for name in names if name != TEXT), resources)
     if TEXT in names and text is None:
         raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
-    checkpoint = load_checkpoint(folder, dtype, device)
+    checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
     if dense is not None:

@@ -20,7 +20,7 @@ from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.models.source import SourceModel, is_compressed, load_source
-from moacompress.recipe import shared_name
+from moacompress.recipe import CONSENT, shared_name
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
 
@@ -54,7 +54,7 @@ def export(
             samples, where that lowers measured harm; see `moacompress.search.repaired`. A loaded model has its own weights
             again afterwards.
         overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
-        trust_remote_code: run modelling code that comes with the model.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
     Returns:
@@ -94,7 +94,7 @@ def export(
             "the harm of this plan was measured with repaired weights, which this checkpoint will not have; export with "
             "--repair PROFILE"
         )
-    plan = _shared(plan)
+    plan = as_exported(plan)
     weights: Mapping[str, Any] = {}
     progress.step("model loaded")
     if profile is not None:
@@ -109,7 +109,7 @@ def export(
             finally:
                 detach(source.model)
         progress.step("written")
-        verify_fresh(aside, expected)
+        verify_fresh(aside, expected, trust_remote_code=trust_remote_code)
         progress.step("loaded and generated in a fresh process")
         check_place(out, inputs)  # this took a while
     progress.done()
@@ -170,9 +170,8 @@ def _repaired(
     dtype = source.computes_in if recipe.dtype == "auto" else recipe.dtype
     loaded = next((one for one in (source, model) if isinstance(one, SourceModel) and one.computes_in == dtype), None)
     if loaded is None:
-        loaded = load_for(
-            recipe.model_copy(update={"dtype": dtype, "trust_remote_code": trust_remote_code}), source.source
-        )
+        asked = recipe.model_copy(update={"dtype": dtype})
+        loaded = load_for(asked, source.source, trust_remote_code=trust_remote_code)
     return repair_by_profile(loaded, plan, profile, progress)
 
 
@@ -262,12 +261,15 @@ def warn_of_budget(plan: Plan) -> None:
     )
 
 
-def _shared(plan: Plan) -> Plan:
-    """Returns the plan without the paths that plans of earlier versions hold: of each its last part."""
+def as_exported(plan: Plan) -> Plan:
+    """Returns the plan as checkpoints have it: without what only plans of earlier versions hold.
+
+    That is paths, of which each leaves its last part, and whether the code of a model was allowed to run.
+    """
 
     def named(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: named(item) for key, item in value.items()}
+            return {key: named(item) for key, item in value.items() if key != CONSENT}
         if isinstance(value, list | tuple):
             return [named(item) for item in value]
         return shared_name(value) if isinstance(value, str) else value
@@ -281,15 +283,16 @@ def exported_plan(folder: Path) -> Plan | None:
     return Plan.load(found) if found.is_file() and is_compressed(folder) else None
 
 
-def save_dense(model: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+def save_dense(model: str | Path, out: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> Path:
     """Writes a dense model as safetensors with its tokenizer and licence files, atomically.
 
     Args:
         model: hub id, folder, or `.gguf` file.
         out: the folder to make.
         dtype: of the weights that are written; "auto" for the model's own (`load_source`).
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
-    source = load_source(model, dtype=dtype)
+    source = load_source(model, dtype=dtype, trust_remote_code=trust_remote_code)
     with new_folder(Path(out)) as aside:
         source.model.save_pretrained(aside)
         source.tokenizer.save_pretrained(aside)
@@ -340,7 +343,7 @@ def check_reusable(folder: Path, plan: Plan, repair: Profile | None = None) -> b
 
 def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> bool:
     found = exported_plan(folder)
-    if found is None or unrepaired(_shared(found)).to_dict() != unrepaired(_shared(plan)).to_dict():
+    if found is None or unrepaired(as_exported(found)).to_dict() != unrepaired(as_exported(plan)).to_dict():
         return False
     return _repaired_by(found) == repaired_by
 

@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-folder, asked, answer = sys.argv[1:]
+folder, asked, answer, trusted = sys.argv[1:]
 asked = load_file(asked)
 prompt, tokens = asked["prompt"], asked["tokens"]
 
@@ -51,7 +51,7 @@ class Repeat(LogitsProcessor):
         said[:, tokens[ids.shape[1] - len(prompt)]] = 0
         return said
 
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted == "True")
 out = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=len(tokens),
                      min_new_tokens=len(tokens), do_sample=False, num_beams=1, logits_processor=[Repeat()],
                      output_logits=True, return_dict_in_generate=True)
@@ -101,12 +101,13 @@ class Continuation:
         return Continuation(prompt, out.sequences[0, len(prompt) :].tolist(), logits, plan.key(), source.computes_in)
 
 
-def verify_fresh(folder: Path, expected: Continuation) -> None:
+def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: bool = False) -> None:
     """Loads a checkpoint with plain transformers in a fresh process and compares its logits.
 
     Args:
         folder: the compressed checkpoint.
         expected: what the same model gave in this process.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         MoaCompressError: it did not load, ran without the plan's cache or under another plan, or gave other logits.
@@ -119,7 +120,7 @@ def verify_fresh(folder: Path, expected: Continuation) -> None:
     with TemporaryDirectory(prefix="moacompress-") as place:
         asked, answer = Path(place) / "asked.safetensors", Path(place) / "answer.safetensors"
         save_file({"prompt": np.array(expected.prompt), "tokens": np.array(expected.tokens)}, asked)
-        arguments = [sys.executable, "-c", _SCRIPT, str(folder), str(asked), str(answer)]
+        arguments = [sys.executable, "-c", _SCRIPT, str(folder), str(asked), str(answer), str(trust_remote_code)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

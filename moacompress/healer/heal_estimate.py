@@ -88,13 +88,15 @@ def estimate_heal(
     profile: str | Path | Profile | None = None,
     teacher: str | SourceModel | None = None,
     recipe: Recipe | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> HealEstimate:
     """Estimates what `heal` would take with the same arguments. Nothing is written.
 
     Arguments and errors are those of `heal`.
     """
-    request, progress = HealRequest.of(target, profile, teacher, recipe or Recipe()), progress or SILENT
+    request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
+    progress = progress or SILENT
     known, heal = request.profile, request.heal
     calibration = known.calibration_samples()
     counts = count_samples(known, calibration, request.recipe)

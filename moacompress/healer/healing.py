@@ -76,6 +76,7 @@ class HealRequest:
         recipe: `heal`, `seed`, `device` and `calibration.text` count.
         compute: dtype that is computed in, "float32" or "bfloat16".
         key: fingerprint of all that decides the result but for how long it may take.
+        trust_remote_code: whether modelling code that comes with the models may run.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +85,7 @@ class HealRequest:
     recipe: Recipe
     compute: str
     key: str
+    trust_remote_code: bool = False
 
     @property
     def heal(self) -> HealRecipe:
@@ -113,7 +115,11 @@ class HealRequest:
 
     @staticmethod
     def of(
-        target: str | Path, profile: str | Path | Profile | None, teacher: str | SourceModel | None, recipe: Recipe
+        target: str | Path,
+        profile: str | Path | Profile | None,
+        teacher: str | SourceModel | None,
+        recipe: Recipe,
+        trust_remote_code: bool = False,
     ) -> HealRequest:
         """Loads and compares all that is asked for.
 
@@ -127,18 +133,20 @@ class HealRequest:
         known = profile if isinstance(profile, Profile) else Profile.load(_profile_folder(folder, profile))
         compute = _compute_dtype(recipe)
         frozen = recipe.heal.train == "lora"
-        checkpoint = load_checkpoint(folder, compute if frozen else "float32", recipe.device)
+        dtype = compute if frozen else "float32"
+        checkpoint = load_checkpoint(folder, dtype, recipe.device, trust_remote_code=trust_remote_code)
         checkpoint.model.requires_grad_(False)
         plan = checkpoint.plan
         check_trainable(plan, recipe.heal.train)
-        source = _load_teacher(teacher, known, compute, recipe)
+        source = _load_teacher(teacher, known, compute, recipe, trust_remote_code)
         plan.check_model(source.shape, weights=source.weights_like)
         known.check_model(source, "heal")
         if known.around:
             raise UsageError(
                 f"the profile in {known.path} is of changes around a plan; heal with one of the dense model"
             )
-        return HealRequest(checkpoint, source, known, recipe, compute, _key(checkpoint, known, recipe, compute))
+        key = _key(checkpoint, known, recipe, compute)
+        return HealRequest(checkpoint, source, known, recipe, compute, key, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ def heal(
     teacher: str | SourceModel | None = None,
     recipe: Recipe | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> HealResult:
     """Distils the weights of a compressed model from the dense one, and writes them as a checkpoint of the same plan.
@@ -185,6 +194,7 @@ def heal(
         recipe: `heal` and `seed` count, `device`, `dtype` (what is computed in) and `calibration.text` (where new prose is
             taken from).
         overwrite: start anew: a checkpoint at `out`, and what a heal left beside it, are removed.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
     Raises:
@@ -196,7 +206,7 @@ def heal(
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
     out, progress = Path(out), progress or SILENT
-    request = HealRequest.of(target, profile, teacher, recipe or Recipe())
+    request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
     done = _already_there(out, request, overwrite)
     if done is not None:
         return done
@@ -281,7 +291,9 @@ def _compute_dtype(recipe: Recipe) -> str:
     return recipe.dtype
 
 
-def _load_teacher(given: str | SourceModel | None, profile: Profile, compute: str, recipe: Recipe) -> SourceModel:
+def _load_teacher(
+    given: str | SourceModel | None, profile: Profile, compute: str, recipe: Recipe, trust_remote_code: bool
+) -> SourceModel:
     if isinstance(given, SourceModel):
         return given
     name = given or profile.source
@@ -289,7 +301,7 @@ def _load_teacher(given: str | SourceModel | None, profile: Profile, compute: st
         raise ModelError(
             f"the dense model is not at {name} any more, where it was profiled; say where it is (--teacher)"
         )
-    return load_source(name, dtype=compute, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    return load_source(name, dtype=compute, device=recipe.device, trust_remote_code=trust_remote_code)
 
 
 def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:
@@ -476,7 +488,7 @@ def _write(
 
     folder, plan = request.checkpoint.folder, result.plan
     progress.start("writing the healed checkpoint", 2)
-    fresh = load_checkpoint(folder, plan.model.dtype, "cpu")
+    fresh = load_checkpoint(folder, plan.model.dtype, "cpu", trust_remote_code=request.trust_remote_code)
     if history.best is None:
         logger.warning("no step lowered the held-out KL: %s gets the weights that %s has", result.folder, folder)
     elif plan.gates != request.plan.gates:  # a plan is of its gates
@@ -491,7 +503,7 @@ def _write(
     with new_folder(result.folder, overwrite) as aside:
         expected = write_checkpoint(source, plan, aside)
         progress.step("written")
-        verify_fresh(aside, expected)
+        verify_fresh(aside, expected, trust_remote_code=request.trust_remote_code)
         progress.step("loaded and generated in a fresh process")
         check_place(result.folder, request.places)  # this took a while
     progress.done()

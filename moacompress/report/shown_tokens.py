@@ -26,13 +26,14 @@ DIM = 0.1
 """Share below which it is shown dim."""
 
 
-def kept_tokens(folder: Path, plan: Plan, text: Path) -> dict[str, Any]:
+def kept_tokens(folder: Path, plan: Plan, text: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Reads a text with a compressed model, and returns which of its tokens gates keep at its end.
 
     Args:
         folder: the checkpoint.
         plan: its plan.
         text: a file.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Returns:
         `tokens`, their texts; `kept`, of each the share of the KV heads with a gate that keep it, among those whose window it
@@ -51,7 +52,7 @@ def kept_tokens(folder: Path, plan: Plan, text: Path) -> dict[str, Any]:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {text}: {error}") from error
-    checkpoint = load_checkpoint(folder, "auto", "cpu")
+    checkpoint = load_checkpoint(folder, "auto", "cpu", trust_remote_code=trust_remote_code)
     ids = checkpoint.tokenizer(words, return_tensors="pt").input_ids[:, :MOST_TOKENS]
     scores = _scores(checkpoint.model, ids)
     n = ids.shape[1]

@@ -9,13 +9,18 @@ from moacompress.recipe import Recipe
 from moacompress.runtime.linear import pack_where_it_fits
 
 
-def load_for(recipe: Recipe, source: str | Path | SourceModel) -> SourceModel:
+def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_code: bool = False) -> SourceModel:
     """Returns MODEL loaded as a recipe says, its weights packed where there is memory for it, and a loaded model as it is.
+
+    Args:
+        recipe: `dtype` and `device` count.
+        source: MODEL.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Errors are those of `load_source`.
     """
     if isinstance(source, SourceModel):
         return source
-    loaded = load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    loaded = load_source(source, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust_remote_code)
     pack_where_it_fits(loaded.model)
     return loaded

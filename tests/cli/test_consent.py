@@ -1,0 +1,177 @@
+"""Code that comes with a model runs where this very command says so, and nothing on disk says it for another one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.exporter.exporting import export
+from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+
+RUNNER = CliRunner()
+CODE = """
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+
+class Coded(LlamaForCausalLM):
+    def __init__(self, *args, **kwargs):
+        with Path({mark!r}).open("a") as file:
+            file.write("ran ")
+        super().__init__(*args, **kwargs)
+"""
+FLAG = "--trust-remote-code"
+LOAD_MODELS = (
+    ("profile",), ("search",), ("export",), ("compress",), ("eval",), ("bench",), ("heal",), ("chat",), ("inspect",),
+    ("doctor",), ("demo",), ("data", "preview"),
+)  # fmt: skip
+
+
+class Coded:
+    """A dense model with code of its own, and whether that ran since it was last asked."""
+
+    def __init__(self, folder: Path, mark: Path) -> None:
+        self.folder, self._mark = folder, mark
+
+    def ran(self) -> bool:
+        found = self._mark.exists()
+        self._mark.unlink(missing_ok=True)
+        return found
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Coded:
+    place = tmp_path_factory.mktemp("coded")
+    found = Coded(place / "dense", place / "mark")
+    shutil.copytree(tiny_folder, found.folder)
+    (found.folder / "coded.py").write_text(CODE.format(mark=str(place / "mark")))
+    file = found.folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModelForCausalLM": "coded.Coded"}}))
+    return found
+
+
+def run(*arguments: str | Path) -> Any:
+    result = RUNNER.invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def says_so(folder: Path) -> list[Path]:
+    """Returns the files that speak of consent."""
+    return [path for path in folder.rglob("*") if path.is_file() and b"trust_remote_code" in path.read_bytes()]
+
+
+def give_consent(folder: Path) -> None:
+    """Makes files what earlier versions left, or what somebody else put there: their recipes say that code may run."""
+    for name in ("profile/profile.json", "plan.json", "model/plan.json", "model/recipe.json", "recipe.json"):
+        if (path := folder / name).exists():
+            data = json.loads(path.read_text())
+            recipe = data.get("recipe") or data.get("provenance", {}).get("recipe") or data
+            recipe["trust_remote_code"] = True
+            path.write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="module")
+def place(coded: Coded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with a profile, a plan and a compressed model, all made with the flag."""
+    place = tmp_path_factory.mktemp("consent")
+    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--lengths", "768")
+    run("profile", coded.folder, "-o", place / "profile", *small, FLAG)
+    assert coded.ran()
+    quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", *quick, FLAG)
+    assert coded.ran()
+    run("export", coded.folder, place / "plan.json", "-o", place / "model", FLAG)
+    assert coded.ran()
+    return place
+
+
+def test_consent_is_stored_nowhere(place: Path) -> None:
+    assert says_so(place) == []
+
+
+def test_what_a_file_says_is_no_consent(
+    place: Path, coded: Coded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(place, old)
+    give_consent(old)
+    ask = ("--budget", "60%", "--trials", "1", "--rounds", "0", "--moves", "0")
+    run("search", old / "profile", *ask, "-o", tmp_path / "plan.json")
+    run("export", coded.folder, old / "plan.json", "-o", tmp_path / "model")
+    run("eval", old, "--lengths", "512", "--prompts", "1", "--against", "none", "--dense", coded.folder)
+    run("bench", old, "--quick", "--lengths", "128", "--tokens", "1", "--repeats", "1", "--sides", "plan")
+    run("chat", old, "--ask", "one two", "--max-new-tokens", "2")
+    run("heal", old, "-o", tmp_path / "healed", "--dry-run")
+    run("data", "preview", "--recipe", old / "model" / "recipe.json", coded.folder, "--count", "1")
+    assert not coded.ran()
+    assert says_so(tmp_path / "model") == []
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        Recipe.load(old / "model" / "recipe.json")
+    assert "trust_remote_code is ignored" in caplog.text
+
+
+def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
+    for arguments in (
+        ("eval", place, "--lengths", "512", "--prompts", "1", "--against", "none"),
+        (
+            "bench",
+            place,
+            "--quick",
+            "--lengths",
+            "128",
+            "--tokens",
+            "1",
+            "--repeats",
+            "1",
+            "--sides",
+            "plan",
+            "--no-peak",
+        ),
+        ("chat", place, "--ask", "one two", "--max-new-tokens", "2"),
+        ("heal", place, "-o", tmp_path / "healed", "--dry-run"),
+    ):
+        run(*arguments, FLAG)
+        assert coded.ran(), arguments[0]
+
+
+def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: Coded, tmp_path: Path) -> None:
+    """Consent is in no fingerprint: artefacts with it, without it and of earlier versions are the same."""
+    old = tmp_path / "old"
+    shutil.copytree(place, old)
+    give_consent(old)
+    before = (old / "profile" / "influence.safetensors").stat().st_mtime_ns
+    quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--lengths", "768")
+    run("profile", coded.folder, "-o", old / "profile", *small)
+    run("search", old / "profile", "--budget", "50%", "-o", old / "plan.json", *quick)
+    run("export", coded.folder, old / "plan.json", "-o", old / "model")
+    assert (old / "profile" / "influence.safetensors").stat().st_mtime_ns == before
+    assert not coded.ran()
+
+
+@pytest.mark.parametrize("verb", LOAD_MODELS, ids=" ".join)
+def test_every_verb_that_loads_a_model_has_the_flag(verb: tuple[str, ...]) -> None:
+    assert FLAG in RUNNER.invoke(app, [*verb, "--help"], env={"COLUMNS": "200"}).stdout
+
+
+def test_a_checkpoint_forgets_what_an_older_plan_says(
+    coded: Coded, random_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    from moacompress.models.source import load_source
+
+    recipe = {**Recipe().resolved(), "trust_remote_code": True}
+    plan = random_plan(load_source(coded.folder).shape, 3).with_notes(provenance={"recipe": recipe})
+    export(coded.folder, plan, tmp_path / "model")
+    export(coded.folder, plan, tmp_path / "model")  # and it is an export of that plan
+    assert not coded.ran()
+    assert says_so(tmp_path / "model") == []
