@@ -1,6 +1,6 @@
 """How many of the answers that a dense model gets right in one dtype it gets right in another.
 
-    python benchmarks/dtypes.py path/to/model@float32 path/to/model@bfloat16 --tasks niah-single-1,key-value --prompts 30
+    python benchmarks/dtypes.py path/to/model@float32 path/to/model@bfloat16 --tasks needle-noise,key-value --prompts 30
 
 Every side is a dense MODEL and the dtype that it computes in, as transformers runs it; the first one is what the others are
 compared with. Where an answer hangs by a hair, rounding decides: what the dense model itself keeps in bfloat16 is the most that
@@ -30,7 +30,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sides", nargs="+", metavar="MODEL@DTYPE", help="dense models, the reference first")
-    parser.add_argument("--tasks", default="niah-single-1", help="with commas")
+    parser.add_argument("--tasks", default="needle-noise", help="with commas")
     parser.add_argument("--lengths", default="1k", help="tokens, with commas")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
     parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")

@@ -1,6 +1,6 @@
 """What a plan's gates choose, beside other scores of tokens at the same budgets, and beside other plans.
 
-    python benchmarks/gate_scores.py MODEL gates=plan.json --others windows=windows.json --tasks niah-single-2 --prompts 20
+    python benchmarks/gate_scores.py MODEL gates=plan.json --others windows=windows.json --tasks needle-prose --prompts 20
 
 The first plan has gates. Its budgets stay as they are, and tokens are scored by
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("plan", metavar="NAME=PLAN", help="a plan with gates")
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME=PLAN", help="other plans")
     parser.add_argument("--scores", default=",".join(SCORES), help="with commas")
-    parser.add_argument("--tasks", default="niah-single-2,niah-single-3,niah-multikey-1", help="with commas")
+    parser.add_argument("--tasks", default="needle-prose,needle-prose-uuid,multi-needle-prose", help="with commas")
     parser.add_argument("--lengths", default="1k", help="tokens, with commas")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
     parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")

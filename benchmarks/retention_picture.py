@@ -31,6 +31,7 @@ class Point:
         kept: of what dense gets right.
         ci95: its interval.
         prompts: that dense gets right.
+        wording: of the tasks' prompts, as the evaluation has it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Point:
     kept: float
     ci95: tuple[float, float]
     prompts: int
+    wording: dict[str, str]
 
 
 def read_point(text: str) -> Point:
@@ -48,7 +50,8 @@ def read_point(text: str) -> Point:
     """
     name, _, rest = text.partition("=")
     file, _, model = rest.partition(":")
-    pooled = json.loads(Path(file).read_text("utf-8"))["pooled"]["results"]
+    evaluation = json.loads(Path(file).read_text("utf-8"))
+    pooled = evaluation["pooled"]["results"]
     found = {row["model"]: row for row in pooled if row["metric"] == "retention"}
     names = side_names(found)
     rows = {names[given]: row for given, row in found.items()}
@@ -57,11 +60,24 @@ def read_point(text: str) -> Point:
         raise SystemExit(f"{file} has no retention of {side} beside dense; it has {', '.join(rows)}")
     row = rows[side]
     low, high = row["ci95"]
-    return Point(name, row["kv_bytes"] / rows["dense"]["kv_bytes"], row["value"], (low, high), row["prompts"])
+    return Point(
+        name,
+        row["kv_bytes"] / rows["dense"]["kv_bytes"],
+        row["value"],
+        (low, high),
+        row["prompts"],
+        evaluation.get("wording", {}),
+    )
 
 
 def picture(points: list[Point]) -> Picture:
-    """Returns the picture."""
+    """Returns the picture.
+
+    Raises:
+        SystemExit: more names than can be told apart, or evaluations whose prompts say different things.
+    """
+    if any(point.wording != points[0].wording for point in points):
+        raise SystemExit("the evaluations are of prompts in different wordings, and cannot be compared")
     traces, names = [], list(dict.fromkeys(point.name for point in points))
     if len(names) > len(ROLES):
         raise SystemExit(f"{len(names)} names are more than can be told apart; give at most {len(ROLES)}")

@@ -1,8 +1,8 @@
 """Questions over long documents: a question's own document among others, joined to an exact number of tokens.
 
-The wording is RULER's question answering. Articles are split: of every three, the first is for calibration, the second
-for validation, the third for evaluation. So neither a question nor a document of one split is seen in another. Where gates are
-trained, every fourth article of calibration is for them alone.
+Articles are split: of every three, the first is for calibration, the second for validation, the third for evaluation. So
+neither a question nor a document of one split is seen in another. Where gates are trained, every fourth article of calibration
+is for them alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,11 @@ from moacompress.calibration.data_rows import ARTICLE, DataRow, field
 from moacompress.core.errors import DataError
 from moacompress.prompts.fitting import largest_fit
 from moacompress.prompts.pools import SPLITS, CalibrationPart, Split, numbers_of_part
+from moacompress.prompts.sentences import DOCUMENTS
 from moacompress.prompts.templates import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-INSTRUCTION = (
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-)
-TEMPLATE = (
-    f"{INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{INSTRUCTION}\n\nQuestion: {{question}}"
-)
-DOCUMENT = "Document {number}:\n{document}"
-PREFIX = " Answer:"
 
 SLACK = 2
 """Tokens that a prompt may lack where no cut of its last document gives the exact number."""
@@ -159,12 +151,6 @@ def joined_drafts(
     return drafts
 
 
-def render(documents: Sequence[str], question: str) -> str:
-    """Returns what the user says."""
-    shown = (DOCUMENT.format(number=number, document=document) for number, document in enumerate(documents, 1))
-    return TEMPLATE.format(context="\n\n".join(shown), question=question)
-
-
 def _join(
     library: Library, index: int, target: int, seed: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, what: str
 ) -> list[int] | None:
@@ -180,7 +166,7 @@ def _join(
     def encode(whole: int, part: str = "") -> list[int]:
         documents = [*others[:whole], part] if part else others[:whole]
         documents.insert(round(depth * len(documents)), library.documents[own])
-        return encode_prompt(tokenizer, render(documents, question), PREFIX)
+        return encode_prompt(tokenizer, DOCUMENTS.render(documents, question), DOCUMENTS.answer)
 
     if len(encode(0)) >= target:
         return None

@@ -13,15 +13,19 @@ from moacompress.core.errors import UsageError
 
 
 @verb(
-    "moacompress eval runs/mine --tasks niah-single-1,key-value --lengths 1k,2k --prompts 50 -o runs/mine/eval.json",
+    "moacompress eval runs/mine --tasks needle-noise,key-value --lengths 1k,2k --prompts 50 -o runs/mine/eval.json",
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
+    "moacompress eval --list-tasks",
     computes=True,
 )
 def evaluate(
     run: VerbRun,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.", show_default=False),
+    ] = None,
     against: Annotated[
         str,
         typer.Option(
@@ -41,8 +45,11 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Tasks, such as niah-single-1, or ruler, all, and text for long text."),
+        typer.Option(metavar="LIST", help="Tasks, such as needle-noise, or ruler, all, and text for long text."),
     ] = None,
+    list_tasks: Annotated[
+        bool, typer.Option("--list-tasks", help="Say which tasks there are and what they need, and measure nothing.")
+    ] = False,
     lengths: LengthsOption = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
     text: Text = None,
@@ -55,7 +62,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Exit with 1 where a value of the plan is lower: exact_match=0.9, niah-single-1:retention=0.95 or "
+            help="Exit with 1 where a value of the plan is lower: exact_match=0.9, needle-noise:retention=0.95 or "
             "key-value@2k:accuracy=0.9.",
         ),
     ] = None,
@@ -82,6 +89,10 @@ def evaluate(
     All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
     the tasks are needle-noise and, where --text is given, text; none of them where --lm-eval is.
     """
+    if list_tasks:
+        return _list_tasks()
+    if path is None:
+        raise UsageError("missing argument DIR: a compressed model, or the folder of a run")
     named = split_list(tasks)
     if named == ():
         raise UsageError("no tasks given; name some, such as --tasks needle-noise,key-value")
@@ -153,3 +164,16 @@ def evaluate(
         say("below the threshold: " + "; ".join(failed))
     data = report if fail_under is None else {**report, "failures": failed}
     return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))
+
+
+def _list_tasks() -> Output:
+    """Returns the tasks with what they need."""
+    from moacompress.core.tables import section
+    from moacompress.evaluation.tasks import TASKS
+    from moacompress.evaluation.text_rows import TEXT
+
+    rows = [(task.name, task.description, task.requirements) for task in TASKS.values()]
+    rows.append((TEXT, "perplexity by position, KL and top-1 agreement with dense on long text", "--text"))
+    names = ("task", "description", "needs")
+    data = [dict(zip(names, row, strict=True)) for row in rows]
+    return Output({"tasks": data}, [section("Tasks", names, rows)])

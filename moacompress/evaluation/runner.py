@@ -30,7 +30,7 @@ from moacompress.evaluation.result_rows import (
     result_rows,
 )
 from moacompress.evaluation.scores import Scorer
-from moacompress.evaluation.tasks import Resources, check_resources, expand_tasks, make_cases
+from moacompress.evaluation.tasks import Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.evaluation.text import text_windows
 from moacompress.evaluation.text_rows import (
     TEXT,
@@ -103,6 +103,7 @@ def evaluate(
 
     Returns:
         `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
+        `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
         `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
             are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
             `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
@@ -154,10 +155,11 @@ def evaluate(
         )
     field = make_field(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)
+    wording = {name: find_task(name).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
     with nullcontext() if path is None else own_file(path):
         if path is not None:
-            _check_place(path, subject, overwrite)
+            _check_place(path, subject, wording, overwrite)
         ledger = Records(None if path is None else scores_file(path))
         bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in sorted(set(lengths))]
@@ -166,7 +168,7 @@ def evaluate(
             ledger.clear()
             remove(of_evaluation(path))
         progress.start("evaluating", steps)
-        report: dict[str, Any] = {"checkpoint": subject, **bench.measured(wanted)}
+        report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
         progress.done()
         if lm_eval:
             report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
@@ -175,8 +177,11 @@ def evaluate(
         return report
 
 
-def _check_place(out: Path, subject: Mapping[str, str], overwrite: bool) -> None:
-    """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it."""
+def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool) -> None:
+    """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it.
+
+    One of the same tasks in another wording counts as one of other tasks, and it is said.
+    """
     sweep_files(out)
     if out.is_dir():
         raise ArtefactError(f"{out} is a folder; name a file, such as {out / EVALUATION_FILE}")
@@ -185,12 +190,27 @@ def _check_place(out: Path, subject: Mapping[str, str], overwrite: bool) -> None
     try:
         found = read_json(out, "evaluation")
         ours = "results" in found and found.get("checkpoint", subject) == subject
-    except (ArtefactError, TypeError, AttributeError):
+        earlier = _earlier_wording(found) if ours else {}
+    except (ArtefactError, TypeError, AttributeError, KeyError):
         ours = False
     if not ours:
         raise ArtefactError(
             f"{out} exists already and is not an evaluation of this checkpoint; choose another file or pass --overwrite"
         )
+    other = [name for name, digest in wording.items() if name in earlier and earlier[name] != digest]
+    if other:
+        logger.warning(
+            "%s has numbers of other prompts of the same name (%s, in another wording); they are measured again",
+            out,
+            ", ".join(other),
+        )
+
+
+def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the wording of every task in an evaluation; empty where an older moacompress did not write it."""
+    tasks = {str(row["task"]) for row in found["results"]}
+    wording = found.get("wording", {})
+    return {task: str(wording.get(task, "")) for task in tasks}
 
 
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:

@@ -11,16 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from moacompress.evaluation.drafts import Answer, PromptDraft
+from moacompress.evaluation.needles import in_lines
 from moacompress.evaluation.prompt_request import PromptRequest
-from moacompress.evaluation.ruler.needles import in_lines, needle
-from moacompress.prompts.generators import PREFIX
-from moacompress.prompts.pools import NOISE, draw_keys, draw_numbers
-
-CONTEXT = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the numbers afterwards.\n{context}\n{question}"
-)
-QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+from moacompress.prompts.pools import draw_keys, draw_numbers
+from moacompress.prompts.sentences import NEEDLES, NOISE
 
 
 def make_second_question(request: PromptRequest) -> PromptDraft:
@@ -33,7 +27,7 @@ def make_second_question(request: PromptRequest) -> PromptDraft:
     keys, values = draw_keys(rng, "evaluation", 2), draw_numbers(rng, "evaluation", 2)
     depths = np.sort(rng.random(2))
     hidden = rng.permutation(2).tolist()
-    needles = [needle("number", keys[index], values[index]) for index in hidden]
+    needles = [NEEDLES.hide("number", keys[index], values[index]) for index in hidden]
 
     def write(count: int) -> PromptDraft:
         return render(in_lines([" ".join(NOISE)] * count, needles, depths), keys, values)
@@ -43,7 +37,7 @@ def make_second_question(request: PromptRequest) -> PromptDraft:
 
 def render(context: str, keys: Sequence[str], values: Sequence[str]) -> PromptDraft:
     """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
-    first, second = (QUESTION.format(key=key) for key in keys)
-    said, prefix = (PREFIX.format(kind="number", key=key) for key in keys)
-    messages = (CONTEXT.format(context=context, question=first), f"{said} {values[0]}.", second)
-    return PromptDraft(messages, f" {prefix}", Answer.of(values[1]), (values[1],), second_turn=True)
+    first, second = (NEEDLES.ask("number", [key], 1) for key in keys)
+    asked = f"{first.before}\n{context}\n{first.after}"
+    messages = (asked, f"{first.answer} {values[0]}.", second.after)
+    return PromptDraft(messages, f" {second.answer}", Answer.of(values[1]), (values[1],), second_turn=True)

@@ -1,4 +1,4 @@
-"""Thresholds such as `exact_match=0.9` or `niah-single-1@1k:retention=0.92`, for checks that fail a build.
+"""Thresholds such as `exact_match=0.9` or `needle-noise@1k:retention=0.92`, for checks that fail a build.
 
 A threshold is held against the plan's values, not against the ends of their intervals: prompts and seeds are fixed, so
 the same model gives the same value.
@@ -17,7 +17,7 @@ from moacompress.rules.budget import format_length, parse_length
 RISING = ("exact_match", "accuracy", "retention", "top1_agreement")
 """Metrics between 0 and 1 of which more is better."""
 FALLING = ("nll", "kl", "ppl_early", "ppl_late")
-_FORM = "write METRIC=SHARE, TASK:METRIC=SHARE or TASK@LENGTH:METRIC=SHARE, such as niah-single-1:exact_match=0.98"
+_FORM = "write METRIC=SHARE, TASK:METRIC=SHARE or TASK@LENGTH:METRIC=SHARE, such as needle-noise:exact_match=0.98"
 
 
 @dataclass(frozen=True)

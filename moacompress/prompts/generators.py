@@ -1,4 +1,4 @@
-"""Synthetic tasks that need one place far back: RULER's needles, pairs of keys and values, records of fields, recall.
+"""Synthetic tasks that need one place far back: needles in a haystack, pairs of keys and values, records of fields, recall.
 
 Every prompt is fitted to a length in tokens: chat template, answer prefix and room for the answer included, as near
 below it as one sentence of noise, one word of prose, one pair of keys and values or one record allows.
@@ -25,7 +25,6 @@ from moacompress.prompts.field_records import (
 from moacompress.prompts.fitting import largest_fit
 from moacompress.prompts.pools import (
     KEYS_PER_SPLIT,
-    NOISE,
     Prose,
     Split,
     draw_codes,
@@ -35,6 +34,7 @@ from moacompress.prompts.pools import (
     sentence_ends,
 )
 from moacompress.prompts.recall import WORDS, Recall, most_pairs, pairs_text, question
+from moacompress.prompts.sentences import NEEDLES, NOISE
 from moacompress.prompts.templates import Prompt, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -45,16 +45,7 @@ Values = Literal["numbers", "uuids", "codes"]
 ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
-NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
-ONE_KEY = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
-)
-PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"
-PAIRS = (
-    "Extract the value corresponding to the specified key in the JSON object below.\n{context}\n"
-    'What is the value of the key "{key}"?'
-)
+PAIRS = 'Here is a JSON object of names and values.\n{context}\nWhich value does it have for "{key}"?'
 PAIRS_PREFIX = '"{key}":'
 RECORD_TOKENS = 8
 """A record surely has more tokens: how many are drawn at most."""
@@ -89,6 +80,8 @@ TASKS = {
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
 _KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid", "codes": "code"}
+_ENDING = {"numbers": "", "uuids": "-uuid", "codes": "-code"}
+"""How the name of a needle task ends, by its values."""
 _DRAW = {"numbers": draw_numbers, "uuids": draw_uuids, "codes": draw_codes}
 
 
@@ -148,14 +141,14 @@ def make_needle(
     keys: int = 1,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns RULER's needle in a haystack: `keys` needles at uniform depths, one of them asked for.
+    """Returns a prompt of a haystack with `keys` needles at uniform depths, one of them asked for.
 
     Arguments and errors are those of `make_prompt`.
     """
     kind = "needle" if keys == 1 else "multi-needle"
-    task, noun = f"{kind}-{haystack}", _KIND_OF_VALUE[values]
+    task, noun = f"{kind}-{haystack}{_ENDING[values]}", _KIND_OF_VALUE[values]
     names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
-    needles = [NEEDLE.format(kind=noun, key=key, value=value) for key, value in zip(names, hidden, strict=True)]
+    needles = [NEEDLES.hide(noun, key, value) for key, value in zip(names, hidden, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
     if haystack == "prose":
@@ -165,20 +158,20 @@ def make_needle(
         limit = len(words)
     else:
         words, limit = [], length
-    prefix = PREFIX.format(kind=noun, key=names[asked])
+    said = NEEDLES.ask(noun, [names[asked]], 1)
 
     def user(count: int) -> str:
         prose = haystack == "prose"
         context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
-        return ONE_KEY.format(kind=noun, context=context, key=names[asked])
+        return f"{said.before}\n{context}\n{said.after}"
 
-    count = _fit(tokenizer, user, prefix, hidden[asked], length, limit, task)
+    count = _fit(tokenizer, user, said.answer, hidden[asked], length, limit, task)
     if haystack == "prose" and count == limit:
         raise DataError(
             f"the {split} part of {text.name if text else ''} has {limit:,} words, too few for a prompt of {length:,} "
             "tokens; give longer text"
         )
-    return Prompt(user(count), prefix, hidden[asked], task, kind)
+    return Prompt(user(count), said.answer, hidden[asked], task, kind)
 
 
 def make_key_value(

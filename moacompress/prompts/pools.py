@@ -2,7 +2,7 @@
 
 What a plan is measured on must never have been profiled, so the split is built into how things are drawn: keys by their
 noun's index mod 3, numbers and codes by a residue mod 3, prose by document (or by part of a document). The noise haystack is
-one fixed line in every split: it holds nothing to learn.
+one line in every split (`sentences.NOISE`): it holds nothing to learn.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ CalibrationPart = Literal["profile", "gates"]
 """Of calibration's texts, where there are gates: rules are priced on the one part, gates are trained on the other."""
 _GATES_EVERY = 4
 """One document in so many is for gates."""
-
-NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
-"""One line of RULER's repeated haystack, by sentence."""
 
 _ADJECTIVES = """
 able amber ancient arctic autumn bashful bitter bold brave brief bright brisk broad bronze calm careful charming

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from moacompress.cli import app
 from moacompress.core.artefact_names import of_evaluation
 from moacompress.core.owners import own_file
+from moacompress.evaluation import ruler
 
 RUNNER = CliRunner()
 SMALL = ("--lengths", "768", "--prompts", "2")
@@ -201,6 +202,24 @@ def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shown = invoke(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "-q").stdout
     assert "lm-evaluation-harness" in shown
     assert "acc" in shown
+
+
+def test_tasks_are_listed() -> None:
+    found = {row["task"]: row["needs"] for row in json.loads(invoke("--list-tasks", "--json").stdout)["tasks"]}
+    assert found["needle-noise"] == ""
+    assert found["needle-prose"] == found["text"] == "--text"
+    assert found["niah-single-1"] == "the extra eval"
+    assert found["qa-squad"] == "--squad, the extra eval"
+    shown = invoke("--list-tasks", "-q").stdout
+    assert "needle-noise" in shown
+    assert "missing argument DIR" in problem(exit_code=2)
+
+
+def test_tasks_of_a_package_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ruler, "is_installed", lambda: False)
+    message = problem(place, "--tasks", "key-value,niah-single-1", exit_code=2)
+    assert "task niah-single-1 takes RULER's sentences from lm-evaluation-harness, which is not installed" in message
+    assert "`pip install 'moacompress[eval]'`" in message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LongEval's lines, recall and the second question, against expected strings written out by hand."""
+"""Lines, recall and the second question, against expected strings written out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation import associative_recall, longeval, second_question
+from moacompress.evaluation import associative_recall, line_lookup, second_question
 from moacompress.evaluation.drafts import draft_ids, encode_draft
 from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.tasks import make_cases
@@ -26,35 +26,31 @@ def base_tokenizer(tiny_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
 
 def test_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = longeval.render([("calm-otter", 7), ("bold-raven", 41234)], "calm-otter", 7)
+    draft = line_lookup.render([("calm-otter", 7), ("bold-raven", 41234)], "calm-otter", 7)
     assert draft.messages == (
-        "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
-        "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
-        "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
-        "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
-        "line calm-otter: REGISTER_CONTENT is <7>\n"
-        "line bold-raven: REGISTER_CONTENT is <41234>\n"
-        "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line calm-otter? I need the number.",
+        "Every line of this list has a name and a number.\n\n"
+        "calm-otter has the number 7\nbold-raven has the number 41234\n"
+        "\nWhich number is on the line of calm-otter? Say it in a short sentence.",
     )
-    assert draft.answer.text == "The <REGISTER_CONTENT> in line calm-otter is <7>."
+    assert draft.answer.text == "The line of calm-otter has the number 7."
     assert draft.references == ("7",)
     ids = encode_draft(tiny_tokenizer, draft)
-    assert str(tiny_tokenizer.decode(ids.prompt_ids)).endswith("I need the number.<|im_end|>\n<|im_start|>assistant\n")
+    assert str(tiny_tokenizer.decode(ids.prompt_ids)).endswith("short sentence.<|im_end|>\n<|im_start|>assistant\n")
     values = [i for i, counts in zip(ids.answer_ids, ids.is_value, strict=True) if counts]
     assert tiny_tokenizer.decode(values) == "7"
 
 
 def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    case = make_cases("lines", 3000, 1, 0, tiny_tokenizer)[0]
+    case = make_cases("line-lookup", 3000, 1, 0, tiny_tokenizer)[0]
     text = str(tiny_tokenizer.decode(case.prompt_ids))
-    lines = [line for line in text.split("\n") if line.startswith("line ")]
+    lines = [line for line in text.split("\n") if " has the number " in line]
     assert len(lines) > 30
-    assert len({line.split()[1] for line in lines}) == len(lines)
-    asked = text.split("> in line ")[1].split("?")[0]
-    assert f"line {asked}: REGISTER_CONTENT is <{case.references[0]}>" in lines
-    assert (case.match, case.new_tokens) == ("last-integer", 100)
-    with pytest.raises(DataError, match=r"task lines has 4,\d+ keys, too few for a prompt of 400,000 tokens"):
-        make_cases("lines", 400_000, 1, 0, tiny_tokenizer)
+    assert len({line.split()[0] for line in lines}) == len(lines)
+    asked = text.split("the line of ")[1].split("?")[0]
+    assert f"{asked} has the number {case.references[0]}" in lines
+    assert (case.match, case.new_tokens) == ("last-integer", 40)
+    with pytest.raises(DataError, match=r"task line-lookup has 4,\d+ keys, too few for a prompt of 400,000 tokens"):
+        make_cases("line-lookup", 400_000, 1, 0, tiny_tokenizer)
 
 
 def test_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -74,12 +70,12 @@ def test_drawn_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 FIRST = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the numbers afterwards.\nHay.\nWhat is the special magic number for bold-raven mentioned in the provided text?"
+    "Here and there the text below says which number a name has. Keep that in mind: a question about it "
+    "follows the text.\nHay.\nWhat is the number of bold-raven?"
 )
-SECOND = "What is the special magic number for calm-otter mentioned in the provided text?"
-ANSWERED = "The special magic number for bold-raven mentioned in the provided text is 1111111."
-PREFIX = "The special magic number for calm-otter mentioned in the provided text is"
+SECOND = "What is the number of calm-otter?"
+ANSWERED = "The number of bold-raven is 1111111."
+PREFIX = "The number of calm-otter is"
 
 
 def test_second_question(tiny_tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,16 +101,16 @@ def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     firsts = 0
     for case in make_cases("second-question", 1200, 40, 0, tiny_tokenizer):
         text = str(tiny_tokenizer.decode(case.prompt_ids[: case.turn_at]))
-        assert text.count("One of the special magic numbers for ") == 2
-        needles = [line for line in text.split("\n") if line.startswith("One of")]
-        asked = [f"is: {case.references[0]}." in needle for needle in needles]
+        assert text.count("Remember that the ") == 2
+        needles = [line for line in text.split("\n") if line.startswith("Remember")]
+        asked = [f"is {case.references[0]}." in needle for needle in needles]
         assert sum(asked) == 1
         firsts += asked[0]
     assert 10 < firsts < 30
 
 
 def test_base_models_get_the_text_alone(base_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = longeval.render([("a-b", 1)], "a-b", 1)
+    draft = line_lookup.render([("a-b", 1)], "a-b", 1)
     text = str(base_tokenizer.decode(draft_ids(base_tokenizer, draft)))
     assert text == draft.messages[0] + "\n"
     request = PromptRequest("second-question", 1500, 0, 0, np.random.default_rng(0), base_tokenizer)

@@ -14,14 +14,16 @@ import moacompress.evaluation.contenders as contenders
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scores as scores
 import moacompress.evaluation.scoring as scoring
+import moacompress.evaluation.tasks as tasks
 import moacompress.prompts.generators as generators
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.evaluation.contenders import Contender, Field
-from moacompress.evaluation.tasks import Resources
+from moacompress.evaluation.tasks import Resources, find_task
 from moacompress.prompts.pools import Prose, draw_numbers
+from moacompress.prompts.sentences import NEEDLES
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -177,6 +179,32 @@ def test_killed_and_resumed(compressed: Path, prose: Path, tmp_path: Path, monke
         seen = count_batches(patch)
         run(compressed, **{**options, "tasks": ("needle-noise",)}, out=out, seed=1)
         assert len(seen) >= 4
+
+
+def test_prompts_in_another_wording_are_scored_again(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "eval.json"
+    options: dict[str, Any] = {"against": (), "tasks": ("needle-noise", "recall"), "out": out}
+    before = run(compressed, **options)
+    assert before["wording"] == {name: find_task(name).wording for name in ("needle-noise", "recall")}
+    seen = count_batches(monkeypatch)
+    assert run(compressed, **options) == before
+    assert (seen, caplog.text) == ([], "")
+    said = replace(NEEDLES, needle="Keep in mind that {key} has the {kind} {value}.")
+    for module in (generators, tasks):
+        monkeypatch.setattr(module, "NEEDLES", said)
+    after = run(compressed, **options)
+    assert set(seen) == {"needle-noise"}
+    assert {name for name, wording in after["wording"].items() if wording != before["wording"][name]} == {
+        "needle-noise"
+    }
+    assert "has numbers of other prompts of the same name (needle-noise, in another wording); they are" in caplog.text
+    del after["wording"]  # as older versions left it
+    out.write_text(json.dumps(after))
+    run(compressed, **options)
+    assert "(needle-noise, recall, in another wording)" in caplog.text
+    assert set(seen) == {"needle-noise"}
 
 
 def test_twice_gives_the_same_numbers(compressed: Path) -> None:

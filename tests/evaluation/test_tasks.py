@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from moacompress.core.errors import DataError, UsageError
-from moacompress.evaluation.ruler.tracking import TEMPLATE
+from moacompress.evaluation import ruler
 from moacompress.evaluation.tasks import TASKS, Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.evaluation.vocabulary import WORDS
-from moacompress.prompts.pools import NOISE, NOUNS, Prose
+from moacompress.prompts.pools import NOUNS, Prose
+from moacompress.prompts.sentences import NEEDLES, NOISE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,26 +24,36 @@ RULER = (
     *("niah-multivalue", "niah-multiquery", "vt", "cwe", "fwe", "qa-squad"),
 )
 PROSE = {
-    *("needle-prose", "multi-needle-prose", "niah-single-2", "niah-single-3", "niah-multikey-1"),
-    *("niah-multivalue", "niah-multiquery"),
+    *("needle-prose", "needle-prose-uuid", "multi-needle-prose", "multi-value-prose", "multi-query-prose"),
+    *("niah-single-2", "niah-single-3", "niah-multikey-1", "niah-multivalue", "niah-multiquery"),
 }
+SQUAD = {"document-question", "qa-squad"}
+UUID = r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}"
 ANSWERS = {  # match, most tokens generated (0: as the reference), what a reference looks like
     **dict.fromkeys(("needle-noise", "needle-prose", "multi-needle-noise", "multi-needle-prose"), ("all", 0, r"\d{7}")),
-    "key-value": ("all", 0, r"\d{7}"),
+    **dict.fromkeys(
+        ("key-value", "needle-distractors", "multi-value-prose", "multi-query-prose"), ("all", 0, r"\d{7}")
+    ),
+    **dict.fromkeys(("needle-prose-uuid", "needle-distractors-uuid"), ("all", 0, UUID)),
+    "variable-chain": ("all", 0, "[A-Z]{5}"),
+    "common-words": ("all", 0, "[a-z]+"),
+    "frequent-words": ("all", 0, "[a-z]{6}"),
+    "document-question": ("any", 32, ".+"),
+    "line-lookup": ("last-integer", 40, r"\d{1,5}"),
     **dict.fromkeys(("niah-single-1", "niah-single-2", "niah-multikey-1", "niah-multikey-2"), ("all", 128, r"\d{7}")),
     **dict.fromkeys(("niah-multivalue", "niah-multiquery"), ("all", 128, r"\d{7}")),
-    **dict.fromkeys(("niah-single-3", "niah-multikey-3"), ("all", 128, r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}")),
+    **dict.fromkeys(("niah-single-3", "niah-multikey-3"), ("all", 128, UUID)),
     "vt": ("all", 30, "[A-Z]{5}"),
     "cwe": ("all", 120, "[a-z]+"),
     "fwe": ("all", 50, "[a-z]{6}"),
     "qa-squad": ("any", 32, ".+"),
-    "lines": ("last-integer", 100, r"\d{1,5}"),
     "recall": ("all", 0, "[a-z]+"),
     "second-question": ("all", 0, r"\d{7}"),
     "legal-codes": ("all", 0, r"[A-Z]{2}-\d{4}"),
     "table-lookup": ("all", 0, r"\d{4}"),
     "dialogue-fact": ("all", 0, r"\d{4}"),
 }
+LONG = ("needle-distractors-uuid", "niah-multikey-3", "document-question", "qa-squad", "dialogue-fact")
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -55,7 +66,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Resources:
     folder = tmp_path_factory.mktemp("texts")
     for name in range(3):
         words = [f"{word}." if i % 9 == 8 else word for i, word in enumerate(WORDS[name:] + WORDS[:name])]
-        (folder / f"{name}.txt").write_text(" ".join(words * 2))
+        (folder / f"{name}.txt").write_text(" ".join(words * 4))
 
     def paragraph(article: int, number: int) -> dict[str, Any]:
         at = 50 * article + 7 * number
@@ -84,7 +95,9 @@ def bpe() -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS), *[" ".join(NOISE)] * 20, TEMPLATE], trainer)
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS), *[" ".join([*NOISE, *ruler.needles().noise])] * 20, NEEDLES.needle], trainer
+    )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     wrapped.chat_template = CHAT
     return wrapped
@@ -94,7 +107,7 @@ def bpe() -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resources: Resources) -> None:
     match, new_tokens, reference = ANSWERS[task]
-    line = {"legal-codes": 150}.get(task, 120 if task in ("niah-multikey-3", "qa-squad", "dialogue-fact") else 50)
+    line = {"legal-codes": 150}.get(task, 120 if task in LONG else 60)
     cases = make_cases(task, length, 4, 0, bpe, resources)
     for case in cases:
         used = len(case.prompt_ids) + max(case.new_tokens, len(case.answer_ids))
@@ -112,7 +125,12 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
         assert (case.turn_at is not None) == (task == "second-question")
         text = str(bpe.decode(case.prompt_ids))
         assert all(text.count(value) >= 1 for value in wanted)
-        assert text.count("<|im_start|>assistant") == {"recall": 0, "cwe": 2, "second-question": 2}.get(task, 1)
+        assert text.count("<|im_start|>assistant") == {
+            "recall": 0,
+            "cwe": 2,
+            "common-words": 2,
+            "second-question": 2,
+        }.get(task, 1)
         whole = str(bpe.decode([*case.prompt_ids, *case.answer_ids]))
         assert whole.startswith(text)
         assert bpe(whole, add_special_tokens=False)["input_ids"] == [*case.prompt_ids, *case.answer_ids]
@@ -126,7 +144,7 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
 def test_values_are_of_the_evaluation_pool(bpe: PreTrainedTokenizerBase, resources: Resources) -> None:
     others = {noun for index, noun in enumerate(NOUNS) if index % 3 != 2}
     for name in TASKS:
-        if name in ("qa-squad", "lines"):
+        if name in (*SQUAD, "line-lookup"):
             continue
         for case in make_cases(name, 1024, 2, 0, bpe, resources):
             text = str(bpe.decode(case.prompt_ids))
@@ -138,8 +156,8 @@ def test_values_are_of_the_evaluation_pool(bpe: PreTrainedTokenizerBase, resourc
 def test_all_has_what_there_are_texts_for(resources: Resources) -> None:
     assert expand_tasks(("ruler", "recall", "vt")) == (*RULER, "recall")
     assert expand_tasks(["all"], resources) == tuple(TASKS)
-    assert set(expand_tasks(["all"])) == set(TASKS) - PROSE - {"qa-squad"}
-    assert set(expand_tasks(["all"], Resources(prose=resources.prose))) == set(TASKS) - {"qa-squad"}
+    assert set(expand_tasks(["all"])) == set(TASKS) - PROSE - SQUAD
+    assert set(expand_tasks(["all"], Resources(prose=resources.prose))) == set(TASKS) - SQUAD
     assert expand_tasks(()) == ()
 
 
@@ -147,14 +165,14 @@ def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedT
     check_resources(TASKS, resources)
     with pytest.raises(DataError, match=r"task niah-single-2 needs prose: give a \.txt file or a folder"):
         check_resources(RULER, Resources())
-    with pytest.raises(DataError, match="task qa-squad needs SQuAD's questions: give a SQuAD file"):
-        make_cases("qa-squad", 1024, 1, 0, tiny_tokenizer)
+    with pytest.raises(DataError, match="task document-question needs SQuAD's questions: give a SQuAD file"):
+        make_cases("document-question", 1024, 1, 0, tiny_tokenizer)
     with pytest.raises(DataError, match="cannot read SQuAD file"):
-        check_resources(("qa-squad",), Resources(squad=tmp_path / "none.json"))
+        check_resources(("document-question",), Resources(squad=tmp_path / "none.json"))
     (tmp_path / "short.txt").write_text("word " * 2688)
     short = Resources(Prose.load(tmp_path / "short.txt"))
     with pytest.raises(DataError, match=r"has 896 words, too few for a prompt of 60,000 tokens; give longer text"):
-        make_cases("niah-single-2", 60_000, 1, 0, tiny_tokenizer, short)
+        make_cases("needle-prose-uuid", 60_000, 1, 0, tiny_tokenizer, short)
 
 
 @pytest.mark.parametrize("task", TASKS)

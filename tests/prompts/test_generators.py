@@ -1,4 +1,4 @@
-"""Generators: disjoint pools, uniform depth, exact fit, RULER's format."""
+"""Generators: disjoint pools, uniform depth, exact fit, the form of prompts."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from moacompress.prompts.pools import (
     draw_numbers,
 )
 from moacompress.prompts.recall import WORDS
+from moacompress.prompts.sentences import NOISE
 from moacompress.prompts.templates import encode_prompt
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def test_prompts_fit_closely(
         ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
         # one token a character; the space before the answer counts
         used = len(ids) + len(prompt.answer) + 1 + ANSWER_ROOM
-        assert length - (100 if task == "records" else 30) < used <= length  # the longest piece of filler
+        assert length - (100 if task == "records" else 40) < used <= length  # the longest piece of filler
         assert prompt.answer in prompt.user
         assert (prompt.task, prompt.kind) == (task, TASKS[task].kind)
         assert ("<|im_start|>" in str(tokenizer.decode(ids))) == (chat and not prompt.plain)
@@ -113,19 +114,19 @@ def test_prompts_fit_closely(
 
 def test_needle_format(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = make_needle(rng(1), "evaluation", tiny_tokenizer, 700)
-    key = prompt.prefix.removeprefix("The special magic number for ").removesuffix(" mentioned in the provided text is")
+    key = prompt.prefix.removeprefix("The number of ").removesuffix(" is")
     lines = prompt.user.split("\n")
-    assert lines[0].startswith("A special magic number is hidden within the following text. Make sure to memorize it.")
-    assert f"One of the special magic numbers for {key} is: {prompt.answer}." in lines
-    assert lines[-1] == f"What is the special magic number for {key} mentioned in the provided text?"
-    assert "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again." in lines
+    assert lines[0].startswith("Here and there the text below says which number a name has.")
+    assert f"Remember that the number of {key} is {prompt.answer}." in lines
+    assert lines[-1] == f"What is the number of {key}?"
+    assert " ".join(NOISE) in lines
 
 
 def test_needles_and_pairs_of_uuids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     one = make_needle(rng(1), "calibration", tiny_tokenizer, 700, values="uuids")
-    assert one.user.startswith("A special magic uuid is hidden within the following text.")
-    assert one.prefix.startswith("The special magic uuid for ")
-    assert f" is: {one.answer}." in one.user
+    assert one.user.startswith("Here and there the text below says which uuid a name has")
+    assert one.prefix.startswith("The uuid of ")
+    assert f" is {one.answer}." in one.user
     pairs = make_key_value(rng(1), "calibration", tiny_tokenizer, 900, "uuids")
     body = json.loads(pairs.user[pairs.user.index("{") : pairs.user.rindex("}") + 1])
     assert body[json.loads(pairs.prefix.removesuffix(":"))] == json.loads(pairs.answer)
@@ -137,7 +138,7 @@ def test_four_needles_one_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> 
     places = set()
     for seed in range(20):
         prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 1200, keys=4)
-        needles = [line for line in prompt.user.split("\n") if line.startswith("One of")]
+        needles = [line for line in prompt.user.split("\n") if line.startswith("Remember that")]
         assert len(set(needles)) == 4
         places.add(next(i for i, needle in enumerate(needles) if prompt.answer in needle))
     assert places == {0, 1, 2, 3}
@@ -148,7 +149,7 @@ def test_depth_is_uniform(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     for seed in range(150):
         prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 2600)
         lines = prompt.user.split("\n")[1:-1]
-        depths.append(next(i for i, line in enumerate(lines) if line.startswith("One of")) / (len(lines) - 1))
+        depths.append(next(i for i, line in enumerate(lines) if line.startswith("Remember that")) / (len(lines) - 1))
     counts, _ = np.histogram(depths, bins=4, range=(0, 1))
     assert counts.min() >= 20
 
@@ -156,7 +157,7 @@ def test_depth_is_uniform(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_prose_needle_follows_a_sentence(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:
     for seed in range(10):
         prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 2000, "prose", prose)
-        before = prompt.user.split("\n")[1].partition("One of the special")[0].rstrip()
+        before = prompt.user.split("\n")[1].partition("Remember that")[0].rstrip()
         assert not before or before.endswith(".")
 
 

@@ -91,6 +91,9 @@ _OTHERS = (
     ),
 )
 
+SENTENCES = (TEMPLATE, PREFIX, NOUNS, STATED, _OPENINGS, _WHO, _DID, _WHEN, _OTHERS, SPEAKERS)
+"""All that prompts say but for what is drawn."""
+
 
 @dataclass(frozen=True)
 class SaidFact:

@@ -98,6 +98,22 @@ _REMEDIES = (
     "appoint a receiver over the charged assets",
 )
 
+SENTENCES = (
+    TEMPLATE,
+    PREFIX,
+    NOUNS,
+    DOCUMENTS,
+    FIRMS,
+    STATED,
+    _CLAUSES,
+    _PARTIES,
+    _DUTIES,
+    _WHEN,
+    _PROVISOS,
+    _REMEDIES,
+)
+"""All that prompts say but for what is drawn."""
+
 
 @dataclass(frozen=True)
 class FiledCode:

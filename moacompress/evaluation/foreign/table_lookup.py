@@ -44,6 +44,10 @@ SUBJECTS = (
 )
 
 
+SENTENCES = (TEMPLATE, SUBJECTS)
+"""All that prompts say but for what is drawn."""
+
+
 @dataclass(frozen=True)
 class CellTable:
     """A table: what a row stands for, the columns, and for every row its name and its cells."""

@@ -1,7 +1,8 @@
-"""RULER's common words (`cwe`) and frequent words (`fwe`): what appears most often in a long list.
+"""Common words and frequent codes: what comes up most often in a long list.
 
-Common words are drawn from a list of our own and then from pairs of words, where RULER uses the word lists of the
-wonderwords package. Every prompt is shuffled in its own way, where RULER shuffles all alike.
+How many there are, and how often each, are RULER's numbers (arXiv 2404.06654); the sentences are an argument. Common words
+are drawn from a list of our own and then from pairs of words, where RULER uses the word lists of the wonderwords package.
+Every prompt is shuffled in its own way, where RULER shuffles all alike.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,21 +20,10 @@ from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.vocabulary import WORDS
 from moacompress.prompts.pools import KEYS_PER_SPLIT, draw_keys
 
-COMMON = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
-)
-COMMON_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 COMMON_WORDS = 10
 SHORT = 4096
 """Below so many tokens the common words and the others are repeated less often."""
 
-FREQUENT = (
-    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
-    "three most frequently appeared words in the above coded text?"
-)
-FREQUENT_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 ALPHA = 2.0
 LETTERS = 6
 TOKENS_PER_CODE = 50
@@ -41,8 +32,36 @@ FEWEST = 60
 DOTS = "..."
 
 
-def make_common(request: PromptRequest) -> PromptDraft:
+@dataclass(frozen=True)
+class CountingSentences:
+    """The sentences of a question about how often words come up.
+
+    Attributes:
+        prompt: what the user says, with `{context}`.
+        answer: how the answer begins.
+    """
+
+    prompt: str
+    answer: str
+
+
+COMMON = CountingSentences(
+    "Ten words of this numbered list come up far more often than all others.\n{context}\nWhich ten words are they?",
+    "\nThe ten words are:",
+)
+FREQUENT = CountingSentences(
+    "This text is made of invented words and of dots.\n{context}\nLeaving out the dots, which three words come up most "
+    "often? Name them and say nothing else.",
+    "\nThe three words are:",
+)
+
+
+def make_common(request: PromptRequest, sentences: CountingSentences) -> PromptDraft:
     """Returns a prompt with a solved example, in a turn of its own, and the list whose ten common words are asked for.
+
+    Args:
+        request: the prompt to write.
+        sentences: what it says.
 
     Raises:
         DataError: the length is too short.
@@ -59,21 +78,25 @@ def make_common(request: PromptRequest) -> PromptDraft:
 
     def write(count: int) -> PromptDraft:
         listed = _mix(common, others[:count], often, seldom, shuffled(count))
-        return render_common((shown, example[:COMMON_WORDS]), (listed, common))
+        return render_common((shown, example[:COMMON_WORDS]), (listed, common), sentences)
 
     return request.fit(write, len(others))
 
 
 def render_common(
-    example: tuple[Sequence[str], Sequence[str]], asked: tuple[Sequence[str], Sequence[str]]
+    example: tuple[Sequence[str], Sequence[str]],
+    asked: tuple[Sequence[str], Sequence[str]],
+    sentences: CountingSentences,
 ) -> PromptDraft:
-    """Returns the prompt; both arguments are the words as listed, and the common ones among them."""
-    first, second = (COMMON.format(context=Answer.numbered(listed, "").text) for listed, _ in (example, asked))
-    solved = COMMON_PREFIX.lstrip() + Answer.numbered(example[1], "").text
+    """Returns the prompt; `example` and `asked` are the words as listed, and the common ones among them."""
+    first, second = (
+        sentences.prompt.format(context=Answer.numbered(listed, "").text) for listed, _ in (example, asked)
+    )
+    solved = sentences.answer.lstrip() + Answer.numbered(example[1], "").text
     listed, common = asked
     # the model can but list them as they come up
     ordered = sorted(common, key=list(listed).index)
-    return PromptDraft((first, solved, second), COMMON_PREFIX, Answer.numbered(ordered, ""), tuple(ordered))
+    return PromptDraft((first, solved, second), sentences.answer, Answer.numbered(ordered, ""), tuple(ordered))
 
 
 def draw_words(rng: np.random.Generator, count: int) -> list[str]:
@@ -82,8 +105,12 @@ def draw_words(rng: np.random.Generator, count: int) -> list[str]:
     return words + draw_keys(rng, "evaluation", count - len(words))
 
 
-def make_frequent(request: PromptRequest) -> PromptDraft:
-    """Returns a prompt of coded words whose frequencies follow a power law; the most frequent one is dots.
+def make_frequent(request: PromptRequest, sentences: CountingSentences) -> PromptDraft:
+    """Returns a prompt of invented words whose frequencies follow a power law; the most frequent one is dots.
+
+    Args:
+        request: the prompt to write.
+        sentences: what it says.
 
     Raises:
         DataError: the length is too short.
@@ -98,15 +125,16 @@ def make_frequent(request: PromptRequest) -> PromptDraft:
 
     def write(count: int) -> PromptDraft:
         text = spread(codes, FEWEST + count)
-        return render_frequent([text[i] for i in shuffled(count).permutation(len(text)).tolist()], codes[1:4])
+        mixed = [text[i] for i in shuffled(count).permutation(len(text)).tolist()]
+        return render_frequent(mixed, codes[1:4], sentences)
 
     return request.fit(write, request.length)
 
 
-def render_frequent(text: Sequence[str], frequent: Sequence[str]) -> PromptDraft:
-    """Returns the prompt of a coded text and its three most frequent words, the most frequent first."""
-    user = FREQUENT.format(context=" ".join(text))
-    return PromptDraft((user,), FREQUENT_PREFIX, Answer.of(*frequent), tuple(frequent))
+def render_frequent(text: Sequence[str], frequent: Sequence[str], sentences: CountingSentences) -> PromptDraft:
+    """Returns the prompt of a text and its three most frequent words, the most frequent first."""
+    user = sentences.prompt.format(context=" ".join(text))
+    return PromptDraft((user,), sentences.answer, Answer.of(*frequent), tuple(frequent))
 
 
 def spread(codes: Sequence[str], words: int) -> list[str]:

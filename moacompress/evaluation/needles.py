@@ -1,7 +1,8 @@
-"""RULER's needles in a haystack: one or more sentences of a key and its value, hidden in noise, prose or their like.
+"""Needles in a haystack: one or more sentences of a key and its value, hidden in noise, prose or their like.
 
-Prose is the user's text from a random sentence on, where RULER always takes the beginning of one collection of essays.
-Sentences are told apart by their closing punctuation, where RULER asks NLTK.
+What is hidden, how deep and how much are RULER's settings (arXiv 2404.06654); the sentences are an argument. Prose is the
+user's text from a random sentence on, where RULER always takes the beginning of one collection of essays. Sentences of
+prose are told apart by their closing punctuation, where RULER asks NLTK.
 """
 
 from __future__ import annotations
@@ -15,18 +16,12 @@ import numpy as np
 from moacompress.core.errors import DataError
 from moacompress.evaluation.drafts import Answer, PromptDraft
 from moacompress.evaluation.prompt_request import PromptRequest
-from moacompress.prompts.generators import NEEDLE, ONE_KEY, PREFIX
-from moacompress.prompts.pools import KEYS_PER_SPLIT, NOISE, Prose, draw_keys, draw_numbers, draw_uuids, sentence_ends
+from moacompress.prompts.pools import KEYS_PER_SPLIT, Prose, draw_keys, draw_numbers, draw_uuids, sentence_ends
+from moacompress.prompts.sentences import NeedleSentences
 
 NeedleKind = Literal["word", "number", "uuid"]
 Context = Callable[[int], str]
 
-MANY_KEYS = (
-    "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the {kind}s afterwards.\n{context}\nWhat are all the special magic {kind}s for {key} mentioned in the provided "
-    "text?"
-)
-MANY_PREFIX = "The special magic {kind}s for {key} mentioned in the provided text are"
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
 """Where in prose a needle may be, in percent of the sentences."""
 LINE_TOKENS = 4
@@ -36,7 +31,7 @@ _DRAW = {"word": draw_keys, "number": draw_numbers, "uuid": draw_uuids}
 
 @dataclass(frozen=True)
 class Needles:
-    """One of the published settings.
+    """What is hidden where, and how much of it is asked for.
 
     Attributes:
         haystack: `noise` repeats one line, `needles` has other needles, `prose` is the user's text.
@@ -55,8 +50,13 @@ class Needles:
     kind: NeedleKind = "number"
 
 
-def make_needles(request: PromptRequest, needles: Needles) -> PromptDraft:
+def make_needles(request: PromptRequest, needles: Needles, sentences: NeedleSentences) -> PromptDraft:
     """Returns a prompt that hides the needles at random depths and asks for some.
+
+    Args:
+        request: the prompt to write.
+        needles: how many, of what, in what.
+        sentences: what it says.
 
     Raises:
         DataError: the length is too short, or the prose is.
@@ -69,33 +69,29 @@ def make_needles(request: PromptRequest, needles: Needles) -> PromptDraft:
     asked = [keys[index] for index in rng.permutation(needles.keys)[: needles.queries].tolist()]
     # values of one key are listed as the text has them, keys as the question has them
     wanted = [value for key in asked for owner, value in pairs if owner == key]
-    texts = [needle(needles.kind, key, value) for key, value in pairs]
+    texts = [sentences.hide(needles.kind, key, value) for key, value in pairs]
     short = None
     if needles.haystack == "prose":
         context, limit, short = _prose(request, texts)
     else:
-        lines = [" ".join(NOISE)] if needles.haystack == "noise" else _distractors(request, needles, keys)
+        noise = needles.haystack == "noise"
+        lines = [" ".join(sentences.noise)] if noise else _distractors(request, needles, keys, sentences)
         depths = np.sort(rng.random(len(texts)))
         limit = request.length
 
         def context(count: int) -> str:
             return in_lines([lines[i % len(lines)] for i in range(count)], texts, depths)
 
-    return request.fit(lambda count: question(needles.kind, context(count), asked, wanted), limit, short)
+    return request.fit(lambda count: question(needles.kind, context(count), asked, wanted, sentences), limit, short)
 
 
-def question(kind: NeedleKind, context: str, asked: Sequence[str], wanted: Sequence[str]) -> PromptDraft:
+def question(
+    kind: NeedleKind, context: str, asked: Sequence[str], wanted: Sequence[str], sentences: NeedleSentences
+) -> PromptDraft:
     """Returns the prompt about the keys `asked`, whose values are `wanted`; one value is asked for in the singular."""
-    template, prefix = (ONE_KEY, PREFIX) if len(wanted) == 1 else (MANY_KEYS, MANY_PREFIX)
-    key = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
-    user = template.format(kind=kind, context=context, key=key)
-    opening = " " + prefix.format(kind=kind, key=key)
-    return PromptDraft((user,), opening, Answer.of(*wanted), tuple(wanted))
-
-
-def needle(kind: NeedleKind, key: str, value: str) -> str:
-    """Returns the sentence that hides a value."""
-    return NEEDLE.format(kind=kind, key=key, value=value)
+    said = sentences.ask(kind, asked, len(wanted))
+    user = f"{said.before}\n{context}\n{said.after}"
+    return PromptDraft((user,), f" {said.answer}", Answer.of(*wanted), tuple(wanted))
 
 
 def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
@@ -140,11 +136,13 @@ def _prose(request: PromptRequest, texts: Sequence[str]) -> tuple[Context, int, 
     return lambda count: in_sentences(words[:count], texts, depths), len(words), short
 
 
-def _distractors(request: PromptRequest, needles: Needles, keys: Sequence[str]) -> list[str]:
+def _distractors(
+    request: PromptRequest, needles: Needles, keys: Sequence[str], sentences: NeedleSentences
+) -> list[str]:
     """Returns needles of other keys; where a long prompt needs more keys than there are, they come again."""
     count = request.length // LINE_TOKENS
     pool = min(count, KEYS_PER_SPLIT - len(keys)) if needles.key_kind == "word" else count
     drawn = _DRAW[needles.key_kind](request.rng, "evaluation", pool + len(keys))
     others = [key for key in drawn if key not in keys][:pool]
     values = _DRAW[needles.kind](request.rng, "evaluation", count)
-    return [needle(needles.kind, others[i % len(others)], value) for i, value in enumerate(values)]
+    return [sentences.hide(needles.kind, others[i % len(others)], value) for i, value in enumerate(values)]

@@ -1,4 +1,4 @@
-"""LongEval's line retrieval (LongChat): a record of lines, each a key and a number, one of which is asked for."""
+"""Line lookup: a list of lines, each a name and a number, one of which is asked for in a sentence of the model's own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.prompts.pools import KEYS_PER_SPLIT, draw_keys
 
 TEMPLATE = (
-    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
-    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding "
-    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
-    "certain line index. Now the record start:\n\n{context}\n"
-    "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number."
+    "Every line of this list has a name and a number.\n\n{context}\nWhich number is on the line of {key}? Say it in a "
+    "short sentence."
 )
-LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
-ANSWER = ("The <REGISTER_CONTENT> in line {key} is <", ">.")
+LINE = "{key} has the number {value}\n"
+ANSWER = ("The line of {key} has the number ", ".")
 """What teacher forcing feeds around the number; generation gets no beginning."""
+SAID = (TEMPLATE, LINE, ANSWER)
+"""All that prompts and answers say."""
 LARGEST = 50_000
 
 

@@ -1,4 +1,7 @@
-"""RULER's question answering: a SQuAD question whose document is hidden among others of the same file."""
+"""Question answering: a SQuAD question whose document is hidden among others of the same file.
+
+The sentences are an argument.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,24 @@ from itertools import islice
 
 import numpy as np
 
-from moacompress.calibration.joined import DOCUMENT, PREFIX, TEMPLATE
 from moacompress.evaluation.drafts import Answer, PromptDraft
 from moacompress.evaluation.prompt_request import PromptRequest
 from moacompress.evaluation.squad_questions import Question, Questions
+from moacompress.prompts.sentences import DocumentSentences
 
 STRIDE = 1000
 """A question whose document is too long makes way for the one so many places further on."""
 TRIES = 50
 
 
-def make_question(request: PromptRequest) -> PromptDraft:
+def make_question(request: PromptRequest, sentences: DocumentSentences) -> PromptDraft:
     """Returns a prompt of one question; documents of its article are taken first, then any, as many as fit.
 
     Two prompts of one seed share a question only beyond `STRIDE` prompts.
+
+    Args:
+        request: the prompt to write.
+        sentences: what it says.
 
     Raises:
         DataError: no SQuAD file, or the length is too short.
@@ -29,23 +36,22 @@ def make_question(request: PromptRequest) -> PromptDraft:
     order = np.random.default_rng(request.seed).permutation(len(known.questions))
     stride = STRIDE if len(order) > STRIDE else 1
     tried = [known.questions[order[(request.index + i * stride) % len(order)]] for i in range(TRIES)]
-    alone = ((question, render(question, (question.document,), known)) for question in tried)
+    alone = ((question, render(question, (question.document,), known, sentences)) for question in tried)
     question = next((question for question, draft in alone if request.tokens(draft) <= request.length), tried[0])
     others = _distractors(question, known, request)
     rank = request.rng.random(len(known.documents))  # shuffles any choice of documents
 
     def write(count: int) -> PromptDraft:
         chosen = sorted((question.document, *others[:count]), key=lambda index: float(rank[index]))
-        return render(question, chosen, known)
+        return render(question, chosen, known, sentences)
 
     return request.fit(write, len(others))
 
 
-def render(question: Question, chosen: Sequence[int], known: Questions) -> PromptDraft:
+def render(question: Question, chosen: Sequence[int], known: Questions, sentences: DocumentSentences) -> PromptDraft:
     """Returns the prompt of a question with the documents `chosen`, in that order."""
-    documents = [DOCUMENT.format(number=i, document=known.documents[index]) for i, index in enumerate(chosen, 1)]
-    user = TEMPLATE.format(context="\n\n".join(documents), question=question.text)
-    return PromptDraft((user,), PREFIX, Answer.of(question.answers[0]), question.answers)
+    user = sentences.render([known.documents[index] for index in chosen], question.text)
+    return PromptDraft((user,), sentences.answer, Answer.of(question.answers[0]), question.answers)
 
 
 def _distractors(question: Question, known: Questions, request: PromptRequest) -> list[int]:
