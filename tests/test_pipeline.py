@@ -306,10 +306,18 @@ def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path)
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     plan = Plan.load(out / "plan.json")
-    plan.with_notes(provenance={**plan.provenance, "finished": False, "trials": 1}).save(out / "model" / "plan.json")
+
+    def exported(**notes):
+        stored = plan.with_notes(provenance={**plan.provenance, **notes})
+        stored.save(out / "model" / "plan.json")
+        config = json.loads((out / "model" / "config.json").read_text())
+        config["quantization_config"]["plan"] = stored.to_dict()
+        (out / "model" / "config.json").write_text(json.dumps(config))
+
+    exported(finished=False, trials=1)
     compress(recipe, out)
     assert Plan.load(out / "model" / "plan.json") == plan
-    plan.with_notes(provenance={**plan.provenance, "search": "another"}).save(out / "model" / "plan.json")
+    exported(search="another")
     with pytest.raises(PlanError, match="holds another model"):
         compress(recipe, out)
 

@@ -32,7 +32,6 @@ from moacompress.bench.sides import (
     weight_bytes,
 )
 from moacompress.bench.timing_rows import break_even, make_row
-from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.memory import available_bytes
@@ -41,6 +40,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.version import own_version
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.kernels import dispatch
+from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.plan import Plan
 from moacompress.runtime import pack_weights
 
@@ -90,7 +90,7 @@ def run_bench(
         MoaCompressError: not enough memory.
     """
     folder = compressed_folder(Path(target))
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = stored_plan(folder)
     request = request.resolved(plan.model)
     machine = environment()
     configuration = {**request.configuration(plan, folder), **machine}
@@ -227,7 +227,7 @@ class _Benchmark:
             checkpoint = load_checkpoint(
                 self.folder, dtype, self.request.device, trust_remote_code=self.request.trust_remote_code
             )
-            self._models, self._dtype = make_models(checkpoint.model, self.plan), dtype
+            self._models, self._dtype = make_models(checkpoint.model, checkpoint.plan), dtype
             self._packed = pack_weights(*self._models.values()) if self.request.pack else 0
             if self.request.pack and not self._packed:
                 raise UsageError(

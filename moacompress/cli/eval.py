@@ -73,6 +73,9 @@ def evaluate(
             help="Tasks of lm-evaluation-harness (names or .yaml files); --prompts then limits their documents too.",
         ),
     ] = None,
+    lm_eval_batch: Annotated[
+        str, typer.Option(metavar="N", help="Requests of lm-evaluation-harness at once: a number, auto, or auto:N.")
+    ] = "auto",
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all rows as CSV.")] = None,
     out: Annotated[
         Path | None,
@@ -147,6 +150,7 @@ def evaluate(
         every_candidate=True,
         lm_eval=harness,
         lm_eval_limit=prompts,
+        lm_eval_batch=lm_eval_batch,
         seed=recipe.seed,
         dtype=recipe.dtype,
         device=recipe.device,

@@ -37,6 +37,7 @@ def inspect(
     --show-tokens.
     """
     from moacompress.models.source import find_model_folder
+    from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import (
         formats_map,
         formats_table,
@@ -47,10 +48,9 @@ def inspect(
         overview,
     )
     from moacompress.rules.budget import parse_lengths
-    from moacompress.rules.plan import Plan
 
     file = find_plan_file(path)
-    plan = Plan.load(file)
+    plan = read_plan(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
     shown = Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])
     chosen, bits = gates_map(plan, data["reference_length"]), formats_map(plan)

@@ -9,15 +9,19 @@ from moacompress.core.errors import ArtefactError
 
 
 def find_plan_file(path: Path) -> Path:
-    """Returns the plan file at `path`, in that folder, or in its `model` folder.
+    """Returns the plan file at `path`, in that folder, or in its `model` folder, for `read_plan`.
+
+    In a compressed checkpoint it need not be there.
 
     Raises:
         ArtefactError: there is none.
     """
+    from moacompress.models.source import is_compressed
+
     if path.is_file():
         return path
     for file in (path / PLAN_FILE, path / MODEL_FOLDER / PLAN_FILE):
-        if file.is_file():
+        if file.is_file() or is_compressed(file.parent):
             return file
     what = f"holds no {PLAN_FILE}" if path.exists() else "does not exist"
     raise ArtefactError(f"{path} {what}; make a plan with `moacompress search` or `moacompress compress`")

@@ -147,9 +147,9 @@ def profile(
     name = required_model(model, resolved.model)
     resolved = resolved.override(model=name)
 
-    from moacompress.rules.plan import Plan
+    from moacompress.models.stored_plan import read_plan
 
-    plan = None if around is None else Plan.load(find_plan_file(around))
+    plan = None if around is None else read_plan(find_plan_file(around))
     if dry_run:
         from moacompress.calibration.estimate import dry_run as estimate
 

@@ -20,6 +20,7 @@ from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.source import find_model_folder, locate_source
+from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import (
     check_weights,
@@ -175,20 +176,13 @@ class _Checkpoint:
                 self.stopping.append(f"{lost}; export the model again")
 
     def _plan_file_problems(self, folder: Path | None) -> list[str]:
-        """The file is what `eval`, `bench` and `inspect` go by."""
-        if folder is None or self.plan is None:
+        if folder is None or self.plan is None or not (folder / PLAN_FILE).is_file():
             return []
-        file = folder / PLAN_FILE
         try:
-            lines = Plan.load(file).diff(self.plan)
+            problem = plan_file_problem(folder, Plan.load(folder / PLAN_FILE), self.plan)
         except MoaCompressError as error:
             return [str(error)]
-        if not lines:
-            return []
-        more = f" and {len(lines) - 1} more differences" if len(lines) > 1 else ""
-        return [
-            f"{file} is not the plan in config.json, which is the one that runs: {lines[0]}{more}; export the model again"
-        ]
+        return [] if problem is None else [problem]
 
     def facts(self, environment: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what is in the checkpoint, and whether and how it would run here.

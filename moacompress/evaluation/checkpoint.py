@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
-from moacompress.core.errors import DataError, MoaCompressError, ModelError, UsageError, one_line
+from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_file
+from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import context_length, find_model_folder, is_compressed
+from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
@@ -146,7 +147,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
 
     Raises:
         UsageError: another dtype.
-        PlanError: its plan is missing, damaged, or newer than is known.
+        PlanError: its plan is missing, damaged, or newer than is known; or plan.json or the gates beside it are others.
         ModelError: it cannot be loaded.
     """
     import torch
@@ -156,7 +157,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
 
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
-    plan = Plan.load(folder / PLAN_FILE)
+    plan = stored_plan(folder)
     weights_version(plan.model.weights_fingerprint)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -167,7 +168,33 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
         raise
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
+    plan = _with_own_gates(folder, model, plan)
     return Checkpoint(folder, model, tokenizer, plan, trust_remote_code=trust_remote_code)
+
+
+def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
+    """Returns a checkpoint's plan with the gates of its weights at hand.
+
+    Those of the file beside `plan.json` are the same, and of the layers too in which no rule selects.
+
+    Raises:
+        PlanError: they are not the same.
+    """
+    from moacompress.models.modules import attention_modules
+    from moacompress.runtime.gate import other_gates
+    from moacompress.runtime.hf.attaching import attached_plan
+
+    if plan.gate_weights is None:
+        return attached_plan(model) or plan
+    layers = other_gates(attention_modules(model), plan.gate_weights, plan.model.dtype)
+    if layers:
+        file = gates_file(folder / PLAN_FILE)
+        raise PlanError(
+            f"the gates in {file} are not those in the checkpoint's weights, which are the ones that run: they differ in layer "
+            f"{layers[0]}{f' and {len(layers) - 1} more' if layers[1:] else ''}; remove {file.name} to go by the weights, or "
+            "export the plan that is meant (moacompress export MODEL PLAN -o DIR)"
+        )
+    return plan
 
 
 def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:

@@ -1,6 +1,6 @@
 """The bridge to lm-evaluation-harness: any of its tasks, on a model that is loaded already.
 
-A compressed model takes no padding, so requests run one at a time.
+Requests run in padded batches, as the harness makes them: those of about one length together.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ import contextlib
 import copy
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
+from moacompress.core.memory import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+AUTO = "auto"
+MOST_ROWS = 64
+"""Of a batch whose size is found."""
 RESAMPLES = 1000
 """Of the harness's bootstraps, for metrics that are no means; its own default takes minutes."""
 _Z95 = 1.959963984540054
@@ -32,6 +37,7 @@ def run_lm_eval(
     include_path: str | Path | None = None,
     seed: int = 0,
     name: str = "plan",
+    batch_size: int | str = AUTO,
 ) -> list[dict[str, Any]]:
     """Runs tasks of lm-evaluation-harness on a model.
 
@@ -43,6 +49,9 @@ def run_lm_eval(
         include_path: folder with more task files.
         seed: of few-shot examples and sampling.
         name: the `model` of the rows.
+        batch_size: requests at once: a number, "auto", or "auto:N" to find it N times, as requests become shorter. The harness
+            finds it on a GPU by trying. On a CPU, where trying too many ends the process, it is the power of two up to
+            `MOST_ROWS` whose logits at the model's context fit a quarter of the memory that is free.
 
     Returns:
         Rows of `model, task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed by
@@ -50,9 +59,10 @@ def run_lm_eval(
         where the harness gives none; `prompts` counts documents.
 
     Raises:
-        UsageError: lm-evaluation-harness is not installed, unknown task, or nothing to do.
+        UsageError: lm-evaluation-harness is not installed, unknown task, another batch size, or nothing to do.
         DataError: a task's data cannot be loaded.
     """
+    batch_size = read_batch_size(batch_size)
     evaluator, manager_class, model_class = _harness()
     if not tasks or (limit is not None and limit < 1):
         raise UsageError(f"nothing to evaluate: {len(tasks)} tasks of lm-evaluation-harness, limit {limit}")
@@ -60,8 +70,14 @@ def run_lm_eval(
         manager = _manager(manager_class, tasks, include_path)
         with _quiet("lm_eval"):  # it warns of every model that is loaded already
             harnessed = model_class(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=1
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                backend="causal",
+                batch_size=batch_size,
+                max_batch_size=MOST_ROWS,
             )
+        if harnessed.batch_size == AUTO and model.device.type == "cpu":
+            harnessed.batch_size_per_gpu = _rows_that_fit(harnessed.max_length, harnessed.vocab_size, available_bytes())
         try:
             found = evaluator.simple_evaluate(
                 model=harnessed,
@@ -81,6 +97,27 @@ def run_lm_eval(
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}") from error
     return _rows(found, name)
+
+
+def read_batch_size(given: int | str) -> int | str:
+    """Returns a batch size as the harness takes it.
+
+    Raises:
+        UsageError: neither a positive number, "auto", nor "auto:N".
+    """
+    text = str(given)
+    if re.fullmatch(rf"{AUTO}(:[1-9][0-9]*)?", text):
+        return text
+    if not re.fullmatch(r"[1-9][0-9]*", text):
+        raise UsageError(f"the batch size of lm-evaluation-harness is {text!r}, not a positive number, auto or auto:N")
+    return int(text)
+
+
+def _rows_that_fit(length: int, vocabulary: int, free: int | None) -> int:
+    """Returns the rows whose logits fit: a batch of them is there twice, in float32 and as their logarithms."""
+    row = length * vocabulary * 2 * 4
+    fit = MOST_ROWS if free is None else min(MOST_ROWS, free // 4 // row)
+    return 1 << max(0, int(fit).bit_length() - 1)
 
 
 def _harness() -> tuple[Any, Any, Any]:

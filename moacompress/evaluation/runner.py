@@ -18,6 +18,7 @@ from moacompress.core.records import Records
 from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
+from moacompress.evaluation.lm_harness import AUTO, read_batch_size, run_lm_eval
 from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.result_rows import (
     Measured,
@@ -57,6 +58,7 @@ def evaluate(
     every_candidate: bool = False,
     lm_eval: Sequence[str] = (),
     lm_eval_limit: int | None = None,
+    lm_eval_batch: int | str = AUTO,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
@@ -92,6 +94,7 @@ def evaluate(
         every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
         lm_eval_limit: only the first documents of each of them; None for all.
+        lm_eval_batch: requests of theirs that run at once: a number, "auto" or "auto:N"; see `run_lm_eval`.
         seed: of prompts and intervals.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
@@ -127,6 +130,7 @@ def evaluate(
 
     progress = progress or SILENT
     folder = compressed_folder(Path(target))
+    read_batch_size(lm_eval_batch)
     check_names(against)
     task_names(tasks)  # an unknown name is said before texts are read
     resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad)
@@ -171,7 +175,7 @@ def evaluate(
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
         progress.done()
         if lm_eval:
-            report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, seed, progress)
+            report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress)
         if path is not None:
             write_json(path, report)
         return report
@@ -230,17 +234,21 @@ def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list
 
 
 def _lm_eval_rows(
-    checkpoint: Checkpoint, field: Field, tasks: Sequence[str], limit: int | None, seed: int, progress: Progress
+    checkpoint: Checkpoint,
+    field: Field,
+    tasks: Sequence[str],
+    limit: int | None,
+    batch: int | str,
+    seed: int,
+    progress: Progress,
 ) -> list[ResultRow]:
     """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
-    from moacompress.evaluation.lm_harness import run_lm_eval
-
     contenders = field.without_baselines()
     progress.start("lm-evaluation-harness", len(contenders))
     rows = []
     for contender in contenders:
         model = contender.put_on(checkpoint)
-        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=contender.name)
+        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=contender.name, batch_size=batch)
         progress.step(contender.name)
     progress.done()
     return rows

@@ -20,6 +20,7 @@ from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.models.source import SourceModel, is_compressed, load_source
+from moacompress.models.stored_plan import stored_plan
 from moacompress.recipe import CONSENT, shared_name
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
@@ -278,9 +279,12 @@ def as_exported(plan: Plan) -> Plan:
 
 
 def exported_plan(folder: Path) -> Plan | None:
-    """Returns the plan of a compressed checkpoint, or None if the folder is not one."""
-    found = folder / PLAN_FILE
-    return Plan.load(found) if found.is_file() and is_compressed(folder) else None
+    """Returns the plan of a compressed checkpoint, or None if the folder is not one.
+
+    Raises:
+        PlanError: its plan.json is not the plan that its config.json runs.
+    """
+    return stored_plan(folder) if is_compressed(folder) else None
 
 
 def save_dense(model: str | Path, out: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> Path:

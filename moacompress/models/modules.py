@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Returns the self-attention module of every decoder layer, in layer order."""
+    """Returns the self-attention module of every layer of a model's decoder, in layer order."""
     found: dict[int, torch.nn.Module] = {}
-    for module in model.modules():
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    for module in (model if get_decoder is None else get_decoder()).modules():
         layer: Any = getattr(module, "layer_idx", None)
         if layer is not None and "Attention" in type(module).__name__ and hasattr(module, "config"):
             found.setdefault(int(layer), module)

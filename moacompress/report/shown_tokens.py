@@ -31,7 +31,7 @@ def kept_tokens(folder: Path, plan: Plan, text: Path, *, trust_remote_code: bool
 
     Args:
         folder: the checkpoint.
-        plan: its plan.
+        plan: that it was exported with.
         text: a file.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
@@ -53,6 +53,7 @@ def kept_tokens(folder: Path, plan: Plan, text: Path, *, trust_remote_code: bool
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {text}: {error}") from error
     checkpoint = load_checkpoint(folder, "auto", "cpu", trust_remote_code=trust_remote_code)
+    plan = checkpoint.plan
     ids = checkpoint.tokenizer(words, return_tensors="pt").input_ids[:, :MOST_TOKENS]
     scores = _scores(checkpoint.model, ids)
     n = ids.shape[1]

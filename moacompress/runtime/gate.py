@@ -139,6 +139,27 @@ def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) ->
     return GateWeights(stacked("weight"), stacked("bias"))
 
 
+def other_gates(modules: Sequence[nn.Module], gates: GateWeights, dtype: str) -> list[int]:
+    """Returns the layers whose gates are others than those given.
+
+    Args:
+        modules: the attention of every layer.
+        gates: of all layers; of layers without a gate they are not looked at.
+        dtype: that the modules' gates were saved in.
+    """
+    found = []
+    for layer, module in enumerate(modules):
+        gate = getattr(module, NAME, None)
+        if not isinstance(gate, TokenGate):
+            continue
+        for own, given in ((gate.weight, gates.weight[layer]), (gate.bias, gates.bias[layer])):
+            rounded = torch.from_numpy(given).to(getattr(torch, dtype)).to(own.device, own.dtype)
+            if not torch.equal(rounded, own.detach()):
+                found.append(layer)
+                break
+    return found
+
+
 def take_gates_off(modules: Sequence[nn.Module]) -> None:
     """Takes away what `put_gates` put there."""
     for module in modules:

@@ -420,7 +420,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         True,
     ),
     "other rules in config.json": (in_plan_of_config(other_rule), "plan.json is not the plan in config.json", True),
-    "no plan.json": (lambda folder: (folder / "plan.json").unlink(), "cannot read plan ", True),
+    "other notes in plan.json": (
+        in_plan_file(lambda plan: plan["quality"].update(harm=1.0)),
+        "which is the one that runs: its quality says something else; remove plan.json to go by config.json, or export",
+        True,
+    ),
     "newer plan.json": (in_plan_file(lambda plan: plan.update(version=99)), "the plan has version 99", True),
     "newer plan": (in_plan_of_config(lambda plan: plan.update(version=99)), "the plan has version 99", False),
     "no plan": (in_config(lambda config: config["quantization_config"].pop("plan")), "not a moacompress plan", False),

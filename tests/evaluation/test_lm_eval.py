@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moacompress.core.errors import DataError, UsageError
+from moacompress.evaluation import lm_harness
 from moacompress.evaluation.lm_harness import run_lm_eval
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
@@ -92,7 +93,8 @@ def test_rows(
 
     monkeypatch.setattr(type(model), "forward", recorded)
     attach(model, random_plan(model_shape(model), seed=1))
-    rows = run_lm_eval(model, tiny_tokenizer, ["tiny_choice", "tiny_answer", "tiny_text"], limit=4, include_path=folder)
+    tasks = ["tiny_choice", "tiny_answer", "tiny_text"]
+    rows = run_lm_eval(model, tiny_tokenizer, tasks, limit=4, include_path=folder, batch_size=1)
     assert {(row["task"], row["metric"]) for row in rows} == {
         ("tiny_choice", "acc"),
         ("tiny_answer", "exact_match"),
@@ -108,10 +110,17 @@ def test_rows(
     assert all(row["ci95"] is not None for row in rows if row["metric"] in ("acc", "exact_match"))
     assert all(count == 1 and (mask is None or bool(mask.all())) for count, mask in seen)
     assert capsys.readouterr().out == ""
-    again = run_lm_eval(
-        model, tiny_tokenizer, ["tiny_choice", "tiny_answer", "tiny_text"], limit=4, include_path=folder
-    )
-    assert again == rows
+    seen.clear()
+    together = run_lm_eval(model, tiny_tokenizer, tasks, limit=4, include_path=folder)
+    assert max(count for count, _ in seen) >= 4
+    for one, other in zip(rows, together, strict=True):
+        assert {**one, "value": 0, "ci95": 0} == {**other, "value": 0, "ci95": 0}
+        assert other["value"] == pytest.approx(one["value"], rel=1e-4)
+        assert other["ci95"] == (one["ci95"] and pytest.approx(one["ci95"], rel=1e-4))
+
+
+def test_rows_of_a_batch_that_fit_the_memory() -> None:
+    assert [lm_harness._rows_that_fit(1000, 125, free) for free in (1, 4_000_000, 31_000_000, None)] == [1, 1, 4, 64]
 
 
 def test_full_span_is_dense(
@@ -157,6 +166,11 @@ def test_bad_requests(
     model: Any = tiny_model("llama")
     with pytest.raises(UsageError, match="nothing to evaluate: 0 tasks"):
         run_lm_eval(model, tiny_tokenizer, [])
+    for size in (0, -1, "many", "auto:0"):
+        with pytest.raises(
+            UsageError, match="the batch size of lm-evaluation-harness is .*not a positive number, auto or"
+        ):
+            run_lm_eval(model, tiny_tokenizer, ["tiny_text"], batch_size=size)
     with pytest.raises(UsageError, match="limit 0"):
         run_lm_eval(model, tiny_tokenizer, ["tiny_text"], limit=0, include_path=folder)
     with pytest.raises(UsageError, match="no folder of task files"):

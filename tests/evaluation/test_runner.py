@@ -69,6 +69,18 @@ def full_span(place: Path) -> Path:
     return place.parent / "full"
 
 
+def store(folder: Path, plan: Plan) -> None:
+    """Gives a checkpoint another plan, in both of its files."""
+    plan.save(folder / "plan.json")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["plan"] = plan.to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def note(folder: Path, **notes: Any) -> None:
+    store(folder, Plan.load(folder / "plan.json").with_notes(**notes))
+
+
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
     folder = tmp_path / "prose"
@@ -125,9 +137,7 @@ def test_dense_is_the_model_without_a_plan(compressed: Path, tiny_folder: Path) 
 
 def test_uniform_has_the_sink_that_the_search_found(compressed: Path, tmp_path: Path) -> None:
     shutil.copytree(compressed, tmp_path / "OUT")
-    path = tmp_path / "OUT" / "model" / "plan.json"
-    plan = Plan.load(path)
-    plan.with_notes(quality={"baselines": {"uniform": {"sink": 16}}}).save(path)
+    note(tmp_path / "OUT" / "model", quality={"baselines": {"uniform": {"sink": 16}}})
     report = run(tmp_path / "OUT" / "model", against=("uniform",), prompts=1)
     assert [row["sink"] for row in report["results"] if row["model"] == "uniform"] == [16] * 3
 
@@ -349,17 +359,15 @@ def test_scores_under_an_older_fingerprint_are_found_again(compressed: Path) -> 
 
 def test_a_newer_fingerprint_is_refused(compressed: Path, tmp_path: Path) -> None:
     shutil.copytree(compressed, tmp_path / "OUT")
-    file = tmp_path / "OUT" / "model" / "plan.json"
-    plan = Plan.load(file)
-    replace(plan, model=replace(plan.model, weights_fingerprint="3-0")).save(file)
+    plan = Plan.load(tmp_path / "OUT" / "model" / "plan.json")
+    store(tmp_path / "OUT" / "model", replace(plan, model=replace(plan.model, weights_fingerprint="3-0")))
     with pytest.raises(PlanError, match="3-0 has version 3"):
         run(tmp_path / "OUT")
 
 
 def test_best_candidate_is_measured(compressed: Path, tmp_path: Path) -> None:
     shutil.copytree(compressed, tmp_path / "OUT")
-    path = tmp_path / "OUT" / "model" / "plan.json"
-    Plan.load(path).with_notes(quality={"baselines": {"uniform": {"harm": 1.0}}}).save(path)  # best with native formats
+    note(tmp_path / "OUT" / "model", quality={"baselines": {"uniform": {"harm": 1.0}}})  # best with native formats
     one = {
         name: run(tmp_path / "OUT", against=(name,)) for name in ("uniform", "uniform:4", "uniform:16", "uniform:64")
     }
@@ -448,10 +456,18 @@ def test_not_compressed(compressed: Path, tiny_folder: Path, tmp_path: Path) -> 
         run(tiny_folder)
     with pytest.raises(UsageError, match="no compressed checkpoint and holds none under model/"):
         run(tmp_path)
+
+
+def test_the_plan_is_that_of_the_config(compressed: Path, tmp_path: Path) -> None:
+    """`plan.json` need not be there, and must not say anything else."""
     shutil.copytree(compressed, tmp_path / "OUT")
-    (tmp_path / "OUT" / "model" / "plan.json").unlink()
-    with pytest.raises(PlanError, match=r"cannot read plan .*No such file"):
+    file = tmp_path / "OUT" / "model" / "plan.json"
+    plan = Plan.load(file)
+    Plan.full(plan.model).save(file)
+    with pytest.raises(PlanError, match=r"plan\.json is not the plan in config\.json, which is the one that runs: min"):
         run(tmp_path / "OUT")
+    file.unlink()
+    assert run(tmp_path / "OUT")["results"] == run(compressed)["results"]
 
 
 def test_no_uniform_window_is_small_enough(compressed: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -336,6 +337,22 @@ def test_a_checkpoint_holds_its_gates(
     assert out.shape[1] <= 98
     detach(model)
     assert set(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_plan_is_attached_by_its_file(kind: Any, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, other = tiny_model("llama").eval(), tiny_model("llama").eval()
+    plan = gated_plan(model, 1)
+    plan.save(tmp_path / "plan.json")
+    ids = torch.arange(3, 103).unsqueeze(0)
+    expected = attach(model, plan)(ids).logits
+    assert attach(other, kind(tmp_path / "plan.json")) is other
+    assert torch.equal(other(ids).logits, expected)
+    for name, said in (("missing.json", "No such file"), ("broken.json", "not a moacompress plan")):
+        (tmp_path / "broken.json").write_text("{}")
+        with pytest.raises(PlanError, match=f"{name}.*{said}"):
+            attach(other, kind(tmp_path / name))
+    assert torch.equal(other(ids).logits, expected)
 
 
 def test_what_does_not_go_together_is_refused(tiny_model: Callable[..., Any], tmp_path: Any) -> None:

@@ -24,6 +24,7 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError, MoaCompressError
 from moacompress.core.files import read_json
 from moacompress.exporter.exporting import unrepaired
+from moacompress.models.stored_plan import read_plan
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
 
@@ -81,13 +82,13 @@ class Findings:
             profile: of the dense model; by default the one in the run's folder.
 
         Raises:
-            PlanError: the plan cannot be read.
+            PlanError: the plan cannot be read, or is not the one that the checkpoint in that folder runs.
             ArtefactError: a file is damaged, or the profile that was named is not the plan's.
         """
         folder = plan_file.parent
         if folder.name == MODEL_FOLDER and (folder.parent / PLAN_FILE).is_file():
             folder = folder.parent
-        plan, passed = Plan.load(plan_file), list[str]()
+        plan, passed = read_plan(plan_file), list[str]()
         searched = unrepaired(plan).key()
 
         def read(path: Path, belongs: Callable[[Finding], bool] = lambda found: True) -> Finding | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ class _Attachment:
     dropped: list[Dropped] | None
 
 
-def attach(model: Model, plan: Plan) -> Model:
+def attach(model: Model, plan: Plan | str | Path) -> Model:
     """Makes a loaded dense model run under a plan, in place, without an export.
 
     Another plan on the model is replaced. `save_pretrained` then writes a compressed checkpoint. The model gets a config of its
@@ -48,15 +49,17 @@ def attach(model: Model, plan: Plan) -> Model:
 
     Args:
         model: a causal LM that transformers loaded.
-        plan: a plan for a model of this shape.
+        plan: a plan for a model of this shape, or its file, which has its gates beside it.
 
     Returns:
         The same model.
 
     Raises:
-        PlanError: the plan is for a model of another shape, or its gates are not at hand.
+        PlanError: the file is not a valid plan; or the plan is for a model of another shape, or its gates are not at hand.
         ModelError: the model cannot be compressed.
     """
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
     check_supported(model)
     if getattr(model, "_moacompress", None) is not None:
         detach(model)
@@ -177,7 +180,7 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
         hook = AttentionHook(_context(plan, layer))
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     implementations = []
-    for config in {id(c): c for c in (m.config for m in model.modules() if isinstance(m, PreTrainedModel))}.values():
+    for config in _configs_around(model, decoder):
         before = config._attn_implementation_internal
         if before in (None, NAME):  # loading a compressed checkpoint has set ours already
             before = "sdpa" if model._supports_sdpa else "eager"
@@ -188,6 +191,17 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     head = model.get_output_embeddings()
     taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
     model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken, dropped)
+
+
+def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[Any]:
+    """Returns the configs of the decoder, of its parts, and of the models that it is a part of.
+
+    Other parts, such as a tower that reads images, attend as they did.
+    """
+    inside = {id(module) for module in decoder.modules()}
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    around = [part for part in parts if id(part) in inside or any(module is decoder for module in part.modules())]
+    return [*{id(part.config): part.config for part in around}.values()]
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:

@@ -42,6 +42,7 @@ ACTIVE_COLLECTOR = "transformers.utils.output_capturing._active_collector"
 OUTPUT_CAPTURING = "transformers.utils.output_capturing.install_output_capuring_hook"
 CAUSAL_MASK = "transformers.masking_utils.causal_mask_function"
 SLIDING_OVERLAY = "transformers.masking_utils.sliding_window_overlay"
+BLOCKS_OVERLAY = "transformers.masking_utils.blockwise_overlay"
 ACTIVATIONS = "transformers.activations.ACT2FN"
 FORWARD_HOOKS = "torch.nn.modules.module._global_forward_hooks"
 FORWARD_PRE_HOOKS = "torch.nn.modules.module._global_forward_pre_hooks"
@@ -69,6 +70,30 @@ def is_stock_mask(function: Callable[..., Any], local_size: int | None) -> bool:
     functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
     name = getattr(functions[0], "__qualname__", "") if functions else ""
     return local_size is not None and len(functions) == 2 and name.startswith(overlay) and functions[1] is causal
+
+
+def image_blocks(function: Callable[..., Any]) -> list[Any] | None:
+    """Returns, of a mask in which the tokens of an image see each other both ways, the block of each token, -1 for text.
+
+    None for any other mask: beside such blocks there are only the causal mask and a sliding window.
+    """
+    causal, overlay = _causal_mask(), SLIDING_OVERLAY.rpartition(".")[2]
+    found = []
+    for part in _mask_parts(function):
+        name = getattr(part, "__qualname__", "")
+        if name.startswith(BLOCKS_OVERLAY.rpartition(".")[2]):
+            found += [cell.cell_contents for cell in part.__closure__ or ()]
+        elif part is not causal and not name.startswith(overlay):
+            return None
+    return found or None
+
+
+def _mask_parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Returns the mask functions that one is composed of: transformers' compositions close over a tuple of them."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if len(held) == 1 and isinstance(held[0], tuple):
+        return [part for composed in held[0] for part in _mask_parts(composed)]
+    return [function]
 
 
 def _is_there(holder: Any, attribute: str) -> str | None:
@@ -324,6 +349,15 @@ def _is_told_from_others(holder: Any, attribute: str) -> str | None:
     return None if told else "is not told from other masks"
 
 
+def _holds_blocks(holder: Any, attribute: str) -> str | None:
+    import torch
+
+    ids = torch.tensor([[-1, 0]])
+    mask = _find("transformers.masking_utils.or_masks")(_causal_mask(), getattr(holder, attribute)(ids))
+    found = image_blocks(mask)
+    return None if found is not None and len(found) == 1 and found[0] is ids else "does not hold its blocks"
+
+
 def _counts_hooks(holder: Any, attribute: str) -> str | None:
     import torch
 
@@ -414,6 +448,7 @@ _MASKS_AND_CAPTURING = (
         "telling the stock sliding mask by what it is made of",
         _is_told_from_others,
     ),
+    PrivateName(BLOCKS_OVERLAY, "telling images in a mask", _holds_blocks),
     PrivateName(
         "transformers.masking_utils.create_sliding_window_causal_mask", "telling models that apply their windows"
     ),

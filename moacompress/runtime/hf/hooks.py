@@ -55,6 +55,8 @@ class DecoderHook:
         fed = next((n for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
         if fed is None:
             return (), kwargs  # the decoder has its own words for that
+        if isinstance(kwargs.get("attention_mask"), dict):
+            kwargs["attention_mask"] = _of_all_layers(kwargs["attention_mask"], cache)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if torch.compiler.is_compiling():
             handle = None if cache is None else cache.handle
@@ -103,6 +105,31 @@ def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens:
     if cache is not None:
         cache.expect(real, last, tokens)
     return real
+
+
+def _of_all_layers(masks: dict[str, Any], cache: PlanCache | None) -> torch.Tensor | None:
+    """Returns the mask of a forward, where the model around the decoder has made one for each type of layer.
+
+    Args:
+        masks: what `masks.plan_mask` returns for each.
+        cache: the cache, or None.
+
+    Raises:
+        UnsupportedError: they are not that.
+    """
+    first = next(iter(masks.values()), None)
+    for mask in masks.values():
+        same = mask is first or (
+            isinstance(mask, torch.Tensor) and isinstance(first, torch.Tensor) and mask.equal(first)
+        )
+        if not same or (mask is not None and mask.ndim != 2):
+            raise UnsupportedError(MASK_SHAPE.format("that differs between layers"))
+    past = cache.get_seq_length() if cache is not None else 0
+    if first is None or not past:
+        return first
+    assert cache is not None
+    seen = torch.from_numpy(cache.seen(len(first))).to(first.device, first.dtype)
+    return torch.cat([seen, first], dim=1)
 
 
 def as_tensor(given: Any) -> torch.Tensor | None:

@@ -61,7 +61,8 @@ class MoaCompressQuantizer(HfQuantizer):
                 f"attn_implementation={wanted!r} would ignore the plan; leave it out, or use moacompress.detach(model) after "
                 "loading to get the dense model"
             )
-        config._attn_implementation = NAME
+        for part in (config, config.get_text_config(decoder=True)):
+            setattr(part, compat.IMPLEMENTATION, NAME)
         plan = self.quantization_config.plan
         plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
         if getattr(config, "dtype", None) is None:

@@ -31,12 +31,19 @@ def plan_mask(
     Raises:
         UnsupportedError: packed sequences, bidirectional or overlaid masks.
     """
+    blocks = None if torch.compiler.is_compiling() else compat.image_blocks(mask_function)
+    if blocks is not None and any(bool((ids >= 0).any()) for ids in blocks):
+        raise UnsupportedError(
+            "in this model the tokens of an image see each other in both directions, which a plan, made for causal attention, "
+            "cannot give; only text can be read under a plan, and moacompress.detach(model) gives the dense model back"
+        )
     # what a mask is made of cannot be traced. All overlays ask for vmap, packed sequences show in the position ids that the
     # decoder's hook checks, and layers with other masks of their own are refused when the plan is put on the model
-    if use_vmap or not (torch.compiler.is_compiling() or compat.is_stock_mask(mask_function, local_size)):
+    stock = torch.compiler.is_compiling() or compat.is_stock_mask(mask_function, local_size)
+    if blocks is None and (use_vmap or not stock):
         raise UnsupportedError(
             "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
-            "(packed sequences, bidirectional attention, or an overlay)"
+            "(packed sequences, bidirectional attention as among the tokens of an image, or an overlay)"
         )
     if attention_mask is None or q_length is None:
         return None

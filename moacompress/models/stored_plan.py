@@ -1,0 +1,73 @@
+"""The plan of a compressed checkpoint: the one in its `config.json`, which `from_pretrained` runs.
+
+`plan.json` beside it is for people to read; where it says something else, nobody can know which of the two is meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moacompress.core.artefact_names import PLAN_FILE
+from moacompress.core.errors import PlanError
+from moacompress.core.files import read_json
+from moacompress.models.source import is_compressed
+from moacompress.rules.plan import Plan
+
+_NOTES = ("budget", "quality", "provenance")
+
+
+def stored_plan(folder: Path) -> Plan:
+    """Returns the plan of a compressed checkpoint, with the gates that lie beside it as a file.
+
+    Args:
+        folder: for which `is_compressed` is true.
+
+    Raises:
+        ArtefactError: its config.json is not JSON.
+        PlanError: the plan is damaged or newer than is known, or plan.json is another one.
+    """
+    file = folder / "config.json"
+    stored = read_json(file, "config")["quantization_config"].get("plan")
+    try:
+        plan = Plan.from_dict(stored)
+    except PlanError as error:
+        raise PlanError(f"the plan in {file}: {error}") from error
+    if not (folder / PLAN_FILE).is_file():
+        return plan
+    for_people = Plan.load(folder / PLAN_FILE)
+    problem = plan_file_problem(folder, for_people, plan)
+    if problem is not None:
+        raise PlanError(problem)
+    return replace(plan, gate_weights=for_people.gate_weights)
+
+
+def plan_file_problem(folder: Path, for_people: Plan, plan: Plan) -> str | None:
+    """Returns how the plan in `plan.json` differs from the one in `config.json`, and what to do; None where it does not.
+
+    Args:
+        folder: of the checkpoint.
+        for_people: the plan in plan.json.
+        plan: the plan in config.json.
+    """
+    lines = plan.diff(for_people) or [
+        f"its {name} says something else" for name in _NOTES if getattr(plan, name) != getattr(for_people, name)
+    ]
+    if not lines:
+        return None
+    more = f" and {len(lines) - 1} more differences" if len(lines) > 1 else ""
+    return (
+        f"{folder / PLAN_FILE} is not the plan in config.json, which is the one that runs: {lines[0]}{more}; remove "
+        f"{PLAN_FILE} to go by config.json, or export the plan that is meant (moacompress export MODEL PLAN -o DIR)"
+    )
+
+
+def read_plan(file: Path) -> Plan:
+    """Returns the plan in a file; for `plan.json` in a compressed checkpoint, there or not, that of the checkpoint.
+
+    Raises:
+        PlanError: unreadable, not a valid plan, or another one than the checkpoint's.
+    """
+    if file.name == PLAN_FILE and is_compressed(file.parent):
+        return stored_plan(file.parent)
+    return Plan.load(file)
