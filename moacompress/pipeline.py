@@ -33,9 +33,8 @@ from moacompress.exporter.exporting import as_exported, check_reusable, export, 
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.asked_shares import AskedShares
-from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
-from moacompress.run_estimate import estimate_run
+from moacompress.run_estimate import asked_length, estimate_run, measured_length
 
 if TYPE_CHECKING:
     from moacompress.models.source import SourceModel
@@ -126,7 +125,11 @@ def fill(
             progress=progress,
         ),
     )
-    length = reference_length([Budget.parse(text) for text in recipe.budget], recipe.calibration.lengths)
+    length, measured_at = asked_length(recipe), measured_length(recipe)
+    measured = clock.run(
+        "eval",
+        lambda: measured_kv_bytes(out / MODEL_FOLDER, measured_at, recipe.device, trust_remote_code=trust_remote_code),
+    )
     summary = {
         "model": shared_name(plan.provenance["source"]),
         "budget": list(recipe.budget),
@@ -134,9 +137,8 @@ def fill(
         "kv_bytes": {
             "dense": plan.model.dense_kv_bytes(length),
             "planned": plan.kv_bytes(length),
-            "measured": measured_kv_bytes(
-                out / MODEL_FOLDER, length, recipe.device, trust_remote_code=trust_remote_code
-            ),
+            "measured": measured if measured_at == length else None,
+            "measured_at": {"length": measured_at, "planned": plan.kv_bytes(measured_at), "measured": measured},
         },
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,

@@ -18,6 +18,7 @@ from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.runtime.linear import weight_of
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.search_estimate import search_seconds
@@ -39,13 +40,17 @@ class RunEstimate:
         profile: its first step.
         search_seconds: for the search.
         export_seconds: for writing the checkpoint and loading it.
-        eval_seconds: for the evaluation.
+        eval_seconds: for the evaluation, and for measuring the cache.
+        reference_length: where the budget holds, tokens.
+        measured_length: where the cache is measured.
     """
 
     profile: ProfileEstimate
     search_seconds: float
     export_seconds: float
     eval_seconds: float
+    reference_length: int
+    measured_length: int
 
     @property
     def seconds(self) -> float:
@@ -66,6 +71,7 @@ class RunEstimate:
             "total_seconds": round(self.seconds, 1),
             "slowdown": round(self.profile.slowdown, 2),
             "peak_bytes": self.profile.peak_bytes,
+            "measured_length": self.measured_length,
             "profile": self.profile.to_dict(),
         }
 
@@ -75,8 +81,31 @@ class RunEstimate:
         parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in self.to_dict()["seconds"].items())
         return (
             f"about {readable_seconds(self.seconds)} ({parts}), and about {readable_bytes(self.profile.peak_bytes)} of memory; "
-            "estimated from short passes of the model" + ("" if busy is None else f". {busy.removesuffix('.')}")
+            f"estimated from short passes of the model{self._elsewhere()}"
+            + ("" if busy is None else f". {busy.removesuffix('.')}")
         )
+
+    def _elsewhere(self) -> str:
+        """Returns what is to be said of a budget at a length that the run has no time for."""
+        if self.measured_length == self.reference_length:
+            return ""
+        return (
+            f"; the cache is measured at {format_length(self.measured_length)} tokens, the most that this run reads, and not "
+            f"at {format_length(self.reference_length)}, where the budget holds: its bytes there are computed"
+        )
+
+
+def asked_length(recipe: Recipe) -> int:
+    """Returns the reference length of a run, tokens."""
+    return reference_length([Budget.parse(text) for text in recipe.budget], recipe.calibration.lengths)
+
+
+def measured_length(recipe: Recipe) -> int:
+    """Returns the length at which a run measures the bytes of the cache, tokens.
+
+    It is the reference length, or where that is beyond all else that the run reads, the longest of this.
+    """
+    return min(asked_length(recipe), max(*recipe.calibration.lengths, *recipe.evaluation.lengths))
 
 
 def estimate_run(
@@ -99,6 +128,8 @@ def estimate_run(
     evaluation = recipe.evaluation
     tasks = expand_tasks(evaluation.tasks)
     faster = _products(source, getattr(torch, source.shape.dtype)) / _products(source, source.model.dtype)
+    forward = _scaled(profile, "forward_seconds", faster, per_token=True)
+    measured = measured_length(recipe)
     return RunEstimate(
         profile,
         search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
@@ -108,9 +139,12 @@ def estimate_run(
             evaluation.lengths,
             evaluation.prompts,
             EVALUATED,
-            _scaled(profile, "forward_seconds", faster, per_token=True),
+            forward,
             _scaled(profile, "decode_seconds", faster, per_token=False),
-        ),
+        )
+        + forward(measured),
+        asked_length(recipe),
+        measured,
     )
 
 

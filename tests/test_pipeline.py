@@ -14,17 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlamaForCausalLM
 
 from moacompress import pipeline
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import remove
 from moacompress.core.owners import own_file, own_folder
+from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.pipeline import compress, quality_table
 from moacompress.recipe import Recipe
-from moacompress.report.summary_tables import closing_lines
+from moacompress.report.summary_tables import closing_lines, summary_tables
 from moacompress.rules.plan import Plan
 from moacompress.search.study import find_plan
 
@@ -50,9 +52,43 @@ def test_summary_and_artefacts(finished):
     assert summary["kv_bytes"]["planned"] == plan.kv_bytes(800) == summary["kv_bytes"]["measured"]
     assert summary["kv_bytes"]["planned"] <= 0.5 * summary["kv_bytes"]["dense"]
     assert plan.kv_bytes(700) <= 0.5 * plan.model.dense_kv_bytes(700)
+    assert summary["kv_bytes"]["measured_at"]["length"] == 800
     assert set(summary["quality"]["needle-noise@700"]) == {"dense", "uniform", "plan", "prompts", "nll"}
     assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
     assert plan.provenance["recipe"]["calibration"]["samples"] == 4
+
+
+class Heard(Progress):
+    """Keeps the sentences that a person should read."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_budget_far_beyond_what_a_run_reads_is_measured_where_it_reads(recipe, tmp_path, monkeypatch):
+    longest = []
+    forward = LlamaForCausalLM.forward
+
+    def noted(self, input_ids=None, **rest):
+        if input_ids is not None:
+            assert input_ids.shape[1] < 2048
+            longest.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", noted)
+    heard = Heard()
+    summary = compress(recipe.override(budget=["1MiB@128k"]), tmp_path / "out", progress=heard)
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert longest[-1] == 800
+    assert summary["reference_length"] == 128 * 1024
+    sizes = summary["kv_bytes"]
+    assert (sizes["planned"], sizes["measured"]) == (plan.kv_bytes(128 * 1024), None)
+    assert sizes["measured_at"] == {"length": 800, "planned": plan.kv_bytes(800), "measured": plan.kv_bytes(800)}
+    assert any("the cache is measured at 800 tokens" in text and "128k" in text for text in heard.said)
+    assert any("Measured at 800 tokens" in str(part) for part in summary_tables(summary))
 
 
 def test_the_snippet_that_a_run_ends_with_runs(finished, capsys):

@@ -14,7 +14,7 @@ from moacompress.cli import app
 from moacompress.cli.efforts import effort_recipe
 from moacompress.evaluation.eval_estimate import EvalEstimate, eval_seconds
 from moacompress.recipe import Recipe
-from moacompress.run_estimate import RunEstimate, estimate_run
+from moacompress.run_estimate import RunEstimate, estimate_run, measured_length
 from moacompress.search.search_estimate import measurements, search_seconds
 
 RUNNER = CliRunner()
@@ -72,12 +72,27 @@ def test_every_dry_run_says_that_the_machine_is_busy() -> None:
         profile = ProfileEstimate((part,), 2**20, slowdown)
         for line in (
             " ".join(profile.lines()),
-            RunEstimate(profile, 200.0, 40.0, 240.0).line(),
+            RunEstimate(profile, 200.0, 40.0, 240.0, 512, 512).line(),
             EvalEstimate(2, 20, 540.0, slowdown).line(),
         ):
             assert ("The machine is busy" in line) == wanted, line
     assert "9 min" in line
     assert "would be about 3.9 h" in line
+
+
+def test_an_estimate_says_where_the_cache_is_measured(tiny_folder: Path) -> None:
+    asked = {"calibration": {"lengths": [700]}, "evaluation": {"lengths": [1000]}}
+    recipe = Recipe.from_dict({"budget": ["50%", "1GiB@64k"], **asked})
+    assert measured_length(recipe) == 1000
+    assert measured_length(recipe.override(budget=["50%@900"])) == 900
+    assert measured_length(recipe.override(budget=["50%"])) == 700
+    found = estimate_run(recipe, str(tiny_folder))
+    assert found.to_dict()["measured_length"] == 1000
+    assert (
+        "the cache is measured at 1000 tokens, the most that this run reads, and not at 64k, where the budget"
+        in found.line()
+    )
+    assert "measured at" not in estimate_run(recipe.override(budget=["50%@900"]), str(tiny_folder)).line()
 
 
 def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:

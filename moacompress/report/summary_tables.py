@@ -53,7 +53,18 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     )
     seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
-    return [f"{summary['model']}, budget {asked}", size, quality, f"Took {seconds}."]
+    return [f"{summary['model']}, budget {asked}", size, *_measured_elsewhere(kv_bytes), quality, f"Took {seconds}."]
+
+
+def _measured_elsewhere(kv_bytes: Mapping[str, Any]) -> list[str]:
+    """Returns what to say where the cache was not measured at the length that the table is of."""
+    at = kv_bytes.get("measured_at")
+    if at is None or kv_bytes.get("measured") is not None:
+        return []
+    return [
+        f"Measured at {format_length(at['length'])} tokens, the most that the run read: {readable_bytes(at['measured'])}; "
+        f"the plan has {readable_bytes(at['planned'])} there."
+    ]
 
 
 def closing_lines(out: Path) -> list[str]:
