@@ -1,7 +1,7 @@
 """Builds the CPU kernels where a C++ compiler is there; everything else is in pyproject.toml.
 
-They are compiled against the headers of torch's stable ABI that lie beside them, and name torch's library without being linked
-to it, so an isolated `pip install .` builds them in a minute and downloads no torch for it. Without a compiler the package
+They declare what they call of torch's stable ABI themselves (`torch_abi.h`), and name torch's library without being linked to
+it, so an isolated `pip install .` builds them in a minute and downloads no torch for it. Without a compiler the package
 installs all the same and runs on its reference. What is missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
 """
 
@@ -24,9 +24,6 @@ from setuptools.errors import CompileError
 
 FOLDER = "moacompress/kernels/cpu"
 REQUIRE = os.environ.get("MOACOMPRESS_REQUIRE_EXT") == "1"
-HEADERS = f"{FOLDER}/stable_abi/include"
-ABI = "0x020a000000000000"
-"""The version of torch's stable ABI that the bindings use: 2.10."""
 TORCH_LIBRARY = "torch_cpu"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -107,8 +104,6 @@ class BuildKernels(build_ext):
         def compile_source(source: str) -> str:
             name = Path(source).name
             flags = [*FLAGS, *instruction_flags(name), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-            if name.startswith("binding"):
-                flags += [f"-DTORCH_TARGET_VERSION={ABI}", "-isystem", HEADERS]
             made = str(objects / f"{name}.o")
             _run([*command, *flags, "-c", source, "-o", made])
             return made

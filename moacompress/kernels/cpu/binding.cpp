@@ -9,9 +9,9 @@ using namespace moacompress;
 std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor rules,
                                      double scaling, double softcap, std::optional<Tensor> sink_logits, int64_t value_dim) {
   const char* op = "decode";
-  STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
-                  " of values; at least one of each, and as many, are needed");
-  STD_TORCH_CHECK(table.dim() == 3, op, ": the table has the shape ", text(table), ", not of 3 dimensions");
+  REQUIRE(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
+          " of values; at least one of each, and as many, are needed");
+  REQUIRE(table.dim() == 3, op, ": the table has the shape ", text(table), ", not of 3 dimensions");
   for (const Tensor& segment : values)
     if (!value_dim && segment.dim() == 3) value_dim = segment.size(2);
   const Shape shape = shape_of(query, 3, table.size(1), value_dim, op);
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   const void* ids = dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
   const int64_t* tokens = numbers(lengths, shape.rows, op, "lengths");
   for (int64_t row = 0; row < shape.rows; row++)
-    STD_TORCH_CHECK(tokens[row] >= 0 && tokens[row] < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
+    REQUIRE(tokens[row] >= 0 && tokens[row] < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
   const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
   const int64_t heads = shape.kv_heads * shape.group;
   Tensor out = new_tensor(query, Shapes{shape.rows, heads, shape.value_dim});
@@ -35,19 +35,19 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
 
 // Reads begins, slots, entered and gone, all int64; slots of the cache are looked up where they are used.
 Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* real, const char* op) {
-  STD_TORCH_CHECK(passing.size() == 4, op, ": ", passing.size(), " tensors say what gates keep, not 4");
+  REQUIRE(passing.size() == 4, op, ": ", passing.size(), " tensors say what gates keep, not 4");
   const int64_t pairs = shape.rows * shape.kv_heads;
   const int64_t* begins = numbers(passing[0], pairs + 1, op, "begins");
   const int64_t count = passing[1].numel();
   bool ascending = begins[0] == 0 && begins[pairs] == count;
   for (int64_t pair = 0; pair < pairs; pair++) ascending = ascending && begins[pair] <= begins[pair + 1];
-  STD_TORCH_CHECK(ascending, op, ": begins do not ascend from 0 to ", count);
+  REQUIRE(ascending, op, ": begins do not ascend from 0 to ", count);
   const Passing found = {begins, numbers(passing[1], count, op, "slots"), numbers(passing[2], count, op, "entered"),
                          numbers(passing[3], count, op, "gone")};
   for (int64_t pair = 0; pair < pairs; pair++)
     for (int64_t i = begins[pair]; i < begins[pair + 1]; i++)
-      STD_TORCH_CHECK(-1 - found.slots[i] < real[pair / shape.kv_heads], op, ": slot ", found.slots[i], " of a chunk of ",
-                      real[pair / shape.kv_heads], " real tokens");
+      REQUIRE(-1 - found.slots[i] < real[pair / shape.kv_heads], op, ": slot ", found.slots[i], " of a chunk of ",
+              real[pair / shape.kv_heads], " real tokens");
   return found;
 }
 
@@ -58,14 +58,14 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
   const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
-  STD_TORCH_CHECK(keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(), " of values");
+  REQUIRE(keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(), " of values");
   const PoolViews key_pool(keys, shape.head_dim, type, op, "keys"), value_pool(values, shape.value_dim, type, op, "values");
   const void* ids = dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
   const int64_t *before = numbers(past, shape.rows, op, "past"), *real = numbers(valid, shape.rows, op, "valid");
   for (int64_t row = 0; row < shape.rows; row++)
-    STD_TORCH_CHECK(before[row] >= 0 && real[row] >= 0 && real[row] <= tokens && before[row] + real[row] < MAX_TOKENS, op,
-                    ": row ", row, " has ", before[row], " tokens before the chunk and ", real[row], " real ones of ", tokens,
-                    " in it");
+    REQUIRE(before[row] >= 0 && real[row] >= 0 && real[row] <= tokens && before[row] + real[row] < MAX_TOKENS, op,
+            ": row ", row, " has ", before[row], " tokens before the chunk and ", real[row], " real ones of ", tokens,
+            " in it");
   const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
   Passing kept = {};
   if (!passing.empty()) kept = passing_of(passing, shape, real, op);
@@ -82,15 +82,15 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
 
 void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool values) {
   const char* op = "put";
-  STD_TORCH_CHECK(vectors.dim() == 2 && (format == INT8 || format == INT4), op, ": vectors of the shape ", text(vectors), " in format ", format);
+  REQUIRE(vectors.dim() == 2 && (format == INT8 || format == INT4), op, ": vectors of the shape ", text(vectors), " in format ", format);
   const int64_t count = vectors.size(0), dim = vectors.size(1);
   check_rows(vectors, {count, dim}, vectors.scalar_type(), op, "vectors");
-  STD_TORCH_CHECK(dim > 0, op, ": vectors of no numbers");
+  REQUIRE(dim > 0, op, ": vectors of no numbers");
   const Half half = half_of(format, dim, 1, values ? VALUES : KEYS);
   dense(memory, {-1, half.bytes}, ScalarType::Byte, op, "memory");
   const int64_t* at = numbers(slots, count, op, "slots");
   for (int64_t i = 0; i < count; i++)
-    STD_TORCH_CHECK(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
+    REQUIRE(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
   const PutCall call = {dtype_of(vectors, op, "vectors"), half, vectors.const_data_ptr(), vectors.stride(0), count, at,
                         static_cast<char*>(memory.mutable_data_ptr())};
   check_status(put(call, parallel(), isa()), op);
@@ -100,10 +100,10 @@ std::tuple<Tensor, Tensor> turnover_op(Tensor scores, Tensor kept, int64_t selec
   const char* op = "turnover";
   const int64_t before = kept.numel(), leaving = scores.numel();
   const int64_t *own = numbers(scores, leaving, op, "scores"), *held = numbers(kept, before, op, "kept");
-  STD_TORCH_CHECK(select_alpha >= 0 && select_alpha < MAX_TOKENS && select_beta_q >= 0 && select_beta_q <= 1024 && left >= before &&
-                      left + leaving < MAX_TOKENS,
-                  op, ": ", select_alpha, " and ", select_beta_q, " of ", left, " that have left, of which ", before, " are kept, and ",
-                  leaving, " that leave");
+  REQUIRE(select_alpha >= 0 && select_alpha < MAX_TOKENS && select_beta_q >= 0 && select_beta_q <= 1024 && left >= before &&
+              left + leaving < MAX_TOKENS,
+          op, ": ", select_alpha, " and ", select_beta_q, " of ", left, " that have left, of which ", before, " are kept, and ",
+          leaving, " that leave");
   Tensor gone = new_tensor(scores, Shapes{before + leaving}), places = new_tensor(scores, Shapes{before + leaving});
   Rule rule = {};
   rule.select_alpha = select_alpha;
@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
   const void* delta_at = dense(delta, lanes, ScalarType::Float, op, "delta");
   const int64_t* real = numbers(valid, shape.rows, op, "valid");
   for (int64_t row = 0; row < shape.rows; row++)
-    STD_TORCH_CHECK(real[row] >= 0 && real[row] <= tokens && tokens < MAX_TOKENS, op, ": row ", row, " has ", real[row],
-                    " real tokens of ", tokens);
+    REQUIRE(real[row] >= 0 && real[row] <= tokens && tokens < MAX_TOKENS, op, ": row ", row, " has ", real[row],
+            " real tokens of ", tokens);
   const Rest rest = rest_of(rules, scaling, softcap, std::nullopt, shape, op);
   check_native(rest.rules, op);
   Tensor dquery = new_rows(query, shape.rows, heads, tokens, shape.head_dim);
@@ -147,34 +147,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> gone,
     std::optional<Tensor> choice_of, std::optional<Tensor> own_gone) {
   const char* op = "profile_backward";
-  STD_TORCH_CHECK(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
+  REQUIRE(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = query.size(2), heads = shape.kv_heads * shape.group;
-  STD_TORCH_CHECK(tokens < MAX_TOKENS, op, ": ", tokens, " tokens, of at most ", MAX_TOKENS - 1);
+  REQUIRE(tokens < MAX_TOKENS, op, ": ", tokens, " tokens, of at most ", MAX_TOKENS - 1);
   check_rows(dout, {1, heads, tokens, shape.value_dim}, type, op, "dout");
   const RuleTable asked = rules_of(rules, -1, op, "rule");
-  STD_TORCH_CHECK(asked.count > 0, op, ": there are no rules to ask for");
+  REQUIRE(asked.count > 0, op, ": there are no rules to ask for");
   const int64_t native_window = asked.of(0).native_window;
   RuleTable own = {};
   if (plan) own = rules_of(*plan, shape.kv_heads, op, "the plan's KV head");
   for (const RuleTable& table : {asked, own}) {
     check_native(table, op);
     for (int64_t i = 0; i < table.count; i++)
-      STD_TORCH_CHECK(table.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
-                      table.of(i).native_window, " in one layer");
+      REQUIRE(table.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
+              table.of(i).native_window, " in one layer");
   }
   const Scores scores = scores_of(scaling, softcap, sink_logits, shape, op);
   Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
   Tensor dvalue = new_rows(value, 1, shape.kv_heads, tokens, shape.value_dim);
   Tensor sums = new_tensor(query, Shapes{baselines ? 4 : 2, shape.kv_heads, asked.count}, ScalarType::Double);
-  STD_TORCH_CHECK(!lag || *lag >= 0, op, ": lag is ", lag.value_or(0), ", less than 0");
+  REQUIRE(!lag || *lag >= 0, op, ": lag is ", lag.value_or(0), ", less than 0");
   Tensor of_tokens = new_tensor(query, Shapes{shape.kv_heads, lag ? tokens : 0}, ScalarType::Double);
   int64_t alive = 0;
-  STD_TORCH_CHECK(gone.has_value() == choice_of.has_value(), op, ": gone and choice_of go together");
+  REQUIRE(gone.has_value() == choice_of.has_value(), op, ": gone and choice_of go together");
   const int64_t choices = gone && gone->dim() == 3 ? gone->size(1) : 0;
-  STD_TORCH_CHECK(!own_gone || plan, op, ": own_gone goes with a plan");
+  REQUIRE(!own_gone || plan, op, ": own_gone goes with a plan");
   const void *gone_at = nullptr, *choice_at = nullptr,
              *own_at = own_gone ? dense(*own_gone, {shape.kv_heads, tokens}, ScalarType::Int, op, "own_gone") : nullptr;
   if (gone) {
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     choice_at = dense(*choice_of, {asked.count}, ScalarType::Long, op, "choice_of");
     for (int64_t i = 0; i < asked.count; i++) {
       const int64_t choice = static_cast<const int64_t*>(choice_at)[i];
-      STD_TORCH_CHECK(choice < choices, op, ": rule ", i, " chooses in way ", choice, " of ", choices);
+      REQUIRE(choice < choices, op, ": rule ", i, " chooses in way ", choice, " of ", choices);
     }
   }
   const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
@@ -200,6 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What kept operators from being registered when the library was loaded; empty if nothing did.
+EXPORT const char* moacompress_problem() { return moacompress::registration_problem().c_str(); }
 
 // Name of the instruction set that the kernels use.
 EXPORT const char* moacompress_isa() { return isa_name(isa()); }
@@ -228,30 +231,23 @@ EXPORT void moacompress_visible(int64_t n, const int64_t* numbers, int64_t* inte
   }
 }
 
-STABLE_TORCH_LIBRARY(moacompress_cpu, m) {
-  m.def(
-      "decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor rules, float scaling, "
-      "float softcap, Tensor? sink_logits, int value_dim=0) -> (Tensor, Tensor)");
-  m.def(
-      "prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
-      "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)");
-  m.def("put(Tensor(a!) memory, Tensor slots, Tensor vectors, int format, bool values) -> ()");
-  m.def("turnover(Tensor scores, Tensor kept, int select_alpha, int select_beta_q, int left) -> (Tensor, Tensor)");
-  m.def(
-      "prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
-      "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-      "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None, "
-      "Tensor? own_gone=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
-  m.impl("decode", TORCH_BOX(&decode_op));
-  m.impl("prefill", TORCH_BOX(&prefill_op));
-  m.impl("put", TORCH_BOX(&put_op));
-  m.impl("turnover", TORCH_BOX(&turnover_op));
-  m.impl("prefill_backward", TORCH_BOX(&backward_op));
-  m.impl("profile_backward", TORCH_BOX(&profile_op));
-}
+static const moacompress::Operators operators("moacompress_cpu", {
+    {"decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor rules, float scaling, "
+     "float softcap, Tensor? sink_logits, int value_dim=0) -> (Tensor, Tensor)",
+     Boxed<&decode_op>::call},
+    {"prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
+     "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)",
+     Boxed<&prefill_op>::call},
+    {"put(Tensor(a!) memory, Tensor slots, Tensor vectors, int format, bool values) -> ()",
+     Boxed<&put_op>::call},
+    {"turnover(Tensor scores, Tensor kept, int select_alpha, int select_beta_q, int left) -> (Tensor, Tensor)",
+     Boxed<&turnover_op>::call},
+    {"prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
+     "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
+     Boxed<&backward_op>::call},
+    {"profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
+     "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None, "
+     "Tensor? own_gone=None) "
+     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)",
+     Boxed<&profile_op>::call},
+});

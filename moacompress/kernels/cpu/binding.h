@@ -1,11 +1,5 @@
 // What the operators share: checks of tensors, and views of them as the kernels take them.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <atomic>
 #include <optional>
 #include <string>
@@ -13,11 +7,10 @@
 #include <vector>
 
 #include "core.h"
+#include "torch_abi.h"
 
 namespace moacompress {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Shapes = std::vector<int64_t>;
 
@@ -32,16 +25,22 @@ inline Isa isa() {
 }
 
 inline void run_on_pool(void*, int threads, void (*body)(void*), void* arg) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) body(arg);
-  });
+  struct Work {
+    void (*body)(void*);
+    void* arg;
+  } work = {body, arg};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const Work& work = *static_cast<const Work*>(context);
+    for (int64_t i = begin; i < end; i++) work.body(work.arg);
+  };
+  parallel_for(threads, run, &work);
 }
 
-inline Parallel parallel() { return {int(torch::stable::get_num_threads()), run_on_pool, nullptr}; }
+inline Parallel parallel() { return {num_threads(), run_on_pool, nullptr}; }
 
 inline void check_status(Status status, const char* op) {
-  STD_TORCH_CHECK(status != NO_MEMORY, op, ": no memory for scratch space");
-  STD_TORCH_CHECK(status != MISSING_BLOCK, op, ": a block that a query sees has no id of the pool in the table");
+  REQUIRE(status != NO_MEMORY, op, ": no memory for scratch space");
+  REQUIRE(status != MISSING_BLOCK, op, ": a block that a query sees has no id of the pool in the table");
 }
 
 inline std::string text(const Tensor& t) {
@@ -52,33 +51,33 @@ inline std::string text(const Tensor& t) {
 
 inline DType dtype_of(const Tensor& t, const char* op, const char* name = "the query") {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
-                  ": ", name, " must be float32, bfloat16 or float16");
+  REQUIRE(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+          ": ", name, " must be float32, bfloat16 or float16");
   return type == ScalarType::Float ? F32 : type == ScalarType::BFloat16 ? BF16 : F16;
 }
 
 // Refuses a tensor that is not of this shape and dtype on the CPU; -1 is any size.
 inline void check(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has another dtype than it must have");
+  REQUIRE(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  REQUIRE(t.scalar_type() == type, op, ": ", name, " has another dtype than it must have");
   bool fits = t.dim() == int64_t(shape.size());
   for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] < 0 || t.size(int64_t(i)) == shape[i];
   if (fits) return;
   std::string wanted;
   for (size_t i = 0; i < shape.size(); i++)
     wanted += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
-  STD_TORCH_CHECK(fits, op, ": ", name, " has the shape ", text(t), ", not [", wanted, "]");
+  REQUIRE(fits, op, ": ", name, " has the shape ", text(t), ", not [", wanted, "]");
 }
 
 inline void check_rows(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
   check(t, shape, type, op, name);
-  STD_TORCH_CHECK(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, op, ": the last dimension of ", name,
-                  " must be contiguous");
+  REQUIRE(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, op, ": the last dimension of ", name,
+          " must be contiguous");
 }
 
 inline const void* dense(const Tensor& t, const Shapes& shape, ScalarType type, const char* op, const char* name) {
   check(t, shape, type, op, name);
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  REQUIRE(t.is_contiguous(), op, ": ", name, " must be contiguous");
   return t.const_data_ptr();
 }
 
@@ -90,14 +89,14 @@ inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.st
 
 // Refuses numbers that no rule has; `name` and `i` say what it belongs to.
 inline void check_rule(const Rule& rule, int64_t i, const char* op, const char* name) {
-  STD_TORCH_CHECK(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
-                  " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
-                  "; they must be at least 0, beta_q at most 1024");
-  STD_TORCH_CHECK(rule.min_window >= 1, op, ": min_window is ", rule.min_window, ", less than 1, at ", name, " ", i);
-  STD_TORCH_CHECK(rule.native_window >= 0, op, ": native_window is ", rule.native_window, " at ", name, " ", i, "; 0 means none");
+  REQUIRE(rule.sink >= 0 && rule.alpha >= 0 && rule.beta_q >= 0 && rule.beta_q <= 1024, op, ": ", name, " ", i,
+          " has sink ", rule.sink, ", alpha ", rule.alpha, ", beta_q ", rule.beta_q,
+          "; they must be at least 0, beta_q at most 1024");
+  REQUIRE(rule.min_window >= 1, op, ": min_window is ", rule.min_window, ", less than 1, at ", name, " ", i);
+  REQUIRE(rule.native_window >= 0, op, ": native_window is ", rule.native_window, " at ", name, " ", i, "; 0 means none");
   for (const int64_t format : {rule.key_format, rule.value_format})
-    STD_TORCH_CHECK(format >= 0 && format < FORMATS, op, ": ", name, " ", i, " has the format ", format, "; known are 0 to ",
-                    FORMATS - 1);
+    REQUIRE(format >= 0 && format < FORMATS, op, ": ", name, " ", i, " has the format ", format, "; known are 0 to ",
+            FORMATS - 1);
 }
 
 // A table of `count` rules, -1 for any number; `name` is what each belongs to. Must be outlived by the tensor.
@@ -111,8 +110,8 @@ inline RuleTable rules_of(const Tensor& rules, int64_t count, const char* op, co
 // Refuses rules with codes: gradients are of native numbers, rounded before.
 inline void check_native(const RuleTable& rules, const char* op) {
   for (int64_t i = 0; i < rules.count; i++)
-    STD_TORCH_CHECK(rules.of(i).native(), op, ": rule ", i, " has the formats ", rules.of(i).key_format, " and ",
-                    rules.of(i).value_format, "; this is done with native ones alone");
+    REQUIRE(rules.of(i).native(), op, ": rule ", i, " has the formats ", rules.of(i).key_format, " and ",
+            rules.of(i).value_format, "; this is done with native ones alone");
 }
 
 struct Rest {
@@ -121,8 +120,8 @@ struct Rest {
 };
 
 inline Scores scores_of(double scaling, double softcap, const std::optional<Tensor>& sink_logits, const Shape& shape, const char* op) {
-  STD_TORCH_CHECK(scaling > 0, op, ": scaling is ", scaling, ", not positive");
-  STD_TORCH_CHECK(softcap >= 0, op, ": softcap is ", softcap, "; 0 means none");
+  REQUIRE(scaling > 0, op, ": scaling is ", scaling, ", not positive");
+  REQUIRE(softcap >= 0, op, ": softcap is ", softcap, "; 0 means none");
   Scores scores = {float(scaling), float(softcap), nullptr};
   if (sink_logits)
     scores.sink_logits = static_cast<const float*>(
@@ -155,12 +154,12 @@ struct PoolViews {
       if (coded) {
         check_rows(t, {-1, -1}, ScalarType::Byte, op, name);
         const int64_t bytes = t.size(1);
-        STD_TORCH_CHECK(bytes == half_of(INT8, dim, 1, KEYS).bytes || bytes == half_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
-                        " bytes a block of ", name, ", not ", half_of(INT8, dim, 1, KEYS).bytes, " or ", half_of(INT4, dim, 1, KEYS).bytes);
+        REQUIRE(bytes == half_of(INT8, dim, 1, KEYS).bytes || bytes == half_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
+                " bytes a block of ", name, ", not ", half_of(INT8, dim, 1, KEYS).bytes, " or ", half_of(INT4, dim, 1, KEYS).bytes);
         half_bytes.push_back(bytes);
       } else {
         check_rows(t, {-1, BLOCK, dim}, type, op, name);
-        STD_TORCH_CHECK(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
+        REQUIRE(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
         half_bytes.push_back(half_of(NATIVE, dim, element, KEYS).bytes);
       }
       base.push_back(t.const_data_ptr());
@@ -186,19 +185,19 @@ struct PoolViews {
 };
 
 inline Shape shape_of(const Tensor& query, int64_t dims, int64_t kv_heads, int64_t value_dim, const char* op) {
-  STD_TORCH_CHECK(query.dim() == dims, op, ": the query has the shape ", text(query), ", not of ", dims, " dimensions");
+  REQUIRE(query.dim() == dims, op, ": the query has the shape ", text(query), ", not of ", dims, " dimensions");
   const int64_t heads = query.size(1);
-  STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": ", heads, " query heads are no multiple of ",
-                  kv_heads, " KV heads");
+  REQUIRE(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": ", heads, " query heads are no multiple of ",
+          kv_heads, " KV heads");
   const Shape shape = {dtype_of(query, op), query.size(0), kv_heads, heads / kv_heads, query.size(dims - 1), value_dim};
-  STD_TORCH_CHECK(shape.head_dim > 0 && value_dim > 0, op, ": head_dim is ", shape.head_dim, ", value_dim ", value_dim);
+  REQUIRE(shape.head_dim > 0 && value_dim > 0, op, ": head_dim is ", shape.head_dim, ", value_dim ", value_dim);
   return shape;
 }
 
 // Checks query, key and value of a chunk; all have as many tokens as the query, or the number that is given.
 inline Shape chunk_shape(const Tensor& query, const Tensor& key, const Tensor& value, const char* op, int64_t given = -1) {
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
-                  text(value), "; both must have 4 dimensions");
+  REQUIRE(key.dim() == 4 && value.dim() == 4, op, ": the key has the shape ", text(key), " and the value ",
+          text(value), "; both must have 4 dimensions");
   const Shape shape = shape_of(query, 4, key.size(1), value.size(3), op);
   const ScalarType type = query.scalar_type();
   const int64_t tokens = given < 0 ? query.size(2) : given;
@@ -208,22 +207,16 @@ inline Shape chunk_shape(const Tensor& query, const Tensor& key, const Tensor& v
   return shape;
 }
 
-// A tensor of some shape on the CPU, not initialised. `torch::stable::new_empty` looks the operator up by its name at every call.
+// A tensor of some shape on the CPU, not initialised; of the dtype of another one, or the one given.
 inline Tensor new_tensor(const Tensor& like, const Shapes& sizes, std::optional<ScalarType> type = std::nullopt) {
-  int32_t dtype, layout, device = aoti_torch_device_type_cpu();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &dtype, &layout, &device, 0,
-                                                   nullptr, &made));
-  return Tensor(made);
+  return new_contiguous(type ? dtype_numbers()[int(*type)] : like.dtype_number(), sizes);
 }
 
 // Of the shape [rows, heads, tokens, dim] with tokens before heads in memory, as a layer goes on with it.
 inline Tensor new_rows(const Tensor& like, int64_t rows, int64_t heads, int64_t tokens, int64_t dim) {
-  const Shapes sizes = {rows, tokens, heads, dim};
-  return torch::stable::transpose(new_tensor(like, sizes), 1, 2);
+  const auto some = [](int64_t size) { return size > 1 ? size : 1; };
+  const int64_t token = some(heads) * some(dim);
+  return new_strided(like.dtype_number(), {rows, heads, tokens, dim}, {some(tokens) * token, some(dim), token, 1});
 }
 
 inline Tensor new_floats(const Tensor& like, const Shapes& sizes) {

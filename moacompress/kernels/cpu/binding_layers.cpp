@@ -54,7 +54,7 @@ template <class T> class Named {
   std::shared_ptr<T> find(int64_t number, const char* op, const char* what) {
     const std::lock_guard<std::mutex> guard(lock_);
     const auto found = things_.find(number);
-    STD_TORCH_CHECK(found != things_.end(), op, ": there are no ", what, " of the number ", number);
+    REQUIRE(found != things_.end(), op, ": there are no ", what, " of the number ", number);
     return found->second;
   }
   void forget(int64_t number) {
@@ -92,14 +92,14 @@ std::vector<std::optional<Reuse>> reuses_of(const Tensor& shares, size_t count, 
   const auto* at = static_cast<const int64_t*>(dense(shares, {none ? -1 : int64_t(count), none ? -1 : 2 + 2 * kv_heads}, ScalarType::Long, op, "shares"));
   for (size_t i = 0; i < count && !none; i++, at += 2 + 2 * kv_heads) {
     if (at[0] < 0) continue;
-    STD_TORCH_CHECK(at[0] < int64_t(i) && !found[size_t(at[0])], op, ": layer ", i, " shares with layer ", at[0],
-                    ", which is no earlier layer with attention of its own");
+    REQUIRE(at[0] < int64_t(i) && !found[size_t(at[0])], op, ": layer ", i, " shares with layer ", at[0],
+            ", which is no earlier layer with attention of its own");
     Reuse reuse = {at[0], at[1] != 0, {at + 2, at + 2 + kv_heads}, {at + 2 + kv_heads, at + 2 + 2 * kv_heads}};
     for (int64_t head = 0; head < kv_heads; head++)
-      STD_TORCH_CHECK(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.planes[size_t(head)] >= 0 &&
-                          reuse.planes[size_t(head)] < int64_t(count) * kv_heads,
-                      op, ": KV head ", head, " of layer ", i, " reads head ", reuse.head_map[size_t(head)], " and plane ",
-                      reuse.planes[size_t(head)]);
+      REQUIRE(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.planes[size_t(head)] >= 0 &&
+                  reuse.planes[size_t(head)] < int64_t(count) * kv_heads,
+              op, ": KV head ", head, " of layer ", i, " reads head ", reuse.head_map[size_t(head)], " and plane ",
+              reuse.planes[size_t(head)]);
     found[i] = std::move(reuse);
   }
   return found;
@@ -131,12 +131,12 @@ void count_beside(Layers& read) {
 std::vector<Gate> gates_of(const Tensors& given, const Layers& read, const char* op) {
   const size_t count = read.layers.size();
   std::vector<Gate> found(count);
-  STD_TORCH_CHECK(given.empty() || given.size() == 2 * count, op, ": ", given.size(), " parts of gates for ", count, " layers");
+  REQUIRE(given.empty() || given.size() == 2 * count, op, ": ", given.size(), " parts of gates for ", count, " layers");
   for (size_t i = 0; i < count; i++) {
     const Shape& shape = read.layers[i].projections.shape;
     found[i] = {nullptr, nullptr, 0, 0};
     if (!any_selects(read.rests[i].rules)) continue;
-    STD_TORCH_CHECK(!given.empty() && !read.reuses[i], op, ": layer ", i, " keeps tokens by their score, and has no gate for that");
+    REQUIRE(!given.empty() && !read.reuses[i], op, ": layer ", i, " keeps tokens by their score, and has no gate for that");
     found[i] = {dense(given[2 * i], {shape.kv_heads, read.inputs}, read.type, op, "a gate"),
                 dense(given[2 * i + 1], {shape.kv_heads}, read.type, op, "a gate's bias"), shape.kv_heads, read.inputs};
   }
@@ -147,10 +147,10 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
                        Tensor shares, Tensors gates) {
   const char* op = "read_layers";
   const size_t count = rules.size();
-  STD_TORCH_CHECK(count && weights.size() == 7 * count && norms.size() == 2 * count &&
-                      (biases.empty() || biases.size() == 3 * count),
-                  op, ": ", weights.size(), " weights, ", biases.size(), " biases and ", norms.size(), " norms for ", count,
-                  " layers with rules; 7, 3 or none, and 2 of each are needed");
+  REQUIRE(count && weights.size() == 7 * count && norms.size() == 2 * count &&
+              (biases.empty() || biases.size() == 3 * count),
+          op, ": ", weights.size(), " weights, ", biases.size(), " biases and ", norms.size(), " norms for ", count,
+          " layers with rules; 7, 3 or none, and 2 of each are needed");
   check(weights[0], {-1, -1}, weights[0].scalar_type(), op, "weight");
   Layers read;
   read.type = weights[0].scalar_type();
@@ -189,17 +189,17 @@ std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size
   LayerCache cache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op);
   const size_t planes = layers.planes[layer], segments = keys.size();
   if (layers.gates[layer].heads) {
-    STD_TORCH_CHECK(planes == 0, op, ": layer ", layer, " keeps tokens by their score and serves layers that share its keys");
+    REQUIRE(planes == 0, op, ": layer ", layer, " keeps tokens by their score and serves layers that share its keys");
     put_chosen(cache, shape, beside, state[4], state[5], op);
     return {std::move(cache), held};
   }
-  STD_TORCH_CHECK(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,
-                  ", of ", planes, " planes");
+  REQUIRE(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,
+          ", of ", planes, " planes");
   for (size_t plane = 0; plane < planes; plane++) {
     const auto begin = beside.begin() + int64_t(plane * segments);
     cache.beside.emplace_back(Tensors(begin, begin + int64_t(segments)), shape.value_dim, layers.type, op, "values beside others", true);
-    STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": ", cache.beside.back().first_block.back(),
-                    " blocks beside ", cache.blocks);
+    REQUIRE(cache.beside.back().first_block.back() == cache.blocks, op, ": ", cache.beside.back().first_block.back(),
+            " blocks beside ", cache.blocks);
   }
   for (const PoolViews& views : cache.beside) cache.planes.push_back(views.view());
   cache.beside_bytes = layers.beside_bytes[layer];
@@ -212,8 +212,8 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
   const size_t count = of->layers.size();
   size_t own_caches = 0;
   for (const auto& reuse : of->reuses) own_caches += !reuse;
-  STD_TORCH_CHECK(segments.size() == count && states.size() == STATE_PARTS * own_caches, op, ": ", segments.size(), " numbers of segments and ",
-                  states.size(), " parts of caches for ", count, " layers, ", own_caches, " of them with caches; 1 and ", STATE_PARTS, " of each are needed");
+  REQUIRE(segments.size() == count && states.size() == STATE_PARTS * own_caches, op, ": ", segments.size(), " numbers of segments and ",
+          states.size(), " parts of caches for ", count, " layers, ", own_caches, " of them with caches; 1 and ", STATE_PARTS, " of each are needed");
   check(states[1], {-1}, ScalarType::Long, op, "lengths");
   Caches read = {of, states[1].size(0), {}, std::vector<Scratch>(count)};
   int64_t begin = 0;
@@ -221,29 +221,29 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
   for (size_t i = 0; i < count; i++) {
     const int64_t own = segments[i];
     if (of->reuses[i]) {
-      STD_TORCH_CHECK(own == 0, op, ": ", own, " segments of layer ", i, ", whose values lie in those of another");
+      REQUIRE(own == 0, op, ": ", own, " segments of layer ", i, ", whose values lie in those of another");
       read.caches.emplace_back(std::nullopt);
       continue;
     }
-    STD_TORCH_CHECK(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
-                    " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
+    REQUIRE(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
+            " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
     const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
     const size_t more = (of->gates[i].heads ? 1 : of->planes[i]) * size_t(own);
-    STD_TORCH_CHECK(more <= beside.size() - begin_beside, op, ": ", beside.size(), " segments beside others; more are needed");
+    REQUIRE(more <= beside.size() - begin_beside, op, ": ", beside.size(), " segments beside others; more are needed");
     const auto first = beside.begin() + int64_t(begin_beside);
     read.caches.emplace_back(cache_of(*of, read.rows, i, part(keys), part(values), Tensors(first, first + int64_t(more)),
                                       &states[STATE_PARTS * state++], lag, op));
     begin += own;
     begin_beside += more;
   }
-  STD_TORCH_CHECK(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
-                  keys.size(), " of keys and ", values.size(), " of values");
+  REQUIRE(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
+          keys.size(), " of keys and ", values.size(), " of values");
   return all_caches().add(std::move(read));
 }
 
 std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
   std::shared_ptr<const Layers> found = caches.layers.lock();
-  STD_TORCH_CHECK(found, op, ": the layers that these caches are of are gone");
+  REQUIRE(found, op, ": the layers that these caches are of are gone");
   return found;
 }
 
@@ -251,9 +251,9 @@ std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
 void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors beside, Tensors state, int64_t lag) {
   const char* op = "read_cache";
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
-  STD_TORCH_CHECK(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == STATE_PARTS, op, ": layer ", layer,
-                  " of ", all->caches.size(), " with ", state.size(), " parts of a cache, of ", STATE_PARTS);
-  STD_TORCH_CHECK(all->caches[size_t(layer)], op, ": layer ", layer, " has no cache of its own");
+  REQUIRE(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == STATE_PARTS, op, ": layer ", layer,
+          " of ", all->caches.size(), " with ", state.size(), " parts of a cache, of ", STATE_PARTS);
+  REQUIRE(all->caches[size_t(layer)], op, ": layer ", layer, " has no cache of its own");
   all->caches[size_t(layer)].emplace(
       cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, beside, state.data(), lag, op));
 }
@@ -268,7 +268,7 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
   const int64_t rows = all->rows, count = int64_t(read.layers.size());
   x = one_token(x, op);
   check(x, {rows, 1, read.inputs}, read.type, op, "the input");
-  STD_TORCH_CHECK(first >= 0 && first < count, op, ": the first layer is ", first, " of ", count);
+  REQUIRE(first >= 0 && first < count, op, ": the first layer is ", first, " of ", count);
   const Rotary rotary(cos, sin, rows, read.layers[0].projections.shape.head_dim, read.type, op);
   Tensor out[] = {new_tensor(x, Shapes{rows, 1, read.inputs}),
                   new_tensor(x, Shapes{rows, 1, read.inputs})};  // written in turn
@@ -303,18 +303,14 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
 EXPORT void moacompress_forget_layers(int64_t number) { all_layers().forget(number); }
 EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(number); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
-  m.def(
-      "read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
-      "Tensor shares, Tensor[] gates) -> int");
-  m.def("read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int");
-  m.def("read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] beside, Tensor[] state, int lag) -> ()");
-  m.def("step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
-  m.impl("read_layers", TORCH_BOX(&read_layers_op));
-  m.impl("read_caches", TORCH_BOX(&read_caches_op));
-  m.impl("read_cache", TORCH_BOX(&read_cache_op));
-  m.impl("step_layers", TORCH_BOX(&step_layers_op));
-}
+static const moacompress::Operators operators("moacompress_cpu", {
+    {"read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
+     "Tensor shares, Tensor[] gates) -> int",
+     Boxed<&read_layers_op>::call},
+    {"read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int",
+     Boxed<&read_caches_op>::call},
+    {"read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] beside, Tensor[] state, int lag) -> ()",
+     Boxed<&read_cache_op>::call},
+    {"step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)",
+     Boxed<&step_layers_op>::call},
+});

@@ -15,7 +15,7 @@ struct State {
 
   LayerCache of(const Shape& shape, ScalarType type, const char* op, bool scored = false) const {
     const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
-    STD_TORCH_CHECK(scored || !any_selects(rest.rules), op, ": rules keep tokens by their score, and there are no scores");
+    REQUIRE(scored || !any_selects(rest.rules), op, ": rules keep tokens by their score, and there are no scores");
     return {keys, values, table, lengths, runs, refs, rest, lag, shape, type, op};
   }
 };
@@ -29,7 +29,7 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
   LayerCache cache = state.of(shape, query.scalar_type(), op, scores.has_value());
   const int16_t* of_token = nullptr;
   if (scores) {  // what gates keep: the table, how many have left, and the segments of scores
-    STD_TORCH_CHECK(chosen.size() > 2, op, ": ", chosen.size(), " parts of what gates keep; at least 3 are needed");
+    REQUIRE(chosen.size() > 2, op, ": ", chosen.size(), " parts of what gates keep; at least 3 are needed");
     put_chosen(cache, shape, Tensors(chosen.begin() + 2, chosen.end()), chosen[0], chosen[1], op);
     of_token = static_cast<const int16_t*>(dense(*scores, {shape.rows, shape.kv_heads}, ScalarType::Short, op, "scores"));
   }
@@ -41,14 +41,14 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
 
 Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const char* op = "linear";
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() > 0, op, ": the input has the shape ", text(x), "; it must be on the CPU and have a dimension");
+  REQUIRE(x.is_cpu() && x.dim() > 0, op, ": the input has the shape ", text(x), "; it must be on the CPU and have a dimension");
   Shapes sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) {
     sizes.push_back(x.size(i));
     rows *= x.size(i);
   }
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  x = contiguous(x);
   LinearCall call = linear_call(x.scalar_type(), dtype_of(x, op), x.size(x.dim() - 1), weight, bias ? &*bias : nullptr, op);
   sizes.push_back(call.outputs);
   Tensor out = new_tensor(x, sizes);
@@ -60,16 +60,16 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
 }
 
 void check_rotary(const Tensor& cos, const Tensor& table, const char* op) {
-  STD_TORCH_CHECK(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
-                  "; both must have 3 dimensions");
+  REQUIRE(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
+          "; both must have 3 dimensions");
 }
 
 std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Tensor cos, Tensor sin, Tensors keys,
                                            Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
                                            double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "step_hidden";
-  STD_TORCH_CHECK(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
-                  biases.size(), " biases; 3 weights are needed, and 3 biases or none");
+  REQUIRE(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
+          biases.size(), " biases; 3 weights are needed, and 3 biases or none");
   x = one_token(x, op);
   check_rotary(cos, table, op);
   const int64_t rows = x.size(0);
@@ -92,8 +92,8 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
                                           Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                           std::optional<Tensor> sink_logits) {
   const char* op = "step_layer";
-  STD_TORCH_CHECK(weights.size() == 7 && norms.size() == 2 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(),
-                  " weights, ", biases.size(), " biases and ", norms.size(), " norms; 7, 3 or none, and 2 are needed");
+  REQUIRE(weights.size() == 7 && norms.size() == 2 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(),
+          " weights, ", biases.size(), " biases and ", norms.size(), " norms; 7, 3 or none, and 2 are needed");
   x = one_token(x, op);
   check_rotary(cos, table, op);
   const int64_t rows = x.size(0), inputs = x.size(2);
@@ -118,16 +118,13 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   "Tensor rules, int lag, float scaling, float softcap, Tensor? sink_logits"
 #define DONE ") -> (Tensor, SymInt)"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(moacompress_cpu, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE);
-  m.def("step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, " CACHE DONE);
-  m.def("step_layer(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(moacompress_cpu, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear_op));
-  m.impl("step", TORCH_BOX(&step_op));
-  m.impl("step_hidden", TORCH_BOX(&step_hidden_op));
-  m.impl("step_layer", TORCH_BOX(&step_layer_op));
-}
+static const moacompress::Operators operators("moacompress_cpu", {
+    {"linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+     Boxed<&linear_op>::call},
+    {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE,
+     Boxed<&step_op>::call},
+    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, " CACHE DONE,
+     Boxed<&step_hidden_op>::call},
+    {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
+     Boxed<&step_layer_op>::call},
+});

@@ -54,13 +54,21 @@ def load() -> Built:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        return Built(None, f"{LIBRARY.name} cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}")
+        return _not_loaded(str(error))
+    library.moacompress_problem.restype = ctypes.c_char_p
+    problem = library.moacompress_problem().decode()
+    if problem:
+        return _not_loaded(problem)
     library.moacompress_isa.restype = ctypes.c_char_p
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:
         set_isa(wanted)
     register()
     return Built(library.moacompress_isa().decode())
+
+
+def _not_loaded(reason: str) -> Built:
+    return Built(None, f"{LIBRARY.name} cannot be loaded: {(reason.splitlines() or ['no reason given'])[0]}")
 
 
 def missing(environ: Mapping[str, str]) -> str:

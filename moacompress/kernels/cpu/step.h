@@ -29,18 +29,18 @@ struct LayerCache {
   LayerCache(const Tensors& keys, const Tensors& values, const Tensor& table, const Tensor& lengths, const Tensor& runs,
              const Tensor& refs, const Rest& rest, int64_t lag, const Shape& shape, ScalarType type, const char* op)
       : keys(keys, shape.head_dim, type, op, "keys"), values(values, shape.value_dim, type, op, "values"), lag(lag), rest(rest) {
-    STD_TORCH_CHECK(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
-                    " of values; at least one of each, and as many, are needed");
+    REQUIRE(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
+            " of values; at least one of each, and as many, are needed");
     dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "table");
     dense(runs, {RUNS, 2, shape.rows, shape.kv_heads}, ScalarType::Long, op, "runs");
     dense(refs, {-1}, ScalarType::Int, op, "refs");
     numbers(lengths, shape.rows, op, "lengths");
     blocks = refs.size(0);
-    STD_TORCH_CHECK(this->keys.first_block.back() == blocks && this->values.first_block.back() == blocks, op, ": the pool has ",
-                    this->keys.first_block.back(), " blocks of keys and ", this->values.first_block.back(),
-                    " of values, refs counts ", blocks);
-    STD_TORCH_CHECK(lag >= 0, op, ": lag is ", lag);
-    STD_TORCH_CHECK(shape.kv_heads < ROOM_HEADS, op, ": ", shape.kv_heads, " KV heads; at most ", ROOM_HEADS - 1);
+    REQUIRE(this->keys.first_block.back() == blocks && this->values.first_block.back() == blocks, op, ": the pool has ",
+            this->keys.first_block.back(), " blocks of keys and ", this->values.first_block.back(),
+            " of values, refs counts ", blocks);
+    REQUIRE(lag >= 0, op, ": lag is ", lag);
+    REQUIRE(shape.kv_heads < ROOM_HEADS, op, ": ", shape.kv_heads, " KV heads; at most ", ROOM_HEADS - 1);
     ids = static_cast<int32_t*>(table.mutable_data_ptr());
     width = table.size(2);
     this->lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
@@ -52,13 +52,13 @@ struct LayerCache {
 // Puts into a cache what it has of the tokens that gates keep: of each segment the tokens' scores, the table of what is kept, and how
 // many tokens have left.
 inline void put_chosen(LayerCache& cache, const Shape& shape, const Tensors& scores, const Tensor& table, const Tensor& left, const char* op) {
-  STD_TORCH_CHECK(scores.size() == cache.keys.base.size(), op, ": ", scores.size(), " segments of scores, of ", cache.keys.base.size());
+  REQUIRE(scores.size() == cache.keys.base.size(), op, ": ", scores.size(), " segments of scores, of ", cache.keys.base.size());
   dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates keep");
   dense(left, {shape.rows, shape.kv_heads}, ScalarType::Long, op, "the tokens that have left");
   cache.chosen = {static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2), static_cast<int64_t*>(left.mutable_data_ptr()), nullptr};
   cache.beside.push_back(PoolViews::of_bytes(scores, SCORE_BYTES * BLOCK, op, "scores"));
-  STD_TORCH_CHECK(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ", cache.beside.back().first_block.back(),
-                  " blocks of ", cache.blocks);
+  REQUIRE(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ", cache.beside.back().first_block.back(),
+          " blocks of ", cache.blocks);
   cache.planes.push_back(cache.beside.back().view());
   for (int64_t head = 0; head < shape.kv_heads; head++)
     cache.beside_bytes.push_back(cache.rest.rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
@@ -71,7 +71,7 @@ struct Scratch {
 
   char* of(size_t wanted, const char* op) {
     if (!held || wanted > bytes) held.emplace(bytes = wanted);
-    STD_TORCH_CHECK(held->get(), op, ": no memory for ", wanted, " bytes");
+    REQUIRE(held->get(), op, ": no memory for ", wanted, " bytes");
     return held->get();
   }
 };
@@ -148,8 +148,8 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
                     const int16_t* scores = nullptr) {
   const Shape& shape = token.shape;
   for (int64_t row = 0; row < shape.rows; row++)
-    STD_TORCH_CHECK(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
-                    " tokens");
+    REQUIRE(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
+            " tokens");
   const Rest& rest = cache.rest;
   Missing missing;
   Chosen chosen = cache.chosen;
@@ -206,7 +206,7 @@ inline size_t bytes_of(DType dtype, int64_t count) { return (size_t(count) * ele
 // The input of a step, [rows, 1, inputs], contiguous.
 inline Tensor one_token(const Tensor& x, const char* op) {
   check(x, {-1, 1, -1}, x.scalar_type(), op, "the input");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return contiguous(x);
 }
 
 // Rotary position embeddings of one token, for `rows` rows or for all alike.
@@ -216,10 +216,10 @@ struct Rotary {
 
   Rotary(const Tensor& cos, const Tensor& sin, int64_t rows, int64_t dim, ScalarType type, const char* op)
       : cos(cos.const_data_ptr()), sin(sin.const_data_ptr()) {
-    STD_TORCH_CHECK(dim > 0 && dim % 2 == 0, op, ": the rotary embeddings have ", dim, " dimensions, not an even number");
+    REQUIRE(dim > 0 && dim % 2 == 0, op, ": the rotary embeddings have ", dim, " dimensions, not an even number");
     for (const Tensor* t : {&cos, &sin}) {
       check_rows(*t, {-1, 1, dim}, type, op, t == &cos ? "cos" : "sin");
-      STD_TORCH_CHECK(t->size(0) == rows || t->size(0) == 1, op, ": rotary embeddings of ", t->size(0), " rows for ", rows);
+      REQUIRE(t->size(0) == rows || t->size(0) == 1, op, ": rotary embeddings of ", t->size(0), " rows for ", rows);
     }
     cos_row = cos.size(0) == 1 ? 0 : cos.stride(0);
     sin_row = sin.size(0) == 1 ? 0 : sin.stride(0);
@@ -234,20 +234,20 @@ struct Projections {
 
   Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
               DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false) {
-    STD_TORCH_CHECK(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
+    REQUIRE(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
     for (size_t i = 0; i < 3; i++) calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
     if (anchor) {
       shape = *anchor;
       const int64_t queries = copies ? 0 : shape.kv_heads * shape.group * shape.head_dim, values = shape.kv_heads * shape.value_dim;
-      STD_TORCH_CHECK(kv_heads == shape.kv_heads && calls[0].outputs == queries && calls[1].outputs == 0 && calls[2].outputs == values,
-                      op, ": the weights of a layer that shares attention have ", calls[0].outputs, ", ", calls[1].outputs, " and ",
-                      calls[2].outputs, " outputs, not ", queries, ", 0 and ", values);
+      REQUIRE(kv_heads == shape.kv_heads && calls[0].outputs == queries && calls[1].outputs == 0 && calls[2].outputs == values,
+              op, ": the weights of a layer that shares attention have ", calls[0].outputs, ", ", calls[1].outputs, " and ",
+              calls[2].outputs, " outputs, not ", queries, ", 0 and ", values);
       return;
     }
     for (size_t i = 0; i < 3; i++) {
       const int64_t of = i == 2 ? kv_heads : kv_heads * dim;
-      STD_TORCH_CHECK(calls[i].outputs > 0 && calls[i].outputs % of == 0 && (i != 1 || calls[i].outputs == of), op, ": weight ", i,
-                      " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
+      REQUIRE(calls[i].outputs > 0 && calls[i].outputs % of == 0 && (i != 1 || calls[i].outputs == of), op, ": weight ", i,
+              " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
     }
     shape = {dtype, 0, kv_heads, calls[0].outputs / (kv_heads * dim), dim, calls[2].outputs / kv_heads};
   }
@@ -296,16 +296,16 @@ struct DecoderLayer {
   DecoderLayer(const Tensor* weights, const Tensor* biases, const Tensor* norms, double eps, int64_t inputs, int64_t kv_heads,
                int64_t dim, ScalarType type, DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false)
       : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, anchor, copies), eps(float(eps)) {
-    STD_TORCH_CHECK(eps >= 0, op, ": eps is ", eps);
+    REQUIRE(eps >= 0, op, ": eps is ", eps);
     for (size_t i = 0; i < 2; i++) scales[i] = dense(norms[i], {inputs}, type, op, "a norm");
     const Shape& shape = projections.shape;
     output = linear_call(type, dtype, shape.kv_heads * shape.group * shape.value_dim, weights[3], nullptr, op);
     gate = linear_call(type, dtype, inputs, weights[4], nullptr, op);
     const LinearCall up = linear_call(type, dtype, inputs, weights[5], nullptr, op);
     last = linear_call(type, dtype, gate.outputs, weights[6], nullptr, op);
-    STD_TORCH_CHECK(up.outputs == gate.outputs && output.outputs == inputs && last.outputs == inputs, op,
-                    ": the weights after attention have ", output.outputs, ", ", gate.outputs, ", ", up.outputs, " and ",
-                    last.outputs, " outputs; the first and last must be ", inputs, ", the others alike");
+    REQUIRE(up.outputs == gate.outputs && output.outputs == inputs && last.outputs == inputs, op,
+            ": the weights after attention have ", output.outputs, ", ", gate.outputs, ", ", up.outputs, " and ",
+            last.outputs, " outputs; the first and last must be ", inputs, ", the others alike");
     gate.up = up.weight;
   }
 
