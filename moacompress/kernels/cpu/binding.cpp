@@ -201,11 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What kept operators from being registered when the library was loaded; empty if nothing did.
-EXPORT const char* moacompress_problem() { return moacompress::registration_problem().c_str(); }
-
-// Name of the instruction set that the kernels use.
-EXPORT const char* moacompress_isa() { return isa_name(isa()); }
+// Name of the instruction set that the kernels use; null if torch refused the operators.
+EXPORT const char* moacompress_isa() { return all_registered() ? isa_name(isa()) : nullptr; }
 
 // Chooses an instruction set by name; false where it is unknown or this processor lacks it.
 EXPORT bool moacompress_set_isa(const char* name) {

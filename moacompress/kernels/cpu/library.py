@@ -55,11 +55,9 @@ def load() -> Built:
         library = ctypes.CDLL(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return _not_loaded(str(error))
-    library.moacompress_problem.restype = ctypes.c_char_p
-    problem = library.moacompress_problem().decode()
-    if problem:
-        return _not_loaded(problem)
     library.moacompress_isa.restype = ctypes.c_char_p
+    if library.moacompress_isa() is None:
+        return _not_loaded("torch refused its operators; the reason stands on stderr")
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:
         set_isa(wanted)

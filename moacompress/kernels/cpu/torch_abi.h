@@ -5,6 +5,7 @@
 // tests/kernels/test_torch_abi.py holds the declarations against the headers of the installed torch.
 #pragma once
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -283,10 +284,11 @@ struct Operator {
   void (*kernel)(StableIValue*, uint64_t, uint64_t);
 };
 
-// What kept operators from being registered; empty if nothing did. An exception while a library is loaded ends the process.
-inline std::string& registration_problem() {
-  static std::string problem;
-  return problem;
+// Whether every operator was registered. What kept one from it goes to stderr: an exception while a library is loaded would end the
+// process.
+inline bool& all_registered() {
+  static bool all = true;
+  return all;
 }
 
 // Operators of a namespace of torch's, registered as long as this lives.
@@ -303,7 +305,8 @@ class Operators {
         TORCH_CALL(torch_library_impl, kernels_.handle, name.c_str(), each.kernel, TORCH_ABI);
       }
     } catch (const std::exception& problem) {
-      registration_problem() = problem.what();
+      all_registered() = false;
+      std::fprintf(stderr, "%s: torch refused the operators of %s: %s\n", file, space, problem.what());
     }
   }
 
