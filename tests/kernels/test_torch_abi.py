@@ -141,11 +141,11 @@ def test_arguments_are_released_and_results_handed_over() -> None:
     operators = torch.ops.moacompress_cpu
     weight, bias = torch.randn(3, 4), torch.randn(3)
     x = torch.randn(4, 2).t()  # not contiguous: a copy is made
-    held = [part._use_count() for part in (x, weight, bias)]  # type: ignore[operator]
+    held = [part._use_count() for part in (x, weight, bias)]  # type: ignore[attr-defined]
     for given in (bias, None):
         out = operators.linear(x, weight, given)
         assert torch.allclose(out, torch.nn.functional.linear(x, weight, given), atol=1e-6)
-        assert out._use_count() == torch.zeros(2)._use_count()  # type: ignore[operator]
+        assert out._use_count() == torch.zeros(2)._use_count()  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="^read_layers: "):
         operators.read_layers([weight, weight], [bias], [x], 1e-5, 4, [weight], 1.0, weight, [])
-    assert [part._use_count() for part in (x, weight, bias)] == held  # type: ignore[operator]
+    assert [part._use_count() for part in (x, weight, bias)] == held  # type: ignore[attr-defined]
