@@ -19,6 +19,7 @@ from moacompress.core.files import is_within, new_folder, write_text
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
+from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, is_compressed, load_source
 from moacompress.models.stored_plan import stored_plan
 from moacompress.recipe import CONSENT, shared_name
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from moacompress.search.repaired import Repaired
 
 logger = logging.getLogger(__name__)
-
-LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 
 
 def export(
@@ -303,33 +302,6 @@ def save_dense(model: str | Path, out: str | Path, dtype: str = "auto", *, trust
         for licence in licence_files(source.source):
             shutil.copyfile(licence, aside / licence.name)
     return Path(out)
-
-
-def licence_files(source: str) -> list[Path]:
-    """Returns the licence and notice files that come with MODEL.
-
-    For a folder these lie in it; for a `.gguf` file beside it or in the `*.dist-info` folder of the package it came in; for
-    a hub id they are fetched, and a failure to do so is logged.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return _matching(path)
-    if path.is_file():
-        return _matching(path.parent) or [
-            file for info in sorted(path.parent.parent.glob("*.dist-info")) for file in _matching(info)
-        ]
-    try:
-        from huggingface_hub import snapshot_download
-
-        return _matching(Path(snapshot_download(source, allow_patterns=list(LICENCE_PATTERNS))))
-    except Exception as error:  # the hub raises many kinds; a licence file is no reason to fail an export
-        logger.warning("the licence files of %s could not be fetched: %s", source, error)
-        return []
-
-
-def _matching(folder: Path) -> list[Path]:
-    found: Iterable[Path] = (file for pattern in LICENCE_PATTERNS for file in folder.glob(pattern))
-    return sorted({file for file in found if file.is_file()})
 
 
 def check_reusable(folder: Path, plan: Plan, repair: Profile | None = None) -> bool:

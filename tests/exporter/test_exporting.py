@@ -15,10 +15,10 @@ from moacompress.exporter.exporting import (
     check_reusable,
     export,
     exported_plan,
-    licence_files,
     save_dense,
     warn_of_budget,
 )
+from moacompress.exporter.licences import licence_files
 from moacompress.models.source import load_source
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
@@ -288,8 +288,43 @@ def test_save_dense_round_trip(tiny_folder, tmp_path):
 def test_licence_beside_a_packaged_gguf(tmp_path):
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg" / "model.gguf").touch()
-    (tmp_path / "pkg-1.0.dist-info").mkdir()
-    (tmp_path / "pkg-1.0.dist-info" / "LICENSE").touch()
+    records = {
+        "pkg-1.0": "pkg/model.gguf,sha256=x,0\npkg/NOTICE.txt,,\n",
+        "other-2.0": "other/__init__.py,,\n",
+        "bare-3": None,
+    }
+    for name, record in records.items():
+        info = tmp_path / f"{name}.dist-info"
+        info.mkdir()
+        (info / "LICENSE").touch()
+        if record is not None:
+            (info / "RECORD").write_text(record)
+    (tmp_path / "pkg" / "__init__.py").touch()
     assert licence_files(str(tmp_path / "pkg" / "model.gguf")) == [tmp_path / "pkg-1.0.dist-info" / "LICENSE"]
-    (tmp_path / "pkg" / "NOTICE.txt").touch()
-    assert licence_files(str(tmp_path / "pkg" / "model.gguf")) == [tmp_path / "pkg" / "NOTICE.txt"]
+    licences = tmp_path / "pkg-1.0.dist-info" / "licenses"
+    licences.mkdir()
+    (licences / "NOTICE").touch()
+    for name in ("NOTICE.txt", "COPYING"):  # the second one is of no package
+        (tmp_path / "pkg" / name).touch()
+    found = licence_files(str(tmp_path / "pkg" / "model.gguf"))
+    assert found == [licences.parent / "LICENSE", licences / "NOTICE", tmp_path / "pkg" / "NOTICE.txt"]
+
+
+def test_a_licence_beside_a_gguf_is_taken_where_all_is_of_models(tmp_path, caplog):
+    gguf = tmp_path / "model.gguf"
+    for name in ("model.gguf", "tokenizer.json", "README.md", "GEMMA_TERMS.html", ".gitattributes", "LICENSE"):
+        (tmp_path / name).touch()
+    assert licence_files(str(gguf)) == [tmp_path / "LICENSE"]
+    assert caplog.text == ""
+    for other in ("setup.py", "src", "package.json"):
+        path = tmp_path / other
+        path.mkdir() if other == "src" else path.touch()
+        caplog.clear()
+        assert licence_files(str(gguf)) == []
+        assert f"{tmp_path} holds LICENSE, which may not be of model.gguf, as there is {other} too" in caplog.text
+        path.rmdir() if other == "src" else path.unlink()
+    (tmp_path / "LICENSE").unlink()
+    (tmp_path / "setup.py").touch()
+    caplog.clear()
+    assert licence_files(str(gguf)) == []
+    assert caplog.text == ""
