@@ -286,6 +286,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
             process is at work on something in `out`.
     """
     from moacompress.calibration.manifest import clear_profile, is_profile
+    from moacompress.search.alternatives import check_baselines
 
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
@@ -293,6 +294,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         # not even with --overwrite: a mistyped folder must not cost somebody's files
         if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
+    check_baselines(out / PLAN_FILE)
     for name in inputs:
         for path in going:
             if is_within(name, path):

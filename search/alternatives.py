@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moacompress.core.artefact_names import baselines_folder
-from moacompress.core.files import remove
+from moacompress.core.artefact_names import TEMPORARY, baselines_folder, gates_file
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import BrokenJson, read_json, remove
 from moacompress.core.progress import Progress
 from moacompress.recipe import shared_name
 from moacompress.rules.cost import layer_floors, meets
@@ -56,6 +57,7 @@ def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str
         alternatives: by family.
     """
     profile, folder = request.profile, baselines_folder(out)
+    check_baselines(out)
     remove([folder])
     for family, other in alternatives.items():
         plan = other.plan.with_notes(
@@ -68,6 +70,41 @@ def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str
             },
         )
         plan.save(folder / f"{family}.json")
+
+
+def check_baselines(out: Path) -> None:
+    """Refuses a search whose folder of baselines is somebody else's: what an earlier search left there goes, and nothing else.
+
+    Args:
+        out: place of the found plan.
+
+    Raises:
+        ArtefactError: the folder holds something that no search wrote, or there is a file of that name.
+    """
+    folder = baselines_folder(out)
+    if not folder.exists():
+        return
+    found = set(folder.iterdir()) if folder.is_dir() else {folder}
+    plans = {path for path in found if path.parent == folder and _is_baseline(path)}
+    known = plans | {folder / f"{family}.json" for family in FAMILIES}
+    gates = set(map(gates_file, known))
+    half = {path for path in found if path.is_file() and path.name.startswith(".") and path.suffix == TEMPORARY}
+    for path in sorted(found - plans - gates - half):
+        raise ArtefactError(f"{path} was not left by a search; move it, or choose another file for the plan")
+
+
+def _is_baseline(path: Path) -> bool:
+    """Whether a file is a plan that was written as a baseline, by this version or another."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        data = read_json(path, "plan")
+    except BrokenJson:
+        return path.stem in FAMILIES
+    except ArtefactError:
+        return False
+    notes = data.get("provenance") if isinstance(data, dict) else None
+    return isinstance(notes, dict) and notes.get("baseline") == path.stem
 
 
 def measure_alternatives(

@@ -80,7 +80,7 @@ def find_front(
     with own_file(out), quiet_optuna(), ExitStack() as owned:
         _claim(out, key, overwrite)
         owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
-        source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
+        source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         try:
             request = request.repaired(source, deadline.within(progress))

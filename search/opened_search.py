@@ -57,7 +57,7 @@ def opened(
     if storage is None and out is not None:
         storage = str(study_journal(out))
     with quiet_optuna(), own_study(storage, name, anew=anew):
-        source = load_for(request.recipe, model or profile.source, trust_remote_code=trust_remote_code)
+        source = model or load_for(request.recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         if out is not None:
             write_first(request, out)

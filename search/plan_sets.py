@@ -21,6 +21,7 @@ from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
+from moacompress.search.alternatives import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.search_request import Knob, SearchRequest, offered
 from moacompress.search.search_result import SearchResult
@@ -65,7 +66,7 @@ def find_plans(
     deadline = deadline or Deadline(recipe.search.timeout)
     for asked in budgets:
         SearchRequest.of(profile, list(asked), recipe)
-    source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
+    source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
     if overwrite:
         remove([front_file(out)])
     found: list[SearchResult] = []
@@ -172,7 +173,7 @@ def find_smallest(
     deadline = deadline or Deadline(recipe.search.timeout)
     with own_file(out):
         _claim(out, profile, loss, overwrite)
-        source = load_for(recipe, model or profile.source, trust_remote_code=trust_remote_code)
+        source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         return _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
 
 
@@ -249,6 +250,7 @@ def _smallest(
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
     """Refuses a file that is not an earlier result of the same request; if all is to begin anew, it goes."""
     if overwrite and not out.is_dir():
+        check_baselines(out)
         remove(of_search(out))
     if not out.exists():
         return

@@ -22,6 +22,7 @@ from moacompress.core.owners import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.search.alternatives import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.found_plan import stopped_at_once, write_found
 from moacompress.search.opened_search import opened
@@ -96,6 +97,7 @@ def find_plan(
             plan = found_before(path, request.key, request.recipe.search.trials, overwrite)
             if plan is not None:
                 return SearchResult.of(plan, path, time.monotonic() - started)
+            check_baselines(path)
             if overwrite:
                 remove(of_search(path))
         deadline = deadline or Deadline(request.recipe.search.timeout, started)

@@ -56,6 +56,8 @@ HEAL_BEST_FILE = "best.safetensors"
 
 PARTIAL = ".partial"
 """End of the name of a folder that is being written, or removed."""
+REPLACED = ".replaced"
+"""End of the name that a whole folder has while another one takes its place."""
 TEMPORARY = ".tmp"
 """End of the name of a file that is being written."""
 OWNER = ".owner"

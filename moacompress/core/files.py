@@ -1,4 +1,8 @@
-"""Files on disk: atomic writes, bounded reads, fingerprints. Every artefact is written aside and moved into place."""
+"""Files on disk: atomic writes, bounded reads, fingerprints. Every artefact is written aside and moved into place.
+
+A folder that takes the place of another is moved there in two steps: the earlier one out of the way, under a name of its own,
+and then the new one in. Whenever a process is killed, one of the two is whole, and the next sweep puts it in its place.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import OWNER, PARTIAL, TEMPORARY, owner_of_file
+from moacompress.core.artefact_names import OWNER, PARTIAL, REPLACED, TEMPORARY, owner_of_file
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.owners import own_file, release_dead
 
@@ -165,9 +169,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
     """
     target = Path(target)
+    sweep_folders(target)
     if not overwrite:
         _refuse(target)
-    sweep_folders(target)
     with _aside(target) as aside:
         try:
             aside.mkdir(parents=True)
@@ -213,10 +217,18 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 
 
 def sweep_folders(target: Path) -> None:
-    """Removes what dead processes left of a folder that they were making or removing; what a live one makes stays."""
-    name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}{re.escape(PARTIAL)})(?:{re.escape(OWNER)})?")
+    """Removes what dead processes left of a folder that they were making or removing; what a live one makes stays.
+
+    Where a process was killed while it put one folder in the place of another, and neither is there, the earlier one is again.
+    """
+    ends = f"{re.escape(PARTIAL)}|{re.escape(REPLACED)}"
+    name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}(?:{ends}))(?:{re.escape(OWNER)})?")
     for folder in {target.parent / match[1] for match in map(name.fullmatch, _names(target.parent)) if match}:
-        if release_dead(owner_of_file(folder)):
+        if not release_dead(owner_of_file(folder)):
+            continue
+        if folder.suffix == REPLACED:
+            _give_back(folder, target)
+        else:
             _delete(folder)
 
 
@@ -235,7 +247,7 @@ def _refuse(target: Path) -> None:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """Yields a new name beside a folder, for what is made of it or goes; what has that name in the end is removed."""
-    path = target.parent / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
+    path = _beside(target, PARTIAL)
     with own_file(path):
         try:
             yield path
@@ -243,18 +255,37 @@ def _aside(target: Path) -> Iterator[Path]:
             _delete(path)
 
 
+def _beside(target: Path, end: str) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(4)}{end}"
+
+
 def _put(aside: Path, target: Path) -> None:
-    """Moves a folder into place, over what is there; if that fails, what was there is there again."""
+    """Moves a folder into place, over what is there; if that fails, what was there is there again.
+
+    A process that is killed between the two moves leaves both folders whole, and `sweep_folders` puts the earlier one back.
+    """
     if not os.path.lexists(target):
         os.replace(aside, target)
         return
-    with _aside(target) as old:
-        os.replace(target, old)
+    old = _beside(target, REPLACED)
+    with own_file(old):
         try:
+            os.replace(target, old)
             os.replace(aside, target)
-        except OSError:
+        finally:
+            _give_back(old, target)
+
+
+def _give_back(old: Path, target: Path) -> None:
+    """Gives a folder that was moved out of the way its place again, unless another has taken it; then it is removed."""
+    if not os.path.lexists(old):
+        return
+    if not os.path.lexists(target):
+        with suppress(FileNotFoundError):  # another process has just done it
             os.replace(old, target)
-            raise
+        return
+    with suppress(OSError), _aside(target) as going:  # what is half removed must not be given back
+        os.replace(old, going)
 
 
 def _delete(path: Path) -> None:

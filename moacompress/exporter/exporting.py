@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
-from moacompress.core.files import is_within, new_folder, write_text
+from moacompress.core.files import is_within, new_folder, sweep_folders, write_text
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
 from moacompress.exporter.fresh import Continuation, verify_fresh
@@ -76,6 +76,7 @@ def export(
     plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
     profile = _read_profile(repair)
     inputs = _read_places(model, profile) if overwrite else ()
+    sweep_folders(out)
     check_place(out, inputs)
     reused = not overwrite and _holds_something(out)
     if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):

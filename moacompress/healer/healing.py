@@ -328,6 +328,7 @@ def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResu
     """Returns what this very heal made, or None; refuses anything else that is at `out`."""
     if out.resolve() == request.checkpoint.folder.resolve():
         raise ArtefactError(f"{out} is the model that is to be healed; choose another folder")
+    sweep_folders(out)
     check_place(out, request.places if overwrite else ())
     if overwrite or not out.exists() or not any(out.iterdir()):
         return None
@@ -497,7 +498,6 @@ def _write(
         _put_best(fresh.model, work)
     give_notes(fresh.model, plan)
     source = SourceModel(fresh.model, fresh.tokenizer, str(folder), plan.model, context_length(fresh.model))
-    sweep_folders(result.folder)
     if result.folder.is_dir() and not any(result.folder.iterdir()):
         result.folder.rmdir()
     with new_folder(result.folder, overwrite) as aside:

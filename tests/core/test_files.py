@@ -27,6 +27,7 @@ from moacompress.core.files import (
     write_json,
     write_text,
 )
+from moacompress.core.owners import own_file
 
 
 def test_equal_values_have_equal_fingerprints() -> None:
@@ -152,6 +153,85 @@ def test_an_overwrite_that_fails_half_way_puts_the_old_folder_back(
         overwrite()
     assert [file.name for file in target.iterdir()] == ["old"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from moacompress.core import files
+left, target = int(sys.argv[1]), Path(sys.argv[2])
+names = ("replace", "rmdir", "unlink", "rename")
+for name in names:
+    def counted(*args, call=getattr(os, name), **rest):
+        global left
+        if armed and left == 0:
+            os._exit(9)
+        left -= armed
+        return call(*args, **rest)
+    setattr(os, name, counted)
+armed = False
+with files.new_folder(target, overwrite=True) as folder:
+    (folder / "weights").write_text("new")
+    (folder / "config").write_text("new")
+    armed = True
+os._exit(0)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    found = set()
+    for stop in range(40):
+        target = tmp_path / str(stop) / "out"
+        target.mkdir(parents=True)
+        for name in ("weights", "config"):
+            (target / name).write_text("old")
+        command = [sys.executable, "-c", KILLED, str(stop), str(target)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode in (0, 9), ended.stderr
+        files.sweep_folders(target)
+        whole = {(target / name).read_text() for name in ("weights", "config")}
+        assert len(whole) == 1
+        assert [path.name for path in target.parent.iterdir()] == ["out"]
+        found |= whole
+        if ended.returncode == 0:
+            break
+    assert stop > 2
+    assert found == {"old", "new"}
+
+
+def test_an_interrupt_between_the_moves_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace = os.replace
+
+    def interrupted(source: Path, to: Path) -> None:
+        replace(source, to)
+        if Path(source) == target:
+            raise KeyboardInterrupt
+
+    def overwrite() -> None:
+        with new_folder(target, overwrite=True) as folder:
+            (folder / "new").write_text("new")
+            monkeypatch.setattr(os, "replace", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        overwrite()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_what_a_live_process_is_replacing_is_left_to_it(tmp_path: Path) -> None:
+    """Another one that looks between the two moves neither restores the old folder nor removes it."""
+    target, old = tmp_path / "out", tmp_path / ".out.01234567.replaced"
+    old.mkdir()
+    with own_file(old):
+        files.sweep_folders(target)
+        assert old.exists()
+        assert not target.exists()
+    files.sweep_folders(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_of_the_search(
     search(profile, out=out)
     for name in ("plan.baselines/old.json", "plan.rounds/key/samples/00000.safetensors", "plan.scouts/99.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("of before")
+        (tmp_path / name).write_text('{"provenance": {"baseline": "old"}}')
     (tmp_path / ".plan.json.abcdefgh.tmp").write_text("half a pl")
     (tmp_path / "plan.study.journal.lock").write_text("")
     own = ("plan.txt", "plan.notes.json", "plan-25.json", "plan.study.journal.copy", "other.study.journal")
@@ -202,6 +202,20 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_of_the_search(
     assert left <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     assert {path.name for path in tmp_path.iterdir()} == {*own, "whole", *(path.parts[0] for path in left)}
     assert all((tmp_path / name).read_text() == "mine" for name in own)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("theirs", ["notes.txt", "results.json", "deep/notes.txt", None])
+def test_a_folder_that_no_search_left_is_not_removed(
+    search: Search, profiles: Profiles, tmp_path: Path, theirs: str | None, overwrite: bool
+) -> None:
+    folder = tmp_path / "plan.baselines"
+    file = folder if theirs is None else folder / theirs
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(ArtefactError, match=r"plan.baselines.* was not left by a search; move it, or choose another"):
+        search(profiles(trials=1), out=tmp_path / "plan.json", overwrite=overwrite)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {file}
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
