@@ -280,7 +280,8 @@ def search_script() -> str:
 import importlib.util, sys
 from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
-fakes = importlib.util.module_from_spec(spec); spec.loader.exec_module(fakes)
+fakes = importlib.util.module_from_spec(spec); sys.modules["fakes"] = fakes  # dataclasses look for the module of their class
+spec.loader.exec_module(fakes)
 from moacompress.search import opened_search
 from moacompress.search.study import find_plan
 profile = fakes.make_profile()
