@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("plan", metavar="NAME=PLAN", help="a plan with gates")
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME=PLAN", help="other plans")
     parser.add_argument("--scores", default=",".join(SCORES), help="with commas")
-    parser.add_argument("--tasks", default="needle-prose,needle-prose-uuid,multi-needle-prose", help="with commas")
+    parser.add_argument("--tasks", default="needle-prose,needle-prose-uuids,multi-needle-prose", help="with commas")
     parser.add_argument("--lengths", default="1k", help="tokens, with commas")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
     parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")

@@ -57,6 +57,7 @@ class Manifest:
         seconds: time that the samples took.
         complete: whether everything is there.
         gates: fingerprint of the gates that rules which select choose by; empty until they are there.
+        wording: digest of what prompts said when it was begun; empty where an older version began it.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Manifest:
     seconds: float = 0.0
     complete: bool = False
     gates: str = ""
+    wording: str = ""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -134,8 +136,10 @@ class Manifest:
                 "validation_fingerprint",
                 "digest",
                 "gates",
+                "wording",
             )
-            data.setdefault("gates", "")
+            for name in ("gates", "wording"):
+                data.setdefault(name, "")
             return Manifest(
                 shape=ModelShape(**shape),
                 rules=tuple(Rule.from_list(rule) for rule in data["rules"]),
@@ -202,10 +206,19 @@ def recipe_in(folder: Path, model: str | None) -> Recipe | None:
     Raises:
         ArtefactError: a profile that this version does not accept, or something else of that name.
     """
-    found = _read(folder) if _has_begun(folder) else None
+    found = begun_profile(folder)
     if found is None:
         return None
     return found.recipe if model is None or found.source in (model, str(Path(model).resolve())) else None
+
+
+def begun_profile(folder: Path) -> Manifest | None:
+    """Returns the manifest of a profile of which something was saved; None where nothing was, or it is damaged.
+
+    Raises:
+        ArtefactError: a profile that this version does not accept, or something else of that name.
+    """
+    return _read(folder) if _has_begun(folder) else None
 
 
 def is_profile(folder: Path) -> bool:
@@ -333,7 +346,7 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
         _forget_samples(folder)
         return replace(manifest, seconds=0.0)
     if found.request == manifest.request:
-        return found
+        return found if _has_begun(folder) else replace(found, wording=manifest.wording)
     if not _has_begun(folder):
         return None  # the other request failed before anything was saved
     raise ArtefactError(

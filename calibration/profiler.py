@@ -37,6 +37,7 @@ from moacompress.calibration.samples import Sample, fingerprint_ordered, fingerp
 from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import DRAWN, Floats32, Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
+from moacompress.calibration.wording import calibration_wording, check_wording
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.files import digest_files
@@ -293,13 +294,16 @@ def profile(
     with own_folder(out):
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
-        manifest = prepare(out, Manifest(source.source, shape, rules, recipe, request, key), overwrite)
+        trains = around is None and any(rule.selects for rule in rules)
+        asked = Manifest(source.source, shape, rules, recipe, request, key, wording=calibration_wording())
+        if not overwrite:
+            check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
+        manifest = prepare(out, asked, overwrite)
         if manifest.complete and (not manifest.has_gates or _known_gates(out, manifest) is not None):
             try:
                 return Profile.load(out)
             except ArtefactError as error:
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
-        trains = manifest.has_gates and around is None
         # too little data is found before anything is answered
         drafts = gate_drafts(source, manifest.recipe) if trains and _known_gates(out, manifest) is None else None
         manifest, samples = _make_samples(out, source, manifest, progress, anew=drafts is not None)
@@ -418,10 +422,10 @@ def _make_samples(
     makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
     calibration = makes("calibration", None if anew else manifest.calibration_fingerprint)
     validation = makes("validation", manifest.validation_fingerprint)
-    ids = fingerprint_ordered(calibration)
+    parts = manifest.request, manifest.wording, fingerprint_ordered(calibration)
     manifest = replace(
         manifest,
-        fingerprint=hashlib.sha256(f"{manifest.request} {ids}".encode()).hexdigest()[:16],
+        fingerprint=hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:16],
         calibration_fingerprint=fingerprint_samples(calibration),
         validation_fingerprint=fingerprint_samples(validation),
         complete=False,

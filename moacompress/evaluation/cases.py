@@ -21,8 +21,8 @@ class Case:
         is_value: for each of `answer_ids` whether it counts in accuracy and NLL: the digits where the answer is a
             number, the value's tokens otherwise; at least one does.
         references: strings looked for in the greedy answer, whatever their case.
-        match: how. `all`: the share of references found (RULER); `any`: 1 if one is found (question answering);
-            `last-integer`: 1 if the last integer of the answer is the reference (LongEval).
+        match: how. `all`: the share of references found; `any`: 1 if one is found (question answering);
+            `last-integer`: 1 if the last integer of the answer is the reference.
         new_tokens: most tokens generated.
         turn_at: `prompt_ids[turn_at:]` is a second turn, fed as a forward of its own on the cache of the first part;
             None for a prompt of one part.

@@ -80,7 +80,7 @@ TASKS = {
 }
 KEYS_OF_KIND = {"needle": 1, "multi-needle": 4}
 _KIND_OF_VALUE = {"numbers": "number", "uuids": "uuid", "codes": "code"}
-_ENDING = {"numbers": "", "uuids": "-uuid", "codes": "-code"}
+_ENDING = {"numbers": "", "uuids": "-uuids", "codes": "-codes"}
 """How the name of a needle task ends, by its values."""
 _DRAW = {"numbers": draw_numbers, "uuids": draw_uuids, "codes": draw_codes}
 

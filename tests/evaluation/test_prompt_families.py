@@ -111,10 +111,10 @@ def test_one_among_noise(write: Any) -> None:
 def test_needles_hide_among_their_like(write: Any) -> None:
     for name, key, value in (
         ("needle-distractors", r"[a-z]+-[a-z]+", r"\d{7}"),
-        ("needle-distractors-uuid", r"[\da-f-]{36}", r"[\da-f-]{36}"),
+        ("needle-distractors-uuids", r"[\da-f-]{36}", r"[\da-f-]{36}"),
     ):
         draft = write(name, 3000)
-        kind = "uuid" if name.endswith("uuid") else "number"
+        kind = "uuid" if name.endswith("uuids") else "number"
         lines = lines_of(draft)
         assert len(set(lines)) == len(lines) > 15
         for line in lines:
@@ -127,7 +127,7 @@ def test_needles_hide_among_their_like(write: Any) -> None:
     ("name", "hidden", "answers"),
     [
         ("needle-prose", 1, 1),
-        ("needle-prose-uuid", 1, 1),
+        ("needle-prose-uuids", 1, 1),
         ("multi-needle-prose", 4, 1),
         ("multi-value-prose", 4, 4),
         ("multi-query-prose", 4, 4),

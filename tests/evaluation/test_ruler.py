@@ -100,7 +100,7 @@ def test_wording_is_that_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> No
         tasks, "NEEDLES", NeedleSentences("Now {key} has {value}.", NEEDLES.one, NEEDLES.several, ("A.",))
     )
     changed = {name for name, task in TASKS.items() if task.wording != wordings[name]}
-    assert {"needle-noise", "needle-prose-uuid", "multi-value-prose", "second-question"} <= changed
+    assert {"needle-noise", "needle-prose-uuids", "multi-value-prose", "second-question"} <= changed
     assert not changed & {"niah-single-1", "recall", "legal-codes", "document-question", "variable-chain"}
 
 

@@ -24,7 +24,7 @@ RULER = (
     *("niah-multivalue", "niah-multiquery", "vt", "cwe", "fwe", "qa-squad"),
 )
 PROSE = {
-    *("needle-prose", "needle-prose-uuid", "multi-needle-prose", "multi-value-prose", "multi-query-prose"),
+    *("needle-prose", "needle-prose-uuids", "multi-needle-prose", "multi-value-prose", "multi-query-prose"),
     *("niah-single-2", "niah-single-3", "niah-multikey-1", "niah-multivalue", "niah-multiquery"),
 }
 SQUAD = {"document-question", "qa-squad"}
@@ -34,7 +34,7 @@ ANSWERS = {  # match, most tokens generated (0: as the reference), what a refere
     **dict.fromkeys(
         ("key-value", "needle-distractors", "multi-value-prose", "multi-query-prose"), ("all", 0, r"\d{7}")
     ),
-    **dict.fromkeys(("needle-prose-uuid", "needle-distractors-uuid"), ("all", 0, UUID)),
+    **dict.fromkeys(("needle-prose-uuids", "needle-distractors-uuids"), ("all", 0, UUID)),
     "variable-chain": ("all", 0, "[A-Z]{5}"),
     "common-words": ("all", 0, "[a-z]+"),
     "frequent-words": ("all", 0, "[a-z]{6}"),
@@ -53,7 +53,7 @@ ANSWERS = {  # match, most tokens generated (0: as the reference), what a refere
     "table-lookup": ("all", 0, r"\d{4}"),
     "dialogue-fact": ("all", 0, r"\d{4}"),
 }
-LONG = ("needle-distractors-uuid", "niah-multikey-3", "document-question", "qa-squad", "dialogue-fact")
+LONG = ("needle-distractors-uuids", "niah-multikey-3", "document-question", "qa-squad", "dialogue-fact")
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -172,7 +172,7 @@ def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedT
     (tmp_path / "short.txt").write_text("word " * 2688)
     short = Resources(Prose.load(tmp_path / "short.txt"))
     with pytest.raises(DataError, match=r"has 896 words, too few for a prompt of 60,000 tokens; give longer text"):
-        make_cases("needle-prose-uuid", 60_000, 1, 0, tiny_tokenizer, short)
+        make_cases("needle-prose-uuids", 60_000, 1, 0, tiny_tokenizer, short)
 
 
 @pytest.mark.parametrize("task", TASKS)
