@@ -261,7 +261,7 @@ def test_a_plan_of_an_older_fingerprint_is_exported(tiny_folder, plan, tmp_path)
 
 
 def test_nothing_is_left_when_the_fresh_process_fails(tiny_folder, plan, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise MoaCompressError("no")
 
     monkeypatch.setattr(exporting, "verify_fresh", fail)
