@@ -11,12 +11,12 @@ that asking is a comparison.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from operator import is_, itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +39,25 @@ GLOBAL_HOOKS = (compat.take(compat.FORWARD_HOOKS), compat.take(compat.FORWARD_PR
 """Hooks on all modules there are; both empty, mostly."""
 REPLACEMENTS = ("forward", compat.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
+
+
+class MadeOf(NamedTuple):
+    """Something that a fused layer stands in for, or leans on: as it was when the layer's class was made.
+
+    Attributes:
+        home: the class or the module where it is found.
+        name: under which.
+        was: what was found; something else where that was not what is known.
+    """
+
+    home: Any
+    name: str
+    was: Any
+
+
+def are_as_made(parts: Iterable[MadeOf]) -> bool:
+    """Returns whether nobody has put something else in the place of a part: another forward, another function."""
+    return all(getattr(home, name, None) is was for home, name, was in parts)
 
 
 @dataclass
@@ -85,14 +104,13 @@ class Reading:
                     self._hooks.append(module._forward_pre_hooks)
                 for held in (module._modules, module._parameters):
                     self._watch(held, *held)
-            self._watch(attention.__dict__, "training", "scaling")
+            self._watch(attention.__dict__, "training", "scaling", "is_causal", "layer_idx")
             self._watch(attention._forward_pre_hooks, *attention._forward_pre_hooks)
             self._watch(attention.config.__dict__, compat.IMPLEMENTATION)
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
-        for kind, _ in {part for layer in self.layers for part in layer.made_of}:
-            self._watch(vars(kind), "forward")
         self._kinds = [*map(type, self._modules)]
+        self._made_of = {part for layer in self.layers for part in (*layer.made_of, *layer.self_attn.made_of)}
         self._expected = [*self._now()]
         self._hooks_made, self.captured = RemovableHandle.next_id, any(self._hooks)
 
@@ -121,7 +139,7 @@ class Reading:
             self.captured, self._hooks_made = any(self._hooks), made  # in this order: threads share a reading
         if any(any(map(dict.__contains__, self._own, repeat(name))) for name in REPLACEMENTS):
             return False
-        if not all(map(is_, map(type, self._modules), self._kinds)):
+        if not all(map(is_, map(type, self._modules), self._kinds)) or not are_as_made(self._made_of):
             return False
         try:
             return all(map(is_, self._now(), self._expected))

@@ -135,12 +135,17 @@ class AttentionHook:
         """Returns what the attention is handed.
 
         Raises:
-            UnsupportedError: the attention implementation was changed.
+            UnsupportedError: the attention implementation was changed, or the layer's number.
         """
         if module.config._attn_implementation != NAME:
             raise UnsupportedError(
                 f"the attention implementation was changed to {module.config._attn_implementation!r}, which would ignore "
                 "the plan; use moacompress.detach(model) to get the dense model back"
+            )
+        if module.layer_idx != self.context.layer:
+            raise UnsupportedError(
+                f"layer_idx of a layer's attention was {self.context.layer} when the plan was put on the model, and is now "
+                f"{module.layer_idx}: use moacompress.detach(model), change its layers, and make a plan for what they are then"
             )
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         return LayerCall(self.context, cache)

@@ -21,7 +21,15 @@ from torch import nn
 from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary
 from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.decode.all_layers import GLOBAL_HOOKS, REPLACEMENTS, RUN, Reading, StackStep
+from moacompress.runtime.decode.all_layers import (
+    GLOBAL_HOOKS,
+    REPLACEMENTS,
+    RUN,
+    MadeOf,
+    Reading,
+    StackStep,
+    are_as_made,
+)
 from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import first_route, take
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
@@ -32,8 +40,11 @@ from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
 from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
+_MODULE_CALL = nn.Module.__call__
 PLAIN = (nn.Linear, PackedLinear)
 SILU = tuple({type(compat.take(compat.ACTIVATIONS)[name]) for name in ("silu", "swish")})
+NOTHING = object()
+"""What nothing is: in the place of a part that is not what is known."""
 
 
 class _LayerParts(NamedTuple):
@@ -48,10 +59,10 @@ class _FusedAttention:
     """What a fused attention's class puts before the layer's own.
 
     Attributes:
-        made_of: the layer's own class, and its forward as it was when the fused class was made.
+        made_of: the forward of the layer's own class and of its linear layers, and what turns queries and keys.
     """
 
-    made_of: tuple[tuple[type[nn.Module], Any], ...]
+    made_of: tuple[MadeOf, ...]
 
     def forward(
         self,
@@ -65,7 +76,7 @@ class _FusedAttention:
         module, call, rotary = cast(Any, self), cast(Any, kwargs.get(CONTEXT)), cast(Any, position_embeddings)
         parts = module._modules
         found = None
-        if attention_mask is None and _is_as_made(module):
+        if attention_mask is None and are_as_made(module.made_of):
             found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
         able = capabilities_for(hidden_states).step_hidden
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
@@ -85,11 +96,11 @@ class _FusedLayer:
 
     Attributes:
         known: the classes of its attention, feed-forward and norms.
-        made_of: of the layer's own class, and of those, the forward as it was when the fused class was made.
+        made_of: the forward of the layer's own class, of those, and of what they are made of.
     """
 
     known: tuple[type[nn.Module], ...]
-    made_of: tuple[tuple[type[nn.Module], Any], ...]
+    made_of: tuple[MadeOf, ...]
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -182,22 +193,29 @@ def _layer(
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
         return None
-    if not _is_as_made(module):
+    if not (are_as_made(module.made_of) and are_as_made(attention.made_of)):
         return None
     own, beside = attention._modules, mlp._modules
-    others = (mlp, beside["act_fn"], *norms)
+    names = (*((own, name) for name in (*PROJECTIONS, "o_proj")), *((beside, name) for name in FEED_FORWARD))
+    linears, activation = [parts.get(name) for parts, name in names], beside.get("act_fn")
+    if activation is None or None in linears:
+        return None
+    others = (mlp, activation, *norms)
     hooks = attention._forward_hooks
     if (hooks and do_something(hooks)) or any(name in attention.__dict__ for name in REPLACEMENTS):
         return None
     if any(map(_is_touched, others)):
         return None
-    linears = (*(own[name] for name in PROJECTIONS), own["o_proj"], *(beside[name] for name in FEED_FORWARD))
     found = _read(linears, hidden, (*PLAIN, DroppedProjection) if among_all else PLAIN)
     scales = [norm._parameters["weight"] for norm in norms]
-    if found is None or len(found[1]) not in (0, 3) or any(part.bias is not None for part in linears[3:]):
+    if (
+        found is None
+        or len(found[1]) not in (0, 3)
+        or any(part._parameters["bias"] is not None for part in linears[3:])
+    ):
         return None
     eps = norms[0].variance_epsilon
-    if type(beside["act_fn"]) not in SILU or norms[1].variance_epsilon != eps:
+    if type(activation) not in SILU or norms[1].variance_epsilon != eps:
         return None
     weights, biases = found
     projections = Projections(weights[:3], biases)
@@ -206,6 +224,8 @@ def _layer(
         return None
     gate: tuple[torch.Tensor, ...] = ()
     if call.context.selects:
+        if _is_touched(own["gate"]):
+            return None
         probe = own["gate"]._parameters
         gate = probe["weight"], probe["bias"]
         if not all(lies_ready(part, hidden) for part in gate):
@@ -219,11 +239,6 @@ def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
     if len(hooks) != 1 or not isinstance(hooks[0], AttentionHook):
         return None
     return hooks[0].call(attention, kwargs)
-
-
-def _is_as_made(module: Any) -> bool:
-    """Whether nobody has put another forward into the classes that a fused layer is made of."""
-    return all(kind.forward is forward for kind, forward in module.made_of)
 
 
 def _is_touched(module: Any) -> bool:
@@ -303,6 +318,23 @@ def _is_from(kind: type[nn.Module], home: str) -> bool:
     return kind.__module__ == home and code is not None and code.co_filename == sys.modules[home].__file__
 
 
+def _forward_of(kind: type[nn.Module]) -> MadeOf:
+    return MadeOf(kind, "forward", kind.forward if _is_from(kind, kind.__module__) else NOTHING)
+
+
+def _calls(kind: type[nn.Module]) -> tuple[MadeOf, ...]:
+    """Returns what runs where a module of a class is called: its forward, and what is around that."""
+    return _forward_of(kind), MadeOf(kind, "__call__", _MODULE_CALL)
+
+
+def _function_of(module: Any, name: str) -> MadeOf:
+    """Returns a function of a module's own, which others replace there by their kernels."""
+    found = getattr(module, name, None)
+    code = getattr(inspect.unwrap(found), "__code__", None) if callable(found) else None
+    own = code is not None and code.co_filename == module.__file__
+    return MadeOf(module, name, found if own else NOTHING)
+
+
 def _fused(own: type[nn.Module]) -> type[nn.Module]:
     name = PREFIX + own.__name__
     known: type[nn.Module] | None = globals().get(name)
@@ -312,14 +344,17 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), own.__module__
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
-    made.made_of = ((own, own.forward if _is_from(own, home) else None),)
-    if mixin is _FusedLayer:
+    made.made_of = (*_calls(own), *map(_forward_of, (nn.Linear, PackedLinear)))
+    if mixin is _FusedAttention:
+        made.made_of += tuple(_function_of(sys.modules[home], name) for name in compat.ROTARY)
+    else:
         prefix = own.__name__.removesuffix("DecoderLayer")
         kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
         attention, mlp, norm = kinds
         written_there = all(_is_from(kind, home) for kind in kinds)
         made.known = (_fused(attention), mlp, norm, norm) if written_there else ()
-        made.made_of += tuple((kind, kind.forward) for kind in kinds)
+        made.made_of += tuple(part for kind in (*kinds, *SILU) for part in _calls(kind))
+    made.made_of += (MadeOf(made, "forward", made.forward),)
     globals()[name] = made
     return cast("type[nn.Module]", made)
 

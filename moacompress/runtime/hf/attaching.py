@@ -24,6 +24,7 @@ from moacompress.runtime.hf import ops  # noqa: F401  registers what a compiled 
 from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
 from moacompress.runtime.hf.hooks import DecoderHook
+from moacompress.runtime.hf.layer_order import LayerOrder
 from moacompress.runtime.linear import leave_few_rows, take_few_rows
 from moacompress.runtime.sharing.projections import Dropped, drop_projections
 
@@ -175,10 +176,10 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     for part in model.modules():
         fuse(part)
     stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) else None
-    handles = [decoder.register_forward_pre_hook(DecoderHook(plan, decoder, stack), with_kwargs=True)]
+    hook = DecoderHook(plan, decoder, LayerOrder(decoder, modules), stack)
+    handles = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     for layer, module in enumerate(modules):
-        hook = AttentionHook(_context(plan, layer))
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
     implementations = []
     for config in _configs_around(model, decoder):
         before = config._attn_implementation_internal

@@ -53,6 +53,8 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Models of transformers whose layers are known part by part, and what the names of their classes begin with."""
 PROJECTIONS, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+ROTARY = ("apply_rotary_pos_emb", "rotate_half")
+"""Functions beside a family's classes that turn its queries and keys."""
 
 
 @functools.cache
@@ -546,6 +548,14 @@ _LAYERS = (
         )
         for family, prefix in FAMILIES.items()
         for kind, parts in _LAYER_PARTS.items()
+    ),
+    *(
+        PrivateName(
+            f"transformers.models.{family}.modeling_{family}.{name}",
+            "telling other kernels' rotary embeddings from its own",
+        )
+        for family in FAMILIES
+        for name in ROTARY
     ),
     PrivateName(ACTIVATIONS, "telling a layer's activation", _has("silu", "swish")),
     PrivateName(FORWARD_HOOKS, "telling whether something runs around every module", _is_a(dict)),

@@ -39,6 +39,11 @@ def _prepare_cache(
             f"generating with {generation_mode.value} is not supported by a compressed model; use greedy search, sampling, "
             "beam search or assisted decoding"
         )
+    if generation_config.assistant_early_exit is not None:
+        raise UnsupportedError(
+            f"assistant_early_exit={generation_config.assistant_early_exit} is not supported by a compressed model, whose "
+            "cache is that of all its layers; use prompt_lookup_num_tokens or an assistant_model"
+        )
     if generation_config.cache_implementation is not None:
         raise UnsupportedError(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "

@@ -21,6 +21,7 @@ from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.decode.context import CACHE_NAMES
+from moacompress.runtime.hf.layer_order import LayerOrder
 from moacompress.runtime.sharing.handing import HANDED
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
@@ -32,11 +33,12 @@ class DecoderHook:
     Args:
         plan: the plan.
         decoder: what it is a hook of.
+        order: tells whether its layers are those that the plan is for.
         stack: how all layers make one call, or None where they cannot.
     """
 
-    def __init__(self, plan: Plan, decoder: torch.nn.Module, stack: Stack | None = None) -> None:
-        self.stack = stack
+    def __init__(self, plan: Plan, decoder: torch.nn.Module, order: LayerOrder, stack: Stack | None = None) -> None:
+        self.order, self.stack = order, stack
         self.plan = plan
         self.plan_key = plan.key()
         parameters = inspect.signature(type(decoder).forward).parameters
@@ -46,6 +48,7 @@ class DecoderHook:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         _check_rest(module, kwargs)
+        self.order.check(module)
         if self.plan.shares:
             kwargs[HANDED] = {}
         name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")

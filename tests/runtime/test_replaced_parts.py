@@ -1,0 +1,173 @@
+"""Kernels and patches of others, in the place of what a decoder layer is made of: steps run them as prompts do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moacompress.runtime import attach, detach
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+Replace = Callable[[pytest.MonkeyPatch, Any, str, Any], None]
+
+
+def doubled_rotary(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+    own = home.apply_rotary_pos_emb
+
+    def other(query: Any, key: Any, *rest: Any, **more: Any) -> Any:
+        query, key = own(query, key, *rest, **more)
+        return query * 1.5, key
+
+    patch.setattr(home, "apply_rotary_pos_emb", other)
+
+
+def other_halves(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+    own = home.rotate_half
+    patch.setattr(home, "rotate_half", lambda x: own(x) * 1.5)
+
+
+def of_class(part: str, name: str = "forward") -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        kind = getattr(home, prefix + part)
+        own = getattr(kind, name)
+        patch.setattr(kind, name, changed(own), raising=False)
+
+    return replace
+
+
+def of_torch(kind: type[nn.Module], name: str = "forward") -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        patch.setattr(kind, name, changed(getattr(kind, name)))
+
+    return replace
+
+
+def of_activation(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+    kind = type(model.model.layers[0].mlp.act_fn)
+    patch.setattr(kind, "forward", changed(kind.forward))
+
+
+def of_instance(path: str) -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        module = model.get_submodule(path)
+        own = module.forward
+        patch.setattr(module, "forward", lambda *rest, **more: times(own(*rest, **more)), raising=False)
+
+    return replace
+
+
+def of_our_class(path: str) -> Replace:
+    """As who patches `type(module).forward`, whatever that is."""
+
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        kind = type(model.get_submodule(path))
+        patch.setattr(kind, "forward", changed(kind.forward))
+
+    return replace
+
+
+def hooked(path: str, before: bool = False) -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        module = model.get_submodule(path)
+        if before:
+            module.register_forward_pre_hook(lambda module, given: (given[0] * 1.1, *given[1:]))
+        else:
+            module.register_forward_hook(lambda module, given, made: times(made))
+
+    return replace
+
+
+def changed(own: Any) -> Any:
+    return lambda self, *rest, **more: times(own(self, *rest, **more))
+
+
+def times(made: Any) -> Any:
+    return (made[0] * 1.1, *made[1:]) if isinstance(made, tuple) else made * 1.1
+
+
+REPLACED: dict[str, Replace] = {
+    "rotary": doubled_rotary,
+    "halves": other_halves,
+    "activation": of_activation,
+    "linear": of_torch(nn.Linear),
+    **{part: of_class(part) for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")},
+    **{f"call of {part}": of_class(part, "__call__") for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")},
+    **{
+        f"{kind.__name__} {path}": kind(f"model.layers.1{path}")
+        for kind in (of_instance, hooked)
+        for path in (
+            "",
+            ".self_attn",
+            ".mlp",
+            ".mlp.act_fn",
+            ".input_layernorm",
+            ".self_attn.k_proj",
+            ".self_attn.o_proj",
+            ".mlp.down_proj",
+        )
+    },
+    "hook before a feed-forward": hooked("model.layers.1.mlp", before=True),
+    "class of a layer": of_our_class("model.layers.1"),
+    "class of attention": of_our_class("model.layers.1.self_attn"),
+}
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("at", ["before the plan", "between two steps"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_steps_run_what_prompts_run(
+    name: str, at: str, model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one family each, so that all have their turn
+    family = [*FAMILIES][[*REPLACED].index(name) % 3]
+    made, ids = model(family), token_ids(2, 60)
+    home = import_module(f"transformers.models.{family}.modeling_{family}")
+    plan = made._moacompress.plan
+    with torch.no_grad():
+        before = made(ids, use_cache=False).logits[:, -1]
+        if at == "before the plan":
+            detach(made)
+        else:
+            cache = made(ids[:, :40]).cache
+            made(ids[:, 40:41], cache=cache)
+        REPLACED[name](monkeypatch, home, FAMILIES[family], made)
+        if at == "before the plan":
+            attach(made, plan)
+        expected = made(ids, use_cache=False).logits[:, 50:]
+        assert (expected[:, -1] - before).abs().max() > 1e-3 * before.abs().max(), "it must matter"
+        cache = made(ids[:, :50]).cache
+        found = torch.cat([made(ids[:, i : i + 1], cache=cache).logits for i in range(50, 60)], 1)
+    assert (found - expected).abs().max() < 5e-5 * expected.abs().max()
+    detach(made)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_own_parts_are_one_call_again(model: Any, calls: dict[str, int], token_ids: Any) -> None:
+    made, ids = model(), token_ids(2, 60)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        doubled_rotary(patch, import_module("transformers.models.llama.modeling_llama"), "Llama", made)
+        cache = made(ids[:, :50]).cache
+        made(ids[:, 50:51], cache=cache)
+        assert calls["steps"] == 0
+    with torch.no_grad():
+        made(ids[:, 51:52], cache=cache)
+    assert calls["steps"] > 0
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_compiled_steps_see_another_rotary(model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ids = model(), token_ids(2, 60)
+    torch._dynamo.reset()
+    step = torch.compile(made, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        cache = made(ids[:, :50]).cache
+        step(ids[:, 50:51], cache=cache)
+        doubled_rotary(monkeypatch, import_module("transformers.models.llama.modeling_llama"), "Llama", made)
+        expected, cache = made(ids, use_cache=False).logits[:, 50:], made(ids[:, :50]).cache
+        found = torch.cat([step(ids[:, i : i + 1], cache=cache).logits for i in range(50, 60)], 1)
+    assert (found - expected).abs().max() < 5e-5 * expected.abs().max()
