@@ -100,18 +100,6 @@ def test_layers_that_differ_go_one_by_one(model, calls, steps):
     assert calls["steps"] == 0
 
 
-def test_fewer_layers_are_run_if_the_configuration_says_so(model, calls):
-    made = model()
-    made.config.num_hidden_layers -= 1
-    cache = PlanCache(made._moacompress.plan)
-    ids = torch.randint(3, made.config.vocab_size, (2, 30))
-    with torch.no_grad():
-        made(ids, cache=cache)
-        with pytest.raises(UnsupportedError, match="middle of a forward"):
-            made(ids[:, :1], cache=cache)
-    assert calls["steps"] == 0
-
-
 def test_what_comes_between_layers_is_refused(model):
     made = model()
     own = made.model.layers[1].forward

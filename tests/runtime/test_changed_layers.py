@@ -1,4 +1,4 @@
-"""Layers that are removed, reordered or run in part after a plan was put on a model: refused in every route, in one sentence."""
+"""Layers that are removed, reordered or run in part after a plan was put on a model: refused in every route."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether a decoder still runs the layers that a plan was put on, each in its place.
 
-A plan's layers go by their places, as a checkpoint's weights do. Layers that are removed, added or reordered afterwards would run,
-and be saved, under rules that were never meant for where they are now.
+A plan's layers go by their places, as a checkpoint's weights do. Layers that are removed, added or reordered afterwards would
+run, and be saved, under rules that were never meant for where they are now.
 """
 
 from __future__ import annotations
