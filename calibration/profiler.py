@@ -38,10 +38,11 @@ from moacompress.calibration.sharing import CopySums, copyable
 from moacompress.calibration.statistics import DRAWN, Floats32, Statistics
 from moacompress.calibration.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.calibration.wording import calibration_wording, check_wording
-from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, VALIDATION_FILE
+from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.files import digest_files
 from moacompress.core.owners import own_folder
+from moacompress.core.place import check_place, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel
@@ -283,15 +284,19 @@ def profile(
         PlanError: `around` is a plan of another model, one whose layers share attention, or one whose gates are not at hand.
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
+    from moacompress.calibration.sample_sources import check_data
+
     out, progress = Path(out), progress or SILENT
+    check_place(out)
+    check_data(recipe)
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
-    check_lengths(source, recipe)
     if around is not None:
         check_around(source, around)
+    check_samples(source, recipe, None if overwrite else out, around)
     rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
     files = _local_files(recipe)
-    with own_folder(out):
+    with no_empty_folder(out), own_folder(out):
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
         trains = around is None and any(rule.selects for rule in rules)
@@ -401,14 +406,30 @@ def check_lengths(source: SourceModel, recipe: Recipe) -> None:
 def _local_files(recipe: Recipe) -> dict[str, str]:
     """Returns the digest of every local file or folder that samples are made of, by its name in the recipe."""
     named = [*(source.path for source in recipe.calibration.sources), recipe.calibration.text]
-    return {name: _digest(Path(name)) for name in named if name}
+    return {name: digest_files(Path(name)) for name in named if name}
 
 
-def _digest(root: Path) -> str:
-    if not root.exists():
-        hint = "; of data a shared recipe has only the name; give its path (--text, --source, or in the recipe)"
-        raise DataError(f"cannot read {root}: no such file or folder{hint if root.name == str(root) else ''}")
-    return digest_files(root)
+def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, around: Plan | None = None) -> None:
+    """Refuses samples that cannot be made, before anything is written: drafts are made of all that are not on disk yet.
+
+    Args:
+        source: the model, which does not run.
+        recipe: the run.
+        out: folder of a profile whose samples may be used again; None for none.
+        around: the plan that is profiled around, or None.
+
+    Raises:
+        DataError: as `make_drafts`, or lengths that cannot be profiled.
+    """
+    from moacompress.calibration.sample_sources import make_drafts
+
+    check_lengths(source, recipe)
+    if recipe.profile.gates and around is None and (out is None or not (out / GATES_FILE).exists()):
+        gate_drafts(source, recipe)
+    if out is None or not (out / CALIBRATION_FILE).exists():
+        make_drafts(source, recipe, "calibration")
+    if out is None or not (out / VALIDATION_FILE).exists():
+        make_drafts(source, recipe, "validation")
 
 
 def _make_samples(

@@ -74,6 +74,26 @@ def build_samples(
     return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
 
 
+def check_data(recipe: Recipe) -> None:
+    """Refuses data that no samples can be made of, before a model is loaded. Local files are read, hub sets are not.
+
+    Raises:
+        DataError: data missing, unreadable, empty or without the columns needed.
+    """
+    calibration = recipe.calibration
+    for name in (*(part.path for part in calibration.sources), calibration.text):
+        if name and not Path(name).exists():
+            hint = "; of data a shared recipe has only the name; give its path (--text, --source, or in the recipe)"
+            raise DataError(
+                f"cannot read {name}: no such file or folder{hint if Path(name).name == str(Path(name)) else ''}"
+            )
+    if _load_prose(recipe) is None and calibration.text is not None:
+        Prose.load(calibration.text)
+    for part in calibration.sources:
+        if part.path is not None:
+            row_kind(read_rows(part), source_name(part))
+
+
 def make_drafts(
     source: SourceModel, recipe: Recipe, split: Split, beside: Sequence[SampleDraft] | None = None
 ) -> list[SampleDraft]:
@@ -133,7 +153,7 @@ def _load_prose(recipe: Recipe) -> Prose | None:
     else:
         return None
     if calibration.text is None:
-        raise DataError(f"{needed}, but calibration.text names no file or folder of it")
+        raise DataError(f"{needed}, but calibration.text names no file or folder of it (--text)")
     return Prose.load(calibration.text)
 
 

@@ -25,16 +25,18 @@ from moacompress.core.artefact_names import (
     of_compress,
     of_demo,
 )
-from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, RecipeError, one_line
+from moacompress.core.errors import ArtefactError, MoaCompressError, RecipeError, one_line
 from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
+from moacompress.core.place import check_place, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
-from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.plan import Plan
-from moacompress.run_estimate import asked_length, estimate_run, measured_length
+from moacompress.run_checks import check_recipe, check_with_model
+from moacompress.run_estimate import RunEstimate, asked_length, estimate_run, measured_length
+from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
     from moacompress.models.source import SourceModel
@@ -74,16 +76,26 @@ def compress(
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
     if not recipe.budget:
         raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
-    missing = [name for name in recipe.search.formats or () if name not in recipe.profile.formats]
-    if missing:
-        raise RecipeError(f"search.formats offers {missing[0]}, which profile.formats leaves out; add it there too")
-    if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
-        raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
     out = Path(out)
-    with own_folder(out):
-        if overwrite:
-            clear_run(out, inputs_of(recipe))
+    check_place(out)
+    check_recipe(recipe)
+    with no_empty_folder(out), own_folder(out):
         return fill(recipe, out, progress or Progress(), anew=overwrite, trust_remote_code=trust_remote_code)
+
+
+def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False) -> RunEstimate:
+    """Estimates what `compress` would take, after the same checks; nothing is written.
+
+    Raises:
+        RecipeError: no model in the recipe.
+        MoaCompressError: as `compress`, where it would fail before the first step.
+    """
+    if recipe.model is None:
+        raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
+    check_recipe(recipe)
+    source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
+    check_with_model(recipe, source)
+    return estimate_run(recipe, source, progress)
 
 
 def fill(
@@ -95,7 +107,7 @@ def fill(
         recipe: names the model and the budget.
         out: the folder.
         progress: is told of the steps.
-        anew: do not go on with a study either that is in the recipe's own storage.
+        anew: remove all that a run left in the folder, and do not resume a study that is in the recipe's own storage either.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -104,9 +116,7 @@ def fill(
     """
     from moacompress.evaluation.runner import evaluate
 
-    _claim(out, recipe)
-    clock = _Clock(out / SECONDS_FILE)
-    found = _produce(recipe, out, clock, progress, anew, trust_remote_code)
+    found, clock = _produce(recipe, out, progress, anew, trust_remote_code)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
     scores = clock.run(
@@ -164,17 +174,36 @@ def _write_page(out: Path) -> None:
         logger.warning("no %s: %s", REPORT_FILE, one_line(error))
 
 
+def _begin(recipe: Recipe, out: Path, anew: bool, trust_remote_code: bool) -> SourceModel:
+    """Makes `out` this run's folder once nothing is left that can be wrong with the request, and returns the model.
+
+    Raises:
+        ArtefactError: `out` holds another run, or something that no run left.
+        MoaCompressError: from the checks.
+    """
+    assert recipe.model is not None
+    inputs = inputs_of(recipe)
+    if anew:
+        refuse_foreign(out, inputs)
+    else:
+        _refuse_other(out, recipe)
+    source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
+    check_with_model(recipe, source, None if anew else out / PROFILE_FOLDER)
+    if anew:
+        clear_run(out, inputs)
+    _claim(out, recipe)
+    return source
+
+
 def _produce(
-    recipe: Recipe, out: Path, clock: _Clock, progress: Progress, anew: bool, trust_remote_code: bool
-) -> SearchResult:
+    recipe: Recipe, out: Path, progress: Progress, anew: bool, trust_remote_code: bool
+) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
-    from moacompress.runtime.ready_model import load_for
     from moacompress.search.study import find_plan
 
-    assert recipe.model is not None
-    source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
-    check_evaluated(recipe, source)
+    source = _begin(recipe, out, anew, trust_remote_code)
+    clock = _Clock(out / SECONDS_FILE)
     if not clock.seconds:  # a run that is taken up has said so before
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}.")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
@@ -203,21 +232,7 @@ def _produce(
                 progress=progress,
             ),
         )
-    return found
-
-
-def check_evaluated(recipe: Recipe, source: SourceModel) -> None:
-    """Refuses lengths of the evaluation that the model does not take, before anything is measured.
-
-    Raises:
-        DataError: one is beyond the model's context.
-    """
-    longest = max(recipe.evaluation.lengths)
-    if source.context and longest > source.context:
-        raise DataError(
-            f"the evaluation at the end asks for prompts of {longest:,} tokens, and the model takes at most "
-            f"{source.context:,}; give --lengths, or evaluation.lengths in a recipe"
-        )
+    return found, clock
 
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:
@@ -285,20 +300,10 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration.manifest import clear_profile, is_profile
-    from moacompress.search.alternatives import check_baselines
+    from moacompress.calibration.manifest import clear_profile
 
     profile = out / PROFILE_FOLDER
-    going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
-    for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):
-        # not even with --overwrite: a mistyped folder must not cost somebody's files
-        if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
-    check_baselines(out / PLAN_FILE)
-    for name in inputs:
-        for path in going:
-            if is_within(name, path):
-                raise ArtefactError(f"{name} would be removed with {path}; choose another folder for the run")
+    going = refuse_foreign(out, inputs)
     with ExitStack() as owned:
         for name in (PLAN_FILE, EVALUATION_FILE, BENCH_FILE):
             owned.enter_context(own_file(out / name))
@@ -313,26 +318,68 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         profile.rmdir()
 
 
+def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
+    """Returns all that a run leaves in a folder, where it may be removed.
+
+    Args:
+        out: the folder.
+        inputs: what the next run reads.
+
+    Raises:
+        ArtefactError: a folder has the name of one of a run's, and none left it; or one of the inputs would go too.
+    """
+    from moacompress.calibration.manifest import is_profile
+    from moacompress.search.alternatives import check_baselines
+
+    profile = out / PROFILE_FOLDER
+    going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
+    for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):
+        # not even with --overwrite: a mistyped folder must not cost somebody's files
+        if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
+    check_baselines(out / PLAN_FILE)
+    for name in inputs:
+        for path in going:
+            if is_within(name, path):
+                raise ArtefactError(f"{name} would be removed with {path}; choose another folder for the run")
+    return going
+
+
 def _claim(out: Path, recipe: Recipe) -> None:
     """Makes `out` this run's folder, or refuses."""
-    mark = out / RECIPE_FILE
     for name in (RECIPE_FILE, SECONDS_FILE, SUMMARY_FILE):
         sweep_files(out / name)
     sweep_folders(out / MODEL_FOLDER)
-    if mark.exists() and _is_of(mark, recipe):
-        return
-    refuse_held(out, of_compress(out))
-    write_json(mark, recipe.resolved())
+    if not _is_of(out, recipe):
+        _refuse_other(out, recipe)
+        remove([out / SECONDS_FILE])
+        write_json(out / RECIPE_FILE, recipe.resolved())
 
 
-def _is_of(mark: Path, recipe: Recipe) -> bool:
-    """Whether a run's `recipe.json` asks for the same; a key that the version which wrote it did not know has its default.
+def _is_of(out: Path, recipe: Recipe) -> bool:
+    """Whether a folder is that of this very run; a key that the version which wrote its recipe did not know has its default.
 
-    One that cannot be read asks for something else.
+    One whose recipe cannot be read is of another.
     """
+    mark = out / RECIPE_FILE
     with suppress(RecipeError):
-        return Recipe.from_dict(read_json(mark, "recipe")) == recipe
+        return mark.exists() and Recipe.from_dict(read_json(mark, "recipe")) == recipe
     return False
+
+
+def _refuse_other(out: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds another run; one that failed before its first step left nothing that is missed.
+
+    Raises:
+        ArtefactError: it does.
+    """
+    if _is_of(out, recipe):
+        return
+    mark = out / RECIPE_FILE
+    found = read_json(mark, "recipe") if mark.exists() else None
+    begun = isinstance(found, dict) and {"model", "budget", "calibration"} <= found.keys()
+    empty = (mark, out / SECONDS_FILE) if begun else ()
+    refuse_held(out, [path for path in of_compress(out) if path not in empty])
 
 
 def refuse_held(out: Path, paths: Iterable[Path]) -> None:

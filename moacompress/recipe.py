@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
-from moacompress.rules.formats import CODED, FORMATS, NATIVE
+from moacompress.rules.formats import CODED, FORMATS, NATIVE, dtype_name
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ def _share(value: Any) -> Any:
         return AskedShares.parse("off" if value is False else value).text  # YAML reads off as False
     except MoaCompressError as error:
         raise ValueError(str(error)) from error
+
+
+def _dtype(value: Any) -> Any:
+    return dtype_name(value) if isinstance(value, str) else value
 
 
 Formats = Annotated[tuple[str, ...], BeforeValidator(_formats)]
@@ -300,7 +304,7 @@ class Recipe(_Section):
 
     model: str | None = Field(None, description="hub id, folder or .gguf file")
     budget: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), description="budgets that must all hold")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
     )
     device: str = "cpu"

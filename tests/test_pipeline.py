@@ -249,8 +249,10 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
 def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
     """After every removal in turn: the same recipe can go on, and another is refused as before."""
     steps = []
+    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: steps.append(model))
+    monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
     monkeypatch.setattr(
-        pipeline, "fill", lambda recipe, out, progress, anew: steps.append(pipeline._claim(out, recipe))
+        pipeline, "fill", lambda recipe, out, progress, anew, **_: pipeline._begin(recipe, out, anew, False)
     )
     count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
     for stop in range(count):
@@ -266,12 +268,38 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tm
             with pytest.raises(KeyboardInterrupt):
                 compress(recipe.override(seed=1), out, overwrite=True)
         assert not (out / "model").exists() or (out / "model" / "plan.json").exists()
-        with pytest.raises(ArtefactError, match="holds another run .* pass --overwrite"):
-            compress(recipe.override(seed=1), out)
+        empty = ("recipe.json", "seconds.json", "profile.json")
+        if any(path.exists() for path in of_compress(out) if path.name not in empty):
+            with pytest.raises(ArtefactError, match="holds another run .* pass --overwrite"):
+                compress(recipe.override(seed=1), out)
         compress(recipe, out)
         compress(recipe.override(seed=1), out, overwrite=True)
         assert [path.name for path in out.iterdir()] == ["recipe.json"]
-    assert len(steps) == 2 * count
+    assert len(steps) == 3 * count
+
+
+def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path, monkeypatch):
+    """What it left (a recipe, a clock, a profile without a sample) is replaced; what somebody else left is not."""
+    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: None)
+    monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
+    monkeypatch.setattr(
+        pipeline, "fill", lambda recipe, out, progress, anew, **_: pipeline._begin(recipe, out, anew, False)
+    )
+    out, wrong = tmp_path / "out", recipe.override(model="a-typo")
+    compress(wrong, out)
+    (out / "seconds.json").write_text('{"profile": 3.5}')
+    (out / "profile").mkdir()
+    (out / "profile" / "profile.json").write_text("{}")
+    compress(recipe, out)
+    assert json.loads((out / "recipe.json").read_text()) == recipe.resolved()
+    assert not (out / "seconds.json").exists()
+    (out / "profile" / "answers.jsonl").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"holds another run \(profile/answers.jsonl\)"):
+        compress(wrong, out)
+    (tmp_path / "food").mkdir()
+    (tmp_path / "food" / "recipe.json").write_text('{"flour": 2}')
+    with pytest.raises(ArtefactError, match=r"holds another run \(recipe.json\)"):
+        compress(recipe, tmp_path / "food")
 
 
 def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe, tiny_folder, tmp_path):

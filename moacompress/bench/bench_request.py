@@ -11,7 +11,7 @@ from moacompress.core.errors import DataError, MoaCompressError, UsageError, did
 from moacompress.core.files import fingerprint, read_json
 from moacompress.core.tables import readable_bytes
 from moacompress.models.weight_files import total_numbers
-from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 
@@ -71,6 +71,7 @@ class BenchRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", tuple(map(dtype_name, self.dtypes)))
         _check_choices("side", self.sides, SIDES)
         _check_choices("dtype", self.dtypes, ("auto", *DTYPES))
         _check_numbers("length", self.lengths, 1)

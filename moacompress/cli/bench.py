@@ -78,7 +78,7 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
-    recipe = VerbRun(replace(run.common, dtype=None), run.progress).recipe()
+    recipe = VerbRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     batches = split_list(batch) or ()
     for item in batches:
         if not item.isdecimal():

@@ -98,9 +98,9 @@ def compress(
     resolved = resolved.override(model=required_model(model, resolved.model))
 
     if dry_run:
-        from moacompress.run_estimate import estimate_run
+        from moacompress.pipeline import estimate
 
-        expected = estimate_run(resolved, str(resolved.model), run.progress, trust_remote_code=trust_remote_code)
+        expected = estimate(resolved, run.progress, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model

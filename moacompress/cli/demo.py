@@ -48,6 +48,7 @@ def demo(
         model,
         squad,
         dtype=run.common.dtype or "auto",
+        device=run.common.device or "cpu",
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,

@@ -15,6 +15,7 @@ from moacompress.cli.options import TrustRemoteCode
     "moacompress doctor path/to/model",
     "moacompress doctor path/to/model.gguf --json",
     "moacompress doctor runs/mine",
+    on_device=True,
 )
 def doctor(
     run: VerbRun,

@@ -22,7 +22,7 @@ from rich.console import Console, RenderableType
 
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
-from moacompress.core.errors import ArtefactError, MoaCompressError
+from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
@@ -61,7 +61,8 @@ class Common:
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
     device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda.")] = None
     dtype: Annotated[
-        str | None, typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16, float16.")
+        str | None,
+        typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16 or float16."),
     ] = None
     log_file: Annotated[
         Path | None,
@@ -144,13 +145,18 @@ class Verb:
         function: does the work.
         examples: end its help.
         computes: whether it runs a model, so that its first line says with which kernels.
+        on_device: whether `--device` has a meaning; it has one where a model runs.
     """
 
     def __init__(
-        self, function: Callable[Concatenate[VerbRun, P], Output], examples: tuple[str, ...], computes: bool = False
+        self,
+        function: Callable[Concatenate[VerbRun, P], Output],
+        examples: tuple[str, ...],
+        computes: bool = False,
+        on_device: bool = False,
     ) -> None:
         self._work: Callable[..., Output] = function
-        self._computes = computes
+        self._computes, self._on_device = computes, computes or on_device
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -162,7 +168,7 @@ class Verb:
         """Runs the verb, prints its result and raises `typer.Exit` unless all is well."""
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
         interrupted = goes_on_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
-        output = _guarded(lambda run: self._work(run, **arguments), common, interrupted, self._computes)
+        output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
         if output.said_elsewhere:
             pass
         elif common.as_json:
@@ -174,10 +180,23 @@ class Verb:
         if output.exit_code:
             raise typer.Exit(output.exit_code)
 
+    def _checked(self, run: VerbRun, arguments: Mapping[str, Any]) -> Output:
+        """Runs the verb, once its device is known to be there."""
+        device = run.common.device
+        if device is not None and device != "cpu":
+            if not self._on_device:
+                raise UsageError(f"{self.__name__} runs on the CPU, so --device {device} has no meaning; leave it out")
+            from moacompress.models.device import check_device
 
-def verb(*examples: str, computes: bool = False) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
+            check_device(device)
+        return self._work(run, **arguments)
+
+
+def verb(
+    *examples: str, computes: bool = False, on_device: bool = False
+) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
     """Makes a `Verb` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Verb(function, examples, computes)
+    return lambda function: Verb(function, examples, computes, on_device)
 
 
 def goes_on_with(argv: Sequence[str], overwrite: bool) -> str:

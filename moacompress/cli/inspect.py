@@ -18,6 +18,7 @@ from moacompress.core.errors import UsageError
     "moacompress inspect runs/mine --lengths 1k,4k,32k",
     "moacompress inspect runs/mine/model --json",
     "moacompress inspect runs/mine --show-tokens notes.txt",
+    on_device=True,
 )
 def inspect(
     run: VerbRun,
@@ -49,6 +50,11 @@ def inspect(
     )
     from moacompress.rules.budget import parse_lengths
 
+    device = run.common.device or "cpu"
+    if show_tokens is None and device != "cpu":
+        raise UsageError(
+            f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
+        )
     file = find_plan_file(path)
     plan = read_plan(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
@@ -67,5 +73,5 @@ def inspect(
         raise UsageError(
             f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
         )
-    found = kept_tokens(folder, plan, show_tokens, trust_remote_code=trust_remote_code)
+    found = kept_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
     return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])

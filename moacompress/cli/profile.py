@@ -150,15 +150,22 @@ def profile(
     from moacompress.models.stored_plan import read_plan
 
     plan = None if around is None else read_plan(find_plan_file(around))
+    from moacompress.calibration.sample_sources import check_data
+    from moacompress.runtime.ready_model import load_for
+
     if dry_run:
         from moacompress.calibration.estimate import dry_run as estimate
 
-        expected = estimate(name, resolved, run.progress, around=plan, trust_remote_code=trust_remote_code)
+        check_data(resolved)
+        loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
+        expected = estimate(loaded, resolved, run.progress, around=plan)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
-    from moacompress.runtime.ready_model import load_for
+    from moacompress.core.place import check_place
 
+    check_place(out)
+    check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     if audit is not None:
         from moacompress.search.audit import check_audit

@@ -17,6 +17,7 @@ from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import save_dense
 from moacompress.pipeline import clear_run, fill, refuse_held
 from moacompress.recipe import Recipe
+from moacompress.rules.formats import dtype_name
 
 RECIPE = "smollm2-135m/demo.yaml"
 
@@ -27,6 +28,7 @@ def run_demo(
     squad: str | Path,
     *,
     dtype: str = "auto",
+    device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -38,6 +40,7 @@ def run_demo(
         model: the demo's model, a `.gguf` file or a folder.
         squad: SQuAD as JSON, whose articles are the prose haystack.
         dtype: of `dense/`, and so of the cache whose bytes are counted; "auto" for the model's own, which is bfloat16.
+        device: torch device.
         overwrite: start anew: all that a run left in `out` is removed, and nothing else.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
@@ -47,7 +50,7 @@ def run_demo(
         ArtefactError: `out` holds another run, or another process is filling it.
         MoaCompressError: from any of the steps.
     """
-    out, model, squad = Path(out), Path(model), Path(squad)
+    out, model, squad, dtype = Path(out), Path(model), Path(squad), dtype_name(dtype)
     dense, text = out / DENSE_FOLDER, out / TEXT_FOLDER
     with own_folder(out):
         _claim(out, model, squad, dtype, overwrite)
@@ -58,6 +61,7 @@ def run_demo(
         data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
         data["model"] = str(dense)
         data.setdefault("calibration", {})["text"] = str(text)
+        data["device"] = device
         recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
         return fill(recipe, out, progress or Progress(), trust_remote_code=trust_remote_code)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_file
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
+from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import context_length, find_model_folder, is_compressed
 from moacompress.models.stored_plan import stored_plan
-from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
-        UsageError: another dtype.
+        UsageError: another dtype, or a device that is not here.
         PlanError: its plan is missing, damaged, or newer than is known; or plan.json or the gates beside it are others.
         ModelError: it cannot be loaded.
     """
@@ -155,6 +156,8 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
 
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 
+    check_device(device)
+    dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     plan = stored_plan(folder)

@@ -135,11 +135,7 @@ def evaluate(
     task_names(tasks)  # an unknown name is said before texts are read
     resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad)
     names = task_names(tasks, resources)
-    if prompts < 1 or not lengths or not (names or lm_eval):
-        raise UsageError(f"nothing to evaluate: {len(names)} tasks, {len(lengths)} lengths, {prompts} prompts")
-    check_resources((name for name in names if name != TEXT), resources)
-    if TEXT in names and text is None:
-        raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
+    check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)
@@ -179,6 +175,29 @@ def evaluate(
         if path is not None:
             write_json(path, report)
         return report
+
+
+def check_request(
+    names: Sequence[str], lengths: Sequence[int], prompts: int, resources: Resources, *, harness: bool = False
+) -> None:
+    """Refuses an evaluation of nothing, and tasks whose texts are not there; no model is needed.
+
+    Args:
+        names: of tasks, as `task_names` returns them.
+        lengths: of prompts, tokens.
+        prompts: of each task and length.
+        resources: texts.
+        harness: whether tasks of lm-evaluation-harness are measured too.
+
+    Raises:
+        UsageError: there is nothing to measure.
+        DataError: a text is missing, or cannot be used.
+    """
+    if prompts < 1 or not lengths or not (names or harness):
+        raise UsageError(f"nothing to evaluate: {len(names)} tasks, {len(lengths)} lengths, {prompts} prompts")
+    check_resources((name for name in names if name != TEXT), resources)
+    if TEXT in names and resources.prose is None:
+        raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
 
 
 def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool) -> None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, did_you_mean, one_line
 from moacompress.core.files import read_json
+from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import gguf_dtype, stored_dtype, weight_problems
-from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import weights_version
 
@@ -72,12 +73,15 @@ def load_source(
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
+        UsageError: a device that is not here.
         ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    check_device(device)
     name, arguments = locate_source(source)
+    dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     is_gguf = "gguf_file" in arguments

@@ -26,13 +26,16 @@ DIM = 0.1
 """Share below which it is shown dim."""
 
 
-def kept_tokens(folder: Path, plan: Plan, text: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def kept_tokens(
+    folder: Path, plan: Plan, text: Path, device: str = "cpu", *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Reads a text with a compressed model, and returns which of its tokens gates keep at its end.
 
     Args:
         folder: the checkpoint.
         plan: that it was exported with.
         text: a file.
+        device: torch device.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Returns:
@@ -52,7 +55,7 @@ def kept_tokens(folder: Path, plan: Plan, text: Path, *, trust_remote_code: bool
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {text}: {error}") from error
-    checkpoint = load_checkpoint(folder, "auto", "cpu", trust_remote_code=trust_remote_code)
+    checkpoint = load_checkpoint(folder, "auto", device, trust_remote_code=trust_remote_code)
     plan = checkpoint.plan
     ids = checkpoint.tokenizer(words, return_tensors="pt").input_ids[:, :MOST_TOKENS]
     scores = _scores(checkpoint.model, ids)

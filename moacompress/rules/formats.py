@@ -7,6 +7,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+DTYPE_ALIASES = {
+    "fp32": "float32",
+    "float": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp64": "float64",
+    "double": "float64",
+}
+"""What else people call dtypes; files and results have the names above."""
+
+
+def dtype_name(text: str) -> str:
+    """Returns the name of a dtype that is given as "fp16", "half" or "torch.float16", say; an unknown name as it is."""
+    name = text.strip().lower().removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name)
 
 
 class Format(Protocol):

@@ -57,6 +57,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return make_samples(source, recipe, split)
 
     monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
     return made
 
 
@@ -195,6 +196,7 @@ spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 moacompress.calibration.sample_sources.build_samples = tests.make_samples
+moacompress.calibration.sample_sources.make_drafts = lambda *arguments: []
 torch.set_num_threads(1)
 class Doing(Progress):
     def step(self, note=""):

@@ -376,6 +376,7 @@ def test_a_profile_records_heads_and_copies(
         return [random_sample(length) for length in lengths]
 
     monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
     model = tiny_model("llama")
     source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
     recipe = Recipe.from_dict(

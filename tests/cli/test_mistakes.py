@@ -47,10 +47,10 @@ def mistake(exit_code: int, *arguments: str | Path) -> str:
     return lines[0].removeprefix("moacompress: error: ")
 
 
-def compress(exit_code: int, model: str | Path, out: Path, *more: str) -> str:
+def compress(exit_code: int, model: str | Path, out: Path, *more: str | Path) -> str:
     """Runs `compress` likewise; what it was to fill must not be there."""
-    text = mistake(exit_code, "compress", model, "-o", out, *(more or ("--budget", "50%")), *SMALL)
-    assert not (out / "model").exists()
+    text = mistake(exit_code, "compress", model, "-o", out, *SMALL, *(more or ("--budget", "50%")))
+    assert not out.exists()
     return text
 
 
@@ -64,6 +64,82 @@ def test_a_wrong_folder(tmp_path: Path) -> None:
     assert "is a folder without config.json, not a model" in text
     text = mistake(1, "inspect", tmp_path / "photos")
     assert "make a plan with `moacompress search` or `moacompress compress`" in text
+
+
+def test_a_mistyped_model_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "mine"
+    assert "does not exist" in compress(1, f"{tiny_folder}x", out)
+    assert list(tmp_path.iterdir()) == []
+    for verb in ("profile", "export"):
+        rest = ["plan.json"] if verb == "export" else ["--source", "needle"]
+        mistake(1, verb, f"{tiny_folder}x", *rest, "-o", out)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that loads a model."""
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("moacompress.models.source.load_source", load)
+    monkeypatch.setattr("moacompress.runtime.ready_model.load_source", load)
+
+
+WRONG_DATA = [
+    (2, ("--tasks", "needle-nois"), "unknown task 'needle-nois'; did you mean 'needle-noise'?"),
+    (1, ("--tasks", "needle-prose"), "task needle-prose needs prose: give a .txt file or a folder of them as text"),
+    (2, ("--tasks", "qa-squad"), "moacompress eval OUT --tasks qa-squad --squad FILE"),
+    (1, ("--text", "no-such-folder"), "cannot read no-such-folder: no such file or folder"),
+    (1, ("--source", "no-such-file.jsonl"), "cannot read no-such-file.jsonl: no such file or folder"),
+    (1, ("--source", "empty.jsonl"), "file:empty.jsonl has no rows"),
+    (1, ("--source", "columns.jsonl"), "file:columns.jsonl has the columns a; rows need `messages`"),
+    (1, ("--source", "broken.jsonl"), "line 1 of broken.jsonl is not valid JSON"),
+    (1, ("--source", "needle-prose"), "calibration.text names no file or folder of it (--text)"),
+]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry"])
+@pytest.mark.parametrize(("code", "wrong", "said"), WRONG_DATA, ids=[" ".join(row[1]) for row in WRONG_DATA])
+@pytest.mark.usefixtures("no_model")
+def test_wrong_data_is_found_before_the_model_is_loaded(
+    code: int,
+    wrong: tuple[str, ...],
+    said: str,
+    more: tuple[str, ...],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("empty", ""), ("columns", '{"a": 1}'), ("broken", "{")):
+        Path(f"{name}.jsonl").write_text(text)
+    assert said in compress(code, tiny_folder, tmp_path / "out", "--budget", "50%", *wrong, *more)
+    if "--tasks" not in wrong:
+        assert said in mistake(code, "profile", tiny_folder, "-o", tmp_path / "out", *wrong, *more)
+    assert not (tmp_path / "out").exists()
+
+
+TOO_SMALL = [
+    (("--budget", "0.1%"), "the smallest takes"),
+    (("--budget", "50%", "--source", "rows.jsonl"), "file:rows.jsonl has 0 calibration prompts of"),
+    (("--budget", "50%", "--source", "prose.txt"), "prose.txt"),
+    (("--budget", "50%", "--tasks", "line-lookup", "--lengths", "100"), "100"),
+]
+
+
+@pytest.mark.parametrize(("more", "said"), TOO_SMALL, ids=[" ".join(row[0]) for row in TOO_SMALL])
+def test_what_cannot_be_is_found_before_anything_is_timed(
+    more: tuple[str, ...], said: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a short one"}\n{"prompt": "and another"}\n{"prompt": "and a third"}\n')
+    Path("prose.txt").write_text("Not many words.")
+    monkeypatch.setattr("moacompress.pipeline.estimate_run", lambda *arguments: pytest.fail("something was timed"))
+    monkeypatch.setattr("moacompress.run_estimate.estimate_run", lambda *arguments: pytest.fail("something was timed"))
+    for dry in ((), ("--dry-run",)):
+        assert said in compress(1, tiny_folder, tmp_path / "out", *more, *dry)
 
 
 def test_weights_in_a_pickle(tiny_folder: Path, tmp_path: Path) -> None:

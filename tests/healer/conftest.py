@@ -55,6 +55,7 @@ def healable(
     source = load_source(tiny_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
         profile(source, place / "profile", recipe)
     plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
     attach(source.model, plan)

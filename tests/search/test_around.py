@@ -40,6 +40,7 @@ def profiled(
 ) -> Iterator[Profile]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
         yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", RECIPE)
 
 
@@ -51,6 +52,7 @@ def gated(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
         patch.setattr("moacompress.calibration.profiler.gate_drafts", lambda *_: random_drafts())
+        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
         yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
 
 

@@ -285,6 +285,7 @@ def audited(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
         return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 

@@ -92,6 +92,7 @@ def profiled(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.sample_sources.build_samples", samples)
+        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
         return profile_model(source, out, recipe), source
 
 

@@ -1,0 +1,37 @@
+"""The place where a command is going to write, looked at before anything is loaded, and left as it was where it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moacompress.core.errors import ArtefactError
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a folder that nothing can be written to, or that cannot be made.
+
+    Raises:
+        ArtefactError: it, or the nearest folder above it that is there, is a file or cannot be written.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ArtefactError(f"cannot write to {folder}: {there} is not a folder; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArtefactError(f"cannot write to {folder}: {there} may not be written; choose another folder")
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes the folders that were made for `folder` while the block ran, where it fails and nothing is in them."""
+    path = folder.absolute()
+    missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # there is something in it
+                each.rmdir()
+        raise

@@ -1,0 +1,97 @@
+"""What can be wrong with a whole run, found before anything is written or timed: the request, its data, and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moacompress.calibration.profiler import check_samples, rules_on_offer
+from moacompress.calibration.sample_sources import check_data
+from moacompress.core.errors import DataError, RecipeError, UsageError
+from moacompress.evaluation.runner import check_request, task_names
+from moacompress.evaluation.tasks import Resources, find_task, make_cases
+from moacompress.evaluation.text import text_windows
+from moacompress.evaluation.text_rows import TEXT
+from moacompress.models.source import SourceModel
+from moacompress.prompts.pools import Prose
+from moacompress.recipe import Recipe
+from moacompress.rules.asked_shares import AskedShares
+from moacompress.rules.budget import Budget
+from moacompress.rules.candidates import in_formats
+from moacompress.rules.cost import budget_limits, layer_floors
+from moacompress.search.search_request import offered_formats
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuses a recipe that cannot be run, and data that cannot be used; no model is loaded.
+
+    Raises:
+        RecipeError: parts of it contradict each other.
+        UsageError: an unknown task, or one that a run cannot have.
+        DataError: data missing, unreadable, empty, or without what is needed of it.
+    """
+    missing = [name for name in recipe.search.formats or () if name not in recipe.profile.formats]
+    if missing:
+        raise RecipeError(f"search.formats offers {missing[0]}, which profile.formats leaves out; add it there too")
+    if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
+        raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
+    names = task_names(recipe.evaluation.tasks)
+    _refuse_squad(names)
+    check_data(recipe)
+    check_request(names, recipe.evaluation.lengths, recipe.evaluation.prompts, _resources(recipe))
+
+
+def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None = None) -> None:
+    """Refuses what only the loaded model tells: lengths, budgets, samples and prompts that cannot be.
+
+    Args:
+        recipe: the run, as `check_recipe` takes it.
+        source: the model, which does not run.
+        profile: folder of a profile whose samples may be used again; None for none.
+
+    Raises:
+        DataError: lengths that the model does not take, or samples or prompts that cannot be made.
+        InfeasibleBudgetError: no plan fits.
+        BudgetError: a floor for a layer that the model does not have.
+    """
+    evaluation = recipe.evaluation
+    longest = max(evaluation.lengths)
+    if source.context and longest > source.context:
+        raise DataError(
+            f"the evaluation at the end asks for prompts of {longest:,} tokens, and the model takes at most "
+            f"{source.context:,}; give --lengths, or evaluation.lengths in a recipe"
+        )
+    _check_budgets(recipe, source)
+    check_samples(source, recipe, profile)
+    resources = _resources(recipe)
+    for task in task_names(evaluation.tasks, resources):
+        for length in evaluation.lengths:
+            if task != TEXT:
+                make_cases(task, length, 1, recipe.seed, source.tokenizer, resources)
+            elif resources.prose is not None:
+                text_windows(resources.prose, source.tokenizer, length, evaluation.prompts, recipe.seed)
+
+
+def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
+    """Where layers share, what that saves is known only by a profile."""
+    floors = layer_floors(recipe.search.floors, source.shape)
+    if not recipe.budget or not AskedShares.parse(recipe.search.share).off:
+        return
+    spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
+    rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
+    budgets = [Budget.parse(text) for text in recipe.budget]
+    budget_limits(budgets, source.shape, recipe.calibration.lengths, rules, recipe.profile.min_window, floors)
+
+
+def _resources(recipe: Recipe) -> Resources:
+    text = recipe.calibration.text
+    return Resources(prose=Prose.load(text) if text is not None else None)
+
+
+def _refuse_squad(tasks: Iterable[str]) -> None:
+    asked = [name for name in tasks if name != TEXT and find_task(name).needs == "squad"]
+    if asked:
+        raise UsageError(
+            f"task {asked[0]} needs SQuAD's questions, which a run does not take; leave it out, and measure it afterwards: "
+            f"moacompress eval OUT --tasks {asked[0]} --squad FILE"
+        )

@@ -1,0 +1,95 @@
+"""Devices: what cannot be computed on is refused in one sentence, by the command line and by whatever loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.core.errors import UsageError
+from moacompress.evaluation.checkpoint import load_checkpoint
+from moacompress.models.device import check_device
+from moacompress.models.source import load_source
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+CASES = [
+    ("cud", "'cud' is not the name of a torch device; did you mean 'cuda'?"),
+    ("zzzzzz", "'zzzzzz' is not the name of a torch device; give one such as cpu, cuda, mps, xpu or cuda:0"),
+    ("cuda:x", "'cuda:x' is not the name of a torch device; a number may follow the colon, such as cuda:0"),
+    ("meta", "the device meta cannot be used: tensors on it have no numbers"),
+    ("cpu:3", "the device cpu:3 cannot be used: all cores are one device"),
+    pytest.param("cuda", "the device cuda cannot be used: torch", marks=NO_CUDA),
+    pytest.param("cuda:9", "the device cuda:9 cannot be used: torch", marks=NO_CUDA),
+    pytest.param("mps", "the device mps cannot be used: torch .* finds no Apple GPU; give --device cpu"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), CASES)
+def test_refused(name: str, message: str, tiny_folder: Path, compressed: Path) -> None:
+    for refusing in (
+        lambda: check_device(name),
+        lambda: load_source(tiny_folder, device=name),
+        lambda: load_checkpoint(compressed / "model", "auto", name),
+    ):
+        with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+            refusing()
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, message in ((1, "there is one GPU, cuda:0"), (4, "the GPUs are cuda:0 to cuda:3")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(UsageError, match=f"the device cuda:9 cannot be used: {message}"):
+            check_device("cuda:9")
+
+
+COMMANDS = (
+    "profile MODEL -o OUT",
+    "compress MODEL --budget 50% -o OUT",
+    "compress MODEL --budget 50% -o OUT --dry-run",
+    "search NOTHING --budget 50% -o OUT",
+    "eval RUN",
+    "bench RUN --quick",
+    "heal RUN -o OUT",
+    "chat RUN --ask hello",
+    "data preview MODEL",
+    "demo -o OUT --model MODEL",
+    "doctor",
+    "inspect RUN --show-tokens NOTHING",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_so_at_once(command: str, tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:
+    places = {"MODEL": str(tiny_folder), "RUN": str(compressed), "OUT": str(tmp_path / "out"), "NOTHING": "nothing"}
+    done = CliRunner().invoke(app, [*(places.get(word, word) for word in command.split()), "--device", "meta"])
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert done.stderr.strip().startswith("moacompress: error: the device meta cannot be used: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("inspect RUN", "inspect computes nothing without --show-tokens, so --device meta has no meaning"),
+        ("report RUN", "report runs on the CPU, so --device meta has no meaning; leave it out"),
+        ("export MODEL PLAN -o OUT", "export runs on the CPU, so --device meta has no meaning; leave it out"),
+    ],
+)
+def test_a_command_without_a_device_says_so(
+    command: str, said: str, tiny_folder: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moacompress.models.device.check_device", lambda name: None)
+    plan = str(compressed / "model" / "plan.json")
+    places = {"MODEL": str(tiny_folder), "RUN": str(compressed), "PLAN": plan, "OUT": str(tmp_path / "out")}
+    words = [places.get(word, word) for word in command.split()]
+    done = CliRunner().invoke(app, [*words, "--device", "meta"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr
+    if words[0] == "inspect":
+        assert CliRunner().invoke(app, [*words, "--device", "cpu"]).exit_code == 0
