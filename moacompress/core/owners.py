@@ -1,19 +1,17 @@
 """Who works on a file or a folder: one process at a time. What a dead one left is taken over without a question.
 
-A process that works on something writes an owner file in the folder, or beside the file, and removes it when it is done.
-Machines are told apart by their names. On one machine an owner is alive if its process is: the one that began when the file
-says, as the same process id is given again, and in the same boot. Of another machine, or of another container, nothing is
-known but when it was last heard of: an owner touches its file as long as it works. The owner of what is not in a file, such as
-a study in a database, is kept there (`Owner.to_dict`).
+A process that works on something holds the lock of an owner file, in the folder or beside the file, and removes it when it is
+done. The operating system gives the lock up when the process dies, however that happens, so a file that is left is in nobody's
+way. The file says who holds it, for whoever is refused.
 
-The file is locked (flock) only while somebody reads and writes it, so that of two who come at once one is the owner. Where a
-file system has no such locks, both may be, if they come within the same millisecond.
+Machines that share a disk need not share its locks. So an owner file from elsewhere counts for as long as its owner is heard
+of, lock or not: an owner touches its file as long as it works. Elsewhere is whatever is not this boot of this machine, as two
+machines may have one name. The owner of what is not in a file, such as a study in a database, is kept there (`Owner.to_dict`).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -22,10 +20,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from moacompress.core.artefact_names import owner_of_file, owner_of_folder
 from moacompress.core.errors import ArtefactError
@@ -34,10 +34,14 @@ BEAT_SECONDS = 30.0
 """An owner is heard of this often."""
 SILENT_SECONDS = 300.0
 """An owner of which nothing is known but that it was not heard of for so long is dead."""
+PATIENCE = 0.3
+"""Seconds for which a lock may be held by nobody who works: by one that looks, comes or goes."""
 MAX_BYTES = 4096
 """An owner file is much shorter."""
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 """Errors of a place where nothing can be written: who is refused there does nobody any harm, and needs not own it."""
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""Errors of a file system without locks: there an owner counts for as long as it is heard of, or its process runs."""
 
 _held: set[str] = set()
 """Tokens of what this process owns."""
@@ -68,13 +72,12 @@ class Owner:
     @staticmethod
     def new() -> Owner:
         """Returns this process as the owner of one more thing."""
-        process = _process(os.getpid())
         return Owner(
             host=socket.gethostname(),
             boot=_boot(),
             space=_space(),
             pid=os.getpid(),
-            started=process[1] if process is not None else "",
+            started=_started(os.getpid()) or "",
             begun=time.time(),
             token=secrets.token_hex(8),
         )
@@ -86,45 +89,39 @@ class Owner:
     @staticmethod
     def from_dict(data: Any) -> Owner | None:
         """Reads the JSON form; None for anything else, such as what was half written when its process was killed."""
-        try:
-            owner = Owner(**data)
-        except TypeError:
-            return None
         kinds: dict[str, type] = {"pid": int, "begun": float}
-        sound = all(isinstance(getattr(owner, field.name), kinds.get(field.name, str)) for field in fields(Owner))
-        return owner if sound and owner.pid > 0 else None
+        names = [field.name for field in fields(Owner)]
+        if not isinstance(data, dict) or not all(isinstance(data.get(name), kinds.get(name, str)) for name in names):
+            return None
+        return Owner(**{name: data[name] for name in names}) if data["pid"] > 0 else None
+
+    @property
+    def shares_locks(self) -> bool:
+        """Whether it is of this boot of this machine, be it in another container: one system has all their locks."""
+        return self.boot != "" and self.boot == _boot()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is one of those that this one can look at."""
+        return self.shares_locks and self.space == _space() and self.started != ""
 
     def is_alive(self, silent: Callable[[], float]) -> bool:
-        """Returns whether the process still works on it.
+        """Returns whether the process still works on it, where no lock says so.
 
         Args:
             silent: returns how many seconds ago it was last heard of; asked only where nothing else is known.
         """
-        if self.host == socket.gethostname():
-            if self.boot != _boot():
-                return False
-            if self.space == _space():
-                running = self._is_running()
-                if running is not None:
-                    return running
-        return abs(silent()) < SILENT_SECONDS
-
-    def _is_running(self) -> bool | None:
-        """Whether the process runs on this machine; None where another one may have its id."""
+        if not self.is_here:
+            return abs(silent()) < SILENT_SECONDS
+        if self.pid == os.getpid():
+            return self.token in _held
         try:
             os.kill(self.pid, 0)
         except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:
             pass
-        process = _process(self.pid)
-        if process is not None and process[0] in "ZX":  # killed, but its parent has not asked how it ended
-            return False
-        if process is None or not self.started:
-            return self.token in _held if self.pid == os.getpid() else None
-        if self.started != process[1]:
-            return False
-        return self.pid != os.getpid() or self.token in _held
+        return _started(self.pid) in (self.started, None)
 
     def refusal(self, what: str, choose: str) -> str:
         """Returns the sentence that sends another process away.
@@ -134,8 +131,7 @@ class Owner:
             choose: what else could be done.
         """
         age = readable_age(time.time() - self.begun)
-        known = self.host == socket.gethostname()
-        later = "" if known else f"try again in {readable_age(SILENT_SECONDS)} if it was killed, "
+        later = "" if self.shares_locks else f"try again in {readable_age(SILENT_SECONDS)} if it was killed, "
         return (
             f"{what} is in use: process {self.pid} on {self.host} has been at work on it for {age}; wait until it is done, "
             f"stop it, {later}or {choose}"
@@ -177,25 +173,36 @@ def own(what: str, file: Path, choose: str) -> Iterator[None]:
         ArtefactError: a live process is its owner, be it this one; or the owner file cannot be written.
     """
     owner, file = Owner.new(), file.absolute()
-    with held(owner):
+    with held(owner), ExitStack() as ours:
         try:
-            _take(what, file, owner, choose)
-            with heard_of(lambda: _touch(file, owner)):
-                yield
-        finally:
-            _release(file, owner)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            other = _living(file, ours.enter_context(_locked(file)))
+            if other is None:
+                ours.callback(_remove, file, owner)
+                _write(file, owner)
+        except Timeout:
+            other = _read(file)
+            if other is None:
+                raise ArtefactError(f"{what} is in use: its {file.name} is locked; try again, or {choose}") from None
+        except OSError as error:
+            if error.errno not in NO_PLACE:
+                raise ArtefactError(f"cannot write {file}: {error.strerror or error}") from error
+            other = _living(file, locked=False)
+        if other is not None:
+            raise ArtefactError(other.refusal(what, choose))
+        with heard_of(lambda: _touch(file, owner)):
+            yield
 
 
 def release_dead(file: Path) -> bool:
     """Removes an owner file unless its owner is alive; returns whether there is none now."""
     try:
-        with _locked(file, os.O_RDWR) as descriptor:
-            if _living(descriptor, file) is not None:
-                return False
-            file.unlink()
-    except FileNotFoundError:
-        pass
-    except OSError:  # whose owner cannot be read is nobody's to remove
+        if file.exists():
+            with _locked(file) as locked:
+                if _living(file, locked) is not None:
+                    return False
+                file.unlink(missing_ok=True)
+    except OSError:  # it is locked, or cannot be opened: nobody's to remove
         return False
     return True
 
@@ -237,93 +244,79 @@ def readable_age(seconds: float) -> str:
     return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
-def _take(what: str, file: Path, owner: Owner, choose: str) -> None:
-    """Writes the owner file, unless there is that of a living owner."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file, os.O_RDWR | os.O_CREAT) as descriptor:
-            other = _living(descriptor, file)
-            if other is not None:
-                raise ArtefactError(other.refusal(what, choose))
-            try:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(owner.to_dict()).encode(), 0)
-            except OSError:
-                file.unlink()
-                raise
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            raise ArtefactError(f"cannot write {file}: {error.strerror or error}") from error
-
-
-def _touch(file: Path, owner: Owner) -> None:
-    with _locked(file, os.O_RDWR) as descriptor:
-        if _read(descriptor) == owner:
-            os.utime(descriptor)
-
-
-def _release(file: Path, owner: Owner) -> None:
-    if owner.pid != os.getpid():  # a fork of the owner
-        return
-    with suppress(OSError), _locked(file, os.O_RDWR) as descriptor:
-        if _read(descriptor) == owner:
-            file.unlink()
-
-
 @contextmanager
-def _locked(file: Path, flags: int) -> Iterator[int]:
-    """Opens the owner file that is at `file` once nobody else has it locked."""
-    while True:
-        descriptor = os.open(file, flags | os.O_CLOEXEC, 0o666)
-        try:
-            with suppress(OSError):  # no such locks on this file system
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, file):
-                yield descriptor
-                return
-        finally:
-            os.close(descriptor)
+def _locked(file: Path) -> Iterator[bool]:
+    """Holds the lock of an owner file; yields whether there is one, as some file systems have none.
 
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether the open file is still the one at `file`, and was not removed while this process waited for it."""
+    Raises:
+        Timeout: somebody else holds it.
+        OSError: the file cannot be opened.
+    """
+    lock = FileLock(file, PATIENCE, thread_local=False, poll_interval=PATIENCE / 10, fallback_to_soft=False)
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _living(descriptor: int, file: Path) -> Owner | None:
-    """Returns the owner if it is alive."""
-    owner = _read(descriptor)
-    alive = owner is not None and owner.is_alive(lambda: _now(file.parent) - os.fstat(descriptor).st_mtime)
-    return owner if alive else None
-
-
-def _read(descriptor: int) -> Owner | None:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     try:
-        return Owner.from_dict(json.loads(os.pread(descriptor, MAX_BYTES, 0)))
-    except (ValueError, RecursionError):
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def _living(file: Path, locked: bool) -> Owner | None:
+    """Returns whom an owner file names, if that one is alive; who was here and has lost the lock is not."""
+    owner = _read(file)
+    gone = owner is None or (locked and owner.shares_locks) or not owner.is_alive(lambda: _silence(file))
+    return None if gone else owner
+
+
+def _read(file: Path) -> Owner | None:
+    try:
+        with file.open("rb") as opened:
+            return Owner.from_dict(json.loads(opened.read(MAX_BYTES)))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
-def _now(folder: Path) -> float:
-    """Returns the time by the clock that stamps the files of a folder, which may be another machine's."""
+def _write(file: Path, owner: Owner) -> None:
+    """Writes who holds the lock into the locked file, and not another in its place."""
+    with file.open("r+b", buffering=0) as opened:
+        opened.truncate()
+        opened.write(json.dumps(owner.to_dict()).encode())
+
+
+def _remove(file: Path, owner: Owner) -> None:
+    """Removes an owner file, unless this is a fork of the owner, or another took over of which this one knows nothing."""
+    if owner.pid == os.getpid() and _read(file) in (owner, None):
+        with suppress(OSError):
+            file.unlink()
+
+
+def _touch(file: Path, owner: Owner) -> None:
+    if _read(file) == owner:
+        os.utime(file)
+
+
+def _silence(file: Path) -> float:
+    """Returns for how many seconds nothing was heard of an owner, by the clock of the file system, maybe another machine's."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_mtime
+        with tempfile.TemporaryFile(dir=file.parent) as now:
+            return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime
     except OSError:
-        return time.time()
+        return 0.0 if file.exists() else SILENT_SECONDS
 
 
-def _process(pid: int) -> tuple[str, str] | None:
-    """Returns the state of a process and when it began; None where the system does not say."""
+def _started(pid: int) -> str | None:
+    """Returns when a process began, in ticks since the boot; "" for a dead one, None where the system does not say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
     except OSError:
         return None
-    after_name = stat.rpartition(")")[2].split()  # a name may have spaces and brackets
-    return (after_name[0], after_name[19]) if len(after_name) > 19 else None
+    state, *rest = stat.rpartition(")")[2].split()  # a name may have spaces and brackets
+    return "" if state in "ZX" else rest[18]
 
 
 def _boot() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,14 +166,17 @@ def test_what_this_process_no_longer_holds_is_free(target: Path) -> None:
 
 
 def test_the_fork_of_an_owner_leaves_it_alone(target: Path) -> None:
-    with own_file(target):
+    with contextlib.ExitStack() as owned:
+        owned.enter_context(own_file(target))
         child = os.fork()
         if child == 0:
-            free = is_free(target)
-            owners._release(owner_of_file(target), Owner.new())
-            os._exit(int(free))
+            refused = not is_free(target)
+            owned.close()
+            os._exit(0 if refused and not is_free(target) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert owner_of_file(target).exists()
+        assert not is_free(target)
+    assert is_free(target)
 
 
 ALIVE = Owner.new()
@@ -181,21 +186,30 @@ ALIVE = Owner.new()
 @pytest.fixture
 def parent() -> Owner:
     """A live process that is not this one."""
-    process = owners._process(os.getppid())
-    assert process is not None
-    return replace(ALIVE, pid=os.getppid(), started=process[1])
+    return replace(ALIVE, pid=os.getppid(), started=owners._started(os.getppid()) or "")
 
 
-def test_the_trace_of_a_live_process_counts(parent: Owner, target: Path) -> None:
-    leave(target, parent)
-    os.utime(owner_of_file(target), (0, 0))  # on this machine nobody has to be heard of
-    assert not is_free(target)
-
-
-@pytest.mark.parametrize("change", [{"started": "1"}, {"boot": "before"}, {"pid": 2**22 + 1}, {"pid": 2**80}])
-def test_the_trace_of_a_dead_process_does_not(change: dict[str, Any], parent: Owner, target: Path) -> None:
+@pytest.mark.parametrize("change", [{}, {"host": "container", "space": "pid:[1]"}], ids=["here", "another container"])
+def test_the_trace_of_what_has_lost_its_lock_does_not_count(
+    change: dict[str, Any], parent: Owner, target: Path
+) -> None:
     leave(target, replace(parent, **change))
     assert is_free(target)
+
+
+@pytest.mark.parametrize("change", [{"started": "1"}, {"pid": 2**22 + 1}, {"pid": 2**80}, {"pid": os.getpid()}])
+def test_without_a_lock_an_owner_is_alive_if_its_process_is(change: dict[str, Any], parent: Owner) -> None:
+    """As of a study in a database; a dead process is known at once, and one that runs need not be heard of."""
+
+    def silent() -> float:
+        raise AssertionError
+
+    assert parent.is_alive(silent)
+    assert not replace(parent, **change).is_alive(silent)
+    for elsewhere in ({"boot": "another"}, {"space": "pid:[1]"}, {"started": ""}):
+        owner = replace(parent, **change | elsewhere)
+        assert owner.is_alive(lambda: 10.0)
+        assert not owner.is_alive(lambda: owners.SILENT_SECONDS + 1)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +222,9 @@ def test_a_trace_that_cannot_be_read_does_not(trace: Any, target: Path) -> None:
     assert is_free(target)
 
 
-@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"space": "pid:[1]"}, {"started": ""}])
+@pytest.mark.parametrize("change", [{"host": "elsewhere", "boot": "another"}, {"boot": "another"}, {"boot": ""}])
 def test_where_nothing_is_known_an_owner_is_heard_of(change: dict[str, Any], parent: Owner, target: Path) -> None:
-    """Another machine, another container, or a system that does not say when a process began."""
+    """Another machine, also one of the same name, or a system that does not say which boot it is in."""
     leave(target, replace(parent, **change))
     assert not is_free(target)
     now = time.time()
@@ -222,7 +236,7 @@ def test_where_nothing_is_known_an_owner_is_heard_of(change: dict[str, Any], par
 
 
 def test_a_message_about_another_machine_says_when_to_try_again(parent: Owner, target: Path) -> None:
-    leave(target, replace(parent, host="elsewhere", begun=time.time() - 7300))
+    leave(target, replace(parent, host="elsewhere", boot="another", begun=time.time() - 7300))
     with pytest.raises(
         ArtefactError, match="on elsewhere has been at work on it for 2 hours; .* try again in 5 minutes if"
     ):
@@ -267,19 +281,6 @@ def test_without_locks_on_the_file_system(target: Path, monkeypatch: pytest.Monk
     assert is_free(target)
 
 
-def test_without_proc(target: Path, parent: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS: only whether there is a process of that id, and when it was heard of."""
-    for name, nothing in (("_process", None), ("_boot", ""), ("_space", "")):
-        monkeypatch.setattr(owners, name, lambda *_, nothing=nothing: nothing)
-    with own_file(target):
-        assert not is_free(target)
-    there = replace(parent, boot="", space="", started="")
-    leave(target, there)
-    assert not is_free(target)
-    leave(target, replace(there, pid=2**22 + 1))
-    assert is_free(target)
-
-
 def test_a_folder_is_owned_from_within_and_made(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     with own_folder(folder):
@@ -287,6 +288,18 @@ def test_a_folder_is_owned_from_within_and_made(tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="is in use: .* or choose another folder"), own_folder(folder):
             pass
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_may_go_while_it_is_owned(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with own_folder(folder):
+        shutil.rmtree(folder)
+        with own_folder(folder):  # made afresh by somebody else
+            pass
+    with own_folder(folder):
+        folder.rename(tmp_path / "moved")
+    assert not folder.exists()
+    assert is_free(tmp_path / "moved" / "plan.json")
 
 
 def test_a_path_from_here_is_the_same_after_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +322,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(target: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(owners.json, "dumps", full)
     with (
         pytest.raises(ArtefactError, match="cannot write .*plan.json.owner: No space left on device"),
         own_file(target),
@@ -321,9 +334,12 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(target: Path, monkeypatch: 
 def test_only_a_dead_owner_is_released(parent: Owner, target: Path) -> None:
     file = owner_of_file(target)
     assert release_dead(file)
-    leave(target, parent)
+    with own_file(target):
+        assert not release_dead(file)
+        assert file.exists()
+    leave(target, replace(parent, boot="another"))
     assert not release_dead(file)
-    leave(target, replace(parent, boot="before"))
+    leave(target, parent)
     assert release_dead(file)
     assert not file.exists()
 

@@ -163,7 +163,7 @@ def test_an_owner_in_a_database_is_heard_of_and_leaves_its_successor_alone(
         begun = attribute()
         beats[0]()
         assert attribute()["heard"] > begun["heard"]
-        other = {**begun, "token": "theirs", "host": "elsewhere"}
+        other = {**begun, "token": "theirs", "host": "elsewhere", "boot": "another"}
         optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", other)
         beats[0]()
         assert attribute() == other
