@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+from moacompress.doctor.checks import EXTRAS
+from moacompress.models.source import GGUF_PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 LIBRARY = "moacompress/kernels/cpu/libmoacompress_cpu.so"
@@ -250,6 +253,13 @@ def test_without_a_compiler_it_builds_without_kernels(tree: Path, tmp_path: Path
     refused = run_build(tree, tmp_path / "dist", "--wheel", MOACOMPRESS_REQUIRE_EXT="1", **environment)
     assert refused.returncode != 0
     assert "MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels cannot be built" in refused.stdout + refused.stderr
+
+
+def test_an_extra_brings_what_doctor_asks_of_it(project: dict[str, Any]) -> None:
+    for extra, modules in EXTRAS.items():
+        brought = {re.split("[>=<]", need)[0] for need in project["project"]["optional-dependencies"][extra]}
+        assert {module.replace(".", "-").replace("_", "-") for module in modules} <= brought, extra
+    assert set(GGUF_PACKAGES) <= set(EXTRAS["demo"])
 
 
 def test_the_version_is_in_the_changelog(project: dict[str, Any]) -> None:

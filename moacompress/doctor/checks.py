@@ -19,7 +19,7 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import MoaCompressError, ModelError, one_line
 from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
-from moacompress.models.source import find_model_folder, locate_source
+from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
 from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import config_problems, quantization_method, stored_problems
 from moacompress.models.weight_files import (
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "datasets", "safetensors", "numpy", "scipy")
 EXTRAS = {
-    "demo": ("gguf",),
+    "demo": (*GGUF_PACKAGES, "jinja2", "plotly"),
     "eval": ("accelerate", "lm_eval"),
     "heal": ("accelerate", "peft"),
     "offload": ("accelerate",),
-    "report": ("plotly",),
+    "report": ("jinja2", "plotly"),
     "rivals": ("hqq", "optimum.quanto"),
 }
 """Modules that each extra brings."""

@@ -6,6 +6,7 @@ for.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+GGUF_PACKAGES = ("accelerate", "gguf")
+"""What transformers needs to load a `.gguf` file; the extra `demo` brings them."""
 
 
 @dataclass
@@ -132,8 +136,8 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Returns the name and the arguments that transformers' `from_pretrained` takes for MODEL.
 
     Raises:
-        ModelError: a path that is neither a model folder nor a `.gguf` file; or a name on the hub, which cannot be reached, and
-            that is not in the cache.
+        ModelError: a path that is neither a model folder nor a `.gguf` file; a `.gguf` file without the packages that read it;
+            or a name on the hub, which cannot be reached, and that is not in the cache.
     """
     path = Path(source)
     if path.is_dir():
@@ -143,6 +147,12 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{source} does not exist{_if_name_only(source)}")
+        lacking = [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]
+        if lacking:
+            raise ModelError(
+                f"{source} needs the package {' and '.join(lacking)}, with which transformers reads .gguf files: "
+                "`pip install 'moacompress[demo]'`"
+            )
         return str(path.resolve().parent), {"gguf_file": path.name}
     if path.exists():
         raise ModelError(f"{source} is neither a model folder nor a .gguf file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from moacompress.core.errors import ModelError, PlanError
 from moacompress.exporter.exporting import save_dense
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
-from moacompress.models.source import load_source, model_shape
+from moacompress.models.source import load_source, locate_source, model_shape
 from moacompress.models.support import native_windows
 from moacompress.models.weight_files import gguf_dtype
 from moacompress.recipe import Recipe
@@ -117,6 +118,21 @@ def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.gguf"):
         load_source(path)
+
+
+@pytest.mark.parametrize("package", ["accelerate", "gguf"])
+def test_what_a_gguf_needs_is_asked_for(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF")
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else there(name, *rest)
+    )
+    for read in (load_source, locate_source):
+        with pytest.raises(
+            ModelError, match=rf"x\.gguf needs the package {package}, .* `pip install 'moacompress\[demo\]'`$"
+        ):
+            read(path)
 
 
 @pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}'])
