@@ -11,7 +11,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
@@ -346,10 +356,15 @@ class Recipe(_Section):
         """
         if not isinstance(data, dict):
             raise RecipeError(f"{where} must be a mapping of keys to values, not {type(data).__name__}")
+        return Recipe.model_validate(data, context=where)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _our_error(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe], info: ValidationInfo) -> Recipe:
         try:
-            return Recipe.model_validate(data)
+            return handler(data)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_first_problem(error)}") from error
+            raise RecipeError(f"{info.context or 'recipe'}: {_first_problem(error)}") from error
 
     @staticmethod
     def load(path: str | Path) -> Recipe:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moacompress.bench.bench_request import BenchRequest
 from moacompress.core.errors import RecipeError
 from moacompress.recipe import Recipe, shared_name
 
@@ -179,3 +180,32 @@ def test_what_is_shared_names_no_places(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_hub_id_is_whole_and_a_path_a_name(source: str, name: str) -> None:
     assert shared_name(source) == name
     assert Recipe().shared(source)["model"] == name
+
+
+def test_a_recipe_made_in_python_raises_our_error():
+    for wrong, said in (
+        ({"buget": "25%"}, "recipe: unknown key 'buget'; did you mean 'budget'?"),
+        ({"budget": "25"}, "recipe: budget: budget '25' is a bare number above 1; did you mean '25%'?"),
+        ({"search": {"trails": 3}}, "recipe: unknown key 'search.trails'; did you mean 'trials'?"),
+        ({"dtype": "fp8"}, "recipe: dtype: "),
+    ):
+        with pytest.raises(RecipeError) as error:
+            Recipe(**wrong)
+        assert said in str(error.value)
+    assert Recipe(budget="25%").budget == ("25%",)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("fp16", "float16"),
+        ("half", "float16"),
+        ("BF16", "bfloat16"),
+        ("fp32", "float32"),
+        ("torch.bfloat16", "bfloat16"),
+    ],
+)
+def test_dtypes_have_other_names(given, name):
+    assert Recipe(dtype=given).dtype == name
+    assert Recipe().override(dtype=given).dtype == name
+    assert BenchRequest(lengths=(8,), batches=(1,), dtypes=(given, "auto")).dtypes == (name, "auto")

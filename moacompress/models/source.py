@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import MODEL_FOLDER
+from moacompress.core.artefact_names import DENSE_FOLDER, MODEL_FOLDER, PLAN_FILE, PROFILE_FOLDER, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, did_you_mean, one_line
 from moacompress.core.files import read_json
 from moacompress.models.device import check_device
@@ -142,6 +142,7 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            _refuse_run(path)
             raise ModelError(f"{source} is a folder without config.json, not a model")
         return str(path.resolve()), {}
     if path.suffix == ".gguf":
@@ -164,6 +165,25 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
         return str(source), hub_arguments(str(source))
     except ModelError as error:
         raise ModelError(f"{error}{_if_name_only(source)}") from error
+
+
+def _refuse_run(folder: Path) -> None:
+    """Refuses the folder of a run in the place of a model, with the dense model that it was made from.
+
+    Raises:
+        ModelError: it is one.
+    """
+    mark, dense = folder / RECIPE_FILE, folder / DENSE_FOLDER
+    if not mark.is_file() or not any((folder / name).exists() for name in (MODEL_FOLDER, PLAN_FILE, PROFILE_FOLDER)):
+        return
+    try:
+        found = read_json(mark, "recipe")
+    except ArtefactError:
+        found = None
+    source = found.get("model") if isinstance(found, dict) else None
+    named = str(dense) if (dense / "config.json").is_file() else source if isinstance(source, str) else None
+    where = f": {named}" if named else ""
+    raise ModelError(f"{folder} is the folder of a run, not a dense model; give the one that it was made from{where}")
 
 
 def _check_family(folder: Path, trust_remote_code: bool) -> None:

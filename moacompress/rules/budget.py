@@ -17,7 +17,10 @@ from moacompress.rules.rule import MAX_ALPHA
 
 _FORMS = "'25%', '0.25', '25%@8k' or '512MiB@32k'"
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30}
-_BUDGET = re.compile(r"(?P<number>\d+(\.\d+)?|\.\d+)\s*(?P<unit>%|[KMG]iB)?(?:@(?P<length>\w+))?", re.IGNORECASE)
+_MOST_BYTES = 2**62
+_SHORT_UNITS = {"k": "KiB", "kb": "KiB", "m": "MiB", "mb": "MiB", "g": "GiB", "gb": "GiB"}
+"""What people write for them, though a thousand is no 1024."""
+_AMOUNT = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>(?!e[-+]?\d)\S*)", re.IGNORECASE)
 
 
 def parse_length(text: str) -> int:
@@ -29,7 +32,9 @@ def parse_length(text: str) -> int:
     match = re.fullmatch(r"(\d{1,8})(k?)", text.strip(), re.IGNORECASE)
     length = int(match[1]) * (1024 if match[2] else 1) if match else 0
     if not 0 < length <= MAX_ALPHA:
-        raise BudgetError(f"length {text!r} is not a number of tokens such as '4096' or '4k' (k is 1024)")
+        raise BudgetError(
+            f"length {text!r} is not a number of tokens from 1 to {MAX_ALPHA:,}, such as '4096' or '4k' (k is 1024)"
+        )
     return length
 
 
@@ -64,27 +69,43 @@ class Budget:
         """Reads one budget.
 
         Raises:
-            BudgetError: unknown form, a bare number above 1, a share outside (0, 100%], bytes without a length.
+            BudgetError: what is wrong with it: empty, a sign, an unknown unit, a bare number above 1, a share outside
+                (0, 100%], bytes without a length, or something after `@` that is no length.
         """
         given = str(text).strip()
         if "," in given:
             raise BudgetError(f"budget {given!r} names several plans; give one budget such as '25%' for each search")
-        match = _BUDGET.fullmatch(given)
+        if not given:
+            raise BudgetError(f"the budget is empty; write {_FORMS}")
+        amount, at, place = (part.strip() for part in given.partition("@"))
+        if amount[:1] in ("-", "+"):
+            raise BudgetError(f"budget {given!r} has a sign; write a share or bytes without one, {_FORMS}")
+        match = _AMOUNT.fullmatch(amount)
         if not match:
             raise BudgetError(f"budget {given!r} is not understood; write {_FORMS}")
-        number, unit = float(match["number"]), (match["unit"] or "").lower()
-        length = parse_length(match["length"]) if match["length"] else None
+        number, unit = float(match["number"]), match["unit"].lower()
+        if unit not in ("", "%", *_UNITS):
+            raise BudgetError(f"budget {given!r} {_about_unit(match['number'], match['unit'], at + place)}")
+        if at and not place:
+            raise BudgetError(f"budget {given!r} names no length after '@'; write one such as '{amount}@8k'")
+        length = parse_length(place) if at else None
         if unit in _UNITS:
             if length is None:
                 raise BudgetError(f"budget {given!r} needs the length it holds at, such as '{given}@32k'")
             if number * _UNITS[unit] < 1:
                 raise BudgetError(f"budget {given!r} is no bytes at all")
+            if number * _UNITS[unit] >= _MOST_BYTES:
+                raise BudgetError(f"budget {given!r} is more bytes than any memory has; write {_FORMS}")
             return Budget(given, None, int(number * _UNITS[unit]), length)
         if not unit and number > 1:
-            raise BudgetError(f"budget {given!r} is a bare number above 1; did you mean '{given}%'?")
+            raise BudgetError(f"budget {given!r} is a bare number above 1; did you mean '{amount}%{at}{place}'?")
         share = number / 100 if unit == "%" else number
-        if not 0 < share <= 1:
-            raise BudgetError(f"budget {given!r} is outside (0%, 100%]; write {_FORMS}")
+        if share <= 0:
+            raise BudgetError(f"budget {given!r} is nothing at all, outside (0%, 100%]; write {_FORMS}")
+        if share > 1:
+            raise BudgetError(
+                f"budget {given!r} is more than the dense model takes, outside (0%, 100%]; write {_FORMS}"
+            )
         return Budget(given, share, None, length)
 
     def limits(self, shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
@@ -95,6 +116,21 @@ class Budget:
             return dict.fromkeys(lengths, self.bytes)
         assert self.share is not None
         return {length: int(self.share * shape.dense_kv_bytes(length)) for length in lengths}
+
+
+def _about_unit(number: str, unit: str, place: str) -> str:
+    """Returns what is wrong with the unit of a budget, and what was perhaps meant.
+
+    Args:
+        number: before the unit.
+        unit: that is not known.
+        place: what follows, with its `@`.
+    """
+    if unit.startswith("%"):
+        return f"has {unit[1:]!r} after its '%'; did you mean '{number}%@{unit[1:].strip('@')}'?"
+    known = _SHORT_UNITS.get(unit.lower())
+    hint = f"; did you mean '{number}{known}{place or '@32k'}'?" if known else f"; write {_FORMS}"
+    return f"has the unit {unit!r}, which is not one of %, KiB, MiB and GiB{hint}"
 
 
 def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:

@@ -59,6 +59,17 @@ def _version_in(fingerprint: str) -> int:
     return int(front) if dash and front.isascii() and front.isdecimal() else 1
 
 
+_SAID = {
+    "model_type": "the model type {}",
+    "layers": "{} layers",
+    "heads": "{} query heads a layer",
+    "kv_heads": "{} KV heads a layer",
+    "head_dim": "heads of {} numbers",
+    "native_windows": "the sliding windows {}",
+}
+"""How a difference between two models is said."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One rule for every KV head of every layer, with where it came from and what it was measured to do.
@@ -211,8 +222,8 @@ class Plan:
             ours, theirs = getattr(self.model, name), getattr(model, name)
             if ours != theirs:
                 raise PlanError(
-                    f"the plan is for another model: its {name} is {short(ours)}, the model's is {short(theirs)}; "
-                    "make a plan for this model with `moacompress search`"
+                    f"the plan is for another model: it is for {_SAID[name].format(short(ours))}, and this model has "
+                    f"{_SAID[name].format(short(theirs))}; make a plan for this model with `moacompress search`"
                 )
         if weights is None:
             return

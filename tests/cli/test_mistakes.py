@@ -213,6 +213,28 @@ def test_a_compressed_model_again(compressed_model: Path, tmp_path: Path) -> Non
     assert "give the dense model it was made from" in text
 
 
+def test_a_run_again(compressed_model: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(compressed_model, run / "model")
+    (run / "recipe.json").write_text(json.dumps({"model": "somewhere/dense"}))
+    said = "is the folder of a run, not a dense model; give the one that it was made from"
+    assert f"{run} {said}: somewhere/dense" in compress(1, run, tmp_path / "out")
+    (run / "recipe.json").write_text("{")
+    assert compress(1, run, tmp_path / "out").endswith(said)
+    shutil.copytree(tiny_folder, run / "dense")
+    assert f"{said}: {run / 'dense'}" in compress(1, run, tmp_path / "out")
+
+
+def test_a_plan_of_another_shape(
+    compressed_model: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    text = mistake(1, "export", other, compressed_model / "plan.json", "-o", tmp_path / "model")
+    assert "it is for 3 layers, and this model has 2 layers" in text
+
+
 def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
     """Ctrl-C names the command that goes on, and that command ends what was begun."""
     out = tmp_path / "out"

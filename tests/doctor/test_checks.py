@@ -430,10 +430,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "no plan": (in_config(lambda config: config["quantization_config"].pop("plan")), "not a moacompress plan", False),
     "another shape": (
         in_config(lambda config: config.update(num_key_value_heads=4)),
-        "the plan is for another model: its kv_heads is 2, the model's is 4",
+        "the plan is for another model: it is for 2 KV heads a layer, and this model has 4 KV heads a layer",
         False,
     ),
-    "another family": (in_config(lambda config: config.update(model_type="bloom")), "its model_type is llama", False),
+    "another family": (
+        in_config(lambda config: config.update(model_type="bloom")),
+        "it is for the model type llama",
+        False,
+    ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "has no weights: there is no model.safe",

@@ -340,7 +340,7 @@ def test_folders_of_other_weights_are_refused(
         PlanError, match="was made from other weights than those that .* is measured beside.*--dense MODEL"
     ):
         run(compressed, against=("dense", str(tmp_path / "weights")))
-    with pytest.raises(PlanError, match="its layers is"):
+    with pytest.raises(PlanError, match="another model: it is for"):
         run(compressed, against=(str(tmp_path / "shape"),))
 
 

@@ -213,7 +213,7 @@ def test_plan_for_other_weights_is_refused(tiny_model, tiny_tokenizer, plan, tmp
     with pytest.raises(PlanError, match="other weights"):
         export(other, plan, tmp_path / "model")
     tiny_model("llama", num_hidden_layers=2).save_pretrained(other)
-    with pytest.raises(PlanError, match="another model: its layers is 3, the model's is 2"):
+    with pytest.raises(PlanError, match="another model: it is for 3 layers, and this model has 2"):
         export(other, plan, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 

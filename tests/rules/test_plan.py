@@ -321,11 +321,11 @@ def test_missing_file_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"model_type": "mistral"}, "model_type is llama, the model's is mistral"),
-        ({"layers": 2, "native_windows": (None, None)}, "layers is 3, the model's is 2"),
-        ({"kv_heads": 4}, "kv_heads is 2, the model's is 4"),
-        ({"head_dim": 32}, "head_dim is 16, the model's is 32"),
-        ({"native_windows": (None, None, None)}, "native_windows is"),
+        ({"model_type": "mistral"}, "it is for the model type llama, and this model has the model type mistral"),
+        ({"layers": 2, "native_windows": (None, None)}, "it is for 3 layers, and this model has 2 layers"),
+        ({"kv_heads": 4}, "it is for 2 KV heads a layer, and this model has 4"),
+        ({"head_dim": 32}, "it is for heads of 16 numbers, and this model has heads of 32"),
+        ({"native_windows": (None, None, None)}, "it is for the sliding windows"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(changes: dict[str, Any], what: str) -> None:

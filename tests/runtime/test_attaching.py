@@ -103,6 +103,6 @@ def test_a_config_that_is_shared_in_one_place(place, tiny_model, random_plan, to
 def test_a_refused_plan_leaves_the_config_where_it_is(tiny_model, random_plan):
     model = tiny_model()
     config = model.config
-    with pytest.raises(PlanError, match="its layers is 2"):
+    with pytest.raises(PlanError, match="it is for 2 layers"):
         attach(model, random_plan(model_shape(tiny_model(num_hidden_layers=2)), 3))
     assert model.config is config

@@ -116,9 +116,12 @@ PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda config: config["quantization_config"].update(bits=4), "quantization_config has the unknown key 'bits'"),
     (lambda config: config["quantization_config"].update(plan=[1]), "not a moacompress plan"),
     (lambda config: config.update(num_hidden_layers=5000), "num_hidden_layers 5000, outside"),
-    (lambda config: config.update(num_hidden_layers=2), "its layers is 3, the model's is 2"),
-    (lambda config: config.update(sliding_window=9, model_type="mistral"), "its model_type is llama"),
-    (lambda config: config.update(num_key_value_heads=4), "its kv_heads is 2, the model's is 4"),
+    (lambda config: config.update(num_hidden_layers=2), "it is for 3 layers, and this model has 2 layers"),
+    (lambda config: config.update(sliding_window=9, model_type="mistral"), "it is for the model type llama"),
+    (
+        lambda config: config.update(num_key_value_heads=4),
+        "it is for 2 KV heads a layer, and this model has 4 KV heads",
+    ),
 ]
 
 

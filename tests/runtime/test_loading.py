@@ -141,7 +141,7 @@ def test_copies_are_independent(tiny_model, random_plan, token_ids):
 
 def test_plan_of_another_model_is_refused(compressed, tiny_model, random_plan):
     folder, _, plan = compressed()
-    with pytest.raises(PlanError, match="its layers is 3, the model's is 2"):
+    with pytest.raises(PlanError, match="it is for 3 layers, and this model has 2 layers"):
         attach(tiny_model(num_hidden_layers=2), plan)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["plan"]["layers"][1]["beta_q"][0] = 2000
