@@ -97,7 +97,7 @@ def questions(folder: Path) -> dict[str, Any]:
     rows = [
         {"title": f"T{row // 4}", "context": document(row, 4), "question": f"D{row:02d}w0009. ?"} for row in range(72)
     ]
-    return {"sources": [{"path": rows_file(folder, rows)}], "lengths": [500]}
+    return {"sources": [{"path": rows_file(folder, rows)}], "lengths": [360]}
 
 
 def haystack(folder: Path) -> dict[str, Any]:
