@@ -25,7 +25,7 @@ COLLECT_sotu = mv package/data/*.txt .
 COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 	xargs -I {} awk 1 {} > moby-dick.txt && awk 1 package/data/epilogue.txt >> moby-dick.txt
 
-.PHONY: help setup demo test test-all test-data gemma texts no-texts lint format clean
+.PHONY: help setup demo test test-all test-peers test-data gemma texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -82,6 +82,11 @@ test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
 
 test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
 	$(BIN)/pytest
+
+test-peers: $(READY) ## transformers' own generation and common tests under plans: DIR=<checkout of transformers>
+	@test -n "$(DIR)" || { echo "name a checkout of transformers' repository: make test-peers DIR=../transformers" >&2; exit 2; }
+	$(BIN)/pip install --quiet parameterized httpx
+	$(BIN)/python tests/peers/run.py $(DIR)
 
 lint: $(READY) ## ruff, mypy, the order of imports, and one name for one thing
 	$(BIN)/ruff check .

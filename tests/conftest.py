@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,6 @@ if (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moacompress.rules.model_shape import ModelShape
     from moacompress.rules.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,28 +196,9 @@ def small_run() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def random_plan() -> Callable[..., Plan]:
     """Returns a function that draws a sparse plan for a shape: `random_plan(shape, seed=3)`; with `formats` any of each."""
+    from tests import plan_kinds
 
-    def draw(shape: ModelShape, seed: int = 0, full_share: float = 0.15, formats: bool = False) -> Plan:
-        from moacompress.rules.formats import FORMATS
-        from moacompress.rules.plan import Plan
-        from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-
-        rng = random.Random(seed)
-
-        def span() -> Rule:
-            if rng.random() < full_share:
-                return Rule.FULL
-            return Rule(rng.choice(SINKS), rng.choice([0, 7, 20, 40, 100]), rng.choice([0, 0, 100, 300, 700]))
-
-        def rule() -> Rule:
-            if not formats:
-                return span()
-            return replace(span(), key_format=rng.choice([*FORMATS]), value_format=rng.choice([*FORMATS]))
-
-        rules = tuple(tuple(rule() for _ in range(shape.kv_heads)) for _ in range(shape.layers))
-        return Plan(shape, rng.choice(MIN_WINDOWS), rules)
-
-    return draw
+    return plan_kinds.random_plan
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach
 from moacompress.runtime.cache.plan_cache import PlanCache
-from tests.runtime.test_gates import gated_plan
+from tests.plan_kinds import gated_plan
 
 TOLERANCE = 1e-4
 

@@ -33,6 +33,7 @@ from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from tests.plan_kinds import gated_plan
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 MIN_WINDOW = 16
@@ -240,25 +241,6 @@ def test_gradients_are_those_of_the_masks() -> None:
         grads.append(torch.autograd.grad((out * weight).sum(), (case.query, case.key, case.value)))
     for ours, theirs in zip(*grads, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-9)
-
-
-def gated_plan(model: Any, seed: int) -> Plan:
-    """A random plan whose rules select, with random gates."""
-    shape, rng = model_shape(model), random.Random(seed)
-    draw = np.random.default_rng(seed)
-    gates = GateWeights(
-        draw.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
-        draw.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
-    )
-
-    def rule(window: int | None) -> Rule:
-        select = rng.choice(((9, 0), (5, 0), (12, 0), (0, 200)))
-        return Rule(
-            4, rng.choice((0, 20)), rng.choice((0, 100)), "native", "native", *(select if window is None else ())
-        )
-
-    rules = tuple(tuple(rule(window) for _ in range(shape.kv_heads)) for window in shape.native_windows)
-    return Plan(shape, 16, rules, gates=gates.fingerprint, gate_weights=gates)
 
 
 def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], family: str) -> None:

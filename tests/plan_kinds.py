@@ -1,0 +1,78 @@
+"""Random plans for tests, one function a kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moacompress.models.source import model_shape
+from moacompress.rules.formats import FORMATS
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
+
+
+def random_plan(shape: ModelShape, seed: int = 0, full_share: float = 0.15, formats: bool = False) -> Plan:
+    """Returns a sparse plan; with `formats` any of each."""
+    rng = random.Random(seed)
+
+    def span() -> Rule:
+        if rng.random() < full_share:
+            return Rule.FULL
+        return Rule(rng.choice(SINKS), rng.choice([0, 7, 20, 40, 100]), rng.choice([0, 0, 100, 300, 700]))
+
+    def rule() -> Rule:
+        if not formats:
+            return span()
+        return replace(span(), key_format=rng.choice([*FORMATS]), value_format=rng.choice([*FORMATS]))
+
+    rules = tuple(tuple(rule() for _ in range(shape.kv_heads)) for _ in range(shape.layers))
+    return Plan(shape, rng.choice(MIN_WINDOWS), rules)
+
+
+def gated_plan(model: Any, seed: int) -> Plan:
+    """Returns a plan whose rules select, with random gates."""
+    shape, rng = model_shape(model), random.Random(seed)
+    draw = np.random.default_rng(seed)
+    gates = GateWeights(
+        draw.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
+        draw.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
+    )
+
+    def rule(window: int | None) -> Rule:
+        select = rng.choice(((9, 0), (5, 0), (12, 0), (0, 200)))
+        return Rule(
+            4, rng.choice((0, 20)), rng.choice((0, 100)), "native", "native", *(select if window is None else ())
+        )
+
+    rules = tuple(tuple(rule(window) for _ in range(shape.kv_heads)) for window in shape.native_windows)
+    return Plan(shape, 16, rules, gates=gates.fingerprint, gate_weights=gates)
+
+
+def full(model: Any) -> Plan:
+    """Everything, in the model's own dtype."""
+    return Plan.full(model_shape(model))
+
+
+def windows(model: Any) -> Plan:
+    """A sink and a window for most KV heads."""
+    return random_plan(model_shape(model), seed=3)
+
+
+def formats(model: Any) -> Plan:
+    """Windows, and keys and values of every format."""
+    return random_plan(model_shape(model), seed=9, formats=True)
+
+
+def gates(model: Any) -> Plan:
+    """Windows, and tokens that gates choose."""
+    return gated_plan(model, 5)
+
+
+KINDS: dict[str, Callable[[Any], Plan]] = {kind.__name__: kind for kind in (full, windows, formats, gates)}
+"""Kinds of plan, by name: each makes one for a model."""
