@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import MoaCompressError, ModelError, one_line
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, one_line
 from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
 from moacompress.models.stored_plan import plan_file_problem
-from moacompress.models.support import config_problems, quantization_method, stored_problems
+from moacompress.models.support import config_problems, is_tested, quantization_method, stored_problems
+from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import (
     check_weights,
     checkpoint_files,
@@ -99,10 +100,11 @@ def check_model(
     facts: dict[str, Any] = dict.fromkeys(
         ("model_type", "layers", "heads", "kv_heads", "head_dim", "sliding_layers", "context")
     )
-    facts |= {"source": source, "compressed": False, "checkpoint": None, "problems": []}
+    facts |= {"source": source, "compressed": False, "tested": None, "checkpoint": None, "problems": []}
     try:
         config = _load_config(source, trust_remote_code)
         facts["model_type"] = config.model_type
+        facts["tested"] = is_tested(config)
         facts["context"] = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         if quantization_method(config) == "moacompress":
             facts["compressed"] = True
@@ -111,10 +113,7 @@ def check_model(
             facts["checkpoint"] = checked.facts(check_environment() if environment is None else environment)
             facts["problems"] = checked.problems
         else:
-            found = config_problems(config)
-            # what the modules tell is told by the config already, and an unsupported model may not even build
-            found = found or module_problems(_skeleton(config, trust_remote_code))
-            facts["problems"] = [*stored_problems(config), *found, *_file_problems(source)]
+            facts["problems"] = _dense_problems(source, config, trust_remote_code)
         shape = config_shape(config, dtype="float32")
         facts |= {name: getattr(shape, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
         facts["sliding_layers"] = sum(window is not None for window in shape.native_windows)
@@ -212,6 +211,57 @@ class _Checkpoint:
         facts["weight_bytes"] = sum(file.stat().st_size for file in self.files)
         facts["loads"] = not self.stopping and bool(environment["autoload"]["registered"])
         return facts
+
+
+def _dense_problems(source: str, config: PreTrainedConfig, trust_remote_code: bool) -> list[str]:
+    """Returns what is wrong with a dense model; where its files are here and nothing else is, also what is missing of them."""
+    found = config_problems(config)
+    skeleton = None
+    if not found:  # what the modules tell is told by the config already, and an unsupported model may not even build
+        skeleton = _skeleton(config, trust_remote_code)
+        found = module_problems(skeleton)
+    found = [*stored_problems(config), *found, *_file_problems(source)]
+    folder = _files_of(source)
+    if found or skeleton is None or folder is None:
+        return found
+    try:
+        files = checkpoint_files(folder)
+        expected = needed_weights(skeleton)
+        check_weights(files, expected)
+        lost = missing_weights(files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
+        found += [] if lost is None else [f"{lost}; copy the weights again from where the model is from"]
+    except ArtefactError as error:
+        found.append(str(error))
+    return [*found, *_tokenizer_problems(folder, trust_remote_code)]
+
+
+def _files_of(source: str) -> Path | None:
+    """Returns the folder that the files of a model lie in; None for a `.gguf` file, which has all in it, and on the hub."""
+    name, arguments = locate_source(source)
+    if "gguf_file" in arguments:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    if not arguments.get("local_files_only"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _tokenizer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
+    """Returns why a model folder gives no tokenizer; it is loaded, and nothing is fetched."""
+    from transformers import AutoTokenizer
+
+    missing = [] if trust_remote_code else tokenizer_problems(folder)
+    if missing:
+        return missing
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        return [f"the tokenizer in {folder} cannot be loaded: {one_line(error)}"]
+    return []
 
 
 def _file_problems(source: str) -> list[str]:

@@ -21,6 +21,7 @@ from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.support import config_problems, quantization_method, stored_problems
+from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
@@ -97,6 +98,8 @@ def load_source(
             _check_family(Path(name), trust_remote_code)
             config = AutoConfig.from_pretrained(name, **arguments)
             problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
+            if Path(name).is_dir() and not trust_remote_code:
+                problems += tokenizer_problems(Path(name))
             if problems:
                 raise ModelError(f"{source} cannot be used: {problems[0]}")
             own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))

@@ -14,6 +14,24 @@ from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 """Layer types of transformers whose keys and values moacompress can drop."""
+TESTED_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    "olmo2",
+    "granite",
+    "cohere2",
+    "qwen3_moe",
+    "ministral3",
+    "gpt_oss",
+)
+"""The `model_type` of every text decoder that the test-suite runs; others of the same attention may work."""
 _KIND_KEYS = ("layer_types", "layers_block_type")
 _STATE_KINDS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "rwkv", "state_space")
 _OWN_ATTENTION = {
@@ -65,6 +83,11 @@ def stored_problems(config: Any) -> list[str]:
                 f"{_name(config)} has weights quantized by {method} (quantization_config); give the model with float weights"
             ]
     return []
+
+
+def is_tested(config: Any) -> bool:
+    """Returns whether the test-suite runs models of a config's family, the text decoder of one with several parts."""
+    return str(getattr(config.get_text_config(decoder=True), "model_type", "")) in TESTED_FAMILIES
 
 
 def quantization_method(config: Any) -> str | None:

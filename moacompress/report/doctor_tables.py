@@ -40,6 +40,12 @@ def model_table(data: Mapping[str, Any]) -> Group:
         data: as `moacompress.doctor.checks.check_model` returns it.
     """
     rows = {"model": data["source"], "family": data["model_type"] or "unknown"}
+    if data["tested"] is not None:
+        rows["tested"] = (
+            "yes, this family is part of the test-suite"
+            if data["tested"]
+            else "no, this family is no part of the test-suite; compare with the dense model first (moacompress eval)"
+        )
     if data["layers"] is not None:
         rows["attention"] = (
             f"{data['layers']} layers, {data['heads']} query heads, {data['kv_heads']} KV heads of {data['head_dim']}, "

@@ -22,6 +22,15 @@ from moacompress.runtime.hf import compat
 from moacompress.runtime.hf.attaching import attach
 
 
+def lacking(folder: Path) -> list[str]:
+    """What is said of a folder with a sound config and nothing else."""
+    return [
+        f"{folder} has no weights: there is no model.safetensors and no model.safetensors.index.json",
+        f"{folder} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab.json; copy the tokenizer's files "
+        "from where the model is from",
+    ]
+
+
 @pytest.fixture(scope="module")
 def environment() -> dict[str, Any]:
     return check_environment()
@@ -131,10 +140,10 @@ def test_an_autoload_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) ->
     assert problems == ["from_pretrained would not see compressed checkpoints: nothing is registered"]
 
 
-def test_a_model_needs_no_weights(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_known_by_its_config(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copyfile(tiny_folder / "config.json", tmp_path / "config.json")
     found = check_model(str(tmp_path))
-    assert found["problems"] == []
+    assert found["problems"] == lacking(tmp_path)
     assert (found["model_type"], found["layers"], found["heads"], found["kv_heads"]) == ("llama", 3, 4, 2)
     assert (found["sliding_layers"], found["context"], found["compressed"]) == (0, 4096, False)
 
@@ -281,7 +290,46 @@ def test_the_same_families_pass_where_nothing_is_wrong(tmp_path: Path) -> None:
         {"model_type": "llama4_text", "layer_types": ["full_attention"] * 4, "head_dim": 8},
     ):
         (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
-        assert check_model(str(tmp_path))["problems"] == []
+        assert check_model(str(tmp_path))["problems"] == lacking(tmp_path)
+
+
+def test_a_dense_model_is_whole_or_what_is_missing_is_said(tiny_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from moacompress.core.errors import ModelError
+    from moacompress.models.source import load_source
+
+    assert check_model(str(tiny_folder))["problems"] == []
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors")
+    (problem,) = check_model(str(folder))["problems"]
+    assert (
+        f"{folder} lacks 1 of its weights, such as model.layers.2.mlp.up_proj.weight; copy the weights again" in problem
+    )
+    save_file(weights | {"model.layers.2.mlp.up_proj.weight": lost}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("{}")
+    (problem,) = check_model(str(folder))["problems"]
+    assert f"the tokenizer in {folder} cannot be loaded: " in problem
+    (folder / "tokenizer.json").unlink()
+    assert check_model(str(folder))["problems"] == lacking(folder)[1:]
+    with pytest.raises(ModelError, match="has no tokenizer: there is no tokenizer.json"):
+        load_source(folder)
+
+
+def test_which_families_are_tested(families: tuple[str, ...], tiny_folder: Path, tmp_path: Path) -> None:
+    from moacompress.models.support import TESTED_FAMILIES
+
+    assert sorted(TESTED_FAMILIES) == sorted(families)
+    found = check_model(str(tiny_folder))
+    assert found["tested"] is True
+    assert "yes, this family is part of the test-suite" in shown(model_table(found))
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "gpt2"}))
+    found = check_model(str(tmp_path))
+    assert found["tested"] is False
+    assert "no, this family is no part of the test-suite" in shown(model_table(found))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
