@@ -46,7 +46,7 @@ def test_command(command: str) -> None:
         parse(*arguments)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
-        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments if "=" not in target)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
     else:

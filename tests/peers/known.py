@@ -54,6 +54,10 @@ OTHERWISE: dict[str, tuple[str, str]] = {
         "assert odict_keys*self_attn.gate.weight*",
         "weights of gates are given to a dense model's config, which has no place for them",
     ),
+    "test_can_init_all_missing_weights": (
+        "Lists differ*attn.gate.*",
+        "as above: a dense model that is made without weights is compared with one that has gates",
+    ),
     "test_past_key_values_format": (
         "'NoneType' object has no attribute 'shape'",
         "keys lie in blocks: a layer of the cache has no tensor of all of them",
