@@ -70,8 +70,8 @@ def main() -> int:
     parser.add_argument("checkout", metavar="DIR", type=Path)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("pytest", nargs="*", metavar="ARGUMENT", help="handed on to pytest, after --")
-    given = parser.parse_args()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, more = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     checkout = given.checkout.resolve()
     missing = [name for name in NEEDED if not (checkout / name).is_file()]
     if missing:
@@ -83,7 +83,7 @@ def main() -> int:
     families = given.families.split(",")
     files = [checkout / f"tests/models/{name}/test_modeling_{name}.py" for name in families]
     files = [file for file in files if file.is_file()]
-    dense = results_of(checkout, "dense", files, given.pytest)
+    dense = results_of(checkout, "dense", files, more)
     if not any(row["outcome"] == "passed" for row in dense.values()):
         print(f"error: no test passes without a plan: {next(iter(dense.values()))['messages'][:1]}", file=sys.stderr)
         return 2
@@ -94,7 +94,7 @@ def main() -> int:
     print(f"dense: {_counted(dense)}; {len(broken)} fail without a plan and are left out", flush=True)
     faults = 0
     for kind in given.kinds.split(","):
-        found = results_of(checkout, kind, files, given.pytest)
+        found = results_of(checkout, kind, files, more)
         failed = [row for test, row in found.items() if row["outcome"] == "failed" and test not in broken]
         refused = Counter(name for row in failed if (name := refusal(row)) is not None)
         wrong = [row for row in failed if refusal(row) is None]
