@@ -56,7 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def filled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Leaves out all but the demo's own part; returns the folders that were to be filled."""
     folders: list[Path] = []
-    monkeypatch.setattr(smollm2, "fill", lambda recipe, out, progress: folders.append(out))
+    monkeypatch.setattr(smollm2, "fill", lambda recipe, out, progress, **_: folders.append(out))
     return folders
 
 

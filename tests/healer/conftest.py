@@ -72,7 +72,7 @@ def healable(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the fresh process that loads what was written, which takes seconds."""
-    monkeypatch.setattr("moacompress.healer.healing.verify_fresh", lambda folder, expected: None)
+    monkeypatch.setattr("moacompress.healer.healing.verify_fresh", lambda folder, expected, **_: None)
 
 
 @pytest.fixture(scope="session")

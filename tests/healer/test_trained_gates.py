@@ -97,7 +97,7 @@ def test_a_stopped_heal_of_gates_ends_as_one_that_was_not(
 def test_an_export_of_the_plan_is_of_the_dense_weights(
     gated: Path, healable: Place, small: Make, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moacompress.exporter.exporting.verify_fresh", lambda folder, expected: None)
+    monkeypatch.setattr("moacompress.exporter.exporting.verify_fresh", lambda folder, expected, **_: None)
     asked: dict[str, Any] = {"profile": healable["profile"], "teacher": str(healable["dense"])}
     full = heal(gated, tmp_path / "full", recipe=small(train="full", steps=1, evaluations=1), **asked)
     assert full.plan.changed_weights == "healed"
