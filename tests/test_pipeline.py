@@ -221,13 +221,13 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
     )
     for name in (
         *before,
-        "plan.baselines/x",
+        "plan.baselines/old.json",
         "plan.rounds/x",
         ".summary.json.abcdefgh.tmp",
         ".model.abcdefgh.partial/x",
     ):
         (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("of before")
+        (out / name).write_text('{"provenance": {"baseline": "old"}}' if name.endswith("old.json") else "of before")
     with ExitStack() as held:  # an open file keeps its inode from being given to another
         files = [path for path in out.rglob("*") if path.is_file()]
         inodes = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
@@ -243,7 +243,9 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
     left = {path.relative_to(out) for path in out.rglob("*")} - users
     if seed == 0:
         assert left == ours - users
-    assert not [path for path in left if path.name in ("x", "9", "99.safetensors", ".model.abcdefgh.partial")]
+    assert not [
+        path for path in left if path.name in ("x", "old.json", "9", "99.safetensors", ".model.abcdefgh.partial")
+    ]
 
 
 def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
