@@ -42,7 +42,7 @@ from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.files import digest_files
 from moacompress.core.owners import own_folder
-from moacompress.core.place import check_place, no_empty_folder
+from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel
@@ -287,7 +287,7 @@ def profile(
     from moacompress.calibration.sample_sources import check_data
 
     out, progress = Path(out), progress or SILENT
-    check_place(out)
+    check_writable(out)
     check_data(recipe)
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     if around is not None:

@@ -28,7 +28,7 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError, MoaCompressError, RecipeError, one_line
 from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.owners import own_file, own_folder
-from moacompress.core.place import check_place, no_empty_folder
+from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
@@ -77,7 +77,7 @@ def compress(
     if not recipe.budget:
         raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
     out = Path(out)
-    check_place(out)
+    check_writable(out)
     check_recipe(recipe)
     with no_empty_folder(out), own_folder(out):
         return fill(recipe, out, progress or Progress(), anew=overwrite, trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ from moacompress.core.stopwatch import Stopwatch, busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
+from moacompress.exporter.export_estimate import export_seconds
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget, format_length, reference_length
@@ -25,8 +26,6 @@ from moacompress.search.search_estimate import search_seconds
 
 EVALUATED = 3
 """Models that `compress` evaluates: the plan, dense, and a uniform window."""
-FIXED_SECONDS, BYTES_PER_SECOND = 5.0, 200e6
-"""Of an export: loading the checkpoint in a fresh process, and writing and reading its weights."""
 
 ROWS, TURNS = 256, 3
 """Of the product that two dtypes are compared by, and how often it is timed."""
@@ -133,7 +132,7 @@ def estimate_run(
     return RunEstimate(
         profile,
         search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
-        FIXED_SECONDS + 2 * profile.weight_bytes / BYTES_PER_SECOND,
+        export_seconds(profile.weight_bytes),
         eval_seconds(
             len(tasks),
             evaluation.lengths,

@@ -122,16 +122,23 @@ def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int |
         raise DataError(f"a length of {longest:,} tokens was asked for; the model was made for at most {context:,}")
     if available is None:
         return
-    numbers = total_numbers(sorted(folder.glob("*.safetensors")))
-    needed, cell = max(
-        ((estimated_bytes(request, plan, cell, numbers, text), cell) for cell in request.cells()),
-        key=lambda item: item[0],
-    )
+    needed, cell = largest_cell(request, plan, folder)
     if needed > available:
         raise MoaCompressError(
             f"{cell} would take about {readable_bytes(needed)} of memory (weights, and a cache for each side), and "
             f"{readable_bytes(available)} is available; choose shorter --lengths, smaller --batch, or fewer --sides"
         )
+
+
+def largest_cell(request: BenchRequest, plan: Plan, folder: Path) -> tuple[int, Cell]:
+    """Returns the bytes that the cell which needs most memory takes, about, and that cell; arguments as `check_fits`."""
+    config = read_json(folder / "config.json", "config")
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    numbers = total_numbers(sorted(folder.glob("*.safetensors")))
+    return max(
+        ((estimated_bytes(request, plan, cell, numbers, text), cell) for cell in request.cells()),
+        key=lambda item: item[0],
+    )
 
 
 def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int, config: dict[str, Any]) -> int:

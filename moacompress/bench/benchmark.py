@@ -97,7 +97,7 @@ def run_bench(
     path = None if out is None else Path(out)
     with nullcontext() if path is None else own_file(path):
         store = CellStore(path, configuration, overwrite)
-        check_fits(request, plan, folder, _available(request.device))
+        check_fits(request, plan, folder, available_memory(request.device))
         bench = _Benchmark(folder, plan, request, store, progress or SILENT, clock)
         runs = list(bench.rows())
         report = {
@@ -133,7 +133,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _available(device: str) -> int | None:
+def available_memory(device: str) -> int | None:
     """Returns the bytes that can be taken of the memory that a model on this device is in."""
     if device.startswith("cuda") and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(device)[0])

@@ -70,6 +70,9 @@ def bench(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run goes on from there."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take (time, memory), and measure nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
@@ -102,6 +105,12 @@ def bench(
         device=recipe.device,
         trust_remote_code=trust_remote_code,
     )
+
+    if dry_run:
+        from moacompress.bench.bench_estimate import estimate_bench
+
+        expected = estimate_bench(path, request)
+        return Output(expected.to_dict(), [expected.line()])
 
     from moacompress.bench.benchmark import run_bench
     from moacompress.report.bench_tables import bench_tables

@@ -33,6 +33,9 @@ def export(
             "that lowers measured harm. The weights change.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check model and plan, say what would be written, and write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
@@ -50,6 +53,13 @@ def export(
     loaded = Plan.load(plan)
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
+    if dry_run:
+        from moacompress.exporter.exporting import estimate_export
+
+        expected = estimate_export(
+            model, loaded, out, repair=repair, overwrite=overwrite, trust_remote_code=trust_remote_code
+        )
+        return Output(expected.to_dict(), [expected.line()])
     folder = export_model(
         model,
         loaded,

@@ -162,9 +162,9 @@ def profile(
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profiler import profile as profile_model
-    from moacompress.core.place import check_place
+    from moacompress.core.place import check_writable
 
-    check_place(out)
+    check_writable(out)
     check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     if audit is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from moacompress.core.errors import ArtefactError
 
 
-def check_place(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Refuses a folder that nothing can be written to, or that cannot be made.
 
     Raises:

@@ -98,9 +98,24 @@ def estimate_eval(
     checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
     checkpoint.check_lengths(lengths)
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
-    model: Any = checkpoint.put_on(checkpoint.plan)
-    forward, decode = dict[int, float](), dict[int, float]()
     watch = Stopwatch(None if torch.device(device).type == "cpu" else torch.accelerator.synchronize)
+    forward, decode = timed_passes(checkpoint.put_on(checkpoint.plan), lengths, device, watch)
+    seconds = eval_seconds(len(tasks), lengths, prompts, models, forward.__getitem__, decode.__getitem__)
+    return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds, watch.slowdown)
+
+
+def timed_passes(
+    model: Any, lengths: Sequence[int], device: str, watch: Stopwatch
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Returns the seconds of a prompt of every length, and those of a step behind it.
+
+    Args:
+        model: under the plan.
+        lengths: tokens.
+        device: that it is on.
+        watch: what they are timed with.
+    """
+    forward, decode = dict[int, float](), dict[int, float]()
     for length in lengths:
         ids = torch.full((1, length), 3, device=device)
         with torch.no_grad():
@@ -110,5 +125,4 @@ def estimate_eval(
             begun = watch.begin()
             model(input_ids=ids[:, :1], cache=cache, use_cache=True)
             decode[length] = watch.since(begun)
-    seconds = eval_seconds(len(tasks), lengths, prompts, models, forward.__getitem__, decode.__getitem__)
-    return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds, watch.slowdown)
+    return forward, decode

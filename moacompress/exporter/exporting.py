@@ -11,13 +11,15 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import is_within, new_folder, sweep_folders, write_text
+from moacompress.core.place import check_writable
 from moacompress.core.progress import Progress
 from moacompress.exporter.card import model_card
+from moacompress.exporter.export_estimate import ExportEstimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, is_compressed, load_source
@@ -73,19 +75,9 @@ def export(
 
     progress = progress or Progress()
     out = Path(out)
-    plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
-    profile = _read_profile(repair)
-    inputs = _read_places(model, profile) if overwrite else ()
     sweep_folders(out)
-    check_place(out, inputs)
-    reused = not overwrite and _holds_something(out)
-    if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
-        raise ArtefactError(
-            f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
-        )
     progress.start("export", 3)
-    source = _loaded_in(plan.model.dtype, model, trust_remote_code)
-    plan.check_model(source.shape, weights=source.weights_like)
+    plan, profile, source, inputs, reused = _prepared(model, plan, out, repair, overwrite, trust_remote_code)
     if reused:
         progress.done()
         return out
@@ -115,6 +107,65 @@ def export(
         check_place(out, inputs)  # this took a while
     progress.done()
     return out
+
+
+class _Prepared(NamedTuple):
+    """What an export is made of, once nothing is left that can be wrong with the request.
+
+    Attributes:
+        plan: without notes of a checkpoint's weights.
+        profile: to repair with, or None.
+        source: the model, in the plan's dtype.
+        inputs: what the command reads, where it may replace something.
+        reused: whether this very export is there already.
+    """
+
+    plan: Plan
+    profile: Profile | None
+    source: SourceModel
+    inputs: Iterable[str | Path]
+    reused: bool
+
+
+def _prepared(
+    model: str | Path | SourceModel,
+    plan: Plan | str | Path,
+    out: Path,
+    repair: Profile | str | Path | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> _Prepared:
+    """Loads and checks what an export is made of; nothing is written. Arguments are those of `export`."""
+    check_writable(out)
+    plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
+    profile = _read_profile(repair)
+    inputs = _read_places(model, profile) if overwrite else ()
+    check_place(out, inputs)
+    reused = not overwrite and _holds_something(out)
+    if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
+        raise ArtefactError(
+            f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
+        )
+    source = _loaded_in(plan.model.dtype, model, trust_remote_code)
+    plan.check_model(source.shape, weights=source.weights_like)
+    return _Prepared(plan, profile, source, inputs, reused)
+
+
+def estimate_export(
+    model: str | Path | SourceModel,
+    plan: Plan | str | Path,
+    out: str | Path,
+    *,
+    repair: Profile | str | Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> ExportEstimate:
+    """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
+    out = Path(out)
+    found = _prepared(model, plan, out, repair, overwrite, trust_remote_code)
+    warn_of_budget(found.plan)
+    weights = sum(weight.nbytes for weight in found.source.model.state_dict().values())
+    return ExportEstimate(out, found.reused, _holds_something(out), weights, found.profile is not None)
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:

@@ -1,0 +1,61 @@
+"""`--dry-run` of `bench` and `export`: everything is checked, what would be done is said, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+
+RUNNER = CliRunner()
+
+
+def dry(*arguments: str | Path, exit_code: int = 0) -> str:
+    done = RUNNER.invoke(app, [*map(str, arguments), "--dry-run"])
+    assert done.exit_code == exit_code, done.output
+    return " ".join((done.stdout if exit_code == 0 else done.stderr).split())
+
+
+def numbers(*arguments: str | Path) -> dict[str, Any]:
+    done = RUNNER.invoke(app, [*map(str, arguments), "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_bench(compressed: Path, tmp_path: Path) -> None:
+    small = ("bench", compressed, "--lengths", "96,160", "--batch", "1,2", "--repeats", "2", "-o", tmp_path / "b.json")
+    assert "for 4 cells of 4 sides, and about " in dry(*small)
+    sides = ("--sides", "plan,dense", "--no-peak")
+    less, more = numbers(*small, *sides), numbers(*small, *sides, "--repeats", "200", "--prefill-repeats", "100")
+    assert (less["cells"], less["sides"]) == (4, 2)
+    assert more["seconds"] > 5 * less["seconds"] > 0
+    assert less["peak_bytes"] == more["peak_bytes"] > 0
+    assert "the model was made for at most 4,096" in dry(*small, "--lengths", "8k", exit_code=1)
+    assert "unknown side 'dens'; did you mean 'dense'?" in dry(*small, "--sides", "dens", exit_code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moacompress.exporter.exporting.verify_fresh", lambda *arguments, **options: None)
+    out, plan = tmp_path / "model", tmp_path / "plan.json"
+    shutil.copyfile(compressed / "model" / "plan.json", plan)
+    command = ("export", tiny_folder, plan, "-o", out)
+    assert f"It would write {out}, about " in dry(*command)
+    assert numbers(*command)["weight_bytes"] > 100_000
+    assert not out.exists()
+    assert RUNNER.invoke(app, list(map(str, command))).exit_code == 0
+    assert dry(*command) == f"{out} is an export of this plan already; it would be left as it is."
+    written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert f"It would replace the checkpoint in {out}" in dry(*command, "--overwrite")
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == written
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    wrong = ("export", tiny_folder, plan, "-o", tmp_path / "mine")
+    assert "exists already and is not" in dry(*wrong, exit_code=1)
+    assert "is not a folder" in dry(*command[:-1], plan / "model", exit_code=1)
