@@ -322,7 +322,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(target: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(owners.json, "dumps", full)
+    monkeypatch.setattr(json, "dumps", full)
     with (
         pytest.raises(ArtefactError, match="cannot write .*plan.json.owner: No space left on device"),
         own_file(target),
