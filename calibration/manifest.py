@@ -13,6 +13,7 @@ from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
     INFLUENCE_FILE,
     MANIFEST_FILE,
+    PROFILE_FOLDER,
     SAMPLES_FOLDER,
     TEMPORARY,
     VALIDATION_FILE,
@@ -120,9 +121,11 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         if not path.exists():
-            raise ArtefactError(
-                f"{folder} is not a profile: it has no {MANIFEST_FILE}; make one with `moacompress profile`"
-            )
+            if not folder.exists():
+                raise ArtefactError(f"there is no profile {folder}; make one with `moacompress profile`")
+            inside = folder / PROFILE_FOLDER
+            hint = f"give {inside}" if is_profile(inside) else "make one with `moacompress profile`"
+            raise ArtefactError(f"{folder} is not a profile: it has no {MANIFEST_FILE}; {hint}")
         data = _json(path)
         try:
             shape = {**data["shape"], "native_windows": tuple(data["shape"]["native_windows"])}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import MODEL_FOLDER
 
@@ -20,7 +21,9 @@ from moacompress.core.artefact_names import MODEL_FOLDER
 def export(
     run: VerbRun,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made, or a folder that holds one.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path(
         MODEL_FOLDER
     ),
@@ -47,10 +50,10 @@ def export(
     from moacompress.exporter.card import repair_text
     from moacompress.exporter.exporting import export as export_model
     from moacompress.exporter.exporting import exported_plan
+    from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, kv_table
-    from moacompress.rules.plan import Plan
 
-    loaded = Plan.load(plan)
+    loaded = read_plan(find_plan_file(plan))
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
     if dry_run:

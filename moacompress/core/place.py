@@ -17,10 +17,11 @@ def check_writable(folder: Path) -> None:
         ArtefactError: it, or the nearest folder above it that is there, is a file or cannot be written.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    name = "it" if there == folder.absolute() else there
     if not there.is_dir():
-        raise ArtefactError(f"cannot write to {folder}: {there} is not a folder; choose another one")
+        raise ArtefactError(f"cannot write to {folder}: {name} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ArtefactError(f"cannot write to {folder}: {there} may not be written; choose another folder")
+        raise ArtefactError(f"cannot write to {folder}: {name} may not be written; choose another folder")
 
 
 @contextmanager

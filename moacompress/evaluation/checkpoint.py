@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DENSE_GIVEN = (
     "{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} --budget 25% -o OUT`) and "
-    "evaluate OUT, which measures the dense model too"
+    "give OUT here"
 )
 
 
@@ -123,6 +123,8 @@ def compressed_folder(target: Path, of_dense: str = DENSE_GIVEN) -> Path:
     """
     folder = find_model_folder(target)
     if folder is None:
+        if not target.exists():
+            raise UsageError(f"{target} does not exist; give a compressed model, or the folder of a run")
         raise UsageError(f"{target} is no compressed checkpoint and holds none under model/; no config.json was found")
     if not is_compressed(folder):
         raise UsageError(of_dense.format(folder=folder))

@@ -120,6 +120,17 @@ def _rows_that_fit(length: int, vocabulary: int, free: int | None) -> int:
     return 1 << max(0, int(fit).bit_length() - 1)
 
 
+def check_lm_eval(tasks: Sequence[str]) -> None:
+    """Refuses tasks of lm-evaluation-harness that there are not, before a model is loaded.
+
+    Raises:
+        UsageError: lm-evaluation-harness is not installed, or an unknown task.
+    """
+    _, manager_class, _ = _harness()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
+        _manager(manager_class, tasks, None)
+
+
 def _harness() -> tuple[Any, Any, Any]:
     """Returns the modules and classes of the harness, imported only here: it takes seconds."""
     try:

@@ -18,7 +18,7 @@ from moacompress.core.records import Records
 from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
-from moacompress.evaluation.lm_harness import AUTO, read_batch_size, run_lm_eval
+from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.result_rows import (
     Measured,
@@ -136,6 +136,8 @@ def evaluate(
     resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad)
     names = task_names(tasks, resources)
     check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
+    if lm_eval:
+        check_lm_eval(lm_eval)
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     pack_where_it_fits(checkpoint.model)
     checkpoint.check_lengths(lengths)

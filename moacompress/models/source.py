@@ -159,7 +159,8 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
             )
         return str(path.resolve().parent), {"gguf_file": path.name}
     if path.exists():
-        raise ModelError(f"{source} is neither a model folder nor a .gguf file")
+        folder = f"; give its folder {path.parent}" if (path.parent / "config.json").is_file() else ""
+        raise ModelError(f"{source} is neither a model folder nor a .gguf file{folder}")
     if not is_hub_name(str(source)):
         raise ModelError(
             f"{source} does not exist; give a model folder, a .gguf file, or a name on the hub such as owner/name"

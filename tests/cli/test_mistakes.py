@@ -58,7 +58,9 @@ def test_no_model() -> None:
     assert "name one as MODEL (hub id, folder or .gguf file)" in mistake(2, "compress", "--budget", "25%")
 
 
-def test_a_wrong_folder(tmp_path: Path) -> None:
+def test_a_wrong_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    text = compress(1, tiny_folder / "config.json", tmp_path / "out")
+    assert text.endswith(f"is neither a model folder nor a .gguf file; give its folder {tiny_folder}")
     (tmp_path / "photos").mkdir()
     text = compress(1, tmp_path / "photos", tmp_path / "out")
     assert "is a folder without config.json, not a model" in text
@@ -233,6 +235,79 @@ def test_a_plan_of_another_shape(
     tiny_tokenizer.save_pretrained(other)
     text = mistake(1, "export", other, compressed_model / "plan.json", "-o", tmp_path / "model")
     assert "it is for 3 layers, and this model has 2 layers" in text
+
+
+MISTAKEN = [
+    ("search nothing --budget 25%", 1, "there is no profile nothing; make one with `moacompress profile`"),
+    ("search RUN --budget 25%", 1, "is not a profile: it has no profile.json; give RUN/profile"),
+    ("search MODEL --budget 25%", 1, "is not a profile: it has no profile.json; make one with `moacompress profile`"),
+    ("compress MODEL --budget 25% -o MODEL/LICENSE", 1, "cannot write to MODEL/LICENSE: it is not a folder"),
+    (
+        "compress MODEL --budget 25% -o MODEL/LICENSE/out",
+        1,
+        "cannot write to MODEL/LICENSE/out: MODEL/LICENSE is not a",
+    ),
+    ("profile MODEL -o MODEL/LICENSE", 1, "cannot write to MODEL/LICENSE: it is not a folder; choose another one"),
+    ("export MODEL MODEL", 1, "MODEL holds no plan.json; make a plan with `moacompress search`"),
+    ("export MODEL zero.json", 1, "plan zero.json is not valid JSON"),
+    ("eval nothing", 2, "nothing does not exist; give a compressed model, or the folder of a run"),
+    ("bench MODEL", 2, "MODEL is a model but not a compressed one; compress it first"),
+    ("chat nothing --ask hi", 2, "nothing does not exist; give a compressed model, or the folder of a run"),
+    ("heal RUN -o out", 2, "there is no profile beside"),
+    ("eval RUN --lm-eval no_such_task --tasks needle-noise", 2, "lm-evaluation-harness has no task 'no_such_task'"),
+    ("compress MODEL --budget 25% --recipe bad.yaml", 2, "recipe bad.yaml is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "said"), MISTAKEN, ids=[row[0] for row in MISTAKEN])
+@pytest.mark.usefixtures("no_model")
+def test_mistaken_places(
+    command: str,
+    code: int,
+    said: str,
+    tiny_folder: Path,
+    compressed_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "--lm-eval" in command:
+        pytest.importorskip("lm_eval")
+    monkeypatch.setattr("moacompress.evaluation.runner.load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(compressed_model, run / "model")
+    if command.startswith("search"):
+        (run / "profile").mkdir()
+        (run / "profile" / "profile.json").write_text('{"format": "moacompress-profile"}')
+    Path("zero.json").touch()
+    Path("bad.yaml").write_text("budget: [25%")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"MODEL": str(tiny_folder), "RUN": str(run)}
+
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    assert placed(said) in mistake(code, *map(placed, command.split()))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_may_not_be_written(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path and allowed(path, mode))
+    said = f"{tmp_path} may not be written; choose another folder"
+    assert said in compress(1, tiny_folder, tmp_path / "out")
+    assert said in mistake(1, "profile", tiny_folder, "-o", tmp_path / "out")
+
+
+def test_a_run_that_is_given_where_a_plan_is(
+    compressed_model: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = RUNNER.invoke(
+        app, ["export", str(tiny_folder), str(compressed_model), "-o", str(tmp_path / "m"), "--dry-run"]
+    )
+    assert done.exit_code == 0, done.output
 
 
 def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
