@@ -78,10 +78,10 @@ def find_front(
     storage = recipe.search.storage or str(front_journal(out))
     name = f"moacompress-{key}"
     with own_file(out), quiet_optuna(), ExitStack() as owned:
-        _claim(out, key, overwrite)
-        owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
+        _claim(out, key, overwrite)
+        owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
         try:
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:

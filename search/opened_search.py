@@ -9,7 +9,6 @@ from pathlib import Path
 from moacompress.core.artefact_names import rounds_folder, study_journal
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
-from moacompress.runtime.ready_model import load_for
 from moacompress.search.around import Around, ProfileAround, spread_samples
 from moacompress.search.deadline import Deadline
 from moacompress.search.found_plan import write_first
@@ -28,10 +27,9 @@ def opened(
     request: SearchRequest,
     out: Path | None,
     anew: bool,
-    model: SourceModel | None,
+    source: SourceModel,
     progress: Progress,
     deadline: Deadline,
-    trust_remote_code: bool = False,
 ) -> Iterator[SearchContext]:
     """Makes this process the owner of a search's study as long as the block runs.
 
@@ -39,10 +37,9 @@ def opened(
         request: what is asked for.
         out: where the plan will be; owned by this process.
         anew: forget what the study holds.
-        model: the profile's model where it is loaded already; by default it is loaded.
+        source: the profile's model.
         progress: told of every measurement.
         deadline: when to stop.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Yields:
         What the steps work with.
@@ -50,15 +47,12 @@ def opened(
     Raises:
         TimeUp: the time is up, and copies are not repaired yet.
         ArtefactError: the storage cannot be used, or another process is searching there.
-        ModelError: the model cannot be loaded, or is not the one that was profiled.
     """
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
     if storage is None and out is not None:
         storage = str(study_journal(out))
     with quiet_optuna(), own_study(storage, name, anew=anew):
-        source = model or load_for(request.recipe, profile.source, trust_remote_code=trust_remote_code)
-        profile.check_model(source, "search")
         if out is not None:
             write_first(request, out)
         request = request.repaired(source, deadline.within(progress))

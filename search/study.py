@@ -22,6 +22,7 @@ from moacompress.core.owners import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.runtime.ready_model import load_for
 from moacompress.search.alternatives import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.found_plan import stopped_at_once, write_found
@@ -98,11 +99,14 @@ def find_plan(
             if plan is not None:
                 return SearchResult.of(plan, path, time.monotonic() - started)
             check_baselines(path)
-            if overwrite:
-                remove(of_search(path))
+        if model is None:
+            model = load_for(request.recipe, profile.source, trust_remote_code=trust_remote_code)
+        profile.check_model(model, "search")
+        if path is not None and overwrite:  # nothing is left that can be wrong with the request
+            remove(of_search(path))
         deadline = deadline or Deadline(request.recipe.search.timeout, started)
         try:
-            with opened(request, path, overwrite, model, progress, deadline, trust_remote_code) as context:
+            with opened(request, path, overwrite, model, progress, deadline) as context:
                 standing = context.start()
                 with suppress(TimeUp):
                     for step in STEPS:

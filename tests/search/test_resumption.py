@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import of_search
-from moacompress.core.errors import ArtefactError, MoaCompressError
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError
 from moacompress.core.files import remove
 from moacompress.rules.plan import Plan
 from moacompress.search import study
@@ -253,3 +254,26 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(
             result, fake = search(profile, out=tmp_path / "plan.json", overwrite=overwrite)
             assert result.plan == whole.plan
             assert not overwrite or fake.calls == fresh.calls
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_overwrite_removes_nothing_for_a_search_that_cannot_begin(
+    search: Search, profiles: Profiles, tmp_path: Path, front: bool
+) -> None:
+    """The model has moved since it was profiled: the earlier plan, its study and what lies beside it stay."""
+    from moacompress.search.front import find_front
+    from moacompress.search.study import find_plan
+
+    out = tmp_path / "plan.json"
+    profile = profiles(trials=2)
+    if front:
+        (tmp_path / "plan.front.json").write_text('{"request": "earlier"}')
+    else:
+        search(profile, out=out)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    profile = replace(profile, source=str(tmp_path / "moved"))
+    searching: Any = find_front if front else find_plan
+    budget = ["50%", "25%"] if front else "50%"
+    with pytest.raises(ModelError, match="moved does not exist"):
+        searching(profile, budget, recipe=profile.recipe, out=out, overwrite=True)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
