@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
 from moacompress.core.memory import peak_rss
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.stopwatch import Stopwatch, busy_note
 from moacompress.core.tables import readable_bytes
 from moacompress.healer import processes
 from moacompress.healer.distillation import soft_loss
@@ -44,6 +44,7 @@ class HealEstimate:
         peak_bytes: of this process, Python included; on a GPU of its memory.
         trained_parameters: numbers that are trained.
         max_minutes: after which the training ends, or None.
+        slowdown: how many times as long what was timed took beside whatever else ran then.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class HealEstimate:
     peak_bytes: int
     trained_parameters: int
     max_minutes: float | None
+    slowdown: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -67,11 +69,12 @@ class HealEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
         values = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
-        return {"estimate": True, **values, "seconds": round(self.seconds, 3)}
+        return {"estimate": True, **values, "seconds": round(self.seconds, 3), "slowdown": round(self.slowdown, 2)}
 
     def lines(self) -> list[str]:
         """Returns what a person sees."""
         limit = "" if self.max_minutes is None else f", of which {self.max_minutes:g} minutes are allowed"
+        busy = busy_note(self.seconds, self.slowdown)
         return [
             "An estimate from one timed step; nothing was trained or written.",
             f"Training: {self.steps} steps, {self.tokens:,} tokens, {self.trained_parameters:,} parameters, about "
@@ -79,6 +82,7 @@ class HealEstimate:
             f"{self.evaluation_seconds:,.0f} s{limit}.",
             f"Data: {self.new_samples} new samples, about {self.answer_seconds:,.0f} s.",
             f"In all about {self.seconds:,.0f} s, and about {readable_bytes(self.peak_bytes)} of memory.",
+            *([] if busy is None else [busy]),
         ]
 
 
@@ -130,6 +134,7 @@ def estimate_heal(
         peak_bytes=probe.peak_bytes + ADAM_BYTES * trained,
         trained_parameters=trained,
         max_minutes=heal.max_minutes,
+        slowdown=probe.watch.slowdown,
     )
 
 
@@ -144,22 +149,23 @@ class _Timed:
     def __init__(self, request: HealRequest, sample: Sample) -> None:
         self._request, self._sample = request, sample
         device = request.recipe.device
+        self.watch = Stopwatch(None if torch.device(device).type == "cpu" else torch.accelerator.synchronize)
         ids, rows = torch.from_numpy(sample.input_ids).to(device), target_rows(sample).to(device)
         teacher = Teacher(request.teacher.model)
-        begin = time.perf_counter()
+        begun = self.watch.begin()
         dense = teacher.target_logits(0, ids, rows)
-        self.teacher_seconds = _since(begin, device)
-        begin = time.perf_counter()
+        self.teacher_seconds = self.watch.since(begun)
+        begun = self.watch.begin()
         HeldOut(teacher, [sample]).harms(request.checkpoint.model)
-        self.measure_seconds = max(_since(begin, device) - self.teacher_seconds, 0.0)
+        self.measure_seconds = max(self.watch.since(begun) - self.teacher_seconds, 0.0)
         self.model = make_trainable(request.checkpoint.model, request.plan, request.heal, request.recipe.seed).train()
         if request.computes_twice(len(ids)):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        begin = time.perf_counter()
+        begun = self.watch.begin()
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=request.compute == "bfloat16"):
             logits = self.model(input_ids=ids[None], logits_to_keep=rows, use_cache=False).logits[0]
             soft_loss(logits, dense).backward()
-        self.step_seconds = _since(begin, device)
+        self.step_seconds = self.watch.since(begun)
         on_gpu = torch.device(device).type == "cuda"
         self.peak_bytes = int(torch.cuda.max_memory_allocated()) if on_gpu else peak_rss()
         self.model.zero_grad()
@@ -167,12 +173,6 @@ class _Timed:
     def answer_seconds(self, tokens: int) -> float:
         """Returns the seconds of one answer of the dense model."""
         prompt = self._sample.input_ids[:-tokens].tolist()
-        begin = time.perf_counter()
+        begun = self.watch.begin()
         generate_greedy(self._request.teacher.model, [prompt], tokens)
-        return _since(begin, self._request.recipe.device)
-
-
-def _since(begin: float, device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+        return self.watch.since(begun)

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -381,6 +383,23 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
     assert data["peak_bytes"] > 4 * data["trained_parameters"]
     assert list(tmp_path.iterdir()) == []
     assert "nothing was trained or written" in CliRunner().invoke(app, command).stdout
+
+
+def test_a_busy_machine_is_said(healable: Place, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.core import stopwatch
+    from moacompress.healer.heal_estimate import estimate_heal
+
+    begun, clock = time.perf_counter(), time.thread_time
+    # the thread computes as it does, and a clock goes by ten times as fast
+    stand_in = SimpleNamespace(perf_counter=lambda: begun + 10 * clock(), thread_time=clock)
+    monkeypatch.setattr(stopwatch, "time", stand_in)
+    found = estimate_heal(
+        healable["model"], profile=healable["profile"], teacher=str(healable["dense"]), recipe=small(steps=2)
+    )
+    assert found.slowdown == pytest.approx(10, rel=0.05)
+    assert found.to_dict()["slowdown"] == pytest.approx(10, rel=0.05)
+    assert "The machine is busy" in found.lines()[-1]
+    assert "busy" not in replace(found, slowdown=1.1).lines()[-1]
 
 
 def test_a_damaged_history_is_said(tmp_path: Path) -> None:
