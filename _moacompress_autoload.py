@@ -12,6 +12,7 @@ that import from two ends would wait for each other.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -84,7 +85,7 @@ def _is_initializing(module: ModuleType) -> bool:
 
 def _is_executed_here(module: ModuleType) -> bool:
     """Returns whether this thread is executing the body of a module."""
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_globals is module.__dict__ and frame.f_code.co_name == "<module>":
             return True

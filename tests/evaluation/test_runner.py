@@ -226,7 +226,7 @@ def test_a_plan_that_keeps_everything_is_dense_to_the_bit(compressed: Path, pros
     shutil.copytree(compressed, tmp_path / "OUT")
     report = run(
         full_span(tmp_path / "OUT"),
-        tasks=("needle-noise", "second-question", "lines", "text"),
+        tasks=("needle-noise", "second-question", "line-lookup", "text"),
         against=("dense",),
         text=prose,
     )

@@ -569,6 +569,7 @@ _LAYERS = (
 )
 
 _TENSORS = (
+    PrivateName(f"{_MODULE}._apply", "dropping packed weights that are moved", _takes("fn")),
     PrivateName("torch.Tensor._version", "telling whether a packed weight was changed", _counts_writes),
     PrivateName("torch.ops.mkldnn._reorder_linear_weight", "packing weights", _is_onednns),
     PrivateName("torch.ops.mkldnn._linear_pointwise", "products with packed weights", _is_onednns),

@@ -139,12 +139,12 @@ def _is_being_loaded(config: Any) -> bool:
 
 def register() -> None:
     """Makes the quantizer and its config known to transformers; what it knows already stays, so it may be called often."""
-    known: tuple[tuple[str, Any, type], ...] = (
-        (compat.QUANTIZATION_CONFIGS, register_quantization_config, MoaCompressConfig),
-        (compat.QUANTIZERS, register_quantizer, MoaCompressQuantizer),
+    configs, quantizers = compat.take(compat.QUANTIZATION_CONFIGS), compat.take(compat.QUANTIZERS)
+    known: tuple[tuple[dict[str, type], Any, type], ...] = (
+        (configs, register_quantization_config, MoaCompressConfig),
+        (quantizers, register_quantizer, MoaCompressQuantizer),
     )
-    for name, registering, ours in known:
-        mapping = compat.take(name)
+    for mapping, registering, ours in known:
         if mapping.get(METHOD) is not ours:
             mapping.pop(METHOD, None)  # of an earlier import of this module: transformers refuses a second one
             registering(METHOD)(ours)
