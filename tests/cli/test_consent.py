@@ -72,10 +72,19 @@ def says_so(folder: Path) -> list[Path]:
 
 def give_consent(folder: Path) -> None:
     """Makes files what earlier versions left, or what somebody else put there: their recipes say that code may run."""
-    for name in ("profile/profile.json", "plan.json", "model/plan.json", "model/recipe.json", "recipe.json"):
+    names = (
+        "profile/profile.json",
+        "plan.json",
+        "model/plan.json",
+        "model/config.json",
+        "model/recipe.json",
+        "recipe.json",
+    )
+    for name in names:
         if (path := folder / name).exists():
             data = json.loads(path.read_text())
-            recipe = data.get("recipe") or data.get("provenance", {}).get("recipe") or data
+            plan = data.get("quantization_config", {}).get("plan", data)
+            recipe = plan.get("recipe") or plan.get("provenance", {}).get("recipe") or plan
             recipe["trust_remote_code"] = True
             path.write_text(json.dumps(data))
 
