@@ -154,7 +154,7 @@ def test_bad_profiles(profiled: Profile, plan: Plan, tiny_model: Any, tiny_token
 def test_nothing_is_left_of_one_that_is_stopped(
     profiled: Profile, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: Any) -> None:
+    def stop(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     source = load_source(profiled.source)
