@@ -24,8 +24,8 @@ from moacompress.calibration.influence import TILE, Collector, attend, attend_ba
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent, rules_on_offer
 from moacompress.calibration.sharing import Attended, CopySums, copyable
-from moacompress.core.stopwatch import Stopwatch
 from moacompress.kernels.arguments import Choices
+from moacompress.models.device import stopwatch_on
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.plan import Plan
@@ -164,7 +164,7 @@ class Probe:
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
-        self.watch = Stopwatch(None if device.type == "cpu" else partial(torch.accelerator.synchronize, device))
+        self.watch = stopwatch_on(device)
         self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()

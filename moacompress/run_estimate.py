@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ import torch
 from moacompress.calibration.estimate import ProfileEstimate
 from moacompress.calibration.estimate import dry_run as estimate_profile
 from moacompress.core.progress import Progress
-from moacompress.core.stopwatch import Stopwatch, busy_note
+from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
 from moacompress.exporter.export_estimate import export_seconds
+from moacompress.models.device import stopwatch_on
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget, format_length, reference_length
@@ -155,8 +155,7 @@ def _products(source: SourceModel, dtype: torch.dtype) -> float:
     )
     weight = weight_of(linear).detach().to(dtype)
     x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
-    wait = None if weight.device.type == "cpu" else partial(torch.accelerator.synchronize, weight.device)
-    return Stopwatch(wait).least(lambda: torch.nn.functional.linear(x, weight), TURNS)
+    return stopwatch_on(weight.device).least(lambda: torch.nn.functional.linear(x, weight), TURNS)
 
 
 def _scaled(profile: ProfileEstimate, name: str, faster: float, *, per_token: bool) -> Callable[[int], float]:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moacompress.bench.bench_request import BenchRequest, check_fits, largest_cell
 from moacompress.bench.benchmark import available_memory
-from moacompress.core.stopwatch import Stopwatch, busy_note
+from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.evaluation.eval_estimate import timed_passes
+from moacompress.models.device import stopwatch_on
 from moacompress.models.stored_plan import stored_plan
 
 COMPILE_SECONDS = 20.0
@@ -78,7 +77,7 @@ def estimate_bench(target: str | Path, request: BenchRequest) -> BenchEstimate:
     request = request.resolved(plan.model)
     check_fits(request, plan, folder, available_memory(request.device))
     checkpoint = load_checkpoint(folder, request.dtypes[0], request.device, trust_remote_code=request.trust_remote_code)
-    watch = Stopwatch(None if torch.device(request.device).type == "cpu" else torch.accelerator.synchronize)
+    watch = stopwatch_on(request.device)
     forward, decode = timed_passes(checkpoint.put_on(checkpoint.plan), request.lengths, request.device, watch)
     compiled = ("dense_best" in request.sides) + request.compile * len({"plan", "full_span"} & {*request.sides})
     sides, seconds, cells = len(request.sides), 0.0, list(request.cells())

@@ -12,6 +12,7 @@ import torch
 from moacompress.core.stopwatch import Stopwatch, busy_note
 from moacompress.core.tables import readable_seconds
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
+from moacompress.models.device import stopwatch_on
 from moacompress.rules.rule import SINKS
 
 ANSWER = 16
@@ -98,7 +99,7 @@ def estimate_eval(
     checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
     checkpoint.check_lengths(lengths)
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
-    watch = Stopwatch(None if torch.device(device).type == "cpu" else torch.accelerator.synchronize)
+    watch = stopwatch_on(device)
     forward, decode = timed_passes(checkpoint.put_on(checkpoint.plan), lengths, device, watch)
     seconds = eval_seconds(len(tasks), lengths, prompts, models, forward.__getitem__, decode.__getitem__)
     return EvalEstimate(models, len(tasks) * len(lengths) * prompts * models, seconds, watch.slowdown)

@@ -13,7 +13,7 @@ from moacompress.calibration.samples import Sample
 from moacompress.calibration.store import Profile
 from moacompress.core.memory import peak_rss
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.stopwatch import Stopwatch, busy_note
+from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes
 from moacompress.healer import processes
 from moacompress.healer.distillation import soft_loss
@@ -21,6 +21,7 @@ from moacompress.healer.healing import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
 from moacompress.healer.training_data import count_samples, heal_lengths, held_out_samples
+from moacompress.models.device import stopwatch_on
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 
@@ -149,7 +150,7 @@ class _Timed:
     def __init__(self, request: HealRequest, sample: Sample) -> None:
         self._request, self._sample = request, sample
         device = request.recipe.device
-        self.watch = Stopwatch(None if torch.device(device).type == "cpu" else torch.accelerator.synchronize)
+        self.watch = stopwatch_on(device)
         ids, rows = torch.from_numpy(sample.input_ids).to(device), target_rows(sample).to(device)
         teacher = Teacher(request.teacher.model)
         begun = self.watch.begin()

@@ -146,4 +146,4 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
 
     dense = losses(None)
     assert paired_difference(losses((18, 2)), dense)[1][0] > 0.5
-    assert paired_difference(losses((3, 0)), dense)[1][1] < 0.05
+    assert paired_difference(losses((3, 0)), dense)[1][1] < 0.02
