@@ -1,4 +1,4 @@
-"""Every command in the README and in docs parses, and its Python is Python that names what exists."""
+"""Commands in the README and in docs parse, Python there names what exists, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from moacompress.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
+SOURCES = ("moacompress", "search", "calibration", "benchmarks", "recipes", "tests")
 PAGES = [README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("**/*.md")))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 COMMANDS = [
@@ -65,6 +67,34 @@ def test_python(block: str) -> None:
             assert node.attr in moacompress.__all__
 
 
-def test_links_to_files() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def anchors(page: str) -> list[str]:
+    """Returns what a link to this page may end in: its headings, as GitHub names them, and its `<a id>`."""
+    page = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+?)\s*$", page, re.MULTILINE)
+    named = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return named + re.findall(r'<a id="([^"]+)"', page)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(path: Path) -> None:
+    page = path.read_text("utf-8")
+    assert [name for name in re.findall(r'<a id="([^"]+)"', page) if anchors(page).count(name) > 1] == []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text("utf-8")), target
+
+
+def test_pages_that_code_names() -> None:
+    sources = [
+        path
+        for folder in SOURCES
+        for path in (ROOT / folder).glob("**/*")
+        if path.suffix in (".py", ".h", ".cpp", ".yaml")
+    ]
+    named = {name for path in sources for name in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8"))}
+    assert len(named) >= 4
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
