@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from moacompress.runtime.hf import compat
+from moacompress.runtime.compat import private_names
 
-_counters = compat.take(compat.COUNTERS)
-_lookup_backend = compat.take(compat.LOOKUP_BACKEND)
+_counters = private_names.take(private_names.COUNTERS)
+_lookup_backend = private_names.take(private_names.LOOKUP_BACKEND)
 BACKEND = "inductor"
 
 

@@ -339,16 +339,16 @@ def _check_autoload() -> dict[str, Any]:
 def _private_names() -> tuple[dict[str, Any], list[str]]:
     """Returns how many private names of transformers and torch are looked for and which are broken; and that as sentences."""
     try:
-        from moacompress.runtime.hf import compat
+        from moacompress.runtime.compat import private_names
     except ImportError as error:
         return {"packages": None, "listed": 0, "broken": []}, [one_line(error)]
-    broken = compat.check()
+    broken = private_names.check()
     facts = {
-        "packages": compat.installed(),
-        "listed": len(compat.NAMES),
+        "packages": private_names.installed(),
+        "listed": len(private_names.NAMES),
         "broken": [asdict(found) for found in broken],
     }
-    return facts, [*map(str, broken), *([compat.remedy()] if broken else [])]
+    return facts, [*map(str, broken), *([private_names.remedy()] if broken else [])]
 
 
 def _kernel() -> dict[str, str | None]:

@@ -1,7 +1,7 @@
 """The runtime: loading through transformers, the hooks on a model, the attention and its cache.
 
 It needs a plan and nothing else of moacompress: no calibration, no search. What it offers is imported when it is asked for, so
-that `runtime.hf.compat` can say what is missing where the rest cannot be imported.
+that `runtime.compat` can say what is missing where the rest cannot be imported.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from moacompress.kernels.cpu import cpu_backend, library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import all_layers, fused
 from moacompress.runtime.decode.routes import first_route
-from moacompress.runtime.hf.compat import NORMS
 from moacompress.runtime.linear import FEW_ROWS
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")

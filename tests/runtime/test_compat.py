@@ -13,15 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.runtime.hf import compat
-from moacompress.runtime.hf.compat import NAMES, PrivateName
+from moacompress.runtime.compat import checks, private_names
+from moacompress.runtime.compat.private_names import NAMES, PrivateName
 
 ROOT = Path(__file__).resolve().parents[2]
 Removal = Callable[[pytest.MonkeyPatch], None]
 
 
 def test_all_hold_with_the_installed_versions() -> None:
-    assert [str(broken) for broken in compat.check()] == []
+    assert [str(broken) for broken in private_names.check()] == []
 
 
 def test_every_name_is_listed_once_and_says_what_it_is_for() -> None:
@@ -39,7 +39,7 @@ def read_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.generation.utils import GenerationMixin
 
     for name, method in [*vars(GenerationMixin).items()]:
-        if name != compat.PREPARE_CACHE and "_is_user_defined" in compat._words(method):
+        if name != private_names.PREPARE_CACHE and "_is_user_defined" in checks.words_of(method):
             monkeypatch.delattr(GenerationMixin, name)
 
 
@@ -55,7 +55,7 @@ def tie_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REMOVALS: dict[str, Removal] = {
     "importlib.machinery.ModuleSpec._initializing": lambda monkeypatch: monkeypatch.delattr(
-        compat.__spec__, "_initializing"
+        checks.__spec__, "_initializing"
     ),
     "transformers.cache_utils.Cache._is_user_defined": read_no_mark,
     "transformers.modeling_utils.PreTrainedModel.all_tied_weights_keys": tie_nothing,
@@ -84,7 +84,7 @@ def take_away(entry: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
         REMOVALS[entry.name](monkeypatch)
         return
     path, _, attribute = entry.name.rpartition(".")
-    holder = compat._find(path)
+    holder = checks.find(path)
     kinds = holder.__mro__[:-1] if inspect.isclass(holder) else ()
     defining = [kind for kind in kinds if attribute in vars(kind)] if kinds else [holder]
     for owner in defining:
@@ -105,7 +105,7 @@ def test_a_name_that_goes_is_missed(entry: PrivateName) -> None:
         pytest.skip("nothing is packed on this machine")
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_away(entry, monkeypatch)
-        problem, broken = entry.problem(), compat.check()
+        problem, broken = entry.problem(), private_names.check()
     assert problem is not None
     names = {found.name for found in broken}
     assert entry.name in names
@@ -153,7 +153,7 @@ FORMS: dict[str, tuple[Any, str]] = {
 def test_another_form_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form, said = FORMS[name]
     holder, _, attribute = name.rpartition(".")
-    monkeypatch.setattr(compat._find(holder), attribute, form)
+    monkeypatch.setattr(checks.find(holder), attribute, form)
     problem = next(entry for entry in NAMES if entry.name == name).problem()
     assert problem is not None
     assert problem.startswith(said)
@@ -170,7 +170,7 @@ def test_other_parts_of_a_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     monkeypatch.setattr(LlamaRMSNorm, "__init__", made)
-    found = {broken.name.rpartition(".")[2]: broken.problem for broken in compat.check()}
+    found = {broken.name.rpartition(".")[2]: broken.problem for broken in private_names.check()}
     assert found == {
         "LlamaAttention": "has a forward that begins with hidden_states, attention_mask, position_embeddings, not "
         "hidden_states, position_embeddings, attention_mask",
@@ -181,12 +181,12 @@ def test_other_parts_of_a_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_missing_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import output_capturing
 
-    assert compat.take(compat.ACTIVE_COLLECTOR) is output_capturing._active_collector
+    assert private_names.take(private_names.ACTIVE_COLLECTOR) is output_capturing._active_collector
     monkeypatch.delattr(output_capturing, "_active_collector")
     with pytest.raises(
-        UnsupportedError, match=f"^{compat.ACTIVE_COLLECTOR} is missing .*; it is for .* is here; install"
+        UnsupportedError, match=f"^{private_names.ACTIVE_COLLECTOR} is missing .*; it is for .* is here; install"
     ):
-        compat.take(compat.ACTIVE_COLLECTOR)
+        private_names.take(private_names.ACTIVE_COLLECTOR)
 
 
 def product_files() -> Iterator[Path]:
@@ -219,7 +219,7 @@ OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 """Public in spite of their underscore, says Python."""
 
 
-def private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+def used_private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Yields private names that a module uses and does not define, with their lines.
 
     Those are attributes, parts of imports, and strings that name an attribute.
@@ -249,7 +249,7 @@ def test_the_product_uses_no_private_name_that_is_not_listed() -> None:
     unlisted = {
         f"{path.relative_to(ROOT)}:{line} {name}"
         for path in files
-        for name, line in private_names(ast.parse(path.read_text("utf-8")))
+        for name, line in used_private_names(ast.parse(path.read_text("utf-8")))
         if name not in listed
     }
     assert unlisted == set()
@@ -266,7 +266,7 @@ class Mine:
         self._field, other._seven = other._eight, self._method()
 getattr(Mine, "_nine", None); getattr(Mine, "_moacompress"); Mine.__dict__
 """
-    found = sorted(name for name, _ in private_names(ast.parse(code)))
+    found = sorted(name for name, _ in used_private_names(ast.parse(code)))
     assert found == ["_eight", "_nine", "_one", "_seven", "_six", "_three"]
 
 
@@ -275,8 +275,8 @@ def test_every_listed_name_that_is_taken_is_listed() -> None:
     listed = {entry.name for entry in NAMES}
     for path in product_files():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "compat.take":
-                assert getattr(compat, ast.unparse(node.args[0]).removeprefix("compat.")) in listed
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "private_names.take":
+                assert getattr(private_names, ast.unparse(node.args[0]).removeprefix("private_names.")) in listed
 
 
 def test_the_methods_that_stand_in_for_others_are_listed() -> None:

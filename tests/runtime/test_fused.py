@@ -14,10 +14,10 @@ from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
-from moacompress.runtime.hf.compat import NORMS
 from moacompress.runtime.linear import FEW_ROWS, pack_weights
 
 FAMILIES = ("llama", "mistral", "qwen2")

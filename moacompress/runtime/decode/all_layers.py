@@ -27,17 +27,17 @@ from moacompress.kernels.backend import WeightsMoved
 from moacompress.kernels.dispatch import backend_for, capabilities_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat.capturing import are_foreign, is_capturing
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import StackRequest
-from moacompress.runtime.hf import compat
-from moacompress.runtime.hf.capturing import are_foreign, is_capturing
 from moacompress.runtime.linear import FEW_ROWS
 
 RUN = "moacompress_run"
 """Keyword under which a `StackStep` reaches the decoder layers."""
-GLOBAL_HOOKS = (compat.take(compat.FORWARD_HOOKS), compat.take(compat.FORWARD_PRE_HOOKS))
+GLOBAL_HOOKS = (private_names.take(private_names.FORWARD_HOOKS), private_names.take(private_names.FORWARD_PRE_HOOKS))
 """Hooks on all modules there are; both empty, mostly."""
-REPLACEMENTS = ("forward", compat.COMPILED_CALL)
+REPLACEMENTS = ("forward", private_names.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
 
 
@@ -106,7 +106,7 @@ class Reading:
                     self._watch(held, *held)
             self._watch(attention.__dict__, "training", "scaling", "is_causal", "layer_idx")
             self._watch(attention._forward_pre_hooks, *attention._forward_pre_hooks)
-            self._watch(attention.config.__dict__, compat.IMPLEMENTATION)
+            self._watch(attention.config.__dict__, private_names.IMPLEMENTATION)
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
         self._kinds = [*map(type, self._modules)]

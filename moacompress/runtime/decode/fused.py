@@ -21,6 +21,9 @@ from torch import nn
 from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary
 from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat.capturing import do_something
+from moacompress.runtime.compat.private_names import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
 from moacompress.runtime.decode.all_layers import (
     GLOBAL_HOOKS,
     REPLACEMENTS,
@@ -33,16 +36,13 @@ from moacompress.runtime.decode.all_layers import (
 from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import first_route, take
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
-from moacompress.runtime.hf import compat
-from moacompress.runtime.hf.capturing import do_something
-from moacompress.runtime.hf.compat import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
 from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
 from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
 _MODULE_CALL = nn.Module.__call__
 PLAIN = (nn.Linear, PackedLinear)
-SILU = tuple({type(compat.take(compat.ACTIVATIONS)[name]) for name in ("silu", "swish")})
+SILU = tuple({type(private_names.take(private_names.ACTIVATIONS)[name]) for name in ("silu", "swish")})
 NOTHING = object()
 """What nothing is: in the place of a part that is not what is known."""
 
@@ -346,7 +346,7 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
     made.made_of = (*_calls(own), *map(_forward_of, (nn.Linear, PackedLinear)))
     if mixin is _FusedAttention:
-        made.made_of += tuple(_function_of(sys.modules[home], name) for name in compat.ROTARY)
+        made.made_of += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
     else:
         prefix = own.__name__.removesuffix("DecoderLayer")
         kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]

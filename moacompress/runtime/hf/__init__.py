@@ -1,5 +1,5 @@
-"""Where the runtime meets transformers: loading and saving, the hooks on a model, its masks and generation, compiled models.
+"""Where the runtime meets transformers: loading and saving, the hooks on a model, generation, compiled models.
 
-What attends, what a cache holds and how a step is computed belong to `runtime` itself, which knows of no checkpoint. `compat`
-lists every private name of transformers and torch that the whole product leans on, also those that are used elsewhere.
+What attends, what a cache holds and how a step is computed belong to `runtime` itself, which knows of no checkpoint. What all
+of them need to know about transformers and torch is below them, in `compat`.
 """

@@ -9,8 +9,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.core.errors import MoaCompressError, UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat import private_names
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hf import compat
 from moacompress.runtime.hf.hooks import check_cache
 
 MODES = (
@@ -73,7 +73,7 @@ def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
-    compat.PREPARE_CACHE: _prepare_cache,
+    private_names.PREPARE_CACHE: _prepare_cache,
     "set_attn_implementation": _refuse_other_attention,
     "generate_batch": _refuse_continuous_batching,
     "init_continuous_batching": _refuse_continuous_batching,

@@ -24,9 +24,9 @@ from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_weights
+from moacompress.runtime.compat import masks, private_names
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hf import compat, masks
 from moacompress.runtime.hf.attaching import install
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
 
@@ -62,7 +62,7 @@ class MoaCompressQuantizer(HfQuantizer):
                 "loading to get the dense model"
             )
         for part in (config, config.get_text_config(decoder=True)):
-            setattr(part, compat.IMPLEMENTATION, NAME)
+            setattr(part, private_names.IMPLEMENTATION, NAME)
         plan = self.quantization_config.plan
         plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
         if getattr(config, "dtype", None) is None:
@@ -70,7 +70,7 @@ class MoaCompressQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        model.__dict__[compat.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
+        model.__dict__[private_names.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
         install(model, self.quantization_config.plan)
@@ -80,12 +80,12 @@ class MoaCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
-        model.__dict__.pop(compat.MISSING_WEIGHTS, None)
+        model.__dict__.pop(private_names.MISSING_WEIGHTS, None)
         return model
 
 
 def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands in for the model's `compat.MISSING_WEIGHTS` while a compressed checkpoint is loaded.
+    """Stands in for the model's `private_names.MISSING_WEIGHTS` while a compressed checkpoint is loaded.
 
     A head that is new, such as a classifier on the checkpoint of a language model, is still drawn at random.
 
@@ -104,7 +104,7 @@ def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None
             f"the compressed checkpoint lacks {len(lost)} of its weights, or holds them in another shape, such as {lost[0]}; "
             "transformers would draw them at random, so export it again"
         )
-    getattr(type(model), compat.MISSING_WEIGHTS)(model, missing, *args, **kwargs)
+    getattr(type(model), private_names.MISSING_WEIGHTS)(model, missing, *args, **kwargs)
 
 
 def _guard_from_config() -> None:
@@ -115,7 +115,7 @@ def _guard_from_config() -> None:
     a model's own, end in one class method, which is wrapped. For any other config the wrapper hands on at once. It is put on
     once: a wrapper of an earlier import of this module goes.
     """
-    own: Any = vars(PreTrainedModel)[compat.FROM_CONFIG].__func__
+    own: Any = vars(PreTrainedModel)[private_names.FROM_CONFIG].__func__
     code = getattr(own, "__code__", None)
     if code is not None and code.co_filename == _guard_from_config.__code__.co_filename:
         own = own.__wrapped__
@@ -129,7 +129,7 @@ def _guard_from_config() -> None:
             )
         return own(cls, config, **kwargs)
 
-    setattr(PreTrainedModel, compat.FROM_CONFIG, classmethod(guarded))  # type: ignore[arg-type]
+    setattr(PreTrainedModel, private_names.FROM_CONFIG, classmethod(guarded))  # type: ignore[arg-type]
 
 
 def _is_being_loaded(config: Any) -> bool:
@@ -139,7 +139,10 @@ def _is_being_loaded(config: Any) -> bool:
 
 def register() -> None:
     """Makes the quantizer and its config known to transformers; what it knows already stays, so it may be called often."""
-    configs, quantizers = compat.take(compat.QUANTIZATION_CONFIGS), compat.take(compat.QUANTIZERS)
+    configs, quantizers = (
+        private_names.take(private_names.QUANTIZATION_CONFIGS),
+        private_names.take(private_names.QUANTIZERS),
+    )
     known: tuple[tuple[dict[str, type], Any, type], ...] = (
         (configs, register_quantization_config, MoaCompressConfig),
         (quantizers, register_quantizer, MoaCompressQuantizer),

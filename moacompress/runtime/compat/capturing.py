@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moacompress.runtime.hf import compat
+from moacompress.runtime.compat import private_names
 
-_NAMES = compat.take(compat.OUTPUT_CAPTURING).__globals__
-_active = compat.take(compat.ACTIVE_COLLECTOR)
+_NAMES = private_names.take(private_names.OUTPUT_CAPTURING).__globals__
+_active = private_names.take(private_names.ACTIVE_COLLECTOR)
 
 
 def is_capturing() -> bool:

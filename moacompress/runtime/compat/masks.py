@@ -9,9 +9,10 @@ import torch
 from transformers import AttentionMaskInterface
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.runtime.hf import compat
+from moacompress.runtime.compat.mask_functions import CAUSAL_MASK, image_blocks, is_stock_mask
+from moacompress.runtime.compat.private_names import take
 
-_CAUSAL = compat.take(compat.CAUSAL_MASK)
+_CAUSAL = take(CAUSAL_MASK)
 
 
 def plan_mask(
@@ -31,7 +32,7 @@ def plan_mask(
     Raises:
         UnsupportedError: packed sequences, bidirectional or overlaid masks.
     """
-    blocks = None if torch.compiler.is_compiling() else compat.image_blocks(mask_function)
+    blocks = None if torch.compiler.is_compiling() else image_blocks(mask_function)
     if blocks is not None and any(bool((ids >= 0).any()) for ids in blocks):
         raise UnsupportedError(
             "in this model the tokens of an image see each other in both directions, which a plan, made for causal attention, "
@@ -39,7 +40,7 @@ def plan_mask(
         )
     # what a mask is made of cannot be traced. All overlays ask for vmap, packed sequences show in the position ids that the
     # decoder's hook checks, and layers with other masks of their own are refused when the plan is put on the model
-    stock = torch.compiler.is_compiling() or compat.is_stock_mask(mask_function, local_size)
+    stock = torch.compiler.is_compiling() or is_stock_mask(mask_function, local_size)
     if blocks is None and (use_vmap or not stock):
         raise UnsupportedError(
             "only the stock causal and sliding-window masks are supported; the model or the caller asks for another one "
