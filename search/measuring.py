@@ -14,7 +14,7 @@ from moacompress.core.arrays import Floats
 from moacompress.core.errors import ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
-from moacompress.core.records import Records
+from moacompress.core.records import Records, named_numbers
 from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
 from moacompress.search.objective import harms_of_sample, own_weights
@@ -48,7 +48,7 @@ def measured_harms(
     """
     from moacompress import runtime
 
-    ledger = Records(path)
+    ledger = Records(path, named_numbers)
     marks = [fingerprint_ordered([sample]) for sample in samples]
     dtype = model.computes_in
     keys = [
@@ -64,7 +64,8 @@ def measured_harms(
             for row, harm in harms_of_sample(model.model, samples[number], wanted, None, full, weights_of):
                 if not math.isfinite(harm):
                     raise ModelError(f"the logits of held-out sample {number} are not finite; try --dtype float32")
-                ledger.add(keys[row][number], {"harm": harm}, plan=plans[row].key(), sample=number)
+                key = keys[row][number]
+                ledger.append({"key": key, "numbers": {"harm": harm}, "plan": plans[row].key(), "sample": number})
                 progress.step(f"sample {number + 1} of {len(samples)}: {harm:.2g} nats")
     finally:
         runtime.detach(model.model)

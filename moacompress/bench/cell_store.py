@@ -1,4 +1,4 @@
-"""What was measured, one JSON line for each cell, so that a benchmark that was stopped goes on.
+"""What was measured, one JSON line for each cell, so that a stopped benchmark resumes.
 
 The file belongs to one configuration, which is its first line: times that were taken otherwise, or on another machine, are
 never mixed.
@@ -13,38 +13,37 @@ from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE, cells_file, of_bench
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import append_line, canonical_json, finite_json, read_json, read_lines, remove
+from moacompress.core.files import canonical_json, finite_json, read_json, remove
+from moacompress.core.records import Records
+
+Measured = dict[str, Any]
 
 
-class CellStore:
+class CellStore(Records[Measured]):
     """Measured cells in memory and, if a path is given, on disk beside the result.
 
     Args:
         out: where the result will be written, or None: then nothing is kept on disk.
         configuration: what the times depend on, as JSON values.
-        overwrite: start anew, whatever is there.
+        overwrite: start from scratch, whatever is there.
 
     Raises:
         ArtefactError: the result or the cells that are there are of another configuration, or cannot be read.
     """
 
     def __init__(self, out: Path | None, configuration: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.configuration: dict[str, Any] = json.loads(canonical_json(finite_json(dict(configuration))))
-        self._path: Path | None = None
-        self._cells: dict[str, dict[str, Any]] = {}
-        self._stale: list[Path] = []
-        if out is None:
-            return
-        if out.is_dir():
+        if out is not None and out.is_dir():
             raise ArtefactError(f"{out} is a folder; name a file, such as {out / BENCH_FILE}")
-        self._path = cells_file(out)
-        if overwrite:
-            self._stale = of_bench(out)
+        self.configuration: dict[str, Any] = json.loads(canonical_json(finite_json(dict(configuration))))
+        path = None if out is None else cells_file(out)
+        super().__init__(path, _cell, {"configuration": self.configuration}, resume=not overwrite)
+        self._stale = of_bench(out) if out is not None and overwrite else []
+        if out is None or overwrite:
             return
-        for path, found in ((out, _of_result(out)), (self._path, self._read())):
+        for file, found in ((out, _of_result(out)), (path, _configuration(self.header))):
             if found is not None and found != self.configuration:
                 raise ArtefactError(
-                    f"{path} is {_difference(found, self.configuration)}; choose another file or pass --overwrite"
+                    f"{file} is {_difference(found, self.configuration)}; choose another file or pass --overwrite"
                 )
 
     def begin(self) -> None:
@@ -55,60 +54,36 @@ class CellStore:
         Raises:
             ArtefactError: it cannot be written.
         """
-        if self._path is None:
-            return
         remove(self._stale)
         self._stale = []
-        if not self._path.exists():
-            self._append({"configuration": self.configuration})
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Returns the cell filed under `key`, or None."""
-        return self._cells.get(key)
+        super().begin()
 
     def add(self, key: str, cell: Mapping[str, Any]) -> None:
-        """Files a cell.
+        """Files a cell, numbers that are not finite as null.
 
         Raises:
             ArtefactError: its line cannot be written.
         """
-        self.begin()
-        self._cells[key] = dict(cell)
-        self._append({"key": key, "cell": dict(cell)})
-
-    def _append(self, value: Mapping[str, Any]) -> None:
-        if self._path is not None:
-            append_line(self._path, finite_json(dict(value)))
-
-    def _read(self) -> dict[str, Any] | None:
-        """Reads the cells; returns the configuration they are of, None where there is no file."""
-        if self._path is None or not self._path.exists():
-            return None
-        configuration: dict[str, Any] = {}
-        for line in read_lines(self._path):
-            data = _parse(line)
-            if isinstance(data.get("configuration"), dict):
-                configuration = data["configuration"]
-            elif isinstance(data.get("key"), str) and isinstance(data.get("cell"), dict):
-                self._cells[data["key"]] = data["cell"]
-        return configuration
+        self.append({"key": key, "cell": finite_json(dict(cell))})
 
 
-def _parse(line: str) -> dict[str, Any]:
-    """Reads a line; nothing for one that was cut off."""
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+def _cell(line: Mapping[str, Any]) -> dict[str, Measured]:
+    if not isinstance(line["key"], str) or not isinstance(line["cell"], dict):
+        raise TypeError("no cell")
+    return {line["key"]: line["cell"]}
 
 
 def _of_result(out: Path) -> dict[str, Any] | None:
     if not out.exists():
         return None
     data = read_json(out, "benchmark")
-    found = data.get("configuration") if isinstance(data, dict) else None
-    return found if isinstance(found, dict) else {}
+    return _configuration(data if isinstance(data, dict) else {})
+
+
+def _configuration(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the configuration that a result or a first line names, `{}` where it names none; None of none."""
+    found = None if data is None else data.get("configuration")
+    return found if data is None or isinstance(found, dict) else {}
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -106,33 +106,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite_json(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Adds one line of JSON to a file that a run which was stopped goes on from.
-
-    Raises:
-        ArtefactError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            # the line break comes first as well: what a kill left half-written must not swallow this line
-            file.write(f"\n{canonical_json(value)}\n")
-    except OSError as error:
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a file that `append_line` wrote; one may have been cut off.
-
-    Raises:
-        ArtefactError: the file cannot be read.
-    """
-    try:
-        return path.read_text("utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Reads JSON of a bounded size.
 

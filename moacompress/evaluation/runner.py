@@ -14,7 +14,7 @@ from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.records import Records
+from moacompress.core.records import Records, named_numbers
 from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
@@ -162,12 +162,11 @@ def evaluate(
     with nullcontext() if path is None else own_file(path):
         if path is not None:
             _check_place(path, subject, wording, overwrite)
-        ledger = Records(None if path is None else scores_file(path))
+        ledger = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
         bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in sorted(set(lengths))]
         steps = sum(bench.check(task, length) for task, length in wanted)
         if path is not None and overwrite:
-            ledger.clear()
             remove(of_evaluation(path))
         progress.start("evaluating", steps)
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}

@@ -29,7 +29,7 @@ class Scorer:
     """What scores a checkpoint's weights under one plan after another."""
 
     checkpoint: Checkpoint
-    ledger: Records
+    ledger: Records[Entry]
     progress: Progress
 
     def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:
@@ -94,5 +94,6 @@ class Scorer:
 
     def _file(self, key: str, numbers: Entry, contender: Contender, task: str, length: int, index: int) -> None:
         if self.ledger.get(key) is None:
-            self.ledger.add(key, numbers, model=contender.name, task=task, length=length, prompt=index)
+            notes = {"model": contender.name, "task": task, "length": length, "prompt": index}
+            self.ledger.append({"key": key, "numbers": numbers, **notes})
         self.progress.step(f"{contender.name} {task} {length:,}")

@@ -1,14 +1,12 @@
-"""Answers on disk: found again, told apart, and whatever is damaged left out."""
+"""Answers on disk: found again, told apart, and what is no answer left out."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from moacompress.calibration.answer_store import AnswerStore
-from moacompress.core.errors import ArtefactError
 
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
 
@@ -31,15 +29,7 @@ def test_answers_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        b'{"answers": {"a',
-        b"\xff\xfe",
-        b"[1]\n",
-        b'{"answers": 3}\n',
-        b'{"answers": {"k": "text"}}\n',
-        b'{"answers": {"k": [-1]}}',
-    ],
+    "damage", [b'{"answers": {"a', b'{"answers": 3}\n', b'{"answers": {"k": "text"}}\n', b'{"answers": {"k": [-1]}}']
 )
 def test_what_is_damaged_is_left_out(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "answers.jsonl"
@@ -48,32 +38,8 @@ def test_what_is_damaged_is_left_out(tmp_path: Path, damage: bytes, caplog: pyte
         file.write(damage)
     opened = store(path)
     assert opened.get(PROMPTS[0], 8) == [7]
-    assert "1 damaged line(s)" in caplog.text
+    assert "answers.jsonl: cannot read line 2" in caplog.text
     opened.add(PROMPTS[1:], 8, [[9]])
     opened.add([[1]], 8, [[3]])
     again = store(path)
     assert [again.get(prompt, 8) for prompt in (*PROMPTS, [1])] == [[7], [9], [3]]
-
-
-def test_a_folder_in_its_place_is_one_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    opened = store(tmp_path)
-    assert "the dense model answers anew" in caplog.text
-    with pytest.raises(ArtefactError, match="cannot write the dense model's answers to"):
-        opened.add(PROMPTS, 8, [[1], [2]])
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
-def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    opened = store(path)
-    opened.add(PROMPTS[:1], 8, [[7]])
-    kept = path.read_bytes()
-    path.unlink()
-    os.symlink("/dev/full", path)
-    with pytest.raises(ArtefactError, match="No space left on device; those written before are kept"):
-        opened.add(PROMPTS[1:], 8, [[9]])
-    assert opened.get(PROMPTS[1], 8) is None
-    path.unlink()
-    path.write_bytes(kept + b'{"half')
-    opened.add(PROMPTS[1:], 8, [[9]])
-    assert store(path).get(PROMPTS[1], 8) == [9]

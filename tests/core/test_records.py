@@ -1,62 +1,118 @@
-"""The ledger of measurements: what survives a kill, and what is never mistaken."""
+"""The log that a run resumes from: what survives a kill, what is named when it cannot be read, and what is never mistaken."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moacompress.core.errors import ArtefactError
-from moacompress.core.records import Records
+from moacompress.core.records import Entry, Records, named_numbers
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "eval.scores.jsonl"
-    ledger = Records(path)
-    ledger.add("a", {"nll": 0.1 + 0.2, "exact_match": 1.0}, model="plan", task="t")
-    ledger.add("b", {"nll": 1e-300})
-    again = Records(path)
-    assert again.get("a") == {"nll": 0.1 + 0.2, "exact_match": 1.0}
-    assert again.get("b") == {"nll": 1e-300}
-    assert again.get("c") is None
+def scores(path: Path | None, **options: Any) -> Records[Entry]:
+    return Records(path, named_numbers, **options)
 
 
-def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
-    path = tmp_path / "scores.jsonl"
-    ledger = Records(path)
+def line(key: str, **numbers: float) -> dict[str, Any]:
+    return {"key": key, "numbers": numbers, "model": "plan"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "eval.scores.jsonl"
+
+
+def test_values_come_back(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = scores(path)
+    assert not path.parent.exists()
+    records.append(line("a", nll=0.1 + 0.2, exact_match=1.0))
+    records.append(line("b", nll=1e-300))
+    records.append(line("a", nll=0.5))
+    again = scores(path)
+    for found in (records, again):
+        assert (found.get("a"), found.get("b"), found.get("c")) == ({"nll": 0.5}, {"nll": 1e-300}, None)
+    assert scores(path, resume=False).get("a") is None
+    assert path.read_bytes().count(b"\n") == 3
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("cut", [1, 9])
+def test_a_torn_last_line_costs_only_itself_and_is_repaired(path: Path, cut: int) -> None:
+    records = scores(path)
     for name in "ab":
-        ledger.add(name, {"nll": 1.0})
-    path.write_text(path.read_text()[:-9])
-    resumed = Records(path)
-    assert (resumed.get("a"), resumed.get("b")) == ({"nll": 1.0}, None)
-    resumed.add("b", {"nll": 2.0})
-    assert Records(path).get("b") == {"nll": 2.0}
+        records.append(line(name, nll=1.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    resumed = scores(path)
+    assert path.read_bytes() == whole[:-cut]  # reading changes nothing
+    assert (resumed.get("a"), resumed.get("b")) == ({"nll": 1.0}, {"nll": 1.0} if cut == 1 else None)
+    resumed.append(line("b", nll=1.0))
+    assert path.read_bytes() == whole + (whole[len(whole) // 2 :] if cut == 1 else b"")
 
 
 @pytest.mark.parametrize(
-    "line",
+    "damage",
     [
-        "{", "[1]", "7", '{"key":"a"}', '{"key":"a","numbers":3}', '{"key":"a","numbers":{"x":"y"}}',
-        '{"numbers":{"x":1}}', '{"key":"a","numbers":{"x":NaN}}', "[" * 100_000, '{"key":"a","hit":true,"nll":1}',
+        b"{", b"[1]", b"7", b"\xff\xfe", b'{"key":"a"}', b'{"key":"a","numbers":3}', b'{"key":"a","numbers":{"x":"y"}}',
+        b'{"numbers":{"x":1}}', b'{"key":"a","numbers":{"x":NaN}}', b"[" * 100_000, b'{"key":"a","hit":true,"nll":1}',
     ],
 )  # fmt: skip
-def test_lines_of_another_kind_are_passed_over(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "scores.jsonl"
-    path.write_text(f'{line}\n{{"key":"b","numbers":{{"x":1}}}}\n')
-    ledger = Records(path)
-    assert ledger.get("a") is None
-    assert ledger.get("b") == {"x": 1.0}
+def test_a_line_of_another_kind_is_named_and_passed_over(
+    path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b'\n{"key":"b","numbers":{"x":1}}\n' + damage + b'\n\n{"key":"c","numbers":{"x":2}}\n')
+    found = scores(path)
+    assert (found.get("a"), found.get("b"), found.get("c")) == (None, {"x": 1.0}, {"x": 2.0})
+    assert f"{path}: cannot read line 3; what was there is computed again" in caplog.text
+    path.write_bytes(b"diary\n" * 9)
+    scores(path)
+    assert "cannot read line 1, 2, 3, 4, 5 and 4 more" in caplog.text
+
+
+def test_a_header_comes_first_and_tells_other_files(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    header = {"configuration": {"threads": 2}}
+    records = scores(path, header=header)
+    records.begin()
+    records.append(line("a", x=1.0))
+    found = scores(path, header={"configuration": {"threads": 1}})
+    assert (found.header, found.get("a")) == (header, {"x": 1.0})
+    found.append(line("b", x=2.0))
+    assert path.read_text().count("configuration") == 1
+    path.write_text("a diary\n")
+    assert scores(path, header=header).header == {}
+    assert not caplog.text
 
 
 def test_without_a_file() -> None:
-    ledger = Records(None)
-    ledger.add("a", {"x": 1.0})
-    assert ledger.get("a") == {"x": 1.0}
+    records = scores(None)
+    records.append(line("a", x=1.0))
+    assert records.get("a") == {"x": 1.0}
 
 
 def test_a_path_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="cannot read"):
-        Records(tmp_path)
+        scores(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="cannot write"):
-        Records(tmp_path / "file" / "scores.jsonl").add("a", {"x": 1.0})
+        scores(tmp_path / "file" / "scores.jsonl").append(line("a", x=1.0))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_disk_is_one_error_and_costs_only_its_line(path: Path) -> None:
+    records = scores(path)
+    records.append(line("a", x=1.0))
+    written = path.read_bytes()
+    path.unlink()
+    os.symlink("/dev/full", path)
+    with pytest.raises(ArtefactError, match="No space left on device; what was written before is kept"):
+        records.append(line("b", x=2.0))
+    assert records.get("b") is None
+    path.unlink()
+    path.write_bytes(written + b'{"half')
+    records.append(line("b", x=2.0))
+    again = scores(path)
+    assert (again.get("a"), again.get("b")) == ({"x": 1.0}, {"x": 2.0})
