@@ -25,7 +25,7 @@ COLLECT_sotu = mv package/data/*.txt .
 COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 	xargs -I {} awk 1 {} > moby-dick.txt && awk 1 package/data/epilogue.txt >> moby-dick.txt
 
-.PHONY: help setup demo test test-all test-peers test-data gemma texts no-texts lint format clean
+.PHONY: help setup demo test test-all test-builds test-peers test-data gemma texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -77,11 +77,14 @@ $(TEXTS:%=$(CACHE)/%): $(CACHE)/%:
 demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its KV cache and measure it: runs/demo
 	$(BIN)/moacompress demo -o runs/demo --data $(CACHE)
 
-test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones
-	$(BIN)/pytest -m "not heavy" --numprocesses $(JOBS) --dist loadfile
+test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones, and builds whose sources changed since test-builds
+	$(BIN)/pytest -m "not heavy" --numprocesses $(JOBS) --dist worksteal
 
 test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --builds
+
+test-builds: $(READY) ## wheels, and the kernels under sanitizers; notes in tests/builds.json what passes
+	$(BIN)/pytest --builds -m builds
 
 test-peers: $(READY) ## transformers' own generation and common tests under plans: DIR=<checkout of transformers>
 	@test -n "$(DIR)" || { echo "name a checkout of transformers' repository: make test-peers DIR=../transformers" >&2; exit 2; }

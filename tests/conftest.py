@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import builds
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,6 +66,35 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "sliding_window": 80, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 """Families and what their tiny configs need beside the common part."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--builds`."""
+    parser.addoption(
+        "--builds", action="store_true", help="build what is recorded as checked too, and record what passes"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Records builds, in the process that reports."""
+    if config.getoption("builds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(builds.Recorder())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out builds that are recorded as they are."""
+    builds.leave_out(items, none=config.getoption("builds"))
+
+
+SEEDS = 30
+"""Seeds of a test marked `seeds(count)` that `make test` runs: all instruction sets, dtypes and formats occur in them."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test marked `seeds(count)` its `seed`; those from `SEEDS` on are heavy."""
+    for mark in metafunc.definition.iter_markers("seeds"):
+        rest = (pytest.param(seed, marks=pytest.mark.heavy) for seed in range(SEEDS, *mark.args))
+        metafunc.parametrize("seed", [*range(SEEDS), *rest])
 
 
 @pytest.fixture(autouse=True)

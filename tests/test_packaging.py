@@ -98,26 +98,39 @@ def run_build(tree: Path, out: Path, *options: str, **environment: str) -> subpr
     return subprocess.run(command, capture_output=True, text=True, check=False, env=without_checkout(**settings))
 
 
-@pytest.fixture(scope="module")
-def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the sdist, and the wheel that was built from it."""
-    out = tmp_path_factory.mktemp("dist")
-    done = run_build(tree, out)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def wheel(built: Path) -> Path:
-    (wheel,) = built.glob("*.whl")
+def only_wheel(folder: Path) -> Path:
+    (wheel,) = folder.glob("*.whl")
     return wheel
 
 
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the wheel that is built from an sdist, where there is no compiler."""
+    out = tmp_path_factory.mktemp("dist")
+    done = run_build(tree, out, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "no C++ compiler (no-such-compiler)" in done.stdout + done.stderr
+    return only_wheel(out)
+
+
+@pytest.fixture(scope="module")
+def compiled(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the wheel that is built from an sdist with the kernels."""
+    out = tmp_path_factory.mktemp("compiled")
+    done = run_build(tree, out, MOACOMPRESS_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return only_wheel(out)
+
+
+def contents(wheel: Path) -> list[str]:
+    """Returns what a wheel installs, without its metadata."""
+    return [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name]
+
+
 def test_the_wheel_ships_everything_once(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    names = contents(wheel)
     assert len(names) == len(set(names))
-    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"moacompress", "_moacompress_autoload.py"}
+    assert {name.split("/")[0] for name in names} == {"moacompress", "_moacompress_autoload.py"}
     expected = {"_moacompress_autoload.py", "moacompress/py.typed"}
     for file in (ROOT / "moacompress").rglob("*.py"):
         if file.relative_to(ROOT).parts[1] not in LINKS:
@@ -128,11 +141,9 @@ def test_the_wheel_ships_everything_once(wheel: Path) -> None:
     for link in LINKS:
         files = [*(ROOT / link).rglob("*.py"), *(ROOT / link).rglob("*.yaml")]
         expected |= {f"moacompress/{file.relative_to(ROOT)}" for file in files}
-    if COMPILER:
-        expected.add(LIBRARY)
-        assert wheel.name.split("-", 2)[2].startswith("py3-none-linux")  # for any Python, for this platform
-    assert {name for name in names if ".dist-info" not in name} == expected
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert set(names) == expected
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_wheel_registers_itself(wheel: Path) -> None:
@@ -167,15 +178,19 @@ print(json.dumps({"modules": names, "recipes": found}))
 """
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder that the wheel is installed into."""
-    target = tmp_path_factory.mktemp("installed")
+def install(wheel: Path, target: Path) -> Path:
+    """Installs a wheel into a folder and returns that."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*command, str(wheel)], check=True, capture_output=True, env=without_checkout())
     return target
 
 
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("installed"))
+
+
+@pytest.mark.builds("packages")
 def test_the_installed_wheel_imports_whole(installed: Path, tmp_path: Path, project: dict[str, Any]) -> None:
     done = run_installed(_IMPORT_ALL, installed, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -200,10 +215,21 @@ print(dispatch.chosen().name)
 """
 
 
-def test_the_installed_wheel_runs_its_kernels(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.builds("packages")
+def test_without_kernels_it_runs_in_plain_pytorch(installed: Path, tmp_path: Path) -> None:
     done = run_installed(_RUN_KERNEL, installed, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["cpu" if COMPILER else "reference"]
+    assert done.stdout.split() == ["reference"]
+
+
+@pytest.mark.builds("packages")
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_with_a_compiler_it_ships_its_kernels_and_runs_them(wheel: Path, compiled: Path, tmp_path: Path) -> None:
+    assert set(contents(compiled)) == {*contents(wheel), LIBRARY}
+    assert compiled.name.split("-", 2)[2].startswith("py3-none-linux")  # for any Python, for this platform
+    done = run_installed(_RUN_KERNEL, install(compiled, tmp_path / "installed"), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["cpu"]
 
 
 def test_torch_is_no_build_requirement(project: dict[str, Any]) -> None:
@@ -220,14 +246,15 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
+@pytest.mark.builds("packages")
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-def test_without_torch_it_builds_the_same_kernels(tree: Path, wheel: Path, tmp_path: Path) -> None:
+def test_without_torch_it_builds_the_same_kernels(tree: Path, compiled: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(_NO_TORCH)
     done = run_build(tree, tmp_path / "dist", "--wheel", PYTHONPATH=str(tmp_path), MOACOMPRESS_REQUIRE_EXT="1")
     assert done.returncode == 0, done.stderr[-2000:]
-    (alone,) = (tmp_path / "dist").glob("*.whl")
-    assert alone.name == wheel.name
-    assert LIBRARY in zipfile.ZipFile(alone).namelist()
+    alone = only_wheel(tmp_path / "dist")
+    assert alone.name == compiled.name
+    assert LIBRARY in contents(alone)
 
 
 def test_the_sources_include_nothing_but_their_own_and_the_standard_library() -> None:
@@ -241,16 +268,8 @@ def test_the_sources_include_nothing_but_their_own_and_the_standard_library() ->
     assert [path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
 
 
-def test_without_a_compiler_it_builds_without_kernels(tree: Path, tmp_path: Path) -> None:
-    environment = {"CXX": "no-such-compiler"}
-    done = run_build(tree, tmp_path / "dist", "--wheel", **environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "no C++ compiler (no-such-compiler)" in done.stdout + done.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name.endswith("py3-none-any.whl")
-    assert LIBRARY not in zipfile.ZipFile(wheel).namelist()
-    assert "moacompress/kernels/dispatch.py" in zipfile.ZipFile(wheel).namelist()
-    refused = run_build(tree, tmp_path / "dist", "--wheel", MOACOMPRESS_REQUIRE_EXT="1", **environment)
+def test_kernels_that_are_required_and_cannot_be_built_are_an_error(tree: Path, tmp_path: Path) -> None:
+    refused = run_build(tree, tmp_path / "dist", "--wheel", CXX="no-such-compiler", MOACOMPRESS_REQUIRE_EXT="1")
     assert refused.returncode != 0
     assert "MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels cannot be built" in refused.stdout + refused.stderr
 

@@ -24,6 +24,7 @@ def build_script() -> ModuleType:
     return module
 
 
+@pytest.mark.builds("core")
 def test_under_sanitizers(build_script: ModuleType, tmp_path: Path) -> None:
     command = build_script.compiler()
     if command is None:

@@ -31,7 +31,7 @@ def _built(isa):
     """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
-@pytest.mark.parametrize("seed", range(340))
+@pytest.mark.seeds(340)
 def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
     isa(library.ISAS[seed % 5])
     dtype = library.DTYPES[seed // 5 % 3]
@@ -41,7 +41,7 @@ def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
     close(OPS.decode(*case.decode), exact.decoded(), dtype)
 
 
-@pytest.mark.parametrize("seed", range(320))
+@pytest.mark.seeds(320)
 def test_random_configurations_of_formats(seed, random_case, close, isa, poisoned_memory):
     isa(library.ISAS[seed % 5])
     dtype = library.DTYPES[seed // 5 % 3]
@@ -51,7 +51,7 @@ def test_random_configurations_of_formats(seed, random_case, close, isa, poisone
     close(OPS.decode(*case.decode), exact.decoded(), dtype, LSE_ERROR[dtype])
 
 
-@pytest.mark.parametrize("seed", range(320))
+@pytest.mark.seeds(320)
 def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa, poisoned_memory):
     isa(library.ISAS[seed % 5])
     dtype, formats = library.DTYPES[seed // 5 % 3], (None, "any")[seed // 15 % 2]
@@ -59,7 +59,7 @@ def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa,
     close(OPS.prefill(*case.prefill), case.to(torch.float64).prefilled(), dtype, LSE_ERROR[dtype])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_codes_are_put_where_they_belong(seed, isa):
     isa(library.ISAS[seed % 5])
     rng = random.Random(seed)
@@ -75,7 +75,7 @@ def test_codes_are_put_where_they_belong(seed, isa):
     assert torch.equal(memory, expected)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_tokens_leave_as_in_the_definition(seed):
     rng = random.Random(seed)
     width = rng.choice((3, 50, 30000))

@@ -40,7 +40,7 @@ def gradients(run, case, dout, dlse):
     return torch.autograd.grad(loss, wanted)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_random_configurations(seed, random_case, isa, poisoned_memory):
     isa(library.ISAS[seed % 5])
     dtype = library.DTYPES[seed // 5 % 3]

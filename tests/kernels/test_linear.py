@@ -18,7 +18,7 @@ def _built(isa):
     """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.seeds(300)
 def test_random_products(seed, isa, poisoned_memory):
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -186,7 +186,7 @@ class Sizes:
         self.total = self.total + view.deltas.abs().sum(1)
 
 
-@pytest.mark.parametrize("seed", range(320))
+@pytest.mark.seeds(320)
 def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_memory: None) -> None:
     isa(library.ISAS[seed % 5])
     dtype = library.DTYPES[seed // 5 % 3]
@@ -363,7 +363,7 @@ def test_sums_add_up_over_passes() -> None:
     assert torch.equal(twice[1].mass, once[1].mass)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.seeds(40)
 def test_the_forward_is_that_of_the_reference(seed: int) -> None:
     case = build(seed, torch.float32)
     exact = case.exact()

@@ -150,7 +150,7 @@ def build(seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool 
     return Case(cache, torch.randn(rows, 1, hidden).to(dtype), weights, biases, norms, rotary, scores)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.seeds(300)
 def test_random_layers(seed, isa, poisoned_memory):
     isa(library.ISAS[seed % 5])
     dtype = library.DTYPES[seed // 5 % 3]

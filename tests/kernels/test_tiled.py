@@ -31,7 +31,7 @@ def oracle(query, key, value, n, rule, min_window, native, scaling, softcap, sin
     return out
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_random_configurations(seed, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -56,6 +56,7 @@ def compile_beside_torch(folder: Path, block: str, names: list[str]) -> subproce
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.builds("torch_abi")
 @needs_compiler
 def test_every_declaration_is_torchs_own(tmp_path: Path) -> None:
     block, functions = declarations()

@@ -135,7 +135,7 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.seeds(40)
 def test_chunks_steps_and_whole_are_what_the_definition_says(seed: int, dtype: torch.dtype) -> None:
     case, error = Case(seed, dtype=dtype), 1e-9 if dtype == torch.float64 else 1e-4
     expected = case.expected()

@@ -1,6 +1,6 @@
 """Random plans through random sequences of operations, cache and attention against attention with explicit masks.
 
-`MOACOMPRESS_EXAMPLES=20000 pytest tests/runtime/test_property.py` looks longer and elsewhere than the 500 of every run.
+`MOACOMPRESS_EXAMPLES=20000 pytest tests/runtime/test_property.py` looks longer and elsewhere than the 500 of `make test-all`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.hf.hooks import read_mask
 from moacompress.runtime.sharing.handing import HANDED
 
-EXAMPLES = int(os.environ.get("MOACOMPRESS_EXAMPLES", "500"))
+GIVEN = os.environ.get("MOACOMPRESS_EXAMPLES")
+EXAMPLES = [int(GIVEN)] if GIVEN else [30, pytest.param(500, marks=pytest.mark.heavy)]
 DIM = 4
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """float64 runs in plain PyTorch, float32 by the compiled kernels where they are built."""
@@ -304,14 +305,17 @@ def check_blocks(plan, worlds):
         assert not pool.shared or (counts == pool.refs).all()
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize="MOACOMPRESS_EXAMPLES" not in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(data=st.data())
-def test_any_sequence_of_operations(data):
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_any_sequence_of_operations(examples):
+    settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=GIVEN is None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(st.data())(run_any_sequence))()
+
+
+def run_any_sequence(data):
     plan = data.draw(plans())
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     batch = data.draw(st.integers(1, 3))

@@ -111,7 +111,7 @@ def assert_counted(*layers):
 
 
 @pytest.mark.parametrize("formats", [False, True])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_it_does_what_the_python_path_does(seed, formats, isa):
     """Chunks with padding, single tokens, beams that share blocks, drafts that are rolled back; every dtype and layout.
 

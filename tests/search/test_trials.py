@@ -25,7 +25,7 @@ def test_a_clear_winner_wins():
     assert best_trial(trials(0.1, -0.2, -0.1, noise=0.05)).index == 2
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.seeds(40)
 def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     tried = trials(*[0.0] * 6, noise=0.3, seed=seed)
     least = least_trial(tried)
