@@ -11,8 +11,6 @@ import numpy as np
 
 from moacompress.core.records import Records
 
-Answer = list[int]
-
 
 class AnswerStore:
     """A file with one line of JSON for every batch of answers: `{"answers": {key: [token ids]}}`.
@@ -33,7 +31,7 @@ class AnswerStore:
         """
         self._records, self._model = Records(Path(path), _answers), f"{weights} {dtype}"
 
-    def get(self, prompt: Sequence[int], room: int) -> Answer | None:
+    def get(self, prompt: Sequence[int], room: int) -> list[int] | None:
         """Returns the answer to a prompt with room for so many tokens, or None if it is not known."""
         answer = self._records.get(self._key(prompt, room))
         return None if answer is None else list(answer)
@@ -53,7 +51,7 @@ class AnswerStore:
         return digest.hexdigest()[:32]
 
 
-def _answers(line: Mapping[str, Any]) -> dict[str, Answer]:
+def _answers(line: Mapping[str, Any]) -> dict[str, list[int]]:
     batch = line["answers"]
     if not all(type(token) is int and token >= 0 for answer in batch.values() for token in answer):
         raise ValueError("no token ids")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moacompress.calibration import passes
@@ -19,12 +19,14 @@ from moacompress.calibration.answers import BATCH_TOKENS
 from moacompress.calibration.gates import JUDGED
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
-from moacompress.calibration.probe import SHORT, AttentionSeconds, Gathered, Line, Probe
+from moacompress.calibration.probe import SHORT, Gathered, Probe
 from moacompress.calibration.profiler import check_around, check_lengths
 from moacompress.calibration.sample_sources import check_counts, longer_counts, spread
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
+from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.live_bytes import Line
+from moacompress.estimate.rates import Rates
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
@@ -66,62 +68,62 @@ class LengthEstimate:
         return self.answer_seconds + self.profile_seconds
 
 
-@dataclass(frozen=True)
-class ProfileEstimate:
-    """What a profile will take, alone on the machine.
+@dataclass(frozen=True, kw_only=True)
+class ProfileEstimate(Estimate):
+    """What a profile will take.
 
     Attributes:
         lengths: of every length, ascending.
         weight_bytes: the model's weights, part of every `peak_bytes`.
-        slowdown: how many times as long what was timed took beside whatever else ran then.
+        peak_bytes: the most memory that any length takes.
+        rates: of the model that is profiled, what was timed already included; None where nothing was timed.
     """
 
     lengths: tuple[LengthEstimate, ...]
     weight_bytes: int
-    slowdown: float = 1.0
+    peak_bytes: int
+    rates: Rates | None = field(default=None, compare=False)
 
-    @property
-    def seconds(self) -> float:
-        """All of the time."""
-        return sum(part.seconds for part in self.lengths)
+    @staticmethod
+    def of(
+        lengths: tuple[LengthEstimate, ...], weight_bytes: int, slowdown: float = 1.0, rates: Rates | None = None
+    ) -> ProfileEstimate:
+        """Returns the estimate of a whole profile.
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that any length takes."""
-        return max(part.peak_bytes for part in self.lengths)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values: totals, and the same of every length."""
-        counts = ("samples", "text_samples", "validation_samples", "tokens")
-        return {
-            "estimate": True,
-            **{name: sum(getattr(part, name) for part in self.lengths) for name in counts},
-            "seconds": round(self.seconds, 3),
-            "slowdown": round(self.slowdown, 2),
-            "peak_bytes": self.peak_bytes,
-            "weight_bytes": self.weight_bytes,
-            "lengths": [
-                {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(part).items()}
-                | {"seconds": round(part.seconds, 3)}
-                for part in self.lengths
-            ],
-        }
-
-    def lines(self) -> list[str]:
-        """Returns what a person sees."""
-        total, busy = self.to_dict(), busy_note(self.seconds, self.slowdown)
-        return [
-            "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
-            *(
-                f"{part.length:,} tokens: {_counted(asdict(part))}, "
-                f"{readable_seconds(part.seconds)}, {readable_bytes(part.peak_bytes)}"
-                for part in self.lengths
+        Args:
+            lengths: of every length, ascending.
+            weight_bytes: the model's weights, part of every `peak_bytes`.
+            slowdown: see `Estimate`.
+            rates: see above.
+        """
+        seconds, peak = sum(part.seconds for part in lengths), max(part.peak_bytes for part in lengths)
+        names = ("samples", "text_samples", "validation_samples", "tokens")
+        counts = {name: sum(getattr(part, name) for part in lengths) for name in names}
+        return ProfileEstimate(
+            seconds=seconds,
+            text=(
+                "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
+                *(
+                    f"{part.length:,} tokens: {_counted(asdict(part))}, "
+                    f"{readable_seconds(part.seconds)}, {readable_bytes(part.peak_bytes)}"
+                    for part in lengths
+                ),
+                f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
+                f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weight_bytes)} of it weights, "
+                "beside Python's own.",
             ),
-            f"In all: {_counted(total)}, {total['tokens']:,} tokens, about {readable_seconds(self.seconds)}.",
-            f"Memory: about {readable_bytes(self.peak_bytes)} at most, {readable_bytes(self.weight_bytes)} of it weights, "
-            "beside Python's own.",
-            *([] if busy is None else [busy]),
-        ]
+            facts={
+                **counts,
+                "peak_bytes": peak,
+                "weight_bytes": weight_bytes,
+                "lengths": [{**asdict(part), "seconds": part.seconds} for part in lengths],
+            },
+            slowdown=slowdown,
+            lengths=lengths,
+            weight_bytes=weight_bytes,
+            peak_bytes=peak,
+            rates=rates,
+        )
 
 
 def _counted(counts: Mapping[str, Any]) -> str:
@@ -176,7 +178,7 @@ def dry_run(
     if longer := sum(longer_counts(recipe, source.context)):
         parts.append(arithmetic.answers(2 * lengths[-1], longer))
     progress.done()
-    return ProfileEstimate(tuple(parts), probe.weight_bytes, probe.watch.slowdown)
+    return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe)
 
 
 class _Arithmetic:
@@ -189,7 +191,6 @@ class _Arithmetic:
 
     def __init__(self, probe: Probe, answer_tokens: int) -> None:
         self._probe, self._answer = probe, answer_tokens
-        self._forward, self._backward = probe.beside
         self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
         self._output_bytes = max(map(probe.output_bytes, self._output))
         self._lines: dict[bool, tuple[Line, Line]] = {}
@@ -197,33 +198,29 @@ class _Arithmetic:
     def estimate(self, length: int, samples: int, texts: int, validation: int) -> LengthEstimate:
         """Returns the estimate of one length from its numbers of samples."""
         answered = samples + validation
-        attention = self._probe.attention(length)
-        forward = self._forward_seconds(length, attention)
-        profiling = {
-            targets: self._sample_seconds(length, targets, forward, attention) for targets in (self._answer, TARGETS)
-        }
+        profiling = samples * self._sample_seconds(length, self._answer) + texts * self._sample_seconds(length, TARGETS)
         return LengthEstimate(
             length=length,
             samples=samples,
             text_samples=texts,
             validation_samples=validation,
             tokens=(answered + texts) * length,
-            answer_seconds=self._answer_seconds(length, answered, forward),
-            profile_seconds=samples * profiling[self._answer] + texts * profiling[TARGETS],
+            answer_seconds=self._answer_seconds(length, answered),
+            profile_seconds=profiling,
             peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
-            forward_seconds=forward,
-            decode_seconds=self._probe.decode_seconds(length),
+            forward_seconds=self._probe.forward(length),
+            decode_seconds=self._probe.step(length),
         )
 
     def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
         """Returns the estimate of a length with so many samples more that gates are trained on."""
-        length, attention, forward = estimate.length, self._probe.attention(estimate.length), estimate.forward_seconds
-        seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer, forward, attention)
+        length = estimate.length
+        seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer)
         return replace(
             estimate,
             tokens=estimate.tokens + samples * length,
-            answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples, forward),
-            profile_seconds=estimate.profile_seconds + seconds + self._again(samples) * forward,
+            answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples),
+            profile_seconds=estimate.profile_seconds + seconds + self._again(samples) * self._probe.forward(length),
         )
 
     def _again(self, samples: int) -> int:
@@ -233,48 +230,39 @@ class _Arithmetic:
 
     def answers(self, length: int, count: int) -> LengthEstimate:
         """Returns the estimate of validation samples of a length that is not profiled."""
-        forward = self._forward_seconds(length, self._probe.attention(length))
         return LengthEstimate(
             length=length,
             samples=0,
             text_samples=0,
             validation_samples=count,
             tokens=count * length,
-            answer_seconds=self._answer_seconds(length, count, forward),
+            answer_seconds=self._answer_seconds(length, count),
             profile_seconds=0.0,
             peak_bytes=self._probe.weight_bytes + self._answer_bytes(length, count),
-            forward_seconds=forward,
-            decode_seconds=self._probe.decode_seconds(length),
+            forward_seconds=self._probe.forward(length),
+            decode_seconds=self._probe.step(length),
         )
-
-    def _forward_seconds(self, length: int, attention: Sequence[AttentionSeconds]) -> float:
-        return self._forward * length + sum(layer.forward for layer in attention)
 
     def _answer_bytes(self, length: int, count: int) -> int:
         """Returns the bytes beside the weights that answering so many prompts takes."""
         return self._probe.answer_bytes(length, min(count, max(1, BATCH_TOKENS // length)))
 
-    def _answer_seconds(self, length: int, count: int, forward: float) -> float:
-        return count * (forward + self._answer * self._probe.decode_seconds(length))
+    def _answer_seconds(self, length: int, count: int) -> float:
+        return count * (self._probe.forward(length) + self._answer * self._probe.step(length))
 
-    def _sample_seconds(
-        self, length: int, targets: int, forward: float, attention: Sequence[AttentionSeconds]
-    ) -> float:
-        """Returns the seconds of one sample's passes; `forward` and `attention` are those at its length."""
-        total = self._passes_seconds(self._probe.passes, length, targets, forward, attention)
-        return total + sum(layer.choosing for layer in attention) + (forward if self._probe.around else 0.0)
+    def _sample_seconds(self, length: int, targets: int) -> float:
+        """Returns the seconds of one sample's passes."""
+        choosing = sum(layer.choosing for layer in self._probe.attention(length))
+        around = self._probe.forward(length) if self._probe.around else 0.0
+        return self._passes_seconds(self._probe.passes, length, targets) + choosing + around
 
-    def _passes_seconds(
-        self,
-        wanted: Counter[Gathered],
-        length: int,
-        targets: int,
-        forward: float,
-        attention: Sequence[AttentionSeconds],
-    ) -> float:
-        """Returns the seconds of a forward pass and of backward passes of some kinds; the rest as `_sample_seconds`."""
+    def _passes_seconds(self, wanted: Counter[Gathered], length: int, targets: int) -> float:
+        """Returns the seconds of a forward pass and of backward passes of some kinds."""
+        forward, attention = self._probe.forward(length), self._probe.attention(length)
         again = forward if length > passes.KEEP_TOKENS else 0.0
-        backward = again + self._backward * length + self._output[targets] + sum(layer.idle for layer in attention)
+        backward = (
+            again + self._probe.beside[1] * length + self._output[targets] + sum(layer.idle for layer in attention)
+        )
         total = wanted.total() * backward + forward
         for gathered, count in wanted.items():
             *full, last = (layer.tiles[gathered] for layer in attention)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
 from moacompress.calibration.choices import choices_of
@@ -24,14 +21,16 @@ from moacompress.calibration.influence import TILE, Collector, attend, attend_ba
 from moacompress.calibration.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profiler import fisher_cotangent, rules_on_offer
 from moacompress.calibration.sharing import Attended, CopySums, copyable
+from moacompress.estimate.live_bytes import Line, LiveBytes, weight_bytes
+from moacompress.estimate.rates import REPEATS, Rates
 from moacompress.kernels.arguments import Choices
-from moacompress.models.device import stopwatch_on
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.linear import packed_bytes
+
+T = TypeVar("T")
 
 SHORT = (128, 192)
 """Tokens of the short passes."""
@@ -39,51 +38,6 @@ PRIME = (73, 157)
 """As `SHORT`, but primes, each before twice a prime: a tensor's size tells whether it is one of pairs of tokens."""
 ATTEND_TOKENS = 2048
 """Longest sequence whose whole forward attention is timed."""
-REPEATS = 3
-"""Every time is the least of so many, after one that does not count."""
-
-
-def _stored(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a tree but packed weights, which have no storage to ask for and count as weights."""
-    return (tensor for tensor in tree_iter(tree) if isinstance(tensor, Tensor) and not tensor.is_mkldnn)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that come to be in its block, as long as anything keeps them.
-
-    Args:
-        counts: whether a tensor of so many bytes counts; all do by default.
-
-    Attributes:
-        now: bytes alive.
-        peak: the most that were alive at a time, after any operation.
-    """
-
-    def __init__(self, counts: Callable[[int], bool] = bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._counts = counts
-        self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage().data_ptr() for tensor in _stored((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _stored(result):
-            self._count(tensor.untyped_storage(), given)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not self._counts(size) or place in self._alive or place in given:
-            return
-
-        def gone(_: object) -> None:
-            del self._alive[place]
-            self.now -= size
-
-        self._alive[place] = weakref.ref(storage, gone)
-        self.now += size
 
 
 class Gathered(NamedTuple):
@@ -114,40 +68,21 @@ class _LayerKind(NamedTuple):
 
 
 class AttentionSeconds(NamedTuple):
-    """Seconds of one layer's attention.
+    """Seconds of one layer's attention in the passes of a sample, its forward pass left out.
 
     Attributes:
-        forward: of the forward pass.
         choosing: of finding out what rules that select choose, once a sample.
         idle: of a backward pass without any tile.
         tiles: of a mean tile of every kind of pass.
     """
 
-    forward: float
     choosing: float
     idle: float
     tiles: dict[Gathered, float]
 
 
-class Line(NamedTuple):
-    """Bytes as a straight line of tokens."""
-
-    start: float
-    slope: float
-
-    @staticmethod
-    def through(tokens: tuple[int, int], found: Sequence[int]) -> Line:
-        """Returns the line through two points."""
-        slope = (found[1] - found[0]) / (tokens[1] - tokens[0])
-        return Line(found[0] - slope * tokens[0], slope)
-
-    def at(self, tokens: int) -> int:
-        """Returns the bytes of so many tokens."""
-        return round(self.start + self.slope * tokens)
-
-
-class Probe:
-    """Times and counts what an estimate is made of.
+class Probe(Rates):
+    """Times and counts what the estimate of a profile is made of, from short passes and from attention at full length.
 
     Args:
         source: the model.
@@ -158,13 +93,14 @@ class Probe:
         around: as given.
         passes: how many backward passes of each kind a sample takes.
         of_gates: how many a sample that gates are trained on takes; none where none are trained.
-        watch: times everything as it would be alone on the machine, and knows how much slower it was.
+        weight_bytes: of the weights, packed forms included.
     """
 
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
+        super().__init__(source.model.device)
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen, device = recipe.profile, source.model.device
-        self.watch = stopwatch_on(device)
+        self.weight_bytes = weight_bytes(source.model)
         self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()
@@ -172,7 +108,7 @@ class Probe:
             _LayerKind(window, plan is not None, sum(may))
             for window, plan, may in zip(source.shape.native_windows, self._plans, self._allowed, strict=True)
         ]
-        self._seconds: dict[int, list[AttentionSeconds]] = {}
+        self._attention: dict[int, list[AttentionSeconds]] = {}
         self.passes = Gathered.of(chosen, around is not None)
         trained = chosen.draws if chosen.gates and around is None else 0
         self.of_gates = +Counter({Gathered(tokens=True): trained})
@@ -184,25 +120,23 @@ class Probe:
         with self._tape(kept, SHORT[-1]) as tape:
             self._hidden, self._attended = tape.hidden, dict(kept.attended or {})
 
-    @cached_property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights, shared ones once, of their packed forms, and of these transposed, for gradients."""
-        storages = [tensor.untyped_storage() for tensor in (*self._model.parameters(), *self._model.buffers())]
-        own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-        return own + 2 * packed_bytes(self._model)
+    def _forward(self, tokens: int) -> float:
+        return self.beside[0] * tokens + sum(self._of_layers(self._forward_attention, tokens))
+
+    @torch.no_grad()
+    def _step(self, tokens: int) -> float:
+        cache = DynamicCache(config=self._model.config)
+        for layer, attended in sorted(self._attended.items()):
+            key = _stretched(attended, tokens).key
+            cache.update(key, key, layer)
+        token: dict[str, Any] = {"input_ids": self._ids[None, :1], "cache": cache, "use_cache": True}
+        return self._timed(lambda: self._model(**token))
 
     @cached_property
     def beside(self) -> tuple[float, float]:
         """Seconds a token of everything but attention and the output layer, forward and backward."""
-        n, layers = SHORT[-1], self._shape.layers
-        forward, backward = [], []
-        for _ in range(REPEATS):
-            begun = self.watch.begin()
-            with self._tape(Recording.of(self._shape, self._table), n) as tape:
-                forward.append(self.watch.since(begun))
-                begun = self.watch.begin()
-                tape.backward(self._cotangent(1), [[]] * layers, last=True)
-                backward.append(self.watch.since(begun))
+        n = SHORT[-1]
+        forward, backward = zip(*(self._short_pass(n) for _ in range(REPEATS)), strict=True)
         windows = self._shape.native_windows
         long = {window: _stretched(self._attended[layer], n) for layer, window in enumerate(windows)}
         ahead = {window: self._timed(partial(_forward, one)) for window, one in long.items()}
@@ -210,6 +144,15 @@ class Probe:
         attended = sum(ahead[window] for window in windows), sum(back[window] for window in windows[:-1])
         found = min(forward) - attended[0], min(backward) - attended[1] - self.output_seconds(1)
         return max(0.0, found[0]) / n, max(0.0, found[1]) / n
+
+    def _short_pass(self, n: int) -> tuple[float, float]:
+        """Returns the seconds of `n` tokens forward, and of their backward pass with nothing gathered."""
+        with ExitStack() as stack:
+            opened = self._tape(Recording.of(self._shape, self._table), n)
+            forward, tape = self.watch.once(lambda: stack.enter_context(opened))
+            nothing: list[list[Collector]] = [[]] * self._shape.layers
+            backward, _ = self.watch.once(lambda: tape.backward(self._cotangent(1), nothing, last=True))
+        return forward, backward
 
     @cached_property
     def gate_groups(self) -> int:
@@ -224,31 +167,40 @@ class Probe:
         return 4 * layers * self._shape.kv_heads * (len(ways) + own) * length
 
     def attention(self, length: int) -> list[AttentionSeconds]:
-        """Returns the seconds of every layer's attention; layers of one kind are timed once, and so is a length."""
-        if length not in self._seconds:
-            first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
-            timed = {kind: self._layer(layer, length) for kind, layer in first.items()}
-            self._seconds[length] = [timed[kind] for kind in self._kinds]
-        return self._seconds[length]
+        """Returns the seconds of every layer's attention in the passes of a sample; a length is timed once."""
+        if length not in self._attention:
+            self._attention[length] = self._of_layers(self._sample_attention, length)
+        return self._attention[length]
 
-    def _layer(self, layer: int, length: int) -> AttentionSeconds:
-        window, anchors = self._kinds[layer].window, self._kinds[layer].anchors
-        pairs, whole = _pairs(length, window), min(length, ATTEND_TOKENS)
+    def _of_layers(self, timed: Callable[[int, int], T], length: int) -> list[T]:
+        """Returns what is timed of every layer; layers of one kind are timed once."""
+        first = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
+        found = {kind: timed(layer, length) for kind, layer in first.items()}
+        return [found[kind] for kind in self._kinds]
+
+    def _forward_attention(self, layer: int, length: int) -> float:
+        window, whole = self._kinds[layer].window, min(length, ATTEND_TOKENS)
         attended = replace(self._attended[layer], plan=self._plans[layer])
-        keys = min(length, round(pairs / length) + TILE // 2)
+        chosen = self._choices(window, attended.plan, whole)
+        work = partial(_forward, _stretched(attended, whole), None if chosen is None else chosen.own)
+        return self._timed(work) * _pairs(length, window) / _pairs(whole, window)
+
+    def _sample_attention(self, layer: int, length: int) -> AttentionSeconds:
+        window, anchors = self._kinds[layer].window, self._kinds[layer].anchors
+        whole = min(length, ATTEND_TOKENS)
+        attended = replace(self._attended[layer], plan=self._plans[layer])
+        keys = min(length, round(_pairs(length, window) / length) + TILE // 2)
         mean, choose = _stretched(attended, keys), partial(self._choices, window, attended.plan)
-        in_whole, chosen = choose(whole), choose(keys)
-        own = None if in_whole is None else in_whole.own
-        forward = self._timed(partial(_forward, _stretched(attended, whole), own)) * pairs / _pairs(whole, window)
+        chosen = choose(keys)
         idle = self._timed(partial(_backward, mean, 0, self._table, []))
-        choosing = 0.0 if in_whole is None else self._timed(partial(choose, whole)) * length / whole
+        choosing = 0.0 if chosen is None else self._timed(partial(choose, whole)) * length / whole
         tiles = {}
         for wanted in (*self.passes, *self.of_gates):
             collectors = self._collectors(wanted, dict.fromkeys(range(anchors + 1), mean), anchors, [True] * anchors)
             table, choices = (_FULL, None) if wanted.tokens else (self._table, chosen)
             busy = self._timed(partial(_backward, mean, TILE, table, collectors, choices))
             tiles[wanted] = max(0.0, busy - idle)
-        return AttentionSeconds(forward, choosing, idle * length / keys, tiles)
+        return AttentionSeconds(choosing, idle * length / keys, tiles)
 
     def _choices(self, window: int | None, plan: RuleTable | None, n: int) -> Choices | None:
         """Returns what rules choose by random scores of `n` tokens; budgets are exact, so that any scores take as long."""
@@ -280,16 +232,6 @@ class Probe:
             hidden = self._hidden.expand(rows, -1).clone().requires_grad_()
             logits = output_logits(self._model, hidden)
             torch.autograd.grad(logits, hidden, self._cotangent(rows)(logits.detach(), slice(0, rows)))
-
-    def decode_seconds(self, length: int) -> float:
-        """Returns the seconds of one more token after `length` tokens."""
-        cache = DynamicCache(config=self._model.config)
-        for layer, attended in sorted(self._attended.items()):
-            key = _stretched(attended, length).key
-            cache.update(key, key, layer)
-        token: dict[str, Any] = {"input_ids": self._ids[None, :1], "cache": cache, "use_cache": True}
-        with torch.no_grad():
-            return self._timed(lambda: self._model(**token))
 
     def sample_lines(self, twice: bool) -> tuple[Line, Line]:
         """Returns the bytes that the forward pass keeps, and the most that are alive in the backward pass.

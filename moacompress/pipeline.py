@@ -30,12 +30,13 @@ from moacompress.core.files import is_within, read_json, remove, sweep_files, sw
 from moacompress.core.owners import own_file, own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
+from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model
-from moacompress.run_estimate import RunEstimate, asked_length, estimate_run, measured_length
+from moacompress.run_estimate import asked_length, estimate_run, measured_length
 from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def compress(
         return fill(recipe, out, progress or Progress(), anew=overwrite, trust_remote_code=trust_remote_code)
 
 
-def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False) -> RunEstimate:
+def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False) -> Estimate:
     """Estimates what `compress` would take, after the same checks; nothing is written.
 
     Raises:
@@ -205,7 +206,7 @@ def _produce(
     source = _begin(recipe, out, anew, trust_remote_code)
     clock = _Clock(out / SECONDS_FILE)
     if not clock.seconds:  # a run that is taken up has said so before
-        progress.say(f"This takes {estimate_run(recipe, source, progress).line()}.")
+        progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(

@@ -2,96 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from moacompress.calibration.estimate import ProfileEstimate
 from moacompress.calibration.estimate import dry_run as estimate_profile
 from moacompress.core.progress import Progress
-from moacompress.core.stopwatch import busy_note
 from moacompress.core.tables import readable_bytes, readable_seconds
+from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.rates import product_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.evaluation.tasks import expand_tasks
 from moacompress.exporter.export_estimate import export_seconds
-from moacompress.models.device import stopwatch_on
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget, format_length, reference_length
-from moacompress.runtime.linear import weight_of
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.search_estimate import search_seconds
 
 EVALUATED = 3
 """Models that `compress` evaluates: the plan, dense, and a uniform window."""
-
-ROWS, TURNS = 256, 3
-"""Of the product that two dtypes are compared by, and how often it is timed."""
-
-
-@dataclass(frozen=True)
-class RunEstimate:
-    """What a run will take.
-
-    Attributes:
-        profile: its first step.
-        search_seconds: for the search.
-        export_seconds: for writing the checkpoint and loading it.
-        eval_seconds: for the evaluation, and for measuring the cache.
-        reference_length: where the budget holds, tokens.
-        measured_length: where the cache is measured.
-    """
-
-    profile: ProfileEstimate
-    search_seconds: float
-    export_seconds: float
-    eval_seconds: float
-    reference_length: int
-    measured_length: int
-
-    @property
-    def seconds(self) -> float:
-        """All of the time."""
-        return self.profile.seconds + self.search_seconds + self.export_seconds + self.eval_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values: `seconds` of every step and in all, and the estimate of the profile."""
-        steps = {
-            "profile": self.profile.seconds,
-            "search": self.search_seconds,
-            "export": self.export_seconds,
-            "eval": self.eval_seconds,
-        }
-        return {
-            "estimate": True,
-            "seconds": {name: round(seconds, 1) for name, seconds in steps.items()},
-            "total_seconds": round(self.seconds, 1),
-            "slowdown": round(self.profile.slowdown, 2),
-            "peak_bytes": self.profile.peak_bytes,
-            "measured_length": self.measured_length,
-            "profile": self.profile.to_dict(),
-        }
-
-    def line(self) -> str:
-        """Returns one sentence, without its end, and a second one where the machine is busy."""
-        busy = busy_note(self.seconds, self.profile.slowdown)
-        parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in self.to_dict()["seconds"].items())
-        return (
-            f"about {readable_seconds(self.seconds)} ({parts}), and about {readable_bytes(self.profile.peak_bytes)} of memory; "
-            f"estimated from short passes of the model{self._elsewhere()}"
-            + ("" if busy is None else f". {busy.removesuffix('.')}")
-        )
-
-    def _elsewhere(self) -> str:
-        """Returns what is to be said of a budget at a length that the run has no time for."""
-        if self.measured_length == self.reference_length:
-            return ""
-        return (
-            f"; the cache is measured at {format_length(self.measured_length)} tokens, the most that this run reads, and not "
-            f"at {format_length(self.reference_length)}, where the budget holds: its bytes there are computed"
-        )
 
 
 def asked_length(recipe: Recipe) -> int:
@@ -109,8 +37,11 @@ def measured_length(recipe: Recipe) -> int:
 
 def estimate_run(
     recipe: Recipe, model: str | SourceModel, progress: Progress | None = None, *, trust_remote_code: bool = False
-) -> RunEstimate:
+) -> Estimate:
     """Estimates what `compress` would take. Nothing is written, and no data is read.
+
+    Its facts are the `seconds` of every step, `total_seconds`, the estimate of its `profile`, and `measured_length`, where
+    the cache is measured.
 
     Args:
         recipe: the run.
@@ -124,46 +55,48 @@ def estimate_run(
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     profile = estimate_profile(source, recipe, progress)
-    evaluation = recipe.evaluation
-    tasks = expand_tasks(evaluation.tasks)
-    faster = _products(source, getattr(torch, source.shape.dtype)) / _products(source, source.model.dtype)
-    forward = _scaled(profile, "forward_seconds", faster, per_token=True)
-    measured = measured_length(recipe)
-    return RunEstimate(
-        profile,
-        search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
-        export_seconds(profile.weight_bytes),
-        eval_seconds(
-            len(tasks),
-            evaluation.lengths,
-            evaluation.prompts,
-            EVALUATED,
-            forward,
-            _scaled(profile, "decode_seconds", faster, per_token=False),
-        )
-        + forward(measured),
-        asked_length(recipe),
-        measured,
+    assert profile.rates is not None
+    asked, measured, evaluation = asked_length(recipe), measured_length(recipe), recipe.evaluation
+    evaluated = eval_seconds(
+        len(expand_tasks(evaluation.tasks)), evaluation.lengths, evaluation.prompts, EVALUATED, profile.rates
+    )
+    evaluated += profile.rates.forward(measured)
+    steps = {
+        "profile": profile.seconds,
+        "search": search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
+        "export": export_seconds(profile.weight_bytes),
+        "eval": evaluated * _checkpoint_seconds(source),
+    }
+    total = sum(steps.values())
+    parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in steps.items())
+    return Estimate(
+        seconds=total,
+        text=(
+            f"about {readable_seconds(total)} ({parts}), and about {readable_bytes(profile.peak_bytes)} of memory; "
+            f"estimated from short passes of the model{_elsewhere(asked, measured)}.",
+        ),
+        facts={
+            "seconds": steps,
+            "total_seconds": total,
+            "peak_bytes": profile.peak_bytes,
+            "measured_length": measured,
+            "profile": profile.to_dict(),
+        },
+        slowdown=profile.slowdown,
     )
 
 
-def _products(source: SourceModel, dtype: torch.dtype) -> float:
-    """Returns the seconds of one of the model's products of matrices in a dtype."""
-    linear = max(
-        (module for module in source.model.modules() if isinstance(module, torch.nn.Linear)),
-        key=lambda module: min(module.in_features, module.out_features),
+def _checkpoint_seconds(source: SourceModel) -> float:
+    """Returns what a pass in the checkpoint's dtype takes of one in the dtype that the model is profiled in."""
+    model = source.model
+    return product_seconds(model, getattr(torch, source.shape.dtype)) / product_seconds(model, model.dtype)
+
+
+def _elsewhere(asked: int, measured: int) -> str:
+    """Returns what is to be said of a budget at a length that the run has no time for."""
+    if measured == asked:
+        return ""
+    return (
+        f"; the cache is measured at {format_length(measured)} tokens, the most that this run reads, and not "
+        f"at {format_length(asked)}, where the budget holds: its bytes there are computed"
     )
-    weight = weight_of(linear).detach().to(dtype)
-    x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
-    return stopwatch_on(weight.device).least(lambda: torch.nn.functional.linear(x, weight), TURNS)
-
-
-def _scaled(profile: ProfileEstimate, name: str, faster: float, *, per_token: bool) -> Callable[[int], float]:
-    """Returns a time by length, from the nearest length that was timed, times `faster`."""
-
-    def seconds(length: int) -> float:
-        part = min(profile.lengths, key=lambda part: abs(part.length - length))
-        value: float = getattr(part, name) * faster
-        return value * length / part.length if per_token else value
-
-    return seconds

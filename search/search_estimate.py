@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moacompress.calibration.estimate import dry_run
+from moacompress.calibration.store import Profile
+from moacompress.core.progress import Progress
+from moacompress.core.tables import readable_seconds
+from moacompress.estimate.estimate import Estimate
 from moacompress.recipe import Recipe
+from moacompress.runtime.ready_model import load_for
 from moacompress.search.alternatives import CANDIDATES, CLOSE, FINALISTS, SCREENED
 
 PRUNED = 0.8
@@ -56,3 +62,33 @@ def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> flo
     whole = sum(count * seconds for count, seconds in counted)
     rounds = recipe.search.rounds * recipe.search.round_samples * PASSES * whole / samples
     return measurements(recipe, samples) * whole + rounds
+
+
+def estimate_search(
+    profile: Profile, recipe: Recipe, plans: int, progress: Progress | None = None, *, trust_remote_code: bool = False
+) -> Estimate:
+    """Returns what a search of so many plans would take, each alone.
+
+    Args:
+        profile: what is searched.
+        recipe: of the search.
+        plans: how many.
+        progress: told of the timing.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
+    timed = dry_run(source, profile.recipe, progress)
+    forwards = [(part.validation_samples, part.forward_seconds) for part in timed.lengths]
+    seconds, timeout = plans * search_seconds(recipe, forwards), recipe.search.timeout
+    each = f" for {plans} plans" if plans > 1 else ""
+    late = timeout is not None and seconds > timeout
+    stop = f", and --timeout would stop it after {readable_seconds(timeout)}" if timeout is not None and late else ""
+    return Estimate(
+        seconds=seconds,
+        text=(f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",),
+        facts={"plans": plans, "peak_bytes": timed.peak_bytes},
+        slowdown=timed.slowdown,
+    )

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate
 from moacompress.cli import app
 from moacompress.cli.efforts import effort_recipe
-from moacompress.evaluation.eval_estimate import EvalEstimate, eval_seconds
+from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.rates import Rates
+from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.recipe import Recipe
-from moacompress.run_estimate import RunEstimate, estimate_run, measured_length
+from moacompress.run_estimate import estimate_run, measured_length
 from moacompress.search.search_estimate import measurements, search_seconds
 
 RUNNER = CliRunner()
@@ -53,7 +54,17 @@ def test_a_search_takes_what_its_steps_do() -> None:
 
 
 def test_an_evaluation_takes_what_its_answers_do() -> None:
-    assert eval_seconds(2, [10, 20], 3, 4, lambda n: n / 10, lambda n: 0.0) == pytest.approx(2 * 3 * 4 * 1.2 * 3.0)
+    class Known(Rates):
+        """A tenth of a second a token, and a second a step."""
+
+        def _forward(self, tokens: int) -> float:
+            return tokens / 10
+
+        def _step(self, tokens: int) -> float:
+            return 1.0
+
+    found = eval_seconds(2, [10, 20], 3, 4, Known("cpu"))
+    assert found == pytest.approx(2 * 3 * 4 * (1.2 * 3.0 + 2 * 16 * 1.0))
 
 
 def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
@@ -66,18 +77,13 @@ def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
     assert "profile" in found.line()
 
 
-def test_every_dry_run_says_that_the_machine_is_busy() -> None:
-    part = LengthEstimate(512, 12, 0, 6, 9216, 20.0, 40.0, 2**20, 1.0, 0.1)
+def test_an_estimate_says_that_the_machine_is_busy() -> None:
     for slowdown, wanted in ((1.2, False), (26.0, True)):
-        profile = ProfileEstimate((part,), 2**20, slowdown)
-        for line in (
-            " ".join(profile.lines()),
-            RunEstimate(profile, 200.0, 40.0, 240.0, 512, 512).line(),
-            EvalEstimate(2, 20, 540.0, slowdown).line(),
-        ):
-            assert ("The machine is busy" in line) == wanted, line
-    assert "9 min" in line
-    assert "would be about 3.9 h" in line
+        found = Estimate(seconds=540.0, text=["about 9 min."], facts={"answers": 20}, slowdown=slowdown)
+        assert ("The machine is busy" in found.line()) == wanted
+        assert found.to_dict() == {"estimate": True, "answers": 20, "seconds": 540.0, "slowdown": slowdown}
+    assert found.line().startswith("about 9 min. ")
+    assert "would be about 3.9 h" in found.line()
 
 
 def test_an_estimate_says_where_the_cache_is_measured(tiny_folder: Path) -> None:

@@ -16,10 +16,8 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.files import canonical_json, finite_json, read_json, remove
 from moacompress.core.records import Records
 
-Measured = dict[str, Any]
 
-
-class CellStore(Records[Measured]):
+class CellStore(Records[dict[str, Any]]):
     """Measured cells in memory and, if a path is given, on disk beside the result.
 
     Args:
@@ -67,7 +65,7 @@ class CellStore(Records[Measured]):
         self.append({"key": key, "cell": finite_json(dict(cell))})
 
 
-def _cell(line: Mapping[str, Any]) -> dict[str, Measured]:
+def _cell(line: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not isinstance(line["key"], str) or not isinstance(line["cell"], dict):
         raise TypeError("no cell")
     return {line["key"]: line["cell"]}

@@ -110,7 +110,7 @@ def bench(
         from moacompress.bench.bench_estimate import estimate_bench
 
         expected = estimate_bench(path, request)
-        return Output(expected.to_dict(), [expected.line()])
+        return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was measured."])
 
     from moacompress.bench.benchmark import run_bench
     from moacompress.report.bench_tables import bench_tables

@@ -101,7 +101,7 @@ def compress(
         from moacompress.pipeline import estimate
 
         expected = estimate(resolved, run.progress, trust_remote_code=trust_remote_code)
-        return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was done."])
+        return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model
     from moacompress.report.summary_tables import closing_lines, summary_tables

@@ -136,7 +136,7 @@ def evaluate(
             device=recipe.device,
             trust_remote_code=trust_remote_code,
         )
-        return Output(expected.to_dict(), [f"It would take {expected.line()}. Nothing was measured."])
+        return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was measured."])
     report = evaluate_model(
         path,
         against=others,

@@ -15,8 +15,6 @@ from moacompress.core.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from moacompress.calibration.store import Profile
-    from moacompress.core.progress import Progress
-    from moacompress.recipe import Recipe
     from moacompress.search.search_result import SearchResult
 
 
@@ -134,7 +132,11 @@ def search(
     if dry_run:
         if front or max_loss is not None:
             raise UsageError("--dry-run knows what a search of given budgets takes; leave out --front and --max-loss")
-        return _estimated(loaded, resolved, max(1, len(asked)), run.progress, trust_remote_code)
+        from moacompress.search.search_estimate import estimate_search
+
+        plans = max(1, len(asked))
+        expected = estimate_search(loaded, resolved, plans, run.progress, trust_remote_code=trust_remote_code)
+        return Output(expected.to_dict(), [*expected.lines()])
     from moacompress.search.deadline import Deadline
 
     deadline = Deadline(resolved.search.timeout, started)
@@ -156,36 +158,6 @@ def search(
     from moacompress.search.study import find_plan
 
     return _one(loaded, find_plan(loaded, None, **options), out)
-
-
-def _estimated(profile: Profile, recipe: Recipe, plans: int, progress: Progress, trust_remote_code: bool) -> Output:
-    """Returns what a search of so many plans would take, each alone."""
-    from moacompress.calibration.estimate import dry_run as estimate_profile
-    from moacompress.core.stopwatch import busy_note
-    from moacompress.core.tables import readable_seconds
-    from moacompress.runtime.ready_model import load_for
-    from moacompress.search.search_estimate import search_seconds
-
-    source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
-    timed = estimate_profile(source, profile.recipe, progress)
-    seconds = search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in timed.lengths])
-    whole, timeout = plans * seconds, recipe.search.timeout
-    data = {
-        "estimate": True,
-        "plans": plans,
-        "seconds": round(whole, 1),
-        "slowdown": round(timed.slowdown, 2),
-        "peak_bytes": timed.peak_bytes,
-    }
-    each = f" for {plans} plans" if plans > 1 else ""
-    stop = (
-        ""
-        if timeout is None or whole <= timeout
-        else f", and --timeout would stop it after {readable_seconds(timeout)}"
-    )
-    busy = busy_note(whole, timed.slowdown)
-    said = f"It would take about {readable_seconds(whole)}{each}{stop}. Nothing was searched."
-    return Output(data, [said, *([] if busy is None else [busy])])
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:

@@ -18,7 +18,7 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.files import canonical_json
 
 V = TypeVar("V")
-Line = dict[str, Any]
+JsonLine = dict[str, Any]
 Entry = dict[str, float]
 NAMED_LINES = 5
 """Most numbers of unreadable lines in one warning."""
@@ -47,13 +47,13 @@ class Records(Generic[V]):
     def __init__(
         self,
         path: Path | None,
-        values_of: Callable[[Line], Mapping[str, V]],
-        header: Line | None = None,
+        values_of: Callable[[JsonLine], Mapping[str, V]],
+        header: JsonLine | None = None,
         resume: bool = True,
     ) -> None:
         self._path, self._values_of, self._wanted = path, values_of, header
         self._values: dict[str, V] = {}
-        self.header: Line | None = None
+        self.header: JsonLine | None = None
         if path is not None and resume:
             self._read(path)
         self._begun = path is None or header is None or self.header is not None
@@ -111,7 +111,7 @@ class Records(Generic[V]):
             logger.warning("%s: cannot read line %s; what was there is computed again", path, named)
 
 
-def named_numbers(line: Line) -> dict[str, Entry]:
+def named_numbers(line: JsonLine) -> dict[str, Entry]:
     """Returns the numbers of a line `{"key": ..., "numbers": {name: number}}`, which may hold notes for a reader too.
 
     Raises:
@@ -123,7 +123,7 @@ def named_numbers(line: Line) -> dict[str, Entry]:
     return {str(line["key"]): numbers}
 
 
-def _parsed(text: bytes) -> Line:
+def _parsed(text: bytes) -> JsonLine:
     """Returns the object on a line; an empty one where there is none."""
     try:
         line = json.loads(text.decode("utf-8"))

@@ -18,8 +18,9 @@ from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import is_within, new_folder, sweep_folders, write_text
 from moacompress.core.place import check_writable
 from moacompress.core.progress import Progress
+from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.card import model_card
-from moacompress.exporter.export_estimate import ExportEstimate
+from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, is_compressed, load_source
@@ -159,13 +160,13 @@ def estimate_export(
     repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> ExportEstimate:
+) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
     out = Path(out)
     found = _prepared(model, plan, out, repair, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
     weights = sum(weight.nbytes for weight in found.source.model.state_dict().values())
-    return ExportEstimate(out, found.reused, _holds_something(out), weights, found.profile is not None)
+    return export_estimate(out, found.reused, _holds_something(out), weights, found.profile is not None)
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import partial
-from typing import TYPE_CHECKING
 
 from moacompress.core.errors import UsageError, did_you_mean, one_line
-from moacompress.core.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    import torch
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that a message suggests; torch knows more."""
@@ -66,11 +60,3 @@ def _missing(name: str, kind: str) -> str | None:
     except Exception as error:  # every backend has errors of its own
         return f"{one_line(error).rstrip('.')}; {use_cpu}"
     return None
-
-
-def stopwatch_on(device: str | torch.device) -> Stopwatch:
-    """Returns a stopwatch for work on a device: on an accelerator it waits until that is done."""
-    import torch
-
-    place = torch.device(device)
-    return Stopwatch(None if place.type == "cpu" else partial(torch.accelerator.synchronize, place))

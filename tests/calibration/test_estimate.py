@@ -22,12 +22,13 @@ from moacompress.calibration.answers import BATCH_TOKENS
 from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
 from moacompress.calibration.influence import TILE
 from moacompress.calibration.plain import TARGETS
-from moacompress.calibration.probe import AttentionSeconds, Gathered, Line, LiveBytes, Probe
+from moacompress.calibration.probe import AttentionSeconds, Gathered, Probe
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import DataError, ModelError, PlanError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
+from moacompress.estimate.live_bytes import Line, LiveBytes
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.candidates import candidate_rules
@@ -120,7 +121,7 @@ def test_a_person_sees_that_it_is_an_estimate() -> None:
         LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20, 1.0, 0.1),
         LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20, 9.0, 0.2),
     )
-    assert ProfileEstimate(parts, 513 * 2**20).lines() == [
+    assert ProfileEstimate.of(parts, 513 * 2**20).lines() == [
         "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
         "512 tokens: 12 calibration and 6 validation samples, 50 s, 800.0 MiB",
         "4,096 tokens: 12 + 2 plain-text calibration and 6 validation samples, 2.5 h, 1.2 GiB",
@@ -137,14 +138,15 @@ def test_longer_samples_take_more_memory(load: Callable[..., SourceModel]) -> No
 
 
 def test_times_of_parts_add_up() -> None:
-    """Of two layers whose times are known: 1 s forward, 0.5 s choosing, 2 s without a tile, 3 s a tile, 1 s of tokens."""
-    layer = AttentionSeconds(1.0, 0.5, 2.0, {Gathered(): 3.0, Gathered(tokens=True): 1.0})
+    """Of two layers whose times are known: 0.5 s choosing, 2 s without a tile, 3 s a tile, 1 s of tokens."""
+    layer = AttentionSeconds(0.5, 2.0, {Gathered(): 3.0, Gathered(tokens=True): 1.0})
     given: Any = SimpleNamespace(
         beside=(0.25, 0.5),
         output_seconds=lambda targets: 0.125 * targets,
         output_bytes=lambda targets: 8,
         attention=lambda length: [layer, layer],
-        decode_seconds=lambda length: length / 512,
+        forward=lambda length: 0.25 * length + 2,
+        step=lambda length: length / 512,
         answer_bytes=lambda length, batch: length * batch,
         sample_lines=lambda twice: (Line(1, 2), Line(3, 4)),
         weight_bytes=100,
@@ -240,7 +242,7 @@ def test_a_busy_machine_is_noticed_and_the_time_is_that_alone(
     source, chosen = load(hidden_size=128, intermediate_size=512), recipe(512, samples=1, validation_samples=1)
     alone = dry_run(source, chosen)
     busy = SimpleNamespace(perf_counter=lambda: 7 * time.thread_time(), thread_time=time.thread_time)
-    monkeypatch.setattr("moacompress.core.stopwatch.time", busy)
+    monkeypatch.setattr("moacompress.estimate.stopwatch.time", busy)
     found = dry_run(source, chosen)
     assert 1 / 3 < found.seconds / alone.seconds < 3
     assert found.slowdown == pytest.approx(7, rel=0.01)
@@ -250,7 +252,8 @@ def test_a_busy_machine_is_noticed_and_the_time_is_that_alone(
         f"{readable_seconds(found.slowdown * found.seconds)}."
     )
     monkeypatch.setattr(
-        "moacompress.core.stopwatch.time", SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time)
+        "moacompress.estimate.stopwatch.time",
+        SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time),
     )
     assert not any("busy" in line for line in dry_run(source, chosen).lines())
 

@@ -386,7 +386,7 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
 
 
 def test_a_busy_machine_is_said(healable: Place, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.core import stopwatch
+    from moacompress.estimate import stopwatch
     from moacompress.healer.heal_estimate import estimate_heal
 
     begun, clock = time.perf_counter(), time.thread_time

@@ -139,8 +139,8 @@ def test_what_it_takes(gated: Path, healable: Place, small: Make) -> None:
         for gate, row in zip(plan.gate_weights.weight, plan.rules, strict=True)
         if any(each.selects for each in row)
     ]
-    assert found.trained_parameters == sum(gate.size for gate in gates)
-    assert found.train_seconds > 0
+    assert found.facts["trained_parameters"] == sum(gate.size for gate in gates)
+    assert found.facts["train_seconds"] > 0
 
 
 def test_a_plan_without_gates_is_refused(healable: Place, small: Make, tmp_path: Path) -> None:

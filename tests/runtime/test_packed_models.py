@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from moacompress.estimate.rates import product_seconds
 from moacompress.models.source import model_shape
 from moacompress.recipe import Recipe
-from moacompress.run_estimate import _products
 from moacompress.runtime import attach, detach, pack_weights, unpack_weights
 from moacompress.runtime.linear import can_pack, packed_bytes
 from moacompress.runtime.ready_model import load_for
@@ -209,7 +209,7 @@ def test_our_own_commands_keep_their_packs(tiny_folder, random_plan):
             if isinstance(layer, nn.Linear)
         }.values()
     )
-    _products(source, torch.float32)
+    product_seconds(model, torch.float32)
     for seed in range(2):
         attach(model, random_plan(model_shape(model), seed))
         with torch.no_grad():

@@ -1,0 +1,81 @@
+"""Bytes of the tensors that a pass of a model keeps alive: counted at two short lengths, on the line through both beyond."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from moacompress.runtime.linear import packed_bytes
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the weights, shared ones once, of their packed forms, and of these transposed, for gradients."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return own + 2 * packed_bytes(model)
+
+
+def _stored(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a tree but packed weights, which have no storage to ask for and count as weights."""
+    return (tensor for tensor in tree_iter(tree) if isinstance(tensor, Tensor) and not tensor.is_mkldnn)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that come to be in its block, as long as anything keeps them.
+
+    Args:
+        counts: whether a tensor of so many bytes counts; all do by default.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most that were alive at a time, after any operation.
+    """
+
+    def __init__(self, counts: Callable[[int], bool] = bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counts = counts
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in _stored((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _stored(result):
+            self._count(tensor.untyped_storage(), given)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self._counts(size) or place in self._alive or place in given:
+            return
+
+        def gone(_: object) -> None:
+            del self._alive[place]
+            self.now -= size
+
+        self._alive[place] = weakref.ref(storage, gone)
+        self.now += size
+
+
+class Line(NamedTuple):
+    """Bytes as a straight line of tokens."""
+
+    start: float
+    slope: float
+
+    @staticmethod
+    def through(tokens: tuple[int, int], found: Sequence[int]) -> Line:
+        """Returns the line through two points."""
+        slope = (found[1] - found[0]) / (tokens[1] - tokens[0])
+        return Line(found[0] - slope * tokens[0], slope)
+
+    def at(self, tokens: int) -> int:
+        """Returns the bytes of so many tokens."""
+        return round(self.start + self.slope * tokens)
