@@ -1,12 +1,10 @@
-"""What a layer loses that attends as the one before it: by a copy, repaired or not, and by its keys alone.
+"""What a layer loses that copies the attention of the one before it, repaired or not.
 
     python benchmarks/copies.py path/to/model --text prose/ --layers 5,8,10,15,18,22,25,28,29
 
 Windows of prose; KL to the dense model in nats over their later halves, mean and standard error over windows that nothing was
 fitted to. Of a copy every KV head takes the anchor's head whose attention moves its output least, and the layer's output
-projection is refitted (`calibration.copy_repair`). Of keys alone a KV head takes the anchor's head whose keys, times one
-complex number for each frequency of the rotary embedding, are nearest to its own; these numbers commute with the embedding, so
-they can be folded into the queries' projection where no norm stands between. This needs weights named as Llama's.
+projection is refitted (`calibration.copy_repair`).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose, Split
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, KEYS, Share
+from moacompress.rules.share import Share
 from moacompress.search.objective import Objective
 
 
@@ -47,38 +45,11 @@ def copy_map(source: SourceModel, seen: list[dict[int, Attended]], layer: int) -
     heads = source.shape.kv_heads
     moved = torch.zeros(heads, heads)
     for one in seen:
-        own = copied(one[layer], one[layer], Share(layer, COPY, tuple(range(heads)))).unflatten(1, (heads, -1))
+        own = copied(one[layer], one[layer], Share(layer, tuple(range(heads)))).unflatten(1, (heads, -1))
         for anchor in range(heads):
-            other = copied(one[layer], one[layer - 1], Share(layer - 1, COPY, (anchor,) * heads)).unflatten(
-                1, (heads, -1)
-            )
+            other = copied(one[layer], one[layer - 1], Share(layer - 1, (anchor,) * heads)).unflatten(1, (heads, -1))
             moved[:, anchor] += (other - own).square().sum((0, 2))
     return tuple(moved.argmin(1).tolist())
-
-
-def key_map(seen: list[dict[int, Attended]], layer: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Returns the anchor's head of every KV head, and the numbers by which its keys are nearest, `[kv_heads, dim / 2]`."""
-    own, its = (
-        torch.cat([torch.complex(*one[at].key[0].chunk(2, -1)) for one in seen], 1) for at in (layer, layer - 1)
-    )
-    heads, factors = [], []
-    for head in own:
-        factor = (head * its.conj()).sum(1) / its.abs().square().sum(1)
-        left = (head - factor[:, None] * its).abs().square().sum((1, 2))
-        heads.append(int(left.argmin()))
-        factors.append(factor[heads[-1]])
-    return tuple(heads), torch.stack(factors)
-
-
-def folded(source: SourceModel, layer: int, factors: torch.Tensor) -> Weights:
-    """Returns the queries' projection of a layer with the conjugates of the factors of its keys in it."""
-    name = f"model.layers.{layer}.self_attn.q_proj.weight"
-    weight = source.model.get_parameter(name).detach()
-    shape = source.shape
-    rows = weight.view(shape.kv_heads, shape.heads // shape.kv_heads, 2, shape.head_dim // 2, -1)
-    by = factors.conj()[:, None, :, None]
-    turned = torch.complex(rows[:, :, 0], rows[:, :, 1]) * by
-    return {name: torch.stack((turned.real, turned.imag), 2).reshape(weight.shape)}
 
 
 def main() -> None:
@@ -107,22 +78,18 @@ def main() -> None:
         return [float(harms.mean()), float(harms.std(ddof=1) / len(harms) ** 0.5)]
 
     rows: list[dict[str, Any]] = []
-    ways = ("same_heads", "copy", "repaired", "keys", "keys_turned")
+    ways = ("same_heads", "copy", "repaired")
     for layer in layers:
         same = tuple(range(shape.kv_heads))
-        copy = Share(layer - 1, COPY, copy_map(source, seen, layer))
+        copy = Share(layer - 1, copy_map(source, seen, layer))
         repair = repaired_copies(source.model, shape, [(layer, copy)], fitted, torch.bfloat16)[0]
-        heads, factors = key_map(seen, layer)
-        keys = Share(layer - 1, KEYS, heads)
         row: dict[str, Any] = {
             "layer": layer,
             "head_map": list(copy.head_map),
-            "same_heads": measured(layer, Share(layer - 1, COPY, same), {}),
+            "same_heads": measured(layer, Share(layer - 1, same), {}),
             "copy": measured(layer, copy, {}),
             "left": repair.left,
             "repaired": measured(layer, copy, repair.weights),
-            "keys": measured(layer, keys, {}),
-            "keys_turned": measured(layer, keys, folded(source, layer, factors)),
         }
         rows.append(row)
         if not args.json:

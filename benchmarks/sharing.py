@@ -2,9 +2,9 @@
 
     python benchmarks/sharing.py path/to/model --layers 9 --batch 8 --length 4k --json
 
-Full span throughout: the model as it is, with layers that copy the attention of the one before them, and with layers that share
-its keys alone, in turns. The caches hold random keys and values, as much to read as those of a prompt. `dropped_ms` is what the
-bytes of the dropped keys and weights take to read once, as measured on a buffer that no cache holds.
+Full span throughout: the model as it is and with layers that copy the attention of the one before them, in turns. The caches
+hold random keys and values, as much to read as those of a prompt. `dropped_ms` is what the bytes of the dropped keys and
+weights take to read once, as measured on a buffer that no cache holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from moacompress.models.source import load_source
 from moacompress.rules.budget import parse_lengths
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import COPY, KEYS, Share
+from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
@@ -31,12 +31,12 @@ BUFFER = 1 << 28
 """Numbers of the buffer that bandwidth is measured on, half a gigabyte of bfloat16."""
 
 
-def shared(plan: Plan, layers: int, kind: str) -> Plan:
+def shared(plan: Plan, layers: int) -> Plan:
     """Returns a plan whose every third layer from the end on shares the attention of the one before it, so many of them."""
     last = plan.model.layers - 1
     users = {last - 3 * i for i in range(layers)}
     heads = tuple(range(plan.model.kv_heads))
-    shares = tuple(Share(layer - 1, kind, heads) if layer in users else None for layer in range(last + 1))
+    shares = tuple(Share(layer - 1, heads) if layer in users else None for layer in range(last + 1))
     return Plan(plan.model, plan.min_window, plan.rules, shares=shares)
 
 
@@ -69,7 +69,7 @@ def measure(source: str, layers: int, batch: int, length: int, repeats: int, tur
     """
     model = load_source(source, dtype="bfloat16")
     full = Plan.full(model.shape)
-    plans = {"full span": full, COPY: shared(full, layers, COPY), KEYS: shared(full, layers, KEYS)}
+    plans = {"full span": full, "copy": shared(full, layers)}
     caches, weights = {}, {}
     token = torch.randint(3, model.model.config.vocab_size, (batch, 1))
     with torch.inference_mode():

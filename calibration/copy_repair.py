@@ -165,6 +165,6 @@ def copied(own: Attended, anchor: Attended, share: Share) -> Tensor:
         share: what it takes from it.
     """
     assert own.value is not None
-    taken = Handed(anchor.query, anchor.key, anchor.sink_logit).taken(share, anchor.query, None)
+    taken = Handed(anchor.query, anchor.key, anchor.sink_logit).taken(share)
     out = attend(taken.query, taken.key, own.value, anchor.spec, taken.sink_logits)
     return out[0].transpose(0, 1).flatten(1)

@@ -139,16 +139,15 @@ class Plan:
     def head_bytes(self, n: int) -> list[list[int]]:
         """Returns the bytes of the cache at `n` tokens of every KV head, `[layer][kv_head]`.
 
-        A reuse layer takes what its values take, for as many tokens as its anchor keeps.
+        A reuse layer takes what its values take.
         """
         found = []
         for layer, (row, native) in enumerate(zip(self.rules, self.model.native_windows, strict=True)):
             share = self.share(layer)
             sizes = []
-            for head, rule in enumerate(row):
-                kept = rule if share is None else self.rules[share.anchor][share.head_map[head]]
+            for rule in row:
                 size = self.model.token_bytes(rule) if share is None else self.model.value_bytes(rule)
-                sizes.append(int(kept.slots(n, self.min_window, native)) * size)
+                sizes.append(int(rule.slots(n, self.min_window, native)) * size)
             found.append(sizes)
         return found
 

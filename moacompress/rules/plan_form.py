@@ -9,7 +9,7 @@ from moacompress.rules.formats import DTYPE_BYTES, NATIVE
 from moacompress.rules.gate_weights import DIGITS
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, Rule
-from moacompress.rules.share import Share
+from moacompress.rules.share import COPY, Share
 from moacompress.rules.untrusted import MAX_DEPTH, a_list, a_text, an_object, room_after, short, whole
 
 FORMAT = "moacompress-plan"
@@ -124,7 +124,13 @@ def _share(data: Any, where: str, kv_heads: int) -> Share | None:
     anchor = whole(data["anchor"], f"anchor of {where}", 0, MAX_LAYERS - 1)
     heads = a_list(data["head_map"], f"head_map of {where}", kv_heads)
     head_map = tuple(whole(head, f"head_map of {where}", 0, MAX_HEADS - 1) for head in heads)
-    return Share(anchor, a_text(data["kind"], f"kind of {where}"), head_map)
+    kind = a_text(data["kind"], f"kind of {where}")
+    if kind != COPY:
+        raise PlanError(
+            f"{where} has the kind {kind!r}, and layers share attention by {COPY!r} alone, queries and keys together: search "
+            "again with `moacompress search --share`"
+        )
+    return Share(anchor, head_map)
 
 
 def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:

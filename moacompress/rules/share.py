@@ -1,4 +1,4 @@
-"""Attention sharing: a reuse layer attends with the keys, or with the queries and keys, of an earlier layer, its anchor."""
+"""Attention sharing: a reuse layer attends with the queries and keys of an earlier layer, its anchor, and its own values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from moacompress.core.errors import PlanError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 
-COPY, KEYS = "copy", "keys"
-KINDS = (COPY, KEYS)
-"""`copy`: queries and keys are the anchor's, so the probabilities are; `keys`: the keys alone are."""
+COPY = "copy"
+"""What the JSON of a plan calls it: the attention probabilities are the anchor's."""
 
 
 @dataclass(frozen=True)
@@ -21,26 +20,24 @@ class Share:
 
     Attributes:
         anchor: index of the anchor, an earlier layer that shares nothing itself.
-        kind: one of `KINDS`.
-        head_map: for each KV head, the anchor's KV head whose keys it reads; in a copy its query heads attend as those of that
-            head do, in their order.
+        head_map: for each KV head, the anchor's KV head whose keys it reads; its query heads attend as those of that head do,
+            in their order.
     """
 
     anchor: int
-    kind: str
     head_map: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
-        return {"anchor": self.anchor, "kind": self.kind, "head_map": list(self.head_map)}
+        return {"anchor": self.anchor, "kind": COPY, "head_map": list(self.head_map)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Share:
         """Reads what `to_dict` returned."""
-        return Share(data["anchor"], data["kind"], tuple(data["head_map"]))
+        return Share(data["anchor"], tuple(data["head_map"]))
 
     def __str__(self) -> str:
-        return f"{self.kind} of layer {self.anchor} by heads {', '.join(map(str, self.head_map))}"
+        return f"{COPY} of layer {self.anchor} by heads {', '.join(map(str, self.head_map))}"
 
 
 LayerShares = tuple[Share | None, ...]
@@ -69,7 +66,7 @@ def planes_of(shares: LayerShares, layer: int) -> tuple[int, ...]:
 
 
 def with_shared_rules(rules: Sequence[Sequence[Rule]], shares: LayerShares) -> tuple[tuple[Rule, ...], ...]:
-    """Returns the rules with those of copying layers made what a copy has: the anchor's span and key format, own value format.
+    """Returns the rules with those of reuse layers made what they have: the anchor's span and key format, own value format.
 
     Args:
         rules: `rules[layer][kv_head]`.
@@ -77,7 +74,7 @@ def with_shared_rules(rules: Sequence[Sequence[Rule]], shares: LayerShares) -> t
     """
     out = [tuple(row) for row in rules]
     for layer, share in enumerate(shares):
-        if share is not None and share.kind == COPY:
+        if share is not None:
             anchor = rules[share.anchor]
             out[layer] = tuple(
                 replace(anchor[of], value_format=rule.value_format)
@@ -103,8 +100,6 @@ def check_shares(shape: ModelShape, rules: Sequence[Sequence[Rule]], shares: Lay
         if share is None:
             continue
         where = f"share of layer {layer}"
-        if share.kind not in KINDS:
-            raise PlanError(f"{where} has the kind {share.kind!r}, not one of {', '.join(KINDS)}")
         if not 0 <= share.anchor < layer:
             raise PlanError(f"{where} names the anchor {share.anchor}; an anchor is an earlier layer, 0 to {layer - 1}")
         if shares[share.anchor] is not None:
@@ -122,20 +117,16 @@ def check_shares(shape: ModelShape, rules: Sequence[Sequence[Rule]], shares: Lay
                 "see and rotate differently and cannot share"
             )
         for head, of in enumerate(share.head_map):
-            _check_head(f"layer {layer} KV head {head}", rules[layer][head], rules[share.anchor][of], share)
+            _check_head(f"layer {layer} KV head {head}", rules[layer][head], rules[share.anchor][of])
 
 
-def _check_head(where: str, rule: Rule, anchor: Rule, share: Share) -> None:
+def _check_head(where: str, rule: Rule, anchor: Rule) -> None:
     if rule.key_format != anchor.key_format:
         raise PlanError(
             f"{where} has keys in {rule.key_format}, its anchor's are in {anchor.key_format}; they are the same keys"
         )
     spans = [one.to_list()[:3] for one in (rule, anchor)]
-    if share.kind == COPY and spans[0] != spans[1] and not (rule.sees_all and anchor.sees_all):
+    if spans[0] != spans[1] and not (rule.sees_all and anchor.sees_all):
         raise PlanError(
             f"{where} copies attention under {anchor} and has the rule {rule}; a copy has its anchor's span"
         )
-    if anchor.sees_all or spans[0] == spans[1]:
-        return
-    if rule.sees_all or any(own > its for own, its in zip(*spans, strict=True)):
-        raise PlanError(f"{where} would see keys under {rule} that its anchor, under {anchor}, does not keep")

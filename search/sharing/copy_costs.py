@@ -12,7 +12,7 @@ from moacompress.calibration.sharing import best_head_map, copy_influence, copya
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
-from moacompress.rules.share import COPY, LayerShares, Share
+from moacompress.rules.share import LayerShares, Share
 
 PROFILE_AGAIN = "profile again with --anchors {anchors} (profile.anchors)"
 
@@ -86,7 +86,7 @@ class CopyCosts:
                 f"{layer - anchor} before layer {layer}; {PROFILE_AGAIN.format(anchors=layer - anchor)}, or name a nearer "
                 "anchor"
             )
-        return Share(anchor, COPY, best_head_map(self.influence[layer, index])[0])
+        return Share(anchor, best_head_map(self.influence[layer, index])[0])
 
     def cost(self, shares: LayerShares, harm: Callable[[Floats], Floats] = np.asarray) -> float:
         """Returns the predicted harm of all copies, nats.

@@ -17,7 +17,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, LayerShares, Share, check_shares
+from moacompress.rules.share import LayerShares, Share, check_shares
 from moacompress.search.sharing.anchor_choice import Anchors, anywhere, in_segments
 from moacompress.search.sharing.copy_costs import CopyCosts
 
@@ -167,7 +167,7 @@ class ShareChoice:
                 raise UsageError(f"layer {layer} is to share attention; the model has the layers 0 to {layers - 1}")
         named: list[Share | None] = [None] * layers
         for layer, anchor in self.asked.pairs:
-            named[layer] = Share(anchor, COPY, heads)
+            named[layer] = Share(anchor, heads)
         check_shares(self.shape, ((Rule.FULL,) * len(heads),) * layers, tuple(named))
         return self._made(dict(self.asked.pairs))
 

@@ -18,7 +18,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 
 Models = Callable[..., PreTrainedModel]
@@ -36,7 +36,7 @@ def one_copy(shape: ModelShape) -> tuple[int, Share]:
     layer, anchor = max(
         (layer, anchor) for layer in range(shape.layers) for anchor in range(layer) if natives[layer] == natives[anchor]
     )
-    return layer, Share(anchor, COPY, tuple(reversed(range(shape.kv_heads))))
+    return layer, Share(anchor, tuple(reversed(range(shape.kv_heads))))
 
 
 def with_copy(shape: ModelShape, layer: int, share: Share) -> Plan:
@@ -89,7 +89,7 @@ def test_copies_do_not_mix(memory: int, tiny_model: Models, monkeypatch: pytest.
     monkeypatch.setattr(repair, "MAX_BYTES", memory)  # with little of it there is a pass for each
     model = tiny_model("llama")
     shape = model_shape(model)
-    copies = [(2, Share(1, COPY, (0, 1))), (1, Share(0, COPY, (1, 0))), (2, Share(0, COPY, (1, 1)))]
+    copies = [(2, Share(1, (0, 1))), (1, Share(0, (1, 0))), (2, Share(0, (1, 1)))]
     together = repaired_copies(model, shape, copies, made(2), torch.float32)
     for copy, found in zip(copies, together, strict=True):
         alone = repaired_copies(model, shape, [copy], made(2), torch.float32)[0]
@@ -106,7 +106,7 @@ def test_layers_alike_need_no_repair(tiny_model: Models) -> None:
     for name in ("self_attn.o_proj", "mlp.down_proj"):  # layer 1 then adds nothing, and layer 2 reads what it read
         layers[1].get_submodule(name).weight.data.zero_()
     shape = model_shape(model)
-    found = repaired_copies(model, shape, [(2, Share(1, COPY, (0, 1)))], made(3), torch.float32)[0]
+    found = repaired_copies(model, shape, [(2, Share(1, (0, 1)))], made(3), torch.float32)[0]
     assert torch.allclose(
         found.weights["model.layers.2.self_attn.o_proj.weight"], layers[2].self_attn.o_proj.weight, atol=1e-6
     )

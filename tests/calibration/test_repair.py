@@ -25,7 +25,7 @@ from moacompress.calibration.repair import (
 from moacompress.calibration.samples import Sample
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach
 
 Models = Callable[..., PreTrainedModel]
@@ -86,7 +86,7 @@ def test_a_projection_that_lies_the_other_way_round(tiny_model: Models, random_p
 
 def test_layers_that_share_attention(tiny_model: Models, random_plan: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
-    plan, shares = random_plan(model_shape(model), 5), (None, None, Share(1, COPY, (1, 0)), Share(0, COPY, (0, 0)))
+    plan, shares = random_plan(model_shape(model), 5), (None, None, Share(1, (1, 0)), Share(0, (0, 0)))
     check_layers(model, replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares))
 
 

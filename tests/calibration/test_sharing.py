@@ -30,7 +30,7 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import Share
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
@@ -361,7 +361,7 @@ def test_a_plan_whose_layers_share_cannot_be_profiled_around(
     full = Plan.full(source.shape)
     profiler.check_around(source, full)
     with pytest.raises(PlanError, match="profiling around such a plan is not possible"):
-        profiler.check_around(source, replace(full, shares=(None, None, Share(1, COPY, (0, 1)))))
+        profiler.check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))
 
 
 def test_each_head_takes_its_cheapest_anchor_head() -> None:

@@ -20,7 +20,7 @@ from moacompress.report.shown_tokens import token_class
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 
 RUNNER = CliRunner()
 
@@ -81,7 +81,7 @@ def test_weights_that_are_damaged(content: bytes, tmp_path: Path) -> None:
 
 
 def test_layers_that_share_are_listed_and_what_they_do_without_is_counted(tmp_path: Path) -> None:
-    shares = (None, Share(0, COPY, (1, 0)))
+    shares = (None, Share(0, (1, 0)))
     bare = plan(**NOTES)
     shared = replace(bare, rules=with_shared_rules(bare.rules, shares), shares=shares)
     (tmp_path / "config.json").write_text("{}")

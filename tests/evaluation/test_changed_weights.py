@@ -16,7 +16,7 @@ from moacompress.evaluation import evaluate
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach
 
 
@@ -33,7 +33,7 @@ def folders(
     from moacompress.models.source import load_source
 
     shape = load_source(str(place / "dense")).shape
-    shares = (None, None, Share(1, COPY, (1, 0)))
+    shares = (None, None, Share(1, (1, 0)))
     plan = replace(random_plan(shape, 2), shares=())
     plan = Plan(shape, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
     attach(made["dense"], plan).save_pretrained(place / "model")

@@ -23,7 +23,7 @@ from moacompress.models.source import load_source
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.hf.attaching import attached_plan
 
 
@@ -73,7 +73,7 @@ def test_loads_with_plain_transformers(exported, plan):
 def test_what_layers_share_is_not_written_twice(tiny_folder, random_plan, tmp_path):
     source = load_source(tiny_folder)
     bare, layers = random_plan(source.shape, 3), source.shape.layers
-    shares = (*(None,) * (layers - 1), Share(layers - 2, COPY, tuple(range(source.shape.kv_heads))[::-1]))
+    shares = (*(None,) * (layers - 1), Share(layers - 2, tuple(range(source.shape.kv_heads))[::-1]))
     plan = replace(bare, rules=with_shared_rules(bare.rules, shares), shares=shares)
     folder = export(source, plan, tmp_path / "model")
     assert exported_plan(folder) == plan

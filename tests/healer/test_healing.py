@@ -31,7 +31,7 @@ from moacompress.healer.trained_weights import as_written, make_trainable, writt
 from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.hf.attaching import attached_plan
 
 Place = dict[str, Path]
@@ -85,7 +85,7 @@ def test_layers_that_share_attention_are_healed(
 ) -> None:
     """Their checkpoint has no queries and keys of theirs, and neither has the healed one."""
     source = load_source(healable["dense"])
-    shares = (None, Share(0, COPY, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
+    shares = (None, Share(0, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
     plan = Plan.full(source.shape)
     plan = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
     moacompress.attach(source.model, plan)

@@ -456,7 +456,7 @@ std::vector<double> meant(const char* at, const Half& half, int64_t place) {
 }
 
 // Single tokens into a cache with formats, as many blocks of each KV head's formats in a segment of their exact size; then decode and prefill
-// against what the codes stand for, which is near what was fed. A second layer shares the keys: its values lie in planes beside the
+// against what the codes stand for, which is near what was fed. A second layer copies attention: its values lie in planes beside the
 // first one's, a plane for each of its KV heads that reads the same head.
 void test_codes(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
@@ -579,18 +579,15 @@ void test_codes(Isa isa, DType dtype) {
   step.keep = weights.get();
   if (decode(step, parallel, isa) != OK) fail("decode failed");
   step.keep = nullptr;
-  // the other layer, by the weights that were kept, and by the queries and keys that they are of
-  Data its_query(dtype, rows * heads * dim), copied(dtype, one.count), shared_out(dtype, one.count);
+  // the other layer, by the weights that were kept, against the queries and keys that they are of
+  Data its_query(dtype, rows * heads * dim), copied(dtype, one.count);
   for (int64_t lane = 0; lane < rows * heads; lane++) {
     const int64_t h = lane % heads, from = lane - h + head_map[size_t(h / group)] * group + h % group;
     for (int64_t d = 0; d < dim; d++) its_query.set(lane * dim + d, query.get(from * tokens * dim + d));
   }
-  const Shared by_keys = {head_map.data(), user_values.data(), rules, nullptr}, by_weights = {head_map.data(), user_values.data(), rules, weights.get()};
+  const Shared by_weights = {head_map.data(), user_values.data(), rules, weights.get()};
   const DecodeCall copy = {shape, user_rules, scores, nullptr, 0, 0, sides[0].pool(), sides[1].pool(), {table.data(), width}, lengths.data(),
                            copied.bytes.get(), nullptr, nullptr, &by_weights};
-  const DecodeCall shared = {shape, user_rules, scores, its_query.bytes.get(), heads * dim, dim, sides[0].pool(), sides[1].pool(),
-                             {table.data(), width}, lengths.data(), shared_out.bytes.get(), nullptr, nullptr, &by_keys};
-  if (decode(shared, parallel, isa) != OK) fail("decode with another layer's keys failed");
   if (decode(copy, parallel, isa) != OK) fail("decode with another layer's weights failed");
   const double tolerance = dtype == F32 ? 1e-4 : dtype == F16 ? 3e-3 : 3e-2;
   std::vector<float> buffer(static_cast<size_t>(larger(dim, value_dim) + 16));
@@ -637,10 +634,8 @@ void test_codes(Isa isa, DType dtype) {
     }
     const auto its_side = [&](int64_t side) { return [&, side](int64_t j, int64_t d) { return its[side][size_t(j)][size_t(d)]; }; };
     const std::vector<double> wanted = plain(q.data(), dim, value_dim, steps, user_rules.of(head), scores, h, its_side(0), its_side(1));
-    for (int64_t d = 0; d < value_dim; d++) {
-      near(shared_out.get(lane * value_dim + d), wanted[size_t(d)], tolerance, "decode with shared keys", isa, dtype);
+    for (int64_t d = 0; d < value_dim; d++)
       near(copied.get(lane * value_dim + d), wanted[size_t(d)], tolerance, "decode with copied weights", isa, dtype);
-    }
     for (int64_t t = 0; t < tokens; t++) {
       for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get((lane * tokens + t) * dim + d);
       compare(out, lse.get(), lane * tokens + t, steps + t + 1, "prefill of codes");

@@ -213,7 +213,7 @@ def write_plans(gated: Profile) -> dict[str, Plan]:
     from moacompress.models import load_source
     from moacompress.rules.plan import Plan
     from moacompress.rules.rule import Rule
-    from moacompress.rules.share import COPY, Share
+    from moacompress.rules.share import Share
 
     source = load_source("dense")
     notes: dict[str, Any] = {"budget": {"asked": ["60%"], "bytes": {}}, "provenance": {"source": "dense", "seed": 0}}
@@ -228,7 +228,7 @@ def write_plans(gated: Profile) -> dict[str, Plan]:
         )
     )
     chooses = replace(narrow, select_alpha=16, select_beta_q=128)
-    copies = (None, Share(0, COPY, (0, 1)), None)
+    copies = (None, Share(0, (0, 1)), None)
     plans = {
         "formats": Plan(source.shape, 16, formats, **notes),
         "copies": Plan(source.shape, 16, (spans[0], spans[0], spans[2]), shares=copies, **notes),

@@ -27,7 +27,7 @@ from moacompress.report.page.report_page import embedded, page_sections, seen_fr
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 
 RUNNER = CliRunner()
 AUDIT = {
@@ -304,7 +304,7 @@ def test_the_audit_of_another_profile_is_left_out(run_folder: Path, tmp_path: Pa
 
 def test_layers_that_share_take_what_the_plan_says(run_folder: Path, tmp_path: Path) -> None:
     plan = Plan.load(run_folder / "plan.json")
-    shares = (None, Share(0, COPY, tuple(range(plan.model.kv_heads))), *[None] * (plan.model.layers - 2))
+    shares = (None, Share(0, tuple(range(plan.model.kv_heads))), *[None] * (plan.model.layers - 2))
     shared = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
     shared.save(tmp_path / "plan.json")
     found = Findings.load(tmp_path / "plan.json")

@@ -12,7 +12,7 @@ from moacompress.rules.cost import bytes_by_formats, kept_bits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, KEYS, Share, served, with_shared_rules
+from moacompress.rules.share import Share, served, with_shared_rules
 
 SHAPE = ModelShape("llama", 4, 4, 2, 16, "bfloat16", (None, 64, None, None), "2-0123456789abcdef")
 SHORT, LONG = Rule(4, 32, 0, "int8", "int4"), Rule(4, 64, 512, "int8", "int8")
@@ -24,7 +24,7 @@ def plan(share: Share | None, rules: tuple[Rule, Rule] = (SHORT, LONG), own: tup
 
 def test_a_copy_takes_its_values_alone_for_as_long_as_its_anchor_keeps() -> None:
     own = (replace(LONG, value_format="int4"), replace(SHORT, value_format="native"))
-    shared, without = plan(Share(0, COPY, (1, 0)), own=own), plan(None, own=own)
+    shared, without = plan(Share(0, (1, 0)), own=own), plan(None, own=own)
     kept = [int(rule.slots(1000, 32)) for rule in (LONG, SHORT)]
     values = [16 // 2 + 4, 16 * 2]
     assert shared.head_bytes(1000)[2] == [tokens * size for tokens, size in zip(kept, values, strict=True)]
@@ -35,14 +35,8 @@ def test_a_copy_takes_its_values_alone_for_as_long_as_its_anchor_keeps() -> None
     assert kept_bits(shared, 1000)["values"] == kept_bits(without, 1000)["values"]
 
 
-def test_keys_for_as_long_as_the_anchor_keeps() -> None:
-    own = (replace(SHORT, value_format="int8"), SHORT)
-    found = plan(Share(0, KEYS, (1, 1)), own=own).head_bytes(1000)[2]
-    assert found == [int(LONG.slots(1000, 32)) * size for size in (16 + 4, 16 // 2 + 4)]
-
-
 def test_json_and_keys() -> None:
-    shared = plan(Share(0, COPY, (1, 0)))
+    shared = plan(Share(0, (1, 0)))
     assert Plan.from_dict(shared.to_dict()) == shared
     assert shared.to_dict()["layers"][2]["share"] == {"anchor": 0, "kind": "copy", "head_map": [1, 0]}
     assert shared.key() != plan(None).key()
@@ -51,13 +45,13 @@ def test_json_and_keys() -> None:
 
 
 def test_who_is_served() -> None:
-    shares = (None, Share(0, COPY, (1, 1)), Share(0, KEYS, (0, 1)))
+    shares = (None, Share(0, (1, 1)), Share(0, (0, 1)))
     assert served(shares, 0, 2) == (((2, 0),), ((1, 0), (1, 1), (2, 1)))
     assert served(shares, 1, 2) == ((), ())
 
 
 def test_rules_of_copies_are_made_to_fit() -> None:
-    shares = (None, None, Share(0, COPY, (1, 0)), None)
+    shares = (None, None, Share(0, (1, 0)), None)
     free = Plan(SHAPE, 32, ((SHORT, LONG),) * 4).rules
     fitting = with_shared_rules(free, shares)
     assert fitting[2] == (replace(LONG, value_format="int4"), replace(SHORT, value_format="int8"))
@@ -68,28 +62,24 @@ def test_rules_of_copies_are_made_to_fit() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: plan(Share(2, COPY, (0, 1))), "names the anchor 2; an anchor is an earlier layer, 0 to 1"),
-        (lambda: plan(Share(-1, COPY, (0, 1))), "names the anchor -1"),
-        (lambda: plan(Share(1, COPY, (0, 1))), "names the anchor 1, whose own sliding window is 64, not None"),
-        (lambda: plan(Share(0, "borrow", (0, 1))), "has the kind 'borrow', not one of copy, keys"),
-        (lambda: plan(Share(0, COPY, (0, 2))), r"must have 2 KV heads of 0 to 1, not \(0, 2\)"),
-        (lambda: plan(Share(0, COPY, (0,))), r"must have 2 KV heads of 0 to 1, not \(0,\)"),
+        (lambda: plan(Share(2, (0, 1))), "names the anchor 2; an anchor is an earlier layer, 0 to 1"),
+        (lambda: plan(Share(-1, (0, 1))), "names the anchor -1"),
+        (lambda: plan(Share(1, (0, 1))), "names the anchor 1, whose own sliding window is 64, not None"),
+        (lambda: plan(Share(0, (0, 2))), r"must have 2 KV heads of 0 to 1, not \(0, 2\)"),
+        (lambda: plan(Share(0, (0,))), r"must have 2 KV heads of 0 to 1, not \(0,\)"),
         (
-            lambda: plan(Share(0, COPY, (0, 1))),
+            lambda: plan(Share(0, (0, 1))),
             r"layer 2 KV head 0 copies attention under 4\|32 .* a copy has its anchor's span",
         ),
         (
-            lambda: plan(Share(0, COPY, (1, 0)), own=(replace(LONG, key_format="int4"), SHORT)),
+            lambda: plan(Share(0, (1, 0)), own=(replace(LONG, key_format="int4"), SHORT)),
             "layer 2 KV head 0 has keys in int4, its anchor's are in int8",
         ),
-        (lambda: plan(Share(0, KEYS, (0, 0))), "layer 2 KV head 0 would see keys under .* does not keep"),
         (
-            lambda: Plan(
-                SHAPE, 32, ((LONG, LONG),) * 4, shares=(None, None, Share(0, COPY, (0, 1)), Share(2, COPY, (0, 1)))
-            ),
+            lambda: Plan(SHAPE, 32, ((LONG, LONG),) * 4, shares=(None, None, Share(0, (0, 1)), Share(2, (0, 1)))),
             "names the anchor 2, which shares attention itself",
         ),
-        (lambda: Plan(SHAPE, 32, ((LONG, LONG),) * 4, shares=(None, Share(0, COPY, (0, 1)))), "2 entries for 4 layers"),
+        (lambda: Plan(SHAPE, 32, ((LONG, LONG),) * 4, shares=(None, Share(0, (0, 1)))), "2 entries for 4 layers"),
     ],
 )
 def test_sharing_that_no_model_can_run(make: Callable[[], Plan], words: str) -> None:
@@ -105,6 +95,10 @@ def test_sharing_that_no_model_can_run(make: Callable[[], Plan], words: str) -> 
         ({"anchor": 0, "kind": "copy", "head_map": [0, 1], "x": 1}, "share of layer 2 has the unknown key 'x'"),
         ({"anchor": 0.5, "kind": "copy", "head_map": [0, 1]}, "anchor of share of layer 2 must be a whole number"),
         ({"anchor": 0, "kind": 3, "head_map": [0, 1]}, "kind of share of layer 2 must be a text"),
+        (
+            {"anchor": 0, "kind": "keys", "head_map": [0, 1]},
+            "share of layer 2 has the kind 'keys', .* search again with `moacompress search --share`",
+        ),
         ({"anchor": 0, "kind": "copy", "head_map": [0, 1, 1]}, "head_map of share of layer 2 has 3 entries, not 2"),
         ({"anchor": 0, "kind": "copy", "head_map": [0, 10**9]}, "head_map of share of layer 2 is 1000000000, outside"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, KEYS, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import PlanCache, attach
 
 N = 60
-KINDS = ("windows", "formats", "gates", "gates and formats", "copies and formats", "keys and formats")
+KINDS = ("windows", "formats", "gates", "gates and formats", "copies and formats")
 
 
 def plan_of(kind: str, model: Any, draw: Callable[..., Plan]) -> Plan:
@@ -41,14 +40,10 @@ def plan_of(kind: str, model: Any, draw: Callable[..., Plan]) -> Plan:
         ]
         return Plan(shape, 16, tuple(map(tuple, made)), gates=gates.fingerprint, gate_weights=gates)
     plan = draw(shape, 3, formats=formats)
-    if kind.split()[0] not in ("copies", "keys"):
+    if not kind.startswith("copies"):
         return plan
-    shares = (None, Share(0, COPY if kind.startswith("copies") else KEYS, (1, 0)), None)
-    rules = [list(row) for row in with_shared_rules(plan.rules, shares)]
-    rules[1] = [
-        replace(rules[0][of], value_format=own.value_format) for of, own in zip((1, 0), plan.rules[1], strict=True)
-    ]
-    return Plan(shape, plan.min_window, tuple(map(tuple, rules)), shares=shares)
+    shares = (None, Share(0, (1, 0)), None)
+    return Plan(shape, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
 
 
 @pytest.fixture(params=KINDS)

@@ -22,7 +22,7 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-from moacompress.rules.share import COPY, KEYS, KINDS, Share, users_of, with_shared_rules
+from moacompress.rules.share import Share, users_of, with_shared_rules
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
@@ -59,13 +59,9 @@ def plans(draw):
     shape = ModelShape("llama", len(natives), heads, kv_heads, DIM, "float64", natives, "")
     rules = [tuple(draw(RULES) for _ in range(kv_heads)) for _ in natives]
     shares = [None, None]
-    for layer, anchor in enumerate(anchors, start=2):
+    for anchor in anchors:
         head_map = draw(st.lists(st.integers(0, kv_heads - 1), min_size=kv_heads, max_size=kv_heads))
-        shares.append(Share(anchor, draw(st.sampled_from(KINDS)), tuple(head_map)))
-        if shares[layer].kind == KEYS:
-            rules[layer] = tuple(
-                narrower(rules[anchor][of], own) for of, own in zip(head_map, rules[layer], strict=True)
-            )
+        shares.append(Share(anchor, tuple(head_map)))
     shares = tuple(shares) if anchors else ()
     if not anchors and draw(st.booleans()):
         for layer in [layer for layer, window in enumerate(natives) if window is None]:
@@ -75,14 +71,6 @@ def plans(draw):
                 for rule, (alpha, beta_q) in zip(rules[layer], selects, strict=True)
             )
     return Plan(shape, draw(st.sampled_from(MIN_WINDOWS)), with_shared_rules(rules, shares), shares=shares)
-
-
-def narrower(kept, own):
-    """Returns the rule of a KV head that reads the keys that another keeps, no more of them than that does."""
-    span = own if kept.sees_all and not own.sees_all else kept
-    alpha, beta = (0, 0) if span.sees_all else (span.alpha // 2, span.beta_q // 2)
-    sink = 4 if span.sees_all else min(span.sink, kept.sink if not kept.sees_all else span.sink)
-    return Rule(sink, alpha, beta, kept.key_format, own.value_format)
 
 
 @dataclass
@@ -196,9 +184,8 @@ def feed(plan, world, tokens, real, generator, same=False):
         if share is not None:
             its_query, its_key = chunks[share.anchor]
             key = its_key[:, list(share.head_map)]
-            if share.kind == COPY:
-                by_head = its_query.unflatten(1, (shape.kv_heads, -1))
-                query = by_head[:, list(share.head_map)].flatten(1, 2)
+            by_head = its_query.unflatten(1, (shape.kv_heads, -1))
+            query = by_head[:, list(share.head_map)].flatten(1, 2)
         for row in range(batch):
             at = np.flatnonzero(real[row])
             before = world.rows[row][layer]

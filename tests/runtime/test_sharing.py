@@ -16,14 +16,13 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, KEYS, Share, with_shared_rules
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.plan_cache import PlanCache
 from tests.runtime.conftest import attended, explicit_mask
@@ -33,7 +32,7 @@ LAYERS = {"gemma3_text": FIVE, "cohere2": FIVE}
 """What the tiny configs of some families need for five layers."""
 
 
-def shares_of(shape: Any, seed: int, kinds: tuple[str, ...] = (COPY, KEYS)) -> tuple[Share | None, ...]:
+def shares_of(shape: Any, seed: int) -> tuple[Share | None, ...]:
     """Returns shares at random: about half of the layers, and at least one, share with an earlier one like them."""
     draw = random.Random(seed)
     shares: list[Share | None] = []
@@ -41,28 +40,18 @@ def shares_of(shape: Any, seed: int, kinds: tuple[str, ...] = (COPY, KEYS)) -> t
         anchors = [
             earlier for earlier in range(layer) if shares[earlier] is None and shape.native_windows[earlier] == native
         ]
-        if shape.model_type == "smollm3":  # a layer without rotary embeddings has no use for keys with them
-            kinds = (COPY,)
         last = layer == shape.layers - 1 and not any(shares)
         if not anchors or not (last or draw.random() < 0.6):
             shares.append(None)
             continue
         heads = tuple(draw.randrange(shape.kv_heads) for _ in range(shape.kv_heads))
-        shares.append(Share(draw.choice(anchors), draw.choice(kinds), heads))
+        shares.append(Share(draw.choice(anchors), heads))
     return tuple(shares)
 
 
 def with_shares(plan: Plan, shares: tuple[Share | None, ...]) -> Plan:
-    """Returns a plan whose layers share; those that share keys alone have their anchor's rules too, with shorter windows."""
-    rules = [list(row) for row in with_shared_rules(plan.rules, shares)]
-    for layer, share in enumerate(shares):
-        if share is not None and share.kind == KEYS:
-            for head, of in enumerate(share.head_map):
-                kept, own = rules[share.anchor][of], rules[layer][head]
-                alpha = kept.alpha // 2 if not kept.sees_all else 40
-                beta = kept.beta_q // 2 if not kept.sees_all else 100
-                rules[layer][head] = Rule(kept.sink, alpha, beta, kept.key_format, own.value_format)
-    return Plan(plan.model, plan.min_window, tuple(map(tuple, rules)), shares=shares)
+    """Returns a plan whose layers share."""
+    return Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
 
 
 class Oracle:
@@ -90,9 +79,8 @@ class Oracle:
         if share is not None:
             its_query, its_key, its_sinks = self.seen[share.anchor]
             key = its_key[:, list(share.head_map)]
-            if share.kind == COPY:
-                heads = [of * group + g for of in share.head_map for g in range(group)]
-                query, sinks = its_query[:, heads], None if its_sinks is None else its_sinks[heads]
+            heads = [of * group + g for of in share.head_map for g in range(group)]
+            query, sinks = its_query[:, heads], None if its_sinks is None else its_sinks[heads]
         key = rounded(key, [FORMATS[rule.key_format].code for rule in rules]).to(query.dtype)
         value = rounded(value, [FORMATS[rule.value_format].code for rule in rules]).to(query.dtype)
         return attended(query, key, value, self.masks[layer], scaling, softcap, sinks), None
@@ -167,10 +155,10 @@ def shared(family: str, tiny_model: Callable[..., Any], random_plan: Callable[..
 def llama(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> Callable[..., tuple[Any, Plan]]:
     """Returns a function that makes a tiny model of six layers and a plan under which some share attention."""
 
-    def make(seed: int = 0, formats: bool = False, kinds: tuple[str, ...] = (COPY, KEYS)) -> tuple[Any, Plan]:
+    def make(seed: int = 0, formats: bool = False) -> tuple[Any, Plan]:
         model = tiny_model("llama", num_hidden_layers=6)
         shape = model_shape(model)
-        return model, with_shares(random_plan(shape, seed, formats=formats), shares_of(shape, seed, kinds))
+        return model, with_shares(random_plan(shape, seed, formats=formats), shares_of(shape, seed))
 
     return make
 
@@ -279,17 +267,17 @@ def test_layers_made_alike_lose_nothing(tiny_model: Callable[..., Any], token_id
         model.model.layers[2].input_layernorm.weight.copy_(model.model.layers[1].input_layernorm.weight)
     ids, plan = token_ids(1, 100), Plan.full(model_shape(model))
     expected = logits(model, ids)
-    attach(model, replace(plan, shares=(None, None, Share(1, COPY, (0, 1)))))
+    attach(model, replace(plan, shares=(None, None, Share(1, (0, 1)))))
     assert difference(in_parts(model, ids, [60, 1, 39], plan=None), expected) < EXACT
-    attach(model, replace(plan, shares=(None, None, Share(1, COPY, (1, 0)))))
+    attach(model, replace(plan, shares=(None, None, Share(1, (1, 0)))))
     assert difference(logits(model, ids), expected) > 0.01
 
 
-def _share_gone(name: str, copies: bool, heads: int, kv_heads: int) -> Fraction:
+def _share_gone(name: str, heads: int, kv_heads: int) -> Fraction:
     """Returns how much of a weight of attention a reuse layer does without."""
     if name.startswith(("qkv_proj", "query_key_value")):
-        return Fraction(kv_heads + copies * heads, heads + 2 * kv_heads)
-    return Fraction(name.startswith(("k_", "q_") if copies else "k_"))
+        return Fraction(kv_heads + heads, heads + 2 * kv_heads)
+    return Fraction(name.startswith(("k_", "q_")))
 
 
 def test_a_checkpoint_has_no_dropped_projections(shared: tuple[Any, Plan], token_ids: Any, tmp_path: Path) -> None:
@@ -300,7 +288,7 @@ def test_a_checkpoint_has_no_dropped_projections(shared: tuple[Any, Plan], token
         if share is None:
             continue
         for name, weight in module.named_parameters():
-            gone += weight.numel() * _share_gone(name, share.kind == COPY, plan.model.heads, plan.model.kv_heads)
+            gone += weight.numel() * _share_gone(name, plan.model.heads, plan.model.kv_heads)
     attach(model, plan)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -324,11 +312,10 @@ def test_without_moacompress_it_fails(llama: Callable[..., tuple[Any, Plan]], tm
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kinds", [(COPY,), (KEYS,)])
 def test_gradients_are_those_of_the_definition(
-    llama: Callable[..., tuple[Any, Plan]], token_ids: Any, kinds: tuple[str, ...], checkpointing: bool
+    llama: Callable[..., tuple[Any, Plan]], token_ids: Any, checkpointing: bool
 ) -> None:
-    model, plan = llama(3, kinds=kinds)
+    model, plan = llama(3)
     ids = token_ids(2, 90)
     model.requires_grad_(True).train()
     with by_definition(model, plan, 90):
@@ -348,7 +335,7 @@ def test_gradients_are_those_of_the_definition(
 
 def test_compiled_is_eager(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], token_ids: Any) -> None:
     model = tiny_model("llama")
-    shares = (None, Share(0, COPY, (1, 1)), Share(0, KEYS, (1, 0)))
+    shares = (None, Share(0, (1, 1)), Share(0, (1, 0)))
     plan = with_shares(random_plan(model_shape(model), 1), shares)
     attach(model, plan)
     ids = token_ids(2, 70)
@@ -359,15 +346,6 @@ def test_compiled_is_eager(tiny_model: Callable[..., Any], random_plan: Callable
         parts = [compiled(ids[:, low:high], cache=cache).logits for low, high in ((0, 50), (50, 51), (51, 70))]
     torch._dynamo.reset()
     assert difference(torch.cat(parts, 1), expected) < EXACT
-
-
-def test_keys_are_not_shared_with_layers_without_rotary_embeddings(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("smollm3")
-    plan = replace(Plan.full(model_shape(model)), shares=(None, Share(0, KEYS, (0, 1)), None))
-    dense = model.num_parameters()
-    with pytest.raises(PlanError, match="layer 1 shares the keys of layer 0, and one of the two has no rotary"):
-        attach(model, plan)
-    assert model.num_parameters() == dense
 
 
 def test_a_layer_alone_is_refused(llama: Callable[..., tuple[Any, Plan]]) -> None:

@@ -20,7 +20,7 @@ from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.audit_tables import audit_tables, scatter_html
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import Share
 from moacompress.search.audit import audit
 from moacompress.search.audit_sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
 from moacompress.search.measuring import measured_harms
@@ -142,7 +142,7 @@ def test_a_layer_that_is_as_another_shares_at_no_loss(
     model = tiny_model("llama", num_hidden_layers=5)
     alike(model)
     profile, source = profiled(model, tiny_tokenizer, random_samples, tmp_path / "profile", 2)
-    copy = (None, None, Share(1, COPY, (1, 0)), None, None)
+    copy = (None, None, Share(1, (1, 0)), None, None)
     free = replace(Plan.full(profile.shape), shares=copy)
     assert Objective(source.model, profile.validation).harms(free).max() < 1e-9
     harms = measured_harms(source, profile.validation, [free], tmp_path / "ledger.jsonl", SILENT)

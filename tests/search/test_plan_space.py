@@ -10,13 +10,13 @@ import pytest
 
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError
-from moacompress.rules.share import COPY, LayerShares, Share
+from moacompress.rules.share import LayerShares, Share
 from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
 from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
-SHARES: LayerShares = (None, None, Share(1, COPY, (1, 0)), Share(1, COPY, (0, 0)), None, Share(0, COPY, (1, 1)))
+SHARES: LayerShares = (None, None, Share(1, (1, 0)), Share(1, (0, 0)), None, Share(0, (1, 1)))
 """KV head 0 of layer 1 serves three, KV head 0 of layer 0 none."""
 
 

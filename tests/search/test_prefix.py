@@ -16,7 +16,7 @@ from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from moacompress.search.objective import answer_logits
 from moacompress.search.prefix import first_changed, record, resumed
@@ -64,7 +64,7 @@ def test_layers_that_share_are_computed_from_their_anchor_on(tiny_model: Factory
     model, sample = tiny_model(family, num_hidden_layers=5), make_sample()
     full = Plan.full(model_shape(model))
     heads = tuple(range(full.model.kv_heads))
-    near, far = Share(2, COPY, heads), Share(1, COPY, heads[::-1])
+    near, far = Share(2, heads), Share(1, heads[::-1])
     base = replace(full, shares=(None, None, None, far, None))
     late = replace(full, shares=(None, None, None, None, near))
     straight = replace(full, shares=(None, None, None, replace(far, head_map=heads), None))

@@ -70,7 +70,7 @@ struct DecodeJob {
 
   Reads reads_of_pair(int64_t pair) const {
     const int64_t row = pair / call.shape.kv_heads;
-    if (keeps()) return reads_of(call.lengths[row], call.shared->rules.of(pair_read(pair) % call.shape.kv_heads));
+    if (call.shared) return reads_of(call.lengths[row], call.shared->rules.of(pair_read(pair) % call.shape.kv_heads));
     const Rule rule = call.rules.of(pair % call.shape.kv_heads);
     Reads reads = reads_of(call.lengths[row], rule);
     if (call.chosen && rule.selects()) reads.tokens[RUNS].end = selected(tokens_left(call.lengths[row], rule), rule);
@@ -107,7 +107,7 @@ struct DecodeJob {
     chunk.value = halves.value;
     const int64_t from = pair_read(pair), kept = shape.group * KEPT;
     if (call.keep) chunk.keep = call.keep + index * kept;
-    if (keeps()) {
+    if (call.shared) {
       const Rule anchor = call.shared->rules.of(from % shape.kv_heads);
       chunk.kept = call.shared->kept + (first_kept[from] + index - first_chunk[pair]) * kept;
       chunk.kept_in_blocks = !anchor.native();
@@ -138,7 +138,6 @@ struct DecodeJob {
     return OK;
   }
 
-  bool keeps() const { return call.shared && call.shared->kept; }
   // The (row, KV head) whose blocks a pair reads.
   int64_t pair_read(int64_t pair) const {
     const int64_t head = pair % call.shape.kv_heads;
@@ -150,11 +149,11 @@ struct DecodeJob {
   void find_coming(int64_t index, DecodeChunk& chunk) const {
     const int64_t pair = pair_of(index), head = pair % call.shape.kv_heads, begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
     const Halves halves = halves_of(call.rules.of(head), call.shape);
-    chunk.coming_bytes = keeps() ? halves.value.bytes : halves.key.bytes;
+    chunk.coming_bytes = call.shared ? halves.value.bytes : halves.key.bytes;
     const Reads reads = reads_of_pair(pair);
     for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
       const int32_t id = id_of(pair, reads.part(begin + k));
-      if (id >= 0) chunk.coming[k] = block_of(keeps() ? values_of(head) : call.keys, id, chunk.coming_bytes);
+      if (id >= 0) chunk.coming[k] = block_of(call.shared ? values_of(head) : call.keys, id, chunk.coming_bytes);
     }
   }
 
@@ -393,7 +392,7 @@ Status decode(const DecodeCall& call, const Parallel& parallel, Isa isa) {
   const Buffer<int64_t> first_kept(size_t(pairs + 1));
   if (!first_kept.get()) return NO_MEMORY;
   DecodeJob job = {call, kernels_of(isa), pairs, stride, parallel.threads, first_chunk.get(), left.get(), nullptr, first_kept.get()};
-  for (int64_t pair = 0, sum = 0; job.keeps() && pair < pairs; pair++) {
+  for (int64_t pair = 0, sum = 0; call.shared && pair < pairs; pair++) {
     first_kept[size_t(pair)] = sum;
     sum += tasks_of(call.lengths[pair / shape.kv_heads], call.shared->rules.of(pair % shape.kv_heads));
   }

@@ -20,7 +20,6 @@ struct Layers {
   std::vector<std::optional<Reuse>> reuses;
   std::vector<size_t> planes;                      // of each layer: of values beside its own, of layers that share its keys
   std::vector<std::vector<int64_t>> beside_bytes;  // of each layer: bytes of their halves, [kv_heads, planes]
-  std::vector<bool> copied;                        // whether some layer copies its weights
   std::vector<Gate> gates;
   ScalarType type;
   int64_t inputs;
@@ -84,17 +83,17 @@ Named<Caches>& all_caches() {
 
 void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
 
-// Reads how layers share attention: of each layer its anchor, -1 for none, 1 for a copy and 0 for keys alone, then of each KV head
-// the anchor's that it reads and the plane of its values.
+// Reads how layers share attention: of each layer its anchor, -1 for none, then of each KV head the anchor's that it reads and the
+// plane of its values.
 std::vector<std::optional<Reuse>> reuses_of(const Tensor& shares, size_t count, int64_t kv_heads, const char* op) {
   std::vector<std::optional<Reuse>> found(count);
   const bool none = shares.numel() == 0;
-  const auto* at = static_cast<const int64_t*>(dense(shares, {none ? -1 : int64_t(count), none ? -1 : 2 + 2 * kv_heads}, ScalarType::Long, op, "shares"));
-  for (size_t i = 0; i < count && !none; i++, at += 2 + 2 * kv_heads) {
+  const auto* at = static_cast<const int64_t*>(dense(shares, {none ? -1 : int64_t(count), none ? -1 : 1 + 2 * kv_heads}, ScalarType::Long, op, "shares"));
+  for (size_t i = 0; i < count && !none; i++, at += 1 + 2 * kv_heads) {
     if (at[0] < 0) continue;
     REQUIRE(at[0] < int64_t(i) && !found[size_t(at[0])], op, ": layer ", i, " shares with layer ", at[0],
             ", which is no earlier layer with attention of its own");
-    Reuse reuse = {at[0], at[1] != 0, {at + 2, at + 2 + kv_heads}, {at + 2 + kv_heads, at + 2 + 2 * kv_heads}};
+    Reuse reuse = {at[0], {at + 1, at + 1 + kv_heads}, {at + 1 + kv_heads, at + 1 + 2 * kv_heads}};
     for (int64_t head = 0; head < kv_heads; head++)
       REQUIRE(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.planes[size_t(head)] >= 0 &&
                   reuse.planes[size_t(head)] < int64_t(count) * kv_heads,
@@ -110,7 +109,6 @@ void count_beside(Layers& read) {
   const size_t count = read.layers.size();
   read.planes.assign(count, 0);
   read.beside_bytes.resize(count);
-  read.copied.assign(count, false);
   for (const auto& reuse : read.reuses)
     if (reuse)
       for (const int64_t plane : reuse->planes) read.planes[size_t(reuse->anchor)] = std::max(read.planes[size_t(reuse->anchor)], size_t(plane) + 1);
@@ -123,7 +121,6 @@ void count_beside(Layers& read) {
       for (size_t head = 0; head < reuse->planes.size(); head++)
         bytes[size_t(reuse->head_map[head]) * read.planes[anchor] + size_t(reuse->planes[head])] =
             halves_of(read.rests[i].rules.of(int64_t(head)), shape).value.bytes;
-      if (reuse->copies) read.copied[anchor] = true;
     }
 }
 
@@ -162,8 +159,7 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
     const Shape* anchor = reuse ? &read.layers[size_t(reuse->anchor)].projections.shape : nullptr;
     const Shape like = anchor ? *anchor : Shape{};  // `layers` may move
     read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
-                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op, anchor ? &like : nullptr,
-                             reuse && reuse->copies);
+                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op, anchor ? &like : nullptr);
     const Shape& shape = read.layers.back().projections.shape;
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
@@ -284,7 +280,7 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
       scores.resize(size_t(rows * gate.heads));
       if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
       if (!reuse)
-        return take(all->caches[size_t(i)]->first, token, mixed, op, read.copied[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
+        return take(all->caches[size_t(i)]->first, token, mixed, op, read.planes[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
       const size_t anchor = size_t(reuse->anchor);
       return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
     };

@@ -72,10 +72,10 @@ struct Table {
 
 // What a layer that shares attention has of its anchor, whose keys and table the call is given.
 struct Shared {
-  const int64_t* head_map;  // [kv_heads] the anchor's KV head whose keys each of its own reads
+  const int64_t* head_map;  // [kv_heads] the anchor's KV head whose weights each of its own takes
   const Pool* values;       // [kv_heads] where the values of each lie, beside the anchor's own
   RuleTable rules;          // of the anchor's KV heads
-  const float* kept;        // weights that the anchor's call kept: its queries are not looked at, nor keys; or null
+  const float* kept;        // weights that the anchor's call kept: queries and keys are not looked at
 };
 
 // The tokens that gates keep of every row and KV head, in blocks of the pool: the one in place p is in ids[p / 16]. Beside the keys

@@ -28,7 +28,7 @@ from moacompress.kernels.cpu import library
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import Turnover
-from moacompress.rules.share import COPY, LayerShares, planes_of
+from moacompress.rules.share import LayerShares, planes_of
 
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
@@ -331,14 +331,12 @@ def _beside(cache: CacheState) -> list[torch.Tensor]:
 
 
 def _shares(shares: LayerShares, kv_heads: int) -> torch.Tensor:
-    """Returns of each layer its anchor, or -1, whether it copies, its head map and its planes, int64 `[layers, ...]`."""
+    """Returns of each layer its anchor, or -1, its head map and its planes, int64 `[layers, 1 + 2 * kv_heads]`."""
     rows = [
-        (-1, 0, *[0] * 2 * kv_heads)
-        if share is None
-        else (share.anchor, int(share.kind == COPY), *share.head_map, *planes_of(shares, layer))
+        (-1, *[0] * 2 * kv_heads) if share is None else (share.anchor, *share.head_map, *planes_of(shares, layer))
         for layer, share in enumerate(shares)
     ]
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 2 + 2 * kv_heads)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 1 + 2 * kv_heads)
 
 
 def _all_parts(cache: CacheState) -> list[torch.Tensor]:

@@ -76,11 +76,10 @@ struct Scratch {
   }
 };
 
-// How a layer shares attention: with which earlier one; whether it copies, or shares the keys alone; and of each KV head whose keys it
-// reads, and in which plane beside the anchor's values its own are.
+// How a layer shares attention: with which earlier one; and of each KV head whose weights it takes, and in which plane beside the
+// anchor's values its own are.
 struct Reuse {
   int64_t anchor;
-  bool copies;
   std::vector<int64_t> head_map, planes;
 };
 
@@ -179,7 +178,7 @@ inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const R
                            anchor.lengths},
                           isa()),
                op);
-  const float* weights = reuse.copies ? reinterpret_cast<const float*>(kept.of(0, op)) : nullptr;
+  const auto* weights = reinterpret_cast<const float*>(kept.of(0, op));
   const Shared shared = {reuse.head_map.data(), values.data(), anchor.rest.rules, weights};
   check_status(decode({token.shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, anchor.keys.view(),
                        anchor.values.view(), table, anchor.lengths, out, nullptr, nullptr, &shared},
@@ -227,21 +226,21 @@ struct Rotary {
 };
 
 // What makes the queries, keys and values of one token: three weights, and three biases or null. Of a layer that shares attention the
-// weights of its keys have no rows, and of a copy those of its queries.
+// weights of its queries and keys have no rows.
 struct Projections {
   LinearCall calls[3];
   Shape shape;  // of the heads; rows are those of a step
 
   Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
-              DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false) {
+              DType dtype, const char* op, const Shape* anchor = nullptr) {
     REQUIRE(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
     for (size_t i = 0; i < 3; i++) calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
     if (anchor) {
       shape = *anchor;
-      const int64_t queries = copies ? 0 : shape.kv_heads * shape.group * shape.head_dim, values = shape.kv_heads * shape.value_dim;
-      REQUIRE(kv_heads == shape.kv_heads && calls[0].outputs == queries && calls[1].outputs == 0 && calls[2].outputs == values,
+      const int64_t values = shape.kv_heads * shape.value_dim;
+      REQUIRE(kv_heads == shape.kv_heads && calls[0].outputs == 0 && calls[1].outputs == 0 && calls[2].outputs == values,
               op, ": the weights of a layer that shares attention have ", calls[0].outputs, ", ", calls[1].outputs, " and ",
-              calls[2].outputs, " outputs, not ", queries, ", 0 and ", values);
+              calls[2].outputs, " outputs, not 0, 0 and ", values);
       return;
     }
     for (size_t i = 0; i < 3; i++) {
@@ -294,8 +293,8 @@ struct DecoderLayer {
   float eps;
 
   DecoderLayer(const Tensor* weights, const Tensor* biases, const Tensor* norms, double eps, int64_t inputs, int64_t kv_heads,
-               int64_t dim, ScalarType type, DType dtype, const char* op, const Shape* anchor = nullptr, bool copies = false)
-      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, anchor, copies), eps(float(eps)) {
+               int64_t dim, ScalarType type, DType dtype, const char* op, const Shape* anchor = nullptr)
+      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, anchor), eps(float(eps)) {
     REQUIRE(eps >= 0, op, ": eps is ", eps);
     for (size_t i = 0; i < 2; i++) scales[i] = dense(norms[i], {inputs}, type, op, "a norm");
     const Shape& shape = projections.shape;

@@ -16,7 +16,6 @@ from moacompress.rules.budget import format_length
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
-from moacompress.rules.share import COPY
 
 DIGITS = 4
 """Significant digits of what the page holds of every KV head."""
@@ -128,8 +127,9 @@ def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:
         lines.append(f"the first {rule.sink} and the last {_grown(rule.alpha, rule.beta_q, plan.min_window)}")
         if rule.selects:
             lines.append(f"chosen by its gate: {_grown(rule.select_alpha, rule.select_beta_q)}")
-    own = share is None or share.kind != COPY
-    lines.append((f"keys {rule.key_format}, " if own else "no keys of its own, ") + f"values {rule.value_format}")
+    lines.append(
+        (f"keys {rule.key_format}, " if share is None else "no keys of its own, ") + f"values {rule.value_format}"
+    )
     if share is not None:
         lines.append(str(share))
     return "<br>".join(lines)

@@ -68,7 +68,7 @@ def attention_forward(
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     query, key, value = autocast.as_computed(query, key, value)
     if context.share is not None:
-        query, key, s_aux = taken(handed, context.layer, context.share, query, s_aux)
+        query, key, s_aux = taken(handed, context.layer, context.share)
     elif context.serves and handed is not None:
         handed[context.layer] = Handed(query, key, s_aux)
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)

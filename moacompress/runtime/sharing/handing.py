@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.rules.share import COPY, Share
+from moacompress.rules.share import Share
 
 HANDED = "moacompress_handed"
 """Keyword under which what anchors hand on reaches the attention."""
@@ -30,33 +30,23 @@ class Handed(NamedTuple):
     key: torch.Tensor
     sink_logits: torch.Tensor | None
 
-    def taken(self, share: Share, query: torch.Tensor, sink_logits: torch.Tensor | None) -> Handed:
-        """Returns what a layer that shares attends with.
-
-        Args:
-            share: what it takes.
-            query: its own, which a copy does without.
-            sink_logits: likewise.
-        """
+    def taken(self, share: Share) -> Handed:
+        """Returns what a reuse layer attends with, given what it takes."""
         kv_heads, heads = self.key.shape[1], self.query.shape[1]
         key = self.key[:, list(share.head_map)]
-        if share.kind != COPY:
-            return Handed(query, key, sink_logits)
         group = heads // kv_heads
         picked = [of * group + member for of in share.head_map for member in range(group)]
         logits = None if self.sink_logits is None else self.sink_logits[picked]
         return Handed(self.query[:, picked], key, logits)
 
 
-def taken(handed: Any, layer: int, share: Share, query: torch.Tensor, sink_logits: torch.Tensor | None) -> Handed:
-    """Returns what a layer that shares attends with.
+def taken(handed: Any, layer: int, share: Share) -> Handed:
+    """Returns what a reuse layer attends with.
 
     Args:
         handed: what anchors have handed on in this forward, by layer; None where the model has lost it.
         layer: its index.
         share: what it takes from its anchor.
-        query: see `Handed.taken`.
-        sink_logits: likewise.
 
     Raises:
         UnsupportedError: the anchor has handed nothing on.
@@ -67,4 +57,4 @@ def taken(handed: Any, layer: int, share: Share, query: torch.Tensor, sink_logit
             "decoder whole, with all its layers in order"
         )
     found: Handed = handed[share.anchor]
-    return found.taken(share, query, sink_logits)
+    return found.taken(share)

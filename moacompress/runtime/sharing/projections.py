@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from moacompress.core.arrays import Ints
-from moacompress.core.errors import ModelError, PlanError
+from moacompress.core.errors import ModelError
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import COPY, KEYS, Share
 from moacompress.runtime.linear import weight_of
+
+SIDES = "qk"
+"""Queries and keys, which a reuse layer takes from its anchor."""
 
 
 class DroppedProjection(nn.Module):
@@ -112,41 +114,31 @@ def drop_projections(model: Any, plan: Plan) -> list[Dropped]:
 
     Raises:
         ModelError: the attention of a layer is made of other modules than those known.
-        PlanError: a layer shares keys that are rotated otherwise than its queries.
     """
     replaced: list[tuple[Dropped, nn.Module]] = []
-    modules = attention_modules(model)
-    for layer, module in enumerate(modules):
-        share = plan.share(layer)
-        if share is None:
+    for layer, module in enumerate(attention_modules(model)):
+        if plan.share(layer) is None:
             continue
-        anchor = modules[share.anchor]
-        if share.kind == KEYS and getattr(module, "use_rope", True) != getattr(anchor, "use_rope", True):
-            raise PlanError(
-                f"layer {layer} shares the keys of layer {share.anchor}, and one of the two has no rotary embeddings: its "
-                "queries do not go with those keys"
-            )
-        for name, instead in _instead(module, share, plan, layer).items():
+        for name, instead in _instead(module, plan, layer).items():
             replaced.append((Dropped(module, name, getattr(module, name)), instead))
     for dropped, instead in replaced:  # all or none
         setattr(dropped.owner, dropped.name, instead)
     return [dropped for dropped, _ in replaced]
 
 
-def _instead(module: nn.Module, share: Share, plan: Plan, layer: int) -> dict[str, nn.Module]:
+def _instead(module: nn.Module, plan: Plan, layer: int) -> dict[str, nn.Module]:
     """Returns what is put in the places of a layer's modules, by their names."""
-    sides = ("q", "k") if share.kind == COPY else ("k",)
     fused = next((name for name in ("qkv_proj", "query_key_value") if hasattr(module, name)), None)
     norms: dict[str, nn.Module] = {
-        f"{side}_norm": nn.Identity() for side in sides if isinstance(getattr(module, f"{side}_norm", None), nn.Module)
+        f"{side}_norm": nn.Identity() for side in SIDES if isinstance(getattr(module, f"{side}_norm", None), nn.Module)
     }
     if fused is not None:
         linear = _linear(module, fused, layer)
-        return {fused: PartProjection(linear, _made_rows(fused, linear, sides, plan)), **norms}
-    return {**{f"{side}_proj": DroppedProjection(_linear(module, f"{side}_proj", layer)) for side in sides}, **norms}
+        return {fused: PartProjection(linear, _made_rows(fused, linear, plan)), **norms}
+    return {**{f"{side}_proj": DroppedProjection(_linear(module, f"{side}_proj", layer)) for side in SIDES}, **norms}
 
 
-def _made_rows(name: str, linear: nn.Linear, sides: Sequence[str], plan: Plan) -> Ints:
+def _made_rows(name: str, linear: nn.Linear, plan: Plan) -> Ints:
     """Returns the outputs of a fused projection that are still made."""
     shape = plan.model
     if name == "query_key_value":  # query, key and value of one head after the other
@@ -157,7 +149,7 @@ def _made_rows(name: str, linear: nn.Linear, sides: Sequence[str], plan: Plan) -
         raise ModelError(
             f"{name} gives {linear.out_features} numbers a token, not {len(kinds)}; its layers cannot share"
         )
-    return np.flatnonzero(~np.isin(kinds, ["qkv".index(side) for side in sides]))
+    return np.flatnonzero(~np.isin(kinds, ["qkv".index(side) for side in SIDES]))
 
 
 def _linear(module: nn.Module, name: str, layer: int) -> nn.Linear:

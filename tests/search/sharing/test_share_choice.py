@@ -15,7 +15,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.errors import MoaCompressError, PlanError, RecipeError, UsageError
 from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
-from moacompress.rules.share import COPY, LayerShares, Share
+from moacompress.rules.share import LayerShares, Share
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.share_choice import HOPE, ShareChoice
@@ -50,7 +50,6 @@ def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
     assert np.isinf(table[4]).all()  # another window of its own
     share = found.share(3, 1)
     assert share.anchor == 1
-    assert share.kind == COPY
     of_heads = found.influence[3, 1]
     assert share.head_map == tuple(of_heads.argmin(1).tolist())
     assert found.cost((None, None, None, share, None, None)) == pytest.approx(table[3, 1])
@@ -74,7 +73,7 @@ def test_layers_that_are_alike_share_and_the_first_do_not(profiles: Profiles) ->
     for segments in (False, True):
         found = choice_of(profile, share="1", segments=segments)
         assert found is not None
-        assert found.fixed == (None, None, None, Share(2, COPY, (0, 1)), None, None)
+        assert found.fixed == (None, None, None, Share(2, (0, 1)), None, None)
         assert found.costs.cost(found.fixed) == 0
     by_hand = choice_of(profile, share="layers=1:0")
     assert by_hand is not None
