@@ -176,7 +176,7 @@ def dry_run(
     if gates:
         parts[0] = arithmetic.with_gates(parts[0], gates)
     if longer := sum(longer_counts(recipe, source.context)):
-        parts.append(arithmetic.answers(2 * lengths[-1], longer))
+        parts.append(arithmetic.estimate(2 * lengths[-1], 0, 0, longer))
     progress.done()
     return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe)
 
@@ -196,9 +196,12 @@ class _Arithmetic:
         self._lines: dict[bool, tuple[Line, Line]] = {}
 
     def estimate(self, length: int, samples: int, texts: int, validation: int) -> LengthEstimate:
-        """Returns the estimate of one length from its numbers of samples."""
-        answered = samples + validation
-        profiling = samples * self._sample_seconds(length, self._answer) + texts * self._sample_seconds(length, TARGETS)
+        """Returns the estimate of one length from its numbers of samples; only calibration and plain text are profiled."""
+        answered, seconds, peak = samples + validation, 0.0, self._answer_bytes(length, samples + validation)
+        if samples or texts:
+            seconds += samples * self._sample_seconds(length, self._answer)
+            seconds += texts * self._sample_seconds(length, TARGETS)
+            peak = max(peak, self._peak(length))
         return LengthEstimate(
             length=length,
             samples=samples,
@@ -206,8 +209,8 @@ class _Arithmetic:
             validation_samples=validation,
             tokens=(answered + texts) * length,
             answer_seconds=self._answer_seconds(length, answered),
-            profile_seconds=profiling,
-            peak_bytes=self._probe.weight_bytes + self._peak(length, answered),
+            profile_seconds=seconds,
+            peak_bytes=self._probe.weight_bytes + peak,
             forward_seconds=self._probe.forward(length),
             decode_seconds=self._probe.step(length),
         )
@@ -227,21 +230,6 @@ class _Arithmetic:
         """Returns how often samples that gates are fitted to or judged on go forward once more."""
         groups = self._probe.gate_groups
         return (groups - 1) * samples + groups * min(JUDGED, samples)
-
-    def answers(self, length: int, count: int) -> LengthEstimate:
-        """Returns the estimate of validation samples of a length that is not profiled."""
-        return LengthEstimate(
-            length=length,
-            samples=0,
-            text_samples=0,
-            validation_samples=count,
-            tokens=count * length,
-            answer_seconds=self._answer_seconds(length, count),
-            profile_seconds=0.0,
-            peak_bytes=self._probe.weight_bytes + self._answer_bytes(length, count),
-            forward_seconds=self._probe.forward(length),
-            decode_seconds=self._probe.step(length),
-        )
 
     def _answer_bytes(self, length: int, count: int) -> int:
         """Returns the bytes beside the weights that answering so many prompts takes."""
@@ -270,11 +258,11 @@ class _Arithmetic:
             total += count * (math.ceil(length / TILE) * sum(full) + math.ceil(targets / TILE) * last)
         return total
 
-    def _peak(self, length: int, answered: int) -> int:
-        """Returns the most bytes beside the weights that a sample or a batch of answers takes."""
+    def _peak(self, length: int) -> int:
+        """Returns the most bytes beside the weights that the passes of a sample take."""
         twice = length > passes.KEEP_TOKENS
         if twice not in self._lines:
             self._lines[twice] = self._probe.sample_lines(twice)
         chosen = self._probe.choice_bytes(length)
         kept, busy = (line.at(length) + chosen for line in self._lines[twice])
-        return max(kept + self._output_bytes, busy, self._answer_bytes(length, answered))
+        return max(kept + self._output_bytes, busy)

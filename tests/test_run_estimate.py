@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.cli.efforts import effort_recipe
-from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import Rates
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.recipe import Recipe
@@ -75,15 +74,6 @@ def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
     assert shown["total_seconds"] == pytest.approx(sum(shown["seconds"].values()), abs=0.3)
     assert set(shown["seconds"]) == {"profile", "search", "export", "eval"}
     assert "profile" in found.line()
-
-
-def test_an_estimate_says_that_the_machine_is_busy() -> None:
-    for slowdown, wanted in ((1.2, False), (26.0, True)):
-        found = Estimate(seconds=540.0, text=["about 9 min."], facts={"answers": 20}, slowdown=slowdown)
-        assert ("The machine is busy" in found.line()) == wanted
-        assert found.to_dict() == {"estimate": True, "answers": 20, "seconds": 540.0, "slowdown": slowdown}
-    assert found.line().startswith("about 9 min. ")
-    assert "would be about 3.9 h" in found.line()
 
 
 def test_an_estimate_says_where_the_cache_is_measured(tiny_folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import time
@@ -317,28 +316,6 @@ def test_nothing_is_written_and_the_model_is_as_before(
     assert source.model.config._attn_implementation == attention
     assert model_shape(source.model).weights_fingerprint == weights
     assert all(parameter.grad is None for parameter in source.model.parameters())
-
-
-def test_live_bytes_are_those_of_tensors_that_something_keeps() -> None:
-    weight = torch.ones(1000, requires_grad=True)
-    with LiveBytes() as live:
-        view = weight.view(10, 100).t()
-        assert live.now == 0
-        double = weight * 2
-        assert (live.now, live.peak) == (4000, 4000)
-        double.mul_(2)
-        half = double[:500]
-        del double
-        gc.collect()
-        assert live.now == 4000  # the view keeps it
-        exp = weight.exp()
-        result = exp.square()
-        del exp
-        assert live.now == 12_000  # autograd keeps it
-        del result, half, view
-        gc.collect()
-        assert live.now == 0
-        assert live.peak == 12_000
 
 
 def test_pairs_of_rows_and_keys() -> None:
