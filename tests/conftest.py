@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -102,6 +104,39 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models run faster on one thread, and leave the other cores alone; the real model gets them all."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(CORES if request.node.get_closest_marker("real") else 1)
+
+
+class _ThisProcess:
+    """Stands in for `subprocess` where a checkpoint that was just written is loaded by a script."""
+
+    @staticmethod
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        import torch
+
+        given, sys.argv = sys.argv, ["-c", *command[3:]]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                exec(command[2], {"__name__": "__main__"})
+        except Exception as error:
+            return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
+        finally:
+            sys.argv = given
+        return SimpleNamespace(returncode=0, stderr="")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checkpoints_are_loaded_here() -> Iterator[None]:
+    """Lets exports and heals load what they wrote in this process: a fresh one is seconds of importing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.exporter.fresh.subprocess", _ThisProcess)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives a test marked `fresh_process` what the product does."""
+    if request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr("moacompress.exporter.fresh.subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,15 +16,33 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.py")))
-def test_it_starts(script: str) -> None:
-    """With cProfile, which takes the standard library's `profile` for granted."""
-    code = f"import sys, runpy; sys.path.insert(0, {str(FOLDER)!r}); import cProfile; sys.argv = ['', '--help']; "
-    code += f"assert cProfile.run; runpy.run_path({str(FOLDER / script)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code]
+START = """
+import contextlib, io, json, runpy, sys
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+import cProfile  # which takes the standard library's `profile` for granted
+assert cProfile.run
+said = {}
+for script in sys.argv[2:]:
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", "")).startswith(folder):
+            del sys.modules[name]
+    sys.argv = ["", "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_path(f"{folder}/{script}", run_name="__main__")
+    said[script] = out.getvalue()
+print(json.dumps(said))
+"""
+
+
+def test_they_start() -> None:
+    """All in one process, which does not have the tests' modules."""
+    scripts = sorted(path.name for path in FOLDER.glob("*.py"))
+    command = [sys.executable, "-c", START, str(FOLDER), *scripts]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("usage: ")
+    said = json.loads(done.stdout)
+    assert [script for script in scripts if not said[script].startswith("usage: ")] == []
 
 
 def test_ways_to_round(load_script: Callable[[Path], Any]) -> None:

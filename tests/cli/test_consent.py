@@ -118,7 +118,7 @@ def test_what_a_file_says_is_no_consent(
     run("search", old / "profile", *ask, "-o", tmp_path / "plan.json")
     run("export", coded.folder, old / "plan.json", "-o", tmp_path / "model")
     run("eval", old, "--lengths", "512", "--prompts", "1", "--against", "none", "--dense", coded.folder)
-    run("bench", old, "--quick", "--lengths", "128", "--tokens", "1", "--repeats", "1", "--sides", "plan")
+    run("bench", old, "--quick", "--lengths", "128", "--tokens", "1", "--repeats", "1", "--sides", "plan", "--no-peak")
     run("chat", old, "--ask", "one two", "--max-new-tokens", "2")
     run("heal", old, "-o", tmp_path / "healed", "--dry-run")
     run("data", "preview", "--recipe", old / "model" / "recipe.json", coded.folder, "--count", "1")

@@ -65,6 +65,7 @@ def test_a_near_tie_may_fall_either_way(
     assert exported_plan(export(source, plan, tmp_path / "model")) == plan
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_other_kernels_pass(
     dtype: str, tiny_folder: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_a_short_context_is_kept(tiny_model: Callable[..., Any], tiny_tokenizer:
     assert len(found.prompt) + len(found.tokens) == 64
 
 
+@pytest.mark.fresh_process
 def test_swapped_layers_are_noticed(copied: Path, expected: Continuation) -> None:
     from safetensors.torch import load_file, save_file
 
