@@ -1,4 +1,4 @@
-"""What gates choose in a sample: for every rule that selects, how long each token is kept that has left the window.
+"""What rules select in a sample: for every rule that selects, when each token is evicted that has left the window.
 
 Of rules on offer that is asked of every KV head, and of the rules that a layer runs under of the KV head of each.
 """
@@ -19,6 +19,7 @@ from moacompress.kernels.dispatch import backend_on_host
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import competing_tokens
 from moacompress.runtime.gate import gate_scores, rounded_scores
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _NEVER = (1 << 31) - 1
 
 
 def choices_of(table: RuleTable, scores: Tensor, plan: RuleTable | None = None) -> Choices | None:
-    """Returns what rules choose in a sample; None where none of them selects.
+    """Returns what rules select in a sample; None where none of them selects.
 
     Args:
         table: the rules on offer, in their layer, with a numpy array.
@@ -40,23 +41,27 @@ def choices_of(table: RuleTable, scores: Tensor, plan: RuleTable | None = None) 
     for number, rule in enumerate(table.rules):
         if rule.selects and not table.span.native_window[number]:
             of_rule[number] = ways.setdefault((rule.sink, rule.select_alpha, rule.select_beta_q), len(ways))
-    own_rules = dict(enumerate(plan.rules)) if plan is not None and not plan.span.native_window.any() else {}
-    if not ways and not any(rule.selects for rule in own_rules.values()):
+    runs_under = plan if plan is not None and plan.selects and not plan.span.native_window.any() else None
+    if not ways and runs_under is None:
         return None
     there = scores.cpu().numpy().astype(np.int64)
-    gone = np.zeros((len(there), len(ways), there.shape[1]), np.int32)
-    for (sink, alpha, beta_q), way in ways.items():
-        for head, of_head in enumerate(there):
-            gone[head, way, sink:] = _gone(of_head[sink:], alpha, beta_q)
-    own = np.zeros(there.shape, np.int32)
-    for head, rule in own_rules.items():
-        if rule.selects:
-            own[head, rule.sink :] = _gone(there[head, rule.sink :], rule.select_alpha, rule.select_beta_q)
-    return Choices(torch.from_numpy(gone), torch.from_numpy(of_rule), torch.from_numpy(own) if own.any() else None)
+    evicted = np.zeros((len(there), len(ways), there.shape[1]), np.int32)
+    for way in range(len(ways)):
+        first = int(np.flatnonzero(of_rule == way)[0])
+        evicted[:, way] = _evicted(RuleTable(np.repeat(table.columns[:, [first]], len(there), axis=1)), there)
+    own = None if runs_under is None else torch.from_numpy(_evicted(runs_under, there))
+    return Choices(torch.from_numpy(evicted), torch.from_numpy(of_rule), None if own is None or not own.any() else own)
 
 
-def _gone(scores: Ints, alpha: int, beta_q: int) -> Ints:
-    return np.minimum(backend_on_host().turnover(scores, alpha, beta_q).gone, _NEVER)
+def _evicted(rules: RuleTable, scores: Ints) -> Any:
+    """Returns when each KV head's rule evicts tokens as all leave the window, int32 `[kv_heads, tokens]`; 0 of sinks."""
+    after = scores.shape[1] - rules.span.sink[None]
+    tokens = competing_tokens(rules, np.zeros_like(after), np.maximum(after, 0))
+    _, heads = tokens.rows_and_heads
+    schedule = backend_on_host().eviction_schedule(tokens, rules, scores[heads, tokens.positions])
+    found = np.zeros(scores.shape, np.int32)
+    found[heads, tokens.positions] = np.minimum(schedule.evicted, _NEVER)
+    return found
 
 
 @contextmanager
@@ -67,11 +72,11 @@ def choosing(
     plans: Sequence[RuleTable | None],
     found: dict[int, Choices | None],
 ) -> Iterator[None]:
-    """Writes down, as a sample goes through the model, what rules choose in every layer; a second time nothing is done anew.
+    """Notes, as a sample goes through the model, what rules select in every layer; a second time nothing is done.
 
     Args:
         model: dense.
-        gates: of its layers; without them nothing is chosen.
+        gates: of its layers; without them nothing is selected.
         table_of: gives the rules on offer of a layer.
         plans: the rule that each KV head of every layer runs under; see `Recording`.
         found: by layer; filled before the layer attends.

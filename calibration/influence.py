@@ -227,10 +227,10 @@ class TileView:
         for number, way in enumerate(self.choices.of_rule.tolist()):
             if way < 0:
                 continue
-            entered = keys - int(self.table.span.sink[number]) + 1
-            gone = self.choices.gone[:, way].to(keys.device)[:, None, keys]
+            admitted = keys - int(self.table.span.sink[number]) + 1
+            evicted = self.choices.evicted[:, way].to(keys.device)[:, None, keys]
             left = self._left[:, number, None]
-            found.append((number, (entered > 0) & (entered <= left) & (left < gone)))
+            found.append((number, (admitted > 0) & (admitted <= left) & (left < evicted)))
         return found
 
     @cached_property
@@ -332,17 +332,17 @@ def _mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, own: Tensor | None, 
 
 
 def _passing(own: Tensor, rules: RuleTable) -> Passing:
-    """Returns the tokens that the rules a layer runs under keep for a while, from when they are kept no longer.
+    """Returns the tokens that the rules a layer runs under select, from when they are evicted.
 
     Args:
         own: see `Choices`.
         rules: of the KV heads, with a numpy array.
     """
     tokens = torch.arange(own.shape[1])
-    entered = tokens - torch.from_numpy(np.asarray(rules.span.sink))[:, None] + 1
-    heads, kept = ((entered > 0) & (own > entered)).nonzero(as_tuple=True)
+    admitted = tokens - torch.from_numpy(np.asarray(rules.span.sink))[:, None] + 1
+    heads, at = ((admitted > 0) & (own > admitted)).nonzero(as_tuple=True)
     begins = torch.searchsorted(heads, torch.arange(len(own) + 1))
-    return Passing(begins, -1 - kept, entered[heads, kept], own[heads, kept].long())
+    return Passing(begins, -1 - at, admitted[heads, at], own[heads, at].long())
 
 
 def attend(

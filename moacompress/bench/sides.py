@@ -106,12 +106,11 @@ class FilledPlanCache:
         self.cache = PlanCache(plan, reserve=room)
         for layer, (key, value) in zip(self.cache.layers, random_kv(shape, cell, seed, device), strict=True):
             layer.update(key, value)
-            chunk, selection = Chunk(cell.length), None
+            scores = None
             if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
                 generator = torch.Generator().manual_seed(seed)
                 scores = torch.randint(-(1 << 15), 1 << 15, key.shape[:3], generator=generator, dtype=torch.int16)
-                selection = layer.choose(chunk, scores)
-            layer.commit(chunk, selection)  # type: ignore[arg-type]
+            layer.commit(Chunk(cell.length), scores)  # type: ignore[arg-type]
 
     def fresh(self) -> PlanCache:
         """As `FilledCache`."""

@@ -1,4 +1,4 @@
-"""The arrays that numbers are kept in, by what they hold."""
+"""The arrays that numbers are kept in, by what they hold, and ranges of numbers one after the other."""
 
 from __future__ import annotations
 
@@ -9,3 +9,22 @@ import numpy.typing as npt
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+
+def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
+    """Returns the numbers of many ranges one after the other.
+
+    Args:
+        low: first number of each range, any shape.
+        high: end of each range, of the same shape; a range whose end is not beyond its beginning is empty.
+
+    Returns:
+        `(owner, number)`, each `[sum of sizes]`: the flat index of the range, and the number.
+    """
+    low, high = low.reshape(-1), high.reshape(-1)
+    sizes = np.maximum(high - low, 0)
+    total = int(sizes.sum())
+    owner = np.repeat(np.arange(len(low)), sizes)
+    number = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(low, sizes)
+    return owner, number

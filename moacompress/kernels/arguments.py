@@ -31,37 +31,39 @@ class Scores(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What rules that select choose among the tokens of a sample, when they have left the window.
+    """When rules that select evict each token of a sample: counterfactuals, for every rule on offer.
+
+    Times are those of an `EvictionSchedule`; it follows from a token's position when it is admitted.
 
     Attributes:
-        gone: how many have left when a token is kept no longer, in each way to choose, int32 `[kv_heads, ways, tokens]`; of a
-            token that is never kept no more than have left when it does.
+        evicted: in each way to select, int32 `[kv_heads, ways, tokens]`; of a token that is never selected no more than have
+            left the window when it does.
         of_rule: the way of each rule, -1 of one that does not select, int64 `[rules]`. Rules of one way have one sink.
-        own: `gone` of the rule that each KV head runs under, int32 `[kv_heads, tokens]`; None where no such rule selects.
+        own: `evicted` of the rule that each KV head runs under, int32 `[kv_heads, tokens]`; None where no such rule selects.
     """
 
-    gone: torch.Tensor
+    evicted: torch.Tensor
     of_rule: torch.Tensor
     own: torch.Tensor | None = None
 
 
 class Passing(NamedTuple):
-    """The tokens that gates keep for a while in a chunk, all rows' and KV heads' one after the other.
+    """The tokens of an `EvictionSchedule` that some query of a chunk may attend to, where attention reads them.
 
-    A query sees one, besides what rules show it, where so many tokens have left its window: `entered` at least, and less than
-    `gone`.
+    A query attends to one, besides what rules show it, where so many tokens have left its window: `admitted` at least, and less
+    than `evicted`.
 
     Attributes:
         begins: where those of a row and KV head begin, and all end, int64 `[rows * kv_heads + 1]`.
-        slots: where each is kept, block id * 16 + place in the block; -1 - t of the chunk's real token t; int64 `[tokens]`.
-        entered: int64 `[tokens]`.
-        gone: likewise.
+        slots: where each lies, block id * 16 + place in the block; -1 - t of the chunk's real token t; int64 `[tokens]`.
+        admitted: int64 `[tokens]`.
+        evicted: likewise.
     """
 
     begins: torch.Tensor
     slots: torch.Tensor
-    entered: torch.Tensor
-    gone: torch.Tensor
+    admitted: torch.Tensor
+    evicted: torch.Tensor
 
 
 class CacheView(NamedTuple):

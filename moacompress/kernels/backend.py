@@ -24,7 +24,7 @@ from moacompress.kernels.arguments import (
 )
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import Turnover, turnover
+from moacompress.rules.selection import EvictionSchedule, eviction_schedule
 from moacompress.rules.share import LayerShares
 
 
@@ -197,7 +197,7 @@ class Backend(ABC):
             rules: of the KV heads, with tensors on the CPU.
             scores: how scores are made.
             with_lse: whether the second result is wanted; it may be None where it is not.
-            passing: tokens that gates keep, on the CPU; with them only `cached_gradients` say whether there are gradients.
+            passing: selected tokens, on the CPU; with them only `cached_gradients` say whether there are gradients.
 
         Returns:
             `(out, lse)`: `[rows, heads, tokens, value_dim]` of the query's dtype, and `[rows, heads, tokens]` in float32 at
@@ -345,7 +345,7 @@ class Backend(ABC):
             scores: how scores are made.
             baselines: whether to sum MoA's |E| and the masked probability too.
             lag: tokens from a key on before which queries do not count in the influence of single tokens; None for none of it.
-            choices: what rules that select choose; without them they are taken for their sinks and windows alone.
+            choices: when rules that select evict tokens; without them they are taken for their sinks and windows alone.
 
         Returns:
             Gradients of query, key and value; sums, float64 `[2 or 4, kv_heads, rules]`: of squares and of the deltas, then of
@@ -358,11 +358,15 @@ class Backend(ABC):
         """Writes tokens into halves of blocks; see `BlockHalf.write`, which this is."""
         half.write(memory, slots, vectors)
 
-    def turnover(
-        self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0
-    ) -> Turnover:
-        """Lets tokens leave a window, one after the other; see `rules.selection.turnover`, which this is."""
-        return turnover(scores, select_alpha, select_beta_q, kept, left)
+    def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
+        """Lets tokens compete to be selected; the default is the definition in `rules.selection`.
+
+        Args:
+            tokens: that compete.
+            rules: of the KV heads, with a numpy array.
+            scores: of the tokens, `[tokens]`.
+        """
+        return eviction_schedule(tokens, rules, scores)
 
     def _cannot(self, call: str) -> UnsupportedError:
         return UnsupportedError(f"the kernel {self.name!r} has no {call}; ask its capabilities first")
@@ -387,7 +391,7 @@ def prefill_alone(
         value: `[rows, kv_heads, tokens, value_dim]`.
         rules: of the KV heads, with tensors on the CPU.
         scores: how scores are made.
-        passing: the tokens that gates keep for a while, of the rows alone.
+        passing: the selected tokens, of the rows alone.
     """
     past = torch.zeros(key.shape[0], dtype=torch.int64, device="cpu")
     whole = torch.full_like(past, key.shape[2])

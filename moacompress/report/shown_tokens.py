@@ -16,7 +16,7 @@ from moacompress.core.tables import section
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import NEVER, turnover
+from moacompress.rules.selection import competing_tokens, eviction_schedule
 
 MOST_TOKENS = 2048
 """Tokens of a text that are read, at most."""
@@ -63,12 +63,11 @@ def kept_tokens(
     kept, left = np.zeros(n), np.zeros(n)
     for layer, found in scores.items():
         table = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
-        gone = table.tokens_left(np.array([n]))[0]
-        for head, rule in enumerate(plan.rules[layer]):
-            if rule.selects:
-                at = slice(rule.sink, rule.sink + int(gone[head]))
-                left[at] += 1
-                kept[at] += turnover(found[head, at], rule.select_alpha, rule.select_beta_q).gone == NEVER
+        after = table.tokens_left(np.array([n]))
+        tokens = competing_tokens(table, np.zeros_like(after), after)
+        schedule = eviction_schedule(tokens, table, found[tokens.rows_and_heads[1], tokens.positions])
+        np.add.at(left, schedule.positions, 1)
+        np.add.at(kept, schedule.newly_selected.positions, 1)
     if not left.any():
         raise DataError(f"{text} has {n} tokens: none of them leaves a window; give a longer text")
     shares = np.divide(kept, left, out=np.full(n, np.nan), where=left > 0)

@@ -1,97 +1,136 @@
-"""Which tokens a gate keeps: the one definition, in integers, of who stays and who goes as tokens leave the window.
+"""Which tokens a gate selects: the one definition, in integers, of when they are admitted and evicted, and of their places.
 
-Tokens compete in the order in which they leave. While fewer than `windows.selected` are kept, the next one is taken; then it
-takes the place of the one of least score if its own is higher, or is gone. Of equals the one in the first place goes, and who
-is kept stays against an equal. So what is kept depends on the scores of those that have left alone, and on nothing after them.
+Tokens compete in the order in which they leave the window. While fewer than `windows.selected` are selected, the next one is
+admitted; then it takes the place of the one of least score if its own is higher. Of equals the one in the first place is
+evicted, and a selected token stays against an equal. So the selection depends on the scores of the tokens that have left the
+window alone, and on nothing after them.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Ints, ragged_ranges
+from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import selected
 
 NEVER = 1 << 40
-"""Of a token that is kept: how many have left when it goes."""
+"""When a token is evicted that stays selected."""
 
 
 @dataclass(frozen=True, eq=False)
-class Turnover:
-    """What becomes of the tokens that a KV head has kept, and of those that leave its window one after the other.
+class EvictionSchedule:
+    """The tokens that compete in a chunk: who they are, when each is selected, and where it lies.
 
-    Tokens are those kept before, in the order of their places, then the others in the order in which they leave; all arrays are
-    int64 `[kept before + leaving]`.
+    Those of every (row, KV head) come one after the other: first the tokens selected before the chunk, in the order of their
+    places, then the others as they leave the window. Times are numbers of tokens that have left the window of the KV head: a
+    query attends to a selected token from `admitted` on, and no longer once it is `evicted`. All arrays are int64.
 
     Attributes:
-        left: how many had left before.
-        kept_before: how many of them had been kept.
-        entered: how many have left when each is first kept, `left` for those that were kept before.
-        gone: how many have left when it is kept no longer: `entered` where it never is, `NEVER` where it stays.
-        places: where it is kept; -1 where it never is.
+        heads: KV heads of a row.
+        begins: where the tokens of each (row, KV head) begin, and all end, `[rows * heads + 1]`.
+        positions: of the tokens in their row, `[tokens]`; -1 of those selected before, of which it is not known.
+        admitted: `[tokens]`; of those selected before how many had left then.
+        evicted: `[tokens]`; `admitted` where a token is never selected, `NEVER` where it stays.
+        places: among the selected tokens of the KV head, `[tokens]`; -1 where a token is never selected.
     """
 
-    left: int
-    kept_before: int
-    entered: Ints
-    gone: Ints
+    heads: int
+    begins: Ints
+    positions: Ints
+    admitted: Ints
+    evicted: Ints
     places: Ints
 
-    @staticmethod
-    def of(left: int, kept_before: int, gone: Ints, places: Ints) -> Turnover:
-        """Returns it with `entered`, which follows."""
-        leaving = np.arange(left + 1, left + 1 + len(gone) - kept_before, dtype=np.int64)
-        return Turnover(
-            left, kept_before, np.concatenate([np.full(kept_before, left, np.int64), leaving]), gone, places
-        )
+    @property
+    def owners(self) -> Ints:
+        """The row and KV head of each token, `row * heads + head`, int64 `[tokens]`."""
+        return np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
 
     @property
-    def ever(self) -> Ints:
-        """The tokens that are kept for a while."""
-        return np.flatnonzero(self.gone > self.entered)
+    def rows_and_heads(self) -> tuple[Ints, Ints]:
+        """The row and the KV head of each token, int64 `[tokens]` each."""
+        rows, heads = np.divmod(self.owners, self.heads)
+        return rows, heads
 
     @property
-    def new(self) -> Ints:
-        """The tokens that leave and are kept at the end."""
-        return np.flatnonzero((self.gone == NEVER) & (self.entered > self.left))
+    def ever_selected(self) -> EvictionSchedule:
+        """The tokens that some query of the chunk may attend to."""
+        return self.only(self.evicted > self.admitted)
+
+    @property
+    def newly_selected(self) -> EvictionSchedule:
+        """The tokens that are admitted in the chunk, and still selected at its end."""
+        return self.only((self.evicted == NEVER) & (self.positions >= 0))
+
+    def only(self, which: Bools) -> EvictionSchedule:
+        """Returns some of the tokens, bool `[tokens]`."""
+        return self._picked(which, np.bincount(self.owners[which], minlength=len(self.begins) - 1), self.heads)
+
+    def of_rows(self, rows: Ints) -> EvictionSchedule:
+        """Returns the tokens of some rows of the batch."""
+        pairs = rows[:, None] * self.heads + np.arange(self.heads)
+        _, at = ragged_ranges(self.begins[pairs], self.begins[pairs + 1])
+        return self._picked(at, np.diff(self.begins)[pairs.reshape(-1)], self.heads)
+
+    def of_head(self, row: int, head: int) -> EvictionSchedule:
+        """Returns the tokens of one row and KV head."""
+        at = slice(*self.begins[row * self.heads + head :][:2].tolist())
+        return self._picked(at, np.array([at.stop - at.start]), 1)
+
+    def _picked(self, at: Bools | Ints | slice, counts: Ints, heads: int) -> EvictionSchedule:
+        parts = (self.positions, self.admitted, self.evicted, self.places)
+        return EvictionSchedule(heads, np.concatenate([[0], np.cumsum(counts)]), *(part[at] for part in parts))
 
 
-def turnover(scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0) -> Turnover:
-    """Lets tokens leave a window, one after the other.
+def competing_tokens(rules: RuleTable, left: Ints, after: Ints) -> EvictionSchedule:
+    """Returns the tokens that compete while tokens leave the windows; nobody is evicted or admitted to a place yet.
 
     Args:
-        scores: of those that leave, in that order, integers `[leaving]`.
-        select_alpha: see `windows.selected`.
-        select_beta_q: likewise.
-        kept: scores of those that are kept so far, by their places; none by default.
-        left: how many have left so far.
+        rules: of the KV heads, with a numpy array.
+        left: how many tokens have left each window before, `[rows, heads]`.
+        after: how many have at the end, likewise.
     """
-    held = [] if kept is None else kept.tolist()
-    count, before = len(held), len(held)
-    heap = [(score, place) for place, score in enumerate(held)]
-    heapq.heapify(heap)
-    owner = [*range(count)]
-    leaving = scores.tolist()
-    gone = [NEVER] * count
-    places = [*range(count)]
-    for number, score in enumerate(leaving):
-        now = left + number + 1
-        if count < selected(now, select_alpha, select_beta_q):
-            heapq.heappush(heap, (score, count))
-            owner.append(before + number)
-            places.append(count)
-            gone.append(NEVER)
-            count += 1
-        elif count and score > heap[0][0]:
-            _, place = heapq.heapreplace(heap, (score, heap[0][1]))
-            gone[owner[place]] = now
-            owner[place] = before + number
-            places.append(place)
-            gone.append(NEVER)
-        else:
-            places.append(-1)
-            gone.append(now)
-    return Turnover.of(left, before, np.array(gone, np.int64), np.array(places, np.int64))
+    before = selected(left, *rules.select)
+    sizes = np.where(rules.selecting, after - left + before, 0)
+    owner, number = ragged_ranges(np.zeros_like(sizes), sizes)
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    held, start = before.reshape(-1)[owner], left.reshape(-1)[owner]
+    admitted = start + np.maximum(number - held + 1, 0)
+    positions = np.where(number < held, -1, rules.span.sink[owner % len(rules)] + admitted - 1)
+    places = np.where(number < held, number, -1)
+    return EvictionSchedule(len(rules), begins, positions, admitted, np.full(len(owner), NEVER), places)
+
+
+def eviction_schedule(tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
+    """Lets tokens compete; the compiled kernels do the same.
+
+    Args:
+        tokens: see `competing_tokens`.
+        rules: of the KV heads, with a numpy array.
+        scores: of the tokens, `[tokens]`.
+    """
+    found = replace(tokens, evicted=tokens.evicted.copy(), places=tokens.places.copy())
+    alphas, betas = rules.select
+    for pair, (begin, end) in enumerate(zip(tokens.begins[:-1].tolist(), tokens.begins[1:].tolist(), strict=True)):
+        head = pair % len(rules)
+        select_alpha, select_beta_q = int(alphas[head]), int(betas[head])
+        heap: list[tuple[int, int, int]] = []  # score, place, token
+        for token, score in enumerate(scores[begin:end].tolist(), begin):
+            if tokens.positions[token] < 0:
+                heapq.heappush(heap, (score, int(tokens.places[token]), token))
+                continue
+            now = int(tokens.admitted[token])
+            if len(heap) < selected(now, select_alpha, select_beta_q):
+                found.places[token] = len(heap)
+                heapq.heappush(heap, (score, len(heap), token))
+            elif heap and score > heap[0][0]:
+                _, place, evicted = heap[0]
+                heapq.heapreplace(heap, (score, place, token))
+                found.evicted[evicted], found.places[token] = now, place
+            else:
+                found.evicted[token] = now
+    return found

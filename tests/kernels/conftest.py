@@ -118,8 +118,8 @@ class Case:
         return Case(**{**self.__dict__, **moved})
 
     def keeping(self, rng: random.Random) -> Case:
-        """The same where gates keep random tokens for a while, of the cache's blocks and of the chunk."""
-        slots, entered, gone, begins = [], [], [], [0]
+        """The same where random tokens are selected for a while, of the cache's blocks and of the chunk."""
+        slots, admitted, evicted, begins = [], [], [], [0]
         for row, valid in enumerate(self.valid.tolist()):
             n = self.past[row].item() + torch.arange(1, valid + 1)
             left = RuleTable(self.rules.columns.numpy()).tokens_left(n.numpy())
@@ -131,10 +131,10 @@ class Case:
                 for slot in picked:
                     begin = rng.randint(-1, most)
                     slots.append(slot)
-                    entered.append(begin)
-                    gone.append(rng.choice((begin + 1, rng.randint(begin, most + 1), 1 << 40)))
+                    admitted.append(begin)
+                    evicted.append(rng.choice((begin + 1, rng.randint(begin, most + 1), 1 << 40)))
                 begins.append(len(slots))
-        parts = (torch.tensor(part, dtype=torch.int64) for part in (begins, slots, entered, gone))
+        parts = (torch.tensor(part, dtype=torch.int64) for part in (begins, slots, admitted, evicted))
         return replace(self, passing=Passing(*parts))
 
     def written(self, slots: list[int], head: int) -> list[int]:

@@ -210,8 +210,8 @@ void test(Isa isa, DType dtype) {
             "prefill");
   }
 
-  // with tokens that gates keep: that it stays inside its memory; Python's tests compare its numbers
-  std::vector<int64_t> begins = {0}, slots, entered, gone;
+  // with selected tokens: that it stays inside its memory; Python's tests compare its numbers
+  std::vector<int64_t> begins = {0}, slots;
   for (int64_t pair = 0; pair < rows * kv_heads; pair++) {
     const int64_t last = past[size_t(pair / kv_heads)] - 1;  // a token that every query of the cache's end sees
     if (last >= 0) slots.push_back(table[size_t(pair * width + last / BLOCK)] * BLOCK + last % BLOCK);
@@ -219,20 +219,21 @@ void test(Isa isa, DType dtype) {
       if (pick(0, 2)) slots.push_back(-1 - t);
     begins.push_back(int64_t(slots.size()));
   }
-  std::vector<int64_t> places(slots.size()), given(slots.size());
+  std::vector<int64_t> places(slots.size()), given(slots.size()), positions(slots.size()), admitted(slots.size()), evicted(slots.size());
   for (size_t i = 0; i < slots.size(); i++) {
     given[i] = pick(-9, 9);
-    entered.push_back(pick(-1, 40));
+    admitted[i] = pick(-1, 40);
+    positions[i] = pick(-1, 5);
   }
-  gone.resize(slots.size());
-  Rule selects = {};
-  selects.select_alpha = pick(0, 9);
-  selects.select_beta_q = pick(0, 200);
-  const TurnoverCall leaving = {selects, 0, nullptr, 0, given.data(), int64_t(slots.size()), gone.data(), places.data()};
-  if (turnover(leaving) != OK) failures++, std::printf("turnover failed\n");
-  const Passing passing = {begins.data(), slots.data(), entered.data(), gone.data()};
+  std::vector<int64_t> selects(size_t(RULE_NUMBERS), 0);
+  selects[size_t(RULE_NUMBERS) - 2] = pick(0, 9);
+  selects[size_t(RULE_NUMBERS) - 1] = pick(0, 200);
+  const EvictionSchedule competing = {begins.data(), positions.data(), admitted.data(), evicted.data(), places.data()};
+  if (eviction_schedule(competing, rows * kv_heads, {selects.data(), 1}, given.data()) != OK)
+    failures++, std::printf("eviction_schedule failed\n");
+  const Passing passing = {begins.data(), slots.data(), admitted.data(), evicted.data()};
   call.passing = &passing;
-  if (prefill(call, parallel, isa) != OK) failures++, std::printf("prefill with kept tokens failed\n");
+  if (prefill(call, parallel, isa) != OK) failures++, std::printf("prefill with selected tokens failed\n");
   call.passing = nullptr;
 
   DecodeCall one = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, keys, values,

@@ -17,7 +17,7 @@ from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import turnover
+from moacompress.rules.selection import NEVER, competing_tokens, eviction_schedule
 from moacompress.rules.windows import block_runs, selected, visible_intervals
 
 OPS = torch.ops.moacompress_cpu
@@ -76,18 +76,25 @@ def test_codes_are_put_where_they_belong(seed, isa):
 
 
 @pytest.mark.seeds(60)
-def test_tokens_leave_as_in_the_definition(seed):
+def test_tokens_are_evicted_as_in_the_definition(seed):
     rng = random.Random(seed)
-    width = rng.choice((3, 50, 30000))
-    select = rng.choice(((0, 0), (1, 0), (7, 0), (40, 0), (0, 100), (5, 300), (0, 1024)))
-    left = rng.choice((0, 0, rng.randint(0, 300)))
-    kept, leaving = (
-        np.array([rng.randint(-width, width) for _ in range(n)], np.int64)
-        for n in (selected(left, *select), rng.randint(0, 400))
+    width, rows, heads = rng.choice((3, 50, 30000)), rng.choice((0, 1, 3)), rng.choice((1, 4))
+    counts = ((0, 0), (1, 0), (7, 0), (40, 0), (0, 100), (5, 300), (0, 1024))
+    rules = [Rule(rng.choice((0, 4)), 0, 0, "native", "native", *rng.choice(counts)) for _ in range(heads)]
+    table, pairs = RuleTable.of(rules, 1), [*np.ndindex(rows, heads)]
+    left, leaving = (
+        np.array([rng.choice((0, 0, rng.randint(0, most))) for _ in pairs], np.int64).reshape(rows, heads)
+        for most in (300, 400)
     )
-    ours, theirs = (each(leaving, *select, kept, left) for each in (CPU.turnover, turnover))
-    for name in ("entered", "gone", "places"):
+    tokens = competing_tokens(table, left, left + leaving)
+    scores = np.array([rng.randint(-width, width) for _ in tokens.positions], np.int64)
+    ours, theirs = (each(tokens, table, scores) for each in (CPU.eviction_schedule, eviction_schedule))
+    for name in ("evicted", "places"):
         assert (getattr(ours, name) == getattr(theirs, name)).all()
+    for row, head in pairs:
+        alone, rule = theirs.of_rows(np.array([row])).of_head(0, head), rules[head]
+        places, count = alone.places[alone.evicted == NEVER], (left + leaving)[row, head] if rule.selects else 0
+        assert sorted(places.tolist()) == [*range(selected(count, rule.select_alpha, rule.select_beta_q))]
 
 
 @pytest.mark.parametrize("formats", [None, [(1, 2), (2, 0)]])

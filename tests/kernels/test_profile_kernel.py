@@ -93,7 +93,7 @@ class Case:
             "sink_logits": self.sink_logit,
             "baselines": True,
             "lag": None,
-            "gone": None if self.choices is None else self.choices.gone,
+            "gone": None if self.choices is None else self.choices.evicted,
             "choice_of": None if self.choices is None else self.choices.of_rule,
             "own_gone": None if self.choices is None else self.choices.own,
         }

@@ -28,7 +28,6 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach, detach
-from moacompress.runtime.cache.chosen_tokens import chosen_slots
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.attention import attention_forward
@@ -373,7 +372,7 @@ def test_what_is_gone_for_good_is_not_rolled_back(counts: tuple[int, ...]) -> No
         part = slice(first, end)
         layer.update(key[:, :, part], value[:, :, part])
         chunk = Chunk(end - first)
-        layer.commit(chunk, layer.choose(chunk, scores[:, :, part]))
+        layer.commit(chunk, scores[:, :, part])
 
     for first, end in ((0, 4), (4, 132), (132, n)):
         feed(layer, first, end)
@@ -390,7 +389,7 @@ def test_what_is_gone_for_good_is_not_rolled_back(counts: tuple[int, ...]) -> No
         for head, rule in enumerate(rules):
             places = np.arange(int(rule.kept(left, MIN_WINDOW) - rule.without_choice().kept(left, MIN_WINDOW)))
             ours, theirs = (
-                read(held, head, chosen_slots(held, 0, head, places))
+                read(held, head, held.chosen.slots(0, head, places))
                 for held in (layer.blocks_held(), twin.blocks_held())
             )
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -452,7 +451,7 @@ def test_one_call_for_all_layers_keeps_what_the_others_do(
     alike = []
     for row, head in np.ndindex(rows, plan.model.kv_heads):
         places = np.arange(int(first[0].rules.selected(first[0].lengths)[row, head]))
-        slots = [chosen_slots(held, row, head, places) for held in first]
+        slots = [held.chosen.slots(row, head, places) for held in first]
         scores = [held.pool.read_scores(at) for held, at in zip(first, slots, strict=True)]
         sides = [read(held, head, at) for held, at in zip(first, slots, strict=True)]
         assert np.abs(scores[0] - scores[1]).max(initial=0) <= (1 if dtype == torch.float32 else 80)

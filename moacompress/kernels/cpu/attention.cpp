@@ -290,11 +290,7 @@ struct PrefillJob {
     };
     find(halves.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
     find(halves.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
-    if (call.passing) {
-      const int64_t begin = call.passing->begins[pair];
-      work.passing = {nullptr, call.passing->slots + begin, call.passing->entered + begin, call.passing->gone + begin};
-      work.passing_count = call.passing->begins[pair + 1] - begin;
-    }
+    if (call.passing) work.passing = call.passing->of(pair);
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * shape.group : nullptr;

@@ -33,17 +33,22 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   return {out, lse};
 }
 
-// Reads begins, slots, entered and gone, all int64; slots of the cache are looked up where they are used.
-Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* real, const char* op) {
-  REQUIRE(passing.size() == 4, op, ": ", passing.size(), " tensors say what gates keep, not 4");
-  const int64_t pairs = shape.rows * shape.kv_heads;
-  const int64_t* begins = numbers(passing[0], pairs + 1, op, "begins");
-  const int64_t count = passing[1].numel();
+// Reads where the tokens of each of some pairs begin, of `count` in all.
+const int64_t* begins_of(const Tensor& t, int64_t pairs, int64_t count, const char* op) {
+  const int64_t* begins = numbers(t, pairs + 1, op, "begins");
   bool ascending = begins[0] == 0 && begins[pairs] == count;
   for (int64_t pair = 0; pair < pairs; pair++) ascending = ascending && begins[pair] <= begins[pair + 1];
   REQUIRE(ascending, op, ": begins do not ascend from 0 to ", count);
-  const Passing found = {begins, numbers(passing[1], count, op, "slots"), numbers(passing[2], count, op, "entered"),
-                         numbers(passing[3], count, op, "gone")};
+  return begins;
+}
+
+// Reads begins, slots, admitted and evicted, all int64; slots of the cache are looked up where they are used.
+Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* real, const char* op) {
+  REQUIRE(passing.size() == 4, op, ": ", passing.size(), " tensors say which tokens are selected, not 4");
+  const int64_t pairs = shape.rows * shape.kv_heads, count = passing[1].numel();
+  const int64_t* begins = begins_of(passing[0], pairs, count, op);
+  const Passing found = {begins, numbers(passing[1], count, op, "slots"), numbers(passing[2], count, op, "admitted"),
+                         numbers(passing[3], count, op, "evicted")};
   for (int64_t pair = 0; pair < pairs; pair++)
     for (int64_t i = begins[pair]; i < begins[pair + 1]; i++)
       REQUIRE(-1 - found.slots[i] < real[pair / shape.kv_heads], op, ": slot ", found.slots[i], " of a chunk of ",
@@ -96,22 +101,26 @@ void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool va
   check_status(put(call, parallel(), isa()), op);
 }
 
-std::tuple<Tensor, Tensor> turnover_op(Tensor scores, Tensor kept, int64_t select_alpha, int64_t select_beta_q, int64_t left) {
-  const char* op = "turnover";
-  const int64_t before = kept.numel(), leaving = scores.numel();
-  const int64_t *own = numbers(scores, leaving, op, "scores"), *held = numbers(kept, before, op, "kept");
-  REQUIRE(select_alpha >= 0 && select_alpha < MAX_TOKENS && select_beta_q >= 0 && select_beta_q <= 1024 && left >= before &&
-              left + leaving < MAX_TOKENS,
-          op, ": ", select_alpha, " and ", select_beta_q, " of ", left, " that have left, of which ", before, " are kept, and ",
-          leaving, " that leave");
-  Tensor gone = new_tensor(scores, Shapes{before + leaving}), places = new_tensor(scores, Shapes{before + leaving});
-  Rule rule = {};
-  rule.select_alpha = select_alpha;
-  rule.select_beta_q = select_beta_q;
-  const TurnoverCall call = {rule, left, held, before, own, leaving, static_cast<int64_t*>(gone.mutable_data_ptr()),
-                             static_cast<int64_t*>(places.mutable_data_ptr())};
-  check_status(turnover(call), op);
-  return {gone, places};
+std::tuple<Tensor, Tensor> eviction_schedule_op(Tensor begins, Tensor positions, Tensor admitted, Tensor scores, Tensor rules) {
+  const char* op = "eviction_schedule";
+  const int64_t pairs = begins.numel() - 1, count = positions.numel();
+  const RuleTable table = rules_of(rules, -1, op, "KV head");
+  REQUIRE(pairs >= 0 && (pairs == 0 || (table.count && pairs % table.count == 0)), op, ": ", pairs, " KV heads of rows for ", table.count,
+          " rules");
+  for (int64_t i = 0; i < table.count; i++) {
+    const Rule rule = table.of(i);
+    REQUIRE(rule.select_alpha >= 0 && rule.select_alpha < MAX_TOKENS && rule.select_beta_q >= 0 && rule.select_beta_q <= 1024, op,
+            ": rule ", i, " selects ", rule.select_alpha, " tokens and ", rule.select_beta_q, "/1024 of those that have left");
+  }
+  Tensor evicted = new_tensor(positions, Shapes{count}), places = new_tensor(positions, Shapes{count});
+  const EvictionSchedule tokens = {begins_of(begins, pairs, count, op), numbers(positions, count, op, "positions"),
+                                   numbers(admitted, count, op, "admitted"), static_cast<int64_t*>(evicted.mutable_data_ptr()),
+                                   static_cast<int64_t*>(places.mutable_data_ptr())};
+  for (int64_t i = 0; i < count; i++)
+    REQUIRE(tokens.admitted[i] >= 0 && tokens.admitted[i] < MAX_TOKENS, op, ": token ", i, " is admitted when ", tokens.admitted[i],
+            " have left");
+  check_status(eviction_schedule(tokens, pairs, table, numbers(scores, count, op, "scores")), op);
+  return {evicted, places};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta,
@@ -237,8 +246,8 @@ static const moacompress::Operators operators("moacompress_cpu", {
      Boxed<&prefill_op>::call},
     {"put(Tensor(a!) memory, Tensor slots, Tensor vectors, int format, bool values) -> ()",
      Boxed<&put_op>::call},
-    {"turnover(Tensor scores, Tensor kept, int select_alpha, int select_beta_q, int left) -> (Tensor, Tensor)",
-     Boxed<&turnover_op>::call},
+    {"eviction_schedule(Tensor begins, Tensor positions, Tensor admitted, Tensor scores, Tensor rules) -> (Tensor, Tensor)",
+     Boxed<&eviction_schedule_op>::call},
     {"prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
      "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
      Boxed<&backward_op>::call},

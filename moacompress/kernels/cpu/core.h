@@ -104,12 +104,18 @@ struct DecodeCall {
   const Chosen* chosen = nullptr;  // or null: then of the tokens that gates keep none is seen
 };
 
-// The tokens that gates keep for a while in a chunk, those of a (row, KV head) from begins[pair] up to begins[pair + 1]. One is seen
-// by the queries that so many tokens have left the window for: at least `entered`, and less than `gone`.
+// The selected tokens that queries of a chunk may attend to, those of a (row, KV head) from begins[pair] up to begins[pair + 1]. One
+// is seen by the queries that so many tokens have left the window for: at least `admitted`, and less than `evicted`.
 struct Passing {
   const int64_t* begins;  // [rows * kv_heads + 1]
   const int64_t* slots;   // block id * 16 + place in it; -1 - t of token t of the chunk
-  const int64_t *entered, *gone;
+  const int64_t *admitted, *evicted;
+  // Of a pair alone, its tokens from the first on.
+  MOACOMPRESS_INLINE Passing of(int64_t pair) const {
+    const int64_t begin = begins[pair];
+    return {begins + pair, slots + begin, admitted + begin, evicted + begin};
+  }
+  MOACOMPRESS_INLINE int64_t count() const { return begins ? begins[1] - begins[0] : 0; }
 };
 
 struct PrefillCall {
@@ -159,15 +165,11 @@ struct BesideCall {
   Table table;              // the anchor's
   const int64_t* lengths;   // [rows] with the token
 };
-// Tokens that leave a window one after the other, and compete with those that a gate has kept; see moacompress/rules/selection.py.
-struct TurnoverCall {
-  Rule rule;                 // of which how many it selects is looked at
-  int64_t left;              // tokens that have left before
-  const int64_t* kept;       // [before] their scores, by their places
-  int64_t before;
-  const int64_t* scores;     // [leaving]
-  int64_t leaving;
-  int64_t *gone, *places;    // [before + leaving] how many have left when each is kept no longer, and where it is kept
+// The tokens that compete to be selected, those of a (row, KV head) from begins[pair] up to begins[pair + 1]; its fields are those of
+// moacompress/rules/selection.py.
+struct EvictionSchedule {
+  const int64_t *begins, *positions, *admitted;  // [pairs + 1], [tokens], [tokens]
+  int64_t *evicted, *places;                     // [tokens]
 };
 constexpr int64_t NEVER = int64_t(1) << 40;
 
@@ -270,7 +272,8 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // works in.
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
 Status put_beside(const BesideCall& call, Isa isa);
-Status turnover(const TurnoverCall& call);
+// Lets tokens compete, `scores` [tokens]: says when each is evicted, and its place. The rules are those of the KV heads.
+Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const RuleTable& rules, const int64_t* scores);
 Status put(const PutCall& call, const Parallel& parallel, Isa isa);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
@@ -325,8 +328,7 @@ struct PrefillTile {
   RowSource source;
   Rule rule;
   int64_t low;  // tokens so far at the first row, itself included
-  Passing passing;  // of the (row, KV head), from the first on: no `begins`
-  int64_t passing_count;
+  Passing passing;  // of the (row, KV head); or no `begins`
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   char* out;

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
@@ -27,7 +27,7 @@ from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capab
 from moacompress.kernels.cpu import library
 from moacompress.kernels.halves import BlockHalf
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import Turnover
+from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.share import LayerShares, planes_of
 
 MOVED = -1
@@ -128,18 +128,11 @@ class CpuBackend(Backend):
         else:
             super().put(half, memory, slots, vectors)
 
-    def turnover(
-        self, scores: Ints, select_alpha: int, select_beta_q: int, kept: Ints | None = None, left: int = 0
-    ) -> Turnover:
-        """See `Backend.turnover`."""
-        held = np.zeros(0, np.int64) if kept is None else kept
-        gone, places = torch.ops.moacompress_cpu.turnover(
-            *(torch.from_numpy(np.ascontiguousarray(part, np.int64)) for part in (scores, held)),
-            select_alpha,
-            select_beta_q,
-            left,
-        )
-        return Turnover.of(left, len(held), gone.numpy(), places.numpy())
+    def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
+        """See `Backend.eviction_schedule`."""
+        parts = (tokens.begins, tokens.positions, tokens.admitted, scores, rules.columns)
+        evicted, places = torch.ops.moacompress_cpu.eviction_schedule(*map(torch.from_numpy, parts))
+        return replace(tokens, evicted=evicted.numpy(), places=places.numpy())
 
     def step(
         self,

@@ -497,24 +497,24 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
     if (!find_rows(t.source, begin, count, keys, values, places)) return false;
     take(count, all_seen(t, begin, begin + count), [&](int64_t at) { return SeesColumns{bounds.from(at), begin}; });
   }
-  if (t.passing_count) {
+  if (const int64_t passing = t.passing.count()) {
     const int64_t first = tokens_left(t.low, t.rule), last = tokens_left(t.low + t.rows - 1, t.rule);
     for (int64_t lane = 0; lane < all_lanes; lane++)
       left[lane] = lane < lanes ? float(tokens_left(t.low + lane % t.rows, t.rule)) : -1.f;
     int64_t slots[TILE];
-    float entered[TILE], until[TILE];  // seen while so many have left at most
+    float admitted[TILE], until[TILE];  // seen while so many have left at most
     bool all = true;
     int64_t count = 0;
-    for (int64_t i = 0; i < t.passing_count; i++) {
-      if (t.passing.entered[i] <= last && t.passing.gone[i] > first) {
-        all = all && t.passing.entered[i] <= first && t.passing.gone[i] > last;
+    for (int64_t i = 0; i < passing; i++) {
+      if (t.passing.admitted[i] <= last && t.passing.evicted[i] > first) {
+        all = all && t.passing.admitted[i] <= first && t.passing.evicted[i] > last;
         slots[count] = t.passing.slots[i];
-        entered[count] = float(t.passing.entered[i]);
-        until[count++] = float(t.passing.gone[i] - 1);
+        admitted[count] = float(t.passing.admitted[i]);
+        until[count++] = float(t.passing.evicted[i] - 1);
       }
-      if (!count || (count < TILE && i + 1 < t.passing_count)) continue;
+      if (!count || (count < TILE && i + 1 < passing)) continue;
       if (!find_slots(t.source, slots, count, keys, values, places)) return false;
-      take(count, all, [&](int64_t at) { return SeesPassing{left + at, entered, until}; });
+      take(count, all, [&](int64_t at) { return SeesPassing{left + at, admitted, until}; });
       all = true;
       count = 0;
     }

@@ -1,20 +1,18 @@
-"""Attention over the tokens that gates keep for a while in a chunk, in plain PyTorch.
+"""Attention over the selected tokens of a chunk, in plain PyTorch.
 
-Every one is seen by the queries between its entry and its end, one tile of them at a time, so that the work follows what is
-kept and not what there was. Softmax over them and over what rules show is a mean of the two outputs, weighted by their
-denominators.
+Every one is seen by the queries between its admission and its eviction, one tile of them at a time, so that the work follows
+what is selected and not what there was. Softmax over them and over what rules show is a mean of the two outputs, weighted by
+their denominators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.halves import BlockHalf, read_tokens
@@ -48,137 +46,112 @@ def merged(base: PartOfSoftmax, more: PartOfSoftmax) -> PartOfSoftmax:
     )
 
 
-class KeptTokens(NamedTuple):
-    """Tokens of one row and KV head that a gate keeps for a while.
-
-    Attributes:
-        keys: `[tokens, head_dim]`.
-        values: `[tokens, value_dim]`.
-        entered: how many have left the window when each comes to be kept, int64 `[tokens]`.
-        gone: how many have when it is kept no longer.
-    """
-
-    keys: Tensor
-    values: Tensor
-    entered: Tensor
-    gone: Tensor
-
-
-def kept_tokens(
-    passing: Passing, key: Tensor, value: Tensor, cache: CacheView, rules: RuleTable
-) -> list[list[KeptTokens | None]]:
-    """Returns them by row and KV head, as queries see them.
+def attend_passing(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cache: CacheView,
+    past: Tensor,
+    valid: Tensor,
+    rules: RuleTable,
+    scores: Scores,
+    passing: Passing,
+) -> PartOfSoftmax:
+    """Attention of a chunk's queries over selected tokens.
 
     Args:
-        passing: which they are.
-        key: of the chunk, each row's real tokens first, `[rows, kv_heads, tokens, head_dim]`.
-        value: likewise, `[rows, kv_heads, tokens, value_dim]`.
+        query: each row's real ones first, `[rows, heads, tokens, head_dim]`.
+        key: of the chunk, likewise, `[rows, kv_heads, any, head_dim]`.
+        value: likewise, `[rows, kv_heads, any, value_dim]`.
         cache: pool and table.
-        rules: of the KV heads.
+        past: tokens before the first query, int64 `[rows]`.
+        valid: real queries, likewise.
+        rules: of the KV heads, with tensors on the CPU.
+        scores: how scores are made; learned logits are no part of this.
+        passing: the selected tokens.
+
+    Returns:
+        `[rows, heads, tokens, value_dim]`, and `[rows, heads, tokens]` in float32 at least, -inf where nothing is seen.
 
     Raises:
         UnsupportedError: a block is not in the pool in these formats.
     """
-    begins, codes = passing.begins.tolist(), rules.format_codes
-
-    def of_head(row: int, head: int) -> KeptTokens | None:
-        at = slice(*begins[row * key.shape[1] + head :][:2])
-        slots = passing.slots[at].to(key.device)
-        if not len(slots):
-            return None
-        cached, sides = slots >= 0, []
-        for number, (side, segments) in enumerate(((key, cache.keys), (value, cache.values))):
-            own, code = side[row, head], int(codes[number, head])
-            wide = torch.promote_types(own.dtype, torch.float32) if code else own.dtype
-            found = own.new_empty(len(slots), own.shape[-1], dtype=wide)
-            if bool(cached.any()):
-                half = BlockHalf(code, own.shape[-1], own.dtype, values=number == 1)
-                ids = torch.div(slots[cached], BLOCK, rounding_mode="floor")
-                there = read_tokens(segments, half, ids[None, None], slots[cached] % BLOCK)
-                if there is None:
-                    raise UnsupportedError("a block of a token that a gate keeps is not in the pool")
-                found = found.index_put((cached,), there[0, 0].to(wide))
-            fresh = own[-1 - slots[~cached]]
-            if code:
-                fresh = rounded(fresh[None, None], [code])[0, 0].to(wide)
-            sides.append(found.index_put((~cached,), fresh))
-        keys, values = sides
-        return KeptTokens(keys, values, passing.entered[at].to(key.device), passing.gone[at].to(key.device))
-
-    return [[of_head(row, head) for head in range(key.shape[1])] for row in range(len(key))]
-
-
-def tokens_left(past: Tensor, valid: Tensor, rules: RuleTable) -> list[Ints]:
-    """Returns of each row how many tokens have left the windows when a query attends, int64 `[real tokens, kv_heads]`.
-
-    Args:
-        past: tokens before the chunk, int64 `[rows]`.
-        valid: real tokens of it, likewise.
-        rules: of the KV heads.
-    """
-    numbers = RuleTable(np.asarray(rules.columns))
-    return [
-        numbers.tokens_left(before + 1 + np.arange(count))
-        for before, count in zip(past.tolist(), valid.tolist(), strict=True)
-    ]
-
-
-def attend_passing(
-    query: Tensor, kept: Sequence[Sequence[KeptTokens | None]], left: Sequence[Ints], scores: Scores, value_dim: int
-) -> PartOfSoftmax:
-    """Attention of queries over tokens that gates keep for a while.
-
-    Args:
-        query: each row's real ones first, `[rows, heads, tokens, head_dim]`.
-        kept: the tokens, by row and KV head.
-        left: of each row how many tokens have left the windows when a query attends, int64 `[real tokens, kv_heads]`.
-        scores: how scores are made; learned logits are no part of this.
-        value_dim: numbers of a value.
-
-    Returns:
-        `[rows, heads, tokens, value_dim]`, and `[rows, heads, tokens]` in float32 at least, -inf where nothing is seen.
-    """
     rows, heads, tokens, size = query.shape
-    kv_heads = len(kept[0])
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    kv_heads, numbers = key.shape[1], RuleTable(np.asarray(rules.columns))
     asking, plain = query.view(rows, kv_heads, -1, tokens, size), scores._replace(sink_logits=None)
     outs, denominators = [], []
-    for row in range(rows):
-        for head in range(kv_heads):
-            found = _passing(asking[row, head], kept[row][head], left[row][:, head], plain, value_dim, wide)
+    for row, (before, count) in enumerate(zip(past.tolist(), valid.tolist(), strict=True)):
+        left = torch.from_numpy(numbers.tokens_left(before + 1 + np.arange(count))).to(query.device)
+        for head, codes in enumerate(rules.format_codes.T.tolist()):
+            at = slice(*passing.begins[row * kv_heads + head :][:2].tolist())
+            slots, admitted, evicted = (part[at].to(query.device) for part in passing[1:])
+            keys, values = (
+                _vectors(
+                    slots, BlockHalf(code, own.shape[-1], own.dtype, values=own is value), own[row, head], segments
+                )
+                for code, own, segments in zip(codes, (key, value), (cache.keys, cache.values), strict=True)
+            )
+            found = _attend(asking[row, head], (keys, values), (admitted, evicted), left[:, head], plain)
             outs.append(found[0])
             denominators.append(found[1])
-    out, lse = (
-        torch.stack(outs).view(rows, heads, tokens, value_dim),
-        torch.stack(denominators).view(rows, heads, tokens),
-    )
-    return out, lse
+    return torch.stack(outs).view(rows, heads, tokens, -1), torch.stack(denominators).view(rows, heads, tokens)
 
 
-def _passing(
-    query: Tensor, kept: KeptTokens | None, left: Ints, scores: Scores, value_dim: int, wide: torch.dtype
+def _vectors(slots: Tensor, half: BlockHalf, own: Tensor, segments: Sequence[Tensor]) -> Tensor:
+    """Returns keys or values of tokens as queries see them, `[tokens, dim]`.
+
+    Args:
+        slots: where they are; see `Passing`.
+        half: what a block keeps of them.
+        own: of the chunk, `[any, dim]`.
+        segments: of the pool.
+    """
+    cached, wide = slots >= 0, torch.promote_types(own.dtype, torch.float32) if half.code else own.dtype
+    found = own.new_empty(len(slots), own.shape[-1], dtype=wide)
+    if bool(cached.any()):
+        ids = torch.div(slots[cached], BLOCK, rounding_mode="floor")
+        there = read_tokens(segments, half, ids[None, None], slots[cached] % BLOCK)
+        if there is None:
+            raise UnsupportedError("a block of a selected token is not in the pool")
+        found = found.index_put((cached,), there[0, 0].to(wide))
+    fresh = own[-1 - slots[~cached]]
+    if half.code:
+        fresh = rounded(fresh[None, None], [half.code])[0, 0].to(wide)
+    return found.index_put((~cached,), fresh)
+
+
+def _attend(
+    query: Tensor, vectors: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor], left: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """`attend_passing` of one row and KV head, `query` `[group, tokens, head_dim]`."""
+    """`attend_passing` of one row and KV head.
+
+    Args:
+        query: `[group, tokens, head_dim]`.
+        vectors: keys and values of the selected tokens, `[selected, dim]` each.
+        times: when each is admitted and evicted, int64 `[selected]` each.
+        left: how many tokens have left the window when each real query attends, int64 `[real tokens]`.
+        scores: how scores are made.
+    """
     group, tokens, _ = query.shape
+    (keys, values), (admitted, evicted) = vectors, times
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     outs, denominators = [], []
-    now = torch.from_numpy(left).to(query.device)
     for first in range(0, tokens, TILE):
-        size, here = min(TILE, tokens - first), now[first : first + TILE]
-        at = None
-        if kept is not None and len(here):
-            at = torch.nonzero((kept.entered <= here[-1]) & (kept.gone > here[0]))[:, 0]
-        if kept is None or at is None or not len(at):
-            outs.append(query.new_zeros(group, size, value_dim))
+        size, here = min(TILE, tokens - first), left[first : first + TILE]
+        at = torch.nonzero((admitted <= here[-1]) & (evicted > here[0]))[:, 0] if len(here) else here
+        if not len(at):
+            outs.append(query.new_zeros(group, size, values.shape[-1]))
             denominators.append(torch.full((group, size), -torch.inf, dtype=wide, device=query.device))
             continue
-        visible = (kept.entered[at] <= here[:, None]) & (here[:, None] < kept.gone[at])
+        visible = (admitted[at] <= here[:, None]) & (here[:, None] < evicted[at])
         visible = torch.nn.functional.pad(visible, (0, 0, 0, size - len(here)))  # what is padding sees nothing
         none = ~visible.any(-1)
         visible[:, 0] |= none  # a softmax of nothing has no gradient
         out, lse = attend(
             query[None, None, :, first : first + size],
-            kept.keys[at][None, None],
-            kept.values[at][None, None],
+            keys[at][None, None],
+            values[at][None, None],
             visible,
             scores,
             with_lse=True,

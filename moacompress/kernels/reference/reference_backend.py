@@ -10,7 +10,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.backend import Backend, Capabilities, Status
 from moacompress.kernels.halves import BlockHalf, read_tokens
-from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
+from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.formats import FORMAT_NAMES
@@ -65,9 +65,10 @@ class ReferenceBackend(Backend):
         out, lse = _attend(query, (key, value), cache, past, valid, rules, scores, wanted)
         if passing is None or lse is None:
             return out, lse
-        kept = kept_tokens(passing, key, value, cache, rules)
-        left = tokens_left(past, valid, rules)
-        return merged((out, lse), attend_passing(query, kept, left, scores, value.shape[-1]))
+        more = attend_passing(
+            query, key, value, cache=cache, past=past, valid=valid, rules=rules, scores=scores, passing=passing
+        )
+        return merged((out, lse), more)
 
 
 def _attend(

@@ -1,15 +1,11 @@
-"""The tokens that gates keep in a layer's cache: what becomes of them in a chunk, and the blocks that they lie in.
+"""The selected tokens of a layer's cache: what becomes of them in a chunk, and the blocks that they lie in.
 
 They lie in blocks of the layer's pool, of their KV head's formats, under a table of their own: the token in place p is in
 `chosen.ids[row, head, p // 16]`. Who is in which place follows from scores alone (`rules.selection`); one that takes the place
-of another is written over it, and what leaves the window is copied there as it was kept.
+of another is written over it, and what is evicted from the window is copied there as it was cached.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,39 +14,22 @@ from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import Passing
 from moacompress.kernels.dispatch import backend_on_host
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import Turnover
-from moacompress.rules.windows import BLOCK, selected
+from moacompress.rules.selection import EvictionSchedule, competing_tokens
+from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_blocks import LayerBlocks, Past
 from moacompress.runtime.cache.pool import Table
 from moacompress.runtime.cache.real_tokens import Chunk
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What gates do in a chunk.
-
-    Attributes:
-        scores: of the chunk's tokens, int16 `[rows, heads, columns]`.
-        turnovers: of each row and KV head, None for heads whose rule selects nothing.
-        sinks: of each head, `[heads]`: the first token to leave its window is the one after them.
-    """
-
-    scores: torch.Tensor
-    turnovers: Sequence[Sequence[Turnover | None]]
-    sinks: Ints
-
-    def of_rows(self, rows: Ints) -> Selection:
-        """Returns it for some rows of the batch."""
-        at = torch.from_numpy(rows).to(self.scores.device)
-        return Selection(self.scores[at], [self.turnovers[row] for row in rows.tolist()], self.sinks)
-
-    def positions(self, head: int, tokens: Ints, made: Turnover) -> Ints:
-        """Returns the positions of some of those that leave, by their numbers in the turnover."""
-        return np.asarray(self.sinks[head] + made.left + tokens - made.kept_before, np.int64)
-
-
-def choose(rules: RuleTable, before: Ints, scores: torch.Tensor, chunk: Chunk, held: LayerBlocks | None) -> Selection:
-    """Returns what becomes of the tokens that gates keep, and of those that leave windows, in a chunk.
+def schedule_of_chunk(
+    rules: RuleTable,
+    before: Ints,
+    scores: torch.Tensor,
+    chunk: Chunk,
+    held: LayerBlocks | None,
+    since: Ints | None = None,
+) -> EvictionSchedule:
+    """Returns what becomes in a chunk of the tokens that gates have selected, and of those that leave windows.
 
     Args:
         rules: of the KV heads, in numpy.
@@ -58,12 +37,33 @@ def choose(rules: RuleTable, before: Ints, scores: torch.Tensor, chunk: Chunk, h
         scores: of the chunk's tokens, int16 `[rows, heads, columns]`.
         chunk: which of them are real.
         held: the layer's blocks, without the chunk; None where there is no cache.
+        since: tokens of the rows when what is selected in `held` was selected, `[rows]`; `before` by default.
     """
-    return _chosen(rules, before, before, before + chunk.counts(len(before)), scores, chunk, held)
+    left, after = (
+        rules.tokens_left(n) for n in (before if since is None else since, before + chunk.counts(len(before)))
+    )
+    tokens = competing_tokens(rules, left, after)
+    rows, heads = tokens.rows_and_heads
+    cached = tokens.positions < before[rows]
+    known = np.empty(len(rows), np.int64)
+    if held is not None:
+        known[cached] = held.pool.read_scores(_cached_slots(held, tokens.only(cached)))
+    row, head, at = (part[~cached] for part in (rows, heads, tokens.positions - before[rows]))
+    known[~cached] = scores.cpu().numpy()[row, head, chunk.columns_of(row, at)]
+    return backend_on_host().eviction_schedule(tokens, rules, known)
+
+
+def _cached_slots(held: LayerBlocks, tokens: EvictionSchedule) -> Ints:
+    """Returns where tokens lie before the chunk: in windows, or where they were selected; see `Table.slots`."""
+    assert held.chosen is not None
+    (rows, heads), selected, slots = tokens.rows_and_heads, tokens.positions < 0, np.empty(len(tokens.places), np.int64)
+    for table, numbers, at in ((held.chosen, tokens.places, selected), (held.table, tokens.positions, ~selected)):
+        slots[at] = table.slots(rows[at], heads[at], numbers[at])
+    return slots
 
 
 def remember(held: LayerBlocks, lag: int) -> None:
-    """Keeps what gates have chosen so far: the cache can be rolled back to here while it is `lag` tokens longer at most."""
+    """Keeps what is selected now: the cache can be rolled back to here while it is `lag` tokens longer at most."""
     assert held.chosen is not None
     with held.pool.lock:
         held.past.append(Past(held.lengths.copy(), Table.of(held.chosen.ids)))
@@ -73,9 +73,9 @@ def remember(held: LayerBlocks, lag: int) -> None:
 
 
 def can_go_back(held: LayerBlocks, lengths: Ints) -> bool:
-    """Whether it can be found what gates had chosen at some earlier lengths of the rows, `[rows]`.
+    """Whether it can be found what was selected at some earlier lengths of the rows, `[rows]`.
 
-    It is known of lengths before them, and those that left windows since then are in the windows' blocks still.
+    It is known of lengths before them, and the tokens that left windows since then are in the windows' blocks still.
     """
     known = next((each.lengths for each in reversed(held.past) if (each.lengths <= lengths).all()), None)
     if known is None:
@@ -89,7 +89,7 @@ def can_go_back(held: LayerBlocks, lengths: Ints) -> bool:
 
 
 def go_back(held: LayerBlocks, lengths: Ints) -> None:
-    """Makes the tokens that gates keep those of earlier lengths of the rows, `[rows]`; see `can_go_back`.
+    """Makes the selected tokens those of earlier lengths of the rows, `[rows]`; see `can_go_back`.
 
     They are what they were before the last chunk that began no later, and those that left windows since compete again: they are
     in the windows' blocks still.
@@ -102,186 +102,90 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
         held.pool.retain(last.chosen.ids)
         held.pool.release(held.chosen.ids)
         held.chosen.ids = last.chosen.ids.copy()
-        none, scores = Chunk(0), torch.zeros(len(lengths), held.heads, 0, dtype=torch.int16)
-        coming = arrivals(_chosen(held.rules, last.lengths, lengths, lengths, scores, none, held))
-        make_places(held, coming)
-        move_cached(held, coming, lengths)
+        no_scores = torch.zeros(len(lengths), held.heads, 0, dtype=torch.int16)
+        admitted = schedule_of_chunk(held.rules, lengths, no_scores, Chunk(0), held, since=last.lengths).newly_selected
+        make_places(held, admitted)
+        move_cached(held, admitted, lengths)
 
 
-def _chosen(
-    rules: RuleTable,
-    first_lengths: Ints,
-    before: Ints,
-    lengths: Ints,
-    scores: torch.Tensor,
-    chunk: Chunk,
-    held: LayerBlocks | None,
-) -> Selection:
-    """`choose` from some lengths of the rows to others, where the tokens up to `before` are in the cache."""
-    first, after = rules.tokens_left(first_lengths), rules.tokens_left(lengths)
-    (alphas, betas), sinks, there = rules.select, rules.span.sink, scores.cpu().numpy()
-    keeps, let_leave = rules.selecting, backend_on_host().turnover
-
-    def of_head(row: int, head: int) -> Turnover | None:
-        if not keeps[head]:
-            return None
-        left, end = int(first[row, head]), int(after[row, head])
-        positions = sinks[head] + np.arange(left, end)
-        cached = positions[positions < before[row]]
-        columns = chunk.where(row)
-        new = positions[len(cached) :] - before[row]
-        leaving = there[row, head, new if columns is None else columns[new]].astype(np.int64)
-        kept = np.zeros(0, np.int64)
-        if held is not None:
-            leaving = np.concatenate([held.pool.read_scores(window_slots(held, row, head, cached)), leaving])
-            in_use = np.arange(selected(left, int(alphas[head]), int(betas[head])))
-            kept = held.pool.read_scores(chosen_slots(held, row, head, in_use))
-        return let_leave(leaving, int(alphas[head]), int(betas[head]), kept, left)
-
-    return Selection(scores, [[of_head(row, head) for head in range(len(rules))] for row in range(len(before))], sinks)
-
-
-def window_slots(held: LayerBlocks, row: int, head: int, positions: Ints) -> Ints:
-    """Returns where tokens of the window are, block id * 16 + place in the block, int64 `[tokens]`."""
-    return np.asarray(held.table.ids[row, head, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK)
-
-
-def chosen_slots(held: LayerBlocks, row: int, head: int, places: Ints) -> Ints:
-    """Returns where the tokens are that gates keep, by their places; see `window_slots`."""
-    assert held.chosen is not None
-    return np.asarray(held.chosen.ids[row, head, places // BLOCK].astype(np.int64) * BLOCK + places % BLOCK)
-
-
-def passing_tokens(selection: Selection, before: Ints, held: LayerBlocks | None) -> Passing:
-    """Returns the tokens that gates keep for a while in a chunk, those of before it included.
+def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> Passing:
+    """Returns the selected tokens that queries of a chunk attend to, those selected before it included.
 
     Args:
-        selection: what gates do in the chunk.
+        schedule: of the chunk.
         before: tokens of the rows before it, `[rows]`.
         held: the layer's blocks, without the chunk; None where there is no cache.
     """
-    none = np.zeros(0, np.int64)
-    slots, entered, gone, counts = [none], [none], [none], [0]
-    for row, made_of in enumerate(selection.turnovers):
-        for head, made in enumerate(made_of):
-            counts.append(0)
-            if made is None:
-                continue
-            ever = made.ever
-            old, new = ever[ever < made.kept_before], ever[ever >= made.kept_before]
-            positions = selection.positions(head, new, made)
-            cached = positions < before[row]
-            if held is not None:
-                slots += [
-                    chosen_slots(held, row, head, made.places[old]),
-                    window_slots(held, row, head, positions[cached]),
-                ]
-            slots.append(before[row] - positions[~cached] - 1)
-            entered.append(made.entered[ever])
-            gone.append(made.gone[ever])
-            counts[-1] = len(ever)
-    parts = np.cumsum(counts), *(np.concatenate(part) for part in (slots, entered, gone))
-    return Passing(*(torch.from_numpy(np.ascontiguousarray(part, np.int64)) for part in parts))
+    tokens = schedule.ever_selected
+    numbers = tokens.positions - before[tokens.rows_and_heads[0]]
+    cached, slots = numbers < 0, -1 - numbers
+    if held is not None:
+        slots[cached] = _cached_slots(held, tokens.only(cached))
+    return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
 
 
-class Arrivals(NamedTuple):
-    """Tokens of one row and KV head that come to be kept, each `[tokens]`.
-
-    Attributes:
-        row: of the batch.
-        head: the KV head.
-        positions: where they are in the row.
-        places: where they are kept.
-    """
-
-    row: int
-    head: int
-    positions: Ints
-    places: Ints
-
-
-def arrivals(selection: Selection) -> list[Arrivals]:
-    """Returns who comes to be kept in a chunk and is kept at its end."""
-    found = []
-    for row, made_of in enumerate(selection.turnovers):
-        for head, made in enumerate(made_of):
-            if made is not None and len(new := made.new):
-                found.append(Arrivals(row, head, selection.positions(head, new, made), made.places[new]))
-    return found
-
-
-def make_places(held: LayerBlocks, coming: Sequence[Arrivals]) -> None:
-    """Takes blocks for those who come, and copies of shared ones that will be written to; the pool's lock is held."""
+def make_places(held: LayerBlocks, admitted: EvictionSchedule) -> None:
+    """Takes blocks for tokens that are admitted, and copies of shared ones that will be written to; the pool's lock is held."""
     pool, table = held.pool, held.chosen
     assert table is not None
-    table.widen(max((int(each.places.max()) // BLOCK + 1 for each in coming), default=0))
-    for row, head, _, places in coming:
-        blocks = np.unique(places // BLOCK)
-        ids = table.ids[row, head, blocks]
-        missing = blocks[ids < 0]
-        if len(missing):
-            table.ids[row, head, missing] = pool.take(np.full(len(missing), head))
-        if not pool.shared:
-            continue
-        shared = blocks[(ids >= 0) & (pool.refs[np.maximum(ids, 0)] > 1)]
-        if len(shared):
-            sources = table.ids[row, head, shared]
-            copies = pool.take(np.full(len(shared), head))
-            pool.copy(sources, copies)
-            pool.release(sources)
-            table.ids[row, head, shared] = copies
+    blocks = admitted.places // BLOCK
+    table.widen(int(blocks.max(initial=-1)) + 1)
+    where = np.ravel_multi_index((*admitted.rows_and_heads, blocks), table.ids.shape)
+    rows, heads, blocks = np.unravel_index(np.unique(where), table.ids.shape)
+    ids = table.ids[rows, heads, blocks]
+    missing = ids < 0
+    ids[missing] = pool.take(heads[missing])
+    shared = pool.refs[ids] > 1
+    if shared.any():
+        sources = ids[shared]
+        ids[shared] = pool.take(heads[shared])
+        pool.copy(sources, ids[shared])
+        pool.release(sources)
+    table.ids[rows, heads, blocks] = ids
 
 
-def move_cached(held: LayerBlocks, coming: Sequence[Arrivals], before: Ints) -> None:
-    """Copies those who come from windows, whose blocks are there still, to their places.
+def move_cached(held: LayerBlocks, admitted: EvictionSchedule, before: Ints) -> None:
+    """Copies tokens that are admitted from windows, whose blocks are there still, to their places.
 
     Args:
         held: the layer's blocks.
-        coming: who comes.
+        admitted: the tokens, some of them of the chunk.
         before: real tokens of every row before the chunk, `[rows]`.
     """
-    parts = []
-    for row, head, positions, places in coming:
-        cached = positions < before[row]
-        if cached.any():
-            slots = window_slots(held, row, head, positions[cached]), chosen_slots(held, row, head, places[cached])
-            parts.append((*slots, np.full(int(cached.sum()), head)))
-    if parts:
-        held.pool.move(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    assert held.chosen is not None
+    cached = admitted.only(admitted.positions < before[admitted.rows_and_heads[0]])
+    if len(cached.places):
+        rows, heads = cached.rows_and_heads
+        to = held.chosen.slots(rows, heads, cached.places)
+        held.pool.move(held.table.slots(rows, heads, cached.positions), to, heads)
 
 
 def write_new(
     held: LayerBlocks,
-    coming: Sequence[Arrivals],
+    admitted: EvictionSchedule,
     key: torch.Tensor,
     value: torch.Tensor,
     scores: torch.Tensor,
     before: Ints,
     chunk: Chunk,
 ) -> None:
-    """Writes those who come from the chunk itself to their places.
+    """Writes tokens that are admitted from the chunk itself to their places.
 
     Args:
         held: the layer's blocks.
-        coming: who comes.
+        admitted: the tokens, some of them cached before.
         key: `[rows, kv_heads, columns, head_dim]`.
         value: `[rows, kv_heads, columns, value_dim]`.
         scores: `[rows, kv_heads, columns]`.
         before: real tokens of every row before the chunk, `[rows]`.
         chunk: which of its tokens are real.
     """
-    parts = []
-    for row, head, positions, places in coming:
-        new = positions >= before[row]
-        if new.any():
-            columns, real = positions[new] - before[row], chunk.where(row)
-            at = columns if real is None else real[columns]
-            parts.append(
-                (chosen_slots(held, row, head, places[new]), np.full(len(at), row), np.full(len(at), head), at)
-            )
-    if not parts:
+    assert held.chosen is not None
+    new = admitted.only(admitted.positions >= before[admitted.rows_and_heads[0]])
+    if not len(new.places):
         return
-    slots, rows, heads, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+    rows, heads = new.rows_and_heads
+    slots, columns = held.chosen.slots(rows, heads, new.places), chunk.columns_of(rows, new.positions - before[rows])
     at = tuple(torch.from_numpy(numbers).to(key.device) for numbers in (rows, heads, columns))
     held.pool.write(slots, heads, key[at].detach(), value[at].detach())
     held.pool.write_scores(slots, scores[at].cpu().numpy())

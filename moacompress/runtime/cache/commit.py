@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Ints, ragged_ranges
+from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK, RUNS, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
-from moacompress.runtime.cache.chosen_tokens import Selection, arrivals, make_places, move_cached, write_new
+from moacompress.runtime.cache.chosen_tokens import make_places, move_cached, schedule_of_chunk, write_new
 from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import ragged_ranges
 from moacompress.runtime.cache.real_tokens import Chunk
 
 LONGEST_LOOK = 4096
@@ -26,7 +26,8 @@ def commit(
     value: torch.Tensor,
     chunk: Chunk,
     *,
-    selection: Selection | None = None,
+    scores: torch.Tensor | None = None,
+    schedule: EvictionSchedule | None = None,
     lag: int = 0,
     to_come: int = 0,
 ) -> None:
@@ -37,21 +38,22 @@ def commit(
         key: `[rows, kv_heads, tokens, head_dim]`.
         value: `[rows, kv_heads, tokens, value_dim]`.
         chunk: which of its tokens are real.
-        selection: what gates do in it, where rules select.
+        scores: of its tokens, int16 `[rows, kv_heads, tokens]`, where rules select.
+        schedule: what becomes of the selected tokens in it, where that is known already.
         lag: tokens that are kept longer for rolling back.
         to_come: tokens of a row after the chunk for which the first memory is taken, too.
     """
     tables = [table.ids for table in held.tables]
-    scores = [] if selection is None else [selection.scores]
-    equals = find_equal_rows(held.lengths, tables, (key, value, *scores), chunk)
+    given = (key, value) if scores is None else (key, value, scores)
+    equals = find_equal_rows(held.lengths, tables, given, chunk)
     if equals is None:
-        _commit(held, key, value, chunk, selection, lag, to_come)
+        _commit(held, key, value, chunk, scores, schedule, lag, to_come)
         return
     unique, inverse = np.unique(equals, return_inverse=True)
-    at = torch.from_numpy(unique).to(key.device)
     held.select(unique)
-    few = None if selection is None else selection.of_rows(unique)
-    _commit(held, key[at], value[at], chunk.of_rows(unique), few, lag, to_come)
+    key, value, *rest = (tensor[torch.from_numpy(unique).to(tensor.device)] for tensor in given)
+    few = None if schedule is None else schedule.of_rows(unique)
+    _commit(held, key, value, chunk.of_rows(unique), rest[0] if rest else None, few, lag, to_come)
     held.select(inverse)
 
 
@@ -60,28 +62,31 @@ def _commit(
     key: torch.Tensor,
     value: torch.Tensor,
     chunk: Chunk,
-    selection: Selection | None,
+    scores: torch.Tensor | None,
+    schedule: EvictionSchedule | None,
     lag: int,
     to_come: int,
 ) -> None:
     before, counts = held.lengths, chunk.counts(len(held.lengths))
     lengths = before + counts
     runs = kept_runs(held.rules, lengths, held.runs, lag)
-    coming = [] if selection is None else arrivals(selection)
+    if schedule is None and scores is not None:
+        schedule = schedule_of_chunk(held.rules, before, scores, chunk, held)
+    admitted = None if schedule is None else schedule.newly_selected
     with held.pool.lock:
         if not held.pool.tensors:
             held.pool.reserve(_needed(held, lengths, runs, 0 if lag else to_come))
-        if coming:
-            make_places(held, coming)
-            move_cached(held, coming, before)
+        if admitted is not None:
+            make_places(held, admitted)
+            move_cached(held, admitted, before)
         _free(held, runs)
         _extend(held, before, counts, runs)
     held.runs = runs
     held.move_to(lengths)
     _write(held, key, value, before, chunk)
-    if selection is not None:
-        write_new(held, coming, key, value, selection.scores, before, chunk)
-        _write_scores(held, selection.scores, before, chunk)
+    if admitted is not None and scores is not None:
+        write_new(held, admitted, key, value, scores, before, chunk)
+        _write_scores(held, scores, before, chunk)
 
 
 def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
@@ -190,7 +195,6 @@ def _placed(
         ]
         head, position = (np.concatenate(part) for part in zip(*parts, strict=True))
         slots = ids[row][head, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
-        real = chunk.where(row)
-        column = position - first if real is None else real[position - first]
+        column = chunk.columns_of(row, position - first)
         h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(chunks[0].device) for t in (head, column))
         yield slots, head, [t[row, h, at].detach() for t in chunks]

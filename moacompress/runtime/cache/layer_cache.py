@@ -15,8 +15,9 @@ from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheState, CacheView, Room
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import EvictionSchedule
 from moacompress.runtime.cache.block_runs import LAG
-from moacompress.runtime.cache.chosen_tokens import Selection, choose, go_back, remember
+from moacompress.runtime.cache.chosen_tokens import go_back, remember
 from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
@@ -286,47 +287,39 @@ class PlanCacheLayer(CacheLayer):
         """Of the memory, which forks share; held while a state is used."""
         return self.blocks_held().pool.lock
 
-    def choose(self, chunk: Chunk, scores: torch.Tensor) -> Selection:
-        """Returns what gates do in the chunk of the running forward, which is not taken in yet.
-
-        Args:
-            chunk: which of its tokens are real.
-            scores: of its tokens, int16 `[rows, kv_heads, columns]`.
-        """
-        held = self.blocks_held()
-        return choose(self.rules, held.lengths, scores, chunk, held)
-
-    def commit(self, chunk: Chunk, selection: Selection | None = None) -> None:
+    def commit(
+        self, chunk: Chunk, scores: torch.Tensor | None = None, schedule: EvictionSchedule | None = None
+    ) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.
 
         Args:
             chunk: which of its tokens are real.
-            selection: what gates do in it, where rules select.
+            scores: of its tokens, int16 `[rows, kv_heads, columns]`, where rules select.
+            schedule: what becomes of the selected tokens in it, where that is known already.
         """
         assert self._pending is not None
         to_come = (self.reserve or 0) - self.columns - chunk.columns
         held = self.blocks_held()
-        if self.record_past and selection is not None:
-            self._commit_in_parts(held, chunk, selection)
+        if self.record_past and scores is not None:
+            self._commit_in_parts(held, chunk, scores)
             return
         if self.beside:
             # of a single token nothing that it evicts is seen
             past = chunk.columns > 1 and held.lengths.any()
             self._before = fork(held) if past else None
             self.lengths_before = held.lengths
-        commit(held, *self._pending, chunk, selection=selection, lag=self.lag, to_come=to_come)
+        commit(held, *self._pending, chunk, scores=scores, schedule=schedule, lag=self.lag, to_come=to_come)
         self.columns += chunk.columns
         self._pending = None
 
-    def _commit_in_parts(self, held: LayerBlocks, chunk: Chunk, selection: Selection) -> None:
-        """Takes in the chunk of the running forward, and keeps what gates had chosen every `LAG` tokens."""
+    def _commit_in_parts(self, held: LayerBlocks, chunk: Chunk, scores: torch.Tensor) -> None:
+        """Takes in the chunk of the running forward, and remembers what is selected every `LAG` tokens."""
         assert self._pending is not None
         for first in range(0, chunk.columns, LAG):
             at = slice(first, first + LAG)
             key, value = (tensor[:, :, at] for tensor in self._pending)
-            part, scores = chunk.part(at), selection.scores[:, :, at]
             remember(held, self.lag)
-            commit(held, key, value, part, selection=choose(self.rules, held.lengths, scores, part, held), lag=self.lag)
+            commit(held, key, value, chunk.part(at), scores=scores[:, :, at], lag=self.lag)
         self.columns += chunk.columns
         self._pending = None
 

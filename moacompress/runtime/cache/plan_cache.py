@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
@@ -19,7 +19,6 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import planes_of, served, users_of
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
-from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.cache.user_layer import UserCacheLayer
 
 _caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""The pool of cache blocks of one layer, and the ragged ranges of them that tables are worked on with.
+"""The pool of cache blocks of one layer, and the tables that say which block holds what.
 
 A block holds 16 tokens of one KV head of one row. Which block holds what is said by a block table; a block that several
 rows, beams or forks of a prefix have in their tables is counted, and never written again.
@@ -58,6 +58,16 @@ class Table:
         if blocks > width:
             more = np.full((rows, heads, max(blocks, 2 * width) - width), -1, np.int32)
             self.ids = np.concatenate([self.ids, more], axis=2)
+
+    def slots(self, rows: Any, heads: Any, numbers: Ints) -> Ints:
+        """Returns where tokens are, block id * 16 + place in the block, int64 `[tokens]`.
+
+        Args:
+            rows: of the batch, `[tokens]` or one.
+            heads: KV heads, likewise.
+            numbers: of the tokens under the table, `[tokens]`: token j is in logical block j // 16.
+        """
+        return np.asarray(self.ids[rows, heads, numbers // BLOCK].astype(np.int64) * BLOCK + numbers % BLOCK)
 
 
 class Layout(NamedTuple):
@@ -377,21 +387,3 @@ def _groups(numbers: Ints) -> list[tuple[int, Ints | None]]:
     """Returns every number that there is, and the places where it stands; None where it stands everywhere."""
     found = np.unique(numbers).tolist()
     return [(number, None if len(found) == 1 else np.flatnonzero(numbers == number)) for number in found]
-
-
-def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
-    """Returns the numbers of many ranges one after the other.
-
-    Args:
-        low: first number of each range, any shape.
-        high: end of each range, of the same shape; a range whose end is not beyond its beginning is empty.
-
-    Returns:
-        `(owner, number)`, each `[sum of sizes]`: the flat index of the range, and the number.
-    """
-    low, high = low.reshape(-1), high.reshape(-1)
-    sizes = np.maximum(high - low, 0)
-    total = int(sizes.sum())
-    owner = np.repeat(np.arange(len(low)), sizes)
-    number = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(low, sizes)
-    return owner, number

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from moacompress.core.arrays import Ints
-
-Bools: TypeAlias = npt.NDArray[np.bool_]
+from moacompress.core.arrays import Bools, Ints
 
 _ATTRIBUTE = "_moacompress_chunk"
 
@@ -53,9 +50,14 @@ class Chunk:
         """Returns some of its columns as a chunk."""
         return Chunk(len(range(self.columns)[columns]), None if self.real is None else self.real[:, columns])
 
-    def where(self, row: int) -> Ints | None:
-        """Returns the columns of a row's real tokens, in order; None where all are."""
-        return None if self.real is None else self.order[row, : self._counts[row]]
+    def columns_of(self, rows: Any, numbers: Ints) -> Ints:
+        """Returns the columns of real tokens.
+
+        Args:
+            rows: of the batch, `[tokens]` or one.
+            numbers: of the tokens among the real ones of their row, `[tokens]`.
+        """
+        return numbers if self.real is None else np.asarray(self.order[rows, numbers])
 
     @cached_property
     def order(self) -> Ints:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Ints, ragged_ranges
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import BEGIN, END, LAG
 from moacompress.runtime.cache.chosen_tokens import can_go_back
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import ragged_ranges
 
 
 def check_roll_back(held: LayerBlocks, counts: Ints, *, recording: bool) -> None:

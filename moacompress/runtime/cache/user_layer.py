@@ -96,12 +96,13 @@ class UserCacheLayer(CacheLayer):
         """See `PlanCacheLayer`."""
         return self.anchor.lock
 
-    def commit(self, chunk: Chunk, selection: None = None) -> None:
+    def commit(self, chunk: Chunk, scores: None = None, schedule: None = None) -> None:
         """Takes in the values of the chunk of the running forward.
 
         Args:
             chunk: which of its tokens are real.
-            selection: layers that share attention have no gates.
+            scores: layers that share attention have no gates.
+            schedule: likewise.
         """
         assert self._pending is not None
         write_beside(self.anchor.blocks_held(), self._pending, self.anchor.lengths_before, chunk, *self._heads)

@@ -9,8 +9,7 @@ that compete the changes add up to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.reference.tiled import visible_keys
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.selection import Turnover
+from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import Span
 
 TILE = 256
@@ -31,36 +30,37 @@ MUCH = 0.1
 """Least share of the rest in what is seen that a key is weighed against."""
 
 
-class Chosen(NamedTuple):
-    """What the gates of a layer chose in whole sequences.
-
-    Attributes:
-        rules: of the KV heads, in numpy.
-        turnovers: of each row and KV head; None where its rule selects nothing.
-        scores: how attention makes its scores.
-    """
-
-    rules: RuleTable
-    turnovers: Sequence[Sequence[Turnover | None]]
-    scores: Scores
-
-
 class _ToScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, gate_scores: Tensor, query: Tensor, key: Tensor, value: Tensor, chosen: Chosen
+        ctx: Any,
+        out: Tensor,
+        gate_scores: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rules: RuleTable,
+        schedule: EvictionSchedule,
+        scores: Scores,
     ) -> Tensor:
         ctx.save_for_backward(out, gate_scores, query, key, value)
-        ctx.chosen = chosen
+        ctx.attended = rules, schedule, scores
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], score_gradients(grads[0], ctx.chosen, *ctx.saved_tensors), None, None, None, None
+        return grads[0], score_gradients(grads[0], *ctx.saved_tensors, *ctx.attended), *[None] * 6
 
 
 def with_gate_gradients(
-    out: Tensor, gate_scores: Tensor, query: Tensor, key: Tensor, value: Tensor, chosen: Chosen
+    out: Tensor,
+    gate_scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rules: RuleTable,
+    schedule: EvictionSchedule,
+    scores: Scores,
 ) -> Tensor:
     """Returns `out`, whose gradient also reaches what gates score.
 
@@ -68,75 +68,59 @@ def with_gate_gradients(
         out: attention of whole sequences without padding, `[rows, heads, tokens, value_dim]`.
         gate_scores: of the tokens, not rounded, `[rows, kv_heads, tokens]`.
         query: what attended, `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`, as it is kept.
+        key: `[rows, kv_heads, tokens, head_dim]`, as it is cached.
         value: `[rows, kv_heads, tokens, value_dim]`, likewise.
-        chosen: what gates chose.
+        rules: of the KV heads, in numpy.
+        schedule: of the whole sequences.
+        scores: how attention makes its scores.
     """
-    found = _ToScores.apply(out, gate_scores, query.detach(), key.detach(), value.detach(), chosen)  # type: ignore[no-untyped-call]
+    held = (query.detach(), key.detach(), value.detach())
+    found = _ToScores.apply(out, gate_scores, *held, rules, schedule, scores)  # type: ignore[no-untyped-call]
     assert isinstance(found, Tensor)
     return found
 
 
 def score_gradients(
-    grad: Tensor, chosen: Chosen, out: Tensor, gate_scores: Tensor, query: Tensor, key: Tensor, value: Tensor
+    grad: Tensor,
+    out: Tensor,
+    gate_scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rules: RuleTable,
+    schedule: EvictionSchedule,
+    scores: Scores,
 ) -> Tensor:
     """Returns the gradient of a loss in what gates score, `[rows, kv_heads, tokens]`.
 
     Args:
         grad: of the loss in `out`, `[rows, heads, tokens, value_dim]`.
-        chosen: see `with_gate_gradients`, as the rest.
-        out: likewise.
-        gate_scores: likewise.
-        query: likewise.
-        key: likewise.
-        value: likewise.
+        out: `[rows, heads, tokens, value_dim]`.
+        gate_scores: `[rows, kv_heads, tokens]`.
+        query: `[rows, heads, tokens, head_dim]`.
+        key: `[rows, kv_heads, tokens, head_dim]`.
+        value: `[rows, kv_heads, tokens, value_dim]`.
+        rules: of the KV heads, in numpy.
+        schedule: of the whole sequences.
+        scores: how attention makes its scores.
     """
     rows, kv_heads, tokens, _ = key.shape
     grouped = [each.reshape(rows, kv_heads, -1, tokens, each.shape[-1]) for each in (grad, out, query)]
-    found, left = torch.zeros_like(gate_scores), chosen.rules.tokens_left(1 + np.arange(tokens))
+    found, left = torch.zeros_like(gate_scores), rules.tokens_left(1 + np.arange(tokens))
     for row in range(rows):
-        for head in range(kv_heads):
-            made = chosen.turnovers[row][head]
-            if made is None:
-                continue
-            parts = (each[row, head].float() for each in (*grouped, key, value))
-            span = Span(*chosen.rules.columns[: len(Span._fields), head].tolist())
-            logits = chosen.scores.sink_logits
+        for head in np.flatnonzero(rules.selecting).tolist():
+            parts = (each[row, head].float() for each in (*grouped, key, value, gate_scores))
+            span = Span(*rules.columns[: len(Span._fields), head].tolist())
+            logits = scores.sink_logits
             own = None if logits is None else logits.view(kv_heads, -1)[head].float()
-            competing = _Competing.of(gate_scores[row, head], made, left[:, head], span)
             found[row, head] = _of_head(
-                *parts, competing=competing, span=span, scores=chosen.scores._replace(sink_logits=own)
+                *parts,
+                competing=schedule.of_head(row, head),
+                left=left[:, head],
+                span=span,
+                scores=scores._replace(sink_logits=own),
             )
     return found
-
-
-class _Competing(NamedTuple):
-    """The tokens of one row and KV head that leave the window in its time, in their order.
-
-    Attributes:
-        scores: of them, `[leaving]`.
-        entered: how many have left when each does, int64 `[leaving]`.
-        gone: how many have when it is kept no longer.
-        left: how many have left when each query attends, int64 `[tokens]`.
-        first: position of the first of them.
-    """
-
-    scores: Tensor
-    entered: Tensor
-    gone: Tensor
-    left: Tensor
-    first: int
-
-    @staticmethod
-    def of(gate_scores: Tensor, made: Turnover, left: Ints, span: Span) -> _Competing:
-        """Returns them from what the gate scores of all tokens, `[tokens]`."""
-        entered, gone, left_here = (
-            torch.from_numpy(np.ascontiguousarray(each, np.int64)).to(gate_scores.device)
-            for each in (made.entered, made.gone, left)
-        )
-        return _Competing(
-            gate_scores[span.sink : span.sink + len(entered)].float(), entered, gone, left_here, span.sink
-        )
 
 
 def _of_head(
@@ -145,41 +129,60 @@ def _of_head(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    gate_scores: Tensor,
     *,
-    competing: _Competing,
+    competing: EvictionSchedule,
+    left: Ints,
     span: Span,
     scores: Scores,
 ) -> Tensor:
-    """`score_gradients` of one row and KV head; `grad`, `out` and `query` are `[group, tokens, ...]`, the result `[tokens]`."""
-    tokens, first, leaving = len(key), competing.first, len(competing.scores)
+    """Returns `score_gradients` of one row and KV head, `[tokens]`.
+
+    Args:
+        grad: `[group, tokens, value_dim]`.
+        out: likewise.
+        query: `[group, tokens, head_dim]`.
+        key: `[tokens, head_dim]`.
+        value: `[tokens, value_dim]`.
+        gate_scores: `[tokens]`.
+        competing: the tokens that leave the window in its time: those from the end of the sinks on.
+        left: how many have left when each query attends, `[tokens]`.
+        span: of the KV head.
+        scores: how attention makes its scores, with the learned logits of the group.
+    """
+    tokens, at = len(key), slice(span.sink, span.sink + len(competing.positions))
     found, positions = key.new_zeros(tokens), torch.arange(tokens, device=key.device)
+    admitted, evicted, leaving = (
+        torch.from_numpy(each).to(key.device)
+        for each in (competing.admitted, competing.evicted, np.ascontiguousarray(left))
+    )
     for begin in range(0, tokens, TILE):
         rows = slice(begin, min(begin + TILE, tokens))
-        left = competing.left[rows, None]
-        if not bool(left.any()):
+        now = leaving[rows, None]
+        if not bool(now.any()):
             continue
-        there = competing.entered <= left
-        kept = there & (left < competing.gone)
+        there = admitted <= now
+        selected = there & (now < evicted)
         visible = visible_keys(positions[rows, None] + 1, positions, span)
-        visible[:, first : first + leaving] |= kept
+        visible[:, at] |= selected
         raw = query[:, rows] @ key.T * scores.scaling
         raw = torch.tanh(raw / scores.softcap) * scores.softcap if scores.softcap else raw
         lse = raw.masked_fill(~visible, -torch.inf).logsumexp(-1)
         if scores.sink_logits is not None:
             lse = torch.logaddexp(lse, scores.sink_logits[:, None].expand_as(lse))
-        at = slice(first, first + leaving)
-        share = (raw[..., at] - torch.where(kept, lse[..., None], torch.logaddexp(lse[..., None], raw[..., at]))).exp()
-        gained = share / torch.where(kept, (1 - share).clamp_min(MUCH), 1.0)
+        rest = torch.where(selected, lse[..., None], torch.logaddexp(lse[..., None], raw[..., at]))
+        share = (raw[..., at] - rest).exp()
+        gained = share / torch.where(selected, (1 - share).clamp_min(MUCH), 1.0)
         change = grad[:, rows] @ value[at].T - (grad[:, rows] * out[:, rows]).sum(-1, keepdim=True)
         change = (gained * change).sum(0)
-        found[at] += _moved(change, competing.scores, there, kept)
+        found[at] += _moved(change, gate_scores[at], there, selected)
     return found
 
 
-def _moved(change: Tensor, scores: Tensor, there: Tensor, kept: Tensor) -> Tensor:
+def _moved(change: Tensor, scores: Tensor, there: Tensor, selected: Tensor) -> Tensor:
     """Returns the gradient in scores, `[leaving]`, from that in what is seen, `[queries, leaving]`."""
-    least = scores.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    best = scores.masked_fill(~there | kept, -torch.inf).amax(-1, keepdim=True)
+    least = scores.masked_fill(~selected, torch.inf).amin(-1, keepdim=True)
+    best = scores.masked_fill(~there | selected, -torch.inf).amax(-1, keepdim=True)
     contested = least.isfinite() & best.isfinite()
     bound = torch.where(contested, (least + best) / 2, torch.zeros_like(least))
     near = torch.sigmoid((scores - bound) / WIDTH)

@@ -17,15 +17,16 @@ from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
-from moacompress.kernels.reference.passing import attend_passing, kept_tokens, merged, tokens_left
+from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.cache.chosen_tokens import Selection, passing_tokens
+from moacompress.runtime.cache.chosen_tokens import passing_tokens, schedule_of_chunk
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
-from moacompress.runtime.decode.gate_gradients import Chosen, with_gate_gradients
+from moacompress.runtime.decode.gate_gradients import with_gate_gradients
 from moacompress.runtime.decode.selected import attend_kept
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
@@ -163,7 +164,7 @@ class CommitAndDecode(Route[AttendRequest]):
         """See `Route`: `[rows, 1, heads, value_dim]`."""
         cache, query = request.cache, request.query
         assert cache is not None
-        cache.commit(request.chunk, request.choose())  # type: ignore[arg-type]
+        cache.commit(request.chunk, request.gate_scores)  # type: ignore[arg-type]
         view = cache.view()
         return _decoded(request, query[:, :, 0], view, cache.lengths, request.context.rules)[:, None].contiguous()
 
@@ -192,10 +193,12 @@ class Plain(Route[AttendRequest]):
         alone = not cached and (cache is None or request.learns)
         if not cached and request.learns:
             asked, rules = straight_through(request.context, *asked)
-        selection, passing = request.choose(), None
-        if selection is not None:
+        schedule = passing = None
+        if request.gate_scores is not None:
             held = None if cache is None else cast(PlanCacheLayer, cache).held
-            passing = passing_tokens(selection, past, held)
+            in_numpy = RuleTable(request.context.rules.columns.numpy())
+            schedule = schedule_of_chunk(in_numpy, past, request.gate_scores, chunk, held)
+            passing = passing_tokens(schedule, past, held)
         sinks = () if request.scores.sink_logits is None else (request.scores.sink_logits,)
         backend = backend_with_gradients(*asked, *sinks, cached=cached or passing is not None)
         out, _ = backend.prefill(
@@ -209,11 +212,11 @@ class Plain(Route[AttendRequest]):
         )
         out = out.to(query.dtype)
         if request.trained_scores is not None:
-            out = _with_gate_gradients(request, out, asked, selection, cached)
+            out = _with_gate_gradients(request, out, asked, schedule, cached)
         if order is not None:
             out = torch.zeros_like(out).scatter(2, order.expand_as(out), out)
         if cache is not None:
-            cache.commit(chunk, selection)  # type: ignore[arg-type]
+            cache.commit(chunk, request.gate_scores, schedule)  # type: ignore[arg-type]
         if chunk.real is not None and not chunk.real[:, -1].all():
             out = _with_padded_ends(request, key, value, out, passing, alone)
         return out.transpose(1, 2).contiguous()
@@ -223,15 +226,15 @@ def _with_gate_gradients(
     request: AttendRequest,
     out: torch.Tensor,
     asked: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    selection: Selection | None,
+    schedule: EvictionSchedule | None,
     cached: bool,
 ) -> torch.Tensor:
-    """Returns `out` with gradients for the gates that chose, see `gate_gradients`.
+    """Returns `out` with gradients for the gates, see `gate_gradients`.
 
     Raises:
         UnsupportedError: something is in the cache, or there is padding.
     """
-    assert selection is not None
+    assert schedule is not None
     assert request.trained_scores is not None
     if cached or request.chunk.real is not None:
         raise UnsupportedError(
@@ -239,7 +242,7 @@ def _with_gate_gradients(
             "freeze them"
         )
     rules = RuleTable(request.context.rules.columns.numpy())
-    return with_gate_gradients(out, request.trained_scores, *asked, Chosen(rules, selection.turnovers, request.scores))
+    return with_gate_gradients(out, request.trained_scores, *asked, rules, schedule, request.scores)
 
 
 def straight_through(
@@ -277,7 +280,7 @@ def _with_padded_ends(
         key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
         value: likewise, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
-        passing: the tokens that gates keep for a while in the chunk; None where no rule selects.
+        passing: the selected tokens that the chunk attends to; None where no rule selects.
         alone: whether the chunk is all that there is, and is attended to as it is: what is cached has no gradients.
     """
     cache, chunk = request.cache, request.chunk
@@ -288,9 +291,17 @@ def _with_padded_ends(
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
         found, lse = _attended(request, query[:, :, 0], _as_blocks(key, value), lengths, rules)
         if passing is not None:
-            kept = kept_tokens(passing, key, value, CacheView.empty(key), rules)
-            left = tokens_left(torch.from_numpy(tokens - 1), torch.ones(len(tokens), dtype=torch.int64), rules)
-            more = attend_passing(query, kept, left, request.scores, value.shape[-1])
+            more = attend_passing(
+                query,
+                key,
+                value,
+                cache=CacheView.empty(key),
+                past=torch.from_numpy(tokens - 1),
+                valid=torch.ones(len(tokens), dtype=torch.int64),
+                rules=rules,
+                scores=request.scores,
+                passing=passing,
+            )
             found, _ = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
         ends = found.to(out.dtype)
     else:

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.nn.functional import linear, silu
 
 from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary, Scores
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import backend_for
-from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.cache.chosen_tokens import Selection, choose
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
@@ -68,17 +65,6 @@ class AttendRequest:
         """Whether gradients are asked for: of what attends, or of what gates score."""
         given = (self.query, self.key, self.value, self.scores.sink_logits, self.trained_scores)
         return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
-
-    def choose(self) -> Selection | None:
-        """Returns what gates do in the chunk, which the cache has not taken in yet; None where no rule selects."""
-        if self.gate_scores is None:
-            return None
-        cache = self.cache
-        if cache is None:
-            rules, before = RuleTable(self.context.rules.columns.numpy()), np.zeros(len(self.query), np.int64)
-            return choose(rules, before, self.gate_scores, self.chunk, None)
-        assert isinstance(cache, PlanCacheLayer)  # layers that share attention have no gates
-        return cache.choose(self.chunk, self.gate_scores)
 
     @cached_property
     def chunk(self) -> Chunk:

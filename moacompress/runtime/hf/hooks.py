@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.cache.real_tokens import Bools
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.decode.context import CACHE_NAMES
