@@ -229,8 +229,8 @@ class TileView:
                 continue
             admitted = keys - int(self.table.span.sink[number]) + 1
             evicted = self.choices.evicted[:, way].to(keys.device)[:, None, keys]
-            left = self._left[:, number, None]
-            found.append((number, (admitted > 0) & (admitted <= left) & (left < evicted)))
+            now = self._left[:, number, None]
+            found.append((number, (admitted > 0) & (admitted <= now) & (now < evicted)))
         return found
 
     @cached_property

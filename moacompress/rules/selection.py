@@ -86,19 +86,19 @@ class EvictionSchedule:
         return EvictionSchedule(heads, np.concatenate([[0], np.cumsum(counts)]), *(part[at] for part in parts))
 
 
-def competing_tokens(rules: RuleTable, left: Ints, after: Ints) -> EvictionSchedule:
+def competing_tokens(rules: RuleTable, first: Ints, after: Ints) -> EvictionSchedule:
     """Returns the tokens that compete while tokens leave the windows; nobody is evicted or admitted to a place yet.
 
     Args:
         rules: of the KV heads, with a numpy array.
-        left: how many tokens have left each window before, `[rows, heads]`.
+        first: how many tokens have left each window before, `[rows, heads]`.
         after: how many have at the end, likewise.
     """
-    before = selected(left, *rules.select)
-    sizes = np.where(rules.selecting, after - left + before, 0)
+    before = selected(first, *rules.select)
+    sizes = np.where(rules.selecting, after - first + before, 0)
     owner, number = ragged_ranges(np.zeros_like(sizes), sizes)
     begins = np.concatenate([[0], np.cumsum(sizes)])
-    held, start = before.reshape(-1)[owner], left.reshape(-1)[owner]
+    held, start = before.reshape(-1)[owner], first.reshape(-1)[owner]
     admitted = start + np.maximum(number - held + 1, 0)
     positions = np.where(number < held, -1, rules.span.sink[owner % len(rules)] + admitted - 1)
     places = np.where(number < held, number, -1)

@@ -122,12 +122,12 @@ class Case:
         slots, admitted, evicted, begins = [], [], [], [0]
         for row, valid in enumerate(self.valid.tolist()):
             n = self.past[row].item() + torch.arange(1, valid + 1)
-            left = RuleTable(self.rules.columns.numpy()).tokens_left(n.numpy())
+            last = RuleTable(self.rules.columns.numpy()).tokens_left(n.numpy())
             for head, ids in enumerate(self.table[row].tolist()):
                 there = [block * 16 + place for block in ids if block >= 0 for place in range(16)]
                 found = self.written(there, head) + [-1 - t for t in range(valid)]
                 picked = rng.sample(found, rng.choice((0, len(found) // 2, len(found))))
-                most = int(left[-1, head]) if valid else 0
+                most = int(last[-1, head]) if valid else 0
                 for slot in picked:
                     begin = rng.randint(-1, most)
                     slots.append(slot)

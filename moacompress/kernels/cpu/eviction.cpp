@@ -6,20 +6,20 @@
 namespace moacompress {
 namespace {
 
-struct Selected {
+struct Competitor {
   int64_t score, place, token;
 };
 // Whether a is evicted after b; of equals the one in the first place goes first.
-bool evicted_later(const Selected& a, const Selected& b) { return a.score != b.score ? a.score > b.score : a.place > b.place; }
+bool evicted_later(const Competitor& a, const Competitor& b) { return a.score != b.score ? a.score > b.score : a.place > b.place; }
 
 }  // namespace
 
 Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const RuleTable& rules, const int64_t* scores) {
   int64_t most = 0;
   for (int64_t pair = 0; pair < pairs; pair++) most = larger(most, tokens.begins[pair + 1] - tokens.begins[pair]);
-  const Buffer<Selected> heap(static_cast<size_t>(most));
+  const Buffer<Competitor> heap(static_cast<size_t>(most));
   if (!heap.get()) return NO_MEMORY;
-  Selected* const first = heap.get();
+  Competitor* const first = heap.get();
   for (int64_t pair = 0; pair < pairs; pair++) {
     const Rule rule = rules.of(pair % rules.count);
     int64_t count = 0;
@@ -32,7 +32,7 @@ Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const Ru
         std::push_heap(first, first + ++count, evicted_later);
       } else if (count && scores[token] > first->score) {
         std::pop_heap(first, first + count, evicted_later);
-        Selected& last = first[count - 1];
+        Competitor& last = first[count - 1];
         tokens.evicted[last.token] = now;
         tokens.places[token] = last.place;
         last = {scores[token], last.place, token};

@@ -82,7 +82,7 @@ def attend_passing(
     asking, plain = query.view(rows, kv_heads, -1, tokens, size), scores._replace(sink_logits=None)
     outs, denominators = [], []
     for row, (before, count) in enumerate(zip(past.tolist(), valid.tolist(), strict=True)):
-        left = torch.from_numpy(numbers.tokens_left(before + 1 + np.arange(count))).to(query.device)
+        now = torch.from_numpy(numbers.tokens_left(before + 1 + np.arange(count))).to(query.device)
         for head, codes in enumerate(rules.format_codes.T.tolist()):
             at = slice(*passing.begins[row * kv_heads + head :][:2].tolist())
             slots, admitted, evicted = (part[at].to(query.device) for part in passing[1:])
@@ -92,7 +92,7 @@ def attend_passing(
                 )
                 for code, own, segments in zip(codes, (key, value), (cache.keys, cache.values), strict=True)
             )
-            found = _attend(asking[row, head], (keys, values), (admitted, evicted), left[:, head], plain)
+            found = _attend(asking[row, head], (keys, values), (admitted, evicted), now[:, head], plain)
             outs.append(found[0])
             denominators.append(found[1])
     return torch.stack(outs).view(rows, heads, tokens, -1), torch.stack(denominators).view(rows, heads, tokens)
@@ -122,7 +122,7 @@ def _vectors(slots: Tensor, half: BlockHalf, own: Tensor, segments: Sequence[Ten
 
 
 def _attend(
-    query: Tensor, vectors: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor], left: Tensor, scores: Scores
+    query: Tensor, vectors: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor], now: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """`attend_passing` of one row and KV head.
 
@@ -130,7 +130,7 @@ def _attend(
         query: `[group, tokens, head_dim]`.
         vectors: keys and values of the selected tokens, `[selected, dim]` each.
         times: when each is admitted and evicted, int64 `[selected]` each.
-        left: how many tokens have left the window when each real query attends, int64 `[real tokens]`.
+        now: how many tokens have left the window when each real query attends, int64 `[real tokens]`.
         scores: how scores are made.
     """
     group, tokens, _ = query.shape
@@ -138,7 +138,7 @@ def _attend(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     outs, denominators = [], []
     for first in range(0, tokens, TILE):
-        size, here = min(TILE, tokens - first), left[first : first + TILE]
+        size, here = min(TILE, tokens - first), now[first : first + TILE]
         at = torch.nonzero((admitted <= here[-1]) & (evicted > here[0]))[:, 0] if len(here) else here
         if not len(at):
             outs.append(query.new_zeros(group, size, values.shape[-1]))

@@ -39,10 +39,10 @@ def schedule_of_chunk(
         held: the layer's blocks, without the chunk; None where there is no cache.
         since: tokens of the rows when what is selected in `held` was selected, `[rows]`; `before` by default.
     """
-    left, after = (
+    first, after = (
         rules.tokens_left(n) for n in (before if since is None else since, before + chunk.counts(len(before)))
     )
-    tokens = competing_tokens(rules, left, after)
+    tokens = competing_tokens(rules, first, after)
     rows, heads = tokens.rows_and_heads
     cached = tokens.positions < before[rows]
     known = np.empty(len(rows), np.int64)

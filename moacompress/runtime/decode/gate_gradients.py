@@ -106,7 +106,7 @@ def score_gradients(
     """
     rows, kv_heads, tokens, _ = key.shape
     grouped = [each.reshape(rows, kv_heads, -1, tokens, each.shape[-1]) for each in (grad, out, query)]
-    found, left = torch.zeros_like(gate_scores), rules.tokens_left(1 + np.arange(tokens))
+    found, times = torch.zeros_like(gate_scores), rules.tokens_left(1 + np.arange(tokens))
     for row in range(rows):
         for head in np.flatnonzero(rules.selecting).tolist():
             parts = (each[row, head].float() for each in (*grouped, key, value, gate_scores))
@@ -116,7 +116,7 @@ def score_gradients(
             found[row, head] = _of_head(
                 *parts,
                 competing=schedule.of_head(row, head),
-                left=left[:, head],
+                times=times[:, head],
                 span=span,
                 scores=scores._replace(sink_logits=own),
             )
@@ -132,7 +132,7 @@ def _of_head(
     gate_scores: Tensor,
     *,
     competing: EvictionSchedule,
-    left: Ints,
+    times: Ints,
     span: Span,
     scores: Scores,
 ) -> Tensor:
@@ -146,19 +146,19 @@ def _of_head(
         value: `[tokens, value_dim]`.
         gate_scores: `[tokens]`.
         competing: the tokens that leave the window in its time: those from the end of the sinks on.
-        left: how many have left when each query attends, `[tokens]`.
+        times: how many have left when each query attends, `[tokens]`.
         span: of the KV head.
         scores: how attention makes its scores, with the learned logits of the group.
     """
     tokens, at = len(key), slice(span.sink, span.sink + len(competing.positions))
     found, positions = key.new_zeros(tokens), torch.arange(tokens, device=key.device)
-    admitted, evicted, leaving = (
+    admitted, evicted, attends = (
         torch.from_numpy(each).to(key.device)
-        for each in (competing.admitted, competing.evicted, np.ascontiguousarray(left))
+        for each in (competing.admitted, competing.evicted, np.ascontiguousarray(times))
     )
     for begin in range(0, tokens, TILE):
         rows = slice(begin, min(begin + TILE, tokens))
-        now = leaving[rows, None]
+        now = attends[rows, None]
         if not bool(now.any()):
             continue
         there = admitted <= now
