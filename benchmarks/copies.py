@@ -74,8 +74,8 @@ def main() -> None:
 
     def measured(layer: int, share: Share, weights: Weights) -> list[float]:
         plan = Plan(shape, 32, rules, shares=tuple(share if at == layer else None for at in range(shape.layers)))
-        harms = Objective(source.model, held, lambda plan: weights).harms(plan)
-        return [float(harms.mean()), float(harms.std(ddof=1) / len(harms) ** 0.5)]
+        kls = Objective(source.model, held, lambda plan: weights).kls(plan)
+        return [float(kls.mean()), float(kls.std(ddof=1) / len(kls) ** 0.5)]
 
     rows: list[dict[str, Any]] = []
     ways = ("same_heads", "copy", "repaired")

@@ -26,7 +26,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.objective import answer_logits, kl
+from moacompress.search.objective import answer_logits, kl_divergence
 
 WAYS = "8/4; 8/4 centred keys; 4/4; 4/4 centred keys, native sinks"
 WINDOWS = {0.05: 64, 0.0: 32}
@@ -88,11 +88,11 @@ def main() -> None:
                 attach(model, plan_of(profile, tokens, n, share).in_dtype("float32"))
                 found = [answer_logits(model, sample) for sample in samples]
                 detach(model)
-                harms = [kl(mine, other) for mine, other in zip(dense, found, strict=True)]
+                kls = [kl_divergence(mine, other) for mine, other in zip(dense, found, strict=True)]
                 kept = [torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(dense, found, strict=True)]
-                row = {"budget": text, "way": name, "tokens": tokens, "kl": sum(harms) / len(harms)}
-                rows.append(row | {"kept": sum(kept) / len(kept), "ratio": ratio(harms, first) if first else None})
-                first = first or harms
+                row = {"budget": text, "way": name, "tokens": tokens, "kl": sum(kls) / len(kls)}
+                rows.append(row | {"kept": sum(kept) / len(kept), "ratio": ratio(kls, first) if first else None})
+                first = first or kls
                 if not given.json:
                     print(shown(rows[-1]), flush=True)
     if given.json:

@@ -7,9 +7,9 @@ what was rounded: by torch, as `docs/formats.md` says, without kernels. `kl` is 
 the dense model's own answer tokens, nats; `kept` the share of samples whose answer tokens all stay the likeliest; `bytes` the
 share of a 16-bit cache, scales and zero points counted. Beside the formats are the ways that were tried and are none: without a
 rotation, with a scale for every 32 channels, with 6, 5, 3 or 2 bits, with keys less each channel's mean on other samples or by
-its size, and with the first tokens left as they are. `ratio` is a way's harm to that of the format of its bits, sample by
+its size, and with the first tokens left as they are. `ratio` is a way's KL to that of the format of its bits, sample by
 sample: the geometric mean and its 95% interval (Student's t). The model runs in the dtype that is asked for; audits of small
-harms want float32.
+KLs want float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 NAME = "rounded"
 SINKS = 4
 LEAST = 1e-6
-"""Nats added to a harm before its logarithm."""
+"""Nats added to a KL before its logarithm."""
 Rounding = Callable[[torch.Tensor, int], torch.Tensor]
 """Takes keys or values, `[1, kv_heads, tokens, dim]`, and the layer; returns what they are rounded to."""
 
@@ -187,9 +187,9 @@ def logits_under(source: SourceModel, way: Way, sample: Sample) -> torch.Tensor:
         _way.reset(token)
 
 
-def ratio(harms: list[float], others: list[float]) -> dict[str, Any]:
-    """Returns the geometric mean of the ratios of harms, sample by sample, and its 95% interval."""
-    logs = [math.log((mine + LEAST) / (other + LEAST)) for mine, other in zip(harms, others, strict=True)]
+def ratio(kls: list[float], others: list[float]) -> dict[str, Any]:
+    """Returns the geometric mean of the ratios of KLs, sample by sample, and its 95% interval."""
+    logs = [math.log((mine + LEAST) / (other + LEAST)) for mine, other in zip(kls, others, strict=True)]
     mean = statistics.fmean(logs)
     half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
     return {"value": math.exp(mean), "ci95": [math.exp(mean - half), math.exp(mean + half)]}
@@ -202,25 +202,25 @@ def measure(
 
     Args:
         source: the dense model.
-        samples: where harm is measured.
+        samples: where KL is measured.
         calibration: others, for the channels' constants.
         wanted: names of ways; all if there are none. What they are compared with is measured in any case.
     """
-    from moacompress.search.objective import kl
+    from moacompress.search.objective import kl_divergence
 
     dense = [logits_under(source, Way(native, native, (16, 16)), sample) for sample in samples]
-    rows, harms_of = [], {}
+    rows, kls_of = [], {}
     for name, way in ways(*channel_constants(source, calibration)).items():
         bits = name.split()[0]
         if wanted and name not in wanted and name not in [other.split()[0] for other in wanted]:
             continue
         found = [logits_under(source, way, sample) for sample in samples]
-        harms = [kl(mine, other) for mine, other in zip(dense, found, strict=True)]
+        kls = [kl_divergence(mine, other) for mine, other in zip(dense, found, strict=True)]
         kept = [torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(dense, found, strict=True)]
         row = {"way": name, "bytes": way.share(source.shape.head_dim)}
-        row |= {"kl": sum(harms) / len(harms), "kept": sum(kept) / len(kept), "samples": len(kept)}
-        harms_of[name] = harms
-        rows.append(row | {"ratio": ratio(harms, harms_of[bits]) if name != bits else None})
+        row |= {"kl": sum(kls) / len(kls), "kept": sum(kept) / len(kept), "samples": len(kept)}
+        kls_of[name] = kls
+        rows.append(row | {"ratio": ratio(kls, kls_of[bits]) if name != bits else None})
     return rows
 
 

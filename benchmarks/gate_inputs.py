@@ -57,7 +57,7 @@ from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.search.objective import answer_logits, kl
+from moacompress.search.objective import answer_logits, kl_divergence
 
 WIDTH = 64
 STOPPING = 6
@@ -231,15 +231,15 @@ def divergences(
             module.gate = of_layers[layer]
         ours = [answer_logits(source.model, sample) for sample in samples]
         detach(source.model)
-        found[name] = [kl(p, q) for p, q in zip(dense, ours, strict=True)]
+        found[name] = [kl_divergence(p, q) for p, q in zip(dense, ours, strict=True)]
     return found
 
 
 def measured_rows(found: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Returns what is said of every probe end to end, from `divergences`."""
     return [
-        {"probe": name, "kl": mean_and_error(np.array(harms)), "times": ratio(harms, found["input"])}
-        for name, harms in found.items()
+        {"probe": name, "kl": mean_and_error(np.array(kls)), "times": ratio(kls, found["input"])}
+        for name, kls in found.items()
     ]
 
 
@@ -295,11 +295,9 @@ def main() -> None:
         print(json.dumps({"samples": len(samples), "tokens": tokens, "rows": found, "measured": measured}))
         return
     for row in measured:
-        (harm, error), times = row["kl"], row["times"]
+        (kl, error), times = row["kl"], row["times"]
         low, high = times["ci95"]
-        print(
-            f"{row['probe']:<18} {harm:.4f} ± {error:.4f} nats, {times['value']:.2f} [{low:.2f}, {high:.2f}] x input's"
-        )
+        print(f"{row['probe']:<18} {kl:.4f} ± {error:.4f} nats, {times['value']:.2f} [{low:.2f}, {high:.2f}] x input's")
     for row in found:
         (left, error), (more, spread) = row["left"], row["difference"]
         line = f"{row['probe']:<18} {row['share']:5.0%} chosen: {left:.3f} ± {error:.3f} left, "

@@ -2,7 +2,7 @@
 
     python benchmarks/search_steps.py profile/ plan.json --samples 24 --json
 
-The samples are made as the profile's were, of the pools that are kept for evaluation. A ledger beside the plan keeps what is
+The samples are made as the profile's were, of the pools that are kept for evaluation. Records beside the plan keep what is
 measured; the same command goes on.
 """
 
@@ -25,7 +25,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines import family_plans
-from moacompress.search.measuring import measured_harms
+from moacompress.search.measuring import measured_kls
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import unpack
 from moacompress.search.trials import log_ratios
@@ -48,11 +48,11 @@ def main() -> None:
     source = load_for(profile.recipe, profile.source)
     recipe = profile.recipe.override(calibration__validation_samples=options.samples, calibration__text_samples=0)
     samples = build_samples(source, recipe, "evaluation")
-    ledger = options.plan.with_suffix(".steps.jsonl")
-    harms = measured_harms(source, samples, [*plans, *others.values()], ledger, Progress())
+    records = options.plan.with_suffix(".steps.jsonl")
+    kls = measured_kls(source, samples, [*plans, *others.values()], records, Progress())
     last = len(plans) - 1
-    rows = [row(name, harms[i], harms[max(0, i - 1)], harms[0]) for i, name in enumerate(names)]
-    rows += [row(name, harms[len(plans) + i], harms[last], harms[0]) for i, name in enumerate(others)]
+    rows = [row(name, kls[i], kls[max(0, i - 1)], kls[0]) for i, name in enumerate(names)]
+    rows += [row(name, kls[len(plans) + i], kls[last], kls[0]) for i, name in enumerate(others)]
     if options.json:
         print(json.dumps({"samples": len(samples), "rows": rows}))
         return
@@ -79,28 +79,28 @@ def baselines(profile: Profile, found: Plan) -> dict[str, Plan]:
     }
 
 
-def row(name: str, harms: np.ndarray, before: np.ndarray, first: np.ndarray) -> dict[str, Any]:
-    """Returns the numbers of a plan: its harm, and the paired changes against two others, with 95% bootstrap intervals."""
+def row(name: str, kls: np.ndarray, before: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    """Returns the numbers of a plan: its KL, and the paired changes against two others, with 95% bootstrap intervals."""
     rng = np.random.default_rng(0)
-    picks = rng.integers(len(harms), size=(10_000, len(harms)))
-    ratios = np.array(log_ratios(harms.tolist(), before.tolist()))
+    picks = rng.integers(len(kls), size=(10_000, len(kls)))
+    ratios = np.array(log_ratios(kls.tolist(), before.tolist()))
     medians = np.exp(np.median(ratios[picks], axis=1))
     return {
         "plan": name,
-        "harm": float(harms.mean()),
-        "median": float(np.median(harms)),
-        "change": change(harms, before),
+        "harm": float(kls.mean()),
+        "median": float(np.median(kls)),
+        "change": change(kls, before),
         "median_ratio": {
             "value": float(np.exp(np.median(ratios))),
             "ci95": [float(end) for end in np.quantile(medians, (0.025, 0.975))],
         },
-        "change_of_first": change(harms, first),
+        "change_of_first": change(kls, first),
     }
 
 
-def change(harms: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+def change(kls: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     """Returns the geometric mean of the paired ratios, less one."""
-    value, ends = mean(log_ratios(harms.tolist(), before.tolist()))
+    value, ends = mean(log_ratios(kls.tolist(), before.tolist()))
     return {"value": float(np.expm1(value)), "ci95": [float(np.expm1(end)) for end in ends]}
 
 

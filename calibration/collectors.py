@@ -14,7 +14,7 @@ from moacompress.calibration.sweep import LayerSums
 
 
 class InfluenceSums:
-    """The sums of one backward pass that the expected harm is made of.
+    """The sums of one backward pass that the expected KL is made of.
 
     Attributes:
         squares: `sum_i d_i^2`, `[kv_heads, rules]`.

@@ -29,7 +29,7 @@ from moacompress.rules.share import Share
 from moacompress.runtime.sharing.handing import Handed
 
 PENALTY = 0.1
-"""Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same harm."""
+"""Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same KL."""
 JUDGING = 4
 """Every so many samples one is not fitted to: what is left is measured on it."""
 

@@ -111,17 +111,17 @@ class Divergence:
         dense: what the dense model's output layer gets, `[tokens, hidden]`.
 
     Attributes:
-        harm: the mean KL of the rows that it was called for, nats.
+        kl: the mean KL of the rows that it was called for, nats.
     """
 
     def __init__(self, model: PreTrainedModel, dense: Tensor) -> None:
-        self.model, self.dense, self.harm = model, dense, 0.0
+        self.model, self.dense, self.kl = model, dense, 0.0
 
     def __call__(self, logits: Tensor, part: slice) -> Tensor:
         """Returns the gradient at a chunk of rows, `[rows, vocabulary]`."""
         with torch.no_grad():
             p, q = (torch.log_softmax(of.float(), -1) for of in (output_logits(self.model, self.dense[part]), logits))
-            self.harm += float((p.exp() * (p - q)).sum()) / len(self.dense)
+            self.kl += float((p.exp() * (p - q)).sum()) / len(self.dense)
             return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
 
 
@@ -193,7 +193,7 @@ def sample_statistics(
             tape.backward(divergence, _by_layer(influence, rounding), last=False)
             sums = _stacked(influence) | (_stacked(rounding) if rounding else {})
             found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
-            found["harm"] = torch.tensor([max(divergence.harm, 0.0)])
+            found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size) for _ in range(shape.layers)]
             _reset(influence)

@@ -6,7 +6,7 @@ notation of `influence` and the anchor's probabilities P', its output moves alon
     d_i = sum_g dO_(h,g),i . (P'_(m,g) V_h - O_(h,g))_i = sum_g [ sum_j P'_ij (G_ij - D_i) - e'_i D_i ]
 
 where e' is the probability of the anchor's learned sink logit, if it has one. This is exact, as for rules, and half of
-its expected square is the predicted harm. Every pair of an own and an anchor KV head is tried: what a head map costs is
+its expected square is the predicted KL. Every pair of an own and an anchor KV head is tried: what a head map costs is
 the sum over own heads. Under a plan, O is the layer's output and P' the anchor's probabilities under it.
 
 A layer may copy an earlier layer with the same native window only; `copyable` says which. Statistics of other pairs of

@@ -1,4 +1,4 @@
-"""The statistics of profiled samples, and the estimators that make predicted harm of them."""
+"""The statistics of profiled samples, and the estimators that predict KL from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Floats32: TypeAlias = npt.NDArray[np.float32]
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
-"""Ways to predict harm; those after the first three need a profile with `profile.baselines`."""
+"""Ways to predict KL; those after the first three need a profile with `profile.baselines`."""
 OF_FORMATS = ESTIMATORS[:3]
 """Those that know what formats of keys and values cost."""
 SIDES = ("key", "value")
@@ -26,7 +26,7 @@ OF_RULES = ("squares", "total", "first", "moa", "mass", "gold_squares", "gold_to
 POWER = 0.75
 """Exponent of the power mean over samples that makes `robust` of `fisher`.
 
-Harm is heavy-tailed over samples: a few of them decide a mean, and others decide that of the next ones. Below 1 they count
+KL is heavy-tailed over samples: a few of them decide a mean, and others decide that of the next ones. Below 1 they count
 less. With 0.75 plans of one half of SmolLM2's samples cost least by the judgement of the other half's plain means."""
 
 
@@ -97,7 +97,7 @@ def power_mean(values: Doubles, power: float) -> Doubles:
 
 
 def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64], side: str = "") -> Doubles:
-    """Returns predicted harm in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
+    """Returns predicted KL in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
     Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
 

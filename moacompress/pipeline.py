@@ -330,7 +330,7 @@ def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
         ArtefactError: a folder has the name of one of a run's, and none left it; or one of the inputs would go too.
     """
     from moacompress.calibration.manifest import is_profile
-    from moacompress.search.alternatives import check_baselines
+    from moacompress.search.measured_baselines import check_baselines
 
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]

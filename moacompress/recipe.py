@@ -231,7 +231,7 @@ class SearchRecipe(_Section):
         False, description="predict and measure copied attention after the repair of an export with --repair"
     )
     assume_healed: float = Field(
-        1.0, gt=0, le=1, description="share of the harm of copied attention that healing is assumed to leave"
+        1.0, gt=0, le=1, description="share of the KL of copied attention that healing is assumed to leave"
     )
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")

@@ -30,7 +30,7 @@ from moacompress.search.deadline import Deadline
 from moacompress.search.quadratic import Quadratic
 
 Forms: TypeAlias = Callable[[float], Quadratic]
-"""The quadratic model of the change of harm around a plan, 0 for the plan itself, by `relative`."""
+"""The quadratic model of the change of KL around a plan, 0 for the plan itself, by `relative`."""
 
 
 class Around(Protocol):

@@ -1,4 +1,4 @@
-"""The audit of a profile: is predicted harm close to measured harm, in rank and in magnitude?
+"""The audit of a profile: is predicted KL close to measured KL, in rank and in magnitude?
 
 Measured are ablations of single KV heads and whole plans of equal bytes, on held-out samples, and every estimator that
 the profile holds is judged by the same measurements. The reference is the model under the full plan: the dense model,
@@ -21,7 +21,7 @@ from moacompress.calibration.samples import Sample, fingerprint_ordered
 from moacompress.calibration.statistics import OF_FORMATS
 from moacompress.calibration.store import Profile
 from moacompress.core.arrays import Floats
-from moacompress.core.artefact_names import AUDIT_FILE, ledger_file, of_audit
+from moacompress.core.artefact_names import AUDIT_FILE, audit_records_file, of_audit
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
 from moacompress.core.owners import own_file
@@ -37,7 +37,7 @@ from moacompress.search.audit_sharing import assess_copies, audit_repairs, choos
 from moacompress.search.audit_statistics import BootstrapValue, assess
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan
-from moacompress.search.measuring import measured_harms
+from moacompress.search.measuring import measured_kls
 from moacompress.search.search_request import SearchRequest, offered_formats
 from moacompress.search.split_half import split_half
 from moacompress.search.surrogate import Surrogate
@@ -65,9 +65,9 @@ class Audit:
             `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
             `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
-            and the cross-fitted harm `calibrated`;
-            `plans`: each plan, `key, noise, kv_bytes, measured`, and for each estimator the harm `calibrated`.
-            Harms are in nats per answer token.
+            and the cross-fitted KL `calibrated`;
+            `plans`: each plan, `key, noise, kv_bytes, measured`, and for each estimator the KL `calibrated`.
+            KLs are in nats per answer token.
     """
 
     request: str
@@ -125,7 +125,7 @@ def audit(
     plans mix both; estimators that say nothing of formats predict what the spans cost. Where the profile has copies, as many of
     single layers are measured too, as far as there are.
 
-    The same call continues where a killed one stopped: every harm is kept in a ledger beside `out`.
+    The same call continues where a killed one stopped: every KL is kept in records beside `out`.
 
     Args:
         profile: of the dense model.
@@ -220,7 +220,7 @@ def _run(
     rounded = choose_format_picks(profile, count, seed)
     if rounded and profile.shape.dtype != "float32":
         logger.warning(
-            "in %s the harm of a single format is mostly noise; audit with --dtype float32", profile.shape.dtype
+            "in %s the KL of a single format is mostly noise; audit with --dtype float32", profile.shape.dtype
         )
     costs = copy_costs(profile, samples)
     copied = [] if costs is None else choose_copy_picks(costs, count, seed)
@@ -230,11 +230,11 @@ def _run(
         format_plans(profile, rounded),
         copy_plans(profile, copied),
     ]
-    ledger = ledger_file(path)
-    harms = measured_harms(model, samples, list(chain(*groups)), ledger, progress).mean(axis=1)
-    of_picks, of_plans, of_formats, of_copies = np.split(harms, np.cumsum([len(group) for group in groups])[:-1])
+    records = audit_records_file(path)
+    kls = measured_kls(model, samples, list(chain(*groups)), records, progress).mean(axis=1)
+    of_picks, of_plans, of_formats, of_copies = np.split(kls, np.cumsum([len(group) for group in groups])[:-1])
     repaired = (
-        audit_repairs(profile, model, costs, copied, samples, ledger, seed, progress) if costs is not None else {}
+        audit_repairs(profile, model, costs, copied, samples, records, seed, progress) if costs is not None else {}
     )
     influence = predicted_influence(profile, samples)
     results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)

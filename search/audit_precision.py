@@ -1,6 +1,6 @@
 """The audit of formats: one KV head's keys or values are kept in one format, all else is dense, predicted against measured.
 
-Harms of single KV heads in 8 bits are far below what bfloat16 resolves: they want a model in float32.
+KLs of single KV heads in 8 bits are far below what bfloat16 resolves: they want a model in float32.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def assess_formats(
         profile: with the formats on offer.
         influence: by estimator, `[layers, kv_heads, rules]`.
         picks: what was measured.
-        measured: harms, nats, `[picks]`.
+        measured: KLs, nats, `[picks]`.
         seed: of the bootstrap.
 
     Returns:
         `audit_precision`: of the recipe's estimator, or of `fisher` where that says nothing of formats, `spearman, ci95`, the
-        median `ratio` of measured to predicted harm, `ratio_range` that four fifths of them are in, `n`, and the same by
+        median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`, and the same by
         `kinds`; `precision_points`: each pick, `layer, kv_head, side, format, predicted, measured`.
     """
     wanted = profile.recipe.profile.estimator
@@ -104,8 +104,8 @@ def assess_formats(
         for kind in dict.fromkeys(kinds.tolist())
     }
     points = [
-        {**pick._asdict(), "predicted": guess, "measured": harm}
-        for pick, guess, harm in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
+        {**pick._asdict(), "predicted": guess, "measured": kl}
+        for pick, guess, kl in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]
     whole = {"estimator": estimator, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
     return {"audit_precision": whole, "precision_points": points}

@@ -21,7 +21,7 @@ from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
 from moacompress.search.audit_statistics import rank_and_ratio
-from moacompress.search.measuring import measured_harms
+from moacompress.search.measuring import measured_kls
 from moacompress.search.repaired import repair_samples
 from moacompress.search.sharing.copy_costs import CopyCosts
 
@@ -93,7 +93,7 @@ def assess_copies(
         profile: of the dense model.
         costs: as predicted.
         picks: what was measured.
-        measured: harms, nats, `[picks]`.
+        measured: KLs, nats, `[picks]`.
         seed: of the bootstrap.
 
     Returns:
@@ -113,7 +113,7 @@ def audit_repairs(
     costs: CopyCosts,
     picks: Sequence[CopyPick],
     samples: Sequence[Sample],
-    ledger: Path,
+    records: Path,
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def audit_repairs(
         costs: of copies that are not repaired, as predicted.
         picks: copies; `REPAIRED_PICKS` of them are repaired.
         samples: to measure on.
-        ledger: what it holds is not measured again.
+        records: what it holds is not measured again.
         seed: of the bootstrap.
         progress: told of what is done.
 
@@ -139,19 +139,19 @@ def audit_repairs(
     dtype = getattr(torch, shape.dtype)
     repairs = repaired_copies(model.model, shape, picks, repair_samples(profile, shape), dtype, progress)
     weights = {plan.key(): one.weights for plan, one in zip(plans, repairs, strict=True)}
-    harms = measured_harms(
-        model, samples, plans, ledger, progress, lambda plan: weights.get(plan.key(), {}), "repaired"
+    kls = measured_kls(
+        model, samples, plans, records, progress, lambda plan: weights.get(plan.key(), {}), "repaired"
     ).mean(axis=1)
     predicted = np.array([one.left * costs.cost(plan.shares) for plan, one in zip(plans, repairs, strict=True)])
-    points = _points(picks, predicted, harms)
+    points = _points(picks, predicted, kls)
     return {
-        "audit_repair": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, harms, seed)},
+        "audit_repair": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, kls, seed)},
         "repair_points": [{**point, "left": one.left} for point, one in zip(points, repairs, strict=True)],
     }
 
 
 def _points(picks: Sequence[CopyPick], predicted: Floats, measured: Floats) -> list[dict[str, Any]]:
     return [
-        {"layer": layer, "anchor": share.anchor, "head_map": list(share.head_map), "predicted": guess, "measured": harm}
-        for (layer, share), guess, harm in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
+        {"layer": layer, "anchor": share.anchor, "head_map": list(share.head_map), "predicted": guess, "measured": kl}
+        for (layer, share), guess, kl in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]

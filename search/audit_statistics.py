@@ -1,4 +1,4 @@
-"""What an audit says in numbers: rank correlation, slope and regret of predicted against measured harm.
+"""What an audit says in numbers: rank correlation, slope and regret of predicted against measured KL.
 
 Intervals are 95% percentile bootstraps over the ablations or plans. Every estimator is resampled alike, so that
 differences are paired. A number that cannot be had (too few points, all equal) is NaN.
@@ -19,7 +19,7 @@ from moacompress.search.surrogate import FLOOR, fit
 
 RESAMPLES = 5000
 RATIOS = (0.1, 0.9)
-"""Quantiles between which most ratios of measured to predicted harm are."""
+"""Quantiles between which most ratios of measured to predicted KL are."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
 
 
 def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
-    """Returns the least-squares slope of log measured on log predicted harm, over the points above the noise.
+    """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise.
 
     Args:
         predicted: nats, [points].
@@ -84,7 +84,7 @@ def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
 
 
 def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
-    """Returns how much more harm than the best plan the one of least predicted harm does, as a share of the best's.
+    """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
 
     Args:
         predicted: of every plan, [plans].
@@ -106,7 +106,7 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
         seed: of the bootstrap.
 
     Returns:
-        `spearman, ci95`, the median `ratio` of measured to predicted harm, `ratio_range` that four fifths of them are in, `n`.
+        `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
     """
     rank = spearman(predicted, measured, seed)
     usable = (predicted > FLOOR) & (measured > FLOOR)
@@ -122,11 +122,11 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
 
 
 def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
-    """Returns calibrated harm of every ablation, by the calibration that was fitted to the half it is not in, [ablations].
+    """Returns calibrated KL of every ablation, by the calibration that was fitted to the half it is not in, [ablations].
 
     Args:
         influence: predicted influence, nats, [ablations].
-        measured: harm, nats, [ablations].
+        measured: KL, nats, [ablations].
         seed: of the halves.
     """
     order = np.random.default_rng(seed).permutation(len(influence))
@@ -138,7 +138,7 @@ def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
 
 
 def _excess(chosen: Floats, best: Floats) -> Floats:
-    # below the noise a harm is no harm
+    # below the noise a KL says nothing
     excess: Floats = np.maximum(chosen, FLOOR) / np.maximum(best, FLOOR) - 1
     return excess
 
@@ -191,16 +191,16 @@ def assess(
     Args:
         influence: by estimator, [layers, kv_heads, rules].
         picks: the ablations.
-        measured: their harm, nats, [ablations].
-        choices: the plans, int64 [layers, kv_heads] each. Their harm is predicted by the calibration to all ablations.
-        measured_plans: their harm, nats, [plans].
+        measured: their KL, nats, [ablations].
+        choices: the plans, int64 [layers, kv_heads] each. Their KL is predicted by the calibration to all ablations.
+        measured_plans: their KL, nats, [plans].
         seed: of the halves and the bootstrap.
     """
     found = Assessment({}, {}, {}, [], [])
-    for (layer, head, rule), harm in zip(picks, measured.tolist(), strict=True):
-        place = {"layer": layer, "kv_head": head, "rule": rule, "measured": harm}
+    for (layer, head, rule), kl in zip(picks, measured.tolist(), strict=True):
+        place = {"layer": layer, "kv_head": head, "rule": rule, "measured": kl}
         found.points.append({**place, "predicted": {}, "calibrated": {}})
-    found.plan_points.extend({"measured": harm, "calibrated": {}} for harm in measured_plans.tolist())
+    found.plan_points.extend({"measured": kl, "calibrated": {}} for kl in measured_plans.tolist())
     for name, table in influence.items():
         predicted = np.array([table[pick] for pick in picks])
         calibrated = cross_fitted(predicted, measured, seed)
@@ -212,8 +212,8 @@ def assess(
             "c": calibration.c,
             "gamma": calibration.gamma,
         }
-        for point, raw, harm in zip(found.points, predicted.tolist(), calibrated.tolist(), strict=True):
-            point["predicted"][name], point["calibrated"][name] = raw, harm
+        for point, raw, kl in zip(found.points, predicted.tolist(), calibrated.tolist(), strict=True):
+            point["predicted"][name], point["calibrated"][name] = raw, kl
         if not len(choices):
             continue
         totals = np.array([total_cost(calibration(table), choice) for choice in choices])
@@ -224,8 +224,8 @@ def assess(
             "regret_ci95": lost.ci95,
             "n": len(choices),
         }
-        for point, harm in zip(found.plan_points, totals.tolist(), strict=True):
-            point["calibrated"][name] = harm
+        for point, kl in zip(found.plan_points, totals.tolist(), strict=True):
+            point["calibrated"][name] = kl
     return found
 
 

@@ -1,7 +1,7 @@
 """Plans that need no search, at the same bytes: what a found plan has to beat.
 
 Every baseline is a list of candidates, for each sink and pair of formats, of which the best measured counts: a plan must beat
-the alternative at its best. Bytes are those of cache slots, native windows respected, as everywhere.
+the baseline at its best. Bytes are those of cache slots, native windows respected, as everywhere.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def plans_within(
             `uniform`: one sink and fixed window for every KV head (StreamingLLM);
             `uniform-elastic`: one sink and share of the tokens so far for every KV head;
             `quantized`: everything, rounded, in one pair of formats for every KV head (what a quantized cache gives);
-            `per-layer`: one span of the profile for all KV heads of a layer, least predicted harm, in one pair of formats;
+            `per-layer`: one span of the profile for all KV heads of a layer, lowest predicted KL, in one pair of formats;
             `split`: KV heads keep everything or a sink and a short window (DuoAttention), in one pair of formats; those
-            that the short window would harm most keep everything, as many as fit;
+            that the short window would degrade most keep everything, as many as fit;
             `moa`: the choice of rules of least influence by MoA's own estimator, one sink for all KV heads; the profile
             must have been made with `--baselines`.
         shape: the model; native windows are respected.
@@ -91,7 +91,7 @@ def plans_within(
         formats: formats on offer beside the native one, see `format_pairs`; `moa` is native.
 
     Returns:
-        At least one plan, all different; pairs of formats take turns, and of each the plan of least predicted harm comes first
+        At least one plan, all different; pairs of formats take turns, and of each the plan of lowest predicted KL comes first
         where they are made from a profile, which is taken to know nothing of formats.
 
     Raises:
@@ -121,7 +121,7 @@ def _different(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _ranked(name: str, costs: _Costs, limits: Mapping[int, int], sinks: Sequence[int]) -> list[Plan]:
-    """Returns the candidates of a baseline in one pair of formats, the one of least predicted harm first."""
+    """Returns the candidates of a baseline in one pair of formats, the one of lowest predicted KL first."""
     ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, limits, sink)]
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
 
@@ -195,19 +195,19 @@ def _quantized(
 
 
 class _Costs:
-    """Predicted harm and bytes of a profile's rules, and plans made of them.
+    """Predicted KL and bytes of a profile's rules, and plans made of them.
 
     Attributes:
         rules: those of the profile, in one pair of formats.
-        harm: of their spans, nats, mean over the profile's lengths, monotone, [layers, kv_heads, rules].
+        kl: of their spans, nats, mean over the profile's lengths, monotone, [layers, kv_heads, rules].
     """
 
-    def __init__(self, shape: ModelShape, min_window: int, rules: tuple[Rule, ...], harm: Floats) -> None:
-        self.shape, self.min_window, self.rules, self.harm = shape, min_window, rules, harm
+    def __init__(self, shape: ModelShape, min_window: int, rules: tuple[Rule, ...], kl: Floats) -> None:
+        self.shape, self.min_window, self.rules, self.kl = shape, min_window, rules, kl
 
     def in_formats(self, pair: FormatPair) -> _Costs:
         """Returns the same spans in a pair of formats."""
-        return _Costs(self.shape, self.min_window, tuple(rule.in_formats(*pair) for rule in self.rules), self.harm)
+        return _Costs(self.shape, self.min_window, tuple(rule.in_formats(*pair) for rule in self.rules), self.kl)
 
     @staticmethod
     def of(name: str, shape: ModelShape, min_window: int, profile: Profile | None) -> _Costs:
@@ -232,18 +232,18 @@ class _Costs:
         return byte_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
-        """Returns the predicted harm and the plan of a choice of rules, [layers, kv_heads]."""
-        harm = total_cost(self.harm, choice)
+        """Returns the predicted KL and the plan of a choice of rules, [layers, kv_heads]."""
+        kl = total_cost(self.kl, choice)
         rules = tuple(tuple(self.rules[number] for number in row) for row in choice.tolist())
-        return harm, Plan(self.shape, self.min_window, rules)
+        return kl, Plan(self.shape, self.min_window, rules)
 
 
 def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
-    """The choice of one rule for each layer of least predicted harm."""
+    """The choice of one rule for each layer of lowest predicted KL."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.sees_all or rule.sink == sink]
     sizes = costs.sizes(numbers, limits).sum(axis=2)
     try:
-        solution = solve(costs.harm[..., numbers].sum(axis=1), sizes, limit_array(limits))
+        solution = solve(costs.kl[..., numbers].sum(axis=1), sizes, limit_array(limits))
     except InfeasibleBudgetError:
         return
     layers = np.array(numbers)[solution.choice]
@@ -251,7 +251,7 @@ def _per_layer(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[
 
 
 def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
-    """For each streaming window: everything for the KV heads that it would harm most, as many as fit."""
+    """For each streaming window: everything for the KV heads that it would degrade most, as many as fit."""
     full = next(number for number, rule in enumerate(costs.rules) if rule.sees_all)
     for number, rule in enumerate(costs.rules):
         if rule.sink != sink or rule.beta_q or rule.alpha > STREAMING_WINDOW:
@@ -260,9 +260,9 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
         left = limit_array(limits) - streaming.sum(axis=(1, 2))
         if (left < 0).any():
             continue
-        choice = np.full(costs.harm.shape[:2], number)
+        choice = np.full(costs.kl.shape[:2], number)
         # where all full heads take the same bytes these are the first ones; a native window may fit in where no other does
-        for head in np.argsort(-costs.harm[..., number], axis=None, kind="stable"):
+        for head in np.argsort(-costs.kl[..., number], axis=None, kind="stable"):
             layer_head = np.unravel_index(head, choice.shape)
             added = (everything - streaming)[(slice(None), *layer_head)]
             if (added <= left).all():
@@ -272,11 +272,11 @@ def _split(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tupl
 
 
 def _moa(costs: _Costs, limits: Mapping[int, int], sink: int) -> Iterable[tuple[float, Plan]]:
-    """The choice of a rule for each KV head of least predicted harm."""
+    """The choice of a rule for each KV head of lowest predicted KL."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
     knapsack = Knapsack(costs.sizes(numbers, limits), limit_array(limits), "lagrange")
     try:
-        choice = knapsack.choose(costs.harm[..., numbers])
+        choice = knapsack.choose(costs.kl[..., numbers])
     except InfeasibleBudgetError:
         return
     yield costs.plan(np.array(numbers)[choice])

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: which KV heads stay long, which knobs mattered, and what each step of the search gained."""
+"""Why a plan is as it is: which KV heads stay long, which search parameters mattered, what each step gained."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Stage:
 
     Attributes:
         name: what it was.
-        harm: of its plan, nats.
-        log_ratio: mean paired log-ratio of that harm to the surrogate's own plan.
+        kl: of its plan, nats.
+        log_ratio: mean paired log-ratio of that KL to the surrogate's own plan.
         kept: whether its plan became the best one.
         plan: its plan's rules, as `search_result.pack` packs them.
         gain: mean paired log-ratio to the plan that it had to beat, below 0 where it is better; None for the first one.
@@ -36,12 +36,16 @@ class Stage:
     """
 
     name: str
-    harm: float
+    kl: float
     log_ratio: float
     kept: bool
     plan: dict[str, Any]
     gain: float | None = None
     noise: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as the explanation has it, where the KL is called `harm`."""
+        return {"harm" if name == "kl" else name: value for name, value in asdict(self).items()}
 
 
 def explain(
@@ -51,7 +55,7 @@ def explain(
     tried: Sequence[Tried],
     importances: Mapping[str, float],
     stages: Sequence[Stage],
-    harm: Mapping[str, float | None],
+    kl: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """Returns what a search can say about its plan, as JSON values.
 
@@ -60,19 +64,19 @@ def explain(
         surrogate: calibrated.
         plan: the plan that is returned.
         tried: the finished trials.
-        importances: share of the variation between trials that goes with each knob.
+        importances: share of the variation between trials that goes with each search parameter.
         stages: steps of the search.
-        harm: measured, by name.
+        kl: measured, by name.
 
     Returns:
         `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
-        harm in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
+        KL in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
         `formats`: `bits` of keys and values, mean over the kept tokens, and for every pair of formats its KV heads and bytes;
         at the longest limited length.
-        `knobs`: the importances. `predicted`: predicted and measured harm of the trials, and their Spearman correlation.
-        `kinds`: predicted harm of the plan on each kind of samples that was profiled; None where a rule is no candidate.
+        `knobs`: the importances. `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
+        `kinds`: predicted KL of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
-        `trials`: of every trial its number, its harm on the samples that it was measured on, whether it was given up and
+        `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was given up and
         whether it was the best, and its `gain` over trial 0 with the `noise` that this had to be beyond.
         `stages`, `harm`.
     """
@@ -81,8 +85,8 @@ def explain(
         "format": "moacompress-explanation",
         "plan": plan.key(),
         "budget": list(request.asked),
-        "harm": dict(harm),
-        "stages": [asdict(stage) for stage in stages],
+        "harm": dict(kl),
+        "stages": [stage.to_dict() for stage in stages],
         "knobs": dict(sorted(importances.items(), key=lambda item: -item[1])),
         "predicted": _predicted(request, surrogate, tried),
         "kinds": _by_kind(request, surrogate, plan),
@@ -94,11 +98,11 @@ def explain(
         "trials": [
             {
                 "trial": trial.index,
-                "harm": float(np.mean(trial.harms)) if trial.harms else None,
+                "harm": float(np.mean(trial.kls)) if trial.kls else None,
                 "pruned": trial.pruned,
                 "kept": trial.index == best_trial(tried).index,
                 "gain": trial.value,
-                "noise": noise(trial.harms, tried[0].harms, CAUTION),
+                "noise": noise(trial.kls, tried[0].kls, CAUTION),
             }
             for trial in tried
         ],
@@ -137,21 +141,21 @@ def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[
 
 
 def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[str, float | None]:
-    """Returns the predicted harm of a plan on each kind of samples, nats."""
+    """Returns the predicted KL of a plan on each kind of samples, nats."""
     profile, found = request.profile, {}
     for kind in sorted(set(profile.sample_kinds)):
         influence = profile.influence(request.recipe.profile.estimator, kind)
         alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        harm = alone.calibrated(surrogate.calibration).predicted(plan)
-        if harm is not None and plan.shares:
+        kl = alone.calibrated(surrogate.calibration).predicted(plan)
+        if kl is not None and plan.shares:
             copies = CopyCosts.of_kind(profile, request.recipe.profile.estimator, kind)
-            harm += copies.cost(plan.shares, surrogate.calibration)
-        found[kind] = harm
+            kl += copies.cost(plan.shares, surrogate.calibration)
+        found[kind] = kl
     return found
 
 
 def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:
-    """Returns predicted and measured harm of the distinct plans that were measured on all samples."""
+    """Returns predicted and measured KL of the distinct plans that were measured on all samples."""
     from scipy.stats import spearmanr
 
     profile = request.profile
@@ -159,7 +163,7 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     for trial in tried:
         if trial.measured and not trial.pruned:
             plan = unpack(trial.plan, profile)
-            pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.harms))])
+            pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.kls))])
     predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

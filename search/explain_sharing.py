@@ -27,11 +27,11 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
 
     Returns:
         `asked`; `repaired`, of each copy that was repaired its `layer`, its `anchor` and what is `left` of the change of the
-        layer's attention output, and so of its harm as it is counted here; `assume_healed`, the share that is counted beside;
+        layer's attention output, and so of its KL as it is counted here; `assume_healed`, the share that is counted beside;
         `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
         one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
-        number; `copies`, their predicted harm; `predicted`, that of the solver's plan with them; and of the best trial that
-        shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0. Harms in nats.
+        number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them; and of the best trial that
+        shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0. KLs in nats.
     """
     choice = request.sharing
     assert choice is not None
@@ -56,7 +56,7 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
                 "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
                 "copies": choice.costs.cost(shares, surrogate.calibration),
                 "predicted": request.predicted(surrogate, made),
-                "harm": None if found is None or found.pruned else float(np.mean(found.harms)),
+                "harm": None if found is None or found.pruned else float(np.mean(found.kls)),
                 "log_ratio": None if found is None else found.value,
             }
         )

@@ -1,4 +1,4 @@
-"""The front of harm and bytes: one study with two objectives, in which the budget is a knob like the others."""
+"""The front of KL and bytes: one study with two objectives, in which the budget is a search parameter like the others."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from moacompress.rules.budget import Budget
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Objective
+from moacompress.search.plan_evaluator import PlanEvaluator
 from moacompress.search.plan_sets import write_front
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import SearchResult, bytes_note, pack, unpack, versions
+from moacompress.search.study_storage import StudyStorage, own_study, quiet_optuna
 
 SHARE = "log_share"
-"""Name of the knob that is the logarithm of the budget, a share of the dense bytes."""
+"""Name of the search parameter that is the logarithm of the budget, a share of the dense bytes."""
 STARTS = 4
 """Budgets, evenly spread on a logarithmic scale, at which the surrogate's own plan is tried first."""
 
@@ -49,7 +49,7 @@ def find_front(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> list[SearchResult]:
-    """Finds plans between two budgets of which none is beaten in both bytes and measured harm.
+    """Finds plans between two budgets of which none is beaten in both bytes and measured KL.
 
     Args:
         profile: a finished profile.
@@ -86,9 +86,11 @@ def find_front(
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:
             raise deadline.too_short() from None
-        distributions = {**request.knobs.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
-        neutral = [{**request.knobs.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)]
-        ledger = Ledger(
+        distributions = {**request.parameters.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
+        neutral = [
+            {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
+        ]
+        study_storage = StudyStorage(
             storage,
             name,
             profile.fingerprint,
@@ -99,29 +101,29 @@ def find_front(
             objectives=2,
         )
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
-        meter = HarmMeter.of(ledger, measure, recipe.seed, deadline)
+        evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
-            surrogate = meter.calibrated(request, progress)
+            surrogate = evaluator.calibrated(request, progress)
             progress.start("searching the front", recipe.search.trials)
-            for _ in ledger.finished()[: recipe.search.trials]:
+            for _ in study_storage.finished()[: recipe.search.trials]:
                 progress.step()
-            while len(ledger.finished()) < recipe.search.trials:
+            while len(study_storage.finished()) < recipe.search.trials:
                 deadline.check()
-                trial = ledger.ask()
+                trial = study_storage.ask()
                 share = float(np.exp(trial.params[SHARE]))
                 limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-                knobs = {name: at for name, at in trial.params.items() if name != SHARE}
-                plan = request.plan(surrogate, knobs, limits)
-                harm = float(np.mean(meter.harms("front", plan, meter.order)))
+                parameters = {name: at for name, at in trial.params.items() if name != SHARE}
+                plan = request.plan(surrogate, parameters, limits)
+                kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
                 kept = max(plan.kv_share(n) for n in profile.lengths)
-                ledger.tell(trial, [harm, kept], plan=pack(plan))
-                progress.step(f"{kept:.1%} of the bytes: {harm:.3g} nats")
+                study_storage.tell(trial, [kl, kept], plan=pack(plan))
+                progress.step(f"{kept:.1%} of the bytes: {kl:.3g} nats")
         progress.done()
-        if not ledger.finished():
+        if not study_storage.finished():
             raise deadline.too_short()
         points = [
             _Point(trial.values[0], trial.values[1], trial.user_attrs["plan"], number)
-            for number, trial in enumerate(ledger.finished())
+            for number, trial in enumerate(study_storage.finished())
         ]
         remove(plans_of_front(out))  # there may be fewer than before
         results = []
@@ -151,9 +153,9 @@ def _claim(out: Path, key: str, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class _Point:
-    """A trial: its mean harm in nats, its share of the dense bytes at the length where that is most, its plan."""
+    """A trial: its mean KL in nats, its share of the dense bytes at the length where that is most, its plan."""
 
-    harm: float
+    kl: float
     share: float
     packed: dict[str, Any]
     index: int
@@ -162,8 +164,8 @@ class _Point:
 def _front(points: Sequence[_Point]) -> list[_Point]:
     """Returns the points that no other beats in both numbers, the smallest first."""
     found: list[_Point] = []
-    for point in sorted(points, key=lambda point: (point.share, point.harm)):
-        if not found or point.harm < found[-1].harm:
+    for point in sorted(points, key=lambda point: (point.share, point.kl)):
+        if not found or point.kl < found[-1].kl:
             found.append(point)
     return found
 
@@ -190,7 +192,7 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
     plan = unpack(point.packed, profile)
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
-        quality={"measured_harm": {"plan": point.harm}, "samples": len(profile.validation)},
+        quality={"measured_harm": {"plan": point.kl}, "samples": len(profile.validation)},
         provenance={
             "source": shared_name(profile.source),
             "profile": profile.fingerprint,

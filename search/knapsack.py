@@ -55,7 +55,7 @@ class Knapsack:
         """Returns the choice with what it leaves of the limits spent: rules of no fewer bytes at any length, that cost no more.
 
         Args:
-            costs: predicted harm of every rule alone, nats, `[layers, kv_heads, rules]`.
+            costs: predicted KL of every rule alone, nats, `[layers, kv_heads, rules]`.
             choice: within the limits, `[layers, kv_heads]`.
         """
         lengths, layers, kv_heads, rules = self.sizes.shape

@@ -1,4 +1,4 @@
-"""Measured harm of many plans on many samples, each computed once in the life of a ledger."""
+"""Measured KL of many plans on many samples, each computed once in the life of records."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moacompress.core.progress import Progress
 from moacompress.core.records import Records, named_numbers
 from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
-from moacompress.search.objective import harms_of_sample, own_weights
+from moacompress.search.objective import kls_of_sample, own_weights
 
 
-def measured_harms(
+def measured_kls(
     model: SourceModel,
     samples: Sequence[Sample],
     plans: Sequence[Plan],
@@ -29,7 +29,7 @@ def measured_harms(
     weights_of: Callable[[Plan], Weights] = own_weights,
     of: str = "",
 ) -> Floats:
-    """Returns the harm of every plan on every sample, float64 [plans, samples], nats per answer token.
+    """Returns the KL of every plan on every sample, float64 [plans, samples], nats per answer token.
 
     Each sample is run whole once; a plan is run from the first layer that it changes.
 
@@ -37,37 +37,39 @@ def measured_harms(
         model: dense.
         samples: what to measure on.
         plans: for this model.
-        path: the ledger; what it holds is not measured again.
-        progress: told of every harm that is measured.
+        path: the records; what it holds is not measured again.
+        progress: told of every KL that is measured.
         weights_of: returns the weights that the model has under a plan in place of its own.
         of: what these are, where there are any.
 
     Raises:
         ModelError: logits that are not finite.
-        ArtefactError: the ledger cannot be read or written.
+        ArtefactError: the records cannot be read or written.
     """
     from moacompress import runtime
 
-    ledger = Records(path, named_numbers)
+    records = Records(path, named_numbers)
     marks = [fingerprint_ordered([sample]) for sample in samples]
     dtype = model.computes_in
     keys = [
         [fingerprint([plan.model.weights_fingerprint, dtype, plan.key(), mark, *filter(None, [of])]) for mark in marks]
         for plan in plans
     ]
-    missing = [[row for row, key in enumerate(column) if ledger.get(key) is None] for column in zip(*keys, strict=True)]
+    missing = [
+        [row for row, key in enumerate(column) if records.get(key) is None] for column in zip(*keys, strict=True)
+    ]
     progress.start("measuring", sum(map(len, missing)))
     try:
         for number, rows in enumerate(missing):
             wanted = {row: plans[row] for row in rows}
             full = Plan.full(model.shape)
-            for row, harm in harms_of_sample(model.model, samples[number], wanted, None, full, weights_of):
-                if not math.isfinite(harm):
+            for row, kl in kls_of_sample(model.model, samples[number], wanted, None, full, weights_of):
+                if not math.isfinite(kl):
                     raise ModelError(f"the logits of held-out sample {number} are not finite; try --dtype float32")
                 key = keys[row][number]
-                ledger.append({"key": key, "numbers": {"harm": harm}, "plan": plans[row].key(), "sample": number})
-                progress.step(f"sample {number + 1} of {len(samples)}: {harm:.2g} nats")
+                records.append({"key": key, "numbers": {"harm": kl}, "plan": plans[row].key(), "sample": number})
+                progress.step(f"sample {number + 1} of {len(samples)}: {kl:.2g} nats")
     finally:
         runtime.detach(model.model)
     progress.done()
-    return np.array([[(ledger.get(key) or {})["harm"] for key in row] for row in keys])
+    return np.array([[(records.get(key) or {})["harm"] for key in row] for row in keys])

@@ -1,4 +1,4 @@
-"""Measured harm: KL(dense || plan) in nats at the answer tokens of validation samples, teacher-forced."""
+"""Measured KL: KL(dense || plan) in nats at the answer tokens of validation samples, teacher-forced."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from moacompress.search.prefix import first_changed, record, resumed
 MAX_DENSE_BYTES = 2 * 2**30
 """Dense logits kept in memory; beyond them they are computed again whenever a plan is measured."""
 
-Harm = Callable[[int], float]
-"""Harm of one sample, by its number, in nats: mean over its answer tokens."""
+SampleKl = Callable[[int], float]
+"""KL of one sample, by its number, in nats: mean over its answer tokens."""
 
 
 class Measure(Protocol):
-    """What a study needs of the model: plans go in, harms come out."""
+    """What a study needs of the model: plans go in, KLs come out."""
 
     @property
     def size(self) -> int:
@@ -34,11 +34,11 @@ class Measure(Protocol):
         ...
 
     def under(self, plan: Plan) -> Any:
-        """Returns a context manager that yields the `Harm` of `plan`; the model is dense again when it ends."""
+        """Returns a context manager that yields the `SampleKl` of `plan`; the model is dense again when it ends."""
         ...
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """Yields the harms of many plans on one sample; it is quick for those that differ from `base` in late layers.
+        """Yields the KLs of many plans on one sample; it is quick for those that differ from `base` in late layers.
 
         The model is dense again once it is closed or has yielded all.
         """
@@ -76,12 +76,12 @@ class Objective:
         self._dense_bytes = 0
 
     @contextmanager
-    def under(self, plan: Plan) -> Iterator[Harm]:
-        """Puts the model under a plan for the block's length and yields the harm of single samples."""
+    def under(self, plan: Plan) -> Iterator[SampleKl]:
+        """Puts the model under a plan for the block's length and yields the KL of single samples."""
         with ExitStack() as running:
             runs = False
 
-            def harm(number: int) -> float:
+            def kl(number: int) -> float:
                 nonlocal runs
                 if runs and number not in self._dense:
                     running.close()
@@ -90,9 +90,9 @@ class Objective:
                 if not runs:
                     running.enter_context(self._running(plan))
                     runs = True
-                return _finite(kl(dense, answer_logits(self.model, self.samples[number])), number)
+                return _finite(kl_divergence(dense, answer_logits(self.model, self.samples[number])), number)
 
-            yield harm
+            yield kl
 
     @contextmanager
     def _running(self, plan: Plan) -> Iterator[None]:
@@ -107,22 +107,22 @@ class Objective:
                 runtime.detach(self.model)
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """Yields the harm of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
+        """Yields the KL of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
         from moacompress import runtime
 
         numbered = dict(enumerate(plans))
         dense = self._dense_logits(number)
         try:
-            found = harms_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
-            for _, harm in found:
-                yield _finite(harm, number)
+            found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+            for _, kl in found:
+                yield _finite(kl, number)
         finally:
             runtime.detach(self.model)
 
-    def harms(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
-        """Returns the harm of every sample (or of those numbered), float64 [samples], nats."""
-        with self.under(plan) as harm:
-            return np.array([harm(number) for number in (range(self.size) if numbers is None else numbers)])
+    def kls(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
+        """Returns the KL of every sample (or of those numbered), float64 [samples], nats."""
+        with self.under(plan) as kl:
+            return np.array([kl(number) for number in (range(self.size) if numbers is None else numbers)])
 
     def _dense_logits(self, number: int) -> torch.Tensor:
         """Returns the dense model's logits at a sample's answer; the model is under no plan."""
@@ -136,13 +136,13 @@ class Objective:
         return logits
 
 
-def _finite(harm: float, number: int) -> float:
-    if not math.isfinite(harm):
+def _finite(kl: float, number: int) -> float:
+    if not math.isfinite(kl):
         raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
-    return harm
+    return kl
 
 
-def harms_of_sample(
+def kls_of_sample(
     model: Any,
     sample: Sample,
     plans: Mapping[int, Plan],
@@ -150,7 +150,7 @@ def harms_of_sample(
     base: Plan,
     weights_of: Callable[[Plan], Weights] = own_weights,
 ) -> Iterator[tuple[int, float]]:
-    """Yields the harm of every plan, by its number; leaves the model under the last one, with its own weights.
+    """Yields the KL of every plan, by its number; leaves the model under the last one, with its own weights.
 
     Args:
         model: a transformers causal LM.
@@ -170,8 +170,8 @@ def harms_of_sample(
     for number, plan in plans.items():
         runtime.attach(model, plan)
         with with_weights(model, weights_of(plan)), resumed(model, prefix, first_changed(plan, base)):
-            harm = kl(logits if dense is None else dense, answer_logits(model, sample))
-        yield number, harm
+            kl = kl_divergence(logits if dense is None else dense, answer_logits(model, sample))
+        yield number, kl
 
 
 def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
@@ -185,7 +185,7 @@ def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
         return output_logits(model, target_states(model, ids, rows)).float()
 
 
-def kl(dense: torch.Tensor, other: torch.Tensor) -> float:
+def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
     """Returns KL(dense || other) in nats, mean over rows.
 
     Args:

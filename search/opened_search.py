@@ -12,11 +12,11 @@ from moacompress.models.source import SourceModel
 from moacompress.search.around import Around, ProfileAround, spread_samples
 from moacompress.search.deadline import Deadline
 from moacompress.search.found_plan import write_first
-from moacompress.search.harm_meter import HarmMeter
-from moacompress.search.ledger import Ledger, own_study, quiet_optuna
 from moacompress.search.objective import Measure, Objective
+from moacompress.search.plan_evaluator import PlanEvaluator
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import SearchRequest
+from moacompress.search.study_storage import StudyStorage, own_study, quiet_optuna
 
 MOVE_SAMPLES = 12
 """Calibration samples on which single moves are measured."""
@@ -56,25 +56,25 @@ def opened(
         if out is not None:
             write_first(request, out)
         request = request.repaired(source, deadline.within(progress))
-        ledger = Ledger(
+        study_storage = StudyStorage(
             storage,
             name,
             profile.fingerprint,
-            request.knobs.distributions(),
-            request.knobs.neutral,
+            request.parameters.distributions(),
+            request.parameters.neutral,
             request.recipe.seed,
-            [*map(request.knobs.within, request.starts), *request.knobs.starts],
+            [*map(request.parameters.within, request.starts), *request.parameters.starts],
         )
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
-        meter = HarmMeter.of(ledger, measure, request.recipe.seed, deadline)
+        evaluator = PlanEvaluator.of(study_storage, measure, request.recipe.seed, deadline)
         around, trainer = _improvers(request, source, out, deadline)
         yield SearchContext(
             request=request,
             storage=storage,
             name=name,
-            meter=meter,
+            evaluator=evaluator,
             surrogate=request.surrogate,
-            alternatives={},
+            measured_baselines={},
             around=around,
             trainer=trainer,
             out=out,

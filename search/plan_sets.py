@@ -1,4 +1,4 @@
-"""Several plans of one profile: one for each budget, or the front of harm and bytes, or the smallest that is good enough."""
+"""Several plans of one profile: one for each budget, or the front of KL and bytes, or the smallest that is good enough."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.alternatives import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.search_request import Knob, SearchRequest, offered
+from moacompress.search.measured_baselines import check_baselines
+from moacompress.search.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.search_result import SearchResult
 from moacompress.search.study import find_plan
 
@@ -43,7 +43,7 @@ def find_plans(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> list[SearchResult]:
-    """Finds a plan for each of several budgets; the knobs that won at one are tried first at the next.
+    """Finds a plan for each of several budgets; the search parameters that won at one are tried first at the next.
 
     Args:
         profile: a finished profile.
@@ -70,7 +70,7 @@ def find_plans(
     if overwrite:
         remove([front_file(out)])
     found: list[SearchResult] = []
-    starts: list[Knob] = []
+    starts: list[ParameterValues] = []
     for number, asked in enumerate(budgets):
         resolved = recipe.override(budget=list(asked))
         result = find_plan(
@@ -84,15 +84,15 @@ def find_plans(
             progress=progress,
             deadline=deadline.part(len(budgets) - number),
         )
-        knobs = result.plan.provenance["knobs"]
-        starts = [knobs] if any(knobs.values()) else []
+        parameters = result.plan.provenance["knobs"]
+        starts = [parameters] if any(parameters.values()) else []
         found.append(result)
     write_front(out, found)
     return found
 
 
 def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
-    """Writes `plan.front.json` beside the plans and returns it: bytes and harm of every plan, the smallest first."""
+    """Writes `plan.front.json` beside the plans and returns it: bytes and KL of every plan, the smallest first."""
     points = [
         {
             "plan": result.path.name if result.path else None,
@@ -115,12 +115,12 @@ class Loss:
 
     Attributes:
         text: as it was given.
-        harm: nats. A share p stands for `log(1 + p)`: KL is the expected rise of the negative log-likelihood of what the
+        kl: nats. A share p stands for `log(1 + p)`: KL is the expected rise of the negative log-likelihood of what the
             dense model says, so its perplexity then rises by that share at most.
     """
 
     text: str
-    harm: float
+    kl: float
 
     @staticmethod
     def parse(text: str) -> Loss:
@@ -148,14 +148,14 @@ def find_smallest(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
-    """Finds the plan of the smallest budget, a share of the dense bytes, whose measured harm is within a loss.
+    """Finds the plan of the smallest budget, a share of the dense bytes, whose measured KL is within a loss.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
     budget at which they hold, and where its plan does not hold, one at that budget.
 
     Args:
         profile: a finished profile.
-        loss: the most harm.
+        loss: the most KL.
         recipe: the run; its budget does not count.
         out: where the plan goes. The others are beside it, as `plan-25.json`.
         overwrite: start anew: all of it is removed.
@@ -211,10 +211,10 @@ def _smallest(
     held: list[SearchResult] = []
 
     def holds(result: SearchResult) -> bool:
-        harm = result.harm["plan"]
-        if harm is None:
+        kl = result.harm["plan"]
+        if kl is None:
             raise TimeUp
-        if harm > loss.harm:
+        if kl > loss.kl:
             return False
         held.append(result)
         return True
@@ -224,7 +224,7 @@ def _smallest(
         bad, good = smallest - 1, 99
         if not holds(scout(good)):
             raise InfeasibleBudgetError(
-                f"no plan holds a loss of {loss.text} (KL {loss.harm:.2g} nats): even {good}% of the bytes cost more; allow "
+                f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats): even {good}% of the bytes cost more; allow "
                 "more loss"
             )
         while good - bad > 1:

@@ -1,6 +1,6 @@
-"""What KV heads do together: a quadratic model of the harm, shrunk towards the sum over heads, and a local search in it.
+"""What KV heads do together: a quadratic model of the KL, shrunk towards the sum over heads, and a local search in it.
 
-To second order harm is half the mean square of the *sum* over KV heads of what each moves along a random cotangent; the
+To second order KL is half the mean square of the *sum* over KV heads of what each moves along a random cotangent; the
 surrogate adds up the squares of each alone. The sum knows which heads cancel or add up, but it is estimated from few samples:
 alone it overfits, so it is mixed with the surrogate, and a study decides how much of it helps.
 """
@@ -22,7 +22,7 @@ CANDIDATES = 300
 """Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
 MAX_STEPS = 300
 KNEE = 0.05
-"""Nats below which a sample's harm is as good as none: half a nat over an answer of ten tokens, which is then still given."""
+"""Nats below which a sample's KL is as good as none: half a nat over an answer of ten tokens, which is then still given."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Quadratic:
 
     Attributes:
         rows: what a part on a KV head moves along each cotangent, `[rows, heads, parts]`, heads of all layers in one axis.
-        linear: first-order change of harm, nats, `[heads, parts]`; 0 around the dense model. Predicted harm is its sum over
+        linear: first-order change of KL, nats, `[heads, parts]`; 0 around the dense model. Predicted KL is its sum over
             heads, and half the sum over rows of the squared sum over heads. Around a plan it is the change against that plan.
         parts: the parts of every rule, int64 `[rules, parts of a rule]`; None where every rule is a part of its own.
     """
@@ -49,8 +49,8 @@ class Quadratic:
         Args:
             profile: of the dense model, or around a plan.
             text_weight: weight of plain text beside answers.
-            relative: around a plan, how much less a sample weighs that the plan harms more: at 0 what is predicted is the
-                change of the mean harm, at 1 nearly that of the mean logarithm.
+            relative: around a plan, how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
+                change of the mean KL, at 1 nearly that of the mean logarithm.
         """
         arrays = profile.statistics.arrays
         totals = profile.of_parts("total")  # [samples, draws, layers, kv_heads, parts]
@@ -65,9 +65,9 @@ class Quadratic:
         if {"answer", "text"} == set(profile.sample_kinds):
             weights[kinds == "text"] *= text_weight
         if relative and "harm" in arrays:
-            harm = arrays["harm"][:, 0].astype(np.float64)
-            weighed = weights * (harm + KNEE) ** -relative
-            weights = weighed * (weights @ (harm + KNEE)) / (weighed @ (harm + KNEE))
+            kl = arrays["harm"][:, 0].astype(np.float64)
+            weighed = weights * (kl + KNEE) ** -relative
+            weights = weighed * (weights @ (kl + KNEE)) / (weighed @ (kl + KNEE))
         scale = np.sqrt(weights / draws)[:, None, None, None, None]
         rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
         if "first" not in arrays:
@@ -81,8 +81,8 @@ class Quadratic:
         rows = np.concatenate([self.rows * ours**0.5, other.rows * theirs**0.5])
         return Quadratic(rows, ours * self.linear + theirs * other.linear, self.parts)
 
-    def harm(self, choice: Ints) -> float:
-        """Returns the predicted harm of a choice of rules, `[layers, kv_heads]`, in nats."""
+    def kl(self, choice: Ints) -> float:
+        """Returns the predicted KL of a choice of rules, `[layers, kv_heads]`, in nats."""
         chosen = choice.reshape(-1)
         heads = np.arange(len(chosen))
         first = self.linear[heads[:, None], self._parts_of(chosen)].sum()
@@ -121,7 +121,7 @@ class Quadratic:
         return replace(self, rows=groups.summed(self.rows), linear=groups.summed(self.linear))
 
     def changes(self, choice: Ints) -> Floats:
-        """Returns the predicted change of harm by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
+        """Returns the predicted change of KL by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
         return self._changes(choice.reshape(-1)).reshape(*choice.shape, -1)
 
     def _changes(self, now: Ints) -> Floats:
@@ -139,11 +139,11 @@ class Quadratic:
     def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
         """Returns a choice within the limits that no change of one KV head, or of two, improves.
 
-        What is lowered is `(1 - share) * costs + share * harm`.
+        What is lowered is `(1 - share) * costs + share * kl`.
 
         Args:
             choice: where to begin, within the limits, `[layers, kv_heads]`.
-            costs: predicted harm of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
+            costs: predicted KL of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
             share: of this form in what is lowered, 0 to 1.
             knapsack: bytes and limits.
         """

@@ -1,7 +1,7 @@
-"""Repair of a plan's weights: fitted on a profile's calibration samples, chosen and judged by measured harm on validation.
+"""Repair of a plan's weights: fitted on a profile's calibration samples, chosen and judged by measured KL on validation.
 
 Of the validation samples every other one chooses among the settings, and the rest judge the choice. Weights are changed only
-where both say that this lowers harm, the latter beyond doubt; otherwise the model keeps its own.
+where both say that this lowers KL, the latter beyond doubt; otherwise the model keeps its own.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
-from moacompress.search.objective import MAX_DENSE_BYTES, answer_logits, kl
+from moacompress.search.objective import MAX_DENSE_BYTES, answer_logits, kl_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SETTINGS = tuple(map(RepairSetting, (0.03, 0.1, 0.3)))
 """What is tried, and no repair at all beside it. All rows count alike: on SmolLM2, with a ridge of 0.1 and 4,000 tokens, giving
-half the weight to the rows of answers left a harm of 0.0170 nats where all alike left 0.0154, a difference within the noise."""
+half the weight to the rows of answers left a KL of 0.0170 nats where all alike left 0.0154, a difference within the noise."""
 TOKENS_PER_INPUT = 32
 """Calibration tokens for every input of an output projection: enough that the fit is not to their noise."""
 VALIDATION_SAMPLES = 16
 """Validation samples that are measured on, at most."""
 CAUTION = 2.0
-"""Standard errors by which harm must be lower on the samples that judge. On SmolLM2 repairs of layers that share attention gain
-4.5 and more; those of plans with gates gained less than two, and the larger of these changes did harm to other text."""
+"""Standard errors by which KL must be lower on the samples that judge. On SmolLM2 repairs of layers that share attention gain
+4.5 and more; those of plans with gates gained less than two, and the larger of these changes degraded other text."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Repaired:
     """What a repair came to.
 
     Attributes:
-        weights: of the parameters that it changed, in the checkpoint's dtype; empty where no repair lowered the harm.
+        weights: of the parameters that it changed, in the checkpoint's dtype; empty where no repair lowered the KL.
         report: `penalty` and `answer_share` of the setting, None where nothing was changed; `harm` in nats per answer token,
             each of `before`, `after` and `change` with its `mean` and standard `error`, on samples that had no part in the
             choice, and the change that would have been where it was `not_enough`; `tokens` and `samples` that were fitted to,
@@ -66,7 +66,7 @@ def repair(
     settings: Sequence[RepairSetting] = SETTINGS,
     progress: Progress = SILENT,
 ) -> Repaired:
-    """Fits the output projections of all layers to what a plan leaves of their attention, where that lowers harm beyond doubt.
+    """Fits the output projections of all layers to what a plan leaves of their attention, where that lowers KL beyond doubt.
 
     Args:
         source: the dense model; it has its own weights again afterwards.
@@ -92,21 +92,21 @@ def repair(
     counts = {"tokens": tokens, "samples": len(samples)}
     if not plan.shares and all(rule.is_full for row in plan.rules for rule in row):
         return Repaired({}, {"penalty": None, "answer_share": None, **counts, "seconds": 0.0})
-    harms = _Harms(source.model, plan, validation)
-    choosing, judging = harms.numbers[::2], harms.numbers[1::2]
-    before = harms.under({})
+    kls = _RepairedKl(source.model, plan, validation)
+    choosing, judging = kls.numbers[::2], kls.numbers[1::2]
+    before = kls.under({})
     found = repaired_weights(source.model, plan, samples, settings, getattr(torch, plan.model.dtype), progress)
     progress.start("measuring repairs", len(found))
     chosen: tuple[RepairSetting | None, Weights] = (None, {})
     best = before[choosing].mean()
     for setting, weights in zip(settings, found, strict=True):
-        harm = harms.under(weights, choosing)[choosing].mean()
-        progress.step(f"{harm:.3g} nats, {before[choosing].mean():.3g} without")
-        if harm < best:
-            chosen, best = (setting, weights), harm
+        kl = kls.under(weights, choosing)[choosing].mean()
+        progress.step(f"{kl:.3g} nats, {before[choosing].mean():.3g} without")
+        if kl < best:
+            chosen, best = (setting, weights), kl
     after, not_enough = before, {}
     if chosen[0] is not None:
-        tried = harms.under(chosen[1], judging)
+        tried = kls.under(chosen[1], judging)
         change = _mean(tried[judging] - before[judging])
         if change["mean"] + CAUTION * (change["error"] or 0.0) < 0:
             after = tried
@@ -173,13 +173,13 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[int(index)] for index in np.linspace(0, len(samples) - 1, count).round()]
 
 
-def _mean(harms: Floats) -> dict[str, Any]:
-    error = float(harms.std(ddof=1) / len(harms) ** 0.5) if len(harms) > 1 else None
-    return {"mean": float(harms.mean()), "error": error}
+def _mean(kls: Floats) -> dict[str, Any]:
+    error = float(kls.std(ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None
+    return {"mean": float(kls.mean()), "error": error}
 
 
-class _Harms:
-    """Measured harm of a plan with other weights, against the model's own dense.
+class _RepairedKl:
+    """Measured KL of a plan with other weights, against the model's own dense.
 
     Attributes:
         numbers: of the samples that are measured on, those whose dense logits there is memory for.
@@ -198,19 +198,19 @@ class _Harms:
             self._dense.append(answer_logits(model, samples[number]))
 
     def under(self, weights: Mapping[str, torch.Tensor], numbers: Sequence[int] | None = None) -> Floats:
-        """Returns the harm of every sample under the plan with these weights, nats; NaN for samples that were not asked for."""
+        """Returns the KL of every sample under the plan with these weights, nats; NaN for samples that were not asked for."""
         from moacompress import runtime
 
-        harms = np.full(len(self.numbers), np.nan)
+        kls = np.full(len(self.numbers), np.nan)
         with with_weights(self._model, weights):
             runtime.attach(self._model, self._plan)
             try:
                 for number in self.numbers if numbers is None else numbers:
-                    harms[number] = kl(self._dense[number], answer_logits(self._model, self._samples[number]))
-                    if not np.isfinite(harms[number]):
+                    kls[number] = kl_divergence(self._dense[number], answer_logits(self._model, self._samples[number]))
+                    if not np.isfinite(kls[number]):
                         raise ModelError(
                             f"the logits of validation sample {number} are not finite; try --dtype float32"
                         )
             finally:
                 runtime.detach(self._model)
-        return harms
+        return kls

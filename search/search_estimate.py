@@ -15,7 +15,7 @@ from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.alternatives import CANDIDATES, CLOSE, FINALISTS, SCREENED
+from moacompress.search.measured_baselines import CANDIDATES, CLOSE, FINALISTS, SCREENED
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is given up."""

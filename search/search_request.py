@@ -25,16 +25,16 @@ from moacompress.rules.cost import budget_limits, layer_floors
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.knapsack import total_cost
-from moacompress.search.knobs import Knobs
 from moacompress.search.objective import Measure
 from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
 from moacompress.search.repaired import repair_samples
-from moacompress.search.sharing.assumed_healing import HealedMeasure, left_of_harm
+from moacompress.search.search_parameters import SearchParameters
+from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.surrogate import Surrogate
 
-Knob: TypeAlias = Mapping[str, float]
+ParameterValues: TypeAlias = Mapping[str, float]
 
 MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
@@ -73,7 +73,7 @@ class SearchRequest:
         asked: the budgets as given.
         limits: most KV bytes at every length that the budgets restrict.
         surrogate: not yet calibrated.
-        starts: knobs that are tried right after the neutral ones.
+        starts: parameters that are tried right after the neutral ones.
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
     """
@@ -83,7 +83,7 @@ class SearchRequest:
     asked: tuple[str, ...]
     limits: dict[int, int]
     surrogate: Surrogate
-    starts: tuple[Knob, ...]
+    starts: tuple[ParameterValues, ...]
     computes_in: str
     sharing: ShareChoice | None = None
 
@@ -92,7 +92,7 @@ class SearchRequest:
         profile: Profile,
         budget: str | Sequence[str] | None,
         recipe: Recipe,
-        starts: Sequence[Knob] = (),
+        starts: Sequence[ParameterValues] = (),
         model: SourceModel | None = None,
     ) -> SearchRequest:
         """Reads the budgets and the profile.
@@ -101,7 +101,7 @@ class SearchRequest:
             profile: finished.
             budget: as `find_plan` takes it.
             recipe: the run.
-            starts: knobs that are tried right after the neutral ones.
+            starts: parameters that are tried right after the neutral ones.
             model: the model where it is loaded already; by default it will be as the recipe says.
 
         Raises:
@@ -153,7 +153,7 @@ class SearchRequest:
                 "moves": search.moves,
                 "floors": search.floors,
                 "alternatives": search.alternatives,
-                "starts": [dict(knobs) for knobs in self.starts],
+                "starts": [dict(parameters) for parameters in self.starts],
                 "moa": self.measures_moa,
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
@@ -173,10 +173,12 @@ class SearchRequest:
         return [search.share, search.segments, anchors, *assumed]
 
     @property
-    def knobs(self) -> Knobs:
+    def parameters(self) -> SearchParameters:
         """What the study tunes."""
         profile, coherent = self.profile, self.quadratic is not None
-        return Knobs(profile.shape.layers, profile.lengths, coherent, bool(profile.formats), self.most_shared)
+        return SearchParameters(
+            profile.shape.layers, profile.lengths, coherent, bool(profile.formats), self.most_shared
+        )
 
     @cached_property
     def most_shared(self) -> int:
@@ -185,38 +187,42 @@ class SearchRequest:
             return 0
         single = self.surrogate.raw()
 
-        def harm(shares: LayerShares) -> float:
+        def kl(shares: LayerShares) -> float:
             space = self.space(shares)
             costs = space.costs(single)
             return total_cost(costs, space.knapsack.choose(costs))
 
-        alone = harm(())
-        return self.sharing.most(lambda shares: alone - harm(shares))
+        alone = kl(())
+        return self.sharing.most(lambda shares: alone - kl(shares))
 
-    def shares(self, knobs: Knob) -> LayerShares:
-        """Returns which layers share under some knobs."""
+    def shares(self, parameters: ParameterValues) -> LayerShares:
+        """Returns which layers share under some search parameters."""
         if self.sharing is None:
             return ()
-        return self.sharing.shares(round(knobs.get("sharing", 0.0))) if self.sharing.asked.auto else self.sharing.fixed
+        return (
+            self.sharing.shares(round(parameters.get("sharing", 0.0)))
+            if self.sharing.asked.auto
+            else self.sharing.fixed
+        )
 
     def space(self, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
         """Returns the plans whose layers share so, within the limits or others."""
         return PlanSpace.of(self, shares, limits)
 
     def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
-        """Returns the predicted harm of a plan with its copies, nats; None where a rule of it is no candidate."""
+        """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
         found = surrogate.predicted(plan)
         if found is None or self.sharing is None:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
 
     def left(self, plan: Plan) -> float:
-        """Returns the share of a plan's measured harm that healing is assumed to leave: see `left_of_harm`."""
+        """Returns the share of a plan's measured KL that healing is assumed to leave: see `healed_share`."""
         if self.sharing is None or self.sharing.assume_healed == 1 or not any(plan.shares):
             return 1.0
         healed = self.sharing.costs.cost(plan.shares)
         rest = (self.predicted(self.surrogate, plan) or healed) - healed
-        return left_of_harm(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
+        return healed_share(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
 
     def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
         """Returns the request with copies repaired, and so priced, where that is asked for.
@@ -248,30 +254,30 @@ class SearchRequest:
         samples, draws = self.profile.statistics.arrays["total"].shape[:2]
         return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
 
-    def choice(self, surrogate: Surrogate, space: PlanSpace, knobs: Knob) -> Ints:
-        """Returns the rule of every row of the knapsack that the solver chooses under some knobs, int64.
+    def choice(self, surrogate: Surrogate, space: PlanSpace, parameters: ParameterValues) -> Ints:
+        """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64.
 
         Args:
             surrogate: calibrated.
             space: the plans to choose among.
-            knobs: values of `knobs`.
+            parameters: values of `knobs`.
         """
-        bent = space.costs(self.knobs.bend(surrogate, knobs))
+        bent = space.costs(self.parameters.bend(surrogate, parameters))
         choice = space.knapsack.choose(bent)
-        share = knobs.get("coherence", 0.0)
+        share = parameters.get("coherence", 0.0)
         if self.quadratic is None or not share:
             return choice
         # of bending only ratios count, so the costs are scaled to be nats again
         nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def plan(self, surrogate: Surrogate, knobs: Knob, limits: Mapping[int, int] | None = None) -> Plan:
+    def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Mapping[int, int] | None = None) -> Plan:
         """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
 
         Args:
             surrogate: calibrated.
-            knobs: values of `knobs`.
+            parameters: values of `knobs`.
             limits: other ones than the request's.
         """
-        space = self.space(self.shares(knobs), limits)
-        return space.plan(self.choice(surrogate, space, knobs))
+        space = self.space(self.shares(parameters), limits)
+        return space.plan(self.choice(surrogate, space, parameters))

@@ -32,7 +32,7 @@ class SearchResult:
         trials: finished trials of the study, those of earlier runs included.
         measured_plans: distinct plans that trials measured.
         best_trial: index of the best trial; None where no trial has ended.
-        harm: mean harm in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
+        KL: mean KL in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
             candidate within the budget, the profile lacks what it is made from, or the time was up before it was measured).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
@@ -107,7 +107,7 @@ def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
     return {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in sorted(set(lengths))}
 
 
-def baseline_note(plan: Plan, harm: float, lengths: Iterable[int]) -> dict[str, Any]:
+def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, Any]:
     """Returns what a plan says about a baseline that it was measured beside.
 
     `sink` is there where all KV heads share one that do not keep everything, `formats`, of keys and values, where all share a
@@ -118,7 +118,7 @@ def baseline_note(plan: Plan, harm: float, lengths: Iterable[int]) -> dict[str, 
     sinks = {rule.sink for rule in rules}
     note: dict[str, Any] = {
         "key": plan.key(),
-        "harm": harm,
+        "harm": kl,
         "kv_bytes": {str(n): plan.kv_bytes(n) for n in sorted(set(lengths))},
     }
     if len(pairs) == 1 and pairs != {(NATIVE, NATIVE)}:

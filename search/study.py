@@ -1,6 +1,6 @@
 """Finding a plan: a solver inside every trial, Optuna around it, the real model as the judge; then rounds and moves.
 
-A trial's knobs bend the surrogate, the solver turns it into a plan within the budget, and the plan's harm is measured
+A trial's search parameters bend the surrogate, the solver turns it into a plan within the budget, and the plan's KL is measured
 on validation samples. A trial's value is its mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
 sample, so that a trial that is pruned half-way has a value on the same scale. A trial is better only beyond doubt: the best
 of many noisy numbers looks better than it is. The best plan is then improved by profiling around it, and by measuring single KV
@@ -23,23 +23,23 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.alternatives import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.found_plan import stopped_at_once, write_found
+from moacompress.search.measured_baselines import check_baselines
 from moacompress.search.opened_search import opened
 from moacompress.search.search_context import Step
-from moacompress.search.search_request import Knob, SearchRequest
+from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_result import SearchResult, found_before
-from moacompress.search.steps.baselines_beside import measure_baselines
+from moacompress.search.steps.baselines import measure_baselines
 from moacompress.search.steps.calibrated_start import calibrate
-from moacompress.search.steps.knob_study import tune_knobs
+from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
-from moacompress.search.steps.rest import spend_rest
+from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
 
 __all__ = ["SearchResult", "find_plan"]
 
-STEPS: tuple[Step, ...] = (calibrate, measure_baselines, tune_knobs, make_rounds, make_moves, spend_rest)
+STEPS: tuple[Step, ...] = (calibrate, measure_baselines, tune_parameters, make_rounds, make_moves, spend_leftover)
 """Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
 
 
@@ -51,12 +51,12 @@ def find_plan(
     out: str | Path | None = None,
     overwrite: bool = False,
     model: SourceModel | None = None,
-    starts: Sequence[Knob] = (),
+    starts: Sequence[ParameterValues] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
-    """Finds the plan of least measured harm within a budget.
+    """Finds the plan of lowest measured KL within a budget.
 
     The same call continues where a killed one stopped: everything measured is kept in `recipe.search.storage`, by
     default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. A plan is at `out` before
@@ -71,11 +71,11 @@ def find_plan(
         out: where the best plan so far is always kept, and the result in the end.
         overwrite: start anew: the plan at `out`, what is beside it and what is in the storage is removed.
         model: the profile's model where it is loaded already; by default it is loaded.
-        starts: knobs that are tried right after the surrogate's own plan, such as those that won at another budget.
+        starts: parameters that are tried right after the surrogate's own plan, such as those that won at another budget.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
         deadline: when to stop; by default `recipe.search.timeout` seconds from now. The search ends within the measurement of
-            one sample after it, with the best plan so far: where none is measured yet, with the surrogate's own, whose harm
+            one sample after it, with the best plan so far: where none is measured yet, with the surrogate's own, whose KL
             is then None.
 
     Returns:
@@ -107,12 +107,12 @@ def find_plan(
         deadline = deadline or Deadline(request.recipe.search.timeout, started)
         try:
             with opened(request, path, overwrite, model, progress, deadline) as context:
-                standing = context.start()
+                incumbent = context.start()
                 with suppress(TimeUp):
                     for step in STEPS:
-                        standing = step(standing, context)
+                        incumbent = step(incumbent, context)
                 progress.done()
-                plan, explanation = write_found(standing, context)
+                plan, explanation = write_found(incumbent, context)
         except TimeUp:
             progress.done()
             plan, explanation = stopped_at_once(request, path)

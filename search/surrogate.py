@@ -1,7 +1,7 @@
 """The surrogate: what a plan is predicted to do to the model, as a sum over its KV heads.
 
 The profile's influence is made monotone over nested rules (a rule that keeps less is never cheaper) and calibrated to
-measured harm as `c * influence ** gamma`: a knapsack needs magnitudes, not ranks.
+measured KL as `c * influence ** gamma`: a knapsack needs magnitudes, not ranks.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moacompress.rules.windows import selected, window
 GAMMA_RANGE = (0.5, 1.5)
 """The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this."""
 FLOOR = 1e-12
-"""Nats below which a harm or an influence is numerical noise."""
+"""Nats below which a KL or an influence is numerical noise."""
 MIN_POINTS = 3
 """Ablations below which nothing is fitted."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`harm = c * influence ** gamma`, in nats, as fitted to measured ablations.
+    """`kl = c * influence ** gamma`, in nats, as fitted to measured ablations.
 
     Attributes:
         c: scale, positive.
@@ -45,19 +45,19 @@ class Calibration:
     points: int = 0
 
     def __call__(self, influence: Floats) -> Floats:
-        """Returns predicted harm in nats."""
+        """Returns predicted KL in nats."""
         return self.c * np.power(influence, self.gamma)
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Predicted harm of every rule on every KV head.
+    """Predicted KL of every rule on every KV head.
 
     Attributes:
         rules: candidate rules, the full one first.
         influence: float64 [lengths, layers, kv_heads, rules], nats; 0 for the full rule.
         supersets: bool [rules, rules]; `[a, b]` is whether b keeps everything that a keeps, at every length, and as exactly.
-        calibration: from influence to measured harm.
+        calibration: from influence to measured KL.
     """
 
     rules: tuple[Rule, ...]
@@ -98,7 +98,7 @@ class Surrogate:
         return monotone(found, self.supersets)
 
     def costs(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
-        """Returns predicted harm in nats, [layers, kv_heads, rules]; see `raw`."""
+        """Returns predicted KL in nats, [layers, kv_heads, rules]; see `raw`."""
         return self.calibration(self.raw(length_weights, precision))
 
     @property
@@ -117,7 +117,7 @@ class Surrogate:
         return replace(self, calibration=calibration)
 
     def predicted(self, plan: Plan) -> float | None:
-        """Returns the predicted harm of a plan in nats, or None where a rule of it is no candidate."""
+        """Returns the predicted KL of a plan in nats, or None where a rule of it is no candidate."""
         index = {rule: number for number, rule in enumerate(self.rules)}
         choice = [[index.get(rule, -1) for rule in row] for row in plan.rules]
         if any(number < 0 for row in choice for number in row):
@@ -164,11 +164,11 @@ def monotone(influence: Floats, supersets: npt.NDArray[np.bool_]) -> Floats:
 
 
 def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
-    """Fits `log harm = log c + gamma * log influence` by robust least squares.
+    """Fits `log KL = log c + gamma * log influence` by robust least squares.
 
     Args:
         influence: predicted influence of each ablation, nats, [ablations].
-        measured: its measured harm, nats, [ablations].
+        measured: its measured KL, nats, [ablations].
 
     Returns:
         The identity when fewer than `MIN_POINTS` ablations are above the noise.

@@ -1,4 +1,4 @@
-"""The trials of a study: knobs in, a plan by the solver, measured sample by sample until it is done or hopeless."""
+"""The trials of a study: search parameters in, a plan by the solver, measured sample by sample until it is done or hopeless."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
 from moacompress.search.search_result import pack
+from moacompress.search.study_storage import StudyStorage
 
 if TYPE_CHECKING:
     from optuna import Trial
+    from optuna.trial import FrozenTrial
 
 EPSILON = 1e-3
-"""Nats added to a harm before its logarithm: differences far below it do not matter."""
+"""Nats added to a KL before its logarithm: differences far below it do not matter."""
 
 
 CAUTION = 2.0
@@ -28,14 +29,14 @@ CAUTION = 2.0
 that was better by 1.3 of them on 28 samples was worse on others."""
 
 
-def log_ratios(harms: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Returns `log((harm + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
-    return [float(np.log((harm + EPSILON) / (base + EPSILON))) for harm, base in zip(harms, reference, strict=False)]
+def log_ratios(kls: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Returns `log((KL + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
+    return [float(np.log((kl + EPSILON) / (base + EPSILON))) for kl, base in zip(kls, reference, strict=False)]
 
 
-def log_ratio(harms: Sequence[float], reference: Sequence[float]) -> float:
+def log_ratio(kls: Sequence[float], reference: Sequence[float]) -> float:
     """Returns the mean of `log_ratios`: what plans are compared by."""
-    return float(np.mean(log_ratios(harms, reference)))
+    return float(np.mean(log_ratios(kls, reference)))
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,21 @@ class Tried:
         index: its place among the finished trials; 0 is the plan that the others are compared with.
         key: of its plan.
         plan: its rules, packed.
-        harms: nats, in the order of the shuffled samples; fewer than all where it was pruned.
+        kls: nats, in the order of the shuffled samples; fewer than all where it was pruned.
         value: mean log-ratio to trial 0.
         pruned: whether it was given up half-way.
         measured: whether it was measured, and not known before.
-        knobs: its knobs.
+        parameters: its search parameters.
     """
 
     index: int
     key: str
     plan: dict[str, Any]
-    harms: list[float]
+    kls: list[float]
     value: float
     pruned: bool
     measured: bool
-    knobs: dict[str, float]
+    parameters: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,15 @@ class Trials:
     """Runs the trials of a study and knows those that are finished.
 
     Attributes:
-        ledger: where they are kept.
+        study_storage: where they are kept.
         measure: the model.
         order: the samples' numbers, shuffled.
-        plan_of: makes a plan of knobs; it is within the limits.
+        plan_of: makes a plan of search parameters; it is within the limits.
         deadline: when to stop; it is checked before every sample.
-        known: the harms of plans that are measured already, in the order of the samples, by the plan's key.
+        known: the KLs of plans that are measured already, in the order of the samples, by the plan's key.
     """
 
-    ledger: Ledger
+    study_storage: StudyStorage
     measure: Measure
     order: Sequence[int]
     plan_of: Callable[[dict[str, Any]], Plan]
@@ -85,11 +86,8 @@ class Trials:
 
     def finished(self) -> list[Tried]:
         """Returns the finished trials."""
-        trials = self.ledger.finished()
-        return [
-            Tried(index, value=trial.value or 0.0, knobs=trial.params, **trial.user_attrs)
-            for index, trial in enumerate(trials)
-        ]
+        trials = self.study_storage.finished()
+        return [_tried(index, trial) for index, trial in enumerate(trials)]
 
     def completed(
         self, name: str, limit: int, progress: Progress, after: Callable[[Sequence[Tried]], str]
@@ -125,42 +123,50 @@ class Trials:
         Raises:
             TimeUp: the time is up before the trial has ended: the next run begins it again, with what is measured of it.
         """
-        trial = self.ledger.ask()
+        trial = self.study_storage.ask()
         plan = self.plan_of(trial.params)
         key = plan.key()
-        found = {old.key: (old.harms, old.pruned) for old in tried}
-        found |= {known: (harms, False) for known, harms in self.known.items()}
+        found = {old.key: (old.kls, old.pruned) for old in tried}
+        found |= {known: (kls, False) for known, kls in self.known.items()}
         measured = key not in found
         if measured:
-            harms, pruned = self._race(trial, plan, tried[0].harms if tried else None)
+            kls, pruned = self._race(trial, plan, tried[0].kls if tried else None)
         else:
-            harms, pruned = found[key]
-            for step, ratio in enumerate(log_ratios(harms, tried[0].harms if tried else harms)):
-                self.ledger.report(trial, ratio, step)
-        value = log_ratio(harms, tried[0].harms if tried else harms)
-        self.ledger.tell(trial, value, key=key, plan=pack(plan), harms=list(harms), pruned=pruned, measured=measured)
+            kls, pruned = found[key]
+            for step, ratio in enumerate(log_ratios(kls, tried[0].kls if tried else kls)):
+                self.study_storage.report(trial, ratio, step)
+        value = log_ratio(kls, tried[0].kls if tried else kls)
+        self.study_storage.tell(
+            trial, value, key=key, plan=pack(plan), harms=list(kls), pruned=pruned, measured=measured
+        )
 
     def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
-        harms: list[float] = []
+        kls: list[float] = []
         name = f"trial:{plan.key()}"
-        begun = self.ledger.begun(name)
-        with self.measure.under(plan) as harm:
+        begun = self.study_storage.begun(name)
+        with self.measure.under(plan) as kl:
             for step, number in enumerate(self.order):
                 if step < len(begun):
-                    harms.append(begun[step])
+                    kls.append(begun[step])
                 else:
                     try:
                         self.deadline.check()
                     except TimeUp:
-                        self.ledger.stop(name, harms)
+                        self.study_storage.stop(name, kls)
                         raise
-                    harms.append(harm(number))
-                ratio = log_ratios(harms[-1:], (reference or harms)[step : step + 1])[0]
-                hopeless = self.ledger.report(trial, ratio, step)
+                    kls.append(kl(number))
+                ratio = log_ratios(kls[-1:], (reference or kls)[step : step + 1])[0]
+                hopeless = self.study_storage.report(trial, ratio, step)
                 if hopeless and reference is not None and step + 1 < len(self.order):
-                    return harms, True
-        return harms, False
+                    return kls, True
+        return kls, False
+
+
+def _tried(index: int, trial: FrozenTrial) -> Tried:
+    """Returns a finished trial of a study, whose attribute `harms` is what was measured."""
+    kept = dict(trial.user_attrs)
+    return Tried(index, value=trial.value or 0.0, parameters=trial.params, kls=kept.pop("harms"), **kept)
 
 
 def standard_error(ratios: Sequence[float]) -> float:
@@ -168,9 +174,9 @@ def standard_error(ratios: Sequence[float]) -> float:
     return float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else 0.0
 
 
-def noise(harms: Sequence[float], rival: Sequence[float], caution: float) -> float:
+def noise(kls: Sequence[float], reference: Sequence[float], caution: float) -> float:
     """Returns what the gain of one plan over another has to be beyond, to be believed: so many standard errors of it."""
-    return caution * standard_error(log_ratios(harms, rival))
+    return caution * standard_error(log_ratios(kls, reference))
 
 
 def least_trial(tried: Sequence[Tried]) -> Tried:
@@ -181,5 +187,5 @@ def least_trial(tried: Sequence[Tried]) -> Tried:
 def best_trial(tried: Sequence[Tried], caution: float = CAUTION) -> Tried:
     """Returns the trial of least value among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
     first = tried[0]
-    clear = [trial for trial in tried if trial.value + noise(trial.harms, first.harms, caution) < 0]
+    clear = [trial for trial in tried if trial.value + noise(trial.kls, first.kls, caution) < 0]
     return least_trial([first, *clear])

@@ -33,7 +33,7 @@ def export(
             "--repair",
             metavar="PROFILE",
             help="Folder that `profile` made: refit the output projections of attention to the plan with its samples, where "
-            "that lowers measured harm. The weights change.",
+            "that lowers measured KL. The weights change.",
         ),
     ] = None,
     dry_run: Annotated[

@@ -119,7 +119,7 @@ def profile(
     """Predict what every KV head loses by each rule.
 
     Writes a profile of MODEL at several lengths. A run that was stopped goes on with the same command. With --audit the
-    predictions are compared with measured harm, in DIR/audit.json and DIR/audit.html.
+    predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
     """
     if around is not None and audit is not None:
         raise UsageError("--audit compares predictions for the dense model; run it without --around")

@@ -38,7 +38,7 @@ def report(
     """Show what was gained and what was lost on one page.
 
     A single HTML file: a map of what every KV head keeps, quality beside the baselines, memory and speed against length,
-    predicted against measured harm, and how the plan was found. What was not measured yet names the command that does it.
+    predicted against measured KL, and how the plan was found. What was not measured yet names the command that does it.
     """
     from moacompress.report.page.findings import Findings, report_file
     from moacompress.report.page.report_page import write_page

@@ -1,4 +1,4 @@
-"""`moacompress search`: the plan of least measured harm within a budget."""
+"""`moacompress search`: the plan of lowest measured KL within a budget."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def search(
     ] = None,
     front: Annotated[
         bool,
-        typer.Option("--front", help="Search the front of harm and bytes between the smallest and the largest budget."),
+        typer.Option("--front", help="Search the front of KL and bytes between the smallest and the largest budget."),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path(PLAN_FILE),
     recipe: RecipeFile = None,
@@ -75,7 +75,7 @@ def search(
         typer.Option(
             metavar="WHICH",
             help="Layers that attend as an earlier one does and keep values alone: off (the default), a number of them, or "
-            "layers=12:11,18:17 with their anchors. With auto some trials share and others do not, and measured harm decides. "
+            "layers=12:11,18:17 with their anchors. With auto some trials share and others do not, and measured KL decides. "
             "Needs a profile with --anchors.",
         ),
     ] = None,
@@ -90,7 +90,7 @@ def search(
         float | None,
         typer.Option(
             metavar="F",
-            help="Count so much of the harm of shared attention, 0.3 for three tenths: for those who will heal the result.",
+            help="Count so much of the KL of shared attention, 0.3 for three tenths: for those who will heal the result.",
         ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
@@ -99,7 +99,7 @@ def search(
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Find the plan of least harm within a budget.
+    """Find the plan of lowest KL within a budget.
 
     Plans are measured on the model of PROFILE. A search that was stopped goes on with the same command.
     """
@@ -162,12 +162,12 @@ def search(
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables
-    from moacompress.report.summary_tables import harm_table
+    from moacompress.report.summary_tables import kl_table
 
     return Output(
         {"plan": str(out), **_numbers(found)},
         [
-            harm_table(found.harm, found.kv_bytes),
+            kl_table(found.harm, found.kv_bytes),
             *explanation_tables(found.explanation),
             _measured(found),
             f"Next: moacompress export {profile.source} {out} -o model/",

@@ -125,7 +125,7 @@ def plan_named(plan: Path, name: str) -> Path:
 
 
 def front_file(plan: Path) -> Path:
-    """Returns where several plans are listed, with their bytes and their harm."""
+    """Returns where several plans are listed, with their bytes and their KL."""
     return plan.with_name(f"{plan.stem}.front.json")
 
 
@@ -160,7 +160,7 @@ def cells_file(bench: Path) -> Path:
     return bench.with_name(f"{bench.stem}.cells.jsonl")
 
 
-def ledger_file(audit: Path) -> Path:
+def audit_records_file(audit: Path) -> Path:
     """Returns where an audit keeps what it measured: `audit.ledger.jsonl` for `audit.json`."""
     return audit.with_name(f"{audit.stem}.ledger.jsonl")
 
@@ -195,7 +195,7 @@ def of_front(plan: Path) -> list[Path]:
 
 def of_audit(audit: Path) -> list[Path]:
     """Returns all that an audit leaves."""
-    return [audit, page_file(audit), ledger_file(audit)]
+    return [audit, page_file(audit), audit_records_file(audit)]
 
 
 def of_profile(folder: Path) -> list[Path]:

@@ -162,8 +162,8 @@ def evaluate(
     with nullcontext() if path is None else own_file(path):
         if path is not None:
             _check_place(path, subject, wording, overwrite)
-        ledger = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
-        bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, ledger, progress), prompts, seed)
+        records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
+        bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, records, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in sorted(set(lengths))]
         steps = sum(bench.check(task, length) for task, length in wanted)
         if path is not None and overwrite:

@@ -1,4 +1,4 @@
-"""Scores of a whole set of prompts or windows, taken from the ledger where they are in it.
+"""Scores of a whole set of prompts or windows, taken from the records where they are in it.
 
 A batch is the unit: its scores are filed under all that is in it, so a score never depends on which of its neighbours
 were computed before a stop.
@@ -21,7 +21,7 @@ from moacompress.evaluation.text import States, read, score_window
 from moacompress.rules.plan import Plan
 
 SCORE_VERSION = 2
-"""Part of every ledger key: raised when the same prompt would be scored in another way."""
+"""Part of every records key: raised when the same prompt would be scored in another way."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scorer:
     """What scores a checkpoint's weights under one plan after another."""
 
     checkpoint: Checkpoint
-    ledger: Records[Entry]
+    records: Records[Entry]
     progress: Progress
 
     def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:
@@ -40,7 +40,7 @@ class Scorer:
             batch = [cases[index] for index in members]
             content = fingerprint([asdict(case) for case in batch])
             keys = [self._key(contender, content, row) for row in range(len(batch))]
-            held = [entry for entry in map(self.ledger.get, keys) if entry is not None]
+            held = [entry for entry in map(self.records.get, keys) if entry is not None]
             if len(held) == len(batch):
                 found = [Score(**entry) for entry in held]
             else:
@@ -70,7 +70,7 @@ class Scorer:
             dense: States | None = None
             for contender, column in zip(contenders, found, strict=True):
                 key = self._key(contender, content, "text")
-                entry = self.ledger.get(key)
+                entry = self.records.get(key)
                 if entry is None:
                     dense = dense or self._read(full, window)
                     ours = dense if contender.key() == full.key() else self._read(contender, window)
@@ -93,7 +93,7 @@ class Scorer:
         return fingerprint([SCORE_VERSION, contender.key(), *self.checkpoint.identity, content, part])
 
     def _file(self, key: str, numbers: Entry, contender: Contender, task: str, length: int, index: int) -> None:
-        if self.ledger.get(key) is None:
+        if self.records.get(key) is None:
             notes = {"model": contender.name, "task": task, "length": length, "prompt": index}
-            self.ledger.append({"key": key, "numbers": numbers, **notes})
+            self.records.append({"key": key, "numbers": numbers, **notes})
         self.progress.step(f"{contender.name} {task} {length:,}")

@@ -43,7 +43,7 @@ def model_card(plan: Plan) -> str:
         parts.append("## Shared attention\n\n" + _shared_attention(plan))
     quality = _quality(plan)
     if quality:
-        parts.append("## Measured harm\n\n" + quality)
+        parts.append("## Measured KL\n\n" + quality)
     repair = repair_text(plan)
     if repair:
         parts.append("## Repair\n\n" + repair)
@@ -67,11 +67,11 @@ def repair_text(plan: Plan) -> str:
         tried = notes.get("harm", {}).get("not_enough")
         measured = "" if tried is None else f" (a change of {_with_error(tried)} nats, mean and standard error)"
         return (
-            f"A repair with {fitted} changed nothing: it would not lower measured harm beyond doubt{measured}. The weights are "
+            f"A repair with {fitted} changed nothing: it would not lower measured KL beyond doubt{measured}. The weights are "
             "the source's."
         )
-    harm = notes["harm"]
-    before, after, change = (_with_error(harm[name]) for name in ("before", "after", "change"))
+    kl = notes["harm"]
+    before, after, change = (_with_error(kl[name]) for name in ("before", "after", "change"))
     return (
         "The weights are not the source's: the output projections of attention were refitted to this plan (closed form, ridge "
         f"{notes['penalty']:g}) on {fitted}. On {notes['validation_samples']} validation samples, which had no part in the "
@@ -137,13 +137,13 @@ def _shared_attention(plan: Plan) -> str:
 
 
 def _quality(plan: Plan) -> str:
-    harm: dict[str, Any] = plan.quality.get("measured_harm") or {}
-    if not harm:
+    kl: dict[str, Any] = plan.quality.get("measured_harm") or {}
+    if not kl:
         return ""
-    if harm.get("plan") is None:
+    if kl.get("plan") is None:
         return "Not measured: the search was stopped before. The plan is what its profile predicts to be best."
     rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
-    rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in harm.items() if value is not None]
+    rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in kl.items() if value is not None]
     samples = plan.quality.get("samples")
     note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""
     return "\n".join(rows) + note

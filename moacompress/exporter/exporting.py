@@ -54,7 +54,7 @@ def export(
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan, with the same repair, is left as it is.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
-            samples, where that lowers measured harm; see `moacompress.search.repaired`. A loaded model has its own weights
+            samples, where that lowers measured KL; see `moacompress.search.repaired`. A loaded model has its own weights
             again afterwards.
         overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -85,7 +85,7 @@ def export(
     warn_of_budget(plan)
     if plan.quality.get("assumed_repaired") and profile is None:
         logger.warning(
-            "the harm of this plan was measured with repaired weights, which this checkpoint will not have; export with "
+            "the KL of this plan was measured with repaired weights, which this checkpoint will not have; export with "
             "--repair PROFILE"
         )
     plan = as_exported(plan)

@@ -119,7 +119,7 @@ class _HealRates:
         ids, rows = torch.from_numpy(sample.input_ids).to(device), target_rows(sample).to(device)
         teacher = Teacher(request.teacher.model)
         self.teacher, dense = self.watch.once(lambda: teacher.target_logits(0, ids, rows))
-        both, _ = self.watch.once(lambda: HeldOut(teacher, [sample]).harms(request.checkpoint.model))
+        both, _ = self.watch.once(lambda: HeldOut(teacher, [sample]).kls(request.checkpoint.model))
         self.measure = max(both - self.teacher, 0.0)
         model = make_trainable(request.checkpoint.model, request.plan, request.heal, request.recipe.seed).train()
         if request.computes_twice(len(ids)):

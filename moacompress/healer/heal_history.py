@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +24,26 @@ class Evaluated:
     Attributes:
         step: optimizer steps before it.
         mark: number of the evaluation that was due.
-        harms: KL(dense || model) of every held-out sample, nats.
+        kls: KL(dense || model) of every held-out sample, nats.
     """
 
     step: int
     mark: int
-    harms: list[float]
+    kls: list[float]
 
     @property
     def mean(self) -> float:
         """Mean over the samples."""
-        return float(np.mean(self.harms))
+        return float(np.mean(self.kls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as the file has it, where the KLs are called `harms`."""
+        return {"step": self.step, "mark": self.mark, "harms": self.kls}
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> Evaluated:
+        """Returns what `to_dict` made; a KeyError or TypeError says that it is damaged."""
+        return Evaluated(row["step"], row["mark"], row["harms"])
 
 
 @dataclass
@@ -80,7 +90,9 @@ class HealHistory:
 
     def write(self, folder: Path) -> None:
         """Writes it into the work folder, atomically."""
-        write_json(folder / HEAL_HISTORY_FILE, asdict(self))
+        rows = [None if found is None else found.to_dict() for found in (self.start, self.best, *self.evaluations)]
+        data = {**asdict(self), "start": rows[0], "best": rows[1], "evaluations": rows[2:]}
+        write_json(folder / HEAL_HISTORY_FILE, data)
 
     @staticmethod
     def read(folder: Path) -> HealHistory:
@@ -94,8 +106,8 @@ class HealHistory:
             return HealHistory()
         data = read_json(path, "history")
         try:
-            start, best = (None if data[name] is None else Evaluated(**data[name]) for name in ("start", "best"))
-            evaluations = [Evaluated(**found) for found in data["evaluations"]]
+            start, best = (None if data[name] is None else Evaluated.of(data[name]) for name in ("start", "best"))
+            evaluations = [Evaluated.of(found) for found in data["evaluations"]]
             return HealHistory(**{**data, "start": start, "best": best, "evaluations": evaluations})
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"{path} is damaged: {error}; heal anew with --overwrite") from error

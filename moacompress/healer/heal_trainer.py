@@ -89,7 +89,7 @@ class HealParts:
     def measure(self, model: Any, step: int, mark: int) -> Evaluated:
         """Returns the held-out KL of the model as it would be written."""
         with as_written(model, self.dtype) as written:
-            return Evaluated(step, mark, self.held_out.harms(written))
+            return Evaluated(step, mark, self.held_out.kls(written))
 
 
 def as_batches(samples: list[Sample]) -> list[dict[str, Any]]:

@@ -437,9 +437,9 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
         "improved": best is not None,
         "changed_weights": (best is not None and heal.train != "gates") or request.plan.changed_weights == "healed",
         "held_out_kl": {
-            "before": _statistics(history.start.harms),
-            "after": _statistics((best or history.start).harms),
-            "difference": _statistics(np.subtract((best or history.start).harms, history.start.harms).tolist()),
+            "before": _statistics(history.start.kls),
+            "after": _statistics((best or history.start).kls),
+            "difference": _statistics(np.subtract((best or history.start).kls, history.start.kls).tolist()),
             "samples": len(data.held_out),
         },
         "best_step": best.step if best is not None else 0,

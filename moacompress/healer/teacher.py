@@ -13,7 +13,7 @@ from moacompress.calibration.passes import output_logits, target_states
 from moacompress.calibration.samples import Sample
 from moacompress.core.errors import ModelError
 from moacompress.healer import processes
-from moacompress.search.objective import answer_logits, kl
+from moacompress.search.objective import answer_logits, kl_divergence
 
 
 def target_rows(sample: Sample) -> Tensor:
@@ -72,7 +72,7 @@ class HeldOut:
     def __init__(self, teacher: Teacher, samples: Sequence[Sample]) -> None:
         self.teacher, self.samples = teacher, list(samples)
 
-    def harms(self, model: Any) -> list[float]:
+    def kls(self, model: Any) -> list[float]:
         """Returns KL(dense || model) of every sample, nats, mean over its targets; each process measures its share.
 
         Args:
@@ -88,7 +88,7 @@ class HeldOut:
             sample = self.samples[number]
             ids = torch.from_numpy(sample.input_ids).to(model.device)
             dense = self.teacher.target_logits(f"held out {number}", ids, target_rows(sample).to(model.device))
-            found[number] = kl(dense.float(), answer_logits(model, sample))
+            found[number] = kl_divergence(dense.float(), answer_logits(model, sample))
             if not np.isfinite(found[number]):
                 raise ModelError(f"the logits of held-out sample {number} are not finite; heal with --dtype float32")
         model.train(training)

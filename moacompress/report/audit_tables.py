@@ -1,4 +1,4 @@
-"""What an audit found, for people: a table of the estimators, and a scatter plot of predicted against measured harm."""
+"""What an audit found, for people: a table of the estimators, and a scatter plot of predicted against measured KL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def audit_tables(audit: Data) -> list[RenderableType]:
     shown: list[RenderableType] = [section(title, ("", "Spearman", "slope", "n"), rows)]
     if audit["audit_plans"]:
         title = (
-            f"{len(audit['plans'])} plans at {audit['budget']}; regret: harm of the one predicted best, above the best"
+            f"{len(audit['plans'])} plans at {audit['budget']}; regret: KL of the one predicted best, above the best"
         )
         rows = [
             (
@@ -57,7 +57,7 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
         shown.append(f"Spearman of {name} minus that of moa: {_number(row, 'value', 'ci95')}")
     if audit["split_half"]:
-        title = f"Harm of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
+        title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
         rows = [
             (str(row["samples"]), _number(row, "ratio", "ci95"), f"{row['max']:.2f}") for row in audit["split_half"]
         ]
@@ -96,7 +96,7 @@ def _number(row: Data, value: str, interval: str) -> str:
 
 
 def scatter_html(audit: Data) -> str:
-    """Returns a page of its own: measured against predicted harm on logarithmic axes, a trace for each estimator.
+    """Returns a page of its own: measured against predicted KL on logarithmic axes, a trace for each estimator.
 
     One panel for the ablations, one for the plans, one for single formats and two for copies (these not calibrated), each
     with the line where both are equal.
@@ -139,16 +139,16 @@ def scatter_html(audit: Data) -> str:
                 row=1,
                 col=column,
             )
-        harms = [point["measured"] for point in points if point["measured"]]
-        if harms:
-            ends = [min(harms), max(harms)]
+        kls = [point["measured"] for point in points if point["measured"]]
+        if kls:
+            ends = [min(kls), max(kls)]
             line = {"color": "gray", "dash": "dot"}
             figure.add_scatter(
                 x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column
             )
     figure.update_xaxes(type="log", title="predicted, calibrated (nats per answer token)", exponentformat="power")
     figure.update_yaxes(type="log", title="measured (nats per answer token)", exponentformat="power")
-    figure.update_layout(title=f"Predicted and measured harm: {audit['model']}", template="plotly_white")
+    figure.update_layout(title=f"Predicted and measured KL: {audit['model']}", template="plotly_white")
     page: str = figure.to_html(include_plotlyjs=True, full_html=True, div_id="audit")
     return page
 

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""
-KNOBS = 5
+PARAMETERS = 5
 STEP_COLUMNS = ("nats a token", "against the surrogate's own plan", "kept")
 
 
 def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, knobs; empty where there is none."""
+    """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, parameters; empty for none."""
     if not explanation:
         return []
     steps = section("What each step gave (validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
     heads = section(
         "KV heads whose bytes are worth most",
-        ("layer", "KV head", "keeps", "of", "keys/values", "harm at the average share instead, nats"),
+        ("layer", "KV head", "keeps", "of", "keys/values", "KL at the average share instead, nats"),
         [
             (
                 str(row["layer"]),
@@ -50,18 +50,20 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(formats_table(formats["pairs"], formats["bits"]))
     if "sharing" in explanation:
         shown.extend(_sharing(explanation["sharing"]))
-    knobs = list(explanation["knobs"].items())[:KNOBS]
-    if knobs:
-        shown.append("Knobs that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in knobs) + ".")
+    parameters = list(explanation["knobs"].items())[:PARAMETERS]
+    if parameters:
+        shown.append(
+            "Search parameters that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in parameters) + "."
+        )
     predicted = explanation["predicted"]
     if predicted["spearman"] is not None:
         shown.append(
-            f"Predicted and measured harm of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
+            f"Predicted and measured KL of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
         )
-    kinds = {kind: harm for kind, harm in explanation.get("kinds", {}).items() if harm is not None}
+    kinds = {kind: kl for kind, kl in explanation.get("kinds", {}).items() if kl is not None}
     if len(kinds) > 1:
         shown.append(
-            "Predicted harm by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
+            "Predicted KL by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
         )
     return shown
 
@@ -80,7 +82,7 @@ def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _kept(stage: Mapping[str, Any]) -> str:
-    """Returns whether a step's plan was kept, with the reason where its harm alone would say otherwise."""
+    """Returns whether a step's plan was kept, with the reason where its KL alone would say otherwise."""
     gain = stage.get("gain")  # what an older search left has none
     if gain is None:
         return _yes(stage["kept"])
@@ -90,7 +92,7 @@ def _kept(stage: Mapping[str, Any]) -> str:
 
 
 def trial_remark(trial: Mapping[str, Any]) -> str:
-    """Returns what became of a trial: `given up`, `kept`, or why not where its harm is less than that of trial 0."""
+    """Returns what became of a trial: `given up`, `kept`, or why not where its KL is less than that of trial 0."""
     if trial["pruned"]:
         return "given up"
     if trial.get("kept"):
@@ -100,7 +102,7 @@ def trial_remark(trial: Mapping[str, Any]) -> str:
 
 
 def _of_noise(row: Mapping[str, Any]) -> str:
-    """Returns a paired change of harm beside what it had to be beyond."""
+    """Returns a paired change of KL beside what it had to be beyond."""
     return f"({100 * _change(row['gain']):+.1f}% \u00b1 {100 * _change(row['noise']):.1f}%)"
 
 
@@ -128,7 +130,7 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
     left = found.get("assume_healed", 1)
     if left < 1:
         shown.append(
-            f"Of the harm of copies {left:g} is counted, predicted and measured: heal the checkpoint to get there."
+            f"Of the KL of copies {left:g} is counted, predicted and measured: heal the checkpoint to get there."
         )
     if not found["shared"]:
         shown.append("Sharing buys nothing at this budget: the best plan has none.")
@@ -142,10 +144,10 @@ def _formats_of(rule: Any) -> str:
 
 
 def front_table(results: Sequence[SearchResult]) -> RenderableType:
-    """Returns a table of plans of one model: bytes kept, harm, and that of the best plan that needs no search."""
+    """Returns a table of plans of one model: bytes kept, KL, and that of the best plan that needs no search."""
     rows = []
     for result in results:
-        others = [harm for name, harm in result.harm.items() if name not in ("plan", "trial0") and harm is not None]
+        others = [kl for name, kl in result.harm.items() if name not in ("plan", "trial0") and kl is not None]
         rows.append(
             (
                 ", ".join(

@@ -109,13 +109,13 @@ def _score(row: Mapping[str, Any], model: str) -> str:
     return readable_number(row.get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
 
 
-def harm_table(harm: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:
-    """Returns the measured harm of a plan and of what it was measured beside.
+def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:
+    """Returns the measured KL of a plan and of what it was measured beside.
 
     Args:
-        harm: nats, by name.
+        kl: nats, by name.
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
     """
     at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
-    rows = [(NAMES.get(name, name), readable_number(value)) for name, value in harm.items()]
+    rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
     return section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats a token"), rows)

@@ -79,7 +79,7 @@ class Plan:
         min_window: smallest window of any KV head, tokens.
         rules: `rules[layer][kv_head]`.
         budget: `{"asked": [...], "bytes": {"1024": {"plan": int, "dense": int}}}`, empty for a hand-made plan.
-        quality: predicted and measured harm, of the plan and of the baselines.
+        quality: predicted and measured KL, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.

@@ -1,4 +1,4 @@
-"""Searching for those who will heal: of the harm of copies, measured harm counts what healing is assumed to leave."""
+"""Searching for those who will heal: of the KL of copies, measured KL counts what healing is assumed to leave."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from moacompress.search.objective import Harm, Measure
+    from moacompress.search.objective import Measure, SampleKl
 
 Left = Callable[[Plan], float]
-"""Share of a plan's measured harm that healing is assumed to leave, in (0, 1]."""
+"""Share of a plan's measured KL that healing is assumed to leave, in (0, 1]."""
 
 
-def left_of_harm(factor: float, copies: float, rest: float) -> float:
-    """Returns the share of a plan's harm that healing leaves, where it leaves `factor` of that of the copies.
+def healed_share(factor: float, copies: float, rest: float) -> float:
+    """Returns the share of a plan's KL that healing leaves, where it leaves `factor` of that of the copies.
 
     What a plan measures is not told apart by what does it, so it is divided as it was predicted.
 
     Args:
-        factor: share of the copies' harm that is left, in (0, 1].
-        copies: predicted harm of the copies, unhealed, nats.
-        rest: predicted harm of everything else, nats.
+        factor: share of the copies' KL that is left, in (0, 1].
+        copies: predicted KL of the copies, unhealed, nats.
+        rest: predicted KL of everything else, nats.
     """
     total = copies + rest
     return 1.0 if total <= 0 else (factor * copies + rest) / total
@@ -32,7 +32,7 @@ def left_of_harm(factor: float, copies: float, rest: float) -> float:
 
 @dataclass(frozen=True)
 class HealedMeasure:
-    """A measure whose harms are those that healing is assumed to leave.
+    """A measure whose KLs are those that healing is assumed to leave.
 
     Attributes:
         measure: of the model as it is.
@@ -48,14 +48,14 @@ class HealedMeasure:
         return self.measure.size
 
     @contextmanager
-    def under(self, plan: Plan) -> Iterator[Harm]:
+    def under(self, plan: Plan) -> Iterator[SampleKl]:
         """See `Measure`."""
         left = self.left(plan)
-        with self.measure.under(plan) as harm:
-            yield lambda number: left * harm(number)
+        with self.measure.under(plan) as kl:
+            yield lambda number: left * kl(number)
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
         """See `Measure`."""
-        with closing(self.measure.many(number, plans, base)) as harms:
-            for plan, harm in zip(plans, harms, strict=True):
-                yield self.left(plan) * harm
+        with closing(self.measure.many(number, plans, base)) as kls:
+            for plan, kl in zip(plans, kls, strict=True):
+                yield self.left(plan) * kl

@@ -19,7 +19,7 @@ PROFILE_AGAIN = "profile again with --anchors {anchors} (profile.anchors)"
 
 @dataclass(frozen=True, eq=False)
 class CopyCosts:
-    """Predicted harm of copies, one layer at a time.
+    """Predicted KL of copies, one layer at a time.
 
     The heads of a layer, and layers, are added up as if what they move were independent, as the spans' influence is.
 
@@ -74,7 +74,7 @@ class CopyCosts:
         return np.where(self.may, self.influence.min(-1).sum(-1), np.inf)
 
     def share(self, layer: int, anchor: int) -> Share:
-        """Returns the copy of least predicted harm.
+        """Returns the copy of lowest predicted KL.
 
         Raises:
             UsageError: the profile says nothing of this anchor.
@@ -88,16 +88,16 @@ class CopyCosts:
             )
         return Share(anchor, best_head_map(self.influence[layer, index])[0])
 
-    def cost(self, shares: LayerShares, harm: Callable[[Floats], Floats] = np.asarray) -> float:
-        """Returns the predicted harm of all copies, nats.
+    def cost(self, shares: LayerShares, kl: Callable[[Floats], Floats] = np.asarray) -> float:
+        """Returns the predicted KL of all copies, nats.
 
         Args:
             shares: of the layers.
-            harm: makes harm of the influence of single KV heads, as a surrogate's calibration.
+            kl: turns influence into KL of single KV heads, as a surrogate's calibration.
         """
         total = 0.0
         for layer, share in enumerate(shares):
             if share is not None:
                 of_heads = self.influence[layer, layer - 1 - share.anchor]
-                total += float(harm(of_heads[np.arange(len(of_heads)), list(share.head_map)]).sum())
+                total += float(kl(of_heads[np.arange(len(of_heads)), list(share.head_map)]).sum())
         return total

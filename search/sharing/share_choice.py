@@ -1,4 +1,4 @@
-"""The layers that a search lets share: those named by hand, a given number, or as many as a trial's knob says."""
+"""The layers that a search lets share: those named by hand, a given number, or as many as a trial's search parameter says."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from moacompress.search.sharing.copy_costs import CopyCosts
 
 PROTECTED = 2
 """First layers that share only where they are named by hand: every later layer builds on what they attend to, so their copies
-do far more harm than the second order, which holds for small changes, predicts. They may be anchors."""
+do far higher KL than the second order, which holds for small changes, predicts. They may be anchors."""
 
 REPAIRED = 2
 """Copies of each layer that are repaired before the choice, where that is asked for: those predicted to be cheapest."""
 
 HOPE = 3.0
-"""How many times the harm that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
+"""How many times the KL that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class ShareChoice:
         asked: what is to be shared.
         segments: whether the users of an anchor follow it at once.
         shape: of the model.
-        assume_healed: share of the copies' harm that healing is assumed to leave; `costs` count it.
+        assume_healed: share of the copies' KL that healing is assumed to leave; `costs` count it.
         repairs: of the copies that were repaired, by layer and anchor; `costs` count what is left.
     """
 
@@ -78,7 +78,7 @@ class ShareChoice:
         return self._by_hand() if self.asked.pairs else self.shares(self.asked.count or 0)
 
     def shares(self, count: int) -> LayerShares:
-        """Returns so many copies of least predicted harm.
+        """Returns so many copies of lowest predicted KL.
 
         Raises:
             UsageError: there cannot be so many.
@@ -129,7 +129,7 @@ class ShareChoice:
         There are more as long as all copies cost no more than `HOPE` times their gain.
 
         Args:
-            saved: returns the harm that the bytes of the keys that some shares save are predicted to avoid, nats.
+            saved: returns the KL that the bytes of the keys that some shares save are predicted to avoid, nats.
         """
         most = 1
         while most < self.shape.layers // 2:

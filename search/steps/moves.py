@@ -13,47 +13,47 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
+from moacompress.search.incumbent import Incumbent
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.search_context import SearchContext
 from moacompress.search.solver import best_prices, solve
-from moacompress.search.standing import Standing
 from moacompress.search.trials import log_ratios
 
 CAUTIONS = (1.0, 0.0)
 """Standard errors that a move must pay for; the later ones are tried where the earlier ones do not help."""
 
 
-def make_moves(standing: Standing, context: SearchContext) -> Standing:
+def make_moves(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Measures single KV heads near the threshold and makes the moves that pay together.
 
     Args:
-        standing: measured.
-        context: its `trainer` measures the moves, its `meter` the plan that comes of them.
+        incumbent: measured.
+        context: its `trainer` measures the moves, its `evaluator` the plan that comes of them.
     """
     count, trainer = context.request.recipe.search.moves, context.trainer
     if not count or trainer is None or context.deadline.over():
-        return standing
-    space = context.request.space(standing.plan.shares)
-    choice = space.choice(standing.plan)
-    moves = marginal_moves(space.knapsack, context.changes(standing), choice, count)
-    plans = [standing.plan, *(space.plan(move.on(choice)) for move in moves)]
+        return incumbent
+    space = context.request.space(incumbent.plan.shares)
+    choice = space.choice(incumbent.plan)
+    moves = marginal_moves(space.knapsack, context.changes(incumbent), choice, count)
+    plans = [incumbent.plan, *(space.plan(move.on(choice)) for move in moves)]
     context.progress.start("measuring moves", trainer.size)
-    harms = []
+    kls = []
     for number in range(trainer.size):
-        harms.append(context.meter.many("moves", number, plans, standing.plan, trainer))
+        kls.append(context.evaluator.many("moves", number, plans, incumbent.plan, trainer))
         context.progress.step()
     context.progress.done()
-    ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in harms]).T
+    ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in kls]).T
     for caution in CAUTIONS if moves else ():
         plan = space.plan(combined(space.knapsack, choice, moves, ratios, caution))
-        if plan.key() == standing.plan.key():
+        if plan.key() == incumbent.plan.key():
             continue
-        found = context.measured(standing, plan, "moves")
-        kept = found.value < standing.value
-        context.add_stage("moves", found, kept, standing.harms)
+        found = context.measured(incumbent, plan, "moves")
+        kept = found.value < incumbent.value
+        context.add_stage("moves", found, kept, incumbent.kls)
         if kept:
             return found
-    return standing
+    return incumbent
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) 
 
     Args:
         knapsack: bytes and limits.
-        costs: predicted harm of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
+        costs: predicted KL of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         count: moves of each kind, of different KV heads.
     """
@@ -112,7 +112,7 @@ def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Fl
         knapsack: bytes and limits.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         moves: what was measured.
-        ratios: measured log-ratio of the harm after a move to that before, `[moves, samples]`.
+        ratios: measured log-ratio of the KL after a move to that before, `[moves, samples]`.
         caution: a move counts by its mean plus so many standard errors: what looks best of many noisy numbers is usually less
             good.
     """

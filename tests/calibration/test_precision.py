@@ -1,4 +1,4 @@
-"""What formats cost is told from the gradients of keys and values: by the definition, and against measured harm."""
+"""What formats cost is told from the gradients of keys and values: by the definition, and against measured KL."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def changed(plan: Plan, layer: int, head: int, rule: Rule) -> Plan:
     return Plan(plan.model, plan.min_window, tuple(map(tuple, rows)))
 
 
-def test_predicted_harm_ranks_as_measured_harm(tiny_model: Factory) -> None:
+def test_predicted_kl_ranks_as_measured_kl(tiny_model: Factory) -> None:
     model = tiny_model("llama", num_hidden_layers=3, head_dim=32, initializer_range=0.15)
     shape, samples = model_shape(model), [sample_of(160, seed) for seed in (1, 2, 3)]
     chosen = ProfileRecipe.model_construct(draws=8, baselines=False)
@@ -164,13 +164,13 @@ def test_predicted_harm_ranks_as_measured_harm(tiny_model: Factory) -> None:
     for layer, head, side, name in product(range(shape.layers), range(shape.kv_heads), ("key", "value"), CODED):
         rule = with_format(Rule.FULL, side, name)
         plan = changed(Plan.full(shape), layer, head, rule)
-        harms = [
+        kls = [
             float((base.exp() * (base - log_probabilities(model, shape, sample, plan))).sum(-1).mean())
             for base, sample in zip(dense, samples, strict=True)
         ]
         column = columns(CODED).index(name)
         predicted.append(np.mean([one[f"{side}_squares"][layer, head, column] for one in found]) / 2)
-        measured.append(np.mean(harms))
+        measured.append(np.mean(kls))
     assert spearmanr(predicted, measured).statistic > 0.95
     ratios = np.array(measured) / np.array(predicted)
     assert 0.5 < np.median(ratios) < 2
@@ -186,10 +186,10 @@ def test_around_a_plan_a_change_of_format_is_predicted_with_its_sign(tiny_model:
     arrays = sample_statistics(model, shape, RuleTable.of(SPANS, 32), sample, chosen, plan, 0, 0).arrays
     dense = log_probabilities(model, shape, sample, None)
 
-    def harm(of: Plan) -> float:
+    def kl(of: Plan) -> float:
         return float((dense.exp() * (dense - log_probabilities(model, shape, sample, of))).sum(-1).mean())
 
-    now = harm(plan)
+    now = kl(plan)
     assert float(arrays["harm"][0]) == pytest.approx(now, rel=1e-3)
     pairs = []
     for layer, head, side, name in product(range(2), range(2), ("key", "value"), columns(CODED)):
@@ -201,7 +201,7 @@ def test_around_a_plan_a_change_of_format_is_predicted_with_its_sign(tiny_model:
             assert not total.any()
             continue
         new = with_format(old, side, name)
-        pairs.append((first + (total**2).mean() / 2, harm(changed(plan, layer, head, new)) - now))
+        pairs.append((first + (total**2).mean() / 2, kl(changed(plan, layer, head, new)) - now))
     predicted, measured = np.array(pairs).T
     assert {True, False} == set((measured > 0).tolist())
     assert np.corrcoef(predicted, measured)[0, 1] > 0.95

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from moacompress.report.evaluation_tables import csv_text, evaluation_tables
 from moacompress.report.page.search_figures import history_picture
 from moacompress.report.search_tables import explanation_tables, step_rows
-from moacompress.report.summary_tables import harm_table, summary_tables
+from moacompress.report.summary_tables import kl_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
     "model": "some/model",
@@ -41,8 +41,8 @@ def test_a_summary_with_and_without_a_uniform_window() -> None:
     assert row == ["needle-noise@1024", "1.00", "(0.010)", "-", "0.90", "(0.020)", "20"]
 
 
-def test_harm_names_what_was_measured() -> None:
-    text = shown(harm_table({"plan": 0.01, "trial0": 0.02, "uniform": None}, {"512": {"plan": 1, "dense": 4}}))
+def test_kl_names_what_was_measured() -> None:
+    text = shown(kl_table({"plan": 0.01, "trial0": 0.02, "uniform": None}, {"512": {"plan": 1, "dense": 4}}))
     assert "KV bytes 25.0% at 512" in text
     lines = [line for line in text.splitlines() if "plan  " in line or "uniform" in line]
     assert [line.split()[-1] for line in lines] == ["0.01", "0.02", "-"]
@@ -105,7 +105,7 @@ def test_csv_has_every_row() -> None:
     assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,"
 
 
-def test_what_was_not_kept_though_its_harm_is_lower_has_a_reason() -> None:
+def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     def stage(name: str, kept: bool, gain: float | None, noise: float | None) -> dict[str, Any]:
         return {"name": name, "harm": 0.1, "log_ratio": -0.1, "kept": kept, "gain": gain, "noise": noise}
 

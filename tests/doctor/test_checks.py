@@ -469,7 +469,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     ),
     "other rules in config.json": (in_plan_of_config(other_rule), "plan.json is not the plan in config.json", True),
     "other notes in plan.json": (
-        in_plan_file(lambda plan: plan["quality"].update(harm=1.0)),
+        in_plan_file(lambda plan: plan["quality"].update(kl=1.0)),
         "which is the one that runs: its quality says something else; remove plan.json to go by config.json, or export",
         True,
     ),

@@ -161,7 +161,7 @@ def test_nothing_is_left_of_one_that_is_stopped(
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     for name in (
         "calibration.repair.OutputProjection.changed",
-        "search.repaired.kl",
+        "search.repaired.kl_divergence",
         "exporter.exporting.verify_fresh",
     ):
         with monkeypatch.context() as patch:

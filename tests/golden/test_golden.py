@@ -67,8 +67,8 @@ def profile(record: Any, tiny_tokenizer: Any) -> None:
 def test_a_search_from_a_finished_profile_finds_the_same_plan(record: Any) -> None:
     found = record.found_plan()
     expected = held("plan.json", found)
-    harm = expected.pop("harm")
-    assert found.pop("harm") == pytest.approx(harm, rel=1e-3)
+    kl = expected.pop("harm")
+    assert found.pop("harm") == pytest.approx(kl, rel=1e-3)
     assert found == expected
 
 

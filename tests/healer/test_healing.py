@@ -45,7 +45,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def measured(place: Place, folder: Path) -> list[float]:
     """Returns the held-out KL of a checkpoint as plain transformers loads it."""
     samples = load_samples(place["profile"] / "validation.safetensors")
-    return HeldOut(Teacher(load_source(place["dense"]).model), samples[:6]).harms(
+    return HeldOut(Teacher(load_source(place["dense"]).model), samples[:6]).kls(
         AutoModelForCausalLM.from_pretrained(folder)
     )
 
@@ -194,11 +194,11 @@ def test_the_best_state_is_written_and_worse_ones_end_the_training(
     states = []
     given = iter([0.5, 0.4, 0.3, 0.6, 0.5, 0.1])
 
-    def harms(self: HeldOut, model: Any) -> list[float]:
+    def kls(self: HeldOut, model: Any) -> list[float]:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         return [next(given)] * len(self.samples)
 
-    monkeypatch.setattr(HeldOut, "harms", harms)
+    monkeypatch.setattr(HeldOut, "kls", kls)
     recipe = small(steps=8, evaluations=8, patience=2)
     done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=recipe)
     assert [found["kl"] for found in done.notes["evaluations"]] == pytest.approx([0.5, 0.4, 0.3, 0.6, 0.5])

@@ -202,11 +202,11 @@ def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
             )
 
 
-def test_harm_and_history_are_those_of_the_search(run_folder: Path, page: str) -> None:
+def test_kl_and_history_are_those_of_the_search(run_folder: Path, page: str) -> None:
     explanation = json.loads((run_folder / "plan.explain.json").read_text())
-    (harm,) = page_data(page)["figures"]["baselines"]["data"]
+    (kl,) = page_data(page)["figures"]["baselines"]["data"]
     there = {name: value for name, value in explanation["harm"].items() if value is not None and name != "trial0"}
-    assert sorted(harm["x"]) == sorted(there.values())
+    assert sorted(kl["x"]) == sorted(there.values())
     trials = {row["trial"]: row["harm"] for row in explanation["trials"]}
     shown = traces(page, "history")
     plotted = [shown[name] for name in ("measured to the end", "given up half-way") if name in shown]
@@ -215,7 +215,7 @@ def test_harm_and_history_are_those_of_the_search(run_folder: Path, page: str) -
     assert shown["best so far"]["y"][-1] == min(ended)
     audit = traces(page, "audit")
     assert audit["one KV head's span"]["y"] == [0.4, 0.03]
-    assert "whole plans" not in audit  # a harm of 0 has no place on a logarithmic axis
+    assert "whole plans" not in audit  # a KL of 0 has no place on a logarithmic axis
 
 
 def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None:
@@ -242,8 +242,8 @@ def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None
     assert spied["tokens"] == data["shades"][1]["z"]
     assert spied["distance"] == data["heads"]["distance"]["share"][1][0]
     assert "layer 1, KV head 0" in spied["text"]
-    harms = [harm for harm in data["heads"]["curves"][0]["harm"][1][0] if harm > 0]
-    assert spied["curve"][0]["y"] == harms
+    kls = [kl for kl in data["heads"]["curves"][0]["harm"][1][0] if kl > 0]
+    assert spied["curve"][0]["y"] == kls
 
 
 def test_what_is_missing_names_its_command(run_folder: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def make_profile(
 
 
 class FakeObjective:
-    """Harm by a hidden truth near the profile's: no model runs.
+    """KL by a hidden truth near the profile's: no model runs.
 
     Attributes:
         calls: (plan key, sample) measured, in order.
@@ -134,7 +134,7 @@ class FakeObjective:
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Callable[[int], float]]:
-        def harm(number: int) -> float:
+        def kl(number: int) -> float:
             if len(self.calls) == self.dies_at:
                 if self.kills:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -147,21 +147,21 @@ class FakeObjective:
                 total += CopyCosts.of(self.profile, "fisher", 0.0).cost(plan.shares) / self.scale
             return float(total * self.sample_scale[number])
 
-        yield harm
+        yield kl
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """The harms of many plans on one sample."""
+        """The KLs of many plans on one sample."""
         for plan in plans:
-            with self.under(plan) as harm:
-                yield harm(number)
+            with self.under(plan) as kl:
+                yield kl(number)
 
-    def harms(self, plan: Plan) -> list[float]:
-        """The harm of a plan on every sample."""
-        with self.under(plan) as harm:
-            return [harm(number) for number in range(self.size)]
+    def kls(self, plan: Plan) -> list[float]:
+        """The KL of a plan on every sample."""
+        with self.under(plan) as kl:
+            return [kl(number) for number in range(self.size)]
 
     def around(self, plan: Plan, progress: Any) -> Any:
-        """The true change of harm of every rule, far surer than what the profile says."""
+        """The true change of KL of every rule, far surer than what the profile says."""
         from moacompress.search.quadratic import Quadratic
 
         here = [
@@ -218,11 +218,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 
     @contextmanager
     def under(self: Any, plan: Plan) -> Iterator[Callable[[int], float]]:
-        with honest(self, plan) as harm:
+        with honest(self, plan) as kl:
 
             def timed(number: int) -> float:
                 clock.now += 1
-                return float(harm(number))
+                return float(kl(number))
 
             yield timed
 

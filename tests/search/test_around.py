@@ -71,8 +71,8 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     plan = chosen_plan(profiled, choice)
     forms = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
     form = forms(0.0)
-    assert form.harm(choice) == 0
-    assert forms(1.0).harm(choice) == 0
+    assert form.kl(choice) == 0
+    assert forms(1.0).kl(choice) == 0
     changes = form.changes(choice)
     assert changes.shape == (3, 2, len(profiled.rules))
     assert not changes[..., 3].any()
@@ -80,7 +80,7 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
     assert (changes < 0).any()
     assert (changes > 0).any()
-    measured = Objective(source.model, samples).harms(plan)
+    measured = Objective(source.model, samples).kls(plan)
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
 
@@ -96,7 +96,7 @@ def test_around_a_plan_whose_gates_choose(
     assert plan.selects
     samples = gated.calibration_samples()
     form = ProfileAround(gated, gated.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)(0.0)
-    assert form.harm(choice) == 0
+    assert form.kl(choice) == 0
     changes = form.changes(choice)
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
     # the plan's gates are there, whatever a recipe trains
@@ -106,7 +106,7 @@ def test_around_a_plan_whose_gates_choose(
     assert whole.gates is not None
     assert whole.gates.weights.fingerprint == plan.gates
     assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
-    measured = Objective(source.model, samples).harms(plan)  # as the cache keeps it
+    measured = Objective(source.model, samples).kls(plan)  # as the cache keeps it
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
     again = profile_model(source, tmp_path / "around", recipe.override(profile__gate_samples=9), around=plan)
@@ -129,7 +129,7 @@ def test_around_a_plan_of_formats(
     samples = offered.calibration_samples()
     forms = ProfileAround(offered, offered.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)
     form = forms(0.0)
-    assert form.harm(choice) == 0
+    assert form.kl(choice) == 0
     changes = form.changes(choice)
     assert changes.shape == (3, 2, len(rules))
     whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan).offering(formats)

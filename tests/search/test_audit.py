@@ -30,7 +30,7 @@ from moacompress.search.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
 from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.knapsack import Knapsack, ablation, chosen_plan, total_cost
-from moacompress.search.objective import Objective, kl
+from moacompress.search.objective import Objective, kl_divergence
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.split_half import halves, split_half
 
@@ -138,7 +138,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
 
 
 def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray) -> Any:
-    """An audit of a model whose harm is the sum of `truth` over its KV heads."""
+    """An audit of a model whose KL is the sum of `truth` over its KV heads."""
     picks = choose_ablations(profile.shape, masking(profile), 40, 0)
     chosen = equal_byte_choices(truth, Knapsack.of(SearchRequest.of(profile, "30%", profile.recipe)), 15, 0)
     choices = [choice for _, choice in chosen]
@@ -147,7 +147,7 @@ def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray)
     return assess(tables, picks, measured, choices, plans, 0)
 
 
-def test_an_estimator_that_is_the_harm_is_perfect_and_noise_is_not(profiles: Profiles) -> None:
+def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profiles) -> None:
     profile = profiles(layers=12)
     truth = predicted_influence(profile, profile.validation)["fisher"]
     noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
@@ -190,7 +190,7 @@ def test_slope_of_a_power() -> None:
     x = np.logspace(-5, 0, 20)
     assert slope(x, 7 * x**0.6, 0).value == pytest.approx(0.6)
     assert slope(x, 7 * x**0.6, 0).ci95 == pytest.approx((0.6, 0.6))
-    with_nothing = np.append(x, 0.0)  # a harm of 0 has no logarithm
+    with_nothing = np.append(x, 0.0)  # a KL of 0 has no logarithm
     assert slope(with_nothing, 7 * with_nothing**0.6, 0).value == pytest.approx(0.6)
 
 
@@ -294,10 +294,10 @@ def run(profile: Profile, source: SourceModel, out: Path, **more: Any) -> Any:
 
 
 class Calls(list[float]):
-    """The harms that are really measured, in order.
+    """The KLs that are really measured, in order.
 
     Attributes:
-        dies_at: number of the harm at which it all ends; None for never.
+        dies_at: number of the KL at which it all ends; None for never.
     """
 
     dies_at: int | None = None
@@ -310,10 +310,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def counted(*args: Any) -> float:
         if len(calls) == calls.dies_at:
             raise KeyboardInterrupt
-        calls.append(kl(*args))
+        calls.append(kl_divergence(*args))
         return calls[-1]
 
-    monkeypatch.setattr(objective, "kl", counted)
+    monkeypatch.setattr(objective, "kl_divergence", counted)
     return calls
 
 
@@ -343,14 +343,14 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     assert data["audit"]["fisher"]["spearman"] > 0.5  # second order is right about a tiny smooth model
 
 
-def test_measured_harm_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
+def test_measured_kl_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
     data = run(audited, source, tmp_path).data
     objective = Objective(source.model, audited.validation)
     index = {rule: number for number, rule in enumerate(audited.rules)}
     for point in data["points"][:4]:
         rule = index[Rule(**point["rule"])]
         plan = ablation(audited, (point["layer"], point["kv_head"], rule))
-        assert point["measured"] == pytest.approx(objective.harms(plan).mean(), rel=1e-3, abs=1e-7)
+        assert point["measured"] == pytest.approx(objective.kls(plan).mean(), rel=1e-3, abs=1e-7)
         influence = predicted_influence(audited, audited.validation)["moa"]
         assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
     assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
@@ -369,8 +369,8 @@ def test_killed_and_taken_up_again_is_the_same_to_the_byte(
     measured.dies_at = None
     assert not (tmp_path / "killed" / "audit.json").exists()
     assert getattr(source.model, "_moacompress", None) is None
-    ledger = tmp_path / "killed" / "audit.ledger.jsonl"
-    ledger.write_bytes(ledger.read_bytes()[:-20])  # the last line was just being written
+    records = tmp_path / "killed" / "audit.ledger.jsonl"
+    records.write_bytes(records.read_bytes()[:-20])  # the last line was just being written
     run(audited, source, tmp_path / "killed")
     assert len(measured) == 2 * total + 1
     assert (tmp_path / "killed/audit.json").read_bytes() == (tmp_path / "whole/audit.json").read_bytes()

@@ -23,7 +23,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
 from moacompress.search.audit import audit
 from moacompress.search.audit_sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
-from moacompress.search.measuring import measured_harms
+from moacompress.search.measuring import measured_kls
 from moacompress.search.objective import Objective
 from moacompress.search.study import find_plan
 
@@ -144,9 +144,9 @@ def test_a_layer_that_is_as_another_shares_at_no_loss(
     profile, source = profiled(model, tiny_tokenizer, random_samples, tmp_path / "profile", 2)
     copy = (None, None, Share(1, (1, 0)), None, None)
     free = replace(Plan.full(profile.shape), shares=copy)
-    assert Objective(source.model, profile.validation).harms(free).max() < 1e-9
-    harms = measured_harms(source, profile.validation, [free], tmp_path / "ledger.jsonl", SILENT)
-    assert harms.max() < 1e-9
+    assert Objective(source.model, profile.validation).kls(free).max() < 1e-9
+    kls = measured_kls(source, profile.validation, [free], tmp_path / "ledger.jsonl", SILENT)
+    assert kls.max() < 1e-9
     found = {
         share: find_plan(profile, "40%", recipe=profile.recipe.override(search__share=share), model=source)
         for share in ("1", "layers=2:1")

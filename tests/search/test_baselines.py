@@ -119,7 +119,7 @@ def test_elastic_grows_as_fast_as_fits(profile: Profile, shares: dict[int, float
 
 
 @pytest.mark.parametrize("shares", LIMITS)
-def test_per_layer_is_the_least_harm(profile: Profile, shares: dict[int, float]) -> None:
+def test_per_layer_is_the_lowest_kl(profile: Profile, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
     few = {
         0,
@@ -128,12 +128,12 @@ def test_per_layer_is_the_least_harm(profile: Profile, shares: dict[int, float])
     numbers = sorted(few)
     statistics = Statistics({name: array[..., numbers] for name, array in profile.statistics.arrays.items()})
     profile = replace(profile, rules=tuple(profile.rules[number] for number in numbers), statistics=statistics)
-    harm = predicted(profile)
+    kl = predicted(profile)
     found = []
     for sink in (4, 16, 64):
         offered = [number for number, rule in enumerate(profile.rules) if rule.is_full or rule.sink == sink]
         choices = [
-            (float(sum(harm[layer, :, number].sum() for layer, number in enumerate(choice))), choice)
+            (float(sum(kl[layer, :, number].sum() for layer, number in enumerate(choice))), choice)
             for choice in itertools.product(offered, repeat=3)
             if fits(profile, tuple((profile.rules[number],) * 2 for number in choice), limits)
         ]
@@ -141,8 +141,8 @@ def test_per_layer_is_the_least_harm(profile: Profile, shares: dict[int, float])
     plans = plans_within("per-layer", profile.shape, limits, 32, profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
     assert all(len(set(row)) == 1 for plan in plans for row in plan.rules)
-    harms = [sum(harm[i, :, index[row[0]]].sum() for i, row in enumerate(plan.rules)) for plan in plans]
-    assert harms == pytest.approx(sorted(found), rel=1e-9)
+    kls = [sum(kl[i, :, index[row[0]]].sum() for i, row in enumerate(plan.rules)) for plan in plans]
+    assert kls == pytest.approx(sorted(found), rel=1e-9)
 
 
 @pytest.mark.parametrize("shares", LIMITS)
@@ -154,14 +154,14 @@ def test_split_keeps_the_heads_that_need_it(
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
     plans = plans_within("split", profile.shape, limits, 32, profile)
     assert {rule.sink for plan in plans for row in plan.rules for rule in row if not rule.is_full} == {4, 16, 64}
-    harm = predicted(profile)
+    kl = predicted(profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
     left_over = []
     for plan in plans:
         (streaming,) = {rule for row in plan.rules for rule in row if not rule.is_full}
         assert streaming.beta_q == 0
         assert 32 <= streaming.alpha <= 256
-        cost = harm[..., index[streaming]]
+        cost = kl[..., index[streaming]]
         heads = list(itertools.product(range(3), range(2)))
         full = {head for head in heads if plan.rules[head[0]][head[1]].is_full}
         left_over.append(sum(cost[head] for head in heads if head not in full))
@@ -241,16 +241,16 @@ def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[in
     plans = plans_within("moa", profile.shape, limits, 32, profile)
     assert len(plans) == 3
     surrogate = Surrogate.build(profile.influence("moa"), profile.rules, 32, max(profile.lengths))
-    harms = [surrogate.predicted(plan) or 0.0 for plan in plans]
-    assert harms == sorted(harms)
+    kls = [surrogate.predicted(plan) or 0.0 for plan in plans]
+    assert kls == sorted(kls)
     rng = np.random.default_rng(0)
-    for plan, harm in zip(plans, harms, strict=True):
+    for plan, kl in zip(plans, kls, strict=True):
         (sink,) = {rule.sink for row in plan.rules for rule in row if not rule.is_full}
         offered = [rule for rule in profile.rules if rule.is_full or rule.sink == sink]
         for _ in range(300):
             drawn = tuple(tuple(offered[i] for i in rng.integers(len(offered), size=2)) for _ in range(3))
             if fits(profile, drawn, limits):
-                assert (surrogate.predicted(Plan(profile.shape, 32, drawn)) or 0.0) >= harm * (1 - 5e-3)
+                assert (surrogate.predicted(Plan(profile.shape, 32, drawn)) or 0.0) >= kl * (1 - 5e-3)
 
 
 def formats_of(plan: Plan) -> set[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a search writes: the plan of least harm, the baselines beside it, and why it is as it is."""
+"""What a search writes: the plan of lowest KL, the baselines beside it, and why it is as it is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from moacompress.calibration.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.search import study
+from moacompress.search.incumbent import Incumbent
 from moacompress.search.search_context import SearchContext
-from moacompress.search.standing import Standing
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -27,7 +27,7 @@ def test_the_plan_of_every_baseline_is_beside_the_found_one(search: Search, prof
     assert set(written) == {"uniform", "per_layer", "duo"}
     for family, plan in written.items():
         assert plan.key() == result.plan.quality["baselines"][family]["key"]
-        assert np.mean(fake.harms(plan)) == pytest.approx(result.harm[family])
+        assert np.mean(fake.kls(plan)) == pytest.approx(result.harm[family])
         assert plan.quality["measured_harm"]["plan"] == result.harm[family]
         assert plan.provenance["baseline"] == family
     search(profiles(trials=1, alternatives=False), out=tmp_path / "other.json")
@@ -49,13 +49,13 @@ def test_a_better_uniform_window_is_returned_and_said(
     assert result.harm["plan"] == result.harm["uniform"] < result.harm["trial0"]
 
 
-def test_the_last_step_of_a_whole_search_stands(
+def test_the_last_step_of_a_whole_search_stays(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of the budget is spent also where that measures a little worse; the round's plan is on disk by then."""
 
-    def worse(standing: Standing, context: SearchContext) -> Standing:
-        return replace(standing, value=standing.value + 0.01, stage="rest")
+    def worse(incumbent: Incumbent, context: SearchContext) -> Incumbent:
+        return replace(incumbent, value=incumbent.value + 0.01, stage="rest")
 
     monkeypatch.setattr(study, "STEPS", (*study.STEPS[:-1], worse))
     found, _ = search(profiles(trials=1, rounds=1), out=tmp_path / "plan.json")

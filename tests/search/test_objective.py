@@ -14,7 +14,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.search import objective
-from moacompress.search.objective import Objective, answer_logits, kl
+from moacompress.search.objective import Objective, answer_logits, kl_divergence
 
 
 @pytest.fixture
@@ -26,18 +26,18 @@ def samples() -> list[Sample]:
     ]
 
 
-def test_harm_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_kl(tiny_model: Any, samples: list[Sample]) -> None:
+def test_kl_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_by_hand(tiny_model: Any, samples: list[Sample]) -> None:
     model = tiny_model("llama")
     shape = model_shape(model)
     ids = torch.from_numpy(samples[0].input_ids)[None]
     before = model(ids).logits
     measure = Objective(model, samples)
-    assert measure.harms(Plan.full(shape)).max() < 1e-8
+    assert measure.kls(Plan.full(shape)).max() < 1e-8
     sparse = Plan.uniform(shape, Rule(4, 32, 0), 32)
-    harms = measure.harms(sparse)
-    assert harms.shape == (3,)
-    assert (harms > 1e-4).all()
-    assert measure.harms(sparse, [2]) == pytest.approx(harms[2:], rel=1e-6)
+    kls = measure.kls(sparse)
+    assert kls.shape == (3,)
+    assert (kls > 1e-4).all()
+    assert measure.kls(sparse, [2]) == pytest.approx(kls[2:], rel=1e-6)
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
     from moacompress.runtime import attach, detach
@@ -47,7 +47,7 @@ def test_harm_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_kl(tiny_model: 
     detach(model)
     rows = np.flatnonzero(samples[0].answer_mask) - 1
     p, q = before[0, rows].double().log_softmax(-1), under[0, rows].double().log_softmax(-1)
-    assert harms[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert kls[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
 def test_dense_logits_beyond_the_memory_limit_are_computed_again(
@@ -55,11 +55,11 @@ def test_dense_logits_beyond_the_memory_limit_are_computed_again(
 ) -> None:
     model = tiny_model("llama")
     sparse = Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)
-    expected = Objective(model, samples).harms(sparse)
+    expected = Objective(model, samples).kls(sparse)
     monkeypatch.setattr(objective, "MAX_DENSE_BYTES", 3 * 160 * 4)
     measure = Objective(model, samples)
     for _ in range(2):
-        np.testing.assert_allclose(measure.harms(sparse), expected, rtol=1e-6)
+        np.testing.assert_allclose(measure.kls(sparse), expected, rtol=1e-6)
     assert len(measure._dense) == 1
 
 
@@ -79,18 +79,19 @@ def test_a_plan_may_have_weights_of_its_own(
         with with_weights(model, given):
             attach(model, plan)
             expected[plan.key()] = [
-                kl(of_dense, answer_logits(model, sample)) for of_dense, sample in zip(dense, samples, strict=True)
+                kl_divergence(of_dense, answer_logits(model, sample))
+                for of_dense, sample in zip(dense, samples, strict=True)
             ]
             detach(model)
     for limit in (2**31, 0):
         monkeypatch.setattr(objective, "MAX_DENSE_BYTES", limit)
         measure = Objective(model, samples, lambda plan: weights if plan == sparse else {})
         for plan in (sparse, full):
-            assert measure.harms(plan) == pytest.approx(expected[plan.key()], rel=1e-5, abs=1e-9)
+            assert measure.kls(plan) == pytest.approx(expected[plan.key()], rel=1e-5, abs=1e-9)
         other = Plan.uniform(shape, Rule(4, 64, 0), 32)
         assert next(measure.many(1, [sparse, other], sparse)) == pytest.approx(expected[sparse.key()][1], rel=1e-4)
         assert torch.equal(model.get_parameter(name), before)
-    assert Objective(model, samples).harms(sparse)[0] != pytest.approx(expected[sparse.key()][0], rel=0.01)
+    assert Objective(model, samples).kls(sparse)[0] != pytest.approx(expected[sparse.key()][0], rel=0.01)
 
 
 def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[Sample]) -> None:
@@ -100,8 +101,8 @@ def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[
     measure = Objective(model, samples)
 
     def interrupted() -> None:
-        with measure.under(Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)) as harm:
-            harm(0)
+        with measure.under(Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)) as kl:
+            kl(0)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -119,8 +120,8 @@ def test_answer_logits_are_those_before_the_answer_tokens(tiny_model: Any, sampl
 def test_kl_of_known_distributions() -> None:
     p, q = torch.tensor([[0.5, 0.5], [1 / 3, 2 / 3]]), torch.tensor([[0.25, 0.75], [1 / 3, 2 / 3]])
     expected = 0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)
-    assert kl(p.log(), q.log()) == pytest.approx(expected / 2, rel=1e-6)
-    assert kl(q.log(), q.log()) == 0
+    assert kl_divergence(p.log(), q.log()) == pytest.approx(expected / 2, rel=1e-6)
+    assert kl_divergence(q.log(), q.log()) == 0
 
 
 def test_bad_input(tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_bad_input(tiny_model: Any, samples: list[Sample], monkeypatch: pytest.M
         Objective(None, [])
     model = tiny_model("llama")
     measure = Objective(model, samples)
-    measure.harms(Plan.full(model_shape(model)))
+    measure.kls(Plan.full(model_shape(model)))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ModelError, match="sample 0 are not finite"):
-        measure.harms(Plan.full(model_shape(model)))
+        measure.kls(Plan.full(model_shape(model)))

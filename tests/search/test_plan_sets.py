@@ -72,15 +72,15 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
     assert set(tmp_path.iterdir()) == before
 
 
-def test_the_front_of_harm_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+def test_the_front_of_kl_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile = replace(profiles(trials=12), source="/home/me/models/dense")
     out = tmp_path / "plan.json"
     found = find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
     shares = [max(result.plan.kv_share(n) for n in profile.lengths) for result in found]
-    harms = [result.harm["plan"] or 0.0 for result in found]
+    kls = [result.harm["plan"] or 0.0 for result in found]
     assert len(found) > 3
     assert shares == sorted(shares)
-    assert harms == sorted(harms, reverse=True)
+    assert kls == sorted(kls, reverse=True)
     assert 0.1 < shares[0] <= 0.22
     assert 0.4 < shares[-1] <= 0.6
     assert [Plan.load(tmp_path / f"plan-front-{i + 1}.json") for i in range(len(found))] == [r.plan for r in found]
@@ -127,7 +127,7 @@ def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
     loss = Loss.parse("5%")
     smallest = find_smallest(profile, loss, **options("least.json", 20))
     assert len(fake.calls) <= 21
-    assert (smallest.harm["plan"] or 9.9) <= loss.harm
+    assert (smallest.harm["plan"] or 9.9) <= loss.kl
     rest = find_smallest(profile, loss, **options("least.json", 1e6))
     assert rest.plan.kv_share(512) <= smallest.plan.kv_share(512)
 
@@ -136,16 +136,16 @@ def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
 def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path: Path, share: str) -> None:
     profile = profiles(trials=4)
     out, loss = tmp_path / "plan.json", Loss.parse(share)
-    assert loss.harm == pytest.approx(math.log1p(float(share[:-1]) / 100))
+    assert loss.kl == pytest.approx(math.log1p(float(share[:-1]) / 100))
     found = find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile))
-    assert (found.harm["plan"] or 0.0) <= loss.harm
+    assert (found.harm["plan"] or 0.0) <= loss.kl
     assert Plan.load(out) == found.plan
     assert found.plan.budget["max_loss"] == share
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile):
         less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=profile.recipe, model=model(profile))
-        assert (less.harm["trial0"] or 0.0) > loss.harm
+        assert (less.harm["trial0"] or 0.0) > loss.kl
     calls = len(fake.calls)
     assert find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile)).plan == found.plan
     assert len(fake.calls) == calls

@@ -75,7 +75,7 @@ def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
         assert np.take_along_axis(of_rows, choice[..., None], -1).sum() == pytest.approx(
             np.take_along_axis(costs, heads[..., None], -1).sum()
         )
-        assert merged.harm(choice) == pytest.approx(form.harm(heads))
+        assert merged.kl(choice) == pytest.approx(form.kl(heads))
 
 
 @pytest.mark.parametrize("budget", ["12%", "40%", "75%"])
@@ -84,11 +84,11 @@ def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) ->
     for share in ("1", "2", "layers=2:1,3:1"):
         for coherence in (0.0, 0.5):
             request = SearchRequest.of(profile, budget, profile.recipe.override(search__share=share))
-            knobs = {**request.knobs.neutral, "coherence": coherence}
-            plan = request.plan(request.surrogate, knobs)
+            parameters = {**request.parameters.neutral, "coherence": coherence}
+            plan = request.plan(request.surrogate, parameters)
             assert sum(one is not None for one in plan.shares) == (1 if share == "1" else 2)
             assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())
-            assert "sharing" not in knobs
+            assert "sharing" not in parameters
 
 
 def test_keys_that_are_saved_go_to_wider_spans(profiles: Profiles) -> None:
@@ -97,7 +97,7 @@ def test_keys_that_are_saved_go_to_wider_spans(profiles: Profiles) -> None:
     costs = []
     for share in ("off", "layers=3:2"):
         request = SearchRequest.of(profile, "30%", profile.recipe.override(search__share=share))
-        costs.append(request.surrogate.predicted(request.plan(request.surrogate, request.knobs.neutral)) or 0.0)
+        costs.append(request.surrogate.predicted(request.plan(request.surrogate, request.parameters.neutral)) or 0.0)
     assert 0 < costs[1] < costs[0]
 
 
@@ -125,5 +125,5 @@ def test_sharing_makes_smaller_budgets_possible(profiles: Profiles) -> None:
     least = [float(str(error.value).rpartition("at least ")[2].partition("%")[0]) for error in (alone, shared)]
     assert least[1] < least[0]
     request = SearchRequest.of(profile, f"{least[1]}%", recipe)
-    plan = request.plan(request.surrogate, request.knobs.neutral)
+    plan = request.plan(request.surrogate, request.parameters.neutral)
     assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())

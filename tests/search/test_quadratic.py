@@ -12,8 +12,8 @@ import pytest
 from moacompress.calibration.statistics import Statistics
 from moacompress.calibration.store import Profile
 from moacompress.search.knapsack import Knapsack, total_cost
-from moacompress.search.knobs import START_COHERENCE
 from moacompress.search.quadratic import KNEE, Quadratic
+from moacompress.search.search_parameters import START_COHERENCE
 from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -46,10 +46,10 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     for kind, weight in (("answer", 1.0), ("text", 0.25)):
         means = [squares[(kinds == kind) & (profile.sample_lengths == n)].mean() for n in profile.lengths]
         wanted += weight * float(np.mean(means))
-    assert form.harm(choice) == pytest.approx(wanted)
+    assert form.kl(choice) == pytest.approx(wanted)
     single = np.zeros((2, 2), int)
     single[1, 0] = 9  # one head alone: the per-sample estimator
-    assert form.harm(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
+    assert form.kl(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
     few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
     assert SearchRequest.of(few, "50%", few.recipe).quadratic is None
 
@@ -63,7 +63,7 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
     assert form is not None
 
     def value(choice: np.ndarray) -> float:
-        return (1 - share) * total_cost(costs, choice) + share * form.harm(choice)
+        return (1 - share) * total_cost(costs, choice) + share * form.kl(choice)
 
     def fits(choice: np.ndarray) -> bool:
         used = np.take_along_axis(knapsack.sizes, choice[None, ..., None], -1).sum((1, 2, 3))
@@ -93,37 +93,37 @@ def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     knapsack, costs = Knapsack.of(request), request.surrogate.costs()
     rng = np.random.default_rng(0)
     for choice in (knapsack.choose(costs), rng.integers(0, len(profile.rules), (2, 2))):
-        assert form.harm(choice) == pytest.approx(whole.harm(choice))
+        assert form.kl(choice) == pytest.approx(whole.kl(choice))
         np.testing.assert_allclose(form.changes(choice), whole.changes(choice), rtol=1e-6, atol=1e-9)
     start = knapsack.choose(costs)
     end = form.refined(start, costs, 0.6, knapsack)
     assert np.array_equal(end, whole.refined(start, costs, 0.6, knapsack))
     joined = form.joined(form)
-    assert joined.harm(end) == pytest.approx(form.harm(end))
+    assert joined.kl(end) == pytest.approx(form.kl(end))
 
 
-def test_the_study_has_a_knob_for_it(profiles: Profiles) -> None:
+def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
     profile = coherent(profiles)
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    assert request.knobs.starts == [{**request.knobs.neutral, "coherence": START_COHERENCE}]
+    assert request.parameters.starts == [{**request.parameters.neutral, "coherence": START_COHERENCE}]
     space = request.space()
-    neutral = request.choice(request.surrogate, space, request.knobs.neutral)
+    neutral = request.choice(request.surrogate, space, request.parameters.neutral)
     assert np.array_equal(neutral, space.knapsack.choose(request.surrogate.costs()))
-    bent = request.choice(request.surrogate, space, request.knobs.starts[0])
+    bent = request.choice(request.surrogate, space, request.parameters.starts[0])
     assert request.quadratic is not None
-    assert request.quadratic.harm(bent) < request.quadratic.harm(neutral)
+    assert request.quadratic.kl(bent) < request.quadratic.kl(neutral)
     few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)
-    assert few.knobs.starts == []
-    assert "coherence" not in few.knobs.ranges
+    assert few.parameters.starts == []
+    assert "coherence" not in few.parameters.ranges
 
 
 def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
-    """The gradient of the mean logarithm is that of the harm, each sample's over its own harm."""
+    """The gradient of the mean logarithm is that of the KL, each sample's over its own KL."""
     profile = profiles()
     rng = np.random.default_rng(0)
     count, *size = profile.statistics.arrays["squares"].shape
-    harm, first = np.exp(rng.normal(-2, 2, (count, 1))), rng.normal(size=(count, *size))
-    arrays = {"total": rng.normal(size=(count, 1, *size)), "first": first, "harm": harm}
+    kl, first = np.exp(rng.normal(-2, 2, (count, 1))), rng.normal(size=(count, *size))
+    arrays = {"total": rng.normal(size=(count, 1, *size)), "first": first, "harm": kl}
     around = replace(
         profile, around="plan", statistics=Statistics({k: v.astype(np.float32) for k, v in arrays.items()})
     )
@@ -133,9 +133,9 @@ def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
 
     mean, relative = (Quadratic.of(around, 0.25, share).linear for share in (0.0, 1.0))
     assert np.allclose(mean, weighted(np.ones(count)), atol=1e-5)
-    scale = (harm + KNEE).mean()
+    scale = (kl + KNEE).mean()
     assert np.allclose(
-        relative, scale * np.tensordot(1 / (harm[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
+        relative, scale * np.tensordot(1 / (kl[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
     )
     dense = replace(profile, statistics=Statistics({"total": arrays["total"].astype(np.float32)}))
     assert np.array_equal(Quadratic.of(dense, 0.25, 1.0).rows, Quadratic.of(dense, 0.25).rows)
@@ -145,9 +145,9 @@ def test_forms_are_joined_by_their_rows() -> None:
     rng = np.random.default_rng(0)
     one, other = (Quadratic(rng.normal(size=(rows, 4, 5)), rng.normal(size=(4, 5))) for rows in (30, 10))
     choice = rng.integers(0, 5, (2, 2))
-    assert one.joined(other).harm(choice) == pytest.approx(0.75 * one.harm(choice) + 0.25 * other.harm(choice))
-    base = one.harm(choice)
+    assert one.joined(other).kl(choice) == pytest.approx(0.75 * one.kl(choice) + 0.25 * other.kl(choice))
+    base = one.kl(choice)
     for layer, head, rule in ((0, 0, 1), (1, 1, 4)):
         changed = choice.copy()
         changed[layer, head] = rule
-        assert one.changes(choice)[layer, head, rule] == pytest.approx(one.harm(changed) - base)
+        assert one.changes(choice)[layer, head, rule] == pytest.approx(one.kl(changed) - base)

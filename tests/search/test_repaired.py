@@ -1,4 +1,4 @@
-"""The choice of a repair: what is kept lowers harm on samples that it was not fitted to, or nothing is changed."""
+"""The choice of a repair: what is kept lowers KL on samples that it was not fitted to, or nothing is changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def narrow(source: SourceModel) -> Plan:
     return Plan.uniform(source.shape, Rule(4, 16, 0), 16)
 
 
-def test_it_lowers_harm_where_it_was_not_fitted(source: SourceModel, narrow: Plan) -> None:
+def test_it_lowers_kl_where_it_was_not_fitted(source: SourceModel, narrow: Plan) -> None:
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     validation = made(8, 6)
     done = repair(source, narrow, made(7, 20), validation, settings=[RepairSetting(0.03), RepairSetting(100.0)])
@@ -50,21 +50,21 @@ def test_it_lowers_harm_where_it_was_not_fitted(source: SourceModel, narrow: Pla
     assert (report["penalty"], report["answer_share"], report["tokens"], report["samples"]) == (0.03, None, 2400, 20)
     assert report["validation_samples"] == 3
     judged = Objective(source.model, validation[1::2])
-    before = judged.harms(narrow)
+    before = judged.kls(narrow)
     with with_weights(source.model, done.weights):
-        after = harms_against(own, source, narrow, validation[1::2])
+        after = kls_against(own, source, narrow, validation[1::2])
     assert np.mean(after) < np.mean(before)
     assert report["harm"]["before"]["mean"] == pytest.approx(np.mean(before), rel=1e-4)
     assert report["harm"]["after"]["mean"] == pytest.approx(np.mean(after), rel=1e-4)
     assert report["harm"]["change"]["error"] == pytest.approx(np.std(after - before, ddof=1) / 3**0.5, rel=1e-3)
 
 
-def harms_against(own: dict[str, Any], source: SourceModel, plan: Plan, samples: list[Sample]) -> np.ndarray[Any, Any]:
-    """Returns the harm of the model as it is against the one with its own weights."""
+def kls_against(own: dict[str, Any], source: SourceModel, plan: Plan, samples: list[Sample]) -> np.ndarray[Any, Any]:
+    """Returns the KL of the model as it is against the one with its own weights."""
     objective = Objective(source.model, samples)
     with with_weights(source.model, {name: own[name] for name, _ in source.model.named_parameters()}):
-        objective.harms(Plan.full(source.shape))  # keeps the dense logits
-    return objective.harms(plan)
+        objective.kls(Plan.full(source.shape))  # keeps the dense logits
+    return objective.kls(plan)
 
 
 def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,15 +80,15 @@ def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypa
 def test_none_is_kept_that_the_other_half_does_not_confirm(
     source: SourceModel, narrow: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kept(*harms: float) -> Any:
-        class Harms:
+    def kept(*kls: float) -> Any:
+        class RepairedKl:
             def __init__(self, *args: Any) -> None:
                 self.numbers = [0, 1, 2, 3, 4, 5]
 
             def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
-                return np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) if not weights else np.array(harms)
+                return np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) if not weights else np.array(kls)
 
-        monkeypatch.setattr(repairing, "_Harms", Harms)
+        monkeypatch.setattr(repairing, "_RepairedKl", RepairedKl)
         monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
         return repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
 

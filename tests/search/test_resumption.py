@@ -84,21 +84,21 @@ def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles
 
 
 def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    out, harms, stage = tmp_path / "plan.json", list[float](), ""
+    out, kls, stage = tmp_path / "plan.json", list[float](), ""
     while not stage.startswith("round"):
         result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
         assert result is None
         found = Plan.load(out)
         stage = found.provenance["stage"]
-        harm = found.quality["measured_harm"]["plan"]
-        assert harms == [] or harm is not None
-        harms += [harm] if harm is not None else []
+        kl = found.quality["measured_harm"]["plan"]
+        assert kls == [] or kl is not None
+        kls += [kl] if kl is not None else []
     stopped, _ = search(profiles(trials=1, rounds=3, moves=2, timeout=1e-6), out=out)
-    assert stopped.harm["plan"] == harms[-1] < harms[0]
+    assert stopped.harm["plan"] == kls[-1] < kls[0]
     assert stopped.plan.provenance["stage"] == stage
     assert stopped.plan.provenance["finished"] is False
     more, _ = search(profiles(trials=3, rounds=3, moves=2, timeout=1e-6), out=out)
-    assert more.harm["plan"] <= harms[-1]
+    assert more.harm["plan"] <= kls[-1]
 
 
 def test_more_trials_go_on_with_the_same_study(search: Search, profiles: Profiles, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Ca
         request = SearchRequest.of(profile, "25%", profile.recipe.override(search__formats=asked))
         assert request.profile.formats == formats
         assert request.surrogate.rules == request.profile.rules
-        assert ("precision" in request.knobs.ranges) == bool(formats)
+        assert ("precision" in request.parameters.ranges) == bool(formats)
         keys.add(request.key)
     assert len(keys) == 3
     plain = profiles()

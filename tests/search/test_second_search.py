@@ -18,9 +18,9 @@ import pytest
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.rules.plan import Plan
-from moacompress.search import ledger
-from moacompress.search.ledger import own_study
+from moacompress.search import study_storage
 from moacompress.search.study import find_plan
+from moacompress.search.study_storage import own_study
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -154,7 +154,7 @@ def test_an_owner_in_a_database_is_heard_of_and_leaves_its_successor_alone(
         beats.append(beat)
         yield
 
-    monkeypatch.setattr(ledger, "heard_of", heard_of)
+    monkeypatch.setattr(study_storage, "heard_of", heard_of)
 
     def attribute() -> Any:
         return optuna.load_study(study_name="moacompress-x", storage=storage).user_attrs["owner"]

@@ -1,4 +1,4 @@
-"""Searches in which layers may share: measured harm decides, nothing else changes, and every step handles such plans."""
+"""Searches in which layers may share: measured KL decides, nothing else changes, and every step handles such plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moacompress.search import search_request
 from moacompress.search.front import find_front
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import pack, unpack
-from moacompress.search.sharing.assumed_healing import left_of_harm
+from moacompress.search.sharing.assumed_healing import healed_share
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 
 Profiles = Callable[..., Profile]
@@ -115,11 +115,11 @@ def test_a_search_that_died_goes_on_to_the_same_plan(search: Search, profiles: P
     assert Plan.load(tmp_path / "plan.json").shares == whole.plan.shares
 
 
-def test_knobs_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:
+def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:
     profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    start = {**request.knobs.neutral, "sharing": 7.0, "exponent": 0.1}
-    assert request.knobs.within(start)["sharing"] == request.knobs.shared == 1
+    start = {**request.parameters.neutral, "sharing": 7.0, "exponent": 0.1}
+    assert request.parameters.within(start)["sharing"] == request.parameters.shared == 1
     result = search(profile, "50%", starts=[start])[0]
     assert result.trials == 4
 
@@ -142,7 +142,7 @@ def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_pa
 def test_what_is_packed_comes_back(profiles: Profiles) -> None:
     profile = profiles(anchors=2)
     request = SearchRequest.of(profile, "50%", profile.recipe.override(search__share="2"))
-    plan = request.plan(request.surrogate, request.knobs.neutral)
+    plan = request.plan(request.surrogate, request.parameters.neutral)
     assert unpack(pack(plan), profile) == plan
     assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
     assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
@@ -216,7 +216,7 @@ def test_named_copies_are_the_ones_that_are_repaired(profiles: Profiles) -> None
 
 
 def test_what_healing_leaves_is_of_the_copies_alone() -> None:
-    assert left_of_harm(0.3, 0.0, 1.0) == 1
-    assert left_of_harm(0.3, 1.0, 0.0) == pytest.approx(0.3)
-    assert left_of_harm(0.5, 1.0, 3.0) == pytest.approx(3.5 / 4)
-    assert left_of_harm(0.5, 0.0, 0.0) == 1
+    assert healed_share(0.3, 0.0, 1.0) == 1
+    assert healed_share(0.3, 1.0, 0.0) == pytest.approx(0.3)
+    assert healed_share(0.5, 1.0, 3.0) == pytest.approx(3.5 / 4)
+    assert healed_share(0.5, 0.0, 0.0) == 1

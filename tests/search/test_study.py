@@ -16,8 +16,8 @@ import pytest
 from moacompress.calibration.store import Profile
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
 from moacompress.rules.plan import Plan
-from moacompress.search.alternatives import CANDIDATES
 from moacompress.search.baselines import FAMILIES, family_plans
+from moacompress.search.measured_baselines import CANDIDATES
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -38,7 +38,7 @@ def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profile
     assert 8 <= result.measured_plans <= 12
     assert result.harm["plan"] <= result.harm["trial0"] * 1.2
     assert result.harm["plan"] < result.harm["uniform"]
-    assert result.harm["plan"] == pytest.approx(np.mean(fake.harms(plan)))
+    assert result.harm["plan"] == pytest.approx(np.mean(fake.kls(plan)))
     assert plan.provenance["source"] == "model"
     assert plan.provenance["profile"] == profile.fingerprint
     assert plan.provenance["recipe"]["budget"] == ["50%"]
@@ -63,7 +63,7 @@ def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profil
     spans, _ = search(profile, "25%", recipe=profile.recipe.override(search__formats="native"))
     found, fake = search(profile, "25%", out=tmp_path / "plan.json")
     assert found.harm["plan"] < spans.harm["plan"] / 3
-    assert found.harm["plan"] == pytest.approx(np.mean(fake.harms(found.plan)))
+    assert found.harm["plan"] == pytest.approx(np.mean(fake.kls(found.plan)))
     for family in ("uniform", "per_layer", "duo"):  # what needs no search has formats too
         assert found.harm["plan"] < found.harm[family] < spans.harm[family]
     assert found.harm["plan"] < found.harm["quantized"]
@@ -87,14 +87,14 @@ def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profil
     assert (again.plan, fake.calls) == (found.plan, [])
 
 
-def test_alternatives_are_each_at_their_best(search: Search, profiles: Profiles) -> None:
+def test_baselines_are_each_at_their_best(search: Search, profiles: Profiles) -> None:
     result, fake = search(profiles(trials=1))
     profile = fake.profile
     limits = {n: profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths}
     for family in ("uniform", "per_layer", "duo"):
         plans = family_plans(family, profile.shape, limits, profile, (4, 16, 64))[:CANDIDATES]
-        # samples only scale the harm here, so that the screening finds the best
-        assert result.harm[family] == pytest.approx(min(np.mean(fake.harms(plan)) for plan in plans))
+        # samples only scale the KL here, so that the screening finds the best
+        assert result.harm[family] == pytest.approx(min(np.mean(fake.kls(plan)) for plan in plans))
 
 
 def test_same_seed_same_plan_without_storage(search: Search, profiles: Profiles) -> None:
@@ -162,7 +162,7 @@ def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp
     improved, fake = search(profiles(trials=1, rounds=3, moves=4), out=out)
     assert improved.harm["trial0"] == one_shot.harm["plan"]
     assert improved.harm["plan"] < one_shot.harm["plan"]  # around the plan the stand-in knows the truth
-    assert improved.harm["plan"] == pytest.approx(np.mean(fake.harms(improved.plan)))
+    assert improved.harm["plan"] == pytest.approx(np.mean(fake.kls(improved.plan)))
     for n in fake.profile.lengths:
         assert improved.plan.kv_bytes(n) <= fake.profile.shape.dense_kv_bytes(n) // 2
     stages = improved.explanation["stages"]

@@ -119,7 +119,7 @@ def test_ablations_span_decades_and_layers(profiles: Profiles) -> None:
     assert len(pick_ablations(influence[:1, :1, :3], 50, seed=0)) <= 3
 
 
-def test_predicted_harm_adds_up(profiles: Profiles) -> None:
+def test_predicted_kl_adds_up(profiles: Profiles) -> None:
     profile = profiles()
     surrogate = build(profile)
     assert surrogate.predicted(Plan.full(profile.shape)) == 0

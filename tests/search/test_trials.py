@@ -8,8 +8,8 @@ import pytest
 from moacompress.search.trials import CAUTION, Tried, best_trial, least_trial, log_ratio, standard_error
 
 
-def trial(index, harms, first, pruned=False):
-    return Tried(index, str(index), {}, list(harms), log_ratio(harms, first), pruned, True, {})
+def trial(index, kls, first, pruned=False):
+    return Tried(index, str(index), {}, list(kls), log_ratio(kls, first), pruned, True, {})
 
 
 def trials(*changes, samples=20, noise=0.0, seed=0):
@@ -29,7 +29,7 @@ def test_a_clear_winner_wins():
 def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     tried = trials(*[0.0] * 6, noise=0.3, seed=seed)
     least = least_trial(tried)
-    clear = -least.value > CAUTION * standard_error(np.log(np.divide(least.harms, tried[0].harms)).tolist())
+    clear = -least.value > CAUTION * standard_error(np.log(np.divide(least.kls, tried[0].kls)).tolist())
     assert best_trial(tried).index == (least.index if clear else 0)
 
 

@@ -155,7 +155,7 @@ def head_details(found: Findings) -> dict[str, Any]:
 
     Returns:
         `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of windows
-        and of windows with gates the kept tokens `[layers, rules]` and the predicted harm `[layers, kv_heads, rules]`, nats;
+        and of windows with gates the kept tokens `[layers, rules]` and the predicted KL `[layers, kv_heads, rules]`, nats;
         `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
         the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with the
         probability on the first tokens; `entropy` in nats.
@@ -211,16 +211,16 @@ def most_worth(found: Findings) -> list[int]:
 
 
 def _curve(found: Findings, numbers: list[int], influence: Any, n: int) -> dict[str, Any]:
-    """Returns the kept tokens and the harm of some rules of a profile, by layer; rules in the order of what they keep."""
+    """Returns the kept tokens and the KL of some rules of a profile, by layer; rules in the order of what they keep."""
     profile = found.profile
     assert profile is not None
-    kept, harm = [], []
+    kept, kl = [], []
     for layer, native in enumerate(profile.shape.native_windows):
         sizes = [int(profile.rules[number].kept(n, profile.min_window, native)) for number in numbers]
         order = sorted(range(len(numbers)), key=lambda place: sizes[place])
         kept.append([sizes[place] for place in order])
-        harm.append(_nested(influence[layer][:, [numbers[place] for place in order]]))
-    return {"kept": kept, "harm": harm}
+        kl.append(_nested(influence[layer][:, [numbers[place] for place in order]]))
+    return {"kept": kept, "harm": kl}
 
 
 def _bins() -> list[str]:

@@ -134,8 +134,8 @@ def _asset(name: str) -> str:
 def page_sections(found: Findings) -> list[PageSection]:
     """Returns the sections of the page, in order."""
     evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
-    harm = (explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
-    baselines = baselines_picture(dict(harm), found.plan.quality.get("samples"))
+    kl = (explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
+    baselines = baselines_picture(dict(kl), found.plan.quality.get("samples"))
     history = history_picture(explanation) if explanation is not None else None
     front = front_picture(found.front) if explanation is not None and found.front is not None else None
     return [
@@ -221,7 +221,7 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
     if found.bench is None:
         parts.append(MissingPart("costs", "Nothing was timed yet.", measuring("bench", BENCH_FILE)))
     if found.audit is None:
-        what = "Predicted harm was not audited on held-out samples."
+        what = "Predicted KL was not audited on held-out samples."
         where = "PROFILE" if profile is None else quoted(profile.path)
         parts.append(MissingPart("harm", what, f"moacompress profile -o {where} --audit 50"))
     if found.explanation is None:
@@ -271,14 +271,14 @@ def tiles(found: Findings) -> list[dict[str, str]]:
         shown.append(
             {"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}
         )
-    harm = plan.quality.get("measured_harm", {})
-    others = [value for name, value in harm.items() if name not in ("plan", "trial0") and value is not None]
-    if harm.get("plan") is not None:
+    kl = plan.quality.get("measured_harm", {})
+    others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
+    if kl.get("plan") is not None:
         beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
-        shown.append({"value": f"{harm['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside})
-    elif "plan" in harm:
+        shown.append({"value": f"{kl['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside})
+    elif "plan" in kl:
         beside = "the search was stopped before it was measured"
-        shown.append({"value": "not measured", "what": "harm of the plan", "beside": beside})
+        shown.append({"value": "not measured", "what": "KL of the plan", "beside": beside})
     return shown
 
 

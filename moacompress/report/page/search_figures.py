@@ -1,4 +1,4 @@
-"""How a plan was found: what its baselines lose, whether harm was predicted well, what trials and steps gave."""
+"""How a plan was found: what its baselines lose, whether KL was predicted well, what trials and steps gave."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moacompress.report.search_tables import trial_remark
 from moacompress.report.summary_tables import NAMES
 from moacompress.search.trials import CAUTION
 
-HARM = "KL to dense, nats a token"
+KL = "KL to dense, nats a token"
 
 
-def baselines_picture(harm: dict[str, float | None], samples: int | None) -> Picture | None:
-    """Returns the measured harm of the plan and of what it was measured beside, at the same bytes; None where there is none."""
+def baselines_picture(kl: dict[str, float | None], samples: int | None) -> Picture | None:
+    """Returns the measured KL of the plan and of what it was measured beside, at the same bytes; None where there is none."""
     found = sorted(
-        ((value, name) for name, value in harm.items() if value is not None and name != "trial0"), reverse=True
+        ((value, name) for name, value in kl.items() if value is not None and name != "trial0"), reverse=True
     )
     if len(found) < 2:
         return None
@@ -38,7 +38,7 @@ def baselines_picture(harm: dict[str, float | None], samples: int | None) -> Pic
         "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
     }
     layout = {
-        "xaxis": axis(HARM, type="log", exponentformat="power"),
+        "xaxis": axis(KL, type="log", exponentformat="power"),
         "yaxis": axis("", type="category"),
         "height": 130 + 26 * len(found),
         "showlegend": False,
@@ -47,11 +47,11 @@ def baselines_picture(harm: dict[str, float | None], samples: int | None) -> Pic
         f", on {samples} validation samples." if samples else "."
     )
     rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
-    return Picture("baselines", "Harm at the same bytes", [trace], layout, note, ("plan", "nats a token"), rows)
+    return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats a token"), rows)
 
 
 def predicted_pictures(found: Findings) -> list[Picture]:
-    """Returns predicted against measured harm: of an audit's ablations, formats and plans, or of the search's own trials."""
+    """Returns predicted against measured KL: of an audit's ablations, formats and plans, or of the search's own trials."""
     pictures = []
     audit = found.audit
     if audit is not None:
@@ -64,14 +64,14 @@ def predicted_pictures(found: Findings) -> list[Picture]:
             ),
             ("whole plans", [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]]),
         ]
-        note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, harm is what was predicted."
-        pictures.append(_scatter("audit", "Predicted and measured harm: the audit", groups, note))
+        note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, KL is what was predicted."
+        pictures.append(_scatter("audit", "Predicted and measured KL: the audit", groups, note))
     pairs = (found.explanation or {}).get("predicted", {}).get("pairs") or ()
     if len(pairs) > 1:
         rank = (found.explanation or {})["predicted"]["spearman"]
         note = f"The {len(pairs)} plans of the search" + ("." if rank is None else f"; rank correlation {rank:.2f}.")
         pictures.append(
-            _scatter("trials-predicted", "Predicted and measured harm: the trials", [("a trial's plan", pairs)], note)
+            _scatter("trials-predicted", "Predicted and measured KL: the trials", [("a trial's plan", pairs)], note)
         )
     return pictures
 
@@ -121,10 +121,10 @@ def history_picture(explanation: Finding) -> Picture | None:
         ),
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
-    layout = {"xaxis": axis("trial"), "yaxis": axis(HARM, type="log"), "height": 320}
+    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, type="log"), "height": 320}
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
-        "What was given up half-way was measured on fewer samples. A trial of less harm than trial 0 is kept only where its "
+        "What was given up half-way was measured on fewer samples. A trial of lower KL than trial 0 is kept only where its "
         f"gain, sample by sample, is above {CAUTION:g} standard errors: the best of many noisy numbers is usually less good."
     )
     return Picture(
@@ -139,19 +139,19 @@ def history_picture(explanation: Finding) -> Picture | None:
 
 
 def front_picture(front: Finding) -> Picture | None:
-    """Returns the harm of plans of several budgets against their bytes; None where there is only one."""
+    """Returns the KL of plans of several budgets against their bytes; None where there is only one."""
     points = [(max(point["kv_share"].values()) * 100, point["harm"]["plan"]) for point in front["points"]]
-    points = [(share, harm) for share, harm in points if harm is not None]
+    points = [(share, kl) for share, kl in points if kl is not None]
     if len(points) < 2:
         return None
     x, y = zip(*points, strict=True)
     layout = {
         "xaxis": axis("% of the dense KV bytes"),
-        "yaxis": axis(HARM, type="log"),
+        "yaxis": axis(KL, type="log"),
         "height": 320,
         "showlegend": False,
     }
-    rows = [(f"{share:.1f}%", readable_number(harm)) for share, harm in points]
+    rows = [(f"{share:.1f}%", readable_number(kl)) for share, kl in points]
     return Picture(
-        "front", "Harm against bytes", [lines("plan", "plans", x, y)], layout, "", ("bytes", "nats a token"), rows
+        "front", "KL against bytes", [lines("plan", "plans", x, y)], layout, "", ("bytes", "nats a token"), rows
     )

@@ -36,7 +36,7 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
         after = np.take_along_axis(knapsack.sizes, end[None, ..., None], -1)[..., 0]
         assert (after.sum((1, 2)) <= knapsack.limits).all()
         assert np.abs(after - before)[-1].sum() <= 2 * share * knapsack.limits[-1]
-        reached.append(form.harm(end) - form.harm(choice))
+        reached.append(form.kl(end) - form.kl(choice))
     assert 0 >= reached[0] > reached[1] > reached[2]
     worse = Quadratic(np.zeros((1, *linear.shape)), np.abs(linear))
     assert np.array_equal(moved(knapsack, worse, STARTS[0], choice), choice)  # nothing helps
@@ -47,9 +47,9 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
 
 
 def test_what_a_round_starts_with_is_in_reach() -> None:
-    for knobs in (NEUTRAL, *STARTS):
-        assert set(knobs) == set(RANGES)
-        assert all(low <= knobs[name] <= high for name, (low, high) in RANGES.items())
+    for parameters in (NEUTRAL, *STARTS):
+        assert set(parameters) == set(RANGES)
+        assert all(low <= parameters[name] <= high for name, (low, high) in RANGES.items())
 
 
 def test_a_round_measures_so_many_plans_and_its_own_never(search: Search, profiles: Profiles) -> None:

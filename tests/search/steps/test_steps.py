@@ -1,4 +1,4 @@
-"""Steps alone: each takes a standing and returns one, and a further one needs no more than its line."""
+"""Steps alone: each takes a incumbent and returns one, and a further one needs no more than its line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moacompress.core.progress import SILENT
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.deadline import Deadline
+from moacompress.search.incumbent import Incumbent
 from moacompress.search.knapsack import Knapsack, chosen_plan
 from moacompress.search.opened_search import opened
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import pack
-from moacompress.search.standing import Standing
-from moacompress.search.steps.knob_study import tune_knobs
+from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
-from moacompress.search.steps.rest import spend_rest
+from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
 from moacompress.search.trials import Tried
 
@@ -47,12 +47,12 @@ def made(pretended: Callable[..., Any], profile: Profile) -> Iterator[SearchCont
         yield context
 
 
-def first(context: SearchContext) -> Standing:
+def first(context: SearchContext) -> Incumbent:
     """The surrogate's own plan, as a study of one trial leaves it."""
     plan = context.start().plan
-    harms = context.meter.harms("test", plan, context.meter.order)
-    context.tried = [Tried(0, plan.key(), pack(plan), harms, 0.0, False, True, context.request.knobs.neutral)]
-    return Standing(plan, harms, 0.0, "trial 0")
+    kls = context.evaluator.kls("test", plan, context.evaluator.order)
+    context.tried = [Tried(0, plan.key(), pack(plan), kls, 0.0, False, True, context.request.parameters.neutral)]
+    return Incumbent(plan, kls, 0.0, "trial 0")
 
 
 def fits(plan: Plan, context: SearchContext) -> bool:
@@ -65,7 +65,7 @@ def names(context: SearchContext) -> list[str]:
 
 def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     start = context.start()
-    assert start.harms == []
+    assert start.kls == []
     solved, choose = [], Knapsack.choose
 
     def counted(self: Knapsack, costs: Any) -> Any:
@@ -73,52 +73,52 @@ def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch
         return choose(self, costs)
 
     monkeypatch.setattr(Knapsack, "choose", counted)
-    best = tune_knobs(start, context)
+    best = tune_parameters(start, context)
     assert len(context.tried) == 2
     assert len(solved) == 1  # the plan of trial 0 was there
     assert context.tried[0].key == start.plan.key()
-    assert context.reference == context.tried[0].harms
-    assert len(best.harms) == context.meter.measure.size
+    assert context.reference == context.tried[0].kls
+    assert len(best.kls) == context.evaluator.measure.size
     assert names(context) == ["surrogate", "study"]
 
 
 def test_a_round_runs_alone(context: SearchContext) -> None:
-    standing = first(context)
-    assert standing.form is None
-    found = make_rounds(standing, context)
-    assert found.value < standing.value  # around the plan the stand-in knows the truth
+    incumbent = first(context)
+    assert incumbent.form is None
+    found = make_rounds(incumbent, context)
+    assert found.value < incumbent.value  # around the plan the stand-in knows the truth
     assert found.form is not None
     assert fits(found.plan, context)
-    assert found.harms == context.meter.known("improved", found.plan)
+    assert found.kls == context.evaluator.known("improved", found.plan)
     assert names(context) == ["round 1"]
 
 
 def test_moves_run_alone(context: SearchContext) -> None:
-    standing = first(context)
-    found = make_moves(standing, context)
-    assert found.value <= standing.value
+    incumbent = first(context)
+    found = make_moves(incumbent, context)
+    assert found.value <= incumbent.value
     assert fits(found.plan, context)
     assert set(names(context)) == {"moves"}
 
 
 def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
-    standing = make_rounds(first(context), context)
-    assert standing.form is not None
-    backwards = replace(standing, form=replace(standing.form, linear=-standing.form.linear))
-    assert np.array_equal(context.changes(backwards), -context.changes(standing))
-    found = make_moves(standing, context)
-    assert found.value <= standing.value
-    assert found.form is standing.form
+    incumbent = make_rounds(first(context), context)
+    assert incumbent.form is not None
+    backwards = replace(incumbent, form=replace(incumbent.form, linear=-incumbent.form.linear))
+    assert np.array_equal(context.changes(backwards), -context.changes(incumbent))
+    found = make_moves(incumbent, context)
+    assert found.value <= incumbent.value
+    assert found.form is incumbent.form
 
 
-def test_the_rest_is_spent_alone(context: SearchContext) -> None:
+def test_the_leftover_is_spent_alone(context: SearchContext) -> None:
     first(context)
     profile = context.request.profile
     narrow = chosen_plan(
         profile, np.ones((profile.shape.layers, profile.shape.kv_heads), np.int64)
     )  # the narrowest rule
     assert fits(narrow, context)
-    found = spend_rest(context.measured(context.start(), narrow, "narrow"), context)
+    found = spend_leftover(context.measured(context.start(), narrow, "narrow"), context)
     assert found.stage == "rest"
     assert all(found.plan.kv_bytes(n) > narrow.kv_bytes(n) for n in profile.lengths)
     assert fits(found.plan, context)
@@ -126,30 +126,30 @@ def test_the_rest_is_spent_alone(context: SearchContext) -> None:
 
 @pytest.mark.parametrize("step", study.STEPS[3:], ids=lambda step: step.__name__)
 def test_a_step_does_nothing_once_the_time_is_up(step: Any, context: SearchContext) -> None:
-    standing = first(context)
+    incumbent = first(context)
     context.deadline.timeout = 0.0
-    assert step(standing, context) == standing
+    assert step(incumbent, context) == incumbent
     assert context.stages == []
 
 
-def test_without_rounds_and_moves_the_standing_is_handed_on(pretended: Callable[..., Any], profiles: Profiles) -> None:
+def test_without_rounds_and_moves_the_incumbent_is_passed_on(pretended: Callable[..., Any], profiles: Profiles) -> None:
     with made(pretended, profiles(trials=1)) as context:
         assert context.around is None
         assert context.trainer is None
-        standing = first(context)
-        assert make_moves(make_rounds(standing, context), context) is standing
+        incumbent = first(context)
+        assert make_moves(make_rounds(incumbent, context), context) is incumbent
 
 
 def test_a_further_step_is_one_line(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Standing] = []
+    given: list[Incumbent] = []
 
-    def share(standing: Standing, context: SearchContext) -> Standing:
-        given.append(standing)
-        bent = context.plan_of({**context.request.knobs.neutral, "depth_0": 0.5, "exponent": -0.2})
-        assert bent.key() != standing.plan.key()
-        found = context.measured(standing, bent, "share")
+    def share(incumbent: Incumbent, context: SearchContext) -> Incumbent:
+        given.append(incumbent)
+        bent = context.plan_of({**context.request.parameters.neutral, "depth_0": 0.5, "exponent": -0.2})
+        assert bent.key() != incumbent.plan.key()
+        found = context.measured(incumbent, bent, "share")
         context.add_stage("share", found, True)
         return found
 
@@ -161,5 +161,5 @@ def test_a_further_step_is_one_line(
     assert written == found.plan
     assert written.rules != plain.plan.rules
     assert written.provenance["stage"] == "share"
-    assert written.quality["measured_harm"]["plan"] == pytest.approx(np.mean(fake.harms(written)))
+    assert written.quality["measured_harm"]["plan"] == pytest.approx(np.mean(fake.kls(written)))
     assert found.explanation["stages"][-1]["name"] == "share"

@@ -1,8 +1,8 @@
-"""The ledger of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
+"""The study storage of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
 
 A search that was killed and started again finds its finished trials, ablations and baselines here and goes on as if it
 had never stopped: the sampler is made anew for every trial from the seed and the number of finished trials, so that no
-random state is lost. One process works on a study at a time, its owner: a trial marked as running when a ledger opens was
+random state is lost. One process works on a study at a time, its owner: a trial marked as running when it is opened was
 killed.
 """
 
@@ -36,17 +36,17 @@ LOCK_GRACE = 5
 """Seconds after which the lock of a killed process is taken over; a lock is held for milliseconds."""
 
 
-class Ledger:
+class StudyStorage:
     """What one search has measured so far.
 
     Args:
         storage: None for memory, a journal file ending in .log or .journal, or a database URL.
         name: name of the study.
         profile: fingerprint of the profile that the study belongs to.
-        distributions: the knobs.
-        neutral: knobs of the first trial.
+        distributions: the search parameters.
+        neutral: search parameters of the first trial.
         seed: of the sampler.
-        starts: knobs that are tried right after, such as those that won at another budget.
+        starts: parameters that are tried right after, such as those that won at another budget.
         objectives: numbers that a trial has, all to be small; only with one are trials given up half-way.
 
     Raises:
@@ -71,8 +71,8 @@ class Ledger:
             self._study = self._open(storage, name, profile, objectives)
             self._fail_stale()
             if not self._study.get_trials(deepcopy=False, states=_states("COMPLETE", "WAITING")):
-                for knobs in (neutral, *starts):
-                    self._study.enqueue_trial(dict(knobs), skip_if_exists=True)
+                for parameters in (neutral, *starts):
+                    self._study.enqueue_trial(dict(parameters), skip_if_exists=True)
 
     def recall(self, name: str) -> Any:
         """Returns what `remember` kept under this name, or None."""
@@ -99,7 +99,7 @@ class Ledger:
             return self._study.get_trials(deepcopy=False, states=_states("COMPLETE"))
 
     def importances(self) -> dict[str, float]:
-        """Returns the share of the variation between trials that goes with each knob; empty where there are too few."""
+        """Returns the share of the variation between trials that goes with each parameter; empty where there are too few."""
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
         if len({trial.value for trial in self.finished()}) < STARTUP_TRIALS:
@@ -107,12 +107,12 @@ class Ledger:
         try:
             with self._guard():
                 found = get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator())
-        except (RuntimeError, ArtefactError):  # knobs that never changed
+        except (RuntimeError, ArtefactError):  # search parameters that never changed
             return {}
         return {name: float(share) for name, share in found.items()}
 
     def ask(self) -> Trial:
-        """Starts the next trial; its `params` are the knobs."""
+        """Starts the next trial; its `params` are the search parameters."""
         from optuna.samplers import GPSampler
 
         index = len(self.finished())
@@ -155,15 +155,15 @@ class Ledger:
         return study
 
     def _fail_stale(self) -> None:
-        """Marks the trials of a killed process as failed and queues their knobs again."""
+        """Marks the trials of a killed process as failed and queues their search parameters again."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(deepcopy=False, states=_states("RUNNING")):
-            knobs = trial.system_attrs.get("fixed_params") or trial.params
+            parameters = trial.system_attrs.get("fixed_params") or trial.params
             self._study.tell(trial.number, state=TrialState.FAIL)
-            # incomplete knobs need no queue: the sampler draws the same ones again
-            if set(knobs) == set(self._distributions):
-                self._study.enqueue_trial(knobs)
+            # incomplete search parameters need no queue: the sampler draws the same ones again
+            if set(parameters) == set(self._distributions):
+                self._study.enqueue_trial(parameters)
 
     def _guard(self) -> AbstractContextManager[None]:
         return _guarded(self._where)
@@ -174,7 +174,7 @@ def own_study(storage: str | None, name: str, objectives: int = 1, anew: bool = 
     """Makes this process the owner of a study, and of those whose names go on from its name, as long as the block runs.
 
     Args:
-        storage: as that of a `Ledger`.
+        storage: as that of a `StudyStorage`.
         name: name of the study.
         objectives: numbers that a trial has.
         anew: forget what is in them.

@@ -10,8 +10,8 @@ import pytest
 from moacompress.calibration.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.alternatives import nearly_predicted
 from moacompress.search.knapsack import chosen_plan
+from moacompress.search.measured_baselines import nearly_predicted
 from moacompress.search.search_request import SearchRequest
 
 
@@ -28,15 +28,15 @@ def test_a_plan_of_candidates_is_predicted_as_it_is(profiles: Callable[..., Prof
 def test_others_are_as_the_widest_candidate_within(profiles: Callable[..., Profile]) -> None:
     profile = profiles(formats=True)
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    harms = []
+    kls = []
     for rule in (Rule(4, 120, 0, "int8", "int4"), Rule(4, 500, 0, "int8", "int4"), Rule(4, 512, 0, "int8", "int4")):
         plan = Plan.uniform(profile.shape, rule, 32)
-        harms.append(nearly_predicted(request.surrogate, plan, 512))
+        kls.append(nearly_predicted(request.surrogate, plan, 512))
         near = [one for one in request.profile.rules if (one.key_format, one.value_format) == ("int8", "int4")]
         widest = max(
             (one for one in near if one.kept(512, 32) <= rule.kept(512, 32)), key=lambda one: one.kept(512, 32)
         )
         same = [one for one in near if one.kept(512, 32) == widest.kept(512, 32)]
         costs = [request.surrogate.costs()[..., request.profile.rules.index(one)].sum() for one in same]
-        assert any(harms[-1] == pytest.approx(cost) for cost in costs)
-    assert harms[0] > harms[1] > harms[2] > 0
+        assert any(kls[-1] == pytest.approx(cost) for cost in costs)
+    assert kls[0] > kls[1] > kls[2] > 0

@@ -1,4 +1,4 @@
-"""The harm meter: the real model on validation samples, and a ledger, so that nothing is measured twice."""
+"""The plan evaluator: the real model on validation samples, and a study storage, so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.knapsack import ablation
-from moacompress.search.ledger import Ledger
 from moacompress.search.objective import Measure
 from moacompress.search.search_request import SearchRequest
+from moacompress.search.study_storage import StudyStorage
 from moacompress.search.surrogate import Surrogate, fit, pick_ablations
 
 ABLATION_SAMPLES = 3
@@ -24,29 +24,31 @@ ABLATION_SAMPLES = 3
 
 
 @dataclass(frozen=True)
-class HarmMeter:
+class PlanEvaluator:
     """What measures plans.
 
     Attributes:
-        ledger: what is measured already.
+        study_storage: what is measured already.
         measure: the model on validation samples.
         order: numbers of the samples, shuffled.
         deadline: when to stop: it is checked before every measurement of a plan on a sample, and what was measured of
             several until then is kept for the next run.
     """
 
-    ledger: Ledger
+    study_storage: StudyStorage
     measure: Measure
     order: Sequence[int]
     deadline: Deadline = field(default_factory=Deadline)
 
     @staticmethod
-    def of(ledger: Ledger, measure: Measure, seed: int, deadline: Deadline) -> HarmMeter:
+    def of(study_storage: StudyStorage, measure: Measure, seed: int, deadline: Deadline) -> PlanEvaluator:
         """Returns the meter whose samples are shuffled by a seed."""
-        return HarmMeter(ledger, measure, np.random.default_rng(seed).permutation(measure.size).tolist(), deadline)
+        return PlanEvaluator(
+            study_storage, measure, np.random.default_rng(seed).permutation(measure.size).tolist(), deadline
+        )
 
-    def harms(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
-        """Returns the harm of each numbered sample, measured at most once in the life of the ledger.
+    def kls(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
+        """Returns the KL of each numbered sample, measured at most once in the life of the study storage.
 
         Args:
             kind: what for; with the plan it is what the numbers are filed under.
@@ -58,48 +60,48 @@ class HarmMeter:
         """
 
         def measured(done: int) -> Generator[float, None, None]:
-            with self.measure.under(plan) as harm:
+            with self.measure.under(plan) as kl:
                 for number in numbers[done:]:
-                    yield harm(number)
+                    yield kl(number)
 
         return self._once(f"{kind}:{plan.key()}", len(numbers), measured)
 
     def _once(self, name: str, count: int, measured: Callable[[int], Generator[float, None, None]]) -> list[float]:
-        """Returns so many harms, measured at most once in the life of the ledger.
+        """Returns so many KLs, measured at most once in the life of the study storage.
 
         Args:
             name: what they are filed under.
             count: how many there are.
             measured: measures those behind so many that are known already.
         """
-        known = self.ledger.recall(name)
+        known = self.study_storage.recall(name)
         if known is not None:
-            return [float(harm) for harm in known]
-        found = begun = self.ledger.begun(name)
-        with closing(measured(len(begun))) as harms:
+            return [float(kl) for kl in known]
+        found = begun = self.study_storage.begun(name)
+        with closing(measured(len(begun))) as kls:
             try:
                 for _ in range(count - len(begun)):
                     self.deadline.check()
-                    found = [*found, next(harms)]
+                    found = [*found, next(kls)]
             except TimeUp:
-                self.ledger.stop(name, found)
+                self.study_storage.stop(name, found)
                 raise
-        self.ledger.remember(name, found)
+        self.study_storage.remember(name, found)
         return found
 
-    def keep(self, kind: str, plan: Plan, harms: Sequence[float]) -> None:
-        """Keeps what was measured elsewhere, as `harms` would have."""
-        self.ledger.remember(f"{kind}:{plan.key()}", list(harms))
+    def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
+        """Keeps what was measured elsewhere, as `kls` would have."""
+        self.study_storage.remember(f"{kind}:{plan.key()}", list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
-        """Returns what `harms` measured before, or None."""
-        found = self.ledger.recall(f"{kind}:{plan.key()}")
+        """Returns what `kls` measured before, or None."""
+        found = self.study_storage.recall(f"{kind}:{plan.key()}")
         return None if found is None else [float(value) for value in found]
 
     def many(
         self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None
     ) -> list[float]:
-        """Returns the harms of plans near `base` on one sample, measured at most once in the life of the ledger.
+        """Returns the KLs of plans near `base` on one sample, measured at most once in the life of the study storage.
 
         Args:
             kind: what for.
@@ -132,12 +134,12 @@ class HarmMeter:
         numbers = nearest[: ABLATION_SAMPLES if picks else 0]
         plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
         progress.start("calibrating", len(numbers))
-        harms = []
+        kls = []
         for number in numbers:
-            harms.append(self.many("ablations", number, plans, full))
+            kls.append(self.many("ablations", number, plans, full))
             progress.step(f"{len(plans)} KV heads on sample {number}")
         progress.done()
-        measured = np.mean(harms, axis=0) if harms else np.zeros(0)
+        measured = np.mean(kls, axis=0) if kls else np.zeros(0)
         return surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
 
 

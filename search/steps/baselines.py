@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from moacompress.search.alternatives import measure_alternatives
+from moacompress.search.incumbent import Incumbent
+from moacompress.search.measured_baselines import measure_baseline_families
 from moacompress.search.search_context import SearchContext
-from moacompress.search.standing import Standing
 
 
-def measure_baselines(standing: Standing, context: SearchContext) -> Standing:
+def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Measures the best plan of every family of baselines, where the recipe asks for them.
 
     Args:
-        standing: is returned as it is.
+        incumbent: is returned as it is.
         context: its `alternatives` are filled, one family after the other.
 
     Raises:
         TimeUp: the time was up before all of them were measured.
     """
     if context.request.recipe.search.alternatives:
-        for family, best in measure_alternatives(context.request, context.meter, context.progress):
-            context.alternatives[family] = best
-    return standing
+        for family, best in measure_baseline_families(context.request, context.evaluator, context.progress):
+            context.measured_baselines[family] = best
+    return incumbent

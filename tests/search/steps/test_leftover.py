@@ -11,9 +11,9 @@ import pytest
 
 from moacompress.calibration.store import Profile
 from moacompress.rules.plan import Plan
+from moacompress.search.incumbent import Incumbent
 from moacompress.search.knapsack import Knapsack
 from moacompress.search.search_context import SearchContext
-from moacompress.search.standing import Standing
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -35,9 +35,9 @@ def test_what_is_left_is_spent_unless_that_measures_worse(
     assert max(shares(spent.plan)) > 0.45
     measured = SearchContext.measured
 
-    def worse(self: SearchContext, standing: Standing, plan: Plan, stage: str) -> Standing:
-        found = measured(self, standing, plan, stage)
-        return replace(found, harms=[100 * harm for harm in found.harms]) if stage == "rest" else found
+    def worse(self: SearchContext, incumbent: Incumbent, plan: Plan, stage: str) -> Incumbent:
+        found = measured(self, incumbent, plan, stage)
+        return replace(found, kls=[100 * kl for kl in found.kls]) if stage == "rest" else found
 
     monkeypatch.setattr(SearchContext, "measured", worse)
     left = search(profiles(trials=1, alternatives=False))[0]

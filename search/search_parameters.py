@@ -25,8 +25,8 @@ START_COHERENCE = 0.3
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """The search space of one model and its profiled lengths; all knobs at 0 are the surrogate itself.
+class SearchParameters:
+    """The search space of one model and its profiled lengths; all search parameters at 0 are the surrogate itself.
 
     All but `coherence` and `sharing` are logarithms.
 
@@ -53,7 +53,7 @@ class Knobs:
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Each knob's smallest and largest value."""
+        """Each search parameter's smallest and largest value."""
         return {
             **{f"depth_{knot}": (-DEPTH_RANGE, DEPTH_RANGE) for knot in range(min(DEPTH_KNOTS, self.layers))},
             **{f"length_{length}": (-LENGTH_RANGE, LENGTH_RANGE) for length in self.lengths[:-1]},
@@ -69,7 +69,7 @@ class Knobs:
         return dict.fromkeys(self.ranges, 0.0)
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Returns the knobs in Optuna's terms."""
+        """Returns the search parameters in Optuna's terms."""
         return distributions(self.ranges)
 
     @property
@@ -83,7 +83,7 @@ class Knobs:
         return {name: min(max(values.get(name, 0.0), low), high) for name, (low, high) in self.ranges.items()}
 
     def bend(self, surrogate: Surrogate, values: Mapping[str, float]) -> Floats:
-        """Returns the costs of every rule under the knobs, [layers, kv_heads, rules]; only their ratios count."""
+        """Returns the costs of every rule under the search parameters, [layers, kv_heads, rules]; only their ratios count."""
         weights = np.exp([values.get(f"length_{length}", 0.0) for length in self.lengths])
         precision = float(np.exp(values.get("precision", 0.0)))
         costs: Floats = surrogate.costs(weights, precision) ** np.exp(values["exponent"])
@@ -96,10 +96,10 @@ class Knobs:
 
 
 def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, BaseDistribution]:
-    """Returns knobs in Optuna's terms.
+    """Returns search parameters in Optuna's terms.
 
     Args:
-        ranges: each knob's smallest and largest value.
+        ranges: each search parameter's smallest and largest value.
     """
     from optuna.distributions import FloatDistribution
 

@@ -1,4 +1,4 @@
-"""The standing of a search: the best plan so far, which every step takes and returns."""
+"""The incumbent of a search: the best plan so far, which every step takes and returns."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Incumbent:
     """The best plan so far.
 
     Attributes:
         plan: the plan, without notes.
-        harms: nats, in the order of the shuffled samples; empty where it is not measured yet.
+        kls: nats, in the order of the shuffled samples; empty where it is not measured yet.
         value: mean log-ratio to trial 0.
         stage: what it comes from.
-        form: predicts changes of harm around the plan, or around the one that it was made from; None where no step has
+        form: predicts changes of KL around the plan, or around the one that it was made from; None where no step has
             profiled the model under it.
     """
 
     plan: Plan
-    harms: list[float]
+    kls: list[float]
     value: float
     stage: str
     form: Quadratic | None = None
 
     @staticmethod
-    def of(trial: Tried, profile: Profile) -> Standing:
+    def of(trial: Tried, profile: Profile) -> Incumbent:
         """Returns the plan of a trial."""
         plan = unpack(trial.plan, profile)
-        return Standing(plan, trial.harms, trial.value, f"trial {trial.index}")
+        return Incumbent(plan, trial.kls, trial.value, f"trial {trial.index}")
 
     @property
-    def harm(self) -> float:
-        """Mean harm, nats."""
-        return float(np.mean(self.harms))
+    def kl(self) -> float:
+        """Mean KL, nats."""
+        return float(np.mean(self.kls))

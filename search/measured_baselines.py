@@ -17,8 +17,8 @@ from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines import FAMILIES, MOA, family_plans
-from moacompress.search.harm_meter import HarmMeter
 from moacompress.search.knapsack import total_cost
+from moacompress.search.plan_evaluator import PlanEvaluator
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import bytes_note
 from moacompress.search.surrogate import Surrogate
@@ -28,41 +28,41 @@ SCREENED = 3
 FINALISTS = 2
 """Candidates of a family that are measured on all samples: the best of the screening."""
 CLOSE = 1.25
-"""Harm of a second finalist in the screening, relative to the first's, above which it is left out."""
+"""KL of a second finalist in the screening, relative to the first's, above which it is left out."""
 CANDIDATES = 6
 """Candidates of a family, those predicted to be best first."""
 
 
 @dataclass(frozen=True)
-class Alternative:
+class MeasuredBaseline:
     """The best candidate of a family.
 
     Attributes:
         plan: the plan.
-        harm: its mean harm on all samples, nats.
+        kl: its mean KL on all samples, nats.
     """
 
     plan: Plan
-    harm: float
+    kl: float
 
 
-def write_baselines(out: Path, request: SearchRequest, alternatives: Mapping[str, Alternative]) -> None:
-    """Writes the plan of every alternative beside the found one: `plan.baselines/duo.json` for `plan.json`.
+def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mapping[str, MeasuredBaseline]) -> None:
+    """Writes the plan of every baseline beside the found one: `plan.baselines/duo.json` for `plan.json`.
 
     What an earlier search left there goes.
 
     Args:
         out: place of the found plan.
         request: what was searched for.
-        alternatives: by family.
+        measured_baselines: by family.
     """
     profile, folder = request.profile, baselines_folder(out)
     check_baselines(out)
     remove([folder])
-    for family, other in alternatives.items():
+    for family, other in measured_baselines.items():
         plan = other.plan.with_notes(
             budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
-            quality={"measured_harm": {"plan": other.harm}, "samples": len(profile.validation)},
+            quality={"measured_harm": {"plan": other.kl}, "samples": len(profile.validation)},
             provenance={
                 "source": shared_name(profile.source),
                 "profile": profile.fingerprint,
@@ -107,14 +107,14 @@ def _is_baseline(path: Path) -> bool:
     return isinstance(notes, dict) and notes.get("baseline") == path.stem
 
 
-def measure_alternatives(
-    request: SearchRequest, meter: HarmMeter, progress: Progress
-) -> Iterator[tuple[str, Alternative]]:
+def measure_baseline_families(
+    request: SearchRequest, evaluator: PlanEvaluator, progress: Progress
+) -> Iterator[tuple[str, MeasuredBaseline]]:
     """Yields every family that has a candidate within the request's limits, with its best.
 
     Args:
         request: what is searched for.
-        meter: measures.
+        evaluator: measures.
         progress: told of every measurement.
 
     Raises:
@@ -122,20 +122,20 @@ def measure_alternatives(
     """
     families = [family for family in FAMILIES if family != MOA or request.measures_moa]
     field = {family: _candidates(family, request) for family in families}
-    progress.start("measuring alternatives", len(field))
+    progress.start("measuring baselines", len(field))
     for family, plans in field.items():
-        screened = [meter.harms("screening", plan, meter.order[:SCREENED]) for plan in plans]
-        means = [float(np.mean(harms)) for harms in screened]
+        screened = [evaluator.kls("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
+        means = [float(np.mean(kls)) for kls in screened]
         ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
-        best: Alternative | None = None
+        best: MeasuredBaseline | None = None
         for index in ranked:
             if means[index] > CLOSE * means[ranked[0]]:
                 continue
-            rest = meter.harms("finalist", plans[index], meter.order[SCREENED:])
-            harm = float(np.mean([*screened[index], *rest]))
-            if best is None or harm < best.harm:
-                best = Alternative(plans[index], harm)
-        progress.step("nothing fits" if best is None else f"{family}: {best.harm:.3g} nats")
+            rest = evaluator.kls("finalist", plans[index], evaluator.order[SCREENED:])
+            kl = float(np.mean([*screened[index], *rest]))
+            if best is None or kl < best.kl:
+                best = MeasuredBaseline(plans[index], kl)
+        progress.step("nothing fits" if best is None else f"{family}: {best.kl:.3g} nats")
         if best is not None:
             yield family, best
     progress.done()

@@ -54,8 +54,8 @@ def test_progress_tells_the_best_so_far(search: Search, profiles: Profiles) -> N
 
 
 def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
-    knobs = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
-    found = search(profiles(trials=2), starts=[knobs])[0]
+    parameters = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
+    found = search(profiles(trials=2), starts=[parameters])[0]
     other = search(profiles(trials=2))[0]
     assert found.plan.provenance["search"] != other.plan.provenance["search"]
     bent, sampled = (result.explanation["predicted"]["pairs"] for result in (found, other))

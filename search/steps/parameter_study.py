@@ -1,0 +1,58 @@
+"""The study: Optuna chooses parameters that bend the surrogate, the solver makes a plan, the model measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moacompress.rules.plan import Plan
+from moacompress.search.deadline import TimeUp
+from moacompress.search.found_plan import write_so_far
+from moacompress.search.incumbent import Incumbent
+from moacompress.search.search_context import SearchContext
+from moacompress.search.search_request import ParameterValues
+from moacompress.search.trials import CAUTION, Trials, Tried, best_trial, least_trial
+
+
+def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
+    """Runs the trials that are missing, and returns the plan of the best one; a best trial's plan is written at once.
+
+    Args:
+        incumbent: the surrogate's own plan, which trial 0 measures.
+        context: its `tried` are filled with the trials.
+
+    Raises:
+        TimeUp: the time was up before trial 0 was measured.
+    """
+    request, evaluator = context.request, context.evaluator
+    neutral = request.parameters.neutral
+
+    def plan_of(parameters: ParameterValues) -> Plan:
+        return incumbent.plan if parameters == neutral else context.plan_of(parameters)
+
+    def after(tried: Sequence[Tried]) -> str:
+        context.tried = list(tried)
+        trial = best_trial(tried)
+        best = Incumbent.of(trial, request.profile)
+        if trial.index == len(tried) - 1:
+            write_so_far(best, context)
+        return _note(best, context)
+
+    trials = Trials(evaluator.study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline)
+    tried = context.tried = trials.completed("searching", request.recipe.search.trials, context.progress, after)
+    if not tried:
+        raise TimeUp
+    best, least, first = (
+        Incumbent.of(trial, request.profile) for trial in (best_trial(tried), least_trial(tried), tried[0])
+    )
+    context.add_stage("surrogate", first, True)
+    context.add_stage("study", best if best.value < 0 else least, best.value < 0, first.kls, CAUTION)
+    return best
+
+
+def _note(best: Incumbent, context: SearchContext) -> str:
+    """Returns the best KL so far, beside that of the best baseline."""
+    note = f"best {best.kl:.3g} nats ({best.stage})"
+    if not context.measured_baselines:
+        return note
+    family, other = min(context.measured_baselines.items(), key=lambda item: item[1].kl)
+    return f"{note}, {family} {other.kl:.3g}"
