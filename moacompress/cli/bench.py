@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import Overwrite, TrustRemoteCode, split_list
+from moacompress.cli.options import Overwrite, TrustRemoteCode, dry_run_option, split_list
 from moacompress.core.errors import UsageError
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
@@ -70,9 +70,7 @@ def bench(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run goes on from there."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take (time, memory), and measure nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Say what it would take (time, memory), and measure nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:

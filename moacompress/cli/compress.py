@@ -22,6 +22,7 @@ from moacompress.cli.options import (
     TextSamples,
     TrustRemoteCode,
     ValidationSamples,
+    dry_run_option,
     read_sources,
     required_model,
     split_list,
@@ -65,9 +66,7 @@ def compress(
             "[default: standard]",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what all steps would take (time, memory), and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Say what all steps would take (time, memory), and do nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, say, verb
-from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, split_list
+from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, dry_run_option, split_list
 from moacompress.core.errors import UsageError
 
 
@@ -81,9 +81,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run goes on from there."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how long it would take, and measure nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Say how long it would take, and measure nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:

@@ -10,7 +10,7 @@ import typer
 from rich.console import RenderableType
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode
+from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
 from moacompress.core.progress import SILENT
 
 
@@ -76,7 +76,7 @@ def heal(
         typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice, and keep less in memory."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take (tokens, time, memory), and train nothing.")
+        bool, dry_run_option("Say what it would take (tokens, time, memory), and train nothing.")
     ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,

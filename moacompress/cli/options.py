@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -44,6 +46,21 @@ ValidationSamples = Annotated[int | None, typer.Option(help="Samples on which pl
 Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+
+
+def dry_run_option(text: str) -> Any:
+    """Returns the option `--dry-run` of a command that times the model to estimate what it takes, with its help."""
+    return typer.Option("--dry-run", help=text, callback=_wait_asleep)
+
+
+def _wait_asleep(dry_run: bool) -> bool:
+    """Has OpenMP's threads sleep while they wait for one another; OpenMP reads this once, when torch is loaded.
+
+    Spinning threads use processor time on a busy machine, which would be counted as work.
+    """
+    if dry_run and "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return dry_run
 
 
 def split_list(text: str | None) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from moacompress.cli.options import (
     TextSamples,
     TrustRemoteCode,
     ValidationSamples,
+    dry_run_option,
     read_sources,
     required_model,
 )
@@ -111,7 +112,7 @@ def profile(
     audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,
     budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of these plans.")] = "25%",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take (tokens, time, memory), and profile nothing.")
+        bool, dry_run_option("Say what it would take (tokens, time, memory), and profile nothing.")
     ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moacompress.cli.harness import Output, VerbRun, verb
-from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile, TrustRemoteCode
+from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile, TrustRemoteCode, dry_run_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 
@@ -95,7 +95,7 @@ def search(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and search nothing.")] = False,
+    dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +62,22 @@ def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch
     wrong = ("export", tiny_folder, plan, "-o", tmp_path / "mine")
     assert "exists already and is not" in dry(*wrong, exit_code=1)
     assert "is not a folder" in dry(*command[:-1], plan / "model", exit_code=1)
+
+
+WAITING = """
+import os, sys
+from typer.testing import CliRunner
+from moacompress.cli import app
+done = CliRunner().invoke(app, ["eval", "nothing", *sys.argv[1:]])
+assert done.exit_code, done.output
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize(("options", "wanted"), [(["--dry-run"], "passive"), ([], "None")])
+def test_threads_that_wait_sleep_where_seconds_are_estimated(options: list[str], wanted: str) -> None:
+    """OpenMP reads it when torch is loaded; time that threads spin on a busy machine would be counted as work."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", WAITING, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split()[-1] == wanted
