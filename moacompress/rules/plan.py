@@ -13,7 +13,6 @@ from typing import Any
 from moacompress.core.artefact_names import gates_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
-from moacompress.rules.formats import FORMATS
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
@@ -22,13 +21,12 @@ from moacompress.rules.plan_form import (
     SELECT_FIELDS,
     VERSION,
     WITHOUT_GATES,
-    check_shape,
+    check_rules,
     plan_fields,
 )
-from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
-from moacompress.rules.untrusted import short, whole
-from moacompress.rules.windows import BETA_ONE
+from moacompress.rules.untrusted import short
 
 WEIGHTS_VERSION = 2
 """Newest version of the weights fingerprint; see `moacompress.models.fingerprint`."""
@@ -322,33 +320,14 @@ class Plan:
 
 
 def _check(plan: Plan) -> None:
-    check_shape(plan.model)
-    if type(plan.min_window) is not int or plan.min_window not in MIN_WINDOWS:
-        raise PlanError(f"min_window is {short(plan.min_window)}, not one of {', '.join(map(str, MIN_WINDOWS))}")
-    if len(plan.rules) != plan.model.layers:
-        raise PlanError(f"the plan has {len(plan.rules)} layers for a model of {plan.model.layers}")
-    for layer, row in enumerate(plan.rules):
-        if len(row) != plan.model.kv_heads:
-            raise PlanError(f"layer {layer} has {len(row)} KV heads for a model of {plan.model.kv_heads}")
+    check_rules(plan.model, plan.min_window, plan.rules)
+    for layer, (row, native) in enumerate(zip(plan.rules, plan.model.native_windows, strict=True)):
         for head, rule in enumerate(row):
-            where = f"layer {layer} KV head {head}"
-            if type(rule.sink) is not int or rule.sink not in SINKS:
-                raise PlanError(f"sink of {where} is {short(rule.sink)}, not one of {', '.join(map(str, SINKS))}")
-            whole(rule.alpha, f"alpha of {where}", 0, MAX_ALPHA)
-            whole(rule.beta_q, f"beta_q of {where}", 0, BETA_ONE)
-            whole(rule.select_alpha, f"select_alpha of {where}", 0, MAX_ALPHA)
-            whole(rule.select_beta_q, f"select_beta_q of {where}", 0, BETA_ONE)
-            if rule.selects and plan.model.native_windows[layer] is not None:
+            if rule.selects and native is not None:
                 raise PlanError(
-                    f"{where} keeps tokens by their score in a layer with a sliding window of its own "
-                    f"({plan.model.native_windows[layer]} tokens), which would hide them"
+                    f"layer {layer} KV head {head} keeps tokens by their score in a layer with a sliding window of its own "
+                    f"({native} tokens), which would hide them"
                 )
-            for name in ("key_format", "value_format"):
-                if not isinstance(getattr(rule, name), str) or getattr(rule, name) not in FORMATS:
-                    raise PlanError(
-                        f"{name} of {where} is {short(getattr(rule, name))}, not one of {', '.join(FORMATS)}; upgrade "
-                        "moacompress if a newer one wrote the plan"
-                    )
     if plan.selects and any(plan.shares):
         raise PlanError(
             "the plan has layers that share attention and KV heads that keep tokens by their score; one of the two"

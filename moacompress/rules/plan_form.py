@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+)
 
 from moacompress.core.errors import PlanError
-from moacompress.rules.formats import DTYPE_BYTES, NATIVE
+from moacompress.rules.formats import DTYPE_BYTES, FORMATS, NATIVE
 from moacompress.rules.gate_weights import DIGITS
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
-from moacompress.rules.rule import MAX_ALPHA, Rule
+from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
 from moacompress.rules.share import COPY, Share
-from moacompress.rules.untrusted import MAX_DEPTH, a_list, a_text, an_object, room_after, short, whole
+from moacompress.rules.untrusted import (
+    MAX_DEPTH,
+    MAX_TEXT,
+    Form,
+    Loc,
+    as_many,
+    checked,
+    one_of,
+    room_after,
+    short,
+)
+from moacompress.rules.windows import BETA_ONE
 
 FORMAT = "moacompress-plan"
 RULE_FIELDS = ("sink", "alpha", "beta_q", "key_format", "value_format")
@@ -24,6 +46,117 @@ VERSION = 3
 MAX_NOTES = 1 << 24
 """Most numbers and characters in a plan's notes: a plan in a config.json has no file size of its own to check."""
 
+T = TypeVar("T")
+Column = Annotated[list[T], FailFast()]
+"""A value of each KV head of a layer."""
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Sink = Annotated[Any, one_of(SINKS)]
+Alpha = Annotated[int, Field(ge=0, le=MAX_ALPHA)]
+Beta = Annotated[int, Field(ge=0, le=BETA_ONE)]
+Length = Annotated[int, Field(ge=1, le=MAX_ALPHA)]
+Format = Annotated[Text, one_of(FORMATS, "; upgrade moacompress if a newer one wrote the plan")]
+
+
+def _whole_groups(heads: int, info: ValidationInfo) -> int:
+    kv_heads = info.data.get("kv_heads", 1)
+    if heads % kv_heads:
+        raise ValueError(f"is {heads}, no multiple of model.kv_heads {kv_heads}")
+    return heads
+
+
+def _is_copy(kind: str) -> str:
+    if kind != COPY:
+        raise ValueError(
+            f"is {short(kind)!r}, and layers share attention by {COPY!r} alone, queries and keys together; search again with "
+            "`moacompress search --share`"
+        )
+    return kind
+
+
+def _is_fingerprint(found: str) -> str:
+    if found and not (len(found) == DIGITS and set(found) <= set("0123456789abcdef")):
+        raise ValueError(f"is {short(found)!r}, not a fingerprint of {DIGITS} hexadecimal digits")
+    return found
+
+
+def _are_by_length(sizes: dict[Any, Any]) -> dict[Any, Any]:
+    if not all(str(n).isdecimal() and len(str(n)) <= 9 and int(n) for n in sizes):
+        raise ValueError(f"must be an object of lengths, not {short(list(sizes))!r}")
+    return sizes
+
+
+class ModelForm(Form):
+    """The JSON form of a `ModelShape`."""
+
+    model_type: Text
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    kv_heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
+    heads: Annotated[int, Field(ge=1, le=MAX_HEADS), AfterValidator(_whole_groups)]
+    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    dtype: Annotated[Text, one_of(sorted(DTYPE_BYTES))]
+    native_windows: Annotated[list[Length | None], FailFast(), as_many(lambda known: known["layers"])]
+    weights_fingerprint: Text
+
+
+class ShareForm(Form):
+    """The JSON form of a `Share`."""
+
+    anchor: Annotated[int, Field(ge=0, le=MAX_LAYERS - 1)]
+    kind: Annotated[Text, AfterValidator(_is_copy)]
+    head_map: Column[Annotated[int, Field(ge=0, le=MAX_HEADS - 1)]]
+
+
+class LayerForm(Form):
+    """The rules of a layer, a column of each of their numbers; and what it shares."""
+
+    sink: Column[Sink]
+    alpha: Column[Alpha]
+    beta_q: Column[Beta]
+    key_format: Column[Format]
+    value_format: Column[Format]
+    select_alpha: Column[Alpha] = Field(default_factory=list)
+    select_beta_q: Column[Beta] = Field(default_factory=list)
+    share: ShareForm | None = None
+
+
+class RulesForm(Form):
+    """What a plan does."""
+
+    model: ModelForm
+    min_window: Annotated[Any, one_of(MIN_WINDOWS)]
+    layers: Annotated[list[LayerForm], FailFast(), as_many(lambda known: known["model"].layers)]
+
+
+class BudgetNotes(BaseModel):
+    """What of a plan's budget is read back; the rest is only kept."""
+
+    model_config = ConfigDict(strict=True)
+    asked: Annotated[list[Annotated[str, Field(max_length=64)]], FailFast()] = []
+    bytes: Annotated[dict[Any, Any], AfterValidator(_are_by_length)] = {}
+
+
+class ProvenanceNotes(BaseModel):
+    """What of a plan's provenance is read back; the rest is only kept."""
+
+    model_config = ConfigDict(strict=True)
+    lengths: Annotated[list[Length], FailFast()] = []
+
+
+class PlanForm(RulesForm):
+    """A plan of the newest version."""
+
+    format: str
+    version: int
+    gates: Annotated[Text, AfterValidator(_is_fingerprint)] = ""
+    budget: BudgetNotes = BudgetNotes()
+    quality: dict[str, Any] = Field(default_factory=dict)
+    provenance: ProvenanceNotes = ProvenanceNotes()
+
+
+NOTES = ("budget", "quality", "provenance")
+_VERSION = TypeAdapter(Annotated[int, Field(strict=True), Field(ge=1, le=10**6)])
+_PLAN, _RULES = TypeAdapter(PlanForm), TypeAdapter(RulesForm)
+
 
 def plan_fields(data: Any) -> dict[str, Any]:
     """Returns the fields of a plan from its JSON form.
@@ -33,104 +166,83 @@ def plan_fields(data: Any) -> dict[str, Any]:
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f'not a moacompress plan: "format" is not {FORMAT!r}')
-    version = whole(data.get("version"), "version", 1, 10**6)
+    version = checked(_VERSION, data.get("version"), lambda path: "version")
     if version > VERSION:
         raise PlanError(f"the plan has version {version}, this moacompress reads up to {VERSION}; upgrade moacompress")
-    data = _upgraded(data, version)
-    an_object(
-        data,
-        "the plan",
-        ("format", "version", "model", "min_window", "layers"),
-        ("gates", "budget", "quality", "provenance"),
-    )
-    fields = tuple(ModelShape.__dataclass_fields__)
-    model = an_object(data["model"], "model", fields)
-    layers = whole(model["layers"], "model.layers", 1, MAX_LAYERS)
-    kv_heads = whole(model["kv_heads"], "model.kv_heads", 1, MAX_HEADS)
-    values: dict[str, Any] = {name: model[name] for name in ("layers", "heads", "kv_heads", "head_dim")}
-    values |= {name: a_text(model[name], f"model.{name}") for name in ("model_type", "dtype", "weights_fingerprint")}
-    values["native_windows"] = tuple(a_list(model["native_windows"], "model.native_windows", layers))
-    shape = ModelShape(**values)
-    check_shape(shape)
-    rules, shares = [], []
-    for index, layer in enumerate(a_list(data["layers"], "layers", layers)):
-        where = f"layer {index}"
-        an_object(layer, where, RULE_FIELDS, (*SELECT_FIELDS, "share"))
-        given = {name: layer[name] for name in RULE_FIELDS} | {
-            name: layer.get(name, [0] * kv_heads) for name in SELECT_FIELDS
-        }
-        columns = [a_list(column, f"{name} of {where}", kv_heads) for name, column in given.items()]
-        for name, column in zip(RULE_FIELDS, columns, strict=False):
-            if name.endswith("_format"):
-                for head, value in enumerate(column):
-                    a_text(value, f"{name} of {where} KV head {head}")
-        shares.append(_share(layer.get("share"), where, kv_heads))
-        rules.append(tuple(Rule(*values) for values in zip(*columns, strict=True)))
-    notes: dict[str, Any] = {}
+    notes = {name: data.get(name, {}) for name in NOTES}
     room = MAX_NOTES
-    for name in ("budget", "quality", "provenance"):
-        notes[name] = data.get(name, {})
-        room = room_after(notes[name], room) if isinstance(notes[name], dict) else -1
+    for name, note in notes.items():
+        room = room_after(note, room)
         if room < 0:
             raise PlanError(
                 f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_NOTES:,} numbers "
                 "and characters with the other notes"
             )
-    _check_notes(notes["budget"], notes["provenance"])
+    form = checked(_PLAN, _upgraded(data, version), _name)
+    _check_columns(form)
+    unselected = [0] * form.model.kv_heads
+    columns = (
+        [
+            *(getattr(layer, name) for name in RULE_FIELDS),
+            *(getattr(layer, name) or unselected for name in SELECT_FIELDS),
+        ]
+        for layer in form.layers
+    )
     return {
-        "model": shape,
-        "min_window": data["min_window"],
-        "rules": tuple(rules),
-        "shares": tuple(shares),
-        "gates": _gates(data),
+        "model": ModelShape(**{**dict(form.model), "native_windows": tuple(form.model.native_windows)}),
+        "min_window": form.min_window,
+        "rules": tuple(tuple(Rule(*values) for values in zip(*column, strict=True)) for column in columns),
+        "shares": tuple(
+            layer.share and Share(layer.share.anchor, tuple(layer.share.head_map)) for layer in form.layers
+        ),
+        "gates": form.gates,
         **notes,
     }
 
 
-def check_shape(shape: ModelShape) -> None:
-    """Refuses a model of a shape that cannot be.
+def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rule]]) -> None:
+    """Refuses rules that no plan may have, and a model of a shape that cannot be.
+
+    Args:
+        model: its shape.
+        min_window: smallest window, tokens.
+        rules: `rules[layer][kv_head]`.
 
     Raises:
-        PlanError: which number is out of bounds.
+        PlanError: which number is out of bounds, with layer and KV head.
     """
-    whole(shape.layers, "model.layers", 1, MAX_LAYERS)
-    whole(shape.heads, "model.heads", 1, MAX_HEADS)
-    whole(shape.kv_heads, "model.kv_heads", 1, MAX_HEADS)
-    whole(shape.head_dim, "model.head_dim", 1, MAX_HEAD_DIM)
-    if shape.heads % shape.kv_heads:
-        raise PlanError(f"model.heads is {shape.heads}, no multiple of model.kv_heads {shape.kv_heads}")
-    if shape.dtype not in DTYPE_BYTES:
-        raise PlanError(f"model.dtype is {shape.dtype!r}, not one of {', '.join(sorted(DTYPE_BYTES))}")
-    if len(shape.native_windows) != shape.layers:
-        raise PlanError(f"model.native_windows has {len(shape.native_windows)} entries for {shape.layers} layers")
-    for layer, native in enumerate(shape.native_windows):
-        if native is not None:
-            whole(native, f"model.native_windows of layer {layer}", 1, MAX_ALPHA)
+    names = RULE_FIELDS + SELECT_FIELDS
+    layers = [{name: [getattr(rule, name) for rule in row] for name in names} for row in rules]
+    _check_columns(checked(_RULES, {"model": model.to_dict(), "min_window": min_window, "layers": layers}, _name))
 
 
-def _gates(data: dict[str, Any]) -> str:
-    """Returns the fingerprint of a plan's gates, or an empty text."""
-    found = a_text(data.get("gates", ""), "gates")
-    if found and not (len(found) == DIGITS and set(found) <= set("0123456789abcdef")):
-        raise PlanError(f"gates is {short(found)!r}, not a fingerprint of {DIGITS} hexadecimal digits")
-    return found
+def _check_columns(form: RulesForm) -> None:
+    kv_heads = form.model.kv_heads
+    for index, layer in enumerate(form.layers):
+        columns = {name: getattr(layer, name) for name in layer.model_fields_set - {"share"}}
+        if layer.share is not None:
+            columns["head_map of share"] = layer.share.head_map
+        for name, column in columns.items():
+            if len(column) != kv_heads:
+                raise PlanError(f"{name} of layer {index} has {len(column)} entries, not {kv_heads}")
 
 
-def _share(data: Any, where: str, kv_heads: int) -> Share | None:
-    if data is None:
-        return None
-    where = f"share of {where}"
-    an_object(data, where, ("anchor", "kind", "head_map"))
-    anchor = whole(data["anchor"], f"anchor of {where}", 0, MAX_LAYERS - 1)
-    heads = a_list(data["head_map"], f"head_map of {where}", kv_heads)
-    head_map = tuple(whole(head, f"head_map of {where}", 0, MAX_HEADS - 1) for head in heads)
-    kind = a_text(data["kind"], f"kind of {where}")
-    if kind != COPY:
-        raise PlanError(
-            f"{where} has the kind {kind!r}, and layers share attention by {COPY!r} alone, queries and keys together: search "
-            "again with `moacompress search --share`"
-        )
-    return Share(anchor, head_map)
+def _name(path: Loc) -> str:
+    """Returns what a message calls a part of a plan."""
+    match path:
+        case ():
+            return "the plan"
+        case ("layers", int(layer), *rest):
+            name = f"layer {layer}"
+            for part in rest:
+                name = f"{name} KV head {part}" if isinstance(part, int) else f"{part} of {name}"
+            return name
+        case ("provenance", "lengths", int()):
+            return "a length in provenance.lengths"
+        case ("model", "native_windows", int(layer)):
+            return f"model.native_windows of layer {layer}"
+        case _:
+            return ".".join(map(str, path))
 
 
 def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
@@ -156,17 +268,3 @@ def _formatted(layer: Any, where: str, native: list[str]) -> Any:
             raise PlanError(f"kv_dtype of {where} KV head {head} is {short(dtype)!r}; version 1 has only null")
     rest = {name: value for name, value in layer.items() if name != "kv_dtype"}
     return {**rest, "key_format": native, "value_format": native}
-
-
-def _check_notes(budget: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Refuses notes of another form than those that are read back; the others are only kept."""
-    asked, sizes = budget.get("asked", []), budget.get("bytes", {})
-    if not isinstance(asked, list) or not all(isinstance(text, str) and len(text) <= 64 for text in asked):
-        raise PlanError(f"budget.asked must be a list of budgets, not {short(asked)!r}")
-    if not isinstance(sizes, dict) or not all(str(n).isdecimal() and len(n) <= 9 and int(n) for n in sizes):
-        raise PlanError(f"budget.bytes must be an object of lengths, not {short(list(sizes))!r}")
-    lengths = provenance.get("lengths", [])
-    if not isinstance(lengths, list):
-        raise PlanError(f"provenance.lengths must be a list, not {short(lengths)!r}")
-    for n in lengths:
-        whole(n, "a length in provenance.lengths", 1, MAX_ALPHA)

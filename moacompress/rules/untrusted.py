@@ -1,77 +1,113 @@
-"""What a plan holds that nobody may trust: JSON values, each asked for by its kind, its size and its bounds."""
+"""What a plan holds that nobody may trust: values checked by pydantic, and the one sentence that says what is wrong.
+
+A pydantic type says what is allowed; where a value is not, `checked` raises a `PlanError` that begins with the value's name.
+Values are checked up to the first that is wrong: pydantic's list of all of them would take many times a hostile file's memory.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from moacompress.core.errors import PlanError
 from moacompress.core.files import finite_json
 
+T = TypeVar("T")
+Loc = tuple[int | str, ...]
+"""Keys of objects and places in lists that lead to a value."""
 MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
+MAX_TEXT = 256
+"""Most characters of a text."""
+_SENTENCES = {
+    "model_type": "must be an object, not {input!r}",
+    "dict_type": "must be an object, not {input!r}",
+    "list_type": "must be a list, not {input!r}",
+    "int_type": "must be a whole number, not {input!r}",
+    "string_type": f"must be a text of at most {MAX_TEXT} characters, not {{input!r}}",
+    "string_too_long": "must be a text of at most {max_length} characters, not {input!r}",
+    "greater_than_equal": "is {input}, outside: {ge} is the smallest",
+    "less_than_equal": "is {input}, outside: {le} is the largest",
+    "value_error": "{error}",
+}
+"""What is wrong with a value, by the type of pydantic's error."""
+
+
+class Form(BaseModel):
+    """An object with these keys and no others, whose values are not turned into those of other types."""
+
+    model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known(cls, data: Any) -> Any:
+        known = cls.model_fields
+        unknown = next((key for key in data if key not in known), None) if isinstance(data, dict) else None
+        if unknown is not None:
+            raise ValueError(f"has the unknown key {short(unknown)!r}; known are {', '.join(known)}")
+        return data
+
+
+def checked(adapter: TypeAdapter[T], value: Any, name: Callable[[Loc], str]) -> T:
+    """Returns a value as its type has it.
+
+    Args:
+        adapter: the type.
+        value: what somebody else may have written.
+        name: returns what a message calls a part of it.
+
+    Raises:
+        PlanError: it is something else; the message begins with the part's name.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise PlanError(_sentence(error.errors(include_url=False)[0], name)) from None
+
+
+def one_of(values: Iterable[T], otherwise: str = "") -> AfterValidator:
+    """Returns a choice among values of one type; `otherwise` ends the sentence about another one."""
+    known = list(values)
+
+    def check(value: T) -> T:
+        if type(value) is not type(known[0]) or value not in known:
+            raise ValueError(f"is {short(value)}, not one of {', '.join(map(str, known))}{otherwise}")
+        return value
+
+    return AfterValidator(check)
+
+
+def as_many(size: Callable[[dict[str, Any]], int]) -> BeforeValidator:
+    """Returns a size of lists that `size` finds in the fields before them; it is compared before their values are."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        with suppress(KeyError):  # that field is wrong itself
+            if isinstance(value, list) and len(value) != size(info.data):
+                raise ValueError(f"has {len(value)} entries, not {size(info.data)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def short(value: Any) -> str:
     """Returns a value as an error shows it."""
     text = json.dumps(finite_json(value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def whole(value: Any, name: str, low: int, high: int) -> int:
-    """Returns a whole number within bounds.
-
-    Raises:
-        PlanError: it is none; the message begins with the name.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PlanError(f"{name} must be a whole number, not {short(value)!r}")
-    if not low <= value <= high:
-        raise PlanError(f"{name} is {value}, outside {low}..{high}")
-    return value
-
-
-def an_object(data: Any, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns an object with all of the keys that are required, and no other ones but those that may be left out.
-
-    Raises:
-        PlanError: it is none; the message begins with the name.
-    """
-    if not isinstance(data, dict):
-        raise PlanError(f"{name} must be an object, not {short(data)!r}")
-    unknown = sorted(str(key) for key in data if key not in required and key not in optional)
-    if unknown:
-        raise PlanError(f"{name} has the unknown key {unknown[0]!r}; known are {', '.join([*required, *optional])}")
-    missing = [key for key in required if key not in data]
-    if missing:
-        raise PlanError(f"{name} lacks the key {missing[0]!r}")
-    return data
-
-
-def a_list(value: Any, name: str, size: int) -> list[Any]:
-    """Returns a list of so many entries.
-
-    Raises:
-        PlanError: it is none; the message begins with the name.
-    """
-    if not isinstance(value, list):
-        raise PlanError(f"{name} must be a list, not {short(value)!r}")
-    if len(value) != size:
-        raise PlanError(f"{name} has {len(value)} entries, not {size}")
-    return value
-
-
-def a_text(value: Any, name: str) -> str:
-    """Returns a short text.
-
-    Raises:
-        PlanError: it is none; the message begins with the name.
-    """
-    if not isinstance(value, str) or len(value) > 256:
-        raise PlanError(f"{name} must be a text of at most 256 characters, not {short(value)!r}")
-    return value
 
 
 def room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:
@@ -88,3 +124,11 @@ def room_after(value: Any, room: int, depth: int = MAX_DEPTH) -> int:
                 if room < 0:
                     return -1
     return room - (len(value) if isinstance(value, str) else 1)
+
+
+def _sentence(error: ErrorDetails, name: Callable[[Loc], str]) -> str:
+    kind, path = error["type"], error["loc"]
+    if kind == "missing":
+        return f"{name(path[:-1])} lacks the key {path[-1]!r}"
+    sentence = _SENTENCES.get(kind, "is {input}; " + error["msg"])
+    return f"{name(path)} {sentence.format(input=short(error['input']), **error.get('ctx', {}))}"

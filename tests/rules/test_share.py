@@ -97,10 +97,13 @@ def test_sharing_that_no_model_can_run(make: Callable[[], Plan], words: str) -> 
         ({"anchor": 0, "kind": 3, "head_map": [0, 1]}, "kind of share of layer 2 must be a text"),
         (
             {"anchor": 0, "kind": "keys", "head_map": [0, 1]},
-            "share of layer 2 has the kind 'keys', .* search again with `moacompress search --share`",
+            "kind of share of layer 2 is 'keys', .* search again with `moacompress search --share`",
         ),
         ({"anchor": 0, "kind": "copy", "head_map": [0, 1, 1]}, "head_map of share of layer 2 has 3 entries, not 2"),
-        ({"anchor": 0, "kind": "copy", "head_map": [0, 10**9]}, "head_map of share of layer 2 is 1000000000, outside"),
+        (
+            {"anchor": 0, "kind": "copy", "head_map": [0, 10**9]},
+            "head_map of share of layer 2 KV head 1 is 1000000000, outside",
+        ),
     ],
 )
 def test_a_plan_that_is_not_trusted(share: object, words: str) -> None:

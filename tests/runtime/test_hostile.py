@@ -101,6 +101,10 @@ PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (in_plan("model", "layers", value=4000), "native_windows has 3 entries, not 4000"),
     (in_plan("layers", value=[]), "layers has 0 entries, not 3"),
     (in_plan("layers", value=[{}] * 3000), "layers has 3000 entries, not 3"),
+    (
+        in_plan("layers", 1, value={f"x{i}": 0 for i in range(10**5)}),
+        "layer 1 has the unknown key 'x0'; known are sink,",
+    ),
     (in_plan("quality", value=deep(80)), "quality must be an object of finite numbers and texts, at most 64 deep"),
     (
         in_plan("provenance", value={"a": "x" * (17 * MiB)}),
@@ -110,7 +114,7 @@ PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
         in_plan("provenance", value={"a": [0] * (17 * MiB)}),
         "provenance must be .* and 16,777,216 numbers and characters",
     ),
-    (in_plan("budget", value={"asked": 5}), "budget.asked must be a list of budgets"),
+    (in_plan("budget", value={"asked": 5}), "budget.asked must be a list, not '5'"),
     (in_plan("budget", value={"bytes": {"-1": {}}}), "budget.bytes must be an object of lengths"),
     (in_plan("provenance", value={"lengths": [10**30]}), "a length in provenance.lengths is"),
     (lambda config: config["quantization_config"].update(bits=4), "quantization_config has the unknown key 'bits'"),
