@@ -12,7 +12,7 @@ from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_fil
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.source import context_length, find_model_folder, is_compressed
+from moacompress.models.source import check_family, context_length, find_model_folder, is_compressed
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
@@ -151,7 +151,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
     Raises:
         UsageError: another dtype, or a device that is not here.
         PlanError: its plan is missing, damaged, or newer than is known; or plan.json or the gates beside it are others.
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or not without code of its own.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,6 +164,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     plan = stored_plan(folder)
     weights_version(plan.model.weights_fingerprint)
+    check_family(folder, trust_remote_code)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)

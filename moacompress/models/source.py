@@ -95,7 +95,7 @@ def load_source(
         if is_gguf:
             own: str | None = gguf_dtype(Path(source))
         else:
-            _check_family(Path(name), trust_remote_code)
+            check_family(Path(name), trust_remote_code)
             config = AutoConfig.from_pretrained(name, **arguments)
             problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
             if Path(name).is_dir() and not trust_remote_code:
@@ -190,7 +190,7 @@ def _refuse_run(folder: Path) -> None:
     raise ModelError(f"{folder} is the folder of a run, not a dense model; give the one that it was made from{where}")
 
 
-def _check_family(folder: Path, trust_remote_code: bool) -> None:
+def check_family(folder: Path, trust_remote_code: bool) -> None:
     """Refuses a folder whose `model_type` transformers does not know, with the nearest that it does.
 
     Raises:

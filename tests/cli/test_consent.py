@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moacompress.cli import app
@@ -30,6 +31,7 @@ class Coded(LlamaForCausalLM):
         super().__init__(*args, **kwargs)
 """
 FLAG = "--trust-remote-code"
+IDS = torch.arange(200)[None] % 150 + 4
 LOAD_MODELS = (
     ("profile",), ("search",), ("export",), ("compress",), ("eval",), ("bench",), ("heal",), ("chat",), ("inspect",),
     ("doctor",), ("demo",), ("data", "preview"),
@@ -184,3 +186,87 @@ def test_a_checkpoint_forgets_what_an_older_plan_says(
     export(coded.folder, plan, tmp_path / "model")  # and it is an export of that plan
     assert not coded.ran()
     assert says_so(tmp_path / "model") == []
+
+
+FAMILY = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({mark!r}).open("a").write("ran ")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-family"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_family(tmp_path: Path, tiny_folder: Path) -> Coded:
+    """A dense model of a family that only its own code knows."""
+    found = Coded(tmp_path / "own", tmp_path / "mark")
+    shutil.copytree(tiny_folder, found.folder)
+    (found.folder / "own.py").write_text(FAMILY.format(mark=str(tmp_path / "mark")))
+    file = found.folder / "config.json"
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own-family", "auto_map": auto_map}))
+    return found
+
+
+def loaded(folder: Path, trusts: bool) -> Any:
+    """Returns the model that plain `from_pretrained` gives of a compressed checkpoint, and checks that it has the plan."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts)
+    plan = Plan.load(folder / "plan.json")
+    with torch.no_grad():
+        assert model(IDS, logits_to_keep=1).cache.kv_bytes() < plan.model.dense_kv_bytes(IDS.shape[1])
+    return model
+
+
+def test_from_pretrained_runs_code_only_where_the_call_says_so(place: Path, coded: Coded, tmp_path: Path) -> None:
+    """A family that transformers knows attends by its own class without the flag, and alike with it."""
+    folders = [place / "model", tmp_path / "again"]
+    logits = []
+    for trusts in (True, False):
+        model = loaded(folders[0], trusts)
+        assert coded.ran() == trusts == (type(model).__name__ == "Coded")
+        with torch.no_grad():
+            logits.append(model(IDS, logits_to_keep=4).logits)
+        if trusts:
+            model.save_pretrained(folders[1])
+            shutil.copy(folders[0] / "plan.json", folders[1])
+    assert torch.equal(*logits)
+    loaded(folders[1], trusts=False)  # what was saved by a call that trusts is no consent for the next one
+    assert not coded.ran()
+    assert says_so(folders[1]) == []
+
+
+def test_a_family_of_its_own_is_compressed_and_loaded_with_the_flag_alone(
+    own_family: Coded, random_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from moacompress.core.errors import ModelError
+    from moacompress.models.source import load_source
+
+    out = tmp_path / "model"
+    plan = random_plan(load_source(own_family.folder, trust_remote_code=True).shape, 3)
+    assert own_family.ran()
+    with pytest.raises(ModelError, match="own-family.*--trust-remote-code"):
+        export(own_family.folder, plan, out)
+    assert not out.exists()
+    assert not own_family.ran()
+    export(own_family.folder, plan, out, trust_remote_code=True)
+    assert own_family.ran()
+    assert says_so(out) == []
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+    refused = RUNNER.invoke(app, ["chat", str(out), "--ask", "one two", "--max-new-tokens", "2", "--json"])
+    assert (refused.exit_code, own_family.ran()) == (1, False)
+    assert FLAG in refused.stderr
+    assert type(loaded(out, trusts=True)).__name__ == "OwnModel"
+    assert own_family.ran()

@@ -1,22 +1,88 @@
-"""The real small model finds a needle in the formats made here."""
+"""The real small model finds needles in the prompts made here, and a published plan keeps what it finds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+
+if TYPE_CHECKING:
+    from moacompress.evaluation.cases import Case
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = ROOT / "docs/plans/smollm2-135m-eighth-gates.json"
+TASKS = ("needle-noise", "needle-prose", "needle-prose-uuids", "multi-needle-prose")
+LENGTH, PROMPTS = 768, 4
+RIGHT, RETENTION, KL = 8, 0.85, 0.04
+"""At least so many prompts that dense answers, the share of them that the plan keeps, and at most nats an answer token."""
 
 
-@pytest.mark.real
-def test_dense_finds_needles(smollm2: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def model(smollm2: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from moacompress.runtime import pack_weights
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2).eval().requires_grad_(False)
+    pack_weights(model)
+    return model
+
+
+def test_dense_finds_needles(model: Any, tokenizer: Any) -> None:
     from moacompress.evaluation.scoring import score_case
     from moacompress.evaluation.tasks import make_cases
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for case in make_cases("needle-noise", 512, 3, 0, tokenizer):
         score = score_case(model, tokenizer, case)
         assert (score.exact_match, score.accuracy) == (1.0, 1.0)
         assert score.nll < 0.2
+
+
+def read(model: Any, case: Case) -> tuple[int | None, torch.Tensor]:
+    """Returns the bytes of a prompt's cache under a plan, and the log-probabilities at the reference answer after it.
+
+    The second is `[answer tokens, vocabulary]`.
+    """
+    prompt, answer = torch.tensor([case.prompt_ids]), torch.tensor([case.answer_ids])
+    with torch.inference_mode():
+        first = model(prompt, use_cache=True, logits_to_keep=1)
+        held = first.cache.used_bytes() if hasattr(first.cache, "used_bytes") else None
+        rest = model(answer[:, :-1], cache=first.cache).logits
+    return held, torch.cat((first.logits, rest), 1)[0].log_softmax(-1)
+
+
+def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any) -> None:
+    """An eighth of the bytes, to the byte, with most right answers kept and little KL, by prefill and cached decode."""
+    import moacompress
+    from moacompress.evaluation.prompt_request import Resources
+    from moacompress.evaluation.tasks import make_cases
+    from moacompress.prompts.pools import Prose
+
+    resources = Resources(Prose.load(ROOT / ".cache/sotu"))
+    cases = [case for task in TASKS for case in make_cases(task, LENGTH, PROMPTS, 0, tokenizer, resources)]
+    dense = [read(model, case)[1] for case in cases]
+    plan = moacompress.Plan.load(PLAN)
+    moacompress.attach(model, plan)
+    rights, kept, kls = 0, 0, []
+    for case, expected in zip(cases, dense, strict=True):
+        held, found = read(model, case)
+        assert held == plan.kv_bytes(len(case.prompt_ids))
+        values = torch.tensor(case.is_value)
+        hits = [(rows.argmax(-1) == torch.tensor(case.answer_ids))[values].all().item() for rows in (expected, found)]
+        rights, kept = rights + hits[0], kept + all(hits)
+        kls.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+    found = f"{kept} of {rights} kept, {sum(kls) / len(kls):.4f} nats"
+    assert rights >= RIGHT, found
+    assert kept >= RETENTION * rights, found
+    assert sum(kls) / len(kls) < KL, found
+    print(found)
