@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.backend import prefill_alone
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.formats import FORMATS, NATIVE
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -113,29 +113,29 @@ def peak_flops() -> float:
 scattered = False
 
 
-def decode_pools(shape: Heads, n: int, batch: int, halves: tuple[BlockHalf, BlockHalf]) -> Iterator[Any]:
+def decode_pools(shape: Heads, n: int, batch: int, kv_parts: tuple[KVPart, KVPart]) -> Iterator[Any]:
     """Yields caches without end: pools that together are larger than any cache of the processor.
 
     The blocks of a KV head lie side by side, as after one prefill, or anywhere.
     """
     blocks = batch * shape.kv_heads * (n // BLOCK)
-    bytes_ = blocks * sum(half.nbytes for half in halves)
+    bytes_ = blocks * sum(kv_part.nbytes for kv_part in kv_parts)
     pools = []
     for _ in range(max(2, -(-ROTATE_BYTES // bytes_))):
-        keys, values = (memory(half, blocks) for half in halves)
+        keys, values = (memory(kv_part, blocks) for kv_part in kv_parts)
         ids = torch.randperm(blocks) if scattered else torch.arange(blocks)
         table = ids.to(torch.int32).view(batch, shape.kv_heads, n // BLOCK)
         pools.append(CacheView([keys], [values], table, shape.head_dim))
     return itertools.cycle(pools)
 
 
-def memory(half: BlockHalf, blocks: int) -> torch.Tensor:
+def memory(kv_part: KVPart, blocks: int) -> torch.Tensor:
     """Returns blocks of random numbers, or of random codes with the scales that such numbers have."""
-    if not half.bits:
-        return torch.randn(blocks, BLOCK, half.dim).to(half.dtype)
-    made = torch.randint(256, (blocks, half.nbytes), dtype=torch.uint8)
+    if not kv_part.bits:
+        return torch.randn(blocks, BLOCK, kv_part.dim).to(kv_part.dtype)
+    made = torch.randint(256, (blocks, kv_part.nbytes), dtype=torch.uint8)
     scales = made[:, -2 * BLOCK * 2 :].view(torch.float16)
-    scales[:, :BLOCK], scales[:, BLOCK:] = 6 / 2**half.bits, -3
+    scales[:, :BLOCK], scales[:, BLOCK:] = 6 / 2**kv_part.bits, -3
     return made
 
 
@@ -146,14 +146,14 @@ def bench_decode(
     dtype, rule = DTYPES[name], kept_rule(n, share)
     query = torch.randn(batch, shape.heads, shape.head_dim).to(dtype)
     lengths, backend = torch.full((batch,), n), dispatch.backend_for(query)
-    halves = [
+    kv_parts = [
         (
-            BlockHalf(FORMATS[key].code, shape.head_dim, dtype),
-            BlockHalf(FORMATS[value].code, shape.head_dim, dtype, values=True),
+            KVPart(FORMATS[key].code, shape.head_dim, dtype),
+            KVPart(FORMATS[value].code, shape.head_dim, dtype, values=True),
         )
         for key, value in FORMATS_TIMED
     ]
-    pools = [decode_pools(shape, n, batch, pair) for pair in halves]
+    pools = [decode_pools(shape, n, batch, pair) for pair in kv_parts]
 
     def ours(number: int, rule: Rule) -> Callable[[], Any]:
         key, value = FORMATS_TIMED[number]
@@ -169,7 +169,7 @@ def bench_decode(
         return F.scaled_dot_product_attention(query.view(batch, shape.kv_heads, -1, shape.head_dim), k, v)
 
     slots = int(rule.slots(n, MIN_WINDOW))
-    held = [batch * shape.kv_heads * slots // BLOCK * sum(half.nbytes for half in pair) for pair in halves]
+    held = [batch * shape.kv_heads * slots // BLOCK * sum(kv_part.nbytes for kv_part in pair) for pair in kv_parts]
     work = batch * shape.heads * 4 * shape.head_dim * int(rule.kept(n, MIN_WINDOW))
     numbers = range(len(FORMATS_TIMED))
     runs = [*(ours(i, rule) for i in numbers), *(ours(i, Rule.FULL) for i in numbers), *map(reading, held)]
@@ -180,7 +180,7 @@ def bench_decode(
             "length": n,
             "batch": batch,
             "dtype": name,
-            "bits": "/".join(str(half.bits or 8 * dtype.itemsize) for half in halves[i]),
+            "bits": "/".join(str(kv_part.bits or 8 * dtype.itemsize) for kv_part in kv_parts[i]),
             "heads": str(shape),
             "kept": slots / n,
             "ms": taken[i],

@@ -1,4 +1,4 @@
-"""What ways of rounding keep at the same bytes, where gates choose the tokens: fewer bits buy more tokens.
+"""What ways of rounding keep at the same bytes, where gates select the tokens: fewer bits buy more tokens.
 
     python benchmarks/equal_bytes.py PROFILE --budgets 12.5%,6.25%,3.125% --samples 24
 

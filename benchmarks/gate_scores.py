@@ -1,4 +1,4 @@
-"""What a plan's gates choose, beside other scores of tokens at the same budgets, and beside other plans.
+"""What a plan's gates select, beside other scores of tokens at the same budgets, and beside other plans.
 
     python benchmarks/gate_scores.py MODEL gates=plan.json --others windows=windows.json --tasks needle-prose --prompts 20
 

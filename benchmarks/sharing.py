@@ -34,9 +34,9 @@ BUFFER = 1 << 28
 def shared(plan: Plan, layers: int) -> Plan:
     """Returns a plan whose every third layer from the end on shares the attention of the one before it, so many of them."""
     last = plan.model.layers - 1
-    users = {last - 3 * i for i in range(layers)}
+    reuse_layers = {last - 3 * i for i in range(layers)}
     heads = tuple(range(plan.model.kv_heads))
-    shares = tuple(Share(layer - 1, heads) if layer in users else None for layer in range(last + 1))
+    shares = tuple(Share(layer - 1, heads) if layer in reuse_layers else None for layer in range(last + 1))
     return Plan(plan.model, plan.min_window, plan.rules, shares=shares)
 
 

@@ -26,7 +26,7 @@ from moacompress.core.errors import ModelError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.share import Share
-from moacompress.runtime.sharing.handing import Handed
+from moacompress.runtime.sharing.shared_keys import SharedKeys
 
 PENALTY = 0.1
 """Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same KL."""
@@ -165,6 +165,6 @@ def copied(own: Attended, anchor: Attended, share: Share) -> Tensor:
         share: what it takes from it.
     """
     assert own.value is not None
-    taken = Handed(anchor.query, anchor.key, anchor.sink_logit).taken(share)
+    taken = SharedKeys(anchor.query, anchor.key, anchor.sink_logit).taken(share)
     out = attend(taken.query, taken.key, own.value, anchor.spec, taken.sink_logits)
     return out[0].transpose(0, 1).flatten(1)

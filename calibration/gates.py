@@ -267,7 +267,7 @@ def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[in
 
 
 def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
-    """Returns the influence that is left out where tokens are chosen by scores, by recency and by the influence itself.
+    """Returns the influence that is left out where tokens are selected by scores, by recency and by the influence itself.
 
     Args:
         of_tokens: influence of a sample's tokens, `[kv_heads, tokens]`.
@@ -283,8 +283,8 @@ def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
     for share in SHARES:
         count = max(1, round(share * influence.shape[1]))
         for by in (scores, recency, influence):
-            chosen = influence.gather(1, by.topk(count, -1).indices).sum(-1)
-            found.append((total - chosen).clamp_min(0))
+            selected = influence.gather(1, by.topk(count, -1).indices).sum(-1)
+            found.append((total - selected).clamp_min(0))
     return torch.stack(found, 1).numpy()
 
 

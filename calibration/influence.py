@@ -193,7 +193,7 @@ class TileView:
     def deltas(self) -> Tensor:
         """`d_i(r)`, summed over the query heads of each KV group: `[kv_heads, rows, rules]`.
 
-        Exactly 0 where a rule hides nothing else than the rule that the layer runs under, whatever gates choose.
+        Exactly 0 where a rule hides nothing else than the rule that the layer runs under, whatever gates select.
         """
         mass, pull = self.visible(self.probabilities), self.visible(self.centred)
         if self.escaped is not None:
@@ -213,12 +213,12 @@ class TileView:
         if self._oldest > 0:
             prefix = functional.pad(values[..., -self._oldest :].flip(-1).cumsum(-1), (1, 0))
             total += prefix.gather(-1, self._sink_at.expand(shape))
-        for number, chosen in self._chosen:
-            total[..., number] += (values * chosen[:, None]).sum(-1)
+        for number, mask in self._selected:
+            total[..., number] += (values * mask[:, None]).sum(-1)
         return total
 
     @cached_property
-    def _chosen(self) -> list[tuple[int, Tensor]]:
+    def _selected(self) -> list[tuple[int, Tensor]]:
         """Of every rule that selects its number and what it keeps beside sinks and window, bool `[kv_heads, rows, keys]`."""
         if self.choices is None:
             return []
@@ -273,8 +273,8 @@ class TileView:
         now_left = (now_start - now_end).clamp_min(0)
         own = self.choices is not None and self.choices.own is not None
         now_kept = selected(now_left, *(part[:, None, None] for part in self.plan.select)) if own else 0 * now_left
-        chosen_alike = (self._kept == now_kept) & ((self._kept == 0) | self._alike)
-        same = (sink_end == now_end) & (start == now_start) & chosen_alike
+        selected_alike = (self._kept == now_kept) & ((self._kept == 0) | self._alike)
+        same = (sink_end == now_end) & (start == now_start) & selected_alike
         return same | (self.full & (now_kept >= now_left))
 
     @cached_property

@@ -181,7 +181,7 @@ def request_fingerprint(
         computes_in: the dtype that the model computes in; by default its own.
     """
     other = computes_in not in (None, shape.dtype)
-    trains = not around and any(rule.selects for rule in rules)  # around a plan its own gates choose
+    trains = not around and any(rule.selects for rule in rules)  # around a plan its own gates select
     return fingerprint(
         {
             "around": around,

@@ -28,7 +28,7 @@ from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.rules.plan import Plan
-from moacompress.runtime.sharing.handing import HANDED
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
 
 MAX_BYTES = 2 * 2**30
 """Memory of the sums of problems that are gathered in one pass over the samples."""
@@ -143,11 +143,11 @@ class PassState:
 
     Attributes:
         returned: what the last layer returned.
-        handed: what anchors have handed on to layers that share their attention; see `runtime.sharing.handing`.
+        shared_keys: what anchors have shared to layers that share their attention; see `runtime.sharing.shared_keys`.
     """
 
     returned: Any = None
-    handed: dict[int, Any] = field(default_factory=dict)
+    shared_keys: dict[int, Any] = field(default_factory=dict)
 
 
 class _Stop(Exception):
@@ -328,13 +328,13 @@ def _run_until(model: PreTrainedModel, ids: Tensor, layer: int, state: PassState
     def given(*args: Any, **kwargs: Any) -> Any:
         return state.returned
 
-    def handed_on(module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, HANDED: state.handed} if HANDED in kwargs else kwargs
+    def passed_on(module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, SHARED_KEYS: state.shared_keys} if SHARED_KEYS in kwargs else kwargs
 
     try:
         with ExitStack() as stack:
             decoder: Any = model.get_decoder()
-            stack.callback(decoder.register_forward_pre_hook(handed_on, with_kwargs=True).remove)
+            stack.callback(decoder.register_forward_pre_hook(passed_on, with_kwargs=True).remove)
             for module in decoder_layers(model)[:layer]:
                 stack.enter_context(replaced(module, given))
             read_through(model, ids)

@@ -311,7 +311,7 @@ def uniform_choices(profile: Profile, limits: Mapping[int, int], formats: Sequen
     """Returns plans of one rule for every KV head, by which its gate keeps as large a share of the tokens as fits.
 
     Args:
-        profile: whose gates choose; without any there is no such plan.
+        profile: whose gates select; without any there is no such plan.
         limits: most KV bytes at each length, tokens; all hold.
         formats: on offer beside the native one, see `format_pairs`.
     """

@@ -76,7 +76,7 @@ def chosen_plan(profile: Profile, choice: Ints, shares: LayerShares = ()) -> Pla
 
 
 def _plan(profile: Profile, rows: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
-    """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates choose nothing."""
+    """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates select nothing."""
     windows = profile.shape.native_windows
     own = [
         [rule if window is None else rule.without_choice() for rule in row]

@@ -27,7 +27,7 @@ class PlanSpace:
 
     A row of the knapsack is what has one rule. Without sharing it is a KV head, and tables are `[layers, kv_heads, rules]`.
     With copies it is a group of them, and tables are `[groups, 1, rules]`: sums over a group, whose bytes are the keys and
-    values of the anchor's KV head and the values of its users.
+    values of the anchor's KV head and the values of its reuse layers.
 
     Attributes:
         profile: with the formats on offer.

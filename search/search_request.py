@@ -54,7 +54,7 @@ def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...
 
 
 def offered(profile: Profile, recipe: Recipe) -> Profile:
-    """Returns the profile with the rules that a search offers: formats, and whether gates choose.
+    """Returns the profile with the rules that a search offers: formats, and whether gates select.
 
     Layers that share attention have no gates.
     """

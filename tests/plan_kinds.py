@@ -70,7 +70,7 @@ def formats(model: Any) -> Plan:
 
 
 def gates(model: Any) -> Plan:
-    """Windows, and tokens that gates choose."""
+    """Windows, and tokens that gates select."""
     return gated_plan(model, 5)
 
 

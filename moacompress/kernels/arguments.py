@@ -2,7 +2,7 @@
 
 A cache is a pool of blocks of 16 tokens, in segments that count on from each other, and a table `[rows, kv_heads, width]` that
 holds the block id of block `j // 16` of every (row, KV head), -1 where there is none. A segment is of one format of keys and
-one of values, see `halves`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU,
+one of values, see `kv_parts`; the blocks of a KV head are in segments of its formats. Tables, lengths and rules are on the CPU,
 int32 or int64; a backend makes copies for its device.
 """
 
@@ -99,11 +99,12 @@ class CacheState(NamedTuple):
         runs: first block and end of every run of blocks held, int64 `[RUNS, 2, rows, kv_heads]`.
         refs: how many table entries name each block, int32 `[blocks]`.
         lag: tokens that are kept longer for rolling back.
-        beside: planes of values of layers that share the keys, beside the blocks' own: of each its part of every segment, with
-            no bytes where a segment has none. Where rules select, the one plane is that of the tokens' scores, int16, as bytes.
-        chosen: block ids of the tokens that gates keep, by their places, int32 `[rows, kv_heads, width]`; None where no rule
-            selects.
-        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; as `chosen`.
+        shared_values: values of layers that share the keys, beside the blocks' own, in sets: of each its part of every
+            segment, with no bytes where a segment has none. Where rules select, the one set is that of the tokens' scores,
+            int16, as bytes.
+        selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, width]`; None
+            where no rule selects.
+        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; as `selected`.
     """
 
     keys: Sequence[torch.Tensor]
@@ -113,12 +114,12 @@ class CacheState(NamedTuple):
     runs: torch.Tensor
     refs: torch.Tensor
     lag: int = 0
-    beside: Sequence[Sequence[torch.Tensor]] = ()
-    chosen: torch.Tensor | None = None
+    shared_values: Sequence[Sequence[torch.Tensor]] = ()
+    selected: torch.Tensor | None = None
     left: torch.Tensor | None = None
 
 
-class Room(NamedTuple):
+class AllocationShortfall(NamedTuple):
     """What a call of a step lacks; nothing is done, and it is to be made again once that is there.
 
     Attributes:
@@ -142,7 +143,7 @@ class Projections(NamedTuple):
     biases: Sequence[torch.Tensor]
 
 
-class AroundAttention(NamedTuple):
+class NormAndMlpWeights(NamedTuple):
     """What a decoder layer does around its attention.
 
     Attributes:
@@ -173,13 +174,13 @@ class LayerWeights(NamedTuple):
 
     Attributes:
         projections: of its attention.
-        around: what it does around that.
+        norms_and_mlp: what it does around that.
         gate: weight `[kv_heads, hidden]` and bias `[kv_heads]` of what scores tokens by what enters the attention; none where
             no rule of the layer selects.
     """
 
     projections: Projections
-    around: AroundAttention
+    norms_and_mlp: NormAndMlpWeights
     gate: Sequence[torch.Tensor] = ()
 
 

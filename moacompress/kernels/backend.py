@@ -12,17 +12,17 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import (
+    AllocationShortfall,
     CacheState,
     CacheView,
     Choices,
     LayerWeights,
     Passing,
     Projections,
-    Room,
     Rotary,
     Scores,
 )
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, eviction_schedule
 from moacompress.rules.share import LayerShares
@@ -77,7 +77,9 @@ class BoundCaches(ABC):
         """Reads the cache of one layer, by its index, anew: there is another tensor in the place of one."""
 
     @abstractmethod
-    def step(self, hidden: torch.Tensor, rotary: Rotary, first: int) -> tuple[torch.Tensor, int, Room | None]:
+    def step(
+        self, hidden: torch.Tensor, rotary: Rotary, first: int
+    ) -> tuple[torch.Tensor, int, AllocationShortfall | None]:
         """Runs the decoder layers from `first` on for one token of every row; it must not be traced.
 
         Args:
@@ -217,7 +219,7 @@ class Backend(ABC):
         rules: RuleTable,
         scores: Scores,
         gate_scores: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """Puts one more token of every row into its cache and attends to it; without gradients.
 
         Args:
@@ -243,7 +245,7 @@ class Backend(ABC):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """Puts one more token of every row into its cache and attends to it, from what the attention layer gets.
 
         Args:
@@ -268,7 +270,7 @@ class Backend(ABC):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """Runs a decoder layer for one more token of every row, which goes into its cache.
 
         Args:
@@ -354,9 +356,9 @@ class Backend(ABC):
         """
         raise self._cannot("profile_backward")
 
-    def put(self, half: BlockHalf, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Writes tokens into halves of blocks; see `BlockHalf.write`, which this is."""
-        half.write(memory, slots, vectors)
+    def put(self, kv_part: KVPart, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Writes tokens into K and V parts of blocks; see `KVPart.write`, which this is."""
+        kv_part.write(memory, slots, vectors)
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
         """Lets tokens compete to be selected; the default is the definition in `rules.selection`.

@@ -11,7 +11,7 @@ from moacompress.core.tables import readable_number, section
 
 
 def gate_table(report: Mapping[str, Any]) -> RenderableType:
-    """Returns how much influence is left out where tokens are chosen by gates, by recency and by the influence itself.
+    """Returns how much influence is left out where tokens are selected by gates, by recency and by the influence itself.
 
     Args:
         report: of `calibration.gates.Gates`.

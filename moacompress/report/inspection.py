@@ -196,7 +196,7 @@ def formats_map(plan: Plan) -> Text | None:
 
 
 def gates_map(plan: Plan, n: int) -> Text | None:
-    """Returns a map of the share of the kept tokens that gates chose, as `kept_map`; None where no rule selects."""
+    """Returns a map of the share of the kept tokens that gates selected, as `kept_map`; None where no rule selects."""
     if not plan.selects:
         return None
 

@@ -36,7 +36,7 @@ def candidate_rules(max_length: int, sinks: Sequence[int], min_window: int) -> t
 GATED_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 """Growth of the windows of rules that select."""
 CHOSEN_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-"""Growth of what gates choose beside them. Codes take half of the bytes or less, so that a quarter has room for most tokens."""
+"""Growth of what gates select beside them. Codes take half of the bytes or less, so that a quarter has room for most tokens."""
 SMALLEST_CHOICE = 16
 """Fewest tokens that a gate chooses, once so many have left."""
 
@@ -47,7 +47,7 @@ def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple
     Their windows are among those of `candidate_rules`. Fixed choices double up to a quarter of the length, growing ones reach
     three quarters of what has left the window; the smallest sink is enough, as a gate keeps what matters of the rest.
     """
-    growing, chosen = ([(0, int(share * BETA_ONE)) for share in shares] for shares in (GATED_SHARES, CHOSEN_SHARES))
+    growing, selected = ([(0, int(share * BETA_ONE)) for share in shares] for shares in (GATED_SHARES, CHOSEN_SHARES))
     on_offer = set(candidate_windows(max_length, min_window))
     windows = [
         window for window in ((min_window, 0), (2 * min_window, 0), (4 * min_window, 0), *growing) if window in on_offer
@@ -56,7 +56,7 @@ def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple
     while 4 * size <= max_length:
         fixed.append((size, 0))
         size *= 2
-    choices = [*fixed, *chosen, (4 * SMALLEST_CHOICE, int(BETA_ONE / 16))]
+    choices = [*fixed, *selected, (4 * SMALLEST_CHOICE, int(BETA_ONE / 16))]
     return tuple(
         Rule(min(sinks), *window, select_alpha=alpha, select_beta_q=beta_q)
         for window in windows

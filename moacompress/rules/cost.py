@@ -93,15 +93,15 @@ def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
 
 
 def chosen_share(plan: Plan, n: int) -> dict[str, float]:
-    """Returns what gates keep at `n` tokens: `kv_heads` that have one at work, and the `share` of all kept tokens."""
-    kept, chosen, heads = 0, 0, 0
+    """Returns what gates select at `n` tokens: `kv_heads` that have one at work, and the `share` of all kept tokens."""
+    kept, selected, heads = 0, 0, 0
     for row, native in zip(plan.rules, plan.model.native_windows, strict=True):
         for rule in row:
             whole = rule.kept(n, plan.min_window, native)
             kept += whole
-            chosen += whole - rule.without_choice().kept(n, plan.min_window, native)
+            selected += whole - rule.without_choice().kept(n, plan.min_window, native)
             heads += rule.selects
-    return {"kv_heads": heads, "share": chosen / kept}
+    return {"kv_heads": heads, "share": selected / kept}
 
 
 def holds_from(plan: Plan) -> int | None:

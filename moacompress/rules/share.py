@@ -43,21 +43,21 @@ class Share:
 LayerShares = tuple[Share | None, ...]
 
 
-def users_of(shares: LayerShares, anchor: int) -> list[int]:
+def reuse_layers_of(shares: LayerShares, anchor: int) -> list[int]:
     """Returns the layers that share the attention of one, ascending."""
     return [layer for layer, share in enumerate(shares) if share is not None and share.anchor == anchor]
 
 
 def served(shares: LayerShares, anchor: int, kv_heads: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Returns for each KV head of a layer whose values are kept beside its own: layer and KV head of each."""
-    users = [(layer, share) for layer in users_of(shares, anchor) if (share := shares[layer]) is not None]
+    reuse_layers = [(layer, share) for layer in reuse_layers_of(shares, anchor) if (share := shares[layer]) is not None]
     return tuple(
-        tuple((layer, head) for layer, share in users for head, of in enumerate(share.head_map) if of == own)
+        tuple((layer, head) for layer, share in reuse_layers for head, of in enumerate(share.head_map) if of == own)
         for own in range(kv_heads)
     )
 
 
-def planes_of(shares: LayerShares, layer: int) -> tuple[int, ...]:
+def value_sets_of(shares: LayerShares, layer: int) -> tuple[int, ...]:
     """Returns of each KV head of a layer that shares which of the values beside the anchor's own are its; see `served`."""
     share = shares[layer]
     assert share is not None

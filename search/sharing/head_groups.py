@@ -18,7 +18,7 @@ Summed = TypeVar("Summed", Floats, Ints)
 class HeadGroups:
     """The groups of a model whose layers share; a KV head that shares with none is a group of its own.
 
-    A group has one rule, formats included: so far its users' values are kept in the format of the anchor's.
+    A group has one rule, formats included: so far its reuse layers' values are kept in the format of the anchor's.
 
     Attributes:
         of_head: number of every KV head's group, int64 `[layers, kv_heads]`.

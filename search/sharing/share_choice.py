@@ -39,7 +39,7 @@ class ShareChoice:
     Attributes:
         costs: of copies, as they were profiled, less what repair and healing are assumed to take off.
         asked: what is to be shared.
-        segments: whether the users of an anchor follow it at once.
+        segments: whether the reuse layers of an anchor follow it at once.
         shape: of the model.
         assume_healed: share of the copies' KL that healing is assumed to leave; `costs` count it.
         repairs: of the copies that were repaired, by layer and anchor; `costs` count what is left.

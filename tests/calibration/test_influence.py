@@ -217,9 +217,9 @@ def plan_of(case: Case) -> tuple[RuleTable, list[Rule]]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_around_a_plan_every_change_up_or_down_is_exact(case: Case) -> None:
     (query, key, value, grad), sink, spec = case.draw()
-    plan, chosen = plan_of(case)
+    plan, selected = plan_of(case)
     group = case.heads // case.kv_heads
-    masks = torch.stack([visible(case.n, rule, case.native) for rule in chosen]).repeat_interleave(group, 0)
+    masks = torch.stack([visible(case.n, rule, case.native) for rule in selected]).repeat_interleave(group, 0)
     theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     now = dense(theirs[0], theirs[1], theirs[2], sink, spec, masks)
     now.backward(grad)
@@ -239,7 +239,7 @@ def test_around_a_plan_every_change_up_or_down_is_exact(case: Case) -> None:
     keep = Keep(case.n, case.kv_heads, len(RULES))
     attend_backward(q, k, v, g, spec, None if sink is None else sink.float(), table, [keep], plan)
     assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    for head, rule in enumerate(chosen):
+    for head, rule in enumerate(selected):
         if rule in RULES:
             assert (keep.deltas[head, :, RULES.index(rule)] == 0).all()
 

@@ -14,7 +14,7 @@ import torch
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.kernels.halves import BlockHalf, read_tokens
+from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 
@@ -144,8 +144,8 @@ class Case:
         for memory, like, code, values in zip(
             self.cache[:2], (self.key, self.value), codes, (False, True), strict=True
         ):
-            half = BlockHalf(code, like.shape[-1], like.dtype, values)
-            found = read_tokens(memory, half, at[None, None] // 16, at % 16) if len(at) else None
+            kv_part = KVPart(code, like.shape[-1], like.dtype, values)
+            found = read_tokens(memory, kv_part, at[None, None] // 16, at % 16) if len(at) else None
             at = at if found is None else at[found[0, 0].isfinite().all(-1)]
         return at.tolist()
 
@@ -178,8 +178,8 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
     torch.manual_seed(seed)
 
     def pick(name: str, *of: Any) -> Any:
-        chosen = rng.choice(of)
-        return fixed.get(name, chosen)
+        selected = rng.choice(of)
+        return fixed.get(name, selected)
 
     rows, kv_heads, group = pick("rows", 1, 2, 3), pick("kv_heads", 1, 2, 3), pick("group", 1, 2, 3, 4, 7)
     dim, value_dim = pick("dim", 16, 24, 64, 80, 128, 256, 20, 9), pick("value_dim", 16, 40, 64, 128, 192, 256, 33)
@@ -273,9 +273,9 @@ def _in_formats(
     for begin, end in zip(edges, edges[1:] or edges, strict=False):
         pair = kinds[int(kind[order[begin]])] if end else formats[0]
         for pool, code, into in zip((pool_k, pool_v), pair, segments, strict=True):
-            half = BlockHalf(code, pool.shape[-1], pool.dtype, values=pool is pool_v)
-            memory = half.new(end - begin, pool.device)
-            half.write(memory, torch.arange(16 * (end - begin)), pool[order[begin:end]].flatten(0, 1))
+            kv_part = KVPart(code, pool.shape[-1], pool.dtype, values=pool is pool_v)
+            memory = kv_part.new(end - begin, pool.device)
+            kv_part.write(memory, torch.arange(16 * (end - begin)), pool[order[begin:end]].flatten(0, 1))
             into.append(memory)
     return *segments, table
 

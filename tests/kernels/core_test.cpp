@@ -432,33 +432,33 @@ void test_advance(Isa isa, DType dtype) {
 }
 
 // What a token's codes stand for, by the words of docs/formats.md, in the basis that it came in.
-std::vector<double> meant(const char* at, const Half& half, int64_t place) {
+std::vector<double> meant(const char* at, const KVPart& kv_part, int64_t place) {
   const auto half_number = [](const char* from) {
     Data one(F16, 1);
     std::memcpy(one.bytes.get(), from, 2);
     return one.get(0);
   };
-  const double scale = half_number(at + half.scales + 2 * place), zero = half_number(at + half.zeros + 2 * place);
+  const double scale = half_number(at + kv_part.scales + 2 * place), zero = half_number(at + kv_part.zeros + 2 * place);
   const auto* codes = reinterpret_cast<const unsigned char*>(at);
   const auto byte = [&](int64_t i) {
-    return int(codes[half.side == KEYS ? i / 4 * 64 + place * 4 + i % 4 : place / 4 * 4 * half.token_bytes + i * 4 + place % 4]);
+    return int(codes[kv_part.side == KEYS ? i / 4 * 64 + place * 4 + i % 4 : place / 4 * 4 * kv_part.token_bytes + i * 4 + place % 4]);
   };
   const int64_t first = (half.dim + 1) / 2, block = half.dim & -half.dim;
   std::vector<double> turned, found(static_cast<size_t>(half.dim), 0.0);
-  for (int64_t d = 0; d < half.dim; d++) {
+  for (int64_t d = 0; d < kv_part.dim; d++) {
     int code = byte(half.format == INT8 ? d : d % first);
     if (half.format == INT4) code = d < first ? code & 15 : code >> 4;
     turned.push_back(scale * code + zero);
   }
-  for (int64_t d = 0; d < half.dim; d++)
+  for (int64_t d = 0; d < kv_part.dim; d++)
     for (int64_t e = d / block * block; e < (d / block + 1) * block; e++)
       found[size_t(d)] += (__builtin_popcountll(size_t((d % block) & (e % block))) % 2 ? -1 : 1) * turned[size_t(e)] / std::sqrt(double(block));
   return found;
 }
 
 // Single tokens into a cache with formats, as many blocks of each KV head's formats in a segment of their exact size; then decode and prefill
-// against what the codes stand for, which is near what was fed. A second layer copies attention: its values lie in planes beside the
-// first one's, a plane for each of its KV heads that reads the same head.
+// against what the codes stand for, which is near what was fed. A second layer copies attention: its values lie in value sets beside the
+// first one's, a value set for each of its KV heads that reads the same head.
 void test_codes(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3, 5}), heads = kv_heads * group;
   const int64_t dim = pick_of({16, 24, 40, 64, 80, 13, 128}), value_dim = pick_of({16, 24, 64, 72, 9, 128});
@@ -472,48 +472,48 @@ void test_codes(Isa isa, DType dtype) {
     std::vector<std::unique_ptr<char[]>> memory;
     std::vector<const void*> base;
     std::vector<int64_t> bytes, first{0};
-    std::vector<Half> halves;
+    std::vector<KVPart> kv_parts;
     Pool pool() const { return {int64_t(base.size()), base.data(), bytes.data(), bytes.data(), first.data()}; }
   } sides[2];
   for (int64_t head = 0; head < kv_heads; head++)
     for (int64_t side = 0; side < 2; side++) {
       Side& to = sides[side];
-      to.halves.push_back(half_of(side ? rules.of(head).value_format : rules.of(head).key_format, side ? value_dim : dim, element, side));
-      const int64_t bytes = to.halves.back().bytes;
+      to.kv_parts.push_back(kv_part_of(side ? rules.of(head).value_format : rules.of(head).key_format, side ? value_dim : dim, element, side));
+      const int64_t bytes = to.kv_parts.back().bytes;
       to.memory.emplace_back(new char[size_t(each * bytes)]);
       std::memset(to.memory.back().get(), 0xff, size_t(each * bytes));
       to.base.push_back(to.memory.back().get());
       to.bytes.push_back(bytes);
       to.first.push_back(to.first.back() + each);
     }
-  std::vector<int64_t> head_map, plane_of, user_columns(columns);
+  std::vector<int64_t> head_map, value_set_of, reuse_columns(columns);
   for (int64_t head = 0; head < kv_heads; head++) {
     const int64_t of = pick(0, kv_heads - 1);
-    plane_of.push_back(std::count(head_map.begin(), head_map.end(), of));
+    value_set_of.push_back(std::count(head_map.begin(), head_map.end(), of));
     head_map.push_back(of);
-    for (int64_t i = 0; i < 6; i++) user_columns[size_t(i * kv_heads + head)] = columns[size_t(i * kv_heads + of)];
-    user_columns[size_t(6 * kv_heads + head)] = pick(0, FORMATS - 1);
+    for (int64_t i = 0; i < 6; i++) reuse_columns[size_t(i * kv_heads + head)] = columns[size_t(i * kv_heads + of)];
+    reuse_columns[size_t(6 * kv_heads + head)] = pick(0, FORMATS - 1);
   }
-  const RuleTable user_rules = {user_columns.data(), kv_heads};
-  std::vector<int64_t> beside_bytes(static_cast<size_t>(kv_heads * kv_heads), 0);
+  const RuleTable reuse_rules = {reuse_columns.data(), kv_heads};
+  std::vector<int64_t> shared_value_bytes(static_cast<size_t>(kv_heads * kv_heads), 0);
   for (int64_t head = 0; head < kv_heads; head++)
-    beside_bytes[size_t(head_map[size_t(head)] * kv_heads + plane_of[size_t(head)])] =
-        half_of(user_rules.of(head).value_format, value_dim, element, VALUES).bytes;
-  std::vector<Side> planes(static_cast<size_t>(kv_heads));
-  std::vector<Pool> beside, user_values;
-  for (int64_t plane = 0; plane < kv_heads; plane++) {
-    Side& to = planes[size_t(plane)];
+    shared_value_bytes[size_t(head_map[size_t(head)] * kv_heads + value_set_of[size_t(head)])] =
+        kv_part_of(reuse_rules.of(head).value_format, value_dim, element, VALUES).bytes;
+  std::vector<Side> value_sets(static_cast<size_t>(kv_heads));
+  std::vector<Pool> shared_values, reuse_values;
+  for (int64_t value_set = 0; value_set < kv_heads; value_set++) {
+    Side& to = value_sets[size_t(value_set)];
     for (int64_t head = 0; head < kv_heads; head++) {
-      const int64_t bytes = beside_bytes[size_t(head * kv_heads + plane)];
+      const int64_t bytes = shared_value_bytes[size_t(head * kv_heads + value_set)];
       to.memory.emplace_back(bytes ? new char[size_t(each * bytes)] : nullptr);
       if (bytes) std::memset(to.memory.back().get(), 0xff, size_t(each * bytes));
       to.base.push_back(to.memory.back().get());
       to.bytes.push_back(bytes);
       to.first.push_back(to.first.back() + each);
     }
-    beside.push_back(to.pool());
+    shared_values.push_back(to.pool());
   }
-  for (const int64_t plane : plane_of) user_values.push_back(planes[size_t(plane)].pool());
+  for (const int64_t value_set : value_set_of) reuse_values.push_back(value_sets[size_t(value_set)].pool());
   std::vector<int64_t> lengths(static_cast<size_t>(rows), 0), runs(static_cast<size_t>(2 * RUNS * pairs), 0);
   std::vector<int32_t> table(static_cast<size_t>(pairs * width), -1), refs(static_cast<size_t>(kv_heads * each), 0);
   Data key(dtype, pairs * tokens * dim), value(dtype, pairs * tokens * value_dim), query(dtype, rows * heads * tokens * dim);
@@ -526,28 +526,28 @@ void test_codes(Isa isa, DType dtype) {
   };
   AdvanceCall call = {shape, rules, 0, key.bytes.get(), value.bytes.get(), strides(kv_heads, dim), strides(kv_heads, value_dim),
                       sides[0].pool(), sides[1].pool(), table.data(), width, lengths.data(), runs.data(), refs.data(), kv_heads * each,
-                      kv_heads, beside.data(), beside_bytes.data()};
-  const BesideCall user_call = {shape, user_rules, value.bytes.get(), strides(kv_heads, value_dim), head_map.data(), user_values.data(),
+                      kv_heads, shared_values.data(), shared_value_bytes.data()};
+  const SharedValuesCall reuse_call = {shape, reuse_rules, value.bytes.get(), strides(kv_heads, value_dim), head_map.data(), reuse_values.data(),
                                 {table.data(), width}, lengths.data()};
   const auto fail = [&](const char* what) {
     if (failures++ < 10) std::printf("codes, %s, dtype %d: %s\n", isa_name(isa), dtype, what);
   };
-  const auto in_pool = [&](const Side& pool, const Half& half, int64_t pair, int64_t j) {  // a token as it is kept
+  const auto in_pool = [&](const Side& pool, const KVPart& kv_part, int64_t pair, int64_t j) {  // a token as it is kept
     const int32_t id = table[size_t(pair * width + j / BLOCK)];
-    if (id < 0 || id >= kv_heads * each || pool.bytes[size_t(id / each)] != half.bytes) {
+    if (id < 0 || id >= kv_heads * each || pool.bytes[size_t(id / each)] != kv_part.bytes) {
       fail("a block is not of the formats of its head");
       return std::vector<double>(static_cast<size_t>(half.dim), 0.0);
     }
-    const char* at = pool.memory[size_t(id / each)].get() + id % each * half.bytes;
+    const char* at = pool.memory[size_t(id / each)].get() + id % each * kv_part.bytes;
     if (half.format != NATIVE) return meant(at, half, j % BLOCK);
-    Data copy(dtype, half.dim);
+    Data copy(dtype, kv_part.dim);
     std::memcpy(copy.bytes.get(), at + j % BLOCK * half.token_bytes, size_t(half.token_bytes));
     std::vector<double> found;
-    for (int64_t d = 0; d < half.dim; d++) found.push_back(copy.get(d));
+    for (int64_t d = 0; d < kv_part.dim; d++) found.push_back(copy.get(d));
     return found;
   };
   const auto token = [&](int64_t side, int64_t pair, int64_t j) {
-    return in_pool(sides[side], sides[side].halves[size_t(pair % kv_heads)], pair, j);
+    return in_pool(sides[side], sides[side].kv_parts[size_t(pair % kv_heads)], pair, j);
   };
   for (int64_t n = 1; n <= steps; n++) {
     renew(0);
@@ -555,10 +555,10 @@ void test_codes(Isa isa, DType dtype) {
     if (advance(call, isa, missing) != OK || missing.blocks != 0) fail("a token was not taken");
     for (int64_t i = 0; i < value.count && n > 1; i++)
       if (i / value_dim % tokens == 0) value.set(i, number());  // those of the other layer
-    if (put_beside(user_call, isa) != OK) fail("a token was not put beside another");
+    if (put_shared_values(reuse_call, isa) != OK) fail("a token was not put beside another");
     for (int64_t pair = 0; pair < pairs; pair++) {
       const std::vector<double> k = token(0, pair, n - 1);
-      const double bound = sides[0].halves[size_t(pair % kv_heads)].format == INT4 ? 0.8 : 0.06;  // of numbers in [-1.5, 1.5]
+      const double bound = sides[0].kv_parts[size_t(pair % kv_heads)].format == INT4 ? 0.8 : 0.06;  // of numbers in [-1.5, 1.5]
       for (int64_t d = 0; d < dim; d++)
         near(k[size_t(d)], key.get(pair * tokens * dim + d), bound * std::sqrt(double(dim & -dim)), "a key's codes", isa, dtype);
     }
@@ -586,8 +586,8 @@ void test_codes(Isa isa, DType dtype) {
     const int64_t h = lane % heads, from = lane - h + head_map[size_t(h / group)] * group + h % group;
     for (int64_t d = 0; d < dim; d++) its_query.set(lane * dim + d, query.get(from * tokens * dim + d));
   }
-  const Shared by_weights = {head_map.data(), user_values.data(), rules, weights.get()};
-  const DecodeCall copy = {shape, user_rules, scores, nullptr, 0, 0, sides[0].pool(), sides[1].pool(), {table.data(), width}, lengths.data(),
+  const Shared by_weights = {head_map.data(), reuse_values.data(), rules, weights.get()};
+  const DecodeCall copy = {shape, reuse_rules, scores, nullptr, 0, 0, sides[0].pool(), sides[1].pool(), {table.data(), width}, lengths.data(),
                            copied.bytes.get(), nullptr, nullptr, &by_weights};
   if (decode(copy, parallel, isa) != OK) fail("decode with another layer's weights failed");
   const double tolerance = dtype == F32 ? 1e-4 : dtype == F16 ? 3e-3 : 3e-2;
@@ -597,7 +597,7 @@ void test_codes(Isa isa, DType dtype) {
     const int64_t r = lane / heads, h = lane % heads, pair = r * kv_heads + h / group, head = h / group;
     std::vector<std::vector<double>> kept[2];
     for (int64_t side = 0; side < 2; side++) {
-      const Half& half = sides[side].halves[size_t(head)];
+      const KVPart& kv_part = sides[side].kv_parts[size_t(head)];
       Data& chunk = side ? value : key;
       const Visible see = visible(steps, rules.of(head)), then = visible(steps + 1, rules.of(head));
       for (int64_t j = 0; j < steps; j++) {
@@ -605,13 +605,13 @@ void test_codes(Isa isa, DType dtype) {
         kept[side].push_back(by(see) || by(then) ? token(side, pair, j) : std::vector<double>(static_cast<size_t>(half.dim), NAN));
       }
       for (int64_t t = 0; t < tokens; t++) {
-        const int64_t first = (pair * tokens + t) * half.dim;
+        const int64_t first = (pair * tokens + t) * kv_part.dim;
         std::vector<double> numbers;
-        for (int64_t d = 0; d < half.dim; d++) numbers.push_back(chunk.get(first + d));
+        for (int64_t d = 0; d < kv_part.dim; d++) numbers.push_back(chunk.get(first + d));
         if (half.format != NATIVE) {
           const std::unique_ptr<char[]> block(new char[size_t(half.bytes)]);
-          kernels_of(isa).encode[dtype](chunk.bytes.get() + first * element, half, 0, block.get(), buffer.data());
-          numbers = meant(block.get(), half, 0);
+          kernels_of(isa).encode[dtype](chunk.bytes.get() + first * element, kv_part, 0, block.get(), buffer.data());
+          numbers = meant(block.get(), kv_part, 0);
         }
         kept[side].push_back(numbers);
       }
@@ -623,18 +623,18 @@ void test_codes(Isa isa, DType dtype) {
       near(sums[at], wanted[size_t(value_dim)], 1e-3, what, isa, dtype);
     };
     const int64_t of = head_map[size_t(head)];
-    const Half user_half = half_of(user_rules.of(head).value_format, value_dim, element, VALUES);
+    const KVPart reuse_half = kv_part_of(reuse_rules.of(head).value_format, value_dim, element, VALUES);
     for (int64_t d = 0; d < dim; d++) q[size_t(d)] = its_query.get(lane * dim + d);
     std::vector<std::vector<double>> its[2];
-    const Visible its_view = visible(steps, user_rules.of(head));
+    const Visible its_view = visible(steps, reuse_rules.of(head));
     for (int64_t j = 0; j < steps; j++) {
       const bool seen = (j >= its_view.first && j < its_view.sink_end) || j >= its_view.start;
-      const Side& plane = planes[size_t(plane_of[size_t(head)])];
+      const Side& value_set = value_sets[size_t(value_set_of[size_t(head)])];
       its[0].push_back(seen ? token(0, r * kv_heads + of, j) : std::vector<double>(static_cast<size_t>(dim), NAN));
-      its[1].push_back(seen ? in_pool(plane, user_half, r * kv_heads + of, j) : std::vector<double>(static_cast<size_t>(value_dim), NAN));
+      its[1].push_back(seen ? in_pool(value_set, reuse_half, r * kv_heads + of, j) : std::vector<double>(static_cast<size_t>(value_dim), NAN));
     }
     const auto its_side = [&](int64_t side) { return [&, side](int64_t j, int64_t d) { return its[side][size_t(j)][size_t(d)]; }; };
-    const std::vector<double> wanted = plain(q.data(), dim, value_dim, steps, user_rules.of(head), scores, h, its_side(0), its_side(1));
+    const std::vector<double> wanted = plain(q.data(), dim, value_dim, steps, reuse_rules.of(head), scores, h, its_side(0), its_side(1));
     for (int64_t d = 0; d < value_dim; d++)
       near(copied.get(lane * value_dim + d), wanted[size_t(d)], tolerance, "decode with copied weights", isa, dtype);
     for (int64_t t = 0; t < tokens; t++) {
@@ -651,7 +651,7 @@ void test_codes(Isa isa, DType dtype) {
 // Single tokens into a cache whose rules select, with formats: after every token the places that gates fill hold just the tokens that
 // the definition keeps, to the bit as they were in the window, and decode sees them beside sinks and window. Blocks that others name
 // too are copied before they are written to.
-void test_chosen(Isa isa, DType dtype) {
+void test_selected(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 2), kv_heads = pick(1, 3), pairs = rows * kv_heads, group = pick_of({1, 2, 3}), heads = kv_heads * group;
   const int64_t dim = pick_of({16, 24, 40, 64, 13}), value_dim = pick_of({16, 24, 64, 9}), steps = pick(1, 150);
   const int64_t width = (steps + BLOCK - 1) / BLOCK, each = 12 * rows * width;
@@ -672,9 +672,9 @@ void test_chosen(Isa isa, DType dtype) {
   } sides[3];  // keys, values, scores
   std::vector<int64_t> score_bytes;
   for (int64_t head = 0; head < kv_heads; head++) {
-    const Halves halves = halves_of(rules.of(head), {dtype, rows, kv_heads, group, dim, value_dim});
+    const KVParts kv_parts = kv_parts_of(rules.of(head), {dtype, rows, kv_heads, group, dim, value_dim});
     score_bytes.push_back(rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
-    const int64_t bytes[] = {halves.key.bytes, halves.value.bytes, score_bytes.back()};
+    const int64_t bytes[] = {kv_parts.key.bytes, kv_parts.value.bytes, score_bytes.back()};
     for (int64_t side = 0; side < 3; side++) {
       sides[side].memory.emplace_back(bytes[side] ? new char[size_t(each * bytes[side])] : nullptr);
       if (bytes[side]) std::memset(sides[side].memory.back().get(), 0xff, size_t(each * bytes[side]));
@@ -688,15 +688,15 @@ void test_chosen(Isa isa, DType dtype) {
   std::vector<int16_t> given(static_cast<size_t>(pairs), 0);
   Data key(dtype, pairs * dim), value(dtype, pairs * value_dim), query(dtype, rows * heads * dim), out(dtype, rows * heads * value_dim);
   std::unique_ptr<float[]> lse(new float[size_t(rows * heads)]);
-  const Pool beside[] = {sides[2].pool()};
-  const Chosen chosen = {kept_ids.data(), width, left.data(), given.data()};
+  const Pool shared_values[] = {sides[2].pool()};
+  const Selected selected = {kept_ids.data(), width, left.data(), given.data()};
   const Shape shape = {dtype, rows, kv_heads, group, dim, value_dim};
   const AdvanceCall call = {shape, rules, 0, key.bytes.get(), value.bytes.get(), {kv_heads * dim, dim, dim},
                             {kv_heads * value_dim, value_dim, value_dim}, sides[0].pool(), sides[1].pool(), table.data(), width,
-                            lengths.data(), runs.data(), refs.data(), kv_heads * each, 1, beside, score_bytes.data(), &chosen};
+                            lengths.data(), runs.data(), refs.data(), kv_heads * each, 1, shared_values, score_bytes.data(), &selected};
   const Scores scores = {0.25f, 0.f, nullptr};
   const DecodeCall step = {shape, rules, scores, query.bytes.get(), heads * dim, dim, sides[0].pool(), sides[1].pool(),
-                           {table.data(), width}, lengths.data(), out.bytes.get(), lse.get(), nullptr, nullptr, &chosen};
+                           {table.data(), width}, lengths.data(), out.bytes.get(), lse.get(), nullptr, nullptr, &selected};
   const auto fail = [](const char* what) {
     if (failures++ < 10) std::printf("chosen: %s\n", what);
   };
@@ -709,10 +709,10 @@ void test_chosen(Isa isa, DType dtype) {
   std::vector<int64_t> gone(static_cast<size_t>(pairs), 0);
   const auto read = [&](int64_t side, int64_t pair, int32_t id, int64_t place) {
     const int64_t head = pair % kv_heads, count = side ? value_dim : dim;
-    const Halves halves = halves_of(rules.of(head), shape);
-    const Half& half = side ? halves.value : halves.key;
+    const KVParts kv_parts = kv_parts_of(rules.of(head), shape);
+    const KVPart& kv_part = side ? kv_parts.value : kv_parts.key;
     const int64_t segment = id / each;  // of KV heads of the same formats any will do
-    const char* at = static_cast<const char*>(sides[side].base[size_t(segment)]) + (id - segment * each) * half.bytes;
+    const char* at = static_cast<const char*>(sides[side].base[size_t(segment)]) + (id - segment * each) * kv_part.bytes;
     if (half.format != NATIVE) return meant(at, half, place);
     Data one(dtype, count);
     std::memcpy(one.bytes.get(), at + place * half.token_bytes, size_t(half.token_bytes));
@@ -872,7 +872,7 @@ int main() {
     }
     for (int i = 0; i < 24; i++, tests++) test(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_codes(Isa(isa), DType(i % 3));
-    for (int i = 0; i < 24; i++, tests++) test_chosen(Isa(isa), DType(i % 3));
+    for (int i = 0; i < 24; i++, tests++) test_selected(Isa(isa), DType(i % 3));
     for (int i = 0; i < 24; i++, tests++) test_profile(Isa(isa), DType(i % 3));
     for (int i = 0; i < 90; i++, tests++) test_linear(Isa(isa), DType(i % 3));
     for (int i = 0; i < 60; i++, tests++) test_rotate(Isa(isa), DType(i % 3));

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import LARGEST, Codes, decode, encode, pack, rotated, unpack
 from moacompress.rules.formats import FORMAT_NAMES, FORMATS
 
@@ -28,10 +28,10 @@ def by_the_page(x: np.ndarray, bits: int) -> tuple[list[int], np.float16, np.flo
     if b > 1:
         y = y * np.float32(1 / np.sqrt(b))
 
-    def half(number: np.float32) -> np.float16:
+    def kv_part(number: np.float32) -> np.float16:
         return np.float16(min(max(number, np.float32(-LARGEST)), np.float32(LARGEST)))
 
-    zero, scale = half(y.min()), half(np.float32((y.max() - y.min()) / np.float32(levels)))
+    zero, scale = kv_part(y.min()), kv_part(np.float32((y.max() - y.min()) / np.float32(levels)))
     if not scale:
         return [0] * d, scale, zero
     inverse = np.float32(1) / np.float32(scale)
@@ -152,20 +152,20 @@ def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
 @pytest.mark.parametrize("code", [1, 2])
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> None:
-    half = BlockHalf(code, dim, torch.bfloat16, values)
+    kv_part = KVPart(code, dim, torch.bfloat16, values)
     x = torch.randn(48, dim).to(torch.bfloat16)
-    memory = half.new(3, x.device).fill_(255)
+    memory = kv_part.new(3, x.device).fill_(255)
     order = torch.randperm(48)
-    half.write(memory, order, x[order])
-    kept, used = encode(x, half.bits), -(-dim * half.bits // 8)
+    kv_part.write(memory, order, x[order])
+    kept, used = encode(x, kv_part.bits), -(-dim * kv_part.bits // 8)
     wide = -(-used // 4) * 4
     assert (
-        half.nbytes
+        kv_part.nbytes
         == memory.shape[1]
         == 16 * wide + 64
         == 16 * FORMATS[FORMAT_NAMES[code]].vector_bytes(dim, "bfloat16")
     )
-    packed = torch.nn.functional.pad(pack(kept.codes, half.bits), (0, wide - used))
+    packed = torch.nn.functional.pad(pack(kept.codes, kv_part.bits), (0, wide - used))
     wanted = torch.full_like(memory, 255)
     for token in range(48):
         block, t = divmod(token, 16)
@@ -177,4 +177,4 @@ def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> Non
             wanted[block, begin : begin + 2] = part[token].view(torch.uint8)
     assert torch.equal(memory, wanted)
     blocks, places = torch.arange(3)[:, None].expand(3, 16), torch.arange(16)
-    assert torch.equal(half.read(memory, blocks, places).view(48, dim), rotated(decode(kept)))
+    assert torch.equal(kv_part.read(memory, blocks, places).view(48, dim), rotated(decode(kept)))

@@ -14,7 +14,7 @@ from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import NEVER, competing_tokens, eviction_schedule
@@ -65,7 +65,7 @@ def test_codes_are_put_where_they_belong(seed, isa):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype, dim, count = library.DTYPES[seed % 3], rng.choice((9, 16, 20, 33, 64, 80, 256)), rng.choice((0, 1, 40, 700))
-    half = BlockHalf(rng.choice((0, 1, 2)), dim, dtype, values=rng.random() < 0.5)
+    half = KVPart(rng.choice((0, 1, 2)), dim, dtype, values=rng.random() < 0.5)
     memory = half.new(60, torch.device("cpu"))
     memory.zero_()
     slots, vectors = torch.randperm(60 * 16)[:count], torch.randn(count, dim + 3, dtype=dtype)[:, 2:-1]
@@ -105,12 +105,12 @@ def test_threads_and_batch_change_no_bit(name, dtype, formats, random_case, isa,
     sizes = {"rows": 3, "kv_heads": 2, "group": 3, "tokens": 200, "past": 700, "native_window": 0, "valid": 190}
     case = random_case(11, dtype, **sizes, formats=formats)
     keeping = case.keeping(random.Random(4))
-    results, chosen = [], []
+    results, selected = [], []
     for count in (1, 17, 2):
         threads(count)
         results.append((*OPS.decode(*case.decode), *OPS.prefill(*case.prefill)))
-        chosen.append(OPS.prefill(*keeping.prefill))
-    for first, other in ((each[0], another) for each in (results, chosen) for another in each[1:]):
+        selected.append(OPS.prefill(*keeping.prefill))
+    for first, other in ((each[0], another) for each in (results, selected) for another in each[1:]):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for row in range(3):
         alone = case.row(row)

@@ -107,8 +107,8 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
     torch.manual_seed(seed)
 
     def pick(name: str, *of: Any) -> Any:
-        chosen = rng.choice(of)
-        return fixed.get(name, chosen)
+        selected = rng.choice(of)
+        return fixed.get(name, selected)
 
     kv_heads, group = pick("kv_heads", 1, 2, 3), pick("group", 1, 2, 3, 4)
     dim, n = pick("dim", 16, 24, 33, 64, 80, 128, 17, 256), pick("n", rng.randint(1, 300), rng.randint(1, 40), 64, 128)
@@ -339,11 +339,11 @@ def test_a_window_that_holds_almost_nothing_is_exact() -> None:
 def test_what_looks_at_tiles_gets_them_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another collector changes no bit of the sums and gradients."""
     case = build(5, torch.float32, n=100, planned=False)
-    alone, beside, tiles, reference = sums(case)[0], sums(case)[0], Sizes(), sums(case)[0]
+    alone, shared_values, tiles, reference = sums(case)[0], sums(case)[0], Sizes(), sums(case)[0]
     gradients = case.backward([alone])
-    for mine, other in zip(case.backward([tiles, beside]), gradients, strict=True):
+    for mine, other in zip(case.backward([tiles, shared_values]), gradients, strict=True):
         assert torch.equal(mine, other)
-    assert torch.equal(beside.squares, alone.squares)
+    assert torch.equal(shared_values.squares, alone.squares)
     assert torch.is_tensor(tiles.total)
     assert tiles.total.any()
     monkeypatch.setattr(influence, "backend_for", lambda query: REFERENCE)
@@ -438,24 +438,24 @@ def test_bad_arguments_are_refused() -> None:
 @pytest.mark.parametrize("around", [False, True])
 def test_statistics_of_a_model(
     family: str,
-    around: bool,
+    norms_and_mlp: bool,
     tiny_model: Callable[..., Any],
     random_plan: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A whole sample, through the choice that the environment makes."""
     model = tiny_model(family)
-    shape, chosen = model_shape(model), ProfileRecipe(draws=2, baselines=True)
+    shape, selected = model_shape(model), ProfileRecipe(draws=2, baselines=True)
     ids = np.random.default_rng(0).integers(3, 150, 200)
     sample = Sample(ids, np.arange(200) >= 185, "random", 200)
     rules = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200))
-    plan = random_plan(shape, seed=2) if around else None
+    plan = random_plan(shape, seed=2) if norms_and_mlp else None
     found = []
     for kernel in ("reference", "cpu"):
         monkeypatch.setenv(dispatch.VARIABLE, kernel)
         dispatch.forget()
         try:
-            found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, chosen, plan, 0, 0))
+            found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, selected, plan, 0, 0))
         finally:
             monkeypatch.delenv(dispatch.VARIABLE)
             dispatch.forget()

@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import linear
 
 from moacompress.kernels.arguments import (
-    AroundAttention,
     CacheState,
     CacheView,
     LayerWeights,
+    NormAndMlpWeights,
     Projections,
     Rotary,
     Scores,
@@ -61,8 +61,8 @@ class Case:
 
     @property
     def layer(self) -> LayerWeights:
-        around = AroundAttention(self.norms, self.eps, self.weights[3:])
-        return LayerWeights(Projections(self.weights[:3], self.biases), around)
+        norms_and_mlp = NormAndMlpWeights(self.norms, self.eps, self.weights[3:])
+        return LayerWeights(Projections(self.weights[:3], self.biases), norms_and_mlp)
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -196,7 +196,7 @@ def test_nan_goes_through_and_spoils_no_other_row(name, dtype, isa):
             first = case.step()
             case.x = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
             attention = case.attended()
-            make_room(case)
+            allocate(case)
             out, *rest = read(case).step(case.x, case.rotary, 0)
             assert rest == [2, None]
             results.append((first, attention, out))
@@ -248,7 +248,7 @@ def read(case: Case) -> BoundCaches:
     return caches
 
 
-def make_room(case: Case) -> None:
+def allocate(case: Case) -> None:
     case.cache.blocks_held().pool.grow(100, 0)
     case.cache.blocks_held().table.widen(20)
 
@@ -258,7 +258,7 @@ def plain(seed: int, dtype: torch.dtype, rows: int) -> Case:
     case = build(seed, dtype, rows)
     case.scores = Scores(case.scores.scaling)
     case.step()
-    make_room(case)
+    allocate(case)
     return case
 
 

@@ -225,9 +225,9 @@ def test_a_cache_that_is_kept_does_not_keep_the_weights(model):
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         made(ids[:, 50:], cache=cache)
-    assert cache.reading is not None
+    assert cache.bound_layers is not None
     weight = weakref.ref(made.model.layers[1].mlp.up_proj.weight)
-    bound = cache.reading.bound
+    bound = cache.bound_layers.bound
     del made
     gc.collect()
     assert weight() is None
@@ -301,7 +301,7 @@ def test_what_was_read_is_let_go(model, monkeypatch):
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         made(ids[:, 50:], cache=cache)
-        number = cache.reading.bound.number
+        number = cache.bound_layers.bound.number
         assert forgotten == []
         cache.reset()
         gc.collect()

@@ -293,14 +293,14 @@ def test_what_our_classes_override_is_listed() -> None:
     import moacompress.calibration.probe
     from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
     from moacompress.runtime.cache.plan_cache import PlanCache
-    from moacompress.runtime.cache.user_layer import UserCacheLayer
+    from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
     from moacompress.runtime.hf.config import MoaCompressConfig
     from moacompress.runtime.hf.loading import MoaCompressQuantizer
     from moacompress.runtime.linear import PackedLinear
 
     last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
     others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.probe.LiveBytes)
-    for kind in (PlanCache, CacheLayer, PlanCacheLayer, UserCacheLayer, *others):
+    for kind in (PlanCache, CacheLayer, PlanCacheLayer, ReuseCacheLayer, *others):
         base = CacheLayerMixin if issubclass(kind, CacheLayer) else kind.__mro__[1]
         overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(base, name)}
         if not issubclass(kind, Cache | CacheLayerMixin):

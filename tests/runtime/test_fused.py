@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.kernels.arguments import AroundAttention, Rotary
+from moacompress.kernels.arguments import NormAndMlpWeights, Rotary
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
@@ -96,7 +96,7 @@ def test_the_parts_are_those_of_transformers(tiny_model):
         wanted = hidden + layer.self_attn.o_proj(hidden)
         wanted = wanted + layer.mlp(norm(wanted))
         linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        around = AroundAttention([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
+        around = NormAndMlpWeights([norm.weight] * 2, norm.variance_epsilon, [part.weight for part in linears])
         assert torch.equal(feed_forward(hidden, hidden, around), wanted)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from moacompress.core.errors import PlanError, UnsupportedError
-from moacompress.kernels.halves import read_tokens
+from moacompress.kernels.kv_parts import read_tokens
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import model_shape
@@ -389,7 +389,7 @@ def test_what_is_gone_for_good_is_not_rolled_back(counts: tuple[int, ...]) -> No
         for head, rule in enumerate(rules):
             places = np.arange(int(rule.kept(left, MIN_WINDOW) - rule.without_choice().kept(left, MIN_WINDOW)))
             ours, theirs = (
-                read(held, head, held.chosen.slots(0, head, places))
+                read(held, head, held.selected.slots(0, head, places))
                 for held in (layer.blocks_held(), twin.blocks_held())
             )
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -400,9 +400,9 @@ def test_a_kept_token_takes_what_a_block_says() -> None:
     cache = case.cache()
     case.attended(cache, 0, case.n)
     held = cast(PlanCacheLayer, cache.layers[0]).blocks_held()
-    assert held.chosen is not None
+    assert held.selected is not None
     counts = case.table.selected(np.full(case.rows, case.n))
-    assert ((held.chosen.ids >= 0).sum(2) == -(-counts // BLOCK)).all()
+    assert ((held.selected.ids >= 0).sum(2) == -(-counts // BLOCK)).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -451,7 +451,7 @@ def test_one_call_for_all_layers_keeps_what_the_others_do(
     alike = []
     for row, head in np.ndindex(rows, plan.model.kv_heads):
         places = np.arange(int(first[0].rules.selected(first[0].lengths)[row, head]))
-        slots = [held.chosen.slots(row, head, places) for held in first]
+        slots = [held.selected.slots(row, head, places) for held in first]
         scores = [held.pool.read_scores(at) for held, at in zip(first, slots, strict=True)]
         sides = [read(held, head, at) for held, at in zip(first, slots, strict=True)]
         assert np.abs(scores[0] - scores[1]).max(initial=0) <= (1 if dtype == torch.float32 else 80)

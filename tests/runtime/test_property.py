@@ -22,13 +22,13 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-from moacompress.rules.share import Share, users_of, with_shared_rules
+from moacompress.rules.share import Share, reuse_layers_of, with_shared_rules
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.hf.hooks import read_mask
-from moacompress.runtime.sharing.handing import HANDED
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
 
 GIVEN = os.environ.get("MOACOMPRESS_EXAMPLES")
 EXAMPLES = [int(GIVEN)] if GIVEN else [30, pytest.param(500, marks=pytest.mark.heavy)]
@@ -95,7 +95,7 @@ class World:
         return World(cache, [list(row) for row in self.rows], self.real.copy(), self.recorded, self.longest)
 
 
-def chosen(rule, min_window, scores):
+def selected(rule, min_window, scores):
     """How many tokens have left when a gate begins to keep each, and when it ends; which have left at each query.
 
     `(entered, gone, left)`, int64 `[tokens]` each: token j is kept while `entered <= left < gone`.
@@ -134,7 +134,7 @@ def expected(plan, layer, query, key, value, scored):
         if native is not None:
             seen &= j > i - native
         if rule.selects:
-            entered, gone, left = chosen(rule, plan.min_window, scored[head // group].tolist())
+            entered, gone, left = selected(rule, plan.min_window, scored[head // group].tolist())
             seen |= (j <= i) & (entered[j] <= left[i]) & (left[i] < gone[j])
         k, v = kept(key[head // group], rule.key_format), kept(value[head // group], rule.value_format)
         scores = query[head] @ k.T * DIM**-0.5
@@ -156,7 +156,7 @@ def feed(plan, world, tokens, real, generator, same=False):
         mask = None
     world.cache.real = read_mask(mask, world.cache, batch, tokens)
     chunk_mask = None if real.all() else torch.from_numpy(real)
-    handed, chunks = {}, {}
+    shared_keys, chunks = {}, {}
     for layer in range(shape.layers):
         dtype = world.rows[0][layer][0].dtype
         query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=dtype)
@@ -175,9 +175,9 @@ def feed(plan, world, tokens, real, generator, same=False):
             plan.min_window,
             shape.native_windows[layer],
             share,
-            bool(users_of(plan.shares, layer)),
+            bool(reuse_layers_of(plan.shares, layer)),
         )
-        call = {CONTEXT: LayerCall(context, world.cache, scored if context.selects else None), HANDED: handed}
+        call = {CONTEXT: LayerCall(context, world.cache, scored if context.selects else None), SHARED_KEYS: shared_keys}
         found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **call)
         found = found.transpose(1, 2)
         chunks[layer] = query, key
@@ -257,7 +257,7 @@ def touched(rule, min_window, native, lengths, blocks):
 def check_blocks(plan, worlds):
     """A cache holds just the blocks that its plan touches; one that records, those of all lengths it can be rolled back to.
 
-    It can be rolled back to `LAG` tokens before the longest that a row ever was, and where gates choose it holds what twice
+    It can be rolled back to `LAG` tokens before the longest that a row ever was, and where gates select it holds what twice
     that needs, but for what was gone when it began to. Of what a native window has left since then it may hold more, in no
     more blocks than these tokens take. Every block that a table names is counted.
     """
@@ -285,7 +285,7 @@ def check_blocks(plan, worlds):
     pools = {id(layer.held.pool): layer.held.pool for layer in anchors}
     for pool in pools.values():
         own = [layer.held for layer in anchors if layer.held.pool is pool]
-        tables = [table for held in own for table in (*held.tables, *(each.chosen for each in held.past))]
+        tables = [table for held in own for table in (*held.tables, *(each.selected for each in held.past))]
         named = np.concatenate([table.ids.reshape(-1) for table in tables])
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
         assert (np.minimum(counts, 1) == np.minimum(pool.refs, 1)).all()

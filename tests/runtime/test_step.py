@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused():
     refused("lag is -1", lag=-1)
     refused("scaling is 0", scaling=0.0)
     refused("sink_logits has the shape", logits=torch.zeros(HEADS))
-    refused("0 parts of what gates keep; at least 3", scores=torch.zeros(2, HEADS, dtype=torch.int16))
+    refused("0 parts of what gates select; at least 3", scores=torch.zeros(2, HEADS, dtype=torch.int16))
     assert torch.ops.moacompress_cpu.step(*good.values())[1] in (0, 1)
 
 

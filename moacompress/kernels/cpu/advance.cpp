@@ -35,21 +35,21 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
   }
 }
 
-// Puts a token into its place of a half of a block.
-void put_token(const Kernels& kernels, DType dtype, const Half& half, const void* from, int64_t place, char* to, float* buffer) {
-  if (half.format == NATIVE) std::memcpy(to + place * half.token_bytes, from, size_t(half.token_bytes));
-  else kernels.encode[dtype](from, half, place, to, buffer);
+// Puts a token into its place of the K or V part of a block.
+void put_token(const Kernels& kernels, DType dtype, const KVPart& kv_part, const void* from, int64_t place, char* to, float* buffer) {
+  if (kv_part.format == NATIVE) std::memcpy(to + place * kv_part.token_bytes, from, size_t(kv_part.token_bytes));
+  else kernels.encode[dtype](from, kv_part, place, to, buffer);
 }
 
-// Copies a token from its place in a half of a block to a place in another, as it is kept.
-void copy_token(const Half& half, const char* from, int64_t place, char* to, int64_t at) {
-  if (half.format == NATIVE) {
-    std::memcpy(to + at * half.token_bytes, from + place * half.token_bytes, size_t(half.token_bytes));
+// Copies a token from its place in the K or V part of a block to a place in another, as it is kept.
+void copy_token(const KVPart& kv_part, const char* from, int64_t place, char* to, int64_t at) {
+  if (kv_part.format == NATIVE) {
+    std::memcpy(to + at * kv_part.token_bytes, from + place * kv_part.token_bytes, size_t(kv_part.token_bytes));
     return;
   }
-  for (int64_t i = 0; i < half.token_bytes; i += 4)
-    for (int64_t byte = 0; byte < 4; byte++) to[half.at(at, i) + byte * half.step()] = from[half.at(place, i) + byte * half.step()];
-  for (const int64_t numbers : {half.scales, half.zeros}) std::memcpy(to + numbers + 2 * at, from + numbers + 2 * place, 2);
+  for (int64_t i = 0; i < kv_part.token_bytes; i += 4)
+    for (int64_t byte = 0; byte < 4; byte++) to[kv_part.at(at, i) + byte * kv_part.step()] = from[kv_part.at(place, i) + byte * kv_part.step()];
+  for (const int64_t numbers : {kv_part.scales, kv_part.zeros}) std::memcpy(to + numbers + 2 * at, from + numbers + 2 * place, 2);
 }
 
 char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
@@ -62,7 +62,7 @@ struct Job {
   int64_t next[FORMATS * FORMATS] = {};  // for each pair of formats: blocks before it are taken, or of other formats
 
   Rule rule(int64_t pair) const { return call.rules.of(pair % call.shape.kv_heads); }
-  Halves halves(int64_t pair) const { return halves_of(rule(pair), call.shape); }
+  KVParts kv_parts(int64_t pair) const { return kv_parts_of(rule(pair), call.shape); }
   int64_t row(int64_t pair) const { return pair / call.shape.kv_heads; }
   int32_t* ids(int64_t pair) const { return call.ids + pair * call.width; }
   int64_t& bound(int64_t run, int64_t side, int64_t pair) const { return call.runs[(run * 2 + side) * pairs + pair]; }
@@ -98,31 +98,31 @@ struct Job {
     return !known(id) || call.refs[id] > 1;
   }
 
-  // ---- the tokens that gates keep ----
+  // ---- the tokens that gates select ----
 
-  bool chooses(int64_t pair) const { return call.chosen && rule(pair).selects(); }
-  int32_t* chosen(int64_t pair) const { return call.chosen->ids + pair * call.chosen->width; }
-  int16_t* scores_of(int32_t id) const { return reinterpret_cast<int16_t*>(at_block(call.beside[0], id, SCORE_BYTES * BLOCK)); }
+  bool chooses(int64_t pair) const { return call.selected && rule(pair).selects(); }
+  int32_t* selected(int64_t pair) const { return call.selected->ids + pair * call.selected->width; }
+  int16_t* scores_of(int32_t id) const { return reinterpret_cast<int16_t*>(at_block(call.shared_values[0], id, SCORE_BYTES * BLOCK)); }
 
   // The token that leaves the window as the next one comes, and the place where it will be kept; -1 where none leaves, or nowhere.
-  struct Arrival {
+  struct Admission {
     int64_t position, place;
   };
   // Finds it; false where the cache lacks what it needs for that.
-  bool arrival(int64_t pair, Arrival& found) const {
+  bool admission(int64_t pair, Admission& found) const {
     const Rule own = rule(pair);
-    const int64_t left = call.chosen->left[pair], position = own.sink + left;
+    const int64_t left = call.selected->left[pair], position = own.sink + left;
     found = {-1, -1};
     const int64_t leaving = tokens_left(call.lengths[row(pair)] + 1, own) - left;
     if (leaving <= 0) return true;
     const int32_t from = position / BLOCK < call.width ? ids(pair)[position / BLOCK] : -1;
     if (leaving > 1 || position >= call.lengths[row(pair)] || !known(from) || !scores_of(from)) return false;
-    const int64_t kept = selected(left, own);
+    const int64_t kept = selected_count(left, own);
     found = {position, kept};
-    if (selected(left + 1, own) > kept) return true;
+    if (selected_count(left + 1, own) > kept) return true;
     int64_t least = -1, lowest = scores_of(from)[position % BLOCK];
     for (int64_t place = 0; place < kept; place++) {
-      const int32_t id = place / BLOCK < call.chosen->width ? chosen(pair)[place / BLOCK] : -1;
+      const int32_t id = place / BLOCK < call.selected->width ? selected(pair)[place / BLOCK] : -1;
       const int16_t* scores = known(id) ? scores_of(id) : nullptr;
       if (!scores) return false;
       if (scores[place % BLOCK] < lowest) lowest = scores[place % BLOCK], least = place;
@@ -132,45 +132,45 @@ struct Job {
   }
 
   // Keeps a token that leaves, and takes note that it has left.
-  void keep(int64_t pair, const Arrival& found) const {
-    if (found.position >= 0) call.chosen->left[pair]++;
+  void keep(int64_t pair, const Admission& found) const {
+    if (found.position >= 0) call.selected->left[pair]++;
     if (found.place < 0) return;
-    const int32_t from = ids(pair)[found.position / BLOCK], to = chosen(pair)[found.place / BLOCK];
+    const int32_t from = ids(pair)[found.position / BLOCK], to = selected(pair)[found.place / BLOCK];
     const int64_t place = found.position % BLOCK, at = found.place % BLOCK;
-    const Halves halves = this->halves(pair);
-    copy_token(halves.key, at_block(call.keys, from, halves.key.bytes), place, at_block(call.keys, to, halves.key.bytes), at);
-    copy_token(halves.value, at_block(call.values, from, halves.value.bytes), place, at_block(call.values, to, halves.value.bytes), at);
+    const KVParts kv_parts = this->kv_parts(pair);
+    copy_token(kv_parts.key, at_block(call.keys, from, kv_parts.key.bytes), place, at_block(call.keys, to, kv_parts.key.bytes), at);
+    copy_token(kv_parts.value, at_block(call.values, from, kv_parts.value.bytes), place, at_block(call.values, to, kv_parts.value.bytes), at);
     scores_of(to)[at] = scores_of(from)[place];
   }
 
   // ---- blocks ----
 
-  const int64_t* beside(int64_t pair) const { return call.beside_bytes + pair % call.shape.kv_heads * call.planes; }
+  const int64_t* shared_values(int64_t pair) const { return call.shared_value_bytes + pair % call.shape.kv_heads * call.value_sets; }
 
   // Whether a block has beside its own values those that a pair's have, and no others.
-  bool has_beside(int64_t id, int64_t pair) const {
-    for (int64_t plane = 0; plane < call.planes; plane++)
-      if (half_bytes_of(call.beside[plane], id) != beside(pair)[plane]) return false;
+  bool has_shared_values(int64_t id, int64_t pair) const {
+    for (int64_t value_set = 0; value_set < call.value_sets; value_set++)
+      if (part_bytes_of(call.shared_values[value_set], id) != shared_values(pair)[value_set]) return false;
     return true;
   }
 
   // Gives a pair a free block in the place of an id, with what is there in it.
   bool take(int64_t pair, int32_t& id) {
-    const Halves halves = this->halves(pair);
+    const KVParts kv_parts = this->kv_parts(pair);
     int64_t from_start = 0;
-    int64_t& free = call.planes ? from_start : next[halves.key.format * FORMATS + halves.value.format];
-    const int64_t key_bytes = halves.key.bytes, value_bytes = halves.value.bytes;
+    int64_t& free = call.value_sets ? from_start : next[kv_parts.key.format * FORMATS + kv_parts.value.format];
+    const int64_t key_bytes = kv_parts.key.bytes, value_bytes = kv_parts.value.bytes;
     const auto fits = [&](int64_t id) {
-      return call.refs[id] == 0 && block_of(call.keys, id, key_bytes) && block_of(call.values, id, value_bytes) && has_beside(id, pair);
+      return call.refs[id] == 0 && block_of(call.keys, id, key_bytes) && block_of(call.values, id, value_bytes) && has_shared_values(id, pair);
     };
     while (free < call.blocks && !fits(free)) free++;
     if (free == call.blocks) return false;
     if (known(id)) {
       std::memcpy(at_block(call.keys, free, key_bytes), block_of(call.keys, id, key_bytes), size_t(key_bytes));
       std::memcpy(at_block(call.values, free, value_bytes), block_of(call.values, id, value_bytes), size_t(value_bytes));
-      for (int64_t plane = 0; plane < call.planes; plane++) {
-        const int64_t bytes = beside(pair)[plane];
-        if (bytes) std::memcpy(at_block(call.beside[plane], free, bytes), block_of(call.beside[plane], id, bytes), size_t(bytes));
+      for (int64_t value_set = 0; value_set < call.value_sets; value_set++) {
+        const int64_t bytes = shared_values(pair)[value_set];
+        if (bytes) std::memcpy(at_block(call.shared_values[value_set], free, bytes), block_of(call.shared_values[value_set], id, bytes), size_t(bytes));
       }
       call.refs[id]--;
     }
@@ -182,14 +182,14 @@ struct Job {
   void write(int64_t pair) const {
     const int64_t before = call.lengths[row(pair)], head = pair % call.shape.kv_heads;
     const int32_t id = ids(pair)[before / BLOCK];
-    const auto put = [&](const Pool& pool, const Half& half, const void* token, const Strides& at) {
+    const auto put = [&](const Pool& pool, const KVPart& kv_part, const void* token, const Strides& at) {
       const char* from = static_cast<const char*>(token) + (row(pair) * at.row + head * at.head) * element;
-      put_token(kernels, call.shape.dtype, half, from, before % BLOCK, at_block(pool, id, half.bytes), buffer);
+      put_token(kernels, call.shape.dtype, kv_part, from, before % BLOCK, at_block(pool, id, kv_part.bytes), buffer);
     };
-    const Halves halves = this->halves(pair);
-    put(call.keys, halves.key, call.key, call.key_at);
-    put(call.values, halves.value, call.value, call.value_at);
-    if (chooses(pair)) scores_of(id)[before % BLOCK] = call.chosen->scores[pair];
+    const KVParts kv_parts = this->kv_parts(pair);
+    put(call.keys, kv_parts.key, call.key, call.key_at);
+    put(call.values, kv_parts.value, call.value, call.value_at);
+    if (chooses(pair)) scores_of(id)[before % BLOCK] = call.selected->scores[pair];
   }
 
   // Says that a pair lacks a block, and those after it that want one of its kind too.
@@ -199,34 +199,34 @@ struct Job {
     for (; pair < pairs; pair++) {
       const Rule other = rule(pair);
       bool same = other.key_format == first.key_format && other.value_format == first.value_format;
-      for (int64_t plane = 0; plane < call.planes; plane++) same = same && beside(pair)[plane] == beside(missing.head)[plane];
+      for (int64_t value_set = 0; value_set < call.value_sets; value_set++) same = same && shared_values(pair)[value_set] == shared_values(missing.head)[value_set];
       missing.blocks += same && wants(pair);
     }
     return missing;
   }
 
-  // Keeps the tokens that leave windows and that gates choose. OK with `missing` where the cache lacks room: made again, it goes on.
+  // Keeps the tokens that leave windows and that gates select. OK with `missing` where the cache lacks room: made again, it goes on.
   Status choose(Missing& missing) {
-    const Buffer<Arrival> arrivals(static_cast<size_t>(pairs));
-    if (!arrivals.get()) return NO_MEMORY;
+    const Buffer<Admission> admissions(static_cast<size_t>(pairs));
+    if (!admissions.get()) return NO_MEMORY;
     for (int64_t pair = 0; pair < pairs; pair++) {
-      arrivals[size_t(pair)] = {-1, -1};
-      if (chooses(pair) && !arrival(pair, arrivals[size_t(pair)])) return MISSING_BLOCK;
-      if (arrivals[size_t(pair)].place / BLOCK >= call.chosen->width) {
+      admissions[size_t(pair)] = {-1, -1};
+      if (chooses(pair) && !admission(pair, admissions[size_t(pair)])) return MISSING_BLOCK;
+      if (admissions[size_t(pair)].place / BLOCK >= call.selected->width) {
         missing = {TABLE_TOO_NARROW, 0};
         return OK;
       }
     }
     const auto wants = [&](int64_t pair) {
-      const int64_t place = arrivals[size_t(pair)].place;
-      return place >= 0 && (!known(chosen(pair)[place / BLOCK]) || call.refs[chosen(pair)[place / BLOCK]] > 1);
+      const int64_t place = admissions[size_t(pair)].place;
+      return place >= 0 && (!known(selected(pair)[place / BLOCK]) || call.refs[selected(pair)[place / BLOCK]] > 1);
     };
     for (int64_t pair = 0; pair < pairs; pair++)
-      if (wants(pair) && !take(pair, chosen(pair)[arrivals[size_t(pair)].place / BLOCK])) {
+      if (wants(pair) && !take(pair, selected(pair)[admissions[size_t(pair)].place / BLOCK])) {
         missing = lacking(pair, wants);
         return OK;
       }
-    for (int64_t pair = 0; pair < pairs; pair++) keep(pair, arrivals[size_t(pair)]);
+    for (int64_t pair = 0; pair < pairs; pair++) keep(pair, admissions[size_t(pair)]);
     return OK;
   }
 };
@@ -241,7 +241,7 @@ Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
   if (!buffer.get()) return NO_MEMORY;
   Job job = {call, kernels_of(isa), call.shape.rows * call.shape.kv_heads, int64_t(element_size(call.shape.dtype)), buffer.get()};
   missing = {0, 0};
-  if (call.chosen) {  // before the window's blocks are given back
+  if (call.selected) {  // before the window's blocks are given back
     const Status status = job.choose(missing);
     if (status != OK || missing.blocks) return status;
   }
@@ -257,7 +257,7 @@ Status advance(const AdvanceCall& call, Isa isa, Missing& missing) {
   return OK;
 }
 
-Status put_beside(const BesideCall& call, Isa isa) {
+Status put_shared_values(const SharedValuesCall& call, Isa isa) {
   const Shape& shape = call.shape;
   const Buffer<float> buffer(size_t(shape.value_dim + 16));
   if (!buffer.get()) return NO_MEMORY;
@@ -265,12 +265,12 @@ Status put_beside(const BesideCall& call, Isa isa) {
   for (int64_t row = 0; row < shape.rows; row++)
     for (int64_t head = 0; head < shape.kv_heads; head++) {
       const int64_t at = call.lengths[row] - 1, pair = row * shape.kv_heads + call.head_map[head];
-      const Half half = halves_of(call.rules.of(head), shape).value;
+      const KVPart kv_part = kv_parts_of(call.rules.of(head), shape).value;
       const int32_t id = at >= 0 && at / BLOCK < call.table.width ? call.table.ids[pair * call.table.width + at / BLOCK] : -1;
-      const char* to = block_of(call.values[head], id, half.bytes);
+      const char* to = block_of(call.values[head], id, kv_part.bytes);
       if (!to) return MISSING_BLOCK;
       const char* from = static_cast<const char*>(call.value) + (row * call.value_at.row + head * call.value_at.head) * element;
-      put_token(kernels_of(isa), shape.dtype, half, from, at % BLOCK, const_cast<char*>(to), buffer.get());
+      put_token(kernels_of(isa), shape.dtype, kv_part, from, at % BLOCK, const_cast<char*>(to), buffer.get());
     }
   return OK;
 }

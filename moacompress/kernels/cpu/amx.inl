@@ -108,7 +108,7 @@ inline void transpose(const float* from, int64_t row, float* to, int64_t column)
 struct AmxTile {
   typedef bf16 Row;
   const PrefillTile& t;
-  const Half &key, &value;
+  const KVPart &key, &value;
   float *units, *sums, *zeros;  // of each lane: what 1 of its query's whole numbers stands for; their sum; what zero points add up to
   float *lower, *key_rows = nullptr, *columns = nullptr;
   int64_t lanes, width;  // lanes of all panels; cells of a key
@@ -127,11 +127,11 @@ struct AmxTile {
     return whole_cells(t.source.key.format == NATIVE ? t.head_dim / 2 : (t.head_dim + 3) / 4);
   }
   static inline int64_t depth(const PrefillTile& t) { return cells_of(t) * (t.source.key.format == NATIVE ? 1 : 2); }
-  static inline float scale_of(const void* from, int place, const Half& half) { return number((const f16*)((const char*)from + half.scales) + place); }
-  static inline float zero_of(const void* from, int place, const Half& half) { return number((const f16*)((const char*)from + half.zeros) + place); }
+  static inline float scale_of(const void* from, int place, const KVPart& kv_part) { return number((const f16*)((const char*)from + kv_part.scales) + place); }
+  static inline float zero_of(const void* from, int place, const KVPart& kv_part) { return number((const f16*)((const char*)from + kv_part.zeros) + place); }
 
   // Of a query that has codes to meet: upper and then lower bytes.
-  inline void lane(const bf16* row, const Half&, int64_t lane, float* buffer, float* panels) {
+  inline void lane(const bf16* row, const KVPart&, int64_t lane, float* buffer, float* panels) {
     float* to = panels + lane / LANES * depth(t) * LANES + lane % LANES;
     if (key.format == NATIVE) {
       for (int64_t d = 0; d < key.dim / 2; d++) memcpy(to + d * LANES, row + 2 * d, 4);
@@ -160,7 +160,7 @@ struct AmxTile {
     sums[lane] = sum(wholes) * units[lane];
   }
 
-  inline void keys(const void* const* from, const int* at, int64_t count, const Half&, float* store, const char**) {
+  inline void keys(const void* const* from, const int* at, int64_t count, const KVPart&, float* store, const char**) {
     key_rows = store;
     for (int64_t i = 0; i < count; i++) {
       float* const row = store + i * width;
@@ -200,7 +200,7 @@ struct AmxTile {
     }
   }
 
-  inline void find_values(const void**, const int* at, int64_t, const Half&, float*) { places = at; }
+  inline void find_values(const void**, const int* at, int64_t, const KVPart&, float*) { places = at; }
 
   // The codes of a token in 16 columns as bfloat16, in the upper half of each cell; zeros of no token.
   inline __m512i codes_of(const void* from, int place, int64_t column, int shift, int mask) const {

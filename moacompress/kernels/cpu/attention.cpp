@@ -15,27 +15,27 @@ static inline int64_t segment_of(const Pool& pool, int64_t id) {
   return s < 0 || id < 0 || id >= pool.first_block[s + 1] ? -1 : s;
 }
 
-int64_t half_bytes_of(const Pool& pool, int64_t id) {
+int64_t part_bytes_of(const Pool& pool, int64_t id) {
   const int64_t s = segment_of(pool, id);
-  return s < 0 ? -1 : pool.half_bytes[s];
+  return s < 0 ? -1 : pool.part_bytes[s];
 }
 
 const char* block_of(const Pool& pool, int64_t id, int64_t bytes) {
   const int64_t s = segment_of(pool, id);
-  if (s < 0 || pool.half_bytes[s] != bytes) return nullptr;
+  if (s < 0 || pool.part_bytes[s] != bytes) return nullptr;
   return static_cast<const char*>(pool.base[s]) + (id - pool.first_block[s]) * pool.block_stride[s];
 }
 
 namespace {
 
-// A block that a query reads, and which of its tokens; whether it is one of those that hold what gates keep.
+// A block that a query reads, and which of its tokens; whether it is one of those that hold what gates select.
 struct Part {
   int64_t block, begin, end;
-  bool chosen;
+  bool selected;
 };
 
 // What the query of one (row, KV head) reads: a list of runs of tokens, and the blocks that they lie in, one run after the other.
-// A block that two runs touch is read twice, each time for its own tokens. The last run is of what gates keep, by its places.
+// A block that two runs touch is read twice, each time for its own tokens. The last run is of what gates select, by its places.
 struct Reads {
   Interval tokens[RUNS + 1];
 
@@ -73,14 +73,14 @@ struct DecodeJob {
     if (call.shared) return reads_of(call.lengths[row], call.shared->rules.of(pair_read(pair) % call.shape.kv_heads));
     const Rule rule = call.rules.of(pair % call.shape.kv_heads);
     Reads reads = reads_of(call.lengths[row], rule);
-    if (call.chosen && rule.selects()) reads.tokens[RUNS].end = selected(tokens_left(call.lengths[row], rule), rule);
+    if (call.selected && rule.selects()) reads.tokens[RUNS].end = selected_count(tokens_left(call.lengths[row], rule), rule);
     return reads;
   }
 
   // The id of a block that a pair reads, -1 where the table has none.
   int32_t id_of(int64_t pair, const Part& part) const {
-    const int64_t from = pair_read(pair), width = part.chosen ? call.chosen->width : call.table.width;
-    const int32_t* ids = part.chosen ? call.chosen->ids : call.table.ids;
+    const int64_t from = pair_read(pair), width = part.selected ? call.selected->width : call.table.width;
+    const int32_t* ids = part.selected ? call.selected->ids : call.table.ids;
     return part.block < width ? ids[from * width + part.block] : -1;
   }
 
@@ -102,9 +102,9 @@ struct DecodeJob {
     chunk.group = shape.group;
     chunk.head_dim = shape.head_dim;
     chunk.value_dim = shape.value_dim;
-    const Halves halves = halves_of(call.rules.of(head), shape);
-    chunk.key = halves.key;
-    chunk.value = halves.value;
+    const KVParts kv_parts = kv_parts_of(call.rules.of(head), shape);
+    chunk.key = kv_parts.key;
+    chunk.value = kv_parts.value;
     const int64_t from = pair_read(pair), kept = shape.group * KEPT;
     if (call.keep) chunk.keep = call.keep + index * kept;
     if (call.shared) {
@@ -148,8 +148,8 @@ struct DecodeJob {
   // Finds what another task begins with, keys or of kept weights values; what is not there stays null.
   void find_coming(int64_t index, DecodeChunk& chunk) const {
     const int64_t pair = pair_of(index), head = pair % call.shape.kv_heads, begin = (index - first_chunk[pair]) * CHUNK_BLOCKS;
-    const Halves halves = halves_of(call.rules.of(head), call.shape);
-    chunk.coming_bytes = call.shared ? halves.value.bytes : halves.key.bytes;
+    const KVParts kv_parts = kv_parts_of(call.rules.of(head), call.shape);
+    chunk.coming_bytes = call.shared ? kv_parts.value.bytes : kv_parts.key.bytes;
     const Reads reads = reads_of_pair(pair);
     for (int64_t k = 0; k < smaller(AHEAD, reads.count() - begin); k++) {
       const int32_t id = id_of(pair, reads.part(begin + k));
@@ -190,7 +190,7 @@ struct DecodeJob {
   }
 };
 
-// The chunk of a prefill as codes, of the KV heads that keep codes: halves of blocks, from the chunk's first token on.
+// The chunk of a prefill as codes, of the KV heads that keep codes: K and V parts of blocks, from the chunk's first token on.
 struct CodedChunk {
   const PrefillCall& call;
   const Kernels& kernels;
@@ -205,8 +205,8 @@ struct CodedChunk {
       for (int64_t head = 0; head <= call.shape.kv_heads; head++) {
         begins[size_t(side * (call.shape.kv_heads + 1) + head)] = sum;
         if (head == call.shape.kv_heads) continue;
-        const Half half = half_at(side, head);
-        if (half.format != NATIVE) sum += blocks() * half.bytes;
+        const KVPart kv_part = kv_part_at(side, head);
+        if (kv_part.format != NATIVE) sum += blocks() * kv_part.bytes;
       }
     row_bytes = sum;
     memory.emplace(size_t(sum * call.shape.rows));
@@ -215,9 +215,9 @@ struct CodedChunk {
   int64_t row_bytes = 0;
   bool there() const { return begins.get() && memory->get(); }
   int64_t blocks() const { return (call.tokens + BLOCK - 1) / BLOCK; }
-  Half half_at(int64_t side, int64_t head) const {
-    const Halves halves = halves_of(call.rules.of(head), call.shape);
-    return side == 0 ? halves.key : halves.value;
+  KVPart kv_part_at(int64_t side, int64_t head) const {
+    const KVParts kv_parts = kv_parts_of(call.rules.of(head), call.shape);
+    return side == 0 ? kv_parts.key : kv_parts.value;
   }
   char* of(int64_t side, int64_t row, int64_t head) const {
     return memory->get() + row * row_bytes + begins[size_t(side * (call.shape.kv_heads + 1) + head)];
@@ -229,12 +229,12 @@ struct CodedChunk {
     const int64_t row = pair / call.shape.kv_heads, head = pair % call.shape.kv_heads;
     const int64_t element = int64_t(element_size(call.shape.dtype)), end = smaller((block + 1) * BLOCK, call.valid[row]);
     for (int64_t side = 0; side < 2; side++) {
-      const Half half = half_at(side, head);
-      if (half.format == NATIVE) continue;
+      const KVPart kv_part = kv_part_at(side, head);
+      if (kv_part.format == NATIVE) continue;
       const Strides& at = side == 0 ? call.key_at : call.value_at;
       const char* from = static_cast<const char*>(side == 0 ? call.key : call.value) + (row * at.row + head * at.head) * element;
       for (int64_t t = block * BLOCK; t < end; t++)
-        kernels.encode[call.shape.dtype](from + t * at.token * element, half, t % BLOCK, of(side, row, head) + block * half.bytes, buffer);
+        kernels.encode[call.shape.dtype](from + t * at.token * element, kv_part, t % BLOCK, of(side, row, head) + block * kv_part.bytes, buffer);
     }
     return OK;
   }
@@ -280,16 +280,16 @@ struct PrefillJob {
     work.source.width = call.table.width;
     work.source.keys = &call.keys;
     work.source.values = &call.values;
-    const Halves halves = halves_of(work.rule, shape);
-    work.source.key = halves.key;
-    work.source.value = halves.value;
-    const auto find = [&](const Half& half, int64_t side, const void* chunk, const Strides& at, const char*& from, int64_t& bytes) {
-      const bool native = half.format == NATIVE;
+    const KVParts kv_parts = kv_parts_of(work.rule, shape);
+    work.source.key = kv_parts.key;
+    work.source.value = kv_parts.value;
+    const auto find = [&](const KVPart& kv_part, int64_t side, const void* chunk, const Strides& at, const char*& from, int64_t& bytes) {
+      const bool native = kv_part.format == NATIVE;
       from = native ? static_cast<const char*>(chunk) + (row * at.row + head * at.head) * element : coded.of(side, row, head);
-      bytes = native ? at.token * element : half.bytes;
+      bytes = native ? at.token * element : kv_part.bytes;
     };
-    find(halves.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
-    find(halves.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
+    find(kv_parts.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
+    find(kv_parts.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
     if (call.passing) work.passing = call.passing->of(pair);
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
@@ -306,12 +306,12 @@ struct PrefillJob {
 
 }  // namespace
 
-// Where the row of a token lies, or of codes the half of the block that it is in.
-static const char* in_block(const Half& half, const char* at, int64_t place) {
-  return half.format == NATIVE ? at + place * half.token_bytes : at;
+// Where the row of a token lies, or of codes the part of the block that it is in.
+static const char* in_block(const KVPart& kv_part, const char* at, int64_t place) {
+  return kv_part.format == NATIVE ? at + place * kv_part.token_bytes : at;
 }
-static const char* in_chunk(const Half& half, const char* at, int64_t bytes, int64_t token) {
-  return at + (half.format == NATIVE ? token : token / BLOCK) * bytes;
+static const char* in_chunk(const KVPart& kv_part, const char* at, int64_t bytes, int64_t token) {
+  return at + (kv_part.format == NATIVE ? token : token / BLOCK) * bytes;
 }
 
 bool find_slots(const RowSource& source, const int64_t* slots, int64_t count, const void** keys, const void** values, int* places) {
@@ -361,10 +361,10 @@ bool find_rows(const RowSource& source, int64_t column, int64_t count, const voi
 Status put(const PutCall& call, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   constexpr int64_t TOKENS = 256;  // of a task
-  return run_tasks(parallel, (call.count + TOKENS - 1) / TOKENS, size_t(call.half.dim + 16), [&](int64_t task, float* buffer) {
+  return run_tasks(parallel, (call.count + TOKENS - 1) / TOKENS, size_t(call.kv_part.dim + 16), [&](int64_t task, float* buffer) {
     for (int64_t i = task * TOKENS; i < smaller((task + 1) * TOKENS, call.count); i++) {
       const char* from = static_cast<const char*>(call.from) + i * call.row * int64_t(element_size(call.dtype));
-      kernels.encode[call.dtype](from, call.half, call.slots[i] % BLOCK, call.to + call.slots[i] / BLOCK * call.half.bytes, buffer);
+      kernels.encode[call.dtype](from, call.kv_part, call.slots[i] % BLOCK, call.to + call.slots[i] / BLOCK * call.kv_part.bytes, buffer);
     }
     return OK;
   });

@@ -39,8 +39,8 @@ struct BackwardJob {
     work.rule = call.rules.of(head);
     work.low = first + 1;
     work.source.columns = columns_of(work.low, real, work.rule);
-    work.source.key = half_of(NATIVE, shape.head_dim, element, KEYS);
-    work.source.value = half_of(NATIVE, shape.value_dim, element, VALUES);
+    work.source.key = kv_part_of(NATIVE, shape.head_dim, element, KEYS);
+    work.source.value = kv_part_of(NATIVE, shape.value_dim, element, VALUES);
     work.source.key_chunk = at(call.key, call.key_at, row, head, 0, element);
     work.source.value_chunk = at(call.value, call.value_at, row, head, 0, element);
     work.source.key_bytes = call.key_at.token * element;

@@ -91,12 +91,12 @@ void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool va
   const int64_t count = vectors.size(0), dim = vectors.size(1);
   check_rows(vectors, {count, dim}, vectors.scalar_type(), op, "vectors");
   REQUIRE(dim > 0, op, ": vectors of no numbers");
-  const Half half = half_of(format, dim, 1, values ? VALUES : KEYS);
-  dense(memory, {-1, half.bytes}, ScalarType::Byte, op, "memory");
+  const KVPart kv_part = kv_part_of(format, dim, 1, values ? VALUES : KEYS);
+  dense(memory, {-1, kv_part.bytes}, ScalarType::Byte, op, "memory");
   const int64_t* at = numbers(slots, count, op, "slots");
   for (int64_t i = 0; i < count; i++)
     REQUIRE(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
-  const PutCall call = {dtype_of(vectors, op, "vectors"), half, vectors.const_data_ptr(), vectors.stride(0), count, at,
+  const PutCall call = {dtype_of(vectors, op, "vectors"), kv_part, vectors.const_data_ptr(), vectors.stride(0), count, at,
                         static_cast<char*>(memory.mutable_data_ptr())};
   check_status(put(call, parallel(), isa()), op);
 }

@@ -135,10 +135,10 @@ inline Rest rest_of(const Tensor& rules, double scaling, double softcap, const s
 }
 
 // Views of a pool's segments; must outlive the call. A segment of native numbers has the shape [blocks, 16, dim], one of codes is
-// of bytes, [blocks, bytes of a half].
+// of bytes, [blocks, bytes of a part].
 struct PoolViews {
   std::vector<const void*> base;
-  std::vector<int64_t> block_stride, half_bytes, first_block{0};
+  std::vector<int64_t> block_stride, part_bytes, first_block{0};
 
   PoolViews(const Tensors& segments, int64_t dim, ScalarType type, const char* op, const char* name, bool may_lack = false) {
     for (const Tensor& t : segments) {
@@ -146,7 +146,7 @@ struct PoolViews {
       if (may_lack && coded && t.dim() == 2 && t.size(1) == 0) {  // this segment has none
         base.push_back(nullptr);
         block_stride.push_back(0);
-        half_bytes.push_back(0);
+        part_bytes.push_back(0);
         first_block.push_back(first_block.back() + t.size(0));
         continue;
       }
@@ -154,13 +154,13 @@ struct PoolViews {
       if (coded) {
         check_rows(t, {-1, -1}, ScalarType::Byte, op, name);
         const int64_t bytes = t.size(1);
-        REQUIRE(bytes == half_of(INT8, dim, 1, KEYS).bytes || bytes == half_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
-                " bytes a block of ", name, ", not ", half_of(INT8, dim, 1, KEYS).bytes, " or ", half_of(INT4, dim, 1, KEYS).bytes);
-        half_bytes.push_back(bytes);
+        REQUIRE(bytes == kv_part_of(INT8, dim, 1, KEYS).bytes || bytes == kv_part_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
+                " bytes a block of ", name, ", not ", kv_part_of(INT8, dim, 1, KEYS).bytes, " or ", kv_part_of(INT4, dim, 1, KEYS).bytes);
+        part_bytes.push_back(bytes);
       } else {
         check_rows(t, {-1, BLOCK, dim}, type, op, name);
         REQUIRE(t.stride(1) == dim || t.size(0) == 0, op, ": a block of ", name, " must be contiguous");
-        half_bytes.push_back(half_of(NATIVE, dim, element, KEYS).bytes);
+        part_bytes.push_back(kv_part_of(NATIVE, dim, element, KEYS).bytes);
       }
       base.push_back(t.const_data_ptr());
       block_stride.push_back(t.stride(0) * element);
@@ -175,13 +175,13 @@ struct PoolViews {
       check_rows(t, {-1, there ? bytes : 0}, ScalarType::Byte, op, name);
       found.base.push_back(there ? t.const_data_ptr() : nullptr);
       found.block_stride.push_back(there ? t.stride(0) : 0);
-      found.half_bytes.push_back(there ? bytes : 0);
+      found.part_bytes.push_back(there ? bytes : 0);
       found.first_block.push_back(found.first_block.back() + t.size(0));
     }
     return found;
   }
   PoolViews() = default;
-  Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), half_bytes.data(), first_block.data()}; }
+  Pool view() const { return {int64_t(base.size()), base.data(), block_stride.data(), part_bytes.data(), first_block.data()}; }
 };
 
 inline Shape shape_of(const Tensor& query, int64_t dims, int64_t kv_heads, int64_t value_dim, const char* op) {

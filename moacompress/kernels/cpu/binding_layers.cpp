@@ -18,8 +18,8 @@ struct Layers {
   std::vector<DecoderLayer> layers;
   std::vector<Rest> rests;
   std::vector<std::optional<Reuse>> reuses;
-  std::vector<size_t> planes;                      // of each layer: of values beside its own, of layers that share its keys
-  std::vector<std::vector<int64_t>> beside_bytes;  // of each layer: bytes of their halves, [kv_heads, planes]
+  std::vector<size_t> value_sets;                      // of each layer: of values beside its own, of layers that share its keys
+  std::vector<std::vector<int64_t>> shared_value_bytes;  // of each layer: bytes of their parts, [kv_heads, value sets]
   std::vector<Gate> gates;
   ScalarType type;
   int64_t inputs;
@@ -84,7 +84,7 @@ Named<Caches>& all_caches() {
 void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
 
 // Reads how layers share attention: of each layer its anchor, -1 for none, then of each KV head the anchor's that it reads and the
-// plane of its values.
+// value set of its values.
 std::vector<std::optional<Reuse>> reuses_of(const Tensor& shares, size_t count, int64_t kv_heads, const char* op) {
   std::vector<std::optional<Reuse>> found(count);
   const bool none = shares.numel() == 0;
@@ -95,32 +95,32 @@ std::vector<std::optional<Reuse>> reuses_of(const Tensor& shares, size_t count, 
             ", which is no earlier layer with attention of its own");
     Reuse reuse = {at[0], {at + 1, at + 1 + kv_heads}, {at + 1 + kv_heads, at + 1 + 2 * kv_heads}};
     for (int64_t head = 0; head < kv_heads; head++)
-      REQUIRE(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.planes[size_t(head)] >= 0 &&
-                  reuse.planes[size_t(head)] < int64_t(count) * kv_heads,
-              op, ": KV head ", head, " of layer ", i, " reads head ", reuse.head_map[size_t(head)], " and plane ",
-              reuse.planes[size_t(head)]);
+      REQUIRE(reuse.head_map[size_t(head)] >= 0 && reuse.head_map[size_t(head)] < kv_heads && reuse.value_sets[size_t(head)] >= 0 &&
+                  reuse.value_sets[size_t(head)] < int64_t(count) * kv_heads,
+              op, ": KV head ", head, " of layer ", i, " reads head ", reuse.head_map[size_t(head)], " and value set ",
+              reuse.value_sets[size_t(head)]);
     found[i] = std::move(reuse);
   }
   return found;
 }
 
 // Takes note of what the layers that share attention keep in the blocks of their anchors.
-void count_beside(Layers& read) {
+void count_shared_values(Layers& read) {
   const size_t count = read.layers.size();
-  read.planes.assign(count, 0);
-  read.beside_bytes.resize(count);
+  read.value_sets.assign(count, 0);
+  read.shared_value_bytes.resize(count);
   for (const auto& reuse : read.reuses)
     if (reuse)
-      for (const int64_t plane : reuse->planes) read.planes[size_t(reuse->anchor)] = std::max(read.planes[size_t(reuse->anchor)], size_t(plane) + 1);
+      for (const int64_t value_set : reuse->value_sets) read.value_sets[size_t(reuse->anchor)] = std::max(read.value_sets[size_t(reuse->anchor)], size_t(value_set) + 1);
   for (size_t i = 0; i < count; i++)
     if (const auto& reuse = read.reuses[i]) {
       const size_t anchor = size_t(reuse->anchor);
       const Shape& shape = read.layers[i].projections.shape;
-      std::vector<int64_t>& bytes = read.beside_bytes[anchor];
-      bytes.resize(size_t(shape.kv_heads) * read.planes[anchor], 0);
-      for (size_t head = 0; head < reuse->planes.size(); head++)
-        bytes[size_t(reuse->head_map[head]) * read.planes[anchor] + size_t(reuse->planes[head])] =
-            halves_of(read.rests[i].rules.of(int64_t(head)), shape).value.bytes;
+      std::vector<int64_t>& bytes = read.shared_value_bytes[anchor];
+      bytes.resize(size_t(shape.kv_heads) * read.value_sets[anchor], 0);
+      for (size_t head = 0; head < reuse->value_sets.size(); head++)
+        bytes[size_t(reuse->head_map[head]) * read.value_sets[anchor] + size_t(reuse->value_sets[head])] =
+            kv_parts_of(read.rests[i].rules.of(int64_t(head)), shape).value.bytes;
     }
 }
 
@@ -163,46 +163,46 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
     const Shape& shape = read.layers.back().projections.shape;
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
-  count_beside(read);
+  count_shared_values(read);
   read.gates = gates_of(gates, read, op);
   for (const Tensors* some : {&weights, &biases, &norms, &rules, &gates}) append(read.held, *some);
   for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
   return all_layers().add(std::move(read));
 }
 
-// Table, lengths, runs and refs of a cache, then the table of what gates keep and how many tokens have left, of no numbers where no
+// Table, lengths, runs and refs of a cache, then the table of what gates select and how many tokens have left, of no numbers where no
 // rule selects.
 constexpr size_t STATE_PARTS = 6;
 
 std::pair<LayerCache, Tensors> cache_of(const Layers& layers, int64_t rows, size_t layer, const Tensors& keys, const Tensors& values,
-                                        const Tensors& beside, const Tensor* state, int64_t lag, const char* op) {
+                                        const Tensors& shared_values, const Tensor* state, int64_t lag, const char* op) {
   Shape shape = layers.layers[layer].projections.shape;
   shape.rows = rows;
   Tensors held(state, state + STATE_PARTS);
   append(held, keys);
   append(held, values);
-  append(held, beside);
+  append(held, shared_values);
   LayerCache cache(keys, values, state[0], state[1], state[2], state[3], layers.rests[layer], lag, shape, layers.type, op);
-  const size_t planes = layers.planes[layer], segments = keys.size();
+  const size_t value_sets = layers.value_sets[layer], segments = keys.size();
   if (layers.gates[layer].heads) {
-    REQUIRE(planes == 0, op, ": layer ", layer, " keeps tokens by their score and serves layers that share its keys");
-    put_chosen(cache, shape, beside, state[4], state[5], op);
+    REQUIRE(value_sets == 0, op, ": layer ", layer, " keeps tokens by their score and serves layers that share its keys");
+    put_selected(cache, shape, shared_values, state[4], state[5], op);
     return {std::move(cache), held};
   }
-  REQUIRE(beside.size() == planes * segments, op, ": ", beside.size(), " segments of values beside those of layer ", layer,
-          ", of ", planes, " planes");
-  for (size_t plane = 0; plane < planes; plane++) {
-    const auto begin = beside.begin() + int64_t(plane * segments);
-    cache.beside.emplace_back(Tensors(begin, begin + int64_t(segments)), shape.value_dim, layers.type, op, "values beside others", true);
-    REQUIRE(cache.beside.back().first_block.back() == cache.blocks, op, ": ", cache.beside.back().first_block.back(),
+  REQUIRE(shared_values.size() == value_sets * segments, op, ": ", shared_values.size(), " segments of values beside those of layer ", layer,
+          ", of ", value_sets, " value sets");
+  for (size_t value_set = 0; value_set < value_sets; value_set++) {
+    const auto begin = shared_values.begin() + int64_t(value_set * segments);
+    cache.shared_values.emplace_back(Tensors(begin, begin + int64_t(segments)), shape.value_dim, layers.type, op, "values beside others", true);
+    REQUIRE(cache.shared_values.back().first_block.back() == cache.blocks, op, ": ", cache.shared_values.back().first_block.back(),
             " blocks beside ", cache.blocks);
   }
-  for (const PoolViews& views : cache.beside) cache.planes.push_back(views.view());
-  cache.beside_bytes = layers.beside_bytes[layer];
+  for (const PoolViews& views : cache.shared_values) cache.value_sets.push_back(views.view());
+  cache.shared_value_bytes = layers.shared_value_bytes[layer];
   return {std::move(cache), held};
 }
 
-int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors beside, Tensors states, int64_t lag) {
+int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segments, Tensors shared_values, Tensors states, int64_t lag) {
   const char* op = "read_caches";
   const std::shared_ptr<const Layers> of = all_layers().find(layers, op, "layers");
   const size_t count = of->layers.size();
@@ -213,7 +213,7 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
   check(states[1], {-1}, ScalarType::Long, op, "lengths");
   Caches read = {of, states[1].size(0), {}, std::vector<Scratch>(count)};
   int64_t begin = 0;
-  size_t state = 0, begin_beside = 0;
+  size_t state = 0, begin_shared_values = 0;
   for (size_t i = 0; i < count; i++) {
     const int64_t own = segments[i];
     if (of->reuses[i]) {
@@ -224,13 +224,13 @@ int64_t read_caches_op(int64_t layers, Tensors keys, Tensors values, Shapes segm
     REQUIRE(own > 0 && own <= int64_t(keys.size()) - begin && own <= int64_t(values.size()) - begin, op, ": ", own,
             " segments of layer ", i, ", of ", keys.size(), " of keys and ", values.size(), " of values");
     const auto part = [&](const Tensors& all) { return Tensors(all.begin() + begin, all.begin() + begin + own); };
-    const size_t more = (of->gates[i].heads ? 1 : of->planes[i]) * size_t(own);
-    REQUIRE(more <= beside.size() - begin_beside, op, ": ", beside.size(), " segments beside others; more are needed");
-    const auto first = beside.begin() + int64_t(begin_beside);
+    const size_t more = (of->gates[i].heads ? 1 : of->value_sets[i]) * size_t(own);
+    REQUIRE(more <= shared_values.size() - begin_shared_values, op, ": ", shared_values.size(), " segments beside others; more are needed");
+    const auto first = shared_values.begin() + int64_t(begin_shared_values);
     read.caches.emplace_back(cache_of(*of, read.rows, i, part(keys), part(values), Tensors(first, first + int64_t(more)),
                                       &states[STATE_PARTS * state++], lag, op));
     begin += own;
-    begin_beside += more;
+    begin_shared_values += more;
   }
   REQUIRE(size_t(begin) == keys.size() && keys.size() == values.size(), op, ": ", begin, " segments of the layers, ",
           keys.size(), " of keys and ", values.size(), " of values");
@@ -244,14 +244,14 @@ std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
 }
 
 // Reads the cache of one layer anew.
-void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors beside, Tensors state, int64_t lag) {
+void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors shared_values, Tensors state, int64_t lag) {
   const char* op = "read_cache";
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
   REQUIRE(layer >= 0 && size_t(layer) < all->caches.size() && state.size() == STATE_PARTS, op, ": layer ", layer,
           " of ", all->caches.size(), " with ", state.size(), " parts of a cache, of ", STATE_PARTS);
   REQUIRE(all->caches[size_t(layer)], op, ": layer ", layer, " has no cache of its own");
   all->caches[size_t(layer)].emplace(
-      cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, beside, state.data(), lag, op));
+      cache_of(*layers_of(*all, op), all->rows, size_t(layer), keys, values, shared_values, state.data(), lag, op));
 }
 
 // The layers from `first` on, one after the other. Returns what came out of the last one that was done, the number of layers done,
@@ -280,7 +280,7 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
       scores.resize(size_t(rows * gate.heads));
       if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
       if (!reuse)
-        return take(all->caches[size_t(i)]->first, token, mixed, op, read.planes[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
+        return take(all->caches[size_t(i)]->first, token, mixed, op, read.value_sets[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
       const size_t anchor = size_t(reuse->anchor);
       return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
     };

@@ -22,15 +22,15 @@ struct State {
 
 std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
                                     Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
-                                    std::optional<Tensor> sink_logits, Tensors chosen, std::optional<Tensor> scores) {
+                                    std::optional<Tensor> sink_logits, Tensors selected, std::optional<Tensor> scores) {
   const char* op = "step";
   const Shape shape = chunk_shape(query, key, value, op, 1);
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
   LayerCache cache = state.of(shape, query.scalar_type(), op, scores.has_value());
   const int16_t* of_token = nullptr;
-  if (scores) {  // what gates keep: the table, how many have left, and the segments of scores
-    REQUIRE(chosen.size() > 2, op, ": ", chosen.size(), " parts of what gates keep; at least 3 are needed");
-    put_chosen(cache, shape, Tensors(chosen.begin() + 2, chosen.end()), chosen[0], chosen[1], op);
+  if (scores) {  // what gates select: the table, how many have left, and the segments of scores
+    REQUIRE(selected.size() > 2, op, ": ", selected.size(), " parts of what gates select; at least 3 are needed");
+    put_selected(cache, shape, Tensors(selected.begin() + 2, selected.end()), selected[0], selected[1], op);
     of_token = static_cast<const int16_t*>(dense(*scores, {shape.rows, shape.kv_heads}, ScalarType::Short, op, "scores"));
   }
   Tensor out = new_tensor(query, Shapes{shape.rows, 1, shape.kv_heads * shape.group, shape.value_dim});

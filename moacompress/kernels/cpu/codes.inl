@@ -37,7 +37,7 @@ void hadamard(float* x, int64_t dim) {
   if (i < dim) store_part(x + i, load_part(x + i, int(dim - i)) * factor, int(dim - i));
 }
 
-constexpr float LARGEST_HALF = 65504.f;
+constexpr float LARGEST_PART = 65504.f;
 inline float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 inline float number(const f16* p) {
   float x[W];
@@ -46,17 +46,17 @@ inline float number(const f16* p) {
 }
 
 // Puts a token's bytes of codes where they lie.
-inline void put_codes(const uint8_t* codes, const Half& half, int64_t place, uint8_t* to) {
-  const int64_t step = half.step();
-  for (int64_t i = 0; i < half.token_bytes; i += 4)
-    for (int64_t k = 0; k < 4; k++) to[half.at(place, i) + k * step] = codes[i + k];
+inline void put_codes(const uint8_t* codes, const KVPart& kv_part, int64_t place, uint8_t* to) {
+  const int64_t step = kv_part.step();
+  for (int64_t i = 0; i < kv_part.token_bytes; i += 4)
+    for (int64_t k = 0; k < 4; k++) to[kv_part.at(place, i) + k * step] = codes[i + k];
 }
 
-template <class T> void encode(const void* from, const Half& half, int64_t place, void* to, float* buffer) {
-  const int64_t dim = half.dim;
-  const float levels = half.format == INT8 ? 255.f : 15.f;
+template <class T> void encode(const void* from, const KVPart& kv_part, int64_t place, void* to, float* buffer) {
+  const int64_t dim = kv_part.dim;
+  const float levels = kv_part.format == INT8 ? 255.f : 15.f;
   char* const at = (char*)to;
-  f16 *const scale_at = (f16*)(at + half.scales) + place, *const zero_at = (f16*)(at + half.zeros) + place;
+  f16 *const scale_at = (f16*)(at + kv_part.scales) + place, *const zero_at = (f16*)(at + kv_part.zeros) + place;
   widen_row((const T*)from, dim, buffer);
   hadamard(buffer, dim);
   for (int64_t i = dim; i % W; i++) buffer[i] = buffer[0];
@@ -68,51 +68,51 @@ template <class T> void encode(const void* from, const Half& half, int64_t place
     finite = fma(x, zero(), finite);
   }
   if (!(sum(finite) == 0)) {
-    memset(buffer, 0, size_t(half.token_bytes));
-    put_codes((const uint8_t*)buffer, half, place, (uint8_t*)at);
+    memset(buffer, 0, size_t(kv_part.token_bytes));
+    put_codes((const uint8_t*)buffer, kv_part, place, (uint8_t*)at);
     scale_at->bits = zero_at->bits = 0x7e00;
     return;
   }
   const float low = -largest(zero() - lows) + 0.f, high = largest(highs);  // adding makes a minus zero a plus
-  store_part(zero_at, set1(within(low, -LARGEST_HALF, LARGEST_HALF)), 1);
-  store_part(scale_at, set1(within((high - low) / levels, 0.f, LARGEST_HALF)), 1);
+  store_part(zero_at, set1(within(low, -LARGEST_PART, LARGEST_PART)), 1);
+  store_part(scale_at, set1(within((high - low) / levels, 0.f, LARGEST_PART)), 1);
   const float scale = number(scale_at);
   const V base = set1(number(zero_at)), inverse = set1(scale == 0 ? 0.f : 1.f / scale), most = set1(levels);
   uint8_t* const whole = (uint8_t*)buffer;  // behind the numbers that are read
   for (int64_t i = 0; i < dim; i += W)
     store_codes(whole + i, round(min(max((load(buffer + i) - base) * inverse, zero()), most)));
-  for (int64_t i = dim; i < 2 * half.token_bytes; i++) whole[i] = 0;
-  if (half.format == INT4)
-    for (int64_t i = 0; i < half.token_bytes; i++) {
-      const int64_t above = i + half.low;
-      whole[i] = i < half.low ? uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0)) : uint8_t(0);
+  for (int64_t i = dim; i < 2 * kv_part.token_bytes; i++) whole[i] = 0;
+  if (kv_part.format == INT4)
+    for (int64_t i = 0; i < kv_part.token_bytes; i++) {
+      const int64_t above = i + kv_part.low;
+      whole[i] = i < kv_part.low ? uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0)) : uint8_t(0);
     }
-  put_codes(whole, half, place, (uint8_t*)at);
+  put_codes(whole, kv_part, place, (uint8_t*)at);
 }
 
 // What the codes of a token stand for, in the rotated basis.
-inline void expand(const void* from, int place, const Half& half, float* to) {
+inline void expand(const void* from, int place, const KVPart& kv_part, float* to) {
   const char* at = (const char*)from;
   const uint8_t* codes = (const uint8_t*)at;
-  const V scale = set1(number((const f16*)(at + half.scales) + place)), base = set1(number((const f16*)(at + half.zeros) + place));
+  const V scale = set1(number((const f16*)(at + kv_part.scales) + place)), base = set1(number((const f16*)(at + kv_part.zeros) + place));
   const auto put = [&](V x, int64_t i, int64_t end) {
     x = x * scale + base;
     if (i + W <= end) store(to + i, x);
     else if (i < end) store_part(to + i, x, int(end - i));
   };
-  const int64_t step = half.step();
-  for (int64_t i = 0; i < half.token_bytes; i += W) {
+  const int64_t step = kv_part.step();
+  for (int64_t i = 0; i < kv_part.token_bytes; i += W) {
     uint8_t side_by_side[W] = {};
-    for (int64_t j = i; j < smaller(i + W, half.token_bytes); j += 4)
-      for (int64_t k = 0; k < 4; k++) side_by_side[j - i + k] = codes[half.at(place, j) + k * step];
-    if (half.format == INT8) {
-      put(load_codes(side_by_side), i, half.dim);
+    for (int64_t j = i; j < smaller(i + W, kv_part.token_bytes); j += 4)
+      for (int64_t k = 0; k < 4; k++) side_by_side[j - i + k] = codes[kv_part.at(place, j) + k * step];
+    if (kv_part.format == INT8) {
+      put(load_codes(side_by_side), i, kv_part.dim);
       continue;
     }
     V low, high;
     load_nibbles(side_by_side, low, high);
-    put(low, i, half.low);
-    put(high, i + half.low, half.dim);
+    put(low, i, kv_part.low);
+    put(high, i + kv_part.low, kv_part.dim);
   }
 }
 
@@ -141,7 +141,7 @@ struct Places {
   }
 };
 
-// A half of a block that will be read soon; null for none.
+// The K or V part of a block that will be read soon; null for none.
 struct Ahead {
   const char* at;
   int64_t bytes;
@@ -165,7 +165,7 @@ constexpr int BLOCK_VECTORS = int(BLOCK) / W;
 struct FloatCodes {
   static inline int64_t query_floats(int64_t bytes) { return 2 * bytes; }
   // Of INT8 the numbers, of INT4 those of the low nibbles and then of the high ones; returns the sum of all.
-  static inline float keep_query(const float* from, const Half& key, float* to) {
+  static inline float keep_query(const float* from, const KVPart& key, float* to) {
     const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low;
     memset(to, 0, size_t((key.format == INT8 ? 1 : 2) * bytes) * sizeof(float));
     memcpy(to, from, size_t(low) * sizeof(float));
@@ -175,11 +175,11 @@ struct FloatCodes {
     return sum;
   }
   template <int BITS, int HEADS>
-  static inline void dots(const uint8_t* codes, const Half& half, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
+  static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
     for (int h = 0; h < HEADS; h++)
       for (int v = 0; v < BLOCK_VECTORS; v++) to[h][v] = zero();
-    for (int64_t i = 0; i < half.token_bytes; i += 4, codes += 4 * BLOCK) {
-      if (i % 16 == 0) next.fetch(i / 16, (half.token_bytes + 15) / 16);
+    for (int64_t i = 0; i < kv_part.token_bytes; i += 4, codes += 4 * BLOCK) {
+      if (i % 16 == 0) next.fetch(i / 16, (kv_part.token_bytes + 15) / 16);
       for (int v = 0; v < BLOCK_VECTORS; v++) {
         const Ints x = load_ints(codes + v * 4 * W);
         for (int k = 0; k < 4; k++) {
@@ -187,7 +187,7 @@ struct FloatCodes {
           for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(query[h * stride + i + k]), to[h][v]);
           if (BITS == 8) continue;
           const V high = picked(x, 8 * k + 4, 15);
-          for (int h = 0; h < HEADS; h++) to[h][v] = fma(high, set1(query[h * stride + half.token_bytes + i + k]), to[h][v]);
+          for (int h = 0; h < HEADS; h++) to[h][v] = fma(high, set1(query[h * stride + kv_part.token_bytes + i + k]), to[h][v]);
         }
       }
     }
@@ -252,7 +252,7 @@ struct ByteCodes {
 
   // Upper and lower bytes, each of the low codes and then of the high ones, and before them the unit. The sum is that of the whole
   // numbers: codes are never negative, and an error would not cancel against their zero point.
-  static inline float keep_query(const float* from, const Half& key, float* to) {
+  static inline float keep_query(const float* from, const KVPart& key, float* to) {
     const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low, all = 2 * (bytes + 16);
     V tops = zero();
     float plain = 0.f;  // not finite where some number is not
@@ -279,8 +279,8 @@ struct ByteCodes {
   }
   static inline int64_t query_floats(int64_t bytes) { return 1 + bytes + 16; }
   template <int BITS, int HEADS>
-  static inline void dots(const uint8_t* codes, const Half& half, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
-    const int64_t bytes = half.token_bytes, all = 2 * (bytes + 16);
+  static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
+    const int64_t bytes = kv_part.token_bytes, all = 2 * (bytes + 16);
     __m512i upper[HEADS], lower[HEADS];
     for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = _mm512_setzero_si512();
     for (int64_t i = 0; i < bytes; i += 4, codes += 4 * BLOCK) {
@@ -311,8 +311,8 @@ struct ByteCodes {
     to[0] = unit(top, sum_of_all);
     int8_t* upper = (int8_t*)(to + 1);
     for (int64_t b = 0; b < c.blocks; b++) {
-      const char* half = (const char*)c.values[b];
-      const V scale = load((const f16*)(half + c.value.scales)), base = load((const f16*)(half + c.value.zeros));
+      const char* kv_part = (const char*)c.values[b];
+      const V scale = load((const f16*)(kv_part + c.value.scales)), base = load((const f16*)(kv_part + c.value.zeros));
       const V weight = sum_of_all - sum_of_all == 0 ? load(weights + b * BLOCK) : zero();
       const V error = put(weight, inverse(top), upper + b * BLOCK, upper + CHUNK + b * BLOCK) * set1(to[0]) - weight;
       const Mask counts = both(at_least(weight, set1(1e-30f)), at_least(scale, set1(1e-30f)));
@@ -360,29 +360,29 @@ template <> struct CodesOf<f16> { typedef ByteCodes type; };
 
 // Scores of HEADS query heads with all tokens of a block: scale * (query . codes) + zero * (sum of the query).
 template <class Op, int BITS, int HEADS>
-inline void score_codes(const void* from, const Half& half, const Ahead& next, const float* query, int64_t stride, const float* sums,
+inline void score_codes(const void* from, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, const float* sums,
                         float* to) {
   V found[HEADS][BLOCK_VECTORS];
-  Op::template dots<BITS, HEADS>((const uint8_t*)from, half, next, query, stride, found);
-  const f16 *scales = (const f16*)((const char*)from + half.scales), *zeros = (const f16*)((const char*)from + half.zeros);
+  Op::template dots<BITS, HEADS>((const uint8_t*)from, kv_part, next, query, stride, found);
+  const f16 *scales = (const f16*)((const char*)from + kv_part.scales), *zeros = (const f16*)((const char*)from + kv_part.zeros);
   for (int v = 0; v < BLOCK_VECTORS; v++) {
     const V scale = load(scales + v * W), base = load(zeros + v * W);
     for (int h = 0; h < HEADS; h++) store(to + h * CHUNK_STRIDE + v * W, fma(found[h][v], scale, base * set1(sums[h])));
   }
 }
 template <class Op, int HEADS>
-inline void score_coded_heads(const void* from, const Half& half, const Ahead& next, const float* query, int64_t stride,
+inline void score_coded_heads(const void* from, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride,
                               const float* sums, float* to) {
-  if (half.format == INT8) score_codes<Op, 8, HEADS>(from, half, next, query, stride, sums, to);
-  else score_codes<Op, 4, HEADS>(from, half, next, query, stride, sums, to);
+  if (kv_part.format == INT8) score_codes<Op, 8, HEADS>(from, kv_part, next, query, stride, sums, to);
+  else score_codes<Op, 4, HEADS>(from, kv_part, next, query, stride, sums, to);
 }
 
 // Puts the scales of the values into the weights of a head, zeros where no token is seen; returns what their zero points add.
 inline float weigh_codes(const DecodeChunk& c, float* weights) {
   V more = zero();
   for (int64_t b = 0; b < c.blocks; b++) {
-    const char* half = (const char*)c.values[b];
-    const f16 *scales = (const f16*)(half + c.value.scales), *zeros = (const f16*)(half + c.value.zeros);
+    const char* kv_part = (const char*)c.values[b];
+    const f16 *scales = (const f16*)(kv_part + c.value.scales), *zeros = (const f16*)(kv_part + c.value.zeros);
     const V begin = set1(float(c.begin[b])), last = set1(float(c.end[b] - 1));
     for (int v = 0; v < BLOCK_VECTORS; v++) {
       static const float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -37,11 +37,11 @@ struct Strides {
 };
 
 // A growing list of segments of blocks, of their keys or of their values. Segment s holds the block ids [first_block[s],
-// first_block[s + 1]), each `half_bytes[s]` of memory, `block_stride[s]` bytes apart; see `Half`.
+// first_block[s + 1]), each `half_bytes[s]` of memory, `block_stride[s]` bytes apart; see `KVPart`.
 struct Pool {
   int64_t segments;
   const void* const* base;
-  const int64_t *block_stride, *half_bytes;
+  const int64_t *block_stride, *part_bytes;
   const int64_t* first_block;
 };
 
@@ -50,14 +50,14 @@ struct Shape {
   int64_t rows, kv_heads, group, head_dim, value_dim;
 };
 
-// The two halves of a KV head's blocks.
-struct Halves {
-  Half key, value;
+// The K and the V part of a KV head's blocks.
+struct KVParts {
+  KVPart key, value;
 };
 
-static MOACOMPRESS_INLINE Halves halves_of(const Rule& rule, const Shape& shape) {
+static MOACOMPRESS_INLINE KVParts kv_parts_of(const Rule& rule, const Shape& shape) {
   const int64_t element = int64_t(element_size(shape.dtype));
-  return {half_of(rule.key_format, shape.head_dim, element, KEYS), half_of(rule.value_format, shape.value_dim, element, VALUES)};
+  return {kv_part_of(rule.key_format, shape.head_dim, element, KEYS), kv_part_of(rule.value_format, shape.value_dim, element, VALUES)};
 }
 
 struct Scores {
@@ -78,9 +78,9 @@ struct Shared {
   const float* kept;        // weights that the anchor's call kept: queries and keys are not looked at
 };
 
-// The tokens that gates keep of every row and KV head, in blocks of the pool: the one in place p is in ids[p / 16]. Beside the keys
+// The tokens that gates select of every row and KV head, in blocks of the pool: the one in place p is in ids[p / 16]. Beside the keys
 // and values of its tokens a block of such a KV head has their scores, int16.
-struct Chosen {
+struct Selected {
   int32_t* ids;  // [rows, kv_heads, width]
   int64_t width;
   int64_t* left;          // [rows, kv_heads] tokens that have left the window, and were kept or not
@@ -101,7 +101,7 @@ struct DecodeCall {
   float* lse;              // [rows, heads], dense; or null
   float* keep;             // `kept_floats` for layers that share, or null
   const Shared* shared;    // or null
-  const Chosen* chosen = nullptr;  // or null: then of the tokens that gates keep none is seen
+  const Selected* selected = nullptr;  // or null: then of the tokens that gates select none is seen
 };
 
 // The selected tokens that queries of a chunk may attend to, those of a (row, KV head) from begins[pair] up to begins[pair + 1]. One
@@ -148,14 +148,14 @@ struct AdvanceCall {
   int64_t *lengths, *runs;  // [rows], [RUNS, 2, rows, kv_heads]
   int32_t* refs;            // [blocks]
   int64_t blocks;
-  // values of layers that share the keys, beside a block's own: so many planes at most, and of each KV head the bytes of their halves
-  int64_t planes;
-  const Pool* beside;           // [planes]
-  const int64_t* beside_bytes;  // [kv_heads, planes]; 0 for none
-  const Chosen* chosen = nullptr;  // or null; else the one plane is that of scores
+  // values of layers that share the keys, beside a block's own: so many planes at most, and of each KV head the bytes of their parts
+  int64_t value_sets;
+  const Pool* shared_values;           // [value sets]
+  const int64_t* shared_value_bytes;  // [kv_heads, value sets]; 0 for none
+  const Selected* selected = nullptr;  // or null; else the one set is that of scores
 };
 // The values of one token of every row, put beside those of the anchor's blocks, whose token is in them already.
-struct BesideCall {
+struct SharedValuesCall {
   Shape shape;  // the group is not looked at
   RuleTable rules;  // of the KV heads
   const void* value;
@@ -173,10 +173,10 @@ struct EvictionSchedule {
 };
 constexpr int64_t NEVER = int64_t(1) << 40;
 
-// Tokens written in a format with codes: to slots, block * 16 + place in it, of memory with so many blocks' halves.
+// Tokens written in a format with codes: to slots, block * 16 + place in it, of memory with so many blocks' parts.
 struct PutCall {
   DType dtype;
-  Half half;
+  KVPart kv_part;
   const void* from;   // [tokens, dim]
   int64_t row, count;  // numbers from token to token; tokens
   const int64_t* slots;
@@ -271,7 +271,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // The call can be made again once there is room: no token is written and no length is changed before. NO_MEMORY is for what it
 // works in.
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
-Status put_beside(const BesideCall& call, Isa isa);
+Status put_shared_values(const SharedValuesCall& call, Isa isa);
 // Lets tokens compete, `scores` [tokens]: says when each is evicted, and its place. The rules are those of the KV heads.
 Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const RuleTable& rules, const int64_t* scores);
 Status put(const PutCall& call, const Parallel& parallel, Isa isa);
@@ -286,12 +286,12 @@ void norm(const NormCall& call, Isa isa);
 // One decode task: some blocks of one (row, KV head), read once for all query heads of the group.
 struct DecodeChunk {
   int64_t group, head_dim, value_dim, blocks;
-  Half key, value;
+  KVPart key, value;
   const void* query;
   int64_t query_head;
-  const void* keys[CHUNK_BLOCKS];  // each block's half
+  const void* keys[CHUNK_BLOCKS];  // each block's part
   const void* values[CHUNK_BLOCKS];
-  const void* coming[AHEAD];  // first halves of blocks that this thread probably reads next, or null
+  const void* coming[AHEAD];  // first K and V parts of blocks that this thread probably reads next, or null
   int64_t coming_bytes;
   int begin[CHUNK_BLOCKS], end[CHUNK_BLOCKS];  // tokens [begin, end) of each block are visible
   float scaling, softcap;
@@ -303,16 +303,16 @@ struct DecodeChunk {
   bool kept_in_blocks;  // whether it was kept of whole blocks, or of the tokens that are seen alone
 };
 
-// Finds the keys and values of columns [column, column + count) of a task: of native ones the row, of codes the half of the block,
+// Finds the keys and values of columns [column, column + count) of a task: of native ones the row, of codes the part of the block,
 // and its `places` in it.
 struct RowSource {
   Columns columns;
   int64_t past;
   const int32_t* ids;  // the (row, KV head)'s part of the table
   int64_t width;
-  Half key, value;
+  KVPart key, value;
   const Pool *keys, *values;
-  // the chunk of the (row, KV head): its rows, or its halves of blocks from its first token on
+  // the chunk of the (row, KV head): its rows, or its K and V parts of blocks from its first token on
   const char *key_chunk, *value_chunk;
   int64_t key_bytes, value_bytes;  // from token to token, or from block to block
 };
@@ -369,7 +369,7 @@ struct LaneSums {
 struct ProfileChoice {
   int64_t rule, sink;
   const int32_t* gone;  // [tokens]
-  const int32_t* ever;  // keys that are kept for a while, ascending
+  const int32_t* ever;  // keys that are held as transient, ascending
   int64_t count;
   const int32_t* left;  // [rows], ascending
 };
@@ -399,9 +399,9 @@ struct ProfileTile {
   int64_t window_events;
   const ProfileEvent* sinks;  // oldest key first
   int64_t sink_events;
-  const ProfileChoice* chosen;
+  const ProfileChoice* selected;
   int64_t choices, rules;
-  float* chosen_sums;  // [streams, lanes up to a multiple of LANES]
+  float* selected_sums;  // [streams, lanes up to a multiple of LANES]
   void* order;  // whose turn it is to add to the keys of a block
   void (*wait)(void* order, int64_t block);
   void (*done)(void* order, int64_t block);
@@ -421,7 +421,7 @@ struct Kernels {
   void (*decode[3])(const DecodeChunk&);
   bool (*prefill[3])(const PrefillTile&, float* scratch);
   bool (*prefill_codes[3])(const PrefillTile&, float* scratch);  // where keys or values have codes
-  void (*encode[3])(const void* from, const Half& half, int64_t place, void* to, float* buffer);  // buffer: [dim rounded up to 16]
+  void (*encode[3])(const void* from, const KVPart& kv_part, int64_t place, void* to, float* buffer);  // buffer: [dim rounded up to 16]
   void (*hadamard)(float* x, int64_t dim);                       // docs/formats.md, in place
   bool (*backward_query[3])(const PrefillTile&, float* scratch);
   void (*backward_key[3])(const KeyTile&, float* scratch);

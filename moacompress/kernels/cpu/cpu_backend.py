@@ -13,29 +13,29 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import (
+    AllocationShortfall,
     CacheState,
     CacheView,
     Choices,
     LayerWeights,
     Passing,
     Projections,
-    Room,
     Rotary,
     Scores,
 )
 from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, Status, WeightsMoved
 from moacompress.kernels.cpu import library
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
-from moacompress.rules.share import LayerShares, planes_of
+from moacompress.rules.share import LayerShares, value_sets_of
 
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
 TOO_NARROW = 1
-"""What the operators of a step return where the table is too narrow; 0 when done. See `_room`."""
-ROOM_HEADS = 1 << 16
-"""They return 1 + n * ROOM_HEADS + h where the pool lacks n blocks of the formats of KV head h."""
+"""What the operators of a step return where the table is too narrow; 0 when done. See `_shortfall`."""
+SHORTFALL_HEADS = 1 << 16
+"""They return 1 + n * SHORTFALL_HEADS + h where the pool lacks n blocks of the formats of KV head h."""
 
 
 class CpuBackend(Backend):
@@ -121,12 +121,14 @@ class CpuBackend(Backend):
         )
         return found
 
-    def put(self, half: BlockHalf, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
+    def put(self, kv_part: KVPart, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
         """See `Backend.put`."""
-        if half.bits:
-            torch.ops.moacompress_cpu.put(memory, slots.contiguous(), _rows(vectors.detach()), half.code, half.values)
+        if kv_part.bits:
+            torch.ops.moacompress_cpu.put(
+                memory, slots.contiguous(), _rows(vectors.detach()), kv_part.code, kv_part.values
+            )
         else:
-            super().put(half, memory, slots, vectors)
+            super().put(kv_part, memory, slots, vectors)
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
         """See `Backend.eviction_schedule`."""
@@ -144,7 +146,7 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         gate_scores: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """See `Backend.step`."""
         out, wanted = torch.ops.moacompress_cpu.step(
             _rows(query),
@@ -154,10 +156,10 @@ class CpuBackend(Backend):
             rules.columns,
             cache.lag,
             *_numbers(scores),
-            [] if gate_scores is None else [cache.chosen, cache.left, *_beside(cache)],
+            [] if gate_scores is None else [cache.selected, cache.left, *_shared_values(cache)],
             None if gate_scores is None else gate_scores.contiguous(),
         )
-        return out, _room(wanted)
+        return out, _shortfall(wanted)
 
     def step_hidden(
         self,
@@ -168,13 +170,13 @@ class CpuBackend(Backend):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """See `Backend.step_hidden`."""
         made = (hidden, list(projections.weights), list(projections.biases), _rows(rotary.cos), _rows(rotary.sin))
         out, wanted = torch.ops.moacompress_cpu.step_hidden(
             *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
         )
-        return out, _room(wanted)
+        return out, _shortfall(wanted)
 
     def step_layer(
         self,
@@ -185,10 +187,15 @@ class CpuBackend(Backend):
         cache: CacheState,
         rules: RuleTable,
         scores: Scores,
-    ) -> tuple[torch.Tensor, Room | None]:
+    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """See `Backend.step_layer`."""
-        projections, around, _ = layer
-        weights = ([*projections.weights, *around.weights], list(projections.biases), list(around.norms), around.eps)
+        projections, norms_and_mlp, _ = layer
+        weights = (
+            [*projections.weights, *norms_and_mlp.weights],
+            list(projections.biases),
+            list(norms_and_mlp.norms),
+            norms_and_mlp.eps,
+        )
         out, wanted = torch.ops.moacompress_cpu.step_layer(
             hidden,
             *weights,
@@ -199,7 +206,7 @@ class CpuBackend(Backend):
             cache.lag,
             *_numbers(scores),
         )
-        return out, _room(wanted)
+        return out, _shortfall(wanted)
 
     def read_layers(
         self,
@@ -253,14 +260,17 @@ class _CpuLayers(BoundLayers):
         scaling: float,
         shares: LayerShares,
     ) -> None:
-        weights = [[*layer.projections.weights, *layer.around.weights] for layer in layers]
-        biases, norms = ([*layer.projections.biases] for layer in layers), ([*layer.around.norms] for layer in layers)
+        weights = [[*layer.projections.weights, *layer.norms_and_mlp.weights] for layer in layers]
+        biases, norms = (
+            ([*layer.projections.biases] for layer in layers),
+            ([*layer.norms_and_mlp.norms] for layer in layers),
+        )
         lists = [list(chain.from_iterable(tensors)) for tensors in (weights, biases, norms)]
         tables = [table.columns for table in rules]
         none = torch.empty(0)
         gates = [t for layer in layers for t in (layer.gate or (none, none))] if any(one.gate for one in layers) else []
         self.number: int = torch.ops.moacompress_cpu.read_layers(
-            *lists, layers[0].around.eps, head_dim, tables, scaling, _shares(shares, len(rules[0])), gates
+            *lists, layers[0].norms_and_mlp.eps, head_dim, tables, scaling, _shares(shares, len(rules[0])), gates
         )
         weakref.finalize(self, library.forget_layers, self.number).atexit = False
 
@@ -279,30 +289,38 @@ class _CpuCaches(BoundCaches):
             [len(state.keys) if state else 0 for state in states],
             [t for state in own for t in _all_parts(state)],
         )
-        beside = [t for state in own for t in _beside(state)]
+        shared_values = [t for state in own for t in _shared_values(state)]
         self.number: int = torch.ops.moacompress_cpu.read_caches(
-            layers, keys, values, segments, beside, parts, own[0].lag
+            layers, keys, values, segments, shared_values, parts, own[0].lag
         )
         weakref.finalize(self, library.forget_caches, self.number).atexit = False
 
     def read_again(self, layer: int, state: CacheState) -> None:
         """See `BoundCaches`."""
         torch.ops.moacompress_cpu.read_cache(
-            self.number, layer, list(state.keys), list(state.values), _beside(state), _all_parts(state), state.lag
+            self.number,
+            layer,
+            list(state.keys),
+            list(state.values),
+            _shared_values(state),
+            _all_parts(state),
+            state.lag,
         )
 
-    def step(self, hidden: torch.Tensor, rotary: Rotary, first: int) -> tuple[torch.Tensor, int, Room | None]:
+    def step(
+        self, hidden: torch.Tensor, rotary: Rotary, first: int
+    ) -> tuple[torch.Tensor, int, AllocationShortfall | None]:
         """See `BoundCaches`."""
         out, done, wanted = torch.ops.moacompress_cpu.step_layers(
             hidden, _rows(rotary.cos), _rows(rotary.sin), self.number, first
         )
         if wanted == MOVED:
             raise WeightsMoved
-        return out, done, _room(wanted)
+        return out, done, _shortfall(wanted)
 
 
-def _room(wanted: int) -> Room | None:
-    return Room(*divmod(wanted - TOO_NARROW, ROOM_HEADS)) if wanted else None
+def _shortfall(wanted: int) -> AllocationShortfall | None:
+    return AllocationShortfall(*divmod(wanted - TOO_NARROW, SHORTFALL_HEADS)) if wanted else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -319,24 +337,24 @@ def _state(cache: CacheState) -> tuple[Any, ...]:
     return list(cache.keys), list(cache.values), *_parts(cache)
 
 
-def _beside(cache: CacheState) -> list[torch.Tensor]:
-    return list(chain.from_iterable(cache.beside))
+def _shared_values(cache: CacheState) -> list[torch.Tensor]:
+    return list(chain.from_iterable(cache.shared_values))
 
 
 def _shares(shares: LayerShares, kv_heads: int) -> torch.Tensor:
-    """Returns of each layer its anchor, or -1, its head map and its planes, int64 `[layers, 1 + 2 * kv_heads]`."""
+    """Returns of each layer its anchor, or -1, its head map and its value sets, int64 `[layers, 1 + 2 * kv_heads]`."""
     rows = [
-        (-1, *[0] * 2 * kv_heads) if share is None else (share.anchor, *share.head_map, *planes_of(shares, layer))
+        (-1, *[0] * 2 * kv_heads) if share is None else (share.anchor, *share.head_map, *value_sets_of(shares, layer))
         for layer, share in enumerate(shares)
     ]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 1 + 2 * kv_heads)
 
 
 def _all_parts(cache: CacheState) -> list[torch.Tensor]:
-    """Returns `_parts`, and what gates keep, of no numbers where no rule selects."""
-    if cache.chosen is None or cache.left is None:
+    """Returns `_parts`, and what gates select, of no numbers where no rule selects."""
+    if cache.selected is None or cache.left is None:
         return [*_parts(cache), *[torch.empty(0)] * 2]
-    return [*_parts(cache), cache.chosen, cache.left]
+    return [*_parts(cache), cache.selected, cache.left]
 
 
 def _parts(cache: CacheState) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const Ru
     for (int64_t token = tokens.begins[pair]; token < tokens.begins[pair + 1]; token++) {
       const int64_t now = tokens.admitted[token];
       tokens.evicted[token] = NEVER;
-      if (tokens.positions[token] < 0 || count < selected(now, rule)) {
+      if (tokens.positions[token] < 0 || count < selected_count(now, rule)) {
         tokens.places[token] = count;
         first[count] = {scores[token], count, token};
         std::push_heap(first, first + ++count, evicted_later);

@@ -266,7 +266,7 @@ struct SeesColumns {
     return {load(bounds.a + v * W), load(bounds.b + v * W), load(bounds.c + v * W), load(bounds.d + v * W), begin};
   }
 };
-// The same of tokens that gates keep for a while, by how many have left the window when a lane's query attends.
+// The same of gates hold as transient tokens, by how many have left the window when a lane's query attends.
 struct SeesPassing {
   const float *left, *entered, *last;
   struct OfVector {
@@ -352,7 +352,7 @@ inline void pair_values(const void* const* from, int64_t count, int64_t dim, flo
 // of every lane, and there is more, as for scores.
 template <class Op, class OfValues> struct TileOf {
   typedef OfValues Row;
-  inline void find_values(const void**, const int*, int64_t, const Half&, float*) {}
+  inline void find_values(const void**, const int*, int64_t, const KVPart&, float*) {}
   inline bool finite_values(const void* const* rows, int64_t count, int64_t dim) const { return all_finite<Row>(rows, count, dim); }
   // Scores of the keys for the lanes of a panel, from some lane on.
   template <int VECS> inline void scores(const char* const* rows, int64_t count, int64_t depth, const float* panel, int64_t, float* to) {
@@ -369,11 +369,11 @@ template <class Op, class OfValues> struct TileOf {
 template <class T> struct FloatTile : TileOf<Float32, T> {
   FloatTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim; }
-  inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+  inline void lane(const T* row, const KVPart& key, int64_t lane, float* buffer, float* panels) {
     into_lane(row, key.dim, lane, buffer, panels);
   }
-  inline void keys(const void* const* from, const int*, int64_t count, const Half& half, float* store, const char** to) {
-    as_floats(from, count, half.dim, store, (const T*)nullptr, to);
+  inline void keys(const void* const* from, const int*, int64_t count, const KVPart& kv_part, float* store, const char** to) {
+    as_floats(from, count, kv_part.dim, store, (const T*)nullptr, to);
   }
   inline int64_t values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
     as_floats(from, count, dim, store, (const T*)nullptr, to);
@@ -386,12 +386,12 @@ template <class T> struct FloatTile : TileOf<Float32, T> {
 struct PairTile : TileOf<Pairs, bf16> {
   PairTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim / 2; }
-  inline void lane(const bf16* row, const Half& key, int64_t lane, float*, float* panels) {
+  inline void lane(const bf16* row, const KVPart& key, int64_t lane, float*, float* panels) {
     const int64_t cells = key.dim / 2;
     float* to = panels + lane / LANES * cells * LANES + lane % LANES;
     for (int64_t d = 0; d < cells; d++) memcpy(to + d * LANES, row + 2 * d, 4);
   }
-  inline void keys(const void* const* from, const int*, int64_t count, const Half&, float*, const char** to) {
+  inline void keys(const void* const* from, const int*, int64_t count, const KVPart&, float*, const char** to) {
     for (int64_t i = 0; i < count; i++) to[i] = (const char*)from[i];
     repeat_last(to, count);
   }
@@ -409,26 +409,26 @@ struct PairTile : TileOf<Pairs, bf16> {
 // Codes are expanded, a tile of them at a time, to float32 in their rotated basis.
 template <class T> struct CodesTile : FloatTile<float> {
   using FloatTile<float>::FloatTile;
-  inline void lane(const T* row, const Half& key, int64_t lane, float* buffer, float* panels) {
+  inline void lane(const T* row, const KVPart& key, int64_t lane, float* buffer, float* panels) {
     widen_row(row, key.dim, buffer);
     if (key.format != NATIVE) hadamard(buffer, key.dim);
     float* to = panels + lane / LANES * key.dim * LANES + lane % LANES;
     for (int64_t d = 0; d < key.dim; d++) to[d * LANES] = buffer[d];
   }
-  static inline void floats(const void* const* from, const int* places, int64_t count, const Half& half, float* store) {
+  static inline void floats(const void* const* from, const int* places, int64_t count, const KVPart& kv_part, float* store) {
     for (int64_t i = 0; i < count; i++) {
-      if (half.format == NATIVE) widen_row((const T*)from[i], half.dim, store + i * half.dim);
-      else expand(from[i], places[i], half, store + i * half.dim);
+      if (kv_part.format == NATIVE) widen_row((const T*)from[i], kv_part.dim, store + i * kv_part.dim);
+      else expand(from[i], places[i], kv_part, store + i * kv_part.dim);
     }
   }
-  inline void keys(const void* const* from, const int* places, int64_t count, const Half& half, float* store, const char** to) {
-    floats(from, places, count, half, store);
-    for (int64_t i = 0; i < count; i++) to[i] = (const char*)(store + i * half.dim);
+  inline void keys(const void* const* from, const int* places, int64_t count, const KVPart& kv_part, float* store, const char** to) {
+    floats(from, places, count, kv_part, store);
+    for (int64_t i = 0; i < count; i++) to[i] = (const char*)(store + i * kv_part.dim);
     repeat_last(to, count);
   }
-  inline void find_values(const void** rows, const int* places, int64_t count, const Half& half, float* store) {
-    floats(rows, places, count, half, store);
-    for (int64_t i = 0; i < count; i++) rows[i] = store + i * half.dim;
+  inline void find_values(const void** rows, const int* places, int64_t count, const KVPart& kv_part, float* store) {
+    floats(rows, places, count, kv_part, store);
+    for (int64_t i = 0; i < count; i++) rows[i] = store + i * kv_part.dim;
   }
 };
 

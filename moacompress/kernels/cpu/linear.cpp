@@ -22,7 +22,7 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
     tasks += tasks_of(calls[i]);
     if (calls[i].up) scratch = larger(scratch, calls[i].rows * smaller(outputs_of(calls[i]), calls[i].outputs));
   }
-  return run_tasks(parallel, tasks, size_t(scratch), [&](int64_t index, float* beside) {
+  return run_tasks(parallel, tasks, size_t(scratch), [&](int64_t index, float* shared_values) {
     const LinearCall* call = calls;
     for (; index >= tasks_of(*call); call++) index -= tasks_of(*call);
     const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call), row = call->inputs * element;
@@ -40,7 +40,7 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
     if (call->up) {
       other.weight = static_cast<const char*>(call->up) + first * row;
       other.bias = nullptr;
-      other.out = beside;
+      other.out = shared_values;
       other.out_row = tile.outputs;
       kernels.linear[call->dtype](other);
     }

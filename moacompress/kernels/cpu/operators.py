@@ -98,7 +98,7 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     if ctx.cached:
         raise UnsupportedError("a prefill over a cache has no gradients; train without a cache (use_cache=False)")
     if ctx.passing:
-        raise UnsupportedError("a prefill with tokens that gates keep has no gradients in compiled kernels")
+        raise UnsupportedError("a prefill with tokens that gates select has no gradients in compiled kernels")
     query, key, value, valid, rules, sink_logits, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     if dout.stride(-1) != 1:

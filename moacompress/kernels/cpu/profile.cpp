@@ -47,9 +47,9 @@ struct Workspace {
   Seen* cells;
   ProfileEvent *windows, *sinks;
   int32_t* counts;
-  ProfileChoice* chosen;
+  ProfileChoice* selected;
   int32_t* left;
-  float *chosen_sums, *kernel;
+  float *selected_sums, *kernel;
   size_t bytes;
 
   Workspace(char* base, int64_t streams, int64_t cells_count, int64_t group, int64_t lane_count, int64_t rules, int64_t keys,
@@ -67,9 +67,9 @@ struct Workspace {
     windows = static_cast<ProfileEvent*>(take(cells_count, sizeof(ProfileEvent)));
     sinks = static_cast<ProfileEvent*>(take(cells_count, sizeof(ProfileEvent)));
     counts = static_cast<int32_t*>(take(keys + 1, sizeof(int32_t)));
-    chosen = static_cast<ProfileChoice*>(take(choosing, sizeof(ProfileChoice)));
+    selected = static_cast<ProfileChoice*>(take(choosing, sizeof(ProfileChoice)));
     left = static_cast<int32_t*>(take(choosing ? cells_count : 0, sizeof(int32_t)));
-    chosen_sums = static_cast<float*>(take(choosing ? streams * rounded_up(lane_count, MOST_LANES) : 0, sizeof(float)));
+    selected_sums = static_cast<float*>(take(choosing ? streams * rounded_up(lane_count, MOST_LANES) : 0, sizeof(float)));
     kernel = static_cast<float*>(take(0, sizeof(float)));
     bytes = used;
   }
@@ -83,7 +83,7 @@ struct ProfileJob {
   float *dkey, *dvalue;         // [kv_heads, blocks * TILE, padded dim]
   std::atomic<int64_t>* turns;  // [kv_heads, blocks + 1]
   int64_t choosing;             // rules that select
-  const int32_t* ever;          // [kv_heads, choices, tokens] the keys that are kept for a while, in front
+  const int32_t* ever;          // [kv_heads, choices, tokens] the keys that are held as transient, in front
   const int64_t* ever_count;    // [kv_heads, choices]
 
   int64_t streams() const { return call.baselines ? 3 : 2; }
@@ -112,17 +112,17 @@ struct ProfileJob {
     for (int64_t row = 0; row < work.rows; row++) {
       const int64_t n = work.positions[row] + 1;
       const Visible now = plan ? visible(n, *plan) : Visible{};
-      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.own_gone ? selected(now_left, *plan) : 0;
+      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.own_gone ? selected_count(now_left, *plan) : 0;
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
         const Rule asked = call.rules.of(rule);
         const Visible see = visible(n, asked);
         const int64_t left = larger(see.start - see.sink_end, 0), kept = kept_of(rule, left);
         const bool full = kept >= left;
-        const auto chosen_alike = [&] {  // the same tokens are kept: none, or those of the same choice
+        const auto selected_alike = [&] {  // the same tokens are kept: none, or those of the same choice
           return kept == now_kept && (!kept || (asked.sink == plan->sink && asked.select_alpha == plan->select_alpha &&
                                                 asked.select_beta_q == plan->select_beta_q));
         };
-        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && chosen_alike());
+        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && selected_alike());
         const bool unchanged = plan ? same || (full && now_kept >= now_left) : full;
         space.cells[row * call.rules.count + rule] = {int32_t(see.sink_end), int32_t(see.start),
                                                 see.sink_end <= larger(see.first, work.low), full, unchanged};
@@ -155,7 +155,7 @@ struct ProfileJob {
 
   // How many of so many tokens that have left the window a rule keeps; none where it is asked for its windows alone.
   int64_t kept_of(int64_t rule, int64_t left) const {
-    return call.choice_of && call.choice_of[rule] >= 0 ? selected(left, call.rules.of(rule)) : 0;
+    return call.choice_of && call.choice_of[rule] >= 0 ? selected_count(left, call.rules.of(rule)) : 0;
   }
 
   // Says what the rules that select see on the rows of a tile.
@@ -170,13 +170,13 @@ struct ProfileJob {
         const Seen& seen = space.cells[row * call.rules.count + rule];
         left[row] = int32_t(larger(seen.start - seen.sink_end, 0));
       }
-      space.chosen[found++] = {rule, call.rules.at(0, rule), call.gone + at * call.tokens, ever + at * call.tokens, ever_count[at],
+      space.selected[found++] = {rule, call.rules.at(0, rule), call.gone + at * call.tokens, ever + at * call.tokens, ever_count[at],
                                left};
     }
-    work.chosen = space.chosen;
+    work.selected = space.selected;
     work.choices = found;
     work.rules = call.rules.count;
-    work.chosen_sums = space.chosen_sums;
+    work.selected_sums = space.selected_sums;
   }
 
   // Adds what the rows of a tile give to `space.sums`.

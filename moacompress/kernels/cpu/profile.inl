@@ -116,8 +116,8 @@ inline Mask in_plan(const ProfileTile& t, const ProfileScratch& s, int64_t lane,
   if (!t.own_gone) return shown;
   const V left = load(s.left + lane);
   // a key of the window has not left it, and a sink is shown anyway
-  const Mask chosen = both(at_least(left, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.own_gone[key]) - 1.f), left));
-  return either(shown, chosen);
+  const Mask selected = both(at_least(left, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.own_gone[key]) - 1.f), left));
+  return either(shown, selected);
 }
 
 // Logits as the softmax takes them, G beside them (zero where the dense model sees nothing), and the largest logit of every lane.
@@ -275,12 +275,12 @@ inline int64_t first_at_least(const int32_t* numbers, int64_t count, int32_t x) 
 
 // Adds to what rules see the keys [begin, begin + count) that they select.
 static_assert(LANES <= MOST_LANES, "sums of what is selected need more memory");
-void profile_chosen(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t begin, int64_t count) {
+void profile_selected(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t begin, int64_t count) {
   const float* of[STREAMS] = {s.weights, s.grads, s.effects};
   for (int64_t i = 0; i < t.choices; i++) {
-    const ProfileChoice& rule = t.chosen[i];
+    const ProfileChoice& rule = t.selected[i];
     if (t.positions[t.rows - 1] < begin || rule.left[t.rows - 1] <= begin - rule.sink) continue;
-    memset(t.chosen_sums, 0, size_t(t.streams * panels * LANES) * sizeof(float));
+    memset(t.selected_sums, 0, size_t(t.streams * panels * LANES) * sizeof(float));
     bool any = false;
     for (int64_t at = first_at_least(rule.ever, rule.count, int32_t(begin)); at < rule.count && rule.ever[at] < begin + count; at++) {
       const int32_t* key = rule.ever + at;
@@ -293,7 +293,7 @@ void profile_chosen(const ProfileTile& t, const ProfileScratch& s, int64_t panel
           for (int64_t lane = head * t.rows + first; lane < head * t.rows + last;) {
             const int64_t stop = smaller(head * t.rows + last, (lane / LANES + 1) * LANES);
             const float* cells = of[stream] + (lane / LANES * TILE + *key - begin) * LANES;
-            float* to = t.chosen_sums + stream * panels * LANES;
+            float* to = t.selected_sums + stream * panels * LANES;
             for (; lane < stop; lane++) to[lane] += cells[lane % LANES];
           }
     }
@@ -301,7 +301,7 @@ void profile_chosen(const ProfileTile& t, const ProfileScratch& s, int64_t panel
       for (int64_t head = 0; head < t.group; head++)
         for (int64_t row = 0; row < t.rows; row++)
           t.seen[(stream * t.cells + row * t.rules + rule.rule) * t.group + head] +=
-              double(t.chosen_sums[stream * panels * LANES + head * t.rows + row]);
+              double(t.selected_sums[stream * panels * LANES + head * t.rows + row]);
   }
 }
 
@@ -340,8 +340,8 @@ void add_wild_products(const ProfileTile& t, const ProfileScratch& s, const floa
       if (x - x == 0) continue;
       for (int64_t j = 0; j < count; j++) {
         const float key = float(begin + j);
-        const bool chosen = t.own_gone && s.left[lane] >= key - float(t.plan->sink) + 1.f && s.left[lane] < float(t.own_gone[begin + j]);
-        if (chosen || (key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
+        const bool selected = t.own_gone && s.left[lane] >= key - float(t.plan->sink) + 1.f && s.left[lane] < float(t.own_gone[begin + j]);
+        if (selected || (key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
           to[j * stride + d] += from[(lane / LANES * TILE + j) * LANES + lane % LANES] * x;
       }
     }
@@ -412,7 +412,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
     const int64_t count = smaller(TILE, t.high - begin);
     profile_weights(t, s, panels, keys, begin, count);
-    if (t.choices) profile_chosen(t, s, panels, begin, count);
+    if (t.choices) profile_selected(t, s, panels, begin, count);
     for (int64_t j = count - 1; j >= 0;) {
       const int64_t next = event < events_end && event->key >= begin ? event->key - begin : 0;
       profile_run(t, s, panels, j, next - 1, -1);

@@ -9,7 +9,7 @@
 namespace moacompress {
 
 // KV heads that a number of what a step lacks has place for.
-constexpr int64_t ROOM_HEADS = 1 << 16;
+constexpr int64_t SHORTFALL_HEADS = 1 << 16;
 
 // A layer's cache and the rules it is kept by. Views of tensors that must outlive it.
 struct LayerCache {
@@ -19,12 +19,12 @@ struct LayerCache {
   int32_t* refs;
   int64_t blocks, lag;
   Rest rest;
-  // values of layers that share the keys: planes, views of them, and of each KV head the bytes of their halves
-  std::vector<PoolViews> beside{};
-  std::vector<Pool> planes{};
-  std::vector<int64_t> beside_bytes{};
-  // the tokens that gates keep; or no ids
-  Chosen chosen{};
+  // values of layers that share the keys: value sets, views of them, and of each KV head the bytes of their parts
+  std::vector<PoolViews> shared_values{};
+  std::vector<Pool> value_sets{};
+  std::vector<int64_t> shared_value_bytes{};
+  // the tokens that gates select; or no ids
+  Selected selected{};
 
   LayerCache(const Tensors& keys, const Tensors& values, const Tensor& table, const Tensor& lengths, const Tensor& runs,
              const Tensor& refs, const Rest& rest, int64_t lag, const Shape& shape, ScalarType type, const char* op)
@@ -40,7 +40,7 @@ struct LayerCache {
             this->keys.first_block.back(), " blocks of keys and ", this->values.first_block.back(),
             " of values, refs counts ", blocks);
     REQUIRE(lag >= 0, op, ": lag is ", lag);
-    REQUIRE(shape.kv_heads < ROOM_HEADS, op, ": ", shape.kv_heads, " KV heads; at most ", ROOM_HEADS - 1);
+    REQUIRE(shape.kv_heads < SHORTFALL_HEADS, op, ": ", shape.kv_heads, " KV heads; at most ", SHORTFALL_HEADS - 1);
     ids = static_cast<int32_t*>(table.mutable_data_ptr());
     width = table.size(2);
     this->lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
@@ -49,19 +49,19 @@ struct LayerCache {
   }
 };
 
-// Puts into a cache what it has of the tokens that gates keep: of each segment the tokens' scores, the table of what is kept, and how
+// Puts into a cache what it has of the tokens that gates select: of each segment the tokens' scores, the table of what is kept, and how
 // many tokens have left.
-inline void put_chosen(LayerCache& cache, const Shape& shape, const Tensors& scores, const Tensor& table, const Tensor& left, const char* op) {
+inline void put_selected(LayerCache& cache, const Shape& shape, const Tensors& scores, const Tensor& table, const Tensor& left, const char* op) {
   REQUIRE(scores.size() == cache.keys.base.size(), op, ": ", scores.size(), " segments of scores, of ", cache.keys.base.size());
-  dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates keep");
+  dense(table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates select");
   dense(left, {shape.rows, shape.kv_heads}, ScalarType::Long, op, "the tokens that have left");
-  cache.chosen = {static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2), static_cast<int64_t*>(left.mutable_data_ptr()), nullptr};
-  cache.beside.push_back(PoolViews::of_bytes(scores, SCORE_BYTES * BLOCK, op, "scores"));
-  REQUIRE(cache.beside.back().first_block.back() == cache.blocks, op, ": scores of ", cache.beside.back().first_block.back(),
+  cache.selected = {static_cast<int32_t*>(table.mutable_data_ptr()), table.size(2), static_cast<int64_t*>(left.mutable_data_ptr()), nullptr};
+  cache.shared_values.push_back(PoolViews::of_bytes(scores, SCORE_BYTES * BLOCK, op, "scores"));
+  REQUIRE(cache.shared_values.back().first_block.back() == cache.blocks, op, ": scores of ", cache.shared_values.back().first_block.back(),
           " blocks of ", cache.blocks);
-  cache.planes.push_back(cache.beside.back().view());
+  cache.value_sets.push_back(cache.shared_values.back().view());
   for (int64_t head = 0; head < shape.kv_heads; head++)
-    cache.beside_bytes.push_back(cache.rest.rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
+    cache.shared_value_bytes.push_back(cache.rest.rules.of(head).selects() ? SCORE_BYTES * BLOCK : 0);
 }
 
 // Memory that a layer works in; grows to what the largest one wants.
@@ -76,11 +76,11 @@ struct Scratch {
   }
 };
 
-// How a layer shares attention: with which earlier one; and of each KV head whose weights it takes, and in which plane beside the
+// How a layer shares attention: with which earlier one; and of each KV head whose weights it takes, and in which value set beside the
 // anchor's values its own are.
 struct Reuse {
   int64_t anchor;
-  std::vector<int64_t> head_map, planes;
+  std::vector<int64_t> head_map, value_sets;
 };
 
 // One token of every row.
@@ -151,16 +151,16 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
             " tokens");
   const Rest& rest = cache.rest;
   Missing missing;
-  Chosen chosen = cache.chosen;
-  chosen.scores = scores;
-  const Chosen* choosing = chosen.ids ? &chosen : nullptr;
+  Selected selected = cache.selected;
+  selected.scores = scores;
+  const Selected* choosing = selected.ids ? &selected : nullptr;
   check_status(advance({shape, rest.rules, cache.lag, token.key, token.value, token.key_at, token.value_at, cache.keys.view(),
                         cache.values.view(), cache.ids, cache.width, cache.lengths, cache.runs, cache.refs, cache.blocks,
-                        int64_t(cache.planes.size()), cache.planes.data(), cache.beside_bytes.data(), choosing},
+                        int64_t(cache.value_sets.size()), cache.value_sets.data(), cache.shared_value_bytes.data(), choosing},
                        isa(), missing),
                op);
   if (missing.blocks == TABLE_TOO_NARROW) return 1;
-  if (missing.blocks) return 1 + missing.blocks * ROOM_HEADS + missing.head;
+  if (missing.blocks) return 1 + missing.blocks * SHORTFALL_HEADS + missing.head;
   DecodeCall call = {shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
                      cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr, nullptr, nullptr, choosing};
   if (kept) call.keep = reinterpret_cast<float*>(kept->of(kept_floats(call) * sizeof(float), op));
@@ -172,9 +172,9 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
 inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const Rest& rest, const Token& token, Scratch& kept, void* out,
                            const char* op) {
   std::vector<Pool> values;
-  for (const int64_t plane : reuse.planes) values.push_back(anchor.planes[size_t(plane)]);
+  for (const int64_t value_set : reuse.value_sets) values.push_back(anchor.value_sets[size_t(value_set)]);
   const Table table = {anchor.ids, anchor.width};
-  check_status(put_beside({token.shape, rest.rules, token.value, token.value_at, reuse.head_map.data(), values.data(), table,
+  check_status(put_shared_values({token.shape, rest.rules, token.value, token.value_at, reuse.head_map.data(), values.data(), table,
                            anchor.lengths},
                           isa()),
                op);

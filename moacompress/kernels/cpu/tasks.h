@@ -54,10 +54,10 @@ template <class Task> Status run_tasks(const Parallel& parallel, int64_t count, 
 
 const Kernels& kernels_of(Isa isa);
 
-// Returns where a half of a block lies; null if the pool has none of that id and so many bytes.
+// Returns where the K or V part of a block lies; null if the pool has none of that id and so many bytes.
 const char* block_of(const Pool& pool, int64_t id, int64_t bytes);
 
-// Returns the bytes of a half of a block, -1 where the pool has none of that id.
-int64_t half_bytes_of(const Pool& pool, int64_t id);
+// Returns the bytes of the K or V part of a block, -1 where the pool has none of that id.
+int64_t part_bytes_of(const Pool& pool, int64_t id);
 
 }  // namespace moacompress

@@ -58,7 +58,7 @@ static MOACOMPRESS_INLINE int64_t tokens_left(int64_t n, const Rule& rule) {
   return see.start - see.sink_end;
 }
 // How many of so many tokens that have left the window a gate keeps.
-static MOACOMPRESS_INLINE int64_t selected(int64_t left, const Rule& rule) {
+static MOACOMPRESS_INLINE int64_t selected_count(int64_t left, const Rule& rule) {
   return smaller(left, rule.select_alpha + ((rule.select_beta_q * left) >> 10));
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
-from moacompress.kernels.halves import BlockHalf, read_tokens
+from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import attend
 from moacompress.rules.rule_table import RuleTable
@@ -87,9 +87,7 @@ def attend_passing(
             at = slice(*passing.begins[row * kv_heads + head :][:2].tolist())
             slots, admitted, evicted = (part[at].to(query.device) for part in passing[1:])
             keys, values = (
-                _vectors(
-                    slots, BlockHalf(code, own.shape[-1], own.dtype, values=own is value), own[row, head], segments
-                )
+                _vectors(slots, KVPart(code, own.shape[-1], own.dtype, values=own is value), own[row, head], segments)
                 for code, own, segments in zip(codes, (key, value), (cache.keys, cache.values), strict=True)
             )
             found = _attend(asking[row, head], (keys, values), (admitted, evicted), now[:, head], plain)
@@ -98,26 +96,26 @@ def attend_passing(
     return torch.stack(outs).view(rows, heads, tokens, -1), torch.stack(denominators).view(rows, heads, tokens)
 
 
-def _vectors(slots: Tensor, half: BlockHalf, own: Tensor, segments: Sequence[Tensor]) -> Tensor:
+def _vectors(slots: Tensor, kv_part: KVPart, own: Tensor, segments: Sequence[Tensor]) -> Tensor:
     """Returns keys or values of tokens as queries see them, `[tokens, dim]`.
 
     Args:
         slots: where they are; see `Passing`.
-        half: what a block keeps of them.
+        kv_part: what a block keeps of them.
         own: of the chunk, `[any, dim]`.
         segments: of the pool.
     """
-    cached, wide = slots >= 0, torch.promote_types(own.dtype, torch.float32) if half.code else own.dtype
+    cached, wide = slots >= 0, torch.promote_types(own.dtype, torch.float32) if kv_part.code else own.dtype
     found = own.new_empty(len(slots), own.shape[-1], dtype=wide)
     if bool(cached.any()):
         ids = torch.div(slots[cached], BLOCK, rounding_mode="floor")
-        there = read_tokens(segments, half, ids[None, None], slots[cached] % BLOCK)
+        there = read_tokens(segments, kv_part, ids[None, None], slots[cached] % BLOCK)
         if there is None:
             raise UnsupportedError("a block of a selected token is not in the pool")
         found = found.index_put((cached,), there[0, 0].to(wide))
     fresh = own[-1 - slots[~cached]]
-    if half.code:
-        fresh = rounded(fresh[None, None], [half.code])[0, 0].to(wide)
+    if kv_part.code:
+        fresh = rounded(fresh[None, None], [kv_part.code])[0, 0].to(wide)
     return found.index_put((~cached,), fresh)
 
 

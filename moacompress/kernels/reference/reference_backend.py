@@ -9,7 +9,7 @@ import torch
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.backend import Backend, Capabilities, Status
-from moacompress.kernels.halves import BlockHalf, read_tokens
+from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
@@ -99,16 +99,16 @@ def _attend(
             codes = rules.format_codes[:, members[0]].tolist()
             if not set(codes) <= set(FORMAT_NAMES):
                 raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
-            halves = (
-                BlockHalf(codes[0], head_dim, query.dtype),
-                BlockHalf(codes[1], value_dim, query.dtype, values=True),
+            kv_parts = (
+                KVPart(codes[0], head_dim, query.dtype),
+                KVPart(codes[1], value_dim, query.dtype, values=True),
             )
             keys = _held(
-                cache, halves, own, members, before, span, seen=before + (chunk is not None), device=query.device
+                cache, kv_parts, own, members, before, span, seen=before + (chunk is not None), device=query.device
             )
             if chunk is not None:
                 new = tuple(tensor[at][:, :, :count] for tensor in chunk)
-                keys = _joined(keys, tuple(map(_as_kept, halves, new)), before)
+                keys = _joined(keys, tuple(map(_as_kept, kv_parts, new)), before)
             assert keys is not None  # a query sees itself
             asking = grouped[at][:, :, :, :count]
             if any(codes):
@@ -150,14 +150,14 @@ def _value_dim(cache: CacheView) -> int:
     return cache.value_dim or next(segment.shape[2] for segment in cache.values if segment.ndim == 3)
 
 
-def _as_kept(half: BlockHalf, x: torch.Tensor) -> torch.Tensor:
+def _as_kept(kv_part: KVPart, x: torch.Tensor) -> torch.Tensor:
     """Returns a chunk's keys or values, `[rows, heads, tokens, dim]`, as they will be kept."""
-    return rounded(x, [half.code] * x.shape[1]) if half.bits else x
+    return rounded(x, [kv_part.code] * x.shape[1]) if kv_part.bits else x
 
 
 def _held(
     cache: CacheView,
-    halves: tuple[BlockHalf, ...],
+    kv_parts: tuple[KVPart, ...],
     rows: Sequence[int],
     heads: Sequence[int],
     past: int,
@@ -170,7 +170,7 @@ def _held(
 
     Args:
         cache: pool and table.
-        halves: what keys and values are kept as.
+        kv_parts: what keys and values are kept as.
         rows: of the batch; all have `past` tokens.
         heads: KV heads that share the span and the formats.
         past: tokens in the cache.
@@ -196,8 +196,8 @@ def _held(
     there = bool(known.all()) and not bool((ids < 0).any())
     ids, place = ids.to(device), (position % BLOCK).to(device)
     keys, values = (
-        read_tokens(segments, half, ids, place) if there and segments else None
-        for segments, half in zip(cache[:2], halves, strict=True)
+        read_tokens(segments, kv_part, ids, place) if there and segments else None
+        for segments, kv_part in zip(cache[:2], kv_parts, strict=True)
     )
     if keys is None or values is None:
         raise UnsupportedError("a block that a query sees has no id of the pool in the table")

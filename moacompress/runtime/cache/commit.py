@@ -11,10 +11,10 @@ from moacompress.core.arrays import Ints, ragged_ranges
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK, RUNS, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
-from moacompress.runtime.cache.chosen_tokens import make_places, move_cached, schedule_of_chunk, write_new
 from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.selected_tokens import make_places, move_cached, schedule_of_chunk, write_new
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
@@ -97,8 +97,8 @@ def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
     """
     layout = held.pool.layout
     of_kind = np.arange(len(layout.kinds))[:, None] == layout.of_head
-    chosen = whole_blocks(held.rules.selected(lengths)) // BLOCK
-    now: Ints = (of_kind * (run_sizes(runs) + chosen).sum(axis=0)).sum(axis=1)
+    selected = whole_blocks(held.rules.selected(lengths)) // BLOCK
+    now: Ints = (of_kind * (run_sizes(runs) + selected).sum(axis=0)).sum(axis=1)
     if to_come <= 0:
         return now
     total = np.zeros_like(now)
@@ -156,8 +156,8 @@ def _write_scores(held: LayerBlocks, scores: torch.Tensor, before: Ints, chunk: 
         held.pool.write_scores(slots[there], found[:, 0].numpy()[there])
 
 
-def write_beside(
-    held: LayerBlocks, value: torch.Tensor, before: Ints, chunk: Chunk, head_map: Ints, planes: Ints
+def write_shared_values(
+    held: LayerBlocks, value: torch.Tensor, before: Ints, chunk: Chunk, head_map: Ints, value_sets: Ints
 ) -> None:
     """Copies the values of a layer that shares the keys beside those of the same chunk, which is taken in already.
 
@@ -166,11 +166,11 @@ def write_beside(
         value: `[rows, heads, tokens, value_dim]`.
         before: tokens of the rows before the chunk, `[rows]`.
         chunk: which of its tokens are real.
-        head_map: see `LayerBlocks.view_beside`.
-        planes: likewise.
+        head_map: see `LayerBlocks.view_shared_values`.
+        value_sets: likewise.
     """
     for slots, heads, (values,) in _placed(held, (value,), before, chunk, head_map):
-        held.pool.write_beside(slots, head_map[heads], planes[heads], values)
+        held.pool.write_shared_values(slots, head_map[heads], value_sets[heads], values)
 
 
 def _placed(

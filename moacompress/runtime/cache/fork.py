@@ -18,9 +18,9 @@ Packed: TypeAlias = tuple[Pool, list[Ids], Ints, Ints]
 def fork(held: LayerBlocks) -> LayerBlocks:
     """Returns the same content; blocks are shared until one of the two writes to them."""
     tables = [Table.of(table.ids) for table in held.tables]
-    past = [Past(each.lengths.copy(), Table.of(each.chosen.ids)) for each in held.past]
+    past = [Past(each.lengths.copy(), Table.of(each.selected.ids)) for each in held.past]
     with held.pool.lock:
-        for table in (*tables, *(each.chosen for each in past)):
+        for table in (*tables, *(each.selected for each in past)):
             held.pool.retain(table.ids)
     other = LayerBlocks(held.rules, held.pool, tables[0], held.lengths.copy(), held.runs.copy(), *tables[1:])
     other.past += past
@@ -40,5 +40,5 @@ def unpack(rules: RuleTable, packed: Any) -> LayerBlocks:
     """Returns what `pack` was given."""
     pool, tables, lengths, runs = packed
     # arrays that were read from buffers of the caller's are not ours to write to
-    first, *chosen = map(Table.of, tables)
-    return LayerBlocks(rules, pool, first, lengths.copy(), runs.copy(), *chosen)
+    first, *selected = map(Table.of, tables)
+    return LayerBlocks(rules, pool, first, lengths.copy(), runs.copy(), *selected)

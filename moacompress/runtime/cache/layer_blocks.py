@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import CacheState, CacheView, Room
+from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs
-from moacompress.runtime.cache.pool import Beside, Ids, Layout, Pool, Table
+from moacompress.runtime.cache.pool import Ids, Layout, Pool, SharedFormats, Table
 
 
 class Past(NamedTuple):
@@ -26,11 +26,11 @@ class Past(NamedTuple):
 
     Attributes:
         lengths: real tokens of every row then, `[rows]`.
-        chosen: see `LayerBlocks`; its blocks are not written to again.
+        selected: see `LayerBlocks`; its blocks are not written to again.
     """
 
     lengths: Ints
-    chosen: Table
+    selected: Table
 
 
 class LayerBlocks:
@@ -42,7 +42,7 @@ class LayerBlocks:
         table: which block is which; its blocks are given back when this is dropped.
         lengths: real tokens of every row, int64 `[rows]`.
         runs: the logical blocks held, int64 `[RUNS, 2, rows, heads]`; compiled kernels write to it.
-        chosen: which blocks hold the tokens that gates keep, from the first place on; None where no rule selects.
+        selected: which blocks hold the tokens that gates select, from the first place on; None where no rule selects.
 
     Attributes:
         left: how many tokens have left the windows and competed to be kept, int64 `[rows, heads]`, where rules select; compiled
@@ -51,10 +51,10 @@ class LayerBlocks:
     """
 
     def __init__(
-        self, rules: RuleTable, pool: Pool, table: Table, lengths: Ints, runs: Ints, chosen: Table | None = None
+        self, rules: RuleTable, pool: Pool, table: Table, lengths: Ints, runs: Ints, selected: Table | None = None
     ) -> None:
         self.rules, self.pool, self.table, self.lengths, self.runs = rules, pool, table, lengths, runs
-        self.chosen = Table(len(lengths), len(rules)) if chosen is None and rules.selects else chosen
+        self.selected = Table(len(lengths), len(rules)) if selected is None and rules.selects else selected
         self.past: list[Past] = []
         self.move_to(lengths)
         # a fork that is dropped gives its blocks back to those that live on
@@ -62,18 +62,20 @@ class LayerBlocks:
         self.give_back.atexit = False
 
     @staticmethod
-    def none(rules: RuleTable, key: torch.Tensor, value: torch.Tensor, beside: Beside = ()) -> LayerBlocks:
+    def none(
+        rules: RuleTable, key: torch.Tensor, value: torch.Tensor, shared_values: SharedFormats = ()
+    ) -> LayerBlocks:
         """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each."""
         rows, heads = key.shape[0], len(rules)
         lengths = np.zeros(rows, np.int64)
-        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, beside)
+        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, shared_values)
         return LayerBlocks(rules, Pool(layout, key.device), Table(rows, heads), lengths, no_runs(rows, heads))
 
     def move_to(self, lengths: Ints) -> None:
         """Takes note of the tokens of the rows, `[rows]`, when what they need is there."""
         self.lengths = lengths
         self.left: Ints = np.zeros((0, 0), np.int64)
-        if self.chosen is not None:
+        if self.selected is not None:
             self.left = np.ascontiguousarray(self.rules.tokens_left(lengths))
 
     @property
@@ -84,7 +86,7 @@ class LayerBlocks:
     @property
     def tables(self) -> tuple[Table, ...]:
         """All tables that name blocks."""
-        return (self.table,) if self.chosen is None else (self.table, self.chosen)
+        return (self.table,) if self.selected is None else (self.table, self.selected)
 
     @property
     def named(self) -> Ids:
@@ -109,29 +111,29 @@ class LayerBlocks:
         """Returns what attention reads of sinks and windows."""
         return self._view(self.table)
 
-    def view_chosen(self) -> CacheView:
-        """Returns what attention reads of the tokens that gates keep: from the position 0 on, in no order."""
-        assert self.chosen is not None
-        return self._view(self.chosen)
+    def view_selected(self) -> CacheView:
+        """Returns what attention reads of the tokens that gates select: from the position 0 on, in no order."""
+        assert self.selected is not None
+        return self._view(self.selected)
 
     def _view(self, table: Table) -> CacheView:
         with self.pool.lock:  # a fork in another thread may be adding a segment
             segments = [*self.pool.keys], [*self.pool.values]
             return CacheView(*segments, torch.from_numpy(table.ids), self.pool.layout.value_dim)
 
-    def view_beside(self, head_map: Ints, planes: Ints) -> CacheView:
+    def view_shared_values(self, head_map: Ints, value_sets: Ints) -> CacheView:
         """Returns what the attention of a layer that shares the keys reads: its own values lie beside those of the blocks.
 
-        Where its KV heads need other planes, the segments come once more for each, and block ids count on through them.
+        Where its KV heads need other value sets, the segments come once more for each, and block ids count on through them.
 
         Args:
             head_map: the KV head whose blocks each of its heads reads, `[heads]`.
-            planes: which values beside the blocks' own those of each head are, `[heads]`.
+            value_sets: which values beside the blocks' own those of each head are, `[heads]`.
         """
         with self.pool.lock:
-            used, number = np.unique(planes, return_inverse=True)
+            used, number = np.unique(value_sets, return_inverse=True)
             keys = self.pool.keys * len(used)
-            values = [segment for plane in used.tolist() for segment in self.pool.values_beside(plane)]
+            values = [segment for value_set in used.tolist() for segment in self.pool.shared_values_of(value_set)]
             ids, step = self.table.ids[:, head_map], len(self.pool.refs)
             ids = np.ascontiguousarray(np.where(ids >= 0, ids + (number * step)[:, None], -1), np.int32)
             return CacheView(keys, values, torch.from_numpy(ids), self.pool.layout.value_dim)
@@ -139,23 +141,25 @@ class LayerBlocks:
     def state(self, lag: int) -> CacheState:
         """Returns what a compiled step reads and writes; the pool's lock is held while it is used."""
         table, lengths, runs, refs = map(torch.from_numpy, (self.table.ids, self.lengths, self.runs, self.pool.refs))
-        chosen, left = (None, None) if self.chosen is None else map(torch.from_numpy, (self.chosen.ids, self.left))
+        selected, left = (
+            (None, None) if self.selected is None else map(torch.from_numpy, (self.selected.ids, self.left))
+        )
         return CacheState(
-            self.pool.keys, self.pool.values, table, lengths, runs, refs, lag, self.pool.planes(), chosen, left
+            self.pool.keys, self.pool.values, table, lengths, runs, refs, lag, self.pool.value_sets(), selected, left
         )
 
-    def make_room(self, room: Room) -> None:
+    def allocate(self, shortfall: AllocationShortfall) -> None:
         """Gives a compiled step what it lacks; the pool's lock is held."""
-        if room.blocks:
-            self.pool.grow(room.blocks, room.head)
+        if shortfall.blocks:
+            self.pool.grow(shortfall.blocks, shortfall.head)
             return
         self.table.widen(int(self.lengths.max()) // BLOCK + 1)
-        if self.chosen is not None:
-            self.chosen.widen(int(self.rules.selected(self.lengths + 1).max()) // BLOCK + 1)
+        if self.selected is not None:
+            self.selected.widen(int(self.rules.selected(self.lengths + 1).max()) // BLOCK + 1)
 
     def select(self, rows: Ints) -> None:
         """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
-        for table in (*self.tables, *(each.chosen for each in self.past)):
+        for table in (*self.tables, *(each.selected for each in self.past)):
             old = table.ids
             with self.pool.lock:
                 self.pool.retain(old[rows])
@@ -181,5 +185,5 @@ class LayerBlocks:
 
 def _give_back(pool: Pool, tables: tuple[Table, ...], past: list[Past]) -> None:
     with pool.lock:
-        for table in (*tables, *(each.chosen for each in past)):
+        for table in (*tables, *(each.selected for each in past)):
             pool.release(table.ids)

@@ -13,19 +13,19 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheState, CacheView, Room
+from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.runtime.cache.block_runs import LAG
-from moacompress.runtime.cache.chosen_tokens import go_back, remember
 from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import Beside
+from moacompress.runtime.cache.pool import SharedFormats
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
+from moacompress.runtime.cache.selected_tokens import go_back, remember
 
-StepCall = Callable[[CacheState], tuple[torch.Tensor, Room | None]]
+StepCall = Callable[[CacheState], tuple[torch.Tensor, AllocationShortfall | None]]
 """A call of a backend that takes one more token of every row into the cache."""
 
 
@@ -129,15 +129,15 @@ class PlanCacheLayer(CacheLayer):
     Args:
         rules: of the KV heads, in numpy.
         reserve: tokens of a row for which memory is taken at once, or None.
-        beside: formats of the values beside each KV head's own.
+        shared_values: formats of the values beside each KV head's own.
 
     Attributes:
         held: its blocks; None while it is empty.
     """
 
-    def __init__(self, rules: RuleTable, reserve: int | None = None, beside: Beside = ()) -> None:
+    def __init__(self, rules: RuleTable, reserve: int | None = None, shared_values: SharedFormats = ()) -> None:
         super().__init__()
-        self.rules, self.reserve, self.beside = rules, reserve, beside
+        self.rules, self.reserve, self.shared_values = rules, reserve, shared_values
         self._clear()
 
     def _clear(self) -> None:
@@ -153,7 +153,7 @@ class PlanCacheLayer(CacheLayer):
     def lag(self) -> int:
         """Tokens that are kept longer than the plan says, so that drafts can be rolled back.
 
-        What gates chose is known of some lengths alone, `LAG` tokens apart at most: from there it is made again.
+        What gates selected is known of some lengths alone, `LAG` tokens apart at most: from there it is made again.
         """
         return LAG * (1 + self.rules.selects) if self.record_past else 0
 
@@ -210,7 +210,7 @@ class PlanCacheLayer(CacheLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the number of rows, the dimensions and the device; no memory yet."""
-        self.held = LayerBlocks.none(self.rules, key_states, value_states, self.beside)
+        self.held = LayerBlocks.none(self.rules, key_states, value_states, self.shared_values)
         self.is_initialized = True
 
     def blocks_held(self) -> LayerBlocks:
@@ -231,12 +231,12 @@ class PlanCacheLayer(CacheLayer):
             like: a tensor.
             scored: whether the call is given scores of the tokens, without which it knows of no gates.
         """
-        able = self.held is not None and not self.beside and self.held.has_memory_for(like)
+        able = self.held is not None and not self.shared_values and self.held.has_memory_for(like)
         return able and (not self.rules.selects or (scored and self._goes_on))
 
     @property
     def _goes_on(self) -> bool:
-        """Whether no step need be gone back on: what gates chose would not be known."""
+        """Whether no step need be gone back on: what gates selected would not be known."""
         return not (self.record_past and self.rules.selects)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
@@ -261,10 +261,10 @@ class PlanCacheLayer(CacheLayer):
         with held.pool.lock:
             self.stepping = True
             while True:
-                out, room = call(held.state(self.lag))
-                if room is None:
+                out, shortfall = call(held.state(self.lag))
+                if shortfall is None:
                     break
-                held.make_room(room)
+                held.allocate(shortfall)
             self.columns += 1
             self.stepping = False
         return out
@@ -279,8 +279,8 @@ class PlanCacheLayer(CacheLayer):
     def arrays(self) -> tuple[Any, ...]:
         """Returns what a state and `can_step_rows` are made of: they say the same as long as these are the same objects."""
         held = self.blocks_held()
-        chosen = None if held.chosen is None else held.chosen.ids
-        return held.table.ids, held.lengths, held.runs, held.pool.refs, self._pending, chosen, held.left
+        selected = None if held.selected is None else held.selected.ids
+        return held.table.ids, held.lengths, held.runs, held.pool.refs, self._pending, selected, held.left
 
     @property
     def lock(self) -> threading.RLock:
@@ -303,7 +303,7 @@ class PlanCacheLayer(CacheLayer):
         if self.record_past and scores is not None:
             self._commit_in_parts(held, chunk, scores)
             return
-        if self.beside:
+        if self.shared_values:
             # of a single token nothing that it evicts is seen
             past = chunk.columns > 1 and held.lengths.any()
             self._before = fork(held) if past else None
@@ -364,7 +364,7 @@ class PlanCacheLayer(CacheLayer):
         """
         self.check_roll_back(counts)
         held = self.blocks_held()
-        if held.chosen is not None and counts.any():
+        if held.selected is not None and counts.any():
             go_back(held, held.lengths - counts)
         roll_back(held, counts)
         self.columns -= columns
@@ -373,7 +373,7 @@ class PlanCacheLayer(CacheLayer):
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
         if self._pending is not None:
             raise UnsupportedError("a cache cannot be forked in the middle of a forward")
-        other = PlanCacheLayer(self.rules, self.reserve, self.beside)
+        other = PlanCacheLayer(self.rules, self.reserve, self.shared_values)
         other.record_past = self.record_past
         if self.held is not None:
             other._use(fork(self.held), self.columns)
@@ -386,7 +386,7 @@ class PlanCacheLayer(CacheLayer):
         if self._pending is not None or self.stepping:
             raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
         packed = None if self.held is None else pack(self.held)
-        return type(self), (self.rules, self.reserve, self.beside), (self.record_past, self.columns, packed)
+        return type(self), (self.rules, self.reserve, self.shared_values), (self.record_past, self.columns, packed)
 
     def __setstate__(self, state: tuple[bool, int, Any]) -> None:
         self.record_past, columns, packed = state

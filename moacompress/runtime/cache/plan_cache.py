@@ -16,10 +16,10 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.share import planes_of, served, users_of
+from moacompress.rules.share import reuse_layers_of, served, value_sets_of
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
-from moacompress.runtime.cache.user_layer import UserCacheLayer
+from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 
 _caches: weakref.WeakValueDictionary[int, PlanCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -35,19 +35,19 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
-        reading: what the route through all layers knows of it, or None.
+        bound_layers: what the route through all layers knows of it, or None.
         step_routes: how many layers of forwards of one token went by each route, by its name; see `runtime.decode.routes`.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
 
     A cache can be pickled, to keep a prefix; what is read has memory of its own, and just the blocks in use.
     """
 
-    layers: list[PlanCacheLayer | UserCacheLayer]  # type: ignore[assignment]
+    layers: list[PlanCacheLayer | ReuseCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, plan: Plan, reserve: int | None = None) -> None:
         self.plan_key = plan.key()
         self.real: Bools | None = None
-        self.reading: Any = None
+        self.bound_layers: Any = None
         self._positions: tuple[int, Ints] | None = None
         self._is_user_defined = False
         self.step_routes: Counter[str] = Counter()
@@ -58,7 +58,7 @@ class PlanCache(Cache):
     def _link(self) -> None:
         """Gives every layer that shares keys its anchor."""
         for layer in self.layers:
-            if isinstance(layer, UserCacheLayer):
+            if isinstance(layer, ReuseCacheLayer):
                 anchor = self.layers[layer.share.anchor]
                 assert isinstance(anchor, PlanCacheLayer)
                 layer.anchor = anchor
@@ -140,7 +140,7 @@ class PlanCache(Cache):
         self.check_whole()
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers, other.reading = [layer.fork() for layer in self.layers], None
+        other.layers, other.bound_layers = [layer.fork() for layer in self.layers], None
         other._link()
         other.step_routes = self.step_routes.copy()
         other._take_handle()
@@ -157,7 +157,7 @@ class PlanCache(Cache):
         return {name: value for name, value in self.__dict__.items() if name not in ("reading", "handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, reading=None)
+        self.__dict__.update(state, bound_layers=None)
         self._link()
         self._take_handle()
 
@@ -210,7 +210,7 @@ class PlanCache(Cache):
     def reset(self) -> None:
         """Empties the cache."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.real = self._positions = self.reading = None
+        self.real = self._positions = self.bound_layers = None
 
     def _select(self, rows: Any) -> None:
         if self.real is not None:
@@ -219,14 +219,17 @@ class PlanCache(Cache):
             self._positions = self._positions[0], self._positions[1][rows]
 
 
-def _layer(plan: Plan, layer: int, reserve: int | None) -> PlanCacheLayer | UserCacheLayer:
+def _layer(plan: Plan, layer: int, reserve: int | None) -> PlanCacheLayer | ReuseCacheLayer:
     """Returns the empty cache of a layer."""
     share = plan.share(layer)
     if share is None:
         served_here = served(plan.shares, layer, plan.model.kv_heads)
-        beside = tuple(
-            tuple(FORMATS[plan.rules[user][head].value_format].code for user, head in each) for each in served_here
+        shared_values = tuple(
+            tuple(FORMATS[plan.rules[reuse_layer][head].value_format].code for reuse_layer, head in each)
+            for each in served_here
         )
         rules = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])
-        return PlanCacheLayer(rules, reserve, beside if any(beside) else ())
-    return UserCacheLayer(share, planes_of(plan.shares, layer), layer == users_of(plan.shares, share.anchor)[-1])
+        return PlanCacheLayer(rules, reserve, shared_values if any(shared_values) else ())
+    return ReuseCacheLayer(
+        share, value_sets_of(plan.shares, layer), layer == reuse_layers_of(plan.shares, share.anchor)[-1]
+    )

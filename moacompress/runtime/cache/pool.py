@@ -16,14 +16,14 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.kernels.dispatch import backend_for
-from moacompress.kernels.halves import BlockHalf
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
-Beside: TypeAlias = tuple[tuple[int, ...], ...]
+SharedFormats: TypeAlias = tuple[tuple[int, ...], ...]
 """Of each KV head the formats of the values that layers which share its keys keep beside its own; empty where none does."""
 SLACK = 8
 """A pool that must grow beyond what was reserved grows by at least 1/8, so that it is not done at every block."""
@@ -74,33 +74,35 @@ class Layout(NamedTuple):
     """What the blocks of a layer are made of.
 
     Attributes:
-        kinds: the pairs of formats that its KV heads have, halves of keys and of values.
+        kinds: the pairs of formats that its KV heads have, K and V parts.
         of_head: which of them each KV head has, int64 `[kv_heads]`.
-        beside: of each kind the halves of values of layers that share the keys, which lie beside a block's own.
+        shared_values: of each kind the parts of values of layers that share the keys, which lie beside a block's own.
         scored: of each kind, whether the scores of its tokens are kept too.
     """
 
-    kinds: tuple[tuple[BlockHalf, BlockHalf], ...]
+    kinds: tuple[tuple[KVPart, KVPart], ...]
     of_head: Ints
-    beside: tuple[tuple[BlockHalf, ...], ...]
+    shared_values: tuple[tuple[KVPart, ...], ...]
     scored: tuple[bool, ...]
 
     @staticmethod
-    def of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype, beside: Beside = ()) -> Layout:
+    def of(
+        rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype, shared_values: SharedFormats = ()
+    ) -> Layout:
         """Returns the layout of KV heads with these rules, sizes and dtype."""
         own = zip(*rules.format_codes.tolist(), strict=True)
         scored = [rule.selects for rule in rules.rules]
         heads = [
             (selects, *formats, *more)
-            for selects, formats, more in zip(scored, own, beside or ((),) * len(rules), strict=True)
+            for selects, formats, more in zip(scored, own, shared_values or ((),) * len(rules), strict=True)
         ]
         formats = sorted(set(heads))
 
-        def values(code: int) -> BlockHalf:
-            return BlockHalf(code, value_dim, dtype, values=True)
+        def values(code: int) -> KVPart:
+            return KVPart(code, value_dim, dtype, values=True)
 
         return Layout(
-            tuple((BlockHalf(key, head_dim, dtype), values(value)) for _, key, value, *_ in formats),
+            tuple((KVPart(key, head_dim, dtype), values(value)) for _, key, value, *_ in formats),
             np.array([formats.index(head) for head in heads], np.int64),
             tuple(tuple(map(values, more)) for _, _, _, *more in formats),
             tuple(selects for selects, *_ in formats),
@@ -119,8 +121,8 @@ class Layout(NamedTuple):
     @property
     def block_bytes(self) -> Ints:
         """Bytes of a block of each kind, int64 `[kinds]`."""
-        halves = ((*own, *more) for own, more in zip(self.kinds, self.beside, strict=True))
-        sizes = [sum(half.nbytes for half in each) for each in halves]
+        kv_parts = ((*own, *more) for own, more in zip(self.kinds, self.shared_values, strict=True))
+        sizes = [sum(kv_part.nbytes for kv_part in each) for each in kv_parts]
         return np.array(
             [size + BLOCK * SCORE_BYTES * kept for size, kept in zip(sizes, self.scored, strict=True)], np.int64
         )
@@ -137,9 +139,9 @@ class Pool:
         device: where.
 
     Attributes:
-        keys: segments of keys; see `halves`.
+        keys: segments of keys; see `kv_parts`.
         values: segments of values, of as many blocks each.
-        beside: of every segment those of values of layers that share the keys, in the order of the layout.
+        shared_values: of every segment those of values of layers that share the keys, in the order of the layout.
         scores: of every segment those of its tokens, int16 `[blocks, 16]` on the CPU; `[blocks, 0]` where none are kept.
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
@@ -151,7 +153,7 @@ class Pool:
         self.layout, self.device = layout, device
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.beside: list[tuple[torch.Tensor, ...]] = []
+        self.shared_values: list[tuple[torch.Tensor, ...]] = []
         self.scores: list[torch.Tensor] = []
         self.refs, self.kinds = np.zeros(0, np.int32), np.zeros(0, np.int64)
         self.shared = False
@@ -160,7 +162,7 @@ class Pool:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that hold memory."""
-        return [*self.keys, *self.values, *chain.from_iterable(self.beside), *self.scores]
+        return [*self.keys, *self.values, *chain.from_iterable(self.shared_values), *self.scores]
 
     @property
     def used(self) -> int:
@@ -182,7 +184,9 @@ class Pool:
         keys, values = self.layout.kinds[kind]
         self.keys.append(keys.new(blocks, self.device))
         self.values.append(values.new(blocks, self.device))
-        self.beside.append(tuple(half.new(blocks, self.device) for half in self.layout.beside[kind]))
+        self.shared_values.append(
+            tuple(kv_part.new(blocks, self.device) for kv_part in self.layout.shared_values[kind])
+        )
         scored = BLOCK if self.layout.scored[kind] else 0
         self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device="cpu"))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
@@ -275,11 +279,11 @@ class Pool:
         """
         put = backend_for(keys).put
         for kind, chosen in _groups(self.layout.of_head[heads]):
-            halves = self.layout.kinds[kind]
+            kv_parts = self.layout.kinds[kind]
             own = [data if chosen is None else data[self._index(chosen)] for data in (keys, values)]
             for at, picks, inside in self._split(slots if chosen is None else slots[chosen], BLOCK):
-                for half, segment, data in zip(halves, (self.keys[at], self.values[at]), own, strict=True):
-                    put(half, segment, inside, data if picks is None else data[picks])
+                for kv_part, segment, data in zip(kv_parts, (self.keys[at], self.values[at]), own, strict=True):
+                    put(kv_part, segment, inside, data if picks is None else data[picks])
 
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
         """Copies tokens, with their scores, to places in blocks of their own kind.
@@ -290,14 +294,14 @@ class Pool:
             heads: KV head of each.
         """
         for kind, chosen in _groups(self.layout.of_head[heads]):
-            halves = (*self.layout.kinds[kind], *self.layout.beside[kind])
+            kv_parts = (*self.layout.kinds[kind], *self.layout.shared_values[kind])
             own = [where if chosen is None else where[chosen] for where in (slots, to)]
             for at, picks, inside in self._split(own[0], BLOCK):
                 targets = own[1] if picks is None else own[1][picks.cpu().numpy()]
                 for into, few, there in self._split(targets, BLOCK):
                     here = inside if few is None else inside[few]
-                    for half, source, target in zip(halves, self._segment(at), self._segment(into), strict=False):
-                        half.move(source, here, target, there)
+                    for kv_part, source, target in zip(kv_parts, self._segment(at), self._segment(into), strict=False):
+                        kv_part.move(source, here, target, there)
                     if self.layout.scored[kind]:
                         self.scores[into].view(-1)[there.cpu()] = self.scores[at].view(-1)[here.cpu()]
 
@@ -316,41 +320,47 @@ class Pool:
             here = torch.from_numpy(scores if picks is None else scores[picks.cpu().numpy()]).to(torch.int16)
             self.scores[at].view(-1)[inside.cpu()] = here
 
-    def write_beside(self, slots: Ints, heads: Ints, planes: Ints, values: torch.Tensor) -> None:
+    def write_shared_values(self, slots: Ints, heads: Ints, value_sets: Ints, values: torch.Tensor) -> None:
         """Writes values of a layer that shares the keys.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
             heads: KV head whose block each is in, `[tokens]`.
-            planes: which of those beside a block's own each is, `[tokens]`.
+            value_sets: which of those beside a block's own each is, `[tokens]`.
             values: `[tokens, value_dim]`.
         """
         put = backend_for(values).put
-        for plane, on_plane in _groups(planes):
-            for kind, chosen in _groups(self.layout.of_head[heads if on_plane is None else heads[on_plane]]):
-                half = self.layout.beside[kind][plane]
-                both = on_plane if chosen is None else chosen if on_plane is None else on_plane[chosen]
+        for value_set, of_set in _groups(value_sets):
+            for kind, chosen in _groups(self.layout.of_head[heads if of_set is None else heads[of_set]]):
+                kv_part = self.layout.shared_values[kind][value_set]
+                both = of_set if chosen is None else chosen if of_set is None else of_set[chosen]
                 data = values if both is None else values[self._index(both)]
                 for at, picks, inside in self._split(slots if both is None else slots[both], BLOCK):
-                    put(half, self.beside[at][plane], inside, data if picks is None else data[picks])
+                    put(kv_part, self.shared_values[at][value_set], inside, data if picks is None else data[picks])
 
-    def values_beside(self, plane: int) -> list[torch.Tensor]:
+    def shared_values_of(self, value_set: int) -> list[torch.Tensor]:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""
-        return [more[plane] if plane < len(more) else own for own, more in zip(self.values, self.beside, strict=True)]
+        return [
+            more[value_set] if value_set < len(more) else own
+            for own, more in zip(self.values, self.shared_values, strict=True)
+        ]
 
-    def planes(self) -> list[list[torch.Tensor]]:
-        """Returns of every plane of values beside the blocks' own its part of each segment, of no bytes where there is none.
+    def value_sets(self) -> list[list[torch.Tensor]]:
+        """Returns of every set of shared values its part of each segment, of no bytes where there is none.
 
-        Where scores are kept, theirs is the one plane.
+        Where scores are kept, theirs is the one value set.
         """
         if any(self.layout.scored):
             return [[part.view(torch.uint8) if part.shape[1] else self._nothing(len(part)) for part in self.scores]]
 
-        def part(number: int, plane: int) -> torch.Tensor:
-            more = self.beside[number]
-            return more[plane] if plane < len(more) else self._nothing(len(self.keys[number]))
+        def part(number: int, value_set: int) -> torch.Tensor:
+            more = self.shared_values[number]
+            return more[value_set] if value_set < len(more) else self._nothing(len(self.keys[number]))
 
-        return [[part(at, plane) for at in range(len(self.keys))] for plane in range(max(map(len, self.layout.beside)))]
+        return [
+            [part(at, value_set) for at in range(len(self.keys))]
+            for value_set in range(max(map(len, self.layout.shared_values)))
+        ]
 
     def _nothing(self, blocks: int) -> torch.Tensor:
         return torch.empty(blocks, 0, dtype=torch.uint8, device=self.device)
@@ -369,7 +379,7 @@ class Pool:
 
     def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
         scores = (self.scores[number],) if self.scores[number].shape[1] else ()
-        return self.keys[number], self.values[number], *self.beside[number], *scores
+        return self.keys[number], self.values[number], *self.shared_values[number], *scores
 
     def _block(self, number: int) -> list[torch.Tensor]:
         """Returns all that a block is made of."""

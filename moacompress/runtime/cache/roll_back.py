@@ -8,8 +8,8 @@ from moacompress.core.arrays import Ints, ragged_ranges
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import BEGIN, END, LAG
-from moacompress.runtime.cache.chosen_tokens import can_go_back
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.selected_tokens import can_go_back
 
 
 def check_roll_back(held: LayerBlocks, counts: Ints, *, recording: bool) -> None:
@@ -31,7 +31,7 @@ def check_roll_back(held: LayerBlocks, counts: Ints, *, recording: bool) -> None
         # needed blocks between those held and the run after them
         apart = np.minimum(end, runs[number + 1, BEGIN]) > np.maximum(begin, runs[number, END])
         gone |= (end > begin) & ((begin < runs[number, BEGIN]) | apart)
-    unknown = held.chosen is not None and bool(counts.any()) and not can_go_back(held, lengths)
+    unknown = held.selected is not None and bool(counts.any()) and not can_go_back(held, lengths)
     if bool((lengths < 0).any() or gone.any() or unknown):
         kept = f"the last {LAG} tokens can be rolled back" if recording else "nothing was kept to roll back to"
         raise UnsupportedError(

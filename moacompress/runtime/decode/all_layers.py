@@ -61,7 +61,7 @@ def are_as_made(parts: Iterable[MadeOf]) -> bool:
 
 
 @dataclass
-class Reading:
+class BoundLayers:
     """What all decoder layers are made of, as one after the other was read; and how to tell that it still is.
 
     Attributes:
@@ -136,7 +136,7 @@ class Reading:
                 len(layer.self_attn._forward_pre_hooks) != 1 for layer in layers
             ):
                 return False
-            self.captured, self._hooks_made = any(self._hooks), made  # in this order: threads share a reading
+            self.captured, self._hooks_made = any(self._hooks), made  # in this order: threads share the bound layers
         if any(any(map(dict.__contains__, self._own, repeat(name))) for name in REPLACEMENTS):
             return False
         if not all(map(is_, map(type, self._modules), self._kinds)) or not are_as_made(self._made_of):
@@ -151,28 +151,28 @@ class Reading:
         """Whether some weight has gradients."""
         return any(
             tensor.requires_grad
-            for projections, around, _ in self.weights
-            for tensor in (*projections.weights, *projections.biases, *around.norms, *around.weights)
+            for projections, norms_and_mlp, _ in self.weights
+            for tensor in (*projections.weights, *projections.biases, *norms_and_mlp.norms, *norms_and_mlp.weights)
         )
 
 
-class CacheReading:
+class BoundCaches:
     """The caches of all layers as the kernels have read them; the pools' locks are held while it is made and used.
 
     Args:
-        reading: the layers.
+        bound_layers: the layers.
         caches: their caches; all can step.
     """
 
-    def __init__(self, reading: Reading, caches: list[PlanCacheLayer]) -> None:
+    def __init__(self, bound_layers: BoundLayers, caches: list[PlanCacheLayer]) -> None:
         # a cache that is kept does not keep the weights
-        self._reading, self._caches, self._lag = weakref.ref(reading), caches, caches[0].lag
-        self.bound = reading.bound.read_caches([cache.state(self._lag) for cache in caches])
+        self._bound_layers, self._caches, self._lag = weakref.ref(bound_layers), caches, caches[0].lag
+        self.bound = bound_layers.bound.read_caches([cache.state(self._lag) for cache in caches])
         self._arrays = [cache.arrays() for cache in caches]
 
-    def holds(self, reading: Reading, caches: list[PlanCacheLayer]) -> bool:
+    def holds(self, bound_layers: BoundLayers, caches: list[PlanCacheLayer]) -> bool:
         """Whether it is of these, and nothing of them has been replaced since."""
-        if reading is not self._reading() or caches is not self._caches or caches[0].lag != self._lag:
+        if bound_layers is not self._bound_layers() or caches is not self._caches or caches[0].lag != self._lag:
             return False
         return all(all(map(is_, cache.arrays(), known)) for cache, known in zip(caches, self._arrays, strict=True))
 
@@ -190,9 +190,9 @@ class Stack:
         read: reads layers for a step: `fused.read_layers`.
     """
 
-    def __init__(self, read: Callable[..., Reading | None]) -> None:
+    def __init__(self, read: Callable[..., BoundLayers | None]) -> None:
         self._read = read
-        self._last: Reading | None = None
+        self._last: BoundLayers | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -202,7 +202,7 @@ class Stack:
         layers = tuple(decoder.layers._modules.values())
         return StackStep(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
 
-    def reading(self, request: StackRequest) -> Reading | None:
+    def bound_layers(self, request: StackRequest) -> BoundLayers | None:
         """Returns what the layers are made of, or None where they cannot make one call."""
         last, hidden = self._last, request.hidden
         if last is None or not last.holds(request.modules, hidden):
@@ -272,7 +272,7 @@ def can_step_all(request: StackRequest) -> bool:
         return False
     if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
         return False
-    return request.whole.reading is not None or _can_step(_caches(request), hidden)
+    return request.whole.bound_layers is not None or _can_step(_caches(request), hidden)
 
 
 def step_all(request: StackRequest) -> torch.Tensor | None:
@@ -280,15 +280,15 @@ def step_all(request: StackRequest) -> torch.Tensor | None:
     stack, hidden, whole = request.stack, request.hidden, request.whole
     caches = _caches(request)
     while True:
-        reading = stack.reading(request)
-        if reading is None:
+        bound_layers = stack.bound_layers(request)
+        if bound_layers is None:
             return None
         with _all_locked(caches):  # forks in other threads replace what is read when they make room in the pools
-            known = whole.reading
-            if known is None or not known.holds(reading, caches):
+            known = whole.bound_layers
+            if known is None or not known.holds(bound_layers, caches):
                 if not _can_step(caches, hidden):
                     return None
-                known = whole.reading = CacheReading(reading, caches)
+                known = whole.bound_layers = BoundCaches(bound_layers, caches)
             elif hidden.shape[0] != len(caches[0].lengths):
                 return None  # for the layers to refuse
             caches[0].stepping = True  # an error or an interrupt in the midst of it leaves a cache that is refused
@@ -311,9 +311,7 @@ def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:
     return all(cache.can_step_rows(hidden) for cache in caches)
 
 
-def _step_bound(
-    known: CacheReading, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Rotary
-) -> torch.Tensor:
+def _step_bound(known: BoundCaches, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Makes the call, and again where it lacks room.
 
     Raises:
@@ -322,7 +320,7 @@ def _step_bound(
     done = 0
     while True:
         try:
-            out, now, room = known.bound.step(hidden, rotary, done)
+            out, now, shortfall = known.bound.step(hidden, rotary, done)
         except WeightsMoved:
             if done:
                 raise UnsupportedError(
@@ -331,11 +329,11 @@ def _step_bound(
             raise
         for cache in caches[done:now]:
             cache.columns += 1
-        if room is None:
+        if shortfall is None:
             return out
         if now > done:
             hidden, done = out, now
-        caches[done].blocks_held().make_room(room)
+        caches[done].blocks_held().allocate(shortfall)
         known.read_again(done)
 
 

@@ -16,7 +16,7 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
-from moacompress.runtime.sharing.handing import HANDED, Handed, taken
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, SharedKeys, taken
 
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
@@ -53,7 +53,7 @@ def attention_forward(
         softcap: bound of the scores by tanh.
         s_aux: learned sink logit of each query head, `[heads]`.
         is_causal: must not be False.
-        **kwargs: holds the `LayerCall`, and what anchors have handed on.
+        **kwargs: holds the `LayerCall`, and what anchors have shared.
 
     Returns:
         `[batch, tokens, heads, value_dim]` and None: there are no attention weights to give.
@@ -64,13 +64,13 @@ def attention_forward(
             "the attention 'moacompress' was called on a model that has no plan; load a compressed checkpoint with "
             "from_pretrained, or use moacompress.attach(model, plan)"
         )
-    context, handed = call.context, kwargs.get(HANDED)
+    context, shared_keys = call.context, kwargs.get(SHARED_KEYS)
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     query, key, value = autocast.as_computed(query, key, value)
     if context.share is not None:
-        query, key, s_aux = taken(handed, context.layer, context.share)
-    elif context.serves and handed is not None:
-        handed[context.layer] = Handed(query, key, s_aux)
+        query, key, s_aux = taken(shared_keys, context.layer, context.share)
+    elif context.serves and shared_keys is not None:
+        shared_keys[context.layer] = SharedKeys(query, key, s_aux)
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not autocast.is_on(query):

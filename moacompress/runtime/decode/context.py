@@ -84,7 +84,7 @@ class LayerContext:
 
     @property
     def takes_part(self) -> bool:
-        """Whether it shares attention with another layer, as anchor or as its user."""
+        """Whether it shares attention with another layer, as anchor or as its reuse layer."""
         return self.serves or self.share is not None
 
 

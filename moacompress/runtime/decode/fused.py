@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary
+from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary
 from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
@@ -28,8 +28,8 @@ from moacompress.runtime.decode.all_layers import (
     GLOBAL_HOOKS,
     REPLACEMENTS,
     RUN,
+    BoundLayers,
     MadeOf,
-    Reading,
     StackStep,
     are_as_made,
 )
@@ -116,9 +116,9 @@ class _FusedLayer:
             whole = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast(torch.Tensor, whole)
         context, cache, scaling = layer.call.context, cast(PlanCache, layer.call.cache), layer.attention.scaling
-        projections, around, _ = layer.weights
+        projections, norms_and_mlp, _ = layer.weights
         if torch.compiler.is_compiling():
-            rest = (*around, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
+            rest = (*norms_and_mlp, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
             return cast(torch.Tensor, torch.ops.moacompress.step_layer(hidden_states, *projections, *rest))
         return take(LayerRequest(context, cache, hidden_states, Rotary(*rotary), scaling, layer.weights))
 
@@ -195,9 +195,9 @@ def _layer(
         return None
     if not (are_as_made(module.made_of) and are_as_made(attention.made_of)):
         return None
-    own, beside = attention._modules, mlp._modules
-    names = (*((own, name) for name in (*PROJECTIONS, "o_proj")), *((beside, name) for name in FEED_FORWARD))
-    linears, activation = [parts.get(name) for parts, name in names], beside.get("act_fn")
+    own, feed_forward = attention._modules, mlp._modules
+    names = (*((own, name) for name in (*PROJECTIONS, "o_proj")), *((feed_forward, name) for name in FEED_FORWARD))
+    linears, activation = [parts.get(name) for parts, name in names], feed_forward.get("act_fn")
     if activation is None or None in linears:
         return None
     others = (mlp, activation, *norms)
@@ -230,7 +230,7 @@ def _layer(
         gate = probe["weight"], probe["bias"]
         if not all(lies_ready(part, hidden) for part in gate):
             return None
-    return _LayerParts(attention, call, LayerWeights(projections, AroundAttention(scales, eps, weights[3:]), gate))
+    return _LayerParts(attention, call, LayerWeights(projections, NormAndMlpWeights(scales, eps, weights[3:]), gate))
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
@@ -248,7 +248,7 @@ def _is_touched(module: Any) -> bool:
     return bool(hooked or any(name in own for name in REPLACEMENTS))
 
 
-def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> Reading | None:
+def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> BoundLayers | None:
     """Reads decoder layers for a step through all of them; None where one of them cannot take part.
 
     Args:
@@ -257,23 +257,23 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
         rotary: cosines and sines of the step.
         cache: the model's.
     """
-    reading = Reading(layers)
+    bound_layers = BoundLayers(layers)
     numbers, biased = set(), set()
     for module in layers:
         untouched = are_fused((module,)) and not _is_touched(module)
         layer = _layer(module, hidden, rotary, {"cache": cache}, among_all=True) if untouched else None
         if layer is None:
             return None
-        reading.weights.append(layer.weights)
-        reading.contexts.append(layer.call.context)
-        projections, around, _ = layer.weights
-        numbers.add((around.eps, layer.attention.head_dim, layer.attention.scaling))
+        bound_layers.weights.append(layer.weights)
+        bound_layers.contexts.append(layer.call.context)
+        projections, norms_and_mlp, _ = layer.weights
+        numbers.add((norms_and_mlp.eps, layer.attention.head_dim, layer.attention.scaling))
         biased.add(len(projections.biases))
     if len(numbers) != 1 or len(biased) != 1:
         return None
     _, head_dim, scaling = numbers.pop()
-    reading.seal(head_dim, scaling)
-    return reading
+    bound_layers.seal(head_dim, scaling)
+    return bound_layers
 
 
 def are_fused(layers: Iterable[nn.Module]) -> bool:

@@ -22,8 +22,8 @@ from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.cache.chosen_tokens import passing_tokens, schedule_of_chunk
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.selected_tokens import passing_tokens, schedule_of_chunk
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.gate_gradients import with_gate_gradients
@@ -313,7 +313,7 @@ def _with_padded_ends(
 def _decoded(
     request: AttendRequest, query: torch.Tensor, view: CacheView, lengths: Ints, rules: RuleTable
 ) -> torch.Tensor:
-    """Returns attention of one query a row over the layer's cache, what gates keep of it included, `[rows, heads, value_dim]`.
+    """Returns attention of one query a row over the layer's cache, selected tokens included, `[rows, heads, value_dim]`.
 
     Args:
         request: what it is part of.

@@ -1,4 +1,4 @@
-"""Attention of a step over the tokens that gates keep.
+"""Attention of a step over the tokens that gates select.
 
 Their blocks are read with the backend's `decode`, a KV head of a row at a time; `kernels.reference.passing.merged` puts it
 together with that over sinks and windows.
@@ -20,7 +20,7 @@ from moacompress.runtime.cache.layer_blocks import LayerBlocks
 
 
 def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> PartOfSoftmax:
-    """Attention of one query a row over the tokens that gates keep of it.
+    """Attention of one query a row over the tokens that gates select of it.
 
     Args:
         query: `[rows, heads, head_dim]`.
@@ -32,7 +32,7 @@ def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores)
         `[rows, heads, value_dim]`, and `[rows, heads]` in float32 at least.
     """
     rows, heads, size = query.shape
-    rules, view = held.rules, held.view_chosen()
+    rules, view = held.rules, held.view_selected()
     group, counts = heads // len(rules), rules.selected(lengths)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros(rows, len(rules), group, view.value_dim or held.pool.layout.value_dim)

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import linear, silu
 
-from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
-from moacompress.runtime.cache.user_layer import UserCacheLayer
+from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.decode.context import LayerContext
 
 
@@ -51,7 +51,7 @@ class AttendRequest:
     layers = 1
 
     @property
-    def cache(self) -> PlanCacheLayer | UserCacheLayer | None:
+    def cache(self) -> PlanCacheLayer | ReuseCacheLayer | None:
         """The layer's cache."""
         return None if self.whole is None else self.whole.layers[self.context.layer]
 
@@ -145,13 +145,13 @@ class LayerRequest(_TokenRequest):
 
     def hidden_request(self) -> HiddenRequest:
         """Returns the attention that it asks for."""
-        projections, around, _ = self.weights
-        normed = normalized(self.hidden, around.norms[0], around.eps)
+        projections, norms_and_mlp, _ = self.weights
+        normed = normalized(self.hidden, norms_and_mlp.norms[0], norms_and_mlp.eps)
         return HiddenRequest(self.context, self.whole, normed, self.rotary, self.scaling, projections)
 
     def finished(self, attended: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output, `[rows, 1, hidden]`, from what attention gave, `[rows, 1, heads, value_dim]`."""
-        return feed_forward(self.hidden, attended.flatten(2), self.weights.around)
+        return feed_forward(self.hidden, attended.flatten(2), self.weights.norms_and_mlp)
 
 
 @dataclass(frozen=True)
@@ -182,17 +182,17 @@ class StackRequest:
 Request = AttendRequest | HiddenRequest | LayerRequest | StackRequest
 
 
-def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, around: AroundAttention) -> torch.Tensor:
+def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, norms_and_mlp: NormAndMlpWeights) -> torch.Tensor:
     """Returns what a decoder layer makes of what attention gave.
 
     Args:
         hidden: the residual stream, `[..., hidden]`.
         attended: `[..., heads * value_dim]`.
-        around: the layer's norms and weights.
+        norms_and_mlp: the layer's norms and weights.
     """
-    output, gate, up, last = around.weights
+    output, gate, up, last = norms_and_mlp.weights
     hidden = hidden + linear(attended, output)
-    normed = normalized(hidden, around.norms[1], around.eps)
+    normed = normalized(hidden, norms_and_mlp.norms[1], norms_and_mlp.eps)
     return hidden + linear(silu(linear(normed, gate)) * linear(normed, up), last)
 
 

@@ -15,7 +15,7 @@ from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import users_of
+from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
@@ -206,5 +206,5 @@ def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[An
 
 
 def _context(plan: Plan, layer: int) -> LayerContext:
-    native, serves = plan.model.native_windows[layer], bool(users_of(plan.shares, layer))
+    native, serves = plan.model.native_windows[layer], bool(reuse_layers_of(plan.shares, layer))
     return LayerContext.of(layer, plan.rules[layer], plan.min_window, native, plan.share(layer), serves)

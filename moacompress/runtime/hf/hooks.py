@@ -21,7 +21,7 @@ from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.decode.context import CACHE_NAMES
 from moacompress.runtime.hf.layer_order import LayerOrder
-from moacompress.runtime.sharing.handing import HANDED
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
 
@@ -49,7 +49,7 @@ class DecoderHook:
         _check_rest(module, kwargs)
         self.order.check(module)
         if self.plan.shares:
-            kwargs[HANDED] = {}
+            kwargs[SHARED_KEYS] = {}
         name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")
         cache = check_cache(kwargs.get(name), self.plan_key)
         if cache is None and self._wants_cache(module, kwargs):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moacompress.kernels.arguments import AroundAttention, LayerWeights, Projections, Rotary, Scores
+from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.routes import take
@@ -100,7 +100,7 @@ def _step_layer(
 ) -> torch.Tensor:
     """Does what a `LayerRequest` asks for."""
     context, whole = LayerContext.from_tensor(layer, rules), PlanCache.find(handle)
-    parts = LayerWeights(Projections(weights, biases), AroundAttention(norms, eps, around))
+    parts = LayerWeights(Projections(weights, biases), NormAndMlpWeights(norms, eps, around))
     return take(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 

@@ -69,7 +69,7 @@ def test_both_find_the_best_of_all_choices(seed: int) -> None:
             assert somewhere is None
 
 
-def test_an_anchor_has_several_users() -> None:
+def test_an_anchor_has_several_reuse_layers() -> None:
     costs = np.full((5, 3), 1.0)
     costs[0], costs[1, 1:], costs[2, 2:] = np.inf, np.inf, np.inf
     costs[3, 2], costs[4, 2] = 0.1, 0.2  # of 0 and of 1

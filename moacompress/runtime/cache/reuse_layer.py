@@ -12,30 +12,30 @@ from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView
 from moacompress.rules.share import Share
-from moacompress.runtime.cache.commit import write_beside
+from moacompress.runtime.cache.commit import write_shared_values
 from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 
 
-class UserCacheLayer(CacheLayer):
+class ReuseCacheLayer(CacheLayer):
     """The cache of a reuse layer: it has no memory of its own.
 
     What selects, forks and forgets rows is done by the anchor alone.
 
     Args:
         share: what the layer takes from its anchor.
-        planes: which of the values beside the anchor's own are those of each KV head, `[kv_heads]`.
+        value_sets: which of the values beside the anchor's own are those of each KV head, `[kv_heads]`.
         last: whether no later layer uses the same anchor.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
     used_bytes = blocks = 0
 
-    def __init__(self, share: Share, planes: tuple[int, ...], last: bool) -> None:
+    def __init__(self, share: Share, value_sets: tuple[int, ...], last: bool) -> None:
         super().__init__()
-        self.share, self.planes, self.last = share, planes, last
+        self.share, self.value_sets, self.last = share, value_sets, last
         self.anchor: PlanCacheLayer
-        self._heads = np.array(share.head_map, np.int64), np.array(planes, np.int64)
+        self._heads = np.array(share.head_map, np.int64), np.array(value_sets, np.int64)
         self.is_initialized = False
         self._pending: torch.Tensor | None = None
 
@@ -74,7 +74,7 @@ class UserCacheLayer(CacheLayer):
     def view(self) -> CacheView:
         """Returns what attention reads: before its values are taken in, that is without the chunk of the running forward."""
         held = self.anchor.before() if self._is_behind else self.anchor.blocks_held()
-        return held.view_beside(*self._heads)
+        return held.view_shared_values(*self._heads)
 
     def can_step(self, like: torch.Tensor) -> bool:
         """No compiled call puts values beside others."""
@@ -105,7 +105,7 @@ class UserCacheLayer(CacheLayer):
             schedule: likewise.
         """
         assert self._pending is not None
-        write_beside(self.anchor.blocks_held(), self._pending, self.anchor.lengths_before, chunk, *self._heads)
+        write_shared_values(self.anchor.blocks_held(), self._pending, self.anchor.lengths_before, chunk, *self._heads)
         self.columns += chunk.columns
         self._pending = None
         if self.last:
@@ -125,9 +125,9 @@ class UserCacheLayer(CacheLayer):
         """Empties the layer."""
         self.columns, self._pending, self.is_initialized = 0, None, False
 
-    def fork(self) -> UserCacheLayer:
+    def fork(self) -> ReuseCacheLayer:
         """Returns a layer of the same content for a cache whose anchor is forked too, which it is to be given."""
-        other = UserCacheLayer(self.share, self.planes, self.last)
+        other = ReuseCacheLayer(self.share, self.value_sets, self.last)
         other.columns, other.record_past, other.is_initialized = self.columns, self.record_past, self.is_initialized
         return other
 

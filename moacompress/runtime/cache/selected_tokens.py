@@ -55,21 +55,21 @@ def schedule_of_chunk(
 
 def _cached_slots(held: LayerBlocks, tokens: EvictionSchedule) -> Ints:
     """Returns where tokens lie before the chunk: in windows, or where they were selected; see `Table.slots`."""
-    assert held.chosen is not None
+    assert held.selected is not None
     (rows, heads), selected, slots = tokens.rows_and_heads, tokens.positions < 0, np.empty(len(tokens.places), np.int64)
-    for table, numbers, at in ((held.chosen, tokens.places, selected), (held.table, tokens.positions, ~selected)):
+    for table, numbers, at in ((held.selected, tokens.places, selected), (held.table, tokens.positions, ~selected)):
         slots[at] = table.slots(rows[at], heads[at], numbers[at])
     return slots
 
 
 def remember(held: LayerBlocks, lag: int) -> None:
     """Keeps what is selected now: the cache can be rolled back to here while it is `lag` tokens longer at most."""
-    assert held.chosen is not None
+    assert held.selected is not None
     with held.pool.lock:
-        held.past.append(Past(held.lengths.copy(), Table.of(held.chosen.ids)))
-        held.pool.retain(held.chosen.ids)
+        held.past.append(Past(held.lengths.copy(), Table.of(held.selected.ids)))
+        held.pool.retain(held.selected.ids)
         while len(held.past) > 1 and (held.past[1].lengths <= held.lengths - lag).all():
-            held.pool.release(held.past.pop(0).chosen.ids)
+            held.pool.release(held.past.pop(0).selected.ids)
 
 
 def can_go_back(held: LayerBlocks, lengths: Ints) -> bool:
@@ -94,14 +94,14 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
     They are what they were before the last chunk that began no later, and those that left windows since compete again: they are
     in the windows' blocks still.
     """
-    assert held.chosen is not None
+    assert held.selected is not None
     with held.pool.lock:
         while not (held.past[-1].lengths <= lengths).all():
-            held.pool.release(held.past.pop().chosen.ids)
+            held.pool.release(held.past.pop().selected.ids)
         last = held.past[-1]
-        held.pool.retain(last.chosen.ids)
-        held.pool.release(held.chosen.ids)
-        held.chosen.ids = last.chosen.ids.copy()
+        held.pool.retain(last.selected.ids)
+        held.pool.release(held.selected.ids)
+        held.selected.ids = last.selected.ids.copy()
         no_scores = torch.zeros(len(lengths), held.heads, 0, dtype=torch.int16)
         admitted = schedule_of_chunk(held.rules, lengths, no_scores, Chunk(0), held, since=last.lengths).newly_selected
         make_places(held, admitted)
@@ -126,7 +126,7 @@ def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks |
 
 def make_places(held: LayerBlocks, admitted: EvictionSchedule) -> None:
     """Takes blocks for tokens that are admitted, and copies of shared ones that will be written to; the pool's lock is held."""
-    pool, table = held.pool, held.chosen
+    pool, table = held.pool, held.selected
     assert table is not None
     blocks = admitted.places // BLOCK
     table.widen(int(blocks.max(initial=-1)) + 1)
@@ -152,11 +152,11 @@ def move_cached(held: LayerBlocks, admitted: EvictionSchedule, before: Ints) -> 
         admitted: the tokens, some of them of the chunk.
         before: real tokens of every row before the chunk, `[rows]`.
     """
-    assert held.chosen is not None
+    assert held.selected is not None
     cached = admitted.only(admitted.positions < before[admitted.rows_and_heads[0]])
     if len(cached.places):
         rows, heads = cached.rows_and_heads
-        to = held.chosen.slots(rows, heads, cached.places)
+        to = held.selected.slots(rows, heads, cached.places)
         held.pool.move(held.table.slots(rows, heads, cached.positions), to, heads)
 
 
@@ -180,12 +180,12 @@ def write_new(
         before: real tokens of every row before the chunk, `[rows]`.
         chunk: which of its tokens are real.
     """
-    assert held.chosen is not None
+    assert held.selected is not None
     new = admitted.only(admitted.positions >= before[admitted.rows_and_heads[0]])
     if not len(new.places):
         return
     rows, heads = new.rows_and_heads
-    slots, columns = held.chosen.slots(rows, heads, new.places), chunk.columns_of(rows, new.positions - before[rows])
+    slots, columns = held.selected.slots(rows, heads, new.places), chunk.columns_of(rows, new.positions - before[rows])
     at = tuple(torch.from_numpy(numbers).to(key.device) for numbers in (rows, heads, columns))
     held.pool.write(slots, heads, key[at].detach(), value[at].detach())
     held.pool.write_scores(slots, scores[at].cpu().numpy())

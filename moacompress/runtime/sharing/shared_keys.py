@@ -13,11 +13,11 @@ import torch
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.share import Share
 
-HANDED = "moacompress_handed"
+SHARED_KEYS = "moacompress_shared_keys"
 """Keyword under which what anchors hand on reaches the attention."""
 
 
-class Handed(NamedTuple):
+class SharedKeys(NamedTuple):
     """What an anchor attends with.
 
     Attributes:
@@ -30,31 +30,31 @@ class Handed(NamedTuple):
     key: torch.Tensor
     sink_logits: torch.Tensor | None
 
-    def taken(self, share: Share) -> Handed:
+    def taken(self, share: Share) -> SharedKeys:
         """Returns what a reuse layer attends with, given what it takes."""
         kv_heads, heads = self.key.shape[1], self.query.shape[1]
         key = self.key[:, list(share.head_map)]
         group = heads // kv_heads
         picked = [of * group + member for of in share.head_map for member in range(group)]
         logits = None if self.sink_logits is None else self.sink_logits[picked]
-        return Handed(self.query[:, picked], key, logits)
+        return SharedKeys(self.query[:, picked], key, logits)
 
 
-def taken(handed: Any, layer: int, share: Share) -> Handed:
+def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:
     """Returns what a reuse layer attends with.
 
     Args:
-        handed: what anchors have handed on in this forward, by layer; None where the model has lost it.
+        shared_keys: what anchors have shared in this forward, by layer; None where the model has lost it.
         layer: its index.
         share: what it takes from its anchor.
 
     Raises:
-        UnsupportedError: the anchor has handed nothing on.
+        UnsupportedError: the anchor has shared no keys.
     """
-    if handed is None or share.anchor not in handed:
+    if shared_keys is None or share.anchor not in shared_keys:
         raise UnsupportedError(
-            f"layer {layer} shares the attention of layer {share.anchor}, which has handed nothing on in this forward: run the "
+            f"layer {layer} shares the attention of layer {share.anchor}, which has shared no keys in this forward: run the "
             "decoder whole, with all its layers in order"
         )
-    found: Handed = handed[share.anchor]
+    found: SharedKeys = shared_keys[share.anchor]
     return found.taken(share)

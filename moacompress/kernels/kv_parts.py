@@ -1,4 +1,4 @@
-"""Where keys or values lie in the memory of cache blocks: one half of a block holds those of its 16 tokens, in one format.
+"""Where keys or values lie in the memory of cache blocks: one part of a block holds those of its 16 tokens, in one format.
 
 Native numbers lie one token after the other, `[blocks, 16, dim]`. Codes, scales and zero points lie as `docs/formats.md` says,
 `[blocks, bytes]`; `kernels/cpu/formats.h` has the same, and tests hold the bytes equal.
@@ -20,7 +20,7 @@ QUAD = 4
 """Bytes of a token, or tokens, whose codes lie side by side: what processors multiply at once."""
 
 
-class BlockHalf(NamedTuple):
+class KVPart(NamedTuple):
     """A format for keys, or for values, of one size.
 
     Attributes:
@@ -42,7 +42,7 @@ class BlockHalf(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a half of a block."""
+        """Bytes of the K or V part of a block."""
         return BLOCK * self._vector
 
     @property
@@ -135,36 +135,36 @@ class BlockHalf(NamedTuple):
         return numbers
 
     def fits(self, memory: torch.Tensor) -> bool:
-        """Whether memory is of such halves."""
+        """Whether memory is of such parts."""
         if not self.bits:
             return memory.dtype == self.dtype and memory.shape[1:] == (BLOCK, self.dim)
         return memory.dtype == torch.uint8 and memory.shape[1:] == (self.nbytes,)
 
 
 def read_tokens(
-    segments: Sequence[torch.Tensor], half: BlockHalf, ids: torch.Tensor, places: torch.Tensor
+    segments: Sequence[torch.Tensor], kv_part: KVPart, ids: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor | None:
-    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `BlockHalf.read`.
+    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `KVPart.read`.
 
     Args:
         segments: of the pool, those of other formats too; block ids count through them.
-        half: what the tokens are kept as.
+        kv_part: what the tokens are kept as.
         ids: blocks of the tokens, int64 `[rows, heads, tokens]`, at least 0.
         places: of the tokens in their blocks, `[tokens]`.
 
     Returns:
-        None where a block is in no segment of such halves.
+        None where a block is in no segment of such parts.
     """
-    if len(segments) == 1 and half.fits(segments[0]):
-        return half.read(segments[0], ids, places) if int(ids.max()) < len(segments[0]) else None
+    if len(segments) == 1 and kv_part.fits(segments[0]):
+        return kv_part.read(segments[0], ids, places) if int(ids.max()) < len(segments[0]) else None
     found = torch.empty(
-        *ids.shape, half.dim, dtype=torch.float32 if half.bits else half.dtype, device=segments[0].device
+        *ids.shape, kv_part.dim, dtype=torch.float32 if kv_part.bits else kv_part.dtype, device=segments[0].device
     )
     first, left, places = 0, ids.numel(), places.expand_as(ids)
     for segment in segments:
         inside = (ids >= first) & (ids < first + len(segment))
-        if half.fits(segment):
-            found[inside] = half.read(segment, ids[inside] - first, places[inside])
+        if kv_part.fits(segment):
+            found[inside] = kv_part.read(segment, ids[inside] - first, places[inside])
             left -= int(inside.sum())
         first += len(segment)
     return None if left else found
