@@ -293,7 +293,7 @@ class Collector(Protocol):
         """Takes one tile."""
 
 
-class Kept(NamedTuple):
+class CachedPart(NamedTuple):
     """A layer's keys or its values, and what a backward pass says of them, `[1, kv_heads, N, dim]` each.
 
     Attributes:
@@ -311,7 +311,7 @@ class Kept(NamedTuple):
 class GradientCollector(Protocol):
     """What receives the gradients of a layer's keys and values, once a backward pass."""
 
-    def take_gradients(self, keys: Kept, values: Kept) -> None:
+    def take_gradients(self, keys: CachedPart, values: CachedPart) -> None:
         """Takes them."""
 
 
@@ -528,6 +528,8 @@ class ProfiledAttention(torch.autograd.Function):
             *seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan, choices=ctx.choices
         )
         for collector in ending:
-            collector.take_gradients(*(Kept(*one) for one in zip((key, value), seen[1:], gradients[1:], strict=True)))
+            collector.take_gradients(
+                *(CachedPart(*one) for one in zip((key, value), seen[1:], gradients[1:], strict=True))
+            )
         straight = (grad.to(query.dtype) for grad in gradients)  # what is rounded hands its gradient on as it is
         return (*straight, None, None, None, None, None, None)

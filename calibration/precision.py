@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moacompress.calibration.influence import Kept
+from moacompress.calibration.influence import CachedPart
 from moacompress.calibration.statistics import SIDES
 from moacompress.kernels.reference.codes import rotated, stored
 from moacompress.kernels.reference.rounding import BITS
@@ -64,7 +64,7 @@ class PrecisionSums:
         """Forgets everything, for the next backward pass."""
         self._sums.zero_()
 
-    def take_gradients(self, keys: Kept, values: Kept) -> None:
+    def take_gradients(self, keys: CachedPart, values: CachedPart) -> None:
         """Adds what a backward pass says of the layer's keys and values."""
         for side, kept in enumerate((keys, values)):
             for part in range(0, kept.given.shape[2], TOKENS):

@@ -66,12 +66,12 @@ def inspect(
         shown.show.extend((formats_table(data["formats"], data["bits"]), bits))
     if show_tokens is None:
         return shown
-    from moacompress.report.shown_tokens import kept_tokens, token_tables
+    from moacompress.report.shown_tokens import selected_tokens, token_tables
 
     folder = find_model_folder(file.parent)
     if folder is None:
         raise UsageError(
             f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
         )
-    found = kept_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
+    found = selected_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
     return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])

@@ -26,7 +26,7 @@ DIM = 0.1
 """Share below which it is shown dim."""
 
 
-def kept_tokens(
+def selected_tokens(
     folder: Path, plan: Plan, text: Path, device: str = "cpu", *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Reads a text with a compressed model, and returns which of its tokens gates keep at its end.
@@ -130,7 +130,7 @@ def token_tables(data: Mapping[str, Any]) -> Group:
     """Returns the classes of tokens with what is kept of them, and the text: tokens in brackets are kept by most gates.
 
     Args:
-        data: of `kept_tokens`.
+        data: of `selected_tokens`.
     """
     rows = [(row["name"], str(row["tokens"]), f"{row['kept']:.0%}") for row in data["classes"]]
     title = (

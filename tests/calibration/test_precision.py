@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from moacompress.calibration import passes
-from moacompress.calibration.influence import AttentionSpec, Kept, ProfiledAttention, attend
+from moacompress.calibration.influence import AttentionSpec, CachedPart, ProfiledAttention, attend
 from moacompress.calibration.precision import TOKENS, PrecisionSums, columns, rotate_quickly, rounding_errors
 from moacompress.calibration.profiler import sample_statistics
 from moacompress.calibration.samples import Sample
@@ -73,7 +73,7 @@ def test_sums_are_those_of_the_definition(planned: bool) -> None:
     sums = PrecisionSums(3, CODED, plan)
     for _ in range(2):  # the second pass forgets the first
         sums.reset()
-        sums.take_gradients(*(Kept(*one) for one in zip(given, seen, grads, strict=True)))
+        sums.take_gradients(*(CachedPart(*one) for one in zip(given, seen, grads, strict=True)))
     found = sums.tensors()
     for side, name in enumerate(("key", "value")):
         for head, (column, wanted) in product(range(3), enumerate(columns(CODED))):

@@ -296,8 +296,8 @@ void test_profile(Isa isa, DType dtype) {
   for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
   const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
   const bool planned = pick(0, 1), baselines = pick(0, 1), asks_gates = planned && pick(0, 1);
-  // gates that keep none of what has left are asked of every key; Python's tests have those that keep some
-  const std::vector<int32_t> own_gone(size_t(kv_heads * tokens), 0);
+  // gates that select none of what has left are asked of every key; Python's tests have those that keep some
+  const std::vector<int32_t> evicted(size_t(kv_heads * tokens), 0);
   for (size_t i = size_t(7 * kv_heads); asks_gates && i < own.size(); i++) own[i] = 0;
   Data query(dtype, heads * tokens * dim), key(dtype, kv_heads * tokens * dim), value(dtype, kv_heads * tokens * value_dim);
   Data dout(dtype, heads * tokens * value_dim), dquery(dtype, query.count), dkey(dtype, key.count), dvalue(dtype, value.count);
@@ -323,8 +323,8 @@ void test_profile(Isa isa, DType dtype) {
                             strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
                             dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
                             strides(kv_heads, value_dim), baselines, sums.get(), pick(0, 40),
-                            pick(0, 1) ? of_tokens.get() : nullptr, alive.get(), 0, nullptr, nullptr,
-                            asks_gates ? own_gone.data() : nullptr};
+                            pick(0, 1) ? of_tokens.get() : nullptr, alive.get(),
+                            {0, nullptr, nullptr, asks_gates ? evicted.data() : nullptr}};
   const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
   if (profile(call, parallel, isa) != OK) failures++, std::printf("profile failed\n");
   for (const Data* data : {&dquery, &dkey, &dvalue})

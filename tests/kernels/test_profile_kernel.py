@@ -93,9 +93,9 @@ class Case:
             "sink_logits": self.sink_logit,
             "baselines": True,
             "lag": None,
-            "gone": None if self.choices is None else self.choices.evicted,
-            "choice_of": None if self.choices is None else self.choices.of_rule,
-            "own_gone": None if self.choices is None else self.choices.own,
+            "evicted": None if self.choices is None else self.choices.evicted,
+            "of_rule": None if self.choices is None else self.choices.of_rule,
+            "own_evicted": None if self.choices is None else self.choices.own,
         }
         assert changes.keys() <= named.keys()
         return list((named | changes).values())
@@ -424,13 +424,13 @@ def test_bad_arguments_are_refused() -> None:
     refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
     refused("lag is -1, less than 0", lag=-1)
-    gone, of_rule = torch.zeros(2, 1, 20, dtype=torch.int32), torch.zeros(len(columns.T), dtype=torch.int64)
-    refused("gone and choice_of go together", gone=gone)
-    refused(r"gone has the shape \[2, 1, 19\], not \[2, 1, 20\]", gone=gone[:, :, :19], choice_of=of_rule)
-    own = gone[:, 0]
-    refused("own_gone goes with a plan", plan=None, own_gone=own)
-    refused(r"own_gone has the shape \[2, 19\], not \[2, 20\]", own_gone=own[:, :19].contiguous())
-    refused("rule 0 chooses in way 1 of 1", gone=gone, choice_of=of_rule + 1)
+    evicted, of_rule = torch.zeros(2, 1, 20, dtype=torch.int32), torch.zeros(len(columns.T), dtype=torch.int64)
+    refused("evicted and of_rule go together", evicted=evicted)
+    refused(r"evicted has the shape \[2, 1, 19\], not \[2, 1, 20\]", evicted=evicted[:, :, :19], of_rule=of_rule)
+    own = evicted[:, 0]
+    refused("own_evicted goes with a plan", plan=None, own_evicted=own)
+    refused(r"own_evicted has the shape \[2, 19\], not \[2, 20\]", own_evicted=own[:, :19].contiguous())
+    refused("rule 0 selects in way 1 of 1", evicted=evicted, of_rule=of_rule + 1)
     refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
 
 

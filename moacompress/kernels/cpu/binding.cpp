@@ -153,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
     Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
-    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> gone,
-    std::optional<Tensor> choice_of, std::optional<Tensor> own_gone) {
+    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> evicted,
+    std::optional<Tensor> of_rule, std::optional<Tensor> own_evicted) {
   const char* op = "profile_backward";
   REQUIRE(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -181,27 +181,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   REQUIRE(!lag || *lag >= 0, op, ": lag is ", lag.value_or(0), ", less than 0");
   Tensor of_tokens = new_tensor(query, Shapes{shape.kv_heads, lag ? tokens : 0}, ScalarType::Double);
   int64_t alive = 0;
-  REQUIRE(gone.has_value() == choice_of.has_value(), op, ": gone and choice_of go together");
-  const int64_t choices = gone && gone->dim() == 3 ? gone->size(1) : 0;
-  REQUIRE(!own_gone || plan, op, ": own_gone goes with a plan");
-  const void *gone_at = nullptr, *choice_at = nullptr,
-             *own_at = own_gone ? dense(*own_gone, {shape.kv_heads, tokens}, ScalarType::Int, op, "own_gone") : nullptr;
-  if (gone) {
-    gone_at = dense(*gone, {shape.kv_heads, choices, tokens}, ScalarType::Int, op, "gone");
-    choice_at = dense(*choice_of, {asked.count}, ScalarType::Long, op, "choice_of");
-    for (int64_t i = 0; i < asked.count; i++) {
-      const int64_t choice = static_cast<const int64_t*>(choice_at)[i];
-      REQUIRE(choice < choices, op, ": rule ", i, " chooses in way ", choice, " of ", choices);
-    }
+  REQUIRE(evicted.has_value() == of_rule.has_value(), op, ": evicted and of_rule go together");
+  REQUIRE(!own_evicted || plan, op, ": own_evicted goes with a plan");
+  Choices choices = {};
+  const auto times = [&](const Tensor& t, const Shapes& sizes, const char* name) {
+    return static_cast<const int32_t*>(dense(t, sizes, ScalarType::Int, op, name));
+  };
+  if (evicted) {
+    choices.ways = evicted->dim() == 3 ? evicted->size(1) : 0;
+    choices.evicted = times(*evicted, {shape.kv_heads, choices.ways, tokens}, "evicted");
+    choices.of_rule = numbers(*of_rule, asked.count, op, "of_rule");
+    for (int64_t i = 0; i < asked.count; i++)
+      REQUIRE(choices.of_rule[i] < choices.ways, op, ": rule ", i, " selects in way ", choices.of_rule[i], " of ", choices.ways);
   }
+  if (own_evicted) choices.own = times(*own_evicted, {shape.kv_heads, tokens}, "own_evicted");
   const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
                             strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
                             static_cast<double*>(sums.mutable_data_ptr()), lag.value_or(0),
-                            lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive, choices,
-                            static_cast<const int32_t*>(gone_at), static_cast<const int64_t*>(choice_at),
-                            static_cast<const int32_t*>(own_at)};
+                            lag ? static_cast<double*>(of_tokens.mutable_data_ptr()) : nullptr, &alive, choices};
   check_status(profile(call, parallel(), isa()), op);
   return {dquery, dkey, dvalue, sums, of_tokens, alive};
 }
@@ -252,8 +251,8 @@ static const moacompress::Operators operators("moacompress_cpu", {
      "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
      Boxed<&backward_op>::call},
     {"profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-     "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? gone=None, Tensor? choice_of=None, "
-     "Tensor? own_gone=None) "
+     "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? evicted=None, Tensor? of_rule=None, "
+     "Tensor? own_evicted=None) "
      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)",
      Boxed<&profile_op>::call},
 });

@@ -207,6 +207,14 @@ constexpr int64_t TILE_LANES = 192, MIN_ROWS = 8;
 // Query rows of a tile: about TILE_LANES lanes, whatever the group.
 static MOACOMPRESS_INLINE int64_t tile_rows(int64_t group) { return larger(TILE_LANES / group, MIN_ROWS); }
 
+// When rules that select evict each token of a sample; see moacompress/kernels/arguments.py.
+struct Choices {
+  int64_t ways;            // to select
+  const int32_t* evicted;  // [kv_heads, ways, tokens]
+  const int64_t* of_rule;  // [rules] the way of each, -1 of one that does not select; null where none does
+  const int32_t* own;      // [kv_heads, tokens] as `evicted`, of the plan's own rules; null where none of them selects
+};
+
 // What an attention layer's backward gives and what every rule would move, of one sample; see `calibration/influence.py`, whose
 // definitions and names these are.
 struct ProfileCall {
@@ -224,10 +232,7 @@ struct ProfileCall {
   int64_t lag;     // tokens from a key on before which queries do not count in `of_tokens`
   double* of_tokens;  // [kv_heads, tokens] sum of the squares of what each key alone would move, or null
   int64_t* alive;     // rows that took part
-  int64_t choices;          // ways to choose among the tokens that have left the window
-  const int32_t* gone;      // [kv_heads, choices, tokens] how many have left when a token is kept no longer
-  const int64_t* choice_of; // [rules] of a rule that selects, else -1; null where none does
-  const int32_t* own_gone;  // [kv_heads, tokens] as `gone`, of the plan's own rules; null where none of them selects
+  Choices choices;
 };
 
 constexpr int64_t PROFILE_LANES = 128;  // lanes of a tile, unless one row alone has more
@@ -365,13 +370,13 @@ struct LaneSums {
   double escape, delta, mass, effect;
 };
 
-// A rule that selects, on the rows of a task: it sees key j where `left - 1` is j - sink or later, and `gone` of j is not reached.
+// A rule that selects, on the rows of a task: key j is selected while `now` is at least j - sink + 1, and less than evicted[j].
 struct ProfileChoice {
   int64_t rule, sink;
-  const int32_t* gone;  // [tokens]
-  const int32_t* ever;  // keys that are held as transient, ascending
+  const int32_t* evicted;  // [tokens]
+  const int32_t* ever;     // keys that are ever selected, ascending
   int64_t count;
-  const int32_t* left;  // [rows], ascending
+  const int32_t* now;      // [rows] how many tokens have left the window, ascending
 };
 
 // One task of the profile: some query rows of the `group` heads of one KV head. A lane is head * rows + row.
@@ -381,7 +386,7 @@ struct ProfileTile {
   int64_t low, high;         // keys that any of the rows sees; low is a multiple of TILE
   int64_t native_window;
   const Rule* plan;          // or null
-  const int32_t* own_gone;   // [tokens] what the plan's rule keeps of what has left its window, as in ProfileChoice; or null
+  const int32_t* evicted;    // [tokens] when the plan's rule evicts each, as in ProfileChoice; or null where it selects nothing
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   const char *query, *key, *value, *dout;  // of the KV head, first token

@@ -48,7 +48,7 @@ struct Workspace {
   ProfileEvent *windows, *sinks;
   int32_t* counts;
   ProfileChoice* selected;
-  int32_t* left;
+  int32_t* now;
   float *selected_sums, *kernel;
   size_t bytes;
 
@@ -68,7 +68,7 @@ struct Workspace {
     sinks = static_cast<ProfileEvent*>(take(cells_count, sizeof(ProfileEvent)));
     counts = static_cast<int32_t*>(take(keys + 1, sizeof(int32_t)));
     selected = static_cast<ProfileChoice*>(take(choosing, sizeof(ProfileChoice)));
-    left = static_cast<int32_t*>(take(choosing ? cells_count : 0, sizeof(int32_t)));
+    now = static_cast<int32_t*>(take(choosing ? cells_count : 0, sizeof(int32_t)));
     selected_sums = static_cast<float*>(take(choosing ? streams * rounded_up(lane_count, MOST_LANES) : 0, sizeof(float)));
     kernel = static_cast<float*>(take(0, sizeof(float)));
     bytes = used;
@@ -83,8 +83,8 @@ struct ProfileJob {
   float *dkey, *dvalue;         // [kv_heads, blocks * TILE, padded dim]
   std::atomic<int64_t>* turns;  // [kv_heads, blocks + 1]
   int64_t choosing;             // rules that select
-  const int32_t* ever;          // [kv_heads, choices, tokens] the keys that are held as transient, in front
-  const int64_t* ever_count;    // [kv_heads, choices]
+  const int32_t* ever;          // [kv_heads, ways, tokens] the keys that are ever selected, in front
+  const int64_t* ever_count;    // [kv_heads, ways]
 
   int64_t streams() const { return call.baselines ? 3 : 2; }
   int64_t key_stride() const { return rounded_up(call.shape.head_dim, PROFILE_PAD); }
@@ -112,7 +112,7 @@ struct ProfileJob {
     for (int64_t row = 0; row < work.rows; row++) {
       const int64_t n = work.positions[row] + 1;
       const Visible now = plan ? visible(n, *plan) : Visible{};
-      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.own_gone ? selected_count(now_left, *plan) : 0;
+      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.evicted ? selected_count(now_left, *plan) : 0;
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
         const Rule asked = call.rules.of(rule);
         const Visible see = visible(n, asked);
@@ -155,23 +155,23 @@ struct ProfileJob {
 
   // How many of so many tokens that have left the window a rule keeps; none where it is asked for its windows alone.
   int64_t kept_of(int64_t rule, int64_t left) const {
-    return call.choice_of && call.choice_of[rule] >= 0 ? selected_count(left, call.rules.of(rule)) : 0;
+    return call.choices.of_rule && call.choices.of_rule[rule] >= 0 ? selected_count(left, call.rules.of(rule)) : 0;
   }
 
   // Says what the rules that select see on the rows of a tile.
   void choices(const Workspace& space, ProfileTile& work, int64_t head) const {
     int64_t found = 0;
     for (int64_t rule = 0; choosing && rule < call.rules.count; rule++) {
-      const int64_t choice = call.choice_of[rule];
-      if (choice < 0) continue;
-      const int64_t at = (head * call.choices + choice);
-      int32_t* left = space.left + found * work.rows;
+      const int64_t way = call.choices.of_rule[rule];
+      if (way < 0) continue;
+      const int64_t at = head * call.choices.ways + way;
+      int32_t* now = space.now + found * work.rows;
       for (int64_t row = 0; row < work.rows; row++) {
         const Seen& seen = space.cells[row * call.rules.count + rule];
-        left[row] = int32_t(larger(seen.start - seen.sink_end, 0));
+        now[row] = int32_t(larger(seen.start - seen.sink_end, 0));
       }
-      space.selected[found++] = {rule, call.rules.at(0, rule), call.gone + at * call.tokens, ever + at * call.tokens, ever_count[at],
-                               left};
+      space.selected[found++] = {rule, call.rules.at(0, rule), call.choices.evicted + at * call.tokens, ever + at * call.tokens,
+                               ever_count[at], now};
     }
     work.selected = space.selected;
     work.choices = found;
@@ -225,7 +225,7 @@ struct ProfileJob {
     keys_of(tile, work.low, work.high);
     work.native_window = native_window;
     work.plan = call.plan ? &plan : nullptr;
-    work.own_gone = call.own_gone ? call.own_gone + head * call.tokens : nullptr;
+    work.evicted = call.choices.own ? call.choices.own + head * call.tokens : nullptr;
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * group : nullptr;
@@ -333,20 +333,20 @@ Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa) {
     for (int64_t head = 0; head < shape.kv_heads; head++)
       for (int64_t block = low / TILE; block * TILE < high; block++) turns[size_t(head * (blocks + 1) + block)].store(tile);
   }
-  const int64_t every = call.choice_of ? shape.kv_heads * call.choices : 0;
+  const int64_t every = call.choices.of_rule ? shape.kv_heads * call.choices.ways : 0;
   const Buffer<int32_t> ever(size_t(every * call.tokens));
   const Buffer<int64_t> ever_count(static_cast<size_t>(every));
   if (!ever.get() || !ever_count.get()) return NO_MEMORY;
-  if (call.choice_of) {
+  if (call.choices.of_rule) {
     std::memset(ever_count.get(), 0, size_t(every) * sizeof(int64_t));
     for (int64_t rule = 0; rule < call.rules.count; rule++) {
-      const int64_t choice = call.choice_of[rule], sink = call.rules.at(0, rule);
-      job.choosing += choice >= 0;
-      for (int64_t head = 0; choice >= 0 && head < shape.kv_heads; head++) {
-        const int64_t at = head * call.choices + choice;
-        if (ever_count[size_t(at)]) continue;  // another rule makes the same choice
+      const int64_t way = call.choices.of_rule[rule], sink = call.rules.at(0, rule);
+      job.choosing += way >= 0;
+      for (int64_t head = 0; way >= 0 && head < shape.kv_heads; head++) {
+        const int64_t at = head * call.choices.ways + way;
+        if (ever_count[size_t(at)]) continue;  // another rule selects the same
         for (int64_t key = sink; key < call.tokens; key++)
-          if (call.gone[at * call.tokens + key] > key - sink + 1) ever[size_t(at * call.tokens + ever_count[size_t(at)]++)] = int32_t(key);
+          if (call.choices.evicted[at * call.tokens + key] > key - sink + 1) ever[size_t(at * call.tokens + ever_count[size_t(at)]++)] = int32_t(key);
       }
     }
     job.ever = ever.get();

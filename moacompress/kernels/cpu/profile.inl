@@ -57,7 +57,7 @@ struct ProfileScratch {
   float *query, *dout, *dquery;   // [panels, dim, LANES]
   float *query_rows, *dout_rows;  // [lanes, padded dim]
   float *peak, *inverse, *delta, *first, *end, *sink_end, *start;  // [lanes]
-  float *left;                    // [lanes] tokens that have left the window of the plan's rule
+  float *now;                     // [lanes] tokens that have left the window of the plan's rule
   float *total, *pulled;          // [2, lanes] sum and rest: of the weights that are attended with, and of them times G
   float *mass;                    // [2, lanes] of all weights, under a plan
   float *running;                 // [STREAMS, 2, lanes]
@@ -77,7 +77,7 @@ struct ProfileScratch {
     query = take(all * head_dim), dout = take(all * value_dim), dquery = take(all * head_dim);
     query_rows = take(all * padded_dim(head_dim)), dout_rows = take(all * padded_dim(value_dim));
     peak = take(all), inverse = take(all), delta = take(all);
-    first = take(all), end = take(all), sink_end = take(all), start = take(all), left = take(all);
+    first = take(all), end = take(all), sink_end = take(all), start = take(all), now = take(all);
     total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
     logits = take(all * keys), pulls = take(all * keys);
     weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
@@ -113,10 +113,10 @@ inline Mask in_dense(const ProfileScratch& s, int64_t lane, V column) {
 inline Mask in_plan(const ProfileTile& t, const ProfileScratch& s, int64_t lane, int64_t key) {
   const Mask shown =
       seen(set1(float(key)), load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
-  if (!t.own_gone) return shown;
-  const V left = load(s.left + lane);
+  if (!t.evicted) return shown;
+  const V now = load(s.now + lane);
   // a key of the window has not left it, and a sink is shown anyway
-  const Mask selected = both(at_least(left, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.own_gone[key]) - 1.f), left));
+  const Mask selected = both(at_least(now, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.evicted[key]) - 1.f), now));
   return either(shown, selected);
 }
 
@@ -279,13 +279,13 @@ void profile_selected(const ProfileTile& t, const ProfileScratch& s, int64_t pan
   const float* of[STREAMS] = {s.weights, s.grads, s.effects};
   for (int64_t i = 0; i < t.choices; i++) {
     const ProfileChoice& rule = t.selected[i];
-    if (t.positions[t.rows - 1] < begin || rule.left[t.rows - 1] <= begin - rule.sink) continue;
+    if (t.positions[t.rows - 1] < begin || rule.now[t.rows - 1] <= begin - rule.sink) continue;
     memset(t.selected_sums, 0, size_t(t.streams * panels * LANES) * sizeof(float));
     bool any = false;
     for (int64_t at = first_at_least(rule.ever, rule.count, int32_t(begin)); at < rule.count && rule.ever[at] < begin + count; at++) {
       const int32_t* key = rule.ever + at;
-      const int64_t first = first_at_least(rule.left, t.rows, int32_t(*key - rule.sink + 1));
-      const int64_t last = first_at_least(rule.left, t.rows, rule.gone[*key]);
+      const int64_t first = first_at_least(rule.now, t.rows, int32_t(*key - rule.sink + 1));
+      const int64_t last = first_at_least(rule.now, t.rows, rule.evicted[*key]);
       if (first >= last) continue;
       any = true;
       for (int stream = 0; stream < t.streams; stream++)
@@ -340,7 +340,7 @@ void add_wild_products(const ProfileTile& t, const ProfileScratch& s, const floa
       if (x - x == 0) continue;
       for (int64_t j = 0; j < count; j++) {
         const float key = float(begin + j);
-        const bool selected = t.own_gone && s.left[lane] >= key - float(t.plan->sink) + 1.f && s.left[lane] < float(t.own_gone[begin + j]);
+        const bool selected = t.evicted && s.now[lane] >= key - float(t.plan->sink) + 1.f && s.now[lane] < float(t.evicted[begin + j]);
         if (selected || (key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
           to[j * stride + d] += from[(lane / LANES * TILE + j) * LANES + lane % LANES] * x;
       }
@@ -367,7 +367,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     s.peak[lane] = real && t.sink_logits ? t.sink_logits[lane / t.rows] : NOTHING;
     s.first[lane] = float(see.first), s.end[lane] = float(n);
     s.sink_end[lane] = float(see.sink_end), s.start[lane] = float(see.start);
-    s.left[lane] = float(larger(see.start - see.sink_end, 0));
+    s.now[lane] = float(larger(see.start - see.sink_end, 0));
   }
 
   profile_scores<T>(t, s, panels, keys);

@@ -27,7 +27,7 @@ from moacompress.runtime.cache.selected_tokens import passing_tokens, schedule_o
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.gate_gradients import with_gate_gradients
-from moacompress.runtime.decode.selected import attend_kept
+from moacompress.runtime.decode.selected import attend_selected
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -326,7 +326,7 @@ def _decoded(
     if not request.context.selects:
         return found[0]
     held = cast(PlanCacheLayer, request.cache).blocks_held()
-    return merged(found, attend_kept(query, held, lengths, request.scores))[0]
+    return merged(found, attend_selected(query, held, lengths, request.scores))[0]
 
 
 def _attended(

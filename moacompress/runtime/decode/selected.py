@@ -19,7 +19,7 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 
 
-def attend_kept(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> PartOfSoftmax:
+def attend_selected(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> PartOfSoftmax:
     """Attention of one query a row over the tokens that gates select of it.
 
     Args:
