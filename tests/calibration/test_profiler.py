@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,7 +32,6 @@ Factory = Callable[..., PreTrainedModel]
 RECIPE = Recipe.from_dict(
     {"calibration": {"lengths": [128, 192], "samples": 4, "validation_samples": 2}, "profile": {"draws": 2}}
 )
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 SETS = ("calibration", "validation", "influence")
 
 
@@ -153,27 +149,6 @@ def stopping_after(count: int) -> Callable[[Iterable[Path]], None]:
     return removing
 
 
-def test_a_second_run_on_one_folder_is_refused_while_the_first_lives(
-    source: SourceModel, tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]
-) -> None:
-    out = tmp_path / "p"
-    doing = 'print("at work", flush=True); sys.stdin.readline()'
-    with subprocess.Popen(
-        [sys.executable, "-c", script(tiny_folder, out, doing)],
-        env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "at work\n"
-            for overwrite in (False, True):
-                with pytest.raises(ArtefactError, match=f"p is in use: process {process.pid} on .* another folder"):
-                    profile(source, out, RECIPE, overwrite=overwrite)
-        finally:
-            process.kill()
-    profile(source, out, RECIPE)
-    assert (data, done) == ([], [1, 2, 3])
-
-
 def test_a_second_run_in_the_same_process_is_refused(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
     class Again(Progress):
         def step(self, note: str = "") -> None:
@@ -182,27 +157,6 @@ def test_a_second_run_in_the_same_process_is_refused(source: SourceModel, tmp_pa
 
     profile(source, tmp_path / "p", RECIPE, progress=Again())
     assert owner_of_folder(tmp_path / "p").exists() is False
-
-
-def script(model: Path, out: Path, doing: str) -> str:
-    """Returns a script that profiles, and does something after every sample."""
-    return f"""
-import importlib.util, os, signal, sys
-import torch
-import moacompress.calibration.sample_sources
-from moacompress.calibration.profiler import profile
-from moacompress.core.progress import Progress
-spec = importlib.util.spec_from_file_location("tests_of_profiler", {__file__!r})
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-moacompress.calibration.sample_sources.build_samples = tests.make_samples
-moacompress.calibration.sample_sources.make_drafts = lambda *arguments: []
-torch.set_num_threads(1)
-class Doing(Progress):
-    def step(self, note=""):
-        {doing}
-profile({str(model)!r}, {str(out)!r}, tests.RECIPE, progress=Doing())
-"""
 
 
 class StopAt(Progress):
@@ -275,27 +229,6 @@ def test_a_profile_of_another_version_keeps_its_samples(
     assert len(done) == 4
     profile(source, out, RECIPE, overwrite=True)
     assert len(done) == 8
-
-
-@pytest.mark.skipif(
-    bool(os.environ.get("MOACOMPRESS_TEST_BACKEND")), reason="the other process has the product's own backends alone"
-)
-def test_a_killed_process_ends_with_the_same_bytes(
-    source: SourceModel, tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]
-) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", script(tiny_folder, tmp_path / "p", "os.kill(os.getpid(), signal.SIGKILL)")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert sample_path(tmp_path / "p", 0).exists()
-    profile(str(tiny_folder), tmp_path / "p", RECIPE)
-    assert (data, done) == ([], [1, 2, 3])
-    profile(source, tmp_path / "whole", RECIPE)
-    first, second = ((tmp_path / name / "influence.safetensors").read_bytes() for name in ("p", "whole"))
-    assert first == second
 
 
 def test_files_that_a_shared_recipe_only_names(source: SourceModel, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_a_run_that_is_given_where_a_plan_is(
 
 
 def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C names the command that goes on, and that command ends what was begun."""
+    """Ctrl-C names the command that goes on; what it goes on from is tested with kills in `test_pipeline.py`."""
     out = tmp_path / "out"
     arguments = [
         "compress",
@@ -345,6 +345,3 @@ def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, said
     assert "interrupted; what was written is kept; go on with: moacompress compress " in said
     assert "Traceback" not in said
-    result = RUNNER.invoke(app, [*arguments, "--json"])
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["kv_share"] <= 0.5

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.doctor import checks
 from moacompress.rules.plan import Plan
 
 RUNNER = CliRunner()
@@ -22,6 +23,12 @@ def run(*arguments: str | Path, exit_code: int = 0) -> Any:
     assert result.exit_code == exit_code, result.stderr
     assert result.stdout.count("\n") == (exit_code == 0)
     return json.loads(result.stdout) if exit_code == 0 else result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `doctor` ask no fresh process, which is seconds of importing; `tests/doctor` has it asked."""
+    monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
 
 
 @pytest.fixture(scope="module")

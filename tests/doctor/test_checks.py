@@ -94,6 +94,7 @@ def test_broken_private_names_are_problems(monkeypatch: pytest.MonkeyPatch) -> N
 
     from moacompress.cli import app
 
+    monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
     monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1

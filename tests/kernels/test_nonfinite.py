@@ -27,6 +27,9 @@ NAN, INF = float("nan"), float("inf")
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 GRADIENTS = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 everywhere = pytest.mark.parametrize("name", library.ISAS)
+few_seeds = pytest.mark.parametrize(
+    "seeds", [range(2), pytest.param(range(2, SEEDS), marks=pytest.mark.heavy)], ids=["few", "more"]
+)
 every_dtype = pytest.mark.parametrize("dtype", library.DTYPES)
 
 
@@ -113,7 +116,7 @@ def build(random_case, seed, dtype, **fixed):
     return random_case(seed, dtype, **{"group": rng.choice((1, 2, 5)), **sizes, **fixed})
 
 
-@functools.lru_cache(SEEDS)  # for all instruction sets
+@functools.lru_cache(SEEDS)  # for all instruction sets, which come one after the other
 def planted(random_case, attended, seed, dtype, op, what, number):
     """Returns a case with and without the number, and what the operator must give for each."""
     case = build(random_case, seed, dtype, **({"logits": True} if what == "logit" else {}))
@@ -131,14 +134,15 @@ PLANTS = [
 ]
 
 
+@everywhere
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @every_dtype
 @pytest.mark.parametrize(("what", "number"), PLANTS)
-@everywhere
-def test_numbers_that_are_seen(name, what, number, dtype, op, random_case, attended, isa, unchanged_or_as):
+@few_seeds
+def test_numbers_that_are_seen(seeds, name, what, number, dtype, op, random_case, attended, isa, unchanged_or_as):
     isa(name)
     run = getattr(OPS, op)
-    for seed in range(SEEDS):
+    for seed in seeds:
         other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
         unchanged_or_as(run(*getattr(other, op)), run(*getattr(case, op)), *exact, TOLERANCE[dtype])
 
@@ -160,6 +164,26 @@ def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
             assert all(torch.equal(a, b) for a, b in zip(results[0], found, strict=True))
 
 
+@functools.lru_cache(1)  # for all instruction sets, which come one after the other
+def far_below(random_case, attended, dtype, softcap, logits):
+    """Returns a case and what each operator must give for it; and with many keys of scores of minus infinity, by how many."""
+    case = random_case(
+        3, dtype, rows=2, past=500, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
+    )
+    case.native_window, case.softcap, case.scaling = 0, softcap, 0.25
+    case.sink_logits = torch.randn(case.query.shape[1]) if logits else None
+    case.query = case.query.abs()
+    found = {}
+    for count in (0, 500, 400, 1):
+        found[count] = other = copy.deepcopy(case)
+        for head, position in itertools.product(range(case.table.shape[1]), range(count)):
+            vector(other, "key", 1, head, position)[3] = -INF
+    return {
+        count: (other, {op: exactly(other, attended, decode=op == "decode") for op in ("decode", "prefill")})
+        for count, other in found.items()
+    }
+
+
 @everywhere
 @every_dtype
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -167,24 +191,15 @@ def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
 def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, attended, isa, unchanged_or_as):
     """All that a query sees, or many in a row: weights are zero, or nothing is left to divide by."""
     isa(name)
-    case = random_case(
-        3, dtype, rows=2, past=500, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
-    )
-    case.native_window, case.softcap, case.scaling = 0, softcap, 0.25
-    case.sink_logits = torch.randn(case.query.shape[1]) if logits else None
-    case.query = case.query.abs()
-    before = {op: exactly(case, attended, decode=op == "decode") for op in ("decode", "prefill")}
+    cases = far_below(random_case, attended, dtype, softcap, logits)
+    case, before = cases[0]
     for count in (500, 400, 1):
-        other = copy.deepcopy(case)
-        for head in range(case.table.shape[1]):
-            for position in range(count):
-                vector(other, "key", 1, head, position)[3] = -INF
+        other, exact = cases[count]
         for op in ("decode", "prefill"):
             run = getattr(OPS, op)
-            exact = exactly(other, attended, decode=op == "decode")
             results = (run(*getattr(c, op)) for c in (other, case))
-            unchanged_or_as(*results, exact, before[op], TOLERANCE[dtype])
-            assert bool(exact[0].isnan().any()) == (op == "decode" and count == 500 and not softcap and not logits)
+            unchanged_or_as(*results, exact[op], before[op], TOLERANCE[dtype])
+            assert bool(exact[op][0].isnan().any()) == (op == "decode" and count == 500 and not softcap and not logits)
 
 
 @everywhere
@@ -283,8 +298,9 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
-def test_the_reference_of_the_kernels(what, number, dtype, op, random_case, attended, unchanged_or_as):
-    for seed in range(SEEDS):
+@few_seeds
+def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_case, attended, unchanged_or_as):
+    for seed in seeds:
         other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
         results = (c.decoded() if op == "decode" else c.prefilled() for c in (other, case))
         unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)

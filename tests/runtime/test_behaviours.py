@@ -301,12 +301,12 @@ def what_cannot_be_is_refused(case: Case) -> None:
 
 BEHAVIOURS: tuple[Callable[[Case], None], ...] = (
     cached_is_uncached,
-    it_generates_as_without_a_cache,
     a_cache_is_continued,
     padding_changes_nothing,
 )
 """Of every family."""
 OF_SOME: tuple[Callable[[Case], None], ...] = (
+    it_generates_as_without_a_cache,
     dictionaries_have_all,
     samples_are_those_without_a_cache,
     beams_are_those_without_a_cache,

@@ -164,14 +164,6 @@ def test_formats_are_the_stock_model_with_rounded_keys_and_values(
     assert difference(in_parts(model, plan, ids), expected) < FLIPS
 
 
-def test_cached_is_uncached(sparse: tuple[Any, Plan], token_ids: Any) -> None:
-    model, plan = sparse
-    ids = token_ids(2, 150)
-    attach(model, plan)
-    whole = logits(model, ids, use_cache=False)
-    assert difference(in_parts(model, plan, ids), whole) < EXACT
-
-
 def test_generated_tokens_are_the_argmax_of_a_cacheless_forward(sparse: tuple[Any, Plan], token_ids: Any) -> None:
     model, plan = sparse
     ids = token_ids(1, 90)
@@ -179,15 +171,6 @@ def test_generated_tokens_are_the_argmax_of_a_cacheless_forward(sparse: tuple[An
     out = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     steps = logits(model, out[:, :-1], use_cache=False)[:, 89:]
     assert torch.equal(steps.argmax(-1), out[:, 90:])
-
-
-def test_batch_is_single(sparse: tuple[Any, Plan], token_ids: Any) -> None:
-    model, plan = sparse
-    ids = token_ids(3, 110)
-    attach(model, plan)
-    together = logits(model, ids)
-    for row, found in zip(ids, together, strict=True):
-        assert difference(found[None], logits(model, row[None])) < EXACT
 
 
 def test_a_saved_model_loads_bit_equal(sparse: tuple[Any, Plan], token_ids: Any, tmp_path: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,12 +113,11 @@ class FakeObjective:
         calls: (plan key, sample) measured, in order.
         on_offer: rules of the search, the first of the profile's.
         dies_at: number of the measurement at which it fails; None for never.
-        kills: die by SIGKILL, not by an exception.
     """
 
-    def __init__(self, profile: Profile, dies_at: int | None = None, kills: bool = False) -> None:
+    def __init__(self, profile: Profile, dies_at: int | None = None) -> None:
         profile = profile.offering(profile.profiled_formats)
-        self.profile, self.size, self.dies_at, self.kills = profile, len(profile.validation), dies_at, kills
+        self.profile, self.size, self.dies_at = profile, len(profile.validation), dies_at
         self.calls: list[tuple[str, int]] = []
         rng = np.random.default_rng(7)
         truth = profile.influence("fisher").mean(0) * np.exp(
@@ -136,8 +133,6 @@ class FakeObjective:
     def under(self, plan: Plan) -> Iterator[Callable[[int], float]]:
         def kl(number: int) -> float:
             if len(self.calls) == self.dies_at:
-                if self.kills:
-                    os.kill(os.getpid(), signal.SIGKILL)
                 raise KeyboardInterrupt
             self.calls.append((plan.key(), number))
             total = sum(

@@ -90,11 +90,11 @@ def test_a_second_search_is_refused_while_the_first_lives(
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
 
-@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
+@pytest.mark.parametrize("kind", ["beside", "sqlite"])
 def test_a_killed_search_is_taken_over(
     search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path, kind: str
 ) -> None:
-    storage = {"beside": "", "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
+    storage = {"beside": "", "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
     profile = profiles(storage=storage or None)
     whole, fake = search(out=tmp_path / "whole.json")
     with measuring(tmp_path / "plan.json", storage) as process:
