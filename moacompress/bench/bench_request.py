@@ -101,14 +101,14 @@ class BenchRequest:
         return {"plan": plan.key(), "model": fingerprint(sizes), **asked}
 
 
-def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int | None) -> None:
+def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int) -> None:
     """Refuses lengths that the model was not made for, and what memory would not hold.
 
     Args:
         request: with its dtypes resolved.
         plan: the checkpoint's.
         folder: the checkpoint.
-        available: bytes that can be taken; None where that is not known.
+        available: bytes that can be taken.
 
     Raises:
         DataError: a length beyond the model's context.
@@ -120,8 +120,6 @@ def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int |
     longest = max(request.lengths)
     if isinstance(context, int) and 0 < context < longest:
         raise DataError(f"a length of {longest:,} tokens was asked for; the model was made for at most {context:,}")
-    if available is None:
-        return
     needed, cell = largest_cell(request, plan, folder)
     if needed > available:
         raise MoaCompressError(

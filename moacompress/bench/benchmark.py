@@ -133,7 +133,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def available_memory(device: str) -> int | None:
+def available_memory(device: str) -> int:
     """Returns the bytes that can be taken of the memory that a model on this device is in."""
     if device.startswith("cuda") and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(device)[0])

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from moacompress.core.artefact_names import owner_of_file, owner_of_folder
@@ -38,6 +39,8 @@ PATIENCE = 0.3
 """Seconds for which a lock may be held by nobody who works: by one that looks, comes or goes."""
 MAX_BYTES = 4096
 """An owner file is much shorter."""
+MAX_PID = 1 << 31
+"""Process ids are below this."""
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 """Errors of a place where nothing can be written: who is refused there does nobody any harm, and needs not own it."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -115,13 +118,7 @@ class Owner:
             return abs(silent()) < SILENT_SECONDS
         if self.pid == os.getpid():
             return self.token in _held
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:
-            pass
-        return _started(self.pid) in (self.started, None)
+        return self.pid < MAX_PID and psutil.pid_exists(self.pid) and _started(self.pid) in (self.started, None)
 
     def refusal(self, what: str, choose: str) -> str:
         """Returns the sentence that sends another process away.
@@ -311,6 +308,7 @@ def _silence(file: Path) -> float:
 
 def _started(pid: int) -> str | None:
     """Returns when a process began, in ticks since the boot; "" for a dead one, None where the system does not say."""
+    # psutil says it by the wall clock, which may be set meanwhile
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
     except OSError:

@@ -113,10 +113,10 @@ def read_batch_size(given: int | str) -> int | str:
     return int(text)
 
 
-def _rows_that_fit(length: int, vocabulary: int, free: int | None) -> int:
+def _rows_that_fit(length: int, vocabulary: int, free: int) -> int:
     """Returns the rows whose logits fit: a batch of them is there twice, in float32 and as their logarithms."""
     row = length * vocabulary * 2 * 4
-    fit = MOST_ROWS if free is None else min(MOST_ROWS, free // 4 // row)
+    fit = min(MOST_ROWS, free // 4 // row)
     return 1 << max(0, int(fit).bit_length() - 1)
 
 

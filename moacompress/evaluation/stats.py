@@ -6,11 +6,10 @@ All intervals are of 95%. The bootstrap's seed is fixed by the caller, so the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-
-from moacompress.core.arrays import Floats
 
 Interval = tuple[float, float]
 RESAMPLES = 10_000
@@ -18,6 +17,7 @@ FLOOR = 0.2
 """A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 _Z95 = 1.959963984540054
 _CHUNK = 10**7
+"""Numbers that resamples in memory at a time have."""
 
 
 def wilson(successes: float, n: int) -> Interval:
@@ -36,7 +36,7 @@ def wilson(successes: float, n: int) -> Interval:
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Returns the 95% percentile bootstrap interval of the mean of `values` (at least one)."""
-    return _percentiles(_resampled_means(np.asarray(values, dtype=np.float64), seed, resamples))
+    return _bootstrap(np.mean, [values], seed, resamples)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
@@ -97,25 +97,33 @@ def perplexity_difference(first: Sequence[float], second: Sequence[float], seed:
         second: NLL of another on the same windows, in the same order.
         seed: of the resampling.
     """
-    # one seed draws the same windows for both
-    drawn = [np.exp(_resampled_means(np.asarray(column, dtype=np.float64), seed)) for column in (first, second)]
     value = math.exp(math.fsum(first) / len(first)) - math.exp(math.fsum(second) / len(second))
-    return value, _around(value, _percentiles(drawn[0] - drawn[1]))
+    return value, _around(value, _bootstrap(_perplexities_apart, [first, second], seed))
 
 
-def _resampled_means(data: Floats, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """Returns the means of `resamples` samples drawn from `data` with replacement."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(data))
-    means = [
-        data[rng.integers(len(data), size=(min(rows, resamples - done), len(data)))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
-    return np.concatenate(means)
+def _perplexities_apart(first: Any, second: Any, axis: int) -> Any:
+    return np.exp(first.mean(axis)) - np.exp(second.mean(axis))
 
 
-def _percentiles(values: Floats) -> Interval:
-    low, high = np.quantile(values, (0.025, 0.975))
+def _bootstrap(
+    statistic: Callable[..., Any], columns: Sequence[Sequence[float]], seed: int, resamples: int = RESAMPLES
+) -> Interval:
+    """Returns the 95% percentile interval of a statistic of columns; every resample takes the same rows of all of them."""
+    from scipy import stats
+
+    data = [np.asarray(column, dtype=np.float64) for column in columns]
+    rows = len(data[0])
+    if rows == 1:  # scipy asks for two
+        return (float(statistic(*data, axis=0)),) * 2
+    low, high = stats.bootstrap(
+        data,
+        statistic,
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // rows),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return float(low), float(high)
 
 

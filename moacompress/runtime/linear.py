@@ -318,11 +318,11 @@ def leave_few_rows(layer: nn.Module) -> None:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def pack_where_it_fits(model: nn.Module, free: Callable[[], int | None] = available_bytes) -> int:
+def pack_where_it_fits(model: nn.Module, free: Callable[[], int] = available_bytes) -> int:
     """As `pack_weights`, if there is memory for it; otherwise the model stays as it is."""
     wanted = SPARE * sum(weight.nbytes for weight in _weights(model).values())
     available = free()
-    if available is not None and available < wanted:
+    if available < wanted:
         logger.info("weights are not packed: that wants %d MiB, and %d MiB are free", wanted >> 20, available >> 20)
         return 0
     return pack_weights(model)

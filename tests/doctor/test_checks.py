@@ -493,7 +493,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         False,
     ),
     "a pickle": (pickled, "has its weights only in pytorch_model.bin, a pickle", False),
-    "cut weights": (cut, "is not a whole safetensors file: its tensors take", False),
+    "cut weights": (
+        cut,
+        "is not a whole safetensors file: Error while deserializing header: incomplete metadata",
+        False,
+    ),
     "a tensor lost": (
         lambda folder: edit_weights(folder, lambda weights: weights.pop(NORM)),
         f"lacks 1 of its weights, such as {NORM}; export the model again",

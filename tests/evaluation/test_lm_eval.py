@@ -120,7 +120,7 @@ def test_rows(
 
 
 def test_rows_of_a_batch_that_fit_the_memory() -> None:
-    assert [lm_harness._rows_that_fit(1000, 125, free) for free in (1, 4_000_000, 31_000_000, None)] == [1, 1, 4, 64]
+    assert [lm_harness._rows_that_fit(1000, 125, free) for free in (1, 4_000_000, 31_000_000, 10**12)] == [1, 1, 4, 64]
 
 
 def test_full_span_is_dense(

@@ -153,7 +153,7 @@ def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> 
     for file in tiny_folder.iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
-    with pytest.raises(ModelError, match="is not a whole safetensors file: its tensors take"):
+    with pytest.raises(ModelError, match=r"bytes\) is not a whole safetensors file: .* file not fully covered"):
         load_source(tmp_path)
 
 
