@@ -112,6 +112,8 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
 
 
 def _read_local(path: Path) -> Sequence[DataRow]:
+    # `datasets` would give a file one schema: a text that looks like a date becomes a timestamp, what a row lacks a null; it
+    # does not say which line is broken, and leaves a cache behind
     if path.suffix == ".txt" or path.is_dir():
         rows: Sequence[Any] = [{"text": text} for text in read_documents(path)]
     elif path.suffix == ".parquet":

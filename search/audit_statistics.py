@@ -60,6 +60,7 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
         measured: [points].
         seed: of the bootstrap.
     """
+    # of all resamples at once: scipy's spearmanr takes one pair a call
     drawn = resamples(len(predicted), seed)
     ranks = [rankdata(np.concatenate([values[None], values[drawn]]), axis=1) for values in (predicted, measured)]
     found = _correlation(ranks[0], ranks[1])

@@ -49,6 +49,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(str(file), framework="numpy") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
             return {name: StoredTensor(tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in found.items()}
+    except MemoryError as error:  # safetensors maps a file, and this process may not have so many addresses
+        raise ArtefactError(f"cannot read {file}{_size(file)}: {error}") from error
     except (OSError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]  # it may name a tensor, as the file does
         raise ArtefactError(f"{file}{_size(file)} is not a whole safetensors file: {why}") from error
