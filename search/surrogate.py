@@ -101,11 +101,6 @@ class Surrogate:
         """Returns predicted KL in nats, [layers, kv_heads, rules]; see `raw`."""
         return self.calibration(self.raw(length_weights, precision))
 
-    @property
-    def has_formats(self) -> bool:
-        """Whether some of the rules have other formats than the native one."""
-        return not all(rule.is_native for rule in self.rules)
-
     @cached_property
     def _at_full_span(self) -> Ints:
         """The rule with every rule's formats that sees everything, [rules]: what it costs, the formats cost alone."""

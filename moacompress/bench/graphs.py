@@ -86,11 +86,6 @@ class CompiledForward:
 
         return counted
 
-    @property
-    def graphs(self) -> int:
-        """Graphs made so far."""
-        return self._graphs
-
     def begin(self) -> None:
         """The timing begins: what is counted from now on is held against it."""
         self._before = self._graphs, self._calls, self._steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from moacompress.search.baselines import BASELINES, FAMILIES, baseline_plans, un
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
 
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)

@@ -12,7 +12,6 @@ from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_differenc
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
-METRICS = (*SCORES, "retention")
 POOLED = "all tasks"
 """Task of the rows that pool all prompts."""
 ResultRow = dict[str, Any]

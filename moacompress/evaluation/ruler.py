@@ -1,8 +1,7 @@
 """RULER's sentences (arXiv 2404.06654), read from the lm-evaluation-harness that is installed: none of them is in this project.
 
 The harness ships RULER's templates as constants of its modules. They are read from its source, which is not run: importing
-these modules fetches data. What is read stands in one list, `MODULES`; where a version of the harness has something else
-there, reading it fails by name.
+these modules fetches data. Where a version of the harness has something else there, reading it fails by name.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from moacompress.prompts.sentences import DocumentSentences, NeedleSentences, Qu
 
 PACKAGE = "lm_eval"
 FOLDER = "tasks/ruler"
-MODULES = ("prepare_niah.py", "niah_utils.py", "vt_utils.py", "cwe_utils.py", "fwe_utils.py", "qa_utils.py")
-"""Modules that sentences are read from."""
 _SPLIT = "\n{context}\n"
 _NEEDLE_FIELDS = {"type_needle_v": "{kinds}", "type_needle_v[:-1]": "{kind}", "query": "{key}"}
 """What a needle's templates are filled with, and what we call it."""
@@ -122,7 +119,7 @@ class _Source:
     """The source of one of the harness's modules.
 
     Args:
-        module: one of `MODULES`.
+        module: its file.
 
     Raises:
         UsageError: the harness is not installed, or has no such module; from every method, that it has no such sentence.
@@ -219,7 +216,3 @@ def _folder() -> Path:
         check_installed("of RULER")
         raise UsageError(f"{PACKAGE} is no package")
     return Path(next(iter(found.submodule_search_locations))) / FOLDER
-
-
-READERS: tuple[Callable[[], object], ...] = (needles, tracking, common_words, frequent_words, documents)
-"""All that is read, for a check."""

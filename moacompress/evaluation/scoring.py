@@ -62,11 +62,6 @@ def batches(cases: Sequence[Case], vocabulary: int) -> list[list[int]]:
     return found
 
 
-def score_case(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case) -> Score:
-    """Returns the score of a model on one prompt; see `score_batch`."""
-    return score_batch(model, tokenizer, [case])[0]
-
-
 def score_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], cache: Any = None, unit: int = 1
 ) -> list[Score]:

@@ -7,7 +7,6 @@ head, and the head turns them into logits a few rows at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,24 +129,6 @@ def _cut(ids: Sequence[int], size: int, rng: np.random.Generator) -> list[list[i
     return [list(ids[start + size * i : start + size * (i + 1)]) for i in rng.permutation(count).tolist()]
 
 
-def text_scores(
-    model: PreTrainedModel, reference: PreTrainedModel | Sequence[States], windows: Sequence[Sequence[int]]
-) -> list[TextScore]:
-    """Returns the score of a model on every window.
-
-    Args:
-        model: dense or under a plan.
-        reference: the dense model, or what `read` of it returned for every window: the same model without its plan is
-            read first and put under the plan then.
-        windows: token ids, `MIN_LENGTH` at least.
-
-    Raises:
-        ModelError: logits that are not finite, or vocabularies that differ.
-    """
-    dense = iter(reference) if isinstance(reference, Sequence) else (read(reference, window) for window in windows)
-    return [score_window(read(model, window), against, window) for window, against in zip(windows, dense, strict=True)]
-
-
 def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step: int = 0) -> States:
     """Runs a model over a window.
 
@@ -189,11 +170,6 @@ def score_window(states: States, dense: States, window: Sequence[int]) -> TextSc
         nll, kl, agreement = (float(column[rows].mean()) for column in columns)
         halves.append(Half(nll, max(kl, 0.0), agreement))
     return TextScore(*halves)
-
-
-def perplexity(scores: Sequence[Half]) -> float:
-    """Returns the perplexity over the same half of several windows of one length."""
-    return math.exp(sum(score.nll for score in scores) / len(scores))
 
 
 def head_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ for.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from moacompress.rules.plan import weights_version
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 
 GGUF_PACKAGES = ("accelerate", "gguf")
 """What transformers needs to load a `.gguf` file; the extra `demo` brings them."""

@@ -76,24 +76,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "
     return encode_text(tokenizer, rendered + (prefix.lstrip() if rendered[-1:].isspace() else prefix), special=False)
 
 
-def encode_reference(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], list[int], list[bool]]:
-    """Returns `(prompt_ids, answer_ids, is_value)` of a prompt with its reference answer.
-
-    The answer is tokenized together with the text before it, because tokens may span the boundary; a token that does
-    belongs to the answer.
-
-    Returns:
-        The ids before the answer, the answer's ids, and for each of these whether it carries part of the value (white
-        space alone does not).
-    """
-    alone = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
-    space = " " if prompt.prefix else ""
-    whole = encode_prompt(tokenizer, prompt.user, f"{prompt.prefix}{space}{prompt.answer}", prompt.plain)
-    cut = _common(alone, whole)
-    answer = whole[cut:]
-    return whole[:cut], answer, [bool(str(tokenizer.decode([token])).strip()) for token in answer]
-
-
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Returns token ids and answer mask of a conversation that the assistant continues.
 

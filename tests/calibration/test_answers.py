@@ -11,7 +11,7 @@ import pytest
 from moacompress.calibration.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
-from moacompress.prompts.templates import Prompt, encode_conversation, encode_prompt, encode_reference, encode_text
+from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,16 +41,6 @@ def test_prompt_through_the_template(tiny_tokenizer: PreTrainedTokenizerBase) ->
 
 def test_prompt_of_a_base_model(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert tiny_tokenizer.decode(encode_prompt(without_template(tiny_tokenizer), "hi", "It is")) == "hi\nIt is"
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_reference(tiny_tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
-    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
-    prompt = Prompt("what?", "It is", "42", "needle-noise", "needle")
-    ids, answer, is_value = encode_reference(tokenizer, prompt)
-    assert ids == encode_prompt(tokenizer, "what?", "It is")
-    assert tokenizer.decode(answer) == " 42"
-    assert is_value == [False, True, True]
 
 
 def test_conversation_mask_by_prefixes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -126,7 +126,7 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
     """The KV head of largest influence is one of 90; blind, it costs a needle, another one of its model not a tenth of that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moacompress.evaluation.scoring import score_case
+    from moacompress.evaluation.scoring import score_batch
     from moacompress.evaluation.stats import paired_difference
     from moacompress.evaluation.tasks import make_cases
     from moacompress.runtime import attach
@@ -142,7 +142,7 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
             for layer in range(shape.layers)
         ]
         attach(model, Plan(shape, 32, tuple(rules)))
-        return [score_case(model, tokenizer, case).nll for case in cases]
+        return [score_batch(model, tokenizer, [case])[0].nll for case in cases]
 
     dense = losses(None)
     assert paired_difference(losses((18, 2)), dense)[1][0] > 0.5

@@ -39,11 +39,11 @@ def model(smollm2: Path) -> Any:
 
 
 def test_dense_finds_needles(model: Any, tokenizer: Any) -> None:
-    from moacompress.evaluation.scoring import score_case
+    from moacompress.evaluation.scoring import score_batch
     from moacompress.evaluation.tasks import make_cases
 
     for case in make_cases("needle-noise", 512, 3, 0, tokenizer):
-        score = score_case(model, tokenizer, case)
+        score = score_batch(model, tokenizer, [case])[0]
         assert (score.exact_match, score.accuracy) == (1.0, 1.0)
         assert score.nll < 0.2
 

@@ -129,7 +129,7 @@ def test_dense_is_the_model_without_a_plan(compressed: Path, tiny_folder: Path) 
     dense: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
     cases = make_cases("needle-noise", LENGTH, 3, 3, tokenizer)
-    wanted = sum(scoring.score_case(dense, tokenizer, case).nll for case in cases) / 3
+    wanted = sum(scoring.score_batch(dense, tokenizer, [case])[0].nll for case in cases) / 3
     rows = {row["model"]: row["value"] for row in report["results"] if row["metric"] == "nll"}
     assert rows["dense"] == pytest.approx(wanted, abs=1e-5)
     assert rows["plan"] != pytest.approx(wanted, abs=1e-3)

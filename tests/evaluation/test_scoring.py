@@ -16,7 +16,7 @@ from moacompress.calibration.answers import generate_greedy
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation import scoring
 from moacompress.evaluation.cases import Case, Match
-from moacompress.evaluation.scoring import batches, match_share, score_batch, score_case
+from moacompress.evaluation.scoring import batches, match_share, score_batch
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def test_teacher_forced_numbers_are_those_of_one_uncached_forward(
     begin = len(case.prompt_ids)
     rows = [logits[begin + i - 1] for i, counts in enumerate(case.is_value) if counts]
     targets = [token for token, counts in zip(case.answer_ids, case.is_value, strict=True) if counts]
-    score = score_case(model, tiny_tokenizer, case)
+    score = score_batch(model, tiny_tokenizer, [case])[0]
     assert score.nll == pytest.approx(-sum(float(r[t]) for r, t in zip(rows, targets, strict=True)) / 3, abs=1e-4)
     said = [int(row.argmax()) for row in rows]
     answer = [case.answer_ids[0], said[0], *case.answer_ids[2:]]
-    assert score_case(model, tiny_tokenizer, replace(case, answer_ids=answer)).accuracy >= 1 / 3
+    assert score_batch(model, tiny_tokenizer, [replace(case, answer_ids=answer)])[0].accuracy >= 1 / 3
     assert score.accuracy == pytest.approx(sum(a == b for a, b in zip(said, targets, strict=True)) / 3)
 
 
@@ -88,7 +88,7 @@ def test_batched_and_single_agree(
         (said,) = generate_greedy(model, [cases[index].prompt_ids], 4)
         cases[index] = replace(cases[index], references=(str(tiny_tokenizer.decode(said)),))
     together = score_batch(model, tiny_tokenizer, cases)
-    alone = [score_case(model, tiny_tokenizer, case) for case in cases]
+    alone = [score_batch(model, tiny_tokenizer, [case])[0] for case in cases]
     assert [score.nll for score in together] == pytest.approx([score.nll for score in alone], abs=1e-4)
     assert [(s.exact_match, s.accuracy) for s in together] == [(s.exact_match, s.accuracy) for s in alone]
     assert [score.exact_match for score in together] == [1.0, 0.0, 0.0, 1.0, 0.0]
@@ -98,7 +98,7 @@ def test_a_second_turn_is_a_forward_of_its_own(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, turns = random_cases(1)[0], random_cases(1, turn_at=400)[0]
-    expected = score_case(model, tiny_tokenizer, whole)
+    expected = score_batch(model, tiny_tokenizer, [whole])[0]
     sizes = []
     original = type(model).forward
 
@@ -107,7 +107,7 @@ def test_a_second_turn_is_a_forward_of_its_own(
         return original(self, input_ids, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", recorded)
-    score = score_case(model, tiny_tokenizer, turns)
+    score = score_batch(model, tiny_tokenizer, [turns])[0]
     assert sizes[:3] == [400, 199, len(turns.answer_ids)]
     assert score.nll == pytest.approx(expected.nll, abs=1e-4)
     assert (score.exact_match, score.accuracy) == (expected.exact_match, expected.accuracy)
@@ -123,7 +123,7 @@ def test_stopping_early_changes_no_score(
     spoken = str(tiny_tokenizer.decode(said, skip_special_tokens=True))
     looked_for = (spoken[references[0] : references[0] + 2].swapcase(), spoken[references[1] : references[1] + 2])
     case = replace(case, references=looked_for if all(looked_for) else ("~~no", "~~"), match=match, new_tokens=24)
-    assert score_case(model, tiny_tokenizer, case).exact_match == match_share(case, spoken)
+    assert score_batch(model, tiny_tokenizer, [case])[0].exact_match == match_share(case, spoken)
 
 
 def test_generation_ends_with_the_last_reference_or_a_closing_token(
@@ -143,7 +143,7 @@ def test_generation_ends_with_the_last_reference_or_a_closing_token(
 
     def generated(case: Case) -> int:
         forwards.clear()
-        score_case(model, tiny_tokenizer, case)
+        score_batch(model, tiny_tokenizer, [case])[0]
         return len(forwards) - 2  # the prompt, and the teacher-forced pass
 
     third = str(tiny_tokenizer.decode(said[:3]))
@@ -196,4 +196,4 @@ def test_logits_that_are_not_finite(tiny_model: Build, tiny_tokenizer: PreTraine
     model: Any = tiny_model("llama")
     model.lm_head.weight[3] = float("inf")
     with pytest.raises(ModelError, match="logits are not finite on a prompt of t with 600 tokens in float32"):
-        score_case(model, tiny_tokenizer, random_cases(1)[0])
+        score_batch(model, tiny_tokenizer, [random_cases(1)[0]])[0]

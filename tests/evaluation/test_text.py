@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 
 import moacompress.evaluation.text as text
 from moacompress.core.errors import DataError, ModelError
-from moacompress.evaluation.text import Half, head_logits, perplexity, read, score_window, text_scores, text_windows
+from moacompress.evaluation.text import head_logits, read, score_window, text_windows
 from moacompress.models.source import model_shape
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan
@@ -89,7 +88,7 @@ def test_as_from_plain_logits(
     assert torch.allclose(head_logits(model, dense.states), dense_logits.float(), atol=1e-5)
     attach(model, plan)
     wanted = plain_scores(model(ids, use_cache=False).logits[0], dense_logits, window)
-    (score,) = text_scores(model, [dense], [window])
+    score = score_window(read(model, window), dense, window)
     for half, numbers in zip((score.early, score.late), wanted, strict=True):
         assert (half.nll, half.kl, half.agreement) == pytest.approx(tuple(numbers), rel=1e-4, abs=1e-5)
     assert score.late.kl > 1e-3
@@ -99,7 +98,7 @@ def test_as_from_plain_logits(
 def test_dense_against_itself(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
     model: Any = tiny_model("llama")
     dense = read(model, window)
-    for score in (score_window(dense, dense, window), *text_scores(model, model, [window])):
+    for score in (score_window(dense, dense, window), score_window(read(model, window), dense, window)):
         assert (score.early.kl, score.late.kl) == (0, 0)
         assert (score.early.agreement, score.late.agreement) == (1, 1)
         nll = torch.nn.functional.cross_entropy(model(torch.tensor([window])).logits[0, :-1], torch.tensor(window[1:]))
@@ -112,7 +111,7 @@ def test_full_span_is_dense(tiny_model: Callable[..., PreTrainedModel], window: 
     dense = read(model, window)
     wanted = score_window(dense, dense, window)
     attach(model, Plan.full(model_shape(detach(model))))
-    found = text_scores(model, [dense], [window])[0]
+    found = score_window(read(model, window), dense, window)
     for ours, theirs in ((found.early, wanted.early), (found.late, wanted.late)):
         assert ours.nll == pytest.approx(theirs.nll, rel=1e-6)
         assert ours.kl == pytest.approx(theirs.kl, abs=1e-6)
@@ -128,7 +127,7 @@ def test_few_rows_at_a_time(
     model: Any = tiny_model("llama")
     dense = read(model, window)
     attach(model, random_plan(model_shape(model), seed=2))
-    whole = text_scores(model, [dense], [window])[0]
+    whole = score_window(read(model, window), dense, window)
     seen: list[int] = []
     original = text.head_logits
 
@@ -138,7 +137,7 @@ def test_few_rows_at_a_time(
 
     monkeypatch.setattr(text, "head_logits", counted)
     monkeypatch.setattr(text, "MAX_LOGITS", 160 * 7)
-    (score,) = text_scores(model, [dense], [window])
+    score = score_window(read(model, window), dense, window)
     assert max(seen) == 7
     assert sum(seen) == 2 * 300
     for ours, theirs in ((score.early, whole.early), (score.late, whole.late)):
@@ -147,19 +146,17 @@ def test_few_rows_at_a_time(
 
 
 def test_other_vocabulary(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+    states, dense = (read(tiny_model("llama", vocab_size=size), window) for size in (160, 200))
     with pytest.raises(ModelError, match="160 tokens in its vocabulary, the dense one 200"):
-        text_scores(tiny_model("llama"), tiny_model("llama", vocab_size=200), [window])
+        score_window(states, dense, window)
 
 
 def test_logits_that_are_not_finite(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
     model: Any = tiny_model("llama")
     model.lm_head.weight.data[5] = float("nan")
+    states = read(model, window)
     with pytest.raises(ModelError, match="not finite"):
-        text_scores(model, model, [window])
-
-
-def test_perplexity() -> None:
-    assert perplexity([Half(1.0, 0, 1), Half(3.0, 0, 1)]) == pytest.approx(math.exp(2))
+        score_window(states, states, window)
 
 
 def test_windows(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
