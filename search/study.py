@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from moacompress.search.steps.rest import spend_leftover
-
 from moacompress.calibration.manifest import sweep_samples
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import of_search, owners_of_studies, rounds_folder, study_journal
@@ -34,6 +32,7 @@ from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_result import SearchResult, found_before
 from moacompress.search.steps.baselines import measure_baselines
 from moacompress.search.steps.calibrated_start import calibrate
+from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moacompress.search.steps.rest import spend_leftover
 
 from moacompress.calibration.store import Profile
 from moacompress.core.progress import SILENT
@@ -23,6 +22,7 @@ from moacompress.search.opened_search import opened
 from moacompress.search.search_context import SearchContext
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.search_result import pack
+from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
