@@ -142,17 +142,19 @@ SITUATIONS = {
     "batch 8": Situation(rows=8),
     "batch 16": Situation(rows=16),
     "left-padded batch 8": Situation(rows=8, left_padded=True),
-    "batch 8, half of it ended": Situation(rows=8, ended=True),
+    "batch 8 with ended rows": Situation(rows=8, ended=True),
     "five drafts": Situation(tokens=5),
     "LoRA on queries and values": Situation(change=adapters("q_proj", "v_proj")),
     "LoRA on the feed-forward": Situation(change=adapters("gate_proj", "up_proj", "down_proj")),
     "a hook on one layer": Situation(change=hook_on_a_layer),
-    "batch 8, a hook on one layer": Situation(rows=8, change=hook_on_a_layer),
+    "batch 8 with a hook on one layer": Situation(rows=8, change=hook_on_a_layer),
     "hooks on all attention": Situation(change=hooks_on_attention),
     "gates": Situation(gated=True),
+    "gates in batch 8 with ended rows": Situation(rows=8, ended=True, gated=True),
     "gates and a hook on one layer": Situation(gated=True, change=hook_on_a_layer),
     "Qwen3": Situation(family="qwen3"),
     "compiled": Situation(change=compiled),
+    "batch 8 compiled": Situation(rows=8, change=compiled),
 }
 
 
@@ -296,11 +298,13 @@ class Steps:
         with torch.no_grad():
             self.forward(input_ids=self.ids[:, fed], cache=self.cache, use_cache=True, **more)
 
-    def routes(self) -> dict[str, int]:
-        """Returns the routes that steps can go by, the one that is taken first, and how many others each has to lose."""
+    def routes(self, first: int | None = None) -> dict[str, int]:
+        """Returns the first routes that steps can go by, the one that is taken first, and how many others are taken away."""
         found: dict[str, int] = {}
         seen: list[Counter[str]] = []
         for count in range(len(TAKEN_AWAY) + 1):
+            if len(found) == first:
+                break
             with taken_away(count), counted() as layers:
                 self.prepare()
             name = REFERENCE if count == len(TAKEN_AWAY) else " + ".join(name for name, _ in layers.most_common())
@@ -334,9 +338,12 @@ class Turn:
         self.steps.run()
 
 
-def measured(steps: Steps, turns: int, clock: Callable[[], float] = time.perf_counter) -> list[dict[str, Any]]:
-    """Returns the times of all routes of a situation, the one that is taken first."""
-    found = {name: Turn(steps, count) for name, count in steps.routes().items()}
+def measured(
+    steps: Steps, turns: int, clock: Callable[[], float] = time.perf_counter, below: int | None = None
+) -> list[dict[str, Any]]:
+    """Returns the times of the routes of a situation: the one that is taken, and all or so many `below` it."""
+    first = None if below is None else below + 1
+    found = {name: Turn(steps, count) for name, count in steps.routes(first).items()}
     try:
         seconds = interleave(found, turns + 1, clock)
     finally:
@@ -358,12 +365,11 @@ def listed(given: str, known: Sequence[str]) -> list[str]:
     Raises:
         ValueError: one of them is not known.
     """
-    if not given:
-        return [*known]
-    found = [name for name in known if f",{name}," in f",{given},"]
-    if sum(map(len, found)) + len(found) - 1 != len(given):
-        raise ValueError(f"{given!r} must be some of: {', '.join(known)}")
-    return found
+    asked = given.split(",") if given else [*known]
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of: {', '.join(known)}")
+    return asked
 
 
 def main() -> None:
@@ -373,6 +379,10 @@ def main() -> None:
     parser.add_argument("--lengths", default="1k,4k", help="tokens in the cache, with commas")
     parser.add_argument("--situations", default="", help=f"with commas; {', '.join(SITUATIONS)}")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layers", type=int, help="decoder layers of the models, instead of their own")
+    parser.add_argument(
+        "--below", type=int, help="routes that are forced below the one that is taken; all, if not given"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8, help="of a turn")
     parser.add_argument("--turns", type=int, default=15)
@@ -385,7 +395,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.models, args.lengths, args.steps, args.turns = "tiny", "1k", 4, 5
-        args.situations = args.situations or ",".join(name for name in SITUATIONS if name != "compiled")
+        args.situations = args.situations or ",".join(name for name in SITUATIONS if "compiled" not in name)
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time counts one thread: leave --threads out")
     torch.set_num_threads(args.threads)
@@ -400,10 +410,11 @@ def main() -> None:
         for said in situations:
             situation = SITUATIONS[said]
             if situation.family not in dense:
-                dense[situation.family] = dense_model(situation.family, MODELS[name], args.dtype)
+                size = MODELS[name] | ({"num_hidden_layers": args.layers} if args.layers else {})
+                dense[situation.family] = dense_model(situation.family, size, args.dtype)
             steps = Steps(situation, dense[situation.family], length, args.steps, args.pack)
             row: dict[str, Any] = {"model": name, "length": length, "situation": said}
-            rows.append({**row, "routes": measured(steps, args.turns, clock)})
+            rows.append({**row, "routes": measured(steps, args.turns, clock, args.below)})
             if not args.json:
                 print(f"{name}, {length} tokens, {said}", *map(shown, rows[-1]["routes"]), sep="\n  ", flush=True)
     if args.json:

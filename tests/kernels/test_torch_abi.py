@@ -48,7 +48,7 @@ def declarations() -> tuple[str, dict[str, bool]]:
 
 def compile_beside_torch(folder: Path, block: str, names: list[str]) -> subprocess.CompletedProcess[str]:
     """Compiles the header after torch's own, and compares every function of the block with torch's of that name."""
-    source = folder / "shared_values.cpp"
+    source = folder / "beside.cpp"
     same = "".join(SAME.format(name=name) for name in names)
     source.write_text(f'{TORCH}namespace ours {{\n{block}}}\n{same}#include "{HEADER}"\n{CONVENTIONS}')
     includes = [part for path in cpp_extension.include_paths() for part in ("-isystem", path)]

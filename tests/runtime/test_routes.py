@@ -62,7 +62,7 @@ def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
     for _ in range(2):  # what was taken away is there again
         rows = script.measured(steps, 1)
         assert [row["route"] for row in rows] == [*WITHOUT, "plain", script.REFERENCE]
-    ended = script.Steps(script.SITUATIONS["batch 8, half of it ended"], dense, 64, 1, False)
+    ended = script.Steps(script.SITUATIONS["batch 8 with ended rows"], dense, 64, 1, False)
     assert [*ended.routes()] == ["commit and decode", "plain", script.REFERENCE]
 
 

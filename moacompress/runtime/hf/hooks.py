@@ -2,7 +2,7 @@
 
 The hooks hold no state of a forward: the plan's part of a layer is fixed, what changes lives in the cache, and which tokens
 are real goes through the model as its mask. So threads can share a model, and layers can be computed again for a backward pass.
-`torch.compile` traces them; what depends on data is behind two operators, see `ops`.
+`torch.compile` traces them; what depends on data is behind operators, see `ops`.
 """
 
 from __future__ import annotations
