@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from moacompress.search.parameters import distributions
 
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
@@ -20,6 +19,7 @@ from moacompress.search.incumbent import Incumbent
 from moacompress.search.measured_baselines import MeasuredBaseline
 from moacompress.search.objective import Measure
 from moacompress.search.plan_evaluator import PlanEvaluator
+from moacompress.search.search_parameters import distributions
 from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_result import pack
 from moacompress.search.study_storage import StudyStorage

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from moacompress.search.parameters import SearchParameters
 
 from moacompress.calibration.copy_repair import repaired_copies
 from moacompress.calibration.repair import Weights
@@ -30,6 +29,7 @@ from moacompress.search.objective import Measure
 from moacompress.search.plan_space import PlanSpace
 from moacompress.search.quadratic import Quadratic
 from moacompress.search.repaired import repair_samples
+from moacompress.search.search_parameters import SearchParameters
 from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.surrogate import Surrogate

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from moacompress.search.parameters import SearchParameters
 
 from moacompress.calibration.store import Profile
+from moacompress.search.search_parameters import SearchParameters
 from moacompress.search.surrogate import Calibration, Surrogate
 
 Profiles = Callable[..., Profile]
