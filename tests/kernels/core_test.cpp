@@ -443,11 +443,11 @@ std::vector<double> meant(const char* at, const KVPart& kv_part, int64_t place) 
   const auto byte = [&](int64_t i) {
     return int(codes[kv_part.side == KEYS ? i / 4 * 64 + place * 4 + i % 4 : place / 4 * 4 * kv_part.token_bytes + i * 4 + place % 4]);
   };
-  const int64_t first = (half.dim + 1) / 2, block = half.dim & -half.dim;
-  std::vector<double> turned, found(static_cast<size_t>(half.dim), 0.0);
+  const int64_t first = (kv_part.dim + 1) / 2, block = kv_part.dim & -kv_part.dim;
+  std::vector<double> turned, found(static_cast<size_t>(kv_part.dim), 0.0);
   for (int64_t d = 0; d < kv_part.dim; d++) {
-    int code = byte(half.format == INT8 ? d : d % first);
-    if (half.format == INT4) code = d < first ? code & 15 : code >> 4;
+    int code = byte(kv_part.format == INT8 ? d : d % first);
+    if (kv_part.format == INT4) code = d < first ? code & 15 : code >> 4;
     turned.push_back(scale * code + zero);
   }
   for (int64_t d = 0; d < kv_part.dim; d++)
@@ -536,12 +536,12 @@ void test_codes(Isa isa, DType dtype) {
     const int32_t id = table[size_t(pair * width + j / BLOCK)];
     if (id < 0 || id >= kv_heads * each || pool.bytes[size_t(id / each)] != kv_part.bytes) {
       fail("a block is not of the formats of its head");
-      return std::vector<double>(static_cast<size_t>(half.dim), 0.0);
+      return std::vector<double>(static_cast<size_t>(kv_part.dim), 0.0);
     }
     const char* at = pool.memory[size_t(id / each)].get() + id % each * kv_part.bytes;
-    if (half.format != NATIVE) return meant(at, half, j % BLOCK);
+    if (kv_part.format != NATIVE) return meant(at, half, j % BLOCK);
     Data copy(dtype, kv_part.dim);
-    std::memcpy(copy.bytes.get(), at + j % BLOCK * half.token_bytes, size_t(half.token_bytes));
+    std::memcpy(copy.bytes.get(), at + j % BLOCK * kv_part.token_bytes, size_t(kv_part.token_bytes));
     std::vector<double> found;
     for (int64_t d = 0; d < kv_part.dim; d++) found.push_back(copy.get(d));
     return found;
@@ -602,14 +602,14 @@ void test_codes(Isa isa, DType dtype) {
       const Visible see = visible(steps, rules.of(head)), then = visible(steps + 1, rules.of(head));
       for (int64_t j = 0; j < steps; j++) {
         const auto by = [&](const Visible& v) { return (j >= v.first && j < v.sink_end) || j >= v.start; };
-        kept[side].push_back(by(see) || by(then) ? token(side, pair, j) : std::vector<double>(static_cast<size_t>(half.dim), NAN));
+        kept[side].push_back(by(see) || by(then) ? token(side, pair, j) : std::vector<double>(static_cast<size_t>(kv_part.dim), NAN));
       }
       for (int64_t t = 0; t < tokens; t++) {
         const int64_t first = (pair * tokens + t) * kv_part.dim;
         std::vector<double> numbers;
         for (int64_t d = 0; d < kv_part.dim; d++) numbers.push_back(chunk.get(first + d));
-        if (half.format != NATIVE) {
-          const std::unique_ptr<char[]> block(new char[size_t(half.bytes)]);
+        if (kv_part.format != NATIVE) {
+          const std::unique_ptr<char[]> block(new char[size_t(kv_part.bytes)]);
           kernels_of(isa).encode[dtype](chunk.bytes.get() + first * element, kv_part, 0, block.get(), buffer.data());
           numbers = meant(block.get(), kv_part, 0);
         }
@@ -713,9 +713,9 @@ void test_selected(Isa isa, DType dtype) {
     const KVPart& kv_part = side ? kv_parts.value : kv_parts.key;
     const int64_t segment = id / each;  // of KV heads of the same formats any will do
     const char* at = static_cast<const char*>(sides[side].base[size_t(segment)]) + (id - segment * each) * kv_part.bytes;
-    if (half.format != NATIVE) return meant(at, half, place);
+    if (kv_part.format != NATIVE) return meant(at, half, place);
     Data one(dtype, count);
-    std::memcpy(one.bytes.get(), at + place * half.token_bytes, size_t(half.token_bytes));
+    std::memcpy(one.bytes.get(), at + place * kv_part.token_bytes, size_t(kv_part.token_bytes));
     std::vector<double> found;
     for (int64_t d = 0; d < count; d++) found.push_back(one.get(d));
     return found;
