@@ -2,8 +2,8 @@
 
     python .ci/unique_names.py
 
-A module is a file: packages and `__init__` may be called like one (`search/`, and the file of the verb `search`). A file that
-only hands on names, for those who know them from there, defines nothing and is left out, and so are scripts outside of the
+A module is a file: packages and `__init__` may be called like one (`search/`, and the file of the command `search`). A file
+that only hands on names, for those who know them from there, defines nothing and is left out, and so are scripts outside of the
 package. Exits with 1 and one line for every name that is there twice.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/search_steps.py profile/ plan.json --samples 24 --json
 
 The samples are made as the profile's were, of the pools that are kept for evaluation. Records beside the plan keep what is
-measured; the same command goes on.
+measured; the same command resumes.
 """
 
 from __future__ import annotations

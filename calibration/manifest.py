@@ -17,8 +17,8 @@ from moacompress.core.artefact_names import (
     SAMPLES_FOLDER,
     TEMPORARY,
     VALIDATION_FILE,
+    holder_of_folder,
     of_profile,
-    owner_of_folder,
 )
 from moacompress.core.errors import ArtefactError, MoaCompressError, one_line
 from moacompress.core.files import BrokenJson, fingerprint, read_json, remove, sweep_files, write_json, write_text
@@ -260,12 +260,12 @@ def _has_begun(folder: Path) -> bool:
 def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     """Makes the folder of a profile, or finds what an earlier run of the same request left there.
 
-    This process is to be the owner of the folder.
+    This process is to be the lock holder of the folder.
 
     Args:
         folder: where the profile goes.
         manifest: what is asked for.
-        overwrite: start anew: of what is in the folder, all that a profile has is removed.
+        overwrite: start from scratch: of what is in the folder, all that a profile has is removed.
 
     Returns:
         The manifest on disk, with the recipe of this run and where it found the model. It is not complete where this run asks
@@ -303,7 +303,7 @@ def clear_profile(folder: Path) -> None:
     """
     _remove_all_but_the_manifest(folder)
     manifest = folder / MANIFEST_FILE
-    if set(folder.iterdir()) <= {manifest, owner_of_folder(folder)}:
+    if set(folder.iterdir()) <= {manifest, holder_of_folder(folder)}:
         remove([manifest])
         return
     try:
@@ -331,10 +331,10 @@ def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
 
 
 def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest | None:
-    """Returns the manifest to go on with; None if the folder is to be made empty."""
+    """Returns the manifest to resume with; None if the folder is to be made empty."""
     if not folder.exists():
         return None
-    if folder.is_dir() and not set(folder.iterdir()) - {owner_of_folder(folder)}:
+    if folder.is_dir() and not set(folder.iterdir()) - {holder_of_folder(folder)}:
         return None
     # not even with --overwrite: a mistyped folder must not cost somebody's files
     if not (folder / MANIFEST_FILE).is_file():
@@ -393,7 +393,7 @@ def _sweep(folder: Path) -> None:
 
 
 def sweep_samples(folder: Path) -> None:
-    """Removes samples that a killed run was just writing aside; only the owner of the folder may do that."""
+    """Removes samples that a killed run was just writing aside; only the lock holder of the folder may do that."""
     for path in (folder / SAMPLES_FOLDER).glob(f".*.safetensors.*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 

@@ -41,7 +41,7 @@ from moacompress.calibration.wording import calibration_wording, check_wording
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, DataError, PlanError
 from moacompress.core.files import digest_files
-from moacompress.core.owners import own_folder
+from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.modules import attention_modules
@@ -274,7 +274,7 @@ def profile(
         out: the folder. With the same request in it, finished samples are kept and a finished profile is returned.
         recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype` and `device`.
         around: a plan of this model: profile what every change of a rule would do to the model under it.
-        overwrite: start anew, whatever profile is in the folder; other files in it stay.
+        overwrite: start from scratch, whatever profile is in the folder; other files in it stay.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: receives the progress.
 
@@ -311,7 +311,7 @@ def profile(
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
         # too little data is found before anything is answered
         drafts = gate_drafts(source, manifest.recipe) if trains and _known_gates(out, manifest) is None else None
-        manifest, samples = _make_samples(out, source, manifest, progress, anew=drafts is not None)
+        manifest, samples = _make_samples(out, source, manifest, progress, from_scratch=drafts is not None)
         gates = None
         if manifest.has_gates:
             known = _known_gates(out, manifest) or (_kept_gates(out, manifest, around) if around is not None else None)
@@ -433,15 +433,15 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
 
 
 def _make_samples(
-    out: Path, source: SourceModel, manifest: Manifest, progress: Progress, anew: bool
+    out: Path, source: SourceModel, manifest: Manifest, progress: Progress, from_scratch: bool
 ) -> tuple[Manifest, list[Sample]]:
     """Makes the samples, or reads those that are on disk already, and completes the fingerprints.
 
-    With `anew` those that are profiled are not read: an older version may have left nothing for the gates that are to be
-    trained. What the model answered before is not answered again.
+    With `from_scratch` those that are profiled are not read: an older version may have left nothing for the gates that are
+    to be trained. What the model answered before is not answered again.
     """
     makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
-    calibration = makes("calibration", None if anew else manifest.calibration_fingerprint)
+    calibration = makes("calibration", None if from_scratch else manifest.calibration_fingerprint)
     validation = makes("validation", manifest.validation_fingerprint)
     parts = manifest.request, manifest.wording, fingerprint_ordered(calibration)
     manifest = replace(

@@ -126,7 +126,7 @@ def load_samples(path: str | Path) -> list[Sample]:
             sources = json.loads(notes["sources"])
             kinds = json.loads(notes["kinds"]) if "kinds" in notes else ["answer"] * len(sources)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ArtefactError(f"cannot read samples {path}: {error}; make them anew") from error
+        raise ArtefactError(f"cannot read samples {path}: {error}; make them from scratch") from error
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
         and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1
@@ -137,7 +137,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     )
     if not consistent:
         raise ArtefactError(
-            f"samples {path} contradict themselves: {len(ids)} ids, {len(mask)} in the mask; make them anew"
+            f"samples {path} contradict themselves: {len(ids)} ids, {len(mask)} in the mask; make them from scratch"
         )
     try:
         return [
@@ -145,4 +145,4 @@ def load_samples(path: str | Path) -> list[Sample]:
             for a, b, source, length, kind in zip(offsets[:-1], offsets[1:], sources, lengths, kinds, strict=True)
         ]
     except DataError as error:
-        raise ArtefactError(f"samples {path} are damaged: {error}; make them anew") from error
+        raise ArtefactError(f"samples {path} are damaged: {error}; make them from scratch") from error

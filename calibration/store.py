@@ -248,7 +248,7 @@ class Profile:
 
         Args:
             source: the model at hand.
-            doing: what it is wanted for, a verb.
+            doing: what it is wanted for, a command.
 
         Raises:
             ModelError: other weights.
@@ -421,7 +421,7 @@ def _samples(path: Path, expected: str) -> list[Sample]:
     try:
         samples = load_samples(path)
     except ArtefactError as error:
-        why = str(error).removeprefix(f"cannot read samples {path}: ").removesuffix("; make them anew")
+        why = str(error).removeprefix(f"cannot read samples {path}: ").removesuffix("; make them from scratch")
         raise damaged(path, why) from error
     if expected and fingerprint_samples(samples) != expected:
         raise damaged(path, f"its samples have fingerprint {fingerprint_samples(samples)}, not {expected}")

@@ -32,7 +32,7 @@ def calibration_wording() -> str:
 
 
 def check_wording(out: Path, asked: Manifest, lacks_gates: Callable[[Manifest], bool]) -> None:
-    """Refuses to go on with a profile whose missing samples would have another wording than those that are there.
+    """Refuses to resume with a profile whose missing samples would have another wording than those that are there.
 
     Args:
         out: the folder of the profile; nothing in it is touched.

@@ -27,7 +27,7 @@ from moacompress.core.artefact_names import (
 )
 from moacompress.core.errors import ArtefactError, MoaCompressError, RecipeError, one_line
 from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
-from moacompress.core.owners import own_file, own_folder
+from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
@@ -61,7 +61,7 @@ def compress(
     Args:
         recipe: names the model and the budget; the rest has defaults.
         out: the folder to fill with `profile/ plan.json model/ eval.json summary.json report.html`.
-        overwrite: start anew: all that a run left in `out` is removed, and nothing else.
+        overwrite: start from scratch: all that a run left in `out` is removed, and nothing else.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
@@ -81,7 +81,7 @@ def compress(
     check_writable(out)
     check_recipe(recipe)
     with no_empty_folder(out), own_folder(out):
-        return fill(recipe, out, progress or Progress(), anew=overwrite, trust_remote_code=trust_remote_code)
+        return fill(recipe, out, progress or Progress(), from_scratch=overwrite, trust_remote_code=trust_remote_code)
 
 
 def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False) -> Estimate:
@@ -100,7 +100,7 @@ def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_c
 
 
 def fill(
-    recipe: Recipe, out: Path, progress: Progress, anew: bool = False, *, trust_remote_code: bool = False
+    recipe: Recipe, out: Path, progress: Progress, from_scratch: bool = False, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Does what `compress` does, in a folder that this process owns.
 
@@ -108,7 +108,8 @@ def fill(
         recipe: names the model and the budget.
         out: the folder.
         progress: is told of the steps.
-        anew: remove all that a run left in the folder, and do not resume a study that is in the recipe's own storage either.
+        from_scratch: remove all that a run left in the folder, and do not resume a study that is in the recipe's own storage
+            either.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -117,7 +118,7 @@ def fill(
     """
     from moacompress.evaluation.runner import evaluate
 
-    found, clock = _produce(recipe, out, progress, anew, trust_remote_code)
+    found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
     scores = clock.run(
@@ -175,7 +176,7 @@ def _write_page(out: Path) -> None:
         logger.warning("no %s: %s", REPORT_FILE, one_line(error))
 
 
-def _begin(recipe: Recipe, out: Path, anew: bool, trust_remote_code: bool) -> SourceModel:
+def _begin(recipe: Recipe, out: Path, from_scratch: bool, trust_remote_code: bool) -> SourceModel:
     """Makes `out` this run's folder once nothing is left that can be wrong with the request, and returns the model.
 
     Raises:
@@ -184,26 +185,26 @@ def _begin(recipe: Recipe, out: Path, anew: bool, trust_remote_code: bool) -> So
     """
     assert recipe.model is not None
     inputs = inputs_of(recipe)
-    if anew:
+    if from_scratch:
         refuse_foreign(out, inputs)
     else:
         _refuse_other(out, recipe)
     source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
-    check_with_model(recipe, source, None if anew else out / PROFILE_FOLDER)
-    if anew:
+    check_with_model(recipe, source, None if from_scratch else out / PROFILE_FOLDER)
+    if from_scratch:
         clear_run(out, inputs)
     _claim(out, recipe)
     return source
 
 
 def _produce(
-    recipe: Recipe, out: Path, progress: Progress, anew: bool, trust_remote_code: bool
+    recipe: Recipe, out: Path, progress: Progress, from_scratch: bool, trust_remote_code: bool
 ) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profiler import profile
     from moacompress.search.study import find_plan
 
-    source = _begin(recipe, out, anew, trust_remote_code)
+    source = _begin(recipe, out, from_scratch, trust_remote_code)
     clock = _Clock(out / SECONDS_FILE)
     if not clock.seconds:  # a run that is taken up has said so before
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
@@ -212,7 +213,13 @@ def _produce(
     found = clock.run(
         "search",
         lambda: find_plan(
-            profiled, recipe.budget, recipe=recipe, out=plan_file, overwrite=anew, model=source, progress=progress
+            profiled,
+            recipe.budget,
+            recipe=recipe,
+            out=plan_file,
+            overwrite=from_scratch,
+            model=source,
+            progress=progress,
         ),
     )
     earlier = exported_plan(model)
@@ -237,7 +244,7 @@ def _produce(
 
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:
-    """Whether a plan is another one of the same search, which its timeout stopped and which then went on."""
+    """Whether a plan is another one of the same search, which its timeout stopped and which then resumed."""
     ours, theirs = (unrepaired(as_exported(one)).to_dict() for one in (plan, other))
     return plan.provenance.get("search") == other.provenance["search"] and ours != theirs
 

@@ -79,12 +79,12 @@ class ProfileAround:
         shapes = array_shapes(chosen, profile.shape, len(table), around=True)
         marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
         marks += [profile.gates_fingerprint] if gates is not None else []
-        owner = fingerprint([*marks, *formats])
+        holder = fingerprint([*marks, *formats])
         folder = None if self.folder is None else self.folder / plan.key()
         found = []
         progress.start("profiling around the plan", len(self.samples))
         for index, sample in enumerate(self.samples):
-            kept = None if folder is None else read_sample(folder, index, owner, shapes)
+            kept = None if folder is None else read_sample(folder, index, holder, shapes)
             if kept is None:
                 self.deadline.check()
                 statistics = sample_statistics(
@@ -96,7 +96,7 @@ class ProfileAround:
                         "--dtype float32"
                     )
                 if folder is not None:
-                    write_sample(folder, index, statistics, owner, 0.0)
+                    write_sample(folder, index, statistics, holder, 0.0)
             else:
                 statistics = kept[0]
             found.append(statistics)

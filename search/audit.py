@@ -24,7 +24,7 @@ from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import AUDIT_FILE, audit_records_file, of_audit
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -137,7 +137,7 @@ def audit(
         seed: of all that is drawn.
         out: the file of the result; by default `audit.json` in the profile's folder.
         progress: told of every measurement.
-        overwrite: start anew: the audit at `out` is removed, and what was measured for it.
+        overwrite: start from scratch: the audit at `out` is removed, and what was measured for it.
 
     Raises:
         UsageError: counts that there cannot be, a budget that does not parse, or a profile around a plan.

@@ -16,7 +16,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import front_journal, of_front, plan_named, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import fingerprint, remove
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -56,7 +56,7 @@ def find_front(
         budgets: at least two shares of the dense bytes; the smallest and the largest count.
         recipe: the run; `search.trials` trials are measured, rounds and moves are not made.
         out: `plan.json` stands for `plan-front-1.json` and so on, the smallest first, and `plan.front.json` for all of them.
-        overwrite: start anew: the plans of a front that are there are removed, and what was measured for them.
+        overwrite: start from scratch: the plans of a front that are there are removed, and what was measured for them.
         model: the profile's model where it is loaded already.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
@@ -81,7 +81,7 @@ def find_front(
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         _claim(out, key, overwrite)
-        owned.enter_context(own_study(storage, name, objectives=2, anew=overwrite))
+        owned.enter_context(own_study(storage, name, objectives=2, from_scratch=overwrite))
         try:
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:
@@ -137,7 +137,7 @@ def find_front(
 
 
 def _claim(out: Path, key: str, overwrite: bool) -> None:
-    """Refuses plans that are not of an earlier run of the same request; if all is to begin anew, they go."""
+    """Refuses plans that are not of an earlier run of the same request; if all is to begin from scratch, they go."""
     if overwrite:
         remove(of_front(out))
     for path in plans_of_front(out):

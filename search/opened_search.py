@@ -26,17 +26,17 @@ MOVE_SAMPLES = 12
 def opened(
     request: SearchRequest,
     out: Path | None,
-    anew: bool,
+    from_scratch: bool,
     source: SourceModel,
     progress: Progress,
     deadline: Deadline,
 ) -> Iterator[SearchContext]:
-    """Makes this process the owner of a search's study as long as the block runs.
+    """Makes this process the lock holder of a search's study as long as the block runs.
 
     Args:
         request: what is asked for.
         out: where the plan will be; owned by this process.
-        anew: forget what the study holds.
+        from_scratch: forget what the study holds.
         source: the profile's model.
         progress: told of every measurement.
         deadline: when to stop.
@@ -52,7 +52,7 @@ def opened(
     storage = request.recipe.search.storage
     if storage is None and out is not None:
         storage = str(study_journal(out))
-    with quiet_optuna(), own_study(storage, name, anew=anew):
+    with quiet_optuna(), own_study(storage, name, from_scratch=from_scratch):
         if out is not None:
             write_first(request, out)
         request = request.repaired(source, deadline.within(progress))

@@ -13,7 +13,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.files import remove, write_json
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -50,7 +50,7 @@ def find_plans(
         budgets: for each plan the budgets that it must hold.
         recipe: the run.
         out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
-        overwrite: start anew, each search as `find_plan` does.
+        overwrite: start from scratch, each search as `find_plan` does.
         model: the profile's model where it is loaded already.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
@@ -158,7 +158,7 @@ def find_smallest(
         loss: the most KL.
         recipe: the run; its budget does not count.
         out: where the plan goes. The others are beside it, as `plan-25.json`.
-        overwrite: start anew: all of it is removed.
+        overwrite: start from scratch: all of it is removed.
         model: the profile's model where it is loaded already.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told of every measurement.
@@ -200,10 +200,10 @@ def _smallest(
 
     def search(share: int, target: Path, **settings: Any) -> SearchResult:
         resolved = recipe.override(budget=[f"{share}%"], **settings)
-        anew = overwrite and target not in begun
+        from_scratch = overwrite and target not in begun
         begun.add(target)
         options: dict[str, Any] = {"model": source, "progress": progress, "deadline": deadline}
-        return find_plan(profile, None, recipe=resolved, out=target, overwrite=anew, **options)
+        return find_plan(profile, None, recipe=resolved, out=target, overwrite=from_scratch, **options)
 
     def scout(share: int) -> SearchResult:
         return search(share, scouts_folder(out) / f"{share}.json", **quick)
@@ -248,7 +248,7 @@ def _smallest(
 
 
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
-    """Refuses a file that is not an earlier result of the same request; if all is to begin anew, it goes."""
+    """Refuses a file that is not an earlier result of the same request; if all is to begin from scratch, it goes."""
     if overwrite and not out.is_dir():
         check_baselines(out)
         remove(of_search(out))

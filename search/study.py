@@ -16,9 +16,9 @@ from pathlib import Path
 
 from moacompress.calibration.manifest import sweep_samples
 from moacompress.calibration.store import Profile
-from moacompress.core.artefact_names import of_search, owners_of_studies, rounds_folder, study_journal
+from moacompress.core.artefact_names import holders_of_studies, of_search, rounds_folder, study_journal
 from moacompress.core.files import remove, sweep_files, sweep_folders
-from moacompress.core.owners import own_file, release_dead
+from moacompress.core.lock_holders import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -69,7 +69,7 @@ def find_plan(
         budget: one budget or several that must all hold, such as "25%"; by default the recipe's.
         recipe: by default the profile's own.
         out: where the best plan so far is always kept, and the result in the end.
-        overwrite: start anew: the plan at `out`, what is beside it and what is in the storage is removed.
+        overwrite: start from scratch: the plan at `out`, what is beside it and what is in the storage is removed.
         model: the profile's model where it is loaded already; by default it is loaded.
         starts: parameters that are tried right after the surrogate's own plan, such as those that won at another budget.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -121,8 +121,8 @@ def find_plan(
 
 def _sweep(out: Path) -> None:
     """Removes what killed searches left half-written at a plan that this process owns, and beside it."""
-    for owner in owners_of_studies(study_journal(out)):
-        release_dead(owner)
+    for holder in holders_of_studies(study_journal(out)):
+        release_dead(holder)
     for path in of_search(out):
         sweep_files(path)
         sweep_folders(path)

@@ -1,7 +1,7 @@
 """The study storage of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
 
-A search that was killed and started again finds its finished trials, ablations and baselines here and goes on as if it
-had never stopped: the sampler is made anew for every trial from the seed and the number of finished trials, so that no
+A search that was killed and started again finds its finished trials, ablations and baselines here and resumes as if it
+had never stopped: the sampler is made again for every trial from the seed and the number of finished trials, so that no
 random state is lost. One process works on a study at a time, its owner: a trial marked as running when it is opened was
 killed.
 """
@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from moacompress.core.artefact_names import owner_of_study, owners_of_studies
+from moacompress.core.artefact_names import holder_of_study, holders_of_studies
 from moacompress.core.errors import ArtefactError, RecipeError
-from moacompress.core.owners import Owner, heard_of, held, own, release_dead
+from moacompress.core.lock_holders import LockHolder, heard_of, held, own, release_dead
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -144,12 +144,12 @@ class StudyStorage:
             pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1),
             load_if_exists=True,
         )
-        owner = study.user_attrs.get("profile")
-        if owner is None:
+        holder = study.user_attrs.get("profile")
+        if holder is None:
             study.set_user_attr("profile", profile)
-        elif owner != profile:
+        elif holder != profile:
             raise ArtefactError(
-                f"{self._where} holds the study {name} of another profile ({owner}, this one is {profile}); choose "
+                f"{self._where} holds the study {name} of another profile ({holder}, this one is {profile}); choose "
                 "another storage"
             )
         return study
@@ -170,42 +170,42 @@ class StudyStorage:
 
 
 @contextmanager
-def own_study(storage: str | None, name: str, objectives: int = 1, anew: bool = False) -> Iterator[None]:
-    """Makes this process the owner of a study, and of those whose names go on from its name, as long as the block runs.
+def own_study(storage: str | None, name: str, objectives: int = 1, from_scratch: bool = False) -> Iterator[None]:
+    """Makes this process the lock holder of a study, and of those whose names resume from its name, as long as the block runs.
 
     Args:
         storage: as that of a `StudyStorage`.
         name: name of the study.
         objectives: numbers that a trial has.
-        anew: forget what is in them.
+        from_scratch: forget what is in them.
 
     Raises:
         RecipeError: `storage` is none.
-        ArtefactError: a live process is its owner, or the storage cannot be used.
+        ArtefactError: a live process is its lock holder, or the storage cannot be used.
     """
     what = f"the study {name} in {shown(storage)}"
     if storage is None:
         yield
     elif "://" in storage:
-        with _owned_in_database(storage, name, what, objectives, anew):
+        with _owned_in_database(storage, name, what, objectives, from_scratch):
             yield
     else:
         journal = _journal_file(storage)
-        for file in owners_of_studies(journal):  # killed processes leave theirs, of whichever study
+        for file in holders_of_studies(journal):  # killed processes leave theirs, of whichever study
             release_dead(file)
-        with own(what, owner_of_study(journal, name), CHOOSE_STORAGE):
-            if anew and journal.exists():
+        with own(what, holder_of_study(journal, name), CHOOSE_STORAGE):
+            if from_scratch and journal.exists():
                 with _guarded(shown(storage)):
                     _forget(_journal(journal), name)
             yield
 
 
 @contextmanager
-def _owned_in_database(storage: str, name: str, what: str, objectives: int, anew: bool) -> Iterator[None]:
-    """Is `own` for a study that is not in a file: its owner stands in one of its attributes.
+def _owned_in_database(storage: str, name: str, what: str, objectives: int, from_scratch: bool) -> Iterator[None]:
+    """Is `own` for a study that is not in a file: its lock holder stands in one of its attributes.
 
     A database has no lock that several hosts and databases agree on, so two that begin in the same moment may both become
-    the owner; the later one is.
+    the lock holder; the later one is.
     """
     import optuna
 
@@ -214,19 +214,19 @@ def _owned_in_database(storage: str, name: str, what: str, objectives: int, anew
             storage=backend, study_name=name, directions=["minimize"] * objectives, load_if_exists=True
         )
 
-    def read() -> tuple[Owner | None, float]:
+    def read() -> tuple[LockHolder | None, float]:
         found = study.user_attrs.get("owner")
         heard = found.pop("heard", None) if isinstance(found, dict) else None
-        return Owner.from_dict(found), heard if isinstance(heard, float) else 0.0
+        return LockHolder.from_dict(found), heard if isinstance(heard, float) else 0.0
 
-    def write(owner: Owner | None) -> None:
-        study.set_user_attr("owner", None if owner is None else {**owner.to_dict(), "heard": time.time()})
+    def write(holder: LockHolder | None) -> None:
+        study.set_user_attr("owner", None if holder is None else {**holder.to_dict(), "heard": time.time()})
 
-    def tell(owner: Owner | None) -> None:
+    def tell(holder: LockHolder | None) -> None:
         if read()[0] == ours:  # and nobody took over, because nothing was heard of this process
-            write(owner)
+            write(holder)
 
-    ours = Owner.new()
+    ours = LockHolder.new()
     with held(ours):
         with _guarded(shown(storage)):
             backend = _storage(storage)
@@ -234,7 +234,7 @@ def _owned_in_database(storage: str, name: str, what: str, objectives: int, anew
             other, heard = read()
             if other is not None and other.is_alive(lambda: time.time() - heard):
                 raise ArtefactError(other.refusal(what, CHOOSE_STORAGE))
-            if anew:
+            if from_scratch:
                 _forget(backend, name)
                 study = open_study()
             write(ours)
@@ -247,7 +247,7 @@ def _owned_in_database(storage: str, name: str, what: str, objectives: int, anew
 
 
 def _forget(storage: BaseStorage, name: str) -> None:
-    """Deletes a study and those whose names go on from its name."""
+    """Deletes a study and those whose names resume from its name."""
     import optuna
 
     for found in optuna.get_all_study_names(storage):

@@ -20,7 +20,7 @@ from moacompress import pipeline
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import remove
-from moacompress.core.owners import own_file, own_folder
+from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
@@ -180,7 +180,7 @@ def test_nothing_that_is_shared_names_a_place(how, recipe, tiny_folder, tmp_path
     assert len(list(shared.rglob("*.json"))) > 8
     assert places_in(shared, [tmp_path, work.name + "/", "models/", "texts/", Path.cwd(), Path.home()]) == []
 
-    monkeypatch.chdir(tmp_path)  # the profile knows where its model is, and the steps go on from anywhere
+    monkeypatch.chdir(tmp_path)  # the profile knows where its model is, and the steps resume from anywhere
     found = find_plan(out / "profile", "60%", out=shared / "other.json")
     assert found.plan.provenance["source"] == "dense"
     export(model, shared / "other.json", shared / "exported")
@@ -195,7 +195,7 @@ def test_everything_that_is_left_is_listed(finished):
         inside = path.is_relative_to(out / "profile") and path.is_dir()
         assert inside or any(path.is_relative_to(one) for one in listed), path
     assert {path.name for path in listed if not path.exists()} == {
-        "bench.json", "bench.cells.jsonl",  # of other verbs
+        "bench.json", "bench.cells.jsonl",  # of other commands
         "audit.json", "audit.html", "audit.ledger.jsonl", "plan.scouts",  # of other flags
         "gates.safetensors", "plan.gates.safetensors",  # of --gates
         "plan.study.journal.lock",  # of a killed run
@@ -254,7 +254,9 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tm
     monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: steps.append(model))
     monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
     monkeypatch.setattr(
-        pipeline, "fill", lambda recipe, out, progress, anew, **_: pipeline._begin(recipe, out, anew, False)
+        pipeline,
+        "fill",
+        lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
     )
     count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
     for stop in range(count):
@@ -285,7 +287,9 @@ def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: None)
     monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
     monkeypatch.setattr(
-        pipeline, "fill", lambda recipe, out, progress, anew, **_: pipeline._begin(recipe, out, anew, False)
+        pipeline,
+        "fill",
+        lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
     )
     out, wrong = tmp_path / "out", recipe.override(model="a-typo")
     compress(wrong, out)
@@ -368,7 +372,7 @@ def test_shared_attention_is_repaired_where_the_search_assumed_it(recipe, tmp_pa
 
 
 def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path):
-    """A search that its timeout had stopped goes on in the next run, which is of the same recipe."""
+    """A search that its timeout had stopped resumes in the next run, which is of the same recipe."""
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     plan = Plan.load(out / "plan.json")

@@ -29,15 +29,15 @@ COMMANDS = [
 ]
 
 
-def parse(verb: str, *arguments: str) -> None:
+def parse(command: str, *arguments: str) -> None:
     """Parses a command line as the program does, and runs nothing."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    commands[verb].make_context(verb, list(arguments))
+    commands[command].make_context(command, list(arguments))
 
 
 def test_there_are_commands() -> None:
-    verbs = {command.split()[1] for command in COMMANDS if command.startswith("moacompress ")}
-    assert {"doctor", "compress", "inspect", "profile", "search", "export", "eval"} <= verbs
+    commands = {command.split()[1] for command in COMMANDS if command.startswith("moacompress ")}
+    assert {"doctor", "compress", "inspect", "profile", "search", "export", "eval"} <= commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)

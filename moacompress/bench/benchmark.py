@@ -34,8 +34,8 @@ from moacompress.bench.sides import (
 from moacompress.bench.timing_rows import break_even, make_row
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
+from moacompress.core.lock_holders import own_file
 from moacompress.core.memory import available_bytes
-from moacompress.core.owners import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.version import own_version
 from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
@@ -75,7 +75,7 @@ def run_bench(
         request: what to measure.
         out: where to write the result as JSON, atomically. Finished cells are kept beside it (`bench.cells.jsonl` for
             `bench.json`) and not measured again.
-        overwrite: start anew: the result at `out` and the cells beside it are removed.
+        overwrite: start from scratch: the result at `out` and the cells beside it are removed.
         progress: told about every turn.
         clock: seconds.
 

@@ -1,7 +1,7 @@
 """Proof that a compiled step is one graph: graphs are counted as they are made, and again whenever they run.
 
 `torch.compile` falls back silently. A step that breaks into several graphs, that runs partly or wholly uncompiled, or that
-is compiled anew while it is timed would make a baseline look slow, so it is never called the best one.
+is compiled again while it is timed would make a baseline look slow, so it is never called the best one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Proof:
         if self.graph_breaks:
             return f"its graph breaks ({self.graph_breaks} times)"
         if self.recompiles:
-            return f"it was compiled anew {self.recompiles} times while it was timed"
+            return f"it was compiled again {self.recompiles} times while it was timed"
         if self.graph_calls != self.steps:
             return f"{self.steps} steps ran {self.graph_calls} graphs, not one each"
         return None

@@ -1,6 +1,6 @@
-"""The command line: one file per verb, and the harness that all verbs run in. No logic of the library lives here.
+"""The command line: one file per command, and the harness that all commands run in. No logic of the library lives here.
 
-Nothing here imports torch, transformers, optuna or datasets before a verb runs, so that `--help` is instant.
+Nothing here imports torch, transformers, optuna or datasets before a command runs, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from moacompress.cli import (
     report,
     search,
 )
-from moacompress.cli.harness import goes_on_with, say
+from moacompress.cli.harness import resumes_with, say
 
-VERBS = {
+COMMANDS = {
     "profile": profile.profile,
     "search": search.search,
     "export": export.export,
@@ -43,7 +43,7 @@ VERBS = {
     "demo": demo.demo,
 }
 GROUPS = {"data": data.app}
-"""Verbs that have verbs of their own."""
+"""Commands that have commands of their own."""
 
 app = typer.Typer(
     name="moacompress",
@@ -52,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _name, _command in VERBS.items():
+for _name, _command in COMMANDS.items():
     app.command(_name, help=_command.help, epilog=_command.epilog)(_command)
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
@@ -83,5 +83,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        say(goes_on_with(sys.argv, overwrite=False))
+        say(resumes_with(sys.argv, overwrite=False))
         sys.exit(130)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, TrustRemoteCode, dry_run_option, split_list
 from moacompress.core.errors import UsageError
 
@@ -18,7 +18,7 @@ REPEATS, QUICK_REPEATS = 20, 7
 PREFILL_REPEATS = 3
 
 
-@verb(
+@command(
     "moacompress bench runs/mine --quick",
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
@@ -26,7 +26,7 @@ PREFILL_REPEATS = 3
     computes=True,
 )
 def bench(
-    run: VerbRun,
+    run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
     lengths: Annotated[
         str | None,
@@ -68,7 +68,7 @@ def bench(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run goes on from there."),
+        typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run resumes from there."),
     ] = None,
     dry_run: Annotated[bool, dry_run_option("Say what it would take (time, memory), and measure nothing.")] = False,
     overwrite: Overwrite = False,
@@ -79,7 +79,7 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
-    recipe = VerbRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
+    recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     batches = split_list(batch) or ()
     for item in batches:
         if not item.isdecimal():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.efforts import Effort, effort_recipe
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Budgets,
     FormatsOption,
@@ -30,7 +30,7 @@ from moacompress.cli.options import (
 from moacompress.core.errors import UsageError
 
 
-@verb(
+@command(
     "moacompress compress path/to/model --budget 25% -o runs/mine",
     "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
@@ -38,7 +38,7 @@ from moacompress.core.errors import UsageError
     computes=True,
 )
 def compress(
-    run: VerbRun,
+    run: CommandRun,
     model: ModelArgument = None,
     budget: Budgets = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("out"),
@@ -72,7 +72,7 @@ def compress(
 ) -> Output:
     """Profile, search, export and evaluate in one run.
 
-    OUT gets profile/, plan.json, model/, eval.json, summary.json and report.html. A run that was stopped goes on with the same
+    OUT gets profile/, plan.json, model/, eval.json, summary.json and report.html. A run that was stopped resumes with the same
     command.
     """
     if recipe is not None and effort is not None:

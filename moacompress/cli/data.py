@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     LengthsOption,
     ModelArgument,
@@ -19,14 +19,14 @@ from moacompress.cli.options import (
 )
 
 
-@verb(
+@command(
     "moacompress data preview path/to/model",
     "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
     on_device=True,
 )
 def preview(
-    run: VerbRun,
+    run: CommandRun,
     model: ModelArgument = None,
     recipe: RecipeFile = None,
     source: Sources = None,

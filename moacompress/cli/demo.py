@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.errors import DataError
 
@@ -15,13 +15,13 @@ MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
 SQUAD_FILE = "squad.json"
 
 
-@verb(
+@command(
     "moacompress demo -o runs/demo",
     "moacompress demo -o runs/demo --data .cache --json",
     computes=True,
 )
 def demo(
-    run: VerbRun,
+    run: CommandRun,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(metavar="DIR", help="Where `make test-data` put model and data.")] = Path(
         ".cache"

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import TrustRemoteCode
 
 
-@verb(
+@command(
     "moacompress doctor",
     "moacompress doctor path/to/model",
     "moacompress doctor path/to/model.gguf --json",
@@ -18,7 +18,7 @@ from moacompress.cli.options import TrustRemoteCode
     on_device=True,
 )
 def doctor(
-    run: VerbRun,
+    run: CommandRun,
     model: Annotated[
         str | None,
         typer.Argument(

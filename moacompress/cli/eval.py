@@ -1,4 +1,4 @@
-"""`moacompress eval`: a compressed model on held-out tasks and text, beside dense and the usual alternatives."""
+"""`moacompress eval`: a compressed model on held-out tasks and text, beside dense and the usual baselines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, say, verb
+from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, dry_run_option, split_list
 from moacompress.core.errors import UsageError
 
 
-@verb(
+@command(
     "moacompress eval runs/mine --tasks needle-noise,key-value --lengths 1k,2k --prompts 50 -o runs/mine/eval.json",
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
@@ -21,7 +21,7 @@ from moacompress.core.errors import UsageError
     computes=True,
 )
 def evaluate(
-    run: VerbRun,
+    run: CommandRun,
     path: Annotated[
         Path | None,
         typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.", show_default=False),
@@ -79,7 +79,7 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all rows as CSV.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run goes on from there."),
+        typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from there."),
     ] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and measure nothing.")] = False,
     overwrite: Overwrite = False,
@@ -119,7 +119,7 @@ def evaluate(
     thresholds = parse_thresholds(fail_under, task_names(chosen))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if dry_run:
-        from moacompress.evaluation.contenders import check_names
+        from moacompress.evaluation.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
 
         check_names(others)

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import MODEL_FOLDER
 
 
-@verb(
+@command(
     "moacompress export path/to/model plan.json -o model/",
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
 )
 def export(
-    run: VerbRun,
+    run: CommandRun,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
     plan: Annotated[
         Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made, or a folder that holds one.")

@@ -1,4 +1,4 @@
-"""What every verb runs in: common options, logs and bars on stderr, the result on stdout, errors as exit codes."""
+"""What every command runs in: common options, logs and bars on stderr, the result on stdout, errors as exit codes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from moacompress.recipe import Recipe
 
 P = ParamSpec("P")
 
-INTERRUPTED = "interrupted; what was written is kept, and the same command goes on from there"
-ANEW = INTERRUPTED + " without --overwrite, with which it starts anew"
+INTERRUPTED = "interrupted; what was written is kept, and the same command resumes from there"
+FROM_SCRATCH = INTERRUPTED + " without --overwrite, with which it starts from scratch"
 PROGRAM = "moacompress"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 WIDTH = 100
@@ -50,7 +50,7 @@ logger = logging.getLogger("moacompress")
 
 @dataclass(frozen=True)
 class Common:
-    """The options that every verb has."""
+    """The options that every command has."""
 
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")] = False
     verbose: Annotated[
@@ -72,7 +72,7 @@ class Common:
 
 @dataclass
 class Output:
-    """What a verb hands back.
+    """What a command hands back.
 
     Attributes:
         data: the JSON object of `--json`.
@@ -88,13 +88,13 @@ class Output:
 
 
 @dataclass(frozen=True)
-class VerbRun:
-    """One run of a verb: its common options, where it reports, and the person who started it.
+class CommandRun:
+    """One run of a command: its common options, where it reports, and the person who started it.
 
     Attributes:
         common: its common options.
         progress: is told how far it is.
-        out: the standard output, which is not `sys.stdout` while a verb runs.
+        out: the standard output, which is not `sys.stdout` while a command runs.
     """
 
     common: Common
@@ -136,7 +136,7 @@ class VerbRun:
         return recipe.override(**given)
 
 
-class Verb:
+class Command:
     """A command made of a function `(run, own options) -> Output`.
 
     Typer reads its signature: the function's own options and, after them, those of `Common`.
@@ -150,7 +150,7 @@ class Verb:
 
     def __init__(
         self,
-        function: Callable[Concatenate[VerbRun, P], Output],
+        function: Callable[Concatenate[CommandRun, P], Output],
         examples: tuple[str, ...],
         computes: bool = False,
         on_device: bool = False,
@@ -165,9 +165,9 @@ class Verb:
         self.__signature__ = inspect.Signature([*_own_parameters(function), *_common_parameters()])
 
     def __call__(self, **arguments: Any) -> None:
-        """Runs the verb, prints its result and raises `typer.Exit` unless all is well."""
+        """Runs the command, prints its result and raises `typer.Exit` unless all is well."""
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
-        interrupted = goes_on_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
+        interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
         output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
         if output.said_elsewhere:
             pass
@@ -180,8 +180,8 @@ class Verb:
         if output.exit_code:
             raise typer.Exit(output.exit_code)
 
-    def _checked(self, run: VerbRun, arguments: Mapping[str, Any]) -> Output:
-        """Runs the verb, once its device is known to be there."""
+    def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:
+        """Runs the command, once its device is known to be there."""
         device = run.common.device
         if device is not None and device != "cpu":
             if not self._on_device:
@@ -192,24 +192,24 @@ class Verb:
         return self._work(run, **arguments)
 
 
-def verb(
+def command(
     *examples: str, computes: bool = False, on_device: bool = False
-) -> Callable[[Callable[Concatenate[VerbRun, P], Output]], Verb]:
-    """Makes a `Verb` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Verb(function, examples, computes, on_device)
+) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
+    """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
+    return lambda function: Command(function, examples, computes, on_device)
 
 
-def goes_on_with(argv: Sequence[str], overwrite: bool) -> str:
-    """Returns what is said after Ctrl-C: the command that goes on, where this process was started by one.
+def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
+    """Returns what is said after Ctrl-C: the command that resumes, where this process was started by one.
 
     Args:
         argv: of the process.
-        overwrite: whether the command starts anew, so that it is to be given without `--overwrite`.
+        overwrite: whether the command starts from scratch, so that it is to be given without `--overwrite`.
     """
     if Path(argv[0]).name not in (PROGRAM, "__main__.py"):
-        return ANEW if overwrite else INTERRUPTED
+        return FROM_SCRATCH if overwrite else INTERRUPTED
     command = shlex.join([PROGRAM, *(part for part in argv[1:] if part != "--overwrite")])
-    return f"interrupted; what was written is kept; go on with: {command}"
+    return f"interrupted; what was written is kept; resume with: {command}"
 
 
 def out_console() -> Console:
@@ -240,14 +240,14 @@ def _common_parameters() -> list[inspect.Parameter]:
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
-def _guarded(work: Callable[[VerbRun], Output], common: Common, interrupted: str, computes: bool) -> Output:
-    """Runs a verb; whatever it raises becomes one line on stderr and an exit code."""
+def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: str, computes: bool) -> Output:
+    """Runs a command; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
     first = partial(kernel_line, common.device) if computes else None
     progress = Progress() if common.quiet else RichProgress(console, first)
     try:
         # what a library prints must not mix with the result
-        run = VerbRun(common, progress)
+        run = CommandRun(common, progress)
         with _quiet_libraries(common, console), contextlib.redirect_stdout(sys.stderr):
             return work(run)
     except KeyboardInterrupt:

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
 from moacompress.core.progress import SILENT
 
 
-@verb(
+@command(
     "moacompress heal runs/mine -o healed/",
     "moacompress heal model/ -o healed/ --profile profile/ --teacher path/to/model --dry-run",
     "moacompress heal runs/mine -o healed/ --train full --lr 2e-5 --steps 200 --max-minutes 30",
@@ -22,7 +22,7 @@ from moacompress.core.progress import SILENT
     computes=True,
 )
 def heal(
-    run: VerbRun,
+    run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the healed checkpoint.")],
     recipe: RecipeFile = None,

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import LengthsOption, TrustRemoteCode
 from moacompress.core.errors import UsageError
 
 
-@verb(
+@command(
     "moacompress inspect plan.json",
     "moacompress inspect runs/mine --lengths 1k,4k,32k",
     "moacompress inspect runs/mine/model --json",
@@ -21,7 +21,7 @@ from moacompress.core.errors import UsageError
     on_device=True,
 )
 def inspect(
-    run: VerbRun,
+    run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
     lengths: LengthsOption = None,
     show_tokens: Annotated[

@@ -1,4 +1,4 @@
-"""The first line of a verb that computes: which kernels run and, where these are the slow ones, why, and what to do."""
+"""The first line of a command that computes: which kernels run and, where these are the slow ones, why, and what to do."""
 
 from __future__ import annotations
 

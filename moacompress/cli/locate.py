@@ -1,4 +1,4 @@
-"""Where the plan of a run lies: verbs that take a plan accept its file, or a folder that holds it."""
+"""Where the plan of a run lies: commands that take a plan accept its file, or a folder that holds it."""
 
 from __future__ import annotations
 

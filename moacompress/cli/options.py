@@ -1,4 +1,4 @@
-"""Options that several verbs share, with one wording, and how their texts are read."""
+"""Options that several commands share, with one wording, and how their texts are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew: what an earlier run left there is removed.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start from scratch: what an earlier run left there is removed.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model, in this run.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import (
     LengthsOption,
@@ -52,7 +52,7 @@ AUDIT_KEYS = (
 """What `--json` takes over from an audit."""
 
 
-@verb(
+@command(
     "moacompress profile path/to/model -o profile/",
     "moacompress profile path/to/model.gguf -o profile/ --lengths 1k,2k --samples 48 --dry-run",
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
@@ -61,7 +61,7 @@ AUDIT_KEYS = (
     computes=True,
 )
 def profile(
-    run: VerbRun,
+    run: CommandRun,
     model: ModelArgument = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path(
         PROFILE_FOLDER
@@ -119,7 +119,7 @@ def profile(
 ) -> Output:
     """Predict what every KV head loses by each rule.
 
-    Writes a profile of MODEL at several lengths. A run that was stopped goes on with the same command. With --audit the
+    Writes a profile of MODEL at several lengths. A run that was stopped resumes with the same command. With --audit the
     predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
     """
     if around is not None and audit is not None:

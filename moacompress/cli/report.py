@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
 
 
-@verb(
+@command(
     "moacompress report runs/mine",
     "moacompress report runs/mine -o mine.html --json",
     "moacompress report plan.json --profile profile/ -o plan.html",
     "moacompress report runs/mine --card",
 )
 def report(
-    run: VerbRun,
+    run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, compressed model, or plan file.")],
     out: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moacompress.cli.harness import Output, VerbRun, verb
+from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile, TrustRemoteCode, dry_run_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moacompress.search.search_result import SearchResult
 
 
-@verb(
+@command(
     "moacompress search profile/ --budget 25% -o plan.json",
     "moacompress search profile/ --budget 25% --budget 512MiB@32k -o plan.json --trials 40",
     "moacompress search profile/ --budget 50%,25%,12.5% -o plans/plan.json",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     computes=True,
 )
 def search(
-    run: VerbRun,
+    run: CommandRun,
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.")],
     budget: Annotated[
         list[str] | None,
@@ -101,7 +101,7 @@ def search(
 ) -> Output:
     """Find the plan of lowest KL within a budget.
 
-    Plans are measured on the model of PROFILE. A search that was stopped goes on with the same command.
+    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command.
     """
     started = time.monotonic()
     from moacompress.calibration.store import Profile

@@ -60,28 +60,28 @@ REPLACED = ".replaced"
 """End of the name that a whole folder has while another one takes its place."""
 TEMPORARY = ".tmp"
 """End of the name of a file that is being written."""
-OWNER = ".owner"
-"""End of the name of the file that says which process works on something; see `owners`."""
+HOLDER = ".owner"
+"""End of the name of the file that says which process works on something; see `holders`."""
 
 
-def owner_of_file(path: Path) -> Path:
-    """Returns where the owner of a file stands, or of a folder that is going to be moved: beside it."""
-    return path.parent / f".{path.name}{OWNER}"
+def holder_of_file(path: Path) -> Path:
+    """Returns where the lock holder of a file stands, or of a folder that is going to be moved: beside it."""
+    return path.parent / f".{path.name}{HOLDER}"
 
 
-def owner_of_folder(folder: Path) -> Path:
-    """Returns where the owner of a folder stands: in it."""
-    return folder / f".moacompress{OWNER}"
+def holder_of_folder(folder: Path) -> Path:
+    """Returns where the lock holder of a folder stands: in it."""
+    return folder / f".moacompress{HOLDER}"
 
 
-def owner_of_study(journal: Path, study: str) -> Path:
-    """Returns where the owner of one of the studies in a journal stands."""
-    return journal.parent / f".{journal.name}.{study}{OWNER}"
+def holder_of_study(journal: Path, study: str) -> Path:
+    """Returns where the lock holder of one of the studies in a journal stands."""
+    return journal.parent / f".{journal.name}.{study}{HOLDER}"
 
 
-def owners_of_studies(journal: Path) -> list[Path]:
-    """Returns the owners of all studies in a journal."""
-    return sorted(journal.parent.glob(f".{escape(journal.name)}.*{OWNER}"))
+def holders_of_studies(journal: Path) -> list[Path]:
+    """Returns the lock holders of all studies in a journal."""
+    return sorted(journal.parent.glob(f".{escape(journal.name)}.*{HOLDER}"))
 
 
 def sample_file(folder: Path, index: int) -> Path:

@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import OWNER, PARTIAL, REPLACED, TEMPORARY, owner_of_file
+from moacompress.core.artefact_names import HOLDER, PARTIAL, REPLACED, TEMPORARY, holder_of_file
 from moacompress.core.errors import ArtefactError, DataError
-from moacompress.core.owners import own_file, release_dead
+from moacompress.core.lock_holders import own_file, release_dead
 
 MAX_JSON_BYTES = 64 * 2**20
 _RANDOM = "[a-z0-9_]{8}"
@@ -195,9 +195,9 @@ def sweep_folders(target: Path) -> None:
     Where a process was killed while it put one folder in the place of another, and neither is there, the earlier one is again.
     """
     ends = f"{re.escape(PARTIAL)}|{re.escape(REPLACED)}"
-    name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}(?:{ends}))(?:{re.escape(OWNER)})?")
+    name = re.compile(rf"\.?(\.{re.escape(target.name)}\.{_RANDOM}(?:{ends}))(?:{re.escape(HOLDER)})?")
     for folder in {target.parent / match[1] for match in map(name.fullmatch, _names(target.parent)) if match}:
-        if not release_dead(owner_of_file(folder)):
+        if not release_dead(holder_of_file(folder)):
             continue
         if folder.suffix == REPLACED:
             _give_back(folder, target)
@@ -206,7 +206,7 @@ def sweep_folders(target: Path) -> None:
 
 
 def sweep_files(path: Path) -> None:
-    """Removes what killed processes left of a file that they were writing; only the owner of the file may do that."""
+    """Removes what killed processes left of a file that they were writing; only the lock holder of the file may do that."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{_RANDOM}{re.escape(TEMPORARY)}")
     for found in filter(name.fullmatch, _names(path.parent)):
         (path.parent / found).unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class ChatSession:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Begins from scratch."""
         self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
         self._cached: list[int] = []
         self._cache: Any = None
@@ -118,7 +118,7 @@ class ChatSession:
         if longest and len(ids) + max_new_tokens > longest:
             raise DataError(
                 f"the conversation has {len(ids):,} tokens and the answer may have {max_new_tokens:,}; the model takes "
-                f"{longest:,}: begin anew, or ask for a shorter answer"
+                f"{longest:,}: begin from scratch, or ask for a shorter answer"
             )
         known, cache = self._cached, self._cache
         self._cached, self._cache = [], None  # where the answer is broken off, nobody knows what the cache holds
@@ -148,7 +148,7 @@ class ChatSession:
         return ChatTurn(answer, n, len(new), held, dense, seconds, self._budget, self._budget_from)
 
     def _ids(self, said: list[dict[str, str]]) -> list[int]:
-        """Returns a conversation as tokens, up to where the model goes on; the bare texts where it has no template."""
+        """Returns a conversation as tokens, up to where the model continues; the bare texts where it has no template."""
         if self._tokenizer.chat_template:
             found = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
         else:

@@ -12,7 +12,7 @@ import yaml
 from moacompress.core.artefact_names import DEMO_FILE, DENSE_FOLDER, TEXT_FOLDER, of_compress, of_demo
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import digest_files, new_folder, read_json, sweep_files, write_json
-from moacompress.core.owners import own_folder
+from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import save_dense
 from moacompress.pipeline import clear_run, fill, refuse_held
@@ -41,7 +41,7 @@ def run_demo(
         squad: SQuAD as JSON, whose articles are the prose haystack.
         dtype: of `dense/`, and so of the cache whose bytes are counted; "auto" for the model's own, which is bfloat16.
         device: torch device.
-        overwrite: start anew: all that a run left in `out` is removed, and nothing else.
+        overwrite: start from scratch: all that a run left in `out` is removed, and nothing else.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
@@ -72,9 +72,9 @@ def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> 
     wanted = {"name": model.name, "model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
     sweep_files(mark)
     if overwrite:
-        foreign = [path for path in of_demo(out) if path.exists() and not mark.exists()]
-        if foreign:
-            raise ArtefactError(f"{foreign[0]} exists already and no demo left it; choose another folder")
+        unseen = [path for path in of_demo(out) if path.exists() and not mark.exists()]
+        if unseen:
+            raise ArtefactError(f"{unseen[0]} exists already and no demo left it; choose another folder")
         clear_run(out, (model, squad))
     elif mark.exists() and {**read_json(mark, "demo"), "name": wanted["name"]} == wanted:
         return

@@ -1,7 +1,7 @@
-"""Evaluation: what a compressed model still does, measured beside the dense one and the alternatives at equal bytes.
+"""Evaluation: what a compressed model still does, measured beside the dense one and the baselines at equal bytes.
 
 Prompts: `tasks` (the registry), `cases` (one prompt), and a module for each family of tasks. Measuring: `checkpoint` (the
-weights), `contenders` (the plans on them), `scoring` (prompts), `text` (long text), `scores` (all of them, each measured
+weights), `compared_models` (the plans on them), `scoring` (prompts), `text` (long text), `scores` (all of them, each measured
 once), `lm_harness` (another project's tasks). Numbers: `stats` (intervals), `result_rows` and `text_rows` (results),
 `thresholds`. `runner` does it all. Nothing here changes a plan.
 """

@@ -68,7 +68,7 @@ def make_needles(request: PromptRequest, needles: Needles, sentences: NeedleSent
     pairs = [pairs[index] for index in rng.permutation(len(pairs)).tolist()]
     asked = [keys[index] for index in rng.permutation(needles.keys)[: needles.queries].tolist()]
     # values of one key are listed as the text has them, keys as the question has them
-    wanted = [value for key in asked for owner, value in pairs if owner == key]
+    wanted = [value for key in asked for holder, value in pairs if holder == key]
     texts = [sentences.hide(needles.kind, key, value) for key, value in pairs]
     short = None
     if needles.haystack == "prose":

@@ -1,7 +1,7 @@
-"""transformers' own quantized caches as contenders: what `cache_implementation="quantized"` gives, in memory that is counted.
+"""transformers' own quantized caches: what `cache_implementation="quantized"` gives, in memory that is counted.
 
 Such a cache returns from its first update what it was given, unrounded, and keeps up to `RESIDUAL` tokens unrounded until it
-rounds all anew. So nothing is ever scored in the forward that fills it: a prompt is read first and its answer goes on from
+rounds all again. So nothing is ever scored in the forward that fills it: a prompt is read first and its answer continues from
 there, and text is read `RESIDUAL` tokens at a time, which rounds when it would be rounded if it were generated. The model runs
 as transformers runs it, without a plan.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moacompress.rules.model_shape import ModelShape
 
 RESIDUAL, GROUP = 128, 64
-"""Tokens after which transformers rounds anew, and numbers that share a scale where they divide a head: its defaults."""
+"""Tokens after which transformers rounds again, and numbers that share a scale where they divide a head: its defaults."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def _plain_tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class QuantizedContender:
-    """A `Contender`: the dense model with one of transformers' quantized caches.
+class ComparedQuantizedCache:
+    """A `ComparedModel`: the dense model with one of transformers' quantized caches.
 
     Attributes:
         kind: of the cache.
@@ -148,28 +148,28 @@ class QuantizedContender:
 
     @property
     def name(self) -> str:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return self.kind.name
 
     def key(self) -> str:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return fingerprint([self.kind.backend, self.kind.bits, self.kind.axis, RESIDUAL, GROUP])
 
     @property
     def unit(self) -> int:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return self.kind.unit
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return checkpoint.without_plan()
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return self.kind.new_cache(model)
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return {}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from moacompress.evaluation.contenders import DENSE, Contender
+from moacompress.evaluation.compared_models import DENSE, ComparedModel
 from moacompress.evaluation.scoring import Score
 from moacompress.evaluation.stats import FLOOR, Interval, mean, paired_difference, rate, retained, retention
 
@@ -36,9 +36,9 @@ class TaskCell:
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender with its scores, one for each prompt of a cell."""
+    """A compared model with its scores, one for each prompt of a cell."""
 
-    contender: Contender
+    compared: ComparedModel
     scores: list[Score]
 
     def values(self, metric: str) -> list[float]:
@@ -47,10 +47,10 @@ class Measured:
 
 
 class _Scored(Protocol):
-    """A contender with its numbers."""
+    """A compared model with its numbers."""
 
     @property
-    def contender(self) -> Contender: ...
+    def compared(self) -> ComparedModel: ...
 
     def values(self, name: str, /) -> list[float]: ...
 
@@ -67,43 +67,43 @@ def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Can
     """
     best: dict[str, Candidate] = {}
     for one in measured:
-        held = best.get(one.contender.name)
+        held = best.get(one.compared.name)
         if held is None or sum(one.values(nll)) < sum(held.values(nll)):
-            best[one.contender.name] = one
+            best[one.compared.name] = one
     return list(best.values())
 
 
-def result_rows(cell: TaskCell, field: Sequence[Measured], seed: int) -> list[ResultRow]:
+def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
     """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right."""
-    dense = next((one.values("exact_match") for one in field if one.contender.name == DENSE), None)
+    dense = next((one.values("exact_match") for one in comparison if one.compared.name == DENSE), None)
     rows = []
-    for one in field:
+    for one in comparison:
         for metric in SCORES:
             value, interval = (mean if metric == "nll" else rate)(one.values(metric), seed)
-            rows.append(result_row(cell, one.contender, metric, value, interval, cell.prompts))
+            rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
         kept = retention(dense, one.values("exact_match"), seed) if dense is not None else None
         if kept is not None:
-            rows.append(result_row(cell, one.contender, "retention", *kept))
+            rows.append(result_row(cell, one.compared, "retention", *kept))
     return rows
 
 
 def result_row(
-    cell: TaskCell, contender: Contender, metric: str, value: float, interval: Interval, prompts: int
+    cell: TaskCell, compared: ComparedModel, metric: str, value: float, interval: Interval, prompts: int
 ) -> ResultRow:
     """Returns one row of `results`."""
     return {
-        **_row(cell.task, cell.length, contender.name, metric, value, interval, prompts),
-        "kv_bytes": contender.kv_bytes,
+        **_row(cell.task, cell.length, compared.name, metric, value, interval, prompts),
+        "kv_bytes": compared.kv_bytes,
         "tokens": cell.tokens,
-        **contender.description(cell.tokens),
+        **compared.description(cell.tokens),
     }
 
 
-def difference_rows(cell: TaskCell, field: Sequence[Measured], seed: int) -> list[ResultRow]:
-    """Returns the rows of the plan (first in `field`) minus every other model, paired by prompt."""
-    ours, *others = field
+def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
+    """Returns the rows of the plan (first in `comparison`) minus every other model, paired by prompt."""
+    ours, *others = comparison
     return [
-        difference_row(cell, ours.contender, one.contender, metric, *paired_difference(
+        difference_row(cell, ours.compared, one.compared, metric, *paired_difference(
             ours.values(metric), one.values(metric), seed
         ))
         for one in others
@@ -112,7 +112,7 @@ def difference_rows(cell: TaskCell, field: Sequence[Measured], seed: int) -> lis
 
 
 def difference_row(
-    cell: TaskCell, plan: Contender, other: Contender, metric: str, value: float, interval: Interval
+    cell: TaskCell, plan: ComparedModel, other: ComparedModel, metric: str, value: float, interval: Interval
 ) -> ResultRow:
     """Returns one row of `differences`: the plan minus another model."""
     row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
@@ -128,18 +128,20 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
         seed: of the intervals.
     """
-    names = [one.contender.name for one in fields[0]]
-    names = [name for name in names if all(name in {one.contender.name for one in field} for field in fields)]
-    columns = {name: [next(one for one in field if one.contender.name == name) for field in fields] for name in names}
+    names = [one.compared.name for one in fields[0]]
+    names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
+    columns = {
+        name: [next(one for one in comparison if one.compared.name == name) for comparison in fields] for name in names
+    }
     scores = {
         name: {metric: [value for one in column for value in one.values(metric)] for metric in SCORES}
         for name, column in columns.items()
     }
-    count = sum(len(field[0].scores) for field in fields)
+    count = sum(len(comparison[0].scores) for comparison in fields)
     dense = scores[DENSE]["exact_match"] if DENSE in scores else []
     results, differences = [], []
     for name, column in columns.items():
-        share = sum(one.contender.kv_bytes * len(one.scores) for one in column) / count
+        share = sum(one.compared.kv_bytes * len(one.scores) for one in column) / count
         values: dict[str, list[float]] = dict(scores[name])
         if 1.0 in dense:
             values["retention"] = retained(dense, values["exact_match"])

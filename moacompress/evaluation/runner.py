@@ -1,4 +1,4 @@
-"""Evaluation of a compressed checkpoint, beside the dense model and the usual alternatives at the plan's bytes."""
+"""Evaluation of a compressed checkpoint, beside the dense model and the usual baselines at the plan's bytes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from moacompress.core.artefact_names import EVALUATION_FILE, of_evaluation, scores_file
 from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, write_json
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.records import Records, named_numbers
 from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
-from moacompress.evaluation.contenders import Contender, Field, check_names, make_field
+from moacompress.evaluation.compared_models import ComparedModel, Comparison, check_names, make_comparison
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.result_rows import (
@@ -100,7 +100,7 @@ def evaluate(
         device: torch device.
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
             `eval.json`) and not computed again.
-        overwrite: start anew: what is at `out` and the scores beside it are removed.
+        overwrite: start from scratch: what is at `out` and the scores beside it are removed.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: told about every score.
 
@@ -115,7 +115,7 @@ def evaluate(
         `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
             differences there have `retention` too.
         `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
-        `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed anew each time.
+        `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each time.
 
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
@@ -155,7 +155,7 @@ def evaluate(
             folder,
             checkpoint.plan.changed_weights,
         )
-    field = make_field(checkpoint, against, profile, every_candidate)
+    comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)
     wording = {name: find_task(name).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
@@ -163,7 +163,7 @@ def evaluate(
         if path is not None:
             _check_place(path, subject, wording, overwrite)
         records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
-        bench = _Evaluation(checkpoint, resources, field, Scorer(checkpoint, records, progress), prompts, seed)
+        bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in sorted(set(lengths))]
         steps = sum(bench.check(task, length) for task, length in wanted)
         if path is not None and overwrite:
@@ -172,7 +172,9 @@ def evaluate(
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
         progress.done()
         if lm_eval:
-            report["lm_eval"] = _lm_eval_rows(checkpoint, field, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress)
+            report["lm_eval"] = _lm_eval_rows(
+                checkpoint, comparison, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress
+            )
         if path is not None:
             write_json(path, report)
         return report
@@ -255,7 +257,7 @@ def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list
 
 def _lm_eval_rows(
     checkpoint: Checkpoint,
-    field: Field,
+    comparison: Comparison,
     tasks: Sequence[str],
     limit: int | None,
     batch: int | str,
@@ -263,13 +265,13 @@ def _lm_eval_rows(
     progress: Progress,
 ) -> list[ResultRow]:
     """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
-    contenders = field.without_baselines()
-    progress.start("lm-evaluation-harness", len(contenders))
+    compared_models = comparison.without_baselines()
+    progress.start("lm-evaluation-harness", len(compared_models))
     rows = []
-    for contender in contenders:
-        model = contender.put_on(checkpoint)
-        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=contender.name, batch_size=batch)
-        progress.step(contender.name)
+    for compared in compared_models:
+        model = compared.put_on(checkpoint)
+        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=compared.name, batch_size=batch)
+        progress.step(compared.name)
     progress.done()
     return rows
 
@@ -280,7 +282,7 @@ class _Evaluation:
 
     checkpoint: Checkpoint
     resources: Resources
-    field: Field
+    comparison: Comparison
     scorer: Scorer
     prompts: int
     seed: int
@@ -319,26 +321,26 @@ class _Evaluation:
         """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases))
-        field = [Measured(contender, self.scorer.cases(contender, cases)) for contender in self._answerers(cases)]
-        return cell, best_candidates(field)
+        comparison = [Measured(compared, self.scorer.cases(compared, cases)) for compared in self._answerers(cases)]
+        return cell, best_candidates(comparison)
 
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
         cell = TaskCell(task, length, len(windows), length)
-        contenders = self._readers(length)
-        entries = self.scorer.windows(contenders, windows, task)
-        measured = [TextMeasured(*pair) for pair in zip(contenders, entries, strict=True)]
+        compared_models = self._readers(length)
+        entries = self.scorer.windows(compared_models, windows, task)
+        measured = [TextMeasured(*pair) for pair in zip(compared_models, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
         return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
 
-    def _answerers(self, cases: Sequence[Case]) -> list[Contender]:
+    def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
-        return self.field.at(mean_tokens(cases), mean_answer_tokens(cases))
+        return self.comparison.at(mean_tokens(cases), mean_answer_tokens(cases))
 
-    def _readers(self, length: int) -> list[Contender]:
+    def _readers(self, length: int) -> list[ComparedModel]:
         """Returns the models that read windows of so many tokens."""
-        return self.field.at(length, length % RESIDUAL)
+        return self.comparison.at(length, length % RESIDUAL)
 
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)

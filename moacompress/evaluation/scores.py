@@ -14,7 +14,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.records import Entry, Records
 from moacompress.evaluation.cases import Case
 from moacompress.evaluation.checkpoint import Checkpoint
-from moacompress.evaluation.contenders import DENSE, Contender, PlanContender
+from moacompress.evaluation.compared_models import DENSE, ComparedModel, ComparedPlan
 from moacompress.evaluation.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring import Score, batches, score_batch
 from moacompress.evaluation.text import States, read, score_window
@@ -32,48 +32,48 @@ class Scorer:
     records: Records[Entry]
     progress: Progress
 
-    def cases(self, contender: Contender, cases: Sequence[Case]) -> list[Score]:
-        """Returns the contender's score on every case."""
+    def cases(self, compared: ComparedModel, cases: Sequence[Case]) -> list[Score]:
+        """Returns the compared model's score on every case."""
         vocabulary = int(self.checkpoint.model.config.get_text_config(decoder=True).vocab_size)
         scores: dict[int, Score] = {}
         for members in batches(cases, vocabulary):
             batch = [cases[index] for index in members]
             content = fingerprint([asdict(case) for case in batch])
-            keys = [self._key(contender, content, row) for row in range(len(batch))]
+            keys = [self._key(compared, content, row) for row in range(len(batch))]
             held = [entry for entry in map(self.records.get, keys) if entry is not None]
             if len(held) == len(batch):
                 found = [Score(**entry) for entry in held]
             else:
-                model = contender.put_on(self.checkpoint)
-                cache = contender.new_cache(model)
-                found = score_batch(model, self.checkpoint.tokenizer, batch, cache, contender.unit)
+                model = compared.put_on(self.checkpoint)
+                cache = compared.new_cache(model)
+                found = score_batch(model, self.checkpoint.tokenizer, batch, cache, compared.unit)
             for index, key, case, score in zip(members, keys, batch, found, strict=True):
                 scores[index] = score
-                self._file(key, asdict(score), contender, case.task, case.length, index)
+                self._file(key, asdict(score), compared, case.task, case.length, index)
         return [scores[index] for index in range(len(cases))]
 
     def windows(
-        self, contenders: Sequence[Contender], windows: Sequence[Sequence[int]], task: str
+        self, compared_models: Sequence[ComparedModel], windows: Sequence[Sequence[int]], task: str
     ) -> list[list[Entry]]:
-        """Returns for every contender its numbers on every window of text.
+        """Returns for every compared model its numbers on every window of text.
 
         The dense model is read only where a number is missing, once for each window.
 
         Returns:
-            For each contender and window `nll_early`, `nll_late`, `kl` and `top1_agreement`, the last two of the late
+            For each compared model and window `nll_early`, `nll_late`, `kl` and `top1_agreement`, the last two of the late
             half.
         """
-        found: list[list[Entry]] = [[] for _ in contenders]
-        full = PlanContender(DENSE, Plan.full(self.checkpoint.plan.model), 0)
+        found: list[list[Entry]] = [[] for _ in compared_models]
+        full = ComparedPlan(DENSE, Plan.full(self.checkpoint.plan.model), 0)
         for index, window in enumerate(windows):
             content = fingerprint(list(window))
             dense: States | None = None
-            for contender, column in zip(contenders, found, strict=True):
-                key = self._key(contender, content, "text")
+            for compared, column in zip(compared_models, found, strict=True):
+                key = self._key(compared, content, "text")
                 entry = self.records.get(key)
                 if entry is None:
                     dense = dense or self._read(full, window)
-                    ours = dense if contender.key() == full.key() else self._read(contender, window)
+                    ours = dense if compared.key() == full.key() else self._read(compared, window)
                     score = score_window(ours, dense, window)
                     entry = {
                         "nll_early": score.early.nll,
@@ -82,18 +82,18 @@ class Scorer:
                         "top1_agreement": score.late.agreement,
                     }
                 column.append(entry)
-                self._file(key, entry, contender, task, len(window), index)
+                self._file(key, entry, compared, task, len(window), index)
         return found
 
-    def _read(self, contender: Contender, window: Sequence[int]) -> States:
-        model = contender.put_on(self.checkpoint)
-        return read(model, window, contender.new_cache(model), RESIDUAL)
+    def _read(self, compared: ComparedModel, window: Sequence[int]) -> States:
+        model = compared.put_on(self.checkpoint)
+        return read(model, window, compared.new_cache(model), RESIDUAL)
 
-    def _key(self, contender: Contender, content: str, part: int | str) -> str:
-        return fingerprint([SCORE_VERSION, contender.key(), *self.checkpoint.identity, content, part])
+    def _key(self, compared: ComparedModel, content: str, part: int | str) -> str:
+        return fingerprint([SCORE_VERSION, compared.key(), *self.checkpoint.identity, content, part])
 
-    def _file(self, key: str, numbers: Entry, contender: Contender, task: str, length: int, index: int) -> None:
+    def _file(self, key: str, numbers: Entry, compared: ComparedModel, task: str, length: int, index: int) -> None:
         if self.records.get(key) is None:
-            notes = {"model": contender.name, "task": task, "length": length, "prompt": index}
+            notes = {"model": compared.name, "task": task, "length": length, "prompt": index}
             self.records.append({"key": key, "numbers": numbers, **notes})
-        self.progress.step(f"{contender.name} {task} {length:,}")
+        self.progress.step(f"{compared.name} {task} {length:,}")

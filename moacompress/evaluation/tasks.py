@@ -18,12 +18,12 @@ from moacompress.evaluation.cases import Case, Match
 from moacompress.evaluation.counting import COMMON, FREQUENT, make_common, make_frequent
 from moacompress.evaluation.document_question import make_question
 from moacompress.evaluation.drafts import Answer, PromptDraft, encode_draft
-from moacompress.evaluation.foreign import dialogue_fact, legal_codes, table_lookup
 from moacompress.evaluation.line_lookup import SAID, make_lines
 from moacompress.evaluation.needles import Needles, make_needles
 from moacompress.evaluation.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.second_question import make_second_question
 from moacompress.evaluation.tracking import TRACKING, make_tracking
+from moacompress.evaluation.unseen import dialogue_fact, legal_codes, table_lookup
 from moacompress.evaluation.vocabulary import WORDS
 from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS

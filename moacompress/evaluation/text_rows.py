@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moacompress.core.records import Entry
-from moacompress.evaluation.contenders import Contender
+from moacompress.evaluation.compared_models import ComparedModel
 from moacompress.evaluation.result_rows import ResultRow, TaskCell, difference_row, result_row
 from moacompress.evaluation.stats import Interval, mean, paired_difference, perplexity_difference
 
@@ -21,9 +21,9 @@ TEXT_METRICS = (*PERPLEXITIES, "kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class TextMeasured:
-    """A contender with its numbers, one entry for each window."""
+    """A compared model with its numbers, one entry for each window."""
 
-    contender: Contender
+    compared: ComparedModel
     entries: list[Entry]
 
     def values(self, name: str) -> list[float]:
@@ -31,25 +31,25 @@ class TextMeasured:
         return [entry[name] for entry in self.entries]
 
 
-def text_result_rows(cell: TaskCell, field: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
+def text_result_rows(cell: TaskCell, comparison: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
     """Returns the rows `TEXT_METRICS` of every model."""
     return [
-        result_row(cell, one.contender, metric, *_value(one, metric, seed), cell.prompts)
-        for one in field
+        result_row(cell, one.compared, metric, *_value(one, metric, seed), cell.prompts)
+        for one in comparison
         for metric in TEXT_METRICS
     ]
 
 
-def text_difference_rows(cell: TaskCell, field: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
-    """Returns the rows of the plan (first in `field`) minus every other model, paired by window."""
-    ours, *others = field
+def text_difference_rows(cell: TaskCell, comparison: Sequence[TextMeasured], seed: int) -> list[ResultRow]:
+    """Returns the rows of the plan (first in `comparison`) minus every other model, paired by window."""
+    ours, *others = comparison
     rows = []
     for one in others:
         for metric in TEXT_METRICS:
             name = PERPLEXITIES.get(metric, metric)
             compare = perplexity_difference if metric in PERPLEXITIES else paired_difference
             value, interval = compare(ours.values(name), one.values(name), seed)
-            rows.append(difference_row(cell, ours.contender, one.contender, metric, value, interval))
+            rows.append(difference_row(cell, ours.compared, one.compared, metric, value, interval))
     return rows
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moacompress.core.errors import UsageError, did_you_mean
-from moacompress.evaluation.contenders import PLAN
+from moacompress.evaluation.compared_models import PLAN
 from moacompress.rules.budget import format_length, parse_length
 
 RISING = ("exact_match", "accuracy", "retention", "top1_agreement")

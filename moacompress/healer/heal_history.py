@@ -1,4 +1,4 @@
-"""What happened in a heal so far, in its work folder, so that a run that was stopped goes on."""
+"""What happened in a heal so far, in its work folder, so that a run that was stopped resumes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class HealHistory:
             evaluations = [Evaluated.of(found) for found in data["evaluations"]]
             return HealHistory(**{**data, "start": start, "best": best, "evaluations": evaluations})
         except (KeyError, TypeError) as error:
-            raise ArtefactError(f"{path} is damaged: {error}; heal anew with --overwrite") from error
+            raise ArtefactError(f"{path} is damaged: {error}; heal from scratch with --overwrite") from error
 
 
 def save_best(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -132,7 +132,9 @@ def load_best(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / HEAL_BEST_FILE)
     except (OSError, SafetensorError) as error:
-        raise ArtefactError(f"{folder / HEAL_BEST_FILE} is damaged: {error}; heal anew with --overwrite") from error
+        raise ArtefactError(
+            f"{folder / HEAL_BEST_FILE} is damaged: {error}; heal from scratch with --overwrite"
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:

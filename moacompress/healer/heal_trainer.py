@@ -32,7 +32,7 @@ SAVE_SECONDS = 600.0
 """A checkpoint is written at every evaluation, and where the last one is this old."""
 
 
-class Pace:
+class TrainingProgress:
     """How far a heal is: by its steps, or by its time where that is nearer to its end.
 
     Args:
@@ -73,7 +73,7 @@ class HealParts:
         held_out: what it is measured on.
         dtype: of the checkpoint that will be written.
         history: what happened so far.
-        pace: how far it is.
+        training: how far it is.
         work: the work folder.
     """
 
@@ -83,7 +83,7 @@ class HealParts:
     held_out: HeldOut
     dtype: torch.dtype
     history: HealHistory
-    pace: Pace
+    training: TrainingProgress
     work: Path
 
     def measure(self, model: Any, step: int, mark: int) -> Evaluated:
@@ -121,11 +121,13 @@ class HealTrainer(Trainer):
         self.done = 0.0  # share of the heal
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes the learning rate follow the pace."""
+        """Makes the learning rate follow the progress of training."""
         if self.lr_scheduler is None:
-            pace, chosen = self._parts.pace, optimizer or self.optimizer
+            training, chosen = self._parts.training, optimizer or self.optimizer
             assert chosen is not None
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate_factor(pace.share(step)))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                chosen, lambda step: rate_factor(training.share(step))
+            )
         return self.lr_scheduler
 
     def compute_loss(
@@ -189,7 +191,7 @@ class HealCallback(TrainerCallback):
         loss, tokens = self._trainer.end_step()
         history.losses.append(loss)
         history.tokens += tokens
-        share = self._trainer.done = parts.pace.share(state.global_step)
+        share = self._trainer.done = parts.training.share(state.global_step)
         stopped = bool(processes.agreed(self._stop.is_set()))
         mark = math.floor(share * parts.heal.evaluations + 1e-9)
         last = history.evaluations[-1].mark if history.evaluations else 0
@@ -207,7 +209,7 @@ class HealCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Runs after a checkpoint was written."""
         self._saved = time.monotonic()
-        self._parts.history.seconds = self._parts.pace.seconds
+        self._parts.history.seconds = self._parts.training.seconds
         if processes.rank() == 0:
             self._parts.history.write(self._parts.work)
 

@@ -25,12 +25,12 @@ from moacompress.core.artefact_names import (
     HEAL_FILE,
     HEAL_HISTORY_FILE,
     heal_folder,
+    holder_of_folder,
     of_heal,
-    owner_of_folder,
 )
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint, new_folder, read_json, remove, sweep_folders, write_json
-from moacompress.core.owners import own_folder
+from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
@@ -188,12 +188,12 @@ def heal(
 
     Args:
         target: a compressed model, or the folder of a run with one under `model/`.
-        out: the folder to make. One that this very heal made is left as it is, and one that was stopped goes on.
+        out: the folder to make. One that this very heal made is left as it is, and one that was stopped resumes.
         profile: folder of the dense model's profile, whose validation samples are held out; by default the run's own.
         teacher: the dense model; by default the one that was profiled.
         recipe: `heal` and `seed` count, `device`, `dtype` (what is computed in) and `calibration.text` (where new prose is
             taken from).
-        overwrite: start anew: a checkpoint at `out`, and what a heal left beside it, are removed.
+        overwrite: start from scratch: a checkpoint at `out`, and what a heal left beside it, are removed.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
 
@@ -341,7 +341,7 @@ def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResu
 def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
     """Makes the work folder this heal's, or refuses it. This process owns it."""
     mark = work / HEAL_FILE
-    held = set(work.iterdir()) - {owner_of_folder(work)}
+    held = set(work.iterdir()) - {holder_of_folder(work)}
     if held and not mark.is_file():
         raise ArtefactError(f"{work} exists already and no heal left it; choose another --out")
     if mark.is_file() and not overwrite:
@@ -377,11 +377,18 @@ def _data(request: HealRequest, work: Path, progress: Progress) -> HealData:
 
 
 def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, progress: Progress) -> HealHistory:
-    """Trains, or goes on from the last checkpoint, and returns what happened."""
+    """Trains, or resumes from the last checkpoint, and returns what happened."""
     import torch
     from transformers import PrinterCallback
 
-    from moacompress.healer.heal_trainer import HealCallback, HealParts, HealTrainer, Pace, as_batches, stopping
+    from moacompress.healer.heal_trainer import (
+        HealCallback,
+        HealParts,
+        HealTrainer,
+        TrainingProgress,
+        as_batches,
+        stopping,
+    )
 
     heal = request.heal
     model = make_trainable(request.checkpoint.model, request.plan, heal, request.recipe.seed)
@@ -399,7 +406,7 @@ def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, p
         held_out=HeldOut(teacher, data.held_out),
         dtype=getattr(torch, request.plan.model.dtype),
         history=history,
-        pace=Pace(heal, history.seconds if step else 0.0),
+        training=TrainingProgress(heal, history.seconds if step else 0.0),
         work=work,
     )
     if history.start is None:
@@ -409,9 +416,9 @@ def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, p
         progress.done()
         if processes.rank() == 0:
             history.write(work)
-        parts = HealParts(**{**vars(parts), "pace": Pace(heal, 0.0)})
+        parts = HealParts(**{**vars(parts), "training": TrainingProgress(heal, 0.0)})
     trainer = HealTrainer(parts, model=model, args=arguments, train_dataset=as_batches(data.training))
-    trainer.done = parts.pace.share(step)
+    trainer.done = parts.training.share(step)
     stop = threading.Event()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(HealCallback(parts, trainer, stop, progress))

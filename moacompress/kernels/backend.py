@@ -74,7 +74,7 @@ class BoundCaches(ABC):
 
     @abstractmethod
     def read_again(self, layer: int, state: CacheState) -> None:
-        """Reads the cache of one layer, by its index, anew: there is another tensor in the place of one."""
+        """Reads the cache of one layer, by its index, again: there is another tensor in the place of one."""
 
     @abstractmethod
     def step(

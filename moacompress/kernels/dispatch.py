@@ -50,7 +50,7 @@ def backends() -> tuple[Backend, ...]:
 def register(backend: Backend) -> None:
     """Puts a backend before all others, or in the place of the one of its name.
 
-    A model that is compiled already goes on with the one that its graph was made for.
+    A model that is compiled already continues with the one that its graph was made for.
     """
     global _backends
     _backends = {backend.name: backend, **{name: other for name, other in _backends.items() if name != backend.name}}
@@ -65,7 +65,7 @@ def unregister(name: str) -> None:
 
 
 def forget() -> None:
-    """Has the choice made anew, as after a change of the environment."""
+    """Has the choice made again, as after a change of the environment."""
     chosen.cache_clear()
     _name_for.cache_clear()
 

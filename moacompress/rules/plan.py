@@ -228,7 +228,7 @@ class Plan:
         if found != self.model.weights_fingerprint:
             raise PlanError(
                 f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has {found}; profile "
-                "and search this model anew"
+                "and search this model from scratch"
             )
 
     def diff(self, other: Plan) -> list[str]:

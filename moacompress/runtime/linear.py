@@ -1,9 +1,9 @@
 """Products with weights: what is left of a step on a CPU once attention is cheap.
 
-torch hands products in float32 to MKL, which packs a weight anew for every product and, on AMD's processors, leaves much of the
-machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a second copy: the model
-keeps its own for everything else (embeddings tied to it, checkpoints). A few rows, as of a decode step, are multiplied by the
-compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
+torch hands products in float32 to MKL, which packs a weight again for every product and, on AMD's processors, leaves much of
+the machine unused. oneDNN, which torch brings too, takes a weight that is packed once. A packed weight is a second copy: the
+model keeps its own for everything else (embeddings tied to it, checkpoints). A few rows, as of a decode step, are multiplied
+by the compiled kernels instead, which read the model's own weight as it lies and are quicker to call.
 
 A copy can be stale, and not every write to a tensor shows: those through `.data` and of optimizers' fused kernels change no
 version. So only weights that nobody trains are packed, and the pack is dropped as soon as somebody might write: by whatever
@@ -202,7 +202,7 @@ class PackedLinear(nn.Linear):
         return cast(PackedLinear, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
-        # whoever takes the weight may write to it: what merges adapters goes on to `.data`, which nothing tells afterwards
+        # whoever takes the weight may write to it: what merges adapters continues to `.data`, which nothing tells afterwards
         if name == "weight" and not torch.compiler.is_compiling():
             self.drop_pack()
         return super().__getattr__(name)

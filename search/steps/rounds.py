@@ -51,7 +51,7 @@ def make_rounds(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Profiles around the best plan and moves bytes, as long as that helps; a plan that is better is written at once.
 
     Plans whose layers share attention are not profiled around: the best trial without sharing is improved instead, where there
-    is one, and the better of the two goes on.
+    is one, and the better of the two resumes.
 
     Args:
         incumbent: measured.

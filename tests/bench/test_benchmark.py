@@ -1,4 +1,4 @@
-"""A whole benchmark of a tiny checkpoint: what is in it, how it goes on, what it refuses. No time is asserted."""
+"""A whole benchmark of a tiny checkpoint: what is in it, how it resumes, what it refuses. No time is asserted."""
 
 import itertools
 import json

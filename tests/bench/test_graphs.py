@@ -58,7 +58,7 @@ def test_a_graph_that_is_made_while_it_is_timed_is_seen():
     forward(x=torch.zeros(3))
     assert forward.proof().problem is None
     forward(x=torch.zeros(3, dtype=torch.float64))
-    assert forward.proof().problem == "it was compiled anew 1 times while it was timed"
+    assert forward.proof().problem == "it was compiled again 1 times while it was timed"
 
 
 def test_a_step_that_runs_uncompiled_is_seen():

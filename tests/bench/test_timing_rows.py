@@ -74,7 +74,7 @@ def test_a_row_of_prefilling():
     ("proof", "refused", "said"),
     [
         ({"graph_breaks": 2}, None, "its graph breaks (2 times)"),
-        ({"recompiles": 1}, None, "it was compiled anew 1 times while it was timed"),
+        ({"recompiles": 1}, None, "it was compiled again 1 times while it was timed"),
         ({"graph_calls": 18}, None, "9 steps ran 18 graphs, not one each"),
         ({"graph_calls": 0}, None, "9 steps ran 0 graphs, not one each"),
         (None, "it cannot be compiled: no compiler", "it cannot be compiled: no compiler"),

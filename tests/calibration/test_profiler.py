@@ -19,7 +19,7 @@ from moacompress.calibration.profiler import profile, sample_statistics
 from moacompress.calibration.samples import Sample
 from moacompress.calibration.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.store import Profile, sample_path
-from moacompress.core.artefact_names import MANIFEST_FILE, of_profile, owner_of_folder
+from moacompress.core.artefact_names import MANIFEST_FILE, holder_of_folder, of_profile
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
@@ -123,7 +123,7 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_of_a_profile(
 def test_an_overwrite_that_is_interrupted_is_recovered_from(
     source: SourceModel, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Stopped after every removal in turn, the same command starts anew, and without the flag nothing is taken for whole."""
+    """Stopped after every removal in turn, the command starts from scratch; without the flag nothing is taken for whole."""
     whole = profile(source, tmp_path / "whole", RECIPE.override(seed=seed)).influence("fisher")
     for stop in range(len(of_profile(tmp_path))):
         out = tmp_path / str(stop)
@@ -156,7 +156,7 @@ def test_a_second_run_in_the_same_process_is_refused(source: SourceModel, tmp_pa
                 profile(source, tmp_path / "p", RECIPE)
 
     profile(source, tmp_path / "p", RECIPE, progress=Again())
-    assert owner_of_folder(tmp_path / "p").exists() is False
+    assert holder_of_folder(tmp_path / "p").exists() is False
 
 
 class StopAt(Progress):

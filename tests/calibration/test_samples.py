@@ -72,7 +72,7 @@ def test_kinds_that_cannot_be(tmp_path: Path, kinds: str) -> None:
     path = tmp_path / "s.safetensors"
     save_samples(path, [sample(), sample()])
     rewrite(path, kinds=kinds)
-    with pytest.raises(ArtefactError, match="make them anew"):
+    with pytest.raises(ArtefactError, match="make them from scratch"):
         load_samples(path)
 
 
@@ -86,7 +86,7 @@ def test_damaged_file(tmp_path: Path, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-40])
     else:
         path.write_text("hello")
-    with pytest.raises(ArtefactError, match=r"cannot read samples .*make them anew"):
+    with pytest.raises(ArtefactError, match=r"cannot read samples .*make them from scratch"):
         load_samples(path)
 
 

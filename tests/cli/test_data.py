@@ -59,8 +59,8 @@ def test_help_ends_with_examples_that_parse() -> None:
     assert result.stdout.rstrip().endswith(preview.examples[-1])
     group = typer.main.get_command(app).commands["data"]  # type: ignore[attr-defined]
     for example in preview.examples:
-        program, verb, name, *arguments = shlex.split(example)
-        assert (program, verb, name) == ("moacompress", "data", "preview")
+        program, command, name, *arguments = shlex.split(example)
+        assert (program, command, name) == ("moacompress", "data", "preview")
         group.commands[name].make_context(name, arguments)
     assert "preview" in RUNNER.invoke(app, ["data", "--help"]).stdout
     assert "data" in RUNNER.invoke(app, ["--help"]).stdout

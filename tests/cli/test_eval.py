@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from moacompress.cli import app
 from moacompress.core.artefact_names import of_evaluation
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.evaluation import ruler
 
 RUNNER = CliRunner()
@@ -116,7 +116,7 @@ def test_overwrite_measures_anew(place: Path, tmp_path: Path) -> None:
     lines = scores.read_text().splitlines()
     scores.write_text("\n".join(lines).replace('"nll":', '"nll":1'))
     changed = scores.read_text()
-    assert measure(*arguments) != first  # as it goes on from there
+    assert measure(*arguments) != first  # as it resumes from there
     problem(*arguments, "--tasks", "key-value", "--lengths", "16", "--overwrite", exit_code=1)
     assert scores.read_text() == changed  # a request that cannot be costs nothing
     assert measure(*arguments, "--overwrite") == first

@@ -1,4 +1,4 @@
-"""What holds for every verb: help, one JSON object, exit codes, one line for an error, nothing heavy for help."""
+"""What holds for every command: help, one JSON object, exit codes, one line for an error, nothing heavy for help."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import moacompress
-from moacompress.cli import VERBS, app
+from moacompress.cli import COMMANDS, app
 from moacompress.cli.bars import RichProgress
-from moacompress.cli.harness import Common, Output, Verb, VerbRun, goes_on_with, verb
+from moacompress.cli.harness import Command, CommandRun, Common, Output, command, resumes_with
 from moacompress.cli.options import Overwrite
 from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
@@ -37,10 +37,10 @@ RUNNER = CliRunner()
 HEAVY = ("torch", "transformers", "optuna", "datasets")
 
 
-def call(function: Callable[[VerbRun], Output], *arguments: str) -> Any:
-    """Runs a verb of its own, made of `function`, beside another so that it keeps its name."""
+def call(function: Callable[[CommandRun], Output], *arguments: str) -> Any:
+    """Runs a command of its own, made of `function`, beside another so that it keeps its name."""
     program = typer.Typer(rich_markup_mode=None)
-    program.command("probe")(Verb(function, ()))
+    program.command("probe")(Command(function, ()))
     program.command("other")(lambda: None)
     return RUNNER.invoke(program, ["probe", *arguments])
 
@@ -50,18 +50,18 @@ def test_lengths_are_explained_in_words(name: str) -> None:
     assert "Lengths in tokens" in RUNNER.invoke(app, [name, "--help"]).stdout
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_ends_with_examples_that_parse(name: str) -> None:
     result = RUNNER.invoke(app, [name, "--help"])
     assert result.exit_code == 0
     for option in ("--json", "--verbose", "--quiet", "--debug", "--seed", "--device", "--dtype"):
         assert option in result.stdout
-    examples = VERBS[name].examples
+    examples = COMMANDS[name].examples
     assert result.stdout.rstrip().endswith(examples[-1])
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for example in examples:
-        program, verb_name, *arguments = shlex.split(example)
-        assert (program, verb_name) == ("moacompress", name)
+        program, command_name, *arguments = shlex.split(example)
+        assert (program, command_name) == ("moacompress", name)
         commands[name].make_context(name, arguments)
 
 
@@ -122,14 +122,14 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
-    def fails(run: VerbRun) -> Output:
+    def fails(run: CommandRun) -> Output:
         raise ModelError("it is\nnot a model")
 
     result = call(fails, "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "moacompress: error: it is not a model\n"
 
-    def misused(run: VerbRun) -> Output:
+    def misused(run: CommandRun) -> Output:
         raise BudgetError("no")
 
     assert call(misused).exit_code == 2
@@ -137,7 +137,7 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
 
 
 def test_what_nobody_expected_is_one_line_too() -> None:
-    def breaks(run: VerbRun) -> Output:
+    def breaks(run: CommandRun) -> Output:
         raise KeyError("oops")
 
     result = call(breaks)
@@ -147,26 +147,26 @@ def test_what_nobody_expected_is_one_line_too() -> None:
 
 
 def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
-    def interrupted(run: VerbRun) -> Output:
+    def interrupted(run: CommandRun) -> Output:
         raise KeyboardInterrupt
 
     result = call(interrupted)
     assert (result.exit_code, result.stdout) == (130, "")
     assert (
-        result.stderr == "moacompress: interrupted; what was written is kept, and the same command goes on from there\n"
+        result.stderr == "moacompress: interrupted; what was written is kept, and the same command resumes from there\n"
     )
 
-    def anew(run: VerbRun, overwrite: Overwrite = False) -> Output:
+    def from_scratch(run: CommandRun, overwrite: Overwrite = False) -> Output:
         raise KeyboardInterrupt
 
-    assert call(anew).stderr == result.stderr
-    assert call(anew, "--overwrite").stderr == (
-        "moacompress: interrupted; what was written is kept, and the same command goes on from there without --overwrite, "
-        "with which it starts anew\n"
+    assert call(from_scratch).stderr == result.stderr
+    assert call(from_scratch, "--overwrite").stderr == (
+        "moacompress: interrupted; what was written is kept, and the same command resumes from there without --overwrite, "
+        "with which it starts from scratch\n"
     )
 
 
-def noisy(run: VerbRun) -> Output:
+def noisy(run: CommandRun) -> Output:
     print("a library talks")
     warnings.warn("and warns", stacklevel=1)
     logging.getLogger("moacompress.somewhere").warning("be careful")
@@ -199,10 +199,10 @@ def test_people_see_text_and_choose_how_much() -> None:
 
 def test_an_interrupt_names_the_command_that_goes_on() -> None:
     argv = ["/usr/bin/moacompress", "compress", "my model", "--overwrite", "-o", "out"]
-    wanted = "interrupted; what was written is kept; go on with: moacompress compress 'my model' -o out"
-    assert goes_on_with(argv, overwrite=True) == wanted
-    assert goes_on_with(["/site/moacompress/__main__.py", "demo"], overwrite=False).endswith(
-        "go on with: moacompress demo"
+    wanted = "interrupted; what was written is kept; resume with: moacompress compress 'my model' -o out"
+    assert resumes_with(argv, overwrite=True) == wanted
+    assert resumes_with(["/site/moacompress/__main__.py", "demo"], overwrite=False).endswith(
+        "resume with: moacompress demo"
     )
 
 
@@ -222,7 +222,7 @@ def test_a_log_file_has_everything_behind_what_is_there(tmp_path: Path) -> None:
 def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     def call_computing(*arguments: str) -> str:
         program = typer.Typer(rich_markup_mode=None)
-        program.command("probe")(Verb(noisy, (), computes=True))
+        program.command("probe")(Command(noisy, (), computes=True))
         program.command("other")(lambda: None)
         return str(RUNNER.invoke(program, ["probe", *arguments]).stderr)
 
@@ -248,17 +248,17 @@ def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.Monkey
 def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("seed: 3\nsearch: {trials: 5, ablations: 1}\n")
-    run = VerbRun(Common(seed=7), Progress())
+    run = CommandRun(Common(seed=7), Progress())
     recipe = run.recipe(file, search__trials=9, calibration__samples=None)
     assert (recipe.seed, recipe.search.trials, recipe.search.ablations) == (7, 9, 1)
     assert recipe.calibration.samples == Recipe().calibration.samples
     base = Recipe().override(search__ablations=2)
-    assert VerbRun(Common(), Progress()).recipe(None, base=base).search.ablations == 2
+    assert CommandRun(Common(), Progress()).recipe(None, base=base).search.ablations == 2
 
 
 def test_own_options_come_before_the_common_ones() -> None:
-    @verb("moacompress x --own 1")
-    def function(run: VerbRun, own: int = 3) -> Output:
+    @command("moacompress x --own 1")
+    def function(run: CommandRun, own: int = 3) -> Output:
         """Does it."""
         return Output({"own": own})
 

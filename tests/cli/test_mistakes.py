@@ -72,9 +72,9 @@ def test_a_mistyped_model_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> N
     out = tmp_path / "runs" / "mine"
     assert "does not exist" in compress(1, f"{tiny_folder}x", out)
     assert list(tmp_path.iterdir()) == []
-    for verb in ("profile", "export"):
-        rest = ["plan.json"] if verb == "export" else ["--source", "needle"]
-        mistake(1, verb, f"{tiny_folder}x", *rest, "-o", out)
+    for command in ("profile", "export"):
+        rest = ["plan.json"] if command == "export" else ["--source", "needle"]
+        mistake(1, command, f"{tiny_folder}x", *rest, "-o", out)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -311,7 +311,7 @@ def test_a_run_that_is_given_where_a_plan_is(
 
 
 def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C names the command that goes on; what it goes on from is tested with kills in `test_pipeline.py`."""
+    """Ctrl-C names the command that resumes; what it resumes from is tested with kills in `test_pipeline.py`."""
     out = tmp_path / "out"
     arguments = [
         "compress",
@@ -343,5 +343,5 @@ def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "interrupted; what was written is kept; go on with: moacompress compress " in said
+    assert "interrupted; what was written is kept; resume with: moacompress compress " in said
     assert "Traceback" not in said

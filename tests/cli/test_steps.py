@@ -1,4 +1,4 @@
-"""The verbs one after another on a tiny model: each takes what the one before left."""
+"""The commands one after another on a tiny model: each takes what the one before left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUNNER = CliRunner()
 
 
 def run(*arguments: str | Path, exit_code: int = 0) -> Any:
-    """Runs a verb with --json and returns its object."""
+    """Runs a command with --json and returns its object."""
     result = RUNNER.invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == exit_code, result.stderr
     assert result.stdout.count("\n") == (exit_code == 0)
@@ -133,8 +133,8 @@ def test_doctor_says_what_is_damaged(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_compressed_model_is_no_model_to_compress(place: Path, tmp_path: Path) -> None:
-    for verb in (("profile", "-o", tmp_path / "p"), ("compress", "--budget", "25%", "-o", tmp_path / "out")):
-        message = run(verb[0], place / "model", *verb[1:], exit_code=1)
+    for command in (("profile", "-o", tmp_path / "p"), ("compress", "--budget", "25%", "-o", tmp_path / "out")):
+        message = run(command[0], place / "model", *command[1:], exit_code=1)
         assert "is compressed already (quantization_config); give the dense model it was made from" in message
 
 

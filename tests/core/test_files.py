@@ -27,7 +27,7 @@ from moacompress.core.files import (
     write_json,
     write_text,
 )
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 
 
 def test_equal_values_have_equal_fingerprints() -> None:
@@ -296,7 +296,7 @@ def test_what_a_killed_process_was_making_is_cleared_away(
     process = maker()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(list(tmp_path.iterdir())) == 2  # the folder and its owner
+    assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock holder
     with new_folder(tmp_path / "out"):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -313,7 +313,7 @@ def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*others, f".{name}.notes.partial", name}
 
 
-def test_files_half_written_are_cleared_away_by_their_owner(tmp_path: Path) -> None:
+def test_files_half_written_are_cleared_away_by_their_holder(tmp_path: Path) -> None:
     for name in (".a[1].json.abcdefgh.tmp", ".a1.json.abcdefgh.tmp", ".a[1].json.notes.tmp", "a[1].json"):
         (tmp_path / name).write_text("")
     sweep_files(tmp_path / "a[1].json")

@@ -15,7 +15,7 @@ import yaml
 
 from moacompress.core.artefact_names import of_compress, of_demo
 from moacompress.core.errors import ArtefactError, DataError
-from moacompress.core.owners import own_folder
+from moacompress.core.lock_holders import own_folder
 from moacompress.demo import smollm2
 from moacompress.demo.smollm2 import run_demo
 from moacompress.rules.plan import Plan

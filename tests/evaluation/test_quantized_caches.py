@@ -1,4 +1,4 @@
-"""transformers' quantized caches as contenders: scored as they are used, their memory counted, and refused in clear words."""
+"""transformers' quantized caches as compared models: scored as they are used, their memory counted, refused in clear words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moacompress.core.errors import UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.cases import Case
 from moacompress.evaluation.checkpoint import load_checkpoint
-from moacompress.evaluation.contenders import make_field
+from moacompress.evaluation.compared_models import make_comparison
 from moacompress.evaluation.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes
 from moacompress.evaluation.scoring import score_batch
 from moacompress.evaluation.text import read
@@ -139,6 +139,6 @@ def test_layers_that_such_a_cache_cannot_hold(
     attach(model, plan).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.json")
-    field = make_field(load_checkpoint(tmp_path, "auto", "cpu"), ("quantized:fp8",), None, True)
+    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("quantized:fp8",), None, True)
     with pytest.raises(UsageError, match="quantized:fp8 cannot be measured on this model: .*sliding_attention"):
-        field.at(700, 8)
+        comparison.at(700, 8)

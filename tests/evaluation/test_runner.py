@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import moacompress.evaluation.contenders as contenders
+import moacompress.evaluation.compared_models as compared_models
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scores as scores
 import moacompress.evaluation.scoring as scoring
@@ -20,7 +20,7 @@ from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetEr
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.checkpoint import load_checkpoint
-from moacompress.evaluation.contenders import Contender, Field
+from moacompress.evaluation.compared_models import ComparedModel, Comparison
 from moacompress.evaluation.tasks import Resources, find_task
 from moacompress.prompts.pools import Prose, draw_numbers
 from moacompress.prompts.sentences import NEEDLES
@@ -151,10 +151,10 @@ def test_every_baseline_has_the_sink_that_the_search_found(
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     plan = checkpoint.plan.with_notes(quality={"baselines": {family: {"sink": 16}}})
     made = [Plan.uniform(plan.model, Rule(sink, 64, 0), 32) for sink in (4, 16, 64)]
-    monkeypatch.setattr(contenders, "baseline_plans", lambda *arguments: made)
+    monkeypatch.setattr(compared_models, "baseline_plans", lambda *arguments: made)
 
     def sinks(every_candidate: bool) -> list[int]:
-        _, *candidates = Field(replace(checkpoint, plan=plan), (name,), {}, None, every_candidate).at(LENGTH, 8)
+        _, *candidates = Comparison(replace(checkpoint, plan=plan), (name,), {}, None, every_candidate).at(LENGTH, 8)
         return [candidate.description(LENGTH)["sink"] for candidate in candidates]
 
     assert sinks(False) == [16]
@@ -474,12 +474,12 @@ def test_no_uniform_window_is_small_enough(compressed: Path) -> None:
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     checkpoint = replace(checkpoint, plan=Plan.uniform(checkpoint.plan.model, Rule(4, 32, 0), 32))
 
-    def at(name: str) -> list[Contender]:
-        return Field(checkpoint, (name,), {}, None, True).at(700, 8)
+    def at(name: str) -> list[ComparedModel]:
+        return Comparison(checkpoint, (name,), {}, None, True).at(700, 8)
 
     with pytest.raises(InfeasibleBudgetError, match="sink of 64"):
         at("uniform:64")
-    plan_itself, *candidates = [contender.description(700) for contender in at("uniform")]
+    plan_itself, *candidates = [compared.description(700) for compared in at("uniform")]
     assert plan_itself == {}
     native = [found for found in candidates if found["formats"] == "native/native"]
     assert [found["sink"] for found in native] == [4, 16]  # one block of sinks

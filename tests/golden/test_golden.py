@@ -1,6 +1,6 @@
 """This checkout gives what the record here holds: a plan to the last rule, logits, and the names of what a run leaves.
 
-`MOACOMPRESS_WRITE_GOLDEN=1 pytest tests/golden` writes the record anew, for a change that is meant to change it.
+`MOACOMPRESS_WRITE_GOLDEN=1 pytest tests/golden` writes the record from scratch, for a change that is meant to change it.
 """
 
 from __future__ import annotations

@@ -150,8 +150,10 @@ def test_the_same_heal_again_is_left_as_it_is(healable: Place, small: Make, tmp_
     assert (done.folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ArtefactError, match="is not of this heal"):
         heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2))
-    anew = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2), overwrite=True)
-    assert anew.notes["steps"] == 2
+    from_scratch = heal(
+        healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2), overwrite=True
+    )
+    assert from_scratch.notes["steps"] == 2
 
 
 class StopAfter(Progress):

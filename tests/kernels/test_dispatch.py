@@ -50,13 +50,13 @@ def test_what_is_asked_for():
 
 
 @pytest.fixture
-def anew():
+def from_scratch():
     dispatch.forget()
     yield
     dispatch.forget()
 
 
-def test_it_is_said_once(anew, caplog, monkeypatch):
+def test_it_is_said_once(from_scratch, caplog, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
     with caplog.at_level(logging.INFO, logger="moacompress"):
         dispatch.chosen()
@@ -64,7 +64,7 @@ def test_it_is_said_once(anew, caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == ["kernel: reference (MOACOMPRESS_KERNEL asks for it)"]
 
 
-def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(anew, monkeypatch):
+def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_scratch, monkeypatch):
     double = torch.zeros(1, 1, 1, dtype=torch.float64)
     monkeypatch.setattr(dispatch, "chosen", lambda: Choice("cpu", "avx2", "built"))
     others = [backend.name for backend in dispatch.backends() if backend.name != "cpu"]

@@ -192,10 +192,10 @@ def write_dense() -> None:
 def killed(name: str) -> None:
     """Runs one of the commands that are killed on the way; called in a process of its own."""
     import moacompress
-    from moacompress.core import owners
+    from moacompress.core import lock_holders
 
     socket.gethostname = lambda: "elsewhere"
-    owners._boot = owners._space = lambda: ""
+    lock_holders._boot = lock_holders._space = lambda: ""
     recipe = moacompress.Recipe.from_dict({**PROFILED, "search": {**SEARCHED, "storage": "search/study.log"}})
     if name == "half":
         moacompress.profile("dense", "half", recipe, progress=KilledAt("profiling", 4))

@@ -250,8 +250,8 @@ def test_what_is_missing_names_its_command(run_folder: Path, tmp_path: Path) -> 
     shutil.copy(run_folder / "plan.json", tmp_path / "plan.json")
     result = RUNNER.invoke(app, ["report", str(tmp_path / "plan.json"), "-o", str(tmp_path / "page.html")])
     assert result.exit_code == 0
-    for verb in ("eval", "bench", "search", "report", "profile"):
-        assert f"moacompress {verb} " in result.stdout
+    for command in ("eval", "bench", "search", "report", "profile"):
+        assert f"moacompress {command} " in result.stdout
     assert str(tmp_path.parent) not in (tmp_path / "page.html").read_text("utf-8")  # a page may be shared
 
 

@@ -188,7 +188,7 @@ def test_after_hidden_states_all_layers_are_one_call_again(asked, model, calls):
                 continue
             for mine, other in zip(found.hidden_states, expected.hidden_states, strict=True):
                 assert (mine[:, 0] - other[:, at]).abs().max() < 2e-5 * other.abs().max()
-    assert calls["layers"] == 1  # nothing was read anew
+    assert calls["layers"] == 1  # nothing was read again
 
 
 def test_after_hidden_states_steps_are_to_the_bit_what_they_were(model, steps):

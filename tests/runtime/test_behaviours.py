@@ -106,7 +106,7 @@ def it_generates_as_without_a_cache(case: Case) -> None:
 
 
 def a_cache_is_continued(case: Case) -> None:
-    """From the cache that `generate` returned, with more tokens after it, as anew."""
+    """From the cache that `generate` returned, with more tokens after it, as from scratch."""
     ids = case.ids()
     first = case.generate(ids, return_dict_in_generate=True, max_new_tokens=4)
     longer = torch.cat((first.sequences, case.ids(1, 9, seed=1)), 1)

@@ -139,7 +139,7 @@ def test_prompts_with_holes(model, rows):
 
 @pytest.mark.parametrize("kinds", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}])
 def test_prompts_that_end_in_padding(kinds, model, rows):
-    """Generating goes on from a padded token then, in a dense model too; with and without a cache the same."""
+    """Generating continues from a padded token then, in a dense model too; with and without a cache the same."""
     ids, mask = padded(rows, "right")
     plan = model.config.quantization_config.plan
     kinds = settings(max_new_tokens=10, **kinds)
@@ -274,7 +274,7 @@ def test_assisted_decoding_keeps_memory_bounded(tiny_model, token_ids):
 
 
 def test_turns_on_one_cache(model, token_ids):
-    """A conversation that keeps its cache says what one that starts anew says; a fork starts from the kept prefix."""
+    """A conversation that keeps its cache says what one that starts from scratch says; a fork starts from the kept prefix."""
     system = token_ids(1, 60, seed=1)
     with torch.no_grad():
         prefix = model(system).cache

@@ -197,7 +197,7 @@ def feed(plan, world, tokens, real, generator, same=False):
                 wanted = expected(plan, layer, query[row][:, at], k, v, s)
                 assert (found[row][:, at] - wanted).abs().max() < TOLERANCE[dtype]
             assert not found[row][:, :-1][:, ~real[row, :-1]].any()
-            if not real[row, -1]:  # generate goes on from the last column: it sees what the last real token sees
+            if not real[row, -1]:  # generate continues from the last column: it sees what the last real token sees
                 wanted = expected(plan, layer, query[row][:, -1:], k, v, s) if k.shape[1] else 0.0
                 assert (found[row][:, -1:] - wanted).abs().max() < TOLERANCE[dtype]
     world.real = np.concatenate([world.real, real], axis=1)

@@ -91,7 +91,7 @@ def test_a_fork_goes_on_counting_by_itself(fed):
 
 
 def test_one_more_route_is_one_in_the_list(fed, monkeypatch):
-    """Before the others it takes what it can, and what it cannot after all goes on by the next."""
+    """Before the others it takes what it can, and what it cannot after all continues by the next."""
     seen = []
 
     class Watching(routes.Route[AttendRequest]):

@@ -15,7 +15,7 @@ import pytest
 from moacompress.calibration.store import Profile
 from moacompress.core.artefact_names import of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.plan import Plan
 from moacompress.search import front, opened_search

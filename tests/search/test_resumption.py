@@ -1,4 +1,4 @@
-"""The same call goes on where a killed one stopped, or starts anew where it is told to."""
+"""The same call resumes where a killed one stopped, or starts from scratch where it is told to."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
 def test_an_overwrite_that_is_interrupted_is_recovered_from(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after every removal in turn, the same command starts anew, and without the flag the same search goes on."""
+    """Stopped after every removal in turn, the same command starts from scratch; without the flag the search resumes."""
     profile = profiles(trials=1)
     whole, fresh = search(profile, out=tmp_path / "plan.json")
 

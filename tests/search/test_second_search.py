@@ -110,7 +110,7 @@ def test_a_killed_search_is_taken_over(
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
 
-def test_owners_that_killed_searches_left_in_a_journal_go(
+def test_holders_that_killed_searches_left_in_a_journal_go(
     search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path
 ) -> None:
     with measuring(tmp_path / "plan.json") as process:
@@ -143,7 +143,7 @@ def test_a_second_search_in_the_same_process_is_refused(
         seconds[0].result()
 
 
-def test_an_owner_in_a_database_is_heard_of_and_leaves_its_successor_alone(
+def test_a_holder_in_a_database_is_heard_of_and_leaves_its_successor_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = f"sqlite:///{tmp_path}/s.db"

@@ -1,4 +1,4 @@
-"""All that is known of a plan: the plan itself, and what other verbs left beside it."""
+"""All that is known of a plan: the plan itself, and what other commands left beside it."""
 
 from __future__ import annotations
 

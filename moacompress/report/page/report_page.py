@@ -81,7 +81,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
         raise UsageError(NEEDS)
     sections = page_sections(found)
     write_text(out, page_html(found, sections))
-    missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
+    missing = [{"what": row.what, "command": row.shown_command} for row in missing_parts(found)]
     shown = [section.name for section in sections if section.all_pictures or section.table]
     return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
 
@@ -173,12 +173,12 @@ class MissingPart:
     Attributes:
         section: that lacks it.
         what: it is, as a sentence.
-        command: fills it.
+        shown_command: fills it.
     """
 
     section: str
     what: str
-    command: str
+    shown_command: str
 
 
 def seen_from(folder: Path) -> Callable[[str], str]:
@@ -203,11 +203,11 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
     def quoted(path: Path) -> str:
         return shlex.quote(place(str(path)))
 
-    def measuring(verb: str, file: str) -> str:
+    def measuring(command: str, file: str) -> str:
         folder = found.folder
         if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
-            return f"moacompress {verb} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
-        return f"moacompress {verb} {quoted(folder)} -o {quoted(folder)}/{file}"
+            return f"moacompress {command} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
+        return f"moacompress {command} {quoted(folder)} -o {quoted(folder)}/{file}"
 
     parts, profile = [], found.profile
     if profile is None:
@@ -225,8 +225,8 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
         where = "PROFILE" if profile is None else quoted(profile.path)
         parts.append(MissingPart("harm", what, f"moacompress profile -o {where} --audit 50"))
     if found.explanation is None:
-        command = f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}"
-        parts.append(MissingPart("search", "The search's own notes are not here.", command))
+        shown_command = f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}"
+        parts.append(MissingPart("search", "The search's own notes are not here.", shown_command))
     return parts
 
 

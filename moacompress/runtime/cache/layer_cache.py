@@ -232,16 +232,16 @@ class PlanCacheLayer(CacheLayer):
             scored: whether the call is given scores of the tokens, without which it knows of no gates.
         """
         able = self.held is not None and not self.shared_values and self.held.has_memory_for(like)
-        return able and (not self.rules.selects or (scored and self._goes_on))
+        return able and (not self.rules.selects or (scored and self._continues))
 
     @property
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         """Whether no step need be gone back on: what gates selected would not be known."""
         return not (self.record_past and self.rules.selects)
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
-        there = self.held is not None and self.held.has_memory_for(hidden) and self._goes_on
+        there = self.held is not None and self.held.has_memory_for(hidden) and self._continues
         return there and self._pending is None and hidden.shape[0] == len(self.lengths)
 
     def state(self, lag: int) -> CacheState:

@@ -60,9 +60,9 @@ def has(*members: str) -> Check:
     return check
 
 
-def _lacking(verb: str, wanted: tuple[str, ...], found: Any) -> str | None:
+def _lacking(command: str, wanted: tuple[str, ...], found: Any) -> str | None:
     lost = [name for name in wanted if name not in found]
-    return f"{verb} {', '.join(lost)}" if lost else None
+    return f"{command} {', '.join(lost)}" if lost else None
 
 
 def is_a(kind: type) -> Check:

@@ -339,7 +339,7 @@ _TENSORS = (
     PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),
     PrivateName("torch.utils._pytree.tree_iter", "the memory of profiling", checks.takes("tree")),
-    PrivateName("torch._dynamo.reset", "compiling anew for every length that is timed"),
+    PrivateName("torch._dynamo.reset", "compiling from scratch for every length that is timed"),
     PrivateName("torch._dynamo.mark_static", "a compiled graph that is not for one number of rows"),
     PrivateName(LOOKUP_BACKEND, "counting the graphs of a compiled step", checks.takes("compiler_fn")),
     PrivateName(COUNTERS, "counting the graph breaks of a compiled step", checks.is_a(dict)),

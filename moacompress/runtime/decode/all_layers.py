@@ -177,7 +177,7 @@ class BoundCaches:
         return all(all(map(is_, cache.arrays(), known)) for cache, known in zip(caches, self._arrays, strict=True))
 
     def read_again(self, layer: int) -> None:
-        """Reads the cache of one layer, by its index, anew."""
+        """Reads the cache of one layer, by its index, again."""
         cache = self._caches[layer]
         self.bound.read_again(layer, cache.blocks_held().state(self._lag))
         self._arrays[layer] = cache.arrays()
@@ -214,7 +214,7 @@ class Stack:
         return last
 
     def forget(self) -> None:
-        """Has the layers read anew."""
+        """Has the layers read again."""
         self._last = None
 
 
@@ -315,7 +315,7 @@ def _step_bound(known: BoundCaches, caches: list[PlanCacheLayer], hidden: torch.
     """Makes the call, and again where it lacks room.
 
     Raises:
-        WeightsMoved: nothing is done, and the weights are to be read anew.
+        WeightsMoved: nothing is done, and the weights are to be read again.
     """
     done = 0
     while True:

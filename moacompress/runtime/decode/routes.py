@@ -282,7 +282,7 @@ def _with_padded_ends(
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
 
-    `generate` goes on from the last column, whatever it holds. As in the dense model a padded query sees what is real before
+    `generate` continues from the last column, whatever it holds. As in the dense model a padded query sees what is real before
     it: what the row's last real token sees.
 
     Args:

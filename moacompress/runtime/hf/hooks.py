@@ -222,7 +222,7 @@ def _check_positions(
         start = last is None or last[row] < 0 or found[row, columns[0]] == last[row] + 1
         if not ((steps == 1) | (gaps > 1)).all() or not start:
             raise UnsupportedError(message + _LEFT_PADDED)
-        # a row that ends in padding goes on from that, wherever it is put
+        # a row that ends in padding continues from that, wherever it is put
         ends[row] = found[row, -1] if columns[-1] == tokens - 1 else -1
     return ends
 

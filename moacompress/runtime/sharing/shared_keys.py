@@ -1,6 +1,6 @@
 """How the queries and keys of an anchor reach the layers that share them, within one forward.
 
-They go from layer to layer in a dictionary that the decoder's hook puts among the keywords of the layers, anew in every
+They go from layer to layer in a dictionary that the decoder's hook puts among the keywords of the layers, from scratch in every
 forward: no module and no cache keeps them. A layer that is computed again for its backward pass is given the same dictionary.
 """
 

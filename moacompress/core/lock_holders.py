@@ -1,12 +1,13 @@
 """Who works on a file or a folder: one process at a time. What a dead one left is taken over without a question.
 
-A process that works on something holds the lock of an owner file, in the folder or beside the file, and removes it when it is
-done. The operating system gives the lock up when the process dies, however that happens, so a file that is left is in nobody's
-way. The file says who holds it, for whoever is refused.
+A process that works on something holds the lock of a lock holder file, in the folder or beside the file, and removes it when
+it is done. The operating system gives the lock up when the process dies, however that happens, so a file that is left is in
+nobody's way. The file says who holds it, for whoever is refused.
 
-Machines that share a disk need not share its locks. So an owner file from elsewhere counts for as long as its owner is heard
-of, lock or not: an owner touches its file as long as it works. Elsewhere is whatever is not this boot of this machine, as two
-machines may have one name. The owner of what is not in a file, such as a study in a database, is kept there (`Owner.to_dict`).
+Machines that share a disk need not share its locks. So a lock holder file from elsewhere counts for as long as its lock
+holder is heard of, lock or not: a lock holder touches its file as long as it works. Elsewhere is whatever is not this boot
+of this machine, as two machines may have one name. The lock holder of what is not in a file, such as a study in a database,
+is kept there (`LockHolder.to_dict`).
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from moacompress.core.artefact_names import owner_of_file, owner_of_folder
+from moacompress.core.artefact_names import holder_of_file, holder_of_folder
 from moacompress.core.errors import ArtefactError
 
 BEAT_SECONDS = 30.0
-"""An owner is heard of this often."""
+"""A lock holder is heard of this often."""
 SILENT_SECONDS = 300.0
-"""An owner of which nothing is known but that it was not heard of for so long is dead."""
+"""A lock holder of which nothing is known but that it was not heard of for so long is dead."""
 PATIENCE = 0.3
 """Seconds for which a lock may be held by nobody who works: by one that looks, comes or goes."""
 MAX_BYTES = 4096
-"""An owner file is much shorter."""
+"""A lock holder file is much shorter."""
 MAX_PID = 1 << 31
 """Process ids are below this."""
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 """Errors of a place where nothing can be written: who is refused there does nobody any harm, and needs not own it."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-"""Errors of a file system without locks: there an owner counts for as long as it is heard of, or its process runs."""
+"""Errors of a file system without locks: there a lock holder counts for as long as it is heard of, or its process runs."""
 
 _held: set[str] = set()
 """Tokens of what this process owns."""
 
 
 @dataclass(frozen=True)
-class Owner:
+class LockHolder:
     """A process that works on something.
 
     Attributes:
@@ -73,9 +74,9 @@ class Owner:
     token: str
 
     @staticmethod
-    def new() -> Owner:
-        """Returns this process as the owner of one more thing."""
-        return Owner(
+    def new() -> LockHolder:
+        """Returns this process as the lock holder of one more thing."""
+        return LockHolder(
             host=socket.gethostname(),
             boot=_boot(),
             space=_space(),
@@ -90,13 +91,13 @@ class Owner:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: Any) -> Owner | None:
+    def from_dict(data: Any) -> LockHolder | None:
         """Reads the JSON form; None for anything else, such as what was half written when its process was killed."""
         kinds: dict[str, type] = {"pid": int, "begun": float}
-        names = [field.name for field in fields(Owner)]
+        names = [field.name for field in fields(LockHolder)]
         if not isinstance(data, dict) or not all(isinstance(data.get(name), kinds.get(name, str)) for name in names):
             return None
-        return Owner(**{name: data[name] for name in names}) if data["pid"] > 0 else None
+        return LockHolder(**{name: data[name] for name in names}) if data["pid"] > 0 else None
 
     @property
     def shares_locks(self) -> bool:
@@ -137,46 +138,46 @@ class Owner:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Makes this process the owner of a folder as long as the block runs; the folder is made if it is not there.
+    """Makes this process the lock holder of a folder as long as the block runs; the folder is made if it is not there.
 
     Raises:
-        ArtefactError: a live process is its owner, be it this one; or the folder cannot be written.
+        ArtefactError: a live process is its lock holder, be it this one; or the folder cannot be written.
     """
-    with own(str(folder), owner_of_folder(folder), "choose another folder"):
+    with own(str(folder), holder_of_folder(folder), "choose another folder"):
         yield
 
 
 @contextmanager
 def own_file(path: Path) -> Iterator[None]:
-    """Makes this process the owner of a file, or of a folder that will be moved; neither need be there.
+    """Makes this process the lock holder of a file, or of a folder that will be moved; neither need be there.
 
     Raises:
-        ArtefactError: a live process is its owner, be it this one; or the folder that it is in cannot be written.
+        ArtefactError: a live process is its lock holder, be it this one; or the folder that it is in cannot be written.
     """
-    with own(str(path), owner_of_file(path), "choose another file"):
+    with own(str(path), holder_of_file(path), "choose another file"):
         yield
 
 
 @contextmanager
 def own(what: str, file: Path, choose: str) -> Iterator[None]:
-    """Makes this process the owner of something as long as the block runs.
+    """Makes this process the lock holder of something as long as the block runs.
 
     Args:
         what: what is owned, for the message.
-        file: its owner file; the folder that it is in is made.
+        file: its lock holder file; the folder that it is in is made.
         choose: what another process could do instead.
 
     Raises:
-        ArtefactError: a live process is its owner, be it this one; or the owner file cannot be written.
+        ArtefactError: a live process is its lock holder, be it this one; or the lock holder file cannot be written.
     """
-    owner, file = Owner.new(), file.absolute()
-    with held(owner), ExitStack() as ours:
+    holder, file = LockHolder.new(), file.absolute()
+    with held(holder), ExitStack() as ours:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             other = _living(file, ours.enter_context(_locked(file)))
             if other is None:
-                ours.callback(_remove, file, owner)
-                _write(file, owner)
+                ours.callback(_remove, file, holder)
+                _write(file, holder)
         except Timeout:
             other = _read(file)
             if other is None:
@@ -187,12 +188,12 @@ def own(what: str, file: Path, choose: str) -> Iterator[None]:
             other = _living(file, locked=False)
         if other is not None:
             raise ArtefactError(other.refusal(what, choose))
-        with heard_of(lambda: _touch(file, owner)):
+        with heard_of(lambda: _touch(file, holder)):
             yield
 
 
 def release_dead(file: Path) -> bool:
-    """Removes an owner file unless its owner is alive; returns whether there is none now."""
+    """Removes a lock holder file unless its lock holder is alive; returns whether there is none now."""
     try:
         if file.exists():
             with _locked(file) as locked:
@@ -224,13 +225,13 @@ def heard_of(beat: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def held(owner: Owner) -> Iterator[None]:
+def held(holder: LockHolder) -> Iterator[None]:
     """Marks an ownership as one that this process has: what it no longer has is nobody's, though the process lives."""
-    _held.add(owner.token)
+    _held.add(holder.token)
     try:
         yield
     finally:
-        _held.discard(owner.token)
+        _held.discard(holder.token)
 
 
 def readable_age(seconds: float) -> str:
@@ -243,7 +244,7 @@ def readable_age(seconds: float) -> str:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[bool]:
-    """Holds the lock of an owner file; yields whether there is one, as some file systems have none.
+    """Holds the lock of a lock holder file; yields whether there is one, as some file systems have none.
 
     Raises:
         Timeout: somebody else holds it.
@@ -263,42 +264,42 @@ def _locked(file: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _living(file: Path, locked: bool) -> Owner | None:
-    """Returns whom an owner file names, if that one is alive; who was here and has lost the lock is not."""
-    owner = _read(file)
-    gone = owner is None or (locked and owner.shares_locks) or not owner.is_alive(lambda: _silence(file))
-    return None if gone else owner
+def _living(file: Path, locked: bool) -> LockHolder | None:
+    """Returns whom a lock holder file names, if that one is alive; who was here and has lost the lock is not."""
+    holder = _read(file)
+    gone = holder is None or (locked and holder.shares_locks) or not holder.is_alive(lambda: _silence(file))
+    return None if gone else holder
 
 
-def _read(file: Path) -> Owner | None:
+def _read(file: Path) -> LockHolder | None:
     try:
         with file.open("rb") as opened:
-            return Owner.from_dict(json.loads(opened.read(MAX_BYTES)))
+            return LockHolder.from_dict(json.loads(opened.read(MAX_BYTES)))
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _write(file: Path, owner: Owner) -> None:
+def _write(file: Path, holder: LockHolder) -> None:
     """Writes who holds the lock into the locked file, and not another in its place."""
     with file.open("r+b", buffering=0) as opened:
         opened.truncate()
-        opened.write(json.dumps(owner.to_dict()).encode())
+        opened.write(json.dumps(holder.to_dict()).encode())
 
 
-def _remove(file: Path, owner: Owner) -> None:
-    """Removes an owner file, unless this is a fork of the owner, or another took over of which this one knows nothing."""
-    if owner.pid == os.getpid() and _read(file) in (owner, None):
+def _remove(file: Path, holder: LockHolder) -> None:
+    """Removes a lock holder file, unless this is a fork of its process, or another took over unknown to this one."""
+    if holder.pid == os.getpid() and _read(file) in (holder, None):
         with suppress(OSError):
             file.unlink()
 
 
-def _touch(file: Path, owner: Owner) -> None:
-    if _read(file) == owner:
+def _touch(file: Path, holder: LockHolder) -> None:
+    if _read(file) == holder:
         os.utime(file)
 
 
 def _silence(file: Path) -> float:
-    """Returns for how many seconds nothing was heard of an owner, by the clock of the file system, maybe another machine's."""
+    """Returns the seconds since a lock holder was heard of, by the clock of the file system, maybe another machine's."""
     try:
         with tempfile.TemporaryFile(dir=file.parent) as now:
             return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.evaluation.drafts import Answer, PromptDraft
-from moacompress.evaluation.foreign.names import SPEAKERS, pick
 from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.evaluation.unseen.names import SPEAKERS, pick
 
 LINE_TOKENS = 8
 """A line surely has more tokens: how many are drawn at most."""

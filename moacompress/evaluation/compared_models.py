@@ -11,7 +11,7 @@ from moacompress.calibration.store import Profile
 from moacompress.core.errors import PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
-from moacompress.evaluation.quantized_caches import QUANTIZED, QuantizedContender
+from moacompress.evaluation.quantized_caches import QUANTIZED, ComparedQuantizedCache
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
@@ -28,7 +28,7 @@ NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
 NEED_PROFILE = ("per-layer", "split", "moa")
 
 
-class Contender(Protocol):
+class ComparedModel(Protocol):
     """A model to be measured on one task and length.
 
     Attributes:
@@ -64,15 +64,15 @@ class Contender(Protocol):
 
 
 @dataclass(frozen=True)
-class PlanContender:
-    """A `Contender` under a plan.
+class ComparedPlan:
+    """A `ComparedModel` under a plan.
 
     Attributes:
-        name: see `Contender`.
+        name: see `ComparedModel`.
         plan: what it runs under. The dense model runs under a plan that keeps everything: the same kernels then compute
             all of them, and a difference between them is the plan's doing and never one of rounding.
-        kv_bytes: see `Contender`.
-        unit: see `Contender`.
+        kv_bytes: see `ComparedModel`.
+        unit: see `ComparedModel`.
     """
 
     name: str
@@ -81,15 +81,15 @@ class PlanContender:
     unit: int = 1
 
     def key(self) -> str:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return self.plan.key()
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return checkpoint.put_on(self.plan)
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
@@ -111,14 +111,14 @@ class PlanContender:
 
 
 @dataclass(frozen=True)
-class CheckpointContender:
-    """A `Contender` with weights of its own: repaired, healed, or without the projections that sharing layers do without.
+class ComparedCheckpoint:
+    """A `ComparedModel` with weights of its own: repaired, healed, or without the projections that sharing layers do without.
 
     Attributes:
-        name: see `Contender`.
+        name: see `ComparedModel`.
         own: the checkpoint; that which it is measured beside is in memory with it.
-        kv_bytes: see `Contender`.
-        unit: see `Contender`.
+        kv_bytes: see `ComparedModel`.
+        unit: see `ComparedModel`.
     """
 
     name: str
@@ -127,24 +127,24 @@ class CheckpointContender:
     unit: int = 1
 
     def key(self) -> str:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return fingerprint([self.own.plan.key(), self.own.weights])
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `Contender`; the weights are its own."""
+        """See `ComparedModel`; the weights are its own."""
         return self.own.as_stored()
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """See `Contender`."""
+        """See `ComparedModel`."""
         return {}
 
 
 @dataclass(frozen=True)
-class Field:
+class Comparison:
     """What a checkpoint is measured against.
 
     Attributes:
@@ -167,7 +167,7 @@ class Field:
         """The checkpoint's own."""
         return self.checkpoint.plan
 
-    def at(self, tokens: int, last: int) -> list[Contender]:
+    def at(self, tokens: int, last: int) -> list[ComparedModel]:
         """Returns the models to run on prompts, the plan first.
 
         Args:
@@ -182,29 +182,29 @@ class Field:
         found = [self._first(limit)]
         for name in self.against:
             if name == DENSE:
-                found.append(PlanContender(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
+                found.append(ComparedPlan(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
             elif name in QUANTIZED:
                 kind = QUANTIZED[name]
                 held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
-                found.append(QuantizedContender(kind, held))
+                found.append(ComparedQuantizedCache(kind, held))
             elif name in self.others:
-                found.append(_other_contender(name, self.others[name], tokens))
+                found.append(_other_model(name, self.others[name], tokens))
             else:
                 plans = self._baseline(name, tokens, limit)
-                found += [PlanContender(name, plan, plan.kv_bytes(tokens)) for plan in plans]
+                found += [ComparedPlan(name, plan, plan.kv_bytes(tokens)) for plan in plans]
         return found
 
-    def _first(self, kv_bytes: int) -> Contender:
+    def _first(self, kv_bytes: int) -> ComparedModel:
         """Returns the checkpoint itself, under its plan."""
         if self.checkpoint.dense is None:
-            return PlanContender(PLAN, self.plan, kv_bytes)
-        return CheckpointContender(PLAN, self.checkpoint, kv_bytes)
+            return ComparedPlan(PLAN, self.plan, kv_bytes)
+        return ComparedCheckpoint(PLAN, self.checkpoint, kv_bytes)
 
-    def without_baselines(self) -> list[Contender]:
+    def without_baselines(self) -> list[ComparedModel]:
         """Returns the models that are the same at every length, where they keep no token: the plan, other folders, dense."""
         found = [self._first(0)]
-        found += [_other_contender(name, other, 0) for name, other in self.others.items()]
-        return found + ([PlanContender(DENSE, Plan.full(self.plan.model), 0)] if DENSE in self.against else [])
+        found += [_other_model(name, other, 0) for name, other in self.others.items()]
+        return found + ([ComparedPlan(DENSE, Plan.full(self.plan.model), 0)] if DENSE in self.against else [])
 
     def _baseline(self, name: str, tokens: int, limit: int) -> list[Plan]:
         """Returns the candidates of a baseline."""
@@ -217,16 +217,16 @@ class Field:
         return plans if self.every_candidate else [plan for plan in plans if sink in _sinks_of(plan)] or plans
 
 
-def make_field(
+def make_comparison(
     checkpoint: Checkpoint, against: Sequence[str], profile: str | Path | None, every_candidate: bool
-) -> Field:
+) -> Comparison:
     """Returns what a checkpoint is measured against.
 
     Args:
         checkpoint: the checkpoint.
         against: see `NAMED`, or folders of other compressed checkpoints that were made from the same dense model.
         profile: folder of a profile of the same weights, for `NEED_PROFILE`.
-        every_candidate: see `Field`.
+        every_candidate: see `Comparison`.
 
     Raises:
         UsageError: a baseline that needs a profile, and there is none.
@@ -235,7 +235,7 @@ def make_field(
     names = tuple(dict.fromkeys(against))
     found = _profile(checkpoint, names, profile)
     others = {name: _other(checkpoint, name) for name in names if name not in NAMED}
-    return Field(checkpoint, names, others, found, every_candidate)
+    return Comparison(checkpoint, names, others, found, every_candidate)
 
 
 def check_names(against: Sequence[str]) -> None:
@@ -301,10 +301,10 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
     return other
 
 
-def _other_contender(name: str, other: Plan | Checkpoint, tokens: int) -> Contender:
+def _other_model(name: str, other: Plan | Checkpoint, tokens: int) -> ComparedModel:
     if isinstance(other, Plan):
-        return PlanContender(name, other, other.kv_bytes(tokens))
-    return CheckpointContender(name, other, other.plan.kv_bytes(tokens))
+        return ComparedPlan(name, other, other.kv_bytes(tokens))
+    return ComparedCheckpoint(name, other, other.plan.kv_bytes(tokens))
 
 
 def _sinks_of(plan: Plan) -> set[int]:

@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 
-from moacompress.core import owners
-from moacompress.core.artefact_names import owner_of_file, owner_of_folder
+from moacompress.core import lock_holders
+from moacompress.core.artefact_names import holder_of_file, holder_of_folder
 from moacompress.core.errors import ArtefactError
-from moacompress.core.owners import Owner, own_file, own_folder, readable_age, release_dead
+from moacompress.core.lock_holders import LockHolder, own_file, own_folder, readable_age, release_dead
 
 HOLD = """
 import signal, sys
 from pathlib import Path
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
 with own_file(Path(sys.argv[1])):
     print("held", flush=True)
@@ -38,7 +38,7 @@ TRY = """
 import sys
 from pathlib import Path
 from moacompress.core.errors import ArtefactError
-from moacompress.core.owners import own_file
+from moacompress.core.lock_holders import own_file
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -96,9 +96,9 @@ def is_free(path: Path) -> bool:
         return False
 
 
-def leave(path: Path, owner: Owner | str) -> None:
-    """Leaves the trace of an owner."""
-    owner_of_file(path).write_text(owner if isinstance(owner, str) else json.dumps(owner.to_dict()))
+def leave(path: Path, holder: LockHolder | str) -> None:
+    """Leaves the trace of a lock holder."""
+    holder_of_file(path).write_text(holder if isinstance(holder, str) else json.dumps(holder.to_dict()))
 
 
 def test_a_second_process_is_refused_in_one_sentence(target: Path, start: Start) -> None:
@@ -112,7 +112,7 @@ def test_a_second_process_is_refused_in_one_sentence(target: Path, start: Start)
     assert message.endswith("; wait until it is done, stop it, or choose another file")
     tell(process, "go on")
     assert process.wait() == 0
-    assert not owner_of_file(target).exists()
+    assert not holder_of_file(target).exists()
     assert is_free(target)
 
 
@@ -120,9 +120,9 @@ def test_a_killed_one_is_taken_over(target: Path, start: Start) -> None:
     process = start(HOLD, "held")
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody asked how it ended
-    assert owner_of_file(target).exists()
+    assert holder_of_file(target).exists()
     assert is_free(target)
-    assert not owner_of_file(target).exists()
+    assert not holder_of_file(target).exists()
 
 
 @pytest.mark.parametrize("end", ["normal", "error", "Ctrl-C"])
@@ -133,10 +133,10 @@ def test_it_is_free_after_any_end(end: str, target: Path, start: Start) -> None:
     else:
         tell(process, "fail" if end == "error" else "go on")
     assert (process.wait() == 0) == (end == "normal")
-    assert not owner_of_file(target).exists()
+    assert not holder_of_file(target).exists()
 
 
-def test_of_many_that_come_at_once_one_is_the_owner(target: Path, start: Start) -> None:
+def test_of_many_that_come_at_once_one_is_the_holder(target: Path, start: Start) -> None:
     process = start(HOLD, "held")
     process.kill()
     process.wait()
@@ -161,11 +161,11 @@ def test_a_second_one_in_this_process_is_refused(target: Path) -> None:
 
 def test_what_this_process_no_longer_holds_is_free(target: Path) -> None:
     """An interrupt in the wrong place leaves a trace of a process that lives on."""
-    leave(target, Owner.new())
+    leave(target, LockHolder.new())
     assert is_free(target)
 
 
-def test_the_fork_of_an_owner_leaves_it_alone(target: Path) -> None:
+def test_the_fork_of_a_holder_leaves_it_alone(target: Path) -> None:
     with contextlib.ExitStack() as owned:
         owned.enter_context(own_file(target))
         child = os.fork()
@@ -174,31 +174,31 @@ def test_the_fork_of_an_owner_leaves_it_alone(target: Path) -> None:
             owned.close()
             os._exit(0 if refused and not is_free(target) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert owner_of_file(target).exists()
+        assert holder_of_file(target).exists()
         assert not is_free(target)
     assert is_free(target)
 
 
-ALIVE = Owner.new()
-"""Looks like an owner that lives, but for what a test changes."""
+ALIVE = LockHolder.new()
+"""Looks like a lock holder that lives, but for what a test changes."""
 
 
 @pytest.fixture
-def parent() -> Owner:
+def parent() -> LockHolder:
     """A live process that is not this one."""
-    return replace(ALIVE, pid=os.getppid(), started=owners._started(os.getppid()) or "")
+    return replace(ALIVE, pid=os.getppid(), started=lock_holders._started(os.getppid()) or "")
 
 
 @pytest.mark.parametrize("change", [{}, {"host": "container", "space": "pid:[1]"}], ids=["here", "another container"])
 def test_the_trace_of_what_has_lost_its_lock_does_not_count(
-    change: dict[str, Any], parent: Owner, target: Path
+    change: dict[str, Any], parent: LockHolder, target: Path
 ) -> None:
     leave(target, replace(parent, **change))
     assert is_free(target)
 
 
 @pytest.mark.parametrize("change", [{"started": "1"}, {"pid": 2**22 + 1}, {"pid": 2**80}, {"pid": os.getpid()}])
-def test_without_a_lock_an_owner_is_alive_if_its_process_is(change: dict[str, Any], parent: Owner) -> None:
+def test_without_a_lock_a_holder_is_alive_if_its_process_is(change: dict[str, Any], parent: LockHolder) -> None:
     """As of a study in a database; a dead process is known at once, and one that runs need not be heard of."""
 
     def silent() -> float:
@@ -207,9 +207,9 @@ def test_without_a_lock_an_owner_is_alive_if_its_process_is(change: dict[str, An
     assert parent.is_alive(silent)
     assert not replace(parent, **change).is_alive(silent)
     for elsewhere in ({"boot": "another"}, {"space": "pid:[1]"}, {"started": ""}):
-        owner = replace(parent, **change | elsewhere)
-        assert owner.is_alive(lambda: 10.0)
-        assert not owner.is_alive(lambda: owners.SILENT_SECONDS + 1)
+        holder = replace(parent, **change | elsewhere)
+        assert holder.is_alive(lambda: 10.0)
+        assert not holder.is_alive(lambda: lock_holders.SILENT_SECONDS + 1)
 
 
 @pytest.mark.parametrize(
@@ -223,19 +223,19 @@ def test_a_trace_that_cannot_be_read_does_not(trace: Any, target: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere", "boot": "another"}, {"boot": "another"}, {"boot": ""}])
-def test_where_nothing_is_known_an_owner_is_heard_of(change: dict[str, Any], parent: Owner, target: Path) -> None:
+def test_where_nothing_is_known_a_holder_is_heard_of(change: dict[str, Any], parent: LockHolder, target: Path) -> None:
     """Another machine, also one of the same name, or a system that does not say which boot it is in."""
     leave(target, replace(parent, **change))
     assert not is_free(target)
     now = time.time()
-    for when in (now - owners.SILENT_SECONDS - 60, now + owners.SILENT_SECONDS + 60):
-        os.utime(owner_of_file(target), (when, when))
-        leave_alone = owner_of_file(target).read_bytes()
+    for when in (now - lock_holders.SILENT_SECONDS - 60, now + lock_holders.SILENT_SECONDS + 60):
+        os.utime(holder_of_file(target), (when, when))
+        leave_alone = holder_of_file(target).read_bytes()
         assert is_free(target)
-        owner_of_file(target).write_bytes(leave_alone)
+        holder_of_file(target).write_bytes(leave_alone)
 
 
-def test_a_message_about_another_machine_says_when_to_try_again(parent: Owner, target: Path) -> None:
+def test_a_message_about_another_machine_says_when_to_try_again(parent: LockHolder, target: Path) -> None:
     leave(target, replace(parent, host="elsewhere", boot="another", begun=time.time() - 7300))
     with pytest.raises(
         ArtefactError, match="on elsewhere has been at work on it for 2 hours; .* try again in 5 minutes if"
@@ -243,7 +243,7 @@ def test_a_message_about_another_machine_says_when_to_try_again(parent: Owner, t
         own_file(target).__enter__()
 
 
-def test_an_owner_is_heard_of_as_long_as_it_works(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_is_heard_of_as_long_as_it_works(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beats = threading.Semaphore(0)
     utime = os.utime
 
@@ -251,24 +251,24 @@ def test_an_owner_is_heard_of_as_long_as_it_works(target: Path, monkeypatch: pyt
         utime(*arguments)
         beats.release()
 
-    monkeypatch.setattr(owners, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(lock_holders, "BEAT_SECONDS", 0.001)
     with own_file(target):
-        utime(owner_of_file(target), (0, 0))
+        utime(holder_of_file(target), (0, 0))
         monkeypatch.setattr(os, "utime", heard_of)
         assert beats.acquire(timeout=60)
         assert beats.acquire(timeout=60)
-        assert owner_of_file(target).stat().st_mtime > 0
+        assert holder_of_file(target).stat().st_mtime > 0
     assert [thread.name for thread in threading.enumerate() if thread.name == "moacompress-owner"] == []
 
 
-def test_an_owner_leaves_the_file_of_its_successor_alone(parent: Owner, target: Path) -> None:
+def test_a_holder_leaves_the_file_of_its_successor_alone(parent: LockHolder, target: Path) -> None:
     """It slept for long, and another machine took over."""
     with own_file(target):
         leave(target, parent)
-        os.utime(owner_of_file(target), (0, 0))
-        owners._touch(owner_of_file(target), ALIVE)
-        assert owner_of_file(target).stat().st_mtime == 0
-    assert owner_of_file(target).exists()
+        os.utime(holder_of_file(target), (0, 0))
+        lock_holders._touch(holder_of_file(target), ALIVE)
+        assert holder_of_file(target).stat().st_mtime == 0
+    assert holder_of_file(target).exists()
 
 
 def test_without_locks_on_the_file_system(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_without_locks_on_the_file_system(target: Path, monkeypatch: pytest.Monk
 def test_a_folder_is_owned_from_within_and_made(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     with own_folder(folder):
-        assert owner_of_folder(folder).is_file()
+        assert holder_of_folder(folder).is_file()
         with pytest.raises(ArtefactError, match="is in use: .* or choose another folder"), own_folder(folder):
             pass
     assert list(folder.iterdir()) == []
@@ -307,10 +307,10 @@ def test_a_path_from_here_is_the_same_after_a_change_of_folder(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     with own_file(Path("plan.json")):
         monkeypatch.chdir(tmp_path / "below")
-    assert not owner_of_file(tmp_path / "plan.json").exists()
+    assert not holder_of_file(tmp_path / "plan.json").exists()
 
 
-def test_a_place_that_cannot_be_written_needs_no_owner(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_needs_no_holder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
         with own_folder(place):
@@ -331,8 +331,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(target: Path, monkeypatch: 
     assert list(target.parent.iterdir()) == []
 
 
-def test_only_a_dead_owner_is_released(parent: Owner, target: Path) -> None:
-    file = owner_of_file(target)
+def test_only_a_dead_holder_is_released(parent: LockHolder, target: Path) -> None:
+    file = holder_of_file(target)
     assert release_dead(file)
     with own_file(target):
         assert not release_dead(file)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import pytest
 
-import moacompress.evaluation.foreign as foreign
+import moacompress.evaluation.unseen as unseen
 from moacompress.core.errors import DataError
 from moacompress.evaluation.drafts import encode_draft
-from moacompress.evaluation.foreign import dialogue_fact, legal_codes, table_lookup
-from moacompress.evaluation.foreign.dialogue_fact import SaidFact
-from moacompress.evaluation.foreign.legal_codes import FiledCode
-from moacompress.evaluation.foreign.names import NAMES, SPEAKERS, draw_names
-from moacompress.evaluation.foreign.table_lookup import CellTable
 from moacompress.evaluation.tasks import make_cases
+from moacompress.evaluation.unseen import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.unseen.dialogue_fact import SaidFact
+from moacompress.evaluation.unseen.legal_codes import FiledCode
+from moacompress.evaluation.unseen.names import NAMES, SPEAKERS, draw_names
+from moacompress.evaluation.unseen.table_lookup import CellTable
 from moacompress.prompts.generators import TASKS, Values, make_prompt
 from moacompress.prompts.pools import Prose, draw_codes
 from moacompress.recipe import Generator
@@ -26,7 +26,7 @@ from moacompress.recipe import Generator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOREIGN = ("legal-codes", "table-lookup", "dialogue-fact")
+UNSEEN = ("legal-codes", "table-lookup", "dialogue-fact")
 
 
 def drawn(task: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -151,14 +151,14 @@ def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
 
 def test_calibration_has_nothing_of_them(calibrated: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     """Neither a name, nor a code of their form, nor a number as long as theirs, nor a line of their text."""
-    assert not set(FOREIGN) & {*TASKS, *get_args(Generator)}
+    assert not set(UNSEEN) & {*TASKS, *get_args(Generator)}
     words = set(re.findall(r"\w+", calibrated))
     assert len(words) > 1000
     assert not words & {*SPEAKERS, *draw_names(np.random.default_rng(0), NAMES)}
     assert not re.search(r"\b[A-Z]{2}-\d{4}\b", calibrated)
     assert not re.search(r"(?<![\w-])\d{4}(?![\w-])", calibrated)
     assert not re.search(r"^\||^\w+(,\w+)+$|^\w+: .*[.!?]$", calibrated, re.MULTILINE)
-    for task in FOREIGN:
+    for task in UNSEEN:
         for text, value in drawn(task, 1500, 5, tiny_tokenizer):
             assert value not in re.findall(r"[\w-]+", calibrated)
             assert set(text.split("\n")[2:]) & set(calibrated.split("\n")) <= {""}
@@ -171,7 +171,7 @@ def test_no_code_of_calibration_has_their_form() -> None:
 
 
 def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
-    package = Path(foreign.__file__).parents[2]
+    package = Path(unseen.__file__).parents[2]
     readers = set()
     for file in (
         *package.rglob("*.py"),
@@ -181,6 +181,6 @@ def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
         modules = {
             node.module for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)
         }
-        if any(str(module).startswith(foreign.__name__) for module in modules):
+        if any(str(module).startswith(unseen.__name__) for module in modules):
             readers.add(file.name)
     assert readers == {"tasks.py", "legal_codes.py", "table_lookup.py", "dialogue_fact.py"}

@@ -1,4 +1,4 @@
-"""The verb `heal`: one JSON object, a table for people, and the command that goes on after Ctrl-C."""
+"""The command `heal`: one JSON object, a table for people, and the command that resumes after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_after_ctrl_c_the_command_is_said(command: list[str], monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["moacompress", *command])
     done = RUNNER.invoke(app, command)
     assert done.exit_code == 130
-    assert f"go on with: moacompress heal {command[1]} -o" in done.stderr
+    assert f"resume with: moacompress heal {command[1]} -o" in done.stderr
 
 
 def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

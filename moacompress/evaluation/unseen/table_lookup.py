@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moacompress.evaluation.drafts import Answer, PromptDraft
-from moacompress.evaluation.foreign.names import NAMES, draw_names
 from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.evaluation.unseen.names import NAMES, draw_names
 
 TableLayout = Literal["markdown", "csv"]
 LAYOUTS: tuple[TableLayout, ...] = ("markdown", "csv")

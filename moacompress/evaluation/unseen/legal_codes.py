@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.evaluation.drafts import Answer, PromptDraft
-from moacompress.evaluation.foreign.names import draw_names, pick
 from moacompress.evaluation.prompt_request import PromptRequest
+from moacompress.evaluation.unseen.names import draw_names, pick
 
 CLAUSE_TOKENS = 12
 """A clause surely has more tokens: how many are drawn at most."""
