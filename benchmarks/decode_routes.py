@@ -276,7 +276,7 @@ class Steps:
             assert isinstance(layer, PlanCacheLayer)
             layer.update(key, value)
             scores = torch.randint(-(1 << 15), 1 << 15, key.shape[:3], dtype=torch.int16)
-            layer.commit(chunk, layer.choose(chunk, scores) if layer.rules.selects else None)
+            layer.commit(chunk, scores if layer.rules.selects else None)
 
     def prepare(self) -> None:
         """Takes a fork of the filled cache, and the first step on it."""

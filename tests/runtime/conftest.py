@@ -101,8 +101,8 @@ def token_ids() -> Callable[..., torch.Tensor]:
 @pytest.fixture
 def compiled_kernels(kernels_cannot_run: Callable[[str | None], None]) -> None:
     """Skips a test where the compiled kernels do not run; see `kernels_cannot_run`."""
-    if dispatch.selected().name != "cpu":
-        kernels_cannot_run(dispatch.selected().reason)
+    if dispatch.chosen().name != "cpu":
+        kernels_cannot_run(dispatch.chosen().reason)
 
 
 @pytest.fixture
