@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moacompress.calibration.copy_repair import copied, repaired_copies
-from moacompress.calibration.passes import all_attended
-from moacompress.calibration.repair import Weights
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.sharing import Attended
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import all_attended
+from moacompress.calibration.profile.sharing import Attended
 from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose, Split
+from moacompress.repair.copies import copied, repaired_copies
+from moacompress.repair.projections import Weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
-from moacompress.search.objective import Objective
+from moacompress.search.measure.objective import Objective
 
 
 def windows(source: SourceModel, prose: Prose, split: Split, tokens: int, count: int) -> list[Sample]:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.cases import Case
-from moacompress.evaluation.result_rows import POOLED
-from moacompress.evaluation.scoring import Score, batches, score_batch
-from moacompress.evaluation.stats import Interval, mean, rate, retention
-from moacompress.evaluation.tasks import Resources, make_cases
+from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
+from moacompress.evaluation.scoring.result_rows import POOLED
+from moacompress.evaluation.scoring.stats import Interval, mean, rate, retention
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.models.source import load_source
 from moacompress.prompts.pools import Prose
 from moacompress.rules.budget import parse_lengths

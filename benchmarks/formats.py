@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from moacompress.kernels.reference.codes import decode, encode, rotated
 
 if TYPE_CHECKING:
-    from moacompress.calibration.samples import Sample
+    from moacompress.calibration.data.samples import Sample
     from moacompress.models.source import SourceModel
 
 NAME = "rounded"
@@ -174,7 +174,7 @@ def ways(means: dict[int, torch.Tensor], sizes: dict[int, torch.Tensor]) -> dict
 
 def logits_under(source: SourceModel, way: Way, sample: Sample) -> torch.Tensor:
     """Returns the logits that predict a sample's answer tokens, `[answer, vocabulary]`."""
-    from moacompress.search.objective import answer_logits
+    from moacompress.search.measure.objective import answer_logits
 
     config: Any = source.model.config
     before = config._attn_implementation
@@ -206,7 +206,7 @@ def measure(
         calibration: others, for the channels' constants.
         wanted: names of ways; all if there are none. What they are compared with is measured in any case.
     """
-    from moacompress.search.objective import kl_divergence
+    from moacompress.search.measure.objective import kl_divergence
 
     dense = [logits_under(source, Way(native, native, (16, 16)), sample) for sample in samples]
     rows, kls_of = [], {}
@@ -226,7 +226,7 @@ def measure(
 
 def main() -> None:
     """Prints the rows."""
-    from moacompress.calibration.sample_sources import build_samples
+    from moacompress.calibration.data.sample_sources import build_samples
     from moacompress.models.source import load_source
     from moacompress.recipe import Recipe
     from moacompress.rules.budget import parse_length

@@ -37,9 +37,11 @@ from formats import ratio
 from gate_scores import Given, choosing_modules
 from torch import Tensor, nn
 
-from moacompress.calibration.answers import answer_drafts
-from moacompress.calibration.gate_samples import gate_drafts, gate_recipe
-from moacompress.calibration.gates import (
+from moacompress.calibration.data.answers import answer_drafts
+from moacompress.calibration.data.sample_sources import build_samples
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.gates.gate_samples import gate_drafts, gate_recipe
+from moacompress.calibration.gates.training import (
     PENALTY,
     SHARES,
     attention_inputs,
@@ -48,16 +50,14 @@ from moacompress.calibration.gates import (
     share_left,
     target,
 )
-from moacompress.calibration.profiler import token_influence
-from moacompress.calibration.repair import Normal
-from moacompress.calibration.sample_sources import build_samples
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.profile.profiler import token_influence
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
+from moacompress.repair.projections import Normal
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.search.objective import answer_logits, kl_divergence
+from moacompress.search.measure.objective import answer_logits, kl_divergence
 
 WIDTH = 64
 STOPPING = 6

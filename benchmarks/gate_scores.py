@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moacompress.calibration.passes import all_attended
-from moacompress.evaluation.cases import Case
-from moacompress.evaluation.stats import mean, retention
-from moacompress.evaluation.tasks import Resources, make_cases
+from moacompress.calibration.profile.passes import all_attended
+from moacompress.evaluation.scoring.stats import mean, retention
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose

@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.sample_sources import build_samples
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.sample_sources import build_samples
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
-from moacompress.evaluation.stats import mean
+from moacompress.evaluation.scoring.stats import mean
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.baselines import family_plans
-from moacompress.search.measuring import measured_kls
-from moacompress.search.search_request import SearchRequest
+from moacompress.search.baselines.families import family_plans
+from moacompress.search.measure.measuring import measured_kls
+from moacompress.search.measure.trials import log_ratios
+from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.search_result import unpack
-from moacompress.search.trials import log_ratios
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from moacompress.search.solver import lagrange, milp
+from moacompress.search.problem.solver import lagrange, milp
 
 
 def problem(heads: int, rules: int, lengths: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

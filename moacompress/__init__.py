@@ -12,7 +12,7 @@ from _moacompress_autoload import autoload
 from moacompress.core.version import own_version
 
 if TYPE_CHECKING:
-    from moacompress.calibration.profiler import profile
+    from moacompress.calibration.profile.profiler import profile
     from moacompress.evaluation import evaluate
     from moacompress.exporter.exporting import export
     from moacompress.healer.healing import heal
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moacompress.recipe import Recipe
     from moacompress.rules.plan import Plan
     from moacompress.runtime import attach, detach
-    from moacompress.search.audit import audit
+    from moacompress.search.audit.audit import audit
     from moacompress.search.study import find_plan
 
 __all__ = [
@@ -42,14 +42,14 @@ _HOMES = {
     "Plan": "moacompress.rules.plan",
     "Recipe": "moacompress.recipe",
     "attach": "moacompress.runtime",
-    "audit": "moacompress.search.audit",
+    "audit": "moacompress.search.audit.audit",
     "compress": "moacompress.pipeline",
     "detach": "moacompress.runtime",
     "evaluate": "moacompress.evaluation",
     "export": "moacompress.exporter.exporting",
     "find_plan": "moacompress.search.study",
     "heal": "moacompress.healer.healing",
-    "profile": "moacompress.calibration.profiler",
+    "profile": "moacompress.calibration.profile.profiler",
 }
 
 __version__ = own_version()

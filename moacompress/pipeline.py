@@ -201,7 +201,7 @@ def _produce(
     recipe: Recipe, out: Path, progress: Progress, from_scratch: bool, trust_remote_code: bool
 ) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
-    from moacompress.calibration.profiler import profile
+    from moacompress.calibration.profile.profiler import profile
     from moacompress.search.study import find_plan
 
     source = _begin(recipe, out, from_scratch, trust_remote_code)
@@ -308,7 +308,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration.manifest import clear_profile
+    from moacompress.calibration.profile.manifest import clear_profile
 
     profile = out / PROFILE_FOLDER
     going = refuse_foreign(out, inputs)
@@ -336,8 +336,8 @@ def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
     Raises:
         ArtefactError: a folder has the name of one of a run's, and none left it; or one of the inputs would go too.
     """
-    from moacompress.calibration.manifest import is_profile
-    from moacompress.search.measured_baselines import check_baselines
+    from moacompress.calibration.profile.manifest import is_profile
+    from moacompress.search.baselines.measured import check_baselines
 
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]

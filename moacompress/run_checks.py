@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moacompress.calibration.profiler import check_samples, rules_on_offer
-from moacompress.calibration.sample_sources import check_data
+from moacompress.calibration.data.sample_sources import check_data
+from moacompress.calibration.profile.profiler import check_samples, rules_on_offer
 from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
-from moacompress.evaluation.tasks import Resources, find_task, make_cases
-from moacompress.evaluation.text import text_windows
-from moacompress.evaluation.text_rows import TEXT
+from moacompress.evaluation.scoring.text import text_windows
+from moacompress.evaluation.scoring.text_rows import TEXT
+from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Prose
 from moacompress.recipe import Recipe
@@ -19,7 +19,7 @@ from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.cost import budget_limits, layer_floors
-from moacompress.search.search_request import offered_formats
+from moacompress.search.problem.search_request import offered_formats
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from moacompress.calibration.estimate import dry_run as estimate_profile
+from moacompress.calibration.profile.estimate import dry_run as estimate_profile
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import product_seconds
 from moacompress.evaluation.eval_estimate import eval_seconds
-from moacompress.evaluation.tasks import expand_tasks
+from moacompress.evaluation.tasks.registry import expand_tasks
 from moacompress.exporter.export_estimate import export_seconds
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe

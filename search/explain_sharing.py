@@ -9,11 +9,11 @@ import numpy as np
 
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
-from moacompress.search.surrogate import Surrogate
-from moacompress.search.trials import Tried
+from moacompress.search.measure.trials import Tried
+from moacompress.search.predict.surrogate import Surrogate
 
 if TYPE_CHECKING:
-    from moacompress.search.search_request import SearchRequest
+    from moacompress.search.problem.search_request import SearchRequest
 
 
 def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[Tried]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.rules.plan import Plan
+from moacompress.search.measure.trials import Tried
 from moacompress.search.search_result import unpack
-from moacompress.search.trials import Tried
 
 if TYPE_CHECKING:
-    from moacompress.calibration.store import Profile
-    from moacompress.search.quadratic import Quadratic
+    from moacompress.calibration.profile.store import Profile
+    from moacompress.search.problem.quadratic import Quadratic
 
 
 @dataclass(frozen=True)

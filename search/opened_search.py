@@ -9,14 +9,14 @@ from pathlib import Path
 from moacompress.core.artefact_names import rounds_folder, study_journal
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
-from moacompress.search.around import Around, ProfileAround, spread_samples
-from moacompress.search.deadline import Deadline
 from moacompress.search.found_plan import write_first
-from moacompress.search.objective import Measure, Objective
-from moacompress.search.plan_evaluator import PlanEvaluator
+from moacompress.search.measure.deadline import Deadline
+from moacompress.search.measure.objective import Measure, Objective
+from moacompress.search.measure.plan_evaluator import PlanEvaluator
+from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
+from moacompress.search.predict.around import Around, ProfileAround, spread_samples
+from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.search_context import SearchContext
-from moacompress.search.search_request import SearchRequest
-from moacompress.search.study_storage import StudyStorage, own_study, quiet_optuna
 
 MOVE_SAMPLES = 12
 """Calibration samples on which single moves are measured."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.files import remove, write_json
@@ -21,9 +21,9 @@ from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.measured_baselines import check_baselines
-from moacompress.search.search_request import ParameterValues, SearchRequest, offered
+from moacompress.search.baselines.measured import check_baselines
+from moacompress.search.measure.deadline import Deadline, TimeUp
+from moacompress.search.problem.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.search_result import SearchResult
 from moacompress.search.study import find_plan
 

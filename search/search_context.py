@@ -12,19 +12,19 @@ import numpy as np
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.around import Around
-from moacompress.search.deadline import Deadline
+from moacompress.search.baselines.measured import MeasuredBaseline
 from moacompress.search.explain import Stage
 from moacompress.search.incumbent import Incumbent
-from moacompress.search.measured_baselines import MeasuredBaseline
-from moacompress.search.objective import Measure
-from moacompress.search.plan_evaluator import PlanEvaluator
-from moacompress.search.search_parameters import distributions
-from moacompress.search.search_request import ParameterValues, SearchRequest
+from moacompress.search.measure.deadline import Deadline
+from moacompress.search.measure.objective import Measure
+from moacompress.search.measure.plan_evaluator import PlanEvaluator
+from moacompress.search.measure.study_storage import StudyStorage
+from moacompress.search.measure.trials import Tried, log_ratio, noise
+from moacompress.search.predict.around import Around
+from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.problem.search_parameters import distributions
+from moacompress.search.problem.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_result import pack
-from moacompress.search.study_storage import StudyStorage
-from moacompress.search.surrogate import Surrogate
-from moacompress.search.trials import Tried, log_ratio, noise
 
 
 @dataclass

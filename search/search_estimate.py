@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moacompress.calibration.estimate import dry_run
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.estimate import dry_run
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.measured_baselines import CANDIDATES, CLOSE, FINALISTS, SCREENED
+from moacompress.search.baselines.measured import CANDIDATES, CLOSE, FINALISTS, SCREENED
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is given up."""

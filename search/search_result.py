@@ -17,7 +17,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
 
 if TYPE_CHECKING:
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from moacompress.calibration.manifest import sweep_samples
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.manifest import sweep_samples
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import holders_of_studies, of_search, rounds_folder, study_journal
 from moacompress.core.files import remove, sweep_files, sweep_folders
 from moacompress.core.lock_holders import own_file, release_dead
@@ -23,12 +23,12 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.found_plan import stopped_at_once, write_found
-from moacompress.search.measured_baselines import check_baselines
+from moacompress.search.measure.deadline import Deadline, TimeUp
 from moacompress.search.opened_search import opened
+from moacompress.search.problem.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_context import Step
-from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.search_result import SearchResult, found_before
 from moacompress.search.steps.baselines import measure_baselines
 from moacompress.search.steps.calibrated_start import calibrate

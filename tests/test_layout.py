@@ -69,14 +69,14 @@ def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
 
 
 FORMER = {
-    "moacompress.calibration.profiler": "profile",
+    "moacompress.calibration.profile.profiler": "profile",
     "moacompress.evaluation": "evaluate",
     "moacompress.exporter": "export",
     "moacompress.pipeline": "compress",
     "moacompress.plan": "Plan",
     "moacompress.recipe": "Recipe",
     "moacompress.runtime": "attach detach",
-    "moacompress.search.audit": "audit",
+    "moacompress.search.audit.audit": "audit",
     "moacompress.search.study": "find_plan",
 }
 

@@ -73,7 +73,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_recipe(file: Path) -> None:
-    from moacompress.evaluation.tasks import find_task
+    from moacompress.evaluation.tasks.registry import find_task
 
     recipe = Recipe.load(file)
     if file.parent.name != "effort":  # these are of any model and any budget

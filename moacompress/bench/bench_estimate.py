@@ -9,8 +9,8 @@ from moacompress.bench.benchmark import available_memory
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import TimedRates
-from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.models.stored_plan import stored_plan
+from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
 COMPILE_SECONDS = 20.0
 """Of compiling a decode step for one cell, about."""

@@ -38,11 +38,11 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.memory import available_bytes
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.version import own_version
-from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.kernels import dispatch
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.plan import Plan
 from moacompress.runtime import pack_weights
+from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

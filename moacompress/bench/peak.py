@@ -66,7 +66,7 @@ def measure(task: dict[str, Any]) -> dict[str, int]:
         random_ids,
         vocabulary_size,
     )
-    from moacompress.evaluation.checkpoint import load_checkpoint
+    from moacompress.runtime.checkpoint import load_checkpoint
     from moacompress.runtime.linear import pack_weights
 
     cell = Cell(task["dtype"], task["length"], task["batch"])

@@ -47,8 +47,8 @@ def preview(
     )
     name = required_model(model, resolved.model)
 
-    from moacompress.calibration.answers import answer_drafts
-    from moacompress.calibration.sample_sources import make_drafts, varied
+    from moacompress.calibration.data.answers import answer_drafts
+    from moacompress.calibration.data.sample_sources import make_drafts, varied
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for
 

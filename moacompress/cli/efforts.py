@@ -22,7 +22,7 @@ def effort_recipe(effort: Effort, *, prose: bool) -> Recipe:
 
     data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(FOLDER, f"{effort}.yaml").read_text("utf-8"))
     if not prose:
-        from moacompress.evaluation.tasks import find_task
+        from moacompress.evaluation.tasks.registry import find_task
 
         calibration, evaluation = data["calibration"], data["evaluation"]
         calibration["sources"] = [each for each in calibration["sources"] if each.get("haystack") != "prose"]

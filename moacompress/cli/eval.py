@@ -109,8 +109,8 @@ def evaluate(
 
     from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names
-    from moacompress.evaluation.text_rows import TEXT
-    from moacompress.evaluation.thresholds import failures, parse_thresholds
+    from moacompress.evaluation.scoring.text_rows import TEXT
+    from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
     from moacompress.report.evaluation_tables import csv_text, evaluation_tables
 
     chosen = recipe.evaluation.tasks
@@ -119,7 +119,7 @@ def evaluate(
     thresholds = parse_thresholds(fail_under, task_names(chosen))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if dry_run:
-        from moacompress.evaluation.compared_models import check_names
+        from moacompress.evaluation.baselines.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
 
         check_names(others)
@@ -171,8 +171,8 @@ def evaluate(
 def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
     from moacompress.core.tables import section
-    from moacompress.evaluation.tasks import TASKS
-    from moacompress.evaluation.text_rows import TEXT
+    from moacompress.evaluation.scoring.text_rows import TEXT
+    from moacompress.evaluation.tasks.registry import TASKS
 
     rows = [(task.name, task.description, task.requirements) for task in TASKS.values()]
     rows.append((TEXT, "perplexity by position, KL and top-1 agreement with dense on long text", "--text"))

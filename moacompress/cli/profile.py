@@ -30,7 +30,7 @@ from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def profile(
     """
     if around is not None and audit is not None:
         raise UsageError("--audit compares predictions for the dense model; run it without --around")
-    from moacompress.calibration.manifest import recipe_in
+    from moacompress.calibration.profile.manifest import recipe_in
 
     earlier = None if overwrite or recipe is not None else recipe_in(out, model)
     if earlier is not None:
@@ -151,25 +151,25 @@ def profile(
     from moacompress.models.stored_plan import read_plan
 
     plan = None if around is None else read_plan(find_plan_file(around))
-    from moacompress.calibration.sample_sources import check_data
+    from moacompress.calibration.data.sample_sources import check_data
     from moacompress.runtime.ready_model import load_for
 
     if dry_run:
-        from moacompress.calibration.estimate import dry_run as estimate
+        from moacompress.calibration.profile.estimate import dry_run as estimate
 
         check_data(resolved)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
         expected = estimate(loaded, resolved, run.progress, around=plan)
         return Output(expected.to_dict(), list(expected.lines()))
 
-    from moacompress.calibration.profiler import profile as profile_model
+    from moacompress.calibration.profile.profiler import profile as profile_model
     from moacompress.core.place import check_writable
 
     check_writable(out)
     check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     if audit is not None:
-        from moacompress.search.audit import check_audit
+        from moacompress.search.audit.audit import check_audit
 
         check_audit(loaded.shape, resolved, audit, audit_plans, budget)
     made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
@@ -177,7 +177,7 @@ def profile(
     if audit is not None:
         from moacompress.core.artefact_names import AUDIT_FILE
         from moacompress.report.audit_tables import audit_tables, write_scatter
-        from moacompress.search.audit import audit as audit_profile
+        from moacompress.search.audit.audit import audit as audit_profile
 
         found = audit_profile(
             made,

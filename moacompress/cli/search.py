@@ -14,7 +14,7 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
     from moacompress.search.search_result import SearchResult
 
 
@@ -104,7 +104,7 @@ def search(
     Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command.
     """
     started = time.monotonic()
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
     from moacompress.rules.budget import split_budgets
 
     if max_loss is not None and (budget or front):
@@ -137,7 +137,7 @@ def search(
         plans = max(1, len(asked))
         expected = estimate_search(loaded, resolved, plans, run.progress, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), [*expected.lines()])
-    from moacompress.search.deadline import Deadline
+    from moacompress.search.measure.deadline import Deadline
 
     deadline = Deadline(resolved.search.timeout, started)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}

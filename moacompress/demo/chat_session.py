@@ -13,10 +13,10 @@ from transformers import TextStreamer
 
 from moacompress.core.errors import DataError
 from moacompress.core.tables import readable_bytes
-from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.models.source import context_length
 from moacompress.rules.cost import holds_from
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import Rates, TimedRates
-from moacompress.evaluation.checkpoint import compressed_folder, load_checkpoint
 from moacompress.rules.rule import SINKS
+from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 from moacompress.runtime.linear import pack_where_it_fits
 
 ANSWER = 16

@@ -15,12 +15,10 @@ from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.records import Records, named_numbers
-from moacompress.evaluation.cases import Case, mean_answer_tokens, mean_tokens
-from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
-from moacompress.evaluation.compared_models import ComparedModel, Comparison, check_names, make_comparison
+from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
+from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
-from moacompress.evaluation.quantized_caches import RESIDUAL
-from moacompress.evaluation.result_rows import (
+from moacompress.evaluation.scoring.result_rows import (
     Measured,
     ResultRow,
     TaskCell,
@@ -30,16 +28,18 @@ from moacompress.evaluation.result_rows import (
     pooled_rows,
     result_rows,
 )
-from moacompress.evaluation.scores import Scorer
-from moacompress.evaluation.tasks import Resources, check_resources, expand_tasks, find_task, make_cases
-from moacompress.evaluation.text import text_windows
-from moacompress.evaluation.text_rows import (
+from moacompress.evaluation.scoring.scores import Scorer
+from moacompress.evaluation.scoring.text import text_windows
+from moacompress.evaluation.scoring.text_rows import (
     TEXT,
     TextMeasured,
     text_difference_rows,
     text_result_rows,
 )
+from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
+from moacompress.evaluation.tasks.registry import Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.prompts.pools import Prose
+from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
 

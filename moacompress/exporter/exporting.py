@@ -30,8 +30,8 @@ from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from moacompress.calibration.store import Profile
-    from moacompress.search.repaired import Repaired
+    from moacompress.calibration.profile.store import Profile
+    from moacompress.repair.plans import Repaired
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def export(
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan, with the same repair, is left as it is.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
-            samples, where that lowers measured KL; see `moacompress.search.repaired`. A loaded model has its own weights
+            samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
         overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -71,7 +71,7 @@ def export(
             read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
-    from moacompress.calibration.repair import with_weights
+    from moacompress.repair.projections import with_weights
     from moacompress.runtime import attach, detach
 
     progress = progress or Progress()
@@ -215,8 +215,8 @@ def _repaired(
     progress: Progress,
 ) -> Repaired:
     """Repairs in the dtype that was profiled in, which need not be the checkpoint's, with a loaded model if one has it."""
+    from moacompress.repair.plans import repair_by_profile
     from moacompress.runtime.ready_model import load_for
-    from moacompress.search.repaired import repair_by_profile
 
     recipe = profile.recipe
     profile.check_model(source, "repair")
@@ -230,7 +230,7 @@ def _repaired(
 
 def _read_profile(profile: Profile | str | Path | None) -> Profile | None:
     if isinstance(profile, str | Path):
-        from moacompress.calibration.store import Profile
+        from moacompress.calibration.profile.store import Profile
 
         return Profile.load(profile)
     return profile

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moacompress.calibration.answers import generate_greedy
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.answers import generate_greedy
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.memory import peak_rss
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
 from moacompress.healer import processes

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.answer_store import AnswerStore
-from moacompress.calibration.samples import fingerprint_ordered, fingerprint_samples
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.answer_store import AnswerStore
+from moacompress.calibration.data.samples import fingerprint_ordered, fingerprint_samples
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import (
     ANSWERS_FILE,
     HEAL_CHECKPOINTS_FOLDER,
@@ -32,7 +32,6 @@ from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint, new_folder, read_json, remove, sweep_folders, write_json
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import SILENT, Progress
-from moacompress.evaluation.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer import processes
@@ -51,6 +50,7 @@ from moacompress.models.source import SourceModel, context_length, load_source
 from moacompress.recipe import HealRecipe, Recipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
+from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 from moacompress.runtime.gate import gates_on
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moacompress.calibration.passes import output_logits, target_states
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import output_logits, target_states
 from moacompress.core.errors import ModelError
 from moacompress.healer import processes
-from moacompress.search.objective import answer_logits, kl_divergence
+from moacompress.search.measure.objective import answer_logits, kl_divergence
 
 
 def target_rows(sample: Sample) -> Tensor:

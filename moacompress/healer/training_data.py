@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moacompress.calibration.answer_store import AnswerStore
-from moacompress.calibration.answers import SampleDraft, answer_drafts
-from moacompress.calibration.sample_sources import check_counts, make_drafts
-from moacompress.calibration.samples import SHORTEST, Sample, fingerprint_ordered, fingerprint_sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.answer_store import AnswerStore
+from moacompress.calibration.data.answers import SampleDraft, answer_drafts
+from moacompress.calibration.data.sample_sources import check_counts, make_drafts
+from moacompress.calibration.data.samples import SHORTEST, Sample, fingerprint_ordered, fingerprint_sample
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel

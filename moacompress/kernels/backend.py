@@ -335,7 +335,7 @@ class Backend(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Gradients of attention and what every rule would move, in one sweep.
 
-        What is computed, and in PyTorch, is in `moacompress.calibration.influence`.
+        What is computed, and in PyTorch, is in `moacompress.calibration.profile.influence`.
 
         Args:
             dout: cotangent of the output, `[1, heads, tokens, value_dim]`.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

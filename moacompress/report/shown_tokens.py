@@ -47,7 +47,7 @@ def selected_tokens(
         UsageError: the plan has no gates.
         DataError: the text cannot be read, or is too short for a token to leave a window.
     """
-    from moacompress.evaluation.checkpoint import load_checkpoint
+    from moacompress.runtime.checkpoint import load_checkpoint
 
     if not plan.selects:
         raise UsageError("no rule of this plan keeps tokens by their score, so there is nothing to show of a text")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from moacompress.search.objective import Measure, SampleKl
+    from moacompress.search.measure.objective import Measure, SampleKl
 
 Left = Callable[[Plan], float]
 """Share of a plan's measured KL that healing is assumed to leave, in (0, 1]."""

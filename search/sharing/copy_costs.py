@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.calibration.sharing import best_head_map, copy_influence, copyable
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.sharing import best_head_map, copy_influence, copyable
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
 from moacompress.rules.share import LayerShares, Share

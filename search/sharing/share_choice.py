@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
-from moacompress.calibration.copy_repair import CopyRepair
-from moacompress.calibration.repair import Weights
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
+from moacompress.repair.copies import CopyRepair
+from moacompress.repair.projections import Weights
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moacompress.search.baselines.measured import measure_baseline_families
 from moacompress.search.incumbent import Incumbent
-from moacompress.search.measured_baselines import measure_baseline_families
 from moacompress.search.search_context import SearchContext
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moacompress.search.incumbent import Incumbent
+from moacompress.search.measure.trials import log_ratio, log_ratios, standard_error
 from moacompress.search.search_context import SearchContext
-from moacompress.search.trials import log_ratio, log_ratios, standard_error
 
 
 def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:

@@ -16,15 +16,15 @@ import numpy as np
 
 from moacompress.core.arrays import Ints
 from moacompress.rules.plan import Plan
-from moacompress.search.around import Forms
-from moacompress.search.deadline import TimeUp
 from moacompress.search.found_plan import write_so_far
 from moacompress.search.incumbent import Incumbent
-from moacompress.search.knapsack import Knapsack
-from moacompress.search.quadratic import Quadratic
+from moacompress.search.measure.deadline import TimeUp
+from moacompress.search.measure.trials import Trials, best_trial, least_trial
+from moacompress.search.predict.around import Forms
+from moacompress.search.problem.knapsack import Knapsack
+from moacompress.search.problem.quadratic import Quadratic
+from moacompress.search.problem.search_request import ParameterValues
 from moacompress.search.search_context import SearchContext
-from moacompress.search.search_request import ParameterValues
-from moacompress.search.trials import Trials, best_trial, least_trial
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ def _no_compiler(monkeypatch):
 @pytest.fixture
 def checkpoint(compressed):
     """Returns the tiny compressed checkpoint, loaded again: what is made of it changes it."""
-    from moacompress.evaluation.checkpoint import load_checkpoint
+    from moacompress.runtime.checkpoint import load_checkpoint
 
     return load_checkpoint(compressed / "model", "float32", "cpu")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moacompress.calibration.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
+from moacompress.calibration.data.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text

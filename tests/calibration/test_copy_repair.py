@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration import repair
-from moacompress.calibration.copy_repair import JUDGING, PENALTY, copied, repaired_copies
-from moacompress.calibration.passes import all_attended
-from moacompress.calibration.repair import RepairSetting, output_projections, repaired_weights
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import all_attended
 from moacompress.models.source import model_shape
+from moacompress.repair import projections as repair
+from moacompress.repair.copies import JUDGING, PENALTY, copied, repaired_copies
+from moacompress.repair.projections import RepairSetting, output_projections, repaired_weights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule

@@ -16,14 +16,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration import passes, probe
-from moacompress.calibration.answers import BATCH_TOKENS
-from moacompress.calibration.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
-from moacompress.calibration.influence import TILE
-from moacompress.calibration.plain import TARGETS
-from moacompress.calibration.probe import AttentionSeconds, Gathered, Probe
-from moacompress.calibration.profiler import sample_statistics
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.answers import BATCH_TOKENS
+from moacompress.calibration.data.plain import TARGETS
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import passes, probe
+from moacompress.calibration.profile.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
+from moacompress.calibration.profile.influence import TILE
+from moacompress.calibration.profile.probe import AttentionSeconds, Gathered, Probe
+from moacompress.calibration.profile.profiler import sample_statistics
 from moacompress.core.errors import DataError, ModelError, PlanError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
@@ -282,7 +282,7 @@ def test_around_a_plan_takes_a_pass_more(
 def test_bad_lengths_are_refused_before_anything_runs(
     load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("moacompress.calibration.estimate.Probe", None)
+    monkeypatch.setattr("moacompress.calibration.profile.estimate.Probe", None)
     with pytest.raises(DataError, match="length 8,192 is beyond the model's context of 4,096 tokens"):
         dry_run(load(), recipe(256, 8192))
     with pytest.raises(DataError, match="length 96 is too short to profile"):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moacompress.calibration import profiler
-from moacompress.calibration.gate_samples import gate_recipe
-from moacompress.calibration.samples import Sample, load_samples
+from moacompress.calibration.data.samples import Sample, load_samples
+from moacompress.calibration.gates.gate_samples import gate_recipe
+from moacompress.calibration.profile import profiler
 from moacompress.core.artefact_names import CALIBRATION_FILE
 from moacompress.core.errors import DataError
 from moacompress.models.source import SourceModel, model_shape
@@ -162,7 +162,7 @@ def test_few_rows_give_gates_what_is_left_of_them(
 def test_too_little_for_gates_is_said_before_the_model_answers(
     rows: list[dict[str, Any]], says: str, source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moacompress.calibration.answers.generate_greedy", lambda *_: pytest.fail("it answers"))
+    monkeypatch.setattr("moacompress.calibration.data.answers.generate_greedy", lambda *_: pytest.fail("it answers"))
     with pytest.raises(DataError, match=says):
         profiler.profile(source, tmp_path / "profile", recipe([{"path": rows_file(tmp_path, rows)}]))
 

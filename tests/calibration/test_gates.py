@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration.choices import choices_of
-from moacompress.calibration.collectors import InfluenceSums, TokenSums
-from moacompress.calibration.gates import (
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.gates.training import (
     FIRST,
     FLOOR,
     LAG,
@@ -24,11 +23,12 @@ from moacompress.calibration.gates import (
     target,
     train_gates,
 )
-from moacompress.calibration.influence import AttentionSpec, attend, attend_backward
-from moacompress.calibration.passes import read_through
-from moacompress.calibration.profiler import profile, token_influence
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.choices import choices_of
+from moacompress.calibration.profile.collectors import InfluenceSums, TokenSums
+from moacompress.calibration.profile.influence import AttentionSpec, attend, attend_backward
+from moacompress.calibration.profile.passes import read_through
+from moacompress.calibration.profile.profiler import profile, token_influence
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.models.modules import attention_modules
@@ -164,7 +164,7 @@ def test_what_has_nothing_to_do_with_it_is_not_found(tiny_model: Models) -> None
 
 
 def test_layers_are_fitted_in_groups_where_memory_is_short(tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.calibration import repair as module
+    from moacompress.repair import projections as module
 
     model = tiny_model("llama")
     shape, samples = model_shape(model), made(3)
@@ -198,7 +198,7 @@ RECIPE = {
 
 
 def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.calibration import profiler
+    from moacompress.calibration.profile import profiler
 
     source = load_source(tiny_folder)
     recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})

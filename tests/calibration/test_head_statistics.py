@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moacompress.calibration.head_statistics import HeadSums
-from moacompress.calibration.influence import AttentionSpec, attend_backward
-from moacompress.calibration.manifest import DISTANCE_BINS
-from moacompress.calibration.profiler import sample_statistics
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.head_statistics import HeadSums
+from moacompress.calibration.profile.influence import AttentionSpec, attend_backward
+from moacompress.calibration.profile.manifest import DISTANCE_BINS
+from moacompress.calibration.profile.profiler import sample_statistics
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.rule import SINKS, Rule

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moacompress.calibration.collectors import BaselineSums, InfluenceSums
-from moacompress.calibration.influence import (
+from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums
+from moacompress.calibration.profile.influence import (
     AttentionSpec,
     ProfiledAttention,
     TileView,

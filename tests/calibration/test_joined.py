@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moacompress.calibration.answers import SampleDraft
-from moacompress.calibration.data_rows import read_rows
-from moacompress.calibration.joined import SLACK, Library, exact_cut, joined_drafts
+from moacompress.calibration.data.answers import SampleDraft
+from moacompress.calibration.data.data_rows import read_rows
+from moacompress.calibration.data.joined import SLACK, Library, exact_cut, joined_drafts
 from moacompress.core.errors import DataError
-from moacompress.evaluation.squad_questions import Questions
+from moacompress.evaluation.tasks.squad_questions import Questions
 from moacompress.prompts.pools import SPLITS, Split
 from moacompress.prompts.recall import WORDS
 from moacompress.prompts.sentences import DOCUMENTS

@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from moacompress.calibration import passes, profiler
-from moacompress.calibration.collectors import InfluenceSums
-from moacompress.calibration.influence import Collector, TileView
-from moacompress.calibration.passes import Recording, Tape, hidden_states, output_logits
-from moacompress.calibration.probe import LiveBytes
-from moacompress.calibration.profiler import fisher_cotangent, label_cotangent, sample_statistics
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import passes, profiler
+from moacompress.calibration.profile.collectors import InfluenceSums
+from moacompress.calibration.profile.influence import Collector, TileView
+from moacompress.calibration.profile.passes import Recording, Tape, hidden_states, output_logits
+from moacompress.calibration.profile.probe import LiveBytes
+from moacompress.calibration.profile.profiler import fisher_cotangent, label_cotangent, sample_statistics
+from moacompress.calibration.profile.statistics import Statistics
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration import profiler
-from moacompress.calibration.profiler import profile, sample_statistics
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.statistics import ESTIMATORS, Statistics
-from moacompress.calibration.store import Profile, sample_path
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile.profiler import profile, sample_statistics
+from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
+from moacompress.calibration.profile.store import Profile, sample_path
 from moacompress.core.artefact_names import MANIFEST_FILE, holder_of_folder, of_profile
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.files import remove
@@ -52,8 +52,8 @@ def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(split)
         return make_samples(source, recipe, split)
 
-    monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
-    monkeypatch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+    monkeypatch.setattr("moacompress.calibration.data.sample_sources.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
     return made
 
 
@@ -131,7 +131,7 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(
         (out / "notes.txt").write_text("mine")
         for overwrite in (True, False) if seed == 0 else (True,):
             with monkeypatch.context() as patched:
-                patched.setattr("moacompress.calibration.manifest.remove", stopping_after(stop))
+                patched.setattr("moacompress.calibration.profile.manifest.remove", stopping_after(stop))
                 with pytest.raises(KeyboardInterrupt):
                     profile(source, out, RECIPE.override(seed=seed), overwrite=True)
             made = profile(source, out, RECIPE.override(seed=seed), overwrite=overwrite)

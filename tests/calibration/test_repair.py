@@ -12,8 +12,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from moacompress.calibration.passes import hidden_states
-from moacompress.calibration.repair import (
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import hidden_states
+from moacompress.models.source import model_shape
+from moacompress.repair.projections import (
     Normal,
     OutputProjection,
     RepairSetting,
@@ -22,8 +24,6 @@ from moacompress.calibration.repair import (
     row_weights,
     with_weights,
 )
-from moacompress.calibration.samples import Sample
-from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
-from moacompress.calibration.answer_store import AnswerStore
-from moacompress.calibration.answers import SampleDraft, generate_greedy
-from moacompress.calibration.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
-from moacompress.calibration.samples import Sample, fingerprint_samples
+from moacompress.calibration.data.answer_store import AnswerStore
+from moacompress.calibration.data.answers import SampleDraft, generate_greedy
+from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
+from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
 from moacompress.prompts.pools import SPLITS, Prose
 from moacompress.prompts.templates import encode_conversation
@@ -438,7 +438,7 @@ def test_questions_of_calibration_validation_and_evaluation_share_no_document(
 def test_a_run_that_was_stopped_while_it_answered_goes_on(
     source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moacompress.calibration import answers
+    from moacompress.calibration.data import answers
 
     monkeypatch.setattr(answers, "BATCH_TOKENS", 1600)
     asked = recipe([{"generator": "needle"}, {"generator": "recall"}], (700, 800), 8)

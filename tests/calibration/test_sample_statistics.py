@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration import passes
-from moacompress.calibration.profiler import logit_cotangent, sample_statistics
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import passes
+from moacompress.calibration.profile.profiler import logit_cotangent, sample_statistics
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe

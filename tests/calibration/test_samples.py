@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moacompress.calibration.samples import (
+from moacompress.calibration.data.samples import (
     Sample,
     SampleKind,
     fingerprint_sample,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration import passes, profiler
-from moacompress.calibration.choices import choices_of
-from moacompress.calibration.influence import AttentionSpec, Tile, attend, attend_backward
-from moacompress.calibration.profiler import fisher_cotangent, profile, sample_statistics
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
-from moacompress.calibration.statistics import Statistics
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import passes, profiler
+from moacompress.calibration.profile.choices import choices_of
+from moacompress.calibration.profile.influence import AttentionSpec, Tile, attend, attend_backward
+from moacompress.calibration.profile.profiler import fisher_cotangent, profile, sample_statistics
+from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
+from moacompress.calibration.profile.statistics import Statistics
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe, Recipe
@@ -375,8 +375,8 @@ def test_a_profile_records_heads_and_copies(
         lengths = [128, 160] if split == "calibration" else [128]
         return [random_sample(length) for length in lengths]
 
-    monkeypatch.setattr("moacompress.calibration.sample_sources.build_samples", build)
-    monkeypatch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+    monkeypatch.setattr("moacompress.calibration.data.sample_sources.build_samples", build)
+    monkeypatch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
     model = tiny_model("llama")
     source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
     recipe = Recipe.from_dict(

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.manifest import (
+from moacompress.calibration.data.samples import Sample, fingerprint_samples, save_samples
+from moacompress.calibration.profile.manifest import (
     Manifest,
     clear_profile,
     is_profile,
@@ -18,9 +19,8 @@ from moacompress.calibration.manifest import (
     recipe_in,
     request_fingerprint,
 )
-from moacompress.calibration.samples import Sample, fingerprint_samples, save_samples
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
+from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
@@ -251,7 +251,7 @@ def test_what_cannot_be_opened_is_not_taken_for_damaged(folder: Path, monkeypatc
 def test_the_version_is_recorded_and_in_no_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads((folder / "profile.json").read_text())
     assert found["moacompress_version"] == own_version()
-    monkeypatch.setattr("moacompress.calibration.manifest.own_version", lambda: "9.9.9")
+    monkeypatch.setattr("moacompress.calibration.profile.manifest.own_version", lambda: "9.9.9")
     assert head() == prepare(folder.parent / "later", head(), False)
     assert json.loads((folder.parent / "later" / "profile.json").read_text())["moacompress_version"] == "9.9.9"
     assert prepare(folder, head(), False).complete

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration.profiler import profile
-from moacompress.calibration.wording import calibration_wording
+from moacompress.calibration.profile.profiler import profile
+from moacompress.calibration.profile.wording import calibration_wording
 from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, MANIFEST_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.models.source import SourceModel, model_shape

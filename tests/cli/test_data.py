@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
 from moacompress.cli import app
 from moacompress.cli.data import preview
 from moacompress.report.shown_samples import CLOSE, OPEN, ShownSample, pieces
@@ -77,7 +77,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, chat: bool, tmp_path: Path) -> None:
-    from moacompress.calibration.sample_sources import build_samples
+    from moacompress.calibration.data.sample_sources import build_samples
     from moacompress.models.source import load_source
     from moacompress.recipe import Recipe
 

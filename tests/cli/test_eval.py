@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from moacompress.cli import app
 from moacompress.core.artefact_names import of_evaluation
 from moacompress.core.lock_holders import own_file
-from moacompress.evaluation import ruler
+from moacompress.evaluation.tasks.registry import ruler
 
 RUNNER = CliRunner()
 SMALL = ("--lengths", "768", "--prompts", "2")
@@ -44,7 +44,7 @@ def problem(*arguments: str | Path, exit_code: int = 2) -> str:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Returns a run's folder with a profile and a compressed model."""
-    from moacompress.calibration.profiler import profile
+    from moacompress.calibration.profile.profiler import profile
     from moacompress.exporter.exporting import export
     from moacompress.recipe import Recipe
     from moacompress.search.study import find_plan
@@ -84,8 +84,8 @@ def test_all_baselines_with_the_profile_of_the_run(place: Path, tmp_path: Path) 
 
 
 def test_a_profile_of_other_weights(place: Path, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from moacompress.calibration.profiler import profile
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.profiler import profile
+    from moacompress.calibration.profile.store import Profile
 
     tiny_model("llama", seed=4).save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")

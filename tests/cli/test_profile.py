@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
 from moacompress.core.artefact_names import of_profile
 from moacompress.rules.plan import Plan

@@ -11,7 +11,7 @@ import pytest
 
 import moacompress.evaluation.runner as runner
 from moacompress.evaluation import evaluate
-from moacompress.evaluation.cases import Case
+from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -126,9 +126,9 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
     """The KV head of largest influence is one of 90; blind, it costs a needle, another one of its model not a tenth of that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moacompress.evaluation.scoring import score_batch
-    from moacompress.evaluation.stats import paired_difference
-    from moacompress.evaluation.tasks import make_cases
+    from moacompress.evaluation.scoring.prompts import score_batch
+    from moacompress.evaluation.scoring.stats import paired_difference
+    from moacompress.evaluation.tasks.registry import make_cases
     from moacompress.runtime import attach
 
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2).eval()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation.cases import Case, mean_tokens
-from moacompress.evaluation.drafts import Answer, PromptDraft, draft_ids, encode_draft
+from moacompress.evaluation.tasks.cases import Case, mean_tokens
+from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, draft_ids, encode_draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation import associative_recall, line_lookup, second_question
-from moacompress.evaluation.drafts import draft_ids, encode_draft
-from moacompress.evaluation.prompt_request import PromptRequest
-from moacompress.evaluation.tasks import make_cases
+from moacompress.evaluation.tasks.drafts import draft_ids, encode_draft
+from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.registry import associative_recall, line_lookup, make_cases, second_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

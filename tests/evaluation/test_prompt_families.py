@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation import counting, document_question, needles, tracking
-from moacompress.evaluation.drafts import PromptDraft
-from moacompress.evaluation.prompt_request import PromptRequest, Resources
-from moacompress.evaluation.squad_questions import Question, Questions
-from moacompress.evaluation.tasks import TASKS
-from moacompress.evaluation.vocabulary import WORDS
+from moacompress.evaluation.tasks.drafts import PromptDraft
+from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
+from moacompress.evaluation.tasks.registry import TASKS, counting, document_question, needles, tracking
+from moacompress.evaluation.tasks.squad_questions import Question, Questions
+from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
 from moacompress.prompts.sentences import DOCUMENTS, NEEDLES, NOISE
 

@@ -14,13 +14,13 @@ import torch
 
 from moacompress.core.errors import UsageError
 from moacompress.evaluation import evaluate
-from moacompress.evaluation.cases import Case
-from moacompress.evaluation.checkpoint import load_checkpoint
-from moacompress.evaluation.compared_models import make_comparison
-from moacompress.evaluation.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes
-from moacompress.evaluation.scoring import score_batch
-from moacompress.evaluation.text import read
+from moacompress.evaluation.baselines.compared_models import make_comparison
+from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes
+from moacompress.evaluation.scoring.prompts import score_batch
+from moacompress.evaluation.scoring.text import read
+from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
+from moacompress.runtime.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

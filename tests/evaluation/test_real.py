@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from moacompress.evaluation.cases import Case
+    from moacompress.evaluation.tasks.cases import Case
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +39,8 @@ def model(smollm2: Path) -> Any:
 
 
 def test_dense_finds_needles(model: Any, tokenizer: Any) -> None:
-    from moacompress.evaluation.scoring import score_batch
-    from moacompress.evaluation.tasks import make_cases
+    from moacompress.evaluation.scoring.prompts import score_batch
+    from moacompress.evaluation.tasks.registry import make_cases
 
     for case in make_cases("needle-noise", 512, 3, 0, tokenizer):
         score = score_batch(model, tokenizer, [case])[0]
@@ -64,8 +64,8 @@ def read(model: Any, case: Case) -> tuple[int | None, torch.Tensor]:
 def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any) -> None:
     """An eighth of the bytes, to the byte, with most right answers kept and little KL, by prefill and cached decode."""
     import moacompress
-    from moacompress.evaluation.prompt_request import Resources
-    from moacompress.evaluation.tasks import make_cases
+    from moacompress.evaluation.tasks.prompt_request import Resources
+    from moacompress.evaluation.tasks.registry import make_cases
     from moacompress.prompts.pools import Prose
 
     resources = Resources(Prose.load(ROOT / ".cache/sotu"))

@@ -16,8 +16,8 @@ import pytest
 
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
-from moacompress.evaluation import ruler, tasks
-from moacompress.evaluation.tasks import TASKS, expand_tasks, make_cases
+from moacompress.evaluation.tasks.registry import TASKS, expand_tasks, make_cases, ruler
+from moacompress.evaluation.tasks.registry import registry as tasks
 from moacompress.prompts.sentences import NEEDLES, NeedleSentences, QuestionSentences
 
 if TYPE_CHECKING:

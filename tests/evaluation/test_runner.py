@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 
-import moacompress.evaluation.compared_models as compared_models
+import moacompress.evaluation.baselines.compared_models as compared_models
 import moacompress.evaluation.runner as runner
-import moacompress.evaluation.scores as scores
-import moacompress.evaluation.scoring as scoring
-import moacompress.evaluation.tasks as tasks
+import moacompress.evaluation.scoring.prompts as scoring
+import moacompress.evaluation.scoring.scores as scores
+import moacompress.evaluation.tasks.registry as tasks
 import moacompress.prompts.generators as generators
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
-from moacompress.evaluation.checkpoint import load_checkpoint
-from moacompress.evaluation.compared_models import ComparedModel, Comparison
-from moacompress.evaluation.tasks import Resources, find_task
+from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison
+from moacompress.evaluation.tasks.registry import Resources, find_task
 from moacompress.prompts.pools import Prose, draw_numbers
 from moacompress.prompts.sentences import NEEDLES
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.runtime.checkpoint import load_checkpoint
 
 LENGTH = 700
 
@@ -123,7 +123,7 @@ def test_rows(compressed: Path) -> None:
 def test_dense_is_the_model_without_a_plan(compressed: Path, tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moacompress.evaluation.tasks import make_cases
+    from moacompress.evaluation.tasks.registry import make_cases
 
     report = run(compressed, against=("dense",), seed=3)
     dense: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -345,8 +345,8 @@ def test_folders_of_other_weights_are_refused(
 
 
 def test_scores_under_an_older_fingerprint_are_found_again(compressed: Path) -> None:
-    from moacompress.evaluation.checkpoint import load_checkpoint
     from moacompress.models.fingerprint import weights_fingerprint, weights_like
+    from moacompress.runtime.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     newest, oldest = weights_fingerprint(checkpoint.model), weights_like(checkpoint.model, "0" * 16)

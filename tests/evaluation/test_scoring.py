@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moacompress.calibration.answers import generate_greedy
+from moacompress.calibration.data.answers import generate_greedy
 from moacompress.core.errors import ModelError, UsageError
-from moacompress.evaluation import scoring
-from moacompress.evaluation.cases import Case, Match
-from moacompress.evaluation.scoring import batches, match_share, score_batch
+from moacompress.evaluation.scoring.prompts import batches, match_share, score_batch
+from moacompress.evaluation.scoring.prompts import prompts as scoring
+from moacompress.evaluation.tasks.cases import Case, Match
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moacompress.evaluation.stats import (
+from moacompress.evaluation.scoring.stats import (
     bootstrap_mean,
     mean,
     paired_difference,
@@ -50,7 +50,7 @@ def test_bootstrap_is_seeded_and_chunks_agree(monkeypatch: pytest.MonkeyPatch) -
     values = [0.0, 1.0, 5.0, 2.0]
     whole = bootstrap_mean(values, seed=3)
     assert bootstrap_mean(values, seed=3) == whole
-    monkeypatch.setattr("moacompress.evaluation.stats._CHUNK", 700)
+    monkeypatch.setattr("moacompress.evaluation.scoring.stats._CHUNK", 700)
     assert bootstrap_mean(values, seed=3) == whole
 
 

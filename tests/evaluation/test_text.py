@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import moacompress.evaluation.text as text
+import moacompress.evaluation.scoring.text as text
 from moacompress.core.errors import DataError, ModelError
-from moacompress.evaluation.text import head_logits, read, score_window, text_windows
+from moacompress.evaluation.scoring.text import head_logits, read, score_window, text_windows
 from moacompress.models.source import model_shape
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moacompress.core.errors import BudgetError, UsageError
-from moacompress.evaluation.thresholds import Threshold, failures, parse_thresholds
+from moacompress.evaluation.scoring.thresholds import Threshold, failures, parse_thresholds
 
 TASKS = ("niah-single-1", "key-value", "text")
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import pytest
 
-import moacompress.evaluation.unseen as unseen
+import moacompress.evaluation.tasks.unseen as unseen
 from moacompress.core.errors import DataError
-from moacompress.evaluation.drafts import encode_draft
-from moacompress.evaluation.tasks import make_cases
-from moacompress.evaluation.unseen import dialogue_fact, legal_codes, table_lookup
-from moacompress.evaluation.unseen.dialogue_fact import SaidFact
-from moacompress.evaluation.unseen.legal_codes import FiledCode
-from moacompress.evaluation.unseen.names import NAMES, SPEAKERS, draw_names
-from moacompress.evaluation.unseen.table_lookup import CellTable
+from moacompress.evaluation.tasks.drafts import encode_draft
+from moacompress.evaluation.tasks.registry import make_cases
+from moacompress.evaluation.tasks.unseen import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.tasks.unseen.dialogue_fact import SaidFact
+from moacompress.evaluation.tasks.unseen.legal_codes import FiledCode
+from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
+from moacompress.evaluation.tasks.unseen.table_lookup import CellTable
 from moacompress.prompts.generators import TASKS, Values, make_prompt
 from moacompress.prompts.pools import Prose, draw_codes
 from moacompress.recipe import Generator

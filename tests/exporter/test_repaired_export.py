@@ -10,20 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moacompress.calibration.profiler import profile as make_profile
-from moacompress.calibration.repair import with_weights
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.profiler import profile as make_profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, ModelError
-from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.exporter.card import model_card
 from moacompress.exporter.exporting import check_reusable, export, exported_plan
 from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
+from moacompress.repair.plans import repair_by_profile
+from moacompress.repair.projections import with_weights
 from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
-from moacompress.search.repaired import repair_by_profile
+from moacompress.runtime.checkpoint import load_checkpoint
 
 RECIPE = {
     "calibration": {
@@ -41,7 +41,7 @@ RECIPE = {
 def _any_gain() -> Iterator[None]:
     """Takes a repair of whatever gain: four samples of a random model leave every gain in doubt."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.search.repaired.CAUTION", 0.0)
+        patch.setattr("moacompress.repair.plans.CAUTION", 0.0)
         yield
 
 

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moacompress.calibration.samples import Sample
+    from moacompress.calibration.data.samples import Sample
     from moacompress.recipe import Recipe
 
 LENGTHS = (128, 192)
@@ -20,7 +20,7 @@ LENGTHS = (128, 192)
 
 def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
     """Stands in for the data: random ids, every second sample plain text."""
-    from moacompress.calibration.samples import Sample
+    from moacompress.calibration.data.samples import Sample
 
     rng = np.random.default_rng([recipe.seed, split == "calibration"])
     count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
@@ -39,7 +39,7 @@ def healable(
     random_plan: Callable[..., Any],
 ) -> dict[str, Path]:
     """Returns the folders `dense`, `profile` and `model`, a compressed one; do not write into them."""
-    from moacompress.calibration.profiler import profile
+    from moacompress.calibration.profile.profiler import profile
     from moacompress.models.source import load_source
     from moacompress.recipe import Recipe
     from moacompress.runtime import attach
@@ -54,8 +54,8 @@ def healable(
     )
     source = load_source(tiny_folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         profile(source, place / "profile", recipe)
     plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
     attach(source.model, plan)

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moacompress
-from moacompress.calibration.samples import load_samples
+from moacompress.calibration.data.samples import load_samples
 from moacompress.core.artefact_names import heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.progress import Progress
@@ -298,7 +298,7 @@ def test_no_profile_beside_it(healable: Place, small: Make, tmp_path: Path) -> N
 def test_a_dense_model_that_has_gone(healable: Place, small: Make, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
 
     lost = replace(Profile.load(healable["profile"]), source=str(tmp_path / "gone"))
     refused(ModelError, r"is not at .*gone any more.*--teacher", healable, tmp_path / "out", small(), profile=lost)
@@ -341,7 +341,7 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
 def test_held_out_samples_are_not_trained_on(
     healable: Place, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
 
     validation = Profile.load(healable["profile"]).validation
     monkeypatch.setattr(Profile, "calibration_samples", lambda self: validation)

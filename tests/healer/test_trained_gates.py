@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import moacompress
 from moacompress.core.errors import ArtefactError, UsageError
-from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.healer.heal_estimate import estimate_heal
 from moacompress.healer.healing import heal
 from moacompress.models.source import load_source
@@ -21,6 +20,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.hf.attaching import attached_plan
 from tests.healer.test_healing import StopAfter, measured, weights
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.samples import SHORTEST, fingerprint_sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.samples import SHORTEST, fingerprint_sample
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import DataError
 from moacompress.healer.distillation import hard_loss, hidden_loss, soft_loss
 from moacompress.healer.training_data import (
@@ -22,7 +22,7 @@ from moacompress.healer.training_data import (
 )
 from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
-from moacompress.search.objective import kl_divergence
+from moacompress.search.measure.objective import kl_divergence
 
 NEEDLES = [{"generator": "needle"}]
 

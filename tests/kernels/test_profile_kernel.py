@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moacompress.calibration import influence
-from moacompress.calibration.choices import choices_of
-from moacompress.calibration.collectors import BaselineSums, InfluenceSums, TokenSums
-from moacompress.calibration.influence import (
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import influence
+from moacompress.calibration.profile.choices import choices_of
+from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
+from moacompress.calibration.profile.influence import (
     AttentionSpec,
     Collector,
     ProfiledAttention,
@@ -24,8 +25,7 @@ from moacompress.calibration.influence import (
     attend,
     attend_backward,
 )
-from moacompress.calibration.profiler import sample_statistics
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.profile.profiler import sample_statistics
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library

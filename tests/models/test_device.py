@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.core.errors import UsageError
-from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.models.device import check_device
 from moacompress.models.source import load_source
+from moacompress.runtime.checkpoint import load_checkpoint
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 CASES = [

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.core.errors import PlanError
-from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.exporter.exporting import exported_plan
 from moacompress.models.source import model_shape
 from moacompress.models.stored_plan import read_plan, stored_plan
@@ -23,6 +22,7 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach
+from moacompress.runtime.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

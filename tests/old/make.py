@@ -40,7 +40,7 @@ from moacompress.core.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moacompress.calibration.store import Profile
+    from moacompress.calibration.profile.store import Profile
     from moacompress.rules.plan import Plan
 
 HERE = Path(__file__).resolve().parent

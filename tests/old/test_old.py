@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import moacompress
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import MoaCompressError
 from moacompress.rules.plan import Plan
 
@@ -63,7 +63,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Returns the numbers of the samples that are profiled from now on, not around a plan."""
-    from moacompress.calibration.profiler import sample_statistics
+    from moacompress.calibration.profile.profiler import sample_statistics
 
     numbers: list[int] = []
 
@@ -71,8 +71,8 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         numbers.append(arguments[7])
         return sample_statistics(*arguments)
 
-    monkeypatch.setattr("moacompress.search.around.sample_statistics", sample_statistics)
-    monkeypatch.setattr("moacompress.calibration.profiler.sample_statistics", counted)
+    monkeypatch.setattr("moacompress.search.predict.around.sample_statistics", sample_statistics)
+    monkeypatch.setattr("moacompress.calibration.profile.profiler.sample_statistics", counted)
     return numbers
 
 
@@ -166,8 +166,8 @@ def test_a_new_key_with_a_default_makes_no_other_request(made: Any, old: Path, p
 def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
     made: Any, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moacompress.calibration.gates import train_gates
-    from moacompress.calibration.samples import load_samples
+    from moacompress.calibration.data.samples import load_samples
+    from moacompress.calibration.gates.training import train_gates
 
     for name in ("gates.safetensors", "influence.safetensors"):
         (old / "gated" / name).unlink()
@@ -184,7 +184,7 @@ def test_gates_that_were_not_trained_yet_are_trained_on_other_rows(
         trained.extend(samples)
         return train_gates(model, samples, *rest)
 
-    monkeypatch.setattr("moacompress.calibration.profiler.train_gates", train)
+    monkeypatch.setattr("moacompress.calibration.profile.profiler.train_gates", train)
     recipe = moacompress.Recipe.from_dict(made.PROFILED).override(profile__gates=True)
     found = moacompress.profile("dense", "gated", recipe)
     assert found.gates is not None

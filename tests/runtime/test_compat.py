@@ -290,7 +290,7 @@ def test_what_our_classes_override_is_listed() -> None:
     """All of a cache, which transformers calls by name; of other classes what is private."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
-    import moacompress.calibration.probe
+    import moacompress.calibration.profile.probe
     from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
@@ -299,7 +299,7 @@ def test_what_our_classes_override_is_listed() -> None:
     from moacompress.runtime.linear import PackedLinear
 
     last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
-    others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.probe.LiveBytes)
+    others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.profile.probe.LiveBytes)
     for kind in (PlanCache, CacheLayer, PlanCacheLayer, ReuseCacheLayer, *others):
         base = CacheLayerMixin if issubclass(kind, CacheLayer) else kind.__mro__[1]
         overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(base, name)}

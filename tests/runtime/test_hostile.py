@@ -19,11 +19,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from moacompress.core.errors import MoaCompressError
 from moacompress.doctor.checks import check_model
-from moacompress.evaluation.checkpoint import load_checkpoint
 from moacompress.models.source import load_source, model_shape
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
+from moacompress.runtime.checkpoint import load_checkpoint
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 MiB = 2**20

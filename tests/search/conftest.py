@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.sharing import copyable
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.sharing import copyable
+from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.store import Profile
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.model_shape import ModelShape
@@ -157,7 +157,7 @@ class FakeObjective:
 
     def around(self, plan: Plan, progress: Any) -> Any:
         """The true change of KL of every rule, far surer than what the profile says."""
-        from moacompress.search.quadratic import Quadratic
+        from moacompress.search.problem.quadratic import Quadratic
 
         here = [
             [self._cost(layer, head, rule) for head, rule in enumerate(row)] for layer, row in enumerate(plan.rules)
@@ -221,7 +221,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 
             yield timed
 
-    from moacompress.search import deadline, front, study
+    from moacompress.search import front, study
+    from moacompress.search.measure import deadline
 
     monkeypatch.setattr(fake_objective, "under", under)
     for module in (deadline, front, study):

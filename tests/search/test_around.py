@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moacompress.calibration import profiler
-from moacompress.calibration.answers import SampleDraft
-from moacompress.calibration.profiler import profile as profile_model
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.answers import SampleDraft
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile.profiler import profile as profile_model
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import PlanError
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search import around as around_module
-from moacompress.search.around import ProfileAround, spread_samples
-from moacompress.search.knapsack import choice_of, chosen_plan
-from moacompress.search.objective import Objective
+from moacompress.search.measure.objective import Objective
+from moacompress.search.predict import around as around_module
+from moacompress.search.predict.around import ProfileAround, spread_samples
+from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -39,8 +39,8 @@ def profiled(
     source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Profile]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", RECIPE)
 
 
@@ -50,9 +50,9 @@ def gated(
 ) -> Iterator[Profile]:
     recipe = RECIPE.override(profile__gates=True, profile__gate_samples=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.profiler.gate_drafts", lambda *_: random_drafts())
-        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.profile.profiler.gate_drafts", lambda *_: random_drafts())
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
 
 

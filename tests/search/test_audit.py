@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from moacompress.calibration.profiler import profile as profile_model
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.profiler import profile as profile_model
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_audit
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
 from moacompress.models.source import SourceModel, model_shape
@@ -25,14 +25,14 @@ from moacompress.recipe import Recipe
 from moacompress.report.audit_tables import audit_tables, scatter_html, write_scatter
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
-from moacompress.search import objective
-from moacompress.search.audit import audit, check_audit, predicted_influence
-from moacompress.search.audit_statistics import assess, cross_fitted, regret, slope, spearman
-from moacompress.search.audit_subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
-from moacompress.search.knapsack import Knapsack, ablation, chosen_plan, total_cost
-from moacompress.search.objective import Objective, kl_divergence
-from moacompress.search.search_request import SearchRequest
-from moacompress.search.split_half import halves, split_half
+from moacompress.search.audit.audit import audit, check_audit, predicted_influence
+from moacompress.search.audit.split_half import halves, split_half
+from moacompress.search.audit.statistics import assess, cross_fitted, regret, slope, spearman
+from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
+from moacompress.search.measure import objective
+from moacompress.search.measure.objective import Objective, kl_divergence
+from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan, total_cost
+from moacompress.search.problem.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
 COUNT, PLANS, BUDGET = 12, 5, "50%"
@@ -284,8 +284,8 @@ def audited(
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 

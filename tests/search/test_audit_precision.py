@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.store import Profile
 from moacompress.rules.rule import Rule
-from moacompress.search.audit import predicted_influence
-from moacompress.search.audit_precision import assess_formats, choose_format_picks, format_plans
+from moacompress.search.audit.audit import predicted_influence
+from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
 
 Profiles = Callable[..., Profile]
 

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.profiler import profile as profile_model
-from moacompress.calibration.samples import Sample
-from moacompress.calibration.store import Profile
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.profiler import profile as profile_model
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.audit_tables import audit_tables, scatter_html
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
-from moacompress.search.audit import audit
-from moacompress.search.audit_sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
-from moacompress.search.measuring import measured_kls
-from moacompress.search.objective import Objective
+from moacompress.search.audit.audit import audit
+from moacompress.search.audit.sharing import assess_copies, choose_copy_picks, copy_costs, copy_plans
+from moacompress.search.measure.measuring import measured_kls
+from moacompress.search.measure.objective import Objective
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -91,8 +91,8 @@ def profiled(
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.sample_sources.build_samples", samples)
-        patch.setattr("moacompress.calibration.sample_sources.make_drafts", lambda *arguments: [])
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         return profile_model(source, out, recipe), source
 
 

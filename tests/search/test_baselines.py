@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import BETA_ONE
-from moacompress.search.baselines import (
+from moacompress.search.baselines.families import (
     BASELINES,
     FAMILIES,
     baseline_plans,
@@ -28,7 +28,7 @@ from moacompress.search.baselines import (
     plans_within,
     uniform_plan,
 )
-from moacompress.search.surrogate import Surrogate
+from moacompress.search.predict.surrogate import Surrogate
 
 DENSE = ModelShape("llama", 3, 4, 2, 16, "float32", (None,) * 3, "w")
 SLIDING = ModelShape("gemma3_text", 3, 4, 2, 16, "bfloat16", (64, None, 64), "w")

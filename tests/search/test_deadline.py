@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.rules.plan import Plan
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.incumbent import Incumbent

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.repair import with_weights
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import DataError, ModelError
 from moacompress.models.source import model_shape
+from moacompress.repair.projections import with_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
-from moacompress.search import objective
-from moacompress.search.objective import Objective, answer_logits, kl_divergence
+from moacompress.search.measure import objective
+from moacompress.search.measure.objective import Objective, answer_logits, kl_divergence
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration.repair import RepairSetting, with_weights
-from moacompress.calibration.samples import Sample
+from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import DataError, ModelError
 from moacompress.models.source import SourceModel, model_shape
+from moacompress.repair import plans as repairing
+from moacompress.repair.plans import repair, repair_by_profile
+from moacompress.repair.projections import RepairSetting, with_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search import repaired as repairing
-from moacompress.search.objective import Objective
-from moacompress.search.repaired import repair, repair_by_profile
+from moacompress.search.measure.objective import Objective
 
 Models = Callable[..., PreTrainedModel]
 

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_search
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError
 from moacompress.core.files import remove

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moacompress.calibration.store import Profile
-from moacompress.search.search_parameters import SearchParameters
-from moacompress.search.surrogate import Calibration, Surrogate
+from moacompress.calibration.profile.store import Profile
+from moacompress.search.predict.surrogate import Calibration, Surrogate
+from moacompress.search.problem.search_parameters import SearchParameters
 
 Profiles = Callable[..., Profile]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.models.source import SourceModel
-from moacompress.search.knapsack import Knapsack, chosen_plan
-from moacompress.search.search_request import SearchRequest, offered_formats
+from moacompress.search.problem.knapsack import Knapsack, chosen_plan
+from moacompress.search.problem.search_request import SearchRequest, offered_formats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

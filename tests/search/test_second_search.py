@@ -15,12 +15,12 @@ from typing import Any
 import optuna
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.rules.plan import Plan
-from moacompress.search import study_storage
+from moacompress.search.measure import study_storage
+from moacompress.search.measure.study_storage import own_study
 from moacompress.search.study import find_plan
-from moacompress.search.study_storage import own_study
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]

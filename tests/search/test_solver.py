@@ -12,8 +12,8 @@ from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import byte_table
 from moacompress.rules.model_shape import ModelShape
-from moacompress.search.solver import lagrange, milp, pareto, solve
-from moacompress.search.surrogate import Surrogate
+from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.problem.solver import lagrange, milp, pareto, solve
 
 
 def instance(layers: int, kv_heads: int, lengths: tuple[int, ...], seed: int) -> tuple[Floats, Ints]:

@@ -13,11 +13,11 @@ import numpy as np
 import optuna
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
 from moacompress.rules.plan import Plan
-from moacompress.search.baselines import FAMILIES, family_plans
-from moacompress.search.measured_baselines import CANDIDATES
+from moacompress.search.baselines.families import FAMILIES, family_plans
+from moacompress.search.baselines.measured import CANDIDATES
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]

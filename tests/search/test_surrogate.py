@@ -5,12 +5,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import visible_intervals
-from moacompress.search.surrogate import GAMMA_RANGE, Calibration, Surrogate, fit, monotone, nested, pick_ablations
+from moacompress.search.predict.surrogate import (
+    GAMMA_RANGE,
+    Calibration,
+    Surrogate,
+    fit,
+    monotone,
+    nested,
+    pick_ablations,
+)
 
 Profiles = Callable[..., Profile]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moacompress.search.trials import CAUTION, Tried, best_trial, least_trial, log_ratio, standard_error
+from moacompress.search.measure.trials import CAUTION, Tried, best_trial, least_trial, log_ratio, standard_error
 
 
 def trial(index, kls, first, pruned=False):

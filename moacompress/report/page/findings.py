@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import (
     AUDIT_FILE,
     BENCH_FILE,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.manifest import DISTANCE_BINS
-from moacompress.calibration.statistics import OF_FORMATS
+from moacompress.calibration.profile.manifest import DISTANCE_BINS
+from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.report.page.figure_style import Picture, axis
 from moacompress.report.page.findings import Findings
 from moacompress.rules.budget import format_length

@@ -10,7 +10,7 @@ from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, 
 from moacompress.report.page.findings import Finding, Findings
 from moacompress.report.search_tables import trial_remark
 from moacompress.report.summary_tables import NAMES
-from moacompress.search.trials import CAUTION
+from moacompress.search.measure.trials import CAUTION
 
 KL = "KL to dense, nats a token"
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.statistics import Statistics
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import MoaCompressError, PlanError, RecipeError, UsageError
 from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.share import LayerShares, Share
-from moacompress.search.search_request import SearchRequest
+from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.share_choice import HOPE, ShareChoice
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.search.incumbent import Incumbent
-from moacompress.search.knapsack import Knapsack
+from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.search_context import SearchContext
 
 Profiles = Callable[..., Profile]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moacompress.calibration.store import Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
-from moacompress.search.baselines import FAMILIES
+from moacompress.search.baselines.families import FAMILIES
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moacompress.calibration.store import Profile
-from moacompress.search.knapsack import Knapsack, choice_of, chosen_plan
-from moacompress.search.quadratic import Quadratic
-from moacompress.search.search_request import SearchRequest
+from moacompress.calibration.profile.store import Profile
+from moacompress.search.problem.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.problem.quadratic import Quadratic
+from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.steps.rounds import NEUTRAL, RANGES, STARTS, moved
 
 Profiles = Callable[..., Profile]

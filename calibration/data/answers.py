@@ -1,0 +1,159 @@
+"""The dense model's own answers: a plan is judged by what the model would have said itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moacompress.calibration.data.samples import Sample, SampleKind
+from moacompress.core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moacompress.calibration.data.answer_store import AnswerStore
+
+BATCH_TOKENS = 8192
+"""Prompts of equal length are answered together, up to this many tokens."""
+
+
+@dataclass(frozen=True)
+class SampleDraft:
+    """A sample before the dense model has answered.
+
+    Attributes:
+        ids: token ids of the prompt `[n]`, everything before the answer.
+        mask: bool `[n]`, True at tokens that are targets already: an assistant's earlier turns, or positions of plain
+            text.
+        room: most tokens of the answer to come; 0 for plain text, which has none.
+        source: see `Sample`.
+        length: see `Sample`.
+        kind: see `Sample`.
+    """
+
+    ids: Sequence[int]
+    mask: Sequence[bool]
+    room: int
+    source: str
+    length: int
+    kind: SampleKind = "answer"
+
+
+def stop_tokens(model: PreTrainedModel) -> set[int]:
+    """Returns the ids that end an answer."""
+    stop = model.generation_config.eos_token_id if model.generation_config is not None else model.config.eos_token_id
+    return set() if stop is None else set(stop) if isinstance(stop, list | tuple) else {int(stop)}
+
+
+def generate_greedy(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, cache: Any = None
+) -> list[list[int]]:
+    """Returns the model's greedy continuations, through `generate` and the model's own cache.
+
+    Sampling and penalties that the checkpoint's generation config may hold are left out.
+
+    Args:
+        model: dense or under a plan.
+        prompts: token ids, all of one length.
+        new_tokens: most tokens of an answer.
+        cache: what the model returned for the beginning of the prompts, if it has read it already; it is used up.
+
+    Returns:
+        The new ids of each, the closing token included where it came, nothing after it.
+    """
+    from transformers import GenerationConfig
+
+    generate: Any = model.generate  # typed as a module attribute in transformers
+    stop = stop_tokens(model)
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=min(stop, default=0),
+        use_cache=True,
+    )
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    state = {} if cache is None else {"cache": cache}
+    with torch.inference_mode():
+        output: Any = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **state)
+    return [_until_stop(row, stop) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def answer_drafts(
+    model: PreTrainedModel,
+    drafts: Sequence[SampleDraft],
+    progress: Progress | None = None,
+    answers: AnswerStore | None = None,
+) -> list[Sample]:
+    """Returns the drafts as samples, each ended by the dense model's own answer of at most `room` tokens.
+
+    Args:
+        model: the dense model.
+        drafts: prompts; those of equal length and room are answered in one batch.
+        progress: told about every draft.
+        answers: batches of which all answers are in it are not answered again, and new ones are added to it. Batches
+            do not depend on it, so a run that was stopped ends with the answers of one that was not.
+
+    Raises:
+        DataError: a sample is no longer than the largest sink.
+        ArtefactError: answers cannot be written.
+    """
+    progress = progress or SILENT
+    progress.start("the dense model's answers", len(drafts))
+    samples: dict[int, Sample] = {}
+    for members in _batches(drafts):
+        found = _answer_batch(model, [drafts[index].ids for index in members], drafts[members[0]].room, answers)
+        for index, answer in zip(members, found, strict=True):
+            samples[index] = finish_sample(drafts[index], answer)
+            progress.step(drafts[index].source)
+    progress.done()
+    return [samples[index] for index in range(len(drafts))]
+
+
+def _batches(drafts: Sequence[SampleDraft]) -> list[list[int]]:
+    """Returns the indices of drafts that are answered together: equal length and room, at most `BATCH_TOKENS`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, draft in enumerate(drafts):
+        groups.setdefault((len(draft.ids), draft.room), []).append(index)
+    batches = []
+    for (size, _), members in groups.items():
+        batch = max(1, BATCH_TOKENS // max(size, 1))
+        batches += [members[first : first + batch] for first in range(0, len(members), batch)]
+    return batches
+
+
+def _answer_batch(
+    model: PreTrainedModel, prompts: list[Sequence[int]], room: int, store: AnswerStore | None
+) -> list[list[int]]:
+    if not room:
+        return [[] for _ in prompts]
+    known = [store.get(prompt, room) for prompt in prompts] if store is not None else []
+    found = [answer for answer in known if answer is not None]
+    if len(found) == len(prompts):
+        return found
+    made = generate_greedy(model, prompts, room)
+    if store is not None:
+        store.add(prompts, room, made)
+    return made
+
+
+def finish_sample(draft: SampleDraft, answer: Sequence[int]) -> Sample:
+    """Returns the draft followed by an answer, whose tokens are all targets."""
+    ids = np.array([*draft.ids, *answer], dtype=np.int64)
+    mask = np.array([*draft.mask, *([True] * len(answer))], dtype=np.bool_)
+    return Sample(ids, mask, draft.source, draft.length, draft.kind)
+
+
+def _until_stop(ids: list[int], stop: set[int]) -> list[int]:
+    end = next((index + 1 for index, token in enumerate(ids) if token in stop), len(ids))
+    return ids[:end]

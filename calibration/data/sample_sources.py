@@ -1,0 +1,355 @@
+"""Calibration samples from a recipe: generators, local files and hub sets, answered by the dense model; plain text.
+
+Deterministic by the recipe's seed. Calibration and validation never share a key, a value, a row, a document of
+questions or a stretch of text. Nor do the samples that gates are trained on and those that rules are priced on share a row, a
+document or a stretch: see `gate_samples`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.calibration.data.answers import SampleDraft, answer_drafts
+from moacompress.calibration.data.data_rows import (
+    DataRow,
+    conversation,
+    field,
+    read_rows,
+    row_kind,
+    source_name,
+    split_rows,
+    split_text,
+)
+from moacompress.calibration.data.joined import joined_drafts
+from moacompress.calibration.data.plain import chop
+from moacompress.calibration.data.samples import SHORTEST, Sample
+from moacompress.core.errors import DataError
+from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
+from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, texts_of_part
+from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moacompress.calibration.data.answer_store import AnswerStore
+    from moacompress.core.progress import Progress
+    from moacompress.models.source import SourceModel
+    from moacompress.recipe import Recipe, SourceRecipe
+
+logger = logging.getLogger(__name__)
+
+_TEXT_STREAM = 2**31
+"""Stands in the seed of `text_samples` where a source has its number."""
+
+
+def build_samples(
+    source: SourceModel,
+    recipe: Recipe,
+    split: Split,
+    progress: Progress | None = None,
+    answers: AnswerStore | None = None,
+) -> list[Sample]:
+    """Returns the samples of a split, spread evenly over the recipe's lengths and by weight over its sources.
+
+    Those of validation have `longer_samples` of twice the longest length beside them, where `longer_counts` finds room for
+    them: whether windows grow as they should shows at a length that nothing was fitted to. After them come samples of plain
+    text: `text_samples` for calibration, and as large a share of the validation samples.
+
+    Args:
+        source: the dense model, which answers.
+        recipe: `calibration` and `seed` count, and whether there are gates, for which a part of calibration's texts is left.
+        split: "calibration" gives `samples` samples, "validation" `validation_samples`.
+        progress: told about every answer.
+        answers: where answers are kept, if at all.
+
+    Raises:
+        DataError: from `make_drafts`.
+        ArtefactError: answers cannot be written.
+    """
+    return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuses data that no samples can be made of, before a model is loaded. Local files are read, hub sets are not.
+
+    Raises:
+        DataError: data missing, unreadable, empty or without the columns needed.
+    """
+    calibration = recipe.calibration
+    for name in (*(part.path for part in calibration.sources), calibration.text):
+        if name and not Path(name).exists():
+            hint = "; of data a shared recipe has only the name; give its path (--text, --source, or in the recipe)"
+            raise DataError(
+                f"cannot read {name}: no such file or folder{hint if Path(name).name == str(Path(name)) else ''}"
+            )
+    if _load_prose(recipe) is None and calibration.text is not None:
+        Prose.load(calibration.text)
+    for part in calibration.sources:
+        if part.path is not None:
+            row_kind(read_rows(part), source_name(part))
+
+
+def make_drafts(
+    source: SourceModel, recipe: Recipe, split: Split, beside: Sequence[SampleDraft] | None = None
+) -> list[SampleDraft]:
+    """Returns the samples of a split before the dense model has answered; the model does not run.
+
+    Args:
+        source: see `build_samples`.
+        recipe: likewise.
+        split: likewise.
+        beside: what is profiled, where these are the samples that gates are trained on: they are of texts that are left for
+            gates, and of other rows; where too few of these are left there are fewer samples.
+
+    Raises:
+        DataError: data missing, empty, without the columns needed, or too short; lengths that the model or the samples
+            cannot have; fewer samples than lengths.
+    """
+    calibration, tokenizer = recipe.calibration, source.tokenizer
+    count = calibration.samples if split == "calibration" else calibration.validation_samples
+    check_counts(calibration.lengths, count, source.context, split)
+    part: CalibrationPart | None = "profile" if beside is None else "gates"
+    if split != "calibration" or not recipe.profile.gates:
+        part = None
+    used = None if beside is None else {tuple(draft.ids) for draft in beside}
+    prose = _load_prose(recipe)
+    if prose is not None and part is not None:
+        prose = prose.of_part(part)
+    shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
+    lengths = list(calibration.lengths)
+    if split == "validation":
+        lengths.append(2 * lengths[-1])
+        shares.append(longer_counts(recipe, source.context))
+    drafts: list[SampleDraft] = []
+    for number, given in enumerate(calibration.sources):
+        wanted = {length: row[number] for length, row in zip(lengths, shares, strict=True) if row[number]}
+        seed = (recipe.seed, SPLITS.index(split), number)
+        if given.generator is not None:
+            drafts += _generated(given, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
+        elif wanted:
+            drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used)
+    drafts.sort(key=lambda draft: draft.length)
+    if prose is not None and calibration.text_samples:
+        try:
+            drafts += _text_drafts(recipe, prose, split, tokenizer)
+        except DataError as error:
+            if split == "calibration":
+                raise
+            logger.warning("plans will not be measured on plain text: of the %s texts, %s", split, error)
+    return drafts
+
+
+def _load_prose(recipe: Recipe) -> Prose | None:
+    calibration = recipe.calibration
+    if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
+        needed = "a source has the haystack prose"
+    elif calibration.text_samples:
+        needed = f"{calibration.text_samples} samples of plain text were asked for"
+    else:
+        return None
+    if calibration.text is None:
+        raise DataError(f"{needed}, but calibration.text names no file or folder of it (--text)")
+    return Prose.load(calibration.text)
+
+
+def _text_drafts(recipe: Recipe, prose: Prose, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[SampleDraft]:
+    calibration = recipe.calibration
+    count = calibration.text_samples
+    if split == "validation":
+        count = max(1, round(count * calibration.validation_samples / calibration.samples))
+    shares = spread(count, len(calibration.lengths), [1.0])
+    wanted = {length: row[0] for length, row in zip(calibration.lengths, shares, strict=True)}
+    rng = np.random.default_rng((recipe.seed, SPLITS.index(split), _TEXT_STREAM))
+    documents = [" ".join(words) for words in prose.pools[split]]
+    return chop(documents, wanted, f"text:{Path(prose.name).name}", rng, tokenizer)
+
+
+def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]]:
+    """Returns how many samples each length (rows) takes from each source (columns).
+
+    Lengths get equal numbers, the later ones one more where it does not divide. Sources get their weight's share by
+    largest remainder; what rounding took from a source at one length is made good at the next.
+    """
+    total, carry, table = sum(weights), [0.0] * len(weights), []
+    for index in range(lengths):
+        here = count * (index + 1) // lengths - count * index // lengths
+        due = [here * weight / total + rest for weight, rest in zip(weights, carry, strict=True)]
+        row = [max(0, int(np.floor(share))) for share in due]
+        while sum(row) < here:
+            behind = max(range(len(due)), key=lambda i: (due[i] - row[i], -i))
+            row[behind] += 1
+        while sum(row) > here:
+            ahead = max((i for i in range(len(due)) if row[i]), key=lambda i: (row[i] - due[i], i))
+            row[ahead] -= 1
+        carry = [share - got for share, got in zip(due, row, strict=True)]
+        table.append(row)
+    return table
+
+
+def longer_counts(recipe: Recipe, context: int) -> list[int]:
+    """Returns how many validation samples of twice the longest length each source gives.
+
+    Args:
+        recipe: `longer_samples` are asked for. Generators give them: a file may have none so long.
+        context: the model's, tokens; 0 if it has none. Where it has no room for them there are none.
+    """
+    calibration = recipe.calibration
+    weights = [part.weight if part.generator is not None else 0.0 for part in calibration.sources]
+    if not any(weights) or (context and 2 * max(calibration.lengths) > context):
+        return [0] * len(weights)
+    return spread(calibration.longer_samples, 1, weights)[0]
+
+
+def varied(drafts: Sequence[SampleDraft], count: int) -> list[SampleDraft]:
+    """Returns `count` of the drafts, of as many sources and lengths as there are, in their order."""
+    sources = list(dict.fromkeys(draft.source for draft in drafts))
+    lengths = sorted({draft.length for draft in drafts})
+    seen: dict[tuple[str, int], int] = {}
+    ranks = []
+    for index, draft in enumerate(drafts):
+        again = seen.setdefault((draft.source, draft.length), 0)
+        seen[draft.source, draft.length] += 1
+        number = sources.index(draft.source)
+        turn = (lengths.index(draft.length) - number) % len(lengths)  # the first turn has one length of every source
+        ranks.append((again, turn, number, index))
+    return [drafts[index] for index in sorted(rank[-1] for rank in sorted(ranks)[:count])]
+
+
+def check_counts(lengths: Sequence[int], count: int, context: int, split: Split) -> None:
+    """Refuses lengths and numbers of samples that there cannot be.
+
+    Args:
+        lengths: tokens.
+        count: samples, over all lengths.
+        context: the model's, tokens; 0 if it has none.
+        split: what the samples are for.
+
+    Raises:
+        DataError: lengths that are too short or beyond the context, or fewer samples than lengths.
+    """
+    if min(lengths) <= SHORTEST:
+        raise DataError(
+            f"samples of {min(lengths)} tokens were asked for; they must be longer than the largest sink, {SHORTEST} "
+            "tokens"
+        )
+    if context and max(lengths) > context:
+        raise DataError(
+            f"samples of {max(lengths):,} tokens were asked for; the model was made for at most {context:,}"
+        )
+    if count < len(lengths):
+        raise DataError(f"{count} {split} samples do not cover {len(lengths)} lengths; ask for at least one a length")
+
+
+def _generated(
+    part: SourceRecipe,
+    wanted: dict[int, int],
+    split: Split,
+    seed: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    text: Prose | None,
+    answer_tokens: int,
+) -> list[SampleDraft]:
+    kind = str(part.generator)
+    task = TASKS[kind] if kind in TASKS else TASKS[f"{kind}-{part.haystack}"]
+    drafts = []
+    for length, count in wanted.items():
+        for index in range(count):
+            rng = np.random.default_rng((*seed, length, index))
+            prompt = make_prompt(task, rng, split, tokenizer, length, text, part.values)
+            ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
+            needed = len(encode_text(tokenizer, f" {prompt.answer}", special=False)) + ANSWER_ROOM
+            room = min(answer_tokens, needed, length - len(ids))
+            parts = (kind, task.haystack, None if part.values == "numbers" else part.values)
+            name = "/".join(filter(None, parts))
+            drafts.append(SampleDraft(ids, [False] * len(ids), room, name, length))
+    return drafts
+
+
+def _from_rows(
+    given: SourceRecipe,
+    wanted: dict[int, int],
+    split: Split,
+    seed: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_tokens: int,
+    part: CalibrationPart | None,
+    used: Collection[tuple[int, ...]] | None,
+) -> list[SampleDraft]:
+    rows, name = read_rows(given), source_name(given)
+    kind = row_kind(rows, name)
+    rng = np.random.default_rng(seed)
+    if kind == "text":
+        if len(rows) == 1:
+            documents = [split_text(field(rows[0], "text", name, 0), split)]
+        else:
+            documents = [field(rows[i], "text", name, i) for i in split_rows(len(rows), split, name)]
+        if part is not None:
+            documents = texts_of_part(documents, part)
+        return chop(documents, wanted, name, rng, tokenizer)
+    if kind == "question":
+        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part)
+    order = rng.permutation(split_rows(len(rows), split, name)).tolist()
+    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
+    return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
+
+
+class _RowPicker:
+    """Hands out prompts that fit a length, each row at most once; rows are tokenized as they are needed.
+
+    Args:
+        rows: all of the source's.
+        order: indices of those to choose among, in the order in which they are tried.
+        name: of the source.
+        chat: whether rows are conversations.
+        tokenizer: the model's.
+        used: token ids of prompts that are not to be chosen; where it is given too few are no error.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[DataRow],
+        order: list[int],
+        name: str,
+        chat: bool,
+        tokenizer: PreTrainedTokenizerBase,
+        used: Collection[tuple[int, ...]] | None = None,
+    ) -> None:
+        self.rows, self.left, self.name, self.chat, self.tokenizer = rows, order, name, chat, tokenizer
+        self.used, self.may_lack = used or (), used is not None
+        self.encoded: dict[int, tuple[list[int], list[bool]]] = {}
+
+    def pick(self, count: int, length: int, answer_tokens: int, split: Split) -> list[SampleDraft]:
+        """Returns `count` drafts whose prompt and answer take more than half of `length` and at most all of it."""
+        low, high = max(length // 2, SHORTEST) - answer_tokens + 1, length - answer_tokens
+        chosen: list[int] = []
+        for index in self.left:
+            if len(chosen) == count:
+                break
+            ids, _ = self.encode(index)
+            if low <= len(ids) <= high and tuple(ids) not in self.used:
+                chosen.append(index)
+        if len(chosen) < count and not self.may_lack:
+            sizes = sorted(len(ids) for ids, _ in self.encoded.values()) or [0]
+            raise DataError(
+                f"{self.name} has {len(chosen)} {split} prompts of {low:,} to {high:,} tokens left, of {count} needed "
+                f"at {length:,} tokens (its {len(sizes)} {split} prompts have {sizes[0]:,} to {sizes[-1]:,}); give "
+                "more or longer rows, or choose other lengths"
+            )
+        self.left = [index for index in self.left if index not in chosen]
+        return [SampleDraft(*self.encoded[index], answer_tokens, self.name, length) for index in chosen]
+
+    def encode(self, index: int) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a row's prompt and which of them are targets."""
+        if index not in self.encoded:
+            if self.chat:
+                turns = conversation(self.rows[index], self.name, index)
+                self.encoded[index] = encode_conversation(self.tokenizer, turns)
+            else:
+                ids = encode_prompt(self.tokenizer, field(self.rows[index], "prompt", self.name, index))
+                self.encoded[index] = ids, [False] * len(ids)
+        return self.encoded[index]

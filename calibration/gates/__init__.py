@@ -1,0 +1,1 @@
+"""Gates: the samples that they are trained on, and their training."""

@@ -1,0 +1,268 @@
+"""What a profile will take, before anything heavy starts: samples, tokens, time and peak memory of every length.
+
+Two short passes of the real model and one tile of attention are timed, then scaled: what the model does beside
+attention grows with the tokens, a tile with its keys, and a sample of N tokens has N / TILE tiles whose mean sees half
+the keys. Memory is counted, not modelled: every tensor of the short passes while it is alive, at two lengths, and the
+line through both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from moacompress.calibration.data.answers import BATCH_TOKENS
+from moacompress.calibration.data.plain import TARGETS
+from moacompress.calibration.data.sample_sources import check_counts, longer_counts, spread
+from moacompress.calibration.gates.training import JUDGED
+from moacompress.calibration.profile import passes
+from moacompress.calibration.profile.influence import TILE
+from moacompress.calibration.profile.probe import SHORT, Gathered, Probe
+from moacompress.calibration.profile.profiler import check_around, check_lengths
+from moacompress.core.progress import SILENT, Progress
+from moacompress.core.tables import readable_bytes, readable_seconds
+from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.live_bytes import Line
+from moacompress.estimate.rates import Rates
+from moacompress.models.source import SourceModel
+from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
+
+
+@dataclass(frozen=True)
+class LengthEstimate:
+    """What the samples of one length will take.
+
+    Attributes:
+        length: nominal length, tokens.
+        samples: calibration samples, without those of plain text.
+        text_samples: calibration samples of plain text.
+        validation_samples: held-out samples, which are answered but not profiled.
+        tokens: of all these samples, as if each had `length`.
+        answer_seconds: for the dense model's answers, one sample after the other.
+        profile_seconds: for the passes.
+        peak_bytes: the most bytes of tensors that are alive at a time, weights included; Python and what the allocator
+            holds back come on top.
+        forward_seconds: of one forward pass at this length.
+        decode_seconds: of one more token behind it.
+    """
+
+    length: int
+    samples: int
+    text_samples: int
+    validation_samples: int
+    tokens: int
+    answer_seconds: float
+    profile_seconds: float
+    peak_bytes: int
+    forward_seconds: float
+    decode_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """All of its time."""
+        return self.answer_seconds + self.profile_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileEstimate(Estimate):
+    """What a profile will take.
+
+    Attributes:
+        lengths: of every length, ascending.
+        weight_bytes: the model's weights, part of every `peak_bytes`.
+        peak_bytes: the most memory that any length takes.
+        rates: of the model that is profiled, what was timed already included; None where nothing was timed.
+    """
+
+    lengths: tuple[LengthEstimate, ...]
+    weight_bytes: int
+    peak_bytes: int
+    rates: Rates | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(
+        lengths: tuple[LengthEstimate, ...], weight_bytes: int, slowdown: float = 1.0, rates: Rates | None = None
+    ) -> ProfileEstimate:
+        """Returns the estimate of a whole profile.
+
+        Args:
+            lengths: of every length, ascending.
+            weight_bytes: the model's weights, part of every `peak_bytes`.
+            slowdown: see `Estimate`.
+            rates: see above.
+        """
+        seconds, peak = sum(part.seconds for part in lengths), max(part.peak_bytes for part in lengths)
+        names = ("samples", "text_samples", "validation_samples", "tokens")
+        counts = {name: sum(getattr(part, name) for part in lengths) for name in names}
+        return ProfileEstimate(
+            seconds=seconds,
+            text=(
+                "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
+                *(
+                    f"{part.length:,} tokens: {_counted(asdict(part))}, "
+                    f"{readable_seconds(part.seconds)}, {readable_bytes(part.peak_bytes)}"
+                    for part in lengths
+                ),
+                f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
+                f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weight_bytes)} of it weights, "
+                "beside Python's own.",
+            ),
+            facts={
+                **counts,
+                "peak_bytes": peak,
+                "weight_bytes": weight_bytes,
+                "lengths": [{**asdict(part), "seconds": part.seconds} for part in lengths],
+            },
+            slowdown=slowdown,
+            lengths=lengths,
+            weight_bytes=weight_bytes,
+            peak_bytes=peak,
+            rates=rates,
+        )
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    text = f" + {counts['text_samples']} plain-text" if counts["text_samples"] else ""
+    return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
+
+
+def dry_run(
+    model: str | SourceModel,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    around: Plan | None = None,
+    trust_remote_code: bool = False,
+) -> ProfileEstimate:
+    """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
+
+    Args:
+        model: MODEL, or a loaded model.
+        recipe: the run.
+        progress: receives the progress.
+        around: the plan to profile around, or None.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+
+    Raises:
+        ModelError: the model cannot be loaded or profiled.
+        DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
+        PlanError: as `profile`.
+    """
+    source = load_for(recipe, model, trust_remote_code=trust_remote_code)
+    check_lengths(source, recipe)
+    asked = recipe.calibration
+    check_counts(asked.lengths, asked.samples, source.context, "calibration")
+    check_counts(asked.lengths, asked.validation_samples, source.context, "validation")
+    if around is not None:
+        check_around(source, around)
+    progress = progress or SILENT
+    lengths = asked.lengths
+    progress.start("timing short passes", 1 + len(lengths))
+    probe = Probe(source, recipe, around)
+    gates = recipe.profile.gate_samples if recipe.profile.gates and around is None else 0
+    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
+    progress.step(f"{SHORT[-1]} tokens")
+    counts = asked.samples, asked.text_samples, asked.validation_samples
+    shares = ([row[0] for row in spread(count, len(lengths), [1.0])] for count in counts)
+    parts = []
+    for length, *numbers in zip(lengths, *shares, strict=True):
+        parts.append(arithmetic.estimate(length, *numbers))
+        progress.step(f"{length} tokens")
+    if gates:
+        parts[0] = arithmetic.with_gates(parts[0], gates)
+    if longer := sum(longer_counts(recipe, source.context)):
+        parts.append(arithmetic.estimate(2 * lengths[-1], 0, 0, longer))
+    progress.done()
+    return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe)
+
+
+class _Arithmetic:
+    """Makes what a probe finds into an estimate.
+
+    Args:
+        probe: of the model.
+        answer_tokens: longest answer.
+    """
+
+    def __init__(self, probe: Probe, answer_tokens: int) -> None:
+        self._probe, self._answer = probe, answer_tokens
+        self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
+        self._output_bytes = max(map(probe.output_bytes, self._output))
+        self._lines: dict[bool, tuple[Line, Line]] = {}
+
+    def estimate(self, length: int, samples: int, texts: int, validation: int) -> LengthEstimate:
+        """Returns the estimate of one length from its numbers of samples; only calibration and plain text are profiled."""
+        answered, seconds, peak = samples + validation, 0.0, self._answer_bytes(length, samples + validation)
+        if samples or texts:
+            seconds += samples * self._sample_seconds(length, self._answer)
+            seconds += texts * self._sample_seconds(length, TARGETS)
+            peak = max(peak, self._peak(length))
+        return LengthEstimate(
+            length=length,
+            samples=samples,
+            text_samples=texts,
+            validation_samples=validation,
+            tokens=(answered + texts) * length,
+            answer_seconds=self._answer_seconds(length, answered),
+            profile_seconds=seconds,
+            peak_bytes=self._probe.weight_bytes + peak,
+            forward_seconds=self._probe.forward(length),
+            decode_seconds=self._probe.step(length),
+        )
+
+    def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
+        """Returns the estimate of a length with so many samples more that gates are trained on."""
+        length = estimate.length
+        seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer)
+        return replace(
+            estimate,
+            tokens=estimate.tokens + samples * length,
+            answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples),
+            profile_seconds=estimate.profile_seconds + seconds + self._again(samples) * self._probe.forward(length),
+        )
+
+    def _again(self, samples: int) -> int:
+        """Returns how often samples that gates are fitted to or judged on go forward once more."""
+        groups = self._probe.gate_groups
+        return (groups - 1) * samples + groups * min(JUDGED, samples)
+
+    def _answer_bytes(self, length: int, count: int) -> int:
+        """Returns the bytes beside the weights that answering so many prompts takes."""
+        return self._probe.answer_bytes(length, min(count, max(1, BATCH_TOKENS // length)))
+
+    def _answer_seconds(self, length: int, count: int) -> float:
+        return count * (self._probe.forward(length) + self._answer * self._probe.step(length))
+
+    def _sample_seconds(self, length: int, targets: int) -> float:
+        """Returns the seconds of one sample's passes."""
+        choosing = sum(layer.choosing for layer in self._probe.attention(length))
+        around = self._probe.forward(length) if self._probe.around else 0.0
+        return self._passes_seconds(self._probe.passes, length, targets) + choosing + around
+
+    def _passes_seconds(self, wanted: Counter[Gathered], length: int, targets: int) -> float:
+        """Returns the seconds of a forward pass and of backward passes of some kinds."""
+        forward, attention = self._probe.forward(length), self._probe.attention(length)
+        again = forward if length > passes.KEEP_TOKENS else 0.0
+        backward = (
+            again + self._probe.beside[1] * length + self._output[targets] + sum(layer.idle for layer in attention)
+        )
+        total = wanted.total() * backward + forward
+        for gathered, count in wanted.items():
+            *full, last = (layer.tiles[gathered] for layer in attention)
+            # in the last layer only the rows of the targets have a gradient
+            total += count * (math.ceil(length / TILE) * sum(full) + math.ceil(targets / TILE) * last)
+        return total
+
+    def _peak(self, length: int) -> int:
+        """Returns the most bytes beside the weights that the passes of a sample take."""
+        twice = length > passes.KEEP_TOKENS
+        if twice not in self._lines:
+            self._lines[twice] = self._probe.sample_lines(twice)
+        chosen = self._probe.choice_bytes(length)
+        kept, busy = (line.at(length) + chosen for line in self._lines[twice])
+        return max(kept + self._output_bytes, busy)

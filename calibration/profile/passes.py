@@ -1,0 +1,342 @@
+"""Forward and backward passes of one sample through a real model whose attention feeds collectors.
+
+A `Tape` reads a sample once; any number of backward passes start from it. Only the rows that predict targets pass the
+output layer, a chunk of them at a time, so that no tensor of size N x vocabulary exists. Long samples keep each decoder
+layer's input alone and run the layer again on the way back.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from moacompress.calibration.profile.choices import choosing
+from moacompress.calibration.profile.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
+from moacompress.calibration.profile.sharing import Attended
+from moacompress.core.errors import ModelError
+from moacompress.kernels.arguments import Choices
+from moacompress.kernels.reference.rounding import as_kept
+from moacompress.models.modules import decoder_layers
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+
+ATTENTION = "moacompress_profile"
+"""Name of the profiling attention among transformers' attention functions."""
+CHUNK_LOGITS = 1 << 24
+"""Numbers in the logits that are worked on at a time."""
+KEEP_TOKENS = 1536
+"""Longest sample whose layers keep all that their backward pass needs; longer ones run each layer twice."""
+
+Cotangent = Callable[[Tensor, slice], Tensor]
+"""From logits `[rows, vocabulary]` of a chunk, and which rows they are, to a cotangent of the same shape."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the attention layers of one forward pass need.
+
+    Attributes:
+        table: the rules.
+        native_windows: the model's own window of every layer.
+        plans: the rule of each KV head of every layer, None where all are full.
+        collectors: of every layer; each backward pass may put others into these very lists.
+        attended: what every layer attended with, kept until the tape ends; None to keep nothing.
+        values: whether that has the values too.
+        gates: of the layers, where rules select.
+        choices: what rules choose in every layer, kept until the tape ends.
+    """
+
+    table: RuleTable
+    native_windows: tuple[int | None, ...]
+    plans: tuple[RuleTable | None, ...]
+    collectors: tuple[list[Collector | GradientCollector], ...]
+    attended: dict[int, Attended] | None = None
+    values: bool = False
+    gates: GateWeights | None = None
+    choices: dict[int, Choices | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        shape: ModelShape,
+        table: RuleTable,
+        plan: Plan | None = None,
+        keep: bool = False,
+        values: bool = False,
+        gates: GateWeights | None = None,
+    ) -> Recording:
+        """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too."""
+        plans: list[RuleTable | None] = [None] * shape.layers
+        for layer, rules in enumerate(plan.rules if plan is not None else ()):
+            if plan is not None and not all(rule.is_full for rule in rules):
+                plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
+        collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
+        return Recording(
+            table, shape.native_windows, tuple(plans), collectors, {} if keep or values else None, values, gates
+        )
+
+
+_recording: ContextVar[Recording] = ContextVar("moacompress_recording")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    if attention_mask is not None or kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
+        raise ModelError(
+            f"{type(module).__name__} attends with a mask or bias of its own; only causal attention can be profiled"
+        )
+    recording, layer = _recording.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    spec = AttentionSpec(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        native_window=recording.native_windows[layer],
+        softcap=softcap,
+    )
+    choices = recording.choices.get(layer)
+    if recording.attended is not None:
+        plan = recording.plans[layer]
+        asking, keys, values = as_kept(
+            query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats
+        )
+        recording.attended[layer] = Attended(
+            asking,
+            keys,
+            s_aux,
+            spec,
+            plan,
+            values if recording.values else None,
+            None if choices is None else choices.own,
+        )
+    out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
+        query,
+        key,
+        value,
+        s_aux,
+        spec,
+        recording.table,
+        recording.collectors[layer],
+        recording.plans[layer],
+        choices,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function beside `_attention`, which needs none: a sample is one row without padding."""
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+@contextmanager
+def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
+    """Lets the model attend as `recording` says, and puts everything back."""
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    token = _recording.set(recording)
+    try:
+        for config, _ in before:
+            config._attn_implementation = ATTENTION
+        tables, windows = recording.table.in_layer, recording.native_windows
+        chosen = recording.plans, recording.choices
+        with choosing(model, recording.gates, lambda layer: tables(windows[layer]), *chosen):
+            yield
+    finally:
+        _recording.reset(token)
+        for config, name in before:
+            config._attn_implementation = name
+
+
+@contextmanager
+def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives one module another `forward` for the block's length."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Lets no weight ask for a gradient: a backward pass then keeps what the way to the inputs needs, and no more."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Lets every decoder layer keep its input alone; a backward pass runs it again."""
+
+    def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            context = contextvars.copy_context()  # the backward pass may run in a thread of its own
+            return checkpoint(
+                lambda *inputs: context.run(forward, *inputs, **kwargs),
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+
+        return run
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(replaced(layer, twice(layer.forward)))
+        yield
+
+
+def hidden_states(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
+    """Returns what the output layer would get, `[1, N, hidden]`, from embeddings `[1, N, hidden]`."""
+    states: Tensor = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return states
+
+
+def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
+    """Returns what the output layer gets at some positions, `[rows, hidden]`, without a way back.
+
+    Args:
+        model: dense or under a plan.
+        ids: int64 `[N]`.
+        rows: int64 positions.
+    """
+    return read_through(model, ids)[0, rows]
+
+
+def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
+    """Returns what the output layer gets of one row of tokens, `[1, N, hidden]`, without a way back.
+
+    Args:
+        model: dense or under a plan.
+        ids: int64 `[N]`, on any device.
+    """
+    with torch.no_grad():
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+        return hidden_states(model, model.get_input_embeddings()(tokens[None]))
+
+
+def all_attended(model: PreTrainedModel, shape: ModelShape, ids: Tensor | npt.NDArray[np.int64]) -> dict[int, Attended]:
+    """Returns what every layer of a dense model attends with on one row of tokens, values too.
+
+    Args:
+        model: dense.
+        shape: its shape.
+        ids: int64 `[N]`, on any device.
+    """
+    recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
+    with recorded(model, recording):
+        read_through(model, ids)
+    assert recording.attended is not None
+    return recording.attended
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Returns the logits of hidden states `[rows, hidden]`, as the model's own forward makes them: `[rows, vocabulary]`."""
+
+    def given(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=hidden[None])
+
+    with replaced(model.base_model, given):
+        logits: Tensor = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    return logits
+
+
+def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Returns the slices of rows whose logits are worked on at a time."""
+    size = max(1, CHUNK_LOGITS // vocabulary)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+class Tape:
+    """A sample's forward pass, from which backward passes start. A context manager: the model is as before afterwards.
+
+    Args:
+        model: any causal LM that dispatches its attention; its weights are frozen meanwhile.
+        recording: rules, and the plan that the model runs under.
+        ids: int64 `[N]`.
+        rows: int64 `[targets]`, the positions whose logits predict a target.
+
+    Attributes:
+        hidden: what the output layer gets at `rows`, `[targets, hidden]`, detached.
+    """
+
+    def __init__(self, model: PreTrainedModel, recording: Recording, ids: Tensor, rows: Tensor) -> None:
+        self._model, self._recording = model, recording
+        self._ids, self._rows = ids, rows
+        self._vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Tape:
+        with self._stack:
+            self._stack.enter_context(torch.enable_grad())
+            self._stack.enter_context(frozen(self._model))
+            self._stack.enter_context(recorded(self._model, self._recording))
+            if self._recording.attended is not None:
+                self._stack.callback(self._recording.attended.clear)
+            self._stack.callback(self._recording.choices.clear)
+            if len(self._ids) > KEEP_TOKENS:
+                self._stack.enter_context(checkpointed(self._model))
+            self._embeddings = self._model.get_input_embeddings()(self._ids[None]).detach().requires_grad_()
+            self._states = hidden_states(self._model, self._embeddings)[0, self._rows]
+            self.hidden = self._states.detach()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._states, self._embeddings
+        self._stack.close()
+
+    def backward(
+        self, cotangent: Cotangent, collectors: Sequence[Sequence[Collector | GradientCollector]], last: bool
+    ) -> None:
+        """Runs one backward pass from the logits down to the embeddings.
+
+        Args:
+            cotangent: where it starts; called for every chunk of rows, in order.
+            collectors: of every layer.
+            last: whether no other pass follows, so that memory is freed on the way.
+        """
+        for held, wanted in zip(self._recording.collectors, collectors, strict=True):
+            held[:] = wanted
+        pulled = torch.zeros_like(self.hidden)
+        for part in chunks(len(self.hidden), self._vocabulary):
+            hidden = self.hidden[part].clone().requires_grad_()
+            logits = output_logits(self._model, hidden)
+            (pulled[part],) = torch.autograd.grad(logits, hidden, cotangent(logits.detach(), part))
+        torch.autograd.grad(self._states, self._embeddings, pulled, retain_graph=not last)

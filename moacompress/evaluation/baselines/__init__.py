@@ -1,0 +1,1 @@
+"""What a compressed model is compared with: plans, checkpoints and quantized caches."""

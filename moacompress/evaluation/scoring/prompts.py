@@ -1,0 +1,169 @@
+"""Scores of prompts: what is found in the greedy answer, and how well the reference is predicted, teacher-forced.
+
+Prompts of one length are scored together. A prompt is read once; the teacher-forced pass resumes from a copy of its
+cache, the greedy answer from the cache itself. Dense and compressed models take the same path.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moacompress.calibration.data.answers import stop_tokens
+from moacompress.core.errors import ModelError, UsageError
+from moacompress.evaluation.tasks.cases import Case
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 8192
+"""Prompts of equal length are scored together, up to this many tokens in the cache; a longer prompt goes alone."""
+LOGITS = 1 << 27
+"""Most numbers in the logits of a teacher-forced pass, where more than one prompt is in it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model did on one prompt.
+
+    Attributes:
+        exact_match: how much of the reference is in the greedy answer, 0 to 1, by the prompt's rule of matching.
+        accuracy: share of the reference's value tokens that the model ranks first, teacher-forced.
+        nll: mean negative log-likelihood of the reference's value tokens, teacher-forced, nats a token.
+    """
+
+    exact_match: float
+    accuracy: float
+    nll: float
+
+
+def batches(cases: Sequence[Case], vocabulary: int) -> list[list[int]]:
+    """Returns the indices of cases that are scored together: of one prompt length, and as many as memory allows.
+
+    Args:
+        cases: the cases.
+        vocabulary: number of logits of a token.
+    """
+    groups: dict[tuple[int, int | None], list[int]] = {}
+    for index, case in enumerate(cases):
+        groups.setdefault((len(case.prompt_ids), case.turn_at), []).append(index)
+    found = []
+    for members in groups.values():
+        answer = max(len(cases[index].answer_ids) for index in members)
+        tokens = max(len(cases[index].prompt_ids) + cases[index].new_tokens for index in members)
+        size = max(1, min(BATCH_TOKENS // tokens, LOGITS // (answer * vocabulary)))
+        found += [members[first : first + size] for first in range(0, len(members), size)]
+    return found
+
+
+def score_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], cache: Any = None, unit: int = 1
+) -> list[Score]:
+    """Returns the scores of a model on prompts of one length.
+
+    Args:
+        model: dense or under a plan.
+        tokenizer: decodes the answers.
+        cases: at least one, all with the same number of prompt tokens and the same `turn_at`.
+        cache: an empty one to use; by default the model's own kind.
+        unit: the prompt is read up to a multiple of so many tokens, and the rest of it with the answer.
+
+    Raises:
+        UsageError: prompts of different lengths.
+        ModelError: the model's logits are not finite.
+    """
+    if len({(len(case.prompt_ids), case.turn_at) for case in cases}) != 1:
+        raise UsageError(
+            "prompts of different lengths, or with other turns, cannot be scored together; score each alone"
+        )
+    with torch.inference_mode():
+        last, cache = _read(model, cases, cache, unit)
+        forced = _teacher_forced(model, cases, last, copy.deepcopy(cache))
+        answers = _greedy(model, tokenizer, cases, last, cache)
+    return [
+        Score(match_share(case, answer), *numbers) for case, answer, numbers in zip(cases, answers, forced, strict=True)
+    ]
+
+
+def match_share(case: Case, answer: str) -> float:
+    """Returns how much of a case's reference is in an answer, 0 to 1; upper and lower case are the same."""
+    if case.match == "last-integer":
+        said = re.findall(r"[0-9]+", answer)
+        wanted = {reference.strip().lstrip("0") for reference in case.references}
+        return float(bool(said) and said[-1].lstrip("0") in wanted)
+    text = answer.casefold()
+    found = [reference.casefold() in text for reference in case.references]
+    return float(any(found)) if case.match == "any" else sum(found) / len(found)
+
+
+def _read(model: PreTrainedModel, cases: Sequence[Case], cache: Any, unit: int) -> tuple[torch.Tensor, Any]:
+    """Reads the prompts but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache; None makes a new one."""
+    ids = torch.tensor([case.prompt_ids for case in cases], device=model.device)
+    end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))
+    edges = [0, turn, end] if 0 < turn < end else [0, end]
+    for first, after in itertools.pairwise(edges):
+        past: dict[str, Any] = {} if cache is None else {"cache": cache}
+        cache = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **past).cache
+    return ids[:, end:], cache
+
+
+def _teacher_forced(
+    model: PreTrainedModel, cases: Sequence[Case], last: torch.Tensor, cache: Any
+) -> list[tuple[float, float]]:
+    """Returns accuracy and NLL of the value tokens of each case; `cache` is used up.
+
+    Shorter answers are filled up behind their end, where nothing that counts can see it.
+    """
+    size = max(len(case.answer_ids) for case in cases)
+    answers = torch.tensor([case.answer_ids + case.answer_ids[-1:] * (size - len(case.answer_ids)) for case in cases])
+    given = torch.cat((last, answers[:, :-1].to(last.device)), 1)
+    logits = model(
+        input_ids=given, cache=cache, use_cache=True, logits_to_keep=size
+    ).logits  # [batch, size, vocabulary]
+    found = []
+    for case, row in zip(cases, logits, strict=True):
+        values = torch.tensor([index for index, counts in enumerate(case.is_value) if counts], device=row.device)
+        targets = torch.tensor(case.answer_ids, device=row.device)[values]
+        picked = row[values].float()
+        nll = float(torch.nn.functional.cross_entropy(picked, targets))
+        if not bool(torch.isfinite(picked).all()):
+            raise ModelError(
+                f"the model's logits are not finite on a prompt of {case.task} with {len(case.prompt_ids):,} tokens "
+                f"in {str(model.dtype).removeprefix('torch.')}; evaluate it in float32"
+            )
+        found.append((int((picked.argmax(-1) == targets).sum()) / len(targets), nll))
+    return found
+
+
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], last: torch.Tensor, cache: Any
+) -> list[str]:
+    """Returns the greedy answers as text, up to where more of them could not change the score; `cache` is used up.
+
+    An answer ends at a closing token, at `new_tokens`, or once all that is looked for is in it: what is found stays
+    found in a longer answer, because decoding only ever appends.
+    """
+    stop = stop_tokens(model)
+    said: list[list[int]] = [[] for _ in cases]
+    answers = [""] * len(cases)
+    open_rows = [index for index, case in enumerate(cases) if case.new_tokens > 0]
+    while open_rows:
+        logits = model(input_ids=last, cache=cache, use_cache=True, logits_to_keep=1).logits
+        last = logits[:, -1:].argmax(-1)
+        chosen = last[:, 0].tolist()
+        for index in tuple(open_rows):
+            case = cases[index]
+            said[index].append(chosen[index])
+            answers[index] = str(
+                tokenizer.decode(said[index], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            )
+            settled = case.match != "last-integer" and match_share(case, answers[index]) == 1.0
+            if chosen[index] in stop or len(said[index]) >= case.new_tokens or settled:
+                open_rows.remove(index)
+    return answers

@@ -1,0 +1,1 @@
+"""Tasks: how their prompts are written, and what counts as an answer."""

@@ -1,0 +1,97 @@
+"""What a task needs to write one prompt: the length, a source of randomness, the tokenizer, and the user's texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.core.errors import DataError
+from moacompress.evaluation.tasks.drafts import PromptDraft, draft_ids
+from moacompress.evaluation.tasks.squad_questions import Questions
+from moacompress.prompts.fitting import largest_fit
+from moacompress.prompts.generators import ANSWER_ROOM
+from moacompress.prompts.pools import Prose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Texts that some tasks need and moacompress does not bring.
+
+    Attributes:
+        prose: long text, the haystack of prose tasks.
+        squad: file of SQuAD (v1.1 or v2), for question answering.
+    """
+
+    prose: Prose | None = None
+    squad: str | Path | None = None
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The questions of `squad`, read once.
+
+        Raises:
+            DataError: not given, unreadable, or not SQuAD.
+        """
+        if self.squad is None:
+            raise DataError("no SQuAD file was given")
+        return Questions.load(self.squad)
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt to be written.
+
+    Attributes:
+        task: name of the task, for messages.
+        length: tokens that prompt and generated answer may have.
+        index: which prompt of the task it is.
+        seed: of the whole set of prompts.
+        rng: random numbers of this prompt alone.
+        tokenizer: the model's.
+        new_tokens: most tokens generated; 0 for as many as the reference takes.
+        resources: texts.
+    """
+
+    task: str
+    length: int
+    index: int
+    seed: int
+    rng: np.random.Generator
+    tokenizer: PreTrainedTokenizerBase
+    new_tokens: int = 0
+    resources: Resources = field(default_factory=Resources)
+
+    def tokens(self, draft: PromptDraft) -> int:
+        """Returns the tokens that a draft takes: the prompt, and the longer of reference and generated answer."""
+        prompt = len(draft_ids(self.tokenizer, draft))
+        answer = len(self.tokenizer(draft.answer.text, add_special_tokens=False)["input_ids"])
+        return prompt + max(self.new_tokens, answer + ANSWER_ROOM)
+
+    def fit(self, write: Callable[[int], PromptDraft], limit: int, short: str | None = None) -> PromptDraft:
+        """Returns the draft with the most filler that fits the length.
+
+        Args:
+            write: makes the draft with so many pieces of filler; the same number gives the same draft.
+            limit: pieces there are.
+            short: what to say where all pieces are too few to come near the length; None where that is no error.
+
+        Raises:
+            DataError: too long without filler, or `short`.
+        """
+        count = largest_fit(lambda pieces: self.tokens(write(pieces)), self.length, limit, self.task)
+        if short is not None and count == limit:
+            raise DataError(short)
+        return write(count)
+
+    def fork(self) -> Callable[[int], np.random.Generator]:
+        """Returns a function that gives for a number of pieces a generator of its own, the same at every call."""
+        state = int(self.rng.integers(2**62))
+        return lambda count: np.random.default_rng((state, count))

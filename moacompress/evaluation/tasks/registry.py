@@ -1,0 +1,388 @@
+"""The registry of evaluation tasks: their names, what they need, and the prompts they make.
+
+Prompts come from the pools that neither calibration nor validation draw from, and are the same whatever models run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from moacompress.core.errors import DataError, UsageError, did_you_mean
+from moacompress.evaluation.tasks.associative_recall import make_recall
+from moacompress.evaluation.tasks.cases import Case, Match
+from moacompress.evaluation.tasks.counting import COMMON, FREQUENT, make_common, make_frequent
+from moacompress.evaluation.tasks.document_question import make_question
+from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, encode_draft
+from moacompress.evaluation.tasks.line_lookup import SAID, make_lines
+from moacompress.evaluation.tasks.needles import Needles, make_needles
+from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
+from moacompress.evaluation.tasks.registry import ruler
+from moacompress.evaluation.tasks.second_question import make_second_question
+from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
+from moacompress.evaluation.tasks.unseen import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.tasks.vocabulary import WORDS
+from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
+from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS
+from moacompress.prompts.sentences import DOCUMENTS, NEEDLES, NeedleSentences, wording_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "EvaluationTask",
+    "Resources",
+    "check_resources",
+    "expand_tasks",
+    "find_task",
+    "make_cases",
+]
+
+S = TypeVar("S")
+Need = Literal["prose", "squad"]
+_HOW = {
+    "prose": "give a .txt file or a folder of them as text",
+    "squad": "give a SQuAD file, such as dev-v2.0.json",
+}
+_WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """A kind of prompt.
+
+    Attributes:
+        name: as given on the command line and written in results.
+        description: one line for a reader.
+        write: makes the draft of one prompt.
+        sentences: returns all that its prompts say but for what is drawn, for `wording`.
+        is_number: the values are numbers, so that only digits count in teacher-forced scores.
+        new_tokens: most tokens generated; 0 for as many as the reference takes and a few more.
+        match: how an answer is compared, see `Case`.
+        needs: the user's text that the task needs, or None.
+        ruler: one of RULER's, whose sentences an installed package ships.
+    """
+
+    name: str
+    description: str
+    write: Callable[[PromptRequest], PromptDraft]
+    sentences: Callable[[], object]
+    is_number: bool
+    new_tokens: int = 0
+    match: Match = "all"
+    needs: Need | None = None
+    ruler: bool = False
+
+    @property
+    def wording(self) -> str:
+        """A digest of what its prompts say, 16 hex digits: prompts of two wordings are not one task.
+
+        Raises:
+            UsageError: one of RULER's, and the package is not installed.
+        """
+        return wording_of(self.sentences(), ADJECTIVES, NOUNS)
+
+    @property
+    def requirements(self) -> str:
+        """What is to be given or installed for it, in words; empty for nothing."""
+        given = {"prose": "--text", "squad": "--squad"}
+        needs = [given[self.needs]] if self.needs else []
+        return ", ".join([*needs, *(["the extra eval"] if self.ruler else [])])
+
+
+def _calibrated(
+    name: str, description: str, needs: Need | None = None, generator: str | None = None, values: Values = "numbers"
+) -> EvaluationTask:
+    """Returns a task that calibration has too; here it draws from the evaluation pools."""
+
+    def write(request: PromptRequest) -> PromptDraft:
+        prompt = make_prompt(
+            generator or name,
+            request.rng,
+            "evaluation",
+            request.tokenizer,
+            request.length,
+            request.resources.prose,
+            values,
+        )
+        return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
+
+    return EvaluationTask(
+        name, description, write, lambda: (NEEDLES, PAIRS), is_number=values == "numbers", needs=needs
+    )
+
+
+def _worded(
+    name: str,
+    description: str,
+    make: Callable[[PromptRequest, S], PromptDraft],
+    sentences: Callable[[], S],
+    **options: Any,
+) -> EvaluationTask:
+    """Returns a task whose sentences are an argument of what makes its prompts.
+
+    Args:
+        name: as in `EvaluationTask`.
+        description: likewise.
+        make: makes the draft of one prompt of the sentences.
+        sentences: returns them; of RULER's tasks they are read when a prompt is made.
+        **options: other attributes of the task.
+    """
+    return EvaluationTask(name, description, lambda request: make(request, sentences()), sentences, **options)
+
+
+def _needles(
+    name: str,
+    description: str,
+    needles: Needles,
+    sentences: Callable[[], NeedleSentences] = lambda: NEEDLES,
+    **options: Any,
+) -> EvaluationTask:
+    return _worded(
+        name,
+        description,
+        lambda request, said: make_needles(request, needles, said),
+        sentences,
+        is_number=needles.kind == "number",
+        needs="prose" if needles.haystack == "prose" else None,
+        **options,
+    )
+
+
+def _rulers(name: str, description: str, needles: Needles) -> EvaluationTask:
+    return _needles(name, f"RULER: {description}", needles, ruler.needles, new_tokens=128, ruler=True)
+
+
+_UUIDS = Needles("needles", key_kind="uuid", kind="uuid")
+_OURS = (
+    _calibrated("needle-noise", "one needle in noise"),
+    _calibrated("needle-prose", "one needle in prose", "prose"),
+    _calibrated("needle-prose-uuids", "one UUID in prose", "prose", "needle-prose", "uuids"),
+    _calibrated("multi-needle-noise", "four needles in noise, one asked for"),
+    _calibrated("multi-needle-prose", "four needles in prose, one asked for", "prose"),
+    _calibrated("key-value", "a JSON object of keys and numbers, one asked for"),
+    _needles("needle-distractors", "one number among needles like it", Needles("needles")),
+    _needles("needle-distractors-uuids", "one UUID of a UUID among needles like it", _UUIDS),
+    _needles("multi-value-prose", "four numbers of one key in prose", Needles("prose", values=4)),
+    _needles("multi-query-prose", "four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
+    _worded("variable-chain", "variables of a chain of four hops", make_tracking, lambda: TRACKING, is_number=False),
+    EvaluationTask(
+        "common-words",
+        "the ten common words of a list",
+        lambda request: make_common(request, COMMON),
+        lambda: (COMMON, WORDS),
+        is_number=False,
+    ),
+    _worded("frequent-words", "the three most frequent words", make_frequent, lambda: FREQUENT, is_number=False),
+    _worded(
+        "document-question",
+        "a SQuAD question among documents",
+        make_question,
+        lambda: DOCUMENTS,
+        is_number=False,
+        new_tokens=32,
+        match="any",
+        needs="squad",
+    ),
+    EvaluationTask(
+        "line-lookup",
+        "the number of one line of a list, in a sentence",
+        make_lines,
+        lambda: SAID,
+        is_number=True,
+        new_tokens=40,
+        match="last-integer",
+    ),
+    EvaluationTask(
+        "recall", "pairs of words as plain text, then one key again", make_recall, lambda: WORDS, is_number=False
+    ),
+    EvaluationTask(
+        "second-question",
+        "a second needle asked for on a context already read",
+        make_second_question,
+        lambda: NEEDLES,
+        is_number=True,
+    ),
+    EvaluationTask(
+        "legal-codes",
+        "a reference code stated once in legal prose",
+        legal_codes.make_legal_codes,
+        lambda: legal_codes.SENTENCES,
+        is_number=False,
+    ),
+    EvaluationTask(
+        "table-lookup",
+        "a cell of a table, by row and column",
+        table_lookup.make_table_lookup,
+        lambda: table_lookup.SENTENCES,
+        is_number=True,
+    ),
+    EvaluationTask(
+        "dialogue-fact",
+        "a number that one of several speakers said once",
+        dialogue_fact.make_dialogue_fact,
+        lambda: dialogue_fact.SENTENCES,
+        is_number=True,
+    ),
+)
+_RULERS = (
+    _rulers("niah-single-1", "one number in noise", Needles("noise")),
+    _rulers("niah-single-2", "one number in prose", Needles("prose")),
+    _rulers("niah-single-3", "one UUID in prose", Needles("prose", kind="uuid")),
+    _rulers("niah-multikey-1", "four numbers in prose, one asked for", Needles("prose", keys=4)),
+    _rulers("niah-multikey-2", "one number among others like it", Needles("needles")),
+    _rulers("niah-multikey-3", "one UUID of a UUID among others like it", _UUIDS),
+    _rulers("niah-multivalue", "four numbers of one key in prose", Needles("prose", values=4)),
+    _rulers("niah-multiquery", "four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
+    _worded(
+        "vt",
+        "RULER: variables of a chain of four hops",
+        make_tracking,
+        ruler.tracking,
+        is_number=False,
+        new_tokens=30,
+        ruler=True,
+    ),
+    _worded(
+        "cwe",
+        "RULER: the ten common words of a list",
+        make_common,
+        ruler.common_words,
+        is_number=False,
+        new_tokens=120,
+        ruler=True,
+    ),
+    _worded(
+        "fwe",
+        "RULER: the three most frequent coded words",
+        make_frequent,
+        ruler.frequent_words,
+        is_number=False,
+        new_tokens=50,
+        ruler=True,
+    ),
+    _worded(
+        "qa-squad",
+        "RULER: a SQuAD question among documents",
+        make_question,
+        ruler.documents,
+        is_number=False,
+        new_tokens=32,
+        match="any",
+        needs="squad",
+        ruler=True,
+    ),
+)
+TASKS: dict[str, EvaluationTask] = {task.name: task for task in (*_OURS, *_RULERS)}
+GROUPS = ("ruler", "all")
+
+
+def find_task(name: str) -> EvaluationTask:
+    """Returns the task of that name.
+
+    Raises:
+        UsageError: unknown; names the nearest known one.
+    """
+    if name not in TASKS:
+        hint = did_you_mean(name, (*TASKS, *GROUPS), f"known tasks are {', '.join((*TASKS, *GROUPS))}")
+        raise UsageError(f"unknown task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tuple[str, ...]:
+    """Returns task names with groups expanded, each once: `ruler` is RULER's tasks, `all` those that can be made.
+
+    Args:
+        names: of tasks and groups.
+        resources: what there is, for `all`.
+
+    Raises:
+        UsageError: unknown; names the nearest known one. Or one of RULER's whose sentences no installed package has.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            found |= dict.fromkeys(task.name for task in TASKS.values() if _can_be_made(resources or Resources(), task))
+        elif name == "ruler":
+            found |= dict.fromkeys(task.name for task in TASKS.values() if task.ruler)
+        else:
+            found[find_task(name).name] = None
+    for task in map(find_task, found):
+        if task.ruler:
+            ruler.check_installed(task.name)
+    return tuple(found)
+
+
+def check_resources(names: Iterable[str], resources: Resources) -> None:
+    """Checks that every task has the text and the sentences it needs, before the first minute of work.
+
+    Raises:
+        UsageError: unknown task, or one of RULER's whose sentences no installed package has.
+        DataError: text is missing, or the SQuAD file cannot be used; says which task needs what.
+    """
+    for task in map(find_task, names):
+        if not _has(resources, task):
+            need = task.needs or "prose"
+            raise DataError(f"task {task.name} needs {_WHAT[need]}: {_HOW[need]}")
+        if task.needs == "squad":
+            _ = resources.questions
+        _ = task.wording
+
+
+def _has(resources: Resources, task: EvaluationTask) -> bool:
+    return task.needs is None or getattr(resources, task.needs) is not None
+
+
+def _can_be_made(resources: Resources, task: EvaluationTask) -> bool:
+    return _has(resources, task) and (not task.ruler or ruler.is_installed())
+
+
+def make_cases(
+    task: str,
+    length: int,
+    prompts: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    resources: Resources | None = None,
+) -> list[Case]:
+    """Returns evaluation prompts of a task; a larger number of them begins with those of a smaller one.
+
+    Args:
+        task: name of a task.
+        length: tokens that prompt and generated answer may have.
+        prompts: how many.
+        seed: the same gives the same prompts.
+        tokenizer: the model's.
+        resources: texts that some tasks need.
+
+    Raises:
+        UsageError: unknown task.
+        DataError: the length is too short for the task, or the text too short for the length or missing.
+    """
+    known, resources = find_task(task), resources or Resources()
+    check_resources((task,), resources)
+    return [_make_case(known, length, index, seed, tokenizer, resources) for index in range(prompts)]
+
+
+def _make_case(
+    task: EvaluationTask, length: int, index: int, seed: int, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> Case:
+    rng = np.random.default_rng((seed, SPLITS.index("evaluation"), length, index))
+    draft = task.write(PromptRequest(task.name, length, index, seed, rng, tokenizer, task.new_tokens, resources))
+    ids = encode_draft(tokenizer, draft)
+    return Case(
+        task=task.name,
+        length=length,
+        prompt_ids=ids.prompt_ids,
+        answer_ids=ids.answer_ids,
+        is_value=ids.is_value,
+        references=draft.references,
+        match=task.match,
+        new_tokens=task.new_tokens or len(ids.answer_ids) + ANSWER_ROOM,
+        turn_at=ids.turn_at,
+    )

@@ -1,0 +1,107 @@
+"""A long table of several columns, as markdown or CSV, of which one cell is asked for by its row and its column.
+
+The answer begins with the row as far as it is before that cell, which is never the first: asked in a sentence, a small model
+takes any number of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
+from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.unseen.names import NAMES, draw_names
+
+TableLayout = Literal["markdown", "csv"]
+LAYOUTS: tuple[TableLayout, ...] = ("markdown", "csv")
+COLUMNS = 3
+ROW_TOKENS = 16
+"""A row surely has more tokens: how many are drawn at most."""
+CELLS = (1000, 10_000)
+"""The cells are integers from the first up, below the second."""
+TEMPLATE = (
+    "Here is a table of {title}.\n\n{context}\n\nIn the table above, what is the {column} of {name}? Repeat its row up "
+    "to there."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a table is about: its title, what a row stands for, and the columns there may be."""
+
+    title: str
+    row: str
+    columns: tuple[str, ...]
+
+
+SUBJECTS = (
+    Subject("towns", "town", ("population", "elevation", "rainfall", "area", "budget", "founding year")),
+    Subject("ships", "ship", ("tonnage", "length", "crew", "range", "cargo", "horsepower")),
+    Subject("employees", "surname", ("salary", "badge", "bonus", "mileage", "pension", "overtime")),
+    Subject("farms", "farm", ("acreage", "yield", "livestock", "rent", "eviction_schedule", "subsidy")),
+)
+
+
+SENTENCES = (TEMPLATE, SUBJECTS)
+"""All that prompts say but for what is drawn."""
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """A table: what a row stands for, the columns, and for every row its name and its cells."""
+
+    row: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def text(self, layout: TableLayout) -> str:
+        """Returns the table as it is written in markdown or CSV."""
+        lines: list[list[str]] = [[self.row, *self.columns], *([name, *map(str, cells)] for name, cells in self.rows)]
+        if layout == "markdown":
+            lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(_line(cells, layout) for cells in lines)
+
+    def opening(self, layout: TableLayout, row: int, column: int) -> str:
+        """Returns how a row is written up to a cell, both by their index: the cell's text follows without a space."""
+        name, cells = self.rows[row]
+        line = _line([name, *map(str, cells[:column]), "?"], layout)
+        return line[: line.rindex("?")]
+
+
+def _line(cells: Sequence[str], layout: TableLayout) -> str:
+    return ",".join(cells) if layout == "csv" else f"| {' | '.join(cells)} |"
+
+
+def make_table_lookup(request: PromptRequest) -> PromptDraft:
+    """Returns a table of different rows, one cell of which is asked for.
+
+    Raises:
+        DataError: the length is too short, or too long for the names there are.
+    """
+    rng = request.rng
+    subject, layout = SUBJECTS[int(rng.integers(len(SUBJECTS)))], LAYOUTS[int(rng.integers(len(LAYOUTS)))]
+    columns = tuple(subject.columns[index] for index in rng.permutation(len(subject.columns))[:COLUMNS])
+    limit = min(request.length // ROW_TOKENS, NAMES - 1)
+    names = draw_names(rng, limit + 1)
+    cells = rng.integers(*CELLS, (limit + 1, COLUMNS)).tolist()
+    asked, *others = [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
+    depth, column = float(rng.random()), int(rng.integers(1, COLUMNS))
+
+    def write(count: int) -> PromptDraft:
+        before = round(depth * count)
+        table = CellTable(subject.row, columns, (*others[:before], asked, *others[before:count]))
+        return render(subject.title, table, layout, before, column)
+
+    short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
+    return request.fit(write, limit, short)
+
+
+def render(title: str, table: CellTable, layout: TableLayout, row: int, column: int) -> PromptDraft:
+    """Returns the prompt of a table in which the cell of `row` and `column`, by their index, is asked for."""
+    name, cells = table.rows[row]
+    user = TEMPLATE.format(title=title, context=table.text(layout), column=table.columns[column], name=name)
+    opening, value = table.opening(layout, row, column), str(cells[column])
+    space = " " if opening.endswith(" ") else ""
+    return PromptDraft((user,), f"\n{opening.rstrip()}", Answer.of(value, before=space), (value,))

@@ -1,0 +1,234 @@
+"""What an audit says in numbers: rank correlation, slope and regret of predicted against measured KL.
+
+Intervals are 95% percentile bootstraps over the ablations or plans. Every estimator is resampled alike, so that
+differences are paired. A number that cannot be had (too few points, all equal) is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from moacompress.core.arrays import Floats, Ints
+from moacompress.search.predict.surrogate import FLOOR, fit
+from moacompress.search.problem.knapsack import Pick, total_cost
+
+RESAMPLES = 5000
+RATIOS = (0.1, 0.9)
+"""Quantiles between which most ratios of measured to predicted KL are."""
+
+
+@dataclass(frozen=True)
+class BootstrapValue:
+    """A number with its bootstrap.
+
+    Attributes:
+        value: on all points.
+        resampled: on resampled points, [resamples].
+    """
+
+    value: float
+    resampled: Floats
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The 2.5% and 97.5% quantiles of what could be computed of the bootstrap."""
+        found = self.resampled[np.isfinite(self.resampled)]
+        if not len(found):
+            return float("nan"), float("nan")
+        low, high = np.quantile(found, (0.025, 0.975))
+        return float(low), float(high)
+
+    def __sub__(self, other: BootstrapValue) -> BootstrapValue:
+        return BootstrapValue(self.value - other.value, self.resampled - other.resampled)
+
+
+def resamples(points: int, seed: int) -> Ints:
+    """Returns indices of points drawn with replacement, [`RESAMPLES`, points]; the same for the same arguments."""
+    return np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
+
+
+def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+    """Returns Spearman's rank correlation, ties at their mean rank.
+
+    Args:
+        predicted: [points].
+        measured: [points].
+        seed: of the bootstrap.
+    """
+    # of all resamples at once: scipy's spearmanr takes one pair a call
+    drawn = resamples(len(predicted), seed)
+    ranks = [rankdata(np.concatenate([values[None], values[drawn]]), axis=1) for values in (predicted, measured)]
+    found = _correlation(ranks[0], ranks[1])
+    return BootstrapValue(float(found[0]), found[1:])
+
+
+def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+    """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise.
+
+    Args:
+        predicted: nats, [points].
+        measured: nats, [points].
+        seed: of the bootstrap.
+    """
+    usable = (predicted > FLOOR) & (measured > FLOOR)
+    if not usable.any():
+        return BootstrapValue(float("nan"), np.zeros(0))
+    x, y = np.log(predicted[usable]), np.log(measured[usable])
+    drawn = resamples(len(x), seed)
+    found = _slopes(np.concatenate([x[None], x[drawn]]), np.concatenate([y[None], y[drawn]]))
+    return BootstrapValue(float(found[0]), found[1:])
+
+
+def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+    """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
+
+    Args:
+        predicted: of every plan, [plans].
+        measured: nats, [plans].
+        seed: of the bootstrap.
+    """
+    drawn = resamples(len(predicted), seed)
+    chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
+    own = _excess(measured[[predicted.argmin()]], measured.min(keepdims=True))
+    return BootstrapValue(float(own[0]), _excess(chosen, measured[drawn].min(axis=1)))
+
+
+def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
+    """Returns how close predictions are that are not calibrated.
+
+    Args:
+        predicted: nats, [points].
+        measured: nats, [points].
+        seed: of the bootstrap.
+
+    Returns:
+        `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
+    """
+    rank = spearman(predicted, measured, seed)
+    usable = (predicted > FLOOR) & (measured > FLOOR)
+    ratios = measured[usable] / predicted[usable]
+    middle, low, high = np.quantile(ratios, (0.5, *RATIOS)).tolist() if len(ratios) else (float("nan"),) * 3
+    return {
+        "spearman": rank.value,
+        "ci95": rank.ci95,
+        "ratio": middle,
+        "ratio_range": [low, high],
+        "n": len(predicted),
+    }
+
+
+def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
+    """Returns calibrated KL of every ablation, by the calibration that was fitted to the half it is not in, [ablations].
+
+    Args:
+        influence: predicted influence, nats, [ablations].
+        measured: KL, nats, [ablations].
+        seed: of the halves.
+    """
+    order = np.random.default_rng(seed).permutation(len(influence))
+    halves = order[::2], order[1::2]
+    found = np.zeros(len(influence))
+    for ours, theirs in (halves, halves[::-1]):
+        found[ours] = fit(influence[theirs], measured[theirs])(influence[ours])
+    return found
+
+
+def _excess(chosen: Floats, best: Floats) -> Floats:
+    # below the noise a KL says nothing
+    excess: Floats = np.maximum(chosen, FLOOR) / np.maximum(best, FLOOR) - 1
+    return excess
+
+
+def _correlation(x: Floats, y: Floats) -> Floats:
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    return _ratio((x * y).sum(axis=1), np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
+
+
+def _slopes(x: Floats, y: Floats) -> Floats:
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    return _ratio((x * y).sum(axis=1), (x * x).sum(axis=1))
+
+
+def _ratio(over: Floats, under: Floats) -> Floats:
+    found = np.full(len(over), np.nan)
+    np.divide(over, under, out=found, where=under > 1e-20)
+    return found
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What measurements say of estimators; the rows are those of `Audit`.
+
+    Attributes:
+        correlations: Spearman's of every estimator, over the ablations.
+        ablations: by estimator.
+        plans: by estimator; empty without plans.
+        points: of every ablation; `rule` by number.
+        plan_points: of every plan.
+    """
+
+    correlations: dict[str, BootstrapValue]
+    ablations: dict[str, dict[str, Any]]
+    plans: dict[str, dict[str, Any]]
+    points: list[dict[str, Any]]
+    plan_points: list[dict[str, Any]]
+
+
+def assess(
+    influence: Mapping[str, Floats],
+    picks: Sequence[Pick],
+    measured: Floats,
+    choices: Sequence[Ints],
+    measured_plans: Floats,
+    seed: int,
+) -> Assessment:
+    """Compares what estimators predict with what was measured.
+
+    Args:
+        influence: by estimator, [layers, kv_heads, rules].
+        picks: the ablations.
+        measured: their KL, nats, [ablations].
+        choices: the plans, int64 [layers, kv_heads] each. Their KL is predicted by the calibration to all ablations.
+        measured_plans: their KL, nats, [plans].
+        seed: of the halves and the bootstrap.
+    """
+    found = Assessment({}, {}, {}, [], [])
+    for (layer, head, rule), kl in zip(picks, measured.tolist(), strict=True):
+        place = {"layer": layer, "kv_head": head, "rule": rule, "measured": kl}
+        found.points.append({**place, "predicted": {}, "calibrated": {}})
+    found.plan_points.extend({"measured": kl, "calibrated": {}} for kl in measured_plans.tolist())
+    for name, table in influence.items():
+        predicted = np.array([table[pick] for pick in picks])
+        calibrated = cross_fitted(predicted, measured, seed)
+        calibration = fit(predicted, measured)
+        found.correlations[name] = spearman(predicted, measured, seed)
+        found.ablations[name] = {
+            **_rank_and_slope(found.correlations[name], slope(calibrated, measured, seed)),
+            "n": len(picks),
+            "c": calibration.c,
+            "gamma": calibration.gamma,
+        }
+        for point, raw, kl in zip(found.points, predicted.tolist(), calibrated.tolist(), strict=True):
+            point["predicted"][name], point["calibrated"][name] = raw, kl
+        if not len(choices):
+            continue
+        totals = np.array([total_cost(calibration(table), choice) for choice in choices])
+        lost = regret(totals, measured_plans, seed)
+        found.plans[name] = {
+            **_rank_and_slope(spearman(totals, measured_plans, seed), slope(totals, measured_plans, seed)),
+            "regret": lost.value,
+            "regret_ci95": lost.ci95,
+            "n": len(choices),
+        }
+        for point, kl in zip(found.plan_points, totals.tolist(), strict=True):
+            point["calibrated"][name] = kl
+    return found
+
+
+def _rank_and_slope(rank: BootstrapValue, line: BootstrapValue) -> dict[str, Any]:
+    return {"spearman": rank.value, "ci95": rank.ci95, "slope": line.value, "slope_ci95": line.ci95}

@@ -1,0 +1,1 @@
+"""Plans that need no search, and the best of each family, measured."""

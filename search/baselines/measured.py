@@ -1,0 +1,174 @@
+"""Plans that need no search, measured beside the found one on the same samples, each family at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moacompress.core.artefact_names import TEMPORARY, baselines_folder, gates_file
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import BrokenJson, read_json, remove
+from moacompress.core.progress import Progress
+from moacompress.recipe import shared_name
+from moacompress.rules.cost import layer_floors, meets
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
+from moacompress.search.measure.plan_evaluator import PlanEvaluator
+from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.problem.knapsack import total_cost
+from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_result import bytes_note
+
+SCREENED = 3
+"""Samples on which all candidates of a family are measured."""
+FINALISTS = 2
+"""Candidates of a family that are measured on all samples: the best of the screening."""
+CLOSE = 1.25
+"""KL of a second finalist in the screening, relative to the first's, above which it is left out."""
+CANDIDATES = 6
+"""Candidates of a family, those predicted to be best first."""
+
+
+@dataclass(frozen=True)
+class MeasuredBaseline:
+    """The best candidate of a family.
+
+    Attributes:
+        plan: the plan.
+        kl: its mean KL on all samples, nats.
+    """
+
+    plan: Plan
+    kl: float
+
+
+def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mapping[str, MeasuredBaseline]) -> None:
+    """Writes the plan of every baseline beside the found one: `plan.baselines/duo.json` for `plan.json`.
+
+    What an earlier search left there goes.
+
+    Args:
+        out: place of the found plan.
+        request: what was searched for.
+        measured_baselines: by family.
+    """
+    profile, folder = request.profile, baselines_folder(out)
+    check_baselines(out)
+    remove([folder])
+    for family, other in measured_baselines.items():
+        plan = other.plan.with_notes(
+            budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
+            quality={"measured_harm": {"plan": other.kl}, "samples": len(profile.validation)},
+            provenance={
+                "source": shared_name(profile.source),
+                "profile": profile.fingerprint,
+                "baseline": family,
+            },
+        )
+        plan.save(folder / f"{family}.json")
+
+
+def check_baselines(out: Path) -> None:
+    """Refuses a search whose folder of baselines is somebody else's: what an earlier search left there goes, and nothing else.
+
+    Args:
+        out: place of the found plan.
+
+    Raises:
+        ArtefactError: the folder holds something that no search wrote, or there is a file of that name.
+    """
+    folder = baselines_folder(out)
+    if not folder.exists():
+        return
+    found = set(folder.iterdir()) if folder.is_dir() else {folder}
+    plans = {path for path in found if path.parent == folder and _is_baseline(path)}
+    known = plans | {folder / f"{family}.json" for family in FAMILIES}
+    gates = set(map(gates_file, known))
+    half = {path for path in found if path.is_file() and path.name.startswith(".") and path.suffix == TEMPORARY}
+    for path in sorted(found - plans - gates - half):
+        raise ArtefactError(f"{path} was not left by a search; move it, or choose another file for the plan")
+
+
+def _is_baseline(path: Path) -> bool:
+    """Whether a file is a plan that was written as a baseline, by this version or another."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        data = read_json(path, "plan")
+    except BrokenJson:
+        return path.stem in FAMILIES
+    except ArtefactError:
+        return False
+    notes = data.get("provenance") if isinstance(data, dict) else None
+    return isinstance(notes, dict) and notes.get("baseline") == path.stem
+
+
+def measure_baseline_families(
+    request: SearchRequest, evaluator: PlanEvaluator, progress: Progress
+) -> Iterator[tuple[str, MeasuredBaseline]]:
+    """Yields every family that has a candidate within the request's limits, with its best.
+
+    Args:
+        request: what is searched for.
+        evaluator: measures.
+        progress: told of every measurement.
+
+    Raises:
+        TimeUp: the time is up before all of them are measured.
+    """
+    families = [family for family in FAMILIES if family != MOA or request.measures_moa]
+    field = {family: _candidates(family, request) for family in families}
+    progress.start("measuring baselines", len(field))
+    for family, plans in field.items():
+        screened = [evaluator.kls("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
+        means = [float(np.mean(kls)) for kls in screened]
+        ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
+        best: MeasuredBaseline | None = None
+        for index in ranked:
+            if means[index] > CLOSE * means[ranked[0]]:
+                continue
+            rest = evaluator.kls("finalist", plans[index], evaluator.order[SCREENED:])
+            kl = float(np.mean([*screened[index], *rest]))
+            if best is None or kl < best.kl:
+                best = MeasuredBaseline(plans[index], kl)
+        progress.step("nothing fits" if best is None else f"{family}: {best.kl:.3g} nats")
+        if best is not None:
+            yield family, best
+    progress.done()
+
+
+def _candidates(family: str, request: SearchRequest) -> list[Plan]:
+    """Returns what is measured of a family: where formats are on offer, those predicted to be best."""
+    spans, formats = request.profile.offering(()), request.profile.formats
+    floors = layer_floors(request.recipe.search.floors, spans.shape)
+    sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
+    found = [
+        plan
+        for plan in family_plans(family, spans.shape, request.limits, spans, sinks, formats)
+        if meets(plan, floors, request.limits)
+    ]
+    if formats:
+        found.sort(key=lambda plan: nearly_predicted(request.surrogate, plan, max(request.limits)))
+    return found[:CANDIDATES]
+
+
+def nearly_predicted(surrogate: Surrogate, plan: Plan, n: int) -> float:
+    """Returns about what a plan is predicted to cost, in nats: each rule as the widest candidate that keeps no more tokens.
+
+    Args:
+        surrogate: of the profile's rules.
+        plan: its rules need be no candidates; their formats are.
+        n: tokens, at which what they keep is compared.
+    """
+    kept = np.array([rule.kept(n, plan.min_window) for rule in surrogate.rules], np.float64)
+    pairs = np.array([(rule.key_format, rule.value_format) for rule in surrogate.rules])
+    nearest: dict[Rule, int] = {}
+    for rule in {rule for row in plan.rules for rule in row}:
+        alike = (pairs == (rule.key_format, rule.value_format)).all(axis=1)
+        near = np.where(kept <= rule.kept(n, plan.min_window), kept, -kept)
+        nearest[rule] = int(np.argmax(np.where(alike, near, -np.inf)))
+    return total_cost(surrogate.costs(), np.array([[nearest[rule] for rule in row] for row in plan.rules], np.int64))

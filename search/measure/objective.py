@@ -1,0 +1,199 @@
+"""Measured KL: KL(dense || plan) in nats at the answer tokens of validation samples, teacher-forced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import output_logits, target_states
+from moacompress.core.errors import DataError, ModelError
+from moacompress.repair.projections import Weights, with_weights
+from moacompress.rules.plan import Plan
+from moacompress.search.measure.prefix import first_changed, record, resumed
+
+MAX_DENSE_BYTES = 2 * 2**30
+"""Dense logits kept in memory; beyond them they are computed again whenever a plan is measured."""
+
+SampleKl = Callable[[int], float]
+"""KL of one sample, by its number, in nats: mean over its answer tokens."""
+
+
+class Measure(Protocol):
+    """What a study needs of the model: plans go in, KLs come out."""
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        ...
+
+    def under(self, plan: Plan) -> Any:
+        """Returns a context manager that yields the `SampleKl` of `plan`; the model is dense again when it ends."""
+        ...
+
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
+        """Yields the KLs of many plans on one sample; it is quick for those that differ from `base` in late layers.
+
+        The model is dense again once it is closed or has yielded all.
+        """
+        ...
+
+
+def own_weights(plan: Plan) -> Weights:
+    """Returns no weights in place of the model's own."""
+    return {}
+
+
+class Objective:
+    """The real model under a plan, against itself dense.
+
+    Args:
+        model: a transformers causal LM, dense, in eval mode.
+        samples: validation samples with answer tokens.
+        weights_of: returns the weights that the model has under a plan in place of its own, by the names of its parameters.
+
+    Attributes:
+        size: number of samples.
+
+    Raises:
+        DataError: there is no sample.
+    """
+
+    def __init__(
+        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = own_weights
+    ) -> None:
+        if not samples:
+            raise DataError("there are no validation samples to measure plans on; profile again")
+        self.model, self.samples, self.size = model, list(samples), len(samples)
+        self._weights_of = weights_of
+        self._dense: dict[int, torch.Tensor] = {}
+        self._dense_bytes = 0
+
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[SampleKl]:
+        """Puts the model under a plan for the block's length and yields the KL of single samples."""
+        with ExitStack() as running:
+            runs = False
+
+            def kl(number: int) -> float:
+                nonlocal runs
+                if runs and number not in self._dense:
+                    running.close()
+                    runs = False
+                dense = self._dense_logits(number)
+                if not runs:
+                    running.enter_context(self._running(plan))
+                    runs = True
+                return _finite(kl_divergence(dense, answer_logits(self.model, self.samples[number])), number)
+
+            yield kl
+
+    @contextmanager
+    def _running(self, plan: Plan) -> Iterator[None]:
+        """Puts the model under a plan, with its weights, for the block's length."""
+        from moacompress import runtime
+
+        with with_weights(self.model, self._weights_of(plan)):
+            runtime.attach(self.model, plan)
+            try:
+                yield
+            finally:
+                runtime.detach(self.model)
+
+    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
+        """Yields the KL of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
+        from moacompress import runtime
+
+        numbered = dict(enumerate(plans))
+        dense = self._dense_logits(number)
+        try:
+            found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+            for _, kl in found:
+                yield _finite(kl, number)
+        finally:
+            runtime.detach(self.model)
+
+    def kls(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
+        """Returns the KL of every sample (or of those numbered), float64 [samples], nats."""
+        with self.under(plan) as kl:
+            return np.array([kl(number) for number in (range(self.size) if numbers is None else numbers)])
+
+    def _dense_logits(self, number: int) -> torch.Tensor:
+        """Returns the dense model's logits at a sample's answer; the model is under no plan."""
+        if number in self._dense:
+            return self._dense[number]
+        logits = answer_logits(self.model, self.samples[number])
+        size = logits.numel() * logits.element_size()
+        if self._dense_bytes + size <= MAX_DENSE_BYTES:
+            self._dense[number] = logits
+            self._dense_bytes += size
+        return logits
+
+
+def _finite(kl: float, number: int) -> float:
+    if not math.isfinite(kl):
+        raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
+    return kl
+
+
+def kls_of_sample(
+    model: Any,
+    sample: Sample,
+    plans: Mapping[int, Plan],
+    dense: torch.Tensor | None,
+    base: Plan,
+    weights_of: Callable[[Plan], Weights] = own_weights,
+) -> Iterator[tuple[int, float]]:
+    """Yields the KL of every plan, by its number; leaves the model under the last one, with its own weights.
+
+    Args:
+        model: a transformers causal LM.
+        sample: the sample.
+        plans: by number.
+        dense: the dense model's logits at the sample's answer; None where `base` is the full plan, which has them.
+        base: plans start from the first layer in which they differ from it.
+        weights_of: as of `Objective`; those of `base` and of a plan must be the same in the layers before that.
+    """
+    from moacompress import runtime
+
+    if not plans:
+        return
+    runtime.attach(model, base)
+    with with_weights(model, weights_of(base)):
+        prefix, logits = record(model, lambda: answer_logits(model, sample))
+    for number, plan in plans.items():
+        runtime.attach(model, plan)
+        with with_weights(model, weights_of(plan)), resumed(model, prefix, first_changed(plan, base)):
+            kl = kl_divergence(logits if dense is None else dense, answer_logits(model, sample))
+        yield number, kl
+
+
+def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
+    """Returns the logits that predict the answer tokens, float32 [answer tokens, vocabulary].
+
+    Only those rows go through the language-model head.
+    """
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
+    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
+    with torch.inference_mode():
+        return output_logits(model, target_states(model, ids, rows)).float()
+
+
+def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns KL(dense || other) in nats, mean over rows.
+
+    Args:
+        dense: logits [rows, vocabulary].
+        other: logits of the same shape.
+    """
+    total = 0.0
+    for p_row, q_row in zip(dense, other, strict=True):  # a row at a time: float64 of the whole would be large
+        p, q = p_row.double().log_softmax(-1), q_row.double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return max(total / len(dense), 0.0)

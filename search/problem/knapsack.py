@@ -1,0 +1,99 @@
+"""From costs of rules to a plan within a budget, and the plans that single choices make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moacompress.core.arrays import Floats, Ints
+from moacompress.rules.cost import byte_table, floored, layer_floors, limit_array
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.share import LayerShares, with_shared_rules
+from moacompress.search.problem.solver import fill, solve
+
+if TYPE_CHECKING:
+    from moacompress.calibration.profile.store import Profile
+    from moacompress.search.problem.search_request import SearchRequest
+
+Pick = tuple[int, int, int]
+"""`(layer, kv_head, rule)`."""
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """A budget for a profile's rules, ready for the solver.
+
+    Attributes:
+        sizes: bytes, int64 [lengths, layers, kv_heads, rules].
+        limits: most bytes at every length, int64 [lengths].
+        solver: "lagrange" or "milp".
+    """
+
+    sizes: Ints
+    limits: Ints
+    solver: str
+
+    @staticmethod
+    def of(request: SearchRequest) -> Knapsack:
+        """Returns the knapsack of a request."""
+        profile = request.profile
+        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
+        sizes = floored(sizes, layer_floors(request.recipe.search.floors, profile.shape))
+        return Knapsack(sizes, limit_array(request.limits), request.recipe.search.solver)
+
+    def choose(self, costs: Floats) -> Ints:
+        """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
+        lengths, layers, kv_heads, rules = self.sizes.shape
+        found = solve(costs.reshape(-1, rules), self.sizes.reshape(lengths, -1, rules), self.limits, solver=self.solver)
+        return found.choice.reshape(layers, kv_heads)
+
+    def filled(self, costs: Floats, choice: Ints) -> Ints:
+        """Returns the choice with what it leaves of the limits spent: rules of no fewer bytes at any length, that cost no more.
+
+        Args:
+            costs: predicted KL of every rule alone, nats, `[layers, kv_heads, rules]`.
+            choice: within the limits, `[layers, kv_heads]`.
+        """
+        lengths, layers, kv_heads, rules = self.sizes.shape
+        sizes = self.sizes.reshape(lengths, -1, rules)
+        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True)
+        return found.reshape(layers, kv_heads)
+
+
+def total_cost(costs: Floats, choice: Ints) -> float:
+    """Returns the summed cost of a choice: costs [layers, kv_heads, rules], choice [layers, kv_heads]."""
+    return float(np.take_along_axis(costs, choice[..., None], axis=-1).sum())
+
+
+def chosen_plan(profile: Profile, choice: Ints, shares: LayerShares = ()) -> Plan:
+    """Returns the plan of a choice of rules, whose layers share as given."""
+    rows = tuple(tuple(profile.rules[number] for number in row) for row in choice.tolist())
+    return _plan(profile, with_shared_rules(rows, shares), shares)
+
+
+def _plan(profile: Profile, rows: Sequence[Sequence[Rule]], shares: LayerShares = ()) -> Plan:
+    """Returns the plan of rules, with the profile's gates; in layers with a window of their own gates select nothing."""
+    windows = profile.shape.native_windows
+    own = [
+        [rule if window is None else rule.without_choice() for rule in row]
+        for row, window in zip(rows, windows, strict=True)
+    ]
+    return profile.plan(own, shares)
+
+
+def choice_of(profile: Profile, plan: Plan) -> Ints:
+    """Returns the number of every KV head's rule among the profile's, int64 `[layers, kv_heads]`."""
+    index = {rule: number for number, rule in enumerate(profile.rules)}
+    return np.array([[index[rule] for rule in row] for row in plan.rules], np.int64)
+
+
+def ablation(profile: Profile, pick: Pick) -> Plan:
+    """Returns the plan in which one KV head has a rule and all others keep everything."""
+    layer, head, rule = pick
+    rules = [[Rule.FULL] * profile.shape.kv_heads for _ in range(profile.shape.layers)]
+    rules[layer][head] = profile.rules[rule]
+    return _plan(profile, rules)

@@ -1,0 +1,177 @@
+"""What KV heads do together: a quadratic model of the KL, shrunk towards the sum over heads, and a local search in it.
+
+To second order KL is half the mean square of the *sum* over KV heads of what each moves along a random cotangent; the
+surrogate adds up the squares of each alone. The sum knows which heads cancel or add up, but it is estimated from few samples:
+alone it overfits, so it is mixed with the surrogate, and a study decides how much of it helps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from moacompress.calibration.profile.store import Profile
+from moacompress.core.arrays import Floats, Ints
+from moacompress.search.problem.knapsack import Knapsack
+from moacompress.search.problem.solver import best_prices
+from moacompress.search.sharing.head_groups import HeadGroups
+
+CANDIDATES = 300
+"""Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
+MAX_STEPS = 300
+KNEE = 0.05
+"""Nats below which a sample's KL is as good as none: half a nat over an answer of ten tokens, which is then still given."""
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The quadratic form of a profile.
+
+    A rule is made of parts, its span and the formats of its keys and values, and moves the sum of what its parts move.
+
+    Attributes:
+        rows: what a part on a KV head moves along each cotangent, `[rows, heads, parts]`, heads of all layers in one axis.
+        linear: first-order change of KL, nats, `[heads, parts]`; 0 around the dense model. Predicted KL is its sum over
+            heads, and half the sum over rows of the squared sum over heads. Around a plan it is the change against that plan.
+        parts: the parts of every rule, int64 `[rules, parts of a rule]`; None where every rule is a part of its own.
+    """
+
+    rows: Floats
+    linear: Floats
+    parts: Ints | None = None
+
+    @staticmethod
+    def of(profile: Profile, text_weight: float, relative: float = 0.0) -> Quadratic:
+        """Returns the form of a profile, lengths weighing the same.
+
+        Args:
+            profile: of the dense model, or around a plan.
+            text_weight: weight of plain text beside answers.
+            relative: around a plan, how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
+                change of the mean KL, at 1 nearly that of the mean logarithm.
+        """
+        arrays = profile.statistics.arrays
+        totals = profile.of_parts("total")  # [samples, draws, layers, kv_heads, parts]
+        samples, draws = totals.shape[:2]
+        kinds = np.array(profile.sample_kinds)
+        weights = np.zeros(samples)
+        for kind in set(profile.sample_kinds):
+            for length in profile.lengths:
+                here = (kinds == kind) & (profile.sample_lengths == length)
+                lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
+                weights[here] = 1 / (lengths * max(1, here.sum()))
+        if {"answer", "text"} == set(profile.sample_kinds):
+            weights[kinds == "text"] *= text_weight
+        if relative and "harm" in arrays:
+            kl = arrays["harm"][:, 0].astype(np.float64)
+            weighed = weights * (kl + KNEE) ** -relative
+            weights = weighed * (weights @ (kl + KNEE)) / (weighed @ (kl + KNEE))
+        scale = np.sqrt(weights / draws)[:, None, None, None, None]
+        rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
+        if "first" not in arrays:
+            return Quadratic(rows, np.zeros(rows.shape[1:]), profile.parts)
+        linear = np.tensordot(weights, profile.of_parts("first"), axes=1).reshape(rows.shape[1:])
+        return Quadratic(rows, linear, profile.parts)
+
+    def joined(self, other: Quadratic) -> Quadratic:
+        """Returns the mean of two forms, each weighing as much as it has rows."""
+        ours, theirs = (len(form.rows) / (len(self.rows) + len(other.rows)) for form in (self, other))
+        rows = np.concatenate([self.rows * ours**0.5, other.rows * theirs**0.5])
+        return Quadratic(rows, ours * self.linear + theirs * other.linear, self.parts)
+
+    def kl(self, choice: Ints) -> float:
+        """Returns the predicted KL of a choice of rules, `[layers, kv_heads]`, in nats."""
+        chosen = choice.reshape(-1)
+        heads = np.arange(len(chosen))
+        first = self.linear[heads[:, None], self._parts_of(chosen)].sum()
+        return float(first + (self._moved(heads, chosen).sum(axis=1) ** 2).sum() / 2)
+
+    def _parts_of(self, rules: Ints) -> Ints:
+        """Returns the parts of rules, `[..., parts of a rule]`."""
+        return rules[..., None] if self.parts is None else self.parts[rules]
+
+    def _of_rules(self, of_parts: Floats) -> Floats:
+        """Returns sums over the parts of every rule: `[..., parts]` to `[..., rules]`."""
+        return of_parts if self.parts is None else of_parts[..., self.parts].sum(axis=-1)
+
+    def _moved(self, heads: Ints, rules: Ints) -> Floats:
+        """Returns what rules on KV heads move along each cotangent, `[rows, heads given]`."""
+        moved: Floats = self.rows[:, heads[:, None], self._parts_of(rules)].sum(axis=-1)
+        return moved
+
+    @cached_property
+    def _products(self) -> Floats:
+        """Sums over rows of the products of a KV head's parts, `[heads, parts, parts]`."""
+        by_head = self.rows.transpose(1, 2, 0)
+        products: Floats = by_head @ by_head.transpose(0, 2, 1)
+        return products
+
+    @cached_property
+    def _squares(self) -> Floats:
+        """Sum over rows of the square of what every rule moves, `[heads, rules]`."""
+        if self.parts is None:
+            return np.diagonal(self._products, axis1=1, axis2=2)
+        squares: Floats = self._products[:, self.parts[:, :, None], self.parts[:, None, :]].sum(axis=(2, 3))
+        return squares
+
+    def merged(self, groups: HeadGroups) -> Quadratic:
+        """Returns the form over groups of KV heads that have one rule: what they move adds up before it is squared."""
+        return replace(self, rows=groups.summed(self.rows), linear=groups.summed(self.linear))
+
+    def changes(self, choice: Ints) -> Floats:
+        """Returns the predicted change of KL by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
+        return self._changes(choice.reshape(-1)).reshape(*choice.shape, -1)
+
+    def _changes(self, now: Ints) -> Floats:
+        """Returns `changes`, `[heads, rules]`.
+
+        With m what a rule moves, s the sum of all KV heads now and c the part of this one, `(s - c) m + m^2 / 2` summed over
+        rows, less the same of the present rule.
+        """
+        heads = np.arange(len(now))
+        total = self._moved(heads, now).sum(axis=1)
+        own = self._products[heads[:, None], self._parts_of(now)].sum(axis=1)
+        found: Floats = self._of_rules(np.tensordot(total, self.rows, axes=1) - own + self.linear) + self._squares / 2
+        return found - found[heads, now][:, None]
+
+    def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
+        """Returns a choice within the limits that no change of one KV head, or of two, improves.
+
+        What is lowered is `(1 - share) * costs + share * kl`.
+
+        Args:
+            choice: where to begin, within the limits, `[layers, kv_heads]`.
+            costs: predicted KL of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
+            share: of this form in what is lowered, 0 to 1.
+            knapsack: bytes and limits.
+        """
+        rules = costs.shape[-1]
+        alone = costs.reshape(-1, rules)
+        sizes = knapsack.sizes.reshape(len(knapsack.limits), -1, rules)
+        shares = sizes / np.maximum(knapsack.limits, 1)[:, None, None]
+        above = alone - alone.min(axis=1, keepdims=True)
+        priced = np.tensordot(best_prices(above, shares)[0], shares, axes=1) if above.any() else np.zeros_like(alone)
+        now = choice.reshape(-1).copy()
+        heads = np.arange(len(now))
+        for _ in range(MAX_STEPS):
+            together = self._changes(now)
+            change = (1 - share) * (alone - alone[heads, now][:, None]) + share * together
+            reduced = change + priced - priced[heads, now][:, None]
+            reduced[heads, now] = np.inf
+            moves = np.argsort(reduced, axis=None, kind="stable")[: min(CANDIDATES, reduced.size - len(heads))]
+            head, rule = np.divmod(moves, rules)
+            gain = change[head, rule]
+            effect = self._moved(head, rule) - self._moved(head, now[head])
+            added = sizes[:, head, rule] - sizes[:, head, now[head]]
+            left = knapsack.limits - sizes[:, heads, now].sum(axis=1)
+            fits = (added[:, :, None] + added[:, None, :] <= left[:, None, None]).all(axis=0) & (head[:, None] != head)
+            pairs = np.where(fits, gain[:, None] + gain + share * effect.T @ effect, np.inf)
+            np.fill_diagonal(pairs, np.where((added <= left[:, None]).all(axis=0), gain, np.inf))  # one change alone
+            best = int(np.argmin(pairs))
+            if not pairs.flat[best] < -1e-9:
+                break
+            for move in set(divmod(best, len(moves))):
+                now[head[move]] = rule[move]
+        return now.reshape(choice.shape)

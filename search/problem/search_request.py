@@ -1,0 +1,283 @@
+"""What a search is asked for, and the fingerprint that it is resumed by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+
+from moacompress.calibration.data.samples import fingerprint_samples
+from moacompress.calibration.profile.statistics import OF_FORMATS
+from moacompress.calibration.profile.store import Profile
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UsageError
+from moacompress.core.files import fingerprint
+from moacompress.core.progress import Progress
+from moacompress.models.source import SourceModel
+from moacompress.recipe import Recipe
+from moacompress.repair.copies import repaired_copies
+from moacompress.repair.plans import repair_samples
+from moacompress.repair.projections import Weights
+from moacompress.rules.budget import Budget
+from moacompress.rules.cost import budget_limits, layer_floors
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import LayerShares
+from moacompress.search.measure.objective import Measure
+from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.problem.knapsack import total_cost
+from moacompress.search.problem.plan_space import PlanSpace
+from moacompress.search.problem.quadratic import Quadratic
+from moacompress.search.problem.search_parameters import SearchParameters
+from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
+from moacompress.search.sharing.share_choice import ShareChoice
+
+ParameterValues: TypeAlias = Mapping[str, float]
+
+MIN_ROWS = 32
+"""Draws of all samples below which the quadratic form says nothing."""
+SEARCH_VERSION = 5
+"""Part of a study's name: raised when the same request would be searched in another way."""
+
+
+def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
+    """Returns the formats of keys and values that a search offers beside the native one.
+
+    They are those of the recipe, or else all that were profiled and that the estimator knows of.
+    """
+    asked = recipe.search.formats
+    if asked is not None:
+        return asked
+    return profiled if recipe.profile.estimator in OF_FORMATS else ()
+
+
+def offered(profile: Profile, recipe: Recipe) -> Profile:
+    """Returns the profile with the rules that a search offers: formats, and whether gates select.
+
+    Layers that share attention have no gates.
+    """
+    if not recipe.search.gates or recipe.search.share != "off":
+        profile = profile.without_gates()
+    return profile.offering(offered_formats(profile.profiled_formats, recipe))
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What is asked for, known before the model is loaded.
+
+    Attributes:
+        profile: the profile, with the formats on offer that the recipe asks for.
+        recipe: the resolved recipe.
+        asked: the budgets as given.
+        limits: most KV bytes at every length that the budgets restrict.
+        surrogate: not yet calibrated.
+        starts: parameters that are tried right after the neutral ones.
+        computes_in: the dtype that the model computes in, on which what it measures depends.
+        sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
+    """
+
+    profile: Profile
+    recipe: Recipe
+    asked: tuple[str, ...]
+    limits: dict[int, int]
+    surrogate: Surrogate
+    starts: tuple[ParameterValues, ...]
+    computes_in: str
+    sharing: ShareChoice | None = None
+
+    @staticmethod
+    def of(
+        profile: Profile,
+        budget: str | Sequence[str] | None,
+        recipe: Recipe,
+        starts: Sequence[ParameterValues] = (),
+        model: SourceModel | None = None,
+    ) -> SearchRequest:
+        """Reads the budgets and the profile.
+
+        Args:
+            profile: finished.
+            budget: as `find_plan` takes it.
+            recipe: the run.
+            starts: parameters that are tried right after the neutral ones.
+            model: the model where it is loaded already; by default it will be as the recipe says.
+
+        Raises:
+            BudgetError: as `find_plan`.
+            InfeasibleBudgetError: as `find_plan`.
+            UsageError: a profile around a plan, or formats or copies that it says nothing of.
+            PlanError: layers that cannot share.
+        """
+        profile = offered(profile, recipe)
+        asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
+        budgets = [Budget.parse(text) for text in asked]
+        floors = layer_floors(recipe.search.floors, profile.shape)
+        sharing = ShareChoice.of(profile, recipe)
+        shares = () if sharing is None else sharing.fixed
+        limits = budget_limits(
+            budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares
+        )
+        if profile.around:
+            raise UsageError(
+                f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
+            )
+        influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
+        surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
+        loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
+        computes_in = loaded_in if model is None else model.computes_in
+        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in, sharing)
+
+    @property
+    def measures_moa(self) -> bool:
+        """Whether MoA's estimator is a baseline: it was asked for, and the profile has it, which an audit may have added."""
+        return self.recipe.profile.baselines and "moa" in self.profile.offering(()).estimators
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of all that decides the result but for how long the search may take."""
+        search = self.recipe.search
+        in_other = self.computes_in != self.profile.shape.dtype
+        return fingerprint(
+            {
+                "version": SEARCH_VERSION,
+                "profile": self.profile.fingerprint,
+                "validation": fingerprint_samples(self.profile.validation),
+                "limits": [[n, limit] for n, limit in self.limits.items()],
+                "estimator": self.recipe.profile.estimator,
+                "text_weight": search.text_weight,
+                "solver": search.solver,
+                "ablations": search.ablations,
+                "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
+                "moves": search.moves,
+                "floors": search.floors,
+                "alternatives": search.alternatives,
+                "starts": [dict(parameters) for parameters in self.starts],
+                "moa": self.measures_moa,
+                "seed": self.recipe.seed,
+                **({"formats": self.profile.formats} if self.profile.formats else {}),
+                **({"computes_in": self.computes_in} if in_other else {}),
+                **({"share": self._share_key} if self.sharing else {}),
+                **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
+                **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
+            }
+        )
+
+    @property
+    def _share_key(self) -> list[Any]:
+        """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
+        search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
+        assumed: list[Any] = [search.assume_healed] if search.assume_healed < 1 else []
+        assumed += ["repaired"] if search.assume_repaired else []
+        return [search.share, search.segments, anchors, *assumed]
+
+    @property
+    def parameters(self) -> SearchParameters:
+        """What the study tunes."""
+        profile, coherent = self.profile, self.quadratic is not None
+        return SearchParameters(
+            profile.shape.layers, profile.lengths, coherent, bool(profile.formats), self.most_shared
+        )
+
+    @cached_property
+    def most_shared(self) -> int:
+        """Most layers that a trial may let share; 0 where trials do not choose."""
+        if self.sharing is None or not self.sharing.asked.auto:
+            return 0
+        single = self.surrogate.raw()
+
+        def kl(shares: LayerShares) -> float:
+            space = self.space(shares)
+            costs = space.costs(single)
+            return total_cost(costs, space.knapsack.choose(costs))
+
+        alone = kl(())
+        return self.sharing.most(lambda shares: alone - kl(shares))
+
+    def shares(self, parameters: ParameterValues) -> LayerShares:
+        """Returns which layers share under some search parameters."""
+        if self.sharing is None:
+            return ()
+        return (
+            self.sharing.shares(round(parameters.get("sharing", 0.0)))
+            if self.sharing.asked.auto
+            else self.sharing.fixed
+        )
+
+    def space(self, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
+        """Returns the plans whose layers share so, within the limits or others."""
+        return PlanSpace.of(self, shares, limits)
+
+    def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
+        """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
+        found = surrogate.predicted(plan)
+        if found is None or self.sharing is None:
+            return found
+        return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
+
+    def left(self, plan: Plan) -> float:
+        """Returns the share of a plan's measured KL that healing is assumed to leave: see `healed_share`."""
+        if self.sharing is None or self.sharing.assume_healed == 1 or not any(plan.shares):
+            return 1.0
+        healed = self.sharing.costs.cost(plan.shares)
+        rest = (self.predicted(self.surrogate, plan) or healed) - healed
+        return healed_share(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
+
+    def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
+        """Returns the request with copies repaired, and so priced, where that is asked for.
+
+        Args:
+            source: the dense model.
+            progress: told of the samples.
+        """
+        if self.sharing is None or not self.recipe.search.assume_repaired or self.sharing.repairs:
+            return self
+        copies = self.sharing.copies()
+        samples = repair_samples(self.profile, self.profile.shape)
+        dtype = getattr(torch, self.profile.shape.dtype)
+        repairs = repaired_copies(source.model, self.profile.shape, copies, samples, dtype, progress)
+        return replace(self, sharing=self.sharing.repaired(copies, repairs))
+
+    def weights_of(self, plan: Plan) -> Weights:
+        """Returns the weights that a plan is measured with in place of the model's own."""
+        return {} if self.sharing is None else self.sharing.weights(plan.shares)
+
+    def as_healed(self, measure: Measure) -> Measure:
+        """Returns a measure less what healing is assumed to take off, where it is."""
+        sharing = self.sharing
+        return measure if sharing is None or sharing.assume_healed == 1 else HealedMeasure(measure, self.left)
+
+    @cached_property
+    def quadratic(self) -> Quadratic | None:
+        """What KV heads do together, where the profile has enough samples to say it."""
+        samples, draws = self.profile.statistics.arrays["total"].shape[:2]
+        return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
+
+    def choice(self, surrogate: Surrogate, space: PlanSpace, parameters: ParameterValues) -> Ints:
+        """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64.
+
+        Args:
+            surrogate: calibrated.
+            space: the plans to choose among.
+            parameters: values of `knobs`.
+        """
+        bent = space.costs(self.parameters.bend(surrogate, parameters))
+        choice = space.knapsack.choose(bent)
+        share = parameters.get("coherence", 0.0)
+        if self.quadratic is None or not share:
+            return choice
+        # of bending only ratios count, so the costs are scaled to be nats again
+        nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
+        return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
+
+    def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Mapping[int, int] | None = None) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
+
+        Args:
+            surrogate: calibrated.
+            parameters: values of `knobs`.
+            limits: other ones than the request's.
+        """
+        space = self.space(self.shares(parameters), limits)
+        return space.plan(self.choice(surrogate, space, parameters))
