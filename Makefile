@@ -91,10 +91,9 @@ test-peers: $(READY) ## transformers' own generation and common tests under plan
 	$(BIN)/pip install --quiet parameterized httpx
 	$(BIN)/python tests/peers/run.py $(DIR)
 
-lint: $(READY) ## ruff, mypy, the order of imports, and one name for one thing
+lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python .ci/unique_names.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

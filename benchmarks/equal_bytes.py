@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.store import Profile
+from moacompress.models.kl import kl_divergence
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.measure.objective import answer_logits, kl_divergence
 
 WAYS = "8/4; 8/4 centred keys; 4/4; 4/4 centred keys, native sinks"
 WINDOWS = {0.05: 64, 0.0: 32}

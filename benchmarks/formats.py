@@ -174,7 +174,7 @@ def ways(means: dict[int, torch.Tensor], sizes: dict[int, torch.Tensor]) -> dict
 
 def logits_under(source: SourceModel, way: Way, sample: Sample) -> torch.Tensor:
     """Returns the logits that predict a sample's answer tokens, `[answer, vocabulary]`."""
-    from moacompress.search.measure.objective import answer_logits
+    from moacompress.calibration.profile.passes import answer_logits
 
     config: Any = source.model.config
     before = config._attn_implementation
@@ -206,7 +206,7 @@ def measure(
         calibration: others, for the channels' constants.
         wanted: names of ways; all if there are none. What they are compared with is measured in any case.
     """
-    from moacompress.search.measure.objective import kl_divergence
+    from moacompress.models.kl import kl_divergence
 
     dense = [logits_under(source, Way(native, native, (16, 16)), sample) for sample in samples]
     rows, kls_of = [], {}

@@ -50,14 +50,15 @@ from moacompress.calibration.gates.training import (
     share_left,
     target,
 )
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.profiler import token_influence
+from moacompress.models.kl import kl_divergence
+from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
-from moacompress.repair.projections import Normal
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.search.measure.objective import answer_logits, kl_divergence
 
 WIDTH = 64
 STOPPING = 6

@@ -1,4 +1,4 @@
-"""The house keeps its order: imports go one way, one name is one thing, and what was importable still is."""
+"""Imports go one way, and the public functions are found where they are documented."""
 
 from __future__ import annotations
 
@@ -6,44 +6,13 @@ import importlib
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import moacompress
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def unique_names(load_script: Callable[[Path], Any]) -> Any:
-    return load_script(ROOT / ".ci/unique_names.py")
-
-
-def test_no_name_is_there_twice(unique_names: Any) -> None:
-    assert unique_names.repeated(ROOT) == []
-
-
-def test_names_that_are_there_twice_are_told(unique_names: Any, tmp_path: Path) -> None:
-    files = {
-        "moacompress/one/rows.py": "class Request:\n    pass\n",
-        "moacompress/two/rows.py": "Row = dict[str, int]\n\n\nclass _Hidden:\n    class Request:\n        pass\n",
-        "search/other.py": "from typing import TypeAlias\n\nRow: TypeAlias = list[int]\nLIMIT = 3\n",
-        "calibration/__init__.py": "",
-        "calibration/former/other.py": '"""Hands on."""\n\nfrom moacompress.one.rows import Request\n\n__all__ = ["Request"]\n',
-        "calibration/last.py": "LIMIT = 4\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "moacompress/search").symlink_to(tmp_path / "search")
-    assert unique_names.repeated(tmp_path) == [
-        "module rows is there 2 times: moacompress/one/rows.py, moacompress/two/rows.py",
-        "class or type Request is there 2 times: moacompress/one/rows.py:1, moacompress/two/rows.py:5",
-        "class or type Row is there 2 times: moacompress/two/rows.py:1, search/other.py:3",
-    ]
 
 
 def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
@@ -68,7 +37,7 @@ def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
     assert "moacompress.rules is not allowed to import moacompress.search" in bad.stdout
 
 
-FORMER = {
+PUBLIC = {
     "moacompress.calibration.profile.profiler": "profile",
     "moacompress.evaluation": "evaluate",
     "moacompress.exporter": "export",
@@ -81,8 +50,8 @@ FORMER = {
 }
 
 
-@pytest.mark.parametrize(("module", "names"), FORMER.items())
-def test_the_public_functions_are_where_they_were(module: str, names: str) -> None:
+@pytest.mark.parametrize(("module", "names"), PUBLIC.items())
+def test_the_public_functions_are_those_of_their_modules(module: str, names: str) -> None:
     for name in names.split():
         assert getattr(importlib.import_module(module), name) is getattr(moacompress, name)
 

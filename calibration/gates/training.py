@@ -30,8 +30,8 @@ from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.least_squares import Normal, in_memory
 from moacompress.models.modules import attention_modules, given_hidden
-from moacompress.repair.projections import Normal, in_memory
 from moacompress.rules.gate_weights import GateWeights
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.choices import choosing
 from moacompress.calibration.profile.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
 from moacompress.calibration.profile.sharing import Attended
@@ -275,6 +276,17 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     with replaced(model.base_model, given):
         logits: Tensor = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     return logits
+
+
+def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
+    """Returns the logits that predict the answer tokens, float32 [answer tokens, vocabulary].
+
+    Only those rows go through the language-model head.
+    """
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
+    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
+    with torch.inference_mode():
+        return output_logits(model, target_states(model, ids, rows)).float()
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.passes import output_logits, target_states
+from moacompress.calibration.profile.passes import answer_logits, output_logits, target_states
 from moacompress.core.errors import ModelError
 from moacompress.healer import processes
-from moacompress.search.measure.objective import answer_logits, kl_divergence
+from moacompress.models.kl import kl_divergence
 
 
 def target_rows(sample: Sample) -> Tensor:

@@ -23,7 +23,8 @@ from moacompress.calibration.profile.sharing import Attended
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import SILENT, Progress
-from moacompress.repair.projections import Normal, OutputProjection, Weights, in_memory, output_projections
+from moacompress.models.least_squares import Normal, in_memory
+from moacompress.repair.projections import OutputProjection, Weights, output_projections
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.share import Share
 from moacompress.runtime.sharing.shared_keys import SharedKeys

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.source import SourceModel
 from moacompress.repair.projections import RepairSetting, Weights, repaired_weights, with_weights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
-from moacompress.search.measure.objective import MAX_DENSE_BYTES, answer_logits, kl_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

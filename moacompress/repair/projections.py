@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,10 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import read_through, replaced
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
+from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.rules.plan import Plan
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
-
-MAX_BYTES = 2 * 2**30
-"""Memory of the sums of problems that are gathered in one pass over the samples."""
-ROWS = 1024
-"""Rows whose products are summed in float32 before they are added up in float64."""
 
 Weights = dict[str, Tensor]
 """Tensors by the name of the parameter that they are for."""
@@ -50,52 +46,6 @@ class RepairSetting:
 
     penalty: float
     answer_share: float | None = None
-
-
-class Normal:
-    """Sums of a weighted least-squares problem, `A = sum_i w_i x_i x_i^T` and `C = sum_i w_i x_i r_i^T`, in float64.
-
-    Args:
-        inputs: numbers in a row of x.
-        outputs: numbers in a row of r.
-        device: of the sums.
-    """
-
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
-
-    def add(self, x: Tensor, residual: Tensor, weights: Tensor) -> None:
-        """Adds rows.
-
-        Args:
-            x: `[rows, inputs]`.
-            residual: `[rows, outputs]`.
-            weights: `[rows]`.
-        """
-        for first in range(0, len(x), ROWS):
-            part = slice(first, first + ROWS)
-            rows = x[part].float()
-            weighted = (rows * weights[part, None].float()).T
-            self.gram += weighted @ rows
-            self.cross += weighted @ residual[part].float()
-
-    def solve(self, penalty: float) -> Tensor:
-        """Returns D, float64 `[inputs, outputs]`; see the module."""
-        ridge = penalty * self.gram.diagonal().mean()
-        if ridge <= 0:
-            return torch.zeros_like(self.cross)
-        system = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(system))
-
-
-Problem = TypeVar("Problem")
-
-
-def in_memory(problems: Sequence[Problem], inputs: int) -> list[Sequence[Problem]]:
-    """Returns problems in groups for which there is memory together: each has two sums of `inputs` squared."""
-    size = max(1, MAX_BYTES // (2 * 8 * inputs * inputs))
-    return [problems[first : first + size] for first in range(0, len(problems), size)]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ import numpy.typing as npt
 import torch
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.passes import output_logits, target_states
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
+from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.repair.projections import Weights, with_weights
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.prefix import first_changed, record, resumed
-
-MAX_DENSE_BYTES = 2 * 2**30
-"""Dense logits kept in memory; beyond them they are computed again whenever a plan is measured."""
 
 SampleKl = Callable[[int], float]
 """KL of one sample, by its number, in nats: mean over its answer tokens."""
@@ -172,28 +170,3 @@ def kls_of_sample(
         with with_weights(model, weights_of(plan)), resumed(model, prefix, first_changed(plan, base)):
             kl = kl_divergence(logits if dense is None else dense, answer_logits(model, sample))
         yield number, kl
-
-
-def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
-    """Returns the logits that predict the answer tokens, float32 [answer tokens, vocabulary].
-
-    Only those rows go through the language-model head.
-    """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
-    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
-    with torch.inference_mode():
-        return output_logits(model, target_states(model, ids, rows)).float()
-
-
-def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns KL(dense || other) in nats, mean over rows.
-
-    Args:
-        dense: logits [rows, vocabulary].
-        other: logits of the same shape.
-    """
-    total = 0.0
-    for p_row, q_row in zip(dense, other, strict=True):  # a row at a time: float64 of the whole would be large
-        p, q = p_row.double().log_softmax(-1), q_row.double().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-    return max(total / len(dense), 0.0)

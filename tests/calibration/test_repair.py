@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import hidden_states
+from moacompress.models.least_squares import Normal
 from moacompress.models.source import model_shape
 from moacompress.repair.projections import (
-    Normal,
     OutputProjection,
     RepairSetting,
     output_projections,

@@ -20,9 +20,9 @@ from moacompress.healer.training_data import (
     make_heal_data,
     refuse_evaluation_text,
 )
+from moacompress.models.kl import kl_divergence
 from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
-from moacompress.search.measure.objective import kl_divergence
 
 NEEDLES = [{"generator": "needle"}]
 

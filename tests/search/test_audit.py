@@ -20,6 +20,7 @@ from moacompress.calibration.profile.profiler import profile as profile_model
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_audit
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.models.kl import kl_divergence
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.audit_tables import audit_tables, scatter_html, write_scatter
@@ -30,7 +31,7 @@ from moacompress.search.audit.split_half import halves, split_half
 from moacompress.search.audit.statistics import assess, cross_fitted, regret, slope, spearman
 from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure import objective
-from moacompress.search.measure.objective import Objective, kl_divergence
+from moacompress.search.measure.objective import Objective
 from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan, total_cost
 from moacompress.search.problem.search_request import SearchRequest
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
+from moacompress.models.kl import kl_divergence
 from moacompress.models.source import model_shape
 from moacompress.repair.projections import with_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.search.measure import objective
-from moacompress.search.measure.objective import Objective, answer_logits, kl_divergence
+from moacompress.search.measure.objective import Objective
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import answer_logits
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
-from moacompress.search.measure.objective import answer_logits
 from moacompress.search.measure.prefix import first_changed, record, resumed
 
 Factory = Callable[..., PreTrainedModel]
