@@ -113,7 +113,7 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Takes one part of a test: its fixtures, itself, or what comes after it."""
         found = dict(report.user_properties).get(PROPERTY)
-        if found is None or (report.passed and report.when != "call"):
+        if not isinstance(found, str) or (report.passed and report.when != "call"):
             return
         checked = read()
         checked.pop(report.nodeid, None)

@@ -22,9 +22,9 @@ from moacompress.calibration.profile import passes, profiler
 from moacompress.calibration.profile.collectors import InfluenceSums
 from moacompress.calibration.profile.influence import Collector, TileView
 from moacompress.calibration.profile.passes import Recording, Tape, hidden_states, output_logits
-from moacompress.calibration.profile.probe import LiveBytes
 from moacompress.calibration.profile.profiler import fisher_cotangent, label_cotangent, sample_statistics
 from moacompress.calibration.profile.statistics import Statistics
+from moacompress.estimate.live_bytes import LiveBytes
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
 from moacompress.recipe import ProfileRecipe

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from moacompress.cli import app
 from moacompress.core.artefact_names import of_evaluation
 from moacompress.core.lock_holders import own_file
-from moacompress.evaluation.tasks.registry import ruler
+from moacompress.evaluation.tasks import ruler
 
 RUNNER = CliRunner()
 SMALL = ("--lengths", "768", "--prompts", "2")

@@ -18,7 +18,7 @@ from moacompress.doctor.checks import check_environment, check_model
 from moacompress.models.source import model_shape
 from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
-from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat import mask_functions, private_names
 from moacompress.runtime.hf.attaching import attach
 
 
@@ -118,8 +118,8 @@ def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> N
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     names = {broken["name"] for broken in found["private_names"]["broken"]}
-    assert {private_names.ACTIVE_COLLECTOR, private_names.CAUSAL_MASK} <= names
-    assert any(problem.startswith(f"{private_names.CAUSAL_MASK} is missing") for problem in found["problems"])
+    assert {private_names.ACTIVE_COLLECTOR, mask_functions.CAUSAL_MASK} <= names
+    assert any(problem.startswith(f"{mask_functions.CAUSAL_MASK} is missing") for problem in found["problems"])
     assert done.stderr.count("could not register with transformers: UnsupportedError: ") == 1
 
 

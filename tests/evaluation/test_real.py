@@ -73,16 +73,18 @@ def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any) -> 
     dense = [read(model, case)[1] for case in cases]
     plan = moacompress.Plan.load(PLAN)
     moacompress.attach(model, plan)
-    rights, kept, kls = 0, 0, []
+    rights, kept, kls = 0, 0, list[float]()
     for case, expected in zip(cases, dense, strict=True):
         held, found = read(model, case)
         assert held == plan.kv_bytes(len(case.prompt_ids))
         values = torch.tensor(case.is_value)
-        hits = [(rows.argmax(-1) == torch.tensor(case.answer_ids))[values].all().item() for rows in (expected, found)]
+        hits: list[bool] = [
+            bool((rows.argmax(-1) == torch.tensor(case.answer_ids))[values].all()) for rows in (expected, found)
+        ]
         rights, kept = rights + hits[0], kept + all(hits)
         kls.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
-    found = f"{kept} of {rights} kept, {sum(kls) / len(kls):.4f} nats"
-    assert rights >= RIGHT, found
-    assert kept >= RETENTION * rights, found
-    assert sum(kls) / len(kls) < KL, found
-    print(found)
+    said = f"{kept} of {rights} kept, {sum(kls) / len(kls):.4f} nats"
+    assert rights >= RIGHT, said
+    assert kept >= RETENTION * rights, said
+    assert sum(kls) / len(kls) < KL, said
+    print(said)

@@ -16,8 +16,9 @@ import pytest
 
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
-from moacompress.evaluation.tasks.registry import TASKS, expand_tasks, make_cases, ruler
-from moacompress.evaluation.tasks.registry import registry as tasks
+from moacompress.evaluation.tasks import registry as tasks
+from moacompress.evaluation.tasks import ruler
+from moacompress.evaluation.tasks.registry import TASKS, expand_tasks, make_cases
 from moacompress.prompts.sentences import NEEDLES, NeedleSentences, QuestionSentences
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moacompress.calibration.data.answers import generate_greedy
 from moacompress.core.errors import ModelError, UsageError
+from moacompress.evaluation.scoring import prompts as scoring
 from moacompress.evaluation.scoring.prompts import batches, match_share, score_batch
-from moacompress.evaluation.scoring.prompts import prompts as scoring
 from moacompress.evaluation.tasks.cases import Case, Match
 from moacompress.rules.plan import Plan
 

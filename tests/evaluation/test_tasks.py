@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from moacompress.core.errors import DataError, UsageError
-from moacompress.evaluation.tasks.registry import (
-    TASKS,
-    Resources,
-    check_resources,
-    expand_tasks,
-    find_task,
-    make_cases,
-    ruler,
-)
+from moacompress.evaluation.tasks import ruler
+from moacompress.evaluation.tasks.registry import TASKS, Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import NOUNS, Prose
 from moacompress.prompts.sentences import NEEDLES, NOISE

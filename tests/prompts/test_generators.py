@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError, UsageError
-from moacompress.evaluation.tasks.registry import registry as tasks
-from moacompress.evaluation.tasks.registry import vocabulary
+from moacompress.evaluation.tasks import registry as tasks
+from moacompress.evaluation.tasks import vocabulary
 from moacompress.prompts.field_records import FIELDS, LAYOUTS, FieldRecord, record_opening
 from moacompress.prompts.generators import (
     ANSWER_ROOM,

@@ -299,7 +299,7 @@ def test_what_our_classes_override_is_listed() -> None:
     from moacompress.runtime.linear import PackedLinear
 
     last_parts = {entry.name.rpartition(".")[2] for entry in NAMES}
-    others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.calibration.profile.probe.LiveBytes)
+    others = (MoaCompressConfig, MoaCompressQuantizer, PackedLinear, moacompress.estimate.live_bytes.LiveBytes)
     for kind in (PlanCache, CacheLayer, PlanCacheLayer, ReuseCacheLayer, *others):
         base = CacheLayerMixin if issubclass(kind, CacheLayer) else kind.__mro__[1]
         overridden = {name for name in vars(kind) if not name.startswith("__") and hasattr(base, name)}

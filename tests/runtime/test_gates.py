@@ -389,7 +389,7 @@ def test_what_is_gone_for_good_is_not_rolled_back(counts: tuple[int, ...]) -> No
         for head, rule in enumerate(rules):
             places = np.arange(int(rule.kept(left, MIN_WINDOW) - rule.without_choice().kept(left, MIN_WINDOW)))
             ours, theirs = (
-                read(held, head, held.selected.slots(0, head, places))
+                read(held, head, held.selected.slots(0, head, places))  # type: ignore[union-attr]
                 for held in (layer.blocks_held(), twin.blocks_held())
             )
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from moacompress.core.errors import DataError, UsageError, did_you_mean
+from moacompress.evaluation.tasks import ruler
 from moacompress.evaluation.tasks.associative_recall import make_recall
 from moacompress.evaluation.tasks.cases import Case, Match
 from moacompress.evaluation.tasks.counting import COMMON, FREQUENT, make_common, make_frequent
@@ -20,7 +21,6 @@ from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, encode_draf
 from moacompress.evaluation.tasks.line_lookup import SAID, make_lines
 from moacompress.evaluation.tasks.needles import Needles, make_needles
 from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
-from moacompress.evaluation.tasks.registry import ruler
 from moacompress.evaluation.tasks.second_question import make_second_question
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
 from moacompress.evaluation.tasks.unseen import dialogue_fact, legal_codes, table_lookup
