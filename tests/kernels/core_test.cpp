@@ -539,7 +539,7 @@ void test_codes(Isa isa, DType dtype) {
       return std::vector<double>(static_cast<size_t>(kv_part.dim), 0.0);
     }
     const char* at = pool.memory[size_t(id / each)].get() + id % each * kv_part.bytes;
-    if (kv_part.format != NATIVE) return meant(at, half, j % BLOCK);
+    if (kv_part.format != NATIVE) return meant(at, kv_part, j % BLOCK);
     Data copy(dtype, kv_part.dim);
     std::memcpy(copy.bytes.get(), at + j % BLOCK * kv_part.token_bytes, size_t(kv_part.token_bytes));
     std::vector<double> found;
@@ -713,7 +713,7 @@ void test_selected(Isa isa, DType dtype) {
     const KVPart& kv_part = side ? kv_parts.value : kv_parts.key;
     const int64_t segment = id / each;  // of KV heads of the same formats any will do
     const char* at = static_cast<const char*>(sides[side].base[size_t(segment)]) + (id - segment * each) * kv_part.bytes;
-    if (kv_part.format != NATIVE) return meant(at, half, place);
+    if (kv_part.format != NATIVE) return meant(at, kv_part, place);
     Data one(dtype, count);
     std::memcpy(one.bytes.get(), at + place * kv_part.token_bytes, size_t(kv_part.token_bytes));
     std::vector<double> found;
