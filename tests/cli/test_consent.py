@@ -170,7 +170,7 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
     assert not coded.ran()
 
 
-@pytest.mark.parametrize("verb", LOAD_MODELS, ids=" ".join)
+@pytest.mark.parametrize("command", LOAD_MODELS, ids=" ".join)
 def test_every_verb_that_loads_a_model_has_the_flag(command: tuple[str, ...]) -> None:
     assert FLAG in RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).stdout
 

@@ -446,7 +446,7 @@ def test_bad_arguments_are_refused() -> None:
 @pytest.mark.parametrize("around", [False, True])
 def test_statistics_of_a_model(
     family: str,
-    norms_and_mlp: bool,
+    around: bool,
     tiny_model: Callable[..., Any],
     random_plan: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -457,7 +457,7 @@ def test_statistics_of_a_model(
     ids = np.random.default_rng(0).integers(3, 150, 200)
     sample = Sample(ids, np.arange(200) >= 185, "random", 200)
     rules = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200))
-    plan = random_plan(shape, seed=2) if norms_and_mlp else None
+    plan = random_plan(shape, seed=2) if around else None
     found = []
     for kernel in ("reference", "cpu"):
         monkeypatch.setenv(dispatch.VARIABLE, kernel)
