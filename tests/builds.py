@@ -118,5 +118,5 @@ class Recorder:
         checked = read()
         checked.pop(report.nodeid, None)
         if report.passed:
-            checked[report.nodeid] = found
+            checked[report.nodeid] = str(found)
         FILE.write_text(json.dumps(dict(sorted(checked.items())), indent=2) + "\n", "utf-8")
