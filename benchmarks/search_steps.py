@@ -28,7 +28,7 @@ from moacompress.search.baselines.families import family_plans
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.measure.trials import log_ratios
 from moacompress.search.problem.search_request import SearchRequest
-from moacompress.search.search_result import unpack
+from moacompress.search.result.search_result import unpack
 
 
 def main() -> None:

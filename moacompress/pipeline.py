@@ -41,7 +41,7 @@ from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
     from moacompress.models.source import SourceModel
-    from moacompress.search.search_result import SearchResult
+    from moacompress.search.result.search_result import SearchResult
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
 from moacompress.search.plan_sets import write_front
 from moacompress.search.problem.search_request import SearchRequest
-from moacompress.search.search_result import SearchResult, bytes_note, pack, unpack, versions
+from moacompress.search.result.search_result import SearchResult, bytes_note, pack, unpack, versions
 
 SHARE = "log_share"
 """Name of the search parameter that is the logarithm of the budget, a share of the dense bytes."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.trials import Tried
-from moacompress.search.search_result import unpack
+from moacompress.search.result.search_result import unpack
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile

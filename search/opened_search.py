@@ -9,13 +9,13 @@ from pathlib import Path
 from moacompress.core.artefact_names import rounds_folder, study_journal
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
-from moacompress.search.found_plan import write_first
 from moacompress.search.measure.deadline import Deadline
 from moacompress.search.measure.objective import Measure, Objective
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
 from moacompress.search.predict.around import Around, ProfileAround, spread_samples
 from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.result.found_plan import write_first
 from moacompress.search.search_context import SearchContext
 
 MOVE_SAMPLES = 12

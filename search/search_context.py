@@ -13,7 +13,6 @@ from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.measured import MeasuredBaseline
-from moacompress.search.explain import Stage
 from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.deadline import Deadline
 from moacompress.search.measure.objective import Measure
@@ -24,7 +23,8 @@ from moacompress.search.predict.around import Around
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.search_parameters import distributions
 from moacompress.search.problem.search_request import ParameterValues, SearchRequest
-from moacompress.search.search_result import pack
+from moacompress.search.result.explain import Stage
+from moacompress.search.result.search_result import pack
 
 
 @dataclass

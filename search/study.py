@@ -24,12 +24,12 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
-from moacompress.search.found_plan import stopped_at_once, write_found
 from moacompress.search.measure.deadline import Deadline, TimeUp
 from moacompress.search.opened_search import opened
 from moacompress.search.problem.search_request import ParameterValues, SearchRequest
+from moacompress.search.result.found_plan import stopped_at_once, write_found
+from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import Step
-from moacompress.search.search_result import SearchResult, found_before
 from moacompress.search.steps.baselines import measure_baselines
 from moacompress.search.steps.calibrated_start import calibrate
 from moacompress.search.steps.leftover import spend_leftover

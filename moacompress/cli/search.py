@@ -15,7 +15,7 @@ from moacompress.core.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
-    from moacompress.search.search_result import SearchResult
+    from moacompress.search.result.search_result import SearchResult
 
 
 @command(

@@ -13,7 +13,7 @@ from moacompress.rules.budget import format_length
 from moacompress.rules.formats import NATIVE
 
 if TYPE_CHECKING:
-    from moacompress.search.search_result import SearchResult
+    from moacompress.search.result.search_result import SearchResult
 
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""

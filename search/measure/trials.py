@@ -14,7 +14,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search.measure.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.search_result import pack
+from moacompress.search.result.search_result import pack
 
 if TYPE_CHECKING:
     from optuna import Trial

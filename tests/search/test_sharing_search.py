@@ -20,7 +20,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search.front import find_front
 from moacompress.search.problem import search_request
 from moacompress.search.problem.search_request import SearchRequest
-from moacompress.search.search_result import pack, unpack
+from moacompress.search.result.search_result import pack, unpack
 from moacompress.search.sharing.assumed_healing import healed_share
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 

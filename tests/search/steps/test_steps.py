@@ -21,8 +21,8 @@ from moacompress.search.measure.trials import Tried
 from moacompress.search.opened_search import opened
 from moacompress.search.problem.knapsack import Knapsack, chosen_plan
 from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.result.search_result import pack
 from moacompress.search.search_context import SearchContext
-from moacompress.search.search_result import pack
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters

@@ -11,11 +11,11 @@ import numpy as np
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
-from moacompress.search.explain_sharing import sharing_notes
 from moacompress.search.measure.trials import CAUTION, Tried, best_trial, noise
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.search_result import unpack
+from moacompress.search.result.search_result import unpack
 from moacompress.search.sharing.copy_costs import CopyCosts
+from moacompress.search.sharing.notes import sharing_notes
 
 if TYPE_CHECKING:
     from moacompress.search.problem.search_request import SearchRequest

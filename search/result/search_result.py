@@ -32,7 +32,7 @@ class SearchResult:
         trials: finished trials of the study, those of earlier runs included.
         measured_plans: distinct plans that trials measured.
         best_trial: index of the best trial; None where no trial has ended.
-        KL: mean KL in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
+        harm: mean KL in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
             candidate within the budget, the profile lacks what it is made from, or the time was up before it was measured).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.

@@ -1,0 +1,1 @@
+"""What a search hands back: the plan with its notes, and why it is as it is."""
