@@ -326,7 +326,7 @@ def test_what_is_read_is_checked():
     refused("scaling is 0", scaling=0.0)
     heads = rules.shape[1]
     refused("shares has the shape", shares=torch.zeros(1, 2, dtype=torch.int64))
-    refused("layer 0 shares with layer 0, which is no earlier", shares=torch.zeros(1, 2 + 2 * heads, dtype=torch.int64))
+    refused("layer 0 shares with layer 0, which is no earlier", shares=torch.zeros(1, 1 + 2 * heads, dtype=torch.int64))
     layers, state = ops.read_layers(*good.values()), case.state()
 
     def read_caches(of, states, lag=0):
