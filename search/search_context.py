@@ -1,11 +1,11 @@
-"""What the steps of a search work with: it is made once, before the first of them, and is all that they share."""
+"""What the steps of a search work with: the best plan so far, which each takes and returns, and all that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.measured import MeasuredBaseline
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.deadline import Deadline
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
@@ -24,7 +23,42 @@ from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.search_parameters import distributions
 from moacompress.search.problem.search_request import ParameterValues, SearchRequest
 from moacompress.search.result.explain import Stage
-from moacompress.search.result.search_result import pack
+from moacompress.search.result.search_result import pack, unpack
+
+if TYPE_CHECKING:
+    from moacompress.calibration.profile.store import Profile
+    from moacompress.search.problem.quadratic import Quadratic
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The best plan so far.
+
+    Attributes:
+        plan: the plan, without notes.
+        kls: nats, in the order of the shuffled samples; empty where it is not measured yet.
+        value: mean log-ratio to trial 0.
+        stage: what it comes from.
+        form: predicts changes of KL around the plan, or around the one that it was made from; None where no step has
+            profiled the model under it.
+    """
+
+    plan: Plan
+    kls: list[float]
+    value: float
+    stage: str
+    form: Quadratic | None = None
+
+    @staticmethod
+    def of(trial: Tried, profile: Profile) -> Incumbent:
+        """Returns the plan of a trial."""
+        plan = unpack(trial.plan, profile)
+        return Incumbent(plan, trial.kls, trial.value, f"trial {trial.index}")
+
+    @property
+    def kl(self) -> float:
+        """Mean KL, nats."""
+        return float(np.mean(self.kls))
 
 
 @dataclass

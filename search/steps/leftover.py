@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.trials import log_ratio, log_ratios, standard_error
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 
 
 def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.trials import log_ratios
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.problem.solver import best_prices, solve
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 
 CAUTIONS = (1.0, 0.0)
 """Standard errors that a move must pay for; the later ones are tried where the earlier ones do not help."""

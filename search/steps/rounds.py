@@ -16,7 +16,6 @@ import numpy as np
 
 from moacompress.core.arrays import Ints
 from moacompress.rules.plan import Plan
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.deadline import TimeUp
 from moacompress.search.measure.trials import Trials, best_trial, least_trial
 from moacompress.search.predict.around import Forms
@@ -24,7 +23,7 @@ from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.problem.search_request import ParameterValues
 from moacompress.search.result.found_plan import write_so_far
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 
 logger = logging.getLogger(__name__)
 

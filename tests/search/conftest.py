@@ -233,17 +233,17 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjective]) -> Callable[..., Any]:
     """Lets searches run without a model; gives the stand-in that counts, and what `find_plan` takes for the model."""
-    from moacompress.search import opened_search
+    from moacompress.search import study
 
     def pretend(profile: Profile, dies_at: int | None = None) -> tuple[FakeObjective, Any]:
         fake = fake_objective(profile, dies_at)
-        monkeypatch.setattr(opened_search, "Objective", lambda model, samples, *weights: fake)
+        monkeypatch.setattr(study, "Objective", lambda model, samples, *weights: fake)
 
         def around(offering: Profile, *others: Any) -> Any:
             fake.on_offer = len(offering.rules)
             return fake.around
 
-        monkeypatch.setattr(opened_search, "ProfileAround", around)
+        monkeypatch.setattr(study, "ProfileAround", around)
         monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
         return fake, SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 
@@ -278,7 +278,7 @@ from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
 fakes = importlib.util.module_from_spec(spec); sys.modules["fakes"] = fakes  # dataclasses look for the module of their class
 spec.loader.exec_module(fakes)
-from moacompress.search import opened_search
+from moacompress.search import study
 from moacompress.search.study import find_plan
 profile = fakes.make_profile()
 source = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)

@@ -14,8 +14,7 @@ import pytest
 from moacompress.calibration.profile.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.search import study
-from moacompress.search.incumbent import Incumbent
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]

@@ -18,7 +18,7 @@ from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudget
 from moacompress.core.lock_holders import own_file
 from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.plan import Plan
-from moacompress.search import front, opened_search
+from moacompress.search import front, study
 from moacompress.search.front import find_front
 from moacompress.search.plan_sets import Loss, find_plans, find_smallest, smallest_share
 from moacompress.search.study import find_plan
@@ -29,7 +29,7 @@ Profiles = Callable[..., Profile]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Any:
     found = fake_objective(profiles())
-    for module in (opened_search, front):
+    for module in (study, front):
         monkeypatch.setattr(module, "Objective", lambda model, samples, *weights: found)
     return found
 

@@ -38,7 +38,7 @@ class Holding(fakes.FakeObjective):
             print("measuring", flush=True)
             sys.stdin.readline()
         return super().under(plan)
-opened_search.Objective = lambda model, samples, *weights: Holding(profile)
+study.Objective = lambda model, samples, *weights: Holding(profile)
 storage = sys.argv[3] or None
 find_plan(profile, "50%", out=sys.argv[2], model=source, recipe=profile.recipe.override(search__storage=storage))
 """

@@ -154,7 +154,7 @@ class PlanCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_whole()
-        return {name: value for name, value in self.__dict__.items() if name not in ("reading", "handle")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("bound_layers", "handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, bound_layers=None)

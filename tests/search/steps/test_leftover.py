@@ -11,9 +11,8 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.rules.plan import Plan
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.problem.knapsack import Knapsack
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]

@@ -15,18 +15,17 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.rules.plan import Plan
 from moacompress.search import study
-from moacompress.search.incumbent import Incumbent
 from moacompress.search.measure.deadline import Deadline
 from moacompress.search.measure.trials import Tried
-from moacompress.search.opened_search import opened
 from moacompress.search.problem.knapsack import Knapsack, chosen_plan
 from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.result.search_result import pack
-from moacompress.search.search_context import SearchContext
+from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
+from moacompress.search.study import opened
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
