@@ -165,7 +165,7 @@ class CalibrationRecipe(_Section):
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
 
     def hashed(self) -> dict[str, Any]:
-        """See `_Section`; of the sources likewise."""
+        """Returns the settings that count for the fingerprint, those of the sources likewise."""
         return {**super().hashed(), "sources": [part.hashed() for part in self.sources]}
 
 

@@ -91,7 +91,7 @@ class BaselineSums:
 
     @property
     def mass(self) -> Tensor:
-        """See the class."""
+        """Attention mass of every key, float32 `[kv_heads, tokens]`."""
         return self._mass / max(1, self._rows)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ class Manifest:
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `array_shapes`; of what samples of all lengths have alike."""
+        """Returns the shape of every array of a sample by its name, of those that are alike at all lengths."""
         return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
 
     @property

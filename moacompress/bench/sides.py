@@ -81,7 +81,7 @@ class FilledCache(Protocol):
 
     @property
     def cache(self) -> Any:
-        """See the class."""
+        """The cache that the next step reads and writes."""
 
     def fresh(self) -> Any:
         """Returns the cache as it was filled; what an earlier one took in is gone."""

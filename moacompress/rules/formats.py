@@ -62,7 +62,7 @@ class Native:
     bits: int = 0
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
-        """See `Format`."""
+        """Returns the bytes of a vector of `dim` numbers, its share of scales and zero points included."""
         return dim * DTYPE_BYTES[dtype]
 
 
@@ -75,11 +75,11 @@ class Integer:
 
     @property
     def name(self) -> str:
-        """See `Format`."""
+        """Such as `int4`."""
         return f"int{self.bits}"
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
-        """See `Format`."""
+        """Returns the bytes of a vector of `dim` numbers, its share of scales and zero points included."""
         return -(-dim * self.bits // 32) * 4 + VECTOR_NUMBERS
 
 

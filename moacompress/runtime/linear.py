@@ -192,7 +192,7 @@ class PackedLinear(nn.Linear):
             pack.drop()
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """See `torch.nn.Module.train`; what is to be trained is not packed."""
+        """Sets the mode as torch does; what is to be trained is not packed."""
         if mode:
             self.drop_pack()
         return super().train(mode)

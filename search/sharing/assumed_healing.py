@@ -49,13 +49,13 @@ class HealedMeasure:
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[SampleKl]:
-        """See `Measure`."""
+        """Yields the KL of single samples under a plan, as it is assumed to be after healing."""
         left = self.left(plan)
         with self.measure.under(plan) as kl:
             yield lambda number: left * kl(number)
 
     def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """See `Measure`."""
+        """Yields the KLs of several plans on one sample, each as it is assumed to be after healing."""
         with closing(self.measure.many(number, plans, base)) as kls:
             for plan, kl in zip(plans, kls, strict=True):
                 yield self.left(plan) * kl

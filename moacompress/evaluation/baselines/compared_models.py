@@ -81,15 +81,15 @@ class ComparedPlan:
     unit: int = 1
 
     def key(self) -> str:
-        """See `ComparedModel`."""
+        """Returns what scores of this model are kept under: its plan, and weights where they are its own."""
         return self.plan.key()
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `ComparedModel`."""
+        """Returns the checkpoint's model under this plan."""
         return checkpoint.put_on(self.plan)
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `ComparedModel`."""
+        """Returns None: the model makes its own cache."""
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
@@ -127,19 +127,19 @@ class ComparedCheckpoint:
     unit: int = 1
 
     def key(self) -> str:
-        """See `ComparedModel`."""
+        """Returns what scores of this model are kept under: its plan, and weights where they are its own."""
         return fingerprint([self.own.plan.key(), self.own.weights])
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `ComparedModel`; the weights are its own."""
+        """Returns its own model, with the weights that it was stored with."""
         return self.own.as_stored()
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `ComparedModel`."""
+        """Returns None: the model makes its own cache."""
         return None
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """See `ComparedModel`."""
+        """Returns nothing to add to a row."""
         return {}
 
 

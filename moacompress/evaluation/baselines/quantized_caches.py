@@ -148,28 +148,28 @@ class ComparedQuantizedCache:
 
     @property
     def name(self) -> str:
-        """See `ComparedModel`."""
+        """Name in tables and on the command line, such as `quantized:hqq-4`."""
         return self.kind.name
 
     def key(self) -> str:
-        """See `ComparedModel`."""
+        """Returns what its scores are kept under: backend, bits and group."""
         return fingerprint([self.kind.backend, self.kind.bits, self.kind.axis, RESIDUAL, GROUP])
 
     @property
     def unit(self) -> int:
-        """See `ComparedModel`."""
+        """Tokens that are read at a time, so that rounding falls where it does in generation."""
         return self.kind.unit
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """See `ComparedModel`."""
+        """Returns the dense model."""
         return checkpoint.without_plan()
 
     def new_cache(self, model: PreTrainedModel) -> Any:
-        """See `ComparedModel`."""
+        """Returns an empty quantized cache for one batch."""
         return self.kind.new_cache(model)
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """See `ComparedModel`."""
+        """Returns what its rows say of it: the formats of keys and values."""
         return {}
 
 

@@ -66,7 +66,7 @@ class CpuBackend(Backend):
         return Status(True, "the extension is built for this machine", built.isa)
 
     def supports(self, device: str, dtype: torch.dtype) -> bool:
-        """See `Backend`."""
+        """Whether tensors are on the CPU, in one of the dtypes that are compiled."""
         return device == "cpu" and dtype in library.DTYPES
 
     def decode(
@@ -114,7 +114,7 @@ class CpuBackend(Backend):
         with_lse: bool = False,
         passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Backend.prefill`."""
+        """Returns `[batch, heads, tokens, value_dim]` by the compiled kernel, in tiles of queries and keys."""
         held = (list(cache.keys), list(cache.values), cache.table, past, valid)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
             _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(passing or ())]
@@ -122,7 +122,7 @@ class CpuBackend(Backend):
         return found
 
     def put(self, kv_part: KVPart, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """See `Backend.put`."""
+        """Encodes vectors `[tokens, dim]` into slots of memory `[blocks, bytes]`; native numbers are copied by torch."""
         if kv_part.bits:
             torch.ops.moacompress_cpu.put(
                 memory, slots.contiguous(), _rows(vectors.detach()), kv_part.code, kv_part.values
@@ -131,7 +131,7 @@ class CpuBackend(Backend):
             super().put(kv_part, memory, slots, vectors)
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
-        """See `Backend.eviction_schedule`."""
+        """Returns the schedule with `evicted` and `places`, int64 `[tokens]`, by the compiled definition."""
         parts = (tokens.begins, tokens.positions, tokens.admitted, scores, rules.columns)
         evicted, places = torch.ops.moacompress_cpu.eviction_schedule(*map(torch.from_numpy, parts))
         return replace(tokens, evicted=evicted.numpy(), places=places.numpy())
@@ -147,7 +147,7 @@ class CpuBackend(Backend):
         scores: Scores,
         gate_scores: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
-        """See `Backend.step`."""
+        """Appends one token a row and attends to it in one call: `[rows, heads, 1, value_dim]`, or what memory it lacks."""
         out, wanted = torch.ops.moacompress_cpu.step(
             _rows(query),
             _rows(key),
@@ -171,7 +171,7 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
-        """See `Backend.step_hidden`."""
+        """As `step`, projections and rotary embeddings included: `[rows, 1, heads * value_dim]`."""
         made = (hidden, list(projections.weights), list(projections.biases), _rows(rotary.cos), _rows(rotary.sin))
         out, wanted = torch.ops.moacompress_cpu.step_hidden(
             *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
@@ -188,7 +188,7 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
-        """See `Backend.step_layer`."""
+        """As `step`, of a whole decoder layer: hidden states `[rows, 1, hidden]` in and out."""
         projections, norms_and_mlp, _ = layer
         weights = (
             [*projections.weights, *norms_and_mlp.weights],
@@ -217,11 +217,11 @@ class CpuBackend(Backend):
         scaling: float,
         shares: LayerShares = (),
     ) -> BoundLayers:
-        """See `Backend.read_layers`."""
+        """Reads weights, rules and shares of all layers once; their steps are then one call."""
         return _CpuLayers(layers, head_dim, rules, scaling, shares)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See `Backend.linear`."""
+        """Returns `[rows, outputs]`, for few rows."""
         found: torch.Tensor = torch.ops.moacompress_cpu.linear(x, weight, bias)
         return found
 
@@ -239,7 +239,7 @@ class CpuBackend(Backend):
         lag: int | None = None,
         choices: Choices | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """See `Backend.profile_backward`."""
+        """Returns the gradients and the sums over all pairs of tokens, in one sweep over tiles."""
         tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
         under = None if plan is None else plan.columns
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
@@ -275,7 +275,7 @@ class _CpuLayers(BoundLayers):
         weakref.finalize(self, library.forget_layers, self.number).atexit = False
 
     def read_caches(self, states: Sequence[CacheState | None]) -> BoundCaches:
-        """See `BoundLayers`."""
+        """Reads the caches of all layers once, for steps that write into them."""
         return _CpuCaches(self.number, states)
 
 
@@ -296,7 +296,7 @@ class _CpuCaches(BoundCaches):
         weakref.finalize(self, library.forget_caches, self.number).atexit = False
 
     def read_again(self, layer: int, state: CacheState) -> None:
-        """See `BoundCaches`."""
+        """Reads the cache of one layer again, whose tensors were replaced."""
         torch.ops.moacompress_cpu.read_cache(
             self.number,
             layer,

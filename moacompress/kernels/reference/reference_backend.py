@@ -25,11 +25,11 @@ class ReferenceBackend(Backend):
     capabilities = Capabilities(prefill_gradients=True, cached_gradients=True)
 
     def status(self) -> Status:
-        """See `Backend`; it always works."""
+        """Says that it works, as it always does."""
         return Status(True, "plain PyTorch is always there")
 
     def supports(self, device: str, dtype: torch.dtype) -> bool:
-        """See `Backend`; it runs for all."""
+        """Returns True: it runs on every device, in every dtype."""
         return True
 
     def decode(
@@ -42,7 +42,7 @@ class ReferenceBackend(Backend):
         scores: Scores,
         with_lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Backend.decode`."""
+        """Returns `[rows, heads, value_dim]`: the tokens that rules show are gathered, then attended to by torch."""
         out, lse = _attend(query[:, :, None], None, cache, lengths, (lengths > 0).long(), rules, scores, with_lse)
         return out[:, :, 0], None if lse is None else lse[:, :, 0]
 
@@ -60,7 +60,7 @@ class ReferenceBackend(Backend):
         with_lse: bool = False,
         passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Backend.prefill`."""
+        """Returns `[batch, heads, tokens, value_dim]`, one row and KV head after the other."""
         wanted = with_lse or passing is not None
         out, lse = _attend(query, (key, value), cache, past, valid, rules, scores, wanted)
         if passing is None or lse is None:

@@ -46,7 +46,7 @@ class ReuseCacheLayer(CacheLayer):
 
     @property
     def lengths(self) -> Ints:
-        """See `CacheLayer`."""
+        """Cached tokens of every row, int64 `[rows]`: those of its anchor."""
         return self.anchor.lengths_before if self._is_behind else self.anchor.lengths
 
     def update(
@@ -81,19 +81,19 @@ class ReuseCacheLayer(CacheLayer):
         return False
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
-        """See `PlanCacheLayer`: where its anchor can, and no forward was left in its midst."""
+        """Whether its anchor can step so many rows, and no forward was left in its midst."""
         return self._pending is None and not self._is_behind
 
     def state(self, lag: int) -> None:
         """It has none of its own; see `PlanCacheLayer`."""
 
     def arrays(self) -> tuple[Any, ...]:
-        """See `PlanCacheLayer`."""
+        """Returns the tables, lengths and runs of its anchor, which kernels read."""
         return self.anchor, self._pending
 
     @property
     def lock(self) -> threading.RLock:
-        """See `PlanCacheLayer`."""
+        """The lock of its anchor's pool."""
         return self.anchor.lock
 
     def commit(self, chunk: Chunk, scores: None = None, schedule: None = None) -> None:
@@ -112,13 +112,13 @@ class ReuseCacheLayer(CacheLayer):
             self.anchor.forget_before()
 
     def select(self, rows: Ints) -> None:
-        """See `CacheLayer`."""
+        """Does nothing for `[new rows]`: what is cached is its anchor's."""
 
     def check_roll_back(self, counts: Ints) -> None:
         """The anchor refuses what cannot be forgotten."""
 
     def roll_back(self, counts: Ints, columns: int) -> None:
-        """See `CacheLayer`."""
+        """Takes columns back; the tokens, int64 `[rows]`, are its anchor's."""
         self.columns -= columns
 
     def reset(self) -> None:

@@ -76,11 +76,11 @@ class AllLayers(Route[StackRequest]):
     name, takes = "all layers", StackRequest
 
     def can(self, request: StackRequest) -> bool:
-        """See `Route`: few rows and no autocast, layers that are known and as they were read, and caches with memory."""
+        """Whether there are few rows and no autocast, layers that are known and as they were read, and caches with memory."""
         return can_step_all(request)
 
     def run(self, request: StackRequest) -> torch.Tensor | None:
-        """See `Route`: `[rows, 1, hidden]`."""
+        """Returns `[rows, 1, hidden]`."""
         return step_all(request)
 
 
@@ -90,11 +90,11 @@ class OneLayer(Route[LayerRequest]):
     name, takes = "one layer", LayerRequest
 
     def can(self, request: LayerRequest) -> bool:
-        """See `Route`: the backend has such a call, and the cache memory."""
+        """Whether the backend has such a call, and the cache memory."""
         return request.backend.capabilities.step_layer and request.cache.can_step(request.hidden)
 
     def run(self, request: LayerRequest) -> torch.Tensor:
-        """See `Route`: `[rows, 1, hidden]`."""
+        """Returns `[rows, 1, hidden]`."""
         cache, rules = request.cache, request.context.rules
         cache.check_rows(request.hidden.shape[0])
         return cache.stepped(
@@ -115,11 +115,11 @@ class FromHidden(Route[HiddenRequest]):
     name, takes = "attention from hidden states", HiddenRequest
 
     def can(self, request: HiddenRequest) -> bool:
-        """See `Route`: the backend has such a call, and the cache memory."""
+        """Whether the backend has such a call, and the cache memory."""
         return request.backend.capabilities.step_hidden and request.cache.can_step(request.hidden)
 
     def run(self, request: HiddenRequest) -> torch.Tensor:
-        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        """Returns `[rows, 1, heads, value_dim]`."""
         cache, rules = request.cache, request.context.rules
         cache.check_rows(request.hidden.shape[0])
         return cache.stepped(
@@ -140,14 +140,14 @@ class CacheStep(Route[AttendRequest]):
     name, takes = "cache step", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """See `Route`: no padding and no gradients, and a cache with memory."""
+        """Whether there is no padding, no gradient, and a cache with memory."""
         query, cache = request.query, request.cache
         single = request.tokens == 1 and request.chunk.real is None and not request.learns
         able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
         return able and single and backend_for(query).capabilities.step
 
     def run(self, request: AttendRequest) -> torch.Tensor:
-        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        """Returns `[rows, 1, heads, value_dim]`."""
         cache, backend = cast(PlanCacheLayer, request.cache), backend_for(request.query)
         token = (request.query, request.key.detach(), request.value.detach())
         rules, of_gates = request.context.rules, request.gate_scores
@@ -167,11 +167,11 @@ class CommitAndDecode(Route[AttendRequest]):
     name, takes = "commit and decode", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """See `Route`: a cache, one token and no gradients."""
+        """Whether there is a cache, one token and no gradient."""
         return request.cache is not None and request.tokens == 1 and not request.learns
 
     def run(self, request: AttendRequest) -> torch.Tensor:
-        """See `Route`: `[rows, 1, heads, value_dim]`."""
+        """Returns `[rows, 1, heads, value_dim]`."""
         cache, query = request.cache, request.query
         assert cache is not None
         cache.commit(request.chunk, request.gate_scores)  # type: ignore[arg-type]
@@ -185,11 +185,11 @@ class Plain(Route[AttendRequest]):
     name, takes = "plain", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """See `Route`: always."""
+        """Returns True."""
         return True
 
     def run(self, request: AttendRequest) -> torch.Tensor:
-        """See `Route`: `[batch, tokens, heads, value_dim]`, 0 for padding but in the last column."""
+        """Returns `[batch, tokens, heads, value_dim]`, 0 for padding but in the last column."""
         cache, chunk, batch = request.cache, request.chunk, len(request.query)
         past = np.zeros(batch, np.int64) if cache is None else cache.lengths
         cached = cache is not None and bool(past.any())
