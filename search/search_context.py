@@ -68,7 +68,7 @@ class SearchContext:
     Attributes:
         request: what is asked for.
         storage: of the search's studies, as that of a `StudyStorage`.
-        name: of the study; those of single steps resume from it.
+        name: of the study; those of single steps begin with it.
         evaluator: measures plans on validation samples, at most once each.
         surrogate: not yet calibrated where no step has run.
         measured_baselines: the best plan of every family of baselines that is measured, by family.

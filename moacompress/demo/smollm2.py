@@ -72,9 +72,9 @@ def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> 
     wanted = {"name": model.name, "model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
     sweep_files(mark)
     if overwrite:
-        unseen = [path for path in of_demo(out) if path.exists() and not mark.exists()]
-        if unseen:
-            raise ArtefactError(f"{unseen[0]} exists already and no demo left it; choose another folder")
+        others = [path for path in of_demo(out) if path.exists() and not mark.exists()]
+        if others:
+            raise ArtefactError(f"{others[0]} exists already and no demo left it; choose another folder")
         clear_run(out, (model, squad))
     elif mark.exists() and {**read_json(mark, "demo"), "name": wanted["name"]} == wanted:
         return

@@ -62,7 +62,7 @@ save_file({"logits": torch.cat(out.logits).float().contiguous()}, answer, metada
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """How a model under a plan resumes from a prompt.
+    """How a model under a plan continues a prompt.
 
     Attributes:
         prompt: token ids.

@@ -161,7 +161,7 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"{source} is neither a model folder nor a .gguf file{folder}")
     if not is_hub_name(str(source)):
         raise ModelError(
-            f"{source} does not exist; give a model folder, a .gguf file, or a name on the hub such as lock holder/name"
+            f"{source} does not exist; give a model folder, a .gguf file, or a name on the hub such as owner/name"
         )
     try:
         return str(source), hub_arguments(str(source))

@@ -1,4 +1,4 @@
-"""Measured KL of many plans on many samples, each computed once in the life of records."""
+"""Measured KL of many plans on many samples, each computed once in the life of the records."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class StudyStorage:
 
 @contextmanager
 def own_study(storage: str | None, name: str, objectives: int = 1, from_scratch: bool = False) -> Iterator[None]:
-    """Makes this process the lock holder of a study, and of those whose names resume from its name, as long as the block runs.
+    """Makes this process the lock holder of a study, and of those whose names begin with its name, as long as the block runs.
 
     Args:
         storage: as that of a `StudyStorage`.
@@ -247,7 +247,7 @@ def _owned_in_database(storage: str, name: str, what: str, objectives: int, from
 
 
 def _forget(storage: BaseStorage, name: str) -> None:
-    """Deletes a study and those whose names resume from its name."""
+    """Deletes a study and those whose names begin with its name."""
     import optuna
 
     for found in optuna.get_all_study_names(storage):

@@ -30,7 +30,7 @@ that was better by 1.3 of them on 28 samples was worse on others."""
 
 
 def log_ratios(kls: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Returns `log((KL + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
+    """Returns `log((kl + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
     return [float(np.log((kl + EPSILON) / (base + EPSILON))) for kl, base in zip(kls, reference, strict=False)]
 
 

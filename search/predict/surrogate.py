@@ -159,7 +159,7 @@ def monotone(influence: Floats, supersets: npt.NDArray[np.bool_]) -> Floats:
 
 
 def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
-    """Fits `log KL = log c + gamma * log influence` by robust least squares.
+    """Fits `log kl = log c + gamma * log influence` by robust least squares.
 
     Args:
         influence: predicted influence of each ablation, nats, [ablations].

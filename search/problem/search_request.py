@@ -260,7 +260,7 @@ class SearchRequest:
         Args:
             surrogate: calibrated.
             space: the plans to choose among.
-            parameters: values of `knobs`.
+            parameters: values of the search parameters.
         """
         bent = space.costs(self.parameters.bend(surrogate, parameters))
         choice = space.knapsack.choose(bent)
@@ -276,7 +276,7 @@ class SearchRequest:
 
         Args:
             surrogate: calibrated.
-            parameters: values of `knobs`.
+            parameters: values of the search parameters.
             limits: other ones than the request's.
         """
         space = self.space(self.shares(parameters), limits)

@@ -23,7 +23,7 @@ from moacompress.search.sharing.copy_costs import CopyCosts
 
 PROTECTED = 2
 """First layers that share only where they are named by hand: every later layer builds on what they attend to, so their copies
-do far higher KL than the second order, which holds for small changes, predicts. They may be anchors."""
+cost far more KL than the second order, which holds for small changes, predicts. They may be anchors."""
 
 REPAIRED = 2
 """Copies of each layer that are repaired before the choice, where that is asked for: those predicted to be cheapest."""

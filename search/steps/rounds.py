@@ -50,7 +50,7 @@ def make_rounds(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Profiles around the best plan and moves bytes, as long as that helps; a plan that is better is written at once.
 
     Plans whose layers share attention are not profiled around: the best trial without sharing is improved instead, where there
-    is one, and the better of the two resumes.
+    is one, and the better of the two is kept.
 
     Args:
         incumbent: measured.
@@ -75,7 +75,7 @@ def make_rounds(incumbent: Incumbent, context: SearchContext) -> Incumbent:
 
 
 def _rounds(incumbent: Incumbent, context: SearchContext, reference: Incumbent) -> Incumbent:
-    """Makes the rounds on a plan without sharing; what is written is the better of it and a rival."""
+    """Makes the rounds on a plan without sharing; what is written is the better of it and a reference."""
     forms: Forms | None = None
     for number in range(1, context.request.recipe.search.rounds + 1):
         if context.around is None or context.deadline.over():

@@ -169,7 +169,7 @@ class ComparedQuantizedCache:
         return self.kind.new_cache(model)
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """Returns what its rows say of it: the formats of keys and values."""
+        """Returns nothing to add to a row."""
         return {}
 
 

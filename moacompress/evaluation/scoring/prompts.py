@@ -1,6 +1,6 @@
 """Scores of prompts: what is found in the greedy answer, and how well the reference is predicted, teacher-forced.
 
-Prompts of one length are scored together. A prompt is read once; the teacher-forced pass resumes from a copy of its
+Prompts of one length are scored together. A prompt is read once; the teacher-forced pass continues from a copy of its
 cache, the greedy answer from the cache itself. Dense and compressed models take the same path.
 """
 

@@ -243,7 +243,7 @@ std::shared_ptr<const Layers> layers_of(const Caches& caches, const char* op) {
   return found;
 }
 
-// Reads the cache of one layer anew.
+// Reads the cache of one layer again.
 void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, Tensors shared_values, Tensors state, int64_t lag) {
   const char* op = "read_cache";
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");

@@ -266,7 +266,7 @@ struct SeesColumns {
     return {load(bounds.a + v * W), load(bounds.b + v * W), load(bounds.c + v * W), load(bounds.d + v * W), begin};
   }
 };
-// The same of gates hold as transient tokens, by how many have left the window when a lane's query attends.
+// The same of transient tokens, by how many have left the window when a lane's query attends.
 struct SeesPassing {
   const float *left, *entered, *last;
   struct OfVector {
