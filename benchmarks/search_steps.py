@@ -27,8 +27,8 @@ from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.families import family_plans
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.measure.trials import log_ratios
-from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.result.search_result import unpack
+from moacompress.search.search_request import SearchRequest
 
 
 def main() -> None:

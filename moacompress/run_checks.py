@@ -19,7 +19,7 @@ from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.cost import budget_limits, layer_floors
-from moacompress.search.problem.search_request import offered_formats
+from moacompress.search.search_request import offered_formats
 
 
 def check_recipe(recipe: Recipe) -> None:

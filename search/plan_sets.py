@@ -22,9 +22,9 @@ from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
-from moacompress.search.measure.deadline import Deadline, TimeUp
-from moacompress.search.problem.search_request import ParameterValues, SearchRequest, offered
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.result.search_result import SearchResult
+from moacompress.search.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.study import find_plan
 
 LOWER = 0.9

@@ -24,15 +24,15 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
-from moacompress.search.measure.deadline import Deadline, TimeUp
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Measure, Objective
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
 from moacompress.search.predict.around import Around, ProfileAround, spread_samples
-from moacompress.search.problem.search_request import ParameterValues, SearchRequest
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
+from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters

@@ -137,7 +137,7 @@ def search(
         plans = max(1, len(asked))
         expected = estimate_search(loaded, resolved, plans, run.progress, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), [*expected.lines()])
-    from moacompress.search.measure.deadline import Deadline
+    from moacompress.search.deadline import Deadline
 
     deadline = Deadline(resolved.search.timeout, started)
     options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}

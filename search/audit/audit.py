@@ -40,7 +40,7 @@ from moacompress.search.audit.subjects import check_counts, choose_ablations, eq
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan
-from moacompress.search.problem.search_request import SearchRequest, offered_formats
+from moacompress.search.search_request import SearchRequest, offered_formats
 
 logger = logging.getLogger(__name__)
 

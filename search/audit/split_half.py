@@ -11,7 +11,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.search.predict.surrogate import FLOOR
 from moacompress.search.problem.knapsack import Knapsack, total_cost
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 SPLITS = 8
 """Random splits at each number of samples."""

@@ -20,8 +20,8 @@ from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
-from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.result.search_result import bytes_note
+from moacompress.search.search_request import SearchRequest
 
 SCREENED = 3
 """Samples on which all candidates of a family are measured."""

@@ -12,12 +12,12 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.measure.deadline import Deadline, TimeUp
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.predict.surrogate import Surrogate, fit, pick_ablations
 from moacompress.search.problem.knapsack import ablation
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 ABLATION_SAMPLES = 3
 """Samples on which the ablations are measured that the surrogate is calibrated with."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.measure.deadline import Deadline, TimeUp
+from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.result.search_result import pack

@@ -26,7 +26,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
-from moacompress.search.measure.deadline import Deadline
+from moacompress.search.deadline import Deadline
 from moacompress.search.problem.quadratic import Quadratic
 
 Forms: TypeAlias = Callable[[float], Quadratic]

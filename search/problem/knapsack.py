@@ -17,7 +17,7 @@ from moacompress.search.problem.solver import fill, solve
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
-    from moacompress.search.problem.search_request import SearchRequest
+    from moacompress.search.search_request import SearchRequest
 
 Pick = tuple[int, int, int]
 """`(layer, kv_head, rule)`."""

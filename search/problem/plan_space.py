@@ -18,7 +18,7 @@ from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.sharing.head_groups import HeadGroups
 
 if TYPE_CHECKING:
-    from moacompress.search.problem.search_request import SearchRequest
+    from moacompress.search.search_request import SearchRequest
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.notes import sharing_notes
 
 if TYPE_CHECKING:
-    from moacompress.search.problem.search_request import SearchRequest
+    from moacompress.search.search_request import SearchRequest
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
 from moacompress.search.measure.trials import Tried, best_trial, log_ratio
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.problem.search_request import SearchRequest
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, versions
 from moacompress.search.search_context import Incumbent, SearchContext
+from moacompress.search.search_request import SearchRequest
 
 logger = logging.getLogger(__name__)
 

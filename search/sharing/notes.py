@@ -13,7 +13,7 @@ from moacompress.search.measure.trials import Tried
 from moacompress.search.predict.surrogate import Surrogate
 
 if TYPE_CHECKING:
-    from moacompress.search.problem.search_request import SearchRequest
+    from moacompress.search.search_request import SearchRequest
 
 
 def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[Tried]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moacompress.rules.plan import Plan
-from moacompress.search.measure.deadline import TimeUp
+from moacompress.search.deadline import TimeUp
 from moacompress.search.measure.trials import CAUTION, Trials, Tried, best_trial, least_trial
-from moacompress.search.problem.search_request import ParameterValues
 from moacompress.search.result.found_plan import write_so_far
 from moacompress.search.search_context import Incumbent, SearchContext
+from moacompress.search.search_request import ParameterValues
 
 
 def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:

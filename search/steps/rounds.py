@@ -16,14 +16,14 @@ import numpy as np
 
 from moacompress.core.arrays import Ints
 from moacompress.rules.plan import Plan
-from moacompress.search.measure.deadline import TimeUp
+from moacompress.search.deadline import TimeUp
 from moacompress.search.measure.trials import Trials, best_trial, least_trial
 from moacompress.search.predict.around import Forms
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.problem.quadratic import Quadratic
-from moacompress.search.problem.search_request import ParameterValues
 from moacompress.search.result.found_plan import write_so_far
 from moacompress.search.search_context import Incumbent, SearchContext
+from moacompress.search.search_request import ParameterValues
 
 logger = logging.getLogger(__name__)
 

@@ -221,8 +221,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 
             yield timed
 
-    from moacompress.search import front, study
-    from moacompress.search.measure import deadline
+    from moacompress.search import deadline, front, study
 
     monkeypatch.setattr(fake_objective, "under", under)
     for module in (deadline, front, study):

@@ -33,7 +33,7 @@ from moacompress.search.audit.subjects import check_counts, choose_ablations, eq
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
 from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan, total_cost
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
 COUNT, PLANS, BUDGET = 12, 5, "50%"

@@ -12,7 +12,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.measured import nearly_predicted
 from moacompress.search.problem.knapsack import chosen_plan
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 
 def test_a_plan_of_candidates_is_predicted_as_it_is(profiles: Callable[..., Profile]) -> None:

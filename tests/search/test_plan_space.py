@@ -13,7 +13,7 @@ from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.share import LayerShares, Share
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
 SHARES: LayerShares = (None, None, Share(1, (1, 0)), Share(1, (0, 0)), None, Share(0, (1, 1)))

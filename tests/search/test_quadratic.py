@@ -11,10 +11,10 @@ import pytest
 
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
+from moacompress.search.predict.search_parameters import START_COHERENCE
 from moacompress.search.problem.knapsack import Knapsack, total_cost
 from moacompress.search.problem.quadratic import KNEE, Quadratic
-from moacompress.search.problem.search_parameters import START_COHERENCE
-from moacompress.search.problem.search_request import MIN_ROWS, SearchRequest
+from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
 Profiles = Callable[..., Profile]
 

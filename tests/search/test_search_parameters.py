@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Calibration, Surrogate
-from moacompress.search.problem.search_parameters import SearchParameters
 
 Profiles = Callable[..., Profile]
 

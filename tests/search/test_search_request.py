@@ -14,7 +14,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.models.source import SourceModel
 from moacompress.search.problem.knapsack import Knapsack, chosen_plan
-from moacompress.search.problem.search_request import SearchRequest, offered_formats
+from moacompress.search.search_request import SearchRequest, offered_formats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

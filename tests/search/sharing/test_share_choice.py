@@ -16,7 +16,7 @@ from moacompress.core.errors import MoaCompressError, PlanError, RecipeError, Us
 from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.share import LayerShares, Share
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.share_choice import HOPE, ShareChoice
 

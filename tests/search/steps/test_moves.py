@@ -10,7 +10,7 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.rules.rule import Rule
 from moacompress.search.problem.knapsack import Knapsack
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.steps.moves import Move, combined, marginal_moves
 
 Profiles = Callable[..., Profile]

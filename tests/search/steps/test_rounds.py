@@ -12,7 +12,7 @@ import pytest
 from moacompress.calibration.profile.store import Profile
 from moacompress.search.problem.knapsack import Knapsack, choice_of, chosen_plan
 from moacompress.search.problem.quadratic import Quadratic
-from moacompress.search.problem.search_request import SearchRequest
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.steps.rounds import NEUTRAL, RANGES, STARTS, moved
 
 Profiles = Callable[..., Profile]

@@ -26,11 +26,11 @@ from moacompress.rules.cost import budget_limits, layer_floors
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.measure.objective import Measure
+from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
-from moacompress.search.problem.search_parameters import SearchParameters
 from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
 
