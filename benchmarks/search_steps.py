@@ -26,8 +26,8 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.families import family_plans
 from moacompress.search.measure.measuring import measured_kls
+from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.measure.trials import log_ratios
-from moacompress.search.result.search_result import unpack
 from moacompress.search.search_request import SearchRequest
 
 

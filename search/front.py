@@ -25,10 +25,11 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Objective
+from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
 from moacompress.search.plan_sets import write_front
-from moacompress.search.result.search_result import SearchResult, bytes_note, pack, unpack, versions
+from moacompress.search.result.search_result import SearchResult, bytes_note, versions
 from moacompress.search.search_request import SearchRequest
 
 SHARE = "log_share"

@@ -15,6 +15,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search.baselines.measured import MeasuredBaseline
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.objective import Measure
+from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.measure.trials import Tried, log_ratio, noise
@@ -22,7 +23,6 @@ from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.explain import Stage
-from moacompress.search.result.search_result import pack, unpack
 from moacompress.search.search_request import ParameterValues, SearchRequest
 
 if TYPE_CHECKING:

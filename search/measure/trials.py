@@ -13,8 +13,8 @@ from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.objective import Measure
+from moacompress.search.measure.packed_plan import pack
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.result.search_result import pack
 
 if TYPE_CHECKING:
     from optuna import Trial

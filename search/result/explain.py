@@ -11,9 +11,9 @@ import numpy as np
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
+from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.measure.trials import CAUTION, Tried, best_trial, noise
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.result.search_result import unpack
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.notes import sharing_notes
 
@@ -30,7 +30,7 @@ class Stage:
         kl: of its plan, nats.
         log_ratio: mean paired log-ratio of that KL to the surrogate's own plan.
         kept: whether its plan became the best one.
-        plan: its plan's rules, as `search_result.pack` packs them.
+        plan: its plan's rules, as `packed_plan.pack` packs them.
         gain: mean paired log-ratio to the plan that it had to beat, below 0 where it is better; None for the first one.
         noise: what the gain had to be beyond: some standard errors of it.
     """

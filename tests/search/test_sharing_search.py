@@ -19,7 +19,7 @@ from moacompress.report.search_tables import explanation_tables
 from moacompress.rules.plan import Plan
 from moacompress.search import search_request
 from moacompress.search.front import find_front
-from moacompress.search.result.search_result import pack, unpack
+from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.assumed_healing import healed_share
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED

@@ -16,9 +16,9 @@ from moacompress.core.progress import SILENT
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.deadline import Deadline
+from moacompress.search.measure.packed_plan import pack
 from moacompress.search.measure.trials import Tried
 from moacompress.search.problem.knapsack import Knapsack, chosen_plan
-from moacompress.search.result.search_result import pack
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.steps.leftover import spend_leftover
