@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import all_attended
+from moacompress.models import least_squares
 from moacompress.models.source import model_shape
-from moacompress.repair import projections as repair
 from moacompress.repair.copies import JUDGING, PENALTY, copied, repaired_copies
 from moacompress.repair.projections import RepairSetting, output_projections, repaired_weights
 from moacompress.rules.model_shape import ModelShape
@@ -86,7 +86,7 @@ def test_it_is_the_repair_of_a_plan_in_which_one_layer_copies(family: str, tiny_
 
 @pytest.mark.parametrize("memory", [2**31, 1])
 def test_copies_do_not_mix(memory: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "MAX_BYTES", memory)  # with little of it there is a pass for each
+    monkeypatch.setattr(least_squares, "MAX_BYTES", memory)  # with little of it there is a pass for each
     model = tiny_model("llama")
     shape = model_shape(model)
     copies = [(2, Share(1, (0, 1))), (1, Share(0, (1, 0))), (2, Share(0, (1, 1)))]

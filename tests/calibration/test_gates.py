@@ -164,7 +164,7 @@ def test_what_has_nothing_to_do_with_it_is_not_found(tiny_model: Models) -> None
 
 
 def test_layers_are_fitted_in_groups_where_memory_is_short(tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.repair import projections as module
+    from moacompress.models import least_squares as module
 
     model = tiny_model("llama")
     shape, samples = model_shape(model), made(3)

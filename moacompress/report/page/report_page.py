@@ -81,7 +81,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
         raise UsageError(NEEDS)
     sections = page_sections(found)
     write_text(out, page_html(found, sections))
-    missing = [{"what": row.what, "command": row.shown_command} for row in missing_parts(found)]
+    missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
     shown = [section.name for section in sections if section.all_pictures or section.table]
     return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
 
@@ -173,12 +173,12 @@ class MissingPart:
     Attributes:
         section: that lacks it.
         what: it is, as a sentence.
-        shown_command: fills it.
+        command: fills it.
     """
 
     section: str
     what: str
-    shown_command: str
+    command: str
 
 
 def seen_from(folder: Path) -> Callable[[str], str]:
