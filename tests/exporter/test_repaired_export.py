@@ -160,8 +160,8 @@ def test_nothing_is_left_of_one_that_is_stopped(
     source = load_source(profiled.source)
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     for name in (
-        "calibration.repair.OutputProjection.changed",
-        "search.repaired.kl_divergence",
+        "repair.projections.OutputProjection.changed",
+        "repair.plans.kl_divergence",
         "exporter.exporting.verify_fresh",
     ):
         with monkeypatch.context() as patch:

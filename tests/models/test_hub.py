@@ -47,7 +47,7 @@ def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     why = "HF_HUB_OFFLINE is set" if offline else "https://.* cannot be reached"
     with pytest.raises(
-        ModelError, match=f"there is no folder lock holder/name, {why}, and the cache in .* does not have it; give"
+        ModelError, match=f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
     ):
         hub_arguments("owner/name")
     with pytest.raises(ModelError, match="there is no folder a--b..c"):

@@ -40,7 +40,7 @@ SUBJECTS = (
     Subject("towns", "town", ("population", "elevation", "rainfall", "area", "budget", "founding year")),
     Subject("ships", "ship", ("tonnage", "length", "crew", "range", "cargo", "horsepower")),
     Subject("employees", "surname", ("salary", "badge", "bonus", "mileage", "pension", "overtime")),
-    Subject("farms", "farm", ("acreage", "yield", "livestock", "rent", "eviction_schedule", "subsidy")),
+    Subject("farms", "farm", ("acreage", "yield", "livestock", "rent", "turnover", "subsidy")),
 )
 
 
