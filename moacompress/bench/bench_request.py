@@ -152,7 +152,7 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int,
     plan, size = plan.in_dtype(cell.dtype), DTYPE_BYTES[cell.dtype]
     room = cell.length + request.tokens + SPARE_TOKENS
     dense, ours = plan.model.dense_kv_bytes(room, cell.batch), plan.kv_bytes(room, cell.batch)
-    # the dense cache is built from scratch by every step, beside the one that each turn begins with
+    # the dense cache is built again by every step, beside the one that each turn begins with
     held = {"plan": ours, "full_span": dense, "dense": 2 * dense, "dense_best": dense}
     decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
     wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))

@@ -36,7 +36,7 @@ def chat(
     """Talk to a compressed model.
 
     After every answer it says what the KV cache holds, beside what the dense model's would. Ctrl-C breaks an answer off, /new
-    begins from scratch, /exit or the end of the input ends.
+    begins a new conversation, /exit or the end of the input ends.
     """
     if run.common.as_json and not ask:
         raise UsageError("--json needs --ask, as nobody is there to type")
@@ -45,7 +45,7 @@ def chat(
 
     from moacompress.demo.chat_session import ChatSession
 
-    run.progress.say(f"{NEW} begins from scratch, {END[0]} ends")
+    run.progress.say(f"{NEW} begins a new conversation, {END[0]} ends")
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
     session = ChatSession(path, system, recipe.device, run.common.dtype or "auto", trust_remote_code=trust_remote_code)
@@ -71,7 +71,7 @@ def chat(
             try:
                 answer(line)
             except MoaCompressError as error:
-                run.note(f"{error} ({NEW} begins from scratch)")
+                run.note(f"{error} ({NEW} begins a new conversation)")
             except KeyboardInterrupt:
                 run.note("broken off; the question is forgotten")
     return Output({"turns": turns})

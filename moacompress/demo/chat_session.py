@@ -88,7 +88,7 @@ class ChatSession:
         self.forget()
 
     def forget(self) -> None:
-        """Begins from scratch."""
+        """Begins a new conversation."""
         self._said: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
         self._cached: list[int] = []
         self._cache: Any = None
@@ -118,7 +118,7 @@ class ChatSession:
         if longest and len(ids) + max_new_tokens > longest:
             raise DataError(
                 f"the conversation has {len(ids):,} tokens and the answer may have {max_new_tokens:,}; the model takes "
-                f"{longest:,}: begin from scratch, or ask for a shorter answer"
+                f"{longest:,}: begin a new conversation, or ask for a shorter answer"
             )
         known, cache = self._cached, self._cache
         self._cached, self._cache = [], None  # where the answer is broken off, nobody knows what the cache holds

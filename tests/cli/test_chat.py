@@ -101,7 +101,7 @@ def test_too_long_is_said_and_the_conversation_goes_on(folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert f"the model takes {longest:,}" in result.stderr
     assert result.stderr.count("KV cache") == 1
-    with pytest.raises(DataError, match="begin from scratch"):
+    with pytest.raises(DataError, match="begin a new conversation"):
         ChatSession(folder).ask("hello", max_new_tokens=longest)
 
 
