@@ -52,7 +52,7 @@ def test_command(command: str) -> None:
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
     else:
-        assert program in ("pip", "optuna-dashboard", "torchrun")
+        assert program in ("pip", "optuna-dashboard", "torchrun", "transformers")
 
 
 def test_every_verb_is_in_the_table() -> None:
