@@ -10,7 +10,8 @@ SENTENCES = {
         "a compressed model brings its own cache and cannot use a {kind}; pass no cache, or the one that the model returned"
     ),
     "a cache by name": (
-        "cache_implementation='{kind}' is not supported: a compressed model brings its own cache; leave it out"
+        "cache_implementation='{kind}' is not supported: a compressed model brings its own cache; leave it out, as "
+        "`transformers serve` does without --compile"
     ),
     "a way of generating": (
         "generating with {kind} is not supported by a compressed model; use greedy search, sampling, beam search or assisted "
@@ -20,7 +21,8 @@ SENTENCES = {
         "set_attn_implementation('{kind}') would ignore the plan; use moacompress.detach(model) to get the dense model back"
     ),
     "continuous batching": (
-        "continuous batching and paged caches are not supported by a compressed model; use model.generate with its own cache"
+        "continuous batching and paged caches are not supported by a compressed model, whose KV heads keep different tokens; "
+        "use model.generate with its own cache, as `transformers serve` does without --continuous-batching"
     ),
     "another attention when loading": (
         "attn_implementation='{kind}' would ignore the plan; leave it out, or use moacompress.detach(model) after loading to "

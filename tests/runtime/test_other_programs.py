@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach
+from tests.refusals import sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,11 +228,27 @@ def test_serve(checkpoint: Any, tiny_tokenizer: PreTrainedTokenizerBase) -> None
 
 
 @needs_a_server
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_serve_cannot_do_is_an_error_of_the_request(checkpoint: Any, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("option", "refused", "kind"),
+    [("--continuous-batching", "continuous batching", ""), ("--compile", "a cache by name", "static")],
+)
+def test_the_client_of_a_server_reads_what_is_refused(checkpoint: Any, option: str, refused: str, kind: str) -> None:
+    import openai
+
     folder, *_ = checkpoint
-    with served(str(folder), "--continuous-batching") as address:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            chat(address, folder, stream)
-        assert refused.value.code == 500
+    why = sentence(refused, kind)
+    with served(str(folder), option) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        asked: dict[str, Any] = {
+            "model": str(folder),
+            "messages": [{"role": "user", "content": STORY}],
+            "max_tokens": 4,
+        }
+        with pytest.raises(openai.APIStatusError) as whole:
+            client.chat.completions.create(**asked)
+        assert (whole.value.status_code, whole.value.body) == (501, {"detail": why})
+        assert whole.value.response.headers["x-should-retry"] == "false"
+        with pytest.raises(openai.APIError) as streamed:
+            list(client.chat.completions.create(stream=True, **asked))
+        assert streamed.value.body in (why, {"detail": why})
         assert _is_up(address)

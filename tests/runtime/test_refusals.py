@@ -1,5 +1,8 @@
 """What a compressed model cannot do raises one clear error and is never silently wrong."""
 
+import pickle
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -68,6 +71,21 @@ def test_paged_and_continuous_batching(model, ids):
     refuses(match, lambda: model.generate_batch(inputs=ids.tolist()))
     refuses(match, lambda: model.init_continuous_batching())
     refuses(match, lambda: model.continuous_batching_context_manager())
+
+
+def test_a_web_server_hands_refusals_to_its_client(model, monkeypatch):
+    exceptions = pytest.importorskip("starlette.exceptions")
+    with pytest.raises(UnsupportedError) as caught:
+        model.init_continuous_batching()
+    assert isinstance(caught.value, exceptions.HTTPException)
+    assert (caught.value.status_code, caught.value.detail) == (501, str(caught.value))
+    assert not set('"\\\n') & set(str(caught.value))  # a stream puts it into JSON as it is
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (type(copied), str(copied)) == (UnsupportedError, str(caught.value))
+    monkeypatch.delitem(sys.modules, "starlette.exceptions")
+    with pytest.raises(UnsupportedError) as caught:
+        model.init_continuous_batching()
+    assert type(caught.value) is UnsupportedError
 
 
 def test_other_cache_objects(model, ids):

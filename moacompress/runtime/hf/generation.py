@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from moacompress.core.errors import MoaCompressError, UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.hooks import check_cache
 
@@ -35,19 +36,19 @@ def _prepare_cache(
     if attachment is None:
         raise MoaCompressError("the plan was taken off this model by hand; use moacompress.detach(model)")
     if generation_mode not in MODES:
-        raise UnsupportedError(
+        raise refusal(
             f"generating with {generation_mode.value} is not supported by a compressed model; use greedy search, sampling, "
             "beam search or assisted decoding"
         )
     if generation_config.assistant_early_exit is not None:
-        raise UnsupportedError(
+        raise refusal(
             f"assistant_early_exit={generation_config.assistant_early_exit} is not supported by a compressed model, whose "
             "cache is that of all its layers; use prompt_lookup_num_tokens or an assistant_model"
         )
     if generation_config.cache_implementation is not None:
-        raise UnsupportedError(
+        raise refusal(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
-            "its own cache; leave it out"
+            "its own cache; leave it out, as `transformers serve` does without --compile"
         )
     cache = check_cache(model_kwargs.get("cache"), attachment.plan.key())
     if cache is not None:
@@ -67,8 +68,9 @@ def _refuse_other_attention(self: Any, attn_implementation: Any, *args: Any, **k
 
 
 def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
-    raise UnsupportedError(
-        "continuous batching and paged caches are not supported by a compressed model; use model.generate with its own cache"
+    raise refusal(
+        "continuous batching and paged caches are not supported by a compressed model, whose KV heads keep different tokens; "
+        "use model.generate with its own cache, as `transformers serve` does without --continuous-batching"
     )
 
 

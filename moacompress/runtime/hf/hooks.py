@@ -17,6 +17,7 @@ from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.decode.context import CACHE_NAMES
@@ -231,7 +232,7 @@ def _check_rest(module: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or (
         kwargs.get("output_attentions") is None and getattr(module.config, "output_attentions", False)
     ):
-        raise UnsupportedError("output_attentions is not supported: a compressed model never makes the whole matrix")
+        raise refusal("output_attentions is not supported: a compressed model never makes the whole matrix")
     if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
         raise UnsupportedError("packed sequences (cu_seq_lens) are not supported by a compressed model")
     if getattr(module.config, "is_causal", True) is False or kwargs.get("is_causal") is False:

@@ -25,6 +25,7 @@ from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_weights
 from moacompress.runtime.compat import masks, private_names
+from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.attaching import install
@@ -57,7 +58,7 @@ class MoaCompressQuantizer(HfQuantizer):
         """Refuses an attention implementation that would ignore the plan, and sets ours."""
         wanted = config._attn_implementation_internal
         if wanted not in (None, NAME):
-            raise UnsupportedError(
+            raise refusal(
                 f"attn_implementation={wanted!r} would ignore the plan; leave it out, or use moacompress.detach(model) after "
                 "loading to get the dense model"
             )
