@@ -158,6 +158,7 @@ def fill(
         "quality": quality_table(scores["results"]),
         "harm": plan.quality.get("measured_harm", {}),
         "measured_plans": found.measured_plans,
+        **({} if found.classes is None else {"classes": found.classes}),
         "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, summary)

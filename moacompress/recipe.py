@@ -233,6 +233,12 @@ class SearchRecipe(_Section):
     assume_healed: float = Field(
         1.0, gt=0, le=1, description="share of the KL of copied attention that healing is assumed to leave"
     )
+    classes: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="most different rules of a plan, for servers that free memory by class of KV heads",
+    )
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
     alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
     rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")

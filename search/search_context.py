@@ -22,6 +22,7 @@ from moacompress.search.measure.trials import Tried, log_ratio, noise
 from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.result.class_notes import ClassCost
 from moacompress.search.result.explain import Stage
 from moacompress.search.search_request import ParameterValues, SearchRequest
 
@@ -79,6 +80,7 @@ class SearchContext:
         progress: told of every measurement.
         tried: finished trials of the study, which keeps them here; the others are compared with the first, trial 0.
         stages: what was tried so far, for the explanation.
+        class_cost: what the limit of classes costs; None where there is none, or it is not measured yet.
     """
 
     request: SearchRequest
@@ -94,6 +96,7 @@ class SearchContext:
     progress: Progress
     tried: list[Tried] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
+    class_cost: ClassCost | None = None
 
     @property
     def reference(self) -> list[float]:

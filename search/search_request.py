@@ -23,6 +23,7 @@ from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget
 from moacompress.rules.cost import budget_limits, layer_floors
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.measure.objective import Measure
@@ -61,6 +62,20 @@ def offered(profile: Profile, recipe: Recipe) -> Profile:
     if not recipe.search.gates or recipe.search.share != "off":
         profile = profile.without_gates()
     return profile.offering(offered_formats(profile.profiled_formats, recipe))
+
+
+def _check_classes(most: int | None, shape: ModelShape) -> None:
+    """Refuses a limit of classes that no plan of the model can keep.
+
+    Raises:
+        UsageError: fewer classes than different sliding windows.
+    """
+    windows = [str(native or "none") for native in dict.fromkeys(shape.native_windows)]
+    if most is not None and most < len(windows):
+        raise UsageError(
+            f"a plan of this model has at least {len(windows)} classes of KV heads: its layers have {len(windows)} kinds of "
+            f"sliding windows of their own ({', '.join(windows)}); ask for --classes {len(windows)} or more"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,13 +122,15 @@ class SearchRequest:
         Raises:
             BudgetError: as `find_plan`.
             InfeasibleBudgetError: as `find_plan`.
-            UsageError: a profile around a plan, or formats or copies that it says nothing of.
+            UsageError: a profile around a plan, or formats or copies that it says nothing of, or fewer classes than the model
+                has kinds of sliding windows.
             PlanError: layers that cannot share.
         """
         profile = offered(profile, recipe)
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         floors = layer_floors(recipe.search.floors, profile.shape)
+        _check_classes(recipe.search.classes, profile.shape)
         sharing = ShareChoice.of(profile, recipe)
         shares = () if sharing is None else sharing.fixed
         limits = budget_limits(
@@ -159,6 +176,7 @@ class SearchRequest:
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
                 **({"computes_in": self.computes_in} if in_other else {}),
                 **({"share": self._share_key} if self.sharing else {}),
+                **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
                 **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
@@ -207,7 +225,12 @@ class SearchRequest:
 
     def space(self, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
         """Returns the plans whose layers share so, within the limits or others."""
-        return PlanSpace.of(self, shares, limits)
+        return PlanSpace.of(self, shares, limits, self.recipe.search.classes)
+
+    def of_any_classes(self) -> SearchRequest:
+        """Returns the request without its limit of different rules."""
+        search = self.recipe.search.model_copy(update={"classes": None})
+        return replace(self, recipe=self.recipe.model_copy(update={"search": search}))
 
     def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
         """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""

@@ -33,6 +33,7 @@ from moacompress.search.result.found_plan import stopped_at_once, write_first, w
 from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
 from moacompress.search.search_request import ParameterValues, SearchRequest
+from moacompress.search.steps.class_cost import measure_class_cost
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
@@ -41,7 +42,15 @@ from moacompress.search.steps.start import calibrate, measure_baselines
 
 __all__ = ["SearchResult", "find_plan"]
 
-STEPS: tuple[Step, ...] = (calibrate, measure_baselines, tune_parameters, make_rounds, make_moves, spend_leftover)
+STEPS: tuple[Step, ...] = (
+    calibrate,
+    measure_baselines,
+    tune_parameters,
+    make_rounds,
+    make_moves,
+    spend_leftover,
+    measure_class_cost,
+)
 """Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
 MOVE_SAMPLES = 12
 """Calibration samples on which single moves are measured."""

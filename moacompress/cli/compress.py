@@ -11,6 +11,7 @@ from moacompress.cli.efforts import Effort, effort_recipe
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Budgets,
+    ClassesOption,
     FormatsOption,
     LengthsOption,
     ModelArgument,
@@ -54,6 +55,7 @@ def compress(
         bool | None,
         typer.Option("--gates", help="Also offer rules that keep tokens which a gate chooses, and train these."),
     ] = None,
+    classes: ClassesOption = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
@@ -89,6 +91,7 @@ def compress(
         calibration__text=text,
         profile__gates=gates,
         search__formats=formats,
+        search__classes=classes,
         search__trials=trials,
         evaluation__tasks=split_list(tasks),
         evaluation__lengths=lengths if recipe is None else None,

@@ -38,6 +38,15 @@ FormatsOption = Annotated[
         "that are profiled.",
     ),
 ]
+ClassesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--classes",
+        metavar="N",
+        help="Most different rules of a plan: KV heads of equal rules form a class. For servers that free memory by class, "
+        "such as vLLM with --classes 18. By default any number.",
+    ),
+]
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),

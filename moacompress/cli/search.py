@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import FormatsOption, Overwrite, RecipeFile, TrustRemoteCode, dry_run_option
+from moacompress.cli.options import ClassesOption, FormatsOption, Overwrite, RecipeFile, TrustRemoteCode, dry_run_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --max-loss 1% -o plan.json",
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
+    "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     computes=True,
 )
@@ -93,6 +94,7 @@ def search(
             help="Count so much of the KL of shared attention, 0.3 for three tenths: for those who will heal the result.",
         ),
     ] = None,
+    classes: ClassesOption = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
@@ -126,6 +128,7 @@ def search(
         search__share=share,
         search__assume_repaired=assume_repaired,
         search__assume_healed=assume_healed,
+        search__classes=classes,
         search__solver=solver,
         search__storage=storage,
     )
@@ -201,5 +204,6 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "best_trial": found.best_trial,
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
+        **({} if found.classes is None else {"classes": found.classes}),
         "seconds": found.seconds,
     }

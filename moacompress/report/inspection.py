@@ -19,6 +19,7 @@ from moacompress.rules.cost import attention_flops, chosen_share, format_rows, k
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.rule_classes import classes_of
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
@@ -59,6 +60,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "dtype": plan.model.dtype,
         "layers": plan.model.layers,
         "kv_heads": plan.model.kv_heads,
+        "classes": len(classes_of(plan)),
         "shared_layers": [
             {"layer": layer, **share.to_dict()} for layer, share in enumerate(plan.shares) if share is not None
         ],
@@ -109,7 +111,6 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
 def overview(plan: Plan, data: dict[str, Any]) -> Group:
     """Returns the facts of a plan as rows of name and value."""
     reference = data["reference_length"]
-    distinct = {Rule.FULL if rule.is_full else rule for row in plan.rules for rule in row}
     full = sum(rule.is_full for row in plan.rules for rule in row)
     shape = plan.model
     heads = shape.layers * shape.kv_heads
@@ -118,7 +119,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "budget": ", ".join(data["budget"]) or "none asked for",
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
-        "KV heads": f"{heads}, {full} of them full, {len(distinct)} distinct rules, no window under {plan.min_window}",
+        "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",
     }
     if data["gates"] is not None:
         rows["gates"] = (

@@ -42,7 +42,7 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
             if row["saves"]
         ],
     )
-    shown: list[RenderableType] = [steps, heads]
+    shown: list[RenderableType] = [steps, heads, *class_lines(explanation)]
     formats = explanation.get("formats")  # what an older search left has none
     if formats and any(
         pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]
@@ -66,6 +66,26 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
             "Predicted KL by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
         )
     return shown
+
+
+def class_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns what an explanation or a summary says of a plan's classes of KV heads; nothing where they had no limit."""
+    classes = found.get("classes")
+    if classes is None:
+        return []
+    lines = [f"Classes of KV heads, each of one rule: {classes['plan']}, at most {classes['most']} were allowed."]
+    if "limited" in classes:
+        limited, unlimited = classes["limited"], classes["unlimited"]
+        lines.append(
+            f"Without the limit the plan of trial {classes['trial']} has {unlimited['classes']}. The limit costs "
+            f"{_more(limited['predicted_harm'], unlimited['predicted_harm'])} nats as predicted, "
+            f"{_more(limited['harm'], unlimited['harm'])} as measured ({100 * _change(classes['log_ratio']):+.0f}%, paired)."
+        )
+    return lines
+
+
+def _more(kl: float | None, other: float | None) -> str:
+    return f"{readable_number(kl)} instead of {readable_number(other)}"
 
 
 def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, section
+from moacompress.report.search_tables import class_lines
 from moacompress.rules.budget import format_length
 
 NAMES = {
@@ -53,7 +54,14 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     )
     seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
-    return [f"{summary['model']}, budget {asked}", size, *_measured_elsewhere(kv_bytes), quality, f"Took {seconds}."]
+    return [
+        f"{summary['model']}, budget {asked}",
+        size,
+        *_measured_elsewhere(kv_bytes),
+        quality,
+        *class_lines(summary),
+        f"Took {seconds}.",
+    ]
 
 
 def _measured_elsewhere(kv_bytes: Mapping[str, Any]) -> list[str]:

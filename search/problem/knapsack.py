@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,9 @@ from moacompress.rules.cost import byte_table, floored, layer_floors, limit_arra
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, with_shared_rules
+from moacompress.search.problem.classes import ClassLimit, Mask
 from moacompress.search.problem.solver import fill, solve
+from moacompress.search.sharing.head_groups import HeadGroups
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -31,11 +33,13 @@ class Knapsack:
         sizes: bytes, int64 [lengths, layers, kv_heads, rules].
         limits: most bytes at every length, int64 [lengths].
         solver: "lagrange" or "milp".
+        classes: how many different rules there may be, or None for any number.
     """
 
     sizes: Ints
     limits: Ints
     solver: str
+    classes: ClassLimit | None = None
 
     @staticmethod
     def of(request: SearchRequest) -> Knapsack:
@@ -48,8 +52,12 @@ class Knapsack:
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
         lengths, layers, kv_heads, rules = self.sizes.shape
-        found = solve(costs.reshape(-1, rules), self.sizes.reshape(lengths, -1, rules), self.limits, solver=self.solver)
-        return found.choice.reshape(layers, kv_heads)
+        costs, sizes = costs.reshape(-1, rules), self.sizes.reshape(lengths, -1, rules)
+        if self.classes is None:
+            choice = solve(costs, sizes, self.limits, solver=self.solver).choice
+        else:
+            choice = self.classes.solve(costs, sizes, self.limits, self.solver)
+        return choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:
         """Returns the choice with what it leaves of the limits spent: rules of no fewer bytes at any length, that cost no more.
@@ -60,8 +68,27 @@ class Knapsack:
         """
         lengths, layers, kv_heads, rules = self.sizes.shape
         sizes = self.sizes.reshape(lengths, -1, rules)
-        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True)
+        may = None if self.classes is None else self.classes.may
+        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True, may=may)
         return found.reshape(layers, kv_heads)
+
+    def may(self, choice: Ints, changes: int = 1) -> Mask:
+        """Returns which rules the rows may take where so many change at once, bool `[rows, rules]`; see `ClassLimit.may`.
+
+        Args:
+            choice: the present rule of every row, `[rows]`.
+            changes: rows that change together.
+        """
+        if self.classes is None:
+            return np.ones((len(choice), self.sizes.shape[-1]), bool)
+        return self.classes.may(choice, changes)
+
+    def merged(self, groups: HeadGroups) -> Knapsack:
+        """Returns the knapsack of groups of rows that have one rule."""
+        lengths, rules = len(self.sizes), self.sizes.shape[-1]
+        sizes = groups.summed(self.sizes.reshape(lengths, -1, rules))[:, :, None]
+        classes = None if self.classes is None else self.classes.merged(groups)
+        return replace(self, sizes=sizes, classes=classes)
 
 
 def total_cost(costs: Floats, choice: Ints) -> float:

@@ -13,6 +13,7 @@ from moacompress.core.arrays import Floats, Ints
 from moacompress.rules.cost import below_floors, byte_table, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
+from moacompress.search.problem.classes import ClassLimit
 from moacompress.search.problem.knapsack import Knapsack, choice_of, chosen_plan
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.sharing.head_groups import HeadGroups
@@ -42,13 +43,19 @@ class PlanSpace:
     knapsack: Knapsack
 
     @staticmethod
-    def of(request: SearchRequest, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
+    def of(
+        request: SearchRequest,
+        shares: LayerShares = (),
+        limits: Mapping[int, int] | None = None,
+        classes: int | None = None,
+    ) -> PlanSpace:
         """Returns the plans of a request.
 
         Args:
             request: what is asked for.
             shares: of the layers.
             limits: most bytes at every length, by default the request's.
+            classes: most different rules; None for any number.
         """
         profile, search = request.profile, request.recipe.search
         limits = request.limits if limits is None else limits
@@ -58,10 +65,11 @@ class PlanSpace:
         if groups is not None:  # a rule that one of a group may not have none of it may have
             of_groups = groups.summed(below.reshape(-1, below.shape[-1]).astype(np.int64))
             below = groups.spread(of_groups) > 0
+        limit = None if classes is None else ClassLimit.of(classes, profile.shape, profile.rules, below, groups)
         sizes = np.where(below, sizes[..., :1], sizes)
         if groups is not None:
             sizes = groups.summed(sizes.reshape(len(sizes), -1, sizes.shape[-1]))[:, :, None]
-        return PlanSpace(profile, shares, groups, Knapsack(sizes, limit_array(limits), search.solver))
+        return PlanSpace(profile, shares, groups, Knapsack(sizes, limit_array(limits), search.solver, limit))
 
     def costs(self, costs: Floats) -> Floats:
         """Returns the costs of the rows, from those of single KV heads, `[layers, kv_heads, rules]`."""

@@ -21,6 +21,8 @@ from moacompress.search.sharing.head_groups import HeadGroups
 CANDIDATES = 300
 """Changes of one KV head, of least reduced cost, that are tried alone and in pairs."""
 MAX_STEPS = 300
+MAX_TURNS = 10
+"""Times that single KV heads, and all KV heads of one rule, are changed in turn."""
 KNEE = 0.05
 """Nats below which a sample's KL is as good as none: half a nat over an answer of ten tokens, which is then still given."""
 
@@ -145,8 +147,25 @@ class Quadratic:
             choice: where to begin, within the limits, `[layers, kv_heads]`.
             costs: predicted KL of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
             share: of this form in what is lowered, 0 to 1.
-            knapsack: bytes and limits.
+            knapsack: bytes and limits. Where it limits the number of different rules, heads change among those that there are,
+                and all heads of one rule change together, in turn.
         """
+        now, classes = self._refined(choice, costs, share, knapsack), knapsack.classes
+        if classes is None:
+            return now
+        for _ in range(MAX_TURNS):
+            groups, before = classes.groups(now), now
+            of_groups = groups.summed(costs.reshape(-1, costs.shape[-1]))[:, None]
+            together = self.merged(groups)._refined(
+                groups.gathered(now)[:, None], of_groups, share, knapsack.merged(groups)
+            )
+            now = self._refined(groups.spread(together[:, 0]), costs, share, knapsack)
+            if (now == before).all():
+                break
+        return now
+
+    def _refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
+        """Returns what `refined` does by changes of single rows alone."""
         rules = costs.shape[-1]
         alone = costs.reshape(-1, rules)
         sizes = knapsack.sizes.reshape(len(knapsack.limits), -1, rules)
@@ -160,7 +179,11 @@ class Quadratic:
             change = (1 - share) * (alone - alone[heads, now][:, None]) + share * together
             reduced = change + priced - priced[heads, now][:, None]
             reduced[heads, now] = np.inf
-            moves = np.argsort(reduced, axis=None, kind="stable")[: min(CANDIDATES, reduced.size - len(heads))]
+            reduced[~knapsack.may(now, 2)] = np.inf
+            count = min(CANDIDATES, int(np.isfinite(reduced).sum()))
+            if not count:
+                break
+            moves = np.argsort(reduced, axis=None, kind="stable")[:count]
             head, rule = np.divmod(moves, rules)
             gain = change[head, rule]
             effect = self._moved(head, rule) - self._moved(head, now[head])

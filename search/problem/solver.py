@@ -6,6 +6,7 @@ choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,7 @@ def lagrange(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
         InfeasibleBudgetError: as `solve`.
     """
     costs, sizes, limits = _arrays(costs, sizes, limits)
-    found = _relaxed(costs, sizes, limits)
+    found = relaxed(costs, sizes, limits)
     if found is not None and found.gap is not None and found.gap <= POLISH_GAP:
         return found
     return _highs(costs, sizes, limits, found, {"node_limit": POLISH_NODES, "mip_rel_gap": POLISH_GAP / 10})
@@ -96,10 +97,19 @@ def milp(costs: Floats, sizes: Ints, limits: Ints, *, time_limit: float = 10.0, 
     return _highs(costs, sizes, limits, found, {"time_limit": time_limit, "mip_rel_gap": relative_gap})
 
 
-def _relaxed(costs: Floats, sizes: Ints, limits: Ints) -> Solution | None:
+def relaxed(costs: Floats, sizes: Ints, limits: Ints, prices: Floats | None = None) -> Solution | None:
     """Returns the best choice that prices lead to; None where the repair gets stuck.
 
     It can only get stuck where no rule of some head is smallest at every length.
+
+    Args:
+        costs: `[heads, rules]`.
+        sizes: `[lengths, heads, rules]`.
+        limits: `[lengths]`.
+        prices: of bytes as shares of the limits, `[lengths]`, where good ones are known; by default the best ones.
+
+    Raises:
+        InfeasibleBudgetError: no choice is within the limits.
     """
     _check_feasible(sizes, limits)
     cheapest = _cheapest(costs, sizes)
@@ -107,7 +117,7 @@ def _relaxed(costs: Floats, sizes: Ints, limits: Ints) -> Solution | None:
         return Solution(cheapest, _total(costs, cheapest), 0.0)
     # a limit of nothing is only met by rules of no bytes; 1 keeps the shares finite
     shares = sizes / np.maximum(limits, 1)[:, None, None]
-    prices, bound = best_prices(costs, shares)
+    prices, bound = best_prices(costs, shares) if prices is None else (prices, -np.inf)
     priced = np.tensordot(prices, shares, axes=1)
     near = _near(costs + priced, sizes)
     costs, sizes = np.take_along_axis(costs, near, 1), np.take_along_axis(sizes, near[None], 2)
@@ -328,7 +338,15 @@ def _repair(choice: Ints, costs: Floats, sizes: Ints, limits: Ints) -> Ints | No
     return None
 
 
-def fill(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, *, grow: bool = False) -> Ints:
+def fill(
+    choice: Ints,
+    costs: Floats,
+    sizes: Ints,
+    limits: Ints,
+    *,
+    grow: bool = False,
+    may: Callable[[Ints], npt.NDArray[np.bool_]] | None = None,
+) -> Ints:
     """Returns the choice with what it leaves of the limits spent, on the head that gains most for its bytes first.
 
     Args:
@@ -338,6 +356,7 @@ def fill(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, *, grow: bool =
         limits: `[lengths]`.
         grow: no head may give up bytes at any length, and one that gains nothing takes more all the same: among equal gains
             for the bytes, the rule that takes most of them comes first.
+        may: returns which rules heads may take next, bool `[heads, rules]`, of the present choice; by default all.
     """
     choice = choice.copy()
     heads = np.arange(len(choice))
@@ -346,6 +365,8 @@ def fill(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, *, grow: bool =
         added = sizes - sizes[:, heads, choice][:, :, None]
         gain = costs[heads, choice][:, None] - costs
         wanted = (gain >= 0) & (added >= 0).all(axis=0) & (added > 0).any(axis=0) if grow else gain > 0
+        if may is not None:
+            wanted &= may(choice)
         head, rule = np.nonzero(wanted & (added <= left[:, None, None]).all(axis=0))
         if not len(head):
             return choice

@@ -78,6 +78,7 @@ def explain(
         `sharing`: see `sharing_notes`; where it was asked for.
         `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was given up and
         whether it was the best, and its `gain` over trial 0 with the `noise` that this had to be beyond.
+        `classes`: see `class_notes`; where their number had a limit.
         `stages`, `harm`.
     """
     n = max(request.limits)
@@ -106,6 +107,7 @@ def explain(
             }
             for trial in tried
         ],
+        **({"classes": plan.quality["classes"]} if "classes" in plan.quality else {}),
         **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),
     }
 

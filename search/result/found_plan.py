@@ -14,10 +14,12 @@ from moacompress.core.errors import PlanError
 from moacompress.core.files import write_json
 from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_classes import classes_of
 from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
 from moacompress.search.measure.trials import Tried, best_trial, log_ratio
 from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.result.class_notes import ClassCost, class_notes
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, versions
 from moacompress.search.search_context import Incumbent, SearchContext
@@ -44,7 +46,8 @@ def write_first(request: SearchRequest, out: Path) -> None:
 def first_plan(request: SearchRequest) -> Plan:
     """Returns the surrogate's own plan before anything is measured; its notes say that of it."""
     plan = request.plan(request.surrogate, request.parameters.neutral)
-    return _with_notes(request, request.surrogate, plan, _unmeasured(), {"samples": 0}, _made([], UNMEASURED, False))
+    measured = {"samples": 0, **_classes(request, plan, None)}
+    return _with_notes(request, request.surrogate, plan, _unmeasured(), measured, _made([], UNMEASURED, False))
 
 
 def write_so_far(incumbent: Incumbent, context: SearchContext) -> None:
@@ -134,6 +137,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> P
             family: baseline_note(other.plan, other.kl, lengths) for family, other in context.measured_baselines.items()
         },
         "samples": len(incumbent.kls),
+        **_classes(context.request, plan, context.class_cost),
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
     made = _made(context.tried, stage, finished and not context.deadline.stopped)
@@ -214,6 +218,8 @@ def _unmeasured(measured_baselines: Mapping[str, MeasuredBaseline] | None = None
 def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple[Plan, dict[str, float | None]]:
     """Returns the plan of lowest KL, of the incumbent and the baselines, and the KL of each of them, nats.
 
+    A baseline of more classes than the search may use is measured, and not taken.
+
     Args:
         incumbent: the best plan found.
         context: its `alternatives` are the baselines.
@@ -225,9 +231,9 @@ def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple
     measured_baselines = context.measured_baselines
     if not incumbent.kls:
         return incumbent.plan, _unmeasured(measured_baselines)
-    plan, least = incumbent.plan, incumbent.kl
+    plan, least, most = incumbent.plan, incumbent.kl, context.request.recipe.search.classes
     for family, other in measured_baselines.items():
-        if other.kl < least:
+        if other.kl < least and (most is None or len(classes_of(other.plan)) <= most):
             plan, least = other.plan, other.kl
             if said:
                 logger.warning(
@@ -238,6 +244,12 @@ def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple
                     incumbent.kl,
                 )
     return plan, {**_unmeasured(measured_baselines), "plan": least, "trial0": float(np.mean(context.reference))}
+
+
+def _classes(request: SearchRequest, plan: Plan, cost: ClassCost | None) -> dict[str, Any]:
+    """Returns what a plan's notes say of its classes, where their number has a limit."""
+    most = request.recipe.search.classes
+    return {} if most is None else {"classes": class_notes(most, plan, cost)}
 
 
 def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:

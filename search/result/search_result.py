@@ -35,6 +35,7 @@ class SearchResult:
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
+        classes: see `class_notes`; None where the search had no limit of them.
     """
 
     plan: Plan
@@ -46,6 +47,7 @@ class SearchResult:
     kv_bytes: dict[str, dict[str, int]]
     seconds: float
     explanation: dict[str, Any]
+    classes: dict[str, Any] | None = None
 
     @staticmethod
     def of(plan: Plan, path: Path | None, seconds: float, explanation: dict[str, Any] | None = None) -> SearchResult:
@@ -63,6 +65,7 @@ class SearchResult:
             kv_bytes={n: dict(numbers) for n, numbers in plan.budget["bytes"].items()},
             seconds=seconds,
             explanation=explanation,
+            classes=plan.quality.get("classes"),
         )
 
 

@@ -94,9 +94,10 @@ def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) 
     now = choice.reshape(-1)
     lost = reduced - reduced[heads, now][:, None]
     added = (sizes - sizes[:, heads, now][:, :, None])[-1]
+    may = knapsack.may(now, 2 * count)
     moves = []
     for kind in (added > 0, added < 0):
-        candidates = np.where(kind, lost, np.inf)
+        candidates = np.where(kind & may, lost, np.inf)
         rule = np.argmin(candidates, axis=1)
         least = candidates[heads, rule]
         order = [head for head in np.argsort(least, kind="stable")[:count].tolist() if np.isfinite(least[head])]

@@ -55,6 +55,17 @@ def test_inspect_agrees_with_the_search(place: Path) -> None:
     assert run("inspect", place / "model")["parameters"]["plan"] > 0
 
 
+def test_few_classes(place: Path, tmp_path: Path) -> None:
+    out, quick = tmp_path / "two.json", ("--trials", "1", "--rounds", "0", "--moves", "0")
+    found = run("search", place / "profile", "--budget", "50%", "--classes", "2", *quick, "-o", out)
+    assert found["classes"]["most"] == 2
+    assert found["classes"]["plan"] == run("inspect", out)["classes"] <= 2
+    assert (
+        {"classes", "predicted_harm", "harm"} == set(found["classes"]["limited"]) == set(found["classes"]["unlimited"])
+    )
+    assert "search.classes" in run("search", place / "profile", "--budget", "50%", "--classes", "0", exit_code=2)
+
+
 def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
     small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")

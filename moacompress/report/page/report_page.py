@@ -30,7 +30,7 @@ from moacompress.report.page.search_figures import (
     history_picture,
     predicted_pictures,
 )
-from moacompress.report.search_tables import STEP_COLUMNS, step_rows
+from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
 from moacompress.rules.budget import format_length
 
 ASSETS = "moacompress.report.page"
@@ -160,6 +160,7 @@ def page_sections(found: Findings) -> list[PageSection]:
         PageSection(
             "search",
             "How it was found",
+            " ".join(class_lines(explanation or {})),
             pictures=[picture for picture in (history, front) if picture is not None],
             table=(("step", *STEP_COLUMNS), step_rows(explanation)) if explanation is not None else None,
         ),
