@@ -63,13 +63,27 @@ class LayerBlocks:
 
     @staticmethod
     def none(
-        rules: RuleTable, key: torch.Tensor, value: torch.Tensor, shared_values: SharedFormats = ()
+        rules: RuleTable,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        shared_values: SharedFormats = (),
+        pool: Pool | None = None,
     ) -> LayerBlocks:
-        """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each."""
+        """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each.
+
+        Args:
+            rules: of the KV heads, in numpy.
+            key: keys of a chunk.
+            value: values of a chunk.
+            shared_values: formats of the values beside each KV head's own.
+            pool: where the blocks will lie; by default in one of their own.
+        """
         rows, heads = key.shape[0], len(rules)
         lengths = np.zeros(rows, np.int64)
-        layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, shared_values)
-        return LayerBlocks(rules, Pool(layout, key.device), Table(rows, heads), lengths, no_runs(rows, heads))
+        if pool is None:
+            layout = Layout.of(rules, key.shape[-1], value.shape[-1], key.dtype, shared_values)
+            pool = Pool(layout, key.device)
+        return LayerBlocks(rules, pool, Table(rows, heads), lengths, no_runs(rows, heads))
 
     def move_to(self, lengths: Ints) -> None:
         """Takes note of the tokens of the rows, `[rows]`, when what they need is there."""

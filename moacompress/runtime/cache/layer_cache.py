@@ -19,8 +19,9 @@ from moacompress.rules.selection import EvictionSchedule
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
+from moacompress.runtime.cache.join import join
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import SharedFormats
+from moacompress.runtime.cache.pool import Pool, SharedFormats
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
 from moacompress.runtime.cache.selected_tokens import go_back, remember
@@ -138,6 +139,7 @@ class PlanCacheLayer(CacheLayer):
     def __init__(self, rules: RuleTable, reserve: int | None = None, shared_values: SharedFormats = ()) -> None:
         super().__init__()
         self.rules, self.reserve, self.shared_values = rules, reserve, shared_values
+        self._memory: Pool | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -210,7 +212,7 @@ class PlanCacheLayer(CacheLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the number of rows, the dimensions and the device; no memory yet."""
-        self.held = LayerBlocks.none(self.rules, key_states, value_states, self.shared_values)
+        self.held = LayerBlocks.none(self.rules, key_states, value_states, self.shared_values, self._memory)
         self.is_initialized = True
 
     def blocks_held(self) -> LayerBlocks:
@@ -378,6 +380,28 @@ class PlanCacheLayer(CacheLayer):
         if self.held is not None:
             other._use(fork(self.held), self.columns)
         return other
+
+    def beside(self) -> PlanCacheLayer:
+        """Returns an empty layer that takes its blocks from the same memory, where there is some yet."""
+        other = PlanCacheLayer(self.rules, None, self.shared_values)
+        other._memory = self._memory if self.held is None else self.held.pool
+        return other
+
+    def can_join(self, other: CacheLayer) -> bool:
+        """Whether the rows of another layer may become rows of this one: they lie in the same memory, and none is recorded."""
+        ours, theirs = self.held, other.held if isinstance(other, PlanCacheLayer) else None
+        there = ours is not None and theirs is not None and ours.pool is theirs.pool
+        return there and not self.record_past and not other.record_past
+
+    def join(self, other: CacheLayer, columns: int) -> None:
+        """Takes the rows of another layer behind its own; see `can_join`.
+
+        Args:
+            other: is to be reset.
+            columns: tokens fed so far, padding included, from now on.
+        """
+        assert isinstance(other, PlanCacheLayer)
+        self._use(join(self.blocks_held(), other.blocks_held()), columns)
 
     def _use(self, held: LayerBlocks, columns: int) -> None:
         self.held, self.columns, self.is_initialized = held, columns, True

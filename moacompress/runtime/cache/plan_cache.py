@@ -18,6 +18,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import reuse_layers_of, served, value_sets_of
 from moacompress.runtime import autocast
+from moacompress.runtime.cache.join import left_padded
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 
@@ -145,6 +146,44 @@ class PlanCache(Cache):
         other.step_routes = self.step_routes.copy()
         other._take_handle()
         return other
+
+    def beside(self) -> PlanCache:
+        """Returns an empty cache that takes its blocks from the same memory, so that its rows can `join` this one."""
+        other = PlanCache.__new__(PlanCache)
+        other.__dict__.update(self.__dict__)
+        other.layers, other.bound_layers = [layer.beside() for layer in self.layers], None
+        other.real = other._positions = None
+        other._link()
+        other.step_routes = Counter()
+        other._take_handle()
+        return other
+
+    def join(self, other: PlanCache) -> None:
+        """Takes the rows of a cache from `beside` behind its own; the other one is then empty. No key or value is moved.
+
+        Rows of other lengths are padded on the left, as those of a batch are; columns that no row needs any more go.
+
+        Raises:
+            UnsupportedError: a forward is running, or the other cache is empty, has memory of its own, or belongs to another
+                plan.
+        """
+        self.check_whole()
+        other.check_whole()
+        layers = list(zip(self.layers, other.layers, strict=False))
+        if self.plan_key != other.plan_key or not all(layer.can_join(one) for layer, one in layers):
+            raise UnsupportedError(
+                "rows join a cache from one that was made by its `beside`, in whose memory they lie, and that took in their "
+                "prompts"
+            )
+        real = left_padded(self.seen(self.batch_size), other.seen(other.batch_size))
+        rows = [
+            np.full(one.batch_size, -1) if one.last_position is None else one.last_position for one in (self, other)
+        ]
+        for layer, one in layers:
+            layer.join(one, real.shape[1])
+        self.real, self._positions = None if real.all() else real, (real.shape[1], np.concatenate(rows))
+        self.bound_layers = None
+        other.reset()
 
     def __copy__(self) -> PlanCache:
         return self.fork()

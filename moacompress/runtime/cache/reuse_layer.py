@@ -125,6 +125,18 @@ class ReuseCacheLayer(CacheLayer):
         """Empties the layer."""
         self.columns, self._pending, self.is_initialized = 0, None, False
 
+    def beside(self) -> ReuseCacheLayer:
+        """Returns an empty layer for a cache beside this one, whose anchor it is to be given."""
+        return ReuseCacheLayer(self.share, self.value_sets, self.last)
+
+    def can_join(self, other: CacheLayer) -> bool:
+        """Its anchor says whether rows may join."""
+        return True
+
+    def join(self, other: CacheLayer, columns: int) -> None:
+        """Takes columns, tokens fed so far with padding; the rows are its anchor's."""
+        self.columns = columns
+
     def fork(self) -> ReuseCacheLayer:
         """Returns a layer of the same content for a cache whose anchor is forked too, which it is to be given."""
         other = ReuseCacheLayer(self.share, self.value_sets, self.last)
