@@ -72,8 +72,8 @@ class BenchRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(map(dtype_name, self.dtypes)))
-        _check_choices("side", self.sides, SIDES)
-        _check_choices("dtype", self.dtypes, ("auto", *DTYPES))
+        check_choices("side", self.sides, SIDES)
+        check_choices("dtype", self.dtypes, ("auto", *DTYPES))
         _check_numbers("length", self.lengths, 1)
         _check_numbers("batch", self.batches, 1)
         _check_numbers("tokens", (self.tokens,), 1, MOST_STEPS)
@@ -162,7 +162,12 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int,
     return LIBRARY_BYTES + weights + max(decode, prefill + alone)
 
 
-def _check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+def check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses names that are not known, and none at all.
+
+    Raises:
+        UsageError: says which there are.
+    """
     if not given:
         raise UsageError(f"no {what} given; choose from {', '.join(known)}")
     for name in given:

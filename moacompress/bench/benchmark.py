@@ -80,7 +80,8 @@ def run_bench(
         clock: seconds.
 
     Returns:
-        `runs`: rows as `moacompress.bench.timing_rows.make_row` makes them; `break_even`; `configuration`; `environment`.
+        `runs`: rows as `moacompress.bench.timing_rows.make_row` makes them; `break_even`; `configuration`; `environment`;
+        `serve`, which `serve_benchmark` fills.
 
     Raises:
         UsageError: `target` is not compressed.
@@ -102,6 +103,7 @@ def run_bench(
         runs = list(bench.rows())
         report = {
             "runs": runs,
+            "serve": [],
             "break_even": break_even(runs),
             "configuration": store.configuration,
             "environment": machine,
@@ -140,7 +142,8 @@ def available_memory(device: str) -> int:
     return available_bytes()
 
 
-def _load_per_core() -> float | None:
+def load_per_core() -> float | None:
+    """Returns the load of the machine for each core, over the last minute; None where the system does not say."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
@@ -175,7 +178,7 @@ class _Benchmark:
         cells = list(self.request.cells())
         steps = sum(map(self._steps, cells))
         if steps:
-            load = _load_per_core()
+            load = load_per_core()
             if load is not None and load > BUSY:
                 logger.warning("the machine is busy (load %.1f a core), so times are longer and vary more", load)
             self.progress.start("measuring", steps)
@@ -197,7 +200,7 @@ class _Benchmark:
         key = f"{phase} {cell}"
         found = self.store.get(key)
         if found is None:
-            models, load = self._models_in(cell.dtype), _load_per_core()
+            models, load = self._models_in(cell.dtype), load_per_core()
             found = self._decode(cell, models) if phase == "decode" else self._prefill(cell, models)
             probe = torch.empty(0, dtype=getattr(torch, cell.dtype), device=self.request.device)
             found |= {

@@ -16,6 +16,7 @@ LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
 REPEATS, QUICK_REPEATS = 20, 7
 PREFILL_REPEATS = 3
+SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
 
 
 @command(
@@ -23,6 +24,8 @@ PREFILL_REPEATS = 3
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
     "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
+    "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
+    "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
     computes=True,
 )
 def bench(
@@ -32,15 +35,18 @@ def bench(
         str | None,
         typer.Option("--lengths", metavar="LIST", help=f"Tokens in the cache of a row [default: {LENGTHS}]."),
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="LIST", help="Rows, such as 1,8.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Rows, such as 1,8 [default: 1].", show_default=False)
+    ] = None,
     sides: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LIST",
             help="plan; full_span (the same kernels, all keys kept); dense (transformers as it is); dense_best (the "
-            "faster of that and of a static cache with a compiled step).",
+            f"faster of that and of a static cache with a compiled step) [default: {SIDES}; with --serve {SERVED}].",
+            show_default=False,
         ),
-    ] = "plan,full_span,dense,dense_best",
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(help=f"Decode steps that are timed as one [default: {TOKENS}].", show_default=False)
     ] = None,
@@ -48,7 +54,10 @@ def bench(
         int | None,
         typer.Option(help=f"Turns of decoding, every side once in each [default: {REPEATS}].", show_default=False),
     ] = None,
-    prefill_repeats: Annotated[int, typer.Option(help="Turns of prefilling; 0 for none.")] = PREFILL_REPEATS,
+    prefill_repeats: Annotated[
+        int | None,
+        typer.Option(help=f"Turns of prefilling; 0 for none [default: {PREFILL_REPEATS}].", show_default=False),
+    ] = None,
     compile_ours: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step of plan and full_span too.")
     ] = False,
@@ -66,6 +75,29 @@ def bench(
             help=f"A small table: {QUICK_LENGTHS} tokens, {QUICK_REPEATS} turns of {QUICK_TOKENS} steps. Other options win.",
         ),
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Instead of the table: serve a mix of requests in the same KV memory, as many at a time as fit, with the "
+            "plan and with the dense model.",
+        ),
+    ] = False,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="KV cache that there is for --serve [default: 128M].", show_default=False),
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests of --serve [default: 48].", show_default=False)] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of every prompt of --serve; by default their lengths are drawn.")
+    ] = None,
+    new: Annotated[
+        int | None, typer.Option(help="Tokens of every answer of --serve; by default their lengths are drawn.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Mean requests a second of --serve, at random times; by default all come at once."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run resumes from there."),
@@ -80,7 +112,35 @@ def bench(
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
-    batches = split_list(batch) or ()
+    dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
+    of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
+    of_table |= {"--prefill-repeats": prefill_repeats, "--quick": quick or None, "--compile": compile_ours or None}
+    of_table |= {"--pack": pack or None, "--no-peak": None if peak else True, "--dry-run": (dry_run and serve) or None}
+    of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
+    for name, value in (of_table if serve else of_serving).items():
+        if value is not None:
+            raise UsageError(f"{name} goes {'without' if serve else 'with'} --serve; leave one of the two out")
+    if serve:
+        from moacompress.bench.request_mix import ANSWERS, PROMPTS
+        from moacompress.bench.serve_benchmark import ServeRequest, run_serving
+        from moacompress.report.serve_tables import serve_tables
+        from moacompress.rules.budget import parse_bytes
+
+        served = ServeRequest(
+            count=48 if requests is None else requests,
+            kv_memory=parse_bytes(kv_memory or "128M"),
+            prompt=PROMPTS if prompt is None else prompt,
+            new=ANSWERS if new is None else new,
+            rate=rate,
+            sides=tuple(dict.fromkeys(split_list(sides or SERVED) or ())),
+            dtypes=dtypes,
+            seed=recipe.seed,
+            device=recipe.device,
+            trust_remote_code=trust_remote_code,
+        )
+        report = run_serving(path, served, out=out, overwrite=overwrite, progress=run.progress)
+        return Output(report, serve_tables(report))
+    batches = split_list(batch or "1") or ()
     for item in batches:
         if not item.isdecimal():
             raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
@@ -91,11 +151,11 @@ def bench(
     request = BenchRequest(
         lengths=parse_lengths(lengths if lengths is not None else QUICK_LENGTHS if quick else LENGTHS),
         batches=tuple(sorted({int(item) for item in batches})),
-        dtypes=split_list(run.common.dtype if run.common.dtype is not None else "auto") or (),
-        sides=tuple(dict.fromkeys(split_list(sides) or ())),
+        dtypes=dtypes,
+        sides=tuple(dict.fromkeys(split_list(SIDES if sides is None else sides) or ())),
         tokens=tokens if tokens is not None else QUICK_TOKENS if quick else TOKENS,
         repeats=repeats if repeats is not None else QUICK_REPEATS if quick else REPEATS,
-        prefill_repeats=prefill_repeats,
+        prefill_repeats=PREFILL_REPEATS if prefill_repeats is None else prefill_repeats,
         compile=compile_ours,
         pack=pack,
         peak=peak,

@@ -28,7 +28,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         report: as `moacompress.bench.benchmark.run_bench` returns it.
     """
     runs = report["runs"]
-    shown: list[RenderableType] = [_machine(report)]
+    shown: list[RenderableType] = [machine_line(report["environment"], runs)]
     for phase, (unit, factor) in UNITS.items():
         rows = [row for row in runs if row["phase"] == phase]
         if rows:
@@ -45,13 +45,19 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     return [*shown, *_sentences(report)]
 
 
-def _machine(report: Mapping[str, Any]) -> str:
-    machine, row = report["environment"], report["runs"][0]
+def machine_line(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Returns what of the machine times depend on.
+
+    Args:
+        machine: the `environment` of a result.
+        rows: of the result; they say how busy the machine was, and which kernels ran.
+    """
+    row = next((row for row in rows if row["kernel"]), {"kernel": "none of ours"})
     kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == machine["kernel"] else "")
-    loads = [found["load_per_core"] for found in report["runs"] if found["load_per_core"] is not None]
+    loads = [found["load_per_core"] for found in rows if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-    packed = ", weights packed on every side" if row["packed_bytes"] else ""
+    packed = ", weights packed on every side" if row.get("packed_bytes") else ""
     return f"{machine['cpu']}, {threads}{busy}{packed}\ntorch {machine['torch']}, kernel {kernel}\n"
 
 

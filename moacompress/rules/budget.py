@@ -43,6 +43,21 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted({parse_length(part) for part in text.split(",")}))
 
 
+def parse_bytes(text: str) -> int:
+    """Reads a size of memory: `128M`, `128MiB` or `1.5GiB` (all in powers of 1024), or a number of bytes.
+
+    Raises:
+        BudgetError: something else, or nothing at all.
+    """
+    match = _AMOUNT.fullmatch(text.strip())
+    unit = match["unit"].lower() if match else ""
+    unit = _SHORT_UNITS.get(unit, unit).lower()
+    size = int(float(match["number"]) * _UNITS.get(unit, 1)) if match and unit in ("", "b", *_UNITS) else 0
+    if not 0 < size < _MOST_BYTES:
+        raise BudgetError(f"size {text!r} is not understood; write bytes such as '128MiB', '128M' or '1GiB'")
+    return size
+
+
 def format_length(length: int) -> str:
     """Returns `4k` for 4096, `1000` for 1000."""
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)

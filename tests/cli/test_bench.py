@@ -133,6 +133,32 @@ def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (changed.lengths, changed.tokens, changed.repeats, changed.seed) == ((2048,), 8, 9, 5)
 
 
+def test_serving(compressed: Path, tmp_path: Path) -> None:
+    small = ("--serve", "--requests", "4", "--prompt", "200", "--new", "6", "--kv-memory", "500k", "--dtype", "float32")
+    out = tmp_path / "serve.json"
+    result = invoke(compressed, *small, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert json.loads(out.read_text()) == data
+    assert data["runs"] == []
+    fields = {
+        "side", "dtype", "kv_memory", "requests", "prompt_tokens", "new_tokens", "seconds", "requests_per_s", "tokens_per_s",
+        "first_token_s", "token_s", "running", "preemptions", "steps", "reserved_bytes", "kernel", "load_per_core",
+    }  # fmt: skip
+    assert [row["side"] for row in data["serve"]] == ["dense", "plan"]
+    assert all(set(row) == fields for row in data["serve"])
+    assert all(row["kv_memory"] == 500 * 1024 for row in data["serve"])
+    text = invoke(compressed, *small, "-o", out, "-q").stdout  # from what was measured
+    assert "4 requests of 800 + 24 tokens in all, in 500.0 KiB of KV cache" in text
+    assert "fp32: the plan serves " in text
+    for wrong, said in (
+        (("--serve", "--lengths", "1k"), "--lengths goes without --serve"),
+        (("--kv-memory", "1M"), "--kv-memory goes with --serve"),
+        (("--serve", "--kv-memory", "much"), "size 'much' is not understood"),
+    ):
+        assert said in problem(compressed, *wrong)
+
+
 def test_another_configuration_needs_overwrite(compressed: Path, tmp_path: Path) -> None:
     arguments = (compressed, *SMALL, "--sides", "plan", "-o", tmp_path / "bench.json")
     assert invoke(*arguments).exit_code == 0

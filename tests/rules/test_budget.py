@@ -10,6 +10,7 @@ from moacompress.rules.budget import (
     byte_limits,
     check_feasible,
     format_length,
+    parse_bytes,
     parse_length,
     parse_lengths,
     reference_length,
@@ -111,3 +112,11 @@ def test_an_impossible_budget_says_the_smallest_possible() -> None:
     asked = str(error.value).rpartition("at least ")[2].split("%")[0]
     limit = Budget.parse(f"{asked}%").limits(SHAPE, [1024])
     check_feasible(limit, {1024: dense // 10 + 1}, SHAPE)
+
+
+def test_sizes_of_memory() -> None:
+    sizes = {"128M": 2**27, "128 MiB": 2**27, "1.5g": 3 * 2**29, "4kb": 4096, "4096": 4096, "12B": 12}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("", "M", "-1M", "1T", "0", "0.1", "1e99"):
+        with pytest.raises(BudgetError, match="is not understood; write bytes such as '128MiB'"):
+            parse_bytes(text)

@@ -1,0 +1,152 @@
+"""The rows that a model decodes together, under a plan and dense: how a row joins, takes a step and leaves."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from moacompress.bench.serving import RunningRows
+from moacompress.rules.plan import Plan
+from moacompress.runtime import PlanCache
+
+
+class _Rows(ABC):
+    """What both have in common: greedy tokens, and positions of their own for every row.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache: Any = None
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+        named = inspect.signature(type(model).forward).parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
+
+    def add(self, prompt: torch.Tensor) -> int:
+        """See `RunningRows`."""
+        tokens = prompt.shape[1]
+        joins = self._beside()
+        positions = torch.arange(tokens, device=prompt.device)[None]
+        (token,) = self._forward(prompt, positions, joins)
+        self.cache = joins if self.cache is None else self._joined(joins)
+        self.lengths = torch.cat([self.lengths, torch.tensor([tokens])])
+        return token
+
+    def step(self, tokens: Sequence[int]) -> list[int]:
+        """See `RunningRows`."""
+        device = self.model.device
+        fed = torch.tensor(tokens, device=device)[:, None]
+        found = self._forward(fed, self.lengths[:, None].to(device), self.cache, **self._mask())
+        self.lengths += 1
+        return found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `RunningRows`."""
+        kept = torch.tensor(rows, dtype=torch.int64)
+        self.lengths = self.lengths[kept]
+        if len(kept):
+            self._keep(kept)
+        else:
+            self.cache = None
+
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: Any, **more: Any) -> list[int]:
+        """Returns the likeliest next token of every row."""
+        model: Any = self.model
+        more |= self._last_logits
+        out = model(input_ids=ids, position_ids=positions, cache=cache, use_cache=True, **more)
+        found: list[int] = out.logits[:, -1].argmax(dim=-1).tolist()
+        return found
+
+    def _mask(self) -> dict[str, torch.Tensor]:
+        """Returns what a step is told of padding."""
+        return {}
+
+    @abstractmethod
+    def _beside(self) -> Any:
+        """Returns an empty cache for a row that will join."""
+
+    @abstractmethod
+    def _joined(self, joins: Any) -> Any:
+        """Returns the cache with the row of another one behind its own."""
+
+    @abstractmethod
+    def _keep(self, rows: torch.Tensor) -> None:
+        """Forgets the other rows of the cache; there is one that is kept."""
+
+
+class PlanRows(_Rows):
+    """Rows of a model under a plan: a row joins without a copy, and steps know of no padding.
+
+    Args:
+        model: the model.
+        plan: its plan.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+        super().__init__(model)
+        self.plan = plan
+
+    def _beside(self) -> PlanCache:
+        return PlanCache(self.plan) if self.cache is None else self.cache.beside()
+
+    def _joined(self, joins: Any) -> Any:
+        self.cache.join(joins)
+        return self.cache
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+class DenseRows(_Rows):
+    """Rows of the dense model in transformers' default cache, padded on the left to the longest of them."""
+
+    def _beside(self) -> DynamicCache:
+        return DynamicCache()
+
+    def _joined(self, joins: Any) -> Any:
+        for layer, other in zip(self.cache.layers, joins.layers, strict=True):
+            layer.keys = _padded_together(layer.keys, other.keys)
+            layer.values = _padded_together(layer.values, other.values)
+        return self.cache
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        longest = int(self.lengths.max())
+        for layer in self.cache.layers:
+            kept = rows.to(layer.keys.device)
+            layer.keys, layer.values = (held[kept, :, -longest:] for held in (layer.keys, layer.values))
+
+    def _mask(self) -> dict[str, torch.Tensor]:
+        longest = int(self.lengths.max())
+        if bool((self.lengths == longest).all()):
+            return {}
+        columns = torch.arange(longest + 1)
+        mask = (columns >= (longest - self.lengths)[:, None]).to(torch.int64)
+        return {"attention_mask": mask.to(self.model.device)}
+
+
+def _padded_together(held: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of two tensors, `[rows, kv_heads, tokens, dim]` each, padded on the left."""
+    tokens = max(held.shape[2], other.shape[2])
+    return torch.cat([pad(each, (0, 0, tokens - each.shape[2], 0)) for each in (held, other)])
+
+
+def running_rows(side: str, model: PreTrainedModel, plan: Plan) -> RunningRows:
+    """Returns no rows yet, of a side of a benchmark.
+
+    Args:
+        side: "plan", "full_span" or "dense".
+        model: of the side.
+        plan: the checkpoint's.
+    """
+    if side == "dense":
+        return DenseRows(model)
+    return PlanRows(model, plan if side == "plan" else Plan.full(plan.model))
