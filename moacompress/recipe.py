@@ -240,7 +240,9 @@ class SearchRecipe(_Section):
         description="most different rules of a plan, for servers that free memory by class of KV heads",
     )
     ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
-    alternatives: bool = Field(True, description="measure plans that need no search beside the found one")
+    alternatives: bool = Field(
+        True, description="measure baselines beside the found plan, and what a limit of classes costs"
+    )
     rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")
     round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples of a round")
     round_trials: int = Field(4, ge=1, le=1_000, description="plans that a round measures")

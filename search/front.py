@@ -29,6 +29,7 @@ from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
 from moacompress.search.plan_sets import write_front
+from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.search_result import SearchResult, bytes_note, versions
 from moacompress.search.search_request import SearchRequest
 
@@ -193,7 +194,11 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
     plan = unpack(point.packed, profile)
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
-        quality={"measured_harm": {"plan": point.kl}, "samples": len(profile.validation)},
+        quality={
+            "measured_harm": {"plan": point.kl},
+            "samples": len(profile.validation),
+            **class_quality(request.recipe.search.classes, plan),
+        },
         provenance={
             "source": shared_name(profile.source),
             "profile": profile.fingerprint,

@@ -43,7 +43,7 @@ def measurements(recipe: Recipe, samples: int) -> float:
     rounds = search.rounds * search.round_trials
     return (
         1
-        + (search.classes is not None)
+        + (search.classes is not None and search.alternatives)
         + PRUNED * (search.trials + rounds)
         + ABLATION * search.ablations
         + MOVE * search.moves

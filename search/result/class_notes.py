@@ -52,8 +52,8 @@ class ClassCost:
     unlimited: Compared
 
 
-def class_notes(most: int, plan: Plan, cost: ClassCost | None) -> dict[str, Any]:
-    """Returns what a plan's notes say of its classes, as JSON values.
+def class_quality(most: int | None, plan: Plan, cost: ClassCost | None = None) -> dict[str, Any]:
+    """Returns what a plan's notes on quality say of its classes, as JSON values; nothing where their number had no limit.
 
     Args:
         most: classes that were allowed.
@@ -61,17 +61,18 @@ def class_notes(most: int, plan: Plan, cost: ClassCost | None) -> dict[str, Any]
         cost: of the limit; None where it is not measured.
 
     Returns:
-        `most`, and the number that the `plan` has. Where the limit's cost was measured, also `trial`, and of the plans with its
-        search parameters, `limited` and `unlimited`, their `classes`, `predicted_harm` and measured `harm`, nats; and the
-        mean paired `log_ratio` of the limited plan's measured KL to the other's.
+        `classes`: `most`, and the number that the `plan` has. Where the limit's cost was measured, also `trial`, and of the
+        plans with its search parameters, `limited` and `unlimited`, their `classes`, `predicted_harm` and measured `harm`,
+        nats; and the mean paired `log_ratio` of the limited plan's measured KL to the other's.
     """
+    if most is None:
+        return {}
     notes: dict[str, Any] = {"most": most, "plan": len(classes_of(plan))}
-    if cost is None:
-        return notes
-    return {
-        **notes,
-        "trial": cost.trial,
-        "limited": cost.limited.to_dict(),
-        "unlimited": cost.unlimited.to_dict(),
-        "log_ratio": log_ratio(cost.limited.kls, cost.unlimited.kls),
-    }
+    if cost is not None:
+        notes |= {
+            "trial": cost.trial,
+            "limited": cost.limited.to_dict(),
+            "unlimited": cost.unlimited.to_dict(),
+            "log_ratio": log_ratio(cost.limited.kls, cost.unlimited.kls),
+        }
+    return {"classes": notes}

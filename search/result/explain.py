@@ -78,7 +78,7 @@ def explain(
         `sharing`: see `sharing_notes`; where it was asked for.
         `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was given up and
         whether it was the best, and its `gain` over trial 0 with the `noise` that this had to be beyond.
-        `classes`: see `class_notes`; where their number had a limit.
+        `classes`: see `class_quality`; where their number had a limit.
         `stages`, `harm`.
     """
     n = max(request.limits)

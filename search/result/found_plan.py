@@ -19,7 +19,7 @@ from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
 from moacompress.search.measure.trials import Tried, best_trial, log_ratio
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.result.class_notes import ClassCost, class_notes
+from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, versions
 from moacompress.search.search_context import Incumbent, SearchContext
@@ -46,7 +46,7 @@ def write_first(request: SearchRequest, out: Path) -> None:
 def first_plan(request: SearchRequest) -> Plan:
     """Returns the surrogate's own plan before anything is measured; its notes say that of it."""
     plan = request.plan(request.surrogate, request.parameters.neutral)
-    measured = {"samples": 0, **_classes(request, plan, None)}
+    measured = {"samples": 0, **class_quality(request.recipe.search.classes, plan)}
     return _with_notes(request, request.surrogate, plan, _unmeasured(), measured, _made([], UNMEASURED, False))
 
 
@@ -137,7 +137,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> P
             family: baseline_note(other.plan, other.kl, lengths) for family, other in context.measured_baselines.items()
         },
         "samples": len(incumbent.kls),
-        **_classes(context.request, plan, context.class_cost),
+        **class_quality(context.request.recipe.search.classes, plan, context.class_cost),
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
     made = _made(context.tried, stage, finished and not context.deadline.stopped)
@@ -244,12 +244,6 @@ def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple
                     incumbent.kl,
                 )
     return plan, {**_unmeasured(measured_baselines), "plan": least, "trial0": float(np.mean(context.reference))}
-
-
-def _classes(request: SearchRequest, plan: Plan, cost: ClassCost | None) -> dict[str, Any]:
-    """Returns what a plan's notes say of its classes, where their number has a limit."""
-    most = request.recipe.search.classes
-    return {} if most is None else {"classes": class_notes(most, plan, cost)}
 
 
 def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class SearchResult:
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
-        classes: see `class_notes`; None where the search had no limit of them.
+        classes: see `class_quality`; None where the search had no limit of them.
     """
 
     plan: Plan

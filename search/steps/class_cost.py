@@ -11,6 +11,8 @@ from moacompress.search.search_context import Incumbent, SearchContext
 def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Measures the plan without the limit, where there is one, on all validation samples; the incumbent stays.
 
+    Like the other plans that are only compared with, it is left out where the recipe asks for no alternatives.
+
     Args:
         incumbent: is returned as it is.
         context: its `class_cost` is filled.
@@ -19,7 +21,8 @@ def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumben
         TimeUp: the time was up before all samples were measured.
     """
     request, surrogate = context.request, context.surrogate
-    if request.recipe.search.classes is None:
+    search = request.recipe.search
+    if search.classes is None or not search.alternatives:
         return incumbent
     best = best_trial(context.tried)
     limited = unpack(best.plan, request.profile)
