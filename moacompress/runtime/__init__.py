@@ -18,14 +18,16 @@ getattr(transformers.modeling_utils, "PreTrainedModel", None)
 if TYPE_CHECKING:
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.hf.attaching import attach, detach
+    from moacompress.runtime.hf.prefixes import keep_prefixes
     from moacompress.runtime.linear import pack_weights, unpack_weights
 
-__all__ = ["PlanCache", "attach", "detach", "pack_weights", "unpack_weights"]
+__all__ = ["PlanCache", "attach", "detach", "keep_prefixes", "pack_weights", "unpack_weights"]
 
 _HOMES = {
     "PlanCache": "moacompress.runtime.cache.plan_cache",
     "attach": "moacompress.runtime.hf.attaching",
     "detach": "moacompress.runtime.hf.attaching",
+    "keep_prefixes": "moacompress.runtime.hf.prefixes",
     "pack_weights": "moacompress.runtime.linear",
     "unpack_weights": "moacompress.runtime.linear",
 }

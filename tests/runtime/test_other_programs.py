@@ -154,12 +154,16 @@ def test_an_adapter(checkpoint: Any, tmp_path: Path) -> None:
         assert (expected - other).abs().max() > 1e-2
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def served(*options: str) -> Iterator[str]:
     """Runs `transformers serve` on loopback and yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [program("transformers"), "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
@@ -252,3 +256,47 @@ def test_the_client_of_a_server_reads_what_is_refused(checkpoint: Any, option: s
             list(client.chat.completions.create(stream=True, **asked))
         assert streamed.value.body in (why, {"detail": why})
         assert _is_up(address)
+
+
+@needs_a_server
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_keeps_prefixes(checkpoint: Any, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openai
+    from transformers.cli.serve import Serve
+    from transformers.utils import logging
+
+    folder, model, _ = checkpoint
+    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "64MiB")
+    level, port = logging.get_logger("transformers").level, free_port()
+    serve = Serve(force_model=str(folder), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    try:
+        while not _is_up(f"http://127.0.0.1:{port}"):
+            time.sleep(0.1)
+        (loaded,) = serve._model_manager.loaded_models.values()
+        tokenizer: Any = loaded.processor
+        fed: list[int] = []
+        loaded.model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+
+        def ask(messages: list[dict[str, str]]) -> str:
+            asked: dict[str, Any] = {"model": str(folder), "messages": messages, "max_tokens": 12, "temperature": 0}
+            if not stream:
+                return str(client.chat.completions.create(**asked).choices[0].message.content)
+            chunks = client.chat.completions.create(stream=True, **asked)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+        messages, longest = [{"role": "user", "content": STORY}], 0
+        for turn in range(3):
+            fed.clear()
+            answer = ask(messages)
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert continuation(model, tokenizer, prompt, 12).startswith(answer)
+            length = len(tokenizer(prompt)["input_ids"])
+            assert fed[0] == length if not turn else fed[0] <= length - longest
+            longest = length
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"and then, {turn}?"}]
+    finally:
+        serve.kill_server()
+        logging.get_logger("transformers").setLevel(level)

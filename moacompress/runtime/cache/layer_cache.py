@@ -373,12 +373,19 @@ class PlanCacheLayer(CacheLayer):
 
     def fork(self) -> PlanCacheLayer:
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
+        return self._with(None if self.held is None else fork(self.held))
+
+    def compact(self) -> PlanCacheLayer:
+        """Returns a layer with the same content and memory of its own, just the blocks in use."""
+        return self._with(None if self.held is None else unpack(self.rules, pack(self.held)))
+
+    def _with(self, held: LayerBlocks | None) -> PlanCacheLayer:
         if self._pending is not None:
             raise UnsupportedError("a cache cannot be forked in the middle of a forward")
         other = PlanCacheLayer(self.rules, self.reserve, self.shared_values)
         other.record_past = self.record_past
-        if self.held is not None:
-            other._use(fork(self.held), self.columns)
+        if held is not None:
+            other._use(held, self.columns)
         return other
 
     def beside(self) -> PlanCacheLayer:

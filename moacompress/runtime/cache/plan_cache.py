@@ -139,9 +139,22 @@ class PlanCache(Cache):
             UnsupportedError: a forward is running.
         """
         self.check_whole()
+        return self._with([layer.fork() for layer in self.layers])
+
+    def compact(self) -> PlanCache:
+        """Returns a cache with the same content and memory of its own, just the blocks in use, to be kept.
+
+        Raises:
+            UnsupportedError: a forward is running.
+        """
+        self.check_whole()
+        return self._with([layer.compact() for layer in self.layers])
+
+    def _with(self, layers: list[PlanCacheLayer | ReuseCacheLayer]) -> PlanCache:
+        """Returns a cache like this with layers of its own."""
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers, other.bound_layers = [layer.fork() for layer in self.layers], None
+        other.layers, other.bound_layers = layers, None
         other._link()
         other.step_routes = self.step_routes.copy()
         other._take_handle()

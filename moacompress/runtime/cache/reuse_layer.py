@@ -143,6 +143,10 @@ class ReuseCacheLayer(CacheLayer):
         other.columns, other.record_past, other.is_initialized = self.columns, self.record_past, self.is_initialized
         return other
 
+    def compact(self) -> ReuseCacheLayer:
+        """As `fork`: what is cached is its anchor's."""
+        return self.fork()
+
     def __getstate__(self) -> dict[str, Any]:
         if self._pending is not None:
             raise UnsupportedError("a cache cannot be pickled in the middle of a forward")

@@ -50,4 +50,5 @@ def _over_http(http_error: Any) -> Any:
         def __reduce__(self) -> tuple[Any, ...]:
             return UnsupportedError, self.args  # who reads it may have no server
 
+    RefusedRequest.__qualname__ = RefusedRequest.__name__  # tracebacks end with it
     return RefusedRequest

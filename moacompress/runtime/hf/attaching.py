@@ -16,6 +16,7 @@ from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
+from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
@@ -25,6 +26,7 @@ from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
 from moacompress.runtime.hf.hooks import DecoderHook
 from moacompress.runtime.hf.layer_order import LayerOrder
+from moacompress.runtime.hf.prefixes import GENERATE, keep_prefixes, limit_in_environment
 from moacompress.runtime.linear import leave_few_rows, take_few_rows
 from moacompress.runtime.sharing.projections import Dropped, drop_projections
 
@@ -40,6 +42,7 @@ class _Attachment:
     implementations: list[tuple[Any, str | None]]
     head: torch.nn.Module | None
     dropped: list[Dropped] | None
+    prefixes: KeptPrefixes | None = None
 
 
 def attach(model: Model, plan: Plan | str | Path) -> Model:
@@ -100,7 +103,7 @@ def detach(model: Model) -> Model:
     take_gates_off(attention_modules(model))
     if attachment.head is not None:
         leave_few_rows(attachment.head)
-    for name in OVERRIDES:
+    for name in (*OVERRIDES, GENERATE):
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
         config._attn_implementation_internal = implementation
@@ -172,6 +175,7 @@ def _take_own_configs(model: PreTrainedModel) -> None:
 
 
 def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dropped: list[Dropped] | None) -> None:
+    limit = limit_in_environment(model)
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)
@@ -192,6 +196,8 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     head = model.get_output_embeddings()
     taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
     model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken, dropped)
+    if limit is not None:
+        keep_prefixes(model, limit)
 
 
 def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[Any]:

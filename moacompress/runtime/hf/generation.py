@@ -13,6 +13,7 @@ from moacompress.runtime.compat import private_names
 from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.hooks import check_cache
+from moacompress.runtime.hf.prefixes import kept_cache
 
 MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -54,7 +55,9 @@ def _prepare_cache(
     if cache is not None:
         cache._is_user_defined = True
     elif generation_config.use_cache is not False:
-        cache = model_kwargs["cache"] = PlanCache(attachment.plan, reserve=max_cache_length)
+        new = PlanCache(attachment.plan, reserve=max_cache_length)
+        cache = kept_cache(self, generation_config, model_kwargs, generation_mode, batch_size, new)
+        model_kwargs["cache"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
 

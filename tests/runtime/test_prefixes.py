@@ -1,0 +1,281 @@
+"""Kept prefixes: a turn of a conversation reads what is new, says what it would say from scratch, and memory is bounded."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.core.errors import BudgetError, PlanError, UnsupportedError
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime import PlanCache, attach, detach, keep_prefixes
+from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
+from tests.plan_kinds import KINDS
+
+MUCH = 2**30
+
+
+@contextmanager
+def fed(model: Any) -> Iterator[list[int]]:
+    """Yields a list that gets the number of tokens of every forward."""
+    counts: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        counts.append(kwargs["input_ids"].shape[1])
+
+    handle = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def generate(model: Any, ids: torch.Tensor, tokens: int = 12, **more: Any) -> list[int]:
+    """Returns what a model says to a prompt, `[1, tokens]`, greedy."""
+    said = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None, **more
+    )
+    return list(said[0, ids.shape[1] :].tolist())
+
+
+def prefixes(model: Any) -> KeptPrefixes:
+    found: KeptPrefixes = model._moacompress.prefixes
+    return found
+
+
+def joined(*parts: Any) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(part).reshape(1, -1) for part in parts], 1)
+
+
+@pytest.fixture
+def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
+    """Makes two models under the same plan: one that keeps prefixes, and one that does not."""
+
+    def make(kind: str = "windows") -> tuple[Any, Any]:
+        keeping, plain = (attach(tiny_model(), KINDS[kind](tiny_model())) for _ in range(2))
+        return keep_prefixes(keeping, MUCH), plain
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "formats"])
+def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair(kind)
+    prompt = token_ids(1, 150)
+    for turn in range(1, 4):
+        with fed(keeping) as counts:
+            answer = generate(keeping, prompt)
+        assert answer == generate(plain, prompt)
+        assert counts[0] == (150 if turn == 1 else 31)  # the last token of an answer was never fed
+        prompt = joined(prompt, answer, token_ids(1, 30, seed=turn))
+    with fed(
+        keeping
+    ) as counts:  # as where a template leaves out what was thought: the prompt before the answer is there
+        other = joined(prompt[:, :-30], token_ids(1, 40, seed=9))
+        generate(keeping, joined(other))
+    assert counts[0] == 41
+
+
+def test_codes_are_continued(pair: Any, token_ids: Any) -> None:
+    keeping, _ = pair("formats")
+    prompt = token_ids(1, 150)
+    prompt = joined(prompt, generate(keeping, prompt), token_ids(1, 30, seed=1))
+    with fed(keeping) as counts:
+        generate(keeping, prompt)
+    assert counts[0] == 31
+
+
+def test_a_prompt_that_differs_anywhere_is_read_from_scratch(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    prompt = token_ids(1, 150)
+    generate(keeping, prompt)
+    for at in (0, 149):
+        other = joined(prompt, token_ids(1, 20, seed=1))
+        other[0, at] = (other[0, at] + 1) % 150 + 3
+        with fed(keeping) as counts:
+            assert generate(keeping, other) == generate(plain, other)
+        assert counts[0] == 170
+    with fed(keeping) as counts:  # the same prompt: a token must be fed to have an answer
+        assert generate(keeping, prompt) == generate(plain, prompt)
+    assert counts[0] == 150
+
+
+def test_an_answer_that_is_broken_off(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    prompt = token_ids(1, 150)
+
+    class Gone:
+        left = 6
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.left -= 1
+            if not self.left:
+                raise ConnectionError("the client has gone")
+
+        def end(self) -> None:
+            raise AssertionError
+
+    with pytest.raises(ConnectionError):
+        generate(keeping, prompt, streamer=Gone())
+    answer = generate(plain, prompt)
+    again = joined(prompt, answer[:5], token_ids(1, 9, seed=1))
+    with fed(keeping) as counts:
+        assert generate(keeping, again) == generate(plain, again)
+    assert counts[0] == 10
+    broken = keeping.get_decoder().layers[1].register_forward_pre_hook(lambda *given: 1 / 0)
+    again = joined(again, token_ids(1, 9, seed=2))
+    with pytest.raises(ZeroDivisionError):  # in the midst of a forward
+        generate(keeping, again)
+    broken.remove()
+    assert generate(keeping, again) == generate(plain, again)
+
+
+def test_several_conversations_in_threads(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair("gates")
+    beginning = token_ids(1, 60, seed=50)
+    wrong: list[Any] = []
+
+    def talk(number: int) -> None:
+        prompt = joined(beginning, token_ids(1, 50 + number, seed=number))
+        for turn in range(3):
+            answer = generate(keeping, prompt)
+            if answer != generate(plain, prompt):
+                wrong.append((number, turn))
+            prompt = joined(prompt, answer, token_ids(1, 20, seed=number + turn))
+
+    generate(keeping, beginning)
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(prefixes(keeping)) == 2 + 4 * 3 * 2
+
+
+def test_other_calls_are_as_before(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    prompt = token_ids(1, 40)
+    holes = torch.ones_like(prompt)
+    holes[0, :5] = 0
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (token_ids(2, 40), {}),
+        (prompt, {"num_beams": 3}),
+        (prompt, {"num_beams": 2, "num_return_sequences": 2}),
+        (prompt, {"attention_mask": holes}),
+        (prompt, {"use_cache": False}),
+        (prompt, {"prompt_lookup_num_tokens": 3}),
+        (prompt, {"position_ids": torch.arange(7, 47).unsqueeze(0)}),
+    ]
+    for ids, options in calls:
+        said = [model.generate(ids, max_new_tokens=6, eos_token_id=None, **options) for model in (keeping, plain)]
+        assert torch.equal(*said), options
+    own = keeping(prompt, use_cache=True).cache
+    keeping.generate(joined(prompt, token_ids(1, 5)), max_new_tokens=4, cache=own)
+    assert len(prefixes(keeping)) == 0
+    torch.manual_seed(0)
+    sampled = keeping.generate(prompt, max_new_tokens=6, do_sample=True, top_k=20)
+    torch.manual_seed(0)
+    assert torch.equal(sampled, plain.generate(prompt, max_new_tokens=6, do_sample=True, top_k=20))
+    assert len(prefixes(keeping)) == 2
+
+
+def test_weights_that_change_are_noticed(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    prompt = token_ids(1, 60)
+    generate(keeping, prompt)
+    prompt = joined(prompt, token_ids(1, 9))
+    for model in (keeping, plain):
+        model.get_decoder().layers[0].mlp.down_proj.weight.mul_(-1.5)
+    assert generate(keeping, prompt) == generate(plain, prompt)
+    assert [len(kept.tokens) for kept in prefixes(keeping)._kept] == [69, 80]
+
+
+def test_autocast_is_told_apart(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    prompt = token_ids(1, 60)
+    generate(keeping, prompt)
+    prompt = joined(prompt, token_ids(1, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(keeping, prompt) == generate(plain, prompt)
+    assert generate(keeping, prompt) == generate(plain, prompt)
+
+
+def test_keys_that_depend_on_the_length_are_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model(rope_parameters=rotary)
+    plan = KINDS["windows"](model)
+    with pytest.raises(UnsupportedError, match="rotary embeddings of the type 'dynamic'"):
+        keep_prefixes(attach(model, plan), MUCH)
+    detach(model)
+    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "1MiB")
+    with pytest.raises(UnsupportedError, match="leave keep_prefixes and MOACOMPRESS_PREFIXES out"):
+        attach(model, plan)
+
+
+def test_memory_is_bounded_and_given_back(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair()
+    generate(keeping, token_ids(1, 300))
+    of_one = prefixes(keeping)._kept[-1]
+    assert of_one.nbytes == of_one.cache.kv_bytes() == of_one.cache.used_bytes()  # no slack, and nothing shared
+    limit = of_one.nbytes * 5 // 2
+    keep_prefixes(keeping, limit)
+    for seed in range(6):
+        generate(keeping, token_ids(1, 300, seed=seed))
+        assert 0 < prefixes(keeping).nbytes <= limit
+    assert len(prefixes(keeping)) == 2
+    assert all(np.array_equal(kept.tokens[:300], token_ids(1, 300, seed=5)[0]) for kept in prefixes(keeping)._kept)
+    keep_prefixes(keeping, of_one.nbytes // 2)
+    generate(keeping, token_ids(1, 300))
+    assert len(prefixes(keeping)) == 0
+    assert len(copy.deepcopy(keep_prefixes(keeping, MUCH))._moacompress.prefixes) == 0
+    keep_prefixes(keeping, None)
+    assert prefixes(keeping) is None
+    assert "generate" not in vars(keeping)
+    detach(keep_prefixes(plain, MUCH))
+    assert "generate" not in vars(plain)
+    with pytest.raises(PlanError, match="under no plan|under none"):
+        keep_prefixes(plain, MUCH)
+
+
+def test_the_prefix_used_longest_ago_goes_first(tiny_model: Any) -> None:
+    plan = Plan.uniform(model_shape(tiny_model()), Rule(4, 20, 0), min_window=16)
+    model = attach(tiny_model(), plan)
+
+    def cache_of(tokens: list[int]) -> PlanCache:
+        cache = PlanCache(plan)
+        model(torch.tensor([tokens]), cache=cache)
+        return cache
+
+    tokens = [np.arange(first, first + 40) for first in (3, 50, 100)]
+    caches = [cache_of(each.tolist()) for each in tokens]
+    kept = KeptPrefixes(2 * caches[0].compact().kv_bytes())
+    kept.keep(tokens[0], caches[0], "w")
+    kept.keep(tokens[1], caches[1], "w")
+    assert kept.longest(np.append(tokens[0], 9), "w") is not None
+    kept.keep(tokens[2], caches[2], "w")
+    assert [kept.longest(np.append(each, 9), "w") is not None for each in tokens] == [True, False, True]
+    assert kept.longest(tokens[0], "w") is None
+    assert kept.longest(np.append(tokens[0], 9), "others") is None
+    assert len(kept) == 0
+
+
+def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch, tiny_model: Any, token_ids: Any) -> None:
+    plan = KINDS["windows"](tiny_model())
+    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "much")
+    model = tiny_model()
+    with pytest.raises(BudgetError, match="MOACOMPRESS_PREFIXES: size 'much' is not understood; write bytes such as"):
+        attach(model, plan)
+    assert getattr(model, "_moacompress", None) is None
+    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "1.5MiB")
+    assert prefixes(attach(model, plan)).limit == 3 * 2**19
+    monkeypatch.delenv("MOACOMPRESS_PREFIXES")
+    assert prefixes(attach(tiny_model(), plan)) is None
