@@ -18,6 +18,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import PlanCache, attach, detach, keep_prefixes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
+from moacompress.runtime.hf.prefixes import LEAST_SHARED
 from tests.plan_kinds import KINDS
 
 MUCH = 2**30
@@ -97,15 +98,35 @@ def test_a_prompt_that_differs_anywhere_is_read_from_scratch(pair: Any, token_id
     keeping, plain = pair()
     prompt = token_ids(1, 150)
     generate(keeping, prompt)
-    for at in (0, 149):
+    for at in (0, LEAST_SHARED - 1):
         other = joined(prompt, token_ids(1, 20, seed=1))
         other[0, at] = (other[0, at] + 1) % 150 + 3
         with fed(keeping) as counts:
             assert generate(keeping, other) == generate(plain, other)
         assert counts[0] == 170
-    with fed(keeping) as counts:  # the same prompt: a token must be fed to have an answer
-        assert generate(keeping, prompt) == generate(plain, prompt)
-    assert counts[0] == 150
+
+
+@pytest.mark.parametrize("kind", ["windows", "gates"])
+def test_a_text_that_prompts_begin_with(kind: str, pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair(kind)
+    beginning = token_ids(1, 160, seed=9)
+    read = []
+    for seed in range(3):
+        prompt = joined(beginning, [seed + 3], token_ids(1, 20, seed=seed))
+        with fed(keeping) as counts:
+            assert generate(keeping, prompt) == generate(plain, prompt)
+        read.append(counts[:2])
+    assert read == [[181, 1], [160, 21], [21, 1]]
+    for seed, expected in ((5, [100, 100, 11]), (6, [100, 51, 60])):
+        prompt = joined(token_ids(1, 151, seed=8), token_ids(1, 60, seed=seed))
+        with fed(keeping) as counts:
+            assert generate(keeping, prompt, prefill_chunk_size=100) == generate(plain, prompt)
+        assert counts[:3] == expected
+    prompt = token_ids(1, 150)
+    for expected in ([150, 1], [149, 1], [1, 1]):  # a token must be fed to have an answer
+        with fed(keeping) as counts:
+            assert generate(keeping, prompt) == generate(plain, prompt)
+        assert counts[:2] == expected
 
 
 def test_an_answer_that_is_broken_off(pair: Any, token_ids: Any) -> None:
@@ -260,11 +281,13 @@ def test_the_prefix_used_longest_ago_goes_first(tiny_model: Any) -> None:
     kept = KeptPrefixes(2 * caches[0].compact().kv_bytes())
     kept.keep(tokens[0], caches[0], "w")
     kept.keep(tokens[1], caches[1], "w")
-    assert kept.longest(np.append(tokens[0], 9), "w") is not None
+    assert kept.longest(np.append(tokens[0], 9), "w")[0] is not None
     kept.keep(tokens[2], caches[2], "w")
-    assert [kept.longest(np.append(each, 9), "w") is not None for each in tokens] == [True, False, True]
-    assert kept.longest(tokens[0], "w") is None
-    assert kept.longest(np.append(tokens[0], 9), "others") is None
+    found = [kept.longest(np.append(each, 9), "w") for each in tokens]
+    assert [cache is not None for cache, _ in found] == [True, False, True]
+    assert [shared for _, shared in found] == [40, 0, 40]
+    assert kept.longest(tokens[0], "w") == (None, 39)
+    assert kept.longest(np.append(tokens[0], 9), "others") == (None, 0)
     assert len(kept) == 0
 
 

@@ -53,21 +53,25 @@ class KeptPrefixes:
         with self._lock:
             return sum(kept.nbytes for kept in self._kept)
 
-    def longest(self, tokens: Ints, weights: Hashable) -> PlanCache | None:
-        """Returns a copy of the cache of the longest prefix of a prompt, at least one token shorter than it, or None.
+    def longest(self, tokens: Ints, weights: Hashable) -> tuple[PlanCache | None, int]:
+        """Looks for the longest kept prefix of a prompt, at least one token shorter than it.
 
         Args:
             tokens: of the prompt, int64 `[tokens]`.
             weights: tells the weights that will continue it from others; what others computed is given up.
+
+        Returns:
+            A copy of its cache, or None; and how many tokens the prompt and some kept prefix begin with alike, at most one less
+            than the prompt has. Where these are more than the cache's, a prefix that may be wanted again ends there.
         """
         with self._lock:
             self._give_up_others(weights)
-            fitting = [kept for kept in self._kept if _begins(tokens, kept.tokens)]
-            if not fitting:
-                return None
-            found = max(fitting, key=lambda kept: len(kept.tokens))
-            self._put_last(found)
-        return found.cache.compact()
+            shared = [_shared(tokens[:-1], kept.tokens) for kept in self._kept]
+            fitting = [kept for kept, count in zip(self._kept, shared, strict=True) if count == len(kept.tokens)]
+            found = max(fitting, key=lambda kept: len(kept.tokens), default=None)
+            if found is not None:
+                self._put_last(found)
+        return (None if found is None else found.cache.compact()), max(shared, default=0)
 
     def keep(self, tokens: Ints, cache: PlanCache, weights: Hashable) -> None:
         """Keeps a copy of a cache, unless it takes more than the limit alone.
@@ -99,6 +103,8 @@ class KeptPrefixes:
         return KeptPrefixes, (self.limit,)
 
 
-def _begins(tokens: Ints, prefix: Ints) -> bool:
-    """Returns whether tokens begin with a prefix and go on."""
-    return len(prefix) < len(tokens) and np.array_equal(tokens[: len(prefix)], prefix)
+def _shared(tokens: Ints, others: Ints) -> int:
+    """Returns how many tokens two texts begin with alike."""
+    count = min(len(tokens), len(others))
+    differ = np.flatnonzero(tokens[:count] != others[:count])
+    return int(differ[0]) if len(differ) else count

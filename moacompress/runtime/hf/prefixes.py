@@ -29,6 +29,8 @@ VARIABLE = "MOACOMPRESS_PREFIXES"
 """Environment variable: bytes that every model under a plan keeps prefixes in, such as `256MiB`."""
 GENERATE = "generate"
 """Method of a model that is replaced while it keeps prefixes."""
+LEAST_SHARED = 128
+"""Tokens that prompts must begin alike with, beyond what is kept, for these to be kept by themselves."""
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _BROUGHT = {*CACHE_NAMES, "position_ids", "inputs_embeds", "custom_generate", "assistant_model"}
 """Arguments of `generate` with which a call keeps nothing."""
@@ -45,9 +47,10 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def keep_prefixes(model: Model, limit: str | int | None) -> Model:
     """Has `generate` keep the caches of prompts and answers, and continue from them.
 
-    A prompt that begins with all tokens of an earlier prompt, or of that and its answer, is read from there on; the answer is
-    what it would be without, up to rounding. That is for one row of text, greedy or sampled, in eval mode; any other call of
-    `generate` is as before. Changed weights are noticed; call it again after adapters, hooks or anything else have changed.
+    A prompt that begins with all tokens of an earlier prompt, or of that and its answer, is read from there on, and so is the
+    third that begins with the same long text; answers are what they would be without, up to rounding. That is for one row of
+    text, greedy or sampled, in eval mode; any other call of `generate` is as before. Changed weights are noticed; call it again
+    after adapters, hooks or anything else have changed.
 
     Args:
         model: under a plan.
@@ -120,11 +123,27 @@ class _Conversation(StoppingCriteria):
         self._after_prompt: PlanCache | None = None
         self._ids: torch.Tensor | None = None
 
-    def begin(self, new: PlanCache) -> PlanCache:
-        """Returns the cache of the longest kept prefix of the prompt, or the empty one, and keeps what becomes of it."""
+    def begin(self, new: PlanCache, chunk: int | None) -> PlanCache:
+        """Returns the cache of the longest kept prefix of the prompt, or the empty one, and keeps what becomes of it.
+
+        Where an earlier prompt began alike for `LEAST_SHARED` tokens more, these are read first and kept for a third.
+
+        Args:
+            new: an empty cache.
+            chunk: most tokens to read at once; None for no limit.
+        """
         self._weights = _weights(self.model)
-        self._cache = self._prefixes.longest(self._prompt, self._weights) or new
-        return self._cache
+        found, shared = self._prefixes.longest(self._prompt, self._weights)
+        cache = new if found is None else found
+        read = cache.get_seq_length()
+        if shared - read >= LEAST_SHARED:
+            ids = torch.from_numpy(self._prompt[None, read:shared]).to(self.model.device)
+            decoder = self.model.get_decoder() or self.model.base_model
+            for part in ids.split(chunk or ids.shape[1], dim=1):
+                decoder(input_ids=part, cache=cache, use_cache=True)
+            self._prefixes.keep(self._prompt[:shared], cache, self._weights)
+        self._cache = cache
+        return cache
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Takes note of the tokens so far, `[1, tokens]`, and stops nothing."""
@@ -194,7 +213,7 @@ def kept_cache(
     padded = model_kwargs.get("attention_mask") is not None  # generate drops a mask that says all are real
     if not plain or more or padded or generation_config.is_assistant or generation_config.token_healing:
         return new
-    return conversation.begin(new)
+    return conversation.begin(new, generation_config.prefill_chunk_size)
 
 
 def _weights(model: torch.nn.Module) -> tuple[Any, ...]:
