@@ -356,9 +356,19 @@ class Backend(ABC):
         """
         raise self._cannot("profile_backward")
 
-    def put(self, kv_part: KVPart, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Writes tokens into K and V parts of blocks; see `KVPart.write`, which this is."""
-        kv_part.write(memory, slots, vectors)
+    def put(
+        self, kv_parts: Sequence[KVPart], memory: Sequence[torch.Tensor], slots: torch.Tensor, vectors: torch.Tensor
+    ) -> None:
+        """Writes tokens into K or V parts of blocks, those of one KV head or of several; see `KVPart.write`.
+
+        Args:
+            kv_parts: of one size, all of keys or all of values.
+            memory: of each part; blocks may lie apart.
+            slots: block * 16 + place in the block, int64 `[tokens, parts]`.
+            vectors: `[tokens, parts, dim]`.
+        """
+        for part, (kv_part, blocks) in enumerate(zip(kv_parts, memory, strict=True)):
+            kv_part.write(blocks, slots[:, part], vectors[:, part])
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
         """Lets tokens compete to be selected; the default is the definition in `rules.selection`.

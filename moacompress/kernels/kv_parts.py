@@ -65,12 +65,12 @@ class KVPart(NamedTuple):
         """Writes tokens.
 
         Args:
-            memory: see `new`.
+            memory: see `new`; its blocks may lie apart.
             slots: block * 16 + place in the block, int64 `[tokens]`.
             vectors: `[tokens, dim]`.
         """
         if not self.bits:
-            memory.view(-1, self.dim)[slots] = vectors
+            memory[slots // BLOCK, slots % BLOCK] = vectors
             return
         found, blocks, places = encode(vectors, self.bits), slots // BLOCK, slots % BLOCK
         packed = pack(found.codes, self.bits)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
-from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.backend import Backend, prefill_alone
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
@@ -60,19 +60,43 @@ def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa,
 
 
 @pytest.mark.seeds(60)
-def test_codes_are_put_where_they_belong(seed, isa):
+def test_tokens_are_put_where_they_belong(seed, isa):
+    """Of one KV head or of several, into blocks that lie apart, and into nothing else."""
     isa(library.ISAS[seed % 5])
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype, dim, count = library.DTYPES[seed % 3], rng.choice((9, 16, 20, 33, 64, 80, 256)), rng.choice((0, 1, 40, 700))
-    half = KVPart(rng.choice((0, 1, 2)), dim, dtype, values=rng.random() < 0.5)
-    memory = half.new(60, torch.device("cpu"))
-    memory.zero_()
-    slots, vectors = torch.randperm(60 * 16)[:count], torch.randn(count, dim + 3, dtype=dtype)[:, 2:-1]
-    expected = memory.clone()
-    half.write(expected, slots, vectors)
-    CPU.put(half, memory, slots, vectors)
-    assert torch.equal(memory, expected)
+    parts, values = rng.choice((1, 3)), rng.random() < 0.5
+    kv_parts = [KVPart(rng.choice((0, 1, 2)), dim, dtype, values) for _ in range(parts)]
+    gap = rng.choice((0, 64))
+    spacious = [torch.zeros(60, kv_part.nbytes + gap, dtype=torch.uint8) for kv_part in kv_parts]
+
+    def views(memory):
+        return [
+            blocks[:, : kv_part.nbytes]
+            if kv_part.bits
+            else blocks[:, : kv_part.nbytes].view(dtype).unflatten(1, (16, dim))
+            for kv_part, blocks in zip(kv_parts, memory, strict=True)
+        ]
+
+    slots = torch.stack([torch.randperm(60 * 16)[:count] for _ in kv_parts], 1)
+    vectors = torch.randn(count, parts + 1, dim + 3, dtype=dtype)[:, 1:, 2:-1]
+    expected = [blocks.clone() for blocks in spacious]
+    Backend.put(CPU, kv_parts, views(expected), slots, vectors)
+    CPU.put(kv_parts, views(spacious), slots, vectors)
+    for ours, theirs in zip(spacious, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_put_refuses_what_does_not_fit():
+    part, memory = KVPart(1, 16, torch.float32), torch.zeros(4, KVPart(1, 16, torch.float32).nbytes, dtype=torch.uint8)
+    vectors = torch.randn(1, 1, 16)
+    with pytest.raises(RuntimeError, match="slot 64 of 4 blocks"):
+        CPU.put([part], [memory], torch.tensor([[64]]), vectors)
+    with pytest.raises(RuntimeError, match="2 memories of 1 parts"):
+        CPU.put([part], [memory, memory], torch.tensor([[0]]), vectors)
+    with pytest.raises(RuntimeError, match="memory has the shape"):
+        CPU.put([part], [memory[:, :-1]], torch.tensor([[0]]), vectors)
 
 
 @pytest.mark.seeds(60)

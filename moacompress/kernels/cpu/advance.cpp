@@ -35,12 +35,6 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
   }
 }
 
-// Puts a token into its place of the K or V part of a block.
-void put_token(const Kernels& kernels, DType dtype, const KVPart& kv_part, const void* from, int64_t place, char* to, float* buffer) {
-  if (kv_part.format == NATIVE) std::memcpy(to + place * kv_part.token_bytes, from, size_t(kv_part.token_bytes));
-  else kernels.encode[dtype](from, kv_part, place, to, buffer);
-}
-
 // Copies a token from its place in the K or V part of a block to a place in another, as it is kept.
 void copy_token(const KVPart& kv_part, const char* from, int64_t place, char* to, int64_t at) {
   if (kv_part.format == NATIVE) {

@@ -358,13 +358,21 @@ bool find_rows(const RowSource& source, int64_t column, int64_t count, const voi
   return true;
 }
 
+void put_token(const Kernels& kernels, DType dtype, const KVPart& kv_part, const void* from, int64_t place, char* to, float* buffer) {
+  if (kv_part.format == NATIVE) std::memcpy(to + place * kv_part.token_bytes, from, size_t(kv_part.token_bytes));
+  else kernels.encode[dtype](from, kv_part, place, to, buffer);
+}
+
 Status put(const PutCall& call, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   constexpr int64_t TOKENS = 256;  // of a task
-  return run_tasks(parallel, (call.count + TOKENS - 1) / TOKENS, size_t(call.kv_part.dim + 16), [&](int64_t task, float* buffer) {
-    for (int64_t i = task * TOKENS; i < smaller((task + 1) * TOKENS, call.count); i++) {
-      const char* from = static_cast<const char*>(call.from) + i * call.row * int64_t(element_size(call.dtype));
-      kernels.encode[call.dtype](from, call.kv_part, call.slots[i] % BLOCK, call.to + call.slots[i] / BLOCK * call.kv_part.bytes, buffer);
+  const int64_t tasks = (call.count + TOKENS - 1) / TOKENS, element = int64_t(element_size(call.dtype));
+  return run_tasks(parallel, tasks * call.parts, size_t(call.kv_parts[0].dim + 16), [&](int64_t task, float* buffer) {
+    const int64_t part = task % call.parts, begin = task / call.parts * TOKENS;
+    for (int64_t i = begin; i < smaller(begin + TOKENS, call.count); i++) {
+      const char* from = static_cast<const char*>(call.from) + (i * call.token + part * call.part) * element;
+      const int64_t slot = call.slots[i * call.parts + part];
+      put_token(kernels, call.dtype, call.kv_parts[part], from, slot % BLOCK, call.to[part] + slot / BLOCK * call.to_block[part], buffer);
     }
     return OK;
   });

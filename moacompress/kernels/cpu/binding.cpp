@@ -85,19 +85,38 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
   return {out, lse};
 }
 
-void put_op(Tensor memory, Tensor slots, Tensor vectors, int64_t format, bool values) {
+// Memory of each part is [blocks, 16, dim] of native numbers, or [blocks, bytes] of codes; its blocks may lie apart.
+void put_op(Tensors memory, Tensor slots, Tensor vectors, Tensor formats, bool values) {
   const char* op = "put";
-  REQUIRE(vectors.dim() == 2 && (format == INT8 || format == INT4), op, ": vectors of the shape ", text(vectors), " in format ", format);
-  const int64_t count = vectors.size(0), dim = vectors.size(1);
-  check_rows(vectors, {count, dim}, vectors.scalar_type(), op, "vectors");
-  REQUIRE(dim > 0, op, ": vectors of no numbers");
-  const KVPart kv_part = kv_part_of(format, dim, 1, values ? VALUES : KEYS);
-  dense(memory, {-1, kv_part.bytes}, ScalarType::Byte, op, "memory");
-  const int64_t* at = numbers(slots, count, op, "slots");
-  for (int64_t i = 0; i < count; i++)
-    REQUIRE(at[i] >= 0 && at[i] < memory.size(0) * BLOCK, op, ": slot ", at[i], " of ", memory.size(0), " blocks");
-  const PutCall call = {dtype_of(vectors, op, "vectors"), kv_part, vectors.const_data_ptr(), vectors.stride(0), count, at,
-                        static_cast<char*>(memory.mutable_data_ptr())};
+  REQUIRE(vectors.dim() == 3 && vectors.size(2) > 0, op, ": vectors of the shape ", text(vectors), ", not [tokens, parts, numbers]");
+  const int64_t count = vectors.size(0), parts = vectors.size(1), dim = vectors.size(2);
+  const ScalarType type = vectors.scalar_type();
+  const DType dtype = dtype_of(vectors, op, "vectors");
+  check_rows(vectors, {count, parts, dim}, type, op, "vectors");
+  REQUIRE(int64_t(memory.size()) == parts && parts > 0, op, ": ", memory.size(), " memories of ", parts, " parts");
+  const int64_t* asked = numbers(formats, parts, op, "formats");
+  const int64_t* at = static_cast<const int64_t*>(dense(slots, {count, parts}, ScalarType::Long, op, "slots"));
+  std::vector<KVPart> kv_parts;
+  std::vector<char*> to;
+  std::vector<int64_t> to_block;
+  for (int64_t part = 0; part < parts; part++) {
+    REQUIRE(asked[part] >= 0 && asked[part] < FORMATS, op, ": part ", part, " has the format ", asked[part], "; known are 0 to ", FORMATS - 1);
+    Tensor& here = memory[size_t(part)];
+    const int64_t element = int64_t(element_size(dtype));
+    kv_parts.push_back(kv_part_of(asked[part], dim, element, values ? VALUES : KEYS));
+    if (asked[part] == NATIVE) {
+      check_rows(here, {-1, BLOCK, dim}, type, op, "memory");
+      REQUIRE(here.numel() == 0 || here.stride(1) == dim, op, ": a block of memory must be contiguous");
+    } else {
+      check_rows(here, {-1, kv_parts.back().bytes}, ScalarType::Byte, op, "memory");
+    }
+    to.push_back(static_cast<char*>(here.mutable_data_ptr()));
+    to_block.push_back(here.stride(0) * (asked[part] == NATIVE ? element : 1));
+    for (int64_t i = part; i < count * parts; i += parts)
+      REQUIRE(at[i] >= 0 && at[i] < here.size(0) * BLOCK, op, ": slot ", at[i], " of ", here.size(0), " blocks");
+  }
+  const PutCall call = {dtype, parts, count, kv_parts.data(), vectors.const_data_ptr(), vectors.stride(0), vectors.stride(1), at,
+                        to.data(), to_block.data()};
   check_status(put(call, parallel(), isa()), op);
 }
 
@@ -243,7 +262,7 @@ static const moacompress::Operators operators("moacompress_cpu", {
     {"prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
      "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)",
      Boxed<&prefill_op>::call},
-    {"put(Tensor(a!) memory, Tensor slots, Tensor vectors, int format, bool values) -> ()",
+    {"put(Tensor(a!)[] memory, Tensor slots, Tensor vectors, Tensor formats, bool values) -> ()",
      Boxed<&put_op>::call},
     {"eviction_schedule(Tensor begins, Tensor positions, Tensor admitted, Tensor scores, Tensor rules) -> (Tensor, Tensor)",
      Boxed<&eviction_schedule_op>::call},

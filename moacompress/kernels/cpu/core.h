@@ -173,14 +173,16 @@ struct EvictionSchedule {
 };
 constexpr int64_t NEVER = int64_t(1) << 40;
 
-// Tokens written in a format with codes: to slots, block * 16 + place in it, of memory with so many blocks' parts.
+// Tokens written to slots, block * 16 + place in it, of parts of blocks: one part of a KV head each, of one size.
 struct PutCall {
   DType dtype;
-  KVPart kv_part;
-  const void* from;   // [tokens, dim]
-  int64_t row, count;  // numbers from token to token; tokens
-  const int64_t* slots;
-  char* to;
+  int64_t parts, count;  // tokens
+  const KVPart* kv_parts;
+  const void* from;         // [tokens, parts, dim]
+  int64_t token, part;      // numbers from token to token, and from part to part
+  const int64_t* slots;     // [tokens, parts]
+  char* const* to;          // of each part its memory
+  const int64_t* to_block;  // bytes from block to block of it
 };
 
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.

@@ -121,14 +121,14 @@ class CpuBackend(Backend):
         )
         return found
 
-    def put(self, kv_part: KVPart, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Encodes vectors `[tokens, dim]` into slots of memory `[blocks, bytes]`; native numbers are copied by torch."""
-        if kv_part.bits:
-            torch.ops.moacompress_cpu.put(
-                memory, slots.contiguous(), _rows(vectors.detach()), kv_part.code, kv_part.values
-            )
-        else:
-            super().put(kv_part, memory, slots, vectors)
+    def put(
+        self, kv_parts: Sequence[KVPart], memory: Sequence[torch.Tensor], slots: torch.Tensor, vectors: torch.Tensor
+    ) -> None:
+        """Writes tokens `[tokens, parts, dim]` into their slots of all parts in one call."""
+        formats = torch.tensor([kv_part.code for kv_part in kv_parts], device="cpu")
+        torch.ops.moacompress_cpu.put(
+            list(memory), slots.contiguous(), _rows(vectors.detach()), formats, kv_parts[0].values
+        )
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
         """Returns the schedule with `evicted` and `places`, int64 `[tokens]`, by the compiled definition."""

@@ -57,6 +57,9 @@ const Kernels& kernels_of(Isa isa);
 // Returns where the K or V part of a block lies; null if the pool has none of that id and so many bytes.
 const char* block_of(const Pool& pool, int64_t id, int64_t bytes);
 
+// Puts a token into its place of the K or V part of a block; see `Kernels::encode` for the buffer.
+void put_token(const Kernels& kernels, DType dtype, const KVPart& kv_part, const void* from, int64_t place, char* to, float* buffer);
+
 // Returns the bytes of the K or V part of a block, -1 where the pool has none of that id.
 int64_t part_bytes_of(const Pool& pool, int64_t id);
 

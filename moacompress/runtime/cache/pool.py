@@ -283,7 +283,7 @@ class Pool:
             own = [data if chosen is None else data[self._index(chosen)] for data in (keys, values)]
             for at, picks, inside in self._split(slots if chosen is None else slots[chosen], BLOCK):
                 for kv_part, segment, data in zip(kv_parts, (self.keys[at], self.values[at]), own, strict=True):
-                    put(kv_part, segment, inside, data if picks is None else data[picks])
+                    put([kv_part], [segment], inside[:, None], (data if picks is None else data[picks])[:, None])
 
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
         """Copies tokens, with their scores, to places in blocks of their own kind.
@@ -336,7 +336,8 @@ class Pool:
                 both = of_set if chosen is None else chosen if of_set is None else of_set[chosen]
                 data = values if both is None else values[self._index(both)]
                 for at, picks, inside in self._split(slots if both is None else slots[both], BLOCK):
-                    put(kv_part, self.shared_values[at][value_set], inside, data if picks is None else data[picks])
+                    memory, picked = self.shared_values[at][value_set], data if picks is None else data[picks]
+                    put([kv_part], [memory], inside[:, None], picked[:, None])
 
     def shared_values_of(self, value_set: int) -> list[torch.Tensor]:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""

@@ -1,0 +1,1 @@
+"""Plans in programs that serve models to many clients at once."""

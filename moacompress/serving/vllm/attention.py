@@ -1,0 +1,400 @@
+"""The worker's side: attention layers under a plan, by moacompress's kernels over vLLM's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.arguments import CacheView, Scores, as_tensors
+from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.kv_parts import KVPart
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
+from moacompress.serving.vllm.classes import KVClass, KVClasses, kv_classes
+from moacompress.serving.vllm.config import PlanConfig
+from moacompress.serving.vllm.scheduling import in_flight, logger
+from moacompress.serving.vllm.spec import ClassSpec
+
+_LIBRARY = torch.library.Library("moacompress_vllm", "FRAGMENT")
+_CLASS_NAME = "moacompress.kv_class.{}"
+"""Of a class among vLLM's layers; vLLM reads the number."""
+
+
+class PlanBackend(CPUAttentionBackend):
+    """What vLLM asks about attention under a plan."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        """Returns the tokens of a block."""
+        return [BLOCK]
+
+    @staticmethod
+    def get_builder_cls() -> type[ClassMetadataBuilder]:
+        """Returns what makes the metadata of a class."""
+        return ClassMetadataBuilder
+
+
+@dataclass
+class ClassMetadata:
+    """Where a step's tokens are, in the blocks of one class.
+
+    Attributes:
+        starts: first token of each row, and their number, `[rows + 1]`.
+        lengths: tokens of each row, new ones included, `[rows]`.
+        table: block ids, int32 `[rows, width]`.
+        slots: block id * 16 + place of each new token, `[tokens]`.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    table: torch.Tensor
+    slots: torch.Tensor
+
+
+class ClassMetadataBuilder(AttentionMetadataBuilder[ClassMetadata]):
+    """Hands on what vLLM knows of a step."""
+
+    def __init__(
+        self, kv_cache_spec: ClassSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> ClassMetadata:
+        """See `ClassMetadata`."""
+        step = common_attn_metadata
+        return ClassMetadata(
+            step.query_start_loc_cpu[: step.num_reqs + 1],
+            step.seq_lens[: step.num_reqs],
+            step.block_table_tensor[: step.num_reqs],
+            step.slot_mapping[: step.num_actual_tokens],
+        )
+
+
+class ClassLayer(nn.Module, AttentionLayerBase):
+    """A class of KV heads, which vLLM takes for a layer: it gives it memory and a block table."""
+
+    def __init__(self, index: int, one: KVClass, spec: ClassSpec, impl: Any) -> None:
+        super().__init__()
+        self.layer_name, self.heads, self.spec, self.impl = _CLASS_NAME.format(index), one, spec, impl
+        self.attn_type = AttentionType.DECODER
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[PlanBackend]:
+        """Returns the backend."""
+        return PlanBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ClassSpec:
+        """Returns the spec."""
+        return self.spec
+
+
+class PlanAttention(Attention):
+    """What an `Attention` becomes. It has no cache of its own: its KV heads are in classes.
+
+    Attributes:
+        plan_classes: the model's classes as layers, by their indices.
+        plan_table: rules of the KV heads.
+        plan_scores: how scores are made.
+        plan_view: the KV heads' memory; None until vLLM has made it.
+    """
+
+    plan_classes: Sequence[ClassLayer]
+    plan_table: RuleTable
+    plan_scores: Scores
+    plan_view: _LayerMemory | None
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> None:
+        """Returns None: the classes have specs."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_shape: torch.Size | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Returns attention of new tokens, `[tokens, heads * head_dim]`; theirs are put into the cache.
+
+        Args:
+            query: `[tokens, heads * head_dim]`.
+            key: `[tokens, kv_heads * head_dim]`.
+            value: as `key`.
+            output_shape: not used; that of the query.
+            output_dtype: not used; that of the query.
+        """
+        out = torch.empty_like(query.view(-1, self.num_heads, self.head_size))
+        torch.ops.moacompress_vllm.attend(
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size_v),
+            out,
+            self.layer_name,
+        )
+        return out.view(-1, self.num_heads * self.head_size)
+
+
+@dataclass
+class _LayerMemory:
+    """Where the KV heads of a layer lie.
+
+    Attributes:
+        keys: of each KV head its part of all blocks.
+        values: likewise.
+        key_parts: how keys are kept.
+        value_parts: how values are kept.
+        of_class: the class of each, int64 `[kv_heads]`.
+        first: what is added to block ids of each, so that they count through the KV heads' memory, int32 `[kv_heads]`.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    key_parts: list[KVPart]
+    value_parts: list[KVPart]
+    of_class: torch.Tensor
+    first: torch.Tensor
+
+    @staticmethod
+    def of(layer: int, classes: Sequence[ClassLayer]) -> _LayerMemory:
+        """Returns views of what vLLM has made."""
+        found = sorted(
+            (head.index, index, head, at)
+            for index, one in enumerate(classes)
+            for head, at in one.heads.places()
+            if head.layer == layer
+        )
+        keys, values = [], []
+        for _, index, head, at in found:
+            memory = classes[index].kv_cache
+            keys.append(_part_of(memory, head.key, at))
+            values.append(_part_of(memory, head.value, at + head.key.nbytes))
+        return _LayerMemory(
+            keys,
+            values,
+            [head.key for *_, head, _ in found],
+            [head.value for *_, head, _ in found],
+            torch.tensor([index for _, index, _, _ in found]),
+            torch.arange(len(found), dtype=torch.int32) * len(keys[0]),
+        )
+
+
+def _part_of(memory: torch.Tensor, kv_part: KVPart, at: int) -> torch.Tensor:
+    """Returns the K or V part of all blocks that begins at a byte of each, see `KVPart.new`.
+
+    Args:
+        memory: bytes, `[blocks, 1, 16, bytes of a token]`, as vLLM lays a class out.
+        kv_part: which.
+        at: byte.
+    """
+    part = memory.flatten(1)[:, at : at + kv_part.nbytes]
+    return part if kv_part.bits else part.view(kv_part.dtype).unflatten(1, (BLOCK, kv_part.dim))
+
+
+@dataclass
+class _Step:
+    """A step's tokens in all classes, as the kernels take them.
+
+    Attributes:
+        chunks: of each row with more than one new token its index, first token and end.
+        single: rows with one new token, int64 `[n]`.
+        single_at: that token of each.
+        lengths: tokens of each row, new ones included, int64 `[rows]`.
+        tables: block ids, int32 `[classes, rows, width]`.
+        slots: int64 `[tokens, classes]`.
+    """
+
+    chunks: list[tuple[int, int, int]]
+    single: torch.Tensor
+    single_at: torch.Tensor
+    lengths: torch.Tensor
+    tables: torch.Tensor
+    slots: torch.Tensor
+
+    @staticmethod
+    def of(metadata: dict[str, ClassMetadata], classes: Sequence[ClassLayer]) -> _Step:
+        """Puts the metadata of the classes together."""
+        found = [metadata[one.layer_name] for one in classes]
+        starts, lengths = found[0].starts.tolist(), found[0].lengths.to(torch.int64)
+        spans = [*zip(starts, starts[1:], strict=False)]
+        width = -(-int(lengths.max()) // BLOCK)
+        single = [row for row, (begin, end) in enumerate(spans) if end - begin == 1]
+        return _Step(
+            [(row, *span) for row, span in enumerate(spans) if span[1] - span[0] > 1],
+            torch.tensor(single, dtype=torch.int64),
+            torch.tensor([starts[row] for row in single], dtype=torch.int64),
+            lengths,
+            torch.stack([one.table[:, :width] for one in found]),
+            torch.stack([one.slots for one in found], 1).to(torch.int64),
+        )
+
+
+class _Steps:
+    """The last step that was put together: all layers of a forward pass have the same."""
+
+    def __init__(self) -> None:
+        self._made_of: object = None
+        self._step: _Step | None = None
+
+    def of(self, metadata: dict[str, ClassMetadata], classes: Sequence[ClassLayer]) -> _Step:
+        if self._step is None or self._made_of is not metadata:
+            self._made_of, self._step = metadata, _Step.of(metadata, classes)
+        return self._step
+
+
+_steps = _Steps()
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+    """Attends from new tokens to what their sequences hold, and puts them into the cache.
+
+    Args:
+        query: `[tokens, heads, head_dim]`.
+        key: `[tokens, kv_heads, head_dim]`.
+        value: likewise.
+        output: as `query`; written to.
+        layer_name: of a `PlanAttention`.
+    """
+    context = get_forward_context()
+    metadata: Any = context.attn_metadata
+    layer: PlanAttention = context.no_compile_layers[layer_name]
+    if metadata is None:  # vLLM tries the model out before there is a cache
+        output.zero_()
+        return
+    if layer.plan_view is None:
+        layer.plan_view = _LayerMemory.of(extract_layer_index(layer_name), layer.plan_classes)
+    memory, step = layer.plan_view, _steps.of(metadata, layer.plan_classes)
+    tokens = len(step.slots)
+    if tokens < len(query):
+        output[tokens:].zero_()  # padding
+    backend, rules, scores = backend_for(query), layer.plan_table, layer.plan_scores
+    tables = step.tables[memory.of_class].transpose(0, 1) + memory.first[:, None]  # [rows, kv_heads, width]
+    for row, begin, end in step.chunks:
+        chunk = slice(begin, end)
+        found, _ = backend.prefill(
+            query[None, chunk].transpose(1, 2),
+            key[None, chunk].transpose(1, 2),
+            value[None, chunk].transpose(1, 2),
+            cache=CacheView(memory.keys, memory.values, tables[row : row + 1].contiguous(), layer.head_size_v),
+            past=step.lengths[row : row + 1] - (end - begin),
+            valid=torch.tensor([end - begin]),
+            rules=rules,
+            scores=scores,
+        )
+        output[chunk] = found[0].transpose(0, 1)
+    slots = step.slots[:, memory.of_class]
+    backend.put(memory.key_parts, memory.keys, slots, key[:tokens])
+    backend.put(memory.value_parts, memory.values, slots, value[:tokens])
+    if len(step.single):
+        alone = len(step.single) == len(tables)
+        found, _ = backend.decode(
+            query[:tokens] if alone else query[step.single_at],
+            cache=CacheView(
+                memory.keys, memory.values, (tables if alone else tables[step.single]).contiguous(), layer.head_size_v
+            ),
+            lengths=step.lengths if alone else step.lengths[step.single],
+            rules=rules,
+            scores=scores,
+        )
+        if alone:
+            output[:tokens] = found
+        else:
+            output[step.single_at] = found
+
+
+_LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name) -> ()")
+_LIBRARY.impl("attend", attend, "CPU")
+_LIBRARY._register_fake("attend", lambda query, key, value, output, layer_name: None)
+
+
+def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
+    """Turns a freshly made attention layer into one under the plan; vLLM asks twice for each.
+
+    Raises:
+        PlanError: the plan is for another model.
+        UnsupportedError: the layer does what the kernels cannot.
+    """
+    if isinstance(layer, PlanAttention):
+        return
+    vllm_config = get_current_vllm_config()
+    plan, index = config.plan, extract_layer_index(prefix)
+    if index >= plan.model.layers:
+        raise PlanError(f"the plan is for {plan.model.layers} layers, and the model has a layer {index}")
+    native = plan.model.native_windows[index]
+    for name, ours, theirs in (
+        ("KV heads", plan.model.kv_heads, layer.num_kv_heads),
+        ("query heads", plan.model.heads, layer.num_heads),
+        ("numbers a head", plan.model.head_dim, layer.head_size),
+        ("tokens in its sliding window", native, layer.sliding_window),
+    ):
+        if ours != theirs:
+            raise PlanError(f"the plan is for a model with {ours} {name} in layer {index}, and vLLM's has {theirs}")
+    impl = layer.impl
+    for lacks, what in (
+        (type(layer) is not Attention, f"layers of the kind {type(layer).__name__}"),
+        (layer.attn_type != AttentionType.DECODER, f"{layer.attn_type} layers"),
+        (getattr(impl, "alibi_slopes", None) is not None, "biases by distance (ALiBi)"),
+        (layer.kv_sharing_target_layer_name is not None, "layers that take keys and values from another"),
+        (layer.head_size_v != layer.head_size, "values of another size than keys"),
+    ):
+        if lacks:
+            raise UnsupportedError(
+                f"vLLM cannot serve this model under a plan: it has {what}, and plans are for none such"
+            )
+    layer.__class__ = PlanAttention
+    layer.attn_backend = PlanBackend  # vLLM asks it for the layouts of memory that it reads
+    layer.plan_table = as_tensors(RuleTable.of(plan.rules[index], plan.min_window, native))
+    sinks = getattr(impl, "sinks", None)
+    layer.plan_scores = Scores(impl.scale, float(impl.logits_soft_cap or 0.0), sinks)
+    layer.plan_view = None
+    if config.class_layers is None:
+        config.class_layers = _class_layers(config, layer.kv_cache_torch_dtype, vllm_config, impl)
+    object.__setattr__(layer, "plan_classes", config.class_layers)  # no submodules: they have no weights
+
+
+def _class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfig, impl: Any) -> list[ClassLayer]:
+    """Makes the classes, and has vLLM take them for layers."""
+    length = min(config.plan.stated_lengths[-1], vllm_config.model_config.max_model_len)
+    classes = kv_classes(config.plan, dtype, config.most_classes, length)
+    found = []
+    for index, one in enumerate(classes.classes):
+        spec = ClassSpec(
+            block_size=BLOCK,
+            num_kv_heads=1,
+            head_size=config.plan.model.head_dim,
+            dtype=torch.uint8,
+            state_content_bytes=classes.block_bytes // BLOCK,
+            index=index,
+            spans=one.spans,
+            in_flight=in_flight(vllm_config),
+        )
+        found.append(ClassLayer(index, one, spec, impl))
+        vllm_config.compilation_config.static_forward_context[found[-1].layer_name] = found[-1]
+    _say(config, classes, length)
+    return found
+
+
+def _say(config: PlanConfig, classes: KVClasses, length: int) -> None:
+    plan = config.plan.in_dtype(str(classes.dtype).removeprefix("torch."))
+    sizes = classes.held_bytes(length), plan.kv_bytes(length), plan.model.dense_kv_bytes(length)
+    logger.info(
+        "a sequence of %d tokens holds %.1f MiB of the KV cache, in %d classes of KV heads; by the plan alone it is %.1f MiB, "
+        "and without a plan %.1f MiB",
+        length,
+        sizes[0] / 2**20,
+        len(classes.classes),
+        *(size / 2**20 for size in sizes[1:]),
+    )

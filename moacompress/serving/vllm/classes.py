@@ -1,0 +1,182 @@
+"""Classes of KV heads: those of one class lie side by side in the same cache blocks, so a sequence frees them together.
+
+Every class costs vLLM a block table, and time in every step; heads of different rules in one class keep what the widest rule
+sees. No vLLM is needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.core.errors import UsageError
+from moacompress.kernels.kv_parts import KVPart
+from moacompress.rules.formats import FORMATS
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK, Span, block_runs
+from moacompress.serving.vllm.freed_blocks import FreedBlocks, freed_blocks
+
+MOST_CLASSES = 18
+"""How many classes there are at most where nobody says otherwise."""
+_ALIGNMENT = 64
+_SIZES = 64
+
+
+@dataclass(frozen=True)
+class KVHead:
+    """One KV head of the model.
+
+    Attributes:
+        layer: index of its layer.
+        index: its index in the layer.
+        rule: the plan's.
+        span: the numbers of its `Span`.
+        key: how its keys are kept.
+        value: how its values are kept.
+    """
+
+    layer: int
+    index: int
+    rule: Rule
+    span: tuple[int, ...]
+    key: KVPart
+    value: KVPart
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its part of a block."""
+        return self.key.nbytes + self.value.nbytes
+
+
+@dataclass(frozen=True)
+class KVClass:
+    """KV heads that share blocks.
+
+    Attributes:
+        heads: in the order in which they lie in a block.
+    """
+
+    heads: tuple[KVHead, ...]
+
+    @property
+    def spans(self) -> tuple[tuple[int, ...], ...]:
+        """The different spans of its heads, ascending."""
+        return tuple(sorted({head.span for head in self.heads}))
+
+    @property
+    def freed(self) -> FreedBlocks:
+        """What its heads free together."""
+        return freed_blocks(self.spans)
+
+    def places(self) -> Iterator[tuple[KVHead, int]]:
+        """Yields every head and the byte of a block that its keys begin at; its values follow."""
+        at = 0
+        for head in self.heads:
+            yield head, at
+            at += head.nbytes
+
+
+@dataclass(frozen=True)
+class KVClasses:
+    """All KV heads of a model in classes.
+
+    Attributes:
+        classes: in no order that matters.
+        block_bytes: bytes of a block, the same for all classes.
+        dtype: of native keys and values.
+    """
+
+    classes: tuple[KVClass, ...]
+    block_bytes: int
+    dtype: torch.dtype
+
+    def held_bytes(self, n: int) -> int:
+        """Returns the bytes that a sequence of `n` tokens holds."""
+        return self.block_bytes * sum(one.freed.held(n) for one in self.classes)
+
+    def most_held_bytes(self, n: int, in_flight: int) -> int:
+        """Returns the most bytes that a sequence holds while its first `n` tokens are computed, see `FreedBlocks`."""
+        return self.block_bytes * sum(one.freed.most_held(n, in_flight) for one in self.classes)
+
+
+def kv_heads(plan: Plan, dtype: torch.dtype) -> list[KVHead]:
+    """Returns the KV heads of a plan's model, whose cache is of some dtype, layer by layer."""
+    found = []
+    for layer, (row, native) in enumerate(zip(plan.rules, plan.model.native_windows, strict=True)):
+        for index, rule in enumerate(row):
+            codes = (FORMATS[name].code for name in (rule.key_format, rule.value_format))
+            key, value = (KVPart(code, plan.model.head_dim, dtype, bool(side)) for side, code in enumerate(codes))
+            span = tuple(int(number) for number in rule.span(plan.min_window, native))
+            found.append(KVHead(layer, index, rule, span, key, value))
+    return found
+
+
+def kv_classes(plan: Plan, dtype: torch.dtype, most: int = MOST_CLASSES, length: int | None = None) -> KVClasses:
+    """Returns the classes that take the fewest bytes for a sequence.
+
+    Heads are laid into blocks, those that keep most first. All blocks have one size, and many are tried out.
+
+    Args:
+        plan: whose heads.
+        dtype: of the cache.
+        most: classes at most.
+        length: tokens of the sequence; None for the longest that the plan's bytes are stated for.
+
+    Raises:
+        UsageError: `most` is less than the model's different sliding windows, for heads of two share no blocks.
+    """
+    n, heads = length or plan.stated_lengths[-1], kv_heads(plan, dtype)
+    natives = len({head.span[-1] for head in heads})
+    if most < natives:
+        raise UsageError(
+            f"{most} classes of KV heads are too few: the model has {natives} different sliding windows; give more"
+        )
+    heads.sort(key=lambda head: (head.span[-1], -freed_blocks((head.span,)).held(n), head.span, head.nbytes))
+    sizes = np.array([head.nbytes for head in heads])
+    (front, sinks), (window, _) = block_runs(np.int64(n), Span(*np.array([head.span for head in heads], np.int64).T))
+    blocks = -(-n // BLOCK)
+
+    def held(some: list[int]) -> int:
+        gap = sinks[some].max()
+        return int(blocks - front[some].min() - max(window[some].min() - gap, 0))
+
+    best: tuple[int, int, int, list[list[int]]] | None = None
+    for size in _sizes(sizes, most):
+        found = _packed(sizes.tolist(), [head.span[-1] for head in heads], size)
+        if len(found) > most and (best is not None or size < sizes.sum()):
+            continue
+        taken = size * sum(map(held, found)), len(found), size, found
+        best = taken if best is None else min(best, taken)
+    assert best is not None  # a block for all heads of one sliding window is large enough
+    _, _, size, found = best
+    return KVClasses(tuple(KVClass(tuple(heads[index] for index in some)) for some in found), size, dtype)
+
+
+def _sizes(sizes: Ints, most: int) -> list[int]:
+    """Returns the sizes of a block that are tried out, ascending: sums of some first heads, and of all."""
+    whole = int(sizes.sum())
+    sums = {-(-max(int(one), int(sizes.max())) // _ALIGNMENT) * _ALIGNMENT for one in sizes.cumsum()}
+    wanted = sorted(size for size in sums if whole <= size * most < 4 * whole)
+    return [*wanted[:: -(-len(wanted) // _SIZES) or 1], -(-whole // _ALIGNMENT) * _ALIGNMENT]
+
+
+def _packed(sizes: list[int], natives: list[int], size: int) -> list[list[int]]:
+    """Returns heads, by their numbers, in blocks of `size` bytes: each has the first that is left and the next ones that fit.
+
+    A head that keeps less than those before it costs nothing there, so room is filled with what comes later.
+    """
+    left, found = [*range(len(sizes))], []
+    while left:
+        some, room, rest = list[int](), size, list[int]()
+        for index in left:
+            fits = sizes[index] <= room and natives[index] == natives[left[0]]
+            (some if fits else rest).append(index)
+            room -= sizes[index] if fits else 0
+        found.append(some)
+        left = rest
+    return found

@@ -1,0 +1,109 @@
+"""What is settled when vLLM reads its options: what is refused, and how much of a prompt a step computes.
+
+Freed memory only serves others if prompts do not fill it: vLLM gives a chunk of a prompt all its blocks before anything of it
+is freed. Where the user set no `--long-prefill-token-threshold` it is set here, so that a prompt beside other sequences comes
+in short chunks; vLLM lets a lone one fill the whole step, so its time to the first token stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.rules.windows import BLOCK
+
+logger = init_logger("vllm.moacompress")
+
+CHUNK = 256
+"""Tokens of a prompt that a step computes at most, beside other sequences."""
+
+
+def refuse(vllm_config: VllmConfig) -> None:
+    """Refuses options under which a plan cannot be served, in one sentence.
+
+    Raises:
+        UnsupportedError: which, and what to do.
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    asked = (
+        (not current_platform.is_cpu(), "on anything but CPUs", "serve it on a CPU, or with `transformers serve`"),
+        (
+            parallel.world_size > 1,
+            "by tensor or pipeline parallel workers",
+            "leave out --tensor-parallel-size and the like",
+        ),
+        (
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            f"with a quantized KV cache beside ({cache.cache_dtype})",
+            "leave out --kv-cache-dtype: a plan has formats of its own",
+        ),
+        (
+            cache.user_specified_block_size and cache.block_size != BLOCK,
+            f"with cache blocks of {cache.block_size} tokens",
+            f"leave out --block-size: a plan's blocks have {BLOCK}",
+        ),
+        (model.use_mla, "with latent attention (MLA)", "export a model that caches keys and values"),
+        (
+            vllm_config.speculative_config is not None and vllm_config.speculative_config.method != "ngram",
+            "with drafts of another model",
+            "draft by n-grams, or leave out --speculative-config",
+        ),
+        (vllm_config.kv_transfer_config is not None, "with a KV connector", "leave out --kv-transfer-config"),
+        (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+            "without the hybrid KV cache manager",
+            "leave out --disable-hybrid-kv-cache-manager",
+        ),
+    )
+    for is_asked, how, instead in asked:
+        if is_asked:
+            raise UnsupportedError(f"a checkpoint with a plan is not served {how}; {instead}")
+
+
+def limit_chunks(vllm_config: VllmConfig) -> None:
+    """Sets how much of a prompt a step computes beside other sequences, where nobody else did."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.long_prefill_token_threshold == 0 and scheduler.enable_chunked_prefill:
+        scheduler.long_prefill_token_threshold = min(CHUNK, vllm_config.model_config.max_model_len)
+        logger.info(
+            "prompts are computed by %d tokens a step beside other requests, so that what a plan frees serves them "
+            "(--long-prefill-token-threshold sets another number)",
+            scheduler.long_prefill_token_threshold,
+        )
+
+
+def in_flight(vllm_config: VllmConfig) -> int:
+    """Returns how many tokens of a sequence are computed at most, beside other sequences, before what they free is freed."""
+    scheduler = vllm_config.scheduler_config
+    chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    return int(min(chunk * vllm_config.max_concurrent_batches, vllm_config.max_in_flight_tokens))
+
+
+def register() -> None:
+    """Has vLLM ask here too when it reads its options for a model; a model without a plan is left as it is."""
+    for architecture in ModelRegistry.get_supported_archs():
+        before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not issubclass(before, _Asked):
+            MODELS_CONFIG_MAP[architecture] = type(before.__name__, (_Asked, before), {})
+
+
+class _Asked(VerifyAndUpdateConfig):
+    """Goes on to what vLLM has for the architecture itself."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        if vllm_config.model_config.quantization == "moacompress":
+            refuse(vllm_config)
+            limit_chunks(vllm_config)
+        super().verify_and_update_config(vllm_config)
+
+    @classmethod
+    def verify_and_update_model_config(cls, model_config: Any) -> None:
+        super().verify_and_update_model_config(model_config)
