@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.classes import KVClass, KVClasses, kv_classes
 from moacompress.serving.vllm.config import PlanConfig
+from moacompress.serving.vllm.options import options_of
 from moacompress.serving.vllm.scheduling import in_flight, logger
 from moacompress.serving.vllm.spec import ClassSpec
 
@@ -229,7 +231,7 @@ class _Step:
         """Puts the metadata of the classes together."""
         found = [metadata[one.layer_name] for one in classes]
         starts, lengths = found[0].starts.tolist(), found[0].lengths.to(torch.int64)
-        spans = [*zip(starts, starts[1:], strict=False)]
+        spans = [*pairwise(starts)]
         width = -(-int(lengths.max()) // BLOCK)
         single = [row for row, (begin, end) in enumerate(spans) if end - begin == 1]
         return _Step(
@@ -368,7 +370,7 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
 def _class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfig, impl: Any) -> list[ClassLayer]:
     """Makes the classes, and has vLLM take them for layers."""
     length = min(config.plan.stated_lengths[-1], vllm_config.model_config.max_model_len)
-    classes = kv_classes(config.plan, dtype, config.most_classes, length)
+    classes = kv_classes(config.plan, dtype, options_of(vllm_config).classes, length)
     found = []
     for index, one in enumerate(classes.classes):
         spec = ClassSpec(

@@ -14,7 +14,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
-from moacompress.serving.vllm.classes import MOST_CLASSES
 
 
 class PlanConfig(QuantizationConfig):
@@ -22,14 +21,12 @@ class PlanConfig(QuantizationConfig):
 
     Attributes:
         plan: of the checkpoint.
-        most_classes: classes of KV heads at most.
-        class_layers: these classes as layers of vLLM; None until the first attention layer is taken over.
+        class_layers: classes of its KV heads as layers of vLLM; None until the first attention layer is taken over.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.most_classes = MOST_CLASSES
         self.class_layers: list[Any] | None = None
 
     def get_name(self) -> str:

@@ -16,7 +16,7 @@ _PAGE = 1024
 
 
 class Freed(NamedTuple):
-    """Blocks of a sequence that are not seen any more: `[0, front)` and `[gap, gap_end)`; both only grow.
+    """Blocks of a sequence that are not seen any more: `[0, front)` and `[gap, gap_end)`; what is freed stays freed.
 
     Attributes:
         front: end of the blocks that a layer's own sliding window has left behind.
@@ -45,6 +45,7 @@ class FreedBlocks:
         """Takes the different spans of the KV heads, as tuples of the numbers of a `Span`; their native window is one."""
         columns = np.array([*spans], np.int64).T
         self._span = Span(*columns[:, None, :])
+        self._native = int(columns[-1, 0])
         self._pages: dict[int, Ints] = {}
 
     def at(self, n: int) -> Freed:
@@ -68,10 +69,14 @@ class FreedBlocks:
         """Returns the most blocks that are held while `n` tokens are computed, `in_flight` of them at a time at most.
 
         What a step computes has its blocks before anything that it leaves behind is freed. Blocks held grow with the tokens
-        computed, so the last step holds most.
+        computed, give or take one for where in its block a step begins, until a layer's own window leaves the sinks behind.
         """
-        blocks, computed = -(-n // BLOCK), max(n - in_flight, 0)
-        return blocks - self.at(computed + 1).count(blocks) if computed else blocks
+        last = max(n - in_flight, 0)
+        return max(self._while_computed(done, n, in_flight) for done in {last, min(last, self._native)})
+
+    def _while_computed(self, done: int, n: int, in_flight: int) -> int:
+        blocks = -(-min(done + in_flight, n) // BLOCK)
+        return min(blocks - self.at(done + 1).count(blocks) + 1, -(-n // BLOCK))
 
 
 @lru_cache(maxsize=1024)

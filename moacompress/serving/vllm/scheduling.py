@@ -16,6 +16,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.windows import BLOCK
+from moacompress.serving.vllm.options import options_of
 
 logger = init_logger("vllm.moacompress")
 
@@ -28,6 +29,7 @@ def refuse(vllm_config: VllmConfig) -> None:
 
     Raises:
         UnsupportedError: which, and what to do.
+        UsageError: the plugin's own options are wrong.
     """
     from vllm.platforms import current_platform
 
@@ -65,6 +67,7 @@ def refuse(vllm_config: VllmConfig) -> None:
     for is_asked, how, instead in asked:
         if is_asked:
             raise UnsupportedError(f"a checkpoint with a plan is not served {how}; {instead}")
+    options_of(vllm_config)
 
 
 def limit_chunks(vllm_config: VllmConfig) -> None:

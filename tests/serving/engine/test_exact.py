@@ -1,0 +1,190 @@
+"""vLLM says under a plan what transformers says, whatever is freed, batched, cut into chunks, preempted or cached.
+
+All memory is NaN before it is written, and NaN again as soon as it is freed: an answer that is a number has read nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from tests.plan_kinds import random_plan
+from tests.serving.engine.conftest import VOCABULARY
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+CLOSE = 2e-4
+"""Largest difference of a log-probability in float32."""
+NAN = 255
+"""A byte: of such, all native numbers and all scales of codes are NaN."""
+
+
+def prompts(seed: int = 0, lengths: tuple[int, ...] = (17, 100, 431, 700, 1500)) -> list[list[int]]:
+    """Returns random prompts."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def spans(model: Any) -> Plan:
+    """Returns a plan of many different spans, in the model's own dtype."""
+    from moacompress.models.source import model_shape
+
+    return random_plan(model_shape(model), seed=2, full_share=0.1)
+
+
+def everything(model: Any) -> Plan:
+    """Returns the plan that frees nothing."""
+    from moacompress.models.source import model_shape
+
+    return Plan.full(model_shape(model))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Fills memory with NaN when it is made and blocks when they are freed; yields the numbers of those freed."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    from moacompress.serving.vllm import attention
+
+    memories, freed = [], list[int]()
+    made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
+
+    def of(layer: int, classes: Any) -> Any:
+        for one in classes if not memories else []:
+            memories.append(one.kv_cache)
+            one.kv_cache.fill_(NAN)
+        return made_of(layer, classes)
+
+    def free(pool: BlockPool, blocks: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks = list(blocks)
+        found = free_blocks(pool, blocks, *args, **kwargs)
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null and block.block_hash is None:
+                freed.append(block.block_id)
+                for memory in memories[:1]:  # all classes are in the same
+                    memory[block.block_id] = NAN
+        return found
+
+    monkeypatch.setattr(attention._LayerMemory, "of", staticmethod(of))
+    monkeypatch.setattr(BlockPool, "free_blocks", free)
+    yield freed
+
+
+def agree(found: list[Any], model: Any, expected: Callable[..., list[float]]) -> float:
+    """Returns the largest difference of a log-probability from transformers', NaN if there is one."""
+    differences = [
+        torch.tensor(answer.logprobs, dtype=torch.float64) - torch.tensor(expected(model, answer), dtype=torch.float64)
+        for answer in found
+    ]
+    return float(torch.cat(differences).abs().max())
+
+
+@pytest.mark.parametrize("chunk", [17, 96, 256, 4096])
+def test_spans(engine, checkpoints, expected, poisoned, chunk):
+    folder, model = checkpoints(spans)
+    served = engine(folder, max_num_batched_tokens=chunk)
+    together = served.ask(prompts())
+    assert agree(together, model, expected) < CLOSE
+    assert agree(served.ask(prompts(1), together=False), model, expected) < CLOSE
+    assert len(poisoned) > 100
+    assert served.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == (
+        served.core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    )
+
+
+def test_a_block_too_many_is_noticed(engine, checkpoints, expected, monkeypatch):
+    """The negative control: these tests see what is freed too soon."""
+    from moacompress.serving.vllm.freed_blocks import Freed, FreedBlocks
+
+    at = FreedBlocks.at
+
+    def too_many(self: FreedBlocks, n: int) -> Freed:
+        front, gap, gap_end = at(self, n)
+        return Freed(front, gap, gap_end + (gap_end > gap))
+
+    folder, model = checkpoints(spans)
+    monkeypatch.setattr(FreedBlocks, "at", too_many)
+    difference = agree(engine(folder).ask(prompts(), together=False), model, expected)
+    assert not difference < CLOSE
+
+
+def test_nothing_freed_is_what_stock_vllm_says(engine, checkpoints):
+    full, _ = checkpoints(everything)
+    dense, model = checkpoints(None)
+    for one, other in zip(engine(full).ask(prompts()), engine(dense).ask(prompts()), strict=True):
+        assert one.tokens == other.tokens
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "qwen3"])
+def test_other_families(engine, checkpoints, expected, poisoned, family):
+    """Native windows beside the plan's; norms of queries and keys."""
+    folder, model = checkpoints(spans, family)
+    assert agree(engine(folder).ask(prompts()), model, expected) < CLOSE
+    assert poisoned
+
+
+def test_prefixes_are_found_again(engine, checkpoints, expected):
+    """Sinks and windows are there, null blocks between; what is cached may be evicted for others."""
+    folder, model = checkpoints(spans)
+    served = engine(folder, enable_prefix_caching=True, kv_cache_memory_bytes=6 << 20)
+    before = served.ask(prompts())
+    again = served.ask(prompts())
+    assert [answer.cached > 0 for answer in again] == [len(prompt) > 32 for prompt in prompts()]
+    longer = [prompt + answer.tokens + prompts(5, (40,))[0] for prompt, answer in zip(prompts(), before, strict=True)]
+    continued = served.ask(longer)
+    assert sum(answer.cached for answer in continued) > 1000
+    others = served.ask(prompts(7, (1500,) * 8))
+    assert agree([*before, *again, *continued, *others, *served.ask(prompts())], model, expected) < CLOSE
+
+
+def test_preempted_requests_are_computed_again(engine, checkpoints, expected, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = list[str]()
+    preempt = Scheduler._preempt_request
+
+    def count(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", count)
+    folder, model = checkpoints(spans)
+    served = engine(folder, kv_cache_memory_bytes=3 << 20, max_model_len=1024, max_num_batched_tokens=512)
+    found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450, 250, 100)), new=120)
+    assert preempted
+    assert agree(found, model, expected) < CLOSE
+
+
+def test_drafts_by_n_grams(engine, checkpoints, expected):
+    folder, model = checkpoints(spans)
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    repeated = [prompt[:20] * 10 for prompt in prompts()]
+    found = engine(folder, speculative_config=draft).ask(repeated, new=40)
+    assert agree(found, model, expected) < CLOSE
+
+
+@pytest.mark.parametrize("most", [1, 2, 6])
+def test_few_classes(engine, checkpoints, expected, monkeypatch, most):
+    folder, model = checkpoints(spans)
+    served = engine(folder, additional_config={"moacompress": {"classes": most}})
+    assert len(served.managers) <= most
+    assert agree(served.ask(prompts()), model, expected) < CLOSE
+
+
+def test_a_window_of_few_tokens(engine, checkpoints, expected):
+    """No sinks, and windows that grow by none: most of a prompt is freed while it is computed."""
+
+    def narrow(model: Any) -> Plan:
+        from moacompress.models.source import model_shape
+
+        return Plan.uniform(model_shape(model), Rule(4, 0, 0), 16)
+
+    folder, model = checkpoints(narrow)
+    served = engine(folder, max_num_batched_tokens=64)
+    assert agree(served.ask(prompts(2, (1, 2, 15, 16, 17, 1000, 1900))), model, expected) < CLOSE

@@ -1,0 +1,108 @@
+"""What vLLM is set up with: what is refused, what is left as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from moacompress.core.errors import MoaCompressError
+from tests.serving.engine.test_exact import prompts, spans
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kv_cache_dtype": "fp8"}, r"quantized KV cache beside \(fp8\); leave out --kv-cache-dtype"),
+        ({"block_size": 32}, "cache blocks of 32 tokens; leave out --block-size"),
+        ({"tensor_parallel_size": 2}, "tensor or pipeline parallel"),
+        ({"pipeline_parallel_size": 2}, "tensor or pipeline parallel"),
+        ({"disable_hybrid_kv_cache_manager": True}, "leave out --disable-hybrid-kv-cache-manager"),
+        ({"additional_config": {"moacompress": {"classes": 0}}}, "classes"),
+        ({"additional_config": {"moacompress": {"klasses": 3}}}, "klasses"),
+    ],
+)
+def test_refused_in_a_sentence(engine, checkpoints, options, says):
+    folder, _ = checkpoints(spans)
+    with pytest.raises((MoaCompressError, ValueError), match=says):
+        engine(folder, **options)
+
+
+def test_a_plan_for_another_model_is_refused(engine, checkpoints):
+    import json
+
+    folder, _ = checkpoints(spans)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_key_value_heads"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoaCompressError, match="2 KV heads in layer 0, and vLLM's has 4"):
+        engine(folder)
+
+
+def test_chunks_are_short_where_nobody_says_otherwise(engine, checkpoints):
+    folder, _ = checkpoints(spans)
+    assert engine(folder).core.vllm_config.scheduler_config.long_prefill_token_threshold == 256
+    own = engine(folder, long_prefill_token_threshold=100)
+    assert own.core.vllm_config.scheduler_config.long_prefill_token_threshold == 100
+
+
+WITHOUT = """
+import sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=24 << 20, max_model_len=2048,
+          skip_tokenizer_init=True)
+config = llm.llm_engine.vllm_config
+layer = next(iter(config.compilation_config.static_forward_context.values()))
+ids = [{"prompt_token_ids": [*range(5, 155)] * 3}]
+params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, detokenize=False)
+out = llm.generate(ids, params, use_tqdm=False)[0].outputs[0]
+core = llm.llm_engine.engine_core.engine_core
+print("FOUND", type(layer).__name__, layer.get_attn_backend().__name__, config.scheduler_config.long_prefill_token_threshold,
+      config.cache_config.block_size, core.scheduler.kv_cache_config.num_blocks, list(out.token_ids),
+      [at[token].logprob for at, token in zip(out.logprobs, out.token_ids)])
+"""
+
+
+def test_stock_checkpoints_are_served_as_without_the_plugin(checkpoints):
+    folder, _ = checkpoints(None)
+    said = []
+    for plugins in ("", "moacompress"):
+        env = {**os.environ, "VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        done = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], env=env, capture_output=True, text=True)
+        said.append(next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), done.stderr[-2000:]))
+    assert said[0].startswith("FOUND Attention")
+    assert said[0] == said[1]
+
+
+PROCESSES = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=24 << 20, max_model_len=2048, skip_tokenizer_init=True)
+    ids = [{"prompt_token_ids": [*range(5, 155)] * count} for count in (1, 3, 9)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0, detokenize=False)
+    for out in llm.generate(ids, params, use_tqdm=False):
+        said = out.outputs[0]
+        print("FOUND", *said.token_ids, *[at[token].logprob for at, token in zip(said.logprobs, said.token_ids)])
+"""
+
+
+def test_processes_of_their_own_and_compiled_graphs(checkpoints, expected, tmp_path):
+    """As a server runs it: an engine's process, a worker's, and the model compiled."""
+    from tests.serving.engine.conftest import Answer
+
+    folder, model = checkpoints(spans)
+    script = tmp_path / "serve.py"
+    script.write_text(PROCESSES)
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run([sys.executable, str(script), str(folder)], env=env, capture_output=True, text=True)
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == 3, done.stderr[-3000:]
+    for count, numbers in zip((1, 3, 9), found, strict=True):
+        answer = Answer([*range(5, 155)] * count, [int(n) for n in numbers[:12]], [float(n) for n in numbers[12:]], 0)
+        theirs: Any = expected(model, answer)
+        assert max(abs(one - other) for one, other in zip(answer.logprobs, theirs, strict=True)) < 2e-4
+    assert prompts()
