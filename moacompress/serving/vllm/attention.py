@@ -284,6 +284,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
         output[tokens:].zero_()  # padding
     backend, rules, scores = backend_for(query), layer.plan_table, layer.plan_scores
     tables = step.tables[memory.of_class].transpose(0, 1) + memory.first[:, None]  # [rows, kv_heads, width]
+    # first, because a row may begin with blocks that another one fills in this very step
+    slots = step.slots[:, memory.of_class]
+    backend.put(memory.key_parts, memory.keys, slots, key[:tokens])
+    backend.put(memory.value_parts, memory.values, slots, value[:tokens])
     for row, begin, end in step.chunks:
         chunk = slice(begin, end)
         found, _ = backend.prefill(
@@ -297,9 +301,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
             scores=scores,
         )
         output[chunk] = found[0].transpose(0, 1)
-    slots = step.slots[:, memory.of_class]
-    backend.put(memory.key_parts, memory.keys, slots, key[:tokens])
-    backend.put(memory.value_parts, memory.values, slots, value[:tokens])
     if len(step.single):
         alone = len(step.single) == len(tables)
         found, _ = backend.decode(

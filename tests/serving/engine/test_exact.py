@@ -72,7 +72,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(attention._LayerMemory, "of", staticmethod(of))
     monkeypatch.setattr(BlockPool, "free_blocks", free)
-    yield freed
+    return freed
 
 
 def agree(found: list[Any], model: Any, expected: Callable[..., list[float]]) -> float:
@@ -115,7 +115,7 @@ def test_a_block_too_many_is_noticed(engine, checkpoints, expected, monkeypatch)
 
 def test_nothing_freed_is_what_stock_vllm_says(engine, checkpoints):
     full, _ = checkpoints(everything)
-    dense, model = checkpoints(None)
+    dense, _model = checkpoints(None)
     for one, other in zip(engine(full).ask(prompts()), engine(dense).ask(prompts()), strict=True):
         assert one.tokens == other.tokens
         assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=CLOSE)
@@ -133,14 +133,17 @@ def test_prefixes_are_found_again(engine, checkpoints, expected):
     """Sinks and windows are there, null blocks between; what is cached may be evicted for others."""
     folder, model = checkpoints(spans)
     served = engine(folder, enable_prefix_caching=True, kv_cache_memory_bytes=6 << 20)
+    shared = prompts(9, (400,))[0]
+    at_once = served.ask([shared[:150], shared[:300], shared])  # each begins with blocks that the one before fills
+    assert [answer.cached for answer in at_once] == [0, 144, 288]
     before = served.ask(prompts())
     again = served.ask(prompts())
-    assert [answer.cached > 0 for answer in again] == [len(prompt) > 32 for prompt in prompts()]
+    assert [answer.cached > 0 for answer in again] == [len(prompt) > 16 for prompt in prompts()]
     longer = [prompt + answer.tokens + prompts(5, (40,))[0] for prompt, answer in zip(prompts(), before, strict=True)]
     continued = served.ask(longer)
     assert sum(answer.cached for answer in continued) > 1000
     others = served.ask(prompts(7, (1500,) * 8))
-    assert agree([*before, *again, *continued, *others, *served.ask(prompts())], model, expected) < CLOSE
+    assert agree([*at_once, *before, *again, *continued, *others, *served.ask(prompts())], model, expected) < CLOSE
 
 
 def test_preempted_requests_are_computed_again(engine, checkpoints, expected, monkeypatch):
@@ -155,17 +158,9 @@ def test_preempted_requests_are_computed_again(engine, checkpoints, expected, mo
 
     monkeypatch.setattr(Scheduler, "_preempt_request", count)
     folder, model = checkpoints(spans)
-    served = engine(folder, kv_cache_memory_bytes=3 << 20, max_model_len=1024, max_num_batched_tokens=512)
-    found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450, 250, 100)), new=120)
+    served = engine(folder, kv_cache_memory_bytes=2 << 20, max_model_len=1024, max_num_batched_tokens=512)
+    found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450, 250, 100)), new=400)
     assert preempted
-    assert agree(found, model, expected) < CLOSE
-
-
-def test_drafts_by_n_grams(engine, checkpoints, expected):
-    folder, model = checkpoints(spans)
-    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    repeated = [prompt[:20] * 10 for prompt in prompts()]
-    found = engine(folder, speculative_config=draft).ask(repeated, new=40)
     assert agree(found, model, expected) < CLOSE
 
 

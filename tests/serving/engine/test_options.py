@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
 from moacompress.core.errors import MoaCompressError
-from tests.serving.engine.test_exact import prompts, spans
+from tests.serving.engine.conftest import Answer
+from tests.serving.engine.test_exact import CLOSE, agree, spans
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,6 @@ def test_refused_in_a_sentence(engine, checkpoints, options, says):
 
 
 def test_a_plan_for_another_model_is_refused(engine, checkpoints):
-    import json
-
     folder, _ = checkpoints(spans)
     config = json.loads((folder / "config.json").read_text())
     config["num_key_value_heads"] = 4
@@ -78,31 +77,33 @@ def test_stock_checkpoints_are_served_as_without_the_plugin(checkpoints):
 
 
 PROCESSES = """
-import sys
+import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=24 << 20, max_model_len=2048, skip_tokenizer_init=True)
+    llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=24 << 20, max_model_len=2048, skip_tokenizer_init=True,
+              **json.loads(sys.argv[2]))
     ids = [{"prompt_token_ids": [*range(5, 155)] * count} for count in (1, 3, 9)]
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, detokenize=False)
     for out in llm.generate(ids, params, use_tqdm=False):
         said = out.outputs[0]
         print("FOUND", *said.token_ids, *[at[token].logprob for at, token in zip(said.logprobs, said.token_ids)])
 """
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
-def test_processes_of_their_own_and_compiled_graphs(checkpoints, expected, tmp_path):
-    """As a server runs it: an engine's process, a worker's, and the model compiled."""
-    from tests.serving.engine.conftest import Answer
-
+@pytest.mark.parametrize(
+    "options", [{}, {"speculative_config": DRAFTS, "enforce_eager": True}], ids=["compiled", "drafts"]
+)
+def test_processes_of_their_own(checkpoints, expected, tmp_path, options):
+    """As a server runs it: processes for engine and worker, the model compiled; drafts by n-grams of prompts that repeat."""
     folder, model = checkpoints(spans)
     script = tmp_path / "serve.py"
     script.write_text(PROCESSES)
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    done = subprocess.run([sys.executable, str(script), str(folder)], env=env, capture_output=True, text=True)
+    command = [sys.executable, str(script), str(folder), json.dumps(options)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert len(found) == 3, done.stderr[-3000:]
     for count, numbers in zip((1, 3, 9), found, strict=True):
-        answer = Answer([*range(5, 155)] * count, [int(n) for n in numbers[:12]], [float(n) for n in numbers[12:]], 0)
-        theirs: Any = expected(model, answer)
-        assert max(abs(one - other) for one, other in zip(answer.logprobs, theirs, strict=True)) < 2e-4
-    assert prompts()
+        answer = Answer([*range(5, 155)] * count, [int(n) for n in numbers[:40]], [float(n) for n in numbers[40:]], 0)
+        assert agree([answer], model, expected) < CLOSE

@@ -1,0 +1,130 @@
+"""Keys and values as codes in vLLM's blocks: the same bits make the same codes, in whatever steps they come."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moacompress.kernels.arguments import Scores, as_tensors
+from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.dispatch import REFERENCE
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
+from tests.plan_kinds import random_plan
+
+HEADS, KV_HEADS, WIDTH, LAYERS = 6, 3, 32, 2
+
+
+class Blocks:
+    """vLLM's part: memory for the classes of a plan, and blocks for rows, in random order."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, rng: random.Random) -> None:
+        from moacompress.serving.vllm.classes import kv_classes
+
+        classes = kv_classes(plan, dtype, rng.choice((2, 6)), 200)
+        memory = torch.full((400, 1, 16, classes.block_bytes // 16), 255, dtype=torch.uint8)
+        self.classes = [
+            SimpleNamespace(heads=one, kv_cache=memory, layer_name=f"class {index}")
+            for index, one in enumerate(classes.classes)
+        ]
+        self.free = rng.sample(range(400), 400)
+        self.tables: list[list[list[int]]] = []
+
+    def grow(self, row: int, tokens: int) -> None:
+        """Gives a row blocks for so many tokens, and takes back what none of its queries from there on sees."""
+        while len(self.tables) <= row:
+            self.tables.append([[] for _ in self.classes])
+        for table in self.tables[row]:
+            while len(table) * 16 < tokens:
+                table.append(self.free.pop())
+
+    def shrink(self, row: int, tokens: int) -> None:
+        """Frees what is not seen after so many tokens, fills it with NaN, and has others use it."""
+        for one, table in zip(self.classes, self.tables[row], strict=True):
+            freed = one.heads.freed.at(tokens + 1)
+            for index, block in enumerate(table):
+                if freed.holds(index) and block not in self.free:
+                    one.kv_cache[block] = 255
+                    self.free.insert(0, block)
+
+    def metadata(self, steps: list[tuple[int, int, int]]) -> dict[str, object]:
+        """Returns what vLLM says of a step: of each row its number, tokens before and new ones."""
+        from moacompress.serving.vllm.attention import ClassMetadata
+
+        starts = torch.tensor([0, *(new for *_, new in steps)]).cumsum(0)
+        lengths = torch.tensor([past + new for _, past, new in steps], dtype=torch.int32)
+        found = {}
+        for index, one in enumerate(self.classes):
+            tables = [self.tables[row][index] for row, *_ in steps]
+            width = max(map(len, tables))
+            slots = [
+                table[at // 16] * 16 + at % 16
+                for table, (_, past, new) in zip(tables, steps, strict=True)
+                for at in range(past, past + new)
+            ]
+            padded = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+            found[one.layer_name] = ClassMetadata(starts, lengths, padded, torch.tensor(slots))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
+    """Chunks, single tokens and rows beside each other, over memory that is freed and used again."""
+    from moacompress.serving.vllm import attention
+
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    native = rng.choice((None, 40))
+    name = str(dtype).removeprefix("torch.")
+    shape = ModelShape("llama", LAYERS, HEADS, KV_HEADS, WIDTH, name, (native, None), "")
+    plan = random_plan(shape, seed, formats=True)
+    blocks = Blocks(plan, dtype, rng)
+    scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(HEADS))))
+    layers = {
+        f"model.layers.{index}": SimpleNamespace(
+            plan_view=None,
+            plan_classes=blocks.classes,
+            plan_table=as_tensors(RuleTable.of(plan.rules[index], plan.min_window, window)),
+            plan_scores=scores,
+            head_size_v=WIDTH,
+        )
+        for index, window in enumerate(shape.native_windows)
+    }
+    counts = [rng.randint(1, 400) for _ in range(3)]
+    drawn = [
+        [[torch.randn(count, heads, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)] for count in counts]
+        for _ in layers
+    ]
+    found = [[torch.full_like(row[0], torch.nan) for row in rows] for rows in drawn]
+    done = [0] * len(counts)
+    while any(at < count for at, count in zip(done, counts, strict=True)):
+        rows = [row for row, count in enumerate(counts) if done[row] < count and rng.random() < 0.7]
+        steps = [(row, done[row], min(rng.choice((1, 1, 1, 5, 40, 130)), counts[row] - done[row])) for row in rows]
+        if not steps:
+            continue
+        for row, past, new in steps:
+            blocks.grow(row, past + new)
+        context = SimpleNamespace(attn_metadata=blocks.metadata(steps), no_compile_layers=layers)
+        monkeypatch.setattr(attention, "get_forward_context", lambda context=context: context)
+        for index, (layer_name, rows_of) in enumerate(zip(layers, drawn, strict=True)):
+            given = [
+                torch.cat([rows_of[row][part][past : past + new] for row, past, new in steps]) for part in range(3)
+            ]
+            out = torch.empty_like(given[0])
+            attention.attend(*given, out, layer_name)
+            for (row, past, new), part in zip(steps, out.split([new for *_, new in steps]), strict=True):
+                found[index][row][past : past + new] = part
+        for row, past, new in steps:
+            done[row] = past + new
+            blocks.shrink(row, past + new)
+    for index, (layer, rows_of) in enumerate(zip(layers.values(), drawn, strict=True)):
+        for row, (query, key, value) in enumerate(rows_of):
+            parts = [part.transpose(0, 1)[None].float() for part in (query, key, value)]
+            expected = prefill_alone(REFERENCE, *parts, rules=layer.plan_table, scores=scores)[0].transpose(0, 1)
+            error = (found[index][row].float() - expected).abs().max()
+            assert error < (2e-5 if dtype == torch.float32 else 3e-2), (index, row)
