@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import re
 import shlex
@@ -51,8 +52,14 @@ def test_command(command: str) -> None:
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments if "=" not in target)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
+    elif program == "transformers":
+        from transformers.cli.serve import Serve
+
+        options = {word[2:].replace("-", "_") for word in arguments if word.startswith("--")}
+        assert arguments[0] == "serve"
+        assert options <= set(inspect.signature(Serve.__init__).parameters)
     else:
-        assert program in ("pip", "optuna-dashboard", "torchrun", "transformers")
+        assert Path(program).name in ("pip", "python3.11", "vllm", "optuna-dashboard", "torchrun")
 
 
 def test_every_verb_is_in_the_table() -> None:
