@@ -282,6 +282,8 @@ def test_the_prefix_used_longest_ago_goes_first(tiny_model: Any) -> None:
     kept.keep(tokens[0], caches[0], "w")
     kept.keep(tokens[1], caches[1], "w")
     assert kept.longest(np.append(tokens[0], 9), "w")[0] is not None
+    with pytest.raises(UnsupportedError, match="a cache of 40 tokens cannot be kept for 39"):
+        kept.keep(tokens[2][:39], caches[2], "w")
     kept.keep(tokens[2], caches[2], "w")
     found = [kept.longest(np.append(each, 9), "w") for each in tokens]
     assert [cache is not None for cache, _ in found] == [True, False, True]

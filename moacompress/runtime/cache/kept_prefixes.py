@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moacompress.core.arrays import Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
 
 
@@ -80,7 +81,12 @@ class KeptPrefixes:
             tokens: that it is of, int64 `[tokens]`.
             cache: one row, without padding, between two forwards.
             weights: as `longest`.
+
+        Raises:
+            UnsupportedError: the cache is of another number of tokens, or a forward is running.
         """
+        if cache.get_seq_length() != len(tokens):
+            raise UnsupportedError(f"a cache of {cache.get_seq_length()} tokens cannot be kept for {len(tokens)}")
         if cache.used_bytes() > self.limit:
             return
         own = cache.compact()
