@@ -6,11 +6,13 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import BudgetError, PlanError, UnsupportedError
 from moacompress.models.source import model_shape
@@ -22,6 +24,8 @@ from moacompress.runtime.hf.prefixes import LEAST_SHARED
 from tests.plan_kinds import KINDS
 
 MUCH = 2**30
+COPIES = Path(__file__).parent.parent / "old" / "models" / "copies"
+"""A checkpoint whose layers share attention."""
 
 
 @contextmanager
@@ -60,28 +64,32 @@ def joined(*parts: Any) -> torch.Tensor:
 def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
     """Makes two models under the same plan: one that keeps prefixes, and one that does not."""
 
+    def made(kind: str) -> Any:
+        if kind == "copies":
+            return AutoModelForCausalLM.from_pretrained(COPIES)
+        return attach(tiny_model(), KINDS[kind](tiny_model()))
+
     def make(kind: str = "windows") -> tuple[Any, Any]:
-        keeping, plain = (attach(tiny_model(), KINDS[kind](tiny_model())) for _ in range(2))
-        return keep_prefixes(keeping, MUCH), plain
+        return keep_prefixes(made(kind), MUCH), made(kind)
 
     return make
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "formats"])
+@pytest.mark.parametrize("kind", ["full", "windows", "gates", "copies"])
 def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: Any, token_ids: Any) -> None:
     keeping, plain = pair(kind)
-    prompt = token_ids(1, 150)
+    words = plain.config.vocab_size
+    prompt = token_ids(1, 150) % words
     for turn in range(1, 4):
         with fed(keeping) as counts:
             answer = generate(keeping, prompt)
         assert answer == generate(plain, prompt)
         assert counts[0] == (150 if turn == 1 else 31)  # the last token of an answer was never fed
-        prompt = joined(prompt, answer, token_ids(1, 30, seed=turn))
+        prompt = joined(prompt, answer, token_ids(1, 30, seed=turn) % words)
     with fed(
         keeping
     ) as counts:  # as where a template leaves out what was thought: the prompt before the answer is there
-        other = joined(prompt[:, :-30], token_ids(1, 40, seed=9))
-        generate(keeping, joined(other))
+        generate(keeping, joined(prompt[:, :-30], token_ids(1, 40, seed=9) % words))
     assert counts[0] == 41
 
 
