@@ -30,7 +30,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # imports them where they are.
 VLLM := $(CACHE)/vllm
 
-.PHONY: help setup demo test test-all test-builds test-peers test-vllm test-data gemma texts no-texts lint format clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -106,6 +106,12 @@ $(VLLM)/.ready: $(SOURCES)
 
 test-vllm: $(VLLM)/.ready ## tests of the vLLM plugin, in an environment of its own: .cache/vllm
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest tests/serving
+
+test-versions: $(READY) ## the runtime's tests on every tested version of transformers; resumes
+	$(BIN)/python -m tests.versions --jobs $(JOBS)
+
+test-oldest: $(READY) ## the same on the oldest version alone
+	$(BIN)/python -m tests.versions --oldest --jobs $(JOBS)
 
 lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ from moacompress.rules.rule import Rule
 from moacompress.runtime import PlanCache, attach, pack_weights
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.compat.alternates import cache_argument
 from moacompress.runtime.decode import all_layers, fused, routes
 
 MODELS: dict[str, dict[str, int | bool]] = {
@@ -296,7 +297,7 @@ class Steps:
         if self.real is not None:
             more["attention_mask"] = torch.from_numpy(self.real[:, : fed.stop])
         with torch.no_grad():
-            self.forward(input_ids=self.ids[:, fed], cache=self.cache, use_cache=True, **more)
+            self.forward(input_ids=self.ids[:, fed], use_cache=True, **cache_argument(self.cache), **more)
 
     def routes(self, first: int | None = None) -> dict[str, int]:
         """Returns the first routes that steps can go by, the one that is taken first, and how many others are taken away."""

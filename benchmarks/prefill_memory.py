@@ -39,6 +39,7 @@ def measure(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
     from moacompress.rules.plan import Plan
     from moacompress.rules.rule import Rule
     from moacompress.runtime import attach
+    from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -59,7 +60,8 @@ def measure(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
         model(ids[:, :32], logits_to_keep=1)  # what torch takes once
         before = rss()
         for at in range(0, length, chunk):
-            cache = model(ids[:, at : at + chunk], cache=cache, use_cache=True, logits_to_keep=1).cache
+            out = model(ids[:, at : at + chunk], use_cache=True, logits_to_keep=1, **cache_argument(cache))
+            cache = returned_cache(out)
     tensors = [t for layer in cache.layers for t in (layer.tensors if compressed else (layer.keys, layer.values))]
     held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     return {

@@ -26,6 +26,7 @@ from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.compat.alternates import cache_argument
 
 BUFFER = 1 << 28
 """Numbers of the buffer that bandwidth is measured on, half a gigabyte of bfloat16."""
@@ -85,8 +86,8 @@ def measure(source: str, layers: int, batch: int, length: int, repeats: int, tur
             for name, plan in plans.items():
                 attach(model.model, plan)
                 for _ in range(2):
-                    model.model(token, cache=caches[name])
-                times[name].append(seconds(partial(model.model, token, cache=caches[name]), repeats))
+                    model.model(token, **cache_argument(caches[name]))
+                times[name].append(seconds(partial(model.model, token, **cache_argument(caches[name])), repeats))
                 detach(model.model)
     rows: dict[str, Any] = {}
     for name, cache in caches.items():

@@ -52,6 +52,8 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
     import torch
     from transformers import AutoModelForCausalLM
 
+    from moacompress.runtime.compat.alternates import cache_argument, returned_cache
+
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.set_num_threads(1)
     counts = {"finished": 0, "cancelled": 0}
@@ -60,7 +62,7 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(3, 10_000, (1, 100), generator=generator)
     with torch.inference_mode():
-        kept = model(prefix).cache
+        kept = returned_cache(model(prefix))
     kinds: dict[str, Any] = {
         "max_new_tokens": PROBE_TOKENS,
         "do_sample": False,
@@ -86,7 +88,7 @@ def soak(folder: str, seconds: float, threads: int, longest: int) -> dict[str, A
         if rng.random() < 0.2:
             cache = kept.fork() if rng.random() < 0.5 else None
             longer = torch.cat((prefix, torch.full((1, 1), 7)), 1) if cache is not None else prefix
-            found = model.generate(longer, attention_mask=torch.ones_like(longer), cache=cache, **kinds)
+            found = model.generate(longer, attention_mask=torch.ones_like(longer), **cache_argument(cache), **kinds)
             if cache is None and not torch.equal(found, expected):
                 raise AssertionError("one prompt gave two answers")
             return

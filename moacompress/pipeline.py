@@ -266,6 +266,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
     from transformers import AutoModelForCausalLM
 
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
+    from moacompress.runtime.compat.alternates import returned_cache
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model.to(device)
@@ -277,7 +278,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
         do_sample=False,
         return_dict_in_generate=True,
     )
-    return int(out.cache.kv_bytes())
+    return int(returned_cache(out).kv_bytes())
 
 
 def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

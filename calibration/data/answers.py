@@ -11,6 +11,7 @@ import torch
 
 from moacompress.calibration.data.samples import Sample, SampleKind
 from moacompress.core.progress import SILENT, Progress
+from moacompress.runtime.compat.alternates import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,9 +84,10 @@ def generate_greedy(
         use_cache=True,
     )
     ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-    state = {} if cache is None else {"cache": cache}
     with torch.inference_mode():
-        output: Any = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **state)
+        output: Any = generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **cache_argument(cache)
+        )
     return [_until_stop(row, stop) for row in output[:, ids.shape[1] :].tolist()]
 
 

@@ -29,6 +29,7 @@ from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.compat.alternates import cache_argument
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ class Probe(Rates):
         for layer, attended in sorted(self._attended.items()):
             key = _stretched(attended, tokens).key
             cache.update(key, key, layer)
-        token: dict[str, Any] = {"input_ids": self._ids[None, :1], "cache": cache, "use_cache": True}
+        token: dict[str, Any] = {"input_ids": self._ids[None, :1], "use_cache": True, **cache_argument(cache)}
         return self._timed(lambda: self._model(**token))
 
     @cached_property

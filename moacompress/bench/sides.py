@@ -23,6 +23,7 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
 STATIC = "dense_static"
 """The dense model with a static cache and a compiled step: `dense_best` if it is faster than `dense`."""
@@ -254,7 +255,10 @@ class DecodeTurn:
     def _step(self, step: int) -> None:
         with torch.no_grad():
             self.forward(
-                input_ids=self._ids[step], position_ids=self._positions[step], cache=self._cache, use_cache=True
+                input_ids=self._ids[step],
+                position_ids=self._positions[step],
+                use_cache=True,
+                **cache_argument(self._cache),
             )
 
 
@@ -280,7 +284,7 @@ class PrefillTurn:
     def run(self) -> None:
         """Prefills: what is timed."""
         with torch.no_grad():
-            self._cache = self._model(input_ids=self._ids, use_cache=True, **self._more).cache
+            self._cache = returned_cache(self._model(input_ids=self._ids, use_cache=True, **self._more))
         synchronize(self._device)
 
 

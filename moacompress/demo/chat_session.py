@@ -17,6 +17,7 @@ from moacompress.models.source import context_length
 from moacompress.rules.cost import holds_from
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
+from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,17 @@ class ChatSession:
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             streamer=_Streamer(self._tokenizer, on_text),
-            cache=cache,
+            **cache_argument(cache),
             **sampling,
         )
         seconds = time.perf_counter() - begun
         sequence = out.sequences[0].tolist()
         new = sequence[len(ids) :]
         answer: str = self._tokenizer.decode(new, skip_special_tokens=True).strip()
-        self._cache, self._cached = out.cache, sequence[:-1]  # the last token was never fed
+        self._cache, self._cached = returned_cache(out), sequence[:-1]  # the last token was never fed
         self._said = [*said, {"role": "assistant", "content": answer}]
         n = len(self._cached)
-        held, dense = int(out.cache.kv_bytes()), self._plan.model.dense_kv_bytes(n)
+        held, dense = int(self._cache.kv_bytes()), self._plan.model.dense_kv_bytes(n)
         return ChatTurn(answer, n, len(new), held, dense, seconds, self._budget, self._budget_from)
 
     def _ids(self, said: list[dict[str, str]]) -> list[int]:

@@ -72,6 +72,7 @@ def check_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "transformers": _transformers(),
         "cpu": {"name": _cpu_name(), "cores": _cores()},
         "gpus": _gpus(),
         "kernel": kernel,
@@ -334,6 +335,16 @@ def _check_autoload() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError) as error:
         said, reason = False, str(error)
     return {"registered": said, "switch": os.environ.get(SWITCH), "reason": None if said else reason}
+
+
+def _transformers() -> dict[str, Any]:
+    """Returns the version of transformers, the minors that are tested, and whether its own is one of them."""
+    try:
+        from moacompress.runtime.compat import versions
+    except ImportError:
+        return {"installed": _version("transformers"), "tested": [], "is_tested": False}
+    here = versions.installed()
+    return {"installed": here or None, "tested": list(versions.TESTED), "is_tested": versions.is_tested(here)}
 
 
 def _private_names() -> tuple[dict[str, Any], list[str]]:

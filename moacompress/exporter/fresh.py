@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-folder, asked, answer, trusted = sys.argv[1:]
+folder, asked, answer, trusted, named = sys.argv[1:]
 asked = load_file(asked)
 prompt, tokens = asked["prompt"], asked["tokens"]
 
@@ -55,7 +55,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted =
 out = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=len(tokens),
                      min_new_tokens=len(tokens), do_sample=False, num_beams=1, logits_processor=[Repeat()],
                      output_logits=True, return_dict_in_generate=True)
-notes = {"cache": type(out.cache).__name__, "plan": str(getattr(out.cache, "plan_key", ""))}
+cache = out[named]
+notes = {"cache": type(cache).__name__, "plan": str(getattr(cache, "plan_key", ""))}
 save_file({"logits": torch.cat(out.logits).float().contiguous()}, answer, metadata=notes)
 """
 
@@ -115,12 +116,14 @@ def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: boo
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
+    from moacompress.runtime.compat.alternates import CACHE
+
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
     with TemporaryDirectory(prefix="moacompress-") as place:
         asked, answer = Path(place) / "asked.safetensors", Path(place) / "answer.safetensors"
         save_file({"prompt": np.array(expected.prompt), "tokens": np.array(expected.tokens)}, asked)
-        arguments = [sys.executable, "-c", _SCRIPT, str(folder), str(asked), str(answer), str(trust_remote_code)]
+        arguments = [sys.executable, "-c", _SCRIPT, str(folder), str(asked), str(answer), str(trust_remote_code), CACHE]
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -19,6 +19,11 @@ def environment_table(data: Mapping[str, Any]) -> Group:
     """
     rows = {"python": f"{data['python']}, {data['platform']}"}
     rows |= {name: version or "not installed" for name, version in data["versions"].items()}
+    found = data["transformers"]
+    if found["installed"] and found["tested"]:
+        span = f"{found['tested'][0]} to {found['tested'][-1]}"
+        known = f"a tested version ({span})" if found["is_tested"] else f"not tested; {span} are"
+        rows["transformers"] = f"{found['installed']}, {known}"
     rows["CPU"] = f"{data['cpu']['name']}, {data['cpu']['cores']} cores"
     rows["GPU"] = ", ".join(data["gpus"]) or "none"
     kernel = data["kernel"]

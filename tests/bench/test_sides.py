@@ -9,6 +9,7 @@ import torch
 
 from moacompress.bench.bench_request import Cell
 from moacompress.bench.sides import STATIC, DecodeTurn, FilledPlanCache, PrefillTurn, filled_cache, random_ids
+from moacompress.runtime.compat.alternates import CACHE, cache_argument
 from moacompress.runtime.hf.attaching import attached_plan
 
 SIDES = ("plan", "full_span", "dense", STATIC)
@@ -23,7 +24,7 @@ def step(model, cache, cell, at=0):
     ids = random_ids((cell.batch, 1), 160, 3, "cpu")
     position = torch.full((cell.batch, 1), cell.length + at)
     with torch.no_grad():
-        return model(input_ids=ids, position_ids=position, cache=cache, use_cache=True).logits
+        return model(input_ids=ids, position_ids=position, use_cache=True, **cache_argument(cache)).logits
 
 
 def test_weights_are_there_once(models, checkpoint):
@@ -101,9 +102,10 @@ def test_turns_of_decoding_take_steps_from_the_cells_length_on(side, models, che
     model, filled = fill(side, models, checkpoint.plan, cell)
     lengths = []
 
-    def forward(cache, **inputs):
+    def forward(**inputs):
+        cache = inputs[CACHE]
         lengths.append((int(cache.get_seq_length()), int(inputs["position_ids"][0, 0])))
-        return model(cache=cache, **inputs)
+        return model(**inputs)
 
     turn = DecodeTurn(forward, filled, random_ids((4, 2, 1), 160, 0, "cpu"), cell.length, "cpu")
     for _ in range(2):

@@ -12,6 +12,7 @@ from moacompress.calibration.data.answers import SampleDraft, answer_drafts, fin
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
+from moacompress.runtime.compat.alternates import returned_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def test_greedy_goes_on_from_a_cache(tiny_model: Build) -> None:
 
     model = tiny_model("llama", seed=3)
     prompt = list(range(10, 40))
-    cache = model(input_ids=torch.tensor([prompt[:-1]]), use_cache=True).cache
+    cache = returned_cache(model(input_ids=torch.tensor([prompt[:-1]]), use_cache=True))
     assert generate_greedy(model, [prompt], 5, cache) == generate_greedy(model, [prompt], 5)
 
 

@@ -11,6 +11,7 @@ import torch
 from moacompress.estimate import stopwatch
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import REPEATS, TimedRates
+from moacompress.runtime.compat.alternates import CACHE
 
 
 class Clock:
@@ -32,10 +33,11 @@ class Model:
     def __init__(self, clock: Clock) -> None:
         self._clock, self.read = clock, list[int]()
 
-    def __call__(self, input_ids: torch.Tensor, cache: int = 0, **_: Any) -> SimpleNamespace:
+    def __call__(self, input_ids: torch.Tensor, **given: Any) -> SimpleNamespace:
+        cache = given.get(CACHE, 0)
         self._clock.now += input_ids.shape[1] / 10 + cache / 1000 + 3600 * (not self.read)
         self.read.append(input_ids.shape[1])
-        return SimpleNamespace(cache=cache + input_ids.shape[1])
+        return SimpleNamespace(**{CACHE: cache + input_ids.shape[1]})
 
 
 @pytest.mark.parametrize("beside", [0.0, 6.0])

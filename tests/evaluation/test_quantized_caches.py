@@ -21,6 +21,8 @@ from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
 from moacompress.runtime.checkpoint import load_checkpoint
+from moacompress.runtime.compat import versions
+from moacompress.runtime.compat.alternates import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +32,17 @@ Build = Callable[..., "PreTrainedModel"]
 
 @pytest.fixture(params=QUANTIZED)
 def kind(request: pytest.FixtureRequest) -> QuantizedKind:
-    """Every cache whose package is installed."""
-    found = QUANTIZED[request.param]
-    if found.module is not None:
-        pytest.importorskip(found.module)
-    return found
+    """Every cache whose package is installed, and that this transformers has."""
+    return there(request.param)
+
+
+def there(name: str) -> QuantizedKind:
+    """Returns a kind; skips where it cannot be used here, and says why."""
+    try:
+        QUANTIZED[name].check_installed()
+    except UsageError as error:
+        pytest.skip(str(error))
+    return QUANTIZED[name]
 
 
 @pytest.fixture
@@ -56,9 +64,10 @@ def test_an_answer_is_scored_over_rounded_keys_and_values(
     case = random_case(size)
     cut = (size - 1) // kind.unit * kind.unit
     ids, cache = torch.tensor([[*case.prompt_ids, *case.answer_ids]]), kind.new_cache(model)
-    model(input_ids=ids[:, :cut], cache=cache, use_cache=True)
+    model(input_ids=ids[:, :cut], use_cache=True, **cache_argument(cache))
     steps = [
-        model(input_ids=ids[:, at : at + 1], cache=cache, use_cache=True).logits[0, -1] for at in range(cut, size + 4)
+        model(input_ids=ids[:, at : at + 1], use_cache=True, **cache_argument(cache)).logits[0, -1]
+        for at in range(cut, size + 4)
     ]
     rows = torch.stack(steps[-5:]).log_softmax(-1)
     expected = -float(rows[range(5), case.answer_ids].mean())
@@ -82,9 +91,11 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     window = np.random.default_rng(0).integers(4, 100, 300).tolist()
     states = read(model, window, kind.new_cache(model), RESIDUAL).states
     cache, ids = kind.new_cache(model), torch.tensor([window])
-    first = model.get_decoder()(input_ids=ids[:, :RESIDUAL], cache=cache, use_cache=True).last_hidden_state[0]
+    first = model.get_decoder()(input_ids=ids[:, :RESIDUAL], use_cache=True, **cache_argument(cache)).last_hidden_state[
+        0
+    ]
     rest = [
-        model.get_decoder()(input_ids=ids[:, at : at + 1], cache=cache, use_cache=True).last_hidden_state[0]
+        model.get_decoder()(input_ids=ids[:, at : at + 1], use_cache=True, **cache_argument(cache)).last_hidden_state[0]
         for at in range(RESIDUAL, 300)
     ]
     torch.testing.assert_close(states, torch.cat([first, *rest]), atol=1e-6, rtol=1e-6)
@@ -99,7 +110,7 @@ def test_its_bytes_are_those_of_its_tensors(
     cache = kind.new_cache(model)
     first = (tokens - last) // kind.unit * kind.unit
     for size in (first, tokens - first):
-        model(input_ids=torch.randint(4, 99, (1, size)), cache=cache, use_cache=True)
+        model(input_ids=torch.randint(4, 99, (1, size)), use_cache=True, **cache_argument(cache))
     found = kind.measured_bytes(model, shape, tokens, last)
     assert found == sum(held_bytes(vars(layer)) for layer in cache.layers)
     tensors, rows = 2 * shape.layers, shape.kv_heads * first  # a row of 64 numbers is a group
@@ -129,11 +140,18 @@ def test_a_package_that_is_not_there(compressed: Path, monkeypatch: pytest.Monke
         evaluate(compressed, against=("quantized:hqq-8",))
 
 
+def test_one_that_this_transformers_does_not_have(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "INSTALLED", (5, 20))
+    with pytest.raises(UsageError, match=r"^quantized:fp8 needs transformers 5\.21 or newer, and .* is installed"):
+        evaluate(compressed, against=("quantized:fp8",))
+
+
 def test_layers_that_such_a_cache_cannot_hold(
     tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
 ) -> None:
     from moacompress.runtime import attach
 
+    there("quantized:fp8")
     model = tiny_model("gemma3_text")
     plan = random_plan(model_shape(model), seed=1)
     attach(model, plan).save_pretrained(tmp_path)

@@ -23,6 +23,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
+from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
 from tests.conftest import TINY
@@ -94,8 +95,8 @@ def cached_is_uncached(case: Case) -> None:
     for size in (50, 1, 1, 30, 1, 7):
         done = sum(part.shape[1] for part in parts)
         with torch.no_grad():
-            out = case.model(ids[:, done : done + size], cache=cache, use_cache=True)
-        cache = out.cache
+            out = case.model(ids[:, done : done + size], use_cache=True, **cache_argument(cache))
+        cache = returned_cache(out)
         parts.append(out.logits)
     case.assert_logits(torch.cat(parts, 1), forward(case.model, ids, use_cache=False))
 
@@ -110,7 +111,7 @@ def a_cache_is_continued(case: Case) -> None:
     ids = case.ids()
     first = case.generate(ids, return_dict_in_generate=True, max_new_tokens=4)
     longer = torch.cat((first.sequences, case.ids(1, 9, seed=1)), 1)
-    case.assert_tokens(case.generate(longer, cache=first.cache), case.generate(longer))
+    case.assert_tokens(case.generate(longer, **cache_argument(returned_cache(first))), case.generate(longer))
 
 
 def dictionaries_have_all(case: Case) -> None:
@@ -285,7 +286,7 @@ def what_cannot_be_is_refused(case: Case) -> None:
         refused("continuous batching", "", lambda: model.generate_batch(inputs=ids.tolist())),
     }
     for cache in caches:
-        met.add(refused("another cache", type(cache).__name__, partial(case.generate, ids, cache=cache)))
+        met.add(refused("another cache", type(cache).__name__, partial(case.generate, ids, **cache_argument(cache))))
     for name in ("static", "offloaded", "quantized", "offloaded_static"):
         met.add(refused("a cache by name", name, partial(case.generate, ids, cache_implementation=name)))
     met.add(

@@ -16,6 +16,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat.alternates import CACHE, returned_cache
 from moacompress.runtime.hf import loading
 from moacompress.runtime.hf.attaching import attached_plan
 
@@ -58,7 +59,7 @@ def test_fresh_process_needs_no_import(compressed):
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(m(torch.tensor([[3, 4, 5]])).cache).__name__)"
+        f"print(type(m(torch.tensor([[3, 4, 5]]))[{CACHE!r}]).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.strip() == "PlanCache", done.stderr
@@ -76,7 +77,7 @@ def test_dtype_and_device_map(compressed, token_ids, tmp_path):
     ids = token_ids(1, 60)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert half(ids).cache.kv_bytes() * 2 == plan.kv_bytes(60)
+    assert returned_cache(half(ids)).kv_bytes() * 2 == plan.kv_bytes(60)
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")(ids).logits, expected)
@@ -109,7 +110,7 @@ def test_detach_after_loading_gives_the_dense_model(compressed, tiny_model, toke
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     model.set_attn_implementation("eager")
-    assert not isinstance(model(ids).cache, PlanCache)
+    assert not isinstance(returned_cache(model(ids)), PlanCache)
 
 
 def test_attach_replaces_and_detach_restores(tiny_model, random_plan, token_ids):

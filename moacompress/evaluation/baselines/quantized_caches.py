@@ -21,6 +21,8 @@ from transformers import QuantizedCache
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.models.shape import config_shape
+from moacompress.runtime.compat import versions
+from moacompress.runtime.compat.alternates import FP8_CACHE_SINCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,7 @@ class QuantizedKind:
         axis: along which groups lie, so that each is part of one token's key or value; the backends count differently.
         module: what the backend imports, or None where transformers has all.
         unit: rounding is only possible at a multiple of so many tokens: hqq packs two rows of codes into one.
+        since: the first minor version of transformers that has it, "" where every tested one does.
     """
 
     name: str
@@ -51,13 +54,19 @@ class QuantizedKind:
     axis: int = 0
     module: str | None = None
     unit: int = 1
+    since: str = ""
 
     def check_installed(self) -> None:
-        """Refuses a backend whose package is not there.
+        """Refuses a backend whose package is not there, or that the installed transformers does not have.
 
         Raises:
-            UsageError: says how to install it.
+            UsageError: says what to install.
         """
+        if versions.minor(self.since) > versions.INSTALLED:
+            raise UsageError(
+                f"{self.name} needs transformers {self.since} or newer, and {versions.installed()} is installed; "
+                f"`pip install 'transformers>={self.since}'`, or compare with another quantized cache"
+            )
         try:
             if self.module is not None:
                 importlib.import_module(self.module)
@@ -178,7 +187,7 @@ _KINDS = (
     QuantizedKind("quantized:hqq-8", "hqq", 8, 1, _HQQ),
     QuantizedKind("quantized:hqq-4", "hqq", 4, 1, _HQQ, unit=2),
     QuantizedKind("quantized:quanto-4", "quanto", 4, 0, _QUANTO),
-    QuantizedKind("quantized:fp8", "fp8"),
+    QuantizedKind("quantized:fp8", "fp8", since=FP8_CACHE_SINCE),
 )
 QUANTIZED: Mapping[str, QuantizedKind] = {kind.name: kind for kind in _KINDS}
 """The quantized caches that can be measured against, by name; another one is a line here."""

@@ -18,6 +18,7 @@ import torch
 from moacompress.calibration.data.answers import stop_tokens
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation.tasks.cases import Case
+from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,8 +109,8 @@ def _read(model: PreTrainedModel, cases: Sequence[Case], cache: Any, unit: int) 
     end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))
     edges = [0, turn, end] if 0 < turn < end else [0, end]
     for first, after in itertools.pairwise(edges):
-        past: dict[str, Any] = {} if cache is None else {"cache": cache}
-        cache = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **past).cache
+        out = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **cache_argument(cache))
+        cache = returned_cache(out)
     return ids[:, end:], cache
 
 
@@ -124,7 +125,7 @@ def _teacher_forced(
     answers = torch.tensor([case.answer_ids + case.answer_ids[-1:] * (size - len(case.answer_ids)) for case in cases])
     given = torch.cat((last, answers[:, :-1].to(last.device)), 1)
     logits = model(
-        input_ids=given, cache=cache, use_cache=True, logits_to_keep=size
+        input_ids=given, use_cache=True, logits_to_keep=size, **cache_argument(cache)
     ).logits  # [batch, size, vocabulary]
     found = []
     for case, row in zip(cases, logits, strict=True):
@@ -154,7 +155,7 @@ def _greedy(
     answers = [""] * len(cases)
     open_rows = [index for index, case in enumerate(cases) if case.new_tokens > 0]
     while open_rows:
-        logits = model(input_ids=last, cache=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=last, use_cache=True, logits_to_keep=1, **cache_argument(cache)).logits
         last = logits[:, -1:].argmax(-1)
         chosen = last[:, 0].tolist()
         for index in tuple(open_rows):

@@ -17,6 +17,7 @@ import torch
 from moacompress.core.errors import DataError, ModelError
 from moacompress.prompts.pools import SPLITS, Prose
 from moacompress.prompts.templates import encode_text
+from moacompress.runtime.compat.alternates import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,7 +144,9 @@ def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step:
         if cache is None:
             states = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         else:
-            forwards = (_decoder(model)(input_ids=part, cache=cache, use_cache=True) for part in ids.split(step, 1))
+            forwards = (
+                _decoder(model)(input_ids=part, use_cache=True, **cache_argument(cache)) for part in ids.split(step, 1)
+            )
             states = torch.cat([forward.last_hidden_state for forward in forwards], 1)
         return States(model, states[0])
 

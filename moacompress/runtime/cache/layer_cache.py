@@ -97,7 +97,7 @@ class CacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens of every row; see `PlanCache.crop`, which knows of padding."""
-        count = abs(tokens_to_remove)
+        count = abs(int(tokens_to_remove))  # before transformers 5.18 it may be a tensor
         if count and self.is_initialized:
             self.roll_back(np.full(len(self.lengths), count, np.int64), count)
 

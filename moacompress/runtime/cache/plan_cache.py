@@ -224,6 +224,7 @@ class PlanCache(Cache):
         Raises:
             UnsupportedError: evicted keys would be needed, or the number is positive or more than there are.
         """
+        tokens_to_remove = int(tokens_to_remove)  # before transformers 5.18 it may be a tensor
         columns = self.get_seq_length()
         if tokens_to_remove > 0 or -tokens_to_remove > columns:
             raise UnsupportedError(

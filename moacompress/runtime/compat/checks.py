@@ -65,6 +65,11 @@ def _lacking(command: str, wanted: tuple[str, ...], found: Any) -> str | None:
     return f"{command} {', '.join(lost)}" if lost else None
 
 
+def both(first: Check, second: Check) -> Check:
+    """What is wrong by the first check or, where nothing is, by the second."""
+    return lambda holder, attribute: first(holder, attribute) or second(holder, attribute)
+
+
 def is_a(kind: type) -> Check:
     """The name is an object of this class."""
 
@@ -157,6 +162,16 @@ def layer_part(prefix: str, parts: tuple[str, ...], forward: tuple[str, ...]) ->
         return _lacking("has no", parts, {*vars(found), *found._modules, *found._parameters})
 
     return check
+
+
+def is_the_call_of_layers(holder: Any, attribute: str) -> str | None:
+    """A decoder layer is called by it."""
+    layer = find("transformers.models.llama.modeling_llama.LlamaDecoderLayer")
+    return (
+        None
+        if getattr(layer, attribute) is getattr(holder, attribute)
+        else "is not what a LlamaDecoderLayer is called by"
+    )
 
 
 def is_of_own_spec(holder: Any, attribute: str) -> str | None:

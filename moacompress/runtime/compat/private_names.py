@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from moacompress.core.errors import UnsupportedError, one_line
-from moacompress.runtime.compat import checks, mask_functions
+from moacompress.runtime.compat import checks, mask_functions, versions
+from moacompress.runtime.compat.alternates import CACHE, CHOOSE_ATTENTION
 from moacompress.runtime.compat.mask_functions import BLOCKS_OVERLAY, CAUSAL_MASK, SLIDING_OVERLAY
 
 PACKAGES = ("transformers", "torch")
@@ -33,6 +34,7 @@ QUANTIZATION_CONFIGS = "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MA
 ACTIVE_COLLECTOR = "transformers.utils.output_capturing._active_collector"
 OUTPUT_CAPTURING = "transformers.utils.output_capturing.install_output_capuring_hook"
 ACTIVATIONS = "transformers.activations.ACT2FN"
+LAYER_CALL = "transformers.modeling_layers.GradientCheckpointingLayer.__call__"
 FORWARD_HOOKS = "torch.nn.modules.module._global_forward_hooks"
 FORWARD_PRE_HOOKS = "torch.nn.modules.module._global_forward_pre_hooks"
 LOOKUP_BACKEND = "torch._dynamo.backends.registry.lookup_backend"
@@ -124,10 +126,10 @@ def _version(package: str) -> str:
 def remedy() -> str:
     """Returns what to do where a name is broken: which versions to install."""
     try:
-        wanted = [text for text in requires("moacompress") or () if text.startswith(PACKAGES) and ";" not in text]
+        wanted = [text for text in requires("moacompress") or () if text.startswith("torch") and ";" not in text]
     except PackageNotFoundError:
         wanted = []
-    tested = " ".join(f"'{text}'" for text in wanted) or "those in moacompress's pyproject.toml"
+    tested = " ".join(f"'{text}'" for text in (*wanted, versions.requirement()))
     return f"{installed()} is here; install what moacompress is tested with: {tested}"
 
 
@@ -175,7 +177,7 @@ _LOADING = (
         "taking the marks of a quantized model off",
         checks.says("is_quantized", "quantization_method"),
     ),
-    PrivateName(f"{_QUANTIZER}.update_attn_implementation", "refusing another attention", checks.takes("config")),
+    PrivateName(f"{_QUANTIZER}.{CHOOSE_ATTENTION}", "refusing another attention", checks.takes("config")),
     PrivateName(f"{_QUANTIZATION}.from_dict", "reading a config", checks.takes("config_dict", "return_unused_kwargs")),
     PrivateName(f"{_QUANTIZATION}.to_diff_dict", "writing a config"),
     PrivateName(
@@ -222,7 +224,10 @@ _GENERATING = (
     PrivateName(
         f"{_GENERATION}.{PREPARE_CACHE}",
         "giving `generate` a plan's cache",
-        checks.takes("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
+        checks.both(
+            checks.takes("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
+            checks.says(CACHE),
+        ),
     ),
     PrivateName(f"{_GENERATION}.generate_batch", "refusing continuous batching"),
     PrivateName(f"{_GENERATION}.init_continuous_batching", "refusing continuous batching"),
@@ -241,6 +246,17 @@ _GENERATING = (
         f"{_CACHES}.Cache._is_user_defined",
         "a cache that outlives `generate`",
         checks.is_read_by_generate(PREPARE_CACHE),
+    ),
+)
+
+_CACHE_ARGUMENT = (
+    PrivateName(
+        "transformers.models.llama.modeling_llama.LlamaForCausalLM.forward",
+        "handing a cache to a model, which swallows an argument of another name",
+        checks.takes(CACHE),
+    ),
+    PrivateName(
+        "transformers.modeling_outputs.CausalLMOutputWithPast", "the cache that a model returns", checks.has(CACHE)
     ),
 )
 
@@ -317,6 +333,7 @@ _LAYERS = (
         for family in FAMILIES
         for name in ROTARY
     ),
+    PrivateName(LAYER_CALL, "telling other calls of a decoder layer from its own", checks.is_the_call_of_layers),
     PrivateName(ACTIVATIONS, "telling a layer's activation", checks.has("silu", "swish")),
     PrivateName(FORWARD_HOOKS, "telling whether something runs around every module", checks.is_a(dict)),
     PrivateName(FORWARD_PRE_HOOKS, "telling whether something runs before every module", checks.is_a(dict)),
@@ -345,5 +362,5 @@ _TENSORS = (
     PrivateName(COUNTERS, "counting the graph breaks of a compiled step", checks.is_a(dict)),
 )
 
-NAMES = (*_LOADING, *_MASKS_AND_CAPTURING, *_GENERATING, *_CACHING, *_LAYERS, *_TENSORS)
+NAMES = (*_LOADING, *_MASKS_AND_CAPTURING, *_GENERATING, *_CACHE_ARGUMENT, *_CACHING, *_LAYERS, *_TENSORS)
 """All of them."""

@@ -17,14 +17,13 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat.alternates import CACHE_NAMES
 from moacompress.runtime.gate import trained_scores
 
 NAME = "moacompress"
 """Name of the attention implementation; it must not contain "flash", "sdpa" or "flex_attention"."""
 CONTEXT = "moacompress_context"
 """Keyword under which a `LayerCall` reaches the attention."""
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""Keywords under which transformers hands a cache to a layer."""
 
 
 @dataclass(frozen=True)

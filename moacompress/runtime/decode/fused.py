@@ -22,6 +22,7 @@ from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Proje
 from moacompress.kernels.dispatch import capabilities_for
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat.alternates import CACHE
 from moacompress.runtime.compat.capturing import do_something
 from moacompress.runtime.compat.private_names import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
 from moacompress.runtime.decode.all_layers import (
@@ -261,7 +262,7 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
     numbers, biased = set(), set()
     for module in layers:
         untouched = are_fused((module,)) and not _is_touched(module)
-        layer = _layer(module, hidden, rotary, {"cache": cache}, among_all=True) if untouched else None
+        layer = _layer(module, hidden, rotary, {CACHE: cache}, among_all=True) if untouched else None
         if layer is None:
             return None
         bound_layers.weights.append(layer.weights)
@@ -322,9 +323,16 @@ def _forward_of(kind: type[nn.Module]) -> MadeOf:
     return MadeOf(kind, "forward", kind.forward if _is_from(kind, kind.__module__) else NOTHING)
 
 
-def _calls(kind: type[nn.Module]) -> tuple[MadeOf, ...]:
-    """Returns what runs where a module of a class is called: its forward, and what is around that."""
-    return _forward_of(kind), MadeOf(kind, "__call__", _MODULE_CALL)
+def _calls(kind: type[nn.Module], call: Any = _MODULE_CALL) -> tuple[MadeOf, ...]:
+    """Returns what runs where a module of a class is called: its forward, and `call` around that."""
+    return _forward_of(kind), MadeOf(kind, "__call__", call)
+
+
+def _layer_call() -> Any:
+    """Returns what is around a decoder layer's forward: before 5.23 transformers has a call of its own there."""
+    found = private_names.take(private_names.LAYER_CALL)
+    home = sys.modules[private_names.LAYER_CALL.rpartition(".")[0].rpartition(".")[0]]
+    return found if found is _MODULE_CALL or found.__code__.co_filename == home.__file__ else NOTHING
 
 
 def _function_of(module: Any, name: str) -> MadeOf:
@@ -344,7 +352,8 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), own.__module__
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
-    made.made_of = (*_calls(own), *map(_forward_of, (nn.Linear, PackedLinear)))
+    call = _layer_call() if mixin is _FusedLayer else _MODULE_CALL
+    made.made_of = (*_calls(own, call), *map(_forward_of, (nn.Linear, PackedLinear)))
     if mixin is _FusedAttention:
         made.made_of += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
     else:

@@ -17,6 +17,7 @@ from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
+from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
@@ -61,7 +62,9 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     Raises:
         PlanError: the file is not a valid plan; or the plan is for a model of another shape, or its gates are not at hand.
         ModelError: the model cannot be compressed.
+        UnsupportedError: the version of transformers is not tested, and lacks what moacompress leans on.
     """
+    check_installed()
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     check_supported(model)

@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from moacompress.core.errors import MoaCompressError, UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
+from moacompress.runtime.compat.alternates import CACHE
 from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.hooks import check_cache
@@ -51,13 +52,13 @@ def _prepare_cache(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
             "its own cache; leave it out, as `transformers serve` does without --compile"
         )
-    cache = check_cache(model_kwargs.get("cache"), attachment.plan.key())
+    cache = check_cache(model_kwargs.get(CACHE), attachment.plan.key())
     if cache is not None:
         cache._is_user_defined = True
     elif generation_config.use_cache is not False:
         new = PlanCache(attachment.plan, reserve=max_cache_length)
         cache = kept_cache(self, generation_config, model_kwargs, generation_mode, batch_size, new)
-        model_kwargs["cache"] = cache
+        model_kwargs[CACHE] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
 

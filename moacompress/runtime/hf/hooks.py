@@ -17,10 +17,10 @@ from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat.alternates import CACHE, CACHE_NAMES
 from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
-from moacompress.runtime.decode.context import CACHE_NAMES
 from moacompress.runtime.hf.layer_order import LayerOrder
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
 
@@ -43,6 +43,7 @@ class DecoderHook:
         self.plan_key = plan.key()
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
+        self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -51,7 +52,10 @@ class DecoderHook:
         self.order.check(module)
         if self.plan.shares:
             kwargs[SHARED_KEYS] = {}
-        name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), "cache")
+        name = self.cache_name
+        for other in CACHE_NAMES:  # a cache under a name of another version would be swallowed
+            if other != name and kwargs.get(other) is not None:
+                kwargs[name] = kwargs.pop(other)
         cache = check_cache(kwargs.get(name), self.plan_key)
         if cache is None and self._wants_cache(module, kwargs):
             cache = kwargs[name] = self._new_cache()
@@ -73,7 +77,9 @@ class DecoderHook:
                 kwargs[RUN] = self.stack.begin(module, cache)
         return (), kwargs
 
-    @torch.compiler.disable(reason="a cache cannot be made in a compiled graph: pass one, cache=PlanCache(plan)")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(
+        reason="a cache cannot be made in a compiled graph: pass one, " + CACHE + "=PlanCache(plan)"
+    )  # type: ignore[untyped-decorator]
     def _new_cache(self) -> PlanCache:
         return PlanCache(self.plan)
 

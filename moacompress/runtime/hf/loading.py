@@ -24,8 +24,9 @@ from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_weights
-from moacompress.runtime.compat import masks, private_names
+from moacompress.runtime.compat import alternates, masks, private_names
 from moacompress.runtime.compat.http_errors import refusal
+from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.attaching import install
@@ -52,9 +53,10 @@ class MoaCompressQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Needs nothing but transformers and torch."""
+        """Needs nothing but transformers and torch, of versions that it can run with."""
+        check_installed()
 
-    def update_attn_implementation(self, config: Any) -> Any:
+    def choose_attention(self, config: Any) -> Any:
         """Refuses an attention implementation that would ignore the plan, and sets ours."""
         wanted = config._attn_implementation_internal
         if wanted not in (None, NAME):
@@ -83,6 +85,9 @@ class MoaCompressQuantizer(HfQuantizer):
         model.__dict__["is_quantized"] = False
         model.__dict__.pop(private_names.MISSING_WEIGHTS, None)
         return model
+
+
+setattr(MoaCompressQuantizer, alternates.CHOOSE_ATTENTION, MoaCompressQuantizer.choose_attention)
 
 
 def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None:
