@@ -33,6 +33,7 @@ MATRIX = (
     "tests/runtime/test_compat.py",
     "tests/runtime/test_behaviours.py",
     "tests/runtime/test_loading.py",
+    "tests/runtime/test_prefixes.py",
     "tests/golden/test_golden.py",
     "tests/old/test_old.py",
     "tests/calibration/test_answers.py",

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moacompress.bench.serving import RunningRows
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache
+from moacompress.runtime.compat.alternates import cache_argument
 
 
 class _Rows(ABC):
@@ -62,7 +63,7 @@ class _Rows(ABC):
         """Returns the likeliest next token of every row."""
         model: Any = self.model
         more |= self._last_logits
-        out = model(input_ids=ids, position_ids=positions, cache=cache, use_cache=True, **more)
+        out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache), **more)
         found: list[int] = out.logits[:, -1].argmax(dim=-1).tolist()
         return found
 

@@ -254,7 +254,9 @@ def calls_that_hand_on_a_cache(tree: ast.Module) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Call):
             named = [word.arg for word in node.keywords if word.arg in CACHE_NAMES]
             called = ast.unparse(node.func).rpartition(".")[2]
-            if named and (called in ("model", "generate", "forward", "_model", "partial") or called.endswith(")")):
+            if named and (
+                called in ("model", "decoder", "generate", "forward", "_model", "partial") or called.endswith(")")
+            ):
                 yield ast.unparse(node.func), node.lineno
         elif isinstance(node, ast.Constant) and node.value in ("past_key_values", "layer_past"):
             yield node.value, node.lineno
@@ -266,7 +268,7 @@ def calls_that_hand_on_a_cache(tree: ast.Module) -> Iterator[tuple[str, int]]:
             )
         elif isinstance(node, ast.Attribute) and node.attr in CACHE_NAMES:
             whose = ast.unparse(node.value)
-            if whose.startswith(("out", "found", "result", "read")) or whose.endswith(")"):
+            if whose.startswith(("out", "result", "read")) or whose.endswith(")"):
                 yield ast.unparse(node), node.lineno
 
 

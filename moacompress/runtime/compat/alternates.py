@@ -21,6 +21,8 @@ CHOOSE_ATTENTION = "update_attn_implementation" if INSTALLED >= (5, 18) else "up
 Before, the last one that was handed the config there was for expert parallelism.
 """
 
+CHUNKS_CONTINUE = INSTALLED >= (5, 21)
+"""From 5.21: `generate` reads a prompt in chunks from where the cache that it is given ends; before, from the first token."""
 FP8_CACHE_SINCE = "5.21"
 """The minor version from which `QuantizedCache` has the backend "fp8"."""
 

@@ -23,7 +23,7 @@ from moacompress.core.errors import BudgetError, PlanError, UnsupportedError, on
 from moacompress.rules.budget import parse_bytes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.decode.context import CACHE_NAMES
+from moacompress.runtime.compat.alternates import CACHE_NAMES, CHUNKS_CONTINUE, cache_argument
 
 VARIABLE = "MOACOMPRESS_PREFIXES"
 """Environment variable: bytes that every model under a plan keeps prefixes in, such as `256MiB`."""
@@ -140,7 +140,7 @@ class _Conversation(StoppingCriteria):
             ids = torch.from_numpy(self._prompt[None, read:shared]).to(self.model.device)
             decoder = self.model.get_decoder() or self.model.base_model
             for part in ids.split(chunk or ids.shape[1], dim=1):
-                decoder(input_ids=part, cache=cache, use_cache=True)
+                decoder(input_ids=part, use_cache=True, **cache_argument(cache))
             self._prefixes.keep(self._prompt[:shared], cache, self._weights)
         self._cache = cache
         return cache
@@ -210,10 +210,12 @@ def kept_cache(
         return new
     plain = mode in _MODES and rows == 1 and (generation_config.num_return_sequences or 1) == 1
     more = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN
-    padded = model_kwargs.get("attention_mask") is not None  # generate drops a mask that says all are real
+    mask = model_kwargs.get("attention_mask")
+    padded = mask is not None and not (isinstance(mask, torch.Tensor) and bool((mask != 0).all()))
+    chunk = generation_config.prefill_chunk_size
     if not plain or more or padded or generation_config.is_assistant or generation_config.token_healing:
         return new
-    return conversation.begin(new, generation_config.prefill_chunk_size)
+    return conversation.begin(new, chunk) if chunk is None or CHUNKS_CONTINUE else new
 
 
 def _weights(model: torch.nn.Module) -> tuple[Any, ...]:
