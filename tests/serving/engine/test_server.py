@@ -1,4 +1,4 @@
-"""`vllm serve` on a checkpoint with a plan: a real server on loopback, asked by OpenAI's client."""
+"""vLLM's server on a checkpoint with a plan: a real one on loopback, asked by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(
     tiny_tokenizer.save_pretrained(folder)
     log, port = tmp_path_factory.mktemp("server") / "log.txt", free_port()
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
         *("--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "1024"),
         *("--kv-cache-memory-bytes", str(8 << 20), "--dtype", "float32"),
     ]
