@@ -6,7 +6,7 @@ All memory is NaN before it is written, and NaN again as soon as it is freed: an
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,13 +45,13 @@ def everything(model: Any) -> Plan:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Fills memory with NaN when it is made and blocks when they are freed; yields the numbers of those freed."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills memory with NaN when it is made and blocks when they are freed; returns the numbers of those freed."""
     from vllm.v1.core.block_pool import BlockPool
 
     from moacompress.serving.vllm import attention
 
-    memories, freed = [], list[int]()
+    memories, freed = list[Any](), list[int]()
     made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
 
     def of(layer: int, classes: Any) -> Any:
