@@ -320,7 +320,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
 
 _LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name) -> ()")
 _LIBRARY.impl("attend", attend, "CPU")
-_LIBRARY._register_fake("attend", lambda query, key, value, output, layer_name: None)
+torch.library.register_fake(
+    "moacompress_vllm::attend", lambda query, key, value, output, layer_name: None, lib=_LIBRARY
+)
 
 
 def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:

@@ -95,7 +95,7 @@ class ClassManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks[request_id]
         freed = [blocks[index] for index in indices]
         for index in indices:
-            blocks[index] = self._null_block
+            blocks[index] = self.block_pool.null_block
         self.block_pool.free_blocks(reversed(freed))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -141,5 +141,5 @@ class ClassManager(SingleTypeKVCacheManager):
 
 def register() -> None:
     """Tells vLLM which manager a class has."""
-    KVCacheSpecRegistry._ensure_registered()  # otherwise it takes what is registered here for all that there is
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # or it takes what is registered here for all that there is
     KVCacheSpecRegistry.register(ClassSpec, ClassManager, uniform_type_base_spec=ClassSpec)
