@@ -16,11 +16,12 @@ from torch import Tensor
 from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import Choices
 from moacompress.kernels.dispatch import backend_on_host
+from moacompress.kernels.gate_scores import rounded_scores
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import competing_tokens
-from moacompress.runtime.gate import gate_scores, rounded_scores
+from moacompress.runtime.gate import gate_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

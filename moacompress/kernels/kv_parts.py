@@ -85,13 +85,13 @@ class KVPart(NamedTuple):
         """Copies tokens as they are kept.
 
         Args:
-            source: see `new`.
+            source: see `new`; its blocks may lie apart.
             slots: where they are, see `write`.
             target: as `source`; it may be the same.
             to: where they go to.
         """
         if not self.bits:
-            target.view(-1, self.dim)[to] = source.view(-1, self.dim)[slots]
+            target[to // BLOCK, to % BLOCK] = source[slots // BLOCK, slots % BLOCK]
             return
         (codes, at), (new, into) = (
             self._codes(memory, where // BLOCK, where % BLOCK) for memory, where in ((source, slots), (target, to))

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.gate_scores import rounded_scores, scored
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.runtime import autocast
-
-UNIT = 256
-"""Scores are kept in 1/256: a gate's have a variance of 1, and what another matrix product makes of the last bits is less."""
-_LIMIT = (1 << 15) - 1
 
 
 class TokenGate(nn.Module):
@@ -174,21 +171,16 @@ def trained_scores(gate: nn.Module, hidden: Tensor) -> Tensor | None:
     """
     if not (isinstance(gate, TokenGate) and gate.trained and torch.is_grad_enabled()):
         return None
-    return _scored(hidden.detach().float(), gate.weight.float(), gate.bias.float()).transpose(1, 2)
+    return _scored(hidden.detach(), gate.weight, gate.bias).transpose(1, 2)
 
 
 def gate_scores(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns `weight . hidden + bias` in float32, `[..., kv_heads]`, without a gradient's way."""
-    return _scored(hidden.detach().float(), weight.detach().float(), bias.detach().float())
+    return _scored(hidden.detach(), weight.detach(), bias.detach())
 
 
 def _scored(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not autocast.is_on(hidden):
-        return nn.functional.linear(hidden, weight, bias)
+        return scored(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would choose other tokens
-        return nn.functional.linear(hidden, weight, bias)
-
-
-def rounded_scores(scores: Tensor) -> Tensor:
-    """Returns scores as they are compared and kept, int16 in 1/256."""
-    return scores.mul(UNIT).round_().nan_to_num_(nan=-_LIMIT).clamp_(-_LIMIT, _LIMIT).to(torch.int16)
+        return scored(hidden, weight, bias)

@@ -29,6 +29,7 @@ from moacompress.kernels.arguments import CacheView, Passing
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import as_kept
+from moacompress.kernels.selected_attention import attend_selected
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK
@@ -37,7 +38,6 @@ from moacompress.runtime.cache.selected_tokens import passing_tokens, schedule_o
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.gate_gradients import with_gate_gradients
-from moacompress.runtime.decode.selected import attend_selected
 from moacompress.runtime.decode.step_requests import (
     AttendRequest,
     HiddenRequest,
@@ -336,7 +336,8 @@ def _decoded(
     if not request.context.selects:
         return found[0]
     held = cast(PlanCacheLayer, request.cache).blocks_held()
-    return merged(found, attend_selected(query, held, lengths, request.scores))[0]
+    more = attend_selected(query, held.view_selected(), held.rules.selected(lengths), held.rules, request.scores)
+    return merged(found, more)[0]
 
 
 def _attended(

@@ -1,7 +1,7 @@
 """Attention of a step over the tokens that gates select.
 
-Their blocks are read with the backend's `decode`, a KV head of a row at a time; `kernels.reference.passing.merged` puts it
-together with that over sinks and windows.
+Their blocks are read with the backend's `decode`, a KV head of a row at a time; `reference.passing.merged` puts it together
+with that over sinks and windows.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from moacompress.kernels.dispatch import backend_with_gradients
 from moacompress.kernels.reference.passing import PartOfSoftmax
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.cache.layer_blocks import LayerBlocks
 
 
-def attend_selected(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Scores) -> PartOfSoftmax:
+def attend_selected(query: Tensor, cache: CacheView, counts: Ints, rules: RuleTable, scores: Scores) -> PartOfSoftmax:
     """Attention of one query a row over the tokens that gates select of it.
 
     Args:
         query: `[rows, heads, head_dim]`.
-        held: the layer's blocks.
-        lengths: tokens of the rows, `[rows]`; 0 for a row that is not asked for.
+        cache: the selected tokens, from the first place of their blocks on; it says how many numbers a value has.
+        counts: how many are selected of each row and KV head, `[rows, kv_heads]`; 0 for a row that is not asked for.
+        rules: of the KV heads, for their formats.
         scores: how scores are made; learned logits are no part of this.
 
     Returns:
         `[rows, heads, value_dim]`, and `[rows, heads]` in float32 at least.
     """
     rows, heads, size = query.shape
-    rules, view = held.rules, held.view_selected()
-    group, counts = heads // len(rules), rules.selected(lengths)
+    group = heads // len(rules)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_zeros(rows, len(rules), group, view.value_dim or held.pool.layout.value_dim)
+    out = query.new_zeros(rows, len(rules), group, cache.value_dim)
     lse = torch.full((rows, len(rules), group), -torch.inf, dtype=wide, device=query.device)
     asking = query.view(rows, len(rules), group, size)
     codes = np.asarray(rules.format_codes).T
@@ -46,13 +45,13 @@ def attend_selected(query: Tensor, held: LayerBlocks, lengths: Ints, scores: Sco
             continue
         head = members[place]
         at = tuple(torch.from_numpy(numbers).to(query.device) for numbers in (row, head))
-        table = view.table[row, head][:, None]
+        table = cache.table[row, head][:, None]
         full = RuleTable.of([Rule.FULL], 1)
         full.format_codes[:, 0] = formats
         few = asking[at]
-        found, denominator = backend_with_gradients(few, *view.keys, *view.values, cached=True).decode(
+        found, denominator = backend_with_gradients(few, *cache.keys, *cache.values, cached=True).decode(
             few,
-            cache=CacheView(view.keys, view.values, table.contiguous(), view.value_dim),
+            cache=CacheView(cache.keys, cache.values, table.contiguous(), cache.value_dim),
             lengths=torch.from_numpy(counts[row, head].astype(np.int64)),
             rules=as_tensors(full),
             scores=scores._replace(sink_logits=None),
