@@ -21,13 +21,17 @@ from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.reference.passing import merged
+from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.serving.vllm.classes import KVClass, KVClasses, kv_classes
+from moacompress.serving.vllm.classes import KVClass, KVClasses, KVHead, kv_classes
 from moacompress.serving.vllm.config import PlanConfig
+from moacompress.serving.vllm.gates import LayerGate
 from moacompress.serving.vllm.options import options_of
 from moacompress.serving.vllm.scheduling import in_flight, logger
-from moacompress.serving.vllm.spec import ClassSpec
+from moacompress.serving.vllm.selection import SelectedMemory, SelectedPart, Selection
+from moacompress.serving.vllm.spec import ClassSpec, SelectedSpec
 
 _LIBRARY = torch.library.Library("moacompress_vllm", "FRAGMENT")
 _CLASS_NAME = "moacompress.kv_class.{}"
@@ -56,7 +60,7 @@ class ClassMetadata:
         starts: first token of each row, and their number, `[rows + 1]`.
         lengths: tokens of each row, new ones included, `[rows]`.
         table: block ids, int32 `[rows, width]`.
-        slots: block id * 16 + place of each new token, `[tokens]`.
+        slots: block id * 16 + place of each new token, `[tokens]`; means nothing in a class of selected tokens.
     """
 
     starts: torch.Tensor
@@ -111,13 +115,25 @@ class PlanAttention(Attention):
         plan_classes: the model's classes as layers, by their indices.
         plan_table: rules of the KV heads.
         plan_scores: how scores are made.
+        plan_gate: what scores tokens; None where no rule selects.
         plan_view: the KV heads' memory; None until vLLM has made it.
     """
 
     plan_classes: Sequence[ClassLayer]
     plan_table: RuleTable
     plan_scores: Scores
+    plan_gate: LayerGate | None
     plan_view: _LayerMemory | None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Looks whether the gate's weights are there.
+
+        Raises:
+            PlanError: they are not.
+        """
+        super().process_weights_after_loading(act_dtype)
+        if self.plan_gate is not None:
+            self.plan_gate.check_loaded(self.layer_name)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> None:
         """Returns None: the classes have specs."""
@@ -161,6 +177,7 @@ class _LayerMemory:
         value_parts: how values are kept.
         of_class: the class of each, int64 `[kv_heads]`.
         first: what is added to block ids of each, so that they count through the KV heads' memory, int32 `[kv_heads]`.
+        selected: what gates select; None where no rule does.
     """
 
     keys: list[torch.Tensor]
@@ -169,29 +186,64 @@ class _LayerMemory:
     value_parts: list[KVPart]
     of_class: torch.Tensor
     first: torch.Tensor
+    selected: SelectedMemory | None
 
     @staticmethod
-    def of(layer: int, classes: Sequence[ClassLayer]) -> _LayerMemory:
-        """Returns views of what vLLM has made."""
+    def of(layer: int, classes: Sequence[ClassLayer], rules: RuleTable) -> _LayerMemory:
+        """Returns views of what vLLM has made.
+
+        Args:
+            layer: index of the layer.
+            classes: of the model.
+            rules: of the layer's KV heads.
+        """
         found = sorted(
-            (head.index, index, head, at)
+            (head.index, one.heads.selected, index, head, at)
             for index, one in enumerate(classes)
             for head, at in one.heads.places()
             if head.layer == layer
         )
-        keys, values = [], []
-        for _, index, head, at in found:
-            memory = classes[index].kv_cache
-            keys.append(_part_of(memory, head.key, at))
-            values.append(_part_of(memory, head.value, at + head.key.nbytes))
+        views = {
+            (head.index, selected): (index, head, _views_of(classes[index].kv_cache, head, at))
+            for _, selected, index, head, at in found
+        }
+        windows = [views[index, False] for index in range(len(rules))]
+        keys, values = ([parts[side] for *_, parts in windows] for side in (0, 1))
+        key_parts, value_parts = [head.key for _, head, _ in windows], [head.value for _, head, _ in windows]
+        selected = {
+            number: SelectedPart(*views[number, True][2], window_scores=views[number, False][2][2], of_class=index)
+            for (number, is_selected), (index, *_) in views.items()
+            if is_selected
+        }
         return _LayerMemory(
             keys,
             values,
-            [head.key for *_, head, _ in found],
-            [head.value for *_, head, _ in found],
-            torch.tensor([index for _, index, _, _ in found]),
-            torch.arange(len(found), dtype=torch.int32) * len(keys[0]),
+            key_parts,
+            value_parts,
+            torch.tensor([index for index, *_ in windows]),
+            torch.arange(len(windows), dtype=torch.int32) * len(keys[0]),
+            SelectedMemory(
+                RuleTable(rules.columns.numpy()), keys, values, [*zip(key_parts, value_parts, strict=True)], selected
+            )
+            if selected
+            else None,
         )
+
+    def view(self, table: torch.Tensor, value_dim: int) -> CacheView:
+        """Returns what attention reads under a table of the windows' blocks, int32 `[rows, kv_heads, width]`."""
+        keys, values = (self.keys, self.values) if self.selected is None else (self.selected.keys, self.selected.values)
+        return CacheView(keys, values, table.contiguous(), value_dim)
+
+
+def _views_of(memory: torch.Tensor, head: KVHead, at: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns keys, values and scores of a KV head, whose part begins at a byte of each block; no scores where it has none."""
+    scores = at + head.key.nbytes + head.value.nbytes
+    size = BLOCK * SCORE_BYTES if head.rule.selects else 0
+    return (
+        _part_of(memory, head.key, at),
+        _part_of(memory, head.value, at + head.key.nbytes),
+        memory.flatten(1)[:, scores : scores + size].view(torch.int16),
+    )
 
 
 def _part_of(memory: torch.Tensor, kv_part: KVPart, at: int) -> torch.Tensor:
@@ -214,14 +266,16 @@ class _Step:
         chunks: of each row with more than one new token its index, first token and end.
         single: rows with one new token, int64 `[n]`.
         single_at: that token of each.
-        lengths: tokens of each row, new ones included, int64 `[rows]`.
+        past: tokens of each row before the step, int64 `[rows]`.
+        lengths: tokens of each row, new ones included, likewise.
         tables: block ids, int32 `[classes, rows, width]`.
-        slots: int64 `[tokens, classes]`.
+        slots: of the classes of windows, which come first, int64 `[tokens, classes]`.
     """
 
     chunks: list[tuple[int, int, int]]
     single: torch.Tensor
     single_at: torch.Tensor
+    past: torch.Tensor
     lengths: torch.Tensor
     tables: torch.Tensor
     slots: torch.Tensor
@@ -238,10 +292,22 @@ class _Step:
             [(row, *span) for row, span in enumerate(spans) if span[1] - span[0] > 1],
             torch.tensor(single, dtype=torch.int64),
             torch.tensor([starts[row] for row in single], dtype=torch.int64),
+            lengths - torch.tensor([end - begin for begin, end in spans]),
             lengths,
             torch.stack([one.table[:, :width] for one in found]),
-            torch.stack([one.slots for one in found], 1).to(torch.int64),
+            torch.stack([step.slots for step, one in zip(found, classes, strict=True) if not one.heads.selected], 1).to(
+                torch.int64
+            ),
         )
+
+    def table_of(self, classes: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Returns block ids that count through the memory of KV heads, int32 `[rows, kv_heads, width]`.
+
+        Args:
+            classes: that of each KV head, int64 `[kv_heads]`.
+            first: what is added to its block ids, int32 `[kv_heads]`.
+        """
+        return self.tables[classes].transpose(0, 1) + first[:, None]
 
 
 class _Steps:
@@ -273,49 +339,58 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
     context = get_forward_context()
     metadata: Any = context.attn_metadata
     layer: PlanAttention = context.no_compile_layers[layer_name]
+    of_gates = None if layer.plan_gate is None else layer.plan_gate.of_tokens(len(query))
     if metadata is None:  # vLLM tries the model out before there is a cache
         output.zero_()
         return
+    rules, scores, value_dim = layer.plan_table, layer.plan_scores, layer.head_size_v
     if layer.plan_view is None:
-        layer.plan_view = _LayerMemory.of(extract_layer_index(layer_name), layer.plan_classes)
+        layer.plan_view = _LayerMemory.of(extract_layer_index(layer_name), layer.plan_classes, rules)
     memory, step = layer.plan_view, _steps.of(metadata, layer.plan_classes)
     tokens = len(step.slots)
     if tokens < len(query):
         output[tokens:].zero_()  # padding
-    backend, rules, scores = backend_for(query), layer.plan_table, layer.plan_scores
-    tables = step.tables[memory.of_class].transpose(0, 1) + memory.first[:, None]  # [rows, kv_heads, width]
+    backend = backend_for(query)
+    tables = step.table_of(memory.of_class, memory.first)
     # first, because a row may begin with blocks that another one fills in this very step
     slots = step.slots[:, memory.of_class]
     backend.put(memory.key_parts, memory.keys, slots, key[:tokens])
     backend.put(memory.value_parts, memory.values, slots, value[:tokens])
+    selection = None
+    if memory.selected is not None and of_gates is not None:
+        memory.selected.put_scores(slots, of_gates[:tokens])
+        both = tables, step.table_of(memory.selected.of_class, memory.selected.first)
+        selection = Selection(memory.selected, both, step.past.numpy(), step.lengths.numpy(), backend)
     for row, begin, end in step.chunks:
         chunk = slice(begin, end)
         found, _ = backend.prefill(
             query[None, chunk].transpose(1, 2),
             key[None, chunk].transpose(1, 2),
             value[None, chunk].transpose(1, 2),
-            cache=CacheView(memory.keys, memory.values, tables[row : row + 1].contiguous(), layer.head_size_v),
-            past=step.lengths[row : row + 1] - (end - begin),
+            cache=memory.view(tables[row : row + 1], value_dim),
+            past=step.past[row : row + 1],
             valid=torch.tensor([end - begin]),
             rules=rules,
             scores=scores,
+            passing=None if selection is None else selection.passing(row),
         )
         output[chunk] = found[0].transpose(0, 1)
     if len(step.single):
         alone = len(step.single) == len(tables)
-        found, _ = backend.decode(
-            query[:tokens] if alone else query[step.single_at],
-            cache=CacheView(
-                memory.keys, memory.values, (tables if alone else tables[step.single]).contiguous(), layer.head_size_v
-            ),
-            lengths=step.lengths if alone else step.lengths[step.single],
+        rows, at = (slice(None), slice(tokens)) if alone else (step.single, step.single_at)
+        found, lse = backend.decode(
+            query[at],
+            cache=memory.view(tables[rows], value_dim),
+            lengths=step.lengths[rows],
             rules=rules,
             scores=scores,
+            with_lse=selection is not None,
         )
-        if alone:
-            output[:tokens] = found
-        else:
-            output[step.single_at] = found
+        if selection is not None and lse is not None:
+            found, _ = merged((found, lse), selection.attend(query[at], rows, scores, value_dim))
+        output[at] = found
+    if selection is not None:
+        selection.commit()
 
 
 _LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name) -> ()")
@@ -364,7 +439,10 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     layer.plan_table = as_tensors(RuleTable.of(plan.rules[index], plan.min_window, native))
     sinks = getattr(impl, "sinks", None)
     layer.plan_scores = Scores(impl.scale, float(impl.logits_soft_cap or 0.0), sinks)
-    layer.plan_view = None
+    layer.plan_view = layer.plan_gate = None
+    if any(rule.selects for rule in plan.rules[index]):
+        inputs = vllm_config.model_config.get_hidden_size()
+        layer.plan_gate = config.gates[index] = LayerGate(layer.num_kv_heads, inputs, layer.kv_cache_torch_dtype)
     if config.class_layers is None:
         config.class_layers = _class_layers(config, layer.kv_cache_torch_dtype, vllm_config, impl)
     object.__setattr__(layer, "plan_classes", config.class_layers)  # no submodules: they have no weights
@@ -376,14 +454,14 @@ def _class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfi
     classes = kv_classes(config.plan, dtype, options_of(vllm_config).classes, length)
     found = []
     for index, one in enumerate(classes.classes):
-        spec = ClassSpec(
+        spec = (SelectedSpec if one.selected else ClassSpec)(
             block_size=BLOCK,
             num_kv_heads=1,
             head_size=config.plan.model.head_dim,
             dtype=torch.uint8,
             state_content_bytes=classes.block_bytes // BLOCK,
             index=index,
-            spans=one.spans,
+            rules=one.rules,
             in_flight=in_flight(vllm_config),
         )
         found.append(ClassLayer(index, one, spec, impl))

@@ -1,7 +1,7 @@
 """Classes of KV heads: those of one class lie side by side in the same cache blocks, so a sequence frees them together.
 
 Every class costs vLLM a block table, and time in every step; heads of different rules in one class keep what the widest rule
-sees. No vLLM is needed here.
+sees. What gates select lies in classes of its own, whose blocks are filled one place after the other. No vLLM is needed here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from moacompress.core.errors import UsageError
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
+from moacompress.rules.rule import SCORE_BYTES, Rule
 from moacompress.rules.windows import BLOCK, Span, block_runs
 from moacompress.serving.vllm.freed_blocks import FreedBlocks, freed_blocks
+from moacompress.serving.vllm.selected_blocks import SelectedBlocks, selected_blocks
 
 MOST_CLASSES = 18
 """How many classes there are at most where nobody says otherwise."""
@@ -50,7 +51,13 @@ class KVHead:
     @property
     def nbytes(self) -> int:
         """Bytes of its part of a block."""
-        return self.key.nbytes + self.value.nbytes
+        scores = BLOCK * SCORE_BYTES if self.rule.selects else 0
+        return self.key.nbytes + self.value.nbytes + scores
+
+    @property
+    def select(self) -> tuple[int, ...]:
+        """The numbers of its span, and of what its gate keeps."""
+        return *self.span, self.rule.select_alpha, self.rule.select_beta_q
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,24 @@ class KVClass:
 
     Attributes:
         heads: in the order in which they lie in a block.
+        selected: whether the blocks have the tokens that the heads' gates select, and not those of sinks and windows.
     """
 
     heads: tuple[KVHead, ...]
+    selected: bool = False
 
     @property
-    def spans(self) -> tuple[tuple[int, ...], ...]:
-        """The different spans of its heads, ascending."""
-        return tuple(sorted({head.span for head in self.heads}))
+    def rules(self) -> tuple[tuple[int, ...], ...]:
+        """What the blocks follow from, ascending: the different spans of its heads, or their `KVHead.select`."""
+        return tuple(sorted({head.select if self.selected else head.span for head in self.heads}))
 
     @property
-    def freed(self) -> FreedBlocks:
-        """What its heads free together."""
-        return freed_blocks(self.spans)
+    def blocks(self) -> FreedBlocks | SelectedBlocks:
+        """Which blocks a sequence holds."""
+        return selected_blocks(self.rules) if self.selected else freed_blocks(self.rules)
 
     def places(self) -> Iterator[tuple[KVHead, int]]:
-        """Yields every head and the byte of a block that its keys begin at; its values follow."""
+        """Yields every head and the byte of a block that its keys begin at; its values follow, and scores where it selects."""
         at = 0
         for head in self.heads:
             yield head, at
@@ -86,7 +95,7 @@ class KVClasses:
     """All KV heads of a model in classes.
 
     Attributes:
-        classes: in no order that matters.
+        classes: those of sinks and windows first.
         block_bytes: bytes of a block, the same for all classes.
         dtype: of native keys and values.
     """
@@ -97,11 +106,11 @@ class KVClasses:
 
     def held_bytes(self, n: int) -> int:
         """Returns the bytes that a sequence of `n` tokens holds."""
-        return self.block_bytes * sum(one.freed.held(n) for one in self.classes)
+        return self.block_bytes * sum(one.blocks.held(n) for one in self.classes)
 
     def most_held_bytes(self, n: int, in_flight: int) -> int:
         """Returns the most bytes that a sequence holds while its first `n` tokens are computed, see `FreedBlocks`."""
-        return self.block_bytes * sum(one.freed.most_held(n, in_flight) for one in self.classes)
+        return self.block_bytes * sum(one.blocks.most_held(n, in_flight) for one in self.classes)
 
 
 def kv_heads(plan: Plan, dtype: torch.dtype) -> list[KVHead]:
@@ -128,33 +137,44 @@ def kv_classes(plan: Plan, dtype: torch.dtype, most: int = MOST_CLASSES, length:
         length: tokens of the sequence; None for the longest that the plan's bytes are stated for.
 
     Raises:
-        UsageError: `most` is less than the model's different sliding windows, for heads of two share no blocks.
+        UsageError: `most` is less than the model's different sliding windows, for heads of two share no blocks, or leaves none
+            for what gates select.
     """
     n, heads = length or plan.stated_lengths[-1], kv_heads(plan, dtype)
     natives = len({head.span[-1] for head in heads})
-    if most < natives:
+    kinds = natives + plan.selects
+    if most < kinds:
+        gates = ", and tokens that gates select" if plan.selects else ""
         raise UsageError(
-            f"{most} classes of KV heads are too few: the model has {natives} different sliding windows; give more"
+            f"{most} classes of KV heads are too few: the model has {natives} different sliding windows{gates}; give more"
         )
     heads.sort(key=lambda head: (head.span[-1], -freed_blocks((head.span,)).held(n), head.span, head.nbytes))
-    sizes = np.array([head.nbytes for head in heads])
+    selecting = [head for head in heads if head.rule.selects]
+    selecting.sort(key=lambda head: (-selected_blocks((head.select,)).held(n), head.select, head.nbytes))
+    parts = [*heads, *selecting]
+    sizes = np.array([head.nbytes for head in parts])
+    kind = [head.span[-1] for head in heads] + [-1] * len(selecting)
     (front, sinks), (window, _) = block_runs(np.int64(n), Span(*np.array([head.span for head in heads], np.int64).T))
+    places = np.array([selected_blocks((head.select,)).held(n) for head in selecting], np.int64)
     blocks = -(-n // BLOCK)
 
     def held(some: list[int]) -> int:
+        if some[0] >= len(heads):
+            return int(places[np.array(some) - len(heads)].max())
         gap = sinks[some].max()
         return int(blocks - front[some].min() - max(window[some].min() - gap, 0))
 
     best: tuple[int, int, int, list[list[int]]] | None = None
     for size in _sizes(sizes, most):
-        found = _packed(sizes.tolist(), [head.span[-1] for head in heads], size)
+        found = _packed(sizes.tolist(), kind, size)
         if len(found) > most and (best is not None or size < sizes.sum()):
             continue
         taken = size * sum(map(held, found)), len(found), size, found
         best = taken if best is None else min(best, taken)
-    assert best is not None  # a block for all heads of one sliding window is large enough
+    assert best is not None  # a block for all heads of one kind is large enough
     _, _, size, found = best
-    return KVClasses(tuple(KVClass(tuple(heads[index] for index in some)) for some in found), size, dtype)
+    classes = [KVClass(tuple(parts[index] for index in some), some[0] >= len(heads)) for some in found]
+    return KVClasses(tuple(classes), size, dtype)
 
 
 def _sizes(sizes: Ints, most: int) -> list[int]:
@@ -165,8 +185,10 @@ def _sizes(sizes: Ints, most: int) -> list[int]:
     return [*wanted[:: -(-len(wanted) // _SIZES) or 1], -(-whole // _ALIGNMENT) * _ALIGNMENT]
 
 
-def _packed(sizes: list[int], natives: list[int], size: int) -> list[list[int]]:
+def _packed(sizes: list[int], kinds: list[int], size: int) -> list[list[int]]:
     """Returns heads, by their numbers, in blocks of `size` bytes: each has the first that is left and the next ones that fit.
+
+    Heads of different kinds share no block.
 
     A head that keeps less than those before it costs nothing there, so room is filled with what comes later.
     """
@@ -174,7 +196,7 @@ def _packed(sizes: list[int], natives: list[int], size: int) -> list[list[int]]:
     while left:
         some, room, rest = list[int](), size, list[int]()
         for index in left:
-            fits = sizes[index] <= room and natives[index] == natives[left[0]]
+            fits = sizes[index] <= room and kinds[index] == kinds[left[0]]
             (some if fits else rest).append(index)
             room -= sizes[index] if fits else 0
         found.append(some)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
+from moacompress.serving.vllm.gates import LayerGate, ScoringLinearMethod
 
 
 class PlanConfig(QuantizationConfig):
@@ -22,12 +23,14 @@ class PlanConfig(QuantizationConfig):
     Attributes:
         plan: of the checkpoint.
         class_layers: classes of its KV heads as layers of vLLM; None until the first attention layer is taken over.
+        gates: those of attention layers, by their indices.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
         self.class_layers: list[Any] | None = None
+        self.gates: dict[int, LayerGate] = {}
 
     def get_name(self) -> str:
         """Returns the name in config.json."""
@@ -49,8 +52,11 @@ class PlanConfig(QuantizationConfig):
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Leaves out what is no weight of the model: the file of the plan's gates lies beside its weights."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"^(weight|bias)$"): None})
+        """Puts the weights of gates where they are here, and leaves the plan's own file of them out, which lies beside."""
+        return WeightsMapper(
+            orig_to_new_substr={".self_attn.gate.": ".self_attn.attn.plan_gate."},
+            orig_to_new_regex={re.compile(r"^(weight|bias)$"): None},
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PlanConfig:
@@ -58,14 +64,9 @@ class PlanConfig(QuantizationConfig):
 
         Raises:
             PlanError: it is malformed or too new.
-            UnsupportedError: it has gates, or layers that share attention.
+            UnsupportedError: it has layers that share attention.
         """
         plan = Plan.from_dict(config["plan"])
-        if plan.selects:
-            raise UnsupportedError(
-                "vLLM cannot serve the plan of this checkpoint yet: its gates choose which tokens stay; search a plan without "
-                "gates for it (`moacompress search --gates none`), or serve it with `transformers serve`"
-            )
         if plan.shares:
             raise UnsupportedError(
                 "vLLM cannot serve the plan of this checkpoint: layers of it share attention; search a plan without "
@@ -80,6 +81,8 @@ class PlanConfig(QuantizationConfig):
 
             take_over(layer, prefix, self)
             return None
+        if isinstance(layer, QKVParallelLinear) and self.plan.selects:
+            return ScoringLinearMethod(self.gates, extract_layer_index(prefix))
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

@@ -15,6 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.rules.plan import Plan
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.options import options_of
 
@@ -57,6 +58,11 @@ def refuse(vllm_config: VllmConfig) -> None:
             "with drafts of another model",
             "draft by n-grams, or leave out --speculative-config",
         ),
+        (
+            vllm_config.speculative_config is not None and _selects(model),
+            "with drafts where its gates choose tokens",
+            "leave out --speculative-config: what a rejected draft has replaced is gone",
+        ),
         (vllm_config.kv_transfer_config is not None, "with a KV connector", "leave out --kv-transfer-config"),
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
@@ -68,6 +74,28 @@ def refuse(vllm_config: VllmConfig) -> None:
         if is_asked:
             raise UnsupportedError(f"a checkpoint with a plan is not served {how}; {instead}")
     options_of(vllm_config)
+
+
+def _selects(model_config: Any) -> bool:
+    """Whether gates choose tokens under a checkpoint's plan."""
+    written = getattr(model_config.hf_config, "quantization_config", {})
+    return Plan.from_dict(written["plan"]).selects
+
+
+def leave_out(vllm_config: VllmConfig) -> None:
+    """Switches off what plans with gates cannot have, and says so: the prefix cache and compiled graphs."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if not _selects(model):
+        return
+    if cache.enable_prefix_caching:
+        cache.enable_prefix_caching = False
+        logger.warning(
+            "the prefix cache is off: gates choose tokens under this plan, and what they chose is not known of a prefix "
+            "(--no-enable-prefix-caching leaves this line out)"
+        )
+    if not model.enforce_eager:
+        model.enforce_eager = True
+        logger.info("the model is not compiled: gates score what enters its attention layers (as with --enforce-eager)")
 
 
 def limit_chunks(vllm_config: VllmConfig) -> None:
@@ -104,6 +132,7 @@ class _Asked(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         if vllm_config.model_config.quantization == "moacompress":
             refuse(vllm_config)
+            leave_out(vllm_config)
             limit_chunks(vllm_config)
         super().verify_and_update_config(vllm_config)
 

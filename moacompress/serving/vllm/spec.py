@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.freed_blocks import FreedBlocks, freed_blocks
+from moacompress.serving.vllm.selected_blocks import SelectedBlocks, selected_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +24,52 @@ class ClassSpec(AttentionSpec):
 
     Attributes:
         index: of the class.
-        spans: the different spans of its heads, as tuples of the numbers of a `Span`.
+        rules: what its blocks follow from, see `KVClass.rules`.
         in_flight: tokens of a sequence that a step computes at most beside other sequences.
     """
 
     index: int
-    spans: tuple[tuple[int, ...], ...]
+    rules: tuple[tuple[int, ...], ...]
     in_flight: int
+
+    @property
+    def blocks(self) -> FreedBlocks | SelectedBlocks:
+        """Which blocks a sequence holds."""
+        return self.freed
 
     @property
     def freed(self) -> FreedBlocks:
         """Which blocks are freed as a sequence grows."""
-        return freed_blocks(self.spans)
+        return freed_blocks(self.rules)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Returns the most bytes that a sequence takes when it is alone, and a step may compute as much of it as fits."""
         longest = vllm_config.model_config.max_model_len
-        return int(self.page_size_bytes * self.freed.most_held(longest, vllm_config.max_in_flight_tokens))
+        return int(self.page_size_bytes * self.blocks.most_held(longest, vllm_config.max_in_flight_tokens))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Returns whether all are of this class: each has a block table of its own."""
         return all(spec == self for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedSpec(ClassSpec):
+    """What vLLM knows of a class whose blocks have the tokens that gates select."""
+
+    @property
+    def blocks(self) -> SelectedBlocks:
+        """How many blocks a sequence holds."""
+        return selected_blocks(self.rules)
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Returns False: who is selected changes from token to token, in the same block."""
+        return False
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """Returns False: no token lies where its position says."""
+        return False
 
 
 class ClassManager(SingleTypeKVCacheManager):
@@ -139,7 +165,37 @@ class ClassManager(SingleTypeKVCacheManager):
         return tuple([] for _ in groups), 0
 
 
+class SelectedManager(SingleTypeKVCacheManager):
+    """The blocks of a class of selected tokens: as many as there are places, until the request ends."""
+
+    def __init__(self, kv_cache_spec: SelectedSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._blocks = kv_cache_spec.blocks
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        """Returns how many blocks a request of so many tokens lacks."""
+        return max(self._blocks.held(num_tokens) - len(self.req_to_blocks.get(request_id, ())), 0)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Gives a request of so many tokens the blocks that it lacks, and returns them."""
+        found: list[KVCacheBlock] = self.block_pool.get_new_blocks(
+            self.get_num_blocks_to_allocate(request_id, num_tokens)
+        )
+        self.req_to_blocks[request_id].extend(found)
+        if self.records_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in found)
+        return found
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: BlockHashList, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Returns nothing: selected tokens are in no prefix cache."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
 def register() -> None:
-    """Tells vLLM which manager a class has."""
+    """Tells vLLM which managers classes have."""
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # or it takes what is registered here for all that there is
     KVCacheSpecRegistry.register(ClassSpec, ClassManager, uniform_type_base_spec=ClassSpec)
+    KVCacheSpecRegistry.register(SelectedSpec, SelectedManager, uniform_type_base_spec=SelectedSpec)

@@ -54,11 +54,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     memories, freed = list[Any](), list[int]()
     made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
 
-    def of(layer: int, classes: Any) -> Any:
+    def of(layer: int, classes: Any, rules: Any) -> Any:
         for one in classes if not memories else []:
             memories.append(one.kv_cache)
             one.kv_cache.fill_(NAN)
-        return made_of(layer, classes)
+        return made_of(layer, classes, rules)
 
     def free(pool: BlockPool, blocks: Any, *args: Any, **kwargs: Any) -> Any:
         blocks = list(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,14 +39,17 @@ class Blocks:
         """Gives a row blocks for so many tokens, and takes back what none of its queries from there on sees."""
         while len(self.tables) <= row:
             self.tables.append([[] for _ in self.classes])
-        for table in self.tables[row]:
-            while len(table) * 16 < tokens:
+        for one, table in zip(self.classes, self.tables[row], strict=True):
+            wanted = one.heads.blocks.held(tokens) if one.heads.selected else -(-tokens // 16)
+            while len(table) < wanted:
                 table.append(self.free.pop())
 
     def shrink(self, row: int, tokens: int) -> None:
         """Frees what is not seen after so many tokens, fills it with NaN, and has others use it."""
         for one, table in zip(self.classes, self.tables[row], strict=True):
-            freed = one.heads.freed.at(tokens + 1)
+            if one.heads.selected:
+                continue
+            freed = one.heads.blocks.at(tokens + 1)
             for index, block in enumerate(table):
                 if freed.holds(index) and block not in self.free:
                     one.kv_cache[block] = 255
@@ -57,12 +61,11 @@ class Blocks:
 
         starts = torch.tensor([0, *(new for *_, new in steps)]).cumsum(0)
         lengths = torch.tensor([past + new for _, past, new in steps], dtype=torch.int32)
-        found = {}
+        found, width = {}, max(len(table) for row, *_ in steps for table in self.tables[row])
         for index, one in enumerate(self.classes):
             tables = [self.tables[row][index] for row, *_ in steps]
-            width = max(map(len, tables))
             slots = [
-                table[at // 16] * 16 + at % 16
+                0 if one.heads.selected else table[at // 16] * 16 + at % 16
                 for table, (_, past, new) in zip(tables, steps, strict=True)
                 for at in range(past, past + new)
             ]
@@ -71,35 +74,21 @@ class Blocks:
         return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(4))
-def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
-    """Chunks, single tokens and rows beside each other, over memory that is freed and used again."""
+def in_steps(
+    blocks: Blocks, layers: dict[str, Any], drawn: list[list[list[torch.Tensor]]], rng: random.Random, monkeypatch: Any
+) -> list[list[torch.Tensor]]:
+    """Returns attention of rows, computed in chunks, single tokens and beside each other, as vLLM's scheduler may choose.
+
+    Args:
+        blocks: where the rows get theirs.
+        layers: by name; `plan_gate.scores` are set of those that have a gate.
+        drawn: of each layer and row its queries, keys, values, and the tokens' scores where there is a gate.
+        rng: chooses.
+        monkeypatch: the fixture.
+    """
     from moacompress.serving.vllm import attention
 
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    native = rng.choice((None, 40))
-    name = str(dtype).removeprefix("torch.")
-    shape = ModelShape("llama", LAYERS, HEADS, KV_HEADS, WIDTH, name, (native, None), "")
-    plan = random_plan(shape, seed, formats=True)
-    blocks = Blocks(plan, dtype, rng)
-    scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(HEADS))))
-    layers = {
-        f"model.layers.{index}": SimpleNamespace(
-            plan_view=None,
-            plan_classes=blocks.classes,
-            plan_table=as_tensors(RuleTable.of(plan.rules[index], plan.min_window, window)),
-            plan_scores=scores,
-            head_size_v=WIDTH,
-        )
-        for index, window in enumerate(shape.native_windows)
-    }
-    counts = [rng.randint(1, 400) for _ in range(3)]
-    drawn = [
-        [[torch.randn(count, heads, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)] for count in counts]
-        for _ in layers
-    ]
+    counts = [len(row[0]) for row in drawn[0]]
     found = [[torch.full_like(row[0], torch.nan) for row in rows] for rows in drawn]
     done = [0] * len(counts)
     while any(at < count for at, count in zip(done, counts, strict=True)):
@@ -112,16 +101,49 @@ def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
         context = SimpleNamespace(attn_metadata=blocks.metadata(steps), no_compile_layers=layers)
         monkeypatch.setattr(attention, "get_forward_context", lambda context=context: context)
         for index, (layer_name, rows_of) in enumerate(zip(layers, drawn, strict=True)):
-            given = [
-                torch.cat([rows_of[row][part][past : past + new] for row, past, new in steps]) for part in range(3)
-            ]
+            parts = range(len(rows_of[0]))
+            given = [torch.cat([rows_of[row][part][past : past + new] for row, past, new in steps]) for part in parts]
+            for scores in given[3:]:
+                layers[layer_name].plan_gate.scores = scores
             out = torch.empty_like(given[0])
-            attention.attend(*given, out, layer_name)
+            attention.attend(*given[:3], out, layer_name)
             for (row, past, new), part in zip(steps, out.split([new for *_, new in steps]), strict=True):
                 found[index][row][past : past + new] = part
         for row, past, new in steps:
             done[row] = past + new
             blocks.shrink(row, past + new)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
+    """Over memory that is freed and used again."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    native = rng.choice((None, 40))
+    name = str(dtype).removeprefix("torch.")
+    shape = ModelShape("llama", LAYERS, HEADS, KV_HEADS, WIDTH, name, (native, None), "")
+    plan = random_plan(shape, seed, formats=True)
+    blocks = Blocks(plan, dtype, rng)
+    scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(HEADS))))
+    layers = {
+        f"model.layers.{index}": SimpleNamespace(
+            plan_view=None,
+            plan_gate=None,
+            plan_classes=blocks.classes,
+            plan_table=as_tensors(RuleTable.of(plan.rules[index], plan.min_window, window)),
+            plan_scores=scores,
+            head_size_v=WIDTH,
+        )
+        for index, window in enumerate(shape.native_windows)
+    }
+    counts = [rng.randint(1, 400) for _ in range(3)]
+    drawn = [
+        [[torch.randn(count, heads, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)] for count in counts]
+        for _ in layers
+    ]
+    found = in_steps(blocks, layers, drawn, rng, monkeypatch)
     for index, (layer, rows_of) in enumerate(zip(layers.values(), drawn, strict=True)):
         for row, (query, key, value) in enumerate(rows_of):
             parts = [part.transpose(0, 1)[None].float() for part in (query, key, value)]

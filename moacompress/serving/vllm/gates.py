@@ -1,0 +1,88 @@
+"""The gates of attention layers: they score tokens by what the projections of queries, keys and values get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_weight_loader_v2_supported_method
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
+
+from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.gate_scores import rounded_scores, scored
+
+
+class LayerGate(nn.Module):
+    """A linear probe for each KV head of a layer.
+
+    Its weights are not numbers until they are loaded.
+
+    Args:
+        kv_heads: of the layer.
+        inputs: numbers of what enters it.
+        dtype: of the weights.
+
+    Attributes:
+        scores: of the tokens that the layer computes now, int16 `[tokens, kv_heads]`; None before the first ones.
+    """
+
+    def __init__(self, kv_heads: int, inputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((kv_heads, inputs), torch.nan, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.full((kv_heads,), torch.nan, dtype=dtype), requires_grad=False)
+        self.scores: torch.Tensor | None = None
+        for parameter in (self.weight, self.bias):
+            set_weight_attrs(parameter, {"weight_loader": default_weight_loader})
+
+    def score(self, hidden: torch.Tensor) -> None:
+        """Keeps the scores of tokens until they are attended from.
+
+        Args:
+            hidden: what enters the layer's attention, `[tokens, inputs]`.
+        """
+        self.scores = rounded_scores(scored(hidden, self.weight, self.bias))
+
+    def of_tokens(self, tokens: int) -> torch.Tensor:
+        """Returns the scores of the tokens that are attended from, int16 `[tokens, kv_heads]`.
+
+        Raises:
+            UnsupportedError: they were not scored.
+        """
+        if self.scores is None or len(self.scores) != tokens:
+            raise UnsupportedError(
+                "vLLM cannot serve this model under a plan with gates: its queries, keys and values come of no layer of the "
+                "kind QKVParallelLinear, so there is nothing that gates could score; search a plan without (`--gates none`)"
+            )
+        return self.scores
+
+    def check_loaded(self, layer_name: str) -> None:
+        """Refuses weights that the checkpoint does not have.
+
+        Raises:
+            PlanError: some are no numbers.
+        """
+        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
+            raise PlanError(f"the checkpoint has no weights for the gate of {layer_name}; export it again")
+
+
+@register_weight_loader_v2_supported_method
+class ScoringLinearMethod(UnquantizedLinearMethod):
+    """Projections as they are, whose inputs a gate scores.
+
+    Args:
+        gates: by layer; those there are when the model runs.
+        layer: index of the projections' layer.
+    """
+
+    def __init__(self, gates: Mapping[int, LayerGate], layer: int) -> None:
+        super().__init__()
+        self.gates, self.layer = gates, layer
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the projections of `x`, `[tokens, inputs]`."""
+        if self.layer in self.gates:
+            self.gates[self.layer].score(x)
+        found: torch.Tensor = super().apply(layer, x, bias)
+        return found

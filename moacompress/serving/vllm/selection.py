@@ -1,0 +1,180 @@
+"""The tokens that gates select of a layer, in vLLM's blocks.
+
+Scores lie beside keys and values, so that who is selected follows from the blocks alone. While a step computes a sequence of n
+tokens, those that have left the windows of its query n + 1 compete at the end of the layer's attention, and those that win are
+copied to the places of those that they replace: before the next step, vLLM gives the blocks that they were in to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moacompress.core.arrays import Bools, Ints
+from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.backend import Backend
+from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.reference.passing import PartOfSoftmax
+from moacompress.kernels.selected_attention import attend_selected
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.selection import EvictionSchedule, competing_tokens
+from moacompress.rules.windows import BLOCK
+
+
+@dataclass
+class SelectedPart:
+    """Where the selected tokens of a KV head lie, and the scores of all its tokens.
+
+    Attributes:
+        keys: their part of all blocks.
+        values: likewise.
+        scores: of selected tokens, int16 `[blocks, 16]`.
+        window_scores: of tokens of sinks and window.
+        of_class: the class of its selected tokens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    window_scores: torch.Tensor
+    of_class: int
+
+
+class SelectedMemory:
+    """Where what gates select of a layer lies; block ids count on through `keys`, windows first.
+
+    Args:
+        rules: of the KV heads, in numpy.
+        keys: of each KV head its part of all blocks.
+        values: likewise.
+        kv_parts: how keys and how values are kept, of each KV head.
+        parts: of each KV head that selects, by its index.
+    """
+
+    def __init__(
+        self,
+        rules: RuleTable,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        kv_parts: Sequence[tuple[KVPart, KVPart]],
+        parts: dict[int, SelectedPart],
+    ) -> None:
+        self.rules, self.parts, self.kv_parts, self.blocks = rules, parts, kv_parts, len(keys[0])
+        self.keys = [*keys, *(part.keys for part in parts.values())]
+        self.values = [*values, *(part.values for part in parts.values())]
+        self.of_class = torch.tensor([parts[head].of_class if head in parts else 0 for head in range(len(keys))])
+        first = {head: number for number, head in enumerate(parts, len(keys))}
+        self.first = torch.tensor([first.get(head, 0) * self.blocks for head in range(len(keys))], dtype=torch.int32)
+        windows = ((head, part.window_scores.numpy()) for head, part in parts.items())
+        chosen = ((first[head], part.scores.numpy()) for head, part in parts.items())
+        self._scores: dict[int, npt.NDArray[np.int16]] = dict(chain(windows, chosen))
+
+    def put_scores(self, slots: torch.Tensor, scores: torch.Tensor) -> None:
+        """Writes the scores of new tokens.
+
+        Args:
+            slots: where they lie, int64 `[tokens, kv_heads]`.
+            scores: int16 `[tokens, kv_heads]`.
+        """
+        for head, part in self.parts.items():
+            part.window_scores[slots[:, head] // BLOCK, slots[:, head] % BLOCK] = scores[:, head]
+
+    def scores_of(self, slots: Ints) -> Ints:
+        """Returns the scores of tokens that lie at block id * 16 + place, `[tokens]`."""
+        found, (segments, blocks) = np.empty(len(slots), np.int64), np.divmod(slots // BLOCK, self.blocks)
+        for segment, scores in self._scores.items():
+            at = np.flatnonzero(segments == segment)
+            found[at] = scores[blocks[at], slots[at] % BLOCK]
+        return found
+
+    def move(self, heads: Ints, slots: Ints, to: Ints) -> None:
+        """Copies tokens from windows to places of selected ones, with their scores.
+
+        Args:
+            heads: KV head of each, `[tokens]`.
+            slots: where they are, as of `scores_of`.
+            to: where they go to.
+        """
+        slots, to = slots % (self.blocks * BLOCK), to % (self.blocks * BLOCK)
+        for head, part in self.parts.items():
+            at = np.flatnonzero(heads == head)
+            if not len(at):
+                continue
+            source, target = torch.from_numpy(slots[at]), torch.from_numpy(to[at])
+            key, value = self.kv_parts[head]
+            key.move(self.keys[head], source, part.keys, target)
+            value.move(self.values[head], source, part.values, target)
+            part.scores[target // BLOCK, target % BLOCK] = part.window_scores[source // BLOCK, source % BLOCK]
+
+
+class Selection:
+    """What becomes of selected tokens in a step.
+
+    Args:
+        memory: of the layer; the step's tokens are in it already.
+        tables: block ids of windows and of selected tokens, int32 `[rows, kv_heads, width]` each.
+        past: tokens of each row before the step, `[rows]`.
+        lengths: after it, likewise.
+        backend: that lets tokens compete.
+    """
+
+    def __init__(
+        self,
+        memory: SelectedMemory,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        past: Ints,
+        lengths: Ints,
+        backend: Backend,
+    ) -> None:
+        self._memory, self._table, self._lengths = memory, tables[1], lengths
+        rules = memory.rules
+        tokens = competing_tokens(rules, rules.tokens_left(past + 1), rules.tokens_left(lengths + 1))
+        self._ids = np.stack([table.numpy() for table in tables])
+        scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
+        self.schedule = backend.eviction_schedule(tokens, rules, scores)
+
+    def passing(self, row: int) -> Passing:
+        """Returns the selected tokens that the new queries of a row attend to."""
+        tokens = self.schedule.of_rows(np.array([row])).ever_selected
+        slots = _slots(tokens, tokens.positions < 0, self._ids[:, row : row + 1])
+        return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
+
+    def attend(self, query: torch.Tensor, rows: torch.Tensor | slice, scores: Scores, value_dim: int) -> PartOfSoftmax:
+        """Attention of the one new query of some rows over the tokens that are selected for it.
+
+        Args:
+            query: `[rows, heads, head_dim]`.
+            rows: which, int64 `[rows]`, or all.
+            scores: how scores are made.
+            value_dim: numbers of a value.
+        """
+        memory = self._memory
+        cache = CacheView(memory.keys, memory.values, self._table[rows], value_dim)
+        counts = memory.rules.selected(self._lengths)[rows if isinstance(rows, slice) else rows.numpy()]
+        return attend_selected(query, cache, counts, memory.rules, scores)
+
+    def commit(self) -> None:
+        """Copies tokens that are selected from now on to their places."""
+        admitted = self.schedule.newly_selected
+        if len(admitted.places):
+            _, heads = admitted.rows_and_heads
+            never, always = np.zeros_like(heads, np.bool_), np.ones_like(heads, np.bool_)
+            self._memory.move(heads, _slots(admitted, never, self._ids), _slots(admitted, always, self._ids))
+
+
+def _slots(tokens: EvictionSchedule, selected: Bools, ids: Ints) -> Ints:
+    """Returns block id * 16 + place of tokens, int64 `[tokens]`.
+
+    Args:
+        tokens: which.
+        selected: of each whether it is looked for in its place among selected ones, or in its window.
+        ids: block ids of windows and of selected tokens, `[2, rows, kv_heads, width]`.
+    """
+    numbers = np.where(selected, tokens.places, tokens.positions)
+    blocks = ids[(selected.astype(np.int64), *tokens.rows_and_heads, numbers // BLOCK)]
+    return blocks.astype(np.int64) * BLOCK + numbers % BLOCK
