@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from moacompress.core.errors import UsageError
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.windows import BLOCK, Span, selected, tokens_left
 from moacompress.serving.vllm.classes import kv_classes, kv_heads
+from moacompress.serving.vllm.selected_blocks import selected_blocks
 from tests.plan_kinds import random_plan
 
 
@@ -73,3 +76,60 @@ def test_two_sliding_windows_share_no_class():
     plan = Plan.uniform(shape(native=(64, None, None, 64, None, 300)), Rule(4, 20, 0))
     with pytest.raises(UsageError, match="2 classes of KV heads are too few: the model has 3 different"):
         kv_classes(plan, torch.bfloat16, 2)
+
+
+def gated(seed: int, layers: int = 6) -> Plan:
+    """Returns a plan in which most KV heads select."""
+    rng = random.Random(seed)
+
+    def rule() -> Rule:
+        formats = rng.choices([*FORMATS], k=2)
+        return Rule(4, rng.choice((0, 40)), 0, *formats, *rng.choice(((0, 0), (30, 0), (100, 60), (0, 300))))
+
+    rules = tuple(tuple(rule() for _ in range(3)) for _ in range(layers))
+    return Plan(shape(layers), 16, rules, gates="0" * 16)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_selected_tokens_have_classes_of_their_own(seed):
+    plan, n = gated(seed), 1500
+    found = kv_classes(plan, torch.bfloat16, random.Random(seed).choice((2, 6, 18)), n)
+    assert [one.selected for one in found.classes] == sorted(one.selected for one in found.classes)
+    heads = [(layer, h) for layer in range(6) for h in range(3)]
+    for of_gates, expected in (
+        (False, heads),
+        (True, [at for at in heads if plan.rules[at[0]][at[1]].selects]),
+    ):
+        classes = [one for one in found.classes if one.selected == of_gates]
+        assert sorted((head.layer, head.index) for one in classes for head in one.heads) == expected
+        assert all(sum(head.nbytes for head in one.heads) <= found.block_bytes for one in classes)
+    for tokens in (1, 100, n):
+        assert plan.kv_bytes(tokens) <= found.held_bytes(tokens) <= found.most_held_bytes(tokens, 256)
+
+
+def test_a_class_for_each_rule_holds_selected_tokens_as_the_plan_says():
+    rules = (Rule(4, 100, 0, select_alpha=100), Rule(16, 20, 100, select_beta_q=200))
+    plan = Plan(shape(kv_heads=2), 16, (rules,) * 6, gates="0" * 16)
+    found = kv_classes(plan, torch.bfloat16, 4)
+    assert [one.selected for one in found.classes] == [False, False, True, True]
+    for n in (700, 1000, 5000):
+        assert found.held_bytes(n) == plan.kv_bytes(n)
+
+
+def test_selected_tokens_need_a_class():
+    with pytest.raises(
+        UsageError, match="1 classes of KV heads are too few: the model has 1 different .* gates select"
+    ):
+        kv_classes(gated(1), torch.bfloat16, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_places_of_selected_tokens(seed):
+    """There are as many as the next query needs, at every length, and never fewer than before."""
+    plan = gated(seed, layers=1)
+    heads = [head for head in kv_heads(plan, torch.bfloat16) if head.rule.selects]
+    blocks, before = selected_blocks(tuple(sorted({head.select for head in heads}))), 0
+    for n in range(1, 2500):
+        most = max(int(selected(tokens_left(n + 1, Span(*head.span)), *head.select[-2:])) for head in heads)
+        assert before <= blocks.held(n) == blocks.most_held(n, 99) == -(-most // BLOCK)
+        before = blocks.held(n)

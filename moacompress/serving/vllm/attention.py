@@ -160,6 +160,7 @@ class PlanAttention(Attention):
             query.view(-1, self.num_heads, self.head_size),
             key.view(-1, self.num_kv_heads, self.head_size),
             value.view(-1, self.num_kv_heads, self.head_size_v),
+            None if self.plan_gate is None else self.plan_gate.take(len(query)),
             out,
             self.layer_name,
         )
@@ -326,20 +327,27 @@ class _Steps:
 _steps = _Steps()
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    of_gate: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
     """Attends from new tokens to what their sequences hold, and puts them into the cache.
 
     Args:
         query: `[tokens, heads, head_dim]`.
         key: `[tokens, kv_heads, head_dim]`.
         value: likewise.
+        of_gate: the tokens' scores, int16 `[tokens, kv_heads]`; None where no rule selects.
         output: as `query`; written to.
         layer_name: of a `PlanAttention`.
     """
     context = get_forward_context()
     metadata: Any = context.attn_metadata
     layer: PlanAttention = context.no_compile_layers[layer_name]
-    of_gates = None if layer.plan_gate is None else layer.plan_gate.of_tokens(len(query))
     if metadata is None:  # vLLM tries the model out before there is a cache
         output.zero_()
         return
@@ -357,8 +365,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
     backend.put(memory.key_parts, memory.keys, slots, key[:tokens])
     backend.put(memory.value_parts, memory.values, slots, value[:tokens])
     selection = None
-    if memory.selected is not None and of_gates is not None:
-        memory.selected.put_scores(slots, of_gates[:tokens])
+    if memory.selected is not None and of_gate is not None:
+        memory.selected.put_scores(slots, of_gate[:tokens])
         both = tables, step.table_of(memory.selected.of_class, memory.selected.first)
         selection = Selection(memory.selected, both, step.past.numpy(), step.lengths.numpy(), backend)
     for row, begin, end in step.chunks:
@@ -393,10 +401,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: 
         selection.commit()
 
 
-_LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name) -> ()")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? of_gate, Tensor(a!) output, str layer_name) -> ()"
+)
 _LIBRARY.impl("attend", attend, "CPU")
 torch.library.register_fake(
-    "moacompress_vllm::attend", lambda query, key, value, output, layer_name: None, lib=_LIBRARY
+    "moacompress_vllm::attend", lambda query, key, value, of_gate, output, layer_name: None, lib=_LIBRARY
 )
 
 

@@ -25,7 +25,7 @@ class LayerGate(nn.Module):
         dtype: of the weights.
 
     Attributes:
-        scores: of the tokens that the layer computes now, int16 `[tokens, kv_heads]`; None before the first ones.
+        scores: of the tokens that the layer computes now, int16 `[tokens, kv_heads]`; None until they are scored.
     """
 
     def __init__(self, kv_heads: int, inputs: int, dtype: torch.dtype) -> None:
@@ -44,18 +44,21 @@ class LayerGate(nn.Module):
         """
         self.scores = rounded_scores(scored(hidden, self.weight, self.bias))
 
-    def of_tokens(self, tokens: int) -> torch.Tensor:
-        """Returns the scores of the tokens that are attended from, int16 `[tokens, kv_heads]`.
+    def take(self, tokens: int) -> torch.Tensor:
+        """Returns the scores of the tokens that are attended from, int16 `[tokens, kv_heads]`, and keeps them no longer.
+
+        So a graph that is compiled has them go from here to there, and nothing to keep at its end.
 
         Raises:
             UnsupportedError: they were not scored.
         """
-        if self.scores is None or len(self.scores) != tokens:
+        scores, self.scores = self.scores, None
+        if scores is None or len(scores) != tokens:
             raise UnsupportedError(
                 "vLLM cannot serve this model under a plan with gates: its queries, keys and values come of no layer of the "
                 "kind QKVParallelLinear, so there is nothing that gates could score; search a plan without (`--gates none`)"
             )
-        return self.scores
+        return scores
 
     def check_loaded(self, layer_name: str) -> None:
         """Refuses weights that the checkpoint does not have.

@@ -82,20 +82,15 @@ def _selects(model_config: Any) -> bool:
     return Plan.from_dict(written["plan"]).selects
 
 
-def leave_out(vllm_config: VllmConfig) -> None:
-    """Switches off what plans with gates cannot have, and says so: the prefix cache and compiled graphs."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    if not _selects(model):
-        return
-    if cache.enable_prefix_caching:
+def leave_out_prefixes(vllm_config: VllmConfig) -> None:
+    """Switches the prefix cache off where gates choose tokens, and says so: vLLM does not tell a default from a wish."""
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching and _selects(vllm_config.model_config):
         cache.enable_prefix_caching = False
         logger.warning(
-            "the prefix cache is off: gates choose tokens under this plan, and what they chose is not known of a prefix "
+            "the prefix cache is off: gates choose tokens under this plan, and what they chose of a prefix is not kept "
             "(--no-enable-prefix-caching leaves this line out)"
         )
-    if not model.enforce_eager:
-        model.enforce_eager = True
-        logger.info("the model is not compiled: gates score what enters its attention layers (as with --enforce-eager)")
 
 
 def limit_chunks(vllm_config: VllmConfig) -> None:
@@ -132,7 +127,7 @@ class _Asked(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         if vllm_config.model_config.quantization == "moacompress":
             refuse(vllm_config)
-            leave_out(vllm_config)
+            leave_out_prefixes(vllm_config)
             limit_chunks(vllm_config)
         super().verify_and_update_config(vllm_config)
 

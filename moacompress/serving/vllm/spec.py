@@ -35,11 +35,6 @@ class ClassSpec(AttentionSpec):
     @property
     def blocks(self) -> FreedBlocks | SelectedBlocks:
         """Which blocks a sequence holds."""
-        return self.freed
-
-    @property
-    def freed(self) -> FreedBlocks:
-        """Which blocks are freed as a sequence grows."""
         return freed_blocks(self.rules)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -77,7 +72,7 @@ class ClassManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: ClassSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._rule = kv_cache_spec.freed
+        self._rule = freed_blocks(kv_cache_spec.rules)
         self._in_flight = kv_cache_spec.in_flight
         self._done: dict[str, tuple[int, int]] = {}
 
@@ -153,7 +148,7 @@ class ClassManager(SingleTypeKVCacheManager):
         for blocks in range(most, 0, -1):
             if blocks * BLOCK % alignment_tokens:
                 continue
-            freed = kv_cache_spec.freed.at(blocks * BLOCK + 1)
+            freed = freed_blocks(kv_cache_spec.rules).at(blocks * BLOCK + 1)
             front, gap, gap_end = (min(bound, blocks) for bound in freed)
             if missing[max(gap, front)] - missing[front] or missing[blocks] - missing[max(gap_end, front)]:
                 continue

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from moacompress.rules.plan import Plan
 
 VOCABULARY = 160
+NAN = 255
+"""A byte: of such, all native numbers and all scales of codes are NaN."""
 WIDTH = 32
 """Numbers of a head: the smallest that vLLM's own attention on CPUs knows."""
 
@@ -109,6 +111,53 @@ def engine() -> Iterator[Callable[..., Engine]]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills memory with NaN when it is made and blocks when they are freed; returns the numbers of those freed."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    from moacompress.serving.vllm import attention
+
+    memories, freed = list[Any](), list[int]()
+    made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
+
+    def of(layer: int, classes: Any, rules: Any) -> Any:
+        for one in classes if not memories else []:
+            memories.append(one.kv_cache)
+            one.kv_cache.fill_(NAN)
+        return made_of(layer, classes, rules)
+
+    def free(pool: BlockPool, blocks: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks = list(blocks)
+        found = free_blocks(pool, blocks, *args, **kwargs)
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null and block.block_hash is None:
+                freed.append(block.block_id)
+                for memory in memories[:1]:  # all classes are in the same
+                    memory[block.block_id] = NAN
+        return found
+
+    monkeypatch.setattr(attention._LayerMemory, "of", staticmethod(of))
+    monkeypatch.setattr(BlockPool, "free_blocks", free)
+    return freed
+
+
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns the names of requests that are preempted, as they are."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    names = list[str]()
+    preempt = Scheduler._preempt_request
+
+    def count(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", count)
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,6 @@ from tests.serving.engine.conftest import VOCABULARY
 pytestmark = pytest.mark.usefixtures("poisoned")
 CLOSE = 2e-4
 """Largest difference of a log-probability in float32."""
-NAN = 255
-"""A byte: of such, all native numbers and all scales of codes are NaN."""
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = (17, 100, 431, 700, 1500)) -> list[list[int]]:
@@ -42,37 +40,6 @@ def everything(model: Any) -> Plan:
     from moacompress.models.source import model_shape
 
     return Plan.full(model_shape(model))
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills memory with NaN when it is made and blocks when they are freed; returns the numbers of those freed."""
-    from vllm.v1.core.block_pool import BlockPool
-
-    from moacompress.serving.vllm import attention
-
-    memories, freed = list[Any](), list[int]()
-    made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
-
-    def of(layer: int, classes: Any, rules: Any) -> Any:
-        for one in classes if not memories else []:
-            memories.append(one.kv_cache)
-            one.kv_cache.fill_(NAN)
-        return made_of(layer, classes, rules)
-
-    def free(pool: BlockPool, blocks: Any, *args: Any, **kwargs: Any) -> Any:
-        blocks = list(blocks)
-        found = free_blocks(pool, blocks, *args, **kwargs)
-        for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null and block.block_hash is None:
-                freed.append(block.block_id)
-                for memory in memories[:1]:  # all classes are in the same
-                    memory[block.block_id] = NAN
-        return found
-
-    monkeypatch.setattr(attention._LayerMemory, "of", staticmethod(of))
-    monkeypatch.setattr(BlockPool, "free_blocks", free)
-    return freed
 
 
 def agree(found: list[Any], model: Any, expected: Callable[..., list[float]]) -> float:
@@ -146,17 +113,7 @@ def test_prefixes_are_found_again(engine, checkpoints, expected):
     assert agree([*at_once, *before, *again, *continued, *others, *served.ask(prompts())], model, expected) < CLOSE
 
 
-def test_preempted_requests_are_computed_again(engine, checkpoints, expected, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = list[str]()
-    preempt = Scheduler._preempt_request
-
-    def count(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.request_id)
-        return preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", count)
+def test_preempted_requests_are_computed_again(engine, checkpoints, expected, preempted):
     folder, model = checkpoints(spans)
     served = engine(folder, kv_cache_memory_bytes=2 << 20, max_model_len=1024, max_num_batched_tokens=512)
     found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450, 250, 100)), new=400)

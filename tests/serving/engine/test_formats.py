@@ -81,8 +81,8 @@ def in_steps(
 
     Args:
         blocks: where the rows get theirs.
-        layers: by name; `plan_gate.scores` are set of those that have a gate.
-        drawn: of each layer and row its queries, keys, values, and the tokens' scores where there is a gate.
+        layers: by name.
+        drawn: of each layer and row its queries, keys, values, and the tokens' scores where a gate selects.
         rng: chooses.
         monkeypatch: the fixture.
     """
@@ -103,10 +103,8 @@ def in_steps(
         for index, (layer_name, rows_of) in enumerate(zip(layers, drawn, strict=True)):
             parts = range(len(rows_of[0]))
             given = [torch.cat([rows_of[row][part][past : past + new] for row, past, new in steps]) for part in parts]
-            for scores in given[3:]:
-                layers[layer_name].plan_gate.scores = scores
             out = torch.empty_like(given[0])
-            attention.attend(*given[:3], out, layer_name)
+            attention.attend(*given[:3], given[3] if parts.stop > 3 else None, out, layer_name)
             for (row, past, new), part in zip(steps, out.split([new for *_, new in steps]), strict=True):
                 found[index][row][past : past + new] = part
         for row, past, new in steps:
@@ -130,7 +128,6 @@ def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
     layers = {
         f"model.layers.{index}": SimpleNamespace(
             plan_view=None,
-            plan_gate=None,
             plan_classes=blocks.classes,
             plan_table=as_tensors(RuleTable.of(plan.rules[index], plan.min_window, window)),
             plan_scores=scores,

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from moacompress.core.errors import MoaCompressError
 from moacompress.kernels.arguments import Passing, Scores, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import REFERENCE
@@ -20,11 +22,10 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import competing_tokens, eviction_schedule
-from tests.plan_kinds import gated_plan
-from tests.serving.engine.test_exact import CLOSE, agree, poisoned, prompts
+from tests.plan_kinds import gated_plan, gates
+from tests.serving.engine.test_exact import CLOSE, agree, prompts
 from tests.serving.engine.test_formats import HEADS, KV_HEADS, LAYERS, WIDTH, Blocks, in_steps
 
-assert poisoned  # a fixture
 GROWTH = ((9, 0), (5, 0), (40, 0), (0, 200), (0, 0))
 
 
@@ -57,8 +58,6 @@ def seen(rules: RuleTable, scores: torch.Tensor) -> Passing:
 @pytest.mark.parametrize("seed", range(6))
 def test_steps_select_as_all_at_once(seed, dtype, monkeypatch):
     """By scores with many equals, over memory that is freed and used again, in every format."""
-    from moacompress.serving.vllm.gates import LayerGate
-
     rng = random.Random(seed)
     torch.manual_seed(seed)
     shape = ModelShape("llama", LAYERS, HEADS, KV_HEADS, WIDTH, str(dtype).removeprefix("torch."), (None,) * LAYERS, "")
@@ -69,7 +68,6 @@ def test_steps_select_as_all_at_once(seed, dtype, monkeypatch):
     layers = {
         f"model.layers.{index}": SimpleNamespace(
             plan_view=None,
-            plan_gate=LayerGate(KV_HEADS, 8, dtype),
             plan_classes=blocks.classes,
             plan_table=as_tensors(RuleTable.of(rules, plan.min_window)),
             plan_scores=scores,
@@ -98,14 +96,9 @@ def test_steps_select_as_all_at_once(seed, dtype, monkeypatch):
             assert error < (2e-5 if dtype == torch.float32 else 3e-2), (index, row)
 
 
-def chosen(model: Any) -> Plan:
-    """Returns a plan whose gates choose, in the model's own dtype."""
-    return gated_plan(model, 5)
-
-
 @pytest.mark.parametrize("chunk", [17, 96, 256])
 def test_gates(engine, checkpoints, expected, poisoned, chunk):
-    folder, model = checkpoints(chosen)
+    folder, model = checkpoints(gates)
     served = engine(folder, max_num_batched_tokens=chunk)
     together = served.ask(prompts())
     assert agree(together, model, expected) < CLOSE
@@ -113,3 +106,87 @@ def test_gates(engine, checkpoints, expected, poisoned, chunk):
     assert len(poisoned) > 100
     pool = served.core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+def test_other_families(engine, checkpoints, expected, poisoned, family):
+    """Layers with a sliding window of their own, in which no rule selects."""
+    folder, model = checkpoints(gates, family)
+    assert agree(engine(folder).ask(prompts()), model, expected) < CLOSE
+    assert poisoned
+
+
+def test_few_are_selected_of_long_prompts(engine, checkpoints, expected, poisoned):
+    """Windows that grow by none: most of a prompt competes for two places, and leaves while it is computed."""
+
+    def narrow(model: Any) -> Plan:
+        plan = gated_plan(model, 3)
+        row = (Rule(4, 0, 0, select_alpha=2), Rule(4, 0, 0, select_alpha=17))
+        return replace(plan, rules=(row,) * plan.model.layers)
+
+    folder, model = checkpoints(narrow)
+    served = engine(folder, max_num_batched_tokens=64)
+    assert agree(served.ask(prompts(2, (1, 2, 15, 16, 17, 22, 1000, 1900)), new=40), model, expected) < CLOSE
+
+
+def test_formats(engine, checkpoints, expected, poisoned):
+    """A code that rounds the other way, and who is selected by it, is all that may differ."""
+
+    def mixed(model: Any) -> Plan:
+        plan, rng = gated_plan(model, 7), random.Random(7)
+        return replace(
+            plan, rules=tuple(tuple(one.in_formats(*rng.choices([*FORMATS], k=2)) for one in row) for row in plan.rules)
+        )
+
+    folder, model = checkpoints(mixed)
+    difference = agree(engine(folder, max_num_batched_tokens=96).ask(prompts(), new=40), model, expected)
+    assert difference < 0.02
+
+
+def test_preempted_requests_are_computed_again(engine, checkpoints, expected, poisoned, preempted):
+    folder, model = checkpoints(gates)
+    served = engine(folder, kv_cache_memory_bytes=576 << 10, max_model_len=1024, max_num_batched_tokens=128)
+    found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450)), new=120)
+    assert preempted
+    assert agree(found, model, expected) < CLOSE
+
+
+def test_who_is_not_committed_is_missed(engine, checkpoints, expected, monkeypatch):
+    """The negative control: these tests see whether the right tokens are selected."""
+    from moacompress.serving.vllm.selection import Selection
+
+    commit, left = Selection.commit, [40]
+
+    def all_but_some(self: Selection) -> None:
+        left[0] -= 1
+        if left[0] < 0 or left[0] % 8:
+            commit(self)
+
+    folder, model = checkpoints(gates)
+    monkeypatch.setattr(Selection, "commit", all_but_some)
+    difference = agree(engine(folder, max_num_batched_tokens=96).ask(prompts(0, (700,))), model, expected)
+    assert not difference < CLOSE
+
+
+def test_prefixes_are_not_cached(engine, checkpoints, expected, caplog):
+    folder, model = checkpoints(gates)
+    served = engine(folder, enable_prefix_caching=True)
+    assert not served.core.vllm_config.cache_config.enable_prefix_caching
+    twice = [*served.ask(prompts(4, (500,))), *served.ask(prompts(4, (500,)))]
+    assert not any(answer.cached for answer in twice)
+    assert agree(twice, model, expected) < CLOSE
+
+
+def test_refused_in_a_sentence(engine, checkpoints):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    folder, _ = checkpoints(gates)
+    with pytest.raises(MoaCompressError, match="with drafts where its gates choose tokens; leave out --speculative"):
+        engine(folder, speculative_config=drafts)
+
+
+def test_a_checkpoint_without_its_gates_is_refused(engine, checkpoints):
+    folder, _ = checkpoints(gates)
+    (file,) = folder.glob("model*.safetensors")
+    save_file({name: part for name, part in load_file(file).items() if ".gate." not in name}, file, {"format": "pt"})
+    with pytest.raises(MoaCompressError, match=r"no weights for the gate of model\.layers\.0.* export it again"):
+        engine(folder)

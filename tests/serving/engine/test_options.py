@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moacompress.core.errors import MoaCompressError
+from tests.plan_kinds import gates
 from tests.serving.engine.conftest import Answer
 from tests.serving.engine.test_exact import CLOSE, agree, spans
 
@@ -92,11 +93,13 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"speculative_config": DRAFTS, "enforce_eager": True}], ids=["compiled", "drafts"]
+    ("plan_of", "options"),
+    [(spans, {}), (gates, {}), (spans, {"speculative_config": DRAFTS, "enforce_eager": True})],
+    ids=["compiled", "compiled-gates", "drafts"],
 )
-def test_processes_of_their_own(checkpoints, expected, tmp_path, options):
+def test_processes_of_their_own(checkpoints, expected, tmp_path, plan_of, options):
     """As a server runs it: processes for engine and worker, the model compiled; drafts by n-grams of prompts that repeat."""
-    folder, model = checkpoints(spans)
+    folder, model = checkpoints(plan_of)
     script = tmp_path / "serve.py"
     script.write_text(PROCESSES)
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
