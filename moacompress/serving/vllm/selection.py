@@ -177,4 +177,5 @@ def _slots(tokens: EvictionSchedule, selected: Bools, ids: Ints) -> Ints:
     """
     numbers = np.where(selected, tokens.places, tokens.positions)
     blocks = ids[(selected.astype(np.int64), *tokens.rows_and_heads, numbers // BLOCK)]
-    return blocks.astype(np.int64) * BLOCK + numbers % BLOCK
+    slots: Ints = blocks.astype(np.int64) * BLOCK + numbers % BLOCK
+    return slots
