@@ -146,7 +146,7 @@ def test_formats(engine, checkpoints, expected, poisoned):
 def test_preempted_requests_are_computed_again(engine, checkpoints, expected, poisoned, preempted):
     folder, model = checkpoints(gates)
     served = engine(folder, kv_cache_memory_bytes=576 << 10, max_model_len=1024, max_num_batched_tokens=128)
-    found = served.ask(prompts(3, (300, 500, 400, 200, 350, 450)), new=120)
+    found = served.ask(prompts(3, (60, 80, 100, 120, 140, 160)), new=300)
     assert preempted
     assert agree(found, model, expected) < CLOSE
 
