@@ -180,7 +180,9 @@ def main() -> None:
         )
         row = next((line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")), None)
         if row is None:
-            sys.exit(f"{folder} cannot be served (exit code {done.returncode}):\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
+            sys.exit(
+                f"{folder} cannot be served (exit code {done.returncode}):\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+            )
         rows.append(json.loads(row))
         if not given.json:
             one = rows[-1]
