@@ -83,8 +83,8 @@ def gated(seed: int, layers: int = 6) -> Plan:
     rng = random.Random(seed)
 
     def rule() -> Rule:
-        formats = rng.choices([*FORMATS], k=2)
-        return Rule(4, rng.choice((0, 40)), 0, *formats, *rng.choice(((0, 0), (30, 0), (100, 60), (0, 300))))
+        keys, values = rng.choices([*FORMATS], k=2)
+        return Rule(4, rng.choice((0, 40)), 0, keys, values, *rng.choice(((0, 0), (30, 0), (100, 60), (0, 300))))
 
     rules = tuple(tuple(rule() for _ in range(3)) for _ in range(layers))
     return Plan(shape(layers), 16, rules, gates="0" * 16)
@@ -102,7 +102,10 @@ def test_selected_tokens_have_classes_of_their_own(seed):
     ):
         classes = [one for one in found.classes if one.selected == of_gates]
         assert sorted((head.layer, head.index) for one in classes for head in one.heads) == expected
-        assert all(sum(head.nbytes for head in one.heads) <= found.block_bytes for one in classes)
+        assert all(
+            (one.units * one.unit_bytes if of_gates else sum(head.nbytes for head in one.heads)) <= found.block_bytes
+            for one in classes
+        )
     for tokens in (1, 100, n):
         assert plan.kv_bytes(tokens) <= found.held_bytes(tokens) <= found.most_held_bytes(tokens, 256)
 
@@ -111,7 +114,7 @@ def test_a_class_for_each_rule_holds_selected_tokens_as_the_plan_says():
     rules = (Rule(4, 100, 0, select_alpha=100), Rule(16, 20, 100, select_beta_q=200))
     plan = Plan(shape(kv_heads=2), 16, (rules,) * 6, gates="0" * 16)
     found = kv_classes(plan, torch.bfloat16, 4)
-    assert [one.selected for one in found.classes] == [False, False, True, True]
+    assert [one.selected for one in found.classes] == [False, False, True]
     for n in (700, 1000, 5000):
         assert found.held_bytes(n) == plan.kv_bytes(n)
 
@@ -125,11 +128,17 @@ def test_selected_tokens_need_a_class():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_places_of_selected_tokens(seed):
-    """There are as many as the next query needs, at every length, and never fewer than before."""
-    plan = gated(seed, layers=1)
+    """There are as many as the next query needs, at every length; each unit is one KV head's, and stays so."""
+    plan, per_block, longest = gated(seed, layers=2), 1 + seed, 2500
     heads = [head for head in kv_heads(plan, torch.bfloat16) if head.rule.selects]
-    blocks, before = selected_blocks(tuple(sorted({head.select for head in heads}))), 0
-    for n in range(1, 2500):
-        most = max(int(selected(tokens_left(n + 1, Span(*head.span)), *head.select[-2:])) for head in heads)
-        assert before <= blocks.held(n) == blocks.most_held(n, 99) == -(-most // BLOCK)
-        before = blocks.held(n)
+    blocks = selected_blocks(tuple(head.select for head in heads), per_block)
+    units = blocks.units(longest)
+    assert sorted(unit for some in units for unit in some) == [*range(sum(map(len, units)))]
+    assert -(-sum(map(len, units)) // per_block) == blocks.held(longest)  # no more than a row of the block table has
+    for some, few in zip(units, blocks.units(1100), strict=True):
+        assert some[: len(few)].tolist() == few.tolist() == sorted(few)
+    for n in range(1, longest + 1):
+        needed = [-(-int(selected(tokens_left(n + 1, Span(*head.span)), *head.select[-2:])) // BLOCK) for head in heads]
+        most = max((int(some[count - 1]) + 1 for some, count in zip(units, needed, strict=True) if count), default=0)
+        assert most <= sum(needed)
+        assert blocks.held(n) == blocks.most_held(n, 99) == -(-sum(needed) // per_block)

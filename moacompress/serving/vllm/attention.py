@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from moacompress.core.arrays import Ints
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.dispatch import backend_for
@@ -30,6 +32,7 @@ from moacompress.serving.vllm.config import PlanConfig
 from moacompress.serving.vllm.gates import LayerGate
 from moacompress.serving.vllm.options import options_of
 from moacompress.serving.vllm.scheduling import in_flight, logger
+from moacompress.serving.vllm.selected_blocks import SelectedBlocks
 from moacompress.serving.vllm.selection import SelectedMemory, SelectedPart, Selection
 from moacompress.serving.vllm.spec import ClassSpec, SelectedSpec
 
@@ -93,8 +96,9 @@ class ClassMetadataBuilder(AttentionMetadataBuilder[ClassMetadata]):
 class ClassLayer(nn.Module, AttentionLayerBase):
     """A class of KV heads, which vLLM takes for a layer: it gives it memory and a block table."""
 
-    def __init__(self, index: int, one: KVClass, spec: ClassSpec, impl: Any) -> None:
+    def __init__(self, index: int, one: KVClass, spec: ClassSpec, impl: Any, longest: int) -> None:
         super().__init__()
+        self.units = one.blocks.units(longest) if isinstance(one.blocks, SelectedBlocks) else []
         self.layer_name, self.heads, self.spec, self.impl = _CLASS_NAME.format(index), one, spec, impl
         self.attn_type = AttentionType.DECODER
         self.kv_cache = torch.tensor([])
@@ -198,36 +202,32 @@ class _LayerMemory:
             classes: of the model.
             rules: of the layer's KV heads.
         """
-        found = sorted(
-            (head.index, one.heads.selected, index, head, at)
-            for index, one in enumerate(classes)
-            for head, at in one.heads.places()
-            if head.layer == layer
-        )
-        views = {
-            (head.index, selected): (index, head, _views_of(classes[index].kv_cache, head, at))
-            for _, selected, index, head, at in found
+        windows: dict[int, tuple[int, KVHead, _Views]] = {}
+        selected: dict[int, tuple[int, list[_Views], Ints]] = {}
+        for index, one in enumerate(classes):
+            for number, (head, at) in enumerate(one.heads.places()):
+                if head.layer == layer and one.heads.selected:
+                    starts = range(0, one.heads.units * one.heads.unit_bytes, one.heads.unit_bytes)
+                    views = [_views_of(one.kv_cache, head, start) for start in starts]
+                    selected[head.index] = index, views, one.units[number]
+                elif head.layer == layer:
+                    windows[head.index] = index, head, _views_of(one.kv_cache, head, at)
+        found = [windows[index] for index in range(len(rules))]
+        keys, values = ([views[side] for *_, views in found] for side in (0, 1))
+        key_parts, value_parts = [head.key for _, head, _ in found], [head.value for _, head, _ in found]
+        parts = {
+            head: SelectedPart(views, numbers, index, windows[head][2][2])
+            for head, (index, views, numbers) in sorted(selected.items())
         }
-        windows = [views[index, False] for index in range(len(rules))]
-        keys, values = ([parts[side] for *_, parts in windows] for side in (0, 1))
-        key_parts, value_parts = [head.key for _, head, _ in windows], [head.value for _, head, _ in windows]
-        selected = {
-            number: SelectedPart(*views[number, True][2], window_scores=views[number, False][2][2], of_class=index)
-            for (number, is_selected), (index, *_) in views.items()
-            if is_selected
-        }
+        kv_parts = [*zip(key_parts, value_parts, strict=True)]
         return _LayerMemory(
             keys,
             values,
             key_parts,
             value_parts,
-            torch.tensor([index for index, *_ in windows]),
-            torch.arange(len(windows), dtype=torch.int32) * len(keys[0]),
-            SelectedMemory(
-                RuleTable(rules.columns.numpy()), keys, values, [*zip(key_parts, value_parts, strict=True)], selected
-            )
-            if selected
-            else None,
+            torch.tensor([index for index, *_ in found]),
+            torch.arange(len(found), dtype=torch.int32) * len(keys[0]),
+            SelectedMemory(RuleTable(rules.columns.numpy()), keys, values, kv_parts, parts) if parts else None,
         )
 
     def view(self, table: torch.Tensor, value_dim: int) -> CacheView:
@@ -236,7 +236,10 @@ class _LayerMemory:
         return CacheView(keys, values, table.contiguous(), value_dim)
 
 
-def _views_of(memory: torch.Tensor, head: KVHead, at: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _views_of(memory: torch.Tensor, head: KVHead, at: int) -> _Views:
     """Returns keys, values and scores of a KV head, whose part begins at a byte of each block; no scores where it has none."""
     scores = at + head.key.nbytes + head.value.nbytes
     size = BLOCK * SCORE_BYTES if head.rule.selects else 0
@@ -269,8 +272,9 @@ class _Step:
         single_at: that token of each.
         past: tokens of each row before the step, int64 `[rows]`.
         lengths: tokens of each row, new ones included, likewise.
-        tables: block ids, int32 `[classes, rows, width]`.
-        slots: of the classes of windows, which come first, int64 `[tokens, classes]`.
+        tables: block ids of each class, int32 `[rows, any]`.
+        windows: those of the classes of windows, which come first, together, int32 `[classes, rows, width]`.
+        slots: of the same classes, int64 `[tokens, classes]`.
     """
 
     chunks: list[tuple[int, int, int]]
@@ -278,13 +282,15 @@ class _Step:
     single_at: torch.Tensor
     past: torch.Tensor
     lengths: torch.Tensor
-    tables: torch.Tensor
+    tables: list[torch.Tensor]
+    windows: torch.Tensor
     slots: torch.Tensor
 
     @staticmethod
     def of(metadata: dict[str, ClassMetadata], classes: Sequence[ClassLayer]) -> _Step:
         """Puts the metadata of the classes together."""
         found = [metadata[one.layer_name] for one in classes]
+        of_windows = [one for one, of in zip(found, classes, strict=True) if not of.heads.selected]
         starts, lengths = found[0].starts.tolist(), found[0].lengths.to(torch.int64)
         spans = [*pairwise(starts)]
         width = -(-int(lengths.max()) // BLOCK)
@@ -295,20 +301,19 @@ class _Step:
             torch.tensor([starts[row] for row in single], dtype=torch.int64),
             lengths - torch.tensor([end - begin for begin, end in spans]),
             lengths,
-            torch.stack([one.table[:, :width] for one in found]),
-            torch.stack([step.slots for step, one in zip(found, classes, strict=True) if not one.heads.selected], 1).to(
-                torch.int64
-            ),
+            [one.table for one in found],
+            torch.stack([one.table[:, :width] for one in of_windows]),
+            torch.stack([one.slots for one in of_windows], 1).to(torch.int64),
         )
 
     def table_of(self, classes: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Returns block ids that count through the memory of KV heads, int32 `[rows, kv_heads, width]`.
+        """Returns block ids of windows that count through the memory of KV heads, int32 `[rows, kv_heads, width]`.
 
         Args:
             classes: that of each KV head, int64 `[kv_heads]`.
             first: what is added to its block ids, int32 `[kv_heads]`.
         """
-        return self.tables[classes].transpose(0, 1) + first[:, None]
+        return self.windows[classes].transpose(0, 1) + first[:, None]
 
 
 class _Steps:
@@ -367,8 +372,9 @@ def attend(
     selection = None
     if memory.selected is not None and of_gate is not None:
         memory.selected.put_scores(slots, of_gate[:tokens])
-        both = tables, step.table_of(memory.selected.of_class, memory.selected.first)
-        selection = Selection(memory.selected, both, step.past.numpy(), step.lengths.numpy(), backend)
+        lengths = step.lengths.numpy()
+        selected = memory.selected.table_of(step.tables, lengths)
+        selection = Selection(memory.selected, tables, selected, step.past.numpy(), lengths, backend)
     for row, begin, end in step.chunks:
         chunk = slice(begin, end)
         found, _ = backend.prefill(
@@ -464,7 +470,8 @@ def _class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfi
     classes = kv_classes(config.plan, dtype, options_of(vllm_config).classes, length)
     found = []
     for index, one in enumerate(classes.classes):
-        spec = (SelectedSpec if one.selected else ClassSpec)(
+        kind: Any = partial(SelectedSpec, units=one.units) if one.selected else ClassSpec
+        spec = kind(
             block_size=BLOCK,
             num_kv_heads=1,
             head_size=config.plan.model.head_dim,
@@ -474,7 +481,7 @@ def _class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfi
             rules=one.rules,
             in_flight=in_flight(vllm_config),
         )
-        found.append(ClassLayer(index, one, spec, impl))
+        found.append(ClassLayer(index, one, spec, impl, vllm_config.model_config.max_model_len))
         vllm_config.compilation_config.static_forward_context[found[-1].layer_name] = found[-1]
     _say(config, classes, length)
     return found

@@ -1,13 +1,15 @@
 """Classes of KV heads: those of one class lie side by side in the same cache blocks, so a sequence frees them together.
 
 Every class costs vLLM a block table, and time in every step; heads of different rules in one class keep what the widest rule
-sees. What gates select lies in classes of its own, whose blocks are filled one place after the other. No vLLM is needed here.
+sees. What gates select lies in classes of its own, whose blocks are filled one unit of 16 tokens after the other, whatever KV
+heads they are of. No vLLM is needed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -66,21 +68,33 @@ class KVClass:
 
     Attributes:
         heads: in the order in which they lie in a block.
-        selected: whether the blocks have the tokens that the heads' gates select, and not those of sinks and windows.
+        units: how many units a block has of the tokens that the heads' gates select; 0 where it has those of sinks and windows.
     """
 
     heads: tuple[KVHead, ...]
-    selected: bool = False
+    units: int = 0
+
+    @property
+    def selected(self) -> bool:
+        """Whether the blocks have the tokens that gates select."""
+        return self.units > 0
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit: those of the heads' largest part of a block."""
+        return max(head.nbytes for head in self.heads)
 
     @property
     def rules(self) -> tuple[tuple[int, ...], ...]:
-        """What the blocks follow from, ascending: the different spans of its heads, or their `KVHead.select`."""
-        return tuple(sorted({head.select if self.selected else head.span for head in self.heads}))
+        """What the blocks follow from: the different spans of its heads, ascending, or the `KVHead.select` of each."""
+        if self.selected:
+            return tuple(head.select for head in self.heads)
+        return tuple(sorted({head.span for head in self.heads}))
 
     @property
     def blocks(self) -> FreedBlocks | SelectedBlocks:
         """Which blocks a sequence holds."""
-        return selected_blocks(self.rules) if self.selected else freed_blocks(self.rules)
+        return selected_blocks(self.rules, self.units) if self.selected else freed_blocks(self.rules)
 
     def places(self) -> Iterator[tuple[KVHead, int]]:
         """Yields every head and the byte of a block that its keys begin at; its values follow, and scores where it selects."""
@@ -149,32 +163,35 @@ def kv_classes(plan: Plan, dtype: torch.dtype, most: int = MOST_CLASSES, length:
             f"{most} classes of KV heads are too few: the model has {natives} different sliding windows{gates}; give more"
         )
     heads.sort(key=lambda head: (head.span[-1], -freed_blocks((head.span,)).held(n), head.span, head.nbytes))
-    selecting = [head for head in heads if head.rule.selects]
-    selecting.sort(key=lambda head: (-selected_blocks((head.select,)).held(n), head.select, head.nbytes))
-    parts = [*heads, *selecting]
-    sizes = np.array([head.nbytes for head in parts])
-    kind = [head.span[-1] for head in heads] + [-1] * len(selecting)
+    sizes, kind = np.array([head.nbytes for head in heads]), [head.span[-1] for head in heads]
     (front, sinks), (window, _) = block_runs(np.int64(n), Span(*np.array([head.span for head in heads], np.int64).T))
-    places = np.array([selected_blocks((head.select,)).held(n) for head in selecting], np.int64)
     blocks = -(-n // BLOCK)
 
     def held(some: list[int]) -> int:
-        if some[0] >= len(heads):
-            return int(places[np.array(some) - len(heads)].max())
         gap = sinks[some].max()
         return int(blocks - front[some].min() - max(window[some].min() - gap, 0))
 
-    best: tuple[int, int, int, list[list[int]]] | None = None
-    for size in _sizes(sizes, most):
-        found = _packed(sizes.tolist(), kind, size)
-        if len(found) > most and (best is not None or size < sizes.sum()):
+    best: tuple[int, int, int, list[KVClass]] | None = None
+    for size, selecting in product(_sizes(sizes, most), _selecting(heads)):
+        windows = _packed(sizes.tolist(), kind, size)
+        count = len(windows) + len(selecting)
+        if count > most and (best is not None or size < sizes.sum() or len(selecting) > 1):
             continue
-        taken = size * sum(map(held, found)), len(found), size, found
-        best = taken if best is None else min(best, taken)
+        chosen = [KVClass(some, size // max(head.nbytes for head in some)) for some in selecting]
+        taken = size * (sum(map(held, windows)) + sum(one.blocks.held(n) for one in chosen))
+        classes = [KVClass(tuple(heads[index] for index in some)) for some in windows]
+        if best is None or (taken, count, size) < best[:3]:
+            best = taken, count, size, [*classes, *chosen]
     assert best is not None  # a block for all heads of one kind is large enough
-    _, _, size, found = best
-    classes = [KVClass(tuple(parts[index] for index in some), some[0] >= len(heads)) for some in found]
-    return KVClasses(tuple(classes), size, dtype)
+    return KVClasses(tuple(best[3]), best[2], dtype)
+
+
+def _selecting(heads: Sequence[KVHead]) -> list[list[tuple[KVHead, ...]]]:
+    """Returns ways to put the KV heads that select into classes: all in one, and those of each size in one."""
+    there = [head for head in heads if head.rule.selects]
+    sizes = sorted({head.nbytes for head in there})
+    ways = [[tuple(there)], [tuple(head for head in there if head.nbytes == size) for size in sizes]]
+    return ways[: len(sizes)] if there else [[]]
 
 
 def _sizes(sizes: Ints, most: int) -> list[int]:

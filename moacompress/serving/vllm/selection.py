@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -25,28 +24,28 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, competing_tokens
 from moacompress.rules.windows import BLOCK
 
+Ids = npt.NDArray[np.int32]
+
 
 @dataclass
 class SelectedPart:
     """Where the selected tokens of a KV head lie, and the scores of all its tokens.
 
     Attributes:
-        keys: their part of all blocks.
-        values: likewise.
-        scores: of selected tokens, int16 `[blocks, 16]`.
-        window_scores: of tokens of sinks and window.
-        of_class: the class of its selected tokens.
+        units: of each unit of a block its keys, its values and its scores, int16 `[blocks, 16]`; with the parts of all blocks.
+        numbers: of the head's units, by their places.
+        of_class: the class of the blocks.
+        window_scores: of tokens of sinks and window, int16 `[blocks, 16]`.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    window_scores: torch.Tensor
+    units: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    numbers: Ints
     of_class: int
+    window_scores: torch.Tensor
 
 
 class SelectedMemory:
-    """Where what gates select of a layer lies; block ids count on through `keys`, windows first.
+    """Where what gates select of a layer lies; block ids count on through `keys`: those of windows, then those of units.
 
     Args:
         rules: of the KV heads, in numpy.
@@ -65,14 +64,31 @@ class SelectedMemory:
         parts: dict[int, SelectedPart],
     ) -> None:
         self.rules, self.parts, self.kv_parts, self.blocks = rules, parts, kv_parts, len(keys[0])
-        self.keys = [*keys, *(part.keys for part in parts.values())]
-        self.values = [*values, *(part.values for part in parts.values())]
-        self.of_class = torch.tensor([parts[head].of_class if head in parts else 0 for head in range(len(keys))])
-        first = {head: number for number, head in enumerate(parts, len(keys))}
-        self.first = torch.tensor([first.get(head, 0) * self.blocks for head in range(len(keys))], dtype=torch.int32)
-        windows = ((head, part.window_scores.numpy()) for head, part in parts.items())
-        chosen = ((first[head], part.scores.numpy()) for head, part in parts.items())
-        self._scores: dict[int, npt.NDArray[np.int16]] = dict(chain(windows, chosen))
+        self.keys, self.values = [*keys], [*values]
+        self._scores = {head: part.window_scores.numpy() for head, part in parts.items()}
+        self._ids: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for head, part in parts.items():
+            block, unit = np.divmod(part.numbers, len(part.units))
+            first = (len(self.keys) + unit) * self.blocks
+            self._ids[head] = torch.from_numpy(block), torch.from_numpy(first.astype(np.int32))
+            for key, value, scores in part.units:
+                self._scores[len(self.keys)] = scores.numpy()
+                self.keys.append(key)
+                self.values.append(value)
+
+    def table_of(self, tables: Sequence[torch.Tensor], lengths: Ints) -> torch.Tensor:
+        """Returns block ids of selected tokens by their places, int32 `[rows, kv_heads, width]`.
+
+        Args:
+            tables: block ids of each class, int32 `[rows, any]`.
+            lengths: tokens of the rows.
+        """
+        width = int(-(-self.rules.selected(lengths + 1).max() // BLOCK))
+        found = torch.zeros(len(lengths), len(self.rules), width, dtype=torch.int32)
+        for head, (blocks, first) in self._ids.items():
+            few = blocks[:width]
+            found[:, head, : len(few)] = tables[self.parts[head].of_class][:, few] + first[: len(few)]
+        return found
 
     def put_scores(self, slots: torch.Tensor, scores: torch.Tensor) -> None:
         """Writes the scores of new tokens.
@@ -100,16 +116,16 @@ class SelectedMemory:
             slots: where they are, as of `scores_of`.
             to: where they go to.
         """
-        slots, to = slots % (self.blocks * BLOCK), to % (self.blocks * BLOCK)
-        for head, part in self.parts.items():
-            at = np.flatnonzero(heads == head)
-            if not len(at):
-                continue
-            source, target = torch.from_numpy(slots[at]), torch.from_numpy(to[at])
-            key, value = self.kv_parts[head]
-            key.move(self.keys[head], source, part.keys, target)
-            value.move(self.values[head], source, part.values, target)
-            part.scores[target // BLOCK, target % BLOCK] = part.window_scores[source // BLOCK, source % BLOCK]
+        size = self.blocks * BLOCK
+        for segment in np.unique(to // size).tolist():  # each is a unit of one KV head
+            at = np.flatnonzero(to // size == segment)
+            head = int(heads[at[0]])
+            source, target = (torch.from_numpy(where[at] % size) for where in (slots, to))
+            for kv_part, memory in zip(self.kv_parts[head], (self.keys, self.values), strict=True):
+                kv_part.move(memory[head], source, memory[segment], target)
+            here, there = source.numpy(), target.numpy()
+            kept = self._scores[head][here // BLOCK, here % BLOCK]
+            self._scores[segment][there // BLOCK, there % BLOCK] = kept
 
 
 class Selection:
@@ -117,7 +133,8 @@ class Selection:
 
     Args:
         memory: of the layer; the step's tokens are in it already.
-        tables: block ids of windows and of selected tokens, int32 `[rows, kv_heads, width]` each.
+        table: block ids of windows, int32 `[rows, kv_heads, width]`.
+        selected: block ids of selected tokens, likewise of another width.
         past: tokens of each row before the step, `[rows]`.
         lengths: after it, likewise.
         backend: that lets tokens compete.
@@ -126,22 +143,23 @@ class Selection:
     def __init__(
         self,
         memory: SelectedMemory,
-        tables: tuple[torch.Tensor, torch.Tensor],
+        table: torch.Tensor,
+        selected: torch.Tensor,
         past: Ints,
         lengths: Ints,
         backend: Backend,
     ) -> None:
-        self._memory, self._table, self._lengths = memory, tables[1], lengths
+        self._memory, self._table, self._lengths = memory, selected, lengths
         rules = memory.rules
         tokens = competing_tokens(rules, rules.tokens_left(past + 1), rules.tokens_left(lengths + 1))
-        self._ids = np.stack([table.numpy() for table in tables])
+        self._ids = table.numpy(), selected.numpy()
         scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
         self.schedule = backend.eviction_schedule(tokens, rules, scores)
 
     def passing(self, row: int) -> Passing:
         """Returns the selected tokens that the new queries of a row attend to."""
         tokens = self.schedule.of_rows(np.array([row])).ever_selected
-        slots = _slots(tokens, tokens.positions < 0, self._ids[:, row : row + 1])
+        slots = _slots(tokens, tokens.positions < 0, self._ids, row)
         return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
 
     def attend(self, query: torch.Tensor, rows: torch.Tensor | slice, scores: Scores, value_dim: int) -> PartOfSoftmax:
@@ -167,15 +185,17 @@ class Selection:
             self._memory.move(heads, _slots(admitted, never, self._ids), _slots(admitted, always, self._ids))
 
 
-def _slots(tokens: EvictionSchedule, selected: Bools, ids: Ints) -> Ints:
+def _slots(tokens: EvictionSchedule, selected: Bools, ids: tuple[Ids, Ids], first: int = 0) -> Ints:
     """Returns block id * 16 + place of tokens, int64 `[tokens]`.
 
     Args:
         tokens: which.
         selected: of each whether it is looked for in its place among selected ones, or in its window.
-        ids: block ids of windows and of selected tokens, `[2, rows, kv_heads, width]`.
+        ids: block ids of windows and of selected tokens, `[rows, kv_heads, any]` each.
+        first: the row that the first one of `tokens` is.
     """
-    numbers = np.where(selected, tokens.places, tokens.positions)
-    blocks = ids[(selected.astype(np.int64), *tokens.rows_and_heads, numbers // BLOCK)]
-    slots: Ints = blocks.astype(np.int64) * BLOCK + numbers % BLOCK
+    slots, (rows, heads) = np.empty(len(selected), np.int64), tokens.rows_and_heads
+    for at, numbers, table in ((~selected, tokens.positions, ids[0]), (selected, tokens.places, ids[1])):
+        few = numbers[at]
+        slots[at] = table[rows[at] + first, heads[at], few // BLOCK].astype(np.int64) * BLOCK + few % BLOCK
     return slots

@@ -49,12 +49,22 @@ class ClassSpec(AttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedSpec(ClassSpec):
-    """What vLLM knows of a class whose blocks have the tokens that gates select."""
+    """What vLLM knows of a class whose blocks have the tokens that gates select.
+
+    Attributes:
+        units: in a block, see `KVClass`.
+    """
+
+    units: int
 
     @property
     def blocks(self) -> SelectedBlocks:
         """How many blocks a sequence holds."""
-        return selected_blocks(self.rules)
+        return selected_blocks(self.rules, self.units)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Returns the width of a row of the block table: many KV heads may need more blocks than there are for tokens."""
+        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.blocks.held(max_len))
 
     @property
     def prefix_cacheable(self) -> bool:

@@ -29,7 +29,12 @@ class Blocks:
         classes = kv_classes(plan, dtype, rng.choice((2, 6)), 200)
         memory = torch.full((400, 1, 16, classes.block_bytes // 16), 255, dtype=torch.uint8)
         self.classes = [
-            SimpleNamespace(heads=one, kv_cache=memory, layer_name=f"class {index}")
+            SimpleNamespace(
+                heads=one,
+                kv_cache=memory,
+                layer_name=f"class {index}",
+                units=one.blocks.units(400) if one.selected else [],
+            )
             for index, one in enumerate(classes.classes)
         ]
         self.free = rng.sample(range(400), 400)
@@ -61,7 +66,7 @@ class Blocks:
 
         starts = torch.tensor([0, *(new for *_, new in steps)]).cumsum(0)
         lengths = torch.tensor([past + new for _, past, new in steps], dtype=torch.int32)
-        found, width = {}, max(len(table) for row, *_ in steps for table in self.tables[row])
+        found, width = dict[str, object](), 64  # as vLLM's, of which few are in use
         for index, one in enumerate(self.classes):
             tables = [self.tables[row][index] for row, *_ in steps]
             slots = [
@@ -104,7 +109,8 @@ def in_steps(
             parts = range(len(rows_of[0]))
             given = [torch.cat([rows_of[row][part][past : past + new] for row, past, new in steps]) for part in parts]
             out = torch.empty_like(given[0])
-            attention.attend(*given[:3], given[3] if parts.stop > 3 else None, out, layer_name)
+            query, key, value, *of_gate = given
+            attention.attend(query, key, value, of_gate[0] if of_gate else None, out, layer_name)
             for (row, past, new), part in zip(steps, out.split([new for *_, new in steps]), strict=True):
                 found[index][row][past : past + new] = part
         for row, past, new in steps:

@@ -33,7 +33,8 @@ def gated_rules(rng: random.Random) -> tuple[Rule, ...]:
     """Returns rules of a layer, some of which select."""
     drawn = []
     for _ in range(KV_HEADS):
-        rule = Rule(rng.choice((4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), *rng.choices([*FORMATS], k=2))
+        keys, values = rng.choices([*FORMATS], k=2)
+        rule = Rule(rng.choice((4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
         alpha, beta_q = rng.choice(GROWTH)
         drawn.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
     drawn[rng.randrange(KV_HEADS)] = Rule(4, 0, 0, select_alpha=20, select_beta_q=50)
@@ -127,6 +128,23 @@ def test_few_are_selected_of_long_prompts(engine, checkpoints, expected, poisone
     folder, model = checkpoints(narrow)
     served = engine(folder, max_num_batched_tokens=64)
     assert agree(served.ask(prompts(2, (1, 2, 15, 16, 17, 22, 1000, 1900)), new=40), model, expected) < CLOSE
+
+
+def test_everything_is_selected(engine, checkpoints, expected, poisoned):
+    """Of the tokens that leave tiny windows nearly all: a sequence has more blocks of them than there are for its tokens."""
+    from moacompress.serving.vllm.spec import SelectedSpec
+
+    def most(model: Any) -> Plan:
+        plan = gated_plan(model, 4)
+        alphas = range(0, 500 * len(plan.rules), 500)
+        rows = [(Rule(4, alpha, 0, select_beta_q=1024), Rule(4, 0, 0, select_alpha=1400)) for alpha in alphas]
+        return replace(plan, rules=tuple(rows))
+
+    folder, model = checkpoints(most)
+    served = engine(folder, max_num_batched_tokens=96)
+    selected = [one.spec for one in served.layers.values() if isinstance(getattr(one, "spec", None), SelectedSpec)]
+    assert any(spec.blocks.held(1500) > 1500 // 16 for spec in selected)
+    assert agree(served.ask(prompts()), model, expected) < CLOSE
 
 
 def test_formats(engine, checkpoints, expected, poisoned):
