@@ -64,7 +64,7 @@ class SelectedSpec(ClassSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Returns the width of a row of the block table: many KV heads may need more blocks than there are for tokens."""
-        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.blocks.held(max_len))
+        return max(int(super().max_num_blocks_per_req(vllm_config, max_len)), self.blocks.held(max_len))
 
     @property
     def prefix_cacheable(self) -> bool:

@@ -25,6 +25,7 @@ class Blocks:
 
     def __init__(self, plan: Plan, dtype: torch.dtype, rng: random.Random) -> None:
         from moacompress.serving.vllm.classes import kv_classes
+        from moacompress.serving.vllm.selected_blocks import SelectedBlocks
 
         classes = kv_classes(plan, dtype, rng.choice((2, 6)), 200)
         memory = torch.full((400, 1, 16, classes.block_bytes // 16), 255, dtype=torch.uint8)
@@ -33,7 +34,7 @@ class Blocks:
                 heads=one,
                 kv_cache=memory,
                 layer_name=f"class {index}",
-                units=one.blocks.units(400) if one.selected else [],
+                units=one.blocks.units(400) if isinstance(one.blocks, SelectedBlocks) else [],
             )
             for index, one in enumerate(classes.classes)
         ]
