@@ -31,13 +31,14 @@ from moacompress.calibration.profile.passes import all_attended
 from moacompress.evaluation.scoring.stats import mean, retention
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import Resources, make_cases
+from moacompress.kernels.gate_scores import rounded_scores
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose
 from moacompress.rules.budget import parse_lengths
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
-from moacompress.runtime.gate import TokenGate, rounded_scores
+from moacompress.runtime.gate import TokenGate
 
 SCORES = ("gate", "value-norm", "repetition", "random")
 REQUEST = "\n\nRepeat the text above, word for word.\n\n"
