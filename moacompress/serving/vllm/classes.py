@@ -122,10 +122,6 @@ class KVClasses:
         """Returns the bytes that a sequence of `n` tokens holds."""
         return self.block_bytes * sum(one.blocks.held(n) for one in self.classes)
 
-    def most_held_bytes(self, n: int, in_flight: int) -> int:
-        """Returns the most bytes that a sequence holds while its first `n` tokens are computed, see `FreedBlocks`."""
-        return self.block_bytes * sum(one.blocks.most_held(n, in_flight) for one in self.classes)
-
 
 def kv_heads(plan: Plan, dtype: torch.dtype) -> list[KVHead]:
     """Returns the KV heads of a plan's model, whose cache is of some dtype, layer by layer."""

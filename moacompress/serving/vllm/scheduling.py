@@ -130,7 +130,3 @@ class _Asked(VerifyAndUpdateConfig):
             leave_out_prefixes(vllm_config)
             limit_chunks(vllm_config)
         super().verify_and_update_config(vllm_config)
-
-    @classmethod
-    def verify_and_update_model_config(cls, model_config: Any) -> None:
-        super().verify_and_update_model_config(model_config)

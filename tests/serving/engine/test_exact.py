@@ -51,17 +51,19 @@ def agree(found: list[Any], model: Any, expected: Callable[..., list[float]]) ->
     return float(torch.cat(differences).abs().max())
 
 
+def check_served(served: Any, model: Any, expected: Callable[..., list[float]], poisoned: list[int]) -> None:
+    """Holds answers to prompts together and one by one against transformers', and sees that all memory comes back."""
+    assert agree(served.ask(prompts()), model, expected) < CLOSE
+    assert agree(served.ask(prompts(1), together=False), model, expected) < CLOSE
+    assert len(poisoned) > 100
+    pool = served.core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
 @pytest.mark.parametrize("chunk", [17, 96, 256, 4096])
 def test_spans(engine, checkpoints, expected, poisoned, chunk):
     folder, model = checkpoints(spans)
-    served = engine(folder, max_num_batched_tokens=chunk)
-    together = served.ask(prompts())
-    assert agree(together, model, expected) < CLOSE
-    assert agree(served.ask(prompts(1), together=False), model, expected) < CLOSE
-    assert len(poisoned) > 100
-    assert served.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == (
-        served.core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
-    )
+    check_served(engine(folder, max_num_batched_tokens=chunk), model, expected, poisoned)
 
 
 def test_a_block_too_many_is_noticed(engine, checkpoints, expected, monkeypatch):

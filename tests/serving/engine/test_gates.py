@@ -23,7 +23,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import competing_tokens, eviction_schedule
 from tests.plan_kinds import gated_plan, gates
-from tests.serving.engine.test_exact import CLOSE, agree, prompts
+from tests.serving.engine.test_exact import CLOSE, agree, check_served, prompts
 from tests.serving.engine.test_formats import HEADS, KV_HEADS, LAYERS, WIDTH, Blocks, in_steps
 
 GROWTH = ((9, 0), (5, 0), (40, 0), (0, 200), (0, 0))
@@ -100,13 +100,7 @@ def test_steps_select_as_all_at_once(seed, dtype, monkeypatch):
 @pytest.mark.parametrize("chunk", [17, 96, 256])
 def test_gates(engine, checkpoints, expected, poisoned, chunk):
     folder, model = checkpoints(gates)
-    served = engine(folder, max_num_batched_tokens=chunk)
-    together = served.ask(prompts())
-    assert agree(together, model, expected) < CLOSE
-    assert agree(served.ask(prompts(1), together=False), model, expected) < CLOSE
-    assert len(poisoned) > 100
-    pool = served.core.scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    check_served(engine(folder, max_num_batched_tokens=chunk), model, expected, poisoned)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
