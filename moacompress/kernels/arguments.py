@@ -135,12 +135,14 @@ class Projections(NamedTuple):
     """What makes queries, keys and values of an attention layer's input.
 
     Attributes:
-        weights: of the three, `[outputs, inputs]` each, contiguous.
+        weights: of the three, `[outputs, inputs]` each, or uint8 `[outputs, bytes]` of one in blocks, contiguous.
         biases: of the three, `[outputs]` each, or none.
+        kinds: of each weight the code of its type of blocks, or `weight_blocks.NATIVE`; none where all are native.
     """
 
     weights: Sequence[torch.Tensor]
     biases: Sequence[torch.Tensor]
+    kinds: Sequence[int] = ()
 
 
 class NormAndMlpWeights(NamedTuple):
@@ -150,11 +152,13 @@ class NormAndMlpWeights(NamedTuple):
         norms: weights of its root mean square norms, before attention and before the feed-forward, `[hidden]` each.
         eps: added to the mean squares.
         weights: of what attention gives, of the feed-forward's gate, of what is gated, and of its last product.
+        kinds: of those weights, as in `Projections`.
     """
 
     norms: Sequence[torch.Tensor]
     eps: float
     weights: Sequence[torch.Tensor]
+    kinds: Sequence[int] = ()
 
 
 class Rotary(NamedTuple):

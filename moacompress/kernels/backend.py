@@ -22,7 +22,9 @@ from moacompress.kernels.arguments import (
     Rotary,
     Scores,
 )
+from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.weight_blocks import WeightType
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, eviction_schedule
 from moacompress.rules.share import LayerShares
@@ -41,6 +43,7 @@ class Capabilities:
         step_layer: `Backend.step_layer`.
         stack: `Backend.read_layers`.
         linear: `Backend.linear`.
+        linear_blocks: `Backend.linear_blocks` reads the blocks as they lie, without a dense copy of a few outputs at a time.
         profile: `Backend.profile_backward`.
     """
 
@@ -52,6 +55,7 @@ class Capabilities:
     step_layer: bool = False
     stack: bool = False
     linear: bool = False
+    linear_blocks: bool = False
     profile: bool = False
 
 
@@ -318,6 +322,27 @@ class Backend(ABC):
             `[..., outputs]`.
         """
         raise self._cannot("linear")
+
+    def linear_blocks(
+        self, x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the product with a weight in blocks, of any number of rows; the default is the definition.
+
+        It has gradients for `x` and `bias`; the blocks are constants.
+
+        Args:
+            x: `[..., inputs]`.
+            blocks: uint8 `[outputs, bytes]`, contiguous, on the device of `x`.
+            kind: of the blocks.
+            bias: `[outputs]`, or None.
+
+        Returns:
+            `[..., outputs]`.
+
+        Raises:
+            UnsupportedError: the blocks have not as many inputs as `x`; RuntimeError of compiled kernels.
+        """
+        return block_linear(x, blocks, kind, bias)
 
     def profile_backward(
         self,

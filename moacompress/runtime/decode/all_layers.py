@@ -82,7 +82,7 @@ class BoundLayers:
             head_dim: numbers of a query and a key.
             scaling: factor on the scores.
         """
-        one = self.weights[0].projections.weights[0]
+        one = self.weights[0].norms_and_mlp.norms[0]  # weights may be in blocks
         rules = [context.rules for context in self.contexts]
         self._backend = backend_for(one)
         shares = tuple(context.share for context in self.contexts)

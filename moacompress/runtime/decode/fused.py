@@ -160,7 +160,7 @@ def _fits(
         projections: the weights and biases.
         among_all: whether all layers are asked for together, those too that share attention.
     """
-    weights, biases = projections
+    weights, biases, _ = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
     rows, tokens, _ = hidden.shape
@@ -218,8 +218,8 @@ def _layer(
     eps = norms[0].variance_epsilon
     if type(activation) not in SILU or norms[1].variance_epsilon != eps:
         return None
-    weights, biases = found
-    projections = Projections(weights[:3], biases)
+    weights, biases, kinds = found
+    projections = Projections(weights[:3], biases, kinds[:3])
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
     if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
         return None
@@ -231,7 +231,9 @@ def _layer(
         gate = probe["weight"], probe["bias"]
         if not all(lies_ready(part, hidden) for part in gate):
             return None
-    return _LayerParts(attention, call, LayerWeights(projections, NormAndMlpWeights(scales, eps, weights[3:]), gate))
+    return _LayerParts(
+        attention, call, LayerWeights(projections, NormAndMlpWeights(scales, eps, weights[3:], kinds[3:]), gate)
+    )
 
 
 def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:

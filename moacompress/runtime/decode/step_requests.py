@@ -16,6 +16,7 @@ from torch.nn.functional import linear, silu
 from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.weight_blocks import NATIVE, weight_type
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.real_tokens import Chunk
@@ -122,11 +123,13 @@ class HiddenRequest(_TokenRequest):
     def attend_request(self) -> AttendRequest:
         """Returns the attention that it asks for."""
         rows, head_dim = self.hidden.shape[0], self.rotary.cos.shape[-1]
-        weights, biases = self.projections
+        weights, biases, kinds = self.projections
         value_dim = weights[2].shape[0] // self.context.kv_heads
         query, key, value = (
-            linear(self.hidden, weight, bias).view(rows, 1, -1, dim).transpose(1, 2)
-            for weight, bias, dim in zip(weights, biases or (None,) * 3, (head_dim, head_dim, value_dim), strict=True)
+            product(self.hidden, weight, kind, bias).view(rows, 1, -1, dim).transpose(1, 2)
+            for weight, kind, bias, dim in zip(
+                weights, kinds or (NATIVE,) * 3, biases or (None,) * 3, (head_dim, head_dim, value_dim), strict=True
+            )
         )
         query, key = rotated(query, self.rotary), rotated(key, self.rotary)
         self.whole.update(key, value, self.context.layer)
@@ -190,10 +193,25 @@ def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, norms_and_mlp: No
         attended: `[..., heads * value_dim]`.
         norms_and_mlp: the layer's norms and weights.
     """
-    output, gate, up, last = norms_and_mlp.weights
-    hidden = hidden + linear(attended, output)
+    kinds = norms_and_mlp.kinds or (NATIVE,) * len(norms_and_mlp.weights)
+    output, gate, up, last = zip(norms_and_mlp.weights, kinds, strict=True)
+    hidden = hidden + product(attended, *output)
     normed = normalized(hidden, norms_and_mlp.norms[1], norms_and_mlp.eps)
-    return hidden + linear(silu(linear(normed, gate)) * linear(normed, up), last)
+    return hidden + product(silu(product(normed, *gate)) * product(normed, *up), *last)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, kind: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the product with a weight of plain numbers or in blocks, `[..., outputs]`.
+
+    Args:
+        x: `[..., inputs]`.
+        weight: `[outputs, inputs]`, or uint8 `[outputs, bytes]`.
+        kind: code of its type of blocks, or `weight_blocks.NATIVE`.
+        bias: `[outputs]`, or None.
+    """
+    if kind == NATIVE:
+        return linear(x, weight, bias)
+    return backend_for(x).linear_blocks(x, weight, weight_type(kind), bias)
 
 
 def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -26,12 +26,12 @@ _LIBRARY.define(
     "float softcap, Tensor? s_aux, Tensor? gate_scores) -> Tensor"
 )
 _LIBRARY.define(
-    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cache, Tensor rules, "
-    "int layer, float scaling) -> Tensor"
+    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor cos, Tensor sin, Tensor cache, "
+    "Tensor rules, int layer, float scaling) -> Tensor"
 )
 _LIBRARY.define(
-    "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor[] around, Tensor cos, "
-    "Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor"
+    "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, Tensor[] around, "
+    "int[] kinds_around, Tensor cos, Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor"
 )
 
 
@@ -72,6 +72,7 @@ def _attend_hidden(
     hidden: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
+    kinds: list[int],
     cos: torch.Tensor,
     sin: torch.Tensor,
     handle: torch.Tensor,
@@ -80,7 +81,7 @@ def _attend_hidden(
     scaling: float,
 ) -> torch.Tensor:
     """Does what a `HiddenRequest` asks for."""
-    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases)
+    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases, kinds)
     return take(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
 
 
@@ -88,9 +89,11 @@ def _step_layer(
     hidden: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
+    kinds: list[int],
     norms: list[torch.Tensor],
     eps: float,
     around: list[torch.Tensor],
+    kinds_around: list[int],
     cos: torch.Tensor,
     sin: torch.Tensor,
     handle: torch.Tensor,
@@ -100,12 +103,12 @@ def _step_layer(
 ) -> torch.Tensor:
     """Does what a `LayerRequest` asks for."""
     context, whole = LayerContext.from_tensor(layer, rules), PlanCache.find(handle)
-    parts = LayerWeights(Projections(weights, biases), NormAndMlpWeights(norms, eps, around))
+    parts = LayerWeights(Projections(weights, biases, kinds), NormAndMlpWeights(norms, eps, around, kinds_around))
     return take(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 
 def _fake_attend_hidden(
-    hidden: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], cos: torch.Tensor, *rest: Any
+    hidden: torch.Tensor, weights: list[torch.Tensor], biases: Any, kinds: Any, cos: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     head_dim, kv_heads = cos.shape[-1], weights[1].shape[0] // cos.shape[-1]
     return hidden.new_empty(hidden.shape[0], 1, weights[0].shape[0] // head_dim, weights[2].shape[0] // kv_heads)
