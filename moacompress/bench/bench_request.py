@@ -52,6 +52,7 @@ class BenchRequest:
         compile: also compile the decode step of `plan` and `full_span`.
         pack: pack the weights of all sides, see `runtime.packing`.
         peak: measure peak memory, each side in a process of its own.
+        trace: trace the decode steps of `plan`, in turns of their own.
         seed: of prompts and of what is in the caches.
         device: torch device.
     """
@@ -66,6 +67,7 @@ class BenchRequest:
     compile: bool = False
     pack: bool = False
     peak: bool = True
+    trace: bool = False
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -74,6 +76,10 @@ class BenchRequest:
         object.__setattr__(self, "dtypes", tuple(map(dtype_name, self.dtypes)))
         check_choices("side", self.sides, SIDES)
         check_choices("dtype", self.dtypes, ("auto", *DTYPES))
+        if self.trace and ("plan" not in self.sides or self.compile):
+            raise UsageError(
+                "--trace is of steps under the plan: it goes with plan among --sides, and without --compile"
+            )
         _check_numbers("length", self.lengths, 1)
         _check_numbers("batch", self.batches, 1)
         _check_numbers("tokens", (self.tokens,), 1, MOST_STEPS)

@@ -31,6 +31,7 @@ from moacompress.bench.sides import (
     vocabulary_size,
     weight_bytes,
 )
+from moacompress.bench.step_trace import trace_steps
 from moacompress.bench.timing_rows import break_even, make_row
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
@@ -282,7 +283,11 @@ class _Benchmark:
             if isinstance(turn.forward, CompiledForward)
         }
         routes = {side: turn.routes for side, turn in turns.items() if turn.routes}
-        return {"seconds": seconds, "proofs": proofs, "refused": refused, "kv_bytes": kv_bytes, "routes": routes}
+        found = {"seconds": seconds, "proofs": proofs, "refused": refused, "kv_bytes": kv_bytes, "routes": routes}
+        if request.trace:
+            backend = dispatch.backend_for(torch.empty(0, dtype=getattr(torch, cell.dtype), device=request.device))
+            found["trace"] = trace_steps(turns["plan"], backend, request.repeats)
+        return found
 
     def _prefill(self, cell: Cell, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
         request = self.request

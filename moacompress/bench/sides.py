@@ -234,6 +234,11 @@ class DecodeTurn:
         self._cache = cache
 
     @property
+    def steps(self) -> int:
+        """Steps that `run` takes."""
+        return len(self._ids) - 1
+
+    @property
     def routes(self) -> list[str]:
         """The routes that the layers of its last steps took, the most frequent first; none for a cache that knows of none."""
         found: Counter[str] = getattr(self._cache, "step_routes", None) or Counter()

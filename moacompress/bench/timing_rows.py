@@ -100,6 +100,7 @@ def make_row(
         "load_per_core": measured["load_per_core"],
         "compiled": sorted(measured.get("proofs", {})),
         "graphs": measured.get("proofs", {}),
+        "trace": measured.get("trace"),
     }
     return row
 

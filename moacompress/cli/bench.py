@@ -24,6 +24,7 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
     "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
+    "moacompress bench runs/mine --sides plan --lengths 256,4k --prefill-repeats 0 --trace",
     "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
     "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
     computes=True,
@@ -68,6 +69,12 @@ def bench(
     peak: Annotated[
         bool, typer.Option("--peak/--no-peak", help="Measure peak memory, each side in a process of its own.")
     ] = True,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="Say where the time of a step under the plan goes, phase by phase, in turns of its own."
+        ),
+    ] = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -115,7 +122,8 @@ def bench(
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
     of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
     of_table |= {"--prefill-repeats": prefill_repeats, "--quick": quick or None, "--compile": compile_ours or None}
-    of_table |= {"--pack": pack or None, "--no-peak": None if peak else True, "--dry-run": (dry_run and serve) or None}
+    of_table |= {"--pack": pack or None, "--no-peak": None if peak else True, "--trace": trace or None}
+    of_table |= {"--dry-run": (dry_run and serve) or None}
     of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
     for name, value in (of_table if serve else of_serving).items():
         if value is not None:
@@ -159,6 +167,7 @@ def bench(
         compile=compile_ours,
         pack=pack,
         peak=peak,
+        trace=trace,
         seed=recipe.seed,
         device=recipe.device,
         trust_remote_code=trust_remote_code,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Capabilities:
         linear: `Backend.linear`.
         linear_blocks: `Backend.linear_blocks` reads the blocks as they lie, without a dense copy of a few outputs at a time.
         profile: `Backend.profile_backward`.
+        trace: `Backend.start_trace`.
     """
 
     prefill_gradients: bool = False
@@ -57,6 +58,7 @@ class Capabilities:
     linear: bool = False
     linear_blocks: bool = False
     profile: bool = False
+    trace: bool = False
 
 
 class Status(NamedTuple):
@@ -71,6 +73,18 @@ class Status(NamedTuple):
     works: bool
     reason: str
     isa: str | None = None
+
+
+class PhaseTime(NamedTuple):
+    """The time of one phase of steps.
+
+    Attributes:
+        seconds: on the threads that made the steps.
+        busy: in which any thread was at work in it, added up over all threads, s.
+    """
+
+    seconds: float
+    busy: float
 
 
 class BoundCaches(ABC):
@@ -404,6 +418,22 @@ class Backend(ABC):
             scores: of the tokens, `[tokens]`.
         """
         return eviction_schedule(tokens, rules, scores)
+
+    def start_trace(self) -> None:
+        """Has the steps of this process traced from now on; what was traced before is forgotten.
+
+        Raises:
+            UnsupportedError: not without the capability `trace`.
+        """
+        raise self._cannot("start_trace")
+
+    def stop_trace(self) -> Mapping[str, PhaseTime]:
+        """Ends that, and returns what was traced since, by the names of the phases: each moment of a step is in one of them.
+
+        Raises:
+            UnsupportedError: not without the capability `trace`.
+        """
+        raise self._cannot("stop_trace")
 
     def _cannot(self, call: str) -> UnsupportedError:
         return UnsupportedError(f"the kernel {self.name!r} has no {call}; ask its capabilities first")

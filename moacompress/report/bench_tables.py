@@ -18,6 +18,7 @@ SPEED_TITLE = "This plan is so many times as fast as the others (median of the t
 SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
 KV_TITLE = "Weights and KV cache; bits of a kept number in keys and in values, scales and zero points counted"
 CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
+TRACE_TITLE = "Where a step's time goes under this plan, {cell}: {ms} ms, traced, on {threads}"
 PEAK_TITLE = "Peak memory of a process, weights and libraries included"
 
 
@@ -39,6 +40,9 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(_table(SPEED_TITLE, runs, "{}_ms", _speedup, SIDES[1:]))
         if any(_slower(row, side) for row in runs for side in row["speedup"]):
             shown += [SLOWER_NOTE, ""]
+    for row in runs:
+        if row.get("trace"):
+            shown.append(_trace(row))
     shown += [_bytes(runs), CEILING_NOTE, ""]
     if any(row.get(f"peak_bytes_{side}") for row in runs for side in SIDES):
         shown.append(_table(PEAK_TITLE, runs, "peak_bytes_{}", _peak))
@@ -56,9 +60,13 @@ def machine_line(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
     kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == machine["kernel"] else "")
     loads = [found["load_per_core"] for found in rows if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    threads = _threads(machine["threads"])
     packed = ", weights packed on every side" if row.get("packed_bytes") else ""
     return f"{machine['cpu']}, {threads}{busy}{packed}\ntorch {machine['torch']}, kernel {kernel}\n"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
 
 
 def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequence[str] = SIDES) -> RenderableType:
@@ -95,6 +103,18 @@ def _slower(row: Row, side: str) -> bool:
 
 def _peak(row: Row, side: str) -> str:
     return f"{row[f'peak_bytes_{side}'] / 2**20:,.0f} MiB"  # all in one unit: what differs is small beside the weights
+
+
+def _trace(row: Row) -> RenderableType:
+    trace = row["trace"]
+    lines = [
+        (found["phase"], _digits(found["ms"]), f"{found['ms'] / trace['step_ms']:.1%}", _digits(found["wait_ms"]))
+        for found in trace["phases"]
+    ]
+    waited = sum(found["wait_ms"] for found in trace["phases"])
+    lines.append(("all", _digits(trace["step_ms"]), "100.0%", _digits(waited)))
+    title = TRACE_TITLE.format(cell=_cell(row), ms=_digits(trace["step_ms"]), threads=_threads(trace["threads"]))
+    return section(title, ("", "ms", "share", "threads waited, ms together"), lines)
 
 
 def _bytes(runs: Sequence[Row]) -> RenderableType:

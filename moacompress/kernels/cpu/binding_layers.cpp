@@ -258,6 +258,7 @@ void read_cache_op(int64_t caches, int64_t layer, Tensors keys, Tensors values, 
 // and what the next one wants; -1 where the weights are no more what was read.
 std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor sin, int64_t caches, int64_t first) {
   const char* op = "step_layers";
+  const TracedStep traced(REST);
   const std::shared_ptr<Caches> all = all_caches().find(caches, op, "caches");
   const std::shared_ptr<const Layers> layers = layers_of(*all, op);
   const Layers& read = *layers;
@@ -277,6 +278,7 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
     const auto& reuse = read.reuses[size_t(i)];
     const auto attend = [&](const Token& token, void* mixed) {
       const Gate& gate = read.gates[size_t(i)];
+      enter(GATES);
       scores.resize(size_t(rows * gate.heads));
       if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
       if (!reuse)

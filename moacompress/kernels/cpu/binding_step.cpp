@@ -24,6 +24,7 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
                                     Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                     std::optional<Tensor> sink_logits, Tensors selected, std::optional<Tensor> scores) {
   const char* op = "step";
+  const TracedStep traced(REST);
   const Shape shape = chunk_shape(query, key, value, op, 1);
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
   LayerCache cache = state.of(shape, query.scalar_type(), op, scores.has_value());
@@ -41,6 +42,7 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
 
 Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const char* op = "linear";
+  const TracedStep traced(LINEAR);
   REQUIRE(x.is_cpu() && x.dim() > 0, op, ": the input has the shape ", text(x), "; it must be on the CPU and have a dimension");
   Shapes sizes;
   int64_t rows = 1;
@@ -68,6 +70,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
                                            Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
                                            double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "step_hidden";
+  const TracedStep traced(REST);
   REQUIRE(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
           biases.size(), " biases; 3 weights are needed, and 3 biases or none");
   x = one_token(x, op);
@@ -92,6 +95,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
                                           Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                           std::optional<Tensor> sink_logits) {
   const char* op = "step_layer";
+  const TracedStep traced(REST);
   REQUIRE(weights.size() == 7 && norms.size() == 2 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(),
           " weights, ", biases.size(), " biases and ", norms.size(), " norms; 7, 3 or none, and 2 are needed");
   x = one_token(x, op);
@@ -111,6 +115,18 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   return {out, layer.step(attend, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op)};
 }
 
+// Writes what was traced so far, [2, phases]: nanoseconds on the threads that made steps, and of all threads at work. Sets it to zero,
+// and has steps traced from now on, or not.
+void trace_op(Tensor to, bool on) {
+  check(to, {2, PHASES}, ScalarType::Long, "trace", "what was traced");
+  REQUIRE(to.is_contiguous(), "trace: what was traced must be contiguous");
+  trace_sums.on = false;
+  auto* out = static_cast<int64_t*>(to.mutable_data_ptr());
+  for (auto* sums : {trace_sums.wall, trace_sums.busy})
+    for (int phase = 0; phase < PHASES; phase++) *out++ = sums[phase].exchange(0);
+  trace_sums.on = on;
+}
+
 }  // namespace
 
 #define CACHE                                                                                                            \
@@ -119,6 +135,8 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
 #define DONE ") -> (Tensor, SymInt)"
 
 static const moacompress::Operators operators("moacompress_cpu", {
+    {"trace(Tensor(a!) to, bool on) -> ()",
+     Boxed<&trace_op>::call},
     {"linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
      Boxed<&linear_op>::call},
     {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE,

@@ -23,7 +23,7 @@ from moacompress.kernels.arguments import (
     Rotary,
     Scores,
 )
-from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, Status, WeightsMoved
+from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, PhaseTime, Status, WeightsMoved
 from moacompress.kernels.cpu import library
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule_table import RuleTable
@@ -36,6 +36,19 @@ TOO_NARROW = 1
 """What the operators of a step return where the table is too narrow; 0 when done. See `_shortfall`."""
 SHORTFALL_HEADS = 1 << 16
 """They return 1 + n * SHORTFALL_HEADS + h where the pool lacks n blocks of the formats of KV head h."""
+PHASES = (
+    "norms",
+    "q, k and v products",
+    "rotary",
+    "gates",
+    "append",
+    "attention",
+    "output product",
+    "MLP products",
+    "other products, the head's",
+    "checks and memory",
+)
+"""Phases of a traced step, in the order of `trace.h`."""
 
 
 class CpuBackend(Backend):
@@ -52,6 +65,7 @@ class CpuBackend(Backend):
         stack=True,
         linear=True,
         profile=True,
+        trace=True,
     )
 
     def status(self) -> Status:
@@ -223,6 +237,22 @@ class CpuBackend(Backend):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns `[rows, outputs]`, for few rows."""
         found: torch.Tensor = torch.ops.moacompress_cpu.linear(x, weight, bias)
+        return found
+
+    def start_trace(self) -> None:
+        """See `Backend`."""
+        self._trace(True)
+
+    def stop_trace(self) -> dict[str, PhaseTime]:
+        """See `Backend`; the phases are `PHASES`."""
+        return {name: PhaseTime(*times) for name, times in zip(PHASES, self._trace(False), strict=True)}
+
+    @staticmethod
+    def _trace(on: bool) -> list[list[float]]:
+        """Returns the seconds of each phase that were traced so far, `[phases, 2]`, and begins again or stops."""
+        traced = torch.empty(2, len(PHASES), dtype=torch.int64, device="cpu")
+        torch.ops.moacompress_cpu.trace(traced, on)
+        found: list[list[float]] = (traced.T / 1e9).tolist()
         return found
 
     def profile_backward(

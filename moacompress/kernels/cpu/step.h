@@ -149,6 +149,7 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
   for (int64_t row = 0; row < shape.rows; row++)
     REQUIRE(cache.lengths[row] >= 0 && cache.lengths[row] + 1 < MAX_TOKENS, op, ": row ", row, " has ", cache.lengths[row],
             " tokens");
+  enter(APPEND);
   const Rest& rest = cache.rest;
   Missing missing;
   Selected selected = cache.selected;
@@ -163,6 +164,7 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
   if (missing.blocks) return 1 + missing.blocks * SHORTFALL_HEADS + missing.head;
   DecodeCall call = {shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, cache.keys.view(),
                      cache.values.view(), {cache.ids, cache.width}, cache.lengths, out, nullptr, nullptr, nullptr, choosing};
+  enter(ATTENTION);
   if (kept) call.keep = reinterpret_cast<float*>(kept->of(kept_floats(call) * sizeof(float), op));
   check_status(decode(call, parallel(), isa()), op);
   return 0;
@@ -171,6 +173,7 @@ inline int64_t take(const LayerCache& cache, const Token& token, void* out, cons
 // The same of a layer that shares attention, once its anchor has taken the token in; always 0.
 inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const Rest& rest, const Token& token, Scratch& kept, void* out,
                            const char* op) {
+  enter(APPEND);
   std::vector<Pool> values;
   for (const int64_t value_set : reuse.value_sets) values.push_back(anchor.value_sets[size_t(value_set)]);
   const Table table = {anchor.ids, anchor.width};
@@ -178,6 +181,7 @@ inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const R
                            anchor.lengths},
                           isa()),
                op);
+  enter(ATTENTION);
   const auto* weights = reinterpret_cast<const float*>(kept.of(0, op));
   const Shared shared = {reuse.head_map.data(), values.data(), anchor.rest.rules, weights};
   check_status(decode({token.shape, rest.rules, rest.scores, token.query, token.query_at.row, token.query_at.head, anchor.keys.view(),
@@ -259,6 +263,7 @@ struct Projections {
 
   // Makes the token of `x`, [rows, inputs], in `bytes` of memory.
   Token make(const void* x, int64_t rows, const Rotary& rotary, char* to, const char* op) const {
+    enter(PROJECTIONS);
     LinearCall now[3];
     for (size_t i = 0; i < 3; i++) {
       now[i] = calls[i];
@@ -272,6 +277,7 @@ struct Projections {
     for (const LinearCall& call : now)
       if (call.outputs) made[count++] = call;
     run(made, count, op);
+    enter(ROTARY);
     for (size_t i = 0; i < 2 && now[i].outputs; i++)
       rotate({shape.dtype, rows, now[i].outputs / shape.head_dim, shape.head_dim, now[i].out, rotary.cos, rotary.sin,
               rotary.cos_row, rotary.sin_row},
@@ -325,12 +331,17 @@ struct DecoderLayer {
       call.residual = residual;
       run(&call, 1, op);
     };
+    enter(NORMS);
     normalize(x, scales[0]);
     if (const int64_t wanted = attend(projections.make(normed, rows, rotary, parts, op), mixed)) return wanted;
+    enter(OUTPUT);
     product(output, mixed, hidden, x);
+    enter(NORMS);
     normalize(hidden, scales[1]);
+    enter(MLP);
     product(gate, normed, gated, nullptr);
     product(last, gated, out, hidden);
+    enter(REST);
     return 0;
   }
 };

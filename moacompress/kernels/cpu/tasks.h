@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "core.h"
+#include "trace.h"
 
 namespace moacompress {
 
@@ -34,12 +35,16 @@ template <class Task> Status run_tasks(const Parallel& parallel, int64_t count, 
     int64_t count;
     size_t floats;
     const Task* task;
+    Phase phase;
   } state;
+  const TracedRegion region;
   state.count = count;
   state.floats = floats;
   state.task = &task;
+  state.phase = region.phase;
   const auto body = [](void* arg) {
     State& state = *static_cast<State*>(arg);
+    const TracedTasks traced(state.phase);
     Buffer<float> scratch(state.floats);
     int status = scratch.get() ? OK : NO_MEMORY;
     for (int64_t i; status == OK && (i = state.next.fetch_add(1)) < state.count;) status = (*state.task)(i, scratch.get());

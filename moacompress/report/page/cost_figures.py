@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moacompress.core.tables import readable_bytes
-from moacompress.report.page.figure_style import Picture, axis, lines
+from moacompress.report.page.figure_style import Picture, Trace, axis, lines
 from moacompress.report.page.findings import Finding, Findings
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
@@ -51,6 +51,12 @@ def length_ticks(lengths: list[int]) -> dict[str, Any]:
     return {"tickvals": shown, "ticktext": [format_length(n) for n in shown]}
 
 
+def speed_pictures(bench: Finding) -> list[Picture]:
+    """Returns the pictures of times, and of where they go if that was traced."""
+    traced = trace_picture(bench)
+    return [*latency_pictures(bench), *([traced] if traced is not None else [])]
+
+
 def latency_pictures(bench: Finding) -> list[Picture]:
     """Returns the time of decode steps and of prompts against length, a picture for each phase, batch and dtype."""
     groups: dict[tuple[str, int, str], list[Any]] = {}
@@ -84,6 +90,55 @@ def latency_pictures(bench: Finding) -> list[Picture]:
         note = f"This plan is {note}." if note else ""
         found.append(Picture(f"{phase}-{batch}-{dtype}", title, traces, layout, note, columns, table))
     return found
+
+
+PHASE_COLOURS = (
+    "#0072B2",
+    "#56B4E9",
+    "#009E73",
+    "#E69F00",
+    "#D55E00",
+    "#CC79A7",
+    "#332288",
+    "#AA4499",
+    "#661100",
+    "#999999",
+)
+"""Of the phases of a step, in their order."""
+
+
+def trace_picture(bench: Finding) -> Picture | None:
+    """Returns where the time of decode steps goes, a bar for each place of the benchmark; None where nothing was traced."""
+    rows = [row for row in bench["runs"] if row.get("trace")]
+    if not rows:
+        return None
+    names = [f"{row['batch']} x {format_length(row['length'])}, {row['dtype']}" for row in rows]
+    phases = list(dict.fromkeys(found["phase"] for row in rows for found in row["trace"]["phases"]))
+    times = [{found["phase"]: found for found in row["trace"]["phases"]} for row in rows]
+    traces: list[Trace] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": phase,
+            "x": [found[phase]["ms"] for found in times],
+            "y": names,
+            "marker": {"color": PHASE_COLOURS[number % len(PHASE_COLOURS)]},
+            "customdata": [found[phase]["wait_ms"] for found in times],
+            "hovertemplate": "%{x:.3g} ms; threads waited %{customdata:.3g} ms together<extra>%{fullData.name}</extra>",
+        }
+        for number, phase in enumerate(phases)
+    ]
+    layout = {
+        "barmode": "stack",
+        "xaxis": axis("ms of a step", rangemode="tozero"),
+        "yaxis": axis("", autorange="reversed", type="category", categoryorder="array", categoryarray=names),
+        "height": 190 + 40 * len(rows),
+    }
+    table = [
+        (phase, *(f"{_ms(found[phase]['ms'])} / {_ms(found[phase]['wait_ms'])}" for found in times)) for phase in phases
+    ]
+    note = "Of this plan, traced in turns of its own. In the table behind each time: what the threads waited in it, together."
+    return Picture("trace", "Where a step's time goes", traces, layout, note, ("phase", *names), table)
 
 
 def _ms(value: float | None) -> str:

@@ -19,7 +19,7 @@ from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
 from moacompress.recipe import shared_name
 from moacompress.report.heal_tables import heal_sentence
-from moacompress.report.page.cost_figures import bytes_text, latency_pictures, machine_text, memory_picture
+from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
 from moacompress.report.page.figure_style import ROLES, Picture
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
@@ -150,7 +150,7 @@ def page_sections(found: Findings) -> list[PageSection]:
             "costs",
             "Memory and speed",
             machine_text(bench) if bench is not None else "",
-            [memory_picture(found), *(latency_pictures(bench) if bench is not None else [])],
+            [memory_picture(found), *(speed_pictures(bench) if bench is not None else [])],
         ),
         PageSection(
             "harm",
