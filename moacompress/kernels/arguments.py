@@ -88,6 +88,19 @@ class CacheView(NamedTuple):
         return CacheView((), (), torch.empty((*key.shape[:2], 0), dtype=torch.int32, device="cpu"))
 
 
+class SelectedView(NamedTuple):
+    """The tokens that gates select, in blocks of a cache.
+
+    Attributes:
+        table: their block ids by their places, int32 `[rows, kv_heads, width]`.
+        scores: of the tokens of every segment of the cache, int16, as bytes: uint8 `[blocks, 32]`, or `[blocks, 0]` of one
+            without.
+    """
+
+    table: torch.Tensor
+    scores: Sequence[torch.Tensor]
+
+
 class CacheState(NamedTuple):
     """What the calls of a step read of a layer's cache and write to.
 

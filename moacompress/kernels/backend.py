@@ -21,6 +21,7 @@ from moacompress.kernels.arguments import (
     Projections,
     Rotary,
     Scores,
+    SelectedView,
 )
 from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.kv_parts import KVPart
@@ -38,6 +39,7 @@ class Capabilities:
         prefill_gradients: `prefill` without a cache has gradients.
         traced: `prefill` without a cache, and its gradients, can be in a graph of `torch.compile`.
         cached_gradients: `decode`, and `prefill` over a cache, have gradients.
+        decode_selecting: `Backend.decode_selecting`.
         step: `Backend.step`.
         step_hidden: `Backend.step_hidden`.
         step_layer: `Backend.step_layer`.
@@ -51,6 +53,7 @@ class Capabilities:
     prefill_gradients: bool = False
     traced: bool = False
     cached_gradients: bool = False
+    decode_selecting: bool = False
     step: bool = False
     step_hidden: bool = False
     step_layer: bool = False
@@ -226,6 +229,33 @@ class Backend(ABC):
         Raises:
             UnsupportedError: a visible block is not in the table, or a format is not known; RuntimeError of compiled kernels.
         """
+
+    def decode_selecting(
+        self,
+        query: torch.Tensor,
+        *,
+        cache: CacheView,
+        selected: SelectedView,
+        lengths: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """As `decode`, over selected tokens too; then those compete that will have left windows when the next token comes.
+
+        What they win is copied into its place at once: so nobody has to keep the blocks of windows any longer.
+
+        Args:
+            query: `[rows, heads, head_dim]`.
+            cache: written to where tokens are selected.
+            selected: the tokens that are selected at `lengths`, and places for those at one more; written to.
+            lengths: as of `decode`.
+            rules: of the KV heads, with tensors on the CPU.
+            scores: how scores are made.
+
+        Returns:
+            `[rows, heads, value_dim]`.
+        """
+        raise self._cannot("decode_selecting")
 
     def step(
         self,

@@ -78,10 +78,13 @@ def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_s
         dispatch.backend_for(double)
 
 
-@pytest.mark.parametrize("call", ["step", "step_hidden", "step_layer", "read_layers", "linear", "profile_backward"])
+@pytest.mark.parametrize(
+    "call", ["decode_selecting", "step", "step_hidden", "step_layer", "read_layers", "linear", "profile_backward"]
+)
 def test_a_call_that_a_backend_lacks_says_so(call):
     assert not any(getattr(REFERENCE.capabilities, name, False) for name in (call, "stack", "profile"))
     arguments = {
+        "decode_selecting": {"cache": None, "selected": None, "lengths": None, "rules": None, "scores": None},
         "step": {"cache": None, "rules": None, "scores": None},
         "step_hidden": {"projections": None, "rotary": None, "cache": None, "rules": None, "scores": None},
         "step_layer": {"layer": None, "rotary": None, "cache": None, "rules": None, "scores": None},

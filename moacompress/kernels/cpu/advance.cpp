@@ -3,9 +3,8 @@
 //
 // What stays follows from the number of tokens, as moacompress/runtime/cache/block_runs.py has it for whole chunks; tests hold the two equal.
 #include <cstring>
-#include <initializer_list>
 
-#include "tasks.h"
+#include "selecting.h"
 
 namespace moacompress {
 namespace {
@@ -34,19 +33,6 @@ void kept_runs(int64_t n, const Rule& rule, int64_t lag, const Runs& held, Runs&
     if (after < held[i].end) run.end = smaller(held[i].end, now[i + 1].begin);
   }
 }
-
-// Copies a token from its place in the K or V part of a block to a place in another, as it is kept.
-void copy_token(const KVPart& kv_part, const char* from, int64_t place, char* to, int64_t at) {
-  if (kv_part.format == NATIVE) {
-    std::memcpy(to + at * kv_part.token_bytes, from + place * kv_part.token_bytes, size_t(kv_part.token_bytes));
-    return;
-  }
-  for (int64_t i = 0; i < kv_part.token_bytes; i += 4)
-    for (int64_t byte = 0; byte < 4; byte++) to[kv_part.at(at, i) + byte * kv_part.step()] = from[kv_part.at(place, i) + byte * kv_part.step()];
-  for (const int64_t numbers : {kv_part.scales, kv_part.zeros}) std::memcpy(to + numbers + 2 * at, from + numbers + 2 * place, 2);
-}
-
-char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
 
 struct Job {
   const AdvanceCall& call;
@@ -96,45 +82,15 @@ struct Job {
 
   bool chooses(int64_t pair) const { return call.selected && rule(pair).selects(); }
   int32_t* selected(int64_t pair) const { return call.selected->ids + pair * call.selected->width; }
-  int16_t* scores_of(int32_t id) const { return reinterpret_cast<int16_t*>(at_block(call.shared_values[0], id, SCORE_BYTES * BLOCK)); }
 
-  // The token that leaves the window as the next one comes, and the place where it will be kept; -1 where none leaves, or nowhere.
-  struct Admission {
-    int64_t position, place;
-  };
-  // Finds it; false where the cache lacks what it needs for that.
-  bool admission(int64_t pair, Admission& found) const {
-    const Rule own = rule(pair);
-    const int64_t left = call.selected->left[pair], position = own.sink + left;
-    found = {-1, -1};
-    const int64_t leaving = tokens_left(call.lengths[row(pair)] + 1, own) - left;
-    if (leaving <= 0) return true;
-    const int32_t from = position / BLOCK < call.width ? ids(pair)[position / BLOCK] : -1;
-    if (leaving > 1 || position >= call.lengths[row(pair)] || !known(from) || !scores_of(from)) return false;
-    const int64_t kept = selected_count(left, own);
-    found = {position, kept};
-    if (selected_count(left + 1, own) > kept) return true;
-    int64_t least = -1, lowest = scores_of(from)[position % BLOCK];
-    for (int64_t place = 0; place < kept; place++) {
-      const int32_t id = place / BLOCK < call.selected->width ? selected(pair)[place / BLOCK] : -1;
-      const int16_t* scores = known(id) ? scores_of(id) : nullptr;
-      if (!scores) return false;
-      if (scores[place % BLOCK] < lowest) lowest = scores[place % BLOCK], least = place;
-    }
-    found.place = least;
-    return true;
+  Selecting selecting(int64_t pair) const {
+    return {rule(pair), kv_parts(pair), &call.keys, &call.values, &call.shared_values[0], ids(pair), call.width, selected(pair), call.selected->width};
   }
 
   // Keeps a token that leaves, and takes note that it has left.
   void keep(int64_t pair, const Admission& found) const {
     if (found.position >= 0) call.selected->left[pair]++;
-    if (found.place < 0) return;
-    const int32_t from = ids(pair)[found.position / BLOCK], to = selected(pair)[found.place / BLOCK];
-    const int64_t place = found.position % BLOCK, at = found.place % BLOCK;
-    const KVParts kv_parts = this->kv_parts(pair);
-    copy_token(kv_parts.key, at_block(call.keys, from, kv_parts.key.bytes), place, at_block(call.keys, to, kv_parts.key.bytes), at);
-    copy_token(kv_parts.value, at_block(call.values, from, kv_parts.value.bytes), place, at_block(call.values, to, kv_parts.value.bytes), at);
-    scores_of(to)[at] = scores_of(from)[place];
+    selecting(pair).keep(found);
   }
 
   // ---- blocks ----
@@ -183,7 +139,7 @@ struct Job {
     const KVParts kv_parts = this->kv_parts(pair);
     put(call.keys, kv_parts.key, call.key, call.key_at);
     put(call.values, kv_parts.value, call.value, call.value_at);
-    if (chooses(pair)) scores_of(id)[before % BLOCK] = call.selected->scores[pair];
+    if (chooses(pair)) selecting(pair).scores_of(id)[before % BLOCK] = call.selected->scores[pair];
   }
 
   // Says that a pair lacks a block, and those after it that want one of its kind too.
@@ -205,7 +161,9 @@ struct Job {
     if (!admissions.get()) return NO_MEMORY;
     for (int64_t pair = 0; pair < pairs; pair++) {
       admissions[size_t(pair)] = {-1, -1};
-      if (chooses(pair) && !admission(pair, admissions[size_t(pair)])) return MISSING_BLOCK;
+      if (chooses(pair) &&
+          !selecting(pair).next(call.lengths[row(pair)], call.selected->left[pair], admissions[size_t(pair)]))
+        return MISSING_BLOCK;
       if (admissions[size_t(pair)].place / BLOCK >= call.selected->width) {
         missing = {TABLE_TOO_NARROW, 0};
         return OK;

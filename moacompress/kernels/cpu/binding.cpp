@@ -6,9 +6,26 @@ namespace {
 
 using namespace moacompress;
 
-std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor rules,
-                                     double scaling, double softcap, std::optional<Tensor> sink_logits, int64_t value_dim) {
-  const char* op = "decode";
+// Refuses rules that select what none does.
+void check_selecting(const RuleTable& rules, const char* op) {
+  for (int64_t i = 0; i < rules.count; i++) {
+    const Rule rule = rules.of(i);
+    REQUIRE(rule.select_alpha >= 0 && rule.select_alpha < MAX_TOKENS && rule.select_beta_q >= 0 && rule.select_beta_q <= 1024, op,
+            ": rule ", i, " selects ", rule.select_alpha, " tokens and ", rule.select_beta_q, "/1024 of those that have left");
+  }
+}
+
+// Where the tokens that gates select lie: of each segment their scores, and the table.
+struct SelectedTokens {
+  const Tensors& scores;
+  const Tensor& table;
+};
+
+// Attends; then, where there are selected tokens, those that leave windows as the next token comes compete.
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensors& keys, const Tensors& values, const Tensor& table,
+                                  const Tensor& lengths, const Tensor& rules, double scaling, double softcap,
+                                  const std::optional<Tensor>& sink_logits, int64_t value_dim, const SelectedTokens* tokens_kept,
+                                  const char* op) {
   REQUIRE(!keys.empty() && keys.size() == values.size(), op, ": ", keys.size(), " segments of keys and ", values.size(),
           " of values; at least one of each, and as many, are needed");
   REQUIRE(table.dim() == 3, op, ": the table has the shape ", text(table), ", not of 3 dimensions");
@@ -23,14 +40,41 @@ std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values,
   for (int64_t row = 0; row < shape.rows; row++)
     REQUIRE(tokens[row] >= 0 && tokens[row] < MAX_TOKENS, op, ": row ", row, " has ", tokens[row], " tokens");
   const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
+  Selected selected = {};
+  if (tokens_kept) {
+    selected.ids = static_cast<int32_t*>(const_cast<void*>(
+        dense(tokens_kept->table, {shape.rows, shape.kv_heads, -1}, ScalarType::Int, op, "the table of what gates select")));
+    selected.width = tokens_kept->table.size(2);
+    check_selecting(rest.rules, op);
+  }
   const int64_t heads = shape.kv_heads * shape.group;
   Tensor out = new_tensor(query, Shapes{shape.rows, heads, shape.value_dim});
   Tensor lse = new_floats(query, {shape.rows, heads});
   const DecodeCall call = {shape, rest.rules, rest.scores, query.const_data_ptr(), query.stride(0), query.stride(1),
                            key_pool.view(), value_pool.view(), {static_cast<const int32_t*>(ids), table.size(2)}, tokens,
-                           out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), nullptr, nullptr};
+                           out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), nullptr, nullptr,
+                           tokens_kept ? &selected : nullptr};
   check_status(decode(call, parallel(), isa()), op);
+  if (tokens_kept) {
+    const PoolViews scores = PoolViews::of_bytes(tokens_kept->scores, SCORE_BYTES * BLOCK, op, "scores");
+    REQUIRE(scores.first_block == key_pool.first_block && scores.first_block == value_pool.first_block, op, ": scores of ",
+            scores.first_block.back(), " blocks, and keys of ", key_pool.first_block.back());
+    check_status(select_next({shape, rest.rules, key_pool.view(), value_pool.view(), scores.view(), call.table,
+                              {selected.ids, selected.width}, tokens}),
+                 op);
+  }
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> decode_op(Tensor query, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor rules,
+                                     double scaling, double softcap, std::optional<Tensor> sink_logits, int64_t value_dim) {
+  return attend(query, keys, values, table, lengths, rules, scaling, softcap, sink_logits, value_dim, nullptr, "decode");
+}
+
+Tensor decode_selecting_op(Tensor query, Tensors keys, Tensors values, Tensors scores, Tensor table, Tensor selected, Tensor lengths,
+                           Tensor rules, double scaling, double softcap, std::optional<Tensor> sink_logits, int64_t value_dim) {
+  const SelectedTokens kept = {scores, selected};
+  return std::get<0>(attend(query, keys, values, table, lengths, rules, scaling, softcap, sink_logits, value_dim, &kept, "decode_selecting"));
 }
 
 // Reads where the tokens of each of some pairs begin, of `count` in all.
@@ -126,11 +170,7 @@ std::tuple<Tensor, Tensor> eviction_schedule_op(Tensor begins, Tensor positions,
   const RuleTable table = rules_of(rules, -1, op, "KV head");
   REQUIRE(pairs >= 0 && (pairs == 0 || (table.count && pairs % table.count == 0)), op, ": ", pairs, " KV heads of rows for ", table.count,
           " rules");
-  for (int64_t i = 0; i < table.count; i++) {
-    const Rule rule = table.of(i);
-    REQUIRE(rule.select_alpha >= 0 && rule.select_alpha < MAX_TOKENS && rule.select_beta_q >= 0 && rule.select_beta_q <= 1024, op,
-            ": rule ", i, " selects ", rule.select_alpha, " tokens and ", rule.select_beta_q, "/1024 of those that have left");
-  }
+  check_selecting(table, op);
   Tensor evicted = new_tensor(positions, Shapes{count}), places = new_tensor(positions, Shapes{count});
   const EvictionSchedule tokens = {begins_of(begins, pairs, count, op), numbers(positions, count, op, "positions"),
                                    numbers(admitted, count, op, "admitted"), static_cast<int64_t*>(evicted.mutable_data_ptr()),
@@ -259,6 +299,9 @@ static const moacompress::Operators operators("moacompress_cpu", {
     {"decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor table, Tensor lengths, Tensor rules, float scaling, "
      "float softcap, Tensor? sink_logits, int value_dim=0) -> (Tensor, Tensor)",
      Boxed<&decode_op>::call},
+    {"decode_selecting(Tensor query, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] scores, Tensor table, Tensor selected, "
+     "Tensor lengths, Tensor rules, float scaling, float softcap, Tensor? sink_logits, int value_dim=0) -> Tensor",
+     Boxed<&decode_selecting_op>::call},
     {"prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
      "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)",
      Boxed<&prefill_op>::call},

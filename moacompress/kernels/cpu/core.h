@@ -185,6 +185,15 @@ struct PutCall {
   const int64_t* to_block;  // bytes from block to block of it
 };
 
+// The tokens that leave windows as the next one of every row comes: those that win are copied to the places where they are kept.
+struct SelectNextCall {
+  Shape shape;  // the group is not looked at
+  RuleTable rules;  // of the KV heads
+  Pool keys, values, scores;  // written to
+  Table table, selected;      // of sinks and window, and of selected tokens by their places
+  const int64_t* lengths;     // [rows]
+};
+
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
 struct Missing {
   int64_t blocks, head;
@@ -278,6 +287,8 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 // The call can be made again once there is room: no token is written and no length is changed before. NO_MEMORY is for what it
 // works in.
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
+// MISSING_BLOCK where a block that is needed is not in a table.
+Status select_next(const SelectNextCall& call);
 Status put_shared_values(const SharedValuesCall& call, Isa isa);
 // Lets tokens compete, `scores` [tokens]: says when each is evicted, and its place. The rules are those of the KV heads.
 Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const RuleTable& rules, const int64_t* scores);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,7 @@ from moacompress.kernels.arguments import (
     Projections,
     Rotary,
     Scores,
+    SelectedView,
 )
 from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, PhaseTime, Status, WeightsMoved
 from moacompress.kernels.cpu import library
@@ -59,6 +61,7 @@ class CpuBackend(Backend):
     capabilities = Capabilities(
         prefill_gradients=True,
         traced=True,
+        decode_selecting=True,
         step=True,
         step_hidden=True,
         step_layer=True,
@@ -114,6 +117,31 @@ class CpuBackend(Backend):
         )
         return found
 
+    def decode_selecting(
+        self,
+        query: torch.Tensor,
+        *,
+        cache: CacheView,
+        selected: SelectedView,
+        lengths: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See `Backend.decode_selecting`; in one call."""
+        found: torch.Tensor = torch.ops.moacompress_cpu.decode_selecting(
+            _rows(query),
+            list(cache.keys),
+            list(cache.values),
+            list(selected.scores),
+            cache.table,
+            selected.table,
+            lengths,
+            rules.columns,
+            *_numbers(scores),
+            cache.value_dim,
+        )
+        return found
+
     def prefill(
         self,
         query: torch.Tensor,
@@ -139,9 +167,9 @@ class CpuBackend(Backend):
         self, kv_parts: Sequence[KVPart], memory: Sequence[torch.Tensor], slots: torch.Tensor, vectors: torch.Tensor
     ) -> None:
         """Writes tokens `[tokens, parts, dim]` into their slots of all parts in one call."""
-        formats = torch.tensor([kv_part.code for kv_part in kv_parts], device="cpu")
+        codes = _codes(tuple(kv_part.code for kv_part in kv_parts))
         torch.ops.moacompress_cpu.put(
-            list(memory), slots.contiguous(), _rows(vectors.detach()), formats, kv_parts[0].values
+            list(memory), slots.contiguous(), _rows(vectors.detach()), codes, kv_parts[0].values
         )
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
@@ -351,6 +379,12 @@ class _CpuCaches(BoundCaches):
 
 def _shortfall(wanted: int) -> AllocationShortfall | None:
     return AllocationShortfall(*divmod(wanted - TOO_NARROW, SHORTFALL_HEADS)) if wanted else None
+
+
+@lru_cache
+def _codes(codes: tuple[int, ...]) -> torch.Tensor:
+    """Returns them as a tensor, int64."""
+    return torch.tensor(codes, device="cpu")
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 // Which tokens are admitted and evicted as tokens leave a window: a heap of the selected ones, the next to be evicted at its top.
 #include <algorithm>
 
-#include "tasks.h"
+#include "selecting.h"
 
 namespace moacompress {
 namespace {
@@ -42,6 +42,20 @@ Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const Ru
         tokens.evicted[token] = now;
       }
     }
+  }
+  return OK;
+}
+
+Status select_next(const SelectNextCall& call) {
+  for (int64_t pair = 0; pair < call.shape.rows * call.shape.kv_heads; pair++) {
+    const Rule rule = call.rules.of(pair % call.shape.kv_heads);
+    if (!rule.selects()) continue;
+    const int64_t tokens = call.lengths[pair / call.shape.kv_heads];
+    const Selecting selecting = {rule, kv_parts_of(rule, call.shape), &call.keys, &call.values, &call.scores,
+                                 call.table.ids + pair * call.table.width, call.table.width,
+                                 call.selected.ids + pair * call.selected.width, call.selected.width};
+    Admission found;
+    if (!selecting.next(tokens, tokens_left(tokens, rule), found) || !selecting.keep(found)) return MISSING_BLOCK;
   }
   return OK;
 }

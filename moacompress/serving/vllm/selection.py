@@ -15,11 +15,9 @@ import numpy.typing as npt
 import torch
 
 from moacompress.core.arrays import Bools, Ints
-from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.arguments import Passing, SelectedView
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.reference.passing import PartOfSoftmax
-from moacompress.kernels.selected_attention import attend_selected
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, competing_tokens
 from moacompress.rules.windows import BLOCK
@@ -66,39 +64,44 @@ class SelectedMemory:
         self.rules, self.parts, self.kv_parts, self.blocks = rules, parts, kv_parts, len(keys[0])
         self.keys, self.values = [*keys], [*values]
         self._scores = {head: part.window_scores.numpy() for head, part in parts.items()}
-        self._ids: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._ids: dict[int, tuple[Ints, Ids]] = {}
+        segments = [torch.empty(self.blocks, 0, dtype=torch.uint8) for _ in keys]
         for head, part in parts.items():
+            segments[head] = part.window_scores.view(torch.uint8)
             block, unit = np.divmod(part.numbers, len(part.units))
             first = (len(self.keys) + unit) * self.blocks
-            self._ids[head] = torch.from_numpy(block), torch.from_numpy(first.astype(np.int32))
+            self._ids[head] = block, first.astype(np.int32)
             for key, value, scores in part.units:
                 self._scores[len(self.keys)] = scores.numpy()
                 self.keys.append(key)
                 self.values.append(value)
+                segments.append(scores.view(torch.uint8))
+        self._score_segments = segments
+        self._width = max(len(block) for block, _ in self._ids.values())
 
-    def table_of(self, tables: Sequence[torch.Tensor], lengths: Ints) -> torch.Tensor:
-        """Returns block ids of selected tokens by their places, int32 `[rows, kv_heads, width]`.
+    def view(self, tables: Sequence[Ids]) -> SelectedView:
+        """Returns where the selected tokens of rows lie.
 
         Args:
-            tables: block ids of each class, int32 `[rows, any]`.
-            lengths: tokens of the rows.
+            tables: block ids of each class, `[rows, any]`; ids of blocks that a row does not have mean nothing.
         """
-        width = int(-(-self.rules.selected(lengths + 1).max() // BLOCK))
-        found = torch.zeros(len(lengths), len(self.rules), width, dtype=torch.int32)
+        found = np.zeros((len(tables[0]), len(self.rules), self._width), np.int32)
         for head, (blocks, first) in self._ids.items():
-            few = blocks[:width]
-            found[:, head, : len(few)] = tables[self.parts[head].of_class][:, few] + first[: len(few)]
-        return found
+            table = tables[self.parts[head].of_class]
+            count = int(np.searchsorted(blocks, table.shape[1]))
+            found[:, head, :count] = table[:, blocks[:count]] + first[:count]
+        return SelectedView(torch.from_numpy(found), self._score_segments)
 
-    def put_scores(self, slots: torch.Tensor, scores: torch.Tensor) -> None:
+    def put_scores(self, slots: Ints, scores: npt.NDArray[np.int16]) -> None:
         """Writes the scores of new tokens.
 
         Args:
-            slots: where they lie, int64 `[tokens, kv_heads]`.
-            scores: int16 `[tokens, kv_heads]`.
+            slots: where they lie, `[tokens, kv_heads]`.
+            scores: `[tokens, kv_heads]`.
         """
-        for head, part in self.parts.items():
-            part.window_scores[slots[:, head] // BLOCK, slots[:, head] % BLOCK] = scores[:, head]
+        blocks, places = np.divmod(slots, BLOCK)
+        for head in self.parts:
+            self._scores[head][blocks[:, head], places[:, head]] = scores[:, head]
 
     def scores_of(self, slots: Ints) -> Ints:
         """Returns the scores of tokens that lie at block id * 16 + place, `[tokens]`."""
@@ -129,7 +132,7 @@ class SelectedMemory:
 
 
 class Selection:
-    """What becomes of selected tokens in a step.
+    """What becomes of the selected tokens of some rows in a step.
 
     Args:
         memory: of the layer; the step's tokens are in it already.
@@ -141,18 +144,11 @@ class Selection:
     """
 
     def __init__(
-        self,
-        memory: SelectedMemory,
-        table: torch.Tensor,
-        selected: torch.Tensor,
-        past: Ints,
-        lengths: Ints,
-        backend: Backend,
+        self, memory: SelectedMemory, table: Ids, selected: Ids, past: Ints, lengths: Ints, backend: Backend
     ) -> None:
-        self._memory, self._table, self._lengths = memory, selected, lengths
+        self._memory, self._ids = memory, (table, selected)
         rules = memory.rules
         tokens = competing_tokens(rules, rules.tokens_left(past + 1), rules.tokens_left(lengths + 1))
-        self._ids = table.numpy(), selected.numpy()
         scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
         self.schedule = backend.eviction_schedule(tokens, rules, scores)
 
@@ -161,20 +157,6 @@ class Selection:
         tokens = self.schedule.of_rows(np.array([row])).ever_selected
         slots = _slots(tokens, tokens.positions < 0, self._ids, row)
         return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
-
-    def attend(self, query: torch.Tensor, rows: torch.Tensor | slice, scores: Scores, value_dim: int) -> PartOfSoftmax:
-        """Attention of the one new query of some rows over the tokens that are selected for it.
-
-        Args:
-            query: `[rows, heads, head_dim]`.
-            rows: which, int64 `[rows]`, or all.
-            scores: how scores are made.
-            value_dim: numbers of a value.
-        """
-        memory = self._memory
-        cache = CacheView(memory.keys, memory.values, self._table[rows], value_dim)
-        counts = memory.rules.selected(self._lengths)[rows if isinstance(rows, slice) else rows.numpy()]
-        return attend_selected(query, cache, counts, memory.rules, scores)
 
     def commit(self) -> None:
         """Copies tokens that are selected from now on to their places."""

@@ -118,10 +118,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills memory with NaN when it is made and blocks when they are freed; returns the numbers of those freed."""
     from vllm.v1.core.block_pool import BlockPool
 
-    from moacompress.serving.vllm import attention
+    from moacompress.serving.vllm.layer_memory import LayerMemory
 
     memories, freed = list[Any](), list[int]()
-    made_of, free_blocks = attention._LayerMemory.of, BlockPool.free_blocks
+    made_of, free_blocks = LayerMemory.of, BlockPool.free_blocks
 
     def of(layer: int, classes: Any, rules: Any) -> Any:
         for one in classes if not memories else []:
@@ -139,7 +139,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                     memory[block.block_id] = NAN
         return found
 
-    monkeypatch.setattr(attention._LayerMemory, "of", staticmethod(of))
+    monkeypatch.setattr(LayerMemory, "of", staticmethod(of))
     monkeypatch.setattr(BlockPool, "free_blocks", free)
     return freed
 

@@ -63,7 +63,7 @@ class Blocks:
 
     def metadata(self, steps: list[tuple[int, int, int]]) -> dict[str, object]:
         """Returns what vLLM says of a step: of each row its number, tokens before and new ones."""
-        from moacompress.serving.vllm.attention import ClassMetadata
+        from moacompress.serving.vllm.class_layers import ClassMetadata
 
         starts = torch.tensor([0, *(new for *_, new in steps)]).cumsum(0)
         lengths = torch.tensor([past + new for _, past, new in steps], dtype=torch.int32)
