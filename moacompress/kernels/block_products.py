@@ -15,11 +15,13 @@ NUMBERS_AT_ONCE = 1 << 20
 """Of a weight that are dequantized at a time; 2 MiB in bfloat16 stay in a processor's cache until they are multiplied."""
 
 _LIBRARY = torch.library.Library("moacompress_blocks", "DEF")
-_LIBRARY.define("linear(Tensor x, Tensor blocks, int kind, Tensor? bias) -> Tensor")
-_LIBRARY.define("linear_backward(Tensor grad, Tensor blocks, int kind) -> Tensor")
+_LIBRARY.define("linear(Tensor x, Tensor blocks, int kind, Tensor? bias, bool compiled) -> Tensor")
+_LIBRARY.define("linear_backward(Tensor grad, Tensor blocks, int kind, bool compiled) -> Tensor")
 
 
-def block_linear(x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None) -> torch.Tensor:
+def block_linear(
+    x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None, compiled: bool = False
+) -> torch.Tensor:
     """Returns `x @ weight.T + bias`, `[..., outputs]`, with gradients for `x` and `bias`; the blocks are constants.
 
     Args:
@@ -27,11 +29,12 @@ def block_linear(x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: 
         blocks: uint8 `[outputs, bytes]`.
         kind: of the blocks.
         bias: `[outputs]`, or None.
+        compiled: whether the compiled kernels dequantize.
 
     Raises:
         UnsupportedError: the blocks have not as many inputs as `x`.
     """
-    found: torch.Tensor = torch.ops.moacompress_blocks.linear(x, blocks, kind.code, bias)
+    found: torch.Tensor = torch.ops.moacompress_blocks.linear(x, blocks, kind.code, bias, compiled)
     return found
 
 
@@ -51,35 +54,45 @@ def check_blocks(x: torch.Tensor, blocks: torch.Tensor, kind: WeightType) -> Non
         )
 
 
-def _parts(blocks: torch.Tensor, kind: WeightType, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields outputs and their weights, `[some, inputs]`."""
+def _parts(
+    blocks: torch.Tensor, kind: WeightType, dtype: torch.dtype, compiled: bool
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields outputs and their weights, `[some, inputs]`, which the next ones may be written over."""
     inputs = kind.inputs(blocks.shape[1])
     step = max(1, NUMBERS_AT_ONCE // max(1, inputs))
+    room = torch.empty(step if compiled else 0, inputs, dtype=dtype)
     for first in range(0, blocks.shape[0], step):
-        outputs = slice(first, first + step)
-        yield outputs, dequantized(blocks[outputs], kind, dtype)
+        outputs = slice(first, min(first + step, blocks.shape[0]))
+        if compiled:
+            weight = room[: outputs.stop - first]
+            torch.ops.moacompress_cpu.expand_blocks(blocks[outputs], kind.code, weight)
+            yield outputs, weight
+        else:
+            yield outputs, dequantized(blocks[outputs], kind, dtype)
 
 
-def _linear(x: torch.Tensor, blocks: torch.Tensor, code: int, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, blocks: torch.Tensor, code: int, bias: torch.Tensor | None, compiled: bool
+) -> torch.Tensor:
     kind = weight_type(code)
     check_blocks(x, blocks, kind)
     out = x.new_empty(*x.shape[:-1], blocks.shape[0])
-    for outputs, weight in _parts(blocks, kind, x.dtype):
+    for outputs, weight in _parts(blocks, kind, x.dtype, compiled):
         out[..., outputs] = linear(x, weight, None if bias is None else bias[outputs])
     return out
 
 
-def _linear_backward(grad: torch.Tensor, blocks: torch.Tensor, code: int) -> torch.Tensor:
+def _linear_backward(grad: torch.Tensor, blocks: torch.Tensor, code: int, compiled: bool) -> torch.Tensor:
     kind = weight_type(code)
     wide = torch.promote_types(grad.dtype, torch.float32)
     found = grad.new_zeros(*grad.shape[:-1], kind.inputs(blocks.shape[1]), dtype=wide)
-    for outputs, weight in _parts(blocks, kind, grad.dtype):
+    for outputs, weight in _parts(blocks, kind, grad.dtype, compiled):
         found += grad[..., outputs] @ weight
     return found.to(grad.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, blocks, ctx.code, _ = inputs
+    _, blocks, ctx.code, _, ctx.compiled = inputs
     ctx.save_for_backward(blocks)
 
 
@@ -87,10 +100,10 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (blocks,) = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.moacompress_blocks.linear_backward(grad, blocks, ctx.code)
+        to_x = torch.ops.moacompress_blocks.linear_backward(grad, blocks, ctx.code, ctx.compiled)
     if ctx.needs_input_grad[3]:
-        to_bias = grad.flatten(0, -2).sum(0)
-    return to_x, None, None, to_bias
+        to_bias = grad.reshape(-1, blocks.shape[0]).sum(0)
+    return to_x, None, None, to_bias, None
 
 
 def _fake_linear(x: torch.Tensor, blocks: torch.Tensor, *rest: Any) -> torch.Tensor:

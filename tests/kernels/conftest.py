@@ -392,12 +392,12 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def random_blocks() -> Callable[..., torch.Tensor]:
-    """Random weights in blocks, uint8 `[..., bytes]`, by a type, the sizes before the last and the inputs; scales are small."""
+    """Random weights in blocks, uint8 `[..., bytes]`, by type, sizes before the last, inputs and size of the scales."""
 
-    def build(kind: WeightType, *shape: int, inputs: int) -> torch.Tensor:
+    def build(kind: WeightType, *shape: int, inputs: int, scale: float = 1 / 64) -> torch.Tensor:
         blocks = torch.randint(0, 256, (*shape, inputs // kind.numbers, kind.nbytes), dtype=torch.uint8)
         for at in SCALES[kind.name]:
-            scales = (torch.randn(blocks.shape[:-1]) / 64).half()
+            scales = (torch.randn(blocks.shape[:-1]) * scale).half()
             blocks[..., at : at + 2] = scales[..., None].view(torch.uint8)
         return blocks.flatten(-2)
 

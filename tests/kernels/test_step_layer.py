@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from moacompress.kernels.backend import BoundCaches, WeightsMoved
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
+from moacompress.kernels.weight_blocks import NATIVE, WEIGHT_TYPES, dequantized
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import COLUMNS, RuleTable
@@ -54,6 +56,13 @@ class Case:
     rotary: Rotary
     scores: Scores
     eps: float = 1e-3
+    blocks: list[torch.Tensor] | None = None
+    """What is given in the place of the weights, which are then what these stand for."""
+    kinds: Sequence[int] = ()
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        return self.weights if self.blocks is None else self.blocks
 
     @property
     def rules(self) -> RuleTable:
@@ -61,8 +70,8 @@ class Case:
 
     @property
     def layer(self) -> LayerWeights:
-        norms_and_mlp = NormAndMlpWeights(self.norms, self.eps, self.weights[3:])
-        return LayerWeights(Projections(self.weights[:3], self.biases), norms_and_mlp)
+        norms_and_mlp = NormAndMlpWeights(self.norms, self.eps, self.given[3:], self.kinds[3:])
+        return LayerWeights(Projections(self.given[:3], self.biases, self.kinds[:3]), norms_and_mlp)
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -75,8 +84,8 @@ class Case:
     def arguments(self, **changes: Any) -> tuple[Any, ...]:
         """What the operator takes, in its order; `changes` by name."""
         keys, values, *state, lag, _, _, _ = self.state()
-        names = ("x", "weights", "biases", "norms", "eps", "cos", "sin", "keys", "values")
-        layer = (self.x, self.weights, self.biases, self.norms, self.eps, *self.rotary)
+        names = ("x", "weights", "biases", "kinds", "norms", "eps", "cos", "sin", "keys", "values")
+        layer = (self.x, self.given, self.biases, [*self.kinds], self.norms, self.eps, *self.rotary)
         found = dict(zip(names, (*layer, keys, values), strict=True)) | changes
         return (*found.values(), *state, self.rules.columns, lag, *self.scores)
 
@@ -114,7 +123,10 @@ def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def build(seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool = False) -> Case:
+def build(
+    seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool = False, in_strips: bool = False
+) -> Case:
+    """A random case; `in_strips` for inputs that are multiples of 32."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows, heads, group = rows or rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 3)
@@ -124,6 +136,8 @@ def build(seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool 
         rng.randint(1, 70),
         rng.randint(1, 150),
     )
+    if in_strips:
+        group, value_dim, hidden, inner = 2, 16, rng.choice((64, 256)), rng.choice((96, 512))
     rules = [
         Rule(
             rng.choice((4, 16, 64)),
@@ -160,6 +174,47 @@ def test_random_layers(seed, isa, poisoned_memory):
         assert found.dtype == dtype
         assert found.shape == expected.shape
         assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
+
+
+def in_blocks(seed: int, dtype: torch.dtype, random_blocks: Callable[..., torch.Tensor]) -> Case:
+    """A case of which most weights are in blocks, each of a type of its own."""
+    rng, case = random.Random(seed), build(seed, dtype, in_strips=True)
+    case.blocks, kinds = [], []
+    for i, weight in enumerate(case.weights):
+        outputs, inputs = weight.shape
+        kind = rng.choice([None, *(kind for kind in WEIGHT_TYPES.values() if inputs % kind.numbers == 0)])
+        kinds.append(kind.code if kind else NATIVE)
+        if kind:
+            spread = dequantized(random_blocks(kind, 32, inputs=inputs, scale=1), kind).std()
+            weight = random_blocks(kind, outputs, inputs=inputs, scale=1 / float(spread * inputs**0.5))
+            case.weights[i] = dequantized(weight, kind)
+        case.blocks.append(weight)
+    case.kinds = kinds
+    return case
+
+
+@pytest.mark.seeds(150)
+def test_random_layers_of_blocks(seed, isa, poisoned_memory, random_blocks):
+    """By a whole layer, by its attention, and by two layers that were read together."""
+    isa(library.ISAS[seed % 5])
+    dtype = library.DTYPES[seed // 5 % 3]
+    case = in_blocks(seed, dtype, random_blocks)
+    found, expected = case.step(), case.expected()
+    assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_of_blocks_one_after_the_other(seed, random_blocks):
+    """As one by one; and attention alone is that of the layer."""
+    dtype = library.DTYPES[seed % 3]
+    first, second = (plain(in_blocks(seed, dtype, random_blocks)) for _ in range(2))
+    assert first.kinds == second.kinds
+    second.blocks, second.norms, second.biases = first.blocks, first.norms, first.biases
+    caches = read(first)
+    out, *rest = caches.step(first.x, first.rotary, 0)
+    assert rest == [2, None]
+    second.x = second.step()
+    assert torch.equal(second.step(), out)
 
 
 @pytest.mark.parametrize("name", library.ISAS)
@@ -224,6 +279,8 @@ def test_bad_arguments_are_refused():
     refused("6 weights, 0 biases and 2 norms", weights=case.weights[:6])
     refused("7 weights, 0 biases and 1 norms", norms=case.norms[:1])
     refused("eps is -1", eps=-1.0)
+    refused("6 kinds of 7 weights", kinds=[0] * 6)
+    refused("weight 6 is of the kind -1", kinds=[0] * 6 + [-1])
     refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
     refused("a norm has another dtype", norms=[case.norms[0].half(), case.norms[1]])
     refused("input has the shape", x=torch.randn(2, 2, hidden))
@@ -253,9 +310,8 @@ def allocate(case: Case) -> None:
     case.cache.blocks_held().table.widen(20)
 
 
-def plain(seed: int, dtype: torch.dtype, rows: int) -> Case:
+def plain(case: Case) -> Case:
     """A case without softcap and learned logits, with room for some tokens."""
-    case = build(seed, dtype, rows)
     case.scores = Scores(case.scores.scaling)
     case.step()
     allocate(case)
@@ -266,7 +322,7 @@ def plain(seed: int, dtype: torch.dtype, rows: int) -> Case:
 def test_layers_one_after_the_other(seed):
     """Both of them have the same weights and, to make it simple, the same cache."""
     dtype = library.DTYPES[seed % 3]
-    case, other = plain(seed, dtype, 2), plain(seed, dtype, 2)
+    case, other = plain(build(seed, dtype, 2)), plain(build(seed, dtype, 2))
     caches = read(case)
     found = caches.step(case.x, case.rotary, 0)
     assert found[1:] == (2, None)
@@ -278,7 +334,7 @@ def test_layers_one_after_the_other(seed):
 
 
 def test_weights_that_were_moved_are_seen():
-    case = plain(8, torch.float32, 2)
+    case = plain(build(8, torch.float32, 2))
     caches = read(case)
     assert caches.step(case.x, case.rotary, 0)[1:] == (2, None)
     lengths = case.cache.lengths.copy()
@@ -289,12 +345,13 @@ def test_weights_that_were_moved_are_seen():
 
 
 def test_what_is_read_is_checked():
-    case = plain(8, torch.float32, 2)
+    case = plain(build(8, torch.float32, 2))
     case.biases = []
     rules, ops = case.rules.columns, torch.ops.moacompress_cpu
     good = {
         "weights": case.weights,
         "biases": [],
+        "kinds": [],
         "norms": case.norms,
         "eps": case.eps,
         "head_dim": case.rotary.cos.shape[-1],
@@ -309,6 +366,9 @@ def test_what_is_read_is_checked():
             ops.read_layers(*(good | changes).values())
 
     refused("6 weights, 0 biases and 2 norms for 1 layers with rules", weights=case.weights[:6])
+    refused("3 kinds of 7 weights", kinds=[0] * 3)
+    refused("weight 2 is of the kind 8; known are 0 to 7", kinds=[0, 0, 8, 0, 0, 0, 0])
+    refused("no multiple of the 256 numbers of a block|weight has another dtype", kinds=[5] + [0] * 6)
     refused("for 0 layers", rules=[])
     gated, size = rules.clone(), (rules.shape[1], case.x.shape[-1])
     gated[COLUMNS.index("select_alpha")], gated[COLUMNS.index("native_window")] = 5, 0
@@ -317,7 +377,7 @@ def test_what_is_read_is_checked():
     refused(r"a gate has the shape \[\d+, \d+\], not", rules=[gated], gates=[torch.zeros(1, 99), torch.zeros(size[0])])
     refused("for 2 layers", rules=[rules, rules])
     refused("weight has another dtype", weights=[case.weights[0], case.weights[1].half(), *case.weights[2:]])
-    refused("a norm has the shape", norms=[case.norms[0][1:], case.norms[1]])
+    refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
     refused("eps is -1", eps=-1.0)
     refused("KV heads of 0", head_dim=0)
     refused("has .* outputs, for", head_dim=case.rotary.cos.shape[-1] + 1)
@@ -373,13 +433,13 @@ def test_fakes_have_the_shapes_of_the_real_ones():
     case = build(11, torch.float32, rows=2)
     assert case.step() is not None  # there is room for another token
     arguments = case.arguments()
-    layer, state = arguments[:7], arguments[7:]
-    heads, dim, value_dim = len(case.cache.rules), layer[5].shape[-1], state[1][0].shape[-1]
+    layer, state = arguments[:8], arguments[8:]
+    heads, dim, value_dim = len(case.cache.rules), layer[6].shape[-1], state[1][0].shape[-1]
     token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
     unscored = (*state[:-1], None, [], None)
     calls = {
         "step": (*token, *unscored),
-        "step_hidden": (layer[0], layer[1][:3], layer[2], *layer[5:], *state),
+        "step_hidden": (layer[0], layer[1][:3], *layer[2:4], *layer[6:], *state),
         "step_layer": arguments,
     }
     for name, given in calls.items():

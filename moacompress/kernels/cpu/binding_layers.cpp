@@ -140,7 +140,7 @@ std::vector<Gate> gates_of(const Tensors& given, const Layers& read, const char*
   return found;
 }
 
-int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
+int64_t read_layers_op(Tensors weights, Tensors biases, Shapes kinds, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
                        Tensor shares, Tensors gates) {
   const char* op = "read_layers";
   const size_t count = rules.size();
@@ -148,10 +148,11 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
               (biases.empty() || biases.size() == 3 * count),
           op, ": ", weights.size(), " weights, ", biases.size(), " biases and ", norms.size(), " norms for ", count,
           " layers with rules; 7, 3 or none, and 2 of each are needed");
-  check(weights[0], {-1, -1}, weights[0].scalar_type(), op, "weight");
+  check(norms[0], {-1}, norms[0].scalar_type(), op, "a norm");
+  const std::vector<WeightKind> all_kinds = kinds_of(kinds, weights.size(), op);
   Layers read;
-  read.type = weights[0].scalar_type();
-  read.inputs = weights[0].size(1);
+  read.type = norms[0].scalar_type();
+  read.inputs = norms[0].size(0);
   read.reuses = reuses_of(shares, count, rules[0].dim() == 2 ? rules[0].size(1) : 0, op);
   for (size_t i = 0; i < count; i++) {
     check(rules[i], {RULE_NUMBERS, -1}, ScalarType::Long, op, "the table of rules");
@@ -159,7 +160,7 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Tensors norms, double ep
     const Shape* anchor = reuse ? &read.layers[size_t(reuse->anchor)].projections.shape : nullptr;
     const Shape like = anchor ? *anchor : Shape{};  // `layers` may move
     read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
-                             rules[i].size(1), head_dim, read.type, dtype_of(weights[0], op), op, anchor ? &like : nullptr);
+                             rules[i].size(1), head_dim, read.type, dtype_of(norms[0], op, "a norm"), op, &all_kinds[7 * i], anchor ? &like : nullptr);
     const Shape& shape = read.layers.back().projections.shape;
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
@@ -302,7 +303,7 @@ EXPORT void moacompress_forget_layers(int64_t number) { all_layers().forget(numb
 EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(number); }
 
 static const moacompress::Operators operators("moacompress_cpu", {
-    {"read_layers(Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
+    {"read_layers(Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
      "Tensor shares, Tensor[] gates) -> int",
      Boxed<&read_layers_op>::call},
     {"read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int",

@@ -40,8 +40,8 @@ std::tuple<Tensor, int64_t> step_op(Tensor query, Tensor key, Tensor value, Tens
   return {out, take(cache, token, out.mutable_data_ptr(), op, nullptr, of_token)};
 }
 
-Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  const char* op = "linear";
+// The product with a weight of plain numbers, or in blocks.
+Tensor product_of(Tensor x, const Tensor& weight, const std::optional<Tensor>& bias, WeightKind kind, const char* op) {
   const TracedStep traced(LINEAR);
   REQUIRE(x.is_cpu() && x.dim() > 0, op, ": the input has the shape ", text(x), "; it must be on the CPU and have a dimension");
   Shapes sizes;
@@ -51,7 +51,7 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     rows *= x.size(i);
   }
   x = contiguous(x);
-  LinearCall call = linear_call(x.scalar_type(), dtype_of(x, op), x.size(x.dim() - 1), weight, bias ? &*bias : nullptr, op);
+  LinearCall call = linear_call(x.scalar_type(), dtype_of(x, op), x.size(x.dim() - 1), weight, bias ? &*bias : nullptr, op, kind);
   sizes.push_back(call.outputs);
   Tensor out = new_tensor(x, sizes);
   call.rows = rows;
@@ -61,12 +61,36 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   return out;
 }
 
+Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias) { return product_of(x, weight, bias, PLAIN, "linear"); }
+
+WeightKind blocks_kind(int64_t code, const char* op) {
+  const WeightKind kind = kinds_of({code}, 1, op)[0];
+  REQUIRE(kind != PLAIN, op, ": the kind is ", code, ", which is none of blocks");
+  return kind;
+}
+
+Tensor linear_blocks_op(Tensor x, Tensor blocks, int64_t kind, std::optional<Tensor> bias) {
+  const char* op = "linear_blocks";
+  return product_of(x, blocks, bias, blocks_kind(kind, op), op);
+}
+
+void expand_blocks_op(Tensor blocks, int64_t kind, Tensor out) {
+  const char* op = "expand_blocks";
+  REQUIRE(out.dim() == 2, op, ": the result has the shape ", text(out), ", not [outputs, inputs]");
+  const DType dtype = dtype_of(out, op, "the result");
+  dense(out, {-1, -1}, out.scalar_type(), op, "the result");
+  LinearCall call = linear_call(out.scalar_type(), dtype, out.size(1), blocks, nullptr, op, blocks_kind(kind, op));
+  REQUIRE(call.outputs == out.size(0), op, ": ", call.outputs, " rows of blocks for ", out.size(0), " outputs");
+  call.out = out.mutable_data_ptr();
+  check_status(expand(call, parallel(), isa()), op);
+}
+
 void check_rotary(const Tensor& cos, const Tensor& table, const char* op) {
   REQUIRE(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
           "; both must have 3 dimensions");
 }
 
-std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Tensor cos, Tensor sin, Tensors keys,
+std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, Tensor cos, Tensor sin, Tensors keys,
                                            Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
                                            double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "step_hidden";
@@ -79,7 +103,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
   const ScalarType type = x.scalar_type();
   const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
   const Projections projections(weights.data(), biases.empty() ? nullptr : biases.data(), x.size(2), table.size(1), cos.size(2), type,
-                                dtype_of(x, op), op);
+                                dtype_of(x, op), op, kinds_of(kinds, 3, op).data());
   Shape shape = projections.shape;
   shape.rows = rows;
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
@@ -90,7 +114,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
   return {out, take(cache, token, out.mutable_data_ptr(), op)};
 }
 
-std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Tensors norms, double eps, Tensor cos,
+std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, Tensors norms, double eps, Tensor cos,
                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs,
                                           Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                           std::optional<Tensor> sink_logits) {
@@ -104,7 +128,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   const ScalarType type = x.scalar_type();
   const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
   const DecoderLayer layer(weights.data(), biases.empty() ? nullptr : biases.data(), norms.data(), eps, inputs, table.size(1),
-                           cos.size(2), type, dtype_of(x, op), op);
+                           cos.size(2), type, dtype_of(x, op), op, kinds_of(kinds, 7, op).data());
   Shape shape = layer.projections.shape;
   shape.rows = rows;
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
@@ -139,10 +163,14 @@ static const moacompress::Operators operators("moacompress_cpu", {
      Boxed<&trace_op>::call},
     {"linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
      Boxed<&linear_op>::call},
+    {"linear_blocks(Tensor x, Tensor blocks, int kind, Tensor? bias) -> Tensor",
+     Boxed<&linear_blocks_op>::call},
+    {"expand_blocks(Tensor blocks, int kind, Tensor(a!) out) -> ()",
+     Boxed<&expand_blocks_op>::call},
     {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE,
      Boxed<&step_op>::call},
-    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, " CACHE DONE,
+    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_hidden_op>::call},
-    {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
+    {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_layer_op>::call},
 });

@@ -11,6 +11,7 @@
 
 #include "formats.h"
 #include "visible.h"
+#include "weight_blocks.h"
 
 namespace moacompress {
 
@@ -258,6 +259,7 @@ struct LinearCall {
   void* out;                      // [rows, outputs]
   const void* up;                 // or null; [outputs, inputs]: then it is silu(out) times the products with these
   const void* residual;           // or null; [rows, outputs]: added to what came out
+  WeightKind kind = PLAIN, up_kind = PLAIN;  // of `weight` and `up`, which may be rows of blocks
 };
 
 // Root mean square norm; all dense.
@@ -296,6 +298,8 @@ Status put(const PutCall& call, const Parallel& parallel, Isa isa);
 Status backward(const BackwardCall& call, const Parallel& parallel, Isa isa);
 Status profile(const ProfileCall& call, const Parallel& parallel, Isa isa);
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa);  // all at once
+// What blocks stand for, rounded to the call's dtype: [outputs, inputs] at `out`, from `weight` of a `kind`; nothing else is read.
+Status expand(const LinearCall& call, const Parallel& parallel, Isa isa);
 void rotate(const RotateCall& call, Isa isa);
 void norm(const NormCall& call, Isa isa);
 
@@ -425,12 +429,15 @@ struct ProfileTile {
   void (*done)(void* order, int64_t block);
 };
 
-// One task of a linear layer: some of its outputs, for all rows.
+// One task of a linear layer: some of its outputs, for all rows. Or, without an input, what is to be made of rows of blocks: then the
+// inputs of an output go to a row of `out`.
 struct LinearTile {
   int64_t rows, inputs, outputs;
   const void *x, *weight, *bias;
   void* out;
   int64_t out_row;
+  WeightKind kind;
+  float* scratch;  // `block_scratch` floats, where the weight is in blocks
 };
 
 struct Kernels {
@@ -447,6 +454,9 @@ struct Kernels {
   void (*profile[3])(const ProfileTile&, float* scratch);
   void (*narrow[3])(const float* from, int64_t count, void* to);
   void (*linear[3])(const LinearTile&);
+  size_t (*block_scratch)(int64_t inputs);      // in floats
+  void (*linear_blocks[3])(const LinearTile&);  // of a weight in blocks
+  void (*expand_blocks[3])(const LinearTile&);
   void (*rotate[3])(void* x, const void* cos, const void* sin, int64_t dim);  // one head
   void (*gate[3])(void* x, const void* up, int64_t count);                    // x = silu(x) * up
   void (*add[3])(void* x, const void* other, int64_t count);                  // x += other

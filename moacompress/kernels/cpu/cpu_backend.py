@@ -26,14 +26,18 @@ from moacompress.kernels.arguments import (
     SelectedView,
 )
 from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, PhaseTime, Status, WeightsMoved
+from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.cpu import library
 from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.weight_blocks import NATIVE, WeightType
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.share import LayerShares, value_sets_of
 
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
+FEW_ROWS = 16
+"""Rows up to which codes are multiplied as they are read; for more it is quicker to dequantize them first."""
 TOO_NARROW = 1
 """What the operators of a step return where the table is too narrow; 0 when done. See `_shortfall`."""
 SHORTFALL_HEADS = 1 << 16
@@ -67,6 +71,7 @@ class CpuBackend(Backend):
         step_layer=True,
         stack=True,
         linear=True,
+        linear_blocks=True,
         profile=True,
         trace=True,
     )
@@ -214,7 +219,7 @@ class CpuBackend(Backend):
         scores: Scores,
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """As `step`, projections and rotary embeddings included: `[rows, 1, heads * value_dim]`."""
-        made = (hidden, list(projections.weights), list(projections.biases), _rows(rotary.cos), _rows(rotary.sin))
+        made = (hidden, *map(list, projections), _rows(rotary.cos), _rows(rotary.sin))
         out, wanted = torch.ops.moacompress_cpu.step_hidden(
             *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
         )
@@ -235,6 +240,7 @@ class CpuBackend(Backend):
         weights = (
             [*projections.weights, *norms_and_mlp.weights],
             list(projections.biases),
+            _kinds(layer),
             list(norms_and_mlp.norms),
             norms_and_mlp.eps,
         )
@@ -265,6 +271,16 @@ class CpuBackend(Backend):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns `[rows, outputs]`, for few rows."""
         found: torch.Tensor = torch.ops.moacompress_cpu.linear(x, weight, bias)
+        return found
+
+    def linear_blocks(
+        self, x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns `[..., outputs]`; a few rows meet the codes as they are read, more of them some dequantized outputs."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if learns or x.numel() > FEW_ROWS * x.shape[-1]:
+            return block_linear(x, blocks, kind, bias, compiled=True)
+        found: torch.Tensor = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, bias)
         return found
 
     def start_trace(self) -> None:
@@ -319,6 +335,7 @@ class _CpuLayers(BoundLayers):
         shares: LayerShares,
     ) -> None:
         weights = [[*layer.projections.weights, *layer.norms_and_mlp.weights] for layer in layers]
+        kinds = [*chain.from_iterable(map(_kinds, layers))]
         biases, norms = (
             ([*layer.projections.biases] for layer in layers),
             ([*layer.norms_and_mlp.norms] for layer in layers),
@@ -328,7 +345,15 @@ class _CpuLayers(BoundLayers):
         none = torch.empty(0)
         gates = [t for layer in layers for t in (layer.gate or (none, none))] if any(one.gate for one in layers) else []
         self.number: int = torch.ops.moacompress_cpu.read_layers(
-            *lists, layers[0].norms_and_mlp.eps, head_dim, tables, scaling, _shares(shares, len(rules[0])), gates
+            *lists[:2],
+            kinds,
+            lists[2],
+            layers[0].norms_and_mlp.eps,
+            head_dim,
+            tables,
+            scaling,
+            _shares(shares, len(rules[0])),
+            gates,
         )
         weakref.finalize(self, library.forget_layers, self.number).atexit = False
 
@@ -375,6 +400,14 @@ class _CpuCaches(BoundCaches):
         if wanted == MOVED:
             raise WeightsMoved
         return out, done, _shortfall(wanted)
+
+
+def _kinds(layer: LayerWeights) -> list[int]:
+    """Returns the code of each weight's type of blocks, `NATIVE` of one of plain numbers; none where all are that."""
+    parts = layer.projections, layer.norms_and_mlp
+    if not any(part.kinds for part in parts):
+        return []
+    return [*chain.from_iterable(part.kinds or (NATIVE,) * len(part.weights) for part in parts)]
 
 
 def _shortfall(wanted: int) -> AllocationShortfall | None:

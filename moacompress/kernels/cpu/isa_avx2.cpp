@@ -2,6 +2,7 @@
 #include "vec_avx2.h"
 #include "kernels.inl"
 #include "linear.inl"
+#include "blocks.inl"
 #include "profile.inl"
 
 namespace moacompress {

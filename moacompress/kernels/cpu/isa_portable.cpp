@@ -1,6 +1,7 @@
 #include "vec_portable.h"
 #include "kernels.inl"
 #include "linear.inl"
+#include "blocks.inl"
 #include "profile.inl"
 
 namespace moacompress {

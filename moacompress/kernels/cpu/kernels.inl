@@ -734,6 +734,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { ba
                         {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
                         {narrow<float>, narrow<bf16>, narrow<f16>},                                 \
                         {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>},                  \
+                        block_scratch,                                                              \
+                        {linear_blocks_tile<float>, linear_blocks_tile<bf16>, linear_blocks_tile<f16>}, \
+                        {expand_blocks_tile<float>, expand_blocks_tile<bf16>, expand_blocks_tile<f16>}, \
                         {rotate_head<float>, rotate_head<bf16>, rotate_head<f16>},                  \
                         {gate_row<float>, gate_row<bf16>, gate_row<f16>},                           \
                         {add_row<float>, add_row<bf16>, add_row<f16>},                              \

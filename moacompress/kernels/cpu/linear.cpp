@@ -13,7 +13,7 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
   const auto bytes_of = [](const LinearCall& call) {  // that one output reads of the weights
     return call.inputs * int64_t(element_size(call.dtype)) * (call.up ? 2 : 1);
   };
-  int64_t bytes = 0, tasks = 0, scratch = 0;
+  int64_t bytes = 0, tasks = 0, scratch = 0, blocks = 0;
   for (int64_t i = 0; i < count; i++) bytes += calls[i].outputs * bytes_of(calls[i]);
   const int64_t wanted = smaller(larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST), MOST);
   const auto outputs_of = [&](const LinearCall& call) { return larger(wanted / larger(bytes_of(call), 1) / 4 * 4, 4); };
@@ -21,28 +21,34 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
   for (int64_t i = 0; i < count; i++) {
     tasks += tasks_of(calls[i]);
     if (calls[i].up) scratch = larger(scratch, calls[i].rows * smaller(outputs_of(calls[i]), calls[i].outputs));
+    if (calls[i].kind != PLAIN || calls[i].up_kind != PLAIN) blocks = larger(blocks, int64_t(kernels.block_scratch(calls[i].inputs)));
   }
-  return run_tasks(parallel, tasks, size_t(scratch), [&](int64_t index, float* shared_values) {
+  scratch = (scratch + 15) / 16 * 16;
+  return run_tasks(parallel, tasks, size_t(scratch + blocks), [&](int64_t index, float* shared_values) {
     const LinearCall* call = calls;
     for (; index >= tasks_of(*call); call++) index -= tasks_of(*call);
-    const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call), row = call->inputs * element;
+    const int64_t element = int64_t(element_size(call->dtype)), first = index * outputs_of(*call);
+    const auto multiply = [&](LinearTile tile, const void* weight, WeightKind kind) {
+      tile.weight = static_cast<const char*>(weight) + first * weight_row_bytes(kind, call->inputs, element);
+      tile.kind = kind;
+      (kind == PLAIN ? kernels.linear : kernels.linear_blocks)[call->dtype](tile);
+    };
     LinearTile tile = {};
     tile.rows = call->rows;
     tile.inputs = call->inputs;
     tile.outputs = smaller(outputs_of(*call), call->outputs - first);
     tile.x = call->x;
-    tile.weight = static_cast<const char*>(call->weight) + first * row;
     if (call->bias) tile.bias = static_cast<const char*>(call->bias) + first * element;
     tile.out = static_cast<char*>(call->out) + first * element;
     tile.out_row = call->outputs;
-    kernels.linear[call->dtype](tile);
+    tile.scratch = shared_values + scratch;
+    multiply(tile, call->weight, call->kind);
     LinearTile other = tile;
     if (call->up) {
-      other.weight = static_cast<const char*>(call->up) + first * row;
       other.bias = nullptr;
       other.out = shared_values;
       other.out_row = tile.outputs;
-      kernels.linear[call->dtype](other);
+      multiply(other, call->up, call->up_kind);
     }
     for (int64_t r = 0; r < tile.rows && (call->up || call->residual); r++) {
       char* out = static_cast<char*>(tile.out) + r * tile.out_row * element;
@@ -50,6 +56,24 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
       if (call->residual)
         kernels.add[call->dtype](out, static_cast<const char*>(call->residual) + (r * call->outputs + first) * element, tile.outputs);
     }
+    return OK;
+  });
+}
+
+Status expand(const LinearCall& call, const Parallel& parallel, Isa isa) {
+  constexpr int64_t OUTPUTS = 8;  // of a task
+  const Kernels& kernels = kernels_of(isa);
+  const int64_t element = int64_t(element_size(call.dtype));
+  return run_tasks(parallel, (call.outputs + OUTPUTS - 1) / OUTPUTS, kernels.block_scratch(call.inputs), [&](int64_t index, float* scratch) {
+    const int64_t first = index * OUTPUTS;
+    LinearTile tile = {};
+    tile.inputs = tile.out_row = call.inputs;
+    tile.outputs = smaller(OUTPUTS, call.outputs - first);
+    tile.weight = static_cast<const char*>(call.weight) + first * weight_row_bytes(call.kind, call.inputs, element);
+    tile.out = static_cast<char*>(call.out) + first * call.inputs * element;
+    tile.kind = call.kind;
+    tile.scratch = scratch;
+    kernels.expand_blocks[call.dtype](tile);
     return OK;
   });
 }

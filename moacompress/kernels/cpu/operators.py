@@ -48,13 +48,17 @@ def _fake_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fake_linear_blocks(x: torch.Tensor, blocks: torch.Tensor, kind: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], blocks.shape[0])
+
+
 def _fake_step(query: torch.Tensor, key: Any, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
     rows, heads, _, _ = query.shape
     return query.new_empty(rows, 1, heads, value.shape[-1]), torch.library.get_ctx().new_dynamic_size()
 
 
 def _fake_step_hidden(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Any, cos: torch.Tensor, *rest: Any
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Any, kinds: Any, cos: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, Any]:
     head_dim = cos.shape[-1]
     queries, keys, values = (weight.shape[0] for weight in weights)
@@ -123,6 +127,8 @@ def register() -> None:
         "prefill": _fake_prefill,
         "prefill_backward": _fake_backward,
         "linear": _fake_linear,
+        "linear_blocks": _fake_linear_blocks,
+        "expand_blocks": lambda blocks, kind, out: None,
         "step": _fake_step,
         "step_hidden": _fake_step_hidden,
         "step_layer": _fake_step_layer,

@@ -191,12 +191,31 @@ inline int64_t take_shared(const LayerCache& anchor, const Reuse& reuse, const R
   return 0;
 }
 
+// Kinds of weights by their codes, `weight_blocks.WEIGHT_TYPES`; PLAIN of all where none are given.
+inline std::vector<WeightKind> kinds_of(const Shapes& codes, size_t count, const char* op) {
+  REQUIRE(codes.empty() || codes.size() == count, op, ": ", codes.size(), " kinds of ", count, " weights; one of each or none are needed");
+  std::vector<WeightKind> found(count, PLAIN);
+  for (size_t i = 0; i < codes.size(); i++) {
+    REQUIRE(codes[i] >= PLAIN && codes[i] < WEIGHT_KINDS, op, ": weight ", i, " is of the kind ", codes[i], "; known are 0 to ", WEIGHT_KINDS - 1);
+    found[i] = WeightKind(codes[i]);
+  }
+  return found;
+}
+
+// Checks a weight in blocks, [outputs, bytes], and returns where it is.
+inline const void* blocks_of(const Tensor& weight, int64_t inputs, WeightKind kind, const char* op) {
+  const BlockSize size = block_size(kind);
+  REQUIRE(inputs % size.numbers == 0, op, ": ", inputs, " inputs are no multiple of the ", size.numbers, " numbers of a block");
+  return dense(weight, {-1, weight_row_bytes(kind, inputs, 0)}, ScalarType::Byte, op, "weight");
+}
+
 // Checks a linear layer of `inputs` and returns its call; rows, input and output are for the caller to put in.
-inline LinearCall linear_call(ScalarType type, DType dtype, int64_t inputs, const Tensor& weight, const Tensor* bias, const char* op) {
-  const void* from = dense(weight, {-1, inputs}, type, op, "weight");
+inline LinearCall linear_call(ScalarType type, DType dtype, int64_t inputs, const Tensor& weight, const Tensor* bias, const char* op,
+                              WeightKind kind = PLAIN) {
+  const void* from = kind == PLAIN ? dense(weight, {-1, inputs}, type, op, "weight") : blocks_of(weight, inputs, kind, op);
   const int64_t outputs = weight.size(0);
   const void* added = bias ? dense(*bias, {outputs}, type, op, "bias") : nullptr;
-  return {dtype, 0, inputs, outputs, nullptr, from, added, nullptr, nullptr, nullptr};
+  return {dtype, 0, inputs, outputs, nullptr, from, added, nullptr, nullptr, nullptr, kind};
 }
 
 inline void run(const LinearCall* calls, int64_t count, const char* op) {
@@ -236,9 +255,9 @@ struct Projections {
   Shape shape;  // of the heads; rows are those of a step
 
   Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
-              DType dtype, const char* op, const Shape* anchor = nullptr) {
+              DType dtype, const char* op, const WeightKind* kinds, const Shape* anchor = nullptr) {
     REQUIRE(kv_heads > 0 && dim > 0, op, ": ", kv_heads, " KV heads of ", dim);
-    for (size_t i = 0; i < 3; i++) calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op);
+    for (size_t i = 0; i < 3; i++) calls[i] = linear_call(type, dtype, inputs, weights[i], biases ? &biases[i] : nullptr, op, kinds[i]);
     if (anchor) {
       shape = *anchor;
       const int64_t values = shape.kv_heads * shape.value_dim;
@@ -299,19 +318,20 @@ struct DecoderLayer {
   float eps;
 
   DecoderLayer(const Tensor* weights, const Tensor* biases, const Tensor* norms, double eps, int64_t inputs, int64_t kv_heads,
-               int64_t dim, ScalarType type, DType dtype, const char* op, const Shape* anchor = nullptr)
-      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, anchor), eps(float(eps)) {
+               int64_t dim, ScalarType type, DType dtype, const char* op, const WeightKind* kinds, const Shape* anchor = nullptr)
+      : projections(weights, biases, inputs, kv_heads, dim, type, dtype, op, kinds, anchor), eps(float(eps)) {
     REQUIRE(eps >= 0, op, ": eps is ", eps);
     for (size_t i = 0; i < 2; i++) scales[i] = dense(norms[i], {inputs}, type, op, "a norm");
     const Shape& shape = projections.shape;
-    output = linear_call(type, dtype, shape.kv_heads * shape.group * shape.value_dim, weights[3], nullptr, op);
-    gate = linear_call(type, dtype, inputs, weights[4], nullptr, op);
-    const LinearCall up = linear_call(type, dtype, inputs, weights[5], nullptr, op);
-    last = linear_call(type, dtype, gate.outputs, weights[6], nullptr, op);
+    output = linear_call(type, dtype, shape.kv_heads * shape.group * shape.value_dim, weights[3], nullptr, op, kinds[3]);
+    gate = linear_call(type, dtype, inputs, weights[4], nullptr, op, kinds[4]);
+    const LinearCall up = linear_call(type, dtype, inputs, weights[5], nullptr, op, kinds[5]);
+    last = linear_call(type, dtype, gate.outputs, weights[6], nullptr, op, kinds[6]);
     REQUIRE(up.outputs == gate.outputs && output.outputs == inputs && last.outputs == inputs, op,
             ": the weights after attention have ", output.outputs, ", ", gate.outputs, ", ", up.outputs, " and ",
             last.outputs, " outputs; the first and last must be ", inputs, ", the others alike");
     gate.up = up.weight;
+    gate.up_kind = up.kind;
   }
 
   // One token of every row: `x` to `out`, [rows, inputs] each. `attend` is given the token and where its attention goes, and returns as

@@ -73,8 +73,9 @@ inline void sum4(V a, V b, V c, V d, float* to) {
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
-// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+// Codes as numbers: bytes, with or without a sign, or the low and the high nibbles of bytes.
 inline V load_codes(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+inline V load_signed(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   low = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));

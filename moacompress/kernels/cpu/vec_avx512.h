@@ -69,8 +69,9 @@ inline void sum4(V a, V b, V c, V d, float* to) {
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
-// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+// Codes as numbers: bytes, with or without a sign, or the low and the high nibbles of bytes.
 inline V load_codes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline V load_signed(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   low = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));

@@ -72,8 +72,9 @@ inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline void sum4(V a, V b, V c, V d, float* to) { to[0] = sum(a); to[1] = sum(b); to[2] = sum(c); to[3] = sum(d); }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Codes as numbers: bytes, or the low and the high nibbles of bytes.
+// Codes as numbers: bytes, with or without a sign, or the low and the high nibbles of bytes.
 inline V load_codes(const uint8_t* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline V load_signed(const uint8_t* p) { return V{float(int8_t(p[0])), float(int8_t(p[1])), float(int8_t(p[2])), float(int8_t(p[3]))}; }
 inline void load_nibbles(const uint8_t* p, V& low, V& high) {
   for (int i = 0; i < W; i++) low[i] = float(p[i] & 15), high[i] = float(p[i] >> 4);
 }

@@ -1,0 +1,382 @@
+// Products of a few rows with weights in blocks of codes (weight_blocks.h), which are read as they lie, each once for some rows.
+// Written over the vectors of a vec_*.h, like linear.inl.
+//
+// A number is scale * code + base, one scale and one base for the numbers of a part of a block. So with x a part adds
+// scale * sum(code * x) + base * sum(x) to a product; the sums of x are made once for all outputs. A row's products are the same to
+// the bit however many rows and outputs there are beside it.
+
+namespace moacompress {
+namespace {
+
+constexpr int STRIP_VECTORS = int(STRIP) / W;
+
+inline float half_at(const uint8_t* p) {
+  f16 x;
+  memcpy(&x, p, 2);
+  return number(&x);
+}
+
+// The codes of 16 bytes: the low nibbles, then the high ones.
+inline void nibble_codes(const uint8_t* p, V* to) {
+  for (int v = 0; v < STRIP_VECTORS / 2; v++) load_nibbles(p + v * W, to[v], to[STRIP_VECTORS / 2 + v]);
+}
+inline void byte_codes(const uint8_t* codes, V* to) {
+  for (int v = 0; v < STRIP_VECTORS; v++) to[v] = load_codes(codes + v * W);
+}
+
+// Scales, and where there are any bases, of blocks with one float16 of each in front.
+template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+  for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES, 2);
+  widen_row((const f16*)halves, blocks, scale);
+  if constexpr (B::BASE) {
+    for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES + 2, 2);
+    widen_row((const f16*)halves, blocks, base);
+  }
+}
+
+// The same of blocks of eight strips, whose scales and minima have six bits each and are scaled by two float16 themselves.
+inline void six_bit_scales(const uint8_t* row, int64_t blocks, int64_t bytes, float* scale, float* base) {
+  for (int64_t b = 0; b < blocks; b++, row += bytes, scale += 8, base += 8) {
+    const float unit = half_at(row), least = half_at(row + 2);
+    const uint8_t *scales = row + 4, *minima = row + 8, *rest = row + 12;
+    for (int i = 0; i < 4; i++) {
+      scale[i] = unit * float(scales[i] & 63);
+      base[i] = -(least * float(minima[i] & 63));
+      scale[i + 4] = unit * float((rest[i] & 15) | (scales[i] >> 2 & 48));
+      base[i + 4] = -(least * float((rest[i] >> 4) | (minima[i] >> 2 & 48)));
+    }
+  }
+}
+
+// What differs between the types: `BYTES` and `STRIPS` of a block; `PARTS` of a strip with a scale of their own; `ZERO`, the code that
+// stands for zero but for a base, and whether there is a `BASE`; the scales of a row, and the codes of a strip.
+template <int KIND> struct Blocks;
+
+template <> struct Blocks<Q8_0> {
+  static constexpr int BYTES = 34, STRIPS = 1, PARTS = 1, ZERO = 0;
+  static constexpr bool BASE = false;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+    front_scales<Blocks>(row, blocks, halves, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int, V* to) {
+    for (int v = 0; v < STRIP_VECTORS; v++) to[v] = load_signed(block + 2 + v * W);
+  }
+};
+
+template <> struct Blocks<Q4_0> {
+  static constexpr int BYTES = 18, STRIPS = 1, PARTS = 1, ZERO = 8;
+  static constexpr bool BASE = false;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+    front_scales<Blocks>(row, blocks, halves, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int, V* to) { nibble_codes(block + 2, to); }
+};
+
+template <> struct Blocks<Q4_1> {
+  static constexpr int BYTES = 20, STRIPS = 1, PARTS = 1, ZERO = 0;
+  static constexpr bool BASE = true;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+    front_scales<Blocks>(row, blocks, halves, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int, V* to) { nibble_codes(block + 4, to); }
+};
+
+template <> struct Blocks<Q5_0> {
+  static constexpr int BYTES = 22, STRIPS = 1, PARTS = 1, ZERO = 16;
+  static constexpr bool BASE = false;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+    front_scales<Blocks>(row, blocks, halves, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int, V* to) {
+    uint32_t fifth;  // bit i is that of number i
+    memcpy(&fifth, block + 2, 4);
+    uint8_t whole[STRIP];
+    for (int i = 0; i < 16; i++) {
+      whole[i] = uint8_t((block[6 + i] & 15) | (fifth >> i & 1) << 4);
+      whole[16 + i] = uint8_t(block[6 + i] >> 4 | (fifth >> (16 + i) & 1) << 4);
+    }
+    byte_codes(whole, to);
+  }
+};
+
+template <> struct Blocks<Q4_K> {
+  static constexpr int BYTES = 144, STRIPS = 8, PARTS = 1, ZERO = 0;
+  static constexpr bool BASE = true;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float* base) {
+    six_bit_scales(row, blocks, BYTES, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int strip, V* to) {
+    const uint8_t* from = block + 16 + strip / 2 * 32;
+    uint8_t whole[STRIP];
+    for (int i = 0; i < int(STRIP); i++) whole[i] = from[i] >> strip % 2 * 4 & 15;
+    byte_codes(whole, to);
+  }
+};
+
+template <> struct Blocks<Q5_K> {
+  static constexpr int BYTES = 176, STRIPS = 8, PARTS = 1, ZERO = 0;
+  static constexpr bool BASE = true;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float* base) {
+    six_bit_scales(row, blocks, BYTES, scale, base);
+  }
+  static inline void codes(const uint8_t* block, int strip, V* to) {
+    const uint8_t *fifth = block + 16, *from = block + 48 + strip / 2 * 32;
+    uint8_t whole[STRIP];
+    for (int i = 0; i < int(STRIP); i++) whole[i] = uint8_t((from[i] >> strip % 2 * 4 & 15) | (fifth[i] >> strip & 1) << 4);
+    byte_codes(whole, to);
+  }
+};
+
+template <> struct Blocks<Q6_K> {
+  static constexpr int BYTES = 210, STRIPS = 8, PARTS = 2, ZERO = 32;
+  static constexpr bool BASE = false;
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float*) {
+    for (int64_t b = 0; b < blocks; b++, row += BYTES, scale += 16) {
+      const float unit = half_at(row + 208);
+      for (int i = 0; i < 16; i++) scale[i] = unit * float(int8_t(row[192 + i]));
+    }
+  }
+  static inline void codes(const uint8_t* block, int strip, V* to) {
+    const uint8_t *from = block + strip / 4 * 64 + strip % 2 * 32, *high = block + 128 + strip / 4 * 32;
+    uint8_t whole[STRIP];
+    for (int i = 0; i < int(STRIP); i++)
+      whole[i] = uint8_t((from[i] >> strip / 2 % 2 * 4 & 15) | (high[i] >> strip % 4 * 2 & 3) << 4);
+    byte_codes(whole, to);
+  }
+};
+
+// Codes times x in float32.
+template <class B> struct FloatStrips {
+  typedef float Input;
+  typedef V Codes;
+  static constexpr int CODES = STRIP_VECTORS;  // registers of codes
+  static constexpr int ZERO = B::ZERO;
+  static inline void codes(const uint8_t* block, int strip, V* to) { B::codes(block, strip, to); }
+  // sum + the products of a strip, each part of it times its scale.
+  static inline V add(V sum, const V* codes, const float* x, const float* scale) {
+    for (int part = 0; part < B::PARTS; part++) {
+      const int first = part * STRIP_VECTORS / B::PARTS, end = (part + 1) * STRIP_VECTORS / B::PARTS;
+      V products = codes[first] * load(x + first * W);
+      for (int v = first + 1; v < end; v++) products = fma(codes[v], load(x + v * W), products);
+      sum = fma(products, set1(scale[part]), sum);
+    }
+    return sum;
+  }
+};
+template <class T, int KIND> struct StripsOf { typedef FloatStrips<Blocks<KIND>> type; };
+
+#ifdef MOACOMPRESS_BF16_DOT
+inline __m512i words_of(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+inline __m512i nibble_words(const uint8_t* p) {  // the low nibbles, then the high ones, and what lies above them
+  const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)));
+  return _mm512_srlv_epi16(twice, _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1));
+}
+// (x & mask) | rest
+inline __m512i joined(__m512i x, int mask, __m512i rest) { return _mm512_ternarylogic_epi32(x, _mm512_set1_epi16(short(mask)), rest, 0xea); }
+// 128 + code in bfloat16, where a code below 128 lies in the fraction as it is.
+inline __m512i above_128(__m512i x, int mask) { return joined(x, mask, _mm512_set1_epi16(0x4300)); }
+inline __m512i plus_16(__m512i x, __mmask32 where) { return _mm512_mask_add_epi16(x, where, x, _mm512_set1_epi16(16)); }
+
+inline __m512i pair_codes(Blocks<Q4_0>, const uint8_t* block, int) { return above_128(nibble_words(block + 2), 15); }
+inline __m512i pair_codes(Blocks<Q4_1>, const uint8_t* block, int) { return above_128(nibble_words(block + 4), 15); }
+inline __m512i pair_codes(Blocks<Q5_0>, const uint8_t* block, int) {
+  uint32_t fifth;
+  memcpy(&fifth, block + 2, 4);
+  return plus_16(above_128(nibble_words(block + 6), 15), fifth);
+}
+inline __m512i pair_codes(Blocks<Q4_K>, const uint8_t* block, int strip) {
+  return above_128(_mm512_srli_epi16(words_of(block + 16 + strip / 2 * 32), unsigned(strip % 2 * 4)), 15);
+}
+inline __m512i pair_codes(Blocks<Q5_K>, const uint8_t* block, int strip) {
+  const __m512i low = above_128(_mm512_srli_epi16(words_of(block + 48 + strip / 2 * 32), unsigned(strip % 2 * 4)), 15);
+  const __m256i fifth = _mm256_loadu_si256((const __m256i*)(block + 16));
+  return plus_16(low, _mm256_test_epi8_mask(fifth, _mm256_set1_epi8(char(1 << strip))));
+}
+inline __m512i pair_codes(Blocks<Q6_K>, const uint8_t* block, int strip) {
+  const __m512i low = words_of(block + strip / 4 * 64 + strip % 2 * 32), high = words_of(block + 128 + strip / 4 * 32);
+  const int up = 4 - strip % 4 * 2;  // of the two bits of `high`
+  const __m512i placed = up < 0 ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, unsigned(up));
+  return joined(placed, 48, above_128(_mm512_srli_epi16(low, unsigned(strip / 2 % 2 * 4)), 15));
+}
+
+// Codes times x as pairs of bfloat16, summed in float32 by the processor.
+template <class B> struct PairStrips {
+  typedef bf16 Input;
+  typedef __m512i Codes;
+  static constexpr int CODES = 1;
+  static constexpr int ZERO = B::ZERO + 128;
+  static inline void codes(const uint8_t* block, int strip, __m512i* to) { *to = pair_codes(B(), block, strip); }
+  static inline V add(V sum, const __m512i* codes, const bf16* x, const float* scale) {
+    const V products = _mm512_dpbf16_ps(zero(), (__m512bh)*codes, (__m512bh)_mm512_loadu_si512(x));
+    V factor = set1(scale[0]);
+    if (B::PARTS == 2) factor = _mm512_mask_blend_ps(0xff00, factor, set1(scale[1]));
+    return fma(products, factor, sum);
+  }
+};
+template <int KIND> struct StripsOf<bf16, KIND> { typedef PairStrips<Blocks<KIND>> type; };
+template <> struct StripsOf<bf16, Q8_0> { typedef FloatStrips<Blocks<Q8_0>> type; };  // bfloat16 has no room for eight bits and 128
+#endif
+
+// Where a task works. Numbers of the parts of a row are filled up with zeros to whole vectors.
+struct BlockScratch {
+  int64_t parts, floats;
+  float *x, *sums, *scale, *base;
+  uint16_t* halves;
+
+  BlockScratch(float* at, int64_t inputs) : parts((inputs / 16 + 15) / 16 * 16), floats(0) {
+    float* half_floats = nullptr;
+    const int64_t sizes[] = {MOST * inputs, MOST * parts, 4 * parts, 4 * parts, parts};
+    float** const places[] = {&x, &sums, &scale, &base, &half_floats};
+    for (int i = 0; i < 5; i++) {
+      *places[i] = at + floats;
+      floats += (sizes[i] + 15) / 16 * 16;
+    }
+    halves = (uint16_t*)half_floats;
+  }
+};
+
+size_t block_scratch(int64_t inputs) { return size_t(BlockScratch(nullptr, inputs).floats); }
+
+inline int64_t parts_in(int64_t inputs, int parts) { return inputs / STRIP * parts; }
+
+// Takes the scales and bases of a row of the weight, for codes less `zero`.
+template <class B> inline void take_scales(const uint8_t* row, int64_t inputs, int code_of_zero, const BlockScratch& s, int64_t at) {
+  const int64_t blocks = inputs / (STRIP * B::STRIPS), count = parts_in(inputs, B::PARTS);
+  float *scale = s.scale + at * s.parts, *base = s.base + at * s.parts;
+  B::scales(row, blocks, s.halves, scale, base);
+  for (int64_t i = count; i % 16; i++) scale[i] = base[i] = 0.f;
+  if (code_of_zero == 0) return;
+  const V less = set1(-float(code_of_zero));
+  for (int64_t i = 0; i < count; i += W) {
+    const V shift = load(scale + i) * less;
+    store(base + i, B::BASE ? load(base + i) + shift : shift);
+  }
+}
+
+// The sums of a row of the input over the parts that have a scale each.
+template <class T, class B> inline void part_sums(const T* x, int64_t inputs, float* to) {
+  constexpr int NUMBERS = int(STRIP) / B::PARTS;
+  const int64_t count = parts_in(inputs, B::PARTS);
+  for (int64_t p = 0; p < count; p += 4) {
+    V four[4];
+    for (int i = 0; i < 4; i++) {
+      four[i] = zero();
+      for (int v = 0; v < NUMBERS && p + i < count; v += W) four[i] = four[i] + load(x + (p + i) * NUMBERS + v);
+    }
+    sum4(four[0], four[1], four[2], four[3], to + p);
+  }
+  for (int64_t i = (count + 3) / 4 * 4; i % 16; i++) to[i] = 0.f;
+}
+
+// The products of ROWS rows of the input with OUTPUTS (2 or 4) rows of the weight, but for what the bases add; what lies `ahead` bytes
+// behind each weight is read ahead.
+template <class Op, class B, int ROWS, int OUTPUTS>
+inline void strip_products(const typename Op::Input* x, const uint8_t* const* weight, int64_t inputs, int64_t ahead, const BlockScratch& s,
+                           V (*sums)[OUTPUTS]) {
+  for (int r = 0; r < ROWS; r++)
+    for (int o = 0; o < OUTPUTS; o++) sums[r][o] = zero();
+  const float* scale = s.scale;
+  const typename Op::Input* at = x;
+  for (int64_t byte = 0, block = 0; block < inputs / (B::STRIPS * STRIP); block++, byte += B::BYTES) {
+#pragma GCC unroll 8
+    for (int strip = 0; strip < B::STRIPS; strip++) {
+      for (int o = 0; o < OUTPUTS; o++) {
+        prefetch(weight[o] + byte + strip * B::BYTES / B::STRIPS + ahead);
+        typename Op::Codes codes[Op::CODES];
+        Op::codes(weight[o] + byte, strip, codes);
+        for (int r = 0; r < ROWS; r++) sums[r][o] = Op::add(sums[r][o], codes, at + r * inputs, scale + o * s.parts);
+      }
+      at += STRIP;
+      scale += B::PARTS;
+    }
+  }
+}
+
+// Some rows of the input, of which there are at most ROWS, with all outputs.
+template <class T, class Op, class B, int ROWS> void block_rows(const LinearTile& t, int64_t row, int rows) {
+  constexpr int OUTPUTS = ROWS > FEW ? 2 : 4;
+  constexpr bool BASED = B::BASE || Op::ZERO != 0;
+  typedef typename Op::Input Input;
+  const BlockScratch s(t.scratch, t.inputs);
+  const int64_t bytes = t.inputs / (STRIP * B::STRIPS) * B::BYTES, parts = parts_in(t.inputs, B::PARTS);
+  Input* x = (Input*)s.x;
+  for (int r = 0; r < ROWS; r++) {  // the last row as often as it takes
+    const T* from = static_cast<const T*>(t.x) + (row + (r < rows ? r : rows - 1)) * t.inputs;
+    if constexpr (sizeof(Input) == sizeof(T)) memcpy(x + r * t.inputs, from, size_t(t.inputs) * sizeof(T));
+    else widen_row(from, t.inputs, x + r * t.inputs);
+    if (BASED) part_sums<T, B>(from, t.inputs, s.sums + r * s.parts);
+  }
+  for (int64_t first = 0; first < t.outputs; first += OUTPUTS) {
+    const int count = int(smaller(t.outputs - first, OUTPUTS));
+    const uint8_t* weight[OUTPUTS];
+    for (int o = 0; o < OUTPUTS; o++) {
+      weight[o] = static_cast<const uint8_t*>(t.weight) + (first + (o < count ? o : count - 1)) * bytes;
+      take_scales<B>(weight[o], t.inputs, Op::ZERO, s, o);
+    }
+    V sums[ROWS][OUTPUTS];
+    strip_products<Op, B, ROWS, OUTPUTS>(x, weight, t.inputs, OUTPUTS * bytes, s, sums);
+    for (int r = 0; BASED && r < ROWS; r++)
+      for (int o = 0; o < OUTPUTS; o++)
+        for (int64_t p = 0; p < parts; p += W) sums[r][o] = fma(load(s.base + o * s.parts + p), load(s.sums + r * s.parts + p), sums[r][o]);
+    float added[4] = {0}, found[4];
+    if (t.bias) widen_row(static_cast<const T*>(t.bias) + first, count, added);
+    for (int r = 0; r < rows; r++) {
+      sum4(sums[r][0], sums[r][1], sums[r][OUTPUTS - 2], sums[r][OUTPUTS - 1], found);
+      for (int o = 0; o < count; o++) found[o] += added[o];
+      narrow_row(found, count, static_cast<T*>(t.out) + (row + r) * t.out_row + first);
+    }
+  }
+}
+
+template <class T, int KIND> void block_tile(const LinearTile& t) {
+  typedef Blocks<KIND> B;
+  typedef typename StripsOf<T, KIND>::type Op;
+  for (int64_t row = 0; row < t.rows; row += MOST) {
+    const int rows = int(smaller(t.rows - row, MOST));
+    if (rows == 1) block_rows<T, Op, B, 1>(t, row, rows);
+    else if (rows == 2) block_rows<T, Op, B, 2>(t, row, rows);
+    else if (rows <= 4) block_rows<T, Op, B, 4>(t, row, rows);
+    else if constexpr (MOST > 4) block_rows<T, Op, B, 8>(t, row, rows);
+  }
+}
+
+// What rows of a weight stand for, to the bit: made in float32, with a rounding after each operation.
+template <class T, int KIND> void expand_blocks(const LinearTile& t) {
+  typedef Blocks<KIND> B;
+  const BlockScratch s(t.scratch, t.inputs);
+  const int64_t bytes = t.inputs / (STRIP * B::STRIPS) * B::BYTES;
+  const V less = set1(-float(B::ZERO));
+  for (int64_t o = 0; o < t.outputs; o++) {
+    const uint8_t* row = static_cast<const uint8_t*>(t.weight) + o * bytes;
+    T* to = static_cast<T*>(t.out) + o * t.out_row;
+    take_scales<B>(row, t.inputs, 0, s, 0);
+    for (int64_t strip = 0; strip < t.inputs / STRIP; strip++, to += STRIP) {
+      V codes[STRIP_VECTORS];
+      B::codes(row + strip / B::STRIPS * B::BYTES, int(strip % B::STRIPS), codes);
+      for (int v = 0; v < STRIP_VECTORS; v++) {
+        const int64_t part = strip * B::PARTS + v * B::PARTS / STRIP_VECTORS;
+        V number = (B::ZERO ? codes[v] + less : codes[v]) * set1(s.scale[part]);
+        if (B::BASE) number = number + set1(s.base[part]);
+        store(to + v * W, number);
+      }
+    }
+  }
+}
+
+#define MOACOMPRESS_KINDS(function, type, tile)                      \
+  switch ((tile).kind) {                                             \
+    case Q8_0: return function<type, Q8_0>(tile);                    \
+    case Q5_0: return function<type, Q5_0>(tile);                    \
+    case Q4_1: return function<type, Q4_1>(tile);                    \
+    case Q4_0: return function<type, Q4_0>(tile);                    \
+    case Q4_K: return function<type, Q4_K>(tile);                    \
+    case Q6_K: return function<type, Q6_K>(tile);                    \
+    case Q5_K: return function<type, Q5_K>(tile);                    \
+    default: return;                                                 \
+  }
+
+template <class T> void linear_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(block_tile, T, t) }
+template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_blocks, T, t) }
+
+}  // namespace
+}  // namespace moacompress
