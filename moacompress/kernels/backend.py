@@ -39,7 +39,7 @@ class Capabilities:
         prefill_gradients: `prefill` without a cache has gradients.
         traced: `prefill` without a cache, and its gradients, can be in a graph of `torch.compile`.
         cached_gradients: `decode`, and `prefill` over a cache, have gradients.
-        decode_selecting: `Backend.decode_selecting`.
+        decode_selecting: `Backend.decode_selecting` and `Backend.move_selected`.
         step: `Backend.step`.
         step_hidden: `Backend.step_hidden`.
         step_layer: `Backend.step_layer`.
@@ -256,6 +256,30 @@ class Backend(ABC):
             `[rows, heads, value_dim]`.
         """
         raise self._cannot("decode_selecting")
+
+    def move_selected(
+        self,
+        kv_parts: Sequence[tuple[KVPart, KVPart]],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        scores: Sequence[torch.Tensor],
+        *,
+        heads: torch.Tensor,
+        slots: torch.Tensor,
+        to: torch.Tensor,
+    ) -> None:
+        """Copies tokens to places where they are kept, with their scores.
+
+        Args:
+            kv_parts: how keys and how values are kept, of each KV head.
+            keys: segments as of `CacheView`; written to.
+            values: likewise.
+            scores: as of `SelectedView`; written to.
+            heads: KV head of each token, int64 `[tokens]`.
+            slots: block id * 16 + place in the block where it is, likewise.
+            to: where it goes to, likewise.
+        """
+        raise self._cannot("move_selected")
 
     def step(
         self,

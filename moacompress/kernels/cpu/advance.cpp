@@ -84,7 +84,7 @@ struct Job {
   int32_t* selected(int64_t pair) const { return call.selected->ids + pair * call.selected->width; }
 
   Selecting selecting(int64_t pair) const {
-    return {rule(pair), kv_parts(pair), &call.keys, &call.values, &call.shared_values[0], ids(pair), call.width, selected(pair), call.selected->width};
+    return {rule(pair), kv_parts(pair), {&call.keys, &call.values, &call.shared_values[0]}, ids(pair), call.width, selected(pair), call.selected->width};
   }
 
   // Keeps a token that leaves, and takes note that it has left.
@@ -139,7 +139,7 @@ struct Job {
     const KVParts kv_parts = this->kv_parts(pair);
     put(call.keys, kv_parts.key, call.key, call.key_at);
     put(call.values, kv_parts.value, call.value, call.value_at);
-    if (chooses(pair)) selecting(pair).scores_of(id)[before % BLOCK] = call.selected->scores[pair];
+    if (chooses(pair)) selecting(pair).pools.scores_of(id)[before % BLOCK] = call.selected->scores[pair];
   }
 
   // Says that a pair lacks a block, and those after it that want one of its kind too.

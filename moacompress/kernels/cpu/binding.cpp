@@ -77,6 +77,36 @@ Tensor decode_selecting_op(Tensor query, Tensors keys, Tensors values, Tensors s
   return std::get<0>(attend(query, keys, values, table, lengths, rules, scaling, softcap, sink_logits, value_dim, &kept, "decode_selecting"));
 }
 
+void move_selected_op(Tensors keys, Tensors values, Tensors scores, Tensor heads, Tensor slots, Tensor to, Tensor formats,
+                      int64_t head_dim, int64_t value_dim) {
+  const char* op = "move_selected";
+  ScalarType type = ScalarType::Float;
+  DType dtype = F32;
+  for (const Tensors* side : {&keys, &values})
+    for (const Tensor& segment : *side)
+      if (segment.scalar_type() != ScalarType::Byte) {
+        type = segment.scalar_type();
+        dtype = dtype_of(segment, op, "the cache");
+      }
+  REQUIRE(head_dim > 0 && value_dim > 0, op, ": head_dim is ", head_dim, ", value_dim ", value_dim);
+  const PoolViews key_pool(keys, head_dim, type, op, "keys"), value_pool(values, value_dim, type, op, "values");
+  const PoolViews score_pool = PoolViews::of_bytes(scores, SCORE_BYTES * BLOCK, op, "scores");
+  REQUIRE(formats.dim() == 2, op, ": formats of the shape ", text(formats), ", not [2, KV heads]");
+  const int64_t count = heads.numel(), known = formats.size(1), element = int64_t(element_size(dtype));
+  const int64_t* codes = static_cast<const int64_t*>(dense(formats, {2, known}, ScalarType::Long, op, "formats"));
+  std::vector<KVParts> kv_parts;
+  for (int64_t head = 0; head < known; head++) {
+    for (const int64_t format : {codes[head], codes[known + head]})
+      REQUIRE(format >= 0 && format < FORMATS, op, ": KV head ", head, " has the format ", format, "; known are 0 to ", FORMATS - 1);
+    kv_parts.push_back({kv_part_of(codes[head], head_dim, element, KEYS), kv_part_of(codes[known + head], value_dim, element, VALUES)});
+  }
+  const int64_t *of = numbers(heads, count, op, "heads"), *from = numbers(slots, count, op, "slots"), *at = numbers(to, count, op, "to");
+  for (int64_t i = 0; i < count; i++)
+    REQUIRE(of[i] >= 0 && of[i] < known && from[i] >= 0 && at[i] >= 0, op, ": token ", i, " of KV head ", of[i], " of ",
+            known, " goes from slot ", from[i], " to ", at[i]);
+  check_status(move_selected({kv_parts.data(), key_pool.view(), value_pool.view(), score_pool.view(), count, of, from, at}), op);
+}
+
 // Reads where the tokens of each of some pairs begin, of `count` in all.
 const int64_t* begins_of(const Tensor& t, int64_t pairs, int64_t count, const char* op) {
   const int64_t* begins = numbers(t, pairs + 1, op, "begins");
@@ -302,6 +332,9 @@ static const moacompress::Operators operators("moacompress_cpu", {
     {"decode_selecting(Tensor query, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] scores, Tensor table, Tensor selected, "
      "Tensor lengths, Tensor rules, float scaling, float softcap, Tensor? sink_logits, int value_dim=0) -> Tensor",
      Boxed<&decode_selecting_op>::call},
+    {"move_selected(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] scores, Tensor heads, Tensor slots, Tensor to, "
+     "Tensor formats, int head_dim, int value_dim) -> ()",
+     Boxed<&move_selected_op>::call},
     {"prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
      "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)",
      Boxed<&prefill_op>::call},

@@ -195,6 +195,14 @@ struct SelectNextCall {
   const int64_t* lengths;     // [rows]
 };
 
+// Tokens copied to places where they are kept, slots as of PutCall.
+struct MoveSelectedCall {
+  const KVParts* kv_parts;    // of the KV heads
+  Pool keys, values, scores;  // written to
+  int64_t count;
+  const int64_t *heads, *slots, *to;  // [count] KV head of each token, where it is, and where it goes to
+};
+
 // What a call of a step lacks: so many blocks of the formats of a KV head, -1 where the table is too narrow; 0 when it is done.
 struct Missing {
   int64_t blocks, head;
@@ -291,6 +299,7 @@ Status prefill(const PrefillCall& call, const Parallel& parallel, Isa isa);
 Status advance(const AdvanceCall& call, Isa isa, Missing& missing);
 // MISSING_BLOCK where a block that is needed is not in a table.
 Status select_next(const SelectNextCall& call);
+Status move_selected(const MoveSelectedCall& call);
 Status put_shared_values(const SharedValuesCall& call, Isa isa);
 // Lets tokens compete, `scores` [tokens]: says when each is evicted, and its place. The rules are those of the KV heads.
 Status eviction_schedule(const EvictionSchedule& tokens, int64_t pairs, const RuleTable& rules, const int64_t* scores);

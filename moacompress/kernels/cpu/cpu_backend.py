@@ -147,6 +147,24 @@ class CpuBackend(Backend):
         )
         return found
 
+    def move_selected(
+        self,
+        kv_parts: Sequence[tuple[KVPart, KVPart]],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        scores: Sequence[torch.Tensor],
+        *,
+        heads: torch.Tensor,
+        slots: torch.Tensor,
+        to: torch.Tensor,
+    ) -> None:
+        """See `Backend.move_selected`."""
+        formats = _codes(tuple(part.code for side in zip(*kv_parts, strict=True) for part in side)).view(2, -1)
+        key, value = kv_parts[0]
+        torch.ops.moacompress_cpu.move_selected(
+            list(keys), list(values), list(scores), heads, slots, to, formats, key.dim, value.dim
+        )
+
     def prefill(
         self,
         query: torch.Tensor,

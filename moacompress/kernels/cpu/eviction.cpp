@@ -51,11 +51,20 @@ Status select_next(const SelectNextCall& call) {
     const Rule rule = call.rules.of(pair % call.shape.kv_heads);
     if (!rule.selects()) continue;
     const int64_t tokens = call.lengths[pair / call.shape.kv_heads];
-    const Selecting selecting = {rule, kv_parts_of(rule, call.shape), &call.keys, &call.values, &call.scores,
+    const Selecting selecting = {rule, kv_parts_of(rule, call.shape), {&call.keys, &call.values, &call.scores},
                                  call.table.ids + pair * call.table.width, call.table.width,
                                  call.selected.ids + pair * call.selected.width, call.selected.width};
     Admission found;
     if (!selecting.next(tokens, tokens_left(tokens, rule), found) || !selecting.keep(found)) return MISSING_BLOCK;
+  }
+  return OK;
+}
+
+Status move_selected(const MoveSelectedCall& call) {
+  const TokenPools pools = {&call.keys, &call.values, &call.scores};
+  for (int64_t i = 0; i < call.count; i++) {
+    const int64_t from = call.slots[i], to = call.to[i];
+    if (!pools.copy(call.kv_parts[call.heads[i]], from / BLOCK, from % BLOCK, to / BLOCK, to % BLOCK)) return MISSING_BLOCK;
   }
   return OK;
 }

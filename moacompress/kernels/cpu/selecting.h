@@ -20,6 +20,30 @@ inline void copy_token(const KVPart& kv_part, const char* from, int64_t place, c
 
 inline char* at_block(const Pool& pool, int64_t id, int64_t bytes) { return const_cast<char*>(block_of(pool, id, bytes)); }
 
+// Where the keys, values and scores of a KV head's tokens lie, one of each of a block.
+struct TokenPools {
+  const Pool *keys, *values, *scores;
+
+  int16_t* scores_of(int64_t id) const { return reinterpret_cast<int16_t*>(at_block(*scores, id, SCORE_BYTES * BLOCK)); }
+
+  // Copies a token from a place in a block to one in another; false where a block is not there.
+  bool copy(const KVParts& kv_parts, int64_t from, int64_t place, int64_t to, int64_t at) const {
+    const auto both = [&](const Pool& pool, const KVPart& kv_part, char*& source, char*& target) {
+      source = at_block(pool, from, kv_part.bytes);
+      target = at_block(pool, to, kv_part.bytes);
+      return source && target;
+    };
+    char *key, *new_key, *value, *new_value;
+    if (!both(*keys, kv_parts.key, key, new_key) || !both(*values, kv_parts.value, value, new_value)) return false;
+    int16_t *score = scores_of(from), *new_score = scores_of(to);
+    if (!score || !new_score) return false;
+    copy_token(kv_parts.key, key, place, new_key, at);
+    copy_token(kv_parts.value, value, place, new_value, at);
+    new_score[at] = score[place];
+    return true;
+  }
+};
+
 // The token that leaves the window as the next one comes, and the place where it will be kept; -1 where none leaves, or nowhere.
 struct Admission {
   int64_t position, place;
@@ -28,13 +52,12 @@ struct Admission {
 struct Selecting {
   Rule rule;
   KVParts kv_parts;
-  const Pool *keys, *values, *scores;
+  TokenPools pools;
   const int32_t* ids;  // blocks of sinks and window, `width` of them
   int64_t width;
   const int32_t* selected;  // blocks of selected tokens by their places, likewise
   int64_t selected_width;
 
-  int16_t* scores_of(int32_t id) const { return reinterpret_cast<int16_t*>(at_block(*scores, id, SCORE_BYTES * BLOCK)); }
   int32_t selected_id(int64_t place) const { return place / BLOCK < selected_width ? selected[place / BLOCK] : -1; }
 
   // Finds what happens as a token comes to `tokens`, of which `left` have left; false where the cache lacks what it needs for that.
@@ -43,13 +66,13 @@ struct Selecting {
     const int64_t leaving = tokens_left(tokens + 1, rule) - left, position = rule.sink + left;
     if (leaving <= 0) return true;
     const int32_t from = position / BLOCK < width ? ids[position / BLOCK] : -1;
-    if (leaving > 1 || position >= tokens || !scores_of(from)) return false;
+    if (leaving > 1 || position >= tokens || !pools.scores_of(from)) return false;
     const int64_t kept = selected_count(left, rule);
     found = {position, kept};
     if (selected_count(left + 1, rule) > kept) return true;
-    int64_t least = -1, lowest = scores_of(from)[position % BLOCK];
+    int64_t least = -1, lowest = pools.scores_of(from)[position % BLOCK];
     for (int64_t first = 0; first < kept; first += BLOCK) {
-      const int16_t* there = scores_of(selected_id(first));
+      const int16_t* there = pools.scores_of(selected_id(first));
       if (!there) return false;
       for (int64_t i = 0; i < smaller(kept - first, BLOCK); i++)
         if (there[i] < lowest) lowest = there[i], least = first + i;
@@ -61,16 +84,7 @@ struct Selecting {
   // Copies the token to its place; false where the cache has no such block.
   bool keep(const Admission& found) const {
     if (found.place < 0) return true;
-    const int32_t from = ids[found.position / BLOCK], to = selected_id(found.place);
-    const int64_t place = found.position % BLOCK, at = found.place % BLOCK;
-    if (!at_block(*keys, to, kv_parts.key.bytes) || !at_block(*values, to, kv_parts.value.bytes) || !scores_of(to)) return false;
-    const auto copy = [&](const Pool& pool, const KVPart& kv_part) {
-      copy_token(kv_part, at_block(pool, from, kv_part.bytes), place, at_block(pool, to, kv_part.bytes), at);
-    };
-    copy(*keys, kv_parts.key);
-    copy(*values, kv_parts.value);
-    scores_of(to)[at] = scores_of(from)[place];
-    return true;
+    return pools.copy(kv_parts, ids[found.position / BLOCK], found.position % BLOCK, selected_id(found.place), found.place % BLOCK);
   }
 };
 

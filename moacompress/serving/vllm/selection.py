@@ -111,14 +111,20 @@ class SelectedMemory:
             found[at] = scores[blocks[at], slots[at] % BLOCK]
         return found
 
-    def move(self, heads: Ints, slots: Ints, to: Ints) -> None:
+    def move(self, heads: Ints, slots: Ints, to: Ints, backend: Backend) -> None:
         """Copies tokens from windows to places of selected ones, with their scores.
 
         Args:
             heads: KV head of each, `[tokens]`.
             slots: where they are, as of `scores_of`.
             to: where they go to.
+            backend: that copies them, where it can.
         """
+        if backend.capabilities.decode_selecting:
+            of, at, into = map(torch.from_numpy, (heads, slots, to))
+            kept = (self.kv_parts, self.keys, self.values, self._score_segments)
+            backend.move_selected(*kept, heads=of, slots=at, to=into)
+            return
         size = self.blocks * BLOCK
         for segment in np.unique(to // size).tolist():  # each is a unit of one KV head
             at = np.flatnonzero(to // size == segment)
@@ -146,7 +152,7 @@ class Selection:
     def __init__(
         self, memory: SelectedMemory, table: Ids, selected: Ids, past: Ints, lengths: Ints, backend: Backend
     ) -> None:
-        self._memory, self._ids = memory, (table, selected)
+        self._memory, self._ids, self._backend = memory, (table, selected), backend
         rules = memory.rules
         tokens = competing_tokens(rules, rules.tokens_left(past + 1), rules.tokens_left(lengths + 1))
         scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
@@ -164,7 +170,8 @@ class Selection:
         if len(admitted.places):
             _, heads = admitted.rows_and_heads
             never, always = np.zeros_like(heads, np.bool_), np.ones_like(heads, np.bool_)
-            self._memory.move(heads, _slots(admitted, never, self._ids), _slots(admitted, always, self._ids))
+            slots, to = (_slots(admitted, where, self._ids) for where in (never, always))
+            self._memory.move(heads, slots, to, self._backend)
 
 
 def _slots(tokens: EvictionSchedule, selected: Bools, ids: tuple[Ids, Ids], first: int = 0) -> Ints:
