@@ -135,8 +135,10 @@ def attend(
             chunks = step.spans
         if chunks:
             at = torch.tensor([row for row, *_ in chunks])
-            parts = (of[at].numpy() for of in (tables, selected.table, step.past, step.lengths))
-            selection = Selection(memory.selected, *parts, backend)
+            of_windows, of_selected, past, lengths = (
+                of[at].numpy() for of in (tables, selected.table, step.past, step.lengths)
+            )
+            selection = Selection(memory.selected, of_windows, of_selected, past, lengths, backend)
     for number, (row, begin, end) in enumerate(chunks):
         chunk = slice(begin, end)
         found, _ = backend.prefill(
@@ -157,13 +159,13 @@ def attend(
         return
     alone = len(step.single) == len(tables)
     rows, where = (slice(None), slice(tokens)) if alone else (step.single, step.single_at)
-    cache, lengths = memory.view(tables[rows], value_dim), step.lengths[rows]
+    cache, now = memory.view(tables[rows], value_dim), step.lengths[rows]
     if selected is None:
-        found, _ = backend.decode(query[where], cache=cache, lengths=lengths, rules=rules, scores=scores)
+        found, _ = backend.decode(query[where], cache=cache, lengths=now, rules=rules, scores=scores)
     else:
         of_rows = SelectedView(selected.table[rows].contiguous(), selected.scores)
         found = backend.decode_selecting(
-            query[where], cache=cache, selected=of_rows, lengths=lengths, rules=rules, scores=scores
+            query[where], cache=cache, selected=of_rows, lengths=now, rules=rules, scores=scores
         )
     output[where] = found
 

@@ -121,9 +121,9 @@ class SelectedMemory:
             backend: that copies them, where it can.
         """
         if backend.capabilities.decode_selecting:
-            of, at, into = map(torch.from_numpy, (heads, slots, to))
             kept = (self.kv_parts, self.keys, self.values, self._score_segments)
-            backend.move_selected(*kept, heads=of, slots=at, to=into)
+            of, source, target = map(torch.from_numpy, (heads, slots, to))
+            backend.move_selected(*kept, heads=of, slots=source, to=target)
             return
         size = self.blocks * BLOCK
         for segment in np.unique(to // size).tolist():  # each is a unit of one KV head
@@ -133,8 +133,8 @@ class SelectedMemory:
             for kv_part, memory in zip(self.kv_parts[head], (self.keys, self.values), strict=True):
                 kv_part.move(memory[head], source, memory[segment], target)
             here, there = source.numpy(), target.numpy()
-            kept = self._scores[head][here // BLOCK, here % BLOCK]
-            self._scores[segment][there // BLOCK, there % BLOCK] = kept
+            found = self._scores[head][here // BLOCK, here % BLOCK]
+            self._scores[segment][there // BLOCK, there % BLOCK] = found
 
 
 class Selection:
