@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,13 +31,21 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
 AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
-SETS = {
+X86 = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": BF16,
     "isa_avx512_amx.cpp": (*BF16, *AMX),
 }
-"""Flags of the sources that are for one instruction set: only they may use it."""
+SETS = {"x86_64": X86, "AMD64": X86}  # NEON is in every 64-bit ARM processor
+"""Of each machine the flags of the sources that are for one instruction set: only they may use it."""
+RECENT = {
+    "isa_avx512_amx.cpp": (
+        AMX,
+        "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbusd(0, 1, 2); }",
+    ),
+}
+"""Flags that not every compiler and assembler knows, and a program that needs them."""
 
 
 def compiler() -> list[str] | None:
@@ -50,34 +59,34 @@ def compiler() -> list[str] | None:
 
 def missing() -> str | None:
     """Returns what keeps the kernels from being built, or None."""
-    if sys.platform != "linux":
-        return f"they are built on Linux only, this is {sys.platform}"
+    if sys.platform not in ("linux", "darwin"):
+        return f"they are built on Linux and macOS only, this is {sys.platform}"
     if compiler() is None:
         return f"no C++ compiler ({os.environ.get('CXX') or 'c++, g++, clang++'})"
     return None
 
 
 def instruction_flags(source: str) -> tuple[str, ...]:
-    """Returns the flags of a source that is for one instruction set.
+    """Returns the flags of a source that is for one instruction set, but for those that the compiler does not know.
+
+    Without them the source compiles all the same, and the library says that it lacks the set.
 
     Args:
         source: its file name.
     """
-    flags = SETS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
-    if not set(AMX) & set(flags) or knows_tiles():
+    flags = SETS.get(platform.machine(), {}).get(source, ())
+    optional, program = RECENT.get(source, ((), ""))
+    if not set(optional) & set(flags) or _compiles(tuple(compiler() or ()), optional, program):
         return flags
-    return tuple(flag for flag in flags if flag not in AMX)
+    return tuple(flag for flag in flags if flag not in optional)
 
 
 @functools.cache
-def knows_tiles() -> bool:
-    """Whether compiler and assembler know products of tiles; without them the library has none."""
-    command = compiler()
-    if command is None:
+def _compiles(command: tuple[str, ...], flags: tuple[str, ...], program: str) -> bool:
+    if not command:
         return False
-    source = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbusd(0, 1, 2); }"
-    run = [*command, *AMX, "-x", "c++", "-c", "-", "-o", os.devnull]
-    return subprocess.run(run, input=source, text=True, capture_output=True, check=False).returncode == 0
+    run = [*command, *flags, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(run, input=program, text=True, capture_output=True, check=False).returncode == 0
 
 
 class BuildKernels(build_ext):
@@ -108,14 +117,36 @@ class BuildKernels(build_ext):
             _run([*command, *flags, "-c", source, "-o", made])
             return made
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             made = list(pool.map(compile_source, ext.sources))
-        # An empty library in torch's name: the kernels' then asks for torch's, which is in memory when they are loaded.
-        stub = objects / f"lib{TORCH_LIBRARY}.so"
-        (objects / "stub.cpp").write_text("")
-        _run([*command, "-shared", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(objects / "stub.cpp")])
-        needed = ["-Wl,--no-as-needed", "-L", str(objects), f"-l{TORCH_LIBRARY}"]
-        _run([*command, "-shared", "-o", str(target), *made, *needed])
+        _run([*command, "-shared", "-o", str(target), *made, *link_torch(command, objects)])
+
+
+def cores() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def link_torch(command: list[str], folder: Path) -> list[str]:
+    """Makes a library in torch's name to link with, and returns the flags for it.
+
+    The kernels' library then asks for torch's, which is in memory when it is loaded.
+
+    Args:
+        command: the compiler.
+        folder: to put it into.
+    """
+    stub, source = folder / f"lib{TORCH_LIBRARY}", folder / "stub.cpp"
+    source.write_text("")
+    if sys.platform != "darwin":
+        _run([*command, "-shared", f"-Wl,-soname,{stub.name}.so", "-o", f"{stub}.so", str(source)])
+        return ["-Wl,--no-as-needed", "-L", str(folder), f"-l{TORCH_LIBRARY}"]
+    # There every function is looked for in the library that it was linked from, so the stub must have them all.
+    header = (Path(__file__).parent / FOLDER / "torch_abi.h").read_text("utf-8")
+    names = re.findall(r"\b((?:aoti_)?torch_\w+)\(", header.partition('extern "C" {')[2].partition("\n}")[0])
+    source.write_text("\n".join(f'extern "C" void {name}() {{}}' for name in names))
+    _run([*command, "-shared", f"-Wl,-install_name,@rpath/{stub.name}.dylib", "-o", f"{stub}.dylib", str(source)])
+    return ["-L", str(folder), f"-l{TORCH_LIBRARY}", "-Wl,-rpath,@loader_path/../../../torch/lib"]
 
 
 class PlatformWheel(bdist_wheel):

@@ -58,23 +58,26 @@ def core_files() -> Iterator[Path]:
     yield from (ROOT / "tests" / "kernels").glob("*core*")
 
 
-BUILDS: dict[str, tuple[Callable[[], Iterator[Path]], tuple[str, ...]]] = {
-    "core": (core_files, ()),
-    "packages": (packaging_files, ("build", "setuptools")),
-    "torch_abi": (abi_files, ("torch",)),
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+BUILDS: dict[str, tuple[Callable[[], Iterator[Path]], tuple[str, ...], tuple[str, ...]]] = {
+    "arm": (core_files, (), (ARM_COMPILER, ARM_EMULATOR)),
+    "core": (core_files, (), ()),
+    "packages": (packaging_files, ("build", "setuptools"), ()),
+    "torch_abi": (abi_files, ("torch",), ()),
 }
-"""What each kind of build depends on beside the compiler: its files, and installed distributions."""
+"""What each kind of build depends on beside the compiler: its files, installed distributions, and other programs."""
 
 
 @functools.cache
 def digest(of: str) -> str:
     """Returns the digest of all that a kind of build depends on."""
-    files, distributions = BUILDS[of]
+    files, distributions, programs = BUILDS[of]
     total = hashlib.sha256()
     for path in sorted(set(files())):
         total.update(f"{path.relative_to(ROOT)}\n".encode())
         total.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"a folder")
     tools = [f"{name} {importlib.metadata.version(name)}" for name in distributions]
+    tools += [version_of([program]) for program in programs]
     total.update(repr([compiler(), platform.machine(), *platform.python_version_tuple()[:2], *tools]).encode())
     return total.hexdigest()
 
@@ -82,10 +85,14 @@ def digest(of: str) -> str:
 def compiler() -> str:
     """Returns what the C++ compiler says of itself; nothing where there is none."""
     named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    return ""
+    return next(filter(None, map(version_of, [named] if named else [["c++"], ["g++"], ["clang++"]])), "")
+
+
+def version_of(command: list[str]) -> str:
+    """Returns what a program says of itself; nothing where there is none."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def read() -> dict[str, str]:

@@ -864,8 +864,9 @@ void test_norm(Isa isa, DType dtype) {
 
 int main() {
   int tests = 0;
+  std::printf("best: %s\n", isa_name(best_isa()));
   for (int i = 0; i < 24; i++, tests++) test_advance(PORTABLE, DType(i % 3));
-  for (int isa = PORTABLE; isa <= AVX512_AMX; isa++) {
+  for (int isa = PORTABLE; isa < ISAS; isa++) {
     if (!isa_works(Isa(isa))) {
       std::printf("%s: not on this processor\n", isa_name(Isa(isa)));
       continue;

@@ -303,7 +303,7 @@ EXPORT const char* moacompress_isa() { return all_registered() ? isa_name(isa())
 
 // Chooses an instruction set by name; false where it is unknown or this processor lacks it.
 EXPORT bool moacompress_set_isa(const char* name) {
-  for (int i = PORTABLE; i <= AVX512_AMX; i++)
+  for (int i = PORTABLE; i < ISAS; i++)
     if (std::string(isa_name(Isa(i))) == name && isa_works(Isa(i))) {
       chosen_isa.store(i);
       return true;

@@ -34,20 +34,22 @@ bool isa_works(Isa isa) {
   if (isa == AVX512) return avx512;
   if (!avx512 || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return false;
   static const bool tiles = has_tiles();
-  return isa == AVX512_BF16 || tiles;
+  return isa == AVX512_BF16 || (isa == AVX512_AMX && tiles);
+#elif defined(__aarch64__)
+  return isa == NEON;
 #else
   return false;
 #endif
 }
 
 Isa best_isa() {
-  for (int isa = AVX512_AMX; isa > PORTABLE; isa--)
+  for (int isa = ISAS - 1; isa > PORTABLE; isa--)
     if (isa_works(Isa(isa))) return Isa(isa);
   return PORTABLE;
 }
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
+  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"};
   return names[isa];
 }
 
@@ -57,6 +59,8 @@ const Kernels& kernels_of(Isa isa) {
   if (isa == AVX512) return avx512_kernels;
   if (isa == AVX512_BF16) return avx512_bf16_kernels;
   if (isa == AVX512_AMX) return avx512_amx_kernels;
+#elif defined(__aarch64__)
+  if (isa == NEON) return neon_kernels;
 #endif
   return portable_kernels;
 }

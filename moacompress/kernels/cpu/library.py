@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,14 @@ from moacompress.rules.rule_table import RuleTable
 
 LIBRARY = Path(__file__).parent / "libmoacompress_cpu.so"
 ISA_VARIABLE = "MOACOMPRESS_ISA"
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
-"""Instruction sets, the plainest first."""
+X86_ISAS, ARM_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx"), ("neon",)
+ISAS_OF = {"x86_64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
+ISAS = ("portable", *ISAS_OF.get(platform.machine(), ()))
+"""Instruction sets of this machine, the plainest first."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILERS = ("c++", "g++", "clang++")
+SYSTEMS = {"linux": "Linux", "darwin": "macOS"}
+"""Those that the library is built on."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,15 @@ def _not_loaded(reason: str) -> Built:
     return Built(None, f"{LIBRARY.name} cannot be loaded: {(reason.splitlines() or ['no reason given'])[0]}")
 
 
-def missing(environ: Mapping[str, str]) -> str:
+def missing(environ: Mapping[str, str], system: str = sys.platform) -> str:
     """Returns why there is no library, and what to do.
 
     Args:
         environ: environment variables; `CXX` may name the compiler.
+        system: as `sys.platform` names it.
     """
+    if system not in SYSTEMS:
+        return f"the extension is built on {' and '.join(SYSTEMS.values())} only, this is {system}"
     names = (environ["CXX"].split()[0],) if environ.get("CXX", "").strip() else COMPILERS
     found = next((name for name in names if shutil.which(name, path=environ.get("PATH"))), None)
     if found is None:

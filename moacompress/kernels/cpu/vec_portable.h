@@ -86,11 +86,7 @@ inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   for (int i = 0; i < W; i++) p[i] = uint8_t(v[i]);
 }
 // x of the lane i ^ STEP in lane i; and the signs of the lanes with that bit turned.
-template <int STEP> inline V swapped(V x) {
-  V y;
-  for (int i = 0; i < W; i++) y[i] = x[i ^ STEP];
-  return y;
-}
+template <int STEP> inline V swapped(V x) { return V{x[0 ^ STEP], x[1 ^ STEP], x[2 ^ STEP], x[3 ^ STEP]}; }
 template <int STEP> inline V turned(V x) {
   for (int i = 0; i < W; i++)
     if (i & STEP) x[i] = -x[i];
