@@ -31,18 +31,24 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
 AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
+NEON_BF16 = ("-march=armv8.2-a+dotprod+bf16+i8mm",)
 X86 = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": BF16,
     "isa_avx512_amx.cpp": (*BF16, *AMX),
 }
-SETS = {"x86_64": X86, "AMD64": X86}  # NEON is in every 64-bit ARM processor
+ARM = {"isa_neon_bf16.cpp": NEON_BF16}  # NEON itself is in every 64-bit ARM processor
+SETS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
 """Of each machine the flags of the sources that are for one instruction set: only they may use it."""
 RECENT = {
     "isa_avx512_amx.cpp": (
         AMX,
         "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbusd(0, 1, 2); }",
+    ),
+    "isa_neon_bf16.cpp": (
+        NEON_BF16,
+        "#include <arm_neon.h>\nauto f(float32x4_t a, bfloat16x8_t b) { return vbfdotq_f32(a, b, b); }",
     ),
 }
 """Flags that not every compiler and assembler knows, and a program that needs them."""

@@ -20,9 +20,9 @@ from tests.kernels.core_build import build_core
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(program: Path, processor: str) -> str:
+def run(program: Path, processor: str, *arguments: str) -> str:
     """Returns what a program prints on a processor."""
-    command = [ARM_EMULATOR, "-cpu", processor, str(program)]
+    command = [ARM_EMULATOR, "-cpu", processor, str(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
@@ -52,8 +52,13 @@ def core_test(arm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.builds("arm")
 def test_all_sets(core_test: Path) -> None:
     lines = run(core_test, "max").splitlines()
-    assert "best: neon" in lines
-    for name in ("portable", "neon"):
+    for name in ("portable", "neon", "neon_bf16"):
         assert f"{name}: not on this processor" not in lines
     assert lines[-1].endswith("0 failures")
-    assert int(lines[-1].split()[0]) >= 600
+    assert int(lines[-1].split()[0]) >= 900
+
+
+@pytest.mark.builds("arm")
+@pytest.mark.parametrize(("processor", "best"), [("cortex-a72", "neon"), ("max", "neon_bf16")])
+def test_the_best_set_of_a_processor(core_test: Path, processor: str, best: str) -> None:
+    assert run(core_test, processor, "best") == f"best: {best}\n"

@@ -16,7 +16,7 @@
 namespace moacompress {
 
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2 };
-enum Isa : int { PORTABLE, AVX2, AVX512, AVX512_BF16, AVX512_AMX, NEON, ISAS };  // of one processor the plainest first
+enum Isa : int { PORTABLE, AVX2, AVX512, AVX512_BF16, AVX512_AMX, NEON, NEON_BF16, ISAS };  // of one processor the plainest first
 enum Status : int { OK = 0, NO_MEMORY = 1, MISSING_BLOCK = 2 };
 
 constexpr int64_t CHUNK_BLOCKS = 16;  // cache blocks of one decode task
@@ -477,7 +477,8 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_amx_kernels;
 extern const bool built_with_tiles;  // whether the last one has products of tiles
 #elif defined(__aarch64__)
-extern const Kernels neon_kernels;
+extern const Kernels neon_kernels, neon_bf16_kernels;
+extern const bool built_with_pairs;  // whether the last one has products of pairs of bfloat16
 #endif
 
 }  // namespace moacompress

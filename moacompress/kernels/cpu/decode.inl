@@ -16,16 +16,16 @@ template <class T> struct Widened {
   static inline void keep(const T* from, int64_t n, float* to) { widen_row(from, n, to); }
 };
 template <class T> struct DotOf { typedef Widened<T> type; };
-#ifdef MOACOMPRESS_BF16_DOT
+#ifdef MOACOMPRESS_PAIRS
 // Dot products of pairs of bfloat16, summed in float32 by the processor.
 struct DotPairs {
   typedef bf16 Query;
-  typedef __m512i Register;
+  typedef Pairs Register;
   static constexpr int STEP = 2 * W;
-  static inline __m512i key(const bf16* p) { return _mm512_loadu_si512(p); }
-  static inline __m512i key_part(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }
-  static inline __m512i query(const bf16* p) { return _mm512_loadu_si512(p); }
-  static inline V dot(__m512i key, __m512i query, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)key, (__m512bh)query); }
+  static inline Pairs key(const bf16* p) { return load_pairs(p); }
+  static inline Pairs key_part(const bf16* p, int n) { return load_pairs_part(p, n); }
+  static inline Pairs query(const bf16* p) { return load_pairs(p); }
+  static inline V dot(Pairs key, Pairs query, V sum) { return dot_pairs(key, query, sum); }
   static inline void keep(const bf16* from, int64_t n, bf16* to) { memcpy(to, from, size_t(n) * 2); }
 };
 template <> struct DotOf<bf16> { typedef DotPairs type; };

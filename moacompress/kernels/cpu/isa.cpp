@@ -4,6 +4,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace moacompress {
@@ -22,6 +26,24 @@ static bool has_tiles() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// Whether the processor multiplies pairs of bfloat16, and four bytes with and without a sign.
+static bool has_pairs() {
+  if (!built_with_pairs) return false;
+#if defined(__linux__)
+  constexpr unsigned long DOT = 1ul << 20, I8MM = 1ul << 13, BF16_DOT = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_I8MM, HWCAP2_BF16
+  return (getauxval(AT_HWCAP) & DOT) && (getauxval(AT_HWCAP2) & I8MM) && (getauxval(AT_HWCAP2) & BF16_DOT);
+#elif defined(__APPLE__)
+  for (const char* name : {"hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_I8MM", "hw.optional.arm.FEAT_BF16"}) {
+    int there = 0;
+    size_t size = sizeof there;
+    if (sysctlbyname(name, &there, &size, nullptr, 0) != 0 || !there) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
 #endif
 
 bool isa_works(Isa isa) {
@@ -36,7 +58,8 @@ bool isa_works(Isa isa) {
   static const bool tiles = has_tiles();
   return isa == AVX512_BF16 || (isa == AVX512_AMX && tiles);
 #elif defined(__aarch64__)
-  return isa == NEON;
+  static const bool pairs = has_pairs();
+  return isa == NEON || (isa == NEON_BF16 && pairs);
 #else
   return false;
 #endif
@@ -49,7 +72,7 @@ Isa best_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"};
+  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon", "neon_bf16"};
   return names[isa];
 }
 
@@ -61,6 +84,7 @@ const Kernels& kernels_of(Isa isa) {
   if (isa == AVX512_AMX) return avx512_amx_kernels;
 #elif defined(__aarch64__)
   if (isa == NEON) return neon_kernels;
+  if (isa == NEON_BF16) return neon_bf16_kernels;
 #endif
   return portable_kernels;
 }

@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #define MOACOMPRESS_BF16_DOT
+#define MOACOMPRESS_PAIRS
 #include "vec_avx512.h"
 #include "kernels.inl"
 #include "linear.inl"

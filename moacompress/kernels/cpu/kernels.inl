@@ -66,12 +66,12 @@ struct Float32 {
   static inline V lanes(const float* p) { return load(p); }
   static inline V step(V sum, V a, V b) { return fma(a, b, sum); }
 };
-#ifdef MOACOMPRESS_BF16_DOT
-struct Pairs {
-  typedef __m512i Register;
-  static inline __m512i spread(const char* p) { int x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
-  static inline __m512i lanes(const float* p) { return _mm512_loadu_si512(p); }
-  static inline V step(V sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#ifdef MOACOMPRESS_PAIRS
+struct PairCells {
+  typedef Pairs Register;
+  static inline Pairs spread(const char* p) { return spread_pair(p); }
+  static inline Pairs lanes(const float* p) { return load_pairs(p); }
+  static inline V step(V sum, Pairs a, Pairs b) { return dot_pairs(a, b, sum); }
 };
 #endif
 
@@ -310,39 +310,28 @@ inline void softmax_step(float* scores, int64_t count, bool all, const Sees& see
   }
 }
 
-#ifdef MOACOMPRESS_BF16_DOT
-inline __m512i round_bits(V x) {  // to bfloat16, in the upper half
-  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
+#ifdef MOACOMPRESS_PAIRS
 // Weights of two keys in one cell; the keys beyond `count` are zero.
 template <int VECS> inline void pair_weights(float* weights, int64_t count) {
   for (int64_t k = 0; 2 * k < count; k++)
     for (int v = 0; v < VECS; v++) {
       const float* at = weights + 2 * k * LANES + v * W;
-      const __m512i low = _mm512_srli_epi32(round_bits(load(at)), 16);
-      const __m512i high = 2 * k + 1 < count ? round_bits(load(at + LANES)) : _mm512_setzero_si512();
-      const __m512i cell = _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi32(int(0xffff0000))));
-      _mm512_storeu_si512(weights + k * LANES + v * W, cell);
+      store_pairs(weights + k * LANES + v * W, pair_rounded(load(at), 2 * k + 1 < count ? load(at + LANES) : zero()));
     }
 }
 // The weight of one of them, as it was rounded.
 inline V weight_of_pair(const float* weights, int64_t key, int v) {
-  const __m512i cell = _mm512_loadu_si512(weights + key / 2 * LANES + v * W);
-  return _mm512_castsi512_ps(key % 2 ? _mm512_and_si512(cell, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(cell, 16));
+  const Pairs cell = load_pairs(weights + key / 2 * LANES + v * W);
+  return key % 2 ? high_of(cell) : low_of(cell);
 }
 // Values of two keys in one cell.
 inline void pair_values(const void* const* from, int64_t count, int64_t dim, float* store, const char** to) {
   for (int64_t k = 0; 2 * k < count; k++) {
-    const uint16_t *a = (const uint16_t*)from[2 * k], *b = 2 * k + 1 < count ? (const uint16_t*)from[2 * k + 1] : nullptr;
+    const bf16 *a = (const bf16*)from[2 * k], *b = 2 * k + 1 < count ? (const bf16*)from[2 * k + 1] : nullptr;
     uint32_t* row = (uint32_t*)(store + k * dim);
     int64_t d = 0;
-    for (; d + W <= dim; d += W) {
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + d)));
-      const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + d))) : _mm512_setzero_si512();
-      _mm512_storeu_si512(row + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-    for (; d < dim; d++) row[d] = uint32_t(a[d]) | (b ? uint32_t(b[d]) << 16 : 0u);
+    for (; d + W <= dim; d += W) store_pairs(row + d, pair_rows(a + d, b ? b + d : nullptr));
+    for (; d < dim; d++) row[d] = uint32_t(a[d].bits) | (b ? uint32_t(b[d].bits) << 16 : 0u);
     to[k] = (const char*)row;
   }
 }
@@ -382,8 +371,8 @@ template <class T> struct FloatTile : TileOf<Float32, T> {
   template <int VECS, class Sees> inline void weights(float*, int64_t, int64_t, const V*, const Sees&) {}
   inline V weight(const float* at, int64_t key, int v) const { return load(at + key * LANES + v * W); }
 };
-#ifdef MOACOMPRESS_BF16_DOT
-struct PairTile : TileOf<Pairs, bf16> {
+#ifdef MOACOMPRESS_PAIRS
+struct PairTile : TileOf<PairCells, bf16> {
   PairTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim / 2; }
   inline void lane(const bf16* row, const KVPart& key, int64_t lane, float*, float* panels) {
@@ -538,7 +527,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
 
 template <class T> bool prefill_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, FloatTile<T>>(t, scratch); }
 template <class T> bool prefill_codes_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, CodesTile<T>>(t, scratch); }
-#ifdef MOACOMPRESS_BF16_DOT
+#ifdef MOACOMPRESS_PAIRS
 template <> bool prefill_tile<bf16>(const PrefillTile& t, float* scratch) {
 #ifdef MOACOMPRESS_AMX
   if (AmxTile::fits(t)) return prefill_with<bf16, AmxTile>(t, scratch);

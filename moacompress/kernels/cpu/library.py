@@ -24,7 +24,7 @@ from moacompress.rules.rule_table import RuleTable
 
 LIBRARY = Path(__file__).parent / "libmoacompress_cpu.so"
 ISA_VARIABLE = "MOACOMPRESS_ISA"
-X86_ISAS, ARM_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx"), ("neon",)
+X86_ISAS, ARM_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx"), ("neon", "neon_bf16")
 ISAS_OF = {"x86_64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 ISAS = ("portable", *ISAS_OF.get(platform.machine(), ()))
 """Instruction sets of this machine, the plainest first."""

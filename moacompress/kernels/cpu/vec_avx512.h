@@ -23,11 +23,13 @@ inline V load(const float* p) { return _mm512_loadu_ps(p); }
 template <class T> inline V load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p), T()); }
 inline V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 template <class T> inline V load_part(const T* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T()); }
+inline __m512i round_bits(V x) {  // to bfloat16, in the upper half
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
 inline __m256i narrow(V v, bf16) {
-  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(round_bits(v), 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 inline __m256i narrow(V v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
@@ -97,5 +99,26 @@ template <int STEP> inline V turned(V x) {
   const Mask set = STEP == 1 ? 0xaaaa : STEP == 2 ? 0xcccc : STEP == 4 ? 0xf0f0 : 0xff00;
   return _mm512_mask_xor_ps(x, set, x, set1(-0.f));
 }
+
+#ifdef MOACOMPRESS_PAIRS
+// Pairs of bfloat16 in W lanes, whose products are summed in float32.
+typedef __m512i Pairs;
+inline Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
+inline Pairs load_pairs_part(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }  // of n numbers
+inline void store_pairs(void* p, Pairs x) { _mm512_storeu_si512(p, x); }
+inline Pairs spread_pair(const void* p) { int x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+inline V dot_pairs(Pairs a, Pairs b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+// Of W numbers and, or zeros for null, W others.
+inline Pairs pair_rows(const bf16* a, const bf16* b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
+  const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b)) : _mm512_setzero_si512();
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+inline Pairs pair_rounded(V low, V high) {
+  return _mm512_or_si512(_mm512_srli_epi32(round_bits(low), 16), _mm512_and_si512(round_bits(high), _mm512_set1_epi32(int(0xffff0000))));
+}
+inline V low_of(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+inline V high_of(Pairs x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
+#endif
 
 }  // namespace

@@ -31,10 +31,12 @@ template <class T> inline V load_part(const T* p, int n) {
   return load(copy);
 }
 inline void store(float* p, V v) { vst1q_f32(p, v); }
+inline uint32x4_t round_bits(V x) {  // to bfloat16, in the upper half
+  const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  return vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+}
 inline void store(bf16* p, V v) {
-  const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-  const uint16x4_t words = vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), up, vdupq_n_u32(0x7fc00000)), 16);
+  const uint16x4_t words = vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), round_bits(v), vdupq_n_u32(0x7fc00000)), 16);
   memcpy(p, &words, 8);
 }
 inline void store(f16* p, V v) {
@@ -104,5 +106,28 @@ template <int STEP> inline V turned(V x) {
   const uint64x2_t bits = vcombine_u64(vcreate_u64(SIGNS), vcreate_u64(STEP == 1 ? SIGNS : 0x8000000080000000u));
   return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), vreinterpretq_u32_u64(bits)));
 }
+
+#ifdef MOACOMPRESS_PAIRS
+// Pairs of bfloat16 in W lanes, whose products are summed in float32.
+typedef uint32x4_t Pairs;
+inline Pairs load_pairs(const void* p) { return vreinterpretq_u32_u8(vld1q_u8((const uint8_t*)p)); }
+inline Pairs load_pairs_part(const bf16* p, int n) {  // of n numbers
+  bf16 copy[2 * W];
+  memset(copy, 0, sizeof copy);
+  memcpy(copy, p, sizeof(bf16) * size_t(n));
+  return load_pairs(copy);
+}
+inline void store_pairs(void* p, Pairs x) { vst1q_u8((uint8_t*)p, vreinterpretq_u8_u32(x)); }
+inline Pairs spread_pair(const void* p) { uint32_t x; memcpy(&x, p, 4); return vdupq_n_u32(x); }
+inline V dot_pairs(Pairs a, Pairs b, V sum) { return vbfdotq_f32(sum, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b)); }
+// Of W numbers and, or zeros for null, W others.
+inline Pairs pair_rows(const bf16* a, const bf16* b) {
+  const uint16x4_t low = load_words(a), high = b ? load_words(b) : vdup_n_u16(0);
+  return vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high)));
+}
+inline Pairs pair_rounded(V low, V high) { return vsriq_n_u32(round_bits(high), round_bits(low), 16); }
+inline V low_of(Pairs x) { return vreinterpretq_f32_u32(vshlq_n_u32(x, 16)); }
+inline V high_of(Pairs x) { return vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000))); }
+#endif
 
 }  // namespace
