@@ -6,14 +6,17 @@ fingerprint in that one's version: see `weights_like`.
 Both versions round numbers to bfloat16, so that loads of one checkpoint agree: of a checkpoint in bfloat16 those in float32
 and bfloat16, and in float16 where that holds its numbers exactly; of one in float32 those in float32 and bfloat16. So what is
 told apart of float32 weights is their bfloat16: a change too small to move a single number to another bfloat16 is not seen.
+Weights in blocks count as the numbers that they stand for: a model has one fingerprint, however its weights are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +27,8 @@ from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
     import torch
+
+    from moacompress.kernels.weight_blocks import WeightType
 
 SAMPLES = 1024
 """Numbers of a tensor that version 1 reads."""
@@ -64,13 +69,16 @@ def _sampled(model: torch.nn.Module) -> str:
     """Version 1: of every parameter the name, the shape and a spread sample of at most `SAMPLES` numbers."""
     import torch
 
+    from moacompress.models.block_layers import block_weights
+
     digest = hashlib.sha256()
+    kinds = block_weights(model)
     for name, tensor in _own(model, model.named_parameters()):
         _check_in_memory(name, tensor)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        sample = flat[::step][:SAMPLES].to(torch.bfloat16).cpu()
+        numbers = _Numbers(tensor.detach(), kinds.get(name))
+        digest.update(f"{name}{numbers.shape}".encode())
+        step = max(1, numbers.count // SAMPLES)
+        sample = numbers.at(torch.arange(0, numbers.count, step)[:SAMPLES]).to(torch.bfloat16).cpu()
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -83,31 +91,77 @@ def _all_numbers(model: torch.nn.Module) -> str:
     """
     import torch
 
+    from moacompress.models.block_layers import block_weights
+
+    kinds = block_weights(model)
     tensors = {
         name: value for name, value in _own(model, model.state_dict().items()) if isinstance(value, torch.Tensor)
     }
+    shapes = dict[str, tuple[int, ...]]()
     parts: dict[Any, list[Future[bytes]]] = {}
     waiting: deque[Future[bytes]] = deque()
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, tensor in tensors.items():
             _check_in_memory(name, tensor)
+            numbers = _Numbers(tensor, kinds.get(name))
+            shapes[name] = numbers.shape
             if _place(tensor) in parts:
                 continue
-            flat = tensor.reshape(-1)  # a copy where it does not lie in order
             hashes = parts[_place(tensor)] = []
-            for start in range(0, flat.numel(), CHUNK):
-                hashes.append(pool.submit(_hash, _flat_array(flat[start : start + CHUNK])))
+            for start in range(0, numbers.count, CHUNK):
+                hashes.append(pool.submit(_hash, _flat_array(numbers.part(start, start + CHUNK))))
                 waiting.append(hashes[-1])
                 if len(waiting) > QUEUED * threads:
                     waiting.popleft().result()
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        kind = "" if tensor.is_floating_point() else f" {tensor.dtype}"
-        digest.update(f"{name} {tuple(tensor.shape)}{kind}\n".encode())
+        kind = "" if tensor.is_floating_point() or name in kinds else f" {tensor.dtype}"
+        digest.update(f"{name} {shapes[name]}{kind}\n".encode())
         for part in parts[_place(tensor)]:
             digest.update(part.result())
     return digest.hexdigest()[:16]
+
+
+class _Numbers:
+    """The numbers that a tensor stands for, in row-major order.
+
+    Args:
+        tensor: of numbers, or blocks.
+        kind: of the blocks, or None.
+    """
+
+    def __init__(self, tensor: torch.Tensor, kind: WeightType | None) -> None:
+        self._tensor, self._kind = tensor, kind
+        self.shape = tuple(tensor.shape)
+        if kind is not None:
+            self.shape = (*self.shape[:-1], kind.inputs(self.shape[-1]))
+        self.count = math.prod(self.shape)
+
+    @cached_property
+    def _flat(self) -> torch.Tensor:
+        return self._tensor.reshape(-1)  # a copy where it does not lie in order
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """Returns the numbers from one to another, `[numbers]`; of blocks only the rows that they lie in are dequantized."""
+        if self._kind is None:
+            return self._flat[start:stop]
+        from moacompress.kernels.weight_blocks import dequantized
+
+        inputs = self.shape[-1]
+        first = start // inputs
+        rows = self._tensor[first : -(-min(stop, self.count) // inputs)]
+        return dequantized(rows, self._kind).reshape(-1)[start - first * inputs : stop - first * inputs]
+
+    def at(self, places: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers at some places, `[places]`."""
+        places = places.to(self._tensor.device)
+        if self._kind is None:
+            return self._flat[places]
+        from moacompress.kernels.weight_blocks import dequantized
+
+        rows = dequantized(self._tensor[places // self.shape[-1]], self._kind)
+        return rows.gather(1, (places % self.shape[-1])[:, None])[:, 0]
 
 
 def _own(model: torch.nn.Module, named: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:

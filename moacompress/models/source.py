@@ -16,6 +16,7 @@ from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError,
 from moacompress.core.files import read_json
 from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.gguf_model import load_gguf
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+KEEP, DENSE = "keep", "dense"
+"""What becomes of weights that a file has in blocks: they stay as they are, or become floats."""
 GGUF_PACKAGES = ("accelerate", "gguf")
 """What transformers needs to load a `.gguf` file; the extra `demo` brings them."""
 
@@ -64,15 +67,22 @@ class SourceModel:
 
 
 def load_source(
-    source: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    weights: str = DENSE,
+    trust_remote_code: bool = False,
 ) -> SourceModel:
-    """Loads MODEL dense.
+    """Loads MODEL without a plan.
 
     Args:
         source: hub id, folder, or `.gguf` file.
         dtype: what the model computes in: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; that of a
             `.gguf` file is `weight_files.gguf_dtype`.
         device: torch device, such as "cpu" or "cuda".
+        weights: "keep" for the blocks of a `.gguf` file as they are, where layers can multiply with them (`gguf_model`);
+            "dense" for floats.
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
@@ -105,8 +115,15 @@ def load_source(
         if dtype == "auto" and is_gguf and own is not None:
             dtype = own
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
-        model, info = loaded
+        model: Any = None
+        missing: list[str] = []
+        if is_gguf and weights == KEEP:
+            model = load_gguf(Path(source), AutoConfig.from_pretrained(name, **arguments), wanted)
+        if model is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=wanted, output_loading_info=True, **arguments
+            )
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
         arguments.pop("use_safetensors", None)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     except MoaCompressError:
@@ -116,13 +133,12 @@ def load_source(
     except Exception as error:  # damaged files raise whatever their parsers raise
         reason = f"{one_line(error).rstrip('.')}{_if_name_only(source)}"
         raise ModelError(f"{source} is not a causal language model that transformers can load: {reason}") from error
-    missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} of its weights, such as {missing[0]}, which would be drawn at random"
         )
     if quantization_method(model.config) is not None:
-        # transformers keeps the GGUF mark on the dequantized model and would refuse to save it
+        # transformers keeps the GGUF mark on a model that it dequantized and would refuse to save it
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False

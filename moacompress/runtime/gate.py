@@ -50,13 +50,16 @@ NAME = "gate"
 """What it is called among the parts of an attention module."""
 
 
-def put_gates(modules: Sequence[nn.Module], plan: Plan, inputs: int, *, empty: bool = False) -> None:
+def put_gates(
+    modules: Sequence[nn.Module], plan: Plan, inputs: int, dtype: torch.dtype, *, empty: bool = False
+) -> None:
     """Puts a gate on the attention of every layer in which a rule selects, in the dtype and on the device of its values.
 
     Args:
         modules: the attention of every layer.
         plan: the plan, with its gates at hand.
         inputs: numbers of what enters a layer.
+        dtype: of the gates of a layer whose own weights are all in blocks.
         empty: whether their weights are to be read from a checkpoint, and not the plan's.
 
     Raises:
@@ -68,8 +71,9 @@ def put_gates(modules: Sequence[nn.Module], plan: Plan, inputs: int, *, empty: b
         if not any(rule.selects for rule in rules):
             continue
         check_room([module])
-        like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-        gate = TokenGate(plan.model.kv_heads, inputs, like.dtype, like.device)
+        own = [*module.parameters()]
+        of_dtype = next((parameter.dtype for parameter in own if parameter.is_floating_point()), dtype)
+        gate = TokenGate(plan.model.kv_heads, inputs, of_dtype, own[0].device)
         if gates is not None:
             with torch.no_grad():
                 gate.weight.copy_(torch.from_numpy(gates.weight[layer]))

@@ -24,6 +24,7 @@ from torch import nn
 
 from moacompress.core.memory import available_bytes
 from moacompress.kernels.dispatch import backend_for, capabilities_for
+from moacompress.kernels.weight_blocks import WeightType
 
 logger = logging.getLogger(__name__)
 
@@ -224,16 +225,16 @@ def has_few_rows(x: torch.Tensor) -> bool:
     return x.numel() <= FEW_ROWS * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def lies_ready(tensor: object, x: torch.Tensor) -> bool:
+def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:
     """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
 
     It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's
-    dtype and device, and not trained here.
+    dtype and device, and not trained here. One in blocks is of bytes.
     """
     return (
         isinstance(tensor, torch.Tensor)
         and type(tensor) in (nn.Parameter, torch.Tensor)
-        and tensor.dtype == x.dtype
+        and tensor.dtype == (x.dtype if kind is None else torch.uint8)
         and tensor.device == x.device
         and tensor.is_contiguous()
         and not (tensor.requires_grad and torch.is_grad_enabled())

@@ -15,14 +15,12 @@ from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart, read_tokens
-from moacompress.kernels.weight_blocks import WeightType
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
+from tests import weight_blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAN = float("nan")
-SCALES = {"Q8_0": [0], "Q5_0": [0], "Q4_1": [0, 2], "Q4_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "Q5_K": [0, 2]}
-"""Where in a block of weights there are float16; all other bytes may have any value."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -392,13 +390,5 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def random_blocks() -> Callable[..., torch.Tensor]:
-    """Random weights in blocks, uint8 `[..., bytes]`, by type, sizes before the last, inputs and size of the scales."""
-
-    def build(kind: WeightType, *shape: int, inputs: int, scale: float = 1 / 64) -> torch.Tensor:
-        blocks = torch.randint(0, 256, (*shape, inputs // kind.numbers, kind.nbytes), dtype=torch.uint8)
-        for at in SCALES[kind.name]:
-            scales = (torch.randn(blocks.shape[:-1]) * scale).half()
-            blocks[..., at : at + 2] = scales[..., None].view(torch.uint8)
-        return blocks.flatten(-2)
-
-    return build
+    """Returns `weight_blocks.random_blocks`."""
+    return weight_blocks.random_blocks

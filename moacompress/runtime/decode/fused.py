@@ -20,6 +20,8 @@ from torch import nn
 
 from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary
 from moacompress.kernels.dispatch import capabilities_for
+from moacompress.kernels.weight_blocks import NATIVE
+from moacompress.models.block_layers import BlockLinear, kind_of
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
 from moacompress.runtime.compat.alternates import CACHE
@@ -42,7 +44,7 @@ from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
 _MODULE_CALL = nn.Module.__call__
-PLAIN = (nn.Linear, PackedLinear)
+PLAIN = (nn.Linear, PackedLinear, BlockLinear)
 SILU = tuple({type(private_names.take(private_names.ACTIVATIONS)[name]) for name in ("silu", "swish")})
 NOTHING = object()
 """What nothing is: in the place of a part that is not what is known."""
@@ -127,24 +129,26 @@ class _FusedLayer:
 def _read(
     layers: Iterable[Any], hidden: torch.Tensor, kinds: tuple[type[nn.Module], ...] = PLAIN
 ) -> Projections | None:
-    """Returns weights and biases of linear layers, or None where the compiled kernels cannot use them.
+    """Returns weights and biases of linear layers, and types of blocks; None where the compiled kernels cannot use them.
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
     """
     if not has_few_rows(hidden) or any(GLOBAL_HOOKS):
         return None
-    weights, biases = [], []
+    weights, biases, codes = [], [], []
     for layer in layers:
         if type(layer) not in kinds or _is_touched(layer):
             return None
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
-        if not lies_ready(weight, hidden) or not (bias is None or lies_ready(bias, hidden)):
+        kind = kind_of(layer)
+        if not lies_ready(weight, hidden, kind) or not (bias is None or lies_ready(bias, hidden)):
             return None
         weights.append(weight)
+        codes.append(NATIVE if kind is None else kind.code)
         if bias is not None:
             biases.append(bias)
-    return Projections(weights, biases)
+    return Projections(weights, biases, codes if any(codes) else ())
 
 
 def _fits(
@@ -355,7 +359,7 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
     call = _layer_call() if mixin is _FusedLayer else _MODULE_CALL
-    made.made_of = (*_calls(own, call), *map(_forward_of, (nn.Linear, PackedLinear)))
+    made.made_of = (*_calls(own, call), *map(_forward_of, PLAIN))
     if mixin is _FusedAttention:
         made.made_of += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
     else:

@@ -73,7 +73,7 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
-    put_gates(modules, plan, _inputs(model))
+    put_gates(modules, plan, _inputs(model), model.dtype)
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))
     model.config.quantization_config = MoaCompressConfig(plan=plan)
@@ -151,7 +151,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     """
     modules = _fitting_modules(model, plan)
     drop_projections(model, plan)
-    put_gates(modules, plan, _inputs(model), empty=True)
+    put_gates(modules, plan, _inputs(model), model.dtype, empty=True)
     _put(model, plan, modules, None)
 
 

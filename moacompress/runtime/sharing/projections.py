@@ -17,6 +17,7 @@ from torch import nn
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import ModelError
+from moacompress.models.block_layers import kind_of, multiplied
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
 from moacompress.runtime.linear import weight_of
@@ -34,13 +35,14 @@ class DroppedProjection(nn.Module):
     Attributes:
         in_features: of the linear layer.
         out_features: likewise.
+        kind: of its blocks, or None.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = like.in_features, like.out_features
+        self.in_features, self.out_features, self.kind = like.in_features, like.out_features, kind_of(like)
         self.weight = _without_rows(weight_of(like))
         self.register_parameter("bias", None if like.bias is None else _without_rows(like.bias))
 
@@ -66,12 +68,13 @@ class PartProjection(nn.Module):
     def __init__(self, like: nn.Linear, rows: Ints) -> None:
         super().__init__()
         self.in_features, self.out_features, self._rows = like.in_features, like.out_features, tuple(rows.tolist())
+        self.kind = kind_of(like)
         self.weight = _rows_of(weight_of(like), self._rows)
         self.register_parameter("bias", None if like.bias is None else _rows_of(like.bias, self._rows))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `[..., out_features]`."""
-        made = nn.functional.linear(x, self.weight, self.bias)
+        made = multiplied(x, self.weight, self.bias, self.kind)
         out = made.new_zeros(*made.shape[:-1], self.out_features)
         return out.index_copy(-1, torch.tensor(self._rows, device=made.device), made)
 

@@ -1,0 +1,144 @@
+"""A .gguf file whose weights stay in blocks: the same numbers and the same logits as when transformers dequantizes it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moacompress.core.errors import ModelError
+from moacompress.core.tables import readable_bytes
+from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
+from moacompress.models.block_layers import BlockEmbedding, BlockLinear, block_weights, weight_types
+from moacompress.models.fingerprint import weights_like
+from moacompress.models.source import load_source
+from tests.weight_blocks import random_blocks, types_of, write_gguf
+
+pytest.importorskip("gguf")
+
+MIXED = types_of("Q4_1", token_embd="Q8_0", attn_v="Q5_0", ffn_down="Q6_K", ffn_up="Q4_K", attn_output="Q5_K")
+TOKENS = torch.arange(40)[None] * 7 % 320
+
+
+def both(file: Path, dtype: str = "float32"):
+    """The model with blocks, and the one that transformers dequantizes."""
+    kept = load_source(file, dtype=dtype, weights="keep")
+    return kept, load_source(file, dtype=dtype)
+
+
+def check_same(kept, dense) -> None:
+    kinds, numbers = block_weights(kept.model), dense.model.state_dict()
+    assert kinds
+    for name, tensor in kept.model.state_dict().items():
+        if name in kinds:
+            assert tensor.dtype == torch.uint8
+            tensor = dequantized(tensor, kinds[name], kept.model.dtype)
+        assert torch.equal(tensor, numbers[name]), name
+    assert numbers.keys() == kept.model.state_dict().keys()
+    assert kept.shape == dense.shape
+    assert weights_like(kept.model, "0" * 16) == weights_like(dense.model, "0" * 16)
+    found, expected = kept.model(TOKENS).logits, dense.model(TOKENS).logits
+    assert found.dtype == expected.dtype
+    assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    assert kept.model.config.to_dict() == dense.model.config.to_dict()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("head", [None, "Q6_K"])
+def test_numbers_and_logits_are_those_of_the_dequantized_model(architecture, head, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", MIXED, architecture=architecture, head=head)
+    kept, dense = both(file)
+    check_same(kept, dense)
+    tied = kept.model.lm_head.weight is kept.model.model.embed_tokens.weight
+    assert tied == (head is None)
+    assert isinstance(kept.model.lm_head, BlockLinear)
+    assert isinstance(kept.model.model.embed_tokens, BlockEmbedding)
+    assert len(weight_types(kept.model)) == 2 * 7 + 2
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+def test_every_type(kind, tmp_path):
+    kept, dense = both(write_gguf(tmp_path / "tiny.gguf", types_of(kind), layers=1))
+    check_same(kept, dense)
+    assert set(weight_types(kept.model).values()) == {kind}
+    assert kept.model.config.dtype == torch.float32
+    floats = {name for name, tensor in kept.model.named_parameters() if tensor.is_floating_point()}
+    assert all("norm" in name for name in floats)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_dtype_is_what_is_computed_in(architecture, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", MIXED, architecture=architecture)
+    kept, dense = both(file, "auto")
+    assert kept.shape.dtype == kept.computes_in == "bfloat16"
+    assert kept.model(TOKENS).logits.dtype == torch.bfloat16
+    assert kept.model.model.embed_tokens(TOKENS).dtype == torch.bfloat16
+    assert torch.equal(kept.model.model.embed_tokens(TOKENS), dense.model.model.embed_tokens(TOKENS))
+    assert kept.shape == dense.shape
+    before = kept.model.lm_head.weight.clone()
+    wide, half = kept.model.float()(TOKENS).logits, kept.model.half()(TOKENS).logits
+    assert (wide.dtype, half.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(kept.model.lm_head.weight, before)
+
+
+def test_plain_numbers_in_the_file_stay_plain(tmp_path, caplog):
+    types = types_of("Q8_0", attn_q="F32", ffn_gate="F32")
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        kept, dense = both(write_gguf(tmp_path / "tiny.gguf", types))
+    check_same(kept, dense)
+    assert not caplog.messages
+    assert type(kept.model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_other_types_become_floats_after_one_warning(tmp_path, caplog, monkeypatch):
+    file = write_gguf(tmp_path / "tiny.gguf", types_of("Q4_1", attn_v="Q5_0", ffn_up="Q4_K"))
+    monkeypatch.delitem(WEIGHT_TYPES, "Q5_0")
+    monkeypatch.delitem(WEIGHT_TYPES, "Q4_K")
+    monkeypatch.setattr("moacompress.models.gguf_model.NUMBERS_AT_ONCE", 256 * 3)
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        kept, dense = both(file)
+    check_same(kept, dense)
+    (said,) = caplog.messages
+    numbers = 2 * (128 + 512) * 256 * 4
+    assert f"4 weights of tiny.gguf are turned into float32, {readable_bytes(numbers)}: " in said
+    assert "2 of type Q4_K (no compiled kernel multiplies with them); 2 of type Q5_0" in said
+
+
+def test_an_architecture_that_is_not_known_is_left_to_transformers(tmp_path, caplog, monkeypatch):
+    file = write_gguf(tmp_path / "tiny.gguf", types_of("Q8_0"))
+    monkeypatch.setattr("moacompress.models.gguf_model.ARCHITECTURES", {})
+    with caplog.at_level(logging.WARNING, "moacompress"):
+        model = load_source(file, weights="keep").model
+    assert not weight_types(model)
+    assert "of the architecture llama blocks are not read as they are" in caplog.text
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    kind = WEIGHT_TYPES["Q8_0"]
+    narrow = random_blocks(kind, 512, inputs=128).numpy()
+    file = write_gguf(tmp_path / "lost.gguf", types_of("Q8_0"), **{"blk.1.ffn_up.weight": None})
+    with pytest.raises(ModelError, match=r"lacks weights of the model, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_source(file, weights="keep")
+    changed = {"blk.1.ffn_up.weight": narrow.astype(np.float32)}
+    file = write_gguf(tmp_path / "narrow.gguf", types_of("Q8_0"), **changed)
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight of shape \[512, 136\], the model needs \[512, 256\]"):
+        load_source(file, weights="keep")
+
+
+@pytest.mark.real
+def test_smollm2_is_the_dequantized_model(request):
+    from tests.conftest import ROOT
+
+    file = next(iter(sorted((ROOT / ".cache").glob("**/SmolLM2-135M-Instruct*.gguf"))))
+    kept, dense = both(file)
+    check_same(kept, dense)
+    assert sum(tensor.nbytes for tensor in {p.data_ptr(): p for p in kept.model.parameters()}.values()) < 100e6
+
+
+@pytest.mark.real
+def test_gemma_is_the_dequantized_model(gemma):
+    kept, dense = both(gemma)
+    check_same(kept, dense)

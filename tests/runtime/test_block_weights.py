@@ -1,0 +1,147 @@
+"""Models with weights in blocks go by the same routes as dense ones, and compute what these do with the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import Share, with_shared_rules
+from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.decode import fused
+from moacompress.runtime.decode.all_layers import Stack
+from tests import plan_kinds
+from tests.weight_blocks import put_random_blocks
+
+TYPES = {
+    "q_proj": "Q4_1",
+    "k_proj": "Q4_0",
+    "v_proj": "Q5_0",
+    "o_proj": "Q8_0",
+    "gate_proj": "Q4_1",
+    "down_proj": "Q8_0",
+    "embed_tokens": "Q8_0",
+    "lm_head": "Q8_0",
+}
+"""What is left out stays dense: a layer may mix."""
+WITHOUT = {
+    "all layers": lambda patch: None,
+    "one layer": lambda patch: patch.setattr(Stack, "begin", lambda *nothing: None),
+    "attention from hidden states": lambda patch: patch.setattr(fused, "_layer", lambda *nothing: None),
+    "cache step": lambda patch: patch.setattr(fused, "_fits", lambda *nothing: False),
+}
+LAYERS = 3
+
+
+@pytest.fixture
+def twins(tiny_model):
+    """A tiny model with blocks and its dense copy."""
+
+    def make(family="llama", dtype=torch.float32, **config):
+        blocks = tiny_model(family, num_hidden_layers=LAYERS, **config).to(dtype)
+        return blocks, put_random_blocks(blocks, TYPES)
+
+    return make
+
+
+def apart(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_route(family, twins, steps, monkeypatch):
+    blocks, dense = twins(family)
+    plan = plan_kinds.windows(dense)
+    attach(blocks, plan)
+    expected = steps(attach(dense, plan), 2, 12)
+    for name, without in WITHOUT.items():
+        without(monkeypatch)
+        ids = torch.zeros(2, 1, dtype=torch.long)
+        assert apart(steps(blocks, 2, 12), expected) < 3e-5
+        with torch.no_grad():
+            cache = blocks(ids.expand(2, 40)).cache
+            blocks(ids, cache=cache)
+        assert cache.step_routes == {name: LAYERS}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("kind", plan_kinds.KINDS)
+def test_prompts_and_steps_under_every_kind_of_plan(family, kind, twins, steps):
+    blocks, dense = twins(family)
+    plan = plan_kinds.KINDS[kind](dense)
+    assert weights_fingerprint(blocks) == weights_fingerprint(dense)
+    assert apart(steps(attach(blocks, plan), 3, 6), steps(attach(dense, plan), 3, 6)) < 5e-5
+    ids = torch.arange(90)[None] % 150
+    assert apart(detach(blocks)(ids).logits, detach(dense)(ids).logits) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, twins, steps):
+    blocks, dense = twins(dtype=dtype)
+    plan = plan_kinds.windows(dense)
+    found, expected = steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)
+    assert found.dtype == dtype
+    assert apart(found, expected) < 0.06
+
+
+def test_layers_that_share_attention(twins, steps):
+    blocks, dense = twins()
+    plain, shares = plan_kinds.windows(dense), (None, Share(0, (1, 0)), Share(0, (0, 1)))
+    plan = Plan(plain.model, plain.min_window, with_shared_rules(plain.rules, shares), shares=shares)
+    found, expected = steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)
+    assert apart(found, expected) < 5e-5
+    assert blocks.model.layers[1].self_attn.q_proj.weight.shape == (0, 40)
+    detach(blocks)
+    assert blocks.model.layers[1].self_attn.q_proj.weight.shape == (64, 40)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_runs(copied, twins, steps):
+    blocks, dense = twins()
+    attach(blocks, plan_kinds.windows(dense))
+    assert torch.equal(steps(copied(blocks), 2, 4), steps(blocks, 2, 4))
+
+
+def test_a_compiled_model(twins, token_ids):
+    blocks, dense = twins()
+    plan = plan_kinds.windows(dense)
+    attach(blocks, plan)
+    ids = token_ids(2, 60)
+    expected = attach(dense, plan)(ids).logits
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(blocks, backend="eager", fullgraph=True, dynamic=True), PlanCache(plan)
+    with torch.no_grad():
+        parts = [compiled(ids[:, a:b], cache=cache).logits for a, b in ((0, 50), (50, 51), (51, 52), (52, 60))]
+    torch._dynamo.reset()
+    assert apart(torch.cat(parts, 1), expected) < 5e-5
+
+
+def test_drafts_are_checked_as_without_blocks(twins, token_ids):
+    blocks, dense = twins()
+    plan = plan_kinds.windows(dense)
+    ids = token_ids(1, 60)
+    made = [
+        attach(model, plan).generate(
+            ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0
+        )
+        for model in (blocks, dense)
+    ]
+    assert torch.equal(*made)
+
+
+def test_gradients_of_inputs(twins):
+    blocks, dense = twins()
+    for model in (blocks, dense):
+        attach(model, plan_kinds.windows(dense))
+    embedded = blocks.model.embed_tokens(torch.arange(60)[None])
+    found = []
+    for model in (blocks, dense):
+        x = embedded.clone().requires_grad_()
+        model(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
+        found.append(x.grad)
+    assert apart(*found) < 1e-4
