@@ -31,6 +31,7 @@ from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.attaching import install
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
+from moacompress.runtime.huge_pages import move_weights
 
 
 class MoaCompressQuantizer(HfQuantizer):
@@ -84,6 +85,7 @@ class MoaCompressQuantizer(HfQuantizer):
         # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
         model.__dict__.pop(private_names.MISSING_WEIGHTS, None)
+        move_weights(model)
         return model
 
 
