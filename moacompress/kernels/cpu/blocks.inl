@@ -10,12 +10,6 @@ namespace {
 
 constexpr int STRIP_VECTORS = int(STRIP) / W;
 
-inline float half_at(const uint8_t* p) {
-  f16 x;
-  memcpy(&x, p, 2);
-  return number(&x);
-}
-
 // The codes of 16 bytes: the low nibbles, then the high ones.
 inline void nibble_codes(const uint8_t* p, V* to) {
   for (int v = 0; v < STRIP_VECTORS / 2; v++) load_nibbles(p + v * W, to[v], to[STRIP_VECTORS / 2 + v]);
@@ -26,24 +20,38 @@ inline void byte_codes(const uint8_t* codes, V* to) {
 
 // Scales, and where there are any bases, of blocks with one float16 of each in front.
 template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+#ifdef __AVX512F__
+  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(B::BYTES));
+  for (int64_t b = 0; b < blocks; b += W, row += W * B::BYTES) {  // the scale and the base, or the scale and two bytes more
+    const __m512i front = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first_lanes(int(smaller(blocks - b, W))), places, row, 1);
+    store(scale + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(front)));
+    if (B::BASE) store(base + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(front, 16))));
+  }
+#else
   for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES, 2);
   widen_row((const f16*)halves, blocks, scale);
   if constexpr (B::BASE) {
     for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES + 2, 2);
     widen_row((const f16*)halves, blocks, base);
   }
+#endif
 }
 
 // The same of blocks of eight strips, whose scales and minima have six bits each and are scaled by two float16 themselves.
 inline void six_bit_scales(const uint8_t* row, int64_t blocks, int64_t bytes, float* scale, float* base) {
   for (int64_t b = 0; b < blocks; b++, row += bytes, scale += 8, base += 8) {
-    const float unit = half_at(row), least = half_at(row + 2);
-    const uint8_t *scales = row + 4, *minima = row + 8, *rest = row + 12;
-    for (int i = 0; i < 4; i++) {
-      scale[i] = unit * float(scales[i] & 63);
-      base[i] = -(least * float(minima[i] & 63));
-      scale[i + 4] = unit * float((rest[i] & 15) | (scales[i] >> 2 & 48));
-      base[i + 4] = -(least * float((rest[i] >> 4) | (minima[i] >> 2 & 48)));
+    uint32_t scales, minima, rest;
+    memcpy(&scales, row + 4, 4);
+    memcpy(&minima, row + 8, 4);
+    memcpy(&rest, row + 12, 4);
+    const uint32_t sixes[] = {scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030), minima & 0x3f3f3f3f,
+                              (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)};
+    float units[W], numbers[16];
+    store(units, load_part((const f16*)row, 2));
+    for (int i = 0; i < 16; i += W) store(numbers + i, load_codes((const uint8_t*)sixes + i));
+    for (int i = 0; i < 8; i++) {
+      scale[i] = units[0] * numbers[i];
+      base[i] = -(units[1] * numbers[8 + i]);
     }
   }
 }
@@ -132,8 +140,8 @@ template <> struct Blocks<Q6_K> {
   static constexpr bool BASE = false;
   static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float*) {
     for (int64_t b = 0; b < blocks; b++, row += BYTES, scale += 16) {
-      const float unit = half_at(row + 208);
-      for (int i = 0; i < 16; i++) scale[i] = unit * float(int8_t(row[192 + i]));
+      const V unit = set1(number((const f16*)(row + 208)));
+      for (int i = 0; i < 16; i += W) store(scale + i, load_signed(row + 192 + i) * unit);
     }
   }
   static inline void codes(const uint8_t* block, int strip, V* to) {
@@ -145,89 +153,17 @@ template <> struct Blocks<Q6_K> {
   }
 };
 
-// Codes times x in float32.
-template <class B> struct FloatStrips {
-  typedef float Input;
-  typedef V Codes;
-  static constexpr int CODES = STRIP_VECTORS;  // registers of codes
-  static constexpr int ZERO = B::ZERO;
-  static inline void codes(const uint8_t* block, int strip, V* to) { B::codes(block, strip, to); }
-  // sum + the products of a strip, each part of it times its scale.
-  static inline V add(V sum, const V* codes, const float* x, const float* scale) {
-    for (int part = 0; part < B::PARTS; part++) {
-      const int first = part * STRIP_VECTORS / B::PARTS, end = (part + 1) * STRIP_VECTORS / B::PARTS;
-      V products = codes[first] * load(x + first * W);
-      for (int v = first + 1; v < end; v++) products = fma(codes[v], load(x + v * W), products);
-      sum = fma(products, set1(scale[part]), sum);
-    }
-    return sum;
-  }
-};
-template <class T, int KIND> struct StripsOf { typedef FloatStrips<Blocks<KIND>> type; };
-
-#ifdef MOACOMPRESS_BF16_DOT
-inline __m512i words_of(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-inline __m512i nibble_words(const uint8_t* p) {  // the low nibbles, then the high ones, and what lies above them
-  const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)));
-  return _mm512_srlv_epi16(twice, _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1));
-}
-// (x & mask) | rest
-inline __m512i joined(__m512i x, int mask, __m512i rest) { return _mm512_ternarylogic_epi32(x, _mm512_set1_epi16(short(mask)), rest, 0xea); }
-// 128 + code in bfloat16, where a code below 128 lies in the fraction as it is.
-inline __m512i above_128(__m512i x, int mask) { return joined(x, mask, _mm512_set1_epi16(0x4300)); }
-inline __m512i plus_16(__m512i x, __mmask32 where) { return _mm512_mask_add_epi16(x, where, x, _mm512_set1_epi16(16)); }
-
-inline __m512i pair_codes(Blocks<Q4_0>, const uint8_t* block, int) { return above_128(nibble_words(block + 2), 15); }
-inline __m512i pair_codes(Blocks<Q4_1>, const uint8_t* block, int) { return above_128(nibble_words(block + 4), 15); }
-inline __m512i pair_codes(Blocks<Q5_0>, const uint8_t* block, int) {
-  uint32_t fifth;
-  memcpy(&fifth, block + 2, 4);
-  return plus_16(above_128(nibble_words(block + 6), 15), fifth);
-}
-inline __m512i pair_codes(Blocks<Q4_K>, const uint8_t* block, int strip) {
-  return above_128(_mm512_srli_epi16(words_of(block + 16 + strip / 2 * 32), unsigned(strip % 2 * 4)), 15);
-}
-inline __m512i pair_codes(Blocks<Q5_K>, const uint8_t* block, int strip) {
-  const __m512i low = above_128(_mm512_srli_epi16(words_of(block + 48 + strip / 2 * 32), unsigned(strip % 2 * 4)), 15);
-  const __m256i fifth = _mm256_loadu_si256((const __m256i*)(block + 16));
-  return plus_16(low, _mm256_test_epi8_mask(fifth, _mm256_set1_epi8(char(1 << strip))));
-}
-inline __m512i pair_codes(Blocks<Q6_K>, const uint8_t* block, int strip) {
-  const __m512i low = words_of(block + strip / 4 * 64 + strip % 2 * 32), high = words_of(block + 128 + strip / 4 * 32);
-  const int up = 4 - strip % 4 * 2;  // of the two bits of `high`
-  const __m512i placed = up < 0 ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, unsigned(up));
-  return joined(placed, 48, above_128(_mm512_srli_epi16(low, unsigned(strip / 2 % 2 * 4)), 15));
-}
-
-// Codes times x as pairs of bfloat16, summed in float32 by the processor.
-template <class B> struct PairStrips {
-  typedef bf16 Input;
-  typedef __m512i Codes;
-  static constexpr int CODES = 1;
-  static constexpr int ZERO = B::ZERO + 128;
-  static inline void codes(const uint8_t* block, int strip, __m512i* to) { *to = pair_codes(B(), block, strip); }
-  static inline V add(V sum, const __m512i* codes, const bf16* x, const float* scale) {
-    const V products = _mm512_dpbf16_ps(zero(), (__m512bh)*codes, (__m512bh)_mm512_loadu_si512(x));
-    V factor = set1(scale[0]);
-    if (B::PARTS == 2) factor = _mm512_mask_blend_ps(0xff00, factor, set1(scale[1]));
-    return fma(products, factor, sum);
-  }
-};
-template <int KIND> struct StripsOf<bf16, KIND> { typedef PairStrips<Blocks<KIND>> type; };
-template <> struct StripsOf<bf16, Q8_0> { typedef FloatStrips<Blocks<Q8_0>> type; };  // bfloat16 has no room for eight bits and 128
-#endif
-
 // Where a task works. Numbers of the parts of a row are filled up with zeros to whole vectors.
 struct BlockScratch {
   int64_t parts, floats;
-  float *x, *sums, *scale, *base;
+  float *x, *units, *sums, *scale, *base;  // of rows of the input, and of four outputs
   uint16_t* halves;
 
   BlockScratch(float* at, int64_t inputs) : parts((inputs / 16 + 15) / 16 * 16), floats(0) {
     float* half_floats = nullptr;
-    const int64_t sizes[] = {MOST * inputs, MOST * parts, 4 * parts, 4 * parts, parts};
-    float** const places[] = {&x, &sums, &scale, &base, &half_floats};
-    for (int i = 0; i < 5; i++) {
+    const int64_t sizes[] = {MOST * (inputs + 128), MOST * parts, MOST * parts, 4 * parts, 4 * parts, parts};
+    float** const places[] = {&x, &units, &sums, &scale, &base, &half_floats};
+    for (int i = 0; i < 6; i++) {
       *places[i] = at + floats;
       floats += (sizes[i] + 15) / 16 * 16;
     }
@@ -268,42 +204,63 @@ template <class T, class B> inline void part_sums(const T* x, int64_t inputs, fl
   for (int64_t i = (count + 3) / 4 * 4; i % 16; i++) to[i] = 0.f;
 }
 
-// The products of ROWS rows of the input with OUTPUTS (2 or 4) rows of the weight, but for what the bases add; what lies `ahead` bytes
-// behind each weight is read ahead.
-template <class Op, class B, int ROWS, int OUTPUTS>
-inline void strip_products(const typename Op::Input* x, const uint8_t* const* weight, int64_t inputs, int64_t ahead, const BlockScratch& s,
-                           V (*sums)[OUTPUTS]) {
-  for (int r = 0; r < ROWS; r++)
-    for (int o = 0; o < OUTPUTS; o++) sums[r][o] = zero();
-  const float* scale = s.scale;
-  const typename Op::Input* at = x;
-  for (int64_t byte = 0, block = 0; block < inputs / (B::STRIPS * STRIP); block++, byte += B::BYTES) {
+// Codes times x in float32.
+template <class B> struct FloatStrips {
+  static constexpr int ZERO = B::ZERO;
+  template <class T> static inline void put(const T* from, int64_t inputs, const BlockScratch& s, int row) {
+    widen_row(from, inputs, s.x + row * inputs);
+  }
+  // sum + the products of a strip, each part of it times its scale.
+  static inline V add(V sum, const V* codes, const float* x, const float* scale) {
+    for (int part = 0; part < B::PARTS; part++) {
+      const int first = part * STRIP_VECTORS / B::PARTS, end = (part + 1) * STRIP_VECTORS / B::PARTS;
+      V products = codes[first] * load(x + first * W);
+      for (int v = first + 1; v < end; v++) products = fma(codes[v], load(x + v * W), products);
+      sum = fma(products, set1(scale[part]), sum);
+    }
+    return sum;
+  }
+  template <int ROWS, int OUTPUTS>
+  static inline void products(const uint8_t* const* weight, int64_t inputs, int64_t ahead, const BlockScratch& s, V (*sums)[OUTPUTS]) {
+    for (int r = 0; r < ROWS; r++)
+      for (int o = 0; o < OUTPUTS; o++) sums[r][o] = zero();
+    const float *scale = s.scale, *at = s.x;
+    for (int64_t byte = 0, block = 0; block < inputs / (B::STRIPS * STRIP); block++, byte += B::BYTES) {
 #pragma GCC unroll 8
-    for (int strip = 0; strip < B::STRIPS; strip++) {
-      for (int o = 0; o < OUTPUTS; o++) {
-        prefetch(weight[o] + byte + strip * B::BYTES / B::STRIPS + ahead);
-        typename Op::Codes codes[Op::CODES];
-        Op::codes(weight[o] + byte, strip, codes);
-        for (int r = 0; r < ROWS; r++) sums[r][o] = Op::add(sums[r][o], codes, at + r * inputs, scale + o * s.parts);
+      for (int strip = 0; strip < B::STRIPS; strip++) {
+        for (int o = 0; o < OUTPUTS; o++) {
+          prefetch(weight[o] + byte + strip * B::BYTES / B::STRIPS + ahead);
+          V codes[STRIP_VECTORS];
+          B::codes(weight[o] + byte, strip, codes);
+          for (int r = 0; r < ROWS; r++) sums[r][o] = add(sums[r][o], codes, at + r * inputs, scale + o * s.parts);
+        }
+        at += STRIP;
+        scale += B::PARTS;
       }
-      at += STRIP;
-      scale += B::PARTS;
     }
   }
-}
+};
+template <class T, int KIND> struct StripsOf { typedef FloatStrips<Blocks<KIND>> type; };
 
-// Some rows of the input, of which there are at most ROWS, with all outputs.
+#ifdef MOACOMPRESS_BF16_DOT
+}  // namespace
+}  // namespace moacompress
+#include "blocks_vnni.inl"
+namespace moacompress {
+namespace {
+template <int KIND> struct StripsOf<bf16, KIND> { typedef ByteSteps<KIND> type; };
+template <int KIND> struct StripsOf<f16, KIND> { typedef ByteSteps<KIND> type; };
+#endif
+
+// Some rows of the input, of which there are at most ROWS, with all outputs; what lies in the next ones' place is read ahead.
 template <class T, class Op, class B, int ROWS> void block_rows(const LinearTile& t, int64_t row, int rows) {
   constexpr int OUTPUTS = ROWS > FEW ? 2 : 4;
   constexpr bool BASED = B::BASE || Op::ZERO != 0;
-  typedef typename Op::Input Input;
   const BlockScratch s(t.scratch, t.inputs);
   const int64_t bytes = t.inputs / (STRIP * B::STRIPS) * B::BYTES, parts = parts_in(t.inputs, B::PARTS);
-  Input* x = (Input*)s.x;
   for (int r = 0; r < ROWS; r++) {  // the last row as often as it takes
     const T* from = static_cast<const T*>(t.x) + (row + (r < rows ? r : rows - 1)) * t.inputs;
-    if constexpr (sizeof(Input) == sizeof(T)) memcpy(x + r * t.inputs, from, size_t(t.inputs) * sizeof(T));
-    else widen_row(from, t.inputs, x + r * t.inputs);
+    Op::put(from, t.inputs, s, r);
     if (BASED) part_sums<T, B>(from, t.inputs, s.sums + r * s.parts);
   }
   for (int64_t first = 0; first < t.outputs; first += OUTPUTS) {
@@ -314,7 +271,7 @@ template <class T, class Op, class B, int ROWS> void block_rows(const LinearTile
       take_scales<B>(weight[o], t.inputs, Op::ZERO, s, o);
     }
     V sums[ROWS][OUTPUTS];
-    strip_products<Op, B, ROWS, OUTPUTS>(x, weight, t.inputs, OUTPUTS * bytes, s, sums);
+    Op::template products<ROWS, OUTPUTS>(weight, t.inputs, OUTPUTS * bytes, s, sums);
     for (int r = 0; BASED && r < ROWS; r++)
       for (int o = 0; o < OUTPUTS; o++)
         for (int64_t p = 0; p < parts; p += W) sums[r][o] = fma(load(s.base + o * s.parts + p), load(s.sums + r * s.parts + p), sums[r][o]);
@@ -376,7 +333,11 @@ template <class T, int KIND> void expand_blocks(const LinearTile& t) {
   }
 
 template <class T> void linear_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(block_tile, T, t) }
+#ifdef MOACOMPRESS_BF16_DOT
+template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_bytes, T, t) }
+#else
 template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_blocks, T, t) }
+#endif
 
 }  // namespace
 }  // namespace moacompress

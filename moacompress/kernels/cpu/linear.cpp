@@ -5,18 +5,23 @@ namespace moacompress {
 
 namespace {
 // Bytes of the weight that a task reads: memory is read best in long runs, and threads end together if the runs are short.
-constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, TASKS_A_THREAD = 4;
+// With blocks every task prepares the input again, so that it has more of them to read.
+constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4;
 }  // namespace
 
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   const auto bytes_of = [](const LinearCall& call) {  // that one output reads of the weights
-    return call.inputs * int64_t(element_size(call.dtype)) * (call.up ? 2 : 1);
+    const auto row = [&](WeightKind kind) { return weight_row_bytes(kind, call.inputs, int64_t(element_size(call.dtype))); };
+    return row(call.kind) + (call.up ? row(call.up_kind) : 0);
   };
   int64_t bytes = 0, tasks = 0, scratch = 0, blocks = 0;
   for (int64_t i = 0; i < count; i++) bytes += calls[i].outputs * bytes_of(calls[i]);
-  const int64_t wanted = smaller(larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST), MOST);
-  const auto outputs_of = [&](const LinearCall& call) { return larger(wanted / larger(bytes_of(call), 1) / 4 * 4, 4); };
+  const int64_t wanted = larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST);
+  const auto outputs_of = [&](const LinearCall& call) {
+    const bool in_blocks = call.kind != PLAIN || (call.up && call.up_kind != PLAIN);
+    return larger(smaller(wanted, in_blocks ? MOST_OF_BLOCKS : MOST) / larger(bytes_of(call), 1) / 4 * 4, 4);
+  };
   const auto tasks_of = [&](const LinearCall& call) { return (call.outputs + outputs_of(call) - 1) / outputs_of(call); };
   for (int64_t i = 0; i < count; i++) {
     tasks += tasks_of(calls[i]);
