@@ -58,12 +58,20 @@ def core_files() -> Iterator[Path]:
     yield from (ROOT / "tests" / "kernels").glob("*core*")
 
 
+def triton_files() -> Iterator[Path]:
+    """Yields the Triton kernels, and what compiles them."""
+    yield from (ROOT / "moacompress" / "kernels" / "triton").glob("*.py")
+    yield ROOT / "benchmarks" / "triton_resources.py"
+    yield ROOT / "tests" / "kernels" / "test_triton_resources.py"
+
+
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 BUILDS: dict[str, tuple[Callable[[], Iterator[Path]], tuple[str, ...], tuple[str, ...]]] = {
     "arm": (core_files, (), (ARM_COMPILER, ARM_EMULATOR)),
     "core": (core_files, (), ()),
     "packages": (packaging_files, ("build", "setuptools"), ()),
     "torch_abi": (abi_files, ("torch",), ()),
+    "triton": (triton_files, ("triton",), ()),
 }
 """What each kind of build depends on beside the compiler: its files, installed distributions, and other programs."""
 

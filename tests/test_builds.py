@@ -28,7 +28,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = builds(of): a build\n")
     monkeypatch.setattr(builds, "ROOT", tmp_path)
     monkeypatch.setattr(builds, "FILE", tmp_path / "builds.json")
-    monkeypatch.setitem(builds.BUILDS, "this", (lambda: iter([source]), ("pytest",)))
+    monkeypatch.setitem(builds.BUILDS, "this", (lambda: iter([source]), ("pytest",), ()))
     return source
 
 
@@ -86,7 +86,7 @@ def test_what_fails_is_forgotten(source: Path) -> None:
 
 @pytest.mark.parametrize("of", builds.BUILDS)
 def test_every_build_has_sources(of: str) -> None:
-    files, _ = builds.BUILDS[of]
+    files, *_ = builds.BUILDS[of]
     found = set(files())
     assert len(found) > 1
     assert all(path.exists() for path in found)

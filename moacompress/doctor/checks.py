@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -63,7 +63,7 @@ def check_environment() -> dict[str, Any]:
     problems = [f"{name} is not installed" for name in PACKAGES if _version(name) is None]
     if not autoload["registered"]:
         problems.append(f"from_pretrained would not see compressed checkpoints: {autoload['reason']}")
-    kernel = _kernel()
+    kernel, gpus = _kernel(), _gpus()
     if kernel["name"] is None:
         problems.append(str(kernel["reason"]))
     names, broken = _private_names()
@@ -74,8 +74,9 @@ def check_environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "transformers": _transformers(),
         "cpu": {"name": _cpu_name(), "cores": _cores()},
-        "gpus": _gpus(),
+        "gpus": gpus,
         "kernel": kernel,
+        "gpu_kernel": _gpu_kernel(gpus),
         "autoload": autoload,
         "private_names": names,
         "extras": {name: all(map(_is_there, modules)) for name, modules in EXTRAS.items()},
@@ -371,6 +372,21 @@ def _kernel() -> dict[str, str | None]:
     except (MoaCompressError, ImportError) as error:
         return {"name": None, "isa": None, "reason": one_line(error)}
     return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
+
+
+def _gpu_kernel(gpus: Sequence[str]) -> str | None:
+    """Returns which attention kernels would run on the GPUs, and what is known of their speed; None without a GPU."""
+    if not gpus:
+        return None
+    import torch
+
+    from moacompress.kernels import dispatch
+
+    triton = next(backend for backend in dispatch.backends() if backend.name == "triton")
+    status = triton.status()
+    if status.works and triton.supports("cuda", torch.bfloat16):
+        return "triton for decode steps, plain PyTorch for prompts; their speed on a GPU has not been measured"
+    return f"plain PyTorch, slower than the dense model's: {status.reason}"
 
 
 def _kernel_for(dtype: str) -> str:

@@ -18,11 +18,12 @@ from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.kernels.backend import Backend, Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.triton.triton_backend import TritonBackend
 
 VARIABLE = "MOACOMPRESS_KERNEL"
 REFERENCE = ReferenceBackend()
 logger = logging.getLogger(__name__)
-_backends: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), REFERENCE)}
+_backends: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TritonBackend(), REFERENCE)}
 
 
 @dataclass(frozen=True)

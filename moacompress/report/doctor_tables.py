@@ -29,6 +29,8 @@ def environment_table(data: Mapping[str, Any]) -> Group:
     kernel = data["kernel"]
     named = f"{kernel['name']}, {kernel['isa']}" if kernel["isa"] else kernel["name"] or "none"
     rows["kernel"] = f"{named}: {kernel['reason']}"
+    if data["gpu_kernel"]:
+        rows["GPU kernel"] = data["gpu_kernel"]
     rows["autoload"] = "registers with transformers" if data["autoload"]["registered"] else "does not register"
     names = data["private_names"]
     lost = ", ".join(found["name"] for found in names["broken"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -58,9 +59,26 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
     monkeypatch.setenv("MOACOMPRESS_KERNEL", "fast")
     wrong = checks._kernel()
     assert wrong["name"] is None
-    assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, reference"
+    assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, triton, reference"
     for found, text in ((asked, "reference: MOACOMPRESS_KERNEL asks for it"), (wrong, "none: MOACOMPRESS_KERNEL is")):
         assert text in shown(environment_table({**environment, "kernel": found}))
+
+
+def test_the_kernel_of_a_gpu_is_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from moacompress.report.doctor_tables import environment_table
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert environment["gpus"] or environment["gpu_kernel"] is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    said = checks._gpu_kernel(["a card"])
+    assert said is not None
+    assert "not been measured" in said if importlib.util.find_spec("triton") else "pip install triton" in said
+    assert said in shown(environment_table({**environment, "gpus": ["a card"], "gpu_kernel": said})).replace("\n", " ")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "slower than the dense model's: Triton is not installed" in str(checks._gpu_kernel(["a card"]))
 
 
 def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def oracle(case, row, head, query, n, at):
     return weights @ torch.stack([v for _, v in pairs]), scores.logsumexp(0)
 
 
-@pytest.fixture(params=["reference", "counting", "cpu"])
+@pytest.fixture(params=["reference", "counting", "cpu", "triton"])
 def backend(request, use_backend):
     return use_backend(request.param)
 

@@ -68,7 +68,7 @@ def test_it_is_said_once(from_scratch, caplog, monkeypatch):
 def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_scratch, monkeypatch):
     double = torch.zeros(1, 1, 1, dtype=torch.float64)
     monkeypatch.setattr(dispatch, "chosen", lambda: Choice("cpu", "avx2", "built"))
-    others = [backend.name for backend in dispatch.backends() if backend.name != "cpu"]
+    others = [each.name for each in dispatch.backends() if each.supports("cpu", torch.float64)]  # not the compiled ones
     assert dispatch.backend_for(double).name == others[0]
     assert dispatch.backend_for(double.to(torch.bfloat16)).name == "cpu"
     assert dispatch.backend_for(double.float().to("meta")).name == others[0]
@@ -152,3 +152,19 @@ except MoaCompressError as error:
     environment = {**os.environ, library.ISA_VARIABLE: name, "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip().startswith(printed)
+
+
+def test_a_gpu_runs_on_triton_where_it_works(from_scratch, monkeypatch):
+    """Whatever the processor runs on."""
+    from moacompress.kernels.backend import Status
+    from moacompress.kernels.triton.triton_backend import TritonBackend
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "chosen", lambda: Choice("cpu", "avx2", "built"))
+    for works in (True, False):
+        dispatch._name_for.cache_clear()
+        monkeypatch.setattr(TritonBackend, "status", lambda _, works=works: Status(works, "a reason"))
+        plain = next(each.name for each in dispatch.backends() if each.supports("meta", torch.float64))
+        assert dispatch._name_for("cuda", torch.bfloat16) == ("triton" if works else plain)
+        assert dispatch._name_for("cuda", torch.float64) == plain
+        assert dispatch._name_for("cpu", torch.bfloat16) == "cpu"

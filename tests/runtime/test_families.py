@@ -31,7 +31,7 @@ ALL = (
 )
 SEVERAL = ("llama", "gemma2", "gpt_oss")
 SIDES = ("key_format", "value_format")
-BACKENDS = (None, "reference", "counting")
+BACKENDS = (None, "reference", "counting", "triton")
 """What the machine has; plain PyTorch; and a backend that is none of the product's."""
 EXACT = 1e-5
 """Largest difference in fp32 where only the order of sums differs, as a share of the largest logit."""

@@ -27,7 +27,7 @@ from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 RULES = (Rule(4, 20, 0, "int8", "int4"), Rule(16, 0, 300, "native", "int8"), Rule(4, 0, 1024, "int4", "native"))
-BACKENDS = (None, "reference", "counting")
+BACKENDS = (None, "reference", "counting", "triton")
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

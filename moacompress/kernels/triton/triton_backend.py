@@ -1,0 +1,153 @@
+"""Triton as a backend: decode steps by its kernels, and prompts by the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import numpy as np
+import torch
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.arguments import CacheView, Scores
+from moacompress.kernels.backend import Capabilities, Status
+from moacompress.kernels.reference.codes import rotated
+from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.triton.tile_sizes import decode_tiles, padded
+from moacompress.kernels.triton.work_lists import block_places, first_of, work_lists
+from moacompress.rules.rule_table import RuleTable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRET = "TRITON_INTERPRET"
+PARTS = 16
+"""Results of parts that are added up at once."""
+
+
+class TritonBackend(ReferenceBackend):
+    """Triton on a GPU, for float32, bfloat16 and float16; and on the CPU where its interpreter is asked for."""
+
+    name = "triton"
+    known = f"float32, bfloat16 and float16 on CUDA, and on the CPU where {INTERPRET}=1"
+    capabilities = Capabilities(prefill_gradients=True)
+
+    def status(self) -> Status:
+        """See `Backend`."""
+        if importlib.util.find_spec("triton") is None:
+            return Status(False, "Triton is not installed: pip install triton")
+        if _interpreted():
+            return Status(True, f"{INTERPRET} is set: Triton's interpreter runs its kernels, slowly", "interpreter")
+        if not torch.cuda.is_available():
+            return Status(False, "there is no CUDA device")
+        return Status(True, "Triton and a GPU are there", torch.cuda.get_device_name())
+
+    def supports(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether tensors are where kernels can run, in one of the dtypes."""
+        return dtype in DTYPES and device == ("cpu" if _interpreted() else "cuda")
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        *,
+        cache: CacheView,
+        lengths: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.decode`.
+
+        Raises:
+            UnsupportedError: the query needs gradients; a visible block is not in the table; a format is not known.
+        """
+        if query.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
+            )
+        from moacompress.kernels.triton import decode_kernels
+
+        rows, heads, head_dim = query.shape
+        kv_heads, width = cache.table.shape[1:]
+        value_dim = cache.value_dim or next(part.shape[2] for part in cache.values if part.ndim == 3)
+        group, device = heads // kv_heads, query.device
+        wide = query.dtype == torch.float32 or _interpreted()
+        in_numpy = RuleTable(rules.columns.cpu().numpy())
+        plan = work_lists(cache, lengths.numpy(), in_numpy, query.dtype, head_dim, value_dim)
+        coded = in_numpy.format_codes != 0
+        rotates = bool(coded[1].any())
+        out = query.new_empty(rows, heads, value_dim, dtype=torch.float32 if rotates else query.dtype)
+        lse = query.new_empty(rows, heads, dtype=torch.float32)
+        if not rows:
+            return out.to(query.dtype), lse
+        numbers = (cache.table.numpy(), lengths.numpy(), in_numpy.columns, plan.begins)
+        table, row_lengths, columns, begins, *works = _sent((*numbers, *(each.work for each in plan.launches)), device)
+        partial = out.new_empty(int(plan.begins[-1]), group, value_dim, dtype=torch.float32)
+        partial_lse = partial.new_empty(partial.shape[:2])
+        plain = query.contiguous()
+        turned = rotated(plain).to(query.dtype) if coded[0].any() else plain
+        for launch, work in zip(plan.launches, works, strict=True):
+            if not len(launch.work):
+                continue
+            key, value = launch.kv_parts
+            item_size = 4 if wide else query.element_size()
+            tiles = decode_tiles(head_dim, value_dim, item_size, coded=bool(key.bits or value.bits))
+            keys, values = first_of(cache.keys, key), first_of(cache.values, value)
+            decode_kernels.split[(len(launch.work),)](
+                turned if key.bits else plain,
+                keys,
+                values,
+                block_places(cache.keys, keys),
+                block_places(cache.values, values),
+                table,
+                row_lengths,
+                columns,
+                work,
+                partial,
+                partial_lse,
+                float(scores.scaling),
+                float(scores.softcap),
+                kv_heads,
+                width,
+                launch.chunk,
+                G=group,
+                GROUP=padded(group),
+                HEAD_DIM=head_dim,
+                HEAD=padded(-(-head_dim // 2) if key.bits == 4 else head_dim),
+                VALUE_DIM=value_dim,
+                VALUE=padded(-(-value_dim // 2) if value.bits == 4 else value_dim),
+                KEY_BITS=key.bits,
+                VALUE_BITS=value.bits,
+                SOFTCAP=bool(scores.softcap),
+                WIDE=wide,
+                TILE=tiles.TILE,
+                STAGES=tiles.num_stages,
+                num_warps=tiles.num_warps,
+            )
+        decode_kernels.merge[(rows * heads,)](
+            partial,
+            partial_lse,
+            lse if scores.sink_logits is None else scores.sink_logits.contiguous(),
+            begins,
+            out,
+            lse,
+            kv_heads,
+            G=group,
+            VALUE_DIM=value_dim,
+            VALUE=padded(value_dim),
+            LOGITS=scores.sink_logits is not None,
+            PARTS=PARTS,
+        )
+        if rotates:
+            back = torch.from_numpy(coded[1].repeat(group)).to(device)[None, :, None]
+            out = torch.where(back, rotated(out), out).to(query.dtype)
+        return out, lse
+
+
+def _interpreted() -> bool:
+    return os.environ.get(INTERPRET, "").lower() in {"1", "true", "on", "yes"}
+
+
+def _sent(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
+    """Returns integers on a device, int64 of the arrays' shapes; they go there together."""
+    together = torch.from_numpy(np.concatenate([each.ravel().astype(np.int64) for each in arrays])).to(device)
+    parts = together.split([each.size for each in arrays])
+    return [part.view(each.shape) for part, each in zip(parts, arrays, strict=True)]

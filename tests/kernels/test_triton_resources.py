@@ -1,0 +1,52 @@
+"""The Triton kernels, compiled for cards that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "triton_resources.py"
+REGISTERS = 184
+"""Most that a thread may have, so that two programs of 128 threads and what else is there fit on a processor."""
+
+
+def resources(cards: str, dims: str) -> list[dict[str, object]]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--cards", cards, "--dims", dims, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, "TRITON_DEFAULT_FP_FUSION": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["decode"]
+
+
+@pytest.mark.builds("triton")
+def test_what_they_take():
+    """No spills; reads of 16 bytes, ahead of use; and several programs to a processor."""
+    rows = resources("sm_80,sm_90,sm_100,gfx942", "64,128")
+    assert len(rows) == 4 * 2 * 4
+    for row in rows:
+        assert row["spilled"] == 0, row
+        if row["card"] == "gfx942":
+            assert row["read"] > 0 or row["bits"] == "4/4", row
+        else:
+            assert row["registers"] <= REGISTERS, row
+            assert row["ahead"] >= 4, row
+            assert row["at once"] >= 3, row
+
+
+@pytest.mark.heavy
+def test_what_large_heads_take():
+    for row in resources("sm_80,sm_90,sm_100", "256"):
+        assert row["spilled"] == 0, row
+        assert row["ahead"] >= 4, row
+        assert row["at once"] >= 2, row
