@@ -33,6 +33,7 @@ from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.source import is_compressed
+from moacompress.models.stored_plan import stored_bytes
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model
@@ -154,6 +155,7 @@ def fill(
         },
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,
+        "weights": stored_bytes(out / MODEL_FOLDER),
         "seconds": clock.seconds,
         "quality": quality_table(scores["results"]),
         "harm": plan.quality.get("measured_harm", {}),

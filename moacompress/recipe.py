@@ -325,6 +325,9 @@ class Recipe(_Section):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
     )
+    weights: Literal["keep", "dense"] = Field(
+        "keep", description="of a .gguf file: keep its blocks of codes, or turn them into floats"
+    )
     device: str = "cpu"
     seed: int = Field(0, ge=0, le=2**31 - 1)
     calibration: CalibrationRecipe = CalibrationRecipe()

@@ -23,6 +23,7 @@ from moacompress.cli.options import (
     TextSamples,
     TrustRemoteCode,
     ValidationSamples,
+    WeightsOption,
     dry_run_option,
     read_sources,
     required_model,
@@ -50,6 +51,7 @@ def compress(
     validation_samples: ValidationSamples = None,
     source: Sources = None,
     text: Text = None,
+    weights: WeightsOption = None,
     formats: FormatsOption = None,
     gates: Annotated[
         bool | None,
@@ -83,6 +85,7 @@ def compress(
         recipe,
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),
         budget=budget,
+        weights=weights,
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

@@ -47,6 +47,14 @@ ClassesOption = Annotated[
         "such as vLLM with --classes 18. By default any number.",
     ),
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="KIND",
+        help="What becomes of the weights of a .gguf file: keep its blocks of codes (the default), or dense.",
+    ),
+]
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),

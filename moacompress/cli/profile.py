@@ -22,6 +22,7 @@ from moacompress.cli.options import (
     TextSamples,
     TrustRemoteCode,
     ValidationSamples,
+    WeightsOption,
     dry_run_option,
     read_sources,
     required_model,
@@ -67,6 +68,7 @@ def profile(
         PROFILE_FOLDER
     ),
     recipe: RecipeFile = None,
+    weights: WeightsOption = None,
     lengths: LengthsOption = None,
     samples: Samples = None,
     text_samples: TextSamples = None,
@@ -132,6 +134,7 @@ def profile(
     resolved = run.recipe(
         recipe,
         base=earlier,
+        weights=weights,
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

@@ -44,6 +44,12 @@ def readable_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
+def readable_types(sizes: Mapping[str, int]) -> str:
+    """Returns `Q4_1 48.0 MiB, bfloat16 1.0 KiB` for bytes by types, the largest first."""
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {readable_bytes(size)}" for kind, size in ordered)
+
+
 def readable_number(value: float | None, form: str = ".3g") -> str:
     """Returns the number in a format, `-` for None."""
     return "-" if value is None else format(value, form)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, one_line
@@ -24,6 +24,7 @@ from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import config_problems, is_tested, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import (
+    bytes_by_type,
     check_weights,
     checkpoint_files,
     gguf_problems,
@@ -34,6 +35,8 @@ from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from moacompress.runtime.hf.config import MoaCompressConfig
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "datasets", "safetensors", "numpy", "scipy")
 EXTRAS = {
@@ -135,6 +138,7 @@ class _Checkpoint:
 
     Attributes:
         plan: the plan that would run, None if it cannot be read.
+        weights: layers whose weights are in blocks, with the types.
         files: those of its weights.
         stopping: what keeps `from_pretrained` from loading it, one sentence each.
         problems: that and everything else that is wrong.
@@ -142,10 +146,12 @@ class _Checkpoint:
 
     def __init__(self, config: PreTrainedConfig, folder: Path | None, trust_remote_code: bool) -> None:
         self.plan: Plan | None = None
+        self.weights: dict[str, str] = {}
         self.files: list[Path] = []
         self.stopping: list[str] = []
         with self._noting():
-            self.plan = _stored_plan(config)
+            stored = _stored(config)
+            self.plan, self.weights = stored.plan, stored.weights
             self.plan.check_model(config_shape(config, dtype=self.plan.model.dtype), weights=None)
         with self._noting():
             self._check_model(config, folder, trust_remote_code)
@@ -165,13 +171,17 @@ class _Checkpoint:
             return
         skeleton = _skeleton(config, trust_remote_code)
         self.stopping += module_problems(skeleton)
+        from moacompress.models.block_layers import block_weights, put_block_layers
+
+        put_block_layers(skeleton, self.weights)
         if folder is None:
             return
-        self.stopping += weight_problems(folder)
+        blocks = block_weights(skeleton)
+        self.stopping += weight_problems(folder, blocks)
         if not self.stopping:
             self.files = checkpoint_files(folder)
             expected = needed_weights(skeleton)
-            check_weights(self.files, expected)
+            check_weights(self.files, expected, blocks)
             lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
             if lost is not None:
                 self.stopping.append(f"{lost}; export the model again")
@@ -211,6 +221,8 @@ class _Checkpoint:
             }
         facts["weight_files"] = [file.name for file in self.files]
         facts["weight_bytes"] = sum(file.stat().st_size for file in self.files)
+        facts["weight_types"] = bytes_by_type(self.files, self.weights)
+        facts["blocks_read_as_they_lie"] = _reads_blocks(plan) if plan is not None and self.weights else None
         facts["loads"] = not self.stopping and bool(environment["autoload"]["registered"])
         return facts
 
@@ -306,16 +318,27 @@ def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedMo
     return model
 
 
-def _stored_plan(config: PreTrainedConfig) -> Plan:
-    """Returns the plan in a config, read as `from_pretrained` reads it.
+def _reads_blocks(plan: Plan) -> bool:
+    """Returns whether compiled kernels multiply with weights in blocks here, in the plan's dtype; else they are dequantized."""
+    import torch
+
+    from moacompress.kernels.dispatch import capabilities_for
+
+    return capabilities_for(torch.empty(0, dtype=getattr(torch, plan.model.dtype))).linear_blocks
+
+
+def _stored(config: PreTrainedConfig) -> MoaCompressConfig:
+    """Returns plan and types of weights in a config, read as `from_pretrained` reads it.
 
     Raises:
-        PlanError: it is malformed, or newer than is known.
+        PlanError: they are malformed, or newer than is known.
     """
     from moacompress.runtime.hf.config import MoaCompressConfig
 
     found: Any = config.quantization_config
-    return found.plan if isinstance(found, MoaCompressConfig) else MoaCompressConfig.from_dict(found).plan
+    return (
+        found if isinstance(found, MoaCompressConfig) else cast(MoaCompressConfig, MoaCompressConfig.from_dict(found))
+    )
 
 
 def _check_autoload() -> dict[str, Any]:

@@ -88,6 +88,8 @@ class TimedRates(Rates):
 def product_seconds(model: nn.Module, dtype: torch.dtype) -> float:
     """Returns the seconds of one of the model's largest products of matrices in a dtype: what two dtypes are compared by."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear))
-    weight = weight_of(max(layers, key=lambda layer: min(layer.in_features, layer.out_features))).detach().to(dtype)
-    x = torch.ones(ROWS, weight.shape[1], dtype=dtype, device=weight.device)
+    largest = max(layers, key=lambda layer: min(layer.in_features, layer.out_features))
+    device = weight_of(largest).device
+    weight = torch.ones(largest.out_features, largest.in_features, dtype=dtype, device=device)
+    x = torch.ones(ROWS, largest.in_features, dtype=dtype, device=device)
     return Stopwatch(weight.device).least(lambda: nn.functional.linear(x, weight), REPEATS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from moacompress.rules.budget import format_length
@@ -17,11 +18,12 @@ WEIGHTS = {
 """What a card says of a checkpoint's weights, by `Plan.changed_weights`."""
 
 
-def model_card(plan: Plan) -> str:
-    """Returns the card as Markdown; every number in it is in the plan.
+def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
+    """Returns the card as Markdown; every number in it is in the plan, but for the bytes of weights.
 
     Args:
         plan: the plan of the checkpoint, with its budget, quality and provenance.
+        stored: bytes of the checkpoint's weights by their types; None of one with no weights in blocks.
     """
     source = str(plan.provenance.get("source", "a dense model"))
     name = source.rstrip("/").rsplit("/", 1)[-1]
@@ -35,6 +37,8 @@ def model_card(plan: Plan) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
         "## KV cache\n\n" + _bytes_table(plan),
     ]
+    if stored is not None:
+        parts.append("## Weights\n\n" + _weights_table(stored))
     if plan.stated_lengths and not all(rule.is_native for row in plan.rules for rule in row):
         parts.append("## Formats of keys and values\n\n" + _formats_table(plan, max(plan.stated_lengths)))
     if plan.selects:
@@ -107,6 +111,14 @@ def _bytes_table(plan: Plan) -> str:
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
+
+
+def _weights_table(stored: Mapping[str, int]) -> str:
+    rows = ["| type | bytes |", "| --- | ---: |", *(f"| {kind} | {size:,} |" for kind, size in stored.items())]
+    return "\n".join(rows) + (
+        f"\n\n{sum(stored.values()):,} bytes in all. Types other than dtypes are blocks of codes and scales as in GGUF files; "
+        "they are multiplied as they are, and transformers without moacompress refuses them."
+    )
 
 
 def _formats_table(plan: Plan, n: int) -> str:

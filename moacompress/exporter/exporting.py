@@ -23,8 +23,8 @@ from moacompress.exporter.card import model_card
 from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
-from moacompress.models.source import SourceModel, is_compressed, load_source
-from moacompress.models.stored_plan import stored_plan
+from moacompress.models.source import DENSE, KEEP, SourceModel, is_compressed, load_source
+from moacompress.models.stored_plan import checkpoint_weights, stored_plan
 from moacompress.recipe import CONSENT, shared_name
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
@@ -41,6 +41,7 @@ def export(
     plan: Plan | str | Path,
     out: str | Path,
     *,
+    weights: str = KEEP,
     repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -52,7 +53,9 @@ def export(
         model: the dense model that the plan was made for (folder, hub id, `.gguf` file, or already loaded). One that is loaded
             in another dtype than the plan's is loaded again.
         plan: a plan or its file.
-        out: the folder to make. One that holds an export of this plan, with the same repair, is left as it is.
+        out: the folder to make. One that holds an export of this plan, with the same repair and types of weights, is left as
+            it is.
+        weights: as `load_source` takes it, of a model that is not loaded yet.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
@@ -78,7 +81,7 @@ def export(
     out = Path(out)
     sweep_folders(out)
     progress.start("export", 3)
-    plan, profile, source, inputs, reused = _prepared(model, plan, out, repair, overwrite, trust_remote_code)
+    plan, profile, source, inputs, reused = _prepared(model, plan, out, weights, repair, overwrite, trust_remote_code)
     if reused:
         progress.done()
         return out
@@ -89,14 +92,14 @@ def export(
             "--repair PROFILE"
         )
     plan = as_exported(plan)
-    weights: Mapping[str, Any] = {}
+    changed: Mapping[str, Any] = {}
     progress.step("model loaded")
     if profile is not None:
         repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
-        plan, weights = _with_repair(plan, repaired.report), repaired.weights
+        plan, changed = _with_repair(plan, repaired.report), repaired.weights
         progress.start("export", 2)
     with new_folder(out, overwrite) as aside:
-        with with_weights(source.model, weights):
+        with with_weights(source.model, changed):
             attach(source.model, plan)
             try:
                 expected = write_checkpoint(source, plan, aside)
@@ -132,6 +135,7 @@ def _prepared(
     model: str | Path | SourceModel,
     plan: Plan | str | Path,
     out: Path,
+    weights: str,
     repair: Profile | str | Path | None,
     overwrite: bool,
     trust_remote_code: bool,
@@ -147,8 +151,12 @@ def _prepared(
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
-    source = _loaded_in(plan.model.dtype, model, trust_remote_code)
+    source = _loaded_in(plan.model.dtype, model, weights, trust_remote_code)
     plan.check_model(source.shape, weights=source.weights_like)
+    if reused and not _has_types(out, source, repaired=profile is not None):
+        raise ArtefactError(
+            f"{out} exists already and has weights of other types; choose another folder or pass --overwrite"
+        )
     return _Prepared(plan, profile, source, inputs, reused)
 
 
@@ -157,16 +165,17 @@ def estimate_export(
     plan: Plan | str | Path,
     out: str | Path,
     *,
+    weights: str = KEEP,
     repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
     out = Path(out)
-    found = _prepared(model, plan, out, repair, overwrite, trust_remote_code)
+    found = _prepared(model, plan, out, weights, repair, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
-    weights = sum(weight.nbytes for weight in found.source.model.state_dict().values())
-    return export_estimate(out, found.reused, _holds_something(out), weights, found.profile is not None)
+    size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
+    return export_estimate(out, found.reused, _holds_something(out), size, found.profile is not None)
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -268,6 +277,8 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     Raises:
         ArtefactError: the folder cannot be written.
     """
+    from moacompress.models.block_layers import stored_bytes, weight_types
+
     source.model.save_pretrained(folder)
     expected = Continuation.of(source, plan)
     source.tokenizer.save_pretrained(folder)
@@ -275,19 +286,20 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     recipe = plan.provenance.get("recipe")
     if recipe is not None:
         write_text(folder / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "README.md", model_card(plan))
+    stored = stored_bytes(source.model) if weight_types(source.model) else None
+    write_text(folder / "README.md", model_card(plan, stored))
     for licence in licence_files(source.source):
         shutil.copyfile(licence, folder / licence.name)
     return expected
 
 
-def _loaded_in(dtype: str, model: str | Path | SourceModel, trust_remote_code: bool) -> SourceModel:
+def _loaded_in(dtype: str, model: str | Path | SourceModel, weights: str, trust_remote_code: bool) -> SourceModel:
     """Returns the dense model in a dtype: a loaded one as it is where it computes in that."""
     if isinstance(model, SourceModel):
         if model.computes_in == dtype:
             return model
         model = model.source
-    return load_source(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_source(model, dtype=dtype, weights=weights, trust_remote_code=trust_remote_code)
 
 
 def warn_of_budget(plan: Plan) -> None:
@@ -348,7 +360,7 @@ def save_dense(model: str | Path, out: str | Path, dtype: str = "auto", *, trust
         dtype: of the weights that are written; "auto" for the model's own (`load_source`).
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
-    source = load_source(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = load_source(model, dtype=dtype, weights=DENSE, trust_remote_code=trust_remote_code)
     with new_folder(Path(out)) as aside:
         source.model.save_pretrained(aside)
         source.tokenizer.save_pretrained(aside)
@@ -375,6 +387,14 @@ def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> b
     if found is None or unrepaired(as_exported(found)).to_dict() != unrepaired(as_exported(plan)).to_dict():
         return False
     return _repaired_by(found) == repaired_by
+
+
+def _has_types(folder: Path, source: SourceModel, repaired: bool) -> bool:
+    """Returns whether the weights of an export are in the blocks that a model's are in, but for those that were repaired."""
+    from moacompress.models.block_layers import weight_types
+
+    found, own = checkpoint_weights(folder), weight_types(source.model)
+    return found == own or (repaired and found.items() <= own.items())
 
 
 def _repaired_by(plan: Plan) -> str | None:

@@ -7,7 +7,8 @@ blocks is the layer's. Weights in blocks are constants: gradients are for inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def _weight(outputs: int, inputs: int, kind: WeightType, device: torch.device | 
 
 
 class BlockLinear(nn.Linear):
-    """A linear layer of which the weight is in blocks.
+    """A linear layer of which the weight is in blocks, or for a while of numbers, see `with_dense_weight`.
 
     Args:
         in_features: inputs.
@@ -51,7 +52,8 @@ class BlockLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.in_features, self.out_features = in_features, out_features
+        self.kind: WeightType | None = kind
         self.weight = _weight(out_features, in_features, kind, device)
         made = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", made)
@@ -62,7 +64,7 @@ class BlockLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Returns sizes and type."""
-        return f"{super().extra_repr()}, kind={self.kind.name}"
+        return super().extra_repr() if self.kind is None else f"{super().extra_repr()}, kind={self.kind.name}"
 
 
 class BlockEmbedding(nn.Embedding):
@@ -142,6 +144,48 @@ def kind_of(module: nn.Module) -> WeightType | None:
 def weight_types(model: nn.Module) -> dict[str, str]:
     """Returns the names of layers whose weights are in blocks, with the names of the types; none of a dense model."""
     return {name: kind.name for name, kind in _kinds(model)}
+
+
+def dense_weight(module: nn.Linear) -> torch.Tensor:
+    """Returns the numbers of a linear layer's weight, `[outputs, inputs]`: its own, or float32 of one in blocks."""
+    kind, weight = kind_of(module), module.weight.detach()
+    return weight if kind is None else dequantized(weight, kind)
+
+
+@contextmanager
+def with_dense_weight(module: BlockLinear, weight: torch.Tensor) -> Iterator[None]:
+    """Gives a layer a weight of numbers in the place of its blocks for the length of a `with`; it is saved so too.
+
+    Args:
+        module: the layer.
+        weight: `[outputs, inputs]`.
+    """
+    before, kind = module.weight, module.kind
+    try:
+        module.weight, module.kind = nn.Parameter(weight, requires_grad=False), None
+        yield
+    finally:
+        module.weight, module.kind = before, kind
+
+
+def stored_bytes(model: nn.Module) -> dict[str, int]:
+    """Returns the bytes of a model's weights by their types, those of blocks or dtypes; a shared weight counts once."""
+    kinds, found, seen = block_weights(model), dict[str, int](), set[int]()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        key = kinds[name].name if name in kinds else str(tensor.dtype).removeprefix("torch.")
+        found[key] = found.get(key, 0) + tensor.nbytes
+    return found
+
+
+def settle_scales(model: nn.Module) -> None:
+    """Gives embeddings in blocks their scales, in the model's dtype and beside their weights, once these are loaded."""
+    for module in model.modules():
+        if isinstance(module, BlockEmbedding):
+            like = module.embed_scale
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=like.dtype, device=module.weight.device)
 
 
 def block_weights(model: nn.Module) -> dict[str, WeightType]:

@@ -71,7 +71,7 @@ def load_source(
     *,
     dtype: str = "auto",
     device: str = "cpu",
-    weights: str = DENSE,
+    weights: str = KEEP,
     trust_remote_code: bool = False,
 ) -> SourceModel:
     """Loads MODEL without a plan.

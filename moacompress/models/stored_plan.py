@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import PlanError
 from moacompress.core.files import read_json
 from moacompress.models.source import is_compressed
+from moacompress.models.weight_files import bytes_by_type, checkpoint_files
 from moacompress.rules.plan import Plan
 
 _NOTES = ("budget", "quality", "provenance")
@@ -40,6 +42,42 @@ def stored_plan(folder: Path) -> Plan:
     if problem is not None:
         raise PlanError(problem)
     return replace(plan, gate_weights=for_people.gate_weights)
+
+
+def stored_weights(quantization_config: Any) -> dict[str, str]:
+    """Returns the layers whose weights are in blocks, with the names of the types, of a checkpoint's `quantization_config`.
+
+    Layers and types may still be unknown: `models.block_layers.put_block_layers` refuses these.
+
+    Raises:
+        PlanError: they are no names.
+    """
+    found = quantization_config.get("weights") if isinstance(quantization_config, dict) else None
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise PlanError("quantization_config.weights must name layers and their types of blocks, as text")
+    return dict(found)
+
+
+def checkpoint_weights(folder: Path) -> dict[str, str]:
+    """Returns `stored_weights` of a compressed checkpoint.
+
+    Raises:
+        ArtefactError: its config.json is not JSON.
+        PlanError: they are no names.
+    """
+    config = read_json(folder / "config.json", "config")
+    return stored_weights(config.get("quantization_config") if isinstance(config, dict) else None)
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Returns the bytes of a compressed checkpoint's weights by their types: those of blocks, or dtypes.
+
+    Raises:
+        ArtefactError, PlanError: the checkpoint is damaged.
+    """
+    return bytes_by_type(checkpoint_files(folder), checkpoint_weights(folder))
 
 
 def plan_file_problem(folder: Path, for_people: Plan, plan: Plan) -> str | None:

@@ -7,7 +7,7 @@ memory is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise ArtefactError(f"{file}{_size(file)} is not a whole safetensors file: {why}") from error
 
 
-def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]]) -> None:
+def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]], blocks: Container[str] = ()) -> None:
     """Refuses weight files that do not fit a model, before any of their tensors is read.
 
     Args:
         files: the files that the model would be loaded from.
         expected: shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
             them; of those with a known name the number of elements must agree.
+        blocks: names of the weights that are in blocks, whose shapes are of bytes.
 
     Raises:
-        ArtefactError: a file that is not safetensors, is damaged, or holds a tensor of another size.
+        ArtefactError: a file that is not safetensors, is damaged, or holds a tensor of another size, or bytes for numbers.
     """
     for file in files:
         if file.suffix != ".safetensors":
@@ -79,10 +80,18 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]]) 
                     f"{file} has a tensor {name} of shape {list(tensor.shape)}, the model needs {list(wanted)}; the file "
                     "belongs to another model"
                 )
+            if wanted is not None and (tensor.dtype == "U8") != (name in blocks):
+                kinds = ("blocks, U8", tensor.dtype) if name in blocks else ("numbers", "U8")
+                raise ArtefactError(f"{file} has {name} as {kinds[1]}, the model needs {kinds[0]}; export it again")
 
 
-def weight_problems(folder: Path) -> list[str]:
-    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights."""
+def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
+    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights.
+
+    Args:
+        folder: of the model.
+        blocks: names of the weights that are in blocks.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
@@ -98,7 +107,11 @@ def weight_problems(folder: Path) -> list[str]:
         return [str(error)]
     found: dict[str, str] = {}
     for name, (file, tensor) in tensors.items():
-        if tensor.dtype not in FLOAT_BYTES and (name.endswith("weight") or tensor.dtype not in OTHER_BYTES):
+        if (
+            name not in blocks
+            and tensor.dtype not in FLOAT_BYTES
+            and (name.endswith("weight") or tensor.dtype not in OTHER_BYTES)
+        ):
             found.setdefault(tensor.dtype, f"{file} holds {tensor.dtype} tensors, such as {name}")
     return [f"{text}; weights must be one of {', '.join(FLOAT_BYTES)}" for text in found.values()]
 
@@ -161,6 +174,25 @@ def missing_weights(
     if lost and here < needed:
         return f"the weight files in {files[0].parent} hold {here:,} numbers, the model needs {needed:,}"
     return None
+
+
+def bytes_by_type(files: Iterable[Path], types: Mapping[str, str]) -> dict[str, int]:
+    """Returns the bytes of the tensors in safetensors files by their types: those of blocks, or dtypes.
+
+    Args:
+        files: the files.
+        types: layers whose weights are in blocks, with the names of the types.
+
+    Raises:
+        ArtefactError: as `read_header`.
+    """
+    found: dict[str, int] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            kind = types.get(name.removesuffix(".weight"), FLOAT_NAMES.get(tensor.dtype, tensor.dtype))
+            size = {**FLOAT_BYTES, **OTHER_BYTES}.get(tensor.dtype, 1)
+            found[kind] = found.get(kind, 0) + tensor.numbers * size
+    return found
 
 
 def gguf_problems(file: Path) -> list[str]:

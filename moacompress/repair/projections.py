@@ -26,6 +26,7 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import read_through, replaced
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
+from moacompress.models.block_layers import dense_weight, kind_of, with_dense_weight
 from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.rules.plan import Plan
@@ -55,16 +56,22 @@ class OutputProjection:
     Attributes:
         name: of the module in the model.
         module: the module, a `Linear` or a `Conv1D` of transformers.
+        dtype: what the model computes in.
     """
 
     name: str
     module: Any
+    dtype: torch.dtype
 
     @property
     def weight(self) -> Tensor:
         """The weight as it multiplies rows from the right, `[inputs, outputs]`."""
-        weight: Tensor = self.module.weight.detach()
-        return weight if isinstance(self.module, Conv1D) else weight.T
+        return self.module.weight.detach() if isinstance(self.module, Conv1D) else self._own().T
+
+    def _own(self) -> Tensor:
+        """The weight `[outputs, inputs]`, in the dtype that is computed in."""
+        weight = dense_weight(self.module)
+        return weight if kind_of(self.module) is None else weight.to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """Returns what the module makes of rows, bias included."""
@@ -128,20 +135,25 @@ def output_projections(model: PreTrainedModel) -> list[OutputProjection]:
     for layer, modules in enumerate(called):
         if not modules:
             raise ModelError(f"the attention of layer {layer} calls no linear layer; it cannot be repaired")
-    found = [OutputProjection(names[id(modules[-1])], modules[-1]) for modules in called]
+    found = [OutputProjection(names[id(modules[-1])], modules[-1], model.dtype) for modules in called]
     if len({id(one.module) for one in found}) < len(found):
         raise ModelError("two layers have the same output projection; such a model cannot be repaired")
     return found
 
 
 @contextmanager
-def with_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives a model other weights for the block's length."""
+def with_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives a model other weights for the length of a `with`; those in place of blocks are stored as the numbers they are."""
     parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in weights}
+    in_blocks = {name for name in weights if parameters[name].dtype == torch.uint8}
+    before = {name: parameters[name].detach().clone() for name in weights if name not in in_blocks}
     try:
-        _copy(parameters, weights)
-        yield
+        with ExitStack() as stack:
+            for name in in_blocks:
+                module: Any = model.get_submodule(name.rpartition(".")[0])
+                stack.enter_context(with_dense_weight(module, weights[name].to(model.dtype)))
+            _copy(parameters, {name: weights[name] for name in before})
+            yield
     finally:
         _copy(parameters, before)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Group
 
-from moacompress.core.tables import facts, readable_bytes
+from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.rules.budget import format_length
 
 
@@ -82,5 +82,12 @@ def _checkpoint_rows(data: Mapping[str, Any]) -> dict[str, str]:
     files = len(data["weight_files"])
     if files:
         rows["weights"] = f"{readable_bytes(data['weight_bytes'])} in {files} file{'s' if files > 1 else ''}"
+        if data["blocks_read_as_they_lie"] is not None:
+            rows["types"] = readable_types(data["weight_types"])
+            rows["products"] = (
+                "read blocks as they lie; on a GPU a few rows are dequantized at a time, which is slow"
+                if data["blocks_read_as_they_lie"]
+                else "dequantize some rows of a weight at a time, which is slow: the compiled kernels do not run"
+            )
     rows["loads here"] = "with from_pretrained" if data["loads"] else "no"
     return rows

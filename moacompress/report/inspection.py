@@ -10,9 +10,11 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from moacompress.core.tables import facts, readable_bytes, section
+from moacompress.core.errors import ArtefactError
+from moacompress.core.tables import facts, readable_bytes, readable_types, section
 from moacompress.exporter.card import repair_text
-from moacompress.models.weight_files import read_header
+from moacompress.models.stored_plan import checkpoint_weights
+from moacompress.models.weight_files import StoredTensor, bytes_by_type, read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
@@ -65,6 +67,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
             {"layer": layer, **share.to_dict()} for layer, share in enumerate(plan.shares) if share is not None
         ],
         "parameters": parameters,
+        "weights": None if folder is None or parameters is None else bytes_by_type(_files(folder), _in_blocks(folder)),
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
@@ -91,9 +94,10 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
     """
+    in_blocks = _in_blocks(folder)
     held = {
-        name: tensor.numbers
-        for file in sorted(folder.glob("*.safetensors"))
+        name: _numbers(tensor, in_blocks.get(name.removesuffix(".weight")))
+        for file in _files(folder)
         for name, tensor in read_header(file).items()
     }
     if not held:
@@ -106,6 +110,25 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
                 dropped += max(0, numbers - held.get(f"{part[1]}{layer}{part[3]}", 0))
     gates = sum(numbers for name, numbers in held.items() if _OF_GATE.search(name)) if plan.selects else 0
     return {"dense": sum(held.values()) + dropped - gates, "plan": sum(held.values())}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _in_blocks(folder: Path) -> dict[str, str]:
+    return checkpoint_weights(folder) if (folder / "config.json").is_file() else {}
+
+
+def _numbers(tensor: StoredTensor, kind: str | None) -> int:
+    """Returns how many numbers a tensor stands for, whatever they are stored as."""
+    if kind is None:
+        return tensor.numbers
+    from moacompress.kernels.weight_blocks import WEIGHT_TYPES
+
+    if kind not in WEIGHT_TYPES or len(tensor.shape) != 2:
+        raise ArtefactError(f"the weights of the checkpoint are in blocks of an unknown type, {kind[:40]!r}")
+    return tensor.shape[0] * WEIGHT_TYPES[kind].inputs(tensor.shape[1])
 
 
 def overview(plan: Plan, data: dict[str, Any]) -> Group:
@@ -133,6 +156,8 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     if data["parameters"] is not None:
         dense, ours = data["parameters"]["dense"], data["parameters"]["plan"]
         rows["parameters"] = f"{ours:,}" if ours == dense else f"{ours:,} of {dense:,}"
+    if data["weights"] is not None:
+        rows["weights"] = readable_types(data["weights"])
     repair = repair_text(plan)
     if repair:
         rows["repair"] = repair

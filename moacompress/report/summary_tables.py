@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
-from moacompress.core.tables import readable_bytes, readable_number, section
+from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
 from moacompress.report.search_tables import class_lines
 from moacompress.rules.budget import format_length
 
@@ -60,6 +60,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         *_measured_elsewhere(kv_bytes),
         quality,
         *class_lines(summary),
+        *([f"Weights: {readable_types(summary['weights'])}."] if summary.get("weights") else []),
         f"Took {seconds}.",
     ]
 

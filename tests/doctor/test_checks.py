@@ -17,6 +17,7 @@ from rich.console import Console
 from moacompress.doctor import checks
 from moacompress.doctor.checks import check_environment, check_model
 from moacompress.models.source import model_shape
+from moacompress.models.weight_files import bytes_by_type
 from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
 from moacompress.runtime.compat import mask_functions, private_names
@@ -432,6 +433,8 @@ def test_a_compressed_checkpoint_is_described(checkpoint: Path, environment: dic
         "kernel": environment["kernel"]["name"],
         "weight_files": ["model.safetensors"],
         "weight_bytes": (checkpoint / "model.safetensors").stat().st_size,
+        "weight_types": {"float32": bytes_by_type([checkpoint / "model.safetensors"], {})["float32"]},
+        "blocks_read_as_they_lie": None,
         "loads": True,
     }
     text = shown(model_table(found))

@@ -15,6 +15,7 @@ from typing import Any
 from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
+from moacompress.core.tables import readable_types
 from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
 from moacompress.recipe import shared_name
@@ -300,6 +301,7 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
     rows: list[tuple[str, Any]] = [
         ("plan", plan.key()),
         ("model", f"{found.model_name}, weights {plan.model.weights_fingerprint}"),
+        ("types of weights", readable_types((found.summary or {}).get("weights") or {})),
         ("profile", notes.get("profile")),
         ("calibration samples", notes.get("calibration")),
         ("lengths", _joined(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.models.block_layers import weight_types
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
@@ -76,7 +77,7 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     put_gates(modules, plan, _inputs(model), model.dtype)
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))
-    model.config.quantization_config = MoaCompressConfig(plan=plan)
+    model.config.quantization_config = MoaCompressConfig(plan=plan, weights=weight_types(model))
     return model
 
 
@@ -140,7 +141,7 @@ def give_notes(model: PreTrainedModel, plan: Plan) -> None:
     if attachment is None or attachment.plan.key() != plan.key():
         raise PlanError("the model is not under this plan, so it cannot take its notes")
     attachment.plan = plan
-    model.config.quantization_config = MoaCompressConfig(plan=plan)
+    model.config.quantization_config = MoaCompressConfig(plan=plan, weights=weight_types(model))
 
 
 def install(model: PreTrainedModel, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Registers moacompress with transformers: after this module is imported, `from_pretrained` loads compressed checkpoints.
 
 The one path that keeps plain `from_pretrained`, `save_pretrained`, `device_map` and `dtype` for every model family is a
-registered quantizer that quantizes nothing: it only puts the plan on the model.
+registered quantizer that quantizes nothing: it puts the plan on the model, and layers for the weights that are in blocks.
 
 A checkpoint is not trusted: its plan and config are compared before the model is built, the headers of its weight files
 before a tensor is read, and a weight that no file holds is refused where transformers would draw it at random.
@@ -20,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from moacompress.core.errors import ArtefactError, UnsupportedError
+from moacompress.models.block_layers import block_weights, put_block_layers, settle_scales
 from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
@@ -45,7 +46,7 @@ class MoaCompressQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The weights are ordinary float weights."""
+        """The weights are ordinary float weights, or constants that adapters are trained on."""
         return True
 
     @property
@@ -77,12 +78,15 @@ class MoaCompressQuantizer(HfQuantizer):
         model.__dict__[private_names.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
+        put_block_layers(model, self.quantization_config.weights)
         install(model, self.quantization_config.plan)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
-        check_weights(files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_weights(files, shapes, block_weights(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
+        settle_scales(model)
+        # what is trained are float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
         model.__dict__.pop(private_names.MISSING_WEIGHTS, None)
         move_weights(model)

@@ -46,8 +46,13 @@ class PlanConfig(BaseConfig):
 
         Raises:
             PlanError: it is malformed or too new.
-            UnsupportedError: it has layers that share attention.
+            UnsupportedError: it has layers that share attention, or the checkpoint has weights in blocks.
         """
+        if config.get("weights"):
+            raise UnsupportedError(
+                "vLLM cannot serve this checkpoint: its weights are in blocks of codes; export it with `--weights dense`, or "
+                "serve it with `transformers serve`"
+            )
         plan = Plan.from_dict(config["plan"])
         if plan.shares:
             raise UnsupportedError(
