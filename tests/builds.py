@@ -65,9 +65,16 @@ def triton_files() -> Iterator[Path]:
     yield ROOT / "tests" / "kernels" / "test_triton_resources.py"
 
 
+def arm_files() -> Iterator[Path]:
+    """Yields what the kernels are tested with as they are built for ARM."""
+    yield from core_files()
+    for name in ("operators_server.cpp", "emulated.py", "conftest.py"):
+        yield ROOT / "tests" / "kernels" / name
+
+
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 BUILDS: dict[str, tuple[Callable[[], Iterator[Path]], tuple[str, ...], tuple[str, ...]]] = {
-    "arm": (core_files, (), (ARM_COMPILER, ARM_EMULATOR)),
+    "arm": (arm_files, (), (ARM_COMPILER, ARM_EMULATOR)),
     "core": (core_files, (), ()),
     "packages": (packaging_files, ("build", "setuptools"), ()),
     "torch_abi": (abi_files, ("torch",), ()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +20,12 @@ from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
 from tests import weight_blocks
+from tests.kernels import emulated
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAN = float("nan")
+if os.environ.get(emulated.VARIABLE):  # before the tests read which instruction sets there are
+    emulated.install(shlex.split(os.environ[emulated.VARIABLE]))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

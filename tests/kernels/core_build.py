@@ -1,4 +1,4 @@
-"""Builds programs of the kernels' core, which needs no torch, with any compiler."""
+"""Builds programs of the kernels, which need no torch, with any compiler."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def build_core(setup: Any, command: list[str], flags: list[str], main: str, program: Path) -> None:
-    """Builds a program.
+def build_core(setup: Any, command: list[str], flags: list[str], folder: Path, *mains: str) -> None:
+    """Builds programs, each under the name of its source without an ending.
 
     Args:
         setup: the module of setup.py.
         command: the compiler.
         flags: for compiling and linking, beside those of the instruction sets.
-        main: name of its own source, in this folder.
-        program: what is made; its objects lie beside it.
+        folder: where they and their objects will lie.
+        mains: names of their own sources, in this folder; one that begins with "operators" stands in for torch, so the
+            operators are in its program.
     """
 
-    def make(source: Path) -> str:
-        made = str(program.with_name(f"{source.name}.o"))
-        run = [*command, *flags, *setup.instruction_flags(source.name), "-Werror", "-c", str(source), "-o", made]
-        built = subprocess.run(run, capture_output=True, text=True, check=False)
+    def run(*command: str) -> None:
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr[-3000:]
+
+    def compile_source(source: Path) -> str:
+        made = str(folder / f"{source.name}.o")
+        run(*command, *flags, *setup.instruction_flags(source.name), "-Werror", "-c", str(source), "-o", made)
         return made
 
-    folder = Path(setup.__file__).parent / setup.FOLDER
-    sources = [path for path in sorted(folder.glob("*.cpp")) if not path.name.startswith("binding")]
+    sources = sorted((Path(setup.__file__).parent / setup.FOLDER).glob("*.cpp"))
+    if not any(main.startswith("operators") for main in mains):
+        sources = [source for source in sources if not source.name.startswith("binding")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(make, [*sources, TESTS / main]))
-    linked = [*command, *flags, *objects, "-o", str(program), "-lpthread"]
-    done = subprocess.run(linked, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+        objects = dict(zip(sources, pool.map(compile_source, sources), strict=True))
+        own = dict(zip(mains, pool.map(compile_source, (TESTS / main for main in mains)), strict=True))
+    core = [made for source, made in objects.items() if not source.name.startswith("binding")]
+    for main, made in own.items():
+        linked = [*objects.values()] if main.startswith("operators") else core
+        run(*command, *flags, *linked, made, "-o", str(folder / Path(main).stem), "-lpthread")

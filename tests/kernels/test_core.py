@@ -29,9 +29,8 @@ def test_under_sanitizers(load_script: Callable[[Path], Any], tmp_path: Path) ->
     if done.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True, check=False).returncode:
         pytest.skip(f"{command[0]} has no address sanitizer here: {done.stderr.decode()[:200]}")
     flags = [flag for flag in setup.FLAGS if flag not in ("-O3", "-fPIC")]
-    program = tmp_path / "core_test"
-    build_core(setup, command, [*flags, "-O0", *SANITIZE], "core_test.cpp", program)
-    ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    build_core(setup, command, [*flags, "-O0", *SANITIZE], tmp_path, "core_test.cpp")
+    ran = subprocess.run([str(tmp_path / "core_test")], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-3000:]
     assert ran.stdout.rstrip().endswith("0 failures")
     assert int(ran.stdout.split(" tests, ")[0].split()[-1]) >= 160
