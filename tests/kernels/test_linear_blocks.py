@@ -19,6 +19,8 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """What a result may be off by, as a share of itself."""
 SUMMING = 4e-6
 """What its sum may be off by, as a share of the sum of absolute products: codes are multiplied with 128 added to them."""
+FEW_ROWS = 8
+"""More rows of bfloat16 are multiplied in tiles, where there are any."""
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=WEIGHT_TYPES)
 
 
@@ -27,18 +29,25 @@ def _built(isa):
     """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
-def bound(x, weight, expected, dtype):
-    """How far results may be from the product in float64."""
-    return ROUNDING[dtype] * expected.abs() + SUMMING * linear(x.double().abs(), weight.abs()) + 1e-7
+def in_tiles(isa, dtype, rows):
+    """Whether so many rows meet dequantized weights, in tiles."""
+    return isa == library.TILES and dtype == torch.bfloat16 and rows > FEW_ROWS
+
+
+def bound(x, weight, expected, dtype, dequantized=False):
+    """How far results may be from the product in float64; `dequantized` weights were rounded to the dtype."""
+    products = linear(x.double().abs(), weight.abs())
+    return ROUNDING[dtype] * expected.abs() + (SUMMING + dequantized * ROUNDING[dtype] / 4) * products + 1e-7
 
 
 @pytest.mark.seeds(420)
 def test_random_products(seed, isa, poisoned_memory, random_blocks):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    isa(library.ISAS[seed % len(library.ISAS)])
+    name = library.ISAS[seed % len(library.ISAS)]
+    isa(name)
     dtype, kind = library.DTYPES[seed // 5 % 3], KINDS[seed // 15 % 7]
-    size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,)])
+    size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,), (16,), (300,)])
     inputs, outputs = kind.numbers * rng.choice([0, 1, 2, 3, 7, 18]), rng.choice([0, 1, 3, 4, 18, 65])
     x = torch.randn(*size, inputs).to(dtype)
     if rng.random() < 0.3:
@@ -50,7 +59,8 @@ def test_random_products(seed, isa, poisoned_memory, random_blocks):
     expected = linear(x.double(), weight, None if bias is None else bias.double())
     assert found.dtype == dtype
     assert found.shape == expected.shape
-    assert bool(((found.double() - expected).abs() <= bound(x, weight, expected, dtype)).all())
+    allowed = bound(x, weight, expected, dtype, in_tiles(name, dtype, x.shape[:-1].numel()))
+    assert bool(((found.double() - expected).abs() <= allowed).all())
 
 
 @every_kind
@@ -75,25 +85,50 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, kind, isa, threads, r
     x, blocks = torch.randn(11, 512).to(dtype), random_blocks(kind, 77, inputs=512)
     product = torch.ops.moacompress_cpu.linear_blocks
     alone = torch.cat([product(row[None], blocks, kind.code, None) for row in x])
+    many = product(x, blocks, kind.code, None)
+    assert torch.equal(many, alone) or in_tiles(name, dtype, len(x))
     for count in (1, 17):
         threads(count)
         for rows in range(1, 12):
-            assert torch.equal(product(x[:rows], blocks, kind.code, None), alone[:rows])
-        assert torch.equal(product(x, blocks[5:7].contiguous(), kind.code, None), alone[:, 5:7])
+            wanted = many if in_tiles(name, dtype, rows) else alone
+            assert torch.equal(product(x[:rows], blocks, kind.code, None), wanted[:rows])
+        assert torch.equal(product(x, blocks[5:7].contiguous(), kind.code, None), many[:, 5:7])
+
+
+@every_kind
+def test_tiles_are_products_with_dequantized_weights(kind, isa, threads, random_blocks):
+    """Of more rows, outputs and inputs than are worked on at a time; the rows beside one change nothing of it."""
+    if library.TILES not in library.ISAS:
+        pytest.skip("no x86")
+    isa(library.TILES)
+    x, blocks, bias = (
+        torch.randn(300, 1280).bfloat16(),
+        random_blocks(kind, 1100, inputs=1280),
+        torch.randn(1100).bfloat16(),
+    )
+    weight = dequantized(blocks, kind, torch.bfloat16).double()
+    expected, products = linear(x.double(), weight, bias.double()), linear(x.double().abs(), weight.abs())
+    product = torch.ops.moacompress_cpu.linear_blocks
+    found = product(x, blocks, kind.code, bias)
+    assert bool(((found.double() - expected).abs() <= 8e-3 * expected.abs() + 4e-6 * products).all())
+    for count, rows in ((2, 300), (1, 9), (3, 257)):
+        threads(count)
+        assert torch.equal(product(x[-rows:], blocks, kind.code, bias), found[-rows:])
 
 
 @every_kind
 @pytest.mark.parametrize("name", library.ISAS)
-def test_nan_reaches_its_row_or_its_output_alone(name, kind, isa, random_blocks):
+@pytest.mark.parametrize("rows", [7, 21])
+def test_nan_reaches_its_row_or_its_output_alone(name, kind, rows, isa, random_blocks):
     isa(name)
     for dtype in library.DTYPES:
-        x, blocks = torch.randn(7, 512).to(dtype), random_blocks(kind, 18, inputs=512)
+        x, blocks = torch.randn(rows, 512).to(dtype), random_blocks(kind, 18, inputs=512)
         before = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, None)
         x[3, 511] = float("nan")
         at = 208 if kind.name == "Q6_K" else 0
         blocks[9, at : at + 2] = 255  # the scale of the first block
         found = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, None)
-        spoilt = torch.zeros(7, 18, dtype=torch.bool)
+        spoilt = torch.zeros(rows, 18, dtype=torch.bool)
         spoilt[3] = spoilt[:, 9] = True
         assert torch.equal(found.isnan(), spoilt)
         assert torch.equal(found[~spoilt], before[~spoilt])

@@ -3,7 +3,7 @@
 //
 // A number is scale * code + base, one scale and one base for the numbers of a part of a block. So with x a part adds
 // scale * sum(code * x) + base * sum(x) to a product; the sums of x are made once for all outputs. A row's products are the same to
-// the bit however many rows and outputs there are beside it.
+// the bit however many rows, up to eight, and outputs there are beside it, and however many where there are no products of tiles.
 
 namespace moacompress {
 namespace {
@@ -171,7 +171,6 @@ struct BlockScratch {
   }
 };
 
-size_t block_scratch(int64_t inputs) { return size_t(BlockScratch(nullptr, inputs).floats); }
 
 inline int64_t parts_in(int64_t inputs, int parts) { return inputs / STRIP * parts; }
 
@@ -179,8 +178,11 @@ inline int64_t parts_in(int64_t inputs, int parts) { return inputs / STRIP * par
 template <class B> inline void take_scales(const uint8_t* row, int64_t inputs, int code_of_zero, const BlockScratch& s, int64_t at) {
   const int64_t blocks = inputs / (STRIP * B::STRIPS), count = parts_in(inputs, B::PARTS);
   float *scale = s.scale + at * s.parts, *base = s.base + at * s.parts;
+  for (int64_t i = count / 16 * 16; count % 16 && i < count / 16 * 16 + 16; i += W) {  // what is beyond the last number stays zero
+    store(scale + i, zero());
+    store(base + i, zero());
+  }
   B::scales(row, blocks, s.halves, scale, base);
-  for (int64_t i = count; i % 16; i++) scale[i] = base[i] = 0.f;
   if (code_of_zero == 0) return;
   const V less = set1(-float(code_of_zero));
   for (int64_t i = 0; i < count; i += W) {
@@ -320,6 +322,14 @@ template <class T, int KIND> void expand_blocks(const LinearTile& t) {
   }
 }
 
+#ifdef MOACOMPRESS_AMX
+}  // namespace
+}  // namespace moacompress
+#include "blocks_amx.inl"
+namespace moacompress {
+namespace {
+#endif
+
 #define MOACOMPRESS_KINDS(function, type, tile)                      \
   switch ((tile).kind) {                                             \
     case Q8_0: return function<type, Q8_0>(tile);                    \
@@ -333,6 +343,17 @@ template <class T, int KIND> void expand_blocks(const LinearTile& t) {
   }
 
 template <class T> void linear_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(block_tile, T, t) }
+#ifdef MOACOMPRESS_AMX
+template <> void linear_blocks_tile<bf16>(const LinearTile& t) {
+  if (t.rows > MOST && t.inputs > 0) MOACOMPRESS_KINDS(block_tiles, bf16, t)
+  MOACOMPRESS_KINDS(block_tile, bf16, t)
+}
+size_t block_scratch(int64_t inputs, int64_t rows) {
+  return size_t(BlockScratch(nullptr, inputs).floats + (rows > MOST ? TileScratch(nullptr, inputs, rows).floats : 0));
+}
+#else
+size_t block_scratch(int64_t inputs, int64_t) { return size_t(BlockScratch(nullptr, inputs).floats); }
+#endif
 #ifdef MOACOMPRESS_BF16_DOT
 template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_bytes, T, t) }
 #else

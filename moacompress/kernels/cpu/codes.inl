@@ -145,10 +145,9 @@ struct Places {
 struct Ahead {
   const char* at;
   int64_t bytes;
-  inline void fetch(int64_t part, int64_t parts) const {
+  inline void fetch(int64_t begin, int64_t end) const {  // some of its bytes
     if (!at) return;
-    const int64_t size = (bytes + parts - 1) / parts;
-    for (int64_t line = part * size; line < smaller((part + 1) * size, bytes); line += 64) prefetch(at + line);
+    for (int64_t line = begin; line < smaller(end, bytes); line += 64) prefetch(at + line);
   }
 };
 
@@ -179,7 +178,7 @@ struct FloatCodes {
     for (int h = 0; h < HEADS; h++)
       for (int v = 0; v < BLOCK_VECTORS; v++) to[h][v] = zero();
     for (int64_t i = 0; i < kv_part.token_bytes; i += 4, codes += 4 * BLOCK) {
-      if (i % 16 == 0) next.fetch(i / 16, (kv_part.token_bytes + 15) / 16);
+      if (i % 16 == 0) next.fetch(i * BLOCK, i + 16 < kv_part.token_bytes ? (i + 16) * BLOCK : next.bytes);
       for (int v = 0; v < BLOCK_VECTORS; v++) {
         const Ints x = load_ints(codes + v * 4 * W);
         for (int k = 0; k < 4; k++) {
@@ -200,8 +199,9 @@ struct FloatCodes {
       for (int v = 0; v < VECS * 8 / BITS; v++) to[h][v] = zero();
     for (int64_t b = 0; b < c.blocks; b++) {
       const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
+      const int64_t quarter = (next.bytes + 255) / 256 * 64;
       for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
-        next.fetch(quad, BLOCK / 4);
+        next.fetch(quad * quarter, (quad + 1) * quarter);
         if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
         const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
         const float* at = weights + b * BLOCK + quad * 4;
@@ -254,14 +254,13 @@ struct ByteCodes {
   // numbers: codes are never negative, and an error would not cancel against their zero point.
   static inline float keep_query(const float* from, const KVPart& key, float* to) {
     const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low, all = 2 * (bytes + 16);
-    V tops = zero();
-    float plain = 0.f;  // not finite where some number is not
-    for (int64_t i = 0; i < key.dim; i++) plain += from[i];
+    V tops = zero(), all_numbers = zero();
     for (int64_t i = 0; i < key.dim; i += W) {
       const V x = load_part(from + i, int(smaller(key.dim - i, W)));
       tops = max(max(x, zero() - x), tops);
+      all_numbers = all_numbers + x;
     }
-    const float top = largest(tops);
+    const float top = largest(tops), plain = sum(all_numbers);  // the sum is not finite where some number is not
     int8_t* upper = (int8_t*)(to + 1);
     memset(upper, 0, size_t(2 * all));
     to[0] = unit(top, plain);
@@ -282,10 +281,12 @@ struct ByteCodes {
   static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
     const int64_t bytes = kv_part.token_bytes, all = 2 * (bytes + 16);
     __m512i upper[HEADS], lower[HEADS];
+#pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = _mm512_setzero_si512();
     for (int64_t i = 0; i < bytes; i += 4, codes += 4 * BLOCK) {
-      if (i % 16 == 0) next.fetch(i / 16, (bytes + 15) / 16);
+      if (i % 16 == 0) next.fetch(i * BLOCK, i + 16 < bytes ? (i + 16) * BLOCK : next.bytes);
       const __m512i x = _mm512_loadu_si512(codes), a = low<BITS>(x), b = high(x);
+#pragma GCC unroll 4
       for (int h = 0; h < HEADS; h++) {
         const int8_t* q = (const int8_t*)(query + h * stride + 1) + i;
         upper[h] = dot(upper[h], a, q);
@@ -295,6 +296,7 @@ struct ByteCodes {
         lower[h] = dot(lower[h], b, q + bytes + all);
       }
     }
+#pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++) to[h][0] = joined(upper[h], lower[h], set1(query[h * stride]));
   }
   // Upper and then lower bytes, and before them the unit. Returns what the zero points add for what the whole numbers differ from
@@ -325,18 +327,25 @@ struct ByteCodes {
     constexpr int ALL = VECS * 8 / BITS;
     const int64_t stride = weight_floats();
     __m512i upper[HEADS][ALL], lower[HEADS][ALL];
+    // unrolled by name, or the compiler has the sums in memory too
+#pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
       for (int v = 0; v < ALL; v++) upper[h][v] = lower[h][v] = _mm512_setzero_si512();
     for (int64_t b = 0; b < c.blocks; b++) {
       const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
+      const int64_t quarter = (next.bytes + 255) / 256 * 64;
       for (int quad = 0; quad < int(BLOCK) / 4; quad++) {
-        next.fetch(quad, BLOCK / 4);
+        next.fetch(quad * quarter, (quad + 1) * quarter);
         if (quad * 4 + 4 <= c.begin[b] || quad * 4 >= c.end[b]) continue;
         const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
+#pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) {
           const __m512i x = _mm512_loadu_si512(row + v * 64), codes[] = {low<BITS>(x), high(x)};
+#pragma GCC unroll 4
           for (int h = 0; h < HEADS; h++) {
             const int8_t* w = (const int8_t*)(kept + h * stride + 1) + b * BLOCK + quad * 4;
+#pragma GCC unroll 2
             for (int e = 0; e < 8 / BITS; e++) {
               upper[h][e * VECS + v] = dot(upper[h][e * VECS + v], codes[e], w);
               lower[h][e * VECS + v] = dot(lower[h][e * VECS + v], codes[e], w + CHUNK);
@@ -345,7 +354,9 @@ struct ByteCodes {
         }
       }
     }
+#pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
       for (int v = 0; v < ALL; v++) to[h][v] = joined(upper[h][v], lower[h][v], set1(kept[h * stride]));
   }
 };

@@ -463,7 +463,7 @@ struct Kernels {
   void (*profile[3])(const ProfileTile&, float* scratch);
   void (*narrow[3])(const float* from, int64_t count, void* to);
   void (*linear[3])(const LinearTile&);
-  size_t (*block_scratch)(int64_t inputs);      // in floats
+  size_t (*block_scratch)(int64_t inputs, int64_t rows);  // in floats; no rows: of what is to be made of blocks
   void (*linear_blocks[3])(const LinearTile&);  // of a weight in blocks
   void (*expand_blocks[3])(const LinearTile&);
   void (*rotate[3])(void* x, const void* cos, const void* sin, int64_t dim);  // one head

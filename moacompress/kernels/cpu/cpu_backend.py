@@ -294,9 +294,13 @@ class CpuBackend(Backend):
     def linear_blocks(
         self, x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns `[..., outputs]`; a few rows meet the codes as they are read, more of them some dequantized outputs."""
+        """Returns `[..., outputs]`; a few rows meet the codes as they are read, more of them some dequantized outputs.
+
+        With products of tiles it is one call of the kernels for any number of rows in bfloat16.
+        """
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if learns or x.numel() > FEW_ROWS * x.shape[-1]:
+        many = x.numel() > FEW_ROWS * x.shape[-1] and not (x.dtype == torch.bfloat16 and _has_tiles())
+        if learns or many:
             return block_linear(x, blocks, kind, bias, compiled=True)
         found: torch.Tensor = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, bias)
         return found
@@ -418,6 +422,12 @@ class _CpuCaches(BoundCaches):
         if wanted == MOVED:
             raise WeightsMoved
         return out, done, _shortfall(wanted)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_tiles() -> bool:
+    """Whether the kernels have products of tiles; a constant to `torch.compile`, which cannot trace a library's loading."""
+    return library.load().isa == library.TILES
 
 
 def _kinds(layer: LayerWeights) -> list[int]:

@@ -28,6 +28,8 @@ X86_ISAS, ARM_ISAS = ("avx2", "avx512", "avx512_bf16", "avx512_amx"), ("neon", "
 ISAS_OF = {"x86_64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 ISAS = ("portable", *ISAS_OF.get(platform.machine(), ()))
 """Instruction sets of this machine, the plainest first."""
+TILES = X86_ISAS[-1]
+"""The one with products of tiles."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILERS = ("c++", "g++", "clang++")
 SYSTEMS = {"linux": "Linux", "darwin": "macOS"}

@@ -5,8 +5,8 @@ namespace moacompress {
 
 namespace {
 // Bytes of the weight that a task reads: memory is read best in long runs, and threads end together if the runs are short.
-// With blocks every task prepares the input again, so that it has more of them to read.
-constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4;
+// With blocks every task prepares the input again, so that it has more of them to read, and all it can where the input is long.
+constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4, FEW_ROWS = 8;
 }  // namespace
 
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa) {
@@ -20,13 +20,14 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
   const int64_t wanted = larger(bytes / (larger(parallel.threads, 1) * TASKS_A_THREAD), LEAST);
   const auto outputs_of = [&](const LinearCall& call) {
     const bool in_blocks = call.kind != PLAIN || (call.up && call.up_kind != PLAIN);
-    return larger(smaller(wanted, in_blocks ? MOST_OF_BLOCKS : MOST) / larger(bytes_of(call), 1) / 4 * 4, 4);
+    const int64_t most = !in_blocks ? MOST : call.rows <= FEW_ROWS ? MOST_OF_BLOCKS : wanted;
+    return larger(smaller(wanted, most) / larger(bytes_of(call), 1) / 4 * 4, 4);
   };
   const auto tasks_of = [&](const LinearCall& call) { return (call.outputs + outputs_of(call) - 1) / outputs_of(call); };
   for (int64_t i = 0; i < count; i++) {
     tasks += tasks_of(calls[i]);
     if (calls[i].up) scratch = larger(scratch, calls[i].rows * smaller(outputs_of(calls[i]), calls[i].outputs));
-    if (calls[i].kind != PLAIN || calls[i].up_kind != PLAIN) blocks = larger(blocks, int64_t(kernels.block_scratch(calls[i].inputs)));
+    if (calls[i].kind != PLAIN || calls[i].up_kind != PLAIN) blocks = larger(blocks, int64_t(kernels.block_scratch(calls[i].inputs, calls[i].rows)));
   }
   scratch = (scratch + 15) / 16 * 16;
   return run_tasks(parallel, tasks, size_t(scratch + blocks), [&](int64_t index, float* shared_values) {
@@ -69,7 +70,7 @@ Status expand(const LinearCall& call, const Parallel& parallel, Isa isa) {
   constexpr int64_t OUTPUTS = 8;  // of a task
   const Kernels& kernels = kernels_of(isa);
   const int64_t element = int64_t(element_size(call.dtype));
-  return run_tasks(parallel, (call.outputs + OUTPUTS - 1) / OUTPUTS, kernels.block_scratch(call.inputs), [&](int64_t index, float* scratch) {
+  return run_tasks(parallel, (call.outputs + OUTPUTS - 1) / OUTPUTS, kernels.block_scratch(call.inputs, 0), [&](int64_t index, float* scratch) {
     const int64_t first = index * OUTPUTS;
     LinearTile tile = {};
     tile.inputs = tile.out_row = call.inputs;
