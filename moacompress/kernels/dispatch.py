@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moacompress.core.errors import UnsupportedError, UsageError
-from moacompress.kernels.backend import Backend, Capabilities
+from moacompress.kernels.backend import FEW_ROWS, Backend, Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.triton_backend import TritonBackend
@@ -145,6 +145,17 @@ def capabilities_for(tensor: torch.Tensor) -> Capabilities:
     """Returns what the backend for tensors of this device and dtype can do; nothing where `backend_for` refuses them."""
     name = _supporting_name(tensor.device.type, tensor.dtype)
     return _backends[name].capabilities if name else Capabilities()
+
+
+def few_rows(tensor: torch.Tensor) -> int:
+    """Returns up to how many rows compiled kernels multiply a tensor by plain weights faster than torch."""
+    return _few_rows(tensor.device.type, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _few_rows(device: str, dtype: torch.dtype) -> int:
+    name = _supporting_name(device, dtype)
+    return _backends[name].few_rows(dtype) if name else FEW_ROWS
 
 
 def backend_on_host() -> Backend:

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from moacompress.core.memory import available_bytes
-from moacompress.kernels.dispatch import backend_for, capabilities_for
+from moacompress.kernels.backend import FEW_ROWS
+from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.kernels.weight_blocks import WeightType
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 64
 """Rows that a weight is packed for; 1 and 8 were nowhere faster by more than 5%, from 1 to 256 rows."""
-FEW_ROWS = 8
-"""Rows up to which the compiled kernels are as fast as oneDNN or faster; at 16 they are slower."""
 SPARE = 3
 """How many times the packed bytes must be free: they themselves, once more for gradients, and what the model runs in."""
 
@@ -222,7 +221,9 @@ def weight_of(layer: nn.Linear) -> torch.Tensor:
 
 def has_few_rows(x: torch.Tensor) -> bool:
     """Returns whether an input, `[..., in_features]`, has few enough rows for the compiled kernels, and no gradients."""
-    return x.numel() <= FEW_ROWS * x.shape[-1] and not (x.requires_grad and torch.is_grad_enabled())
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1] or x.numel() <= few_rows(x) * x.shape[-1]
 
 
 def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:
@@ -255,7 +256,8 @@ def can_pack() -> bool:
 def pack_weights(*models: nn.Module) -> int:
     """Packs the frozen weights of all linear layers on the CPU, so that their products are faster.
 
-    It takes as much memory again as these weights; up to FEW_ROWS rows are multiplied without it, by the compiled kernels.
+    It takes as much memory again as these weights; a few rows, see `dispatch.few_rows`, are multiplied without it, by the
+    compiled kernels.
     Parameters and checkpoints are as before. Models that share weights share the packed ones.
 
     The pack of a weight is dropped, and the weight read as it lies again, by `train()`, `requires_grad`, a gradient, another

@@ -24,7 +24,7 @@ def test_random_products(seed, isa, poisoned_memory):
     torch.manual_seed(seed)
     isa(library.ISAS[seed % len(library.ISAS)])
     dtype = library.DTYPES[seed // 5 % 3]
-    size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,)])
+    size = rng.choice([(), (0,), (1,), (2,), (3, 1), (5,), (2, 4), (9,), (3, 6), (33,), (64,), (70,)])
     inputs, outputs = rng.choice([0, 1, 7, 16, 31, 32, 64, 100, 577, 1536]), rng.choice([0, 1, 3, 4, 18, 64, 193, 700])
     x = torch.randn(*size, inputs, dtype=dtype)
     if rng.random() < 0.3:
@@ -53,11 +53,29 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
         assert torch.equal(some, alone[:, 5:7])
 
 
+@pytest.mark.skipif("avx512_amx" not in library.ISAS, reason="this processor has no tiles")
+def test_rows_of_tiles_change_no_bit_of_each_other(isa, threads):
+    """From five rows on tiles multiply them, so there are two ways to sum up: each is the same whatever is beside."""
+    isa("avx512_amx")
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((64, 96), (333, 96), (333,)))
+    for count in (1, 2, 17):
+        threads(count)
+        all_rows = torch.ops.moacompress_cpu.linear(x, weight, bias)
+        for first, rows in ((0, 5), (3, 16), (40, 17), (1, 63)):
+            some = x[first : first + rows]
+            assert torch.equal(torch.ops.moacompress_cpu.linear(some, weight, bias), all_rows[first : first + rows])
+            fewer = torch.ops.moacompress_cpu.linear(some, weight[:48].contiguous(), bias[:48].contiguous())
+            assert torch.equal(fewer, all_rows[first : first + rows, :48])
+        alone = torch.cat([torch.ops.moacompress_cpu.linear(row[None], weight, bias) for row in x])
+        assert torch.equal(torch.ops.moacompress_cpu.linear(x[:4], weight, bias), alone[:4])
+        torch.testing.assert_close(all_rows, alone, atol=4e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("dtype", library.DTYPES)
 def test_nan_reaches_its_row_or_its_output_alone(name, dtype, isa):
     isa(name)
-    for rows, inputs, outputs in ((1, 7, 5), (3, 64, 33), (11, 200, 18)):
+    for rows, inputs, outputs in ((1, 7, 5), (3, 64, 33), (11, 200, 18), (20, 96, 40)):
         x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
         before = torch.ops.moacompress_cpu.linear(x, weight, None)
         x[rows // 2, inputs - 1] = weight[outputs // 2, 0] = float("nan")

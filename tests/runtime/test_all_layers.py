@@ -17,23 +17,24 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Rotary
 from moacompress.kernels.cpu import cpu_backend, library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.dispatch import few_rows
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import all_layers, fused
 from moacompress.runtime.decode.routes import first_route
-from moacompress.runtime.linear import FEW_ROWS
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 0, -1], ids=["1", "3", "few", "more"])
 def test_it_is_to_the_bit_what_the_layers_do_one_by_one(family, dtype, rows, model, calls, one_by_one, steps):
-    made = model(family, dtype)
+    made, most = model(family, dtype), few_rows(torch.zeros(1, dtype=dtype))
+    rows = rows if rows > 0 else most - rows
     found = steps(made, rows, 40)
-    few = rows <= FEW_ROWS
+    few = rows <= most
     assert calls["layers"] == calls["caches"] == few
     assert calls["steps"] == few * (40 + calls["cache"])  # where there was no room a call was made again
     assert calls["cache"] > 0 or not few

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moacompress.kernels.arguments import NormAndMlpWeights, Rotary
+from moacompress.kernels.dispatch import few_rows
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
@@ -18,7 +19,7 @@ from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
-from moacompress.runtime.linear import FEW_ROWS, pack_weights
+from moacompress.runtime.linear import pack_weights
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -58,10 +59,11 @@ def unfused(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 0, -1], ids=["1", "3", "few", "more"])
 def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, unfused, steps):
-    made = model(family, dtype)
-    found, layers, few = steps(made, rows, 20), len(attention_modules(made)), rows <= FEW_ROWS
+    made, most = model(family, dtype), few_rows(torch.zeros(1, dtype=dtype))
+    rows = rows if rows > 0 else most - rows
+    found, layers, few = steps(made, rows, 20), len(attention_modules(made)), rows <= most
     assert calls == [few * layers * 20, 0]
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
     for attention in (False, True):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moacompress.kernels.dispatch import few_rows
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach, detach
 from moacompress.runtime.linear import (
-    FEW_ROWS,
     PackedLinear,
     can_pack,
     pack_weights,
@@ -76,7 +76,7 @@ def test_a_changed_weight_is_never_stale(change):
     layer = linear()
     pack_weights(layer)
     change(layer)
-    x = torch.randn(FEW_ROWS + 1, 24).to(layer.weight.dtype)
+    x = torch.randn(few_rows(layer.weight) + 1, 24).to(layer.weight.dtype)
     expected = nn.functional.linear(x, layer.weight, layer.bias)
     assert torch.equal(layer(x), expected)
     torch.testing.assert_close(layer(x[:3]), expected[:3], atol=1e-2, rtol=2e-2)
@@ -151,8 +151,11 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, use_backend):
+@pytest.mark.parametrize("few", [1, 0.5, 0, -1])
+def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, few, use_backend):
+    """One row, half of those that are few, all of these, and one more."""
+    most = few_rows(torch.zeros(1, dtype=dtype))
+    rows = 1 if few == 1 else most - int(few * most) if few >= 0 else most + 1
     layer = linear(dtype=dtype)
     pack_weights(layer)
     x = torch.randn(rows, 1, 24, dtype=dtype)
@@ -162,7 +165,7 @@ def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, rows, use_backe
             layer(x)
         return "moacompress_cpu::linear" in seen.names
 
-    assert kernels_run(x) == (rows <= FEW_ROWS)
+    assert kernels_run(x) == (rows <= most)
     assert not kernels_run(x.clone().requires_grad_())
     use_backend("reference")
     assert not kernels_run(x)

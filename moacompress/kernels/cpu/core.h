@@ -446,7 +446,8 @@ struct LinearTile {
   void* out;
   int64_t out_row;
   WeightKind kind;
-  float* scratch;  // `block_scratch` floats, where the weight is in blocks
+  float* scratch;      // `block_scratch` floats, where the weight is in blocks
+  const float* panel;  // the input laid out for products of tiles, or null
 };
 
 struct Kernels {
@@ -463,6 +464,9 @@ struct Kernels {
   void (*profile[3])(const ProfileTile&, float* scratch);
   void (*narrow[3])(const float* from, int64_t count, void* to);
   void (*linear[3])(const LinearTile&);
+  size_t (*panel_floats)(int64_t rows, int64_t inputs);  // of an input laid out for `linear_tiles`; 0 where that is not for it
+  void (*lay_out)(const void* x, int64_t rows, int64_t inputs, float* panel);
+  void (*linear_tiles)(const LinearTile&);  // of bfloat16, with a panel
   size_t (*block_scratch)(int64_t inputs, int64_t rows);  // in floats; no rows: of what is to be made of blocks
   void (*linear_blocks[3])(const LinearTile&);  // of a weight in blocks
   void (*expand_blocks[3])(const LinearTile&);

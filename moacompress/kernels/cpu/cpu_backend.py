@@ -36,8 +36,10 @@ from moacompress.rules.share import LayerShares, value_sets_of
 
 MOVED = -1
 """What the operator `step_layers` returns where a weight is elsewhere than it was."""
-FEW_ROWS = 16
+FEW_ROWS_OF_BLOCKS = 16
 """Rows up to which codes are multiplied as they are read; for more it is quicker to dequantize them first."""
+TILED_ROWS = 64
+"""Rows of bfloat16 up to which products of tiles take plain weights as they lie; see linear_tiles.inl."""
 TOO_NARROW = 1
 """What the operators of a step return where the table is too narrow; 0 when done. See `_shortfall`."""
 SHORTFALL_HEADS = 1 << 16
@@ -291,6 +293,10 @@ class CpuBackend(Backend):
         found: torch.Tensor = torch.ops.moacompress_cpu.linear(x, weight, bias)
         return found
 
+    def few_rows(self, dtype: torch.dtype) -> int:
+        """See `Backend`; tiles multiply more of them."""
+        return TILED_ROWS if dtype == torch.bfloat16 and _has_tiles() else super().few_rows(dtype)
+
     def linear_blocks(
         self, x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None
     ) -> torch.Tensor:
@@ -299,7 +305,7 @@ class CpuBackend(Backend):
         With products of tiles it is one call of the kernels for any number of rows in bfloat16.
         """
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        many = x.numel() > FEW_ROWS * x.shape[-1] and not (x.dtype == torch.bfloat16 and _has_tiles())
+        many = x.numel() > FEW_ROWS_OF_BLOCKS * x.shape[-1] and not (x.dtype == torch.bfloat16 and _has_tiles())
         if learns or many:
             return block_linear(x, blocks, kind, bias, compiled=True)
         found: torch.Tensor = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, bias)

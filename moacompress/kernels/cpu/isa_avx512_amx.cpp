@@ -7,6 +7,9 @@
 #include "vec_avx512.h"
 #include "kernels.inl"
 #include "linear.inl"
+#ifdef MOACOMPRESS_AMX
+#include "linear_tiles.inl"
+#endif
 #include "blocks.inl"
 #include "profile.inl"
 

@@ -723,6 +723,9 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { ba
                         {profile_tile<float>, profile_tile<bf16>, profile_tile<f16>},               \
                         {narrow<float>, narrow<bf16>, narrow<f16>},                                 \
                         {linear_tile<float>, linear_tile<bf16>, linear_tile<f16>},                  \
+                        panel_floats,                                                               \
+                        lay_out,                                                                    \
+                        linear_tiles,                                                               \
                         block_scratch,                                                              \
                         {linear_blocks_tile<float>, linear_blocks_tile<bf16>, linear_blocks_tile<f16>}, \
                         {expand_blocks_tile<float>, expand_blocks_tile<bf16>, expand_blocks_tile<f16>}, \

@@ -1,4 +1,6 @@
 // Linear layers of a few rows: their outputs are cut into tasks. Every number is summed up alone, so how they are cut shows nowhere.
+#include <vector>
+
 #include "tasks.h"
 
 namespace moacompress {
@@ -7,10 +9,40 @@ namespace {
 // Bytes of the weight that a task reads: memory is read best in long runs, and threads end together if the runs are short.
 // With blocks every task prepares the input again, so that it has more of them to read, and all it can where the input is long.
 constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4, FEW_ROWS = 8;
+constexpr int64_t AT_ONCE = 4, AT_ONCE_TILED = 32;  // outputs that a kernel works on together
+
+// The inputs of calls as products of tiles want them, in memory of this thread that is kept; nothing where there are no such products.
+struct Panels {
+  std::vector<const float*> of;
+
+  Panels(const LinearCall* calls, int64_t count, const Kernels& kernels) : of(size_t(count), nullptr) {
+    static thread_local std::vector<float> memory;
+    const auto floats = [&](int64_t i) -> size_t {
+      const bool plain = calls[i].kind == PLAIN || (calls[i].up && calls[i].up_kind == PLAIN);
+      return plain && calls[i].dtype == BF16 ? kernels.panel_floats(calls[i].rows, calls[i].inputs) : 0;
+    };
+    const auto repeats = [&](int64_t i) { return i && floats(i - 1) && calls[i].x == calls[i - 1].x && calls[i].inputs == calls[i - 1].inputs; };
+    size_t wanted = 0, at = 0;
+    for (int64_t i = 0; i < count; i++) wanted += repeats(i) ? 0 : floats(i);
+    if (memory.size() < wanted) memory.resize(wanted);
+    for (int64_t i = 0; i < count; i++) {
+      const size_t own = floats(i);
+      if (!own) continue;
+      if (repeats(i)) {
+        of[size_t(i)] = of[size_t(i) - 1];
+        continue;
+      }
+      kernels.lay_out(calls[i].x, calls[i].rows, calls[i].inputs, &memory[at]);
+      of[size_t(i)] = &memory[at];
+      at += own;
+    }
+  }
+};
 }  // namespace
 
 Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, Isa isa) {
   const Kernels& kernels = kernels_of(isa);
+  const Panels panels(calls, count, kernels);
   const auto bytes_of = [](const LinearCall& call) {  // that one output reads of the weights
     const auto row = [&](WeightKind kind) { return weight_row_bytes(kind, call.inputs, int64_t(element_size(call.dtype))); };
     return row(call.kind) + (call.up ? row(call.up_kind) : 0);
@@ -21,7 +53,8 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
   const auto outputs_of = [&](const LinearCall& call) {
     const bool in_blocks = call.kind != PLAIN || (call.up && call.up_kind != PLAIN);
     const int64_t most = !in_blocks ? MOST : call.rows <= FEW_ROWS ? MOST_OF_BLOCKS : wanted;
-    return larger(smaller(wanted, most) / larger(bytes_of(call), 1) / 4 * 4, 4);
+    const int64_t together = panels.of[size_t(&call - calls)] ? AT_ONCE_TILED : AT_ONCE;
+    return larger(smaller(wanted, most) / larger(bytes_of(call), 1) / together * together, together);
   };
   const auto tasks_of = [&](const LinearCall& call) { return (call.outputs + outputs_of(call) - 1) / outputs_of(call); };
   for (int64_t i = 0; i < count; i++) {
@@ -37,7 +70,8 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
     const auto multiply = [&](LinearTile tile, const void* weight, WeightKind kind) {
       tile.weight = static_cast<const char*>(weight) + first * weight_row_bytes(kind, call->inputs, element);
       tile.kind = kind;
-      (kind == PLAIN ? kernels.linear : kernels.linear_blocks)[call->dtype](tile);
+      if (kind == PLAIN && tile.panel) kernels.linear_tiles(tile);
+      else (kind == PLAIN ? kernels.linear : kernels.linear_blocks)[call->dtype](tile);
     };
     LinearTile tile = {};
     tile.rows = call->rows;
@@ -48,6 +82,7 @@ Status linear(const LinearCall* calls, int64_t count, const Parallel& parallel, 
     tile.out = static_cast<char*>(call->out) + first * element;
     tile.out_row = call->outputs;
     tile.scratch = shared_values + scratch;
+    tile.panel = panels.of[size_t(call - calls)];
     multiply(tile, call->weight, call->kind);
     LinearTile other = tile;
     if (call->up) {

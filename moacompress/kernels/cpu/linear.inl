@@ -65,6 +65,12 @@ template <class T> void linear_tile(const LinearTile& t) {
   }
 }
 
+#ifndef MOACOMPRESS_AMX  // with tiles these are in linear_tiles.inl
+inline size_t panel_floats(int64_t, int64_t) { return 0; }
+void lay_out(const void*, int64_t, int64_t, float*) {}
+void linear_tiles(const LinearTile&) {}
+#endif
+
 template <class T> void rotate_head(void* x, const void* cos, const void* sin, int64_t dim) {
   const int64_t half = dim / 2;
   T *low = static_cast<T*>(x), *high = low + half;

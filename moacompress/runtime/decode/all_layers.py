@@ -24,14 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import LayerWeights, Rotary
 from moacompress.kernels.backend import WeightsMoved
-from moacompress.kernels.dispatch import backend_for, capabilities_for
+from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
 from moacompress.runtime.compat.capturing import are_foreign, is_capturing
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import StackRequest
-from moacompress.runtime.linear import FEW_ROWS
 
 RUN = "moacompress_run"
 """Keyword under which a `StackStep` reaches the decoder layers."""
@@ -231,6 +230,10 @@ class StackStep:
         self._stack, self._layers, self._cache = stack, layers, cache
         self._out: torch.Tensor | None = None
 
+    def is_done_with(self, hidden: Any) -> bool:
+        """Whether the step of all layers is made, and this is what came out of it."""
+        return hidden is not None and hidden is self._out
+
     def step(
         self,
         layer: Any,
@@ -268,7 +271,7 @@ class StackStep:
 def can_step_all(request: StackRequest) -> bool:
     """Whether a step through all layers is worth a closer look: few rows, one dtype, a backend that can, caches with memory."""
     hidden = request.hidden
-    if hidden.shape[1] != 1 or not 0 < hidden.shape[0] <= FEW_ROWS or not capabilities_for(hidden).stack:
+    if hidden.shape[1] != 1 or not 0 < hidden.shape[0] <= few_rows(hidden) or not capabilities_for(hidden).stack:
         return False
     if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
         return False

@@ -215,8 +215,15 @@ def _check_positions(
     message = "position_ids that do not count on (packed sequences, or gaps) are not supported by a compressed model; "
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != tokens:
         raise UnsupportedError(message + _LEFT_PADDED)
-    found = np.broadcast_to(positions.detach().cpu().numpy(), (rows, tokens))
     last = cache.last_position if cache is not None else None
+    if (
+        tokens == 1 and real is None and positions.shape[0] in (1, rows)
+    ):  # a decode step: numpy takes longer for it than this
+        fed = [position for (position,) in positions.tolist()] * (rows // positions.shape[0])
+        if last is not None and any(0 <= end != now - 1 for end, now in zip(last.tolist(), fed, strict=True)):
+            raise UnsupportedError(message + _LEFT_PADDED)
+        return np.array(fed, np.int64)
+    found = np.broadcast_to(positions.detach().cpu().numpy(), (rows, tokens))
     ends = np.full(rows, -1, np.int64) if last is None else last.copy()
     for row in range(rows):
         columns = np.arange(tokens)
