@@ -161,7 +161,7 @@ def work(task: dict[str, Any]) -> None:
     import random
 
     if task["side"].startswith(LLAMA):
-        engine: Engine = Llama(task["model"], task["threads"], task["tokens"], task["cache"])
+        engine: Engine = Llama(task["model"], task["threads"], task["tokens"], task["kv_type"])
     else:
         engine = Ours(task["model"], task["threads"])
     print(json.dumps({"ready": engine.vocabulary}), flush=True)
@@ -244,7 +244,7 @@ def tasks_of(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             file = given.weights if weights == "shipped" else folder / "bf16.gguf"
             if not file.exists():
                 write_bf16(given.weights, file)
-            tasks.append({**task, "model": str(file), "cache": cache or "f16"})
+            tasks.append({**task, "model": str(file), "kv_type": cache or "f16"})
         else:
             name, _, other = side.partition("=")
             if not other and name != OURS:

@@ -381,6 +381,26 @@ def use_backend(
 
 
 @pytest.fixture(scope="session")
+def pretend_device(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """Returns a function whose context has a device that is not there."""
+    import ctypes
+
+    import torch
+
+    from tests import pretend_device as pretending
+
+    compiler, folder = shutil.which("c++") or shutil.which("g++"), Path(torch.__file__).parent
+    if compiler is None:
+        pytest.skip("no C++ compiler gives PyTorch a guard for the device")
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    source = ROOT / "tests" / "no_device_guard.cpp"
+    includes = [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}"]
+    subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", source, "-o", library, *includes, "-lc10"], check=True)
+    ctypes.CDLL(str(library))
+    return pretending.pretend_device
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Returns the folder of the dense SmolLM2-135M-Instruct in float32 (`make test-data` fetches it)."""
     given = os.environ.get("MOACOMPRESS_TEST_MODEL")

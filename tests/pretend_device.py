@@ -1,0 +1,212 @@
+"""A device that is not there: tensors say that they are on it, and what they hold is computed on the CPU.
+
+What would fail on a card fails here: tensors of two devices in one operation, numpy views of a device's memory. What would
+wait for the card is noted: numbers read by the host, results whose size depends on numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+aten = torch.ops.aten
+KIND = "xla"
+"""Type of the device: not CUDA, which PyTorch's autograd would look for."""
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
+    aten.bincount.default,
+}
+"""Operations for whose result the host waits."""
+ACROSS = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
+"""Operations that take tensors of two devices: copies."""
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+"""Operations whose indices may be on the CPU."""
+
+
+class PretendTensor(torch.Tensor):
+    """A tensor on a device that is not there.
+
+    Attributes:
+        held: its numbers, on the CPU.
+    """
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, device: torch.device) -> PretendTensor:
+        """Returns a tensor that says it is on the device."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+
+    def __init__(self, held: torch.Tensor, device: torch.device) -> None:
+        self.held = held
+
+    def __repr__(self, **_: Any) -> str:
+        return f"pretending({self.held!r}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {}, [])
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy; use Tensor.cpu() first")
+
+    def __array__(self, *_: Any) -> Any:
+        return self.numpy()
+
+
+class PretendDevice(TorchDispatchMode):
+    """While it is on, devices of the type `KIND` are there.
+
+    Attributes:
+        waits: what the host waited for, in order: names of operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {}, self.waits)
+
+
+class _Indexed(TorchFunctionMode):
+    """Names the device by its number, and copies without what PyTorch has of a device only where it is built for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **kwargs or {})
+        args, kwargs = (tree_map_only((str, torch.device), _numbered, part) for part in (args, kwargs or {}))
+        if func is torch.Tensor.copy_:
+            return aten.copy_.default(*args, **kwargs)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            at = args[1] if isinstance(args[1], tuple) else (args[1],)
+            listed = [torch.tensor(each) if isinstance(each, list) else each for each in at]
+            return func(args[0], tuple(listed), *args[2:])
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            grad = kwargs.pop("requires_grad", False)
+            found = func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
+            return found.requires_grad_() if grad else found
+        if func is torch.Tensor.new_tensor:
+            device = kwargs.pop("device", None) or args[0].device
+            return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs}).to(device)
+        return func(*args, **kwargs)
+
+
+def _run_backward(*args: Any, _engine: Any = torch.autograd._engine_run_backward, **kwargs: Any) -> Any:
+    with _Indexed():  # which is off inside of a function that it looks at, and so in what that calls
+        return _engine(*args, **kwargs)
+
+
+def _no_gradients(mode: bool = True) -> Any:
+    return torch.set_grad_enabled(not mode and torch.is_grad_enabled())
+
+
+def _numbered(name: str | torch.device) -> str | torch.device:
+    return torch.device(f"{KIND}:0") if str(name) == KIND else name
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
+    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+    pretending = [each for each in tensors if isinstance(each, PretendTensor)]
+    wanted = kwargs.get("device")
+    wanted = None if wanted is None else torch.device(wanted)
+    if not pretending and (wanted is None or wanted.type != KIND):
+        return func(*args, **kwargs)
+    device = pretending[0].device if pretending else _indexed(wanted)
+    if func not in ACROSS:
+        _same_device(func, args, tensors)
+    if func in WAITS:
+        waits.append(str(func))
+    given, named = tree_map_only(PretendTensor, lambda each: each.held, (args, kwargs))
+    if wanted is not None:
+        named["device"] = torch.device("cpu")
+    if named.get("pin_memory"):
+        named["pin_memory"] = False
+    if func is aten._to_copy.default:
+        found = func(*given, **{**named, "non_blocking": False})
+        if found is given[0]:
+            found = found.clone()
+        if wanted is not None and wanted.type != KIND:
+            waits.append("to the host")
+            return found
+        return PretendTensor(found, _indexed(wanted) if wanted is not None else device)
+    if func is aten.copy_.default and not isinstance(args[0], PretendTensor):
+        waits.append("to the host")
+    out = func(*given, **named)
+    if func is aten._local_scalar_dense.default:
+        return out
+    goes = _indexed(wanted) if wanted is not None else device
+    if wanted is not None and wanted.type != KIND:
+        return out
+    own = {id(each.held): each for each in pretending}  # what is written to in place comes back
+    return tree_map_only(
+        torch.Tensor, lambda each: own[id(each)] if id(each) in own else PretendTensor(each, goes), out
+    )
+
+
+def _indexed(device: torch.device | None) -> torch.device:
+    assert device is not None
+    return torch.device(device.type, device.index or 0) if device.type == KIND else device
+
+
+def _same_device(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
+    if func in INDEXING:  # indices may be on the CPU; values as in any other operation
+        tensors = [each for each in (args[0], *args[2:3]) if isinstance(each, torch.Tensor)]
+    found = {each.device for each in tensors if each.ndim or isinstance(each, PretendTensor)}
+    if len(found) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, found {sorted(map(str, found))} in {func}")
+
+
+@contextlib.contextmanager
+def pretend_device() -> Iterator[PretendDevice]:
+    """Has devices of the type `KIND` there."""
+    with (
+        mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
+        mock.patch.object(torch, "inference_mode", _no_gradients),  # which knows no tensors of a kind of one's own
+        mock.patch.object(torch.accelerator, "synchronize"),
+        torch.autograd.set_multithreading_enabled(False),
+        PretendDevice() as mode,
+        _Indexed(),
+    ):
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            yield mode
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)

@@ -1,0 +1,82 @@
+"""The way of a model on a device that is not there; see `pretend_device`. What it computes is what the CPU does."""
+
+import pytest
+import torch
+
+import moacompress
+from moacompress.models.source import model_shape
+from moacompress.pipeline import compress
+from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from tests import plan_kinds
+from tests.pretend_device import KIND
+
+PLANS = {
+    "spans": lambda model: plan_kinds.random_plan(model_shape(model), 1),
+    "formats": lambda model: plan_kinds.random_plan(model_shape(model), 1, formats=True),
+    "gates": lambda model: plan_kinds.gated_plan(model, 1),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_generation(kind, pretend_device, tiny_model):
+    """Padded prompts, and steps; with a cache on the device."""
+    model = tiny_model("llama")
+    plan = PLANS[kind](model)
+    ids = torch.randint(3, model.config.vocab_size, (2, 60))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    moacompress.attach(model, plan)
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    moacompress.detach(model)
+    with pretend_device() as device:
+        model.to(KIND)
+        moacompress.attach(model, plan)
+        found = model.generate(ids.to(KIND), attention_mask=mask.to(KIND), max_new_tokens=5, do_sample=False)
+        assert found.device.type == KIND
+        assert "to the host" in device.waits
+        assert torch.equal(found.cpu(), wanted)
+
+
+def test_gradients(pretend_device, tiny_model):
+    """Training under a plan with formats."""
+    model = tiny_model("llama").requires_grad_()
+    plan = PLANS["formats"](model)
+    ids = torch.randint(3, model.config.vocab_size, (1, 50))
+    moacompress.attach(model, plan)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    name, wanted = next((name, part.grad.clone()) for name, part in model.named_parameters() if "q_proj" in name)
+    moacompress.detach(model)
+    model.zero_grad()
+    with pretend_device():
+        model.to(KIND)
+        moacompress.attach(model, plan)
+        model(ids.to(KIND), labels=ids.to(KIND), use_cache=False).loss.backward()
+        found = dict(model.named_parameters())[name].grad
+        assert found.device.type == KIND
+        assert (found.cpu() - wanted).abs().max() < 1e-5
+
+
+def test_what_fails_on_a_device_fails(pretend_device):
+    with pretend_device() as device:
+        here, there = torch.ones(3), torch.ones(3, device=KIND)
+        with pytest.raises(RuntimeError, match="on the same device"):
+            here + there
+        with pytest.raises(TypeError, match="to numpy"):
+            there.numpy()
+        assert device.waits == []
+        assert there.sum().item() == 3
+        assert (there * torch.tensor(2.0)).cpu().tolist() == [2, 2, 2]
+        assert len(device.waits) == 2
+
+
+@pytest.mark.heavy
+def test_a_whole_run(tiny_folder, small_run, tmp_path, pretend_device):
+    """Profile, search, export, evaluation: the plan is the CPU's, and so is what it keeps."""
+    recipe = Recipe.from_dict({**small_run, "model": str(tiny_folder)})
+    torch.set_num_threads(1)
+    there = compress(recipe, tmp_path / "cpu")
+    with pretend_device():
+        summary = compress(recipe.override(device=f"{KIND}:0"), tmp_path / "out")
+    assert Plan.load(tmp_path / "out" / "plan.json").rules == Plan.load(tmp_path / "cpu" / "plan.json").rules
+    assert summary["kv_bytes"] == there["kv_bytes"]
