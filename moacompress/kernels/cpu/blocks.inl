@@ -3,7 +3,7 @@
 //
 // A number is scale * code + base, one scale and one base for the numbers of a part of a block. So with x a part adds
 // scale * sum(code * x) + base * sum(x) to a product; the sums of x are made once for all outputs. A row's products are the same to
-// the bit however many rows, up to eight, and outputs there are beside it, and however many where there are no products of tiles.
+// the bit however many rows, up to four, and outputs there are beside it, and however many where there are no products of tiles.
 
 namespace moacompress {
 namespace {
@@ -345,11 +345,11 @@ namespace {
 template <class T> void linear_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(block_tile, T, t) }
 #ifdef MOACOMPRESS_AMX
 template <> void linear_blocks_tile<bf16>(const LinearTile& t) {
-  if (t.rows > MOST && t.inputs > 0) MOACOMPRESS_KINDS(block_tiles, bf16, t)
+  if (t.rows > FEW && t.inputs > 0) MOACOMPRESS_KINDS(block_tiles, bf16, t)
   MOACOMPRESS_KINDS(block_tile, bf16, t)
 }
 size_t block_scratch(int64_t inputs, int64_t rows) {
-  return size_t(BlockScratch(nullptr, inputs).floats + (rows > MOST ? TileScratch(nullptr, inputs, rows).floats : 0));
+  return size_t(BlockScratch(nullptr, inputs).floats + (rows > FEW ? TileScratch(nullptr, inputs, rows).floats : 0));
 }
 #else
 size_t block_scratch(int64_t inputs, int64_t) { return size_t(BlockScratch(nullptr, inputs).floats); }

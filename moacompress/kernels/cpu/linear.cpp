@@ -8,7 +8,7 @@ namespace moacompress {
 namespace {
 // Bytes of the weight that a task reads: memory is read best in long runs, and threads end together if the runs are short.
 // With blocks every task prepares the input again, so that it has more of them to read, and all it can where the input is long.
-constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4, FEW_ROWS = 8;
+constexpr int64_t LEAST = 1 << 15, MOST = 1 << 18, MOST_OF_BLOCKS = 1 << 20, TASKS_A_THREAD = 4, FEW_ROWS = 4;
 constexpr int64_t AT_ONCE = 4, AT_ONCE_TILED = 32;  // outputs that a kernel works on together
 
 // The inputs of calls as products of tiles want them, in memory of this thread that is kept; nothing where there are no such products.
