@@ -151,7 +151,7 @@ struct AmxTile {
     const V inverse = ByteCodes::inverse(all == 0 ? top : 0.f);
     for (int64_t i = 0; i < key.dim; i += W) {
       int8_t high[W], low[W];
-      wholes = wholes + ByteCodes::put(all == 0 ? load(buffer + i) : zero(), inverse, high, low);
+      wholes = wholes + store_halves((all == 0 ? load(buffer + i) : zero()) * inverse, high, low);
       for (int64_t k = 0; k < W && i + k < key.dim; k += 4) {
         memcpy(to + (i + k) / 4 * LANES, high + k, 4);
         memcpy(to + (width + (i + k) / 4) * LANES, low + k, 4);

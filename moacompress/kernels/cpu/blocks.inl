@@ -244,7 +244,7 @@ template <class B> struct FloatStrips {
 };
 template <class T, int KIND> struct StripsOf { typedef FloatStrips<Blocks<KIND>> type; };
 
-#ifdef MOACOMPRESS_BF16_DOT
+#if defined(MOACOMPRESS_DOTS) && defined(__AVX512F__)
 }  // namespace
 }  // namespace moacompress
 #include "blocks_vnni.inl"
@@ -354,7 +354,7 @@ size_t block_scratch(int64_t inputs, int64_t rows) {
 #else
 size_t block_scratch(int64_t inputs, int64_t) { return size_t(BlockScratch(nullptr, inputs).floats); }
 #endif
-#ifdef MOACOMPRESS_BF16_DOT
+#if defined(MOACOMPRESS_DOTS) && defined(__AVX512F__)
 template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_bytes, T, t) }
 #else
 template <class T> void expand_blocks_tile(const LinearTile& t) { MOACOMPRESS_KINDS(expand_blocks, T, t) }

@@ -223,32 +223,16 @@ struct FloatCodes {
   }
 };
 
-#ifdef MOACOMPRESS_BF16_DOT
+#ifdef MOACOMPRESS_DOTS
 // The same in whole numbers of 16 bits, an upper and a lower byte each, that are exact to 2^-16 of the largest; products of four
 // bytes are summed by the processor. Whoever asks in float32 gets float32.
 struct ByteCodes {
-  // Puts 16 numbers as upper and lower bytes; returns the whole numbers.
-  static inline V put(V x, V factor, int8_t* upper, int8_t* lower) {
-    const __m512i whole = _mm512_cvtps_epi32(x * factor);
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128((__m128i*)upper, _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128((__m128i*)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8))));
-    return _mm512_cvtepi32_ps(whole);
-  }
   static constexpr float MOST = 32512.f;  // 127 * 256
   // What a whole number stands for: NaN where some number is not finite.
   static inline float unit(float largest, float all) { return all - all == 0 ? largest / MOST : __builtin_nanf(""); }
   static inline V inverse(float largest) { return set1(largest > 0 ? MOST / largest : 0.f); }
-  static inline V joined(__m512i upper, __m512i lower, V unit) {
-    return fma(_mm512_cvtepi32_ps(upper), set1(256.f), _mm512_cvtepi32_ps(lower)) * unit;
-  }
-  static inline __m512i dot(__m512i sum, __m512i codes, const int8_t* quad) {
-    int four;
-    memcpy(&four, quad, 4);
-    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
-  }
-  template <int BITS> static inline __m512i low(__m512i x) { return BITS == 8 ? x : _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-  static inline __m512i high(__m512i x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  static inline V joined(Sums upper, Sums lower, V unit) { return fma(numbers_of(upper), set1(256.f), numbers_of(lower)) * unit; }
+  template <int BITS> static inline Quads low(Quads x) { return BITS == 8 ? x : low_nibbles(x); }
 
   // Upper and lower bytes, each of the low codes and then of the high ones, and before them the unit. The sum is that of the whole
   // numbers: codes are never negative, and an error would not cancel against their zero point.
@@ -271,7 +255,7 @@ struct ByteCodes {
       for (int64_t i = 0; i < count; i += W) {
         int8_t* at = upper + part * bytes + i;
         const V numbers = load_part(x + i, int(smaller(count - i, W)));  // what is beyond is zero, or written over by the next part
-        wholes = wholes + put(plain - plain == 0 ? numbers : zero(), inverse(top), at, at + all);
+        wholes = wholes + store_halves((plain - plain == 0 ? numbers : zero()) * inverse(top), at, at + all);
       }
     }
     return sum(wholes) * to[0];
@@ -280,24 +264,27 @@ struct ByteCodes {
   template <int BITS, int HEADS>
   static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
     const int64_t bytes = kv_part.token_bytes, all = 2 * (bytes + 16);
-    __m512i upper[HEADS], lower[HEADS];
+    for (int v = 0; v < BLOCK_VECTORS; v++) {
+      Sums upper[HEADS], lower[HEADS];
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < bytes; i += 4, codes += 4 * BLOCK) {
-      if (i % 16 == 0) next.fetch(i * BLOCK, i + 16 < bytes ? (i + 16) * BLOCK : next.bytes);
-      const __m512i x = _mm512_loadu_si512(codes), a = low<BITS>(x), b = high(x);
+      for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = no_sums();
+      const uint8_t* at = codes + v * 4 * W;
+      for (int64_t i = 0; i < bytes; i += 4, at += 4 * BLOCK) {
+        if (v == 0 && i % 16 == 0) next.fetch(i * BLOCK, i + 16 < bytes ? (i + 16) * BLOCK : next.bytes);
+        const Quads x = load_quads(at), a = low<BITS>(x), b = high_nibbles(x);
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; h++) {
-        const int8_t* q = (const int8_t*)(query + h * stride + 1) + i;
-        upper[h] = dot(upper[h], a, q);
-        lower[h] = dot(lower[h], a, q + all);
-        if (BITS == 8) continue;
-        upper[h] = dot(upper[h], b, q + bytes);
-        lower[h] = dot(lower[h], b, q + bytes + all);
+        for (int h = 0; h < HEADS; h++) {
+          const int8_t* q = (const int8_t*)(query + h * stride + 1) + i;
+          upper[h] = dot_quads(upper[h], a, q);
+          lower[h] = dot_quads(lower[h], a, q + all);
+          if (BITS == 8) continue;
+          upper[h] = dot_quads(upper[h], b, q + bytes);
+          lower[h] = dot_quads(lower[h], b, q + bytes + all);
+        }
       }
-    }
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++) to[h][0] = joined(upper[h], lower[h], set1(query[h * stride]));
+      for (int h = 0; h < HEADS; h++) to[h][v] = joined(upper[h], lower[h], set1(query[h * stride]));
+    }
   }
   // Upper and then lower bytes, and before them the unit. Returns what the zero points add for what the whole numbers differ from
   // the weights by.
@@ -314,11 +301,15 @@ struct ByteCodes {
     int8_t* upper = (int8_t*)(to + 1);
     for (int64_t b = 0; b < c.blocks; b++) {
       const char* kv_part = (const char*)c.values[b];
-      const V scale = load((const f16*)(kv_part + c.value.scales)), base = load((const f16*)(kv_part + c.value.zeros));
-      const V weight = sum_of_all - sum_of_all == 0 ? load(weights + b * BLOCK) : zero();
-      const V error = put(weight, inverse(top), upper + b * BLOCK, upper + CHUNK + b * BLOCK) * set1(to[0]) - weight;
-      const Mask counts = both(at_least(weight, set1(1e-30f)), at_least(scale, set1(1e-30f)));
-      more = select(counts, fma(error * _mm512_rcp14_ps(scale), base, more), more);
+      const f16 *scales = (const f16*)(kv_part + c.value.scales), *zeros = (const f16*)(kv_part + c.value.zeros);
+      for (int v = 0; v < BLOCK_VECTORS; v++) {
+        const int64_t at = b * BLOCK + v * W;
+        const V scale = load(scales + v * W), base = load(zeros + v * W);
+        const V weight = sum_of_all - sum_of_all == 0 ? load(weights + at) : zero();
+        const V error = store_halves(weight * inverse(top), upper + at, upper + CHUNK + at) * set1(to[0]) - weight;
+        const Mask counts = both(at_least(weight, set1(1e-30f)), at_least(scale, set1(1e-30f)));
+        more = select(counts, fma(error * about_inverse(scale), base, more), more);
+      }
     }
     return sum(more);
   }
@@ -326,12 +317,12 @@ struct ByteCodes {
   static inline void mix(const DecodeChunk& c, const float*, const float* kept, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
     constexpr int ALL = VECS * 8 / BITS;
     const int64_t stride = weight_floats();
-    __m512i upper[HEADS][ALL], lower[HEADS][ALL];
+    Sums upper[HEADS][ALL], lower[HEADS][ALL];
     // unrolled by name, or the compiler has the sums in memory too
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
-      for (int v = 0; v < ALL; v++) upper[h][v] = lower[h][v] = _mm512_setzero_si512();
+      for (int v = 0; v < ALL; v++) upper[h][v] = lower[h][v] = no_sums();
     for (int64_t b = 0; b < c.blocks; b++) {
       const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
       const int64_t quarter = (next.bytes + 255) / 256 * 64;
@@ -341,14 +332,14 @@ struct ByteCodes {
         const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) {
-          const __m512i x = _mm512_loadu_si512(row + v * 64), codes[] = {low<BITS>(x), high(x)};
+          const Quads x = load_quads(row + v * 4 * W), codes[] = {low<BITS>(x), high_nibbles(x)};
 #pragma GCC unroll 4
           for (int h = 0; h < HEADS; h++) {
             const int8_t* w = (const int8_t*)(kept + h * stride + 1) + b * BLOCK + quad * 4;
 #pragma GCC unroll 2
             for (int e = 0; e < 8 / BITS; e++) {
-              upper[h][e * VECS + v] = dot(upper[h][e * VECS + v], codes[e], w);
-              lower[h][e * VECS + v] = dot(lower[h][e * VECS + v], codes[e], w + CHUNK);
+              upper[h][e * VECS + v] = dot_quads(upper[h][e * VECS + v], codes[e], w);
+              lower[h][e * VECS + v] = dot_quads(lower[h][e * VECS + v], codes[e], w + CHUNK);
             }
           }
         }
@@ -364,7 +355,7 @@ struct ByteCodes {
 
 // How a dtype's queries and weights are multiplied with codes.
 template <class T> struct CodesOf { typedef FloatCodes type; };
-#ifdef MOACOMPRESS_BF16_DOT
+#ifdef MOACOMPRESS_DOTS
 template <> struct CodesOf<bf16> { typedef ByteCodes type; };
 template <> struct CodesOf<f16> { typedef ByteCodes type; };
 #endif

@@ -482,7 +482,7 @@ extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_a
 extern const bool built_with_tiles;  // whether the last one has products of tiles
 #elif defined(__aarch64__)
 extern const Kernels neon_kernels, neon_bf16_kernels;
-extern const bool built_with_pairs;  // whether the last one has products of pairs of bfloat16
+extern const bool built_with_dots;  // whether the last one has products of pairs of bfloat16, and of four bytes
 #endif
 
 }  // namespace moacompress

@@ -16,7 +16,7 @@ template <class T> struct Widened {
   static inline void keep(const T* from, int64_t n, float* to) { widen_row(from, n, to); }
 };
 template <class T> struct DotOf { typedef Widened<T> type; };
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 // Dot products of pairs of bfloat16, summed in float32 by the processor.
 struct DotPairs {
   typedef bf16 Query;

@@ -28,8 +28,8 @@ static bool has_tiles() {
 }
 #elif defined(__aarch64__)
 // Whether the processor multiplies pairs of bfloat16, and four bytes with and without a sign.
-static bool has_pairs() {
-  if (!built_with_pairs) return false;
+static bool has_dots() {
+  if (!built_with_dots) return false;
 #if defined(__linux__)
   constexpr unsigned long DOT = 1ul << 20, I8MM = 1ul << 13, BF16_DOT = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_I8MM, HWCAP2_BF16
   return (getauxval(AT_HWCAP) & DOT) && (getauxval(AT_HWCAP2) & I8MM) && (getauxval(AT_HWCAP2) & BF16_DOT);
@@ -58,8 +58,8 @@ bool isa_works(Isa isa) {
   static const bool tiles = has_tiles();
   return isa == AVX512_BF16 || (isa == AVX512_AMX && tiles);
 #elif defined(__aarch64__)
-  static const bool pairs = has_pairs();
-  return isa == NEON || (isa == NEON_BF16 && pairs);
+  static const bool dots = has_dots();
+  return isa == NEON || (isa == NEON_BF16 && dots);
 #else
   return false;
 #endif

@@ -1,6 +1,5 @@
 #if defined(__x86_64__)
-#define MOACOMPRESS_BF16_DOT
-#define MOACOMPRESS_PAIRS
+#define MOACOMPRESS_DOTS
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define MOACOMPRESS_AMX
 #endif

@@ -1,6 +1,5 @@
 #if defined(__x86_64__)
-#define MOACOMPRESS_BF16_DOT
-#define MOACOMPRESS_PAIRS
+#define MOACOMPRESS_DOTS
 #include "vec_avx512.h"
 #include "kernels.inl"
 #include "linear.inl"

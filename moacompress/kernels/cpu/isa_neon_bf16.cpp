@@ -1,6 +1,6 @@
 #if defined(__aarch64__)
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
-#define MOACOMPRESS_PAIRS
+#define MOACOMPRESS_DOTS
 #endif
 #include "vec_neon.h"
 #include "kernels.inl"
@@ -10,10 +10,10 @@
 
 namespace moacompress {
 MOACOMPRESS_KERNELS(neon_bf16_kernels);
-#ifdef MOACOMPRESS_PAIRS
-const bool built_with_pairs = true;
+#ifdef MOACOMPRESS_DOTS
+const bool built_with_dots = true;
 #else
-const bool built_with_pairs = false;  // the compiler does not know them
+const bool built_with_dots = false;  // the compiler does not know them
 #endif
 }
 #endif

@@ -66,7 +66,7 @@ struct Float32 {
   static inline V lanes(const float* p) { return load(p); }
   static inline V step(V sum, V a, V b) { return fma(a, b, sum); }
 };
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 struct PairCells {
   typedef Pairs Register;
   static inline Pairs spread(const char* p) { return spread_pair(p); }
@@ -310,7 +310,7 @@ inline void softmax_step(float* scores, int64_t count, bool all, const Sees& see
   }
 }
 
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 // Weights of two keys in one cell; the keys beyond `count` are zero.
 template <int VECS> inline void pair_weights(float* weights, int64_t count) {
   for (int64_t k = 0; 2 * k < count; k++)
@@ -371,7 +371,7 @@ template <class T> struct FloatTile : TileOf<Float32, T> {
   template <int VECS, class Sees> inline void weights(float*, int64_t, int64_t, const V*, const Sees&) {}
   inline V weight(const float* at, int64_t key, int v) const { return load(at + key * LANES + v * W); }
 };
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 struct PairTile : TileOf<PairCells, bf16> {
   PairTile(const PrefillTile&, int64_t, float*, float*) {}
   static inline int64_t depth(const PrefillTile& t) { return t.head_dim / 2; }
@@ -527,7 +527,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
 
 template <class T> bool prefill_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, FloatTile<T>>(t, scratch); }
 template <class T> bool prefill_codes_tile(const PrefillTile& t, float* scratch) { return prefill_with<T, CodesTile<T>>(t, scratch); }
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 template <> bool prefill_tile<bf16>(const PrefillTile& t, float* scratch) {
 #ifdef MOACOMPRESS_AMX
   if (AmxTile::fits(t)) return prefill_with<bf16, AmxTile>(t, scratch);

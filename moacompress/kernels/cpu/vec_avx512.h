@@ -100,7 +100,7 @@ template <int STEP> inline V turned(V x) {
   return _mm512_mask_xor_ps(x, set, x, set1(-0.f));
 }
 
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 // Pairs of bfloat16 in W lanes, whose products are summed in float32.
 typedef __m512i Pairs;
 inline Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
@@ -119,6 +119,29 @@ inline Pairs pair_rounded(V low, V high) {
 }
 inline V low_of(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline V high_of(Pairs x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
+
+// Four bytes in W lanes, whose products with bytes that have a sign are summed in whole numbers.
+typedef __m512i Quads;
+typedef __m512i Sums;
+inline Quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Quads high_nibbles(Quads x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+inline Sums dot_quads(Sums sum, Quads x, const int8_t* four) {
+  int bytes;
+  memcpy(&bytes, four, 4);
+  return _mm512_dpbusd_epi32(sum, x, _mm512_set1_epi32(bytes));
+}
+inline V numbers_of(Sums x) { return _mm512_cvtepi32_ps(x); }
+// Puts numbers, rounded, as 256 times an upper byte and a lower one; returns the whole numbers.
+inline V store_halves(V x, int8_t* upper, int8_t* lower) {
+  const __m512i whole = _mm512_cvtps_epi32(x);
+  const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+  _mm_storeu_si128((__m128i*)upper, _mm512_cvtepi32_epi8(high));
+  _mm_storeu_si128((__m128i*)lower, _mm512_cvtepi32_epi8(_mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8))));
+  return _mm512_cvtepi32_ps(whole);
+}
+inline V about_inverse(V x) { return _mm512_rcp14_ps(x); }  // to 2^-14 of it
 #endif
 
 }  // namespace

@@ -91,11 +91,12 @@ inline Ints load_ints(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p
 inline V picked(Ints x, int shift, int mask) {
   return vcvtq_f32_u32(vandq_u32(vshlq_u32(x, vdupq_n_s32(-shift)), vdupq_n_u32(uint32_t(mask))));
 }
-inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
-  const uint16x4_t words = vmovn_u32(vcvtq_u32_f32(v));
+inline void store_low_bytes(uint8_t* p, uint32x4_t x) {
+  const uint16x4_t words = vmovn_u32(x);
   const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
   memcpy(p, &bytes, 4);
 }
+inline void store_codes(uint8_t* p, V v) { store_low_bytes(p, vcvtq_u32_f32(v)); }  // of whole numbers in [0, 255]
 // x of the lane i ^ STEP in lane i; and the signs of the lanes with that bit turned.
 template <int STEP> inline V swapped(V x) {
   if constexpr (STEP == 1) return vrev64q_f32(x);
@@ -107,7 +108,7 @@ template <int STEP> inline V turned(V x) {
   return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), vreinterpretq_u32_u64(bits)));
 }
 
-#ifdef MOACOMPRESS_PAIRS
+#ifdef MOACOMPRESS_DOTS
 // Pairs of bfloat16 in W lanes, whose products are summed in float32.
 typedef uint32x4_t Pairs;
 inline Pairs load_pairs(const void* p) { return vreinterpretq_u32_u8(vld1q_u8((const uint8_t*)p)); }
@@ -128,6 +129,28 @@ inline Pairs pair_rows(const bf16* a, const bf16* b) {
 inline Pairs pair_rounded(V low, V high) { return vsriq_n_u32(round_bits(high), round_bits(low), 16); }
 inline V low_of(Pairs x) { return vreinterpretq_f32_u32(vshlq_n_u32(x, 16)); }
 inline V high_of(Pairs x) { return vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000))); }
+
+// Four bytes in W lanes, whose products with bytes that have a sign are summed in whole numbers.
+typedef uint8x16_t Quads;
+typedef int32x4_t Sums;
+inline Quads load_quads(const uint8_t* p) { return vld1q_u8(p); }
+inline Quads low_nibbles(Quads x) { return vandq_u8(x, vdupq_n_u8(15)); }
+inline Quads high_nibbles(Quads x) { return vshrq_n_u8(x, 4); }
+inline Sums no_sums() { return vdupq_n_s32(0); }
+inline Sums dot_quads(Sums sum, Quads x, const int8_t* four) {
+  int32_t bytes;
+  memcpy(&bytes, four, 4);
+  return vusdotq_s32(sum, x, vreinterpretq_s8_s32(vdupq_n_s32(bytes)));
+}
+inline V numbers_of(Sums x) { return vcvtq_f32_s32(x); }
+// Puts numbers, rounded, as 256 times an upper byte and a lower one; returns the whole numbers.
+inline V store_halves(V x, int8_t* upper, int8_t* lower) {
+  const int32x4_t whole = vcvtnq_s32_f32(x), high = vshrq_n_s32(vaddq_s32(whole, vdupq_n_s32(128)), 8);
+  store_low_bytes((uint8_t*)upper, vreinterpretq_u32_s32(high));
+  store_low_bytes((uint8_t*)lower, vreinterpretq_u32_s32(vsubq_s32(whole, vshlq_n_s32(high, 8))));
+  return vcvtq_f32_s32(whole);
+}
+inline V about_inverse(V x) { return vdivq_f32(set1(1.f), x); }
 #endif
 
 }  // namespace
