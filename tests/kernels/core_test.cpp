@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "../../moacompress/kernels/cpu/tasks.h"
-#include "../../moacompress/kernels/cpu/team.h"
 
 using namespace moacompress;
 
@@ -864,39 +863,11 @@ void test_norm(Isa isa, DType dtype) {
 }  // namespace
 
 // With an argument it only says which instruction set would be chosen.
-// Threads that stay together: every round is done when it returns, by at most as many threads as are wanted, and none comes late.
-void test_team() {
-  Team team(int(pick(1, 5)));
-  std::vector<std::thread> others;
-  for (int i = 1; i < team.threads; i++) others.emplace_back([&] { team.help(); });
-  struct Round {
-    std::atomic<int64_t> next{0}, sum{0};
-    std::atomic<int> inside{0}, most{0};
-  };
-  const auto body = [](void* arg) {
-    Round& round = *static_cast<Round*>(arg);
-    const int now = ++round.inside;
-    for (int seen = round.most.load(); now > seen && !round.most.compare_exchange_weak(seen, now);) {
-    }
-    for (int64_t i; (i = round.next.fetch_add(1)) < 100;) round.sum += i;
-    round.inside--;
-  };
-  for (int i = 0; i < 200; i++) {
-    Round round;
-    const int wanted = int(pick(1, 6));
-    team.run(wanted, body, &round);
-    if (round.sum != 4950 || round.inside != 0 || round.most > wanted) failures++, std::printf("a round of a team failed\n");
-  }
-  team.end();
-  for (std::thread& thread : others) thread.join();
-}
-
 int main(int count, char**) {
   int tests = 0;
   std::printf("best: %s\n", isa_name(best_isa()));
   if (count > 1) return 0;
   for (int i = 0; i < 24; i++, tests++) test_advance(PORTABLE, DType(i % 3));
-  for (int i = 0; i < 8; i++, tests++) test_team();
   for (int isa = PORTABLE; isa < ISAS; isa++) {
     if (!isa_works(Isa(isa))) {
       std::printf("%s: not on this processor\n", isa_name(Isa(isa)));

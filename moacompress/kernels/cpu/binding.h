@@ -1,15 +1,12 @@
 // What the operators share: checks of tensors, and views of them as the kernels take them.
 #pragma once
 #include <atomic>
-#include <exception>
 #include <optional>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "core.h"
-#include "team.h"
 #include "torch_abi.h"
 
 namespace moacompress {
@@ -39,44 +36,7 @@ inline void run_on_pool(void*, int threads, void (*body)(void*), void* arg) {
   parallel_for(threads, run, &work);
 }
 
-// The threads that a step of this thread has at hand, or null.
-inline thread_local Team* team = nullptr;
-
-inline Parallel parallel() {
-  if (team) return {team->threads, Team::run_on, team};
-  return {num_threads(), run_on_pool, nullptr};
-}
-
-// Runs `step` on this thread while the others of torch's pool stay at hand for what it shares out.
-template <class Step> void together(const Step& step) {
-  struct Work {
-    const Step& step;
-    Team team;
-    const std::thread::id leader = std::this_thread::get_id();
-    bool done = false;
-    std::exception_ptr error{};
-
-    void lead() {
-      moacompress::team = &team;
-      try {
-        step();
-      } catch (...) {
-        error = std::current_exception();
-      }
-      moacompress::team = nullptr;
-      done = true;
-      team.end();
-    }
-  } work = {step, Team(num_threads())};
-  const auto run = [](int64_t, int64_t, void* context) {
-    Work& work = *static_cast<Work*>(context);
-    if (std::this_thread::get_id() != work.leader) work.team.help();
-    else if (!work.done) work.lead();
-  };
-  if (team || work.team.threads < 2) return step();
-  parallel_for(work.team.threads, run, &work);
-  if (work.error) std::rethrow_exception(work.error);
-}
+inline Parallel parallel() { return {num_threads(), run_on_pool, nullptr}; }
 
 inline void check_status(Status status, const char* op) {
   REQUIRE(status != NO_MEMORY, op, ": no memory for scratch space");

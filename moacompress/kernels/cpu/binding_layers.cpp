@@ -274,27 +274,24 @@ std::tuple<Tensor, int64_t, int64_t> step_layers_op(Tensor x, Tensor cos, Tensor
   const void* from = x.const_data_ptr();
   Scratch memory;
   std::vector<int16_t> scores;
-  int64_t i = first, wanted = 0;
-  together([&] {
-    for (; i < count; i++) {
-      Tensor& to = out[i % 2];
-      const auto& reuse = read.reuses[size_t(i)];
-      const auto attend = [&](const Token& token, void* mixed) {
-        const Gate& gate = read.gates[size_t(i)];
-        enter(GATES);
-        scores.resize(size_t(rows * gate.heads));
-        if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
-        if (!reuse)
-          return take(all->caches[size_t(i)]->first, token, mixed, op, read.value_sets[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
-        const size_t anchor = size_t(reuse->anchor);
-        return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
-      };
-      wanted = read.layers[size_t(i)].step(attend, rotary, rows, from, to.mutable_data_ptr(), memory, op);
-      if (wanted) return;
-      from = to.const_data_ptr();
-    }
-  });
-  return {out[(i + 1) % 2], i, wanted};
+  for (int64_t i = first; i < count; i++) {
+    Tensor& to = out[i % 2];
+    const auto& reuse = read.reuses[size_t(i)];
+    const auto attend = [&](const Token& token, void* mixed) {
+      const Gate& gate = read.gates[size_t(i)];
+      enter(GATES);
+      scores.resize(size_t(rows * gate.heads));
+      if (gate.heads) gate.score(token.hidden, token.shape.dtype, rows, scores.data());
+      if (!reuse)
+        return take(all->caches[size_t(i)]->first, token, mixed, op, read.value_sets[size_t(i)] ? &all->kept[size_t(i)] : nullptr, scores.data());
+      const size_t anchor = size_t(reuse->anchor);
+      return take_shared(all->caches[anchor]->first, *reuse, read.rests[size_t(i)], token, all->kept[anchor], mixed, op);
+    };
+    const int64_t wanted = read.layers[size_t(i)].step(attend, rotary, rows, from, to.mutable_data_ptr(), memory, op);
+    if (wanted) return {out[(i + 1) % 2], i, wanted};
+    from = to.const_data_ptr();
+  }
+  return {out[(count + 1) % 2], count, 0};
 }
 
 }  // namespace

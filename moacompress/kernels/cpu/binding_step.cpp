@@ -110,12 +110,8 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
   const LayerCache cache = state.of(shape, type, op);
   Scratch memory;
   Tensor out = new_tensor(x, Shapes{rows, 1, shape.kv_heads * shape.group, shape.value_dim});
-  int64_t wanted = 0;
-  together([&] {
-    const Token token = projections.make(x.const_data_ptr(), rows, rotary, memory.of(projections.bytes(rows), op), op);
-    wanted = take(cache, token, out.mutable_data_ptr(), op);
-  });
-  return {out, wanted};
+  const Token token = projections.make(x.const_data_ptr(), rows, rotary, memory.of(projections.bytes(rows), op), op);
+  return {out, take(cache, token, out.mutable_data_ptr(), op)};
 }
 
 std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, Tensors norms, double eps, Tensor cos,
@@ -140,9 +136,7 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   Scratch memory;
   Tensor out = new_tensor(x, Shapes{rows, 1, inputs});
   const auto attend = [&](const Token& token, void* to) { return take(cache, token, to, op); };
-  int64_t wanted = 0;
-  together([&] { wanted = layer.step(attend, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op); });
-  return {out, wanted};
+  return {out, layer.step(attend, rotary, rows, x.const_data_ptr(), out.mutable_data_ptr(), memory, op)};
 }
 
 // Writes what was traced so far, [2, phases]: nanoseconds on the threads that made steps, and of all threads at work. Sets it to zero,

@@ -230,10 +230,6 @@ class StackStep:
         self._stack, self._layers, self._cache = stack, layers, cache
         self._out: torch.Tensor | None = None
 
-    def is_done_with(self, hidden: Any) -> bool:
-        """Whether the step of all layers is made, and this is what came out of it."""
-        return hidden is not None and hidden is self._out
-
     def step(
         self,
         layer: Any,

@@ -105,13 +105,6 @@ class _FusedLayer:
     known: tuple[type[nn.Module], ...]
     made_of: tuple[MadeOf, ...]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own; where an earlier layer has made the step of all, no more than handing on."""
-        run = kwargs.get(RUN)
-        if type(run) is StackStep and args and run.is_done_with(args[0]):
-            return args[0]
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -376,7 +369,7 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
         written_there = all(_is_from(kind, home) for kind in kinds)
         made.known = (_fused(attention), mlp, norm, norm) if written_there else ()
         made.made_of += tuple(part for kind in (*kinds, *SILU) for part in _calls(kind))
-    made.made_of += (MadeOf(made, "forward", made.forward), MadeOf(made, "__call__", made.__call__))
+    made.made_of += (MadeOf(made, "forward", made.forward),)
     globals()[name] = made
     return cast("type[nn.Module]", made)
 
