@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from moacompress.bench.bench_request import SIDES
-from moacompress.core.tables import Row, readable_bytes, section
+from moacompress.core.tables import Row, section
 from moacompress.rules.budget import format_length
 
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
@@ -16,10 +16,10 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefill": ("seconds, all rows", 1e-3)}
 SPEED_TITLE = "This plan is so many times as fast as the others (median of the turns, 95% interval)"
 SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
-KV_TITLE = "Weights and KV cache; bits of a kept number in keys and in values, scales and zero points counted"
+MEMORY_TITLE = "Memory in MiB: weights, KV cache, and the peak of a process with all that is in it"
+BITS_NOTE = "Bits: of a kept number in keys and in values, scales and zero points counted."
 CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
 TRACE_TITLE = "Where a step's time goes under this plan, {cell}: {ms} ms, traced, on {threads}"
-PEAK_TITLE = "Peak memory of a process, weights and libraries included"
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
@@ -43,9 +43,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     for row in runs:
         if row.get("trace"):
             shown.append(_trace(row))
-    shown += [_bytes(runs), CEILING_NOTE, ""]
-    if any(row.get(f"peak_bytes_{side}") for row in runs for side in SIDES):
-        shown.append(_table(PEAK_TITLE, runs, "peak_bytes_{}", _peak))
+    shown += [memory_table(runs), BITS_NOTE, CEILING_NOTE, ""]
     return [*shown, *_sentences(report)]
 
 
@@ -101,10 +99,6 @@ def _slower(row: Row, side: str) -> bool:
     return side in row["speedup"] and bool(row["speedup"][side]["value"] < 1)
 
 
-def _peak(row: Row, side: str) -> str:
-    return f"{row[f'peak_bytes_{side}'] / 2**20:,.0f} MiB"  # all in one unit: what differs is small beside the weights
-
-
 def _trace(row: Row) -> RenderableType:
     trace = row["trace"]
     lines = [
@@ -117,20 +111,38 @@ def _trace(row: Row) -> RenderableType:
     return section(title, ("", "ms", "share", "threads waited, ms together"), lines)
 
 
-def _bytes(runs: Sequence[Row]) -> RenderableType:
+def memory_table(runs: Sequence[Row]) -> RenderableType:
+    """Returns what weights and caches take, and the most that a process took beside, as `memory_rows`."""
+    return section(MEMORY_TITLE, *memory_rows(runs))
+
+
+def memory_rows(runs: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns columns and rows of memory in MiB: weights, caches, and the peaks of the sides of which one was measured.
+
+    Args:
+        runs: rows of a benchmark; where no peak was measured a cell comes once, not once a phase.
+    """
+    sides = [side for side in SIDES if any(row.get(f"peak_bytes_{side}") is not None for row in runs)]
     first = runs[0]["phase"]
-    lines = [
+    rows = [
         (
-            _cell(row),
-            *(readable_bytes(row[name]) for name in ("weight_bytes", "kv_bytes_dense", "kv_bytes_plan")),
-            f"{row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}",
-            f"{row['bits']['keys']:.1f} / {row['bits']['values']:.1f}",
+            _place(row) if sides else _cell(row),
+            *(_mebibytes(row[name], 1) for name in ("weight_bytes", "kv_bytes_dense")),
+            f"{_mebibytes(row['kv_bytes_plan'], 1)}, {row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}",
+            f"{row['bits']['keys']:.1f}/{row['bits']['values']:.1f}",
             f"{row['byte_ratio']:.2f}",
+            *(_mebibytes(row.get(f"peak_bytes_{side}")) for side in sides),
         )
         for row in runs
-        if row["phase"] == first
+        if sides or row["phase"] == first
     ]
-    return section(KV_TITLE, ("", "weights", "KV, dense", "KV, this plan", "share", "bits", "ceiling"), lines)
+    peaks = (f"peak, {HEADS[side]}" for side in sides)
+    return ("", "weights", "KV, dense", "KV, this plan", "bits", "ceiling", *peaks), rows
+
+
+def _mebibytes(count: int | None, digits: int = 0) -> str:
+    """Returns a size, all in one unit: what differs between sides is small beside the weights."""
+    return "-" if count is None else f"{count / 2**20:,.{digits}f}"
 
 
 def _place(row: Row) -> str:

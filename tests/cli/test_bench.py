@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_not_in_the_tables(compressed: Path) -> None:
     text = invoke(compressed, *SMALL, "--prefill-repeats", "0", "--sides", "plan,dense", "-q").stdout
     assert "Prefill" not in text
     assert "best dense" not in text
-    assert "Peak memory" not in text
+    assert "peak, " not in text
     alone = invoke(compressed, *SMALL, "--sides", "plan", "-q").stdout
     assert "times as fast" not in alone
     assert "decoding is" not in alone
@@ -106,9 +106,43 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
     assert "0.90*" in text
     assert "2.00 1.90-2.10" in text
     assert "* The plan is slower here" in text
-    assert "10.0 / 6.2" in text
+    assert "10.0/6.2" in text
     assert "1 x 1k fp32: the best dense is the static cache, compiled." in text
     assert "Batch 1, fp32: decoding is not faster than the best dense at 1k tokens." in text
+
+
+def test_weights_caches_and_peaks_are_one_table() -> None:
+    from rich.console import Console
+
+    from moacompress.report.bench_tables import memory_rows, memory_table
+    from moacompress.report.page.cost_figures import peak_picture
+
+    row: dict[str, Any] = {
+        "phase": "decode", "length": 1024, "batch": 1, "dtype": "bfloat16", "weight_bytes": 1 << 28,
+        "kv_bytes_plan": 3 << 20, "kv_bytes_dense": 24 << 20, "bits": {"keys": 10.0, "values": 6.25}, "byte_ratio": 1.08,
+        "peak_bytes_plan": None, "peak_bytes_dense": None,
+    }  # fmt: skip
+    prefill = {**row, "phase": "prefill"}
+    columns, rows = memory_rows([row, prefill])
+    assert [found[0] for found in rows] == ["1 x 1k bf16"]
+    assert not any("peak" in column for column in columns)
+    assert peak_picture({"runs": [row, prefill]}) is None
+    row |= {"peak_bytes_plan": 700 << 20, "peak_bytes_dense": 1900 << 20}
+    runs = [row, prefill | {"peak_bytes_plan": 800 << 20}]
+    columns, rows = memory_rows(runs)
+    assert columns[-2:] == ("peak, this plan", "peak, dense")
+    assert [(found[0], *found[-2:]) for found in rows] == [
+        ("decode 1 x 1k bf16", "700", "1,900"),
+        ("prefill 1 x 1k bf16", "800", "-"),
+    ]
+    console = Console(width=100, file=io.StringIO())
+    console.print(memory_table([row | {"peak_bytes_full_span": 1 << 30}]))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(part in said for part in ("256.0", "24.0", "3.0,", "12.5%", "10.0/6.2", "1.08", "1,024", "1,900"))
+    picture = peak_picture({"runs": runs})
+    assert picture is not None
+    assert {trace["name"]: trace["x"] for trace in picture.traces} == {"this plan": [700, 800], "dense": [1900, None]}
+    assert [*picture.rows] == rows
 
 
 def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moacompress.core.tables import readable_bytes
+from moacompress.report.bench_tables import memory_rows
 from moacompress.report.page.figure_style import Picture, Trace, axis, lines
 from moacompress.report.page.findings import Finding, Findings
 from moacompress.rules.budget import format_length
@@ -52,9 +53,9 @@ def length_ticks(lengths: list[int]) -> dict[str, Any]:
 
 
 def speed_pictures(bench: Finding) -> list[Picture]:
-    """Returns the pictures of times, and of where they go if that was traced."""
-    traced = trace_picture(bench)
-    return [*latency_pictures(bench), *([traced] if traced is not None else [])]
+    """Returns the pictures of times, of where they go if that was traced, and of peaks of memory if these were measured."""
+    more = (trace_picture(bench), peak_picture(bench))
+    return [*latency_pictures(bench), *(picture for picture in more if picture is not None)]
 
 
 def latency_pictures(bench: Finding) -> list[Picture]:
@@ -139,6 +140,37 @@ def trace_picture(bench: Finding) -> Picture | None:
     ]
     note = "Of this plan, traced in turns of its own. In the table behind each time: what the threads waited in it, together."
     return Picture("trace", "Where a step's time goes", traces, layout, note, ("phase", *names), table)
+
+
+def peak_picture(bench: Finding) -> Picture | None:
+    """Returns the most memory that a process took, beside weights and caches; None where no peak was measured."""
+    columns, table = memory_rows(bench["runs"])
+    names = [row[0] for row in table]
+    traces: list[Trace] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "x": [None if row.get(key) is None else row[key] / MIB for row in bench["runs"]],
+            "y": names,
+            "marker": {"color": colour},
+            "hovertemplate": "%{x:,.0f} MiB<extra>%{fullData.name}</extra>",
+        }
+        for (name, key), colour in zip(
+            ((name, f"peak_bytes_{side}") for side, name in SIDES.items()), PHASE_COLOURS, strict=False
+        )
+        if any(row.get(key) is not None for row in bench["runs"])
+    ]
+    if not traces:
+        return None
+    layout = {
+        "barmode": "group",
+        "xaxis": axis("MiB of a process at its peak", rangemode="tozero"),
+        "yaxis": axis("", autorange="reversed", type="category", categoryorder="array", categoryarray=names),
+        "height": 190 + 20 * len(names) * len(traces),
+    }
+    note = "Weights, caches, Python and the libraries, each side in a process of its own. The table is in MiB."
+    return Picture("peaks", "Memory", traces, layout, note, columns, table)
 
 
 def _ms(value: float | None) -> str:
