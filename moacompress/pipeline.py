@@ -156,6 +156,7 @@ def fill(
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,
         "weights": stored_bytes(out / MODEL_FOLDER),
+        **({} if (rounding := plan.quality.get("rounded_weights")) is None else {"rounded_weights": rounding}),
         "seconds": clock.seconds,
         "quality": quality_table(scores["results"]),
         "harm": plan.quality.get("measured_harm", {}),

@@ -325,8 +325,12 @@ class Recipe(_Section):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
     )
-    weights: Literal["keep", "dense"] = Field(
-        "keep", description="of a .gguf file: keep its blocks of codes, or turn them into floats"
+    weights: Literal["keep", "dense", "int8", "int4"] = Field(
+        "keep",
+        description="of the linear layers: as they are, with a .gguf file's blocks; all floats; or rounded to blocks",
+    )
+    head_weights: Literal["int8", "int4"] | None = Field(
+        None, description="what embedding and output layer are rounded to where `weights` rounds; by default not"
     )
     device: str = "cpu"
     seed: int = Field(0, ge=0, le=2**31 - 1)
@@ -347,6 +351,14 @@ class Recipe(_Section):
                 "%s is ignored: no recipe or profile can allow a model's own code, only %s", CONSENT, ALLOWED_BY
             )
         return {key: value for key, value in data.items() if key != CONSENT}
+
+    @model_validator(mode="after")
+    def _head(self) -> Recipe:
+        if self.head_weights is not None and self.weights not in ("int8", "int4"):
+            raise ValueError(
+                f"head_weights is {self.head_weights} but weights is {self.weights}; they are rounded with int8 or int4 alone"
+            )
+        return self
 
     @field_validator("budget")
     @classmethod

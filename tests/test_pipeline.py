@@ -516,3 +516,22 @@ def test_killed_at_random_points_ends_the_same(kills, finished, recipe, tmp_path
     assert _comparable(out) == _comparable(whole)
     leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".partial"))]
     assert leftovers == []
+
+
+def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
+    rounded = recipe.override(weights="int8", head_weights="int4")
+    summary = compress(rounded, tmp_path / "out")
+    note = summary["rounded_weights"]
+    assert (note["weights"], note["head_weights"]) == ("int8", "int4")
+    assert note["samples"] >= 2
+    assert 0 < note["kl"] < 2
+    assert set(summary["weights"]) == {"Q8_0", "Q4_1", "float32"}
+    assert "Rounding them to int8 costs" in "".join(text for text in summary_tables(summary) if isinstance(text, str))
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "Linear layers were rounded to int8, embedding and output layer to int4: KL(before || rounded)" in card
+    written = (tmp_path / "out" / "profile" / "weights.json").stat().st_mtime_ns
+    assert compress(rounded, tmp_path / "out")["rounded_weights"] == note
+    assert (tmp_path / "out" / "profile" / "weights.json").stat().st_mtime_ns == written
+    with pytest.raises(PlanError, match="weights"):
+        export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "plain")
+    export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "same", weights="int8", head_weights="int4")

@@ -34,6 +34,7 @@ from moacompress.calibration.profile.influence import Collector, GradientCollect
 from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.profile.precision import PrecisionSums
+from moacompress.calibration.profile.rounding_loss import measure_rounding
 from moacompress.calibration.profile.sharing import CopySums, copyable
 from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
@@ -311,7 +312,9 @@ def profile(
                 logger.warning("%s; repairing it", str(error).partition("; run")[0])
         # too little data is found before anything is answered
         drafts = gate_drafts(source, manifest.recipe) if trains and _known_gates(out, manifest) is None else None
-        manifest, samples = _make_samples(out, source, manifest, progress, from_scratch=drafts is not None)
+        manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=drafts is not None)
+        if around is None:
+            measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
         gates = None
         if manifest.has_gates:
             known = _known_gates(out, manifest) or (_kept_gates(out, manifest, around) if around is not None else None)
@@ -434,8 +437,8 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
 
 def _make_samples(
     out: Path, source: SourceModel, manifest: Manifest, progress: Progress, from_scratch: bool
-) -> tuple[Manifest, list[Sample]]:
-    """Makes the samples, or reads those that are on disk already, and completes the fingerprints.
+) -> tuple[Manifest, list[Sample], list[Sample]]:
+    """Makes the samples of both splits, or reads those that are on disk already, and completes the fingerprints.
 
     With `from_scratch` those that are profiled are not read: an older version may have left nothing for the gates that are
     to be trained. What the model answered before is not answered again.
@@ -458,7 +461,7 @@ def _make_samples(
             f"no calibration sample has length {missing[0]:,}: {len(calibration)} samples are too few for "
             f"{len(manifest.lengths)} lengths; raise calibration.samples"
         )
-    return manifest, calibration
+    return manifest, calibration, validation
 
 
 def _stored_or_built(

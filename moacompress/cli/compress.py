@@ -13,6 +13,7 @@ from moacompress.cli.options import (
     Budgets,
     ClassesOption,
     FormatsOption,
+    HeadWeightsOption,
     LengthsOption,
     ModelArgument,
     Overwrite,
@@ -52,6 +53,7 @@ def compress(
     source: Sources = None,
     text: Text = None,
     weights: WeightsOption = None,
+    head_weights: HeadWeightsOption = None,
     formats: FormatsOption = None,
     gates: Annotated[
         bool | None,
@@ -86,6 +88,7 @@ def compress(
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),
         budget=budget,
         weights=weights,
+        head_weights=head_weights,
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
-from moacompress.cli.options import Overwrite, TrustRemoteCode, WeightsOption
+from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
 
 
@@ -37,6 +37,7 @@ def export(
         ),
     ] = None,
     weights: WeightsOption = None,
+    head_weights: HeadWeightsOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check model and plan, say what would be written, and write nothing.")
     ] = False,
@@ -55,25 +56,26 @@ def export(
     from moacompress.report.inspection import inspect_plan, kv_table
 
     loaded = read_plan(find_plan_file(plan))
-    kept = run.recipe(weights=weights).weights
+    chosen = run.recipe(weights=weights, head_weights=head_weights)
+    rounding = {"weights": chosen.weights, "head_weights": chosen.head_weights}
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
     if dry_run:
         from moacompress.exporter.exporting import estimate_export
 
         expected = estimate_export(
-            model, loaded, out, weights=kept, repair=repair, overwrite=overwrite, trust_remote_code=trust_remote_code
+            model, loaded, out, repair=repair, overwrite=overwrite, trust_remote_code=trust_remote_code, **rounding
         )
         return Output(expected.to_dict(), [expected.line()])
     folder = export_model(
         model,
         loaded,
         out,
-        weights=kept,
         repair=repair,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,
+        **rounding,
     )
     written = exported_plan(folder) or loaded
     inspected = inspect_plan(written)

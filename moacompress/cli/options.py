@@ -52,7 +52,15 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="KIND",
-        help="What becomes of the weights of a .gguf file: keep its blocks of codes (the default), or dense.",
+        help="Weights of linear layers: keep a .gguf file's blocks of codes (the default), dense, or rounded to int8 or int4.",
+    ),
+]
+HeadWeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head-weights",
+        metavar="KIND",
+        help="What embedding and output layer are rounded to, int8 or int4, where --weights rounds. By default not.",
     ),
 ]
 Sources = Annotated[

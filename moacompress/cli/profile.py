@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import (
+    HeadWeightsOption,
     LengthsOption,
     ModelArgument,
     Overwrite,
@@ -69,6 +70,7 @@ def profile(
     ),
     recipe: RecipeFile = None,
     weights: WeightsOption = None,
+    head_weights: HeadWeightsOption = None,
     lengths: LengthsOption = None,
     samples: Samples = None,
     text_samples: TextSamples = None,
@@ -135,6 +137,7 @@ def profile(
         recipe,
         base=earlier,
         weights=weights,
+        head_weights=head_weights,
         calibration__lengths=lengths,
         calibration__samples=samples,
         calibration__text_samples=text_samples,

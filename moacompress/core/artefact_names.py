@@ -42,6 +42,7 @@ MANIFEST_FILE = "profile.json"
 """What a profile is of; it lies in the profile's folder, as do the next seven."""
 CALIBRATION_FILE = "calibration.safetensors"
 VALIDATION_FILE = "validation.safetensors"
+ROUNDING_FILE = "weights.json"
 SAMPLES_FOLDER = "samples"
 INFLUENCE_FILE = "influence.safetensors"
 GATES_FILE = "gates.safetensors"
@@ -205,6 +206,7 @@ def of_profile(folder: Path) -> list[Path]:
         INFLUENCE_FILE,
         SAMPLES_FOLDER,
         VALIDATION_FILE,
+        ROUNDING_FILE,
         CALIBRATION_FILE,
         ANSWERS_FILE,
         MANIFEST_FILE,

@@ -38,7 +38,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
         "## KV cache\n\n" + _bytes_table(plan),
     ]
     if stored is not None:
-        parts.append("## Weights\n\n" + _weights_table(stored))
+        parts.append("## Weights\n\n" + " ".join([_weights_table(stored), *filter(None, [rounding_text(plan)])]))
     if plan.stated_lengths and not all(rule.is_native for row in plan.rules for rule in row):
         parts.append("## Formats of keys and values\n\n" + _formats_table(plan, max(plan.stated_lengths)))
     if plan.selects:
@@ -111,6 +111,20 @@ def _bytes_table(plan: Plan) -> str:
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
+
+
+def rounding_text(plan: Plan) -> str:
+    """Returns what the weights that were rounded for a plan lose, beside what the plan loses; empty where none were."""
+    notes = plan.quality.get("rounded_weights")
+    if not isinstance(notes, dict):
+        return ""
+    error = "" if notes.get("standard_error") is None else f" ± {notes['standard_error']:.2g}"
+    head = f", embedding and output layer to {notes['head_weights']}" if notes.get("head_weights") else ""
+    return (
+        f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {notes['kl']:.3g}{error} nats per "
+        f"answer token on {notes['samples']} validation samples, without a plan. What was measured of the plan is against the "
+        "rounded model."
+    )
 
 
 def _weights_table(stored: Mapping[str, int]) -> str:

@@ -42,6 +42,7 @@ def export(
     out: str | Path,
     *,
     weights: str = KEEP,
+    head_weights: str | None = None,
     repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -55,7 +56,8 @@ def export(
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan, with the same repair and types of weights, is left as
             it is.
-        weights: as `load_source` takes it, of a model that is not loaded yet.
+        weights: as `load_source` takes it, of a model that is not loaded yet; the plan must be of these weights.
+        head_weights: likewise.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
@@ -81,7 +83,9 @@ def export(
     out = Path(out)
     sweep_folders(out)
     progress.start("export", 3)
-    plan, profile, source, inputs, reused = _prepared(model, plan, out, weights, repair, overwrite, trust_remote_code)
+    plan, profile, source, inputs, reused = _prepared(
+        model, plan, out, (weights, head_weights), repair, overwrite, trust_remote_code
+    )
     if reused:
         progress.done()
         return out
@@ -135,7 +139,7 @@ def _prepared(
     model: str | Path | SourceModel,
     plan: Plan | str | Path,
     out: Path,
-    weights: str,
+    weights: tuple[str, str | None],
     repair: Profile | str | Path | None,
     overwrite: bool,
     trust_remote_code: bool,
@@ -166,13 +170,14 @@ def estimate_export(
     out: str | Path,
     *,
     weights: str = KEEP,
+    head_weights: str | None = None,
     repair: Profile | str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
     out = Path(out)
-    found = _prepared(model, plan, out, weights, repair, overwrite, trust_remote_code)
+    found = _prepared(model, plan, out, (weights, head_weights), repair, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
     size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
     return export_estimate(out, found.reused, _holds_something(out), size, found.profile is not None)
@@ -293,13 +298,16 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     return expected
 
 
-def _loaded_in(dtype: str, model: str | Path | SourceModel, weights: str, trust_remote_code: bool) -> SourceModel:
+def _loaded_in(
+    dtype: str, model: str | Path | SourceModel, weights: tuple[str, str | None], trust_remote_code: bool
+) -> SourceModel:
     """Returns the dense model in a dtype: a loaded one as it is where it computes in that."""
     if isinstance(model, SourceModel):
         if model.computes_in == dtype:
             return model
         model = model.source
-    return load_source(model, dtype=dtype, weights=weights, trust_remote_code=trust_remote_code)
+    kind, head = weights
+    return load_source(model, dtype=dtype, weights=kind, head_weights=head, trust_remote_code=trust_remote_code)
 
 
 def warn_of_budget(plan: Plan) -> None:

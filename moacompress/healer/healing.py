@@ -47,6 +47,7 @@ from moacompress.healer.trained_weights import (
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, context_length, load_source
+from moacompress.models.stored_plan import checkpoint_weights
 from moacompress.recipe import HealRecipe, Recipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
@@ -130,6 +131,11 @@ class HealRequest:
         """
         check_installed(recipe.heal.train)
         folder = compressed_folder(Path(target), DENSE_GIVEN)
+        if recipe.heal.train != "gates" and checkpoint_weights(folder):
+            raise UsageError(
+                f"the weights of {folder} are in blocks of codes, which are not trained; export the plan with --weights dense "
+                "and heal that, or heal the gates alone (--train gates)"
+            )
         known = profile if isinstance(profile, Profile) else Profile.load(_profile_folder(folder, profile))
         compute = _compute_dtype(recipe)
         frozen = recipe.heal.train == "lora"
@@ -301,7 +307,15 @@ def _load_teacher(
         raise ModelError(
             f"the dense model is not at {name} any more, where it was profiled; say where it is (--teacher)"
         )
-    return load_source(name, dtype=compute, device=recipe.device, trust_remote_code=trust_remote_code)
+    own = profile.recipe
+    return load_source(
+        name,
+        dtype=compute,
+        device=recipe.device,
+        weights=own.weights,
+        head_weights=own.head_weights,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:

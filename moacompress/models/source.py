@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 KEEP, DENSE = "keep", "dense"
 """What becomes of weights that a file has in blocks: they stay as they are, or become floats."""
+ROUNDING = ("int8", "int4")
+"""What weights can be rounded to as they are loaded."""
 GGUF_PACKAGES = ("accelerate", "gguf")
 """What transformers needs to load a `.gguf` file; the extra `demo` brings them."""
 
@@ -72,6 +74,7 @@ def load_source(
     dtype: str = "auto",
     device: str = "cpu",
     weights: str = KEEP,
+    head_weights: str | None = None,
     trust_remote_code: bool = False,
 ) -> SourceModel:
     """Loads MODEL without a plan.
@@ -82,7 +85,8 @@ def load_source(
             `.gguf` file is `weight_files.gguf_dtype`.
         device: torch device, such as "cpu" or "cuda".
         weights: "keep" for the blocks of a `.gguf` file as they are, where layers can multiply with them (`gguf_model`);
-            "dense" for floats.
+            "dense" for floats; "int8" or "int4" to round those of linear layers to blocks (`weight_rounding`).
+        head_weights: "int8" or "int4" for embedding and output layer, where `weights` rounds; None leaves them.
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
@@ -142,6 +146,10 @@ def load_source(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
+    if weights in ROUNDING:
+        from moacompress.models.weight_rounding import round_weights
+
+        round_weights(model, weights, head_weights)
     model.to(device).eval().requires_grad_(False)
     shape = model_shape(model, own)
     context = context_length(model)

@@ -60,9 +60,22 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         *_measured_elsewhere(kv_bytes),
         quality,
         *class_lines(summary),
-        *([f"Weights: {readable_types(summary['weights'])}."] if summary.get("weights") else []),
+        *_weights(summary),
         f"Took {seconds}.",
     ]
+
+
+def _weights(summary: Mapping[str, Any]) -> list[str]:
+    """Returns the bytes of weights by type; and of weights that were rounded what they lose, beside what the plan loses."""
+    lines = [f"Weights: {readable_types(summary['weights'])}."] if summary.get("weights") else []
+    rounding = summary.get("rounded_weights")
+    if rounding is not None:
+        plan = readable_number(summary["harm"].get("plan"))
+        lines.append(
+            f"Rounding them to {rounding['weights']} costs {rounding['kl']:.3g} nats a token by itself (KL to the model "
+            f"before); the plan on top of it {plan} (KL to the rounded model)."
+        )
+    return lines
 
 
 def _measured_elsewhere(kv_bytes: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_fil
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.source import check_family, context_length, find_model_folder, is_compressed
+from moacompress.models.source import ROUNDING, check_family, context_length, find_model_folder, is_compressed
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
@@ -203,6 +203,14 @@ def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
     return plan
 
 
+def _rounding(plan: Plan) -> dict[str, str]:
+    """Returns how the weights were rounded that a plan was made for, as `load_source` takes it."""
+    notes = plan.quality.get("rounded_weights")
+    notes = notes if isinstance(notes, dict) else {}
+    found = {name: notes.get(name) for name in ("weights", "head_weights")}
+    return {name: kind for name, kind in found.items() if isinstance(kind, str) and kind in ROUNDING}
+
+
 def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     """Returns a checkpoint with the dense model that its plan was made for.
 
@@ -218,7 +226,9 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     from moacompress.runtime.linear import pack_where_it_fits
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    source = load_source(dense, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
+    source = load_source(
+        dense, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code, **_rounding(checkpoint.plan)
+    )
     checkpoint.plan.check_model(source.shape, weights=source.weights_like)
     model = source.model.eval().to(checkpoint.model.device)
     pack_where_it_fits(model)

@@ -13,7 +13,7 @@ def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_c
     """Returns MODEL loaded as a recipe says, its weights packed where there is memory for it, and a loaded model as it is.
 
     Args:
-        recipe: `dtype`, `device` and `weights` count.
+        recipe: `dtype`, `device`, `weights` and `head_weights` count.
         source: MODEL.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
@@ -26,6 +26,7 @@ def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_c
         dtype=recipe.dtype,
         device=recipe.device,
         weights=recipe.weights,
+        head_weights=recipe.head_weights,
         trust_remote_code=trust_remote_code,
     )
     pack_where_it_fits(loaded.model)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from moacompress.calibration.profile.rounding_loss import rounding_of
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_json
@@ -185,6 +187,7 @@ def _with_notes(
     return plan.with_notes(
         budget={"asked": list(request.asked), "bytes": bytes_note(plan, _noted_lengths(request))},
         quality={
+            **_rounding(profile),
             "predicted_harm": request.predicted(surrogate, plan),
             "measured_harm": dict(kl),
             **measured,
@@ -244,6 +247,14 @@ def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple
                     incumbent.kl,
                 )
     return plan, {**_unmeasured(measured_baselines), "plan": least, "trial0": float(np.mean(context.reference))}
+
+
+def _rounding(profile: Profile) -> dict[str, Any]:
+    """Returns the note of what weights that were rounded lose by themselves; none of a model whose weights were not."""
+    found = rounding_of(profile.path, profile.shape.weights_fingerprint)
+    if found is None:
+        return {}
+    return {"rounded_weights": {name: found[name] for name in found if name != "weights_fingerprint"}}
 
 
 def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:

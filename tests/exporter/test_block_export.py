@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, UnsupportedError
+from moacompress.core.errors import ArtefactError, MoaCompressError, UnsupportedError, UsageError
 from moacompress.doctor.checks import check_model
 from moacompress.exporter.exporting import estimate_export, export, save_dense
+from moacompress.healer.healing import HealRequest
 from moacompress.models.block_layers import weight_types
 from moacompress.models.source import load_source
+from moacompress.recipe import Recipe
 from moacompress.report.doctor_tables import model_table
 from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
@@ -45,6 +47,11 @@ def exported(file: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -
     return export(file, plan, tmp_path_factory.mktemp("out") / "model")
 
 
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():  # other kernels compute where there are gradients
+        return model(TOKENS).logits
+
+
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "model"))
@@ -71,7 +78,7 @@ def test_it_computes_what_the_file_does(exported: Path, file: Path) -> None:
     weights, expected = model.state_dict(), source.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(detach(model)(TOKENS).logits, source(TOKENS).logits)
+    assert torch.equal(logits(detach(model)), logits(source))
     stored = load_file(exported / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
     assert "lm_head.weight" not in stored
@@ -83,7 +90,7 @@ def test_other_families(architecture: str, tmp_path: Path) -> None:
     folder = export(source, random_plan(source.shape, 5), tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert weight_types(model) == weight_types(source.model)
-    assert torch.equal(detach(model)(TOKENS).logits, source.model(TOKENS).logits)
+    assert torch.equal(logits(detach(model)), logits(source.model))
 
 
 def test_saving_it_again_changes_no_bit(exported: Path, tmp_path: Path) -> None:
@@ -201,6 +208,16 @@ def test_a_dense_folder_is_of_floats(file: Path, tmp_path: Path) -> None:
     source = load_source(save_dense(file, tmp_path / "dense"))
     assert not weight_types(source.model)
     assert source.shape == load_source(file).shape
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_heal_refuses_it(train: str, exported: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = Recipe.from_dict({"heal": {"train": train}})
+    with pytest.raises(
+        UsageError, match=r"in blocks of codes, which are not trained; export the plan with --weights dense"
+    ):
+        HealRequest.of(exported, None, None, recipe)
 
 
 def test_vllm_refuses_it_in_one_sentence(exported: Path) -> None:

@@ -145,3 +145,26 @@ def test_gradients_of_inputs(twins):
         model(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
         found.append(x.grad)
     assert apart(*found) < 1e-4
+
+
+def test_adapters_train_on_blocks_as_on_numbers_and_are_not_merged(twins, token_ids):
+    peft = pytest.importorskip("peft")
+    blocks, dense = twins()
+    plan, ids, found = plan_kinds.windows(dense), token_ids(1, 60), []
+    before = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
+    for model in (blocks, dense):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        adapted = peft.get_peft_model(attach(model, plan), lora)
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.5)
+        for _ in range(3):
+            adapted(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+        found.append(adapted.eval()(ids).logits)
+        if model is blocks:
+            with pytest.raises(RuntimeError, match="size of tensor"):
+                adapted.merge_and_unload()
+            own = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+            assert all(torch.equal(own[name], tensor) for name, tensor in before.items())
+    assert apart(*(logits.detach() for logits in found)) < 1e-4

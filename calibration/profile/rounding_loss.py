@@ -1,0 +1,81 @@
+"""What a model loses by rounded weights alone, on the validation samples that plans are measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import answer_logits
+from moacompress.core.artefact_names import ROUNDING_FILE
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import read_json, write_json
+from moacompress.core.progress import Progress
+from moacompress.models.kl import kl_divergence
+from moacompress.models.source import SourceModel
+from moacompress.models.weight_rounding import ROUNDED
+from moacompress.recipe import Recipe
+from moacompress.runtime.ready_model import load_for
+
+
+def measure_rounding(
+    folder: Path,
+    source: SourceModel,
+    recipe: Recipe,
+    samples: list[Sample],
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes KL(model || model with rounded weights) beside a profile, where its recipe rounds weights and it is not there.
+
+    The model is loaded a second time, with the weights as they come.
+
+    Args:
+        folder: of the profile.
+        source: the model, rounded.
+        recipe: that it was loaded by.
+        samples: the validation samples.
+        progress: is told of every sample.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    """
+    if recipe.weights not in ROUNDED or rounding_of(folder, source.shape.weights_fingerprint) is not None:
+        return
+    plain = recipe.model_copy(update={"weights": "keep", "head_weights": None})
+    before = load_for(plain, source.source, trust_remote_code=trust_remote_code)
+    progress.start("measuring the rounded weights", len(samples))
+    kls = []
+    for sample in samples:
+        kls.append(kl_divergence(answer_logits(before.model, sample), answer_logits(source.model, sample)))
+        progress.step()
+    progress.done()
+    write_json(
+        folder / ROUNDING_FILE,
+        {
+            "weights": recipe.weights,
+            "head_weights": recipe.head_weights,
+            "kl": float(np.mean(kls)),
+            "standard_error": float(np.std(kls, ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None,
+            "samples": len(kls),
+            "weights_fingerprint": source.shape.weights_fingerprint,
+        },
+    )
+
+
+def rounding_of(folder: Path, weights_fingerprint: str) -> dict[str, Any] | None:
+    """Returns what `measure_rounding` found of a model, or None where it is not there.
+
+    Args:
+        folder: of the profile.
+        weights_fingerprint: of the rounded model.
+    """
+    file = folder / ROUNDING_FILE
+    try:
+        found = read_json(file, "measurement of the rounded weights") if file.is_file() else None
+    except ArtefactError:  # it is measured again
+        return None
+    if not isinstance(found, dict) or found.get("weights_fingerprint") != weights_fingerprint:
+        return None
+    return found if isinstance(found.get("kl"), float) else None
