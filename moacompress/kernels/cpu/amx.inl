@@ -160,8 +160,29 @@ struct AmxTile {
     sums[lane] = sum(wholes) * units[lane];
   }
 
+  // Whether the next keys are those of a block, in its order.
+  static inline bool is_block(const void* const* from, const int* at) {
+    for (int i = 0; i < int(BLOCK); i++)
+      if (from[i] != from[0] || at[i] != i) return false;
+    return true;
+  }
+  // Puts the codes of all keys of a block side by side: their bytes lie as the cells of a tile that is turned.
+  inline void block_keys(const void* from, float* to) const {
+    const int64_t quads = key.token_bytes / 4;
+    for (int64_t quad = 0; quad < quads; quad += CELLS) {
+      const float* cells = (const float*)from + quad * BLOCK;
+      if (quad + CELLS <= quads) {
+        transpose(cells, BLOCK, to + quad, width);
+        continue;
+      }
+      float some[CELLS * CELLS] = {};
+      memcpy(some, cells, size_t((quads - quad) * BLOCK) * sizeof(float));
+      transpose(some, BLOCK, to + quad, width);
+    }
+  }
   inline void keys(const void* const* from, const int* at, int64_t count, const KVPart&, float* store, const char**) {
     key_rows = store;
+    int64_t done = 0;  // keys that lie side by side
     for (int64_t i = 0; i < count; i++) {
       float* const row = store + i * width;
       if (key.format == NATIVE) {
@@ -171,12 +192,17 @@ struct AmxTile {
       }
       const char* codes = (const char*)from[i];
       uint8_t* const to = (uint8_t*)row;
-      for (int64_t b = 0; b < key.token_bytes; b += 4) memcpy(to + b, codes + key.at(at[i], b), 4);
-      if (key.format == INT4)
-        for (int64_t b = 0; b < key.low; b++) {
-          to[key.low + b] = to[b] >> 4;
-          to[b] &= 15;
-        }
+      if (i >= done && i + BLOCK <= count && is_block(from + i, at + i)) {
+        block_keys(codes, row);
+        done = i + BLOCK;
+      }
+      for (int64_t b = 0; i >= done && b < key.token_bytes; b += 4) memcpy(to + b, codes + key.at(at[i], b), 4);
+      for (int64_t b = 0; key.format == INT4 && b < key.low; b += 64) {
+        const __mmask64 some = ~uint64_t(0) >> (64 - smaller(key.low - b, 64));
+        const __m512i both = _mm512_maskz_loadu_epi8(some, to + b), low = _mm512_set1_epi8(15);
+        _mm512_mask_storeu_epi8(to + key.low + b, some, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+        _mm512_mask_storeu_epi8(to + b, some, _mm512_and_si512(both, low));
+      }
       memset(to + key.dim, 0, size_t(width * 4 - key.dim));
       key_scale[i] = scale_of(from[i], at[i], key);
       key_zero[i] = zero_of(from[i], at[i], key);
