@@ -44,7 +44,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str) -> None:
     words = shlex.split(command)
-    program, *arguments = itertools.dropwhile(lambda word: re.fullmatch(r"MOACOMPRESS_[A-Z]+=\w+", word), words)
+    program, *arguments = itertools.dropwhile(lambda word: re.fullmatch(r"MOACOMPRESS_[A-Z_]+=\w+", word), words)
     if program == "moacompress":
         parse(*arguments)
     elif program == "make":
