@@ -35,8 +35,6 @@ SHAPES = {
     "8B down": (4096, 14336),
 }
 """Outputs and inputs of weights, by name."""
-FEW_ROWS = 8
-"""Rows that the kernels multiply with plain weights."""
 SCALES = {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Bytes at which a block has float16 numbers; one at its begin where nothing is said."""
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -130,7 +128,7 @@ def random_blocks(kind: WeightType, outputs: int, inputs: int) -> torch.Tensor:
 def timed(ways: dict[str, tuple[int, list[Product]]], count: int, inputs: int, turns: int) -> list[dict[str, Any]]:
     """Returns for each way its median time of a product of `count` rows; all take turns."""
     x = torch.randn(count, inputs).bfloat16()
-    some = {name: way for name, way in ways.items() if name != "few" or count <= FEW_ROWS}
+    some = {name: way for name, way in ways.items() if name != "few" or count <= dispatch.few_rows(x)}
     copies = {name: itertools.cycle(products) for name, (_, products) in some.items()}
     seconds: dict[str, list[float]] = {name: [] for name in some}
     for turn in range(turns + 1):
