@@ -237,9 +237,14 @@ def put_block_layer(model: nn.Module, name: str, kind: WeightType, blocks: torch
         made = BlockLinear(old.in_features, old.out_features, kind, device=place)
         made.register_parameter("bias", old.bias)
     elif isinstance(old, nn.Embedding):
-        scale, of_dtype = float(getattr(old, "scalar_embed_scale", 1.0)), {"dtype": like.dtype, "device": place}
         made = BlockEmbedding(
-            old.num_embeddings, old.embedding_dim, kind, padding_idx=old.padding_idx, scale=scale, **of_dtype
+            old.num_embeddings,
+            old.embedding_dim,
+            kind,
+            padding_idx=old.padding_idx,
+            scale=float(getattr(old, "scalar_embed_scale", 1.0)),
+            dtype=like.dtype,
+            device=place,
         )
     else:
         raise UnsupportedError(f"{name} is a {type(old).__name__}, whose weight cannot be in blocks")

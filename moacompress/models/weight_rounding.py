@@ -97,7 +97,8 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
 
 def _q4_1(numbers: torch.Tensor) -> torch.Tensor:
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
-    best = error = None
+    best: Any = None
+    error: Any = None
     for share in SHARES:
         inset = (1 - share) / 2 * (high - low)
         zero = (low + inset).half().float()
@@ -110,7 +111,8 @@ def _q4_1(numbers: torch.Tensor) -> torch.Tensor:
 
 def _q4_0(numbers: torch.Tensor) -> torch.Tensor:
     largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
-    best = error = None
+    best: Any = None
+    error: Any = None
     for share in SHARES:
         scale = (share * largest / -8).half().float()
         codes = _codes(numbers, scale, -8, 7)
