@@ -67,11 +67,13 @@ class PretendTensor(torch.Tensor):
     def __init__(self, held: torch.Tensor, device: torch.device) -> None:
         self.held = held
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"pretending({self.held!r}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {}, [])
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -128,9 +130,9 @@ class _Indexed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _run_backward(*args: Any, _engine: Any = torch.autograd._engine_run_backward, **kwargs: Any) -> Any:
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
     with _Indexed():  # which is off inside of a function that it looks at, and so in what that calls
-        return _engine(*args, **kwargs)
+        return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 
 
 def _no_gradients(mode: bool = True) -> Any:
