@@ -18,12 +18,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from moacompress.kernels import dispatch
+from moacompress.kernels.backend import Backend
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType
 
 SHAPES = {
@@ -77,6 +79,11 @@ def main() -> None:
         print(json.dumps({**about, "rows": rows}))
 
 
+def in_blocks(kernels: Backend, kind: WeightType, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the product with a weight in blocks."""
+    return lambda x: kernels.linear_blocks(x, weight, kind, None)
+
+
 def weights(
     outputs: int, inputs: int, kinds: Sequence[WeightType], rotate: int
 ) -> dict[str, tuple[int, list[Product]]]:
@@ -104,7 +111,7 @@ def weights(
     for kind in kinds:
         if inputs % kind.numbers == 0:
             blocks = random_blocks(kind, outputs, inputs)
-            add(kind.name, lambda weight, kind=kind: lambda x: kernels.linear_blocks(x, weight, kind, None), blocks)
+            add(kind.name, partial(in_blocks, kernels, kind), blocks)
     scale = torch.rand(outputs).bfloat16()
     eight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     add("int8", lambda weight: lambda x: torch._weight_int8pack_mm(x, weight, scale), eight)

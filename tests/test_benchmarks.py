@@ -86,7 +86,7 @@ def test_turns_beside_llama_cpp(
     shipped.touch()
     ours, other, llama = script.tasks_of(given, tmp_path)
     assert (ours["model"], other["side"], other["model"]) == (str(tmp_path), "other", "there")
-    assert (llama["model"], llama["cache"], llama["tokens"]) == (str(shipped), "q8_0", 12)
+    assert (llama["model"], llama["kv_type"], llama["tokens"]) == (str(shipped), "q8_0", 12)
     for unknown in ("theirs", "llama-q8", "llama-bf16-q3"):
         given.sides = [unknown]
         with pytest.raises(SystemExit, match=f"there is no side {unknown}"):

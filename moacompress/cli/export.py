@@ -57,14 +57,20 @@ def export(
 
     loaded = read_plan(find_plan_file(plan))
     chosen = run.recipe(weights=weights, head_weights=head_weights)
-    rounding = {"weights": chosen.weights, "head_weights": chosen.head_weights}
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
     if dry_run:
         from moacompress.exporter.exporting import estimate_export
 
         expected = estimate_export(
-            model, loaded, out, repair=repair, overwrite=overwrite, trust_remote_code=trust_remote_code, **rounding
+            model,
+            loaded,
+            out,
+            repair=repair,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            weights=chosen.weights,
+            head_weights=chosen.head_weights,
         )
         return Output(expected.to_dict(), [expected.line()])
     folder = export_model(
@@ -75,7 +81,8 @@ def export(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,
-        **rounding,
+        weights=chosen.weights,
+        head_weights=chosen.head_weights,
     )
     written = exported_plan(folder) or loaded
     inspected = inspect_plan(written)

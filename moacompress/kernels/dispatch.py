@@ -149,7 +149,8 @@ def capabilities_for(tensor: torch.Tensor) -> Capabilities:
 
 def few_rows(tensor: torch.Tensor) -> int:
     """Returns up to how many rows compiled kernels multiply a tensor by plain weights faster than torch."""
-    return _few_rows(tensor.device.type, tensor.dtype)
+    found: int = _few_rows(tensor.device.type, tensor.dtype)
+    return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
