@@ -228,9 +228,9 @@ def test_bad_arguments_of_what_comes_before_are_refused():
     (layer, _), dim = pair(random.Random(1)), 6
     feed([layer], torch.randn(2, HEADS, 20, dim), torch.randn(2, HEADS, 20, VALUE_DIM))
     pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
-    names = ("x", "weights", "biases", "cos", "sin", "keys", "values", *range(4), "rules", "lag", *range(4, 7))
+    names = ("x", "weights", "biases", "kinds", "cos", "sin", "keys", "values", *range(4), "rules", "lag", *range(4, 7))
     weights = [torch.randn(outputs, 12) for outputs in (HEADS * GROUP * dim, HEADS * dim, HEADS * VALUE_DIM)]
-    token = (torch.randn(2, 1, 12), weights, [], torch.randn(2, 1, dim), torch.randn(1, 1, dim))
+    token = (torch.randn(2, 1, 12), weights, [], [], torch.randn(2, 1, dim), torch.randn(1, 1, dim))
     arguments = (
         *token,
         pool.keys,
