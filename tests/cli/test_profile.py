@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
-from moacompress.core.artefact_names import of_profile
+from moacompress.core.artefact_names import ROUNDING_FILE, of_profile
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -58,7 +58,8 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     stored = json.loads((out / "audit.json").read_text())
     assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
     assert (out / "audit.html").is_file()
-    assert {path.name for path in out.iterdir()} == {path.name for path in of_profile(out)}
+    left = {path.name for path in out.iterdir()}
+    assert left == {path.name for path in of_profile(out)} - {ROUNDING_FILE}  # no weights were rounded
 
 
 def test_what_gates_leave_is_said(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:

@@ -26,7 +26,7 @@ TOKENS = torch.arange(40)[None] * 7 % 320
 def both(file: Path, dtype: str = "float32"):
     """The model with blocks, and the one that transformers dequantizes."""
     kept = load_source(file, dtype=dtype, weights="keep")
-    return kept, load_source(file, dtype=dtype)
+    return kept, load_source(file, dtype=dtype, weights="dense")
 
 
 def check_same(kept, dense) -> None:
@@ -139,6 +139,7 @@ def test_smollm2_is_the_dequantized_model(request):
 
 
 @pytest.mark.real
+@pytest.mark.heavy
 def test_gemma_is_the_dequantized_model(gemma):
     kept, dense = both(gemma)
     check_same(kept, dense)
