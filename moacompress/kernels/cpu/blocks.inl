@@ -19,7 +19,7 @@ inline void byte_codes(const uint8_t* codes, V* to) {
 }
 
 // Scales, and where there are any bases, of blocks with one float16 of each in front.
-template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
+template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, [[maybe_unused]] uint16_t* halves, float* scale, float* base) {
 #ifdef __AVX512F__
   const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(B::BYTES));
   for (int64_t b = 0; b < blocks; b += W, row += W * B::BYTES) {  // the scale and the base, or the scale and two bytes more
