@@ -196,7 +196,7 @@ def test_everything_that_is_left_is_listed(finished):
         assert inside or any(path.is_relative_to(one) for one in listed), path
     assert {path.name for path in listed if not path.exists()} == {
         "bench.json", "bench.cells.jsonl",  # of other commands
-        "audit.json", "audit.html", "audit.ledger.jsonl", "plan.scouts",  # of other flags
+        "audit.json", "audit.html", "audit.ledger.jsonl", "plan.scouts", "weights.json",  # of other flags
         "gates.safetensors", "plan.gates.safetensors",  # of --gates
         "plan.study.journal.lock",  # of a killed run
     }  # fmt: skip
