@@ -23,12 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.triton import decode_kernels
-from moacompress.kernels.triton.tile_sizes import decode_tiles, padded
+from moacompress.kernels.triton.tile_sizes import split_constants
 
 REGISTERS = 65536
 """Of a processor of the NVIDIA cards here."""
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
 """KiB of shared memory of a processor."""
+GROUP = 4
+"""Query heads of a KV head."""
 PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 """Bits of keys and values; 0 for the model's own numbers."""
 POINTERS = {
@@ -71,22 +73,7 @@ def main() -> None:
 def decode_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
     """Compiles the decode kernel for a card; returns what it takes."""
     key_bits, value_bits = bits
-    group = 4
-    tiles = decode_tiles(dim, dim, 2, coded=any(bits))
-    constants = {
-        "G": group,
-        "GROUP": padded(group),
-        "HEAD_DIM": dim,
-        "HEAD": padded(dim // 2 if key_bits == 4 else dim),
-        "VALUE_DIM": dim,
-        "VALUE": padded(dim // 2 if value_bits == 4 else dim),
-        "KEY_BITS": key_bits,
-        "VALUE_BITS": value_bits,
-        "SOFTCAP": False,
-        "WIDE": False,
-        "TILE": tiles.TILE,
-        "STAGES": tiles.num_stages,
-    }
+    tiles, constants = split_constants(GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2)
     pools = {"Keys": "*u8" if key_bits else "*bf16", "Values": "*u8" if value_bits else "*bf16"}
     signature = {**POINTERS, **pools, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
     places = {name: (at,) for at, name in enumerate(decode_kernels.split.arg_names)}

@@ -82,6 +82,11 @@ class CacheView(NamedTuple):
     table: torch.Tensor
     value_dim: int = 0
 
+    @property
+    def size_of_values(self) -> int:
+        """Numbers of a value, those of the segments that are native where `value_dim` does not say."""
+        return self.value_dim or next(segment.shape[2] for segment in self.values if segment.ndim == 3)
+
     @staticmethod
     def empty(key: torch.Tensor) -> CacheView:
         """Returns the view of no cache, for a chunk's keys, `[rows, kv_heads, tokens, head_dim]`."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import (
     AllocationShortfall,
     CacheState,
@@ -108,10 +107,7 @@ class CpuBackend(Backend):
         Raises:
             UnsupportedError: the query needs gradients; a visible block is not in the table.
         """
-        if query.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
-            )
+        self._refuse_gradients(query)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
             _rows(query),
             list(cache.keys),

@@ -88,7 +88,7 @@ def _attend(
     rows, heads, tokens, head_dim = query.shape
     kv_heads = cache.table.shape[1]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, tokens, head_dim)
-    value_dim = _value_dim(cache) if chunk is None else chunk[1].shape[-1]
+    value_dim = cache.size_of_values if chunk is None else chunk[1].shape[-1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros(*grouped.shape[:-1], value_dim)
     lse = query.new_full(grouped.shape[:-1], float("-inf"), dtype=wide) if with_lse else None
@@ -144,10 +144,6 @@ def _places(rows: Sequence[int], heads: Sequence[int], device: torch.device) -> 
         return slices
     row, head = (torch.tensor(numbers, device=device) for numbers in (rows, heads))
     return row[:, None], head
-
-
-def _value_dim(cache: CacheView) -> int:
-    return cache.value_dim or next(segment.shape[2] for segment in cache.values if segment.ndim == 3)
 
 
 def _as_kept(kv_part: KVPart, x: torch.Tensor) -> torch.Tensor:

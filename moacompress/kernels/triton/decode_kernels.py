@@ -11,9 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(16)
-UNIT = tl.constexpr(16)
-"""Bytes that places of blocks count in."""
+from moacompress.kernels.triton import work_lists
+from moacompress.rules import windows
+
+BLOCK = tl.constexpr(windows.BLOCK)
+UNIT = tl.constexpr(work_lists.UNIT)
 
 
 @triton.jit

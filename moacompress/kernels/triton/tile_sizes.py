@@ -41,6 +41,40 @@ def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool) -> 
     return TileSizes(SMALLEST, 2, 4)
 
 
+def split_constants(
+    group: int, head_dim: int, value_dim: int, bits: tuple[int, int], *, softcap: bool, wide: bool, item_size: int
+) -> tuple[TileSizes, dict[str, int | bool]]:
+    """Returns the tiles of `decode_kernels.split`, and all that it is compiled for, by the names of its arguments.
+
+    Args:
+        group: query heads of a KV head.
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        bits: of a code of keys and of values; 0 of native numbers.
+        softcap: whether scores have a bound.
+        wide: whether products are in float32.
+        item_size: bytes of the query's numbers.
+    """
+    tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits))
+    head, value = (
+        padded(-(-dim // 2) if each == 4 else dim) for dim, each in zip((head_dim, value_dim), bits, strict=True)
+    )
+    return tiles, {
+        "G": group,
+        "GROUP": padded(group),
+        "HEAD_DIM": head_dim,
+        "HEAD": head,
+        "VALUE_DIM": value_dim,
+        "VALUE": value,
+        "KEY_BITS": bits[0],
+        "VALUE_BITS": bits[1],
+        "SOFTCAP": softcap,
+        "WIDE": wide,
+        "TILE": tiles.TILE,
+        "STAGES": tiles.num_stages,
+    }
+
+
 def padded(size: int) -> int:
     """Returns the smallest power of two that holds so many, and is enough for a product of matrices."""
     return max(SMALLEST, 1 << max(size - 1, 0).bit_length())

@@ -8,12 +8,11 @@ import os
 import numpy as np
 import torch
 
-from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Scores
 from moacompress.kernels.backend import Capabilities, Status
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
-from moacompress.kernels.triton.tile_sizes import decode_tiles, padded
+from moacompress.kernels.triton.tile_sizes import padded, split_constants
 from moacompress.kernels.triton.work_lists import block_places, first_of, work_lists
 from moacompress.rules.rule_table import RuleTable
 
@@ -59,15 +58,12 @@ class TritonBackend(ReferenceBackend):
         Raises:
             UnsupportedError: the query needs gradients; a visible block is not in the table; a format is not known.
         """
-        if query.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
-            )
+        self._refuse_gradients(query)
         from moacompress.kernels.triton import decode_kernels
 
         rows, heads, head_dim = query.shape
         kv_heads, width = cache.table.shape[1:]
-        value_dim = cache.value_dim or next(part.shape[2] for part in cache.values if part.ndim == 3)
+        value_dim = cache.size_of_values
         group, device = heads // kv_heads, query.device
         wide = query.dtype == torch.float32 or _interpreted()
         in_numpy = RuleTable(rules.columns.cpu().numpy())
@@ -88,8 +84,15 @@ class TritonBackend(ReferenceBackend):
             if not len(launch.work):
                 continue
             key, value = launch.kv_parts
-            item_size = 4 if wide else query.element_size()
-            tiles = decode_tiles(head_dim, value_dim, item_size, coded=bool(key.bits or value.bits))
+            tiles, constants = split_constants(
+                group,
+                head_dim,
+                value_dim,
+                (key.bits, value.bits),
+                softcap=bool(scores.softcap),
+                wide=wide,
+                item_size=query.element_size(),
+            )
             keys, values = first_of(cache.keys, key), first_of(cache.values, value)
             decode_kernels.split[(len(launch.work),)](
                 turned if key.bits else plain,
@@ -108,18 +111,7 @@ class TritonBackend(ReferenceBackend):
                 kv_heads,
                 width,
                 launch.chunk,
-                G=group,
-                GROUP=padded(group),
-                HEAD_DIM=head_dim,
-                HEAD=padded(-(-head_dim // 2) if key.bits == 4 else head_dim),
-                VALUE_DIM=value_dim,
-                VALUE=padded(-(-value_dim // 2) if value.bits == 4 else value_dim),
-                KEY_BITS=key.bits,
-                VALUE_BITS=value.bits,
-                SOFTCAP=bool(scores.softcap),
-                WIDE=wide,
-                TILE=tiles.TILE,
-                STAGES=tiles.num_stages,
+                **constants,
                 num_warps=tiles.num_warps,
             )
         decode_kernels.merge[(rows * heads,)](
