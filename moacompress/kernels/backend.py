@@ -496,16 +496,20 @@ class Backend(ABC):
         """
         raise self._cannot("stop_trace")
 
-    @staticmethod
-    def _refuse_gradients(query: torch.Tensor) -> None:
-        """Refuses a decode that would need gradients, for backends without `cached_gradients`."""
-        if query.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
-            )
-
     def _cannot(self, call: str) -> UnsupportedError:
         return UnsupportedError(f"the kernel {self.name!r} has no {call}; ask its capabilities first")
+
+
+def refuse_gradients(query: torch.Tensor) -> None:
+    """Refuses a decode that would need gradients, for backends without `cached_gradients`.
+
+    Raises:
+        UnsupportedError: the query needs gradients.
+    """
+    if query.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "decode has no gradients; train without a cache (use_cache=False), or use torch.no_grad()"
+        )
 
 
 def prefill_alone(

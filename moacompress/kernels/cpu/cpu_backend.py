@@ -24,7 +24,16 @@ from moacompress.kernels.arguments import (
     Scores,
     SelectedView,
 )
-from moacompress.kernels.backend import Backend, BoundCaches, BoundLayers, Capabilities, PhaseTime, Status, WeightsMoved
+from moacompress.kernels.backend import (
+    Backend,
+    BoundCaches,
+    BoundLayers,
+    Capabilities,
+    PhaseTime,
+    Status,
+    WeightsMoved,
+    refuse_gradients,
+)
 from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.cpu import library
 from moacompress.kernels.kv_parts import KVPart
@@ -107,7 +116,7 @@ class CpuBackend(Backend):
         Raises:
             UnsupportedError: the query needs gradients; a visible block is not in the table.
         """
-        self._refuse_gradients(query)
+        refuse_gradients(query)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
             _rows(query),
             list(cache.keys),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moacompress.kernels.arguments import CacheView, Scores
-from moacompress.kernels.backend import Capabilities, Status
+from moacompress.kernels.backend import Capabilities, Status, refuse_gradients
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.tile_sizes import padded, split_constants
@@ -58,7 +58,7 @@ class TritonBackend(ReferenceBackend):
         Raises:
             UnsupportedError: the query needs gradients; a visible block is not in the table; a format is not known.
         """
-        self._refuse_gradients(query)
+        refuse_gradients(query)
         from moacompress.kernels.triton import decode_kernels
 
         rows, heads, head_dim = query.shape
