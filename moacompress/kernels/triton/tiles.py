@@ -1,0 +1,215 @@
+"""What kernels do with a tile of tokens: read it from cache blocks, and add it to a softmax.
+
+Codes are multiplied as they are: scales and zero points go into scores and weights (`docs/formats.md`), and int4 is two
+products of half the size. Of what is not in 4 bits the second half is a number that is not used.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moacompress.kernels.triton import work_lists
+from moacompress.rules import windows
+
+BLOCK = tl.constexpr(windows.BLOCK)
+UNIT = tl.constexpr(work_lists.UNIT)
+
+
+@triton.jit
+def visible_bounds(n, sink, alpha, beta_q, min_window, native_window):
+    """Returns `first, sink_end, start` of `rules.windows.visible_intervals`, of one KV head in int64."""
+    native_first = tl.maximum(n - native_window, 0)
+    first = tl.where(native_window > 0, native_first, 0)
+    window = tl.minimum(n, tl.maximum(min_window, alpha + ((beta_q * n) >> 10)))
+    start = tl.maximum(n - window, first)
+    sink_end = tl.minimum(tl.maximum(sink, first), start)
+    return first, sink_end, start
+
+
+@triton.jit
+def key_words(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr):
+    """Returns the bytes of keys' codes as int32 `[tokens, 4 * WORDS]`; each four of a token lie beside those of the next."""
+    w = tl.arange(0, WORDS)
+    at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
+    found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
+    shift = (tl.arange(0, 4) * 8)[None, None, :]
+    return ((found[:, :, None] >> shift) & 255).reshape(found.shape[0], 4 * WORDS)
+
+
+@triton.jit
+def value_words(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr):
+    """Returns the bytes of values' codes as int32 `[4 * quads, WIDTH]`; a byte of four tokens lies beside their next."""
+    b = tl.arange(0, WIDTH)
+    at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
+    found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)
+    shift = (tl.arange(0, 4) * 8)[None, :, None]
+    return ((found[:, None, :] >> shift) & 255).reshape(4 * found.shape[0], WIDTH)
+
+
+@triton.jit
+def value_bytes(start, offset, place, there, BYTES: tl.constexpr, WIDTH: tl.constexpr):
+    """As `value_words`, of tokens that may lie anywhere: int32 `[tokens, WIDTH]`."""
+    b = tl.arange(0, WIDTH)
+    at = start + (offset * UNIT + place // 4 * (4 * BYTES) + place % 4)[:, None] + (b * 4)[None, :]
+    return tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0).to(tl.int32)
+
+
+@triton.jit
+def scale_and_zero(halves, offset, place, visible, BYTES: tl.constexpr):
+    """Returns the scales and zero points of tokens, float32; they lie behind the codes of the block's 16 tokens."""
+    at = halves + offset * (UNIT // 2) + BYTES * (BLOCK // 2) + place
+    scale = tl.load(at, mask=visible, other=0.0).to(tl.float32)
+    return scale, tl.load(at + BLOCK, mask=visible, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def native_numbers(pool, offset, place, there, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Returns native numbers of tokens, `[tokens, WIDTH]`, 0 where there are none."""
+    d = tl.arange(0, WIDTH)
+    item_bytes: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    at = pool + (offset * (UNIT // item_bytes) + place * DIM)[:, None] + d[None, :]
+    return tl.load(at, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def chunk_numbers(start, t, there, stride, DIM: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    """Returns numbers from FIRST on of a chunk's tokens, `[tokens, WIDTH]`, 0 where there are none."""
+    d = tl.arange(0, WIDTH)
+    at = start + (t * stride)[:, None] + (d + FIRST)[None, :]
+    return tl.load(at, mask=there[:, None] & (d + FIRST < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def cached_scores(
+    query,
+    query_high,
+    query_sum,
+    Keys,
+    offset,
+    place,
+    there,
+    seen,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Products of queries with keys of cache blocks.
+
+    Args:
+        query: `[rows, WIDTH]`, of 4 bits its first half.
+        query_high: its second half, of 4 bits.
+        query_sum: sums of whole queries, float32 `[rows]`, where keys have codes.
+        Keys: the first segment of the pool whose keys are of this format.
+        offset: where the blocks lie from there on, in units of 16 bytes, int64 `[tokens]`.
+        place: of the tokens in their blocks, `[tokens]`.
+        there: whether blocks are there, bool `[tokens]`.
+        seen: whether some query sees the tokens, bool `[tokens]`.
+        DIM: numbers of a key.
+        WIDTH: side of a product.
+        BITS: of a code, 0 of native numbers.
+
+    Returns:
+        float32 `[rows, tokens]`.
+    """
+    if BITS == 0:
+        key = native_numbers(Keys, offset, place, seen, DIM, WIDTH).to(query.dtype)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee")
+    else:
+        BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+        found = key_words(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4)
+        if BITS == 4:
+            score = tl.dot(query, tl.trans((found & 15).to(query.dtype)), input_precision="ieee")
+            score = tl.dot(query_high, tl.trans((found >> 4).to(query.dtype)), score, input_precision="ieee")
+        else:
+            score = tl.dot(query, tl.trans(found.to(query.dtype)), input_precision="ieee")
+        scale, zero = scale_and_zero(Keys.to(tl.pointer_type(tl.float16)), offset, place, seen, BYTES)
+        score = score * scale[None, :] + query_sum[:, None] * zero[None, :]
+    return score
+
+
+@triton.jit
+def softmax_step(score, seen, peak, denominator, scaling, softcap, SOFTCAP: tl.constexpr):
+    """Takes the scores of a tile into a softmax.
+
+    Args:
+        score: products of queries and keys, float32 `[rows, tokens]`.
+        seen: which count, bool, broadcasting with `score`.
+        peak: the highest score so far, `[rows]`.
+        denominator: sum of exponentials so far, `[rows]`.
+        scaling: factor on the products.
+        softcap: bound of the scores by tanh.
+        SOFTCAP: whether there is one.
+
+    Returns:
+        The weights of the tile, `[rows, tokens]`; what sums so far are to be multiplied by, `[rows]`; and the new peak and
+        denominator.
+    """
+    score = score * scaling
+    if SOFTCAP:
+        score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
+    score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrunk = tl.exp(peak - safe)
+    weight = tl.exp(score - safe[:, None])
+    return weight, shrunk, higher, denominator * shrunk + tl.sum(weight, 1)
+
+
+@triton.jit
+def add_codes(
+    out,
+    out_high,
+    zeros,
+    weight,
+    shrunk,
+    seen,
+    read,
+    Values,
+    offset,
+    place,
+    quad_offset,
+    quad,
+    quad_there,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Adds weighted values that have codes.
+
+    Args:
+        out: of the values, of 4 bits of their first halves, float32 `[rows, WIDTH]`; multiplied by `shrunk`.
+        out_high: of second halves, likewise.
+        zeros: of zero points, float32 `[rows]`; not yet multiplied by `shrunk`.
+        weight: of the tokens, float32 `[rows, tokens]`.
+        shrunk: see `softmax_step`.
+        seen: which count, bool, broadcasting with `weight`.
+        read: whether some query sees the tokens, bool `[tokens]`.
+        Values: the first segment of the pool whose values are of this format.
+        offset: see `cached_scores`.
+        place: likewise.
+        quad_offset: of the blocks of each four tokens, likewise.
+        quad: number of the four in their block.
+        quad_there: whether those blocks are there.
+        DIM: numbers of a value.
+        WIDTH: side of a product.
+        BITS: of a code.
+        dtype: that is multiplied in.
+
+    Returns:
+        `out, out_high, zeros`.
+    """
+    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
+    scaled = tl.where(seen, weight * scale[None, :], 0.0).to(dtype)
+    # the zero points are weighed by what the codes are: their errors cancel
+    weight = tl.where(scale[None, :] > 0, scaled.to(tl.float32) / scale[None, :], weight)
+    zeros = zeros * shrunk + tl.sum(tl.where(seen, weight * zero[None, :], 0.0), 1)
+    found = value_words(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH)
+    if BITS == 4:
+        out = tl.dot(scaled, (found & 15).to(dtype), out, input_precision="ieee")
+        out_high = tl.dot(scaled, (found >> 4).to(dtype), out_high, input_precision="ieee")
+    else:
+        out = tl.dot(scaled, found.to(dtype), out, input_precision="ieee")
+    return out, out_high, zeros
