@@ -2,10 +2,11 @@
 
     python benchmarks/triton_resources.py --cards sm_80,sm_90,sm_100,gfx942 --dims 64,128,256
 
-Each decode kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row
-says how many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; how many
-programs a processor holds at once by either (`at once`); and how many reads of 16 bytes the loop over tiles issues, ahead of
-use where the card can (`ahead`).
+Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
+many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
+programs a processor holds at once by either (`at once`). Of `decode`, how many reads of 16 bytes the loop over tiles issues,
+ahead of use where the card can (`ahead`). Of `append`, which rounds to the bit, how many operations are contracted, or not
+rounded to nearest (`inexact`).
 """
 
 from __future__ import annotations
@@ -18,33 +19,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moacompress.kernels.triton import decode_kernels
-from moacompress.kernels.triton.tile_sizes import split_constants
+from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.triton import append_kernels, decode_kernels
+from moacompress.kernels.triton.tile_sizes import APPEND_WARPS, append_constants, split_constants
+from moacompress.rules.formats import FORMATS
 
 REGISTERS = 65536
 """Of a processor of the NVIDIA cards here."""
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
 """KiB of shared memory of a processor."""
+PROGRAMS = 32
+"""Most that a processor of these cards holds."""
 GROUP = 4
 """Query heads of a KV head."""
 PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 """Bits of keys and values; 0 for the model's own numbers."""
-POINTERS = {
-    "Query": "*bf16",
-    "KeyPlaces": "*i64",
-    "ValuePlaces": "*i64",
-    "Table": "*i64",
-    "Lengths": "*i64",
-    "Rules": "*i64",
-    "Work": "*i64",
-    "Partial": "*fp32",
-    "PartialLse": "*fp32",
-}
-NUMBERS = {"scaling": "fp32", "softcap": "fp32", "kv_heads": "i32", "width": "i32", "chunk": "i32"}
+POINTERS = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Partial": "*fp32", "PartialLse": "*fp32"}
+"""Types of pointers that are not to integers of 64 bits."""
+FLOATS = ("scaling", "softcap")
+KERNELS = ("decode", "append")
 
 
 def main() -> None:
@@ -52,50 +50,96 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", default="sm_80,sm_90,sm_100", help="sm_80, sm_90, sm_100 or gfx942, with commas")
     parser.add_argument("--dims", default="64,128,256", help="numbers of a key and of a value, with commas")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
-    rows = [
-        decode_resources(card, int(dim), pair)
-        for card in given.cards.split(",")
-        for dim in given.dims.split(",")
-        for pair in PAIRS
-    ]
+    resources = {"decode": decode_resources, "append": append_resources}
+    found = {
+        kernel: [
+            {"card": card, "dim": dim, "bits": "/".join(str(bits or 16) for bits in pair)}
+            | resources[kernel](card, int(dim), pair)
+            for card in given.cards.split(",")
+            for dim in given.dims.split(",")
+            for pair in PAIRS
+        ]
+        for kernel in given.kernels.split(",")
+    }
     if given.json:
-        print(json.dumps({"decode": rows}))
+        print(json.dumps(found))
         return
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |")
-    print("|" + " --- |" * len(names))
-    for row in rows:
-        print("| " + " | ".join("" if row[name] is None else str(row[name]) for name in names) + " |")
+    for kernel, rows in found.items():
+        names = list(rows[0])
+        print(f"{kernel}:\n\n| " + " | ".join(names) + " |")
+        print("|" + " --- |" * len(names))
+        for row in rows:
+            print("| " + " | ".join("" if row[name] is None else str(row[name]) for name in names) + " |")
+        print()
 
 
 def decode_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
     """Compiles the decode kernel for a card; returns what it takes."""
-    key_bits, value_bits = bits
     tiles, constants = split_constants(GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2)
-    pools = {"Keys": "*u8" if key_bits else "*bf16", "Values": "*u8" if value_bits else "*bf16"}
-    signature = {**POINTERS, **pools, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
-    places = {name: (at,) for at, name in enumerate(decode_kernels.split.arg_names)}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name in (*POINTERS, *pools)}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    found = compiled(card, decode_kernels.split, constants, pool_types(bits), options)
+    taken, at_once = _taken(card, found, tiles.num_warps)
+    return {"tile": tiles.TILE, **taken, "shared": found.metadata.shared, "at once": at_once}
+
+
+def append_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel that writes tokens for a card; returns what it takes, and how many operations are contracted."""
+    dtype = torch.bfloat16
+    codes = [next(each.code for each in FORMATS.values() if each.bits == side) for side in bits]
+    constants = append_constants(KVPart(codes[0], dim, dtype), KVPart(codes[1], dim, dtype, values=True))
+    options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
+    found = compiled(card, append_kernels.append, constants, pool_types(bits), options)
+    taken, at_once = _taken(card, found, APPEND_WARPS)
+    inexact = (
+        None if card.startswith("gfx") else len(re.findall(r"\b(?:fma|div\.full|div\.approx)\b", found.asm["ptx"]))
+    )
+    del taken["ahead"], taken["read"]
+    return {**taken, "shared": found.metadata.shared, "at once": at_once, "inexact": inexact}
+
+
+def pool_types(bits: tuple[int, int]) -> dict[str, str]:
+    """Returns the types of the pointers to keys and values."""
+    return {name: "*u8" if each else "*bf16" for name, each in zip(("Keys", "Values"), bits, strict=True)}
+
+
+def compiled(card: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]) -> Any:
+    """Compiles a kernel for a card, as for pointers and strides that are multiples of 16.
+
+    Args:
+        card: which.
+        kernel: of Triton.
+        constants: by the names of its arguments.
+        types: of pointers.
+        options: of the compiler.
+    """
+    places = {name: (at,) for at, name in enumerate(kernel.arg_names)}
+    signature, aligned = {}, {}
+    for name, place in places.items():
+        pointer, stride = name[0].isupper(), name.startswith(("key_", "value_"))
+        number = "fp32" if name in FLOATS else "i32"
+        signature[name] = {**POINTERS, **types}.get(name, "*i64") if pointer else number
+        if pointer or stride:
+            aligned[place] = [["tt.divisibility", 16]]
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    of_constants = {places[name]: value for name, value in constants.items()}
     source = ASTSource(
-        decode_kernels.split,
-        {name: signature[name] for name in places},
-        {places[name]: value for name, value in constants.items()},
-        aligned,
+        kernel, signature, of_constants, {place: value for place, value in aligned.items() if place not in of_constants}
     )
     amd = card.startswith("gfx")
     target = GPUTarget("hip", card, 64) if amd else GPUTarget("cuda", int(card.removeprefix("sm_")), 32)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = triton.compile(source, target=target, options=options)
-    counts = _amd(found.asm["amdgcn"]) if amd else _nvidia(found)
-    shared = found.metadata.shared
-    at_once = None
-    if not amd:
-        by_registers = REGISTERS // (counts["registers"] * 32 * tiles.num_warps)
-        at_once = min(by_registers, SHARED[card] * 1024 // max(shared, 1))
-    named = "/".join(str(number or 16) for number in bits)
-    return {"card": card, "dim": dim, "bits": named, "tile": tiles.TILE, **counts, "shared": shared, "at once": at_once}
+    return triton.compile(source, target=target, options=options)
+
+
+def _taken(card: str, found: Any, warps: int) -> tuple[dict[str, int], int | None]:
+    """Returns what a compiled kernel takes of a card, and how many programs a processor holds."""
+    if card.startswith("gfx"):
+        return _amd(found.asm["amdgcn"]), None
+    counts = _nvidia(found)
+    by_registers = REGISTERS // (counts["registers"] * 32 * warps)
+    return counts, min(by_registers, SHARED[card] * 1024 // max(found.metadata.shared, 1), PROGRAMS)
 
 
 def _nvidia(compiled: Any) -> dict[str, int]:

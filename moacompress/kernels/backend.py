@@ -29,7 +29,10 @@ from moacompress.kernels.weight_blocks import WeightType
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, eviction_schedule
 from moacompress.rules.share import LayerShares
+from moacompress.rules.windows import BLOCK
 
+TOKENS_AT_ONCE = 1 << 16
+"""Of a chunk that are copied on their way into a cache."""
 FEW_ROWS = 8
 """Rows up to which compiled products that read a weight as it lies are as fast as oneDNN's; at 16 they are slower."""
 
@@ -469,6 +472,45 @@ class Backend(ABC):
         """
         for part, (kv_part, blocks) in enumerate(zip(kv_parts, memory, strict=True)):
             kv_part.write(blocks, slots[:, part], vectors[:, part])
+
+    def append(
+        self,
+        kv_parts: tuple[KVPart | None, KVPart],
+        key: torch.Tensor | None,
+        value: torch.Tensor,
+        *,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        sources: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Writes tokens of a chunk into blocks of a pool; the default is by `put`.
+
+        Args:
+            kv_parts: how keys and how values are kept, by the KV heads of all these tokens; None where only values are written.
+            key: of the chunk, `[rows, kv_heads, columns, head_dim]`, or None.
+            value: likewise, of `value_dim`.
+            keys: segments as of `CacheView`, or none; written to.
+            values: likewise.
+            sources: which each token is, `(row * kv_heads + head) * columns + column`, int64 `[tokens]` on the CPU.
+            slots: where it goes to, block id * 16 + place in the block, likewise.
+        """
+        _, kv_heads, columns, _ = value.shape
+        for few, where in zip(sources.split(TOKENS_AT_ONCE), slots.split(TOKENS_AT_ONCE), strict=True):
+            pairs, column = few // columns, few % columns
+            at = tuple(part.to(value.device) for part in (pairs // kv_heads, pairs % kv_heads, column))
+            for kv_part, vectors, segments in zip(kv_parts, (key, value), (keys, values), strict=True):
+                if kv_part is None or vectors is None:
+                    continue
+                picked, first = vectors[at], 0
+                for segment in segments:
+                    end = first + len(segment) * BLOCK
+                    inside = torch.nonzero((where >= first) & (where < end))[:, 0]
+                    if len(inside):
+                        here = (where[inside] - first).to(value.device)
+                        own = picked if len(inside) == len(where) else picked[inside.to(value.device)]
+                        self.put([kv_part], [segment], here[:, None], own[:, None])
+                    first = end
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
         """Lets tokens compete to be selected; the default is the definition in `rules.selection`.

@@ -121,6 +121,16 @@ def test_edge_values(bits: int) -> None:
     assert decoded[4].isfinite().all()
 
 
+@pytest.mark.parametrize("dim", [1, 5, 16, 33, 64])
+def test_zeros_of_both_signs_have_no_sign(dim: int) -> None:
+    """Whichever of them a minimum or a maximum returns."""
+    x = torch.tensor([[0.0, -0.0] * dim, [-0.0, 0.0] * dim, [0.0, 0.0] * dim, [-0.0, -0.0] * dim])[:, :dim]
+    kept = encode(x, 8)
+    assert not kept.codes.any()
+    assert not kept.scale.view(torch.int16).any()
+    assert not kept.zero.view(torch.int16).any()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_token_s_codes_are_its_own(bits: int) -> None:
     """Whatever is beside it, and however it lies in memory."""

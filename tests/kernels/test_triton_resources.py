@@ -15,24 +15,24 @@ REGISTERS = 184
 """Most that a thread may have, so that two programs of 128 threads and what else is there fit on a processor."""
 
 
-def resources(cards: str, dims: str) -> list[dict[str, object]]:
+def resources(cards: str, dims: str, kernel: str) -> list[dict[str, object]]:
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--cards", cards, "--dims", dims, "--json"],
+        [sys.executable, SCRIPT, "--cards", cards, "--dims", dims, "--kernels", kernel, "--json"],
         capture_output=True,
         text=True,
         check=False,
         env={**environment, "TRITON_DEFAULT_FP_FUSION": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["decode"]
+    return json.loads(done.stdout)[kernel]
 
 
 @pytest.mark.builds("triton")
 def test_what_they_take():
     """No spills; reads of 16 bytes, ahead of use; and several programs to a processor."""
-    rows = resources("sm_80,sm_90,sm_100,gfx942", "64,128")
+    rows = resources("sm_80,sm_90,sm_100,gfx942", "64,128", "decode")
     assert len(rows) == 4 * 2 * 4
     for row in rows:
         assert row["spilled"] == 0, row
@@ -44,9 +44,18 @@ def test_what_they_take():
             assert row["at once"] >= 3, row
 
 
+@pytest.mark.builds("triton")
+def test_what_those_take_that_round():
+    """No spills, many programs to a processor, and nothing that rounds otherwise than docs/formats.md says."""
+    for row in resources("sm_80,sm_90,sm_100,gfx942", "96,128,256", "append"):
+        assert row["spilled"] == 0, row
+        assert not row["inexact"], row
+        assert row["card"] == "gfx942" or row["at once"] == 32, row
+
+
 @pytest.mark.heavy
 def test_what_large_heads_take():
-    for row in resources("sm_80,sm_90,sm_100", "256"):
+    for row in resources("sm_80,sm_90,sm_100", "256", "decode"):
         assert row["spilled"] == 0, row
         assert row["ahead"] >= 4, row
         assert row["at once"] >= 2, row

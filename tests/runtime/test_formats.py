@@ -208,11 +208,11 @@ def test_a_block_may_be_of_other_formats_of_as_many_bytes() -> None:
     assert len(set(layout.block_bytes.tolist())) == 1
     assert sorted(layout.of_head.tolist()) == [0, 1]
     pools = [Pool(layout, torch.device("cpu")) for _ in range(2)]
-    key, value = torch.randn(2, 1, 4)
+    key, value = torch.randn(2, 1, 2, 1, 4)
     for block, pool in enumerate(pools):  # one of them writes into a block of the other formats
         pool.reserve(np.array([1, 1]))
         pool.keys[block].zero_()
         pool.values[block].zero_()
-        pool.write(np.array([block * 16 + 3]), np.array([1]), key, value)
+        pool.write(np.array([block * 16 + 3]), np.array([1]), key, value, np.array([1]))
     assert torch.equal(pools[0].keys[0], pools[1].keys[1])
     assert torch.equal(pools[0].values[0], pools[1].values[1])

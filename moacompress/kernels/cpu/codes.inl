@@ -73,7 +73,7 @@ template <class T> void encode(const void* from, const KVPart& kv_part, int64_t 
     scale_at->bits = zero_at->bits = 0x7e00;
     return;
   }
-  const float low = -largest(zero() - lows) + 0.f, high = largest(highs);  // adding makes a minus zero a plus
+  const float low = -largest(zero() - lows) + 0.f, high = largest(highs) + 0.f;  // adding makes a minus zero a plus
   store_part(zero_at, set1(within(low, -LARGEST_PART, LARGEST_PART)), 1);
   store_part(scale_at, set1(within((high - low) / levels, 0.f, LARGEST_PART)), 1);
   const float scale = number(scale_at);

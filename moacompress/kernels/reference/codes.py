@@ -50,7 +50,8 @@ def encode(x: torch.Tensor, bits: int) -> Codes:
         bits: of a code, 1 to 8.
     """
     levels, y = (1 << bits) - 1, rotated(x)
-    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # adding makes a minus zero a plus
+    # adding makes a minus zero a plus
+    low, high = (bound(-1, keepdim=True) + 0.0 for bound in (y.amin, y.amax))
     wild = ~y.isfinite().all(-1, keepdim=True)
     zero, scale = (stored(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
     inverse = torch.where(scale == 0, 0, 1 / scale.float())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moacompress.kernels.kv_parts import KVPart
 
 SMALLEST = 16
 """Of each side of a product of matrices."""
 LARGEST = 64
 """Tokens of the largest tile."""
+APPEND_WARPS = 1
+"""Of a program of `append_kernels.append`, which writes one token of a KV head."""
 
 
 class TileSizes(NamedTuple):
@@ -75,6 +81,32 @@ def split_constants(
     }
 
 
+def rotation_norm(dim: int) -> float:
+    """Returns the factor of a rotation of vectors of so many numbers, as a float32."""
+    return float(np.float32((dim & -dim) ** -0.5))
+
+
 def padded(size: int) -> int:
     """Returns the smallest power of two that holds so many, and is enough for a product of matrices."""
     return max(SMALLEST, 1 << max(size - 1, 0).bit_length())
+
+
+def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
+    """Returns all that `append_kernels.append` is compiled for, by the names of its arguments.
+
+    Args:
+        key: how keys are kept; None where values alone are written.
+        value: how values are kept.
+    """
+    first = key or value
+    return {
+        "HEAD_DIM": first.dim,
+        "HEAD": padded(first.dim),
+        "VALUE_DIM": value.dim,
+        "VALUE": padded(value.dim),
+        "KEY_BITS": first.bits,
+        "VALUE_BITS": value.bits,
+        "KEY_NORM": rotation_norm(first.dim),
+        "VALUE_NORM": rotation_norm(value.dim),
+        "WITH_KEYS": key is not None,
+    }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Scores
 from moacompress.kernels.backend import Capabilities, Status, refuse_gradients
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
-from moacompress.kernels.triton.tile_sizes import padded, split_constants
-from moacompress.kernels.triton.work_lists import block_places, first_of, work_lists
+from moacompress.kernels.triton.tile_sizes import APPEND_WARPS, append_constants, padded, split_constants
+from moacompress.kernels.triton.work_lists import block_places, first_of, lie_in, work_lists
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRET = "TRITON_INTERPRET"
@@ -132,6 +136,57 @@ class TritonBackend(ReferenceBackend):
             back = torch.from_numpy(coded[1].repeat(group)).to(device)[None, :, None]
             out = torch.where(back, rotated(out), out).to(query.dtype)
         return out, lse
+
+    def append(
+        self,
+        kv_parts: tuple[KVPart | None, KVPart],
+        key: torch.Tensor | None,
+        value: torch.Tensor,
+        *,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        sources: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """See `Backend.append`; in one launch.
+
+        Raises:
+            UnsupportedError: a block is not in the pool in these formats.
+        """
+        if not len(slots):
+            return
+        from moacompress.kernels.triton import append_kernels
+
+        _, kv_heads, columns, _ = value.shape
+        ids, vectors, memory = slots.numpy() // BLOCK, [], []
+        for kv_part, given, segments in zip(kv_parts, (key, value), (keys, values), strict=True):
+            if kv_part is None or given is None:
+                continue
+            if not lie_in(segments, kv_part, ids).all():
+                raise UnsupportedError("a block that is written to is not in the pool in its formats")
+            part = given.detach() if kv_part.bits else given.detach().to(kv_part.dtype)
+            vectors.append(part if part.stride(-1) == 1 else part.contiguous())
+            base = first_of(segments, kv_part)
+            memory.append((base, block_places(segments, base)))
+        (work,) = _sent((np.stack((sources.numpy(), slots.numpy())),), value.device)
+        # without keys the values stand for them, and are not read
+        append_kernels.append[(len(slots),)](
+            vectors[0],
+            vectors[-1],
+            memory[0][0],
+            memory[-1][0],
+            memory[0][1],
+            memory[-1][1],
+            work,
+            len(slots),
+            kv_heads,
+            columns,
+            *vectors[0].stride()[:3],
+            *vectors[-1].stride()[:3],
+            **append_constants(*kv_parts),
+            num_warps=APPEND_WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def _interpreted() -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView
 from moacompress.kernels.kv_parts import KVPart
@@ -124,6 +124,13 @@ def _check(cache: CacheView, runs: Ints, kv_parts: Sequence[tuple[KVPart, KVPart
     short = bool(((runs[:, 1].max(0) > width) & there).any())
     if short or not inside.all() or not fits[heads, segment.clip(0, max(len(cache.keys) - 1, 0))].all():
         raise UnsupportedError("a block that a query sees has no id of the pool in the table")
+
+
+def lie_in(segments: Sequence[torch.Tensor], kv_part: KVPart, ids: Ints) -> Bools:
+    """Returns which blocks are in segments of a format, bool of the shape of `ids`."""
+    ends = np.array([0, *(len(segment) for segment in segments)]).cumsum()
+    fits = np.array([False, *(kv_part.fits(segment) for segment in segments), False])
+    return np.asarray(fits[np.searchsorted(ends, ids, "right")])
 
 
 def first_of(segments: Sequence[torch.Tensor], kv_part: KVPart) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -142,18 +142,36 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
         table.ids[open_rows[row], head, before[open_rows[row]] // BLOCK] = copies
 
 
+class _Placed(NamedTuple):
+    """The real tokens of a chunk that stay.
+
+    Attributes:
+        slots: where each goes to, block id * 16 + place in the block, `[tokens]`.
+        rows: of the batch, `[tokens]`.
+        heads: that the chunk has, likewise.
+        columns: of the chunk, likewise.
+        sources: the three as one number, see `Pool.write`.
+    """
+
+    slots: Ints
+    rows: Ints
+    heads: Ints
+    columns: Ints
+    sources: Ints
+
+
 def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
     """Copies the real tokens of the chunk that stay into their blocks."""
-    for slots, heads, (keys, values) in _placed(held, (key, value), before, chunk):
-        held.pool.write(slots, heads, keys, values)
+    placed = _placed(held, before, chunk)
+    held.pool.write(placed.slots, placed.heads, key.detach(), value.detach(), placed.sources)
 
 
 def _write_scores(held: LayerBlocks, scores: torch.Tensor, before: Ints, chunk: Chunk) -> None:
     """Writes the scores of the real tokens of the chunk that stay, `[rows, kv_heads, columns]`, where rules select."""
-    scored = np.array(held.pool.layout.scored)[held.pool.layout.of_head]
-    for slots, heads, (found,) in _placed(held, (scores.cpu()[..., None],), before, chunk):
-        there = scored[heads]
-        held.pool.write_scores(slots[there], found[:, 0].numpy()[there])
+    slots, rows, heads, columns, _ = _placed(held, before, chunk)
+    there = np.array(held.pool.layout.scored)[held.pool.layout.of_head][heads]
+    found = scores.cpu().numpy()[rows[there], heads[there], columns[there]]
+    held.pool.write_scores(slots[there], found)
 
 
 def write_shared_values(
@@ -169,32 +187,19 @@ def write_shared_values(
         head_map: see `LayerBlocks.view_shared_values`.
         value_sets: likewise.
     """
-    for slots, heads, (values,) in _placed(held, (value,), before, chunk, head_map):
-        held.pool.write_shared_values(slots, head_map[heads], value_sets[heads], values)
+    slots, _, heads, _, sources = _placed(held, before, chunk, head_map)
+    held.pool.write_shared_values(slots, head_map[heads], value_sets[heads], value.detach(), sources)
 
 
-def _placed(
-    held: LayerBlocks, chunks: Sequence[torch.Tensor], before: Ints, chunk: Chunk, head_map: Ints | None = None
-) -> Iterator[tuple[Ints, Ints, list[torch.Tensor]]]:
-    """Goes through the real tokens of a chunk that stay: slots, their heads, and of each of the `chunks` what goes there."""
+def _placed(held: LayerBlocks, before: Ints, chunk: Chunk, head_map: Ints | None = None) -> _Placed:
+    """Returns the real tokens of a chunk that stay; with a `head_map` those of a layer that shares the blocks' keys."""
     ids, runs = held.table.ids, held.runs
     if head_map is not None:
         ids, runs = ids[:, head_map], runs[:, :, :, head_map]
-    if chunk.columns == 1:
-        rows = np.flatnonzero(held.lengths > before)
-        own = ids[rows, :, before[rows] // BLOCK].astype(np.int64)
-        slots = (own * BLOCK + (before[rows] % BLOCK)[:, None]).reshape(-1)
-        picked = [t[:, :, 0] if len(rows) == len(t) else t[torch.from_numpy(rows).to(t.device), :, 0] for t in chunks]
-        yield slots, np.tile(np.arange(ids.shape[1]), len(rows)), [t.flatten(0, 1).detach() for t in picked]
-        return
-    for row in range(len(before)):
-        first, end = before[row], held.lengths[row]
-        parts = [
-            ragged_ranges(np.maximum(begin * BLOCK, first), np.minimum(stop * BLOCK, end))
-            for begin, stop in runs[:, :, row]
-        ]
-        head, position = (np.concatenate(part) for part in zip(*parts, strict=True))
-        slots = ids[row][head, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
-        column = chunk.columns_of(row, position - first)
-        h, at = (torch.from_numpy(np.ascontiguousarray(t)).to(chunks[0].device) for t in (head, column))
-        yield slots, head, [t[row, h, at].detach() for t in chunks]
+    first, end, count = before[:, None], held.lengths[:, None], ids.shape[1]
+    ranges = [ragged_ranges(np.maximum(begin * BLOCK, first), np.minimum(stop * BLOCK, end)) for begin, stop in runs]
+    owner, position = (np.concatenate(part) for part in zip(*ranges, strict=True))
+    rows, heads = np.divmod(owner, count)
+    columns = chunk.columns_of(rows, position - before[rows])
+    slots = ids[rows, heads, position // BLOCK].astype(np.int64) * BLOCK + position % BLOCK
+    return _Placed(slots, rows, heads, columns, (rows * count + heads) * chunk.columns + columns)

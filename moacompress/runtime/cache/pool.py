@@ -268,22 +268,31 @@ class Pool:
         own = {name: state[name].copy() for name in ("refs", "kinds")}
         self.__dict__.update(state, **own, lock=threading.RLock())
 
-    def write(self, slots: Ints, heads: Ints, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes tokens, each in the formats of its KV head: a block may be of others that take as many bytes.
+    def write(self, slots: Ints, heads: Ints, key: torch.Tensor, value: torch.Tensor, sources: Ints) -> None:
+        """Writes tokens of a chunk, each in the formats of its KV head: a block may be of others that take as many bytes.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
             heads: KV head of each, `[tokens]`.
-            keys: `[tokens, head_dim]`.
-            values: `[tokens, value_dim]`.
+            key: `[rows, kv_heads, columns, head_dim]`.
+            value: `[rows, kv_heads, columns, value_dim]`.
+            sources: which of the chunk's tokens each is, `(row * kv_heads + head) * columns + column`, `[tokens]`.
         """
-        put = backend_for(keys).put
         for kind, chosen in _groups(self.layout.of_head[heads]):
-            kv_parts = self.layout.kinds[kind]
-            own = [data if chosen is None else data[self._index(chosen)] for data in (keys, values)]
-            for at, picks, inside in self._split(slots if chosen is None else slots[chosen], BLOCK):
-                for kv_part, segment, data in zip(kv_parts, (self.keys[at], self.values[at]), own, strict=True):
-                    put([kv_part], [segment], inside[:, None], (data if picks is None else data[picks])[:, None])
+            where = (sources, slots) if chosen is None else (sources[chosen], slots[chosen])
+            self._append(self.layout.kinds[kind], key, value, self.values, where)
+
+    def _append(
+        self,
+        kv_parts: tuple[KVPart | None, KVPart],
+        key: torch.Tensor | None,
+        value: torch.Tensor,
+        values: list[torch.Tensor],
+        where: tuple[Ints, Ints],
+    ) -> None:
+        sources, slots = map(torch.from_numpy, where)
+        keys = [] if key is None else self.keys
+        backend_for(value).append(kv_parts, key, value, keys=keys, values=values, sources=sources, slots=slots)
 
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
         """Copies tokens, with their scores, to places in blocks of their own kind.
@@ -320,24 +329,25 @@ class Pool:
             here = torch.from_numpy(scores if picks is None else scores[picks.cpu().numpy()]).to(torch.int16)
             self.scores[at].view(-1)[inside.cpu()] = here
 
-    def write_shared_values(self, slots: Ints, heads: Ints, value_sets: Ints, values: torch.Tensor) -> None:
+    def write_shared_values(
+        self, slots: Ints, heads: Ints, value_sets: Ints, value: torch.Tensor, sources: Ints
+    ) -> None:
         """Writes values of a layer that shares the keys.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
             heads: KV head whose block each is in, `[tokens]`.
             value_sets: which of those beside a block's own each is, `[tokens]`.
-            values: `[tokens, value_dim]`.
+            value: `[rows, heads of that layer, columns, value_dim]`.
+            sources: which of its tokens each is; see `write`.
         """
-        put = backend_for(values).put
         for value_set, of_set in _groups(value_sets):
+            segments = self.shared_values_of(value_set)
             for kind, chosen in _groups(self.layout.of_head[heads if of_set is None else heads[of_set]]):
                 kv_part = self.layout.shared_values[kind][value_set]
                 both = of_set if chosen is None else chosen if of_set is None else of_set[chosen]
-                data = values if both is None else values[self._index(both)]
-                for at, picks, inside in self._split(slots if both is None else slots[both], BLOCK):
-                    memory, picked = self.shared_values[at][value_set], data if picks is None else data[picks]
-                    put([kv_part], [memory], inside[:, None], picked[:, None])
+                where = (sources, slots) if both is None else (sources[both], slots[both])
+                self._append((None, kv_part), None, value, segments, where)
 
     def shared_values_of(self, value_set: int) -> list[torch.Tensor]:
         """Returns segments of values that lie beside the blocks' own; the own where a segment has no such."""

@@ -186,6 +186,6 @@ def write_new(
         return
     rows, heads = new.rows_and_heads
     slots, columns = held.selected.slots(rows, heads, new.places), chunk.columns_of(rows, new.positions - before[rows])
-    at = tuple(torch.from_numpy(numbers).to(key.device) for numbers in (rows, heads, columns))
-    held.pool.write(slots, heads, key[at].detach(), value[at].detach())
-    held.pool.write_scores(slots, scores[at].cpu().numpy())
+    sources = (rows * held.heads + heads) * chunk.columns + columns
+    held.pool.write(slots, heads, key.detach(), value.detach(), sources)
+    held.pool.write_scores(slots, scores.cpu().numpy()[rows, heads, columns])

@@ -1,0 +1,191 @@
+"""New keys and values into cache blocks, in Triton: rotated, rounded and laid out as `docs/formats.md` says, to the bit.
+
+No product may be contracted with a sum, and every quotient is rounded to nearest: kernels that round are compiled with
+`enable_fp_fusion=False`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moacompress.kernels.reference import codes
+from moacompress.kernels.triton import work_lists
+from moacompress.rules import windows
+
+BLOCK = tl.constexpr(windows.BLOCK)
+UNIT = tl.constexpr(work_lists.UNIT)
+LARGEST = tl.constexpr(codes.LARGEST)
+NAN_BITS = tl.constexpr(0x7E00)
+TO_INTEGER = tl.constexpr(12582912.0)
+"""Added to a float32 below 2^22 it leaves the nearest integer, ties to even, in the last bits."""
+
+
+@triton.jit
+def sums_and_differences(x, STEP: tl.constexpr):
+    """Returns vectors `[tokens, padded]` after a stage of a rotation: numbers STEP apart are added and subtracted."""
+    pairs = x.reshape(x.shape[0], x.shape[1] // (2 * STEP), 2, STEP)
+    low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    return tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)).reshape(x.shape[0], x.shape[1])
+
+
+@triton.jit
+def rotated(x, DIM: tl.constexpr, NORM: tl.constexpr):
+    """Returns float32 vectors `[tokens, padded]` in the rotated basis; beyond DIM there is anything."""
+    TURNED: tl.constexpr = DIM & -DIM
+    for stage in tl.static_range(0, 16):
+        if 1 << stage < TURNED:
+            x = sums_and_differences(x, 1 << stage)
+    if TURNED > 1:
+        x = x * NORM
+    return x
+
+
+@triton.jit
+def encoded(x, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr):
+    """Returns codes, int32 `[tokens, padded]`, 0 beyond DIM, and the bits of scale and zero point, int16 `[tokens]` each."""
+    lane = tl.arange(0, x.shape[1])[None, :]
+    inside = lane < DIM
+    y = rotated(x, DIM, NORM)
+    finite = tl.abs(y) < float("inf")
+    wild = tl.max(tl.where(inside & (finite == 0), 1, 0), 1) > 0
+    # adding makes a minus zero a plus
+    low = tl.min(tl.where(inside & finite, y, float("inf")), 1) + 0.0
+    high = tl.max(tl.where(inside & finite, y, float("-inf")), 1) + 0.0
+    zero = tl.minimum(tl.maximum(low, -LARGEST), LARGEST).to(tl.float16)
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    scale = tl.minimum(tl.div_rn(high - low, float(LEVELS)), LARGEST).to(tl.float16)
+    wide = scale.to(tl.float32)
+    inverse = tl.where(wide == 0, 0.0, tl.div_rn(1.0, tl.where(wide == 0, 1.0, wide)))
+    part = (y - zero.to(tl.float32)[:, None]) * inverse[:, None]
+    within = tl.minimum(tl.maximum(part, 0.0), float(LEVELS))
+    code = (within + TO_INTEGER).to(tl.int32, bitcast=True) & LEVELS
+    code = tl.where(inside & (wild == 0)[:, None], code, 0)
+    scale_bits = tl.where(wild, NAN_BITS, scale.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
+    zero_bits = tl.where(wild, NAN_BITS, zero.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
+    return code, scale_bits, zero_bits
+
+
+@triton.jit
+def write(
+    vectors, Memory, at, place, there, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, IS_VALUE: tl.constexpr
+):
+    """Writes vectors into the K or V parts of blocks.
+
+    Args:
+        vectors: `[tokens, padded]`, of the model's dtype.
+        Memory: where places count from.
+        at: places of the blocks, in units of 16 bytes, int64 `[tokens]`.
+        place: of each token in its block, `[tokens]`.
+        there: whether it is one, `[tokens]`.
+        DIM: numbers of a vector.
+        BITS: of a code; 0 of native numbers.
+        NORM: factor of a rotation.
+        IS_VALUE: whether they are values.
+    """
+    SIZE: tl.constexpr = vectors.shape[1]
+    lane = tl.arange(0, SIZE)[None, :]
+    if BITS == 0:
+        item_bytes: tl.constexpr = Memory.dtype.element_ty.primitive_bitwidth // 8
+        into = Memory + (at * (UNIT // item_bytes) + place * DIM)[:, None] + lane
+        tl.store(into, vectors, mask=there[:, None] & (lane < DIM))
+    else:
+        code, scale, zero = encoded(vectors.to(tl.float32), DIM, BITS, NORM)
+        HALF: tl.constexpr = (DIM + 1) // 2
+        USED: tl.constexpr = HALF if BITS == 4 else DIM
+        BYTES: tl.constexpr = (USED + 3) // 4 * 4
+        if BITS == 4:
+            above = tl.minimum(lane + HALF, SIZE - 1).broadcast_to(code.shape)
+            high = tl.where(lane + HALF < DIM, tl.gather(code, above, 1), 0)
+            code = tl.where(lane < HALF, code | (high << 4), 0)
+        if IS_VALUE:
+            start = at * UNIT + 4 * BYTES * (place // 4) + place % 4
+            into = Memory.to(tl.pointer_type(tl.uint8)) + start[:, None] + 4 * lane
+            tl.store(into, code.to(tl.uint8), mask=there[:, None] & (lane < BYTES))
+        else:
+            shift = (tl.arange(0, 4) * 8)[None, None, :]
+            words = tl.sum(code.reshape(code.shape[0], SIZE // 4, 4) << shift, 2)
+            w = tl.arange(0, SIZE // 4)[None, :]
+            into = Memory.to(tl.pointer_type(tl.int32)) + (at * (UNIT // 4) + place)[:, None] + w * BLOCK
+            tl.store(into, words, mask=there[:, None] & (w * 4 < BYTES))
+        numbers = Memory.to(tl.pointer_type(tl.int16)) + at * (UNIT // 2) + BYTES * (BLOCK // 2) + place
+        tl.store(numbers, scale, mask=there)
+        tl.store(numbers + BLOCK, zero, mask=there)
+
+
+@triton.jit
+def append(
+    Key,
+    Value,
+    Keys,
+    Values,
+    KeyPlaces,
+    ValuePlaces,
+    Work,
+    count,
+    kv_heads,
+    columns,
+    key_row,
+    key_head,
+    key_column,
+    value_row,
+    value_head,
+    value_column,
+    HEAD_DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    KEY_NORM: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
+    WITH_KEYS: tl.constexpr,
+):
+    """Writes tokens of KV heads of one pair of formats into their blocks, keys and values.
+
+    Args:
+        Key: `[rows, kv_heads, columns, HEAD_DIM]`; the numbers of a vector lie side by side.
+        Value: likewise.
+        Keys: the first segment of the pool whose keys are of this format; written to.
+        Values: likewise.
+        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
+        ValuePlaces: likewise.
+        Work: `(row * kv_heads + head) * columns + column` of each token, then its block id * 16 + place, int64 `[2, count]`.
+        count: of tokens.
+        kv_heads: of a row.
+        columns: of the chunk.
+        key_row: numbers from a row to the next; likewise `key_head`, `key_column` and those of values.
+        key_head: see `key_row`.
+        key_column: see `key_row`.
+        value_row: see `key_row`.
+        value_head: see `key_row`.
+        value_column: see `key_row`.
+        HEAD_DIM: numbers of a key.
+        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
+        VALUE_DIM: numbers of a value.
+        VALUE: see HEAD.
+        KEY_BITS: of a code; 0 of native numbers.
+        VALUE_BITS: likewise.
+        KEY_NORM: factor of a rotation of keys; likewise VALUE_NORM.
+        VALUE_NORM: see KEY_NORM.
+        WITH_KEYS: whether keys are written, and not values alone.
+    """
+    t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    source = tl.load(Work + t)
+    slot = tl.load(Work + count + t)
+    block = slot // BLOCK
+    place = slot % BLOCK
+    column = source % columns
+    pair = source // columns
+    row = pair // kv_heads
+    head = pair % kv_heads
+    there = t < count
+    if WITH_KEYS:
+        d = tl.arange(0, HEAD)[None, :]
+        key_from = Key + (row * key_row + head * key_head + column * key_column)[:, None] + d
+        key = tl.load(key_from, mask=d < HEAD_DIM, other=0.0)
+        write(key, Keys, tl.load(KeyPlaces + block), place, there, HEAD_DIM, KEY_BITS, KEY_NORM, False)
+    v = tl.arange(0, VALUE)[None, :]
+    value_from = Value + (row * value_row + head * value_head + column * value_column)[:, None] + v
+    value = tl.load(value_from, mask=v < VALUE_DIM, other=0.0)
+    write(value, Values, tl.load(ValuePlaces + block), place, there, VALUE_DIM, VALUE_BITS, VALUE_NORM, True)
