@@ -80,11 +80,11 @@ class BenchRequest:
             raise UsageError(
                 "--trace is of steps under the plan: it goes with plan among --sides, and without --compile"
             )
-        _check_numbers("length", self.lengths, 1)
-        _check_numbers("batch", self.batches, 1)
-        _check_numbers("tokens", (self.tokens,), 1, MOST_STEPS)
-        _check_numbers("repeats", (self.repeats,), 1)
-        _check_numbers("prefill-repeats", (self.prefill_repeats,), 0)
+        check_numbers("length", self.lengths, 1)
+        check_numbers("batch", self.batches, 1)
+        check_numbers("tokens", (self.tokens,), 1, MOST_STEPS)
+        check_numbers("repeats", (self.repeats,), 1)
+        check_numbers("prefill-repeats", (self.prefill_repeats,), 0)
 
     def cells(self) -> Iterator[Cell]:
         """Yields all places of the table, those of one dtype together."""
@@ -182,7 +182,18 @@ def check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None
             raise UsageError(f"unknown {what} {name!r}; {hint}")
 
 
-def _check_numbers(what: str, given: Sequence[int], least: int, most: int | None = None) -> None:
+def check_numbers(what: str, given: Sequence[int], least: int, most: int | None = None) -> None:
+    """Refuses numbers out of bounds, and none at all.
+
+    Args:
+        what: they are.
+        given: the numbers.
+        least: smallest that there may be.
+        most: largest, or None.
+
+    Raises:
+        UsageError: names the number and its bounds.
+    """
     if not given:
         raise UsageError(f"no {what} given")
     for number in given:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -36,6 +35,7 @@ from moacompress.bench.timing_rows import break_even, make_row
 from moacompress.core.errors import MoaCompressError, UsageError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.lock_holders import own_file
+from moacompress.core.machine import processor_name
 from moacompress.core.memory import available_bytes
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.version import own_version
@@ -118,22 +118,13 @@ def environment() -> dict[str, Any]:
     """Returns what of the machine and of the libraries times depend on."""
     kernel = dispatch.chosen()
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "moacompress": own_version(),
         "kernel": kernel.name,
         "isa": kernel.isa,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def available_memory(device: str) -> int:
@@ -149,6 +140,13 @@ def load_per_core() -> float | None:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
         return None
+
+
+def warn_if_busy() -> None:
+    """Warns where the machine has much else to do."""
+    load = load_per_core()
+    if load is not None and load > BUSY:
+        logger.warning("the machine is busy (load %.1f a core), so times are longer and vary more", load)
 
 
 @dataclass
@@ -179,9 +177,7 @@ class _Benchmark:
         cells = list(self.request.cells())
         steps = sum(map(self._steps, cells))
         if steps:
-            load = load_per_core()
-            if load is not None and load > BUSY:
-                logger.warning("the machine is busy (load %.1f a core), so times are longer and vary more", load)
+            warn_if_busy()
             self.progress.start("measuring", steps)
         for cell in cells:
             measured = {phase: self._timed(phase, cell) for phase in self.phases}

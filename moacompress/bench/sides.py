@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -47,16 +47,16 @@ def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel
         config._attn_implementation = None
         made: Any = type(model)(config)
         dense = made.to(model.device, model.dtype).eval().requires_grad_(False)
-        return {"plan": model, "full_span": attach(_same_weights(dense), Plan.full(plan.model)), "dense": dense}
+        return {"plan": model, "full_span": attach(same_weights(dense), Plan.full(plan.model)), "dense": dense}
     dense = detach(model).requires_grad_(False)
     return {
-        "plan": attach(_same_weights(dense), plan),
-        "full_span": attach(_same_weights(dense), Plan.full(plan.model)),
+        "plan": attach(same_weights(dense), plan),
+        "full_span": attach(same_weights(dense), Plan.full(plan.model)),
         "dense": dense,
     }
 
 
-def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+def same_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a copy of a model that has the very same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
@@ -101,11 +101,22 @@ class FilledPlanCache:
         room: tokens of a row that memory is taken for.
         seed: of what is in it.
         device: torch device.
+        kv: keys and values of every layer, as `random_kv` yields them; by default those.
     """
 
-    def __init__(self, plan: Plan, shape: ModelShape, cell: Cell, room: int, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        shape: ModelShape,
+        cell: Cell,
+        room: int,
+        seed: int,
+        device: str,
+        kv: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         self.cache = PlanCache(plan, reserve=room)
-        for layer, (key, value) in zip(self.cache.layers, random_kv(shape, cell, seed, device), strict=True):
+        kv = random_kv(shape, cell, seed, device) if kv is None else kv
+        for layer, (key, value) in zip(self.cache.layers, kv, strict=True):
             layer.update(key, value)
             scores = None
             if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
@@ -186,6 +197,24 @@ def random_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> Iterator
     for _ in range(shape.layers):
         key, value = (torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(2))
         yield key, value
+
+
+def overlapping_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns keys and values as `random_kv` yields them, quickly, for caches that are filled many times.
+
+    They are views of one row and a little more, in which each row begins one token after the one before: no two rows are the
+    same, so that they share no blocks. All layers get the same.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens, dim = cell.length + cell.batch, shape.head_dim
+    dtype: torch.dtype = getattr(torch, cell.dtype)
+    views = [
+        torch.randn((shape.kv_heads, tokens, dim), generator=generator, dtype=dtype, device=device).as_strided(
+            (cell.batch, shape.kv_heads, cell.length, dim), (dim, tokens * dim, dim, 1)
+        )
+        for _ in range(2)
+    ]
+    return [(views[0], views[1])] * shape.layers
 
 
 def filled_cache(

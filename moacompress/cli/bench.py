@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import Overwrite, TrustRemoteCode, dry_run_option, split_list
+from moacompress.cli.options import (
+    HeadWeightsOption,
+    Overwrite,
+    TrustRemoteCode,
+    WeightsOption,
+    dry_run_option,
+    split_list,
+)
 from moacompress.core.errors import UsageError
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
 REPEATS, QUICK_REPEATS = 20, 7
 PREFILL_REPEATS = 3
+COST_LENGTHS, COST_BATCH, COST_TOKENS, COST_REPEATS = "4k", "8", 4, 9
 SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
 
 
@@ -27,11 +36,14 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
     "moacompress bench runs/mine --sides plan --lengths 256,4k --prefill-repeats 0 --trace",
     "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
     "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
+    "moacompress bench path/to/model --cost-table costs.json --lengths 4k,8k --batch 8,32",
     computes=True,
 )
 def bench(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run; with --cost-table MODEL.")
+    ],
     lengths: Annotated[
         str | None,
         typer.Option("--lengths", metavar="LIST", help=f"Tokens in the cache of a row [default: {LENGTHS}]."),
@@ -105,6 +117,19 @@ def bench(
         float | None,
         typer.Option(help="Mean requests a second of --serve, at random times; by default all come at once."),
     ] = None,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--cost-table",
+            metavar="FILE",
+            help="Instead of the table: measure what a step of the dense MODEL takes against what KV heads keep, by "
+            "formats, at each length and number of rows, and write it to FILE "
+            f"[default: lengths {COST_LENGTHS}, batch {COST_BATCH}].",
+            show_default=False,
+        ),
+    ] = None,
+    weights: WeightsOption = None,
+    head_weights: HeadWeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run resumes from there."),
@@ -118,6 +143,29 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
+    if cost_table is not None:
+        _refuse(
+            "--cost-table",
+            {"--sides": sides, "--prefill-repeats": prefill_repeats, "--out": out, "--serve": serve or None}
+            | {"--compile": compile_ours or None, "--pack": pack or None, "--no-peak": None if peak else True}
+            | {"--trace": trace or None, "--quick": quick or None, "--dry-run": dry_run or None}
+            | {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate},
+        )
+        return _cost_table(
+            run,
+            path,
+            cost_table,
+            lengths,
+            batch,
+            tokens,
+            repeats,
+            (weights, head_weights),
+            overwrite,
+            trust_remote_code,
+        )
+    for name, value in {"--weights": weights, "--head-weights": head_weights}.items():
+        if value is not None:
+            raise UsageError(f"{name} goes with --cost-table, which loads a dense model; leave it out")
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
     of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
@@ -125,9 +173,10 @@ def bench(
     of_table |= {"--pack": pack or None, "--no-peak": None if peak else True, "--trace": trace or None}
     of_table |= {"--dry-run": (dry_run and serve) or None}
     of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
-    for name, value in (of_table if serve else of_serving).items():
-        if value is not None:
-            raise UsageError(f"{name} goes {'without' if serve else 'with'} --serve; leave one of the two out")
+    if serve:
+        _refuse("--serve", of_table)
+    else:
+        _refuse("--serve", of_serving, needed=True)
     if serve:
         from moacompress.bench.request_mix import ANSWERS, PROMPTS
         from moacompress.bench.serve_benchmark import ServeRequest, run_serving
@@ -148,17 +197,12 @@ def bench(
         )
         report = run_serving(path, served, out=out, overwrite=overwrite, progress=run.progress)
         return Output(report, serve_tables(report))
-    batches = split_list(batch or "1") or ()
-    for item in batches:
-        if not item.isdecimal():
-            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
-
     from moacompress.bench.bench_request import BenchRequest
     from moacompress.rules.budget import parse_lengths
 
     request = BenchRequest(
         lengths=parse_lengths(lengths if lengths is not None else QUICK_LENGTHS if quick else LENGTHS),
-        batches=tuple(sorted({int(item) for item in batches})),
+        batches=_rows(batch or "1"),
         dtypes=dtypes,
         sides=tuple(dict.fromkeys(split_list(SIDES if sides is None else sides) or ())),
         tokens=tokens if tokens is not None else QUICK_TOKENS if quick else TOKENS,
@@ -184,3 +228,65 @@ def bench(
 
     report = run_bench(path, request, out=out, overwrite=overwrite, progress=run.progress)
     return Output(report, bench_tables(report))
+
+
+def _refuse(option: str, others: Mapping[str, Any], needed: bool = False) -> None:
+    """Refuses options that were given and do not go with another one, or without it.
+
+    Args:
+        option: the other one.
+        others: values by name; None is not given.
+        needed: whether they go with it alone.
+    """
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(f"{name} goes {'with' if needed else 'without'} {option}; leave one of the two out")
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    items = split_list(text) or ()
+    for item in items:
+        if not item.isdecimal():
+            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+    return tuple(sorted({int(item) for item in items}))
+
+
+def _cost_table(
+    run: CommandRun,
+    model: Path,
+    out: Path,
+    lengths: str | None,
+    batch: str | None,
+    tokens: int | None,
+    repeats: int | None,
+    weights: tuple[str | None, str | None],
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> Output:
+    from moacompress.bench.cost_table import CostTableRequest, measure_cost_table
+    from moacompress.models.source import load_source
+    from moacompress.report.cost_table_tables import cost_table_tables, fitted_rows
+    from moacompress.rules.budget import parse_lengths
+
+    recipe = run.recipe(weights=weights[0], head_weights=weights[1])
+    request = CostTableRequest(
+        lengths=parse_lengths(lengths or COST_LENGTHS),
+        rows=_rows(batch or COST_BATCH),
+        tokens=COST_TOKENS if tokens is None else tokens,
+        repeats=COST_REPEATS if repeats is None else repeats,
+        seed=recipe.seed,
+        device=recipe.device,
+        weights=recipe.weights,
+        head_weights=recipe.head_weights,
+    )
+    source = load_source(
+        str(model),
+        dtype=recipe.dtype,
+        device=recipe.device,
+        weights=recipe.weights,
+        head_weights=recipe.head_weights,
+        trust_remote_code=trust_remote_code,
+    )
+    table = measure_cost_table(source, request, out, overwrite=overwrite, progress=run.progress)
+    data = {"cost_table": str(out), **table.model_dump(mode="json"), "fitted": fitted_rows(table)}
+    return Output(data, cost_table_tables(table))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, one_line
+from moacompress.core.machine import processor_name
 from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
@@ -76,7 +77,7 @@ def check_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "transformers": _transformers(),
-        "cpu": {"name": _cpu_name(), "cores": _cores()},
+        "cpu": {"name": processor_name(), "cores": _cores()},
         "gpus": gpus,
         "kernel": kernel,
         "gpu_kernel": _gpu_kernel(gpus),
@@ -437,16 +438,6 @@ def _version(package: str) -> str | None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:

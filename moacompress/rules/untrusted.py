@@ -1,6 +1,6 @@
-"""What a plan holds that nobody may trust: values checked by pydantic, and the one sentence that says what is wrong.
+"""What a plan or a cost table holds that nobody may trust: values checked by pydantic, and one sentence on what is wrong.
 
-A pydantic type says what is allowed; where a value is not, `checked` raises a `PlanError` that begins with the value's name.
+A pydantic type says what is allowed; where a value is not, `checked` raises an error that begins with the value's name.
 Values are checked up to the first that is wrong: pydantic's list of all of them would take many times a hostile file's memory.
 """
 
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from moacompress.core.errors import PlanError
+from moacompress.core.errors import MoaCompressError, PlanError
 from moacompress.core.files import finite_json
 
 T = TypeVar("T")
@@ -63,21 +63,27 @@ class Form(BaseModel):
         return data
 
 
-def checked(adapter: TypeAdapter[T], value: Any, name: Callable[[Loc], str]) -> T:
+def checked(
+    adapter: TypeAdapter[T],
+    value: Any,
+    name: Callable[[Loc], str],
+    error_type: type[MoaCompressError] = PlanError,
+) -> T:
     """Returns a value as its type has it.
 
     Args:
         adapter: the type.
         value: what somebody else may have written.
         name: returns what a message calls a part of it.
+        error_type: what is raised.
 
     Raises:
-        PlanError: it is something else; the message begins with the part's name.
+        PlanError: it is something else, or `error_type` for it; the message begins with the part's name.
     """
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise PlanError(_sentence(error.errors(include_url=False)[0], name)) from None
+        raise error_type(_sentence(error.errors(include_url=False)[0], name)) from None
 
 
 def one_of(values: Iterable[T], otherwise: str = "") -> AfterValidator:

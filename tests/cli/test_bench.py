@@ -222,3 +222,30 @@ def test_one_clear_sentence(compressed: Path, arguments: tuple[str, ...], exit_c
 def test_not_a_compressed_model(tiny_folder: Path, tmp_path: Path) -> None:
     assert "is a model but not a compressed one; compress it first" in problem(tiny_folder)
     assert "no compressed checkpoint" in problem(tmp_path)
+
+
+def test_a_cost_table_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    """With the real steps: at so many tokens a tiny model takes most of them for attention."""
+    out = tmp_path / "costs.json"
+    asked = ("--cost-table", out, "--lengths", "480", "--batch", "24", "--tokens", "2", "--repeats", "3")
+    result = invoke(tiny_folder, *asked, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["cost_table"] == str(out)
+    (row,) = data["fitted"]
+    assert 0 < row["floor_ms"] < row["full_span_ms"]
+    assert len(row["us_per_1000_tokens"]) == 9
+    assert json.loads(out.read_text())["cells"] == data["cells"]
+    text = invoke(tiny_folder, *asked, "-q").stdout
+    assert "int8/int4" in text
+    assert "480x24" in text
+
+
+def test_what_goes_with_a_cost_table(tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    assert "--serve goes without --cost-table" in problem(compressed, "--serve", "--cost-table", out)
+    assert "--sides goes without --cost-table" in problem(compressed, "--sides", "plan", "--cost-table", out)
+    assert "--weights goes with --cost-table" in problem(compressed, "--weights", "int8")
+    assert "batch 'x' is not a number of rows" in problem(tiny_folder, "--batch", "x", "--cost-table", out)
+    assert "is compressed" in problem(compressed / "model", "--cost-table", out, exit_code=1)
+    assert not out.exists()
