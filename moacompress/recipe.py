@@ -55,6 +55,13 @@ def _texts(value: Any) -> Any:
     return [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in items]
 
 
+def _names(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+        raise ValueError("must be names, such as o_proj,down_proj")
+    return tuple(sorted({item.strip() for item in items}))
+
+
 def _formats(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     names = [str(item).strip() for item in items]
@@ -305,6 +312,9 @@ class HealRecipe(_Section):
     batch: int = Field(8192, ge=1, le=2**30, description="tokens of an optimizer step")
     lr: float | None = Field(None, gt=0, le=1, description="largest learning rate; by default what suits `train`")
     rank: int = Field(16, ge=1, le=4096, description="of LoRA")
+    modules: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = Field(
+        None, min_length=1, description="linear layers that LoRA is trained in, such as o_proj; by default all"
+    )
     hidden_weight: float = Field(1.0, ge=0, description="of the states of layers, in EchoAtt's first stage")
     soft_weight: float = Field(1.0, ge=0, description="of KL to dense, likewise")
     hard_weight: float = Field(1.0, ge=0, description="of the answers' own tokens, likewise")

@@ -63,6 +63,12 @@ def heal(
     batch: Annotated[int | None, typer.Option(help="Tokens of an optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of LoRA.")] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Linear layers that LoRA is trained in, such as o_proj,down_proj; by default all."
+        ),
+    ] = None,
     hidden_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of the states of layers.")] = None,
     soft_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of KL to dense.")] = None,
     hard_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of the answers' own tokens.")] = None,
@@ -99,6 +105,7 @@ def heal(
         heal__batch=batch,
         heal__lr=lr,
         heal__rank=rank,
+        heal__modules=modules,
         heal__hidden_weight=hidden_weight,
         heal__soft_weight=soft_weight,
         heal__hard_weight=hard_weight,

@@ -175,6 +175,24 @@ def _quality(plan: Plan) -> str:
     return "\n".join(rows) + note
 
 
+def healed_bytes_text(notes: Mapping[str, Any]) -> str:
+    """Returns what the weights take before and after a heal of a checkpoint with weights in blocks; empty of any other.
+
+    Args:
+        notes: `heal` in the provenance of a plan.
+    """
+    sizes = notes.get("weight_bytes")
+    if not isinstance(sizes, dict):
+        return ""
+    before, after = (sum(sizes[name].values()) for name in ("before", "after"))
+    if before == after:
+        return f"The weights take {before:,} bytes, as before."
+    return (
+        f"The weights take {after:,} bytes, before {before:,}: layers that were trained are stored as numbers, not as blocks "
+        "of codes."
+    )
+
+
 def _healed(notes: dict[str, Any]) -> str:
     kl = notes["held_out_kl"]
     rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
@@ -189,6 +207,7 @@ def _healed(notes: dict[str, Any]) -> str:
         else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) gave nothing better: these are the "
         "weights as they were exported."
     )
+    what = " ".join(filter(None, [what, healed_bytes_text(notes)]))
     measured = (
         f"Measured on {kl['samples']} held-out samples, by which the state was chosen. What was measured of the plan "
     )

@@ -18,7 +18,7 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.healer import processes
 from moacompress.healer.distillation import soft_loss
-from moacompress.healer.healing import HealRequest, accumulation
+from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
 from moacompress.healer.training_data import count_samples, heal_lengths, held_out_samples
@@ -78,6 +78,7 @@ def estimate_heal(
         "peak_bytes": rates.peak_bytes + ADAM_BYTES * rates.trained,
         "trained_parameters": rates.trained,
         "max_minutes": heal.max_minutes,
+        "weight_bytes": None if rates.weights is None else vars(rates.weights),
     }
     seconds = answer_seconds + (training if heal.max_minutes is None else min(training, 60 * heal.max_minutes))
     return Estimate(seconds=seconds, text=_said(facts, seconds), facts=facts, slowdown=rates.watch.slowdown)
@@ -92,9 +93,15 @@ def _said(facts: Mapping[str, Any], seconds: float) -> list[str]:
         f"Training: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['trained_parameters']:,} parameters, about "
         f"{facts['train_seconds']:,.0f} s; {facts['evaluations']} evaluations on {facts['held_out_samples']} samples, about "
         f"{facts['evaluation_seconds']:,.0f} s{limit}.",
+        *([] if facts["weight_bytes"] is None else [_said_of_weights(facts["weight_bytes"])]),
         f"Data: {facts['new_samples']} new samples, about {facts['answer_seconds']:,.0f} s.",
         f"In all about {seconds:,.0f} s, and about {readable_bytes(facts['peak_bytes'])} of memory.",
     ]
+
+
+def _said_of_weights(sizes: Mapping[str, Mapping[str, int]]) -> str:
+    before, after = (readable_bytes(sum(sizes[name].values())) for name in ("before", "after"))
+    return f"Weights: {before}, in part blocks of codes; {after} once healed: trained layers are stored as numbers."
 
 
 class _HealRates:
@@ -109,6 +116,7 @@ class _HealRates:
         measure: seconds of KL on a held-out sample, without the teacher's part.
         step: seconds forward and backward.
         trained: numbers that are trained.
+        weights: what weights take, of a checkpoint that has some in blocks.
         peak_bytes: of this process, Python included; on a GPU of its memory.
     """
 
@@ -133,6 +141,7 @@ class _HealRates:
         self.step, _ = self.watch.once(step)
         self.peak_bytes = int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else peak_rss()
         model.zero_grad()
+        self.weights = request.weight_bytes(model)
         self.trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
     def answer(self, tokens: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.data.answer_store import AnswerStore
-from moacompress.calibration.data.samples import fingerprint_ordered, fingerprint_samples
+from moacompress.calibration.data.samples import fingerprint_ordered
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import (
     ANSWERS_FILE,
@@ -28,131 +28,27 @@ from moacompress.core.artefact_names import (
     holder_of_folder,
     of_heal,
 )
-from moacompress.core.errors import ArtefactError, ModelError, UsageError
-from moacompress.core.files import digest_files, fingerprint, new_folder, read_json, remove, sweep_folders, write_json
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import new_folder, read_json, remove, sweep_folders, write_json
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer import processes
-from moacompress.healer.heal_history import HealHistory, last_checkpoint, load_best
+from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
+from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher
-from moacompress.healer.trained_weights import (
-    LEARNING_RATES,
-    check_installed,
-    check_trainable,
-    distilled_layers,
-    make_trainable,
-)
+from moacompress.healer.trained_weights import distilled_layers, make_trainable, put_written
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
 from moacompress.models.modules import attention_modules
-from moacompress.models.source import SourceModel, context_length, load_source
-from moacompress.models.stored_plan import checkpoint_weights
-from moacompress.recipe import HealRecipe, Recipe
+from moacompress.models.source import SourceModel, context_length
+from moacompress.recipe import Recipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
-from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
+from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.gate import gates_on
 
 logger = logging.getLogger(__name__)
-
-HEAL_VERSION = 1
-"""Part of what a heal is known by; raised where the same request would give other weights."""
-TWICE_BEYOND = 1536
-"""Longest sample whose layers keep all that their backward pass needs, where the recipe does not say."""
-DENSE_GIVEN = (
-    "{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress {folder} "
-    "--budget 25% -o OUT`) and heal OUT"
-)
-
-
-@dataclass(frozen=True)
-class HealRequest:
-    """What is asked for, and what it is asked of.
-
-    Attributes:
-        checkpoint: the compressed model; its weights are frozen and of the dtype that is trained in.
-        teacher: the dense model.
-        profile: of the dense model.
-        recipe: `heal`, `seed`, `device` and `calibration.text` count.
-        compute: dtype that is computed in, "float32" or "bfloat16".
-        key: fingerprint of all that decides the result but for how long it may take.
-        trust_remote_code: whether modelling code that comes with the models may run.
-    """
-
-    checkpoint: Checkpoint
-    teacher: SourceModel
-    profile: Profile
-    recipe: Recipe
-    compute: str
-    key: str
-    trust_remote_code: bool = False
-
-    @property
-    def heal(self) -> HealRecipe:
-        """The section of the recipe."""
-        return self.recipe.heal
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the checkpoint."""
-        return self.checkpoint.plan
-
-    @property
-    def learning_rate(self) -> float:
-        """The largest."""
-        return self.heal.lr or LEARNING_RATES[self.heal.train]
-
-    @property
-    def places(self) -> list[str | Path]:
-        """What is read, where these are files or folders."""
-        named = self.checkpoint.folder, self.teacher.source, self.profile.path, self.recipe.calibration.text
-        return [name for name in named if name and Path(name).exists()]
-
-    def computes_twice(self, longest: int) -> bool:
-        """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
-        asked = self.heal.checkpointing
-        return longest > TWICE_BEYOND if asked is None else asked
-
-    @staticmethod
-    def of(
-        target: str | Path,
-        profile: str | Path | Profile | None,
-        teacher: str | SourceModel | None,
-        recipe: Recipe,
-        trust_remote_code: bool = False,
-    ) -> HealRequest:
-        """Loads and compares all that is asked for.
-
-        Raises:
-            UsageError: not a compressed model, no profile, nothing to train, a missing package, or float16.
-            ModelError: the dense model is not there, or not the one that was profiled.
-            PlanError: the dense model, or the profile, is not what the plan was made for.
-        """
-        check_installed(recipe.heal.train)
-        folder = compressed_folder(Path(target), DENSE_GIVEN)
-        if recipe.heal.train != "gates" and checkpoint_weights(folder):
-            raise UsageError(
-                f"the weights of {folder} are in blocks of codes, which are not trained; export the plan with --weights dense "
-                "and heal that, or heal the gates alone (--train gates)"
-            )
-        known = profile if isinstance(profile, Profile) else Profile.load(_profile_folder(folder, profile))
-        compute = _compute_dtype(recipe)
-        frozen = recipe.heal.train == "lora"
-        dtype = compute if frozen else "float32"
-        checkpoint = load_checkpoint(folder, dtype, recipe.device, trust_remote_code=trust_remote_code)
-        checkpoint.model.requires_grad_(False)
-        plan = checkpoint.plan
-        check_trainable(plan, recipe.heal.train)
-        source = _load_teacher(teacher, known, compute, recipe, trust_remote_code)
-        plan.check_model(source.shape, weights=source.weights_like)
-        known.check_model(source, "heal")
-        if known.around:
-            raise UsageError(
-                f"the profile in {known.path} is of changes around a plan; heal with one of the dense model"
-            )
-        key = _key(checkpoint, known, recipe, compute)
-        return HealRequest(checkpoint, source, known, recipe, compute, key, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -222,8 +118,8 @@ def heal(
         if processes.rank() == 0:
             _claim(work, request, overwrite)
         data = _data(request, work, progress)
-        history = _trained(request, data, arguments, work, progress)
-        plan = _noted(request, data, history)
+        history, model = _trained(request, data, arguments, work, progress)
+        plan = _noted(request, data, history, model)
         if request.heal.train == "gates" and history.best is not None:
             gates = _trained_gates(request, work) if processes.rank() == 0 else None
             plan = plan.with_gates(processes.agreed(gates))
@@ -271,71 +167,6 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
     )
     _ = arguments.device
     return arguments
-
-
-def accumulation(request: HealRequest) -> int:
-    """Returns how many samples each process takes for a step."""
-    longest = max(heal_lengths(request.profile, request.recipe))
-    return max(1, round(request.heal.batch / longest / processes.world_size()))
-
-
-def _profile_folder(folder: Path, given: str | Path | None) -> Path:
-    path = profile_folder(folder, given)
-    if path is None:
-        raise UsageError(
-            f"there is no profile beside {folder}, whose validation samples a heal is measured on; give one (--profile DIR)"
-        )
-    return path
-
-
-def _compute_dtype(recipe: Recipe) -> str:
-    """Returns what is computed in: on a CPU float32, where few are faster in bfloat16, elsewhere bfloat16 if not asked."""
-    if recipe.dtype == "auto":
-        return "float32" if recipe.device == "cpu" else "bfloat16"
-    if recipe.dtype == "float16":
-        raise UsageError("a heal cannot compute in float16, whose gradients underflow; choose bfloat16 or float32")
-    return recipe.dtype
-
-
-def _load_teacher(
-    given: str | SourceModel | None, profile: Profile, compute: str, recipe: Recipe, trust_remote_code: bool
-) -> SourceModel:
-    if isinstance(given, SourceModel):
-        return given
-    name = given or profile.source
-    if given is None and Path(name).is_absolute() and not Path(name).exists():
-        raise ModelError(
-            f"the dense model is not at {name} any more, where it was profiled; say where it is (--teacher)"
-        )
-    own = profile.recipe
-    return load_source(
-        name,
-        dtype=compute,
-        device=recipe.device,
-        weights=own.weights,
-        head_weights=own.head_weights,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:
-    heal = {name: value for name, value in recipe.heal.hashed().items() if name not in ("max_minutes", "checkpointing")}
-    text = recipe.calibration.text
-    return fingerprint(
-        {
-            "version": HEAL_VERSION,
-            "plan": checkpoint.plan.key(),
-            "weights": checkpoint.weights,
-            "dtype": checkpoint.plan.model.dtype,
-            "profile": profile.fingerprint,
-            "validation": fingerprint_samples(profile.validation),
-            "heal": heal,
-            "text": None if text is None else digest_files(Path(text)),
-            "seed": recipe.seed,
-            "computes_in": compute,
-            "processes": processes.world_size(),
-        }
-    )
 
 
 def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
@@ -390,8 +221,10 @@ def _data(request: HealRequest, work: Path, progress: Progress) -> HealData:
     return data if data is not None else made(SILENT)
 
 
-def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, progress: Progress) -> HealHistory:
-    """Trains, or resumes from the last checkpoint, and returns what happened."""
+def _trained(
+    request: HealRequest, data: HealData, arguments: Any, work: Path, progress: Progress
+) -> tuple[HealHistory, Any]:
+    """Trains, or resumes from the last checkpoint; returns what happened, and the model as `make_trainable` made it."""
     import torch
     from transformers import PrinterCallback
 
@@ -405,32 +238,32 @@ def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, p
     )
 
     heal = request.heal
-    model = make_trainable(request.checkpoint.model, request.plan, heal, request.recipe.seed)
     begun = last_checkpoint(work / HEAL_CHECKPOINTS_FOLDER)
     history = HealHistory.read(work)
+    teacher = Teacher(request.teacher.model)
+    held_out = HeldOut(teacher, data.held_out)
+    if history.start is None:  # of the checkpoint as it is: weights in blocks are still blocks
+        progress.start("held-out KL at the start", 1)
+        history.start = Evaluated(0, 0, held_out.kls(request.checkpoint.model))
+        progress.step(f"{history.start.mean:.4g}")
+        progress.done()
+        if processes.rank() == 0:
+            history.write(work)
+    model = make_trainable(request.checkpoint.model, request.plan, heal, request.recipe.seed)
     if history.finished:
-        return history
+        return history, model
     step = 0 if begun is None else int(begun.name.rpartition("-")[2])
     history.back_to(step)
-    teacher = Teacher(request.teacher.model)
     parts = HealParts(
         heal=heal,
         layers=distilled_layers(request.plan),
         teacher=teacher,
-        held_out=HeldOut(teacher, data.held_out),
+        held_out=held_out,
         dtype=getattr(torch, request.plan.model.dtype),
         history=history,
         training=TrainingProgress(heal, history.seconds if step else 0.0),
         work=work,
     )
-    if history.start is None:
-        progress.start("held-out KL at the start", 1)
-        history.start = parts.measure(model, 0, 0)
-        progress.step(f"{history.start.mean:.4g}")
-        progress.done()
-        if processes.rank() == 0:
-            history.write(work)
-        parts = HealParts(**{**vars(parts), "training": TrainingProgress(heal, 0.0)})
     trainer = HealTrainer(parts, model=model, args=arguments, train_dataset=as_batches(data.training))
     trainer.done = parts.training.share(step)
     stop = threading.Event()
@@ -444,10 +277,10 @@ def _trained(request: HealRequest, data: HealData, arguments: Any, work: Path, p
     if processes.agreed(stop.is_set()):
         raise KeyboardInterrupt
     progress.done()
-    return history
+    return history, model
 
 
-def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
+def _noted(request: HealRequest, data: HealData, history: HealHistory, model: Any) -> Plan:
     """Returns the plan with what was done in its notes."""
     assert history.start is not None
     heal, best = request.heal, history.best
@@ -479,21 +312,18 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory) -> Plan:
         "evaluations": [{"step": found.step, "kl": found.mean} for found in [history.start, *history.evaluations]],
         "recipe": {**request.recipe.shared(request.teacher.source)["heal"], "seed": request.recipe.seed},
     }
+    stored = request.weight_bytes(model)
+    if stored is not None:
+        notes["weight_bytes"] = {"before": stored.before, "after": stored.before if best is None else stored.after}
     return request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
 
 
 def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
     """Returns the gates of the best state; the model that was trained has them afterwards."""
-    _put_best(request.checkpoint.model, work)
+    put_written(request.checkpoint.model, load_best(work))
     gates = gates_on(attention_modules(request.checkpoint.model), request.plan.gate_weights)
     assert gates is not None
     return gates
-
-
-def _put_best(model: Any, work: Path) -> None:
-    held = model.state_dict()
-    for name, tensor in load_best(work).items():
-        held[name].copy_(tensor)
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float]:
@@ -516,7 +346,7 @@ def _write(
     elif plan.gates != request.plan.gates:  # a plan is of its gates
         attach(detach(fresh.model), plan)
     else:
-        _put_best(fresh.model, work)
+        put_written(fresh.model, load_best(work))
     give_notes(fresh.model, plan)
     source = SourceModel(fresh.model, fresh.tokenizer, str(folder), plan.model, context_length(fresh.model))
     if result.folder.is_dir() and not any(result.folder.iterdir()):

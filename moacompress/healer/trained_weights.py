@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from moacompress.core.errors import UsageError
+from moacompress.kernels.weight_blocks import WEIGHT_TYPES
+from moacompress.models.block_layers import (
+    BlockLinear,
+    block_weights,
+    dense_weight,
+    kind_of,
+    put_numbers,
+    with_dense_weight,
+)
 from moacompress.models.modules import decoder_layers
 from moacompress.recipe import HealRecipe
 from moacompress.rules.plan import Plan
@@ -49,12 +58,33 @@ def distilled_layers(plan: Plan) -> tuple[int, ...]:
     return reuse_layers(plan) or tuple(range(plan.model.layers))
 
 
-def check_trainable(plan: Plan, train: str) -> None:
+def check_trainable(plan: Plan, heal: HealRecipe, model: PreTrainedModel) -> None:
     """Refuses what there is nothing of.
 
+    Args:
+        plan: the plan.
+        heal: what is trained.
+        model: under the plan.
+
     Raises:
-        UsageError: layers that reuse attention, of a plan without any.
+        UsageError: layers that reuse attention, of a plan without any; gates likewise; linear layers that the model has not,
+            or of something else than LoRA.
     """
+    train = heal.train
+    if heal.modules is not None:
+        if train != "lora":
+            raise UsageError(f"--modules names the layers that LoRA is trained in; it says nothing of --train {train}")
+        head = model.get_output_embeddings()
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+        unknown = sorted(set(heal.modules) - layers)
+        if unknown:
+            raise UsageError(
+                f"the model has no linear layers called {unknown[0][:60]!r} to train; it has {', '.join(sorted(layers))}"
+            )
     if train == "reuse" and not reuse_layers(plan):
         raise UsageError(
             "this plan shares no attention, so there are no reuse layers to train; use --train full or lora"
@@ -79,7 +109,11 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
 
         torch.manual_seed(seed)
         chosen = LoraConfig(
-            task_type="CAUSAL_LM", r=heal.rank, lora_alpha=2 * heal.rank, lora_dropout=0.0, target_modules="all-linear"
+            task_type="CAUSAL_LM",
+            r=heal.rank,
+            lora_alpha=2 * heal.rank,
+            lora_dropout=0.0,
+            target_modules="all-linear" if heal.modules is None else list(heal.modules),
         )
         return get_peft_model(model, chosen)
     if heal.train == "gates":
@@ -90,11 +124,21 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
         return model
     parts = [model] if heal.train == "full" else [decoder_layers(model)[layer] for layer in reuse_layers(plan)]
     for part in parts:
-        part.requires_grad_(True)
+        _train(part)
     for module in model.modules():
         if isinstance(module, TokenGate):  # nothing that is trained depends on its scores but by which tokens are kept
             module.requires_grad_(False)
     return model
+
+
+def _train(part: torch.nn.Module) -> None:
+    """Makes a part of a model ask for gradients; linear layers in blocks get numbers for that, in float32."""
+    for module in [*part.modules()]:
+        if isinstance(module, BlockLinear):
+            put_numbers(module, dense_weight(module))
+    for parameter in part.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -105,15 +149,23 @@ class TrainedWeight:
         name: in the checkpoint.
         parameter: the weight of the model that stands for it.
         lora: the LoRA layer around it, or None where it is trained itself.
+        blocks: the layer whose blocks the weight is in, or None where it is of numbers.
     """
 
     name: str
     parameter: torch.nn.Parameter
     lora: Any = None
+    blocks: BlockLinear | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        own = self.blocks
+        return tuple(self.parameter.shape) if own is None else (own.out_features, own.in_features)
 
     def value(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns what a checkpoint in `dtype` would hold."""
-        value = self.parameter.detach()
+        value = self.parameter.detach() if self.blocks is None else dense_weight(self.blocks)
         if self.lora is not None:
             value = value.float() + self.lora.get_delta_weight(self.lora.active_adapters[0]).detach().float()
         return value.to(dtype)
@@ -127,7 +179,12 @@ def trained_weights(model: Any) -> list[TrainedWeight]:
 
     modules: Iterable[tuple[str, Any]] = model.get_base_model().named_modules()
     layers: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
-    return [TrainedWeight(f"{name}.weight", layer.get_base_layer().weight, layer) for name, layer in layers]
+    found = []
+    for name, layer in layers:
+        own = layer.get_base_layer()
+        blocks = own if isinstance(own, BlockLinear) and kind_of(own) is not None else None
+        found.append(TrainedWeight(f"{name}.weight", own.weight, layer, blocks))
+    return found
 
 
 @contextmanager
@@ -139,18 +196,81 @@ def as_written(model: Any, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
         dtype: the checkpoint's: small steps are lost where it rounds them away, so it is measured with them rounded.
     """
     adapted = hasattr(model, "get_base_model")
-    weights = trained_weights(model)
-    before = [weight.parameter.data for weight in weights]
-    try:
-        for weight in weights:
-            weight.parameter.data = weight.value(dtype).to(weight.parameter.dtype)
-        with model.disable_adapter() if adapted else nullcontext():
+    of_numbers, in_blocks = list[TrainedWeight](), list[TrainedWeight]()
+    for weight in trained_weights(model):
+        (of_numbers if weight.blocks is None else in_blocks).append(weight)
+    before = [weight.parameter.data for weight in of_numbers]
+    with ExitStack() as stack:
+        try:
+            for weight in of_numbers:
+                weight.parameter.data = weight.value(dtype).to(weight.parameter.dtype)
+            for weight in in_blocks:
+                value = weight.value(dtype).to(_computes_in(model))
+                stack.enter_context(with_dense_weight(cast(BlockLinear, weight.blocks), value))
+            if adapted:
+                stack.enter_context(model.disable_adapter())
             yield model.get_base_model() if adapted else model
-    finally:
-        for weight, data in zip(weights, before, strict=True):
-            weight.parameter.data = data
+        finally:
+            for weight, data in zip(of_numbers, before, strict=True):
+                weight.parameter.data = data
+
+
+def _computes_in(model: Any) -> torch.dtype:
+    """Returns the dtype of a model's own numbers; adapters have theirs."""
+    own: torch.nn.Parameter = next(
+        one for one in model.parameters() if one.is_floating_point() and not one.requires_grad
+    )
+    return own.dtype
 
 
 def written_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns what a checkpoint in `dtype` would hold of the trained weights, by name, on the host."""
     return {weight.name: weight.value(dtype).cpu().contiguous().clone() for weight in trained_weights(model)}
+
+
+def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives a checkpoint's model what `written_tensors` returned; layers in blocks become plain linear layers of these numbers.
+
+    Args:
+        model: as it was loaded, in the checkpoint's dtype.
+        tensors: by name.
+    """
+    held, kinds = model.state_dict(), block_weights(model)
+    for name, tensor in tensors.items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if name in kinds and isinstance(layer, BlockLinear):
+            put_numbers(layer, tensor.to(layer.weight.device))
+        else:
+            held[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """What the weights of a checkpoint take, by their types: those of blocks, or dtypes.
+
+    Attributes:
+        before: the checkpoint that is healed.
+        after: the healed one, if a step is better than the start: what was trained is stored as numbers.
+    """
+
+    before: dict[str, int]
+    after: dict[str, int]
+
+    @staticmethod
+    def of(stored: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> WeightBytes:
+        """Counts them.
+
+        Args:
+            stored: bytes of the checkpoint by types.
+            types: its layers in blocks, with the names of the types.
+            model: as `make_trainable` returned it.
+            dtype: the checkpoint's.
+        """
+        after = dict(stored)
+        for weight in trained_weights(model):
+            name = types.get(weight.name.removesuffix(".weight"))
+            if name is not None:
+                rows, inputs = weight.shape
+                after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
+                after[dtype] = after.get(dtype, 0) + rows * inputs * getattr(torch, dtype).itemsize
+        return WeightBytes(dict(stored), {name: size for name, size in after.items() if size})

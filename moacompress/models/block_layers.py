@@ -168,6 +168,18 @@ def with_dense_weight(module: BlockLinear, weight: torch.Tensor) -> Iterator[Non
         module.weight, module.kind = before, kind
 
 
+def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:
+    """Makes a layer in blocks a plain linear layer, for good.
+
+    Args:
+        module: the layer.
+        weight: its numbers, `[outputs, inputs]`.
+    """
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    del module.kind
+    module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Returns the bytes of a model's weights by their types, those of blocks or dtypes; a shared weight counts once."""
     kinds, found, seen = block_weights(model), dict[str, int](), set[int]()

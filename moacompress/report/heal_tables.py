@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Group
 
-from moacompress.core.tables import facts
+from moacompress.core.tables import facts, readable_bytes, readable_types
+from moacompress.exporter.card import healed_bytes_text
 
 
 def heal_sentence(notes: Mapping[str, Any]) -> str:
@@ -18,12 +19,19 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
     """
     kl = notes["held_out_kl"]
     before, after = (f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g}" for name in ("before", "after"))
-    trained = f"{notes['train']}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
+    trained = f"{_trained_part(notes)}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
     if not notes["improved"]:
         return (
             f"{trained}: nothing was better than the start, a held-out KL of {before} nats on {kl['samples']} samples"
         )
-    return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples"
+    stored = healed_bytes_text(notes)
+    return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples{stored and f'. {stored}'}"
+
+
+def _trained_part(notes: Mapping[str, Any]) -> str:
+    """Returns `lora of o_proj, v_proj`, or `lora` where all linear layers are trained."""
+    modules = notes.get("recipe", {}).get("modules")
+    return f"{notes['train']} of {', '.join(modules)}" if modules else str(notes["train"])
 
 
 def heal_table(notes: Mapping[str, Any]) -> Group:
@@ -41,7 +49,13 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
     rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
     rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0
     rows["trained"] = (
-        f"{notes['train']}, {notes['objective']}, best state after step {notes['best_step']} of {notes['steps']}"
+        f"{_trained_part(notes)}, {notes['objective']}, best state after step {notes['best_step']} of {notes['steps']}"
     )
+    sizes = notes.get("weight_bytes")
+    if isinstance(sizes, dict):
+        rows["weights"] = "; ".join(
+            f"{name} {readable_bytes(sum(sizes[name].values()))} ({readable_types(sizes[name])})"
+            for name in ("before", "after")
+        )
     rows["tokens"] = f"{notes['tokens']:,} of {notes['training_samples']} samples, {rate:,.0f} a second"
     return facts("Held-out KL(dense || model), before and after", rows)

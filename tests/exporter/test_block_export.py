@@ -11,13 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, UnsupportedError, UsageError
+from moacompress.core.errors import ArtefactError, MoaCompressError, UnsupportedError
 from moacompress.doctor.checks import check_model
 from moacompress.exporter.exporting import estimate_export, export, save_dense
-from moacompress.healer.healing import HealRequest
 from moacompress.models.block_layers import weight_types
 from moacompress.models.source import load_source
-from moacompress.recipe import Recipe
 from moacompress.report.doctor_tables import model_table
 from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
@@ -208,16 +206,6 @@ def test_a_dense_folder_is_of_floats(file: Path, tmp_path: Path) -> None:
     source = load_source(save_dense(file, tmp_path / "dense"))
     assert not weight_types(source.model)
     assert source.shape == load_source(file).shape
-
-
-@pytest.mark.parametrize("train", ["full", "lora"])
-def test_a_heal_refuses_it(train: str, exported: Path) -> None:
-    pytest.importorskip("peft")
-    recipe = Recipe.from_dict({"heal": {"train": train}})
-    with pytest.raises(
-        UsageError, match=r"in blocks of codes, which are not trained; export the plan with --weights dense"
-    ):
-        HealRequest.of(exported, None, None, recipe)
 
 
 def test_vllm_refuses_it_in_one_sentence(exported: Path) -> None:

@@ -31,6 +31,52 @@ def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None
     ]
 
 
+def make_healable(
+    place: Path, dense: Path, tokenizer: PreTrainedTokenizerBase, random_plan: Callable[..., Any], weights: str = "keep"
+) -> dict[str, Path]:
+    """Writes a profile and a compressed model whose feed-forwards are off.
+
+    Args:
+        place: where to.
+        dense: folder of the dense model.
+        tokenizer: of the model.
+        random_plan: makes the plan.
+        weights: what the dense model's are rounded to.
+
+    Returns:
+        The folders `dense`, `profile` and `model`.
+    """
+    from moacompress.calibration.profile.profiler import profile
+    from moacompress.models.source import load_source
+    from moacompress.recipe import Recipe
+    from moacompress.runtime import attach
+
+    recipe = Recipe.from_dict(
+        {
+            "model": str(dense),
+            "weights": weights,
+            "calibration": {"lengths": LENGTHS, "samples": 32, "validation_samples": 6},
+            "profile": {"draws": 1},
+        }
+    )
+    source = load_source(dense, weights=weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
+        profile(source, place / "profile", recipe)
+    plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
+    attach(source.model, plan)
+    off = "down_proj.weight" if weights == "keep" else "post_attention_layernorm.weight"  # blocks are constants
+    for name, weight in source.model.named_parameters():
+        if name.endswith(off):
+            weight.data.mul_(0.6)
+    source.model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    plan.save(place / "model" / "plan.json")
+    (place / "model" / "LICENSE").write_text("Licence of the tiny model.\n")
+    return {"dense": dense, "profile": place / "profile", "model": place / "model"}
+
+
 @pytest.fixture(scope="session")
 def healable(
     tmp_path_factory: pytest.TempPathFactory,
@@ -39,34 +85,7 @@ def healable(
     random_plan: Callable[..., Any],
 ) -> dict[str, Path]:
     """Returns the folders `dense`, `profile` and `model`, a compressed one; do not write into them."""
-    from moacompress.calibration.profile.profiler import profile
-    from moacompress.models.source import load_source
-    from moacompress.recipe import Recipe
-    from moacompress.runtime import attach
-
-    place = tmp_path_factory.mktemp("healable")
-    recipe = Recipe.from_dict(
-        {
-            "model": str(tiny_folder),
-            "calibration": {"lengths": LENGTHS, "samples": 32, "validation_samples": 6},
-            "profile": {"draws": 1},
-        }
-    )
-    source = load_source(tiny_folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        profile(source, place / "profile", recipe)
-    plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
-    attach(source.model, plan)
-    for name, weight in source.model.named_parameters():
-        if name.endswith("down_proj.weight"):
-            weight.data.mul_(0.6)
-    source.model.save_pretrained(place / "model")
-    tiny_tokenizer.save_pretrained(place / "model")
-    plan.save(place / "model" / "plan.json")
-    (place / "model" / "LICENSE").write_text("Licence of the tiny model.\n")
-    return {"dense": tiny_folder, "profile": place / "profile", "model": place / "model"}
+    return make_healable(tmp_path_factory.mktemp("healable"), tiny_folder, tiny_tokenizer, random_plan)
 
 
 @pytest.fixture
