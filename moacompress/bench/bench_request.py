@@ -10,7 +10,7 @@ from typing import Any
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint, read_json
 from moacompress.core.tables import readable_bytes
-from moacompress.models.weight_files import total_numbers
+from moacompress.models.weight_files import loaded_bytes
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -138,21 +138,22 @@ def largest_cell(request: BenchRequest, plan: Plan, folder: Path) -> tuple[int, 
     """Returns the bytes that the cell which needs most memory takes, about, and that cell; arguments as `check_fits`."""
     config = read_json(folder / "config.json", "config")
     text = config.get("text_config", config) if isinstance(config, dict) else {}
-    numbers = total_numbers(sorted(folder.glob("*.safetensors")))
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {dtype: loaded_bytes(files, DTYPE_BYTES[dtype]) for dtype in {cell.dtype for cell in request.cells()}}
     return max(
-        ((estimated_bytes(request, plan, cell, numbers, text), cell) for cell in request.cells()),
+        ((estimated_bytes(request, plan, cell, weights[cell.dtype], text), cell) for cell in request.cells()),
         key=lambda item: item[0],
     )
 
 
-def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int, config: dict[str, Any]) -> int:
+def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, weights: int, config: dict[str, Any]) -> int:
     """Returns about how much memory it takes to measure a cell, bytes.
 
     Args:
         request: what is measured.
         plan: the checkpoint's.
         cell: where.
-        numbers: parameters of the model.
+        weights: bytes of the model's weights, those in blocks as they are.
         config: the model's, for the sizes of what a layer makes of a prompt.
     """
     plan, size = plan.in_dtype(cell.dtype), DTYPE_BYTES[cell.dtype]
@@ -163,7 +164,7 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, numbers: int,
     decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
     wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))
     prefill = dense + 6 * cell.batch * cell.length * wide * size if request.prefill_repeats or request.peak else 0
-    weights = numbers * size * (1 + request.pack)
+    weights *= 1 + request.pack
     alone = weights + LIBRARY_BYTES if request.peak else 0
     return LIBRARY_BYTES + weights + max(decode, prefill + alone)
 

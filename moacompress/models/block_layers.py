@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from moacompress.core.errors import ModelError, UnsupportedError
 from moacompress.kernels.dispatch import backend_for
@@ -166,6 +169,34 @@ def with_dense_weight(module: BlockLinear, weight: torch.Tensor) -> Iterator[Non
         yield
     finally:
         module.weight, module.kind = before, kind
+
+
+def _refuse_merging(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Has adapters that PEFT puts around a layer in blocks refuse to be merged into it, where they would fail on the shape.
+
+    PEFT asks nobody whether a layer can be merged into; torch tells of every module that becomes a part of another.
+    """
+    if name == "base_layer" and isinstance(submodule, BlockLinear) and callable(getattr(type(module), "merge", None)):
+        module.__dict__["merge"] = partial(_merge, module)
+
+
+def _merge(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the method `merge` of an adapter.
+
+    Raises:
+        UnsupportedError: the layer's weight is in blocks.
+    """
+    kind = kind_of(adapter.base_layer)
+    if kind is None:
+        return type(adapter).merge(adapter, *args, **kwargs)
+    raise UnsupportedError(
+        f"an adapter cannot be merged into a weight in {kind.name} blocks: the sum would be rounded again, and what that loses "
+        "is not measured. Leave the adapter beside the weights; or load or export the model with weights='dense' (--weights "
+        "dense) and merge there; or train with `moacompress heal`, which stores the layers that it trains as numbers"
+    )
+
+
+register_module_module_registration_hook(_refuse_merging)
 
 
 def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:

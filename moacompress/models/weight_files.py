@@ -236,10 +236,18 @@ def _size(file: Path) -> str:
         return ""
 
 
-def total_numbers(files: Iterable[Path]) -> int:
-    """Returns the numbers in safetensors files.
+def loaded_bytes(files: Iterable[Path], size: int) -> int:
+    """Returns the bytes that the tensors in safetensors files take in memory.
+
+    Args:
+        files: the files.
+        size: bytes of a float, in the dtype that they are loaded in; bytes, as of weights in blocks, stay what they are.
 
     Raises:
         ArtefactError: as `read_header`.
     """
-    return sum(tensor.numbers for file in files for tensor in read_header(file).values())
+    return sum(
+        tensor.numbers * (size if tensor.dtype in FLOAT_BYTES else OTHER_BYTES.get(tensor.dtype, 1))
+        for file in files
+        for tensor in read_header(file).values()
+    )

@@ -1,10 +1,13 @@
 """What can be asked for, and what is refused before anything is loaded."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from moacompress.bench.bench_request import BenchRequest, Cell, check_fits
+from moacompress.bench.bench_request import BenchRequest, Cell, check_fits, largest_cell
 from moacompress.core.errors import DataError, MoaCompressError, UsageError
 from moacompress.rules.plan import Plan
 
@@ -65,3 +68,16 @@ def test_what_does_not_fit(compressed):
     assert 4 * dense < float(str(caught.value).split("about ")[1].split(" GiB")[0]) < 6 * dense + 4
     with pytest.raises(MoaCompressError, match="would take about"):
         check_fits(replace(large, sides=("plan",)), plan, folder, 2**30)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_weights_in_blocks_take_the_bytes_that_they_have(compressed, tmp_path, dtype, size):
+    plan = Plan.load(compressed / "model" / "plan.json")
+    shutil.copyfile(compressed / "model" / "config.json", tmp_path / "config.json")
+    request = replace(REQUEST, dtypes=(dtype,), prefill_repeats=0, peak=False)
+    found = []
+    for blocks in (0, 1000):
+        weights = {"part.weight": torch.zeros(blocks, 18, dtype=torch.uint8), "norm.weight": torch.ones(blocks, 3)}
+        save_file(weights, tmp_path / "model.safetensors")
+        found.append(largest_cell(request, plan, tmp_path)[0])
+    assert found[1] - found[0] == 1000 * (18 + 3 * size)

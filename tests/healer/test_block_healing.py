@@ -50,6 +50,7 @@ def in_blocks(
 def put_to_the_test(folder: Path, start: Path, trained: set[str], tmp_path: Path) -> Any:
     """Loads a healed checkpoint: trained layers are plain, all others have the bytes that they had; it is saved again alike."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    start_model: Any = AutoModelForCausalLM.from_pretrained(start)
     before = load_file(start / "model.safetensors")
     types = json.loads((start / "config.json").read_text())["quantization_config"]["weights"]
     assert weight_types(model) == {name: kind for name, kind in types.items() if name.rpartition(".")[2] not in trained}
@@ -59,9 +60,8 @@ def put_to_the_test(folder: Path, start: Path, trained: set[str], tmp_path: Path
         if name.rpartition(".")[2] in trained:
             assert module.weight.dtype == model.dtype
             assert not isinstance(module, BlockLinear)
-            assert not torch.equal(
-                module.weight, dense_weight(AutoModelForCausalLM.from_pretrained(start).get_submodule(name))
-            )
+            old: Any = start_model.get_submodule(name)
+            assert not torch.equal(module.weight, dense_weight(old))
         else:
             assert torch.equal(module.weight, before[f"{name}.weight"])
     model.save_pretrained(tmp_path / "again")
@@ -248,7 +248,7 @@ def test_a_layer_of_numbers_is_a_plain_one(kind: str) -> None:
     from moacompress.models.block_layers import put_numbers
 
     model, numbers = nn.ModuleDict({"part": nn.Linear(64, 8)}), torch.randn(8, 64)
-    bias = model["part"].bias
+    bias: Any = model["part"].bias
     put_block_layer(model, "part", WEIGHT_TYPES[kind], rounded(torch.randn(8, 64), WEIGHT_TYPES[kind]))
     layer: Any = model["part"]
     put_numbers(layer, numbers)

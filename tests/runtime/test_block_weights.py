@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 
+from moacompress.core.errors import UnsupportedError
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share, with_shared_rules
@@ -163,8 +165,16 @@ def test_adapters_train_on_blocks_as_on_numbers_and_are_not_merged(twins, token_
             optimizer.step()
         found.append(adapted.eval()(ids).logits)
         if model is blocks:
-            with pytest.raises(RuntimeError, match="size of tensor"):
-                adapted.merge_and_unload()
+            refusal = r"cannot be merged into a weight in .* blocks: .*`moacompress heal`"
+            for merge in (
+                adapted.merge_and_unload,
+                adapted.merge_adapter,
+                partial(adapted.merge_adapter, safe_merge=True),
+            ):
+                with pytest.raises(UnsupportedError, match=refusal):
+                    merge()
+            with pytest.raises(UnsupportedError, match=refusal):
+                copy.deepcopy(adapted).merge_and_unload()
             own = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
             assert all(torch.equal(own[name], tensor) for name, tensor in before.items())
     assert apart(*(logits.detach() for logits in found)) < 1e-4
