@@ -6,7 +6,7 @@ Each kernel is compiled as the backend would have it, for models in bfloat16 wit
 many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
 programs a processor holds at once by either (`at once`). Of `decode`, how many reads of 16 bytes the loop over tiles issues,
 ahead of use where the card can (`ahead`). Of `append`, which rounds to the bit, how many operations are contracted, or not
-rounded to nearest (`inexact`).
+rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton import append_kernels, decode_kernels
-from moacompress.kernels.triton.tile_sizes import APPEND_WARPS, append_constants, split_constants
+from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
+from moacompress.kernels.triton.tile_sizes import (
+    APPEND_WARPS,
+    SELECT_WARPS,
+    append_constants,
+    select_constants,
+    split_constants,
+)
 from moacompress.rules.formats import FORMATS
 
 REGISTERS = 65536
@@ -42,7 +48,7 @@ PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 POINTERS = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Partial": "*fp32", "PartialLse": "*fp32"}
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-KERNELS = ("decode", "append")
+KERNELS = ("decode", "append", "select")
 
 
 def main() -> None:
@@ -53,7 +59,7 @@ def main() -> None:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
-    resources = {"decode": decode_resources, "append": append_resources}
+    resources = {"decode": decode_resources, "append": append_resources, "select": select_resources}
     found = {
         kernel: [
             {"card": card, "dim": dim, "bits": "/".join(str(bits or 16) for bits in pair)}
@@ -87,9 +93,7 @@ def decode_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, An
 
 def append_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
     """Compiles the kernel that writes tokens for a card; returns what it takes, and how many operations are contracted."""
-    dtype = torch.bfloat16
-    codes = [next(each.code for each in FORMATS.values() if each.bits == side) for side in bits]
-    constants = append_constants(KVPart(codes[0], dim, dtype), KVPart(codes[1], dim, dtype, values=True))
+    constants = append_constants(*kv_parts_of(dim, bits))
     options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
     found = compiled(card, append_kernels.append, constants, pool_types(bits), options)
     taken, at_once = _taken(card, found, APPEND_WARPS)
@@ -98,6 +102,21 @@ def append_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, An
     )
     del taken["ahead"], taken["read"]
     return {**taken, "shared": found.metadata.shared, "at once": at_once, "inexact": inexact}
+
+
+def select_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel that selects tokens for a card; returns what it takes."""
+    constants, options = select_constants(*kv_parts_of(dim, bits)), {"num_warps": SELECT_WARPS}
+    found = compiled(card, select_kernels.select, constants, {**pool_types(bits), "Kept": "*i16"}, options)
+    taken, at_once = _taken(card, found, SELECT_WARPS)
+    del taken["ahead"], taken["read"]
+    return {**taken, "shared": found.metadata.shared, "at once": at_once}
+
+
+def kv_parts_of(dim: int, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
+    """Returns how keys and values are kept in codes of so many bits, of a model in bfloat16."""
+    codes = [next(each.code for each in FORMATS.values() if each.bits == side) for side in bits]
+    return KVPart(codes[0], dim, torch.bfloat16), KVPart(codes[1], dim, torch.bfloat16, values=True)
 
 
 def pool_types(bits: tuple[int, int]) -> dict[str, str]:

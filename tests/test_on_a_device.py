@@ -1,5 +1,6 @@
 """The way of a model on a device that is not there; see `pretend_device`. What it computes is what the CPU does."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,10 @@ from moacompress.models.source import model_shape
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Chunk
 from tests import plan_kinds
 from tests.pretend_device import KIND
 
@@ -36,6 +41,24 @@ def test_generation(kind, pretend_device, tiny_model):
         assert found.device.type == KIND
         assert "to the host" in device.waits
         assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize("formats", [("native", "native"), ("int8", "int4")])
+def test_a_cache_waits_once_for_scores(formats, pretend_device):
+    """Of a chunk whose tokens compete the host is told the scores, in one copy; of any other it waits for nothing."""
+    rules = RuleTable.of([Rule(4, 0, 0, *formats, select_alpha=9), Rule(4, 0, 512, *formats)], 16)
+    sizes = (10, 5, 40, 1, 1, 30, 1)
+    chunks = [[torch.randn(1, 2, size, 16) for _ in "kv"] for size in sizes]
+    scores = [torch.randint(-99, 99, (1, 2, size), dtype=torch.int16) for size in sizes]
+    layer, done = PlanCacheLayer(rules), 0
+    with pretend_device() as device:
+        for chunk, score in zip(chunks, scores, strict=True):
+            before, size = len(device.waits), score.shape[-1]
+            layer.update(*(part.to(KIND) for part in chunk))
+            layer.commit(Chunk(size), score.to(KIND))
+            left = [int(rules.tokens_left(np.array([n]))[0, 0]) for n in (done, done + size)]
+            done += size
+            assert len(device.waits) - before == int(left[1] > left[0]), size
 
 
 def test_gradients(pretend_device, tiny_model):

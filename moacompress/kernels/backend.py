@@ -45,7 +45,7 @@ class Capabilities:
         prefill_gradients: `prefill` without a cache has gradients.
         traced: `prefill` without a cache, and its gradients, can be in a graph of `torch.compile`.
         cached_gradients: `decode`, and `prefill` over a cache, have gradients.
-        decode_selecting: `Backend.decode_selecting` and `Backend.move_selected`.
+        decode_selecting: `Backend.decode_selecting`.
         step: `Backend.step`.
         step_hidden: `Backend.step_hidden`.
         step_layer: `Backend.step_layer`.
@@ -274,18 +274,28 @@ class Backend(ABC):
         slots: torch.Tensor,
         to: torch.Tensor,
     ) -> None:
-        """Copies tokens to places where they are kept, with their scores.
+        """Copies tokens to places where they are kept, with their scores; the default is in plain PyTorch.
 
         Args:
             kv_parts: how keys and how values are kept, of each KV head.
             keys: segments as of `CacheView`; written to.
             values: likewise.
             scores: as of `SelectedView`; written to.
-            heads: KV head of each token, int64 `[tokens]`.
+            heads: KV head of each token, int64 `[tokens]` on the CPU.
             slots: block id * 16 + place in the block where it is, likewise.
-            to: where it goes to, likewise.
+            to: where it goes to, likewise; no token is there that is copied.
         """
-        raise self._cannot("move_selected")
+        starts = torch.tensor([0, *(len(segment) * BLOCK for segment in keys)], device="cpu").cumsum(0)
+        of, into = (torch.searchsorted(starts, where, right=True) - 1 for where in (slots, to))
+        for head, source, target in torch.unique(torch.stack((heads, of, into), 1), dim=0).tolist():
+            mine = (heads == head) & (of == source) & (into == target)
+            here, there = (
+                (where[mine] - starts[at]).to(keys[0].device) for where, at in ((slots, source), (to, target))
+            )
+            for kv_part, segments in zip(kv_parts[head], (keys, values), strict=True):
+                kv_part.move(segments[source], here, segments[target], there)
+            own, new = (scores[at].view(torch.int16) for at in (source, target))
+            new[there // BLOCK, there % BLOCK] = own[here // BLOCK, here % BLOCK]
 
     def step(
         self,

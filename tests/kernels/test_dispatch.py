@@ -82,7 +82,6 @@ def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_s
     "call",
     [
         "decode_selecting",
-        "move_selected",
         "step",
         "step_hidden",
         "step_layer",
@@ -95,7 +94,6 @@ def test_a_call_that_a_backend_lacks_says_so(call):
     assert not any(getattr(REFERENCE.capabilities, name, False) for name in (call, "stack", "profile"))
     arguments = {
         "decode_selecting": {"cache": None, "selected": None, "lengths": None, "rules": None, "scores": None},
-        "move_selected": {"heads": None, "slots": None, "to": None},
         "step": {"cache": None, "rules": None, "scores": None},
         "step_hidden": {"projections": None, "rotary": None, "cache": None, "rules": None, "scores": None},
         "step_layer": {"layer": None, "rotary": None, "cache": None, "rules": None, "scores": None},
@@ -103,7 +101,7 @@ def test_a_call_that_a_backend_lacks_says_so(call):
         "linear": {},
         "profile_backward": {"rules": None, "plan": None, "scores": None},
     }[call]
-    count = {"move_selected": 4, "step": 3, "linear": 3, "profile_backward": 4}.get(call, 1)
+    count = {"step": 3, "linear": 3, "profile_backward": 4}.get(call, 1)
     with pytest.raises(UnsupportedError, match=f"the kernel 'reference' has no {call}"):
         getattr(REFERENCE, call)(*[None] * count, **arguments)
 

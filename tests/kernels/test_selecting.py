@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores, SelectedView, as_tensors
-from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.backend import Backend, prefill_alone
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
@@ -125,6 +127,119 @@ def test_steps_select_as_the_definition(seed: int, dtype: torch.dtype, isa: Call
         )
         error = (torch.stack(found, 1)[row].float() - expected[0].transpose(0, 1)).abs().max()
         assert error < TOLERANCE[dtype], row
+
+
+def copied(pool: Pool) -> Pool:
+    """The same with memory of its own."""
+    other = copy.copy(pool)
+    for name in ("keys", "values", "scores"):
+        setattr(other, name, [segment.clone() for segment in getattr(pool, name)])
+    return other
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_triton_selects_to_the_bit(
+    seed: int, use_backend: Callable[[str], Backend], kernels_cannot_run: Callable[[str | None], None]
+) -> None:
+    """Where the compiled kernels have selected for a while, a step by Triton is theirs, and writes the same bytes."""
+    if library.load().isa is None:
+        kernels_cannot_run(library.load().reason)
+    rng, dtype = random.Random(seed), (torch.float32, torch.bfloat16)[seed % 2]
+    torch.manual_seed(seed)
+    drawn = []
+    for alpha, beta_q in ((9, 0), rng.choice(((0, 200), (40, 0), (1, 1000))), (0, 0)):
+        keys, values = rng.choices([*FORMATS], k=2)
+        rule = Rule(rng.choice((0, 4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
+        drawn.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
+    rules, few = RuleTable.of(drawn, MIN_WINDOW), rng.choice((2, 20, 30000))
+    heads, pool = len(drawn) * GROUP, Pool(rules, dtype)
+    scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(heads))))
+    triton, watched = use_backend("triton"), {*rng.sample(range(8, TOKENS), 7)}
+    changed = 0
+    for token in range(TOKENS):
+        key, value = (torch.randn(ROWS, len(drawn), WIDTH, dtype=dtype) for _ in "kv")
+        pool.put(token, key, value, torch.randint(-few, few, (ROWS, len(drawn)), dtype=torch.int16))
+        query, lengths = torch.randn(ROWS, heads, WIDTH, dtype=dtype), torch.tensor([token + 1, token + 1])
+        before = copied(pool)
+        steps = [(CpuBackend(), pool)] + [(triton, copied(pool))] * (token in watched)
+        found = [
+            backend.decode_selecting(
+                query,
+                cache=CacheView(own.keys, own.values, own.table, WIDTH),
+                selected=SelectedView(own.selected, own.scores),
+                lengths=lengths,
+                rules=as_tensors(rules),
+                scores=scores,
+            )
+            for backend, own in steps
+        ]
+        if token in watched:
+            assert (found[0] - found[1]).abs().max() < TOLERANCE[dtype]
+            for name in ("keys", "values", "scores"):
+                for of_cpu, of_triton, old in zip(
+                    *(getattr(own, name) for own in (pool, steps[1][1], before)), strict=True
+                ):
+                    assert torch.equal(*(part.view(torch.uint8) for part in (of_cpu, of_triton)))
+                    changed += not torch.equal(*(part.view(torch.uint8) for part in (of_cpu, old)))
+        pool.forget(token + 1)
+    assert changed
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[str], Backend]) -> None:
+    backend = use_backend(name)
+    drawn = [
+        Rule(4, 0, 0, keys, values, 9) for keys, values in (("int8", "int4"), ("native", "int8"), ("int8", "int4"))
+    ]
+    rules = RuleTable.of(drawn, MIN_WINDOW)
+    pool = Pool(rules, torch.bfloat16)
+    for token in range(40):
+        key, value = (torch.randn(ROWS, len(drawn), WIDTH, dtype=torch.bfloat16) for _ in "kv")
+        pool.put(token, key, value, torch.randint(-99, 99, (ROWS, len(drawn)), dtype=torch.int16))
+    heads = torch.tensor([0, 1, 2, 2, 0, 1])
+    slots, to = torch.tensor([3, 17, 39, 0, 20, 2]), torch.tensor([5, 1, 30, 7, 16, 0])
+    first = heads * 2 * pool.blocks * BLOCK
+    expected = copied(pool)
+    for head, source, target in zip(heads.tolist(), slots, to + pool.blocks * BLOCK, strict=True):
+        for part, memory in ((expected.key_parts, expected.keys), (expected.value_parts, expected.values)):
+            part[head].move(memory[head], source[None], memory[head], target[None])
+        of_head = expected.scores[head].view(torch.int16).view(-1)
+        of_head[target] = of_head[source]
+    backend.move_selected(
+        [*zip(pool.key_parts, pool.value_parts, strict=True)],
+        pool.keys,
+        pool.values,
+        pool.scores,
+        heads=heads,
+        slots=first + slots,
+        to=first + pool.blocks * BLOCK + to,
+    )
+    for part in ("keys", "values", "scores"):
+        for found, wanted in zip(getattr(pool, part), getattr(expected, part), strict=True):
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_triton_refuses_what_does_not_fit(use_backend: Callable[[str], Backend]) -> None:
+    rules, triton = RuleTable.of([Rule(4, 0, 0, select_alpha=20)], MIN_WINDOW), use_backend("triton")
+    pool = Pool(rules, torch.float32)
+    pool.put(12, *torch.zeros(2, ROWS, 1, WIDTH), torch.zeros(ROWS, 1, dtype=torch.int16))
+
+    def step(table: torch.Tensor, scores: list[torch.Tensor]) -> None:
+        triton.decode_selecting(
+            torch.randn(ROWS, GROUP, WIDTH),
+            cache=CacheView(pool.keys, pool.values, pool.table, WIDTH),
+            selected=SelectedView(table, scores),
+            lengths=torch.full((ROWS,), 13),
+            rules=as_tensors(rules),
+            scores=Scores(1.0, 0.0, None),
+        )
+
+    step(pool.selected, pool.scores)
+    for table in (torch.full_like(pool.selected, -1), pool.selected[:, :, :0].contiguous()):
+        with pytest.raises(UnsupportedError, match="has no id of the pool"):
+            step(table, pool.scores)
+    with pytest.raises(UnsupportedError, match="has no scores"):
+        step(pool.selected, [pool.scores[0][:, :0]])
 
 
 def test_what_does_not_fit_is_refused() -> None:

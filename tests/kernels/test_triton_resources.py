@@ -53,6 +53,14 @@ def test_what_those_take_that_round():
         assert row["card"] == "gfx942" or row["at once"] == 32, row
 
 
+@pytest.mark.builds("triton")
+def test_what_selecting_takes():
+    """No spills, and several programs to a processor."""
+    for row in resources("sm_80,sm_90,sm_100,gfx942", "128", "select"):
+        assert row["spilled"] == 0, row
+        assert row["card"] == "gfx942" or row["at once"] >= 8, row
+
+
 @pytest.mark.heavy
 def test_what_large_heads_take():
     for row in resources("sm_80,sm_90,sm_100", "256", "decode"):

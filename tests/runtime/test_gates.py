@@ -259,6 +259,28 @@ def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Cal
     assert torch.allclose(alone, whole[1:], atol=tolerance)
 
 
+def test_models_step_on_a_gpus_kernels_as_they_read(
+    tiny_model: Callable[..., Any], token_ids: Callable[..., Any], use_backend: Callable[[str], Any]
+) -> None:
+    """By Triton's interpreter: tokens are written, evicted, copied and attended to by its kernels, in formats too."""
+    model = tiny_model("llama", num_hidden_layers=2).eval()
+    plan = gated_plan(model, 5)
+    kinds = [("native", "int8"), ("int8", "int4")]
+    rules = tuple(
+        tuple(replace(rule, key_format=key, value_format=value) for rule, (key, value) in zip(each, kinds, strict=True))
+        for each in plan.rules
+    )
+    attach(model, replace(plan, rules=rules))
+    ids = token_ids(2, 60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        use_backend("triton")
+        cache = model(ids[:, :50]).cache
+        parts = [model(ids[:, at : at + 1], cache=cache).logits for at in range(50, 54)]
+        parts.append(model(ids[:, 54:], cache=cache).logits)
+    assert (torch.cat(parts, 1) - whole[:, 50:]).abs().max() < 2e-3 * whole.abs().max()
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["full", "gates"])
 def test_under_autocast(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], gated: bool) -> None:
     """Weights in float32 and products in bfloat16, as in training on a GPU: whole, in steps, and the way back."""
@@ -452,7 +474,7 @@ def test_one_call_for_all_layers_keeps_what_the_others_do(
     for row, head in np.ndindex(rows, plan.model.kv_heads):
         places = np.arange(int(first[0].rules.selected(first[0].lengths)[row, head]))
         slots = [held.selected.slots(row, head, places) for held in first]
-        scores = [held.pool.read_scores(at) for held, at in zip(first, slots, strict=True)]
+        scores = [held.pool.read_scores(at).numpy().astype(int) for held, at in zip(first, slots, strict=True)]
         sides = [read(held, head, at) for held, at in zip(first, slots, strict=True)]
         assert np.abs(scores[0] - scores[1]).max(initial=0) <= (1 if dtype == torch.float32 else 80)
         for one, other in zip(*sides, strict=True):

@@ -10,11 +10,8 @@ import triton
 import triton.language as tl
 
 from moacompress.kernels.reference import codes
-from moacompress.kernels.triton import work_lists
-from moacompress.rules import windows
+from moacompress.kernels.triton.tiles import BLOCK, UNIT
 
-BLOCK = tl.constexpr(windows.BLOCK)
-UNIT = tl.constexpr(work_lists.UNIT)
 LARGEST = tl.constexpr(codes.LARGEST)
 NAN_BITS = tl.constexpr(0x7E00)
 TO_INTEGER = tl.constexpr(12582912.0)

@@ -14,6 +14,10 @@ LARGEST = 64
 """Tokens of the largest tile."""
 APPEND_WARPS = 1
 """Of a program of `append_kernels.append`, which writes one token of a KV head."""
+SELECT_WARPS = 4
+"""Of a program of `select_kernels`."""
+SELECT_TILE = 512
+"""Scores that such a program looks at at once."""
 
 
 class TileSizes(NamedTuple):
@@ -100,13 +104,29 @@ def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
     """
     first = key or value
     return {
-        "HEAD_DIM": first.dim,
-        "HEAD": padded(first.dim),
-        "VALUE_DIM": value.dim,
-        "VALUE": padded(value.dim),
-        "KEY_BITS": first.bits,
-        "VALUE_BITS": value.bits,
+        **_sizes(first, value),
         "KEY_NORM": rotation_norm(first.dim),
         "VALUE_NORM": rotation_norm(value.dim),
         "WITH_KEYS": key is not None,
+    }
+
+
+def select_constants(key: KVPart, value: KVPart) -> dict[str, Any]:
+    """Returns all that `select_kernels.select` is compiled for, by the names of its arguments; `move` has no TILE.
+
+    Args:
+        key: how keys are kept.
+        value: how values are kept.
+    """
+    return {**_sizes(key, value), "TILE": SELECT_TILE}
+
+
+def _sizes(key: KVPart, value: KVPart) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": key.dim,
+        "HEAD": padded(key.dim),
+        "VALUE_DIM": value.dim,
+        "VALUE": padded(value.dim),
+        "KEY_BITS": key.bits,
+        "VALUE_BITS": value.bits,
     }

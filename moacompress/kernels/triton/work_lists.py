@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Bools, Ints
+from moacompress.core.arrays import Bools, Ints, ragged_ranges
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.triton.tile_sizes import LARGEST
 from moacompress.rules.formats import FORMAT_NAMES
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.windows import BLOCK
+from moacompress.rules.windows import BLOCK, whole_blocks
 
 UNIT = 16
 """Bytes that places of blocks count in."""
@@ -24,8 +24,6 @@ PROGRAMS = 512
 """How many programs a launch should have at least, where there is enough to do: a few for every processor of a large card."""
 LONGEST = 64
 """Blocks of the longest stretch."""
-
-
 WHOLE = LARGEST // BLOCK
 """Blocks that stretches are multiples of: no tile is cut."""
 
@@ -37,11 +35,30 @@ class Launch(NamedTuple):
         kv_parts: how they keep keys and values.
         work: see `decode_kernels.split`.
         chunk: blocks of a stretch.
+        selected: work over selected tokens, where a row and KV head is a row of one KV head.
     """
 
     kv_parts: tuple[KVPart, KVPart]
     work: Ints
     chunk: int
+    selected: Ints
+
+
+class Kinds(NamedTuple):
+    """The pairs of formats of a layer's KV heads.
+
+    Attributes:
+        pairs: how keys and values are kept, ascending by formats.
+        number: of each KV head the number of its pair, int64 `[kv_heads]`.
+    """
+
+    pairs: Sequence[tuple[KVPart, KVPart]]
+    number: Ints
+
+    @property
+    def of_head(self) -> list[tuple[KVPart, KVPart]]:
+        """How each KV head keeps keys and values."""
+        return [self.pairs[number] for number in self.number]
 
 
 class WorkLists(NamedTuple):
@@ -57,7 +74,13 @@ class WorkLists(NamedTuple):
 
 
 def work_lists(
-    cache: CacheView, lengths: Ints, rules: RuleTable, dtype: torch.dtype, head_dim: int, value_dim: int
+    cache: CacheView,
+    lengths: Ints,
+    rules: RuleTable,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    selected: tuple[CacheView, Ints] | None = None,
 ) -> WorkLists:
     """Returns what a decode step's programs do: stretches of about equally many bytes.
 
@@ -68,40 +91,91 @@ def work_lists(
         dtype: of native numbers.
         head_dim: numbers of a key.
         value_dim: numbers of a value.
+        selected: the cache's selected tokens, and how many each row and KV head has, int64 `[rows, kv_heads]`.
 
     Raises:
         UnsupportedError: a visible block is not in the table, or not in the pool in its formats; or a format is not known.
+    """
+    kinds = kinds_of(rules, head_dim, value_dim, dtype)
+    runs = rules.block_runs(lengths)
+    blocks = (runs[:, 1] - runs[:, 0]).sum(0) * (lengths > 0)[:, None]
+    check_table(cache, runs, kinds.of_head, lengths)
+    more = np.zeros_like(blocks)
+    if selected is not None:
+        more = whole_blocks(selected[1]) // BLOCK
+        check_table(selected[0], np.stack((np.zeros_like(more), more))[None], kinds.of_head, lengths)
+    token_bytes = rules.token_bytes(head_dim, value_dim, str(dtype).removeprefix("torch."))
+    longest = int(token_bytes.max()) * LONGEST
+    share = max(1, min(longest, int(((blocks + more) * token_bytes).sum()) // PROGRAMS))
+    chunks = np.maximum(1, -(-share // (token_bytes * WHOLE))) * WHOLE
+    counts, more = -(-blocks // chunks), -(-more // chunks)
+    begins = np.concatenate(([0], (counts + more).ravel().cumsum()))
+    owner, *stretches = _stretches(counts, begins[:-1])
+    of_selected, *selected_stretches = _stretches(more, begins[:-1] + counts.ravel())
+    row, head = np.divmod(owner, len(rules))
+    launches = []
+    for number, kv_parts in enumerate(kinds.pairs):
+        mine = kinds.number == number
+        work = np.stack((row, head, *stretches), 1)[mine[head]]
+        selected_work = np.stack((of_selected, np.zeros_like(of_selected), *selected_stretches), 1)
+        picked = selected_work[mine[of_selected % len(rules)]]
+        launches.append(Launch(kv_parts, work, int(chunks[mine][0]), picked))
+    return WorkLists(launches, begins)
+
+
+def _stretches(counts: Ints, first: Ints) -> tuple[Ints, Ints, Ints]:
+    """Returns of every stretch its row and KV head as one number, which of theirs it is, and the place of its result.
+
+    Args:
+        counts: of stretches, `[rows, kv_heads]`.
+        first: place of the first result, `[rows * kv_heads]`.
+    """
+    sizes = counts.reshape(-1)
+    owner, number = ragged_ranges(np.zeros_like(sizes), sizes)
+    return owner, number, first[owner] + number
+
+
+def kinds_of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype) -> Kinds:
+    """Returns the pairs of formats of KV heads.
+
+    Args:
+        rules: of the KV heads, a numpy table.
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        dtype: of native numbers.
+
+    Raises:
+        UnsupportedError: a format is not known.
     """
     keys, values = rules.format_codes.tolist()
     pairs = list(zip(keys, values, strict=True))
     for head, pair in enumerate(pairs):
         if not set(pair) <= set(FORMAT_NAMES):
             raise UnsupportedError(f"KV head {head} has the formats {[*pair]}; known are {[*FORMAT_NAMES]}")
-    kinds = {
-        pair: (KVPart(pair[0], head_dim, dtype), KVPart(pair[1], value_dim, dtype, values=True))
-        for pair in sorted(set(pairs))
-    }
-    runs = rules.block_runs(lengths)
-    blocks = (runs[:, 1] - runs[:, 0]).sum(0) * (lengths > 0)[:, None]
-    _check(cache, runs, [kinds[pair] for pair in pairs], lengths)
-    token_bytes = rules.token_bytes(head_dim, value_dim, str(dtype).removeprefix("torch."))
-    longest = int(token_bytes.max()) * LONGEST
-    share = max(1, min(longest, int((blocks * token_bytes).sum()) // PROGRAMS))
-    chunks = np.maximum(1, -(-share // (token_bytes * WHOLE))) * WHOLE
-    counts = -(-blocks // chunks)
-    begins = np.concatenate(([0], counts.ravel().cumsum()))
-    row, head = (part.ravel().repeat(counts.ravel()) for part in np.indices(counts.shape))
-    place = np.arange(begins[-1])
-    work = np.stack((row, head, place - begins[row * len(rules) + head], place), 1)
-    launches = []
-    for pair, kv_parts in kinds.items():
-        mine = np.array([pair == other for other in pairs])
-        launches.append(Launch(kv_parts, work[mine[head]], int(chunks[mine][0])))
-    return WorkLists(launches, begins)
+    found = sorted(set(pairs))
+    parts = [(KVPart(key, head_dim, dtype), KVPart(value, value_dim, dtype, values=True)) for key, value in found]
+    return Kinds(parts, np.array([found.index(pair) for pair in pairs], np.int64))
 
 
-def _check(cache: CacheView, runs: Ints, kv_parts: Sequence[tuple[KVPart, KVPart]], lengths: Ints) -> None:
-    """Refuses a table that lacks a visible block, or has one of another format."""
+def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Returns integers on a device, int64 of the arrays' shapes; they go there together."""
+    together = torch.from_numpy(np.concatenate([each.ravel().astype(np.int64) for each in arrays])).to(device)
+    parts = together.split([each.size for each in arrays])
+    return [part.view(each.shape) for part, each in zip(parts, arrays, strict=True)]
+
+
+def check_table(cache: CacheView, runs: Ints, kv_parts: Sequence[tuple[KVPart, KVPart]], lengths: Ints) -> None:
+    """Refuses a table that lacks a visible block, or has one of another format.
+
+    Args:
+        cache: pool and table.
+        runs: the blocks that are visible, begins and ends, int64 `[any, 2, rows, kv_heads]`.
+        kv_parts: how each KV head keeps keys and values.
+        lengths: cached tokens that are asked for, int64 `[rows]`; of a row with 0 nothing is.
+
+    Raises:
+        UnsupportedError: there is such a block.
+    """
     table = cache.table.numpy()
     width = table.shape[-1]
     there = lengths[:, None] > 0
@@ -144,7 +218,12 @@ def block_places(segments: Sequence[torch.Tensor], base: torch.Tensor) -> torch.
     Raises:
         UnsupportedError: a block lies between those units.
     """
-    parts = tuple((part.data_ptr(), len(part), part.stride(0) * part.element_size()) for part in segments)
+    parts = tuple(
+        (part.data_ptr(), len(part), part.stride(0) * part.element_size())
+        if part.numel()
+        else (base.data_ptr(), len(part), 0)
+        for part in segments
+    )
     return _places(parts, base.data_ptr(), base.device)
 
 

@@ -14,7 +14,13 @@ from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_size
 from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.real_tokens import Chunk
-from moacompress.runtime.cache.selected_tokens import make_places, move_cached, schedule_of_chunk, write_new
+from moacompress.runtime.cache.selected_tokens import (
+    make_places,
+    move_cached,
+    schedule_of_chunk,
+    take_scores,
+    write_new,
+)
 
 LONGEST_LOOK = 4096
 """Steps over which the largest cache on the way to a reserved length is looked for."""
@@ -170,8 +176,7 @@ def _write_scores(held: LayerBlocks, scores: torch.Tensor, before: Ints, chunk: 
     """Writes the scores of the real tokens of the chunk that stay, `[rows, kv_heads, columns]`, where rules select."""
     slots, rows, heads, columns, _ = _placed(held, before, chunk)
     there = np.array(held.pool.layout.scored)[held.pool.layout.of_head][heads]
-    found = scores.cpu().numpy()[rows[there], heads[there], columns[there]]
-    held.pool.write_scores(slots[there], found)
+    held.pool.write_scores(slots[there], take_scores(scores, rows[there], heads[there], columns[there]))
 
 
 def write_shared_values(

@@ -142,7 +142,7 @@ class Pool:
         keys: segments of keys; see `kv_parts`.
         values: segments of values, of as many blocks each.
         shared_values: of every segment those of values of layers that share the keys, in the order of the layout.
-        scores: of every segment those of its tokens, int16 `[blocks, 16]` on the CPU; `[blocks, 0]` where none are kept.
+        scores: of every segment those of its tokens, int16 `[blocks, 16]`; `[blocks, 0]` where none are kept.
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
@@ -188,7 +188,7 @@ class Pool:
             tuple(kv_part.new(blocks, self.device) for kv_part in self.layout.shared_values[kind])
         )
         scored = BLOCK if self.layout.scored[kind] else 0
-        self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device="cpu"))
+        self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device=self.device))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 
@@ -295,39 +295,30 @@ class Pool:
         backend_for(value).append(kv_parts, key, value, keys=keys, values=values, sources=sources, slots=slots)
 
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
-        """Copies tokens, with their scores, to places in blocks of their own kind.
+        """Copies tokens, with their scores, to places in blocks of their own kind; the kinds keep scores.
 
         Args:
             slots: where they are, block id * 16 + place in the block, `[tokens]`.
             to: where they go to.
             heads: KV head of each.
         """
-        for kind, chosen in _groups(self.layout.of_head[heads]):
-            kv_parts = (*self.layout.kinds[kind], *self.layout.shared_values[kind])
-            own = [where if chosen is None else where[chosen] for where in (slots, to)]
-            for at, picks, inside in self._split(own[0], BLOCK):
-                targets = own[1] if picks is None else own[1][picks.cpu().numpy()]
-                for into, few, there in self._split(targets, BLOCK):
-                    here = inside if few is None else inside[few]
-                    for kv_part, source, target in zip(kv_parts, self._segment(at), self._segment(into), strict=False):
-                        kv_part.move(source, here, target, there)
-                    if self.layout.scored[kind]:
-                        self.scores[into].view(-1)[there.cpu()] = self.scores[at].view(-1)[here.cpu()]
+        of, source, target = map(torch.from_numpy, (heads, slots, to))
+        kv_parts = [self.layout.kinds[kind] for kind in self.layout.of_head.tolist()]
+        (scores,) = self.value_sets()
+        backend = backend_for(torch.empty(0, dtype=self.layout.dtype, device=self.device))
+        backend.move_selected(kv_parts, self.keys, self.values, scores, heads=of, slots=source, to=target)
 
-    def read_scores(self, slots: Ints) -> Ints:
-        """Returns the scores of tokens, int64 `[tokens]`; the arguments are those of `move`."""
-        found = np.zeros(len(slots), np.int64)
+    def read_scores(self, slots: Ints) -> torch.Tensor:
+        """Returns the scores of tokens, int16 `[tokens]`; the arguments are those of `move`."""
+        found = torch.zeros(len(slots), dtype=torch.int16, device=self.device)
         for at, picks, inside in self._split(slots, BLOCK) if len(slots) else []:
-            found[slice(None) if picks is None else picks.cpu().numpy()] = (
-                self.scores[at].view(-1)[inside.cpu()].numpy()
-            )
+            found[slice(None) if picks is None else picks] = self.scores[at].view(-1)[inside]
         return found
 
-    def write_scores(self, slots: Ints, scores: Ints) -> None:
-        """Writes the scores of tokens, `[tokens]`; see `read_scores`."""
+    def write_scores(self, slots: Ints, scores: torch.Tensor) -> None:
+        """Writes the scores of tokens, int16 `[tokens]`; see `read_scores`."""
         for at, picks, inside in self._split(slots, BLOCK) if len(slots) else []:
-            here = torch.from_numpy(scores if picks is None else scores[picks.cpu().numpy()]).to(torch.int16)
-            self.scores[at].view(-1)[inside.cpu()] = here
+            self.scores[at].view(-1)[inside] = scores if picks is None else scores[picks]
 
     def write_shared_values(
         self, slots: Ints, heads: Ints, value_sets: Ints, value: torch.Tensor, sources: Ints

@@ -31,6 +31,8 @@ def schedule_of_chunk(
 ) -> EvictionSchedule:
     """Returns what becomes in a chunk of the tokens that gates have selected, and of those that leave windows.
 
+    Their scores come to the host in one copy.
+
     Args:
         rules: of the KV heads, in numpy.
         before: real tokens of every row before the chunk, `[rows]`.
@@ -45,12 +47,21 @@ def schedule_of_chunk(
     tokens = competing_tokens(rules, first, after)
     rows, heads = tokens.rows_and_heads
     cached = tokens.positions < before[rows]
-    known = np.empty(len(rows), np.int64)
-    if held is not None:
-        known[cached] = held.pool.read_scores(_cached_slots(held, tokens.only(cached)))
     row, head, at = (part[~cached] for part in (rows, heads, tokens.positions - before[rows]))
-    known[~cached] = scores.cpu().numpy()[row, head, chunk.columns_of(row, at)]
+    fresh = take_scores(scores, row, head, chunk.columns_of(row, at))
+    if held is not None and cached.any():
+        found = torch.cat((held.pool.read_scores(_cached_slots(held, tokens.only(cached))), fresh))
+    else:
+        found = fresh
+    known = np.empty(len(rows), np.int64)
+    known[np.concatenate((np.flatnonzero(cached), np.flatnonzero(~cached)))] = found.cpu().numpy() if len(rows) else 0
     return backend_on_host().eviction_schedule(tokens, rules, known)
+
+
+def take_scores(scores: torch.Tensor, rows: Ints, heads: Ints, columns: Ints) -> torch.Tensor:
+    """Returns some of the scores of a chunk's tokens, `[rows, heads, columns]`, one of each three numbers, `[tokens]`."""
+    at = (rows * scores.shape[1] + heads) * scores.shape[2] + columns
+    return scores.reshape(-1)[torch.from_numpy(at).to(scores.device)]
 
 
 def _cached_slots(held: LayerBlocks, tokens: EvictionSchedule) -> Ints:
@@ -102,7 +113,7 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
         held.pool.retain(last.selected.ids)
         held.pool.release(held.selected.ids)
         held.selected.ids = last.selected.ids.copy()
-        no_scores = torch.zeros(len(lengths), held.heads, 0, dtype=torch.int16)
+        no_scores = torch.zeros(len(lengths), held.heads, 0, dtype=torch.int16, device=held.pool.device)
         admitted = schedule_of_chunk(held.rules, lengths, no_scores, Chunk(0), held, since=last.lengths).newly_selected
         make_places(held, admitted)
         move_cached(held, admitted, lengths)
@@ -188,4 +199,4 @@ def write_new(
     slots, columns = held.selected.slots(rows, heads, new.places), chunk.columns_of(rows, new.positions - before[rows])
     sources = (rows * held.heads + heads) * chunk.columns + columns
     held.pool.write(slots, heads, key.detach(), value.detach(), sources)
-    held.pool.write_scores(slots, scores.cpu().numpy()[rows, heads, columns])
+    held.pool.write_scores(slots, take_scores(scores, rows, heads, columns))

@@ -118,23 +118,11 @@ class SelectedMemory:
             heads: KV head of each, `[tokens]`.
             slots: where they are, as of `scores_of`.
             to: where they go to.
-            backend: that copies them, where it can.
+            backend: that copies them.
         """
-        if backend.capabilities.decode_selecting:
-            kept = (self.kv_parts, self.keys, self.values, self._score_segments)
-            of, source, target = map(torch.from_numpy, (heads, slots, to))
-            backend.move_selected(*kept, heads=of, slots=source, to=target)
-            return
-        size = self.blocks * BLOCK
-        for segment in np.unique(to // size).tolist():  # each is a unit of one KV head
-            at = np.flatnonzero(to // size == segment)
-            head = int(heads[at[0]])
-            source, target = (torch.from_numpy(where[at] % size) for where in (slots, to))
-            for kv_part, memory in zip(self.kv_parts[head], (self.keys, self.values), strict=True):
-                kv_part.move(memory[head], source, memory[segment], target)
-            here, there = source.numpy(), target.numpy()
-            found = self._scores[head][here // BLOCK, here % BLOCK]
-            self._scores[segment][there // BLOCK, there % BLOCK] = found
+        kept = (self.kv_parts, self.keys, self.values, self._score_segments)
+        of, source, target = map(torch.from_numpy, (heads, slots, to))
+        backend.move_selected(*kept, heads=of, slots=source, to=target)
 
 
 class Selection:

@@ -1,0 +1,120 @@
+"""A decode step's attention, as it is launched."""
+
+from __future__ import annotations
+
+import torch
+
+from moacompress.core.arrays import Ints
+from moacompress.kernels.arguments import CacheView, Scores
+from moacompress.kernels.reference.codes import rotated
+from moacompress.kernels.triton import decode_kernels
+from moacompress.kernels.triton.tile_sizes import padded, split_constants
+from moacompress.kernels.triton.work_lists import block_places, first_of, sent, work_lists
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+
+PARTS = 16
+"""Results of parts that are added up at once."""
+
+
+def attend_step(
+    query: torch.Tensor,
+    cache: CacheView,
+    lengths: Ints,
+    rules: RuleTable,
+    scores: Scores,
+    *,
+    wide: bool,
+    selected: tuple[CacheView, Ints] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query a row, and the log of its denominator; see `Backend.decode`.
+
+    What is selected is attended to as all of a row with one KV head, and is more parts of the same sum.
+
+    Args:
+        query: `[rows, heads, head_dim]`.
+        cache: pool and table.
+        lengths: tokens of the rows, int64 `[rows]`.
+        rules: of the KV heads, in numpy.
+        scores: how scores are made.
+        wide: whether products are in float32.
+        selected: the selected tokens, and how many each row and KV head has, int64 `[rows, kv_heads]`.
+
+    Raises:
+        UnsupportedError: a visible block is not in the table; a format is not known.
+    """
+    rows, heads, head_dim = query.shape
+    kv_heads, value_dim = cache.table.shape[1], cache.size_of_values
+    group, device = heads // kv_heads, query.device
+    plan = work_lists(cache, lengths, rules, query.dtype, head_dim, value_dim, selected)
+    coded = rules.format_codes != 0
+    rotates = bool(coded[1].any())
+    out = query.new_empty(rows, heads, value_dim, dtype=torch.float32 if rotates else query.dtype)
+    lse = query.new_empty(rows, heads, dtype=torch.float32)
+    if not rows:
+        return out.to(query.dtype), lse
+    held = [(cache.table.numpy(), lengths, rules.columns)]
+    if selected is not None:
+        held.append((selected[0].table.flatten(0, 1).numpy(), selected[1], RuleTable.of([Rule.FULL], 1).columns))
+    works = [work for each in plan.launches for work in (each.work, each.selected)][:: 1 if selected else 2]
+    numbers = sent((plan.begins, *(part for each in held for part in each), *works), device)
+    begins, of_held, of_work = numbers[0], numbers[1 : 1 + 3 * len(held)], iter(numbers[1 + 3 * len(held) :])
+    partial = out.new_empty(int(plan.begins[-1]), group, value_dim, dtype=torch.float32)
+    partial_lse = partial.new_empty(partial.shape[:2])
+    plain = query.contiguous()
+    turned = rotated(plain).to(query.dtype) if coded[0].any() else plain
+    for launch in plan.launches:
+        key, value = launch.kv_parts
+        tiles, constants = split_constants(
+            group,
+            head_dim,
+            value_dim,
+            (key.bits, value.bits),
+            softcap=bool(scores.softcap),
+            wide=wide,
+            item_size=query.element_size(),
+        )
+        for number in range(len(held)):
+            work = next(of_work)
+            if not len(work):
+                continue
+            table, row_lengths, columns = of_held[3 * number : 3 * number + 3]
+            keys, values = first_of(cache.keys, key), first_of(cache.values, value)
+            decode_kernels.split[(len(work),)](
+                turned if key.bits else plain,
+                keys,
+                values,
+                block_places(cache.keys, keys),
+                block_places(cache.values, values),
+                table,
+                row_lengths,
+                columns,
+                work,
+                partial,
+                partial_lse,
+                float(scores.scaling),
+                float(scores.softcap),
+                1 if number else kv_heads,
+                table.shape[-1],
+                launch.chunk,
+                **constants,
+                num_warps=tiles.num_warps,
+            )
+    decode_kernels.merge[(rows * heads,)](
+        partial,
+        partial_lse,
+        lse if scores.sink_logits is None else scores.sink_logits.contiguous(),
+        begins,
+        out,
+        lse,
+        kv_heads,
+        G=group,
+        VALUE_DIM=value_dim,
+        VALUE=padded(value_dim),
+        LOGITS=scores.sink_logits is not None,
+        PARTS=PARTS,
+    )
+    if rotates:
+        back = torch.from_numpy(coded[1].repeat(group)).to(device)[None, :, None]
+        out = torch.where(back, rotated(out), out).to(query.dtype)
+    return out, lse
