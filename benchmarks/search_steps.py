@@ -68,13 +68,13 @@ def main() -> None:
 def baselines(profile: Profile, found: Plan) -> dict[str, Plan]:
     """Returns the baselines that a plan was measured beside, by family."""
     recipe = Recipe.from_dict(found.provenance["recipe"])
-    limits = SearchRequest.of(profile, found.budget["asked"], recipe).limits
+    constraints = SearchRequest.of(profile, found.budget["asked"], recipe).constraints
     sinks = sorted({rule.sink for rule in profile.rules if not rule.is_full})
     keys = {family: note["key"] for family, note in found.quality["baselines"].items()}
     return {
         family: plan
         for family, key in keys.items()
-        for plan in family_plans(family, profile.shape, limits, profile, sinks)
+        for plan in family_plans(family, profile.shape, constraints, profile, sinks)
         if plan.key() == key
     }
 

@@ -162,6 +162,7 @@ def fill(
         "harm": plan.quality.get("measured_harm", {}),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
+        **({"step_ms": found.step_ms} if found.step_ms else {}),
         "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, summary)
@@ -298,7 +299,9 @@ def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def inputs_of(recipe: Recipe) -> list[str]:
     """Returns what a run reads, where these are files or folders."""
-    named = [recipe.model, recipe.calibration.text, *(source.path for source in recipe.calibration.sources)]
+    calibration = recipe.calibration
+    paths = [source.path for source in calibration.sources]
+    named = [recipe.model, calibration.text, recipe.search.cost_table, *paths]
     return [name for name in named if name and Path(name).exists()]
 
 

@@ -255,6 +255,10 @@ class SearchRecipe(_Section):
     round_trials: int = Field(4, ge=1, le=1_000, description="plans that a round measures")
     moves: int = Field(10, ge=0, le=10_000, description="KV heads measured with more, and with less, at the end")
     floors: dict[int, float] = Field({}, description="smallest share of its KV bytes that a layer keeps, by layer")
+    cost_table: str | None = Field(
+        None,
+        description="file of `bench --cost-table`, which budgets of latency go by, and which predicts a step's time",
+    )
     storage: str | None = Field(None, description="Optuna storage: sqlite:///FILE, a journal file, or a database URL")
 
     @field_validator("floors")
@@ -462,6 +466,7 @@ class Recipe(_Section):
             if dataset is not None:  # a hub id, or a folder, which may look like one
                 part["dataset"] = _file_name(dataset) if Path(dataset).exists() else shared_name(dataset)
         data["search"]["storage"] = None
+        data["search"]["cost_table"] = _file_name(data["search"]["cost_table"])
         return data
 
 

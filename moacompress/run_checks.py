@@ -18,8 +18,9 @@ from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import in_formats
-from moacompress.rules.cost import budget_limits, layer_floors
-from moacompress.search.search_request import offered_formats
+from moacompress.rules.constraints import budget_constraints, check_no_sharing
+from moacompress.rules.cost import layer_floors
+from moacompress.search.search_request import costs_of, offered_formats
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -75,12 +76,17 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
 def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
     """Where layers share, what that saves is known only by a profile."""
     floors = layer_floors(recipe.search.floors, source.shape)
-    if not recipe.budget or not AskedShares.parse(recipe.search.share).off:
+    costs = costs_of(recipe, source.shape)
+    budgets = [Budget.parse(text) for text in recipe.budget]
+    if not AskedShares.parse(recipe.search.share).off:
+        check_no_sharing(budgets)
+        return
+    if not budgets:
         return
     spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
     rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
-    budgets = [Budget.parse(text) for text in recipe.budget]
-    budget_limits(budgets, source.shape, recipe.calibration.lengths, rules, recipe.profile.min_window, floors)
+    lengths, min_window = recipe.calibration.lengths, recipe.profile.min_window
+    budget_constraints(budgets, source.shape, lengths, rules, min_window, floors, costs=costs)
 
 
 def _resources(recipe: Recipe) -> Resources:

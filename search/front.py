@@ -21,6 +21,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
+from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
@@ -115,7 +116,7 @@ def find_front(
                 share = float(np.exp(trial.params[SHARE]))
                 limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
                 parameters = {name: at for name, at in trial.params.items() if name != SHARE}
-                plan = request.plan(surrogate, parameters, limits)
+                plan = request.plan(surrogate, parameters, byte_constraints(limits))
                 kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
                 kept = max(plan.kv_share(n) for n in profile.lengths)
                 study_storage.tell(trial, [kl, kept], plan=pack(plan))

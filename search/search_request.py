@@ -13,19 +13,23 @@ from moacompress.calibration.data.samples import fingerprint_samples
 from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Ints
-from moacompress.core.errors import UsageError
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
+from moacompress.estimate.machine import this_machine
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget
-from moacompress.rules.cost import budget_limits, layer_floors
+from moacompress.rules.constraints import Constraints, budget_constraints, check_no_sharing, lengths_of, step_times
+from moacompress.rules.cost import layer_floors
+from moacompress.rules.cost_table import CostTable, command_for
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
+from moacompress.rules.step_time import StepTime
 from moacompress.search.measure.objective import Measure
 from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
@@ -64,6 +68,31 @@ def offered(profile: Profile, recipe: Recipe) -> Profile:
     return profile.offering(offered_formats(profile.profiled_formats, recipe))
 
 
+def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
+    """Returns the cost table of a recipe, where it names one.
+
+    Args:
+        recipe: the run.
+        shape: of the model.
+
+    Raises:
+        ArtefactError: it cannot be read, or is of another model or machine, or of other weights: says which.
+    """
+    path = recipe.search.cost_table
+    if path is None:
+        return None
+    table = CostTable.load(path)
+    machine = this_machine(recipe.device, shape.dtype)
+    different = table.differences(shape, machine, (recipe.weights, recipe.head_weights))
+    if different:
+        command = command_for(path, [(cell.length, cell.rows) for cell in table.cells])
+        raise ArtefactError(
+            f"the cost table {path} was measured elsewhere: {'; '.join(different[:3])}; measure one here, {command} "
+            "--overwrite, or search where it was measured"
+        )
+    return table
+
+
 def _check_classes(most: int | None, shape: ModelShape) -> None:
     """Refuses a limit of classes that no plan of the model can keep.
 
@@ -86,21 +115,23 @@ class SearchRequest:
         profile: the profile, with the formats on offer that the recipe asks for.
         recipe: the resolved recipe.
         asked: the budgets as given.
-        limits: most KV bytes at every length that the budgets restrict.
+        constraints: what the budgets restrict.
         surrogate: not yet calibrated.
         starts: parameters that are tried right after the neutral ones.
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
+        step_times: predict the time of a plan's step, at each place that the cost table has; none without one.
     """
 
     profile: Profile
     recipe: Recipe
     asked: tuple[str, ...]
-    limits: dict[int, int]
+    constraints: Constraints
     surrogate: Surrogate
     starts: tuple[ParameterValues, ...]
     computes_in: str
     sharing: ShareChoice | None = None
+    step_times: tuple[StepTime, ...] = ()
 
     @staticmethod
     def of(
@@ -132,9 +163,12 @@ class SearchRequest:
         floors = layer_floors(recipe.search.floors, profile.shape)
         _check_classes(recipe.search.classes, profile.shape)
         sharing = ShareChoice.of(profile, recipe)
+        if sharing is not None:
+            check_no_sharing(budgets)
         shares = () if sharing is None else sharing.fixed
-        limits = budget_limits(
-            budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares
+        costs = costs_of(recipe, profile.shape)
+        constraints = budget_constraints(
+            budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares, costs
         )
         if profile.around:
             raise UsageError(
@@ -144,7 +178,22 @@ class SearchRequest:
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
         computes_in = loaded_in if model is None else model.computes_in
-        return SearchRequest(profile, recipe, asked, limits, surrogate, tuple(starts), computes_in, sharing)
+        return SearchRequest(
+            profile,
+            recipe,
+            asked,
+            constraints,
+            surrogate,
+            tuple(starts),
+            computes_in,
+            sharing,
+            tuple(step_times(costs)),
+        )
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The lengths that the budgets restrict, tokens, ascending."""
+        return lengths_of(self.constraints)
 
     @property
     def measures_moa(self) -> bool:
@@ -161,7 +210,7 @@ class SearchRequest:
                 "version": SEARCH_VERSION,
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
-                "limits": [[n, limit] for n, limit in self.limits.items()],
+                "limits": [constraint.key for constraint in self.constraints],
                 "estimator": self.recipe.profile.estimator,
                 "text_weight": search.text_weight,
                 "solver": search.solver,
@@ -223,9 +272,9 @@ class SearchRequest:
             else self.sharing.fixed
         )
 
-    def space(self, shares: LayerShares = (), limits: Mapping[int, int] | None = None) -> PlanSpace:
-        """Returns the plans whose layers share so, within the limits or others."""
-        return PlanSpace.of(self, shares, limits, self.recipe.search.classes)
+    def space(self, shares: LayerShares = (), constraints: Constraints | None = None) -> PlanSpace:
+        """Returns the plans whose layers share so, within the constraints or others."""
+        return PlanSpace.of(self, shares, constraints, self.recipe.search.classes)
 
     def of_any_classes(self) -> SearchRequest:
         """Returns the request without its limit of different rules."""
@@ -294,13 +343,13 @@ class SearchRequest:
         nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Mapping[int, int] | None = None) -> Plan:
-        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
+    def plan(self, surrogate: Surrogate, parameters: ParameterValues, constraints: Constraints | None = None) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate; it is within the constraints.
 
         Args:
             surrogate: calibrated.
             parameters: values of the search parameters.
-            limits: other ones than the request's.
+            constraints: other ones than the request's.
         """
-        space = self.space(self.shares(parameters), limits)
+        space = self.space(self.shares(parameters), constraints)
         return space.plan(self.choice(surrogate, space, parameters))

@@ -18,7 +18,7 @@ BASES = {"native": 0.0, "int8": 400.0, "int4": 900.0}
 SLOPES = {"native": 10.0, "int8": 6.0, "int4": 4.0}
 """Nanoseconds of each token of a row, for each row."""
 GATE = (2_000.0, 3.0)
-FLOOR = 2e6
+FLOOR = 2e5
 """Nanoseconds of a step that keeps nothing."""
 
 

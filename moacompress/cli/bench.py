@@ -123,7 +123,7 @@ def bench(
             "--cost-table",
             metavar="FILE",
             help="Instead of the table: measure what a step of the dense MODEL takes against what KV heads keep, by "
-            "formats, at each length and number of rows, and write it to FILE "
+            "formats, at each length and number of rows, and write it to FILE, for budgets such as latency=0.8@8kx8 "
             f"[default: lengths {COST_LENGTHS}, batch {COST_BATCH}].",
             show_default=False,
         ),

@@ -12,6 +12,7 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Budgets,
     ClassesOption,
+    CostTableOption,
     FormatsOption,
     HeadWeightsOption,
     LengthsOption,
@@ -60,6 +61,7 @@ def compress(
         typer.Option("--gates", help="Also offer rules that keep tokens which a gate chooses, and train these."),
     ] = None,
     classes: ClassesOption = None,
+    cost_table: CostTableOption = None,
     trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
@@ -98,6 +100,7 @@ def compress(
         profile__gates=gates,
         search__formats=formats,
         search__classes=classes,
+        search__cost_table=None if cost_table is None else str(cost_table),
         search__trials=trials,
         evaluation__tasks=split_list(tasks),
         evaluation__lengths=lengths if recipe is None else None,

@@ -24,10 +24,21 @@ TrustRemoteCode = Annotated[
 ]
 Budgets = Annotated[
     list[str] | None,
-    typer.Option("--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold."),
+    typer.Option(
+        "--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold."
+    ),
 ]
 LengthsOption = Annotated[
     str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
+]
+CostTableOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cost-table",
+        metavar="FILE",
+        help="What a step takes on this machine, of `bench MODEL --cost-table FILE`: budgets such as latency=0.8@8kx8 go by "
+        "it, and the plan's step is predicted.",
+    ),
 ]
 FormatsOption = Annotated[
     str | None,

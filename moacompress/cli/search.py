@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import ClassesOption, FormatsOption, Overwrite, RecipeFile, TrustRemoteCode, dry_run_option
+from moacompress.cli.options import (
+    ClassesOption,
+    CostTableOption,
+    FormatsOption,
+    Overwrite,
+    RecipeFile,
+    TrustRemoteCode,
+    dry_run_option,
+)
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
+    "moacompress search profile/ --budget latency=0.8@8kx8 --cost-table costs.json -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     computes=True,
 )
@@ -38,7 +47,7 @@ def search(
         typer.Option(
             "--budget",
             metavar="BUDGET",
-            help="25%, 0.25, 25%@8k or 512MiB@32k; repeated: all must hold; with commas: one plan each.",
+            help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold; with commas: one plan each.",
         ),
     ] = None,
     max_loss: Annotated[
@@ -95,6 +104,7 @@ def search(
         ),
     ] = None,
     classes: ClassesOption = None,
+    cost_table: CostTableOption = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
@@ -129,6 +139,7 @@ def search(
         search__assume_repaired=assume_repaired,
         search__assume_healed=assume_healed,
         search__classes=classes,
+        search__cost_table=None if cost_table is None else str(cost_table),
         search__solver=solver,
         search__storage=storage,
     )
@@ -165,12 +176,13 @@ def search(
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables
-    from moacompress.report.summary_tables import kl_table
+    from moacompress.report.summary_tables import kl_table, step_lines
 
     return Output(
         {"plan": str(out), **_numbers(found)},
         [
             kl_table(found.harm, found.kv_bytes),
+            *step_lines(found.step_ms),
             *explanation_tables(found.explanation),
             _measured(found),
             f"Next: moacompress export {profile.source} {out} -o model/",
@@ -205,5 +217,6 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
         **({} if found.classes is None else {"classes": found.classes}),
+        **({"step_ms": found.step_ms} if found.step_ms else {}),
         "seconds": found.seconds,
     }

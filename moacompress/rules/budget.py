@@ -1,7 +1,8 @@
-"""Budgets: how many KV bytes a plan may take, and at which lengths.
+"""Budgets: how many KV bytes a plan may take, and at which lengths, or how long a decode step.
 
 Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length
-only), `512MiB@32k` (absolute). k is 1024. Several budgets must all hold.
+only), `512MiB@32k` (absolute), `latency=0.8@8kx8` (share of full span's step at 8k tokens in 8 rows). k is 1024. Several
+budgets must all hold.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import MAX_ALPHA
 
-_FORMS = "'25%', '0.25', '25%@8k' or '512MiB@32k'"
+FORMS = "'25%', '0.25', '25%@8k', '512MiB@32k' or 'latency=0.8@8kx8'"
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MOST_BYTES = 2**62
 _SHORT_UNITS = {"k": "KiB", "kb": "KiB", "m": "MiB", "mb": "MiB", "g": "GiB", "gb": "GiB"}
 """What people write for them, though a thousand is no 1024."""
+_LATENCY = re.compile(
+    r"latency\s*=\s*(?P<share>[^@]*?)\s*@\s*(?P<length>[^@]*?)\s*x\s*(?P<rows>\d{1,7})", re.IGNORECASE
+)
 _AMOUNT = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>(?!e[-+]?\d)\S*)", re.IGNORECASE)
 
 
@@ -65,19 +69,21 @@ def format_length(length: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """One budget: a share of dense, or bytes, at one length or at all.
+    """One budget: a share of dense, or bytes, at one length or at all; or a share of the time of full span's step.
 
     Attributes:
         text: as the user gave it.
-        share: fraction of the dense model's KV bytes, or None.
+        share: fraction of the dense model's KV bytes, or of full span's step; None where bytes are given.
         bytes: absolute number of bytes, or None.
         length: the only length where it must hold, or None for every profiled length.
+        rows: rows of the batch whose step is meant; None for a budget of bytes.
     """
 
     text: str
     share: float | None
     bytes: int | None
     length: int | None
+    rows: int | None = None
 
     @staticmethod
     def parse(text: str) -> Budget:
@@ -85,19 +91,21 @@ class Budget:
 
         Raises:
             BudgetError: what is wrong with it: empty, a sign, an unknown unit, a bare number above 1, a share outside
-                (0, 100%], bytes without a length, or something after `@` that is no length.
+                (0, 100%], bytes without a length, something after `@` that is no length, or a latency without rows.
         """
         given = str(text).strip()
         if "," in given:
             raise BudgetError(f"budget {given!r} names several plans; give one budget such as '25%' for each search")
         if not given:
-            raise BudgetError(f"the budget is empty; write {_FORMS}")
+            raise BudgetError(f"the budget is empty; write {FORMS}")
+        if given.lower().startswith("latency"):
+            return _parse_latency(given)
         amount, at, place = (part.strip() for part in given.partition("@"))
         if amount[:1] in ("-", "+"):
-            raise BudgetError(f"budget {given!r} has a sign; write a share or bytes without one, {_FORMS}")
+            raise BudgetError(f"budget {given!r} has a sign; write a share or bytes without one, {FORMS}")
         match = _AMOUNT.fullmatch(amount)
         if not match:
-            raise BudgetError(f"budget {given!r} is not understood; write {_FORMS}")
+            raise BudgetError(f"budget {given!r} is not understood; write {FORMS}")
         number, unit = float(match["number"]), match["unit"].lower()
         if unit not in ("", "%", *_UNITS):
             raise BudgetError(f"budget {given!r} {_about_unit(match['number'], match['unit'], at + place)}")
@@ -110,27 +118,50 @@ class Budget:
             if number * _UNITS[unit] < 1:
                 raise BudgetError(f"budget {given!r} is no bytes at all")
             if number * _UNITS[unit] >= _MOST_BYTES:
-                raise BudgetError(f"budget {given!r} is more bytes than any memory has; write {_FORMS}")
+                raise BudgetError(f"budget {given!r} is more bytes than any memory has; write {FORMS}")
             return Budget(given, None, int(number * _UNITS[unit]), length)
         if not unit and number > 1:
             raise BudgetError(f"budget {given!r} is a bare number above 1; did you mean '{amount}%{at}{place}'?")
         share = number / 100 if unit == "%" else number
         if share <= 0:
-            raise BudgetError(f"budget {given!r} is nothing at all, outside (0%, 100%]; write {_FORMS}")
+            raise BudgetError(f"budget {given!r} is nothing at all, outside (0%, 100%]; write {FORMS}")
         if share > 1:
-            raise BudgetError(
-                f"budget {given!r} is more than the dense model takes, outside (0%, 100%]; write {_FORMS}"
-            )
+            raise BudgetError(f"budget {given!r} is more than the dense model takes, outside (0%, 100%]; write {FORMS}")
         return Budget(given, share, None, length)
 
     def limits(self, shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
-        """Returns the most KV bytes at each length it speaks of."""
+        """Returns the most KV bytes at each length it speaks of; none for a budget of latency."""
+        if self.rows is not None:
+            return {}
         if self.length is not None:
             lengths = [self.length]
         if self.bytes is not None:
             return dict.fromkeys(lengths, self.bytes)
         assert self.share is not None
         return {length: int(self.share * shape.dense_kv_bytes(length)) for length in lengths}
+
+
+def _parse_latency(given: str) -> Budget:
+    """Reads `latency=0.8@8kx8` or `latency=80%@8kx8`.
+
+    Raises:
+        BudgetError: what is wrong with it.
+    """
+    match = _LATENCY.fullmatch(given)
+    if not match:
+        raise BudgetError(
+            f"budget {given!r} is not understood; a latency is a share of full span's step at a length and a number of rows, "
+            "such as 'latency=0.8@8kx8'"
+        )
+    share = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", match["share"])
+    value = float(share[1]) / (100 if share[2] else 1) if share else 0.0
+    length, rows = parse_length(match["length"]), int(match["rows"])
+    if not 0 < value <= 1 or not rows:
+        raise BudgetError(
+            f"budget {given!r} is outside: its share is above 0 and at most 1 (100%), and there is at least 1 row, such as "
+            "'latency=0.8@8kx8'"
+        )
+    return Budget(given, value, None, length, rows)
 
 
 def _about_unit(number: str, unit: str, place: str) -> str:
@@ -144,7 +175,7 @@ def _about_unit(number: str, unit: str, place: str) -> str:
     if unit.startswith("%"):
         return f"has {unit[1:]!r} after its '%'; did you mean '{number}%@{unit[1:].strip('@')}'?"
     known = _SHORT_UNITS.get(unit.lower())
-    hint = f"; did you mean '{number}{known}{place or '@32k'}'?" if known else f"; write {_FORMS}"
+    hint = f"; did you mean '{number}{known}{place or '@32k'}'?" if known else f"; write {FORMS}"
     return f"has the unit {unit!r}, which is not one of %, KiB, MiB and GiB{hint}"
 
 
@@ -159,7 +190,7 @@ def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
     """
     found = list(itertools.product(*([part.strip() for part in str(text).split(",")] for text in asked)))
     parsed = [[Budget.parse(text) for text in budgets] for budgets in found]
-    if len({tuple((one.share, one.bytes, one.length) for one in budgets) for budgets in parsed}) < len(found):
+    if len({tuple((one.share, one.bytes, one.length, one.rows) for one in budgets) for budgets in parsed}) < len(found):
         raise BudgetError(
             f"the budgets {' and '.join(map(str, asked))} ask for the same plan twice; name every budget once"
         )
@@ -172,14 +203,17 @@ def label(budgets: Sequence[str]) -> str:
 
 
 def byte_limits(budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
-    """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending."""
+    """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending.
+
+    Budgets of latency restrict none.
+    """
+    if not budgets:
+        raise BudgetError(f"no budget given; write --budget with {FORMS}")
     limits: dict[int, int] = {}
     lengths = list(lengths)
     for budget in budgets:
         for length, limit in budget.limits(shape, lengths).items():
             limits[length] = min(limit, limits.get(length, limit))
-    if not limits:
-        raise BudgetError(f"no budget given; write --budget with {_FORMS}")
     return dict(sorted(limits.items()))
 
 

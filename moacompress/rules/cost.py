@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import BudgetError
-from moacompress.rules.budget import Budget, byte_limits, check_feasible
+from moacompress.rules.budget import Budget
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -115,7 +115,8 @@ def holds_from(plan: Plan) -> int | None:
     Returns:
         None where no share was asked for, or the plan is not within it.
     """
-    asked = [budget for budget in map(Budget.parse, plan.budget.get("asked", ())) if budget.share is not None]
+    budgets = map(Budget.parse, plan.budget.get("asked", ()))
+    asked = [budget for budget in budgets if budget.share is not None and budget.rows is None]
     found = [_holds_from(plan, budget.share or 0.0, budget.length or min(plan.stated_lengths)) for budget in asked]
     return max((n for n in found if n is not None), default=None) if None not in found else None
 
@@ -190,34 +191,6 @@ def attention_flops(plan: Plan, n: int) -> dict[str, int]:
     return {"prefill": each * prefill, "decode": each * decode}
 
 
-def budget_limits(
-    budgets: Sequence[Budget],
-    shape: ModelShape,
-    lengths: Sequence[int],
-    rules: Sequence[Rule],
-    min_window: int,
-    floors: Shares | None = None,
-    shares: LayerShares = (),
-) -> dict[int, int]:
-    """Returns the most KV bytes at every length that the budgets restrict, ascending.
-
-    Args:
-        budgets: all must hold.
-        shape: the model.
-        lengths: profiled lengths, where a budget without a length holds.
-        rules: candidate rules, for the smallest plan there is.
-        min_window: smallest window, tokens.
-        floors: smallest share that every layer keeps, [layers]; none by default.
-        shares: what each layer takes from an earlier one.
-
-    Raises:
-        InfeasibleBudgetError: no plan of these rules fits; says the smallest budget that works.
-    """
-    limits = byte_limits(budgets, shape, lengths)
-    check_feasible(limits, smallest_bytes(shape, rules, min_window, list(limits), floors, shares), shape)
-    return limits
-
-
 def smallest_bytes(
     shape: ModelShape,
     rules: Sequence[Rule],
@@ -226,15 +199,18 @@ def smallest_bytes(
     floors: Shares | None = None,
     shares: LayerShares = (),
 ) -> dict[int, int]:
-    """Returns the KV bytes of the smallest plan at each length; arguments are those of `budget_limits`.
+    """Returns the KV bytes of the smallest plan at each length.
 
     KV heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
+
+    Args:
+        shape: the model.
+        rules: candidate rules.
+        min_window: smallest window, tokens.
+        lengths: tokens.
+        floors: smallest share that every layer keeps, [layers]; none by default.
+        shares: what each layer takes from an earlier one.
     """
     table = byte_table(shape, rules, min_window, lengths, shares)
     smallest = (table if floors is None else floored(table, floors)).min(axis=-1).sum(axis=(1, 2))
     return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
-
-
-def limit_array(limits: Mapping[int, int]) -> Ints:
-    """Returns byte limits, int64 [lengths]."""
-    return np.array([*limits.values()], np.int64)

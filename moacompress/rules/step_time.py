@@ -21,6 +21,7 @@ import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import ArtefactError
+from moacompress.core.files import fingerprint
 from moacompress.rules.cost_table import HeadGroup, Point, TimedCell
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
@@ -61,6 +62,7 @@ class StepTime:
         full_span_ms: the measured step at full span, which budgets are a share of.
         fit_error: largest relative error over what was fitted.
         check_error: largest relative error over plans that were measured and not fitted; None where there is none.
+        fingerprint: of what was timed.
     """
 
     length: int
@@ -72,6 +74,7 @@ class StepTime:
     full_span_ms: float
     fit_error: float
     check_error: float | None
+    fingerprint: str
 
     @staticmethod
     def fit(cell: TimedCell) -> StepTime:
@@ -112,6 +115,7 @@ class StepTime:
             full_span_ms=cell.full_span.ms,
             fit_error=max(map(error, fitted)),
             check_error=max(checks, default=None),
+            fingerprint=fingerprint(cell.model_dump(mode="json")),
         )
 
     def head_ns(self, rules: Sequence[Rule], min_window: int, native_window: int | None) -> Ints:
@@ -144,16 +148,22 @@ class StepTime:
             total += np.where(selects, self.gate(slots - bare), 0.0)
         return np.asarray(np.ceil(total), np.int64)
 
+    def above_floor_ns(self, plan: Plan) -> int:
+        """Returns what all KV heads of a plan add to the floor, whole nanoseconds.
+
+        Raises:
+            ArtefactError: as `head_ns`.
+        """
+        rows = zip(plan.rules, plan.model.native_windows, strict=True)
+        return sum(int(self.head_ns(row, plan.min_window, native).sum()) for row, native in rows)
+
     def step_ms(self, plan: Plan) -> float:
         """Returns the predicted time of a step under a plan, milliseconds.
 
         Raises:
             ArtefactError: as `head_ns`.
         """
-        above = 0
-        for row, native in zip(plan.rules, plan.model.native_windows, strict=True):
-            above += int(self.head_ns(row, plan.min_window, native).sum())
-        return self.floor_ms + above / NS_PER_MS
+        return self.floor_ms + self.above_floor_ns(plan) / NS_PER_MS
 
     def pair_rows(self) -> list[tuple[str, str, float]]:
         """Returns of every pair of formats its names and the microseconds of a thousand tokens that a KV head keeps."""

@@ -30,7 +30,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
-from moacompress.rules.cost import budget_limits
+from moacompress.rules.constraints import budget_constraints
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
 from moacompress.search.audit.sharing import assess_copies, audit_repairs, choose_copy_picks, copy_costs, copy_plans
@@ -40,7 +40,7 @@ from moacompress.search.audit.subjects import check_counts, choose_ablations, eq
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan
-from moacompress.search.search_request import SearchRequest, offered_formats
+from moacompress.search.search_request import SearchRequest, costs_of, offered_formats
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,8 @@ def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budge
     spans = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
     check_counts(shape, masking_rules(shape, spans, chosen.min_window, lengths), count, plans)
     rules = in_formats(spans, offered_formats(chosen.formats, recipe))
-    budget_limits([Budget.parse(budget)], shape, lengths, rules, chosen.min_window)
+    costs = costs_of(recipe, shape)
+    budget_constraints([Budget.parse(budget)], shape, lengths, rules, chosen.min_window, costs=costs)
 
 
 def audit(
@@ -249,7 +250,7 @@ def _run(
         rule = profile.rules[point["rule"]]
         point["rule"] = asdict(rule)
     for row, (noise, _), plan in zip(results.plan_points, chosen, whole_plans, strict=True):
-        row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.limits}}
+        row |= {"key": plan.key(), "noise": noise, "kv_bytes": {str(n): plan.kv_bytes(n) for n in request.lengths}}
     return {
         "model": shared_name(model.source),
         "profile": profile.fingerprint,

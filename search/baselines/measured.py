@@ -61,7 +61,10 @@ def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mappi
     remove([folder])
     for family, other in measured_baselines.items():
         plan = other.plan.with_notes(
-            budget={"asked": list(request.asked), "bytes": bytes_note(other.plan, {*profile.lengths, *request.limits})},
+            budget={
+                "asked": list(request.asked),
+                "bytes": bytes_note(other.plan, {*profile.lengths, *request.lengths}),
+            },
             quality={"measured_harm": {"plan": other.kl}, "samples": len(profile.validation)},
             provenance={
                 "source": shared_name(profile.source),
@@ -148,11 +151,11 @@ def _candidates(family: str, request: SearchRequest) -> list[Plan]:
     sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
     found = [
         plan
-        for plan in family_plans(family, spans.shape, request.limits, spans, sinks, formats)
-        if meets(plan, floors, request.limits)
+        for plan in family_plans(family, spans.shape, request.constraints, spans, sinks, formats)
+        if meets(plan, floors, request.lengths)
     ]
     if formats:
-        found.sort(key=lambda plan: nearly_predicted(request.surrogate, plan, max(request.limits)))
+        found.sort(key=lambda plan: nearly_predicted(request.surrogate, plan, max(request.lengths)))
     return found[:CANDIDATES]
 
 

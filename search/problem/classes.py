@@ -218,8 +218,8 @@ class _Columns:
         found = self._found(self._exchanged(np.where(self.rule < 0, np.inf, bytes_alone), None))
         if found is None:
             raise InfeasibleBudgetError(
-                f"no plan of at most {self.most} different rules was found that meets the budget at all {len(self.limits)} "
-                "lengths; ask for more bytes or for more classes"
+                f"no plan of at most {self.most} different rules was found that meets all {len(self.limits)} limits of the "
+                "budget; ask for a larger one or for more classes"
             )
         return found
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.cost import byte_table, floored, layer_floors, limit_array
+from moacompress.rules.constraints import below_floors_at, cost_tables, limit_array
+from moacompress.rules.cost import layer_floors
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, with_shared_rules
@@ -30,8 +31,8 @@ class Knapsack:
     """A budget for a profile's rules, ready for the solver.
 
     Attributes:
-        sizes: bytes, int64 [lengths, layers, kv_heads, rules].
-        limits: most bytes at every length, int64 [lengths].
+        sizes: what every rule takes of each constraint's cost, int64 [constraints, layers, kv_heads, rules].
+        limits: the most of each, int64 [constraints].
         solver: "lagrange" or "milp".
         classes: how many different rules there may be, or None for any number.
     """
@@ -44,15 +45,16 @@ class Knapsack:
     @staticmethod
     def of(request: SearchRequest) -> Knapsack:
         """Returns the knapsack of a request."""
-        profile = request.profile
-        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(request.limits))
-        sizes = floored(sizes, layer_floors(request.recipe.search.floors, profile.shape))
-        return Knapsack(sizes, limit_array(request.limits), request.recipe.search.solver)
+        profile, constraints = request.profile, request.constraints
+        arguments = (constraints, profile.shape, profile.rules, profile.min_window)
+        sizes = cost_tables(*arguments)
+        below = below_floors_at(*arguments, layer_floors(request.recipe.search.floors, profile.shape))
+        return Knapsack(np.where(below, sizes[..., :1], sizes), limit_array(constraints), request.recipe.search.solver)
 
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
-        lengths, layers, kv_heads, rules = self.sizes.shape
-        costs, sizes = costs.reshape(-1, rules), self.sizes.reshape(lengths, -1, rules)
+        count, layers, kv_heads, rules = self.sizes.shape
+        costs, sizes = costs.reshape(-1, rules), self.sizes.reshape(count, -1, rules)
         if self.classes is None:
             choice = solve(costs, sizes, self.limits, solver=self.solver).choice
         else:
@@ -60,14 +62,14 @@ class Knapsack:
         return choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:
-        """Returns the choice with what it leaves of the limits spent: rules of no fewer bytes at any length, that cost no more.
+        """Returns the choice with what it leaves of the limits spent: rules that take no less of any, and cost no more.
 
         Args:
             costs: predicted KL of every rule alone, nats, `[layers, kv_heads, rules]`.
             choice: within the limits, `[layers, kv_heads]`.
         """
-        lengths, layers, kv_heads, rules = self.sizes.shape
-        sizes = self.sizes.reshape(lengths, -1, rules)
+        count, layers, kv_heads, rules = self.sizes.shape
+        sizes = self.sizes.reshape(count, -1, rules)
         may = None if self.classes is None else self.classes.may
         found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True, may=may)
         return found.reshape(layers, kv_heads)
@@ -85,8 +87,8 @@ class Knapsack:
 
     def merged(self, groups: HeadGroups) -> Knapsack:
         """Returns the knapsack of groups of rows that have one rule."""
-        lengths, rules = len(self.sizes), self.sizes.shape[-1]
-        sizes = groups.summed(self.sizes.reshape(lengths, -1, rules))[:, :, None]
+        count, rules = len(self.sizes), self.sizes.shape[-1]
+        sizes = groups.summed(self.sizes.reshape(count, -1, rules))[:, :, None]
         classes = None if self.classes is None else self.classes.merged(groups)
         return replace(self, sizes=sizes, classes=classes)
 

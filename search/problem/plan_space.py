@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,8 @@ import numpy as np
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.cost import below_floors, byte_table, layer_floors, limit_array
+from moacompress.rules.constraints import Constraints, below_floors_at, cost_tables, limit_array
+from moacompress.rules.cost import layer_floors
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.problem.classes import ClassLimit
@@ -34,7 +34,7 @@ class PlanSpace:
         profile: with the formats on offer.
         shares: of the layers of every plan.
         groups: None without sharing.
-        knapsack: bytes and limits of the rows.
+        knapsack: what the rows take, and its limits.
     """
 
     profile: Profile
@@ -46,7 +46,7 @@ class PlanSpace:
     def of(
         request: SearchRequest,
         shares: LayerShares = (),
-        limits: Mapping[int, int] | None = None,
+        constraints: Constraints | None = None,
         classes: int | None = None,
     ) -> PlanSpace:
         """Returns the plans of a request.
@@ -54,13 +54,14 @@ class PlanSpace:
         Args:
             request: what is asked for.
             shares: of the layers.
-            limits: most bytes at every length, by default the request's.
+            constraints: by default the request's.
             classes: most different rules; None for any number.
         """
         profile, search = request.profile, request.recipe.search
-        limits = request.limits if limits is None else limits
-        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(limits), shares)
-        below = below_floors(sizes, layer_floors(search.floors, profile.shape))
+        constraints = request.constraints if constraints is None else constraints
+        arguments = (constraints, profile.shape, profile.rules, profile.min_window)
+        sizes = cost_tables(*arguments, shares)
+        below = below_floors_at(*arguments, layer_floors(search.floors, profile.shape), shares)
         groups = HeadGroups.of(profile.shape, shares) if shares else None
         if groups is not None:  # a rule that one of a group may not have none of it may have
             of_groups = groups.summed(below.reshape(-1, below.shape[-1]).astype(np.int64))
@@ -69,7 +70,7 @@ class PlanSpace:
         sizes = np.where(below, sizes[..., :1], sizes)
         if groups is not None:
             sizes = groups.summed(sizes.reshape(len(sizes), -1, sizes.shape[-1]))[:, :, None]
-        return PlanSpace(profile, shares, groups, Knapsack(sizes, limit_array(limits), search.solver, limit))
+        return PlanSpace(profile, shares, groups, Knapsack(sizes, limit_array(constraints), search.solver, limit))
 
     def costs(self, costs: Floats) -> Floats:
         """Returns the costs of the rows, from those of single KV heads, `[layers, kv_heads, rules]`."""

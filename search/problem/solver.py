@@ -1,7 +1,8 @@
-"""The budgeted choice: one rule for every KV head, least total cost, bytes within the limit at every length.
+"""The budgeted choice: one rule for every KV head, least total cost, and what they take within every limit.
 
-A multiple-choice knapsack with one capacity a length. `lagrange` puts a price on a byte of each length, so that heads
-choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
+A multiple-choice knapsack with a capacity for each constraint (`rules.constraints`): the KV bytes at each length, or the time
+of a step. Here all of them are called sizes. `lagrange` puts a price on each, so that heads choose alone, and repairs the
+result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def solve(costs: Floats, sizes: Ints, limits: Ints, *, solver: str = "lagrange",
 
     Args:
         costs: cost of every rule on every head, at least 0, [heads, rules].
-        sizes: bytes it takes at every length, [lengths, heads, rules].
-        limits: most bytes at every length, [lengths].
+        sizes: what it takes of each constraint, [constraints, heads, rules].
+        limits: the most of each, [constraints].
         solver: "lagrange" or "milp".
         time_limit: seconds that `milp` may take; its best choice by then is returned.
 
@@ -168,7 +169,7 @@ def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, opt
         choice = start.choice
     if choice is None:
         raise InfeasibleBudgetError(
-            f"no choice of rules meets the budget at all {len(limits)} lengths at once; ask for more"
+            f"no choice of rules meets all {len(limits)} limits of the budget at once; ask for more"
         )
     cost = _total(costs, choice)
     gaps = [] if start is None or start.gap is None else [_gap(cost, start.cost * (1 - start.gap))]
@@ -201,11 +202,11 @@ def _arrays(costs: Floats, sizes: Ints, limits: Ints) -> tuple[Floats, Ints, Int
 
 def _check_feasible(sizes: Ints, limits: Ints) -> None:
     smallest = sizes.min(axis=2).sum(axis=1)
-    for length, (need, limit) in enumerate(zip(smallest, limits, strict=True)):
+    for number, (need, limit) in enumerate(zip(smallest, limits, strict=True)):
         if need > limit:
             raise InfeasibleBudgetError(
-                f"no choice of rules fits {limit:,} bytes of cache at length number {length + 1}: the smallest takes "
-                f"{need:,}; ask for more"
+                f"no choice of rules fits limit number {number + 1} of the budget, {limit:,}: the smallest takes {need:,}; "
+                "ask for more"
             )
 
 

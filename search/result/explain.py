@@ -10,7 +10,6 @@ import numpy as np
 
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule_table import RuleTable
 from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.measure.trials import CAUTION, Tried, best_trial, noise
 from moacompress.search.predict.surrogate import Surrogate
@@ -81,7 +80,7 @@ def explain(
         `classes`: see `class_quality`; where their number had a limit.
         `stages`, `harm`.
     """
-    n = max(request.limits)
+    n = max(request.lengths)
     return {
         "format": "moacompress-explanation",
         "plan": plan.key(),
@@ -114,18 +113,18 @@ def explain(
 
 def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
     """Returns a row of every KV head, those first whose bytes are worth most; see `explain`."""
-    n, limit = max(request.limits.items())
     profile, shape = request.profile, request.profile.shape
-    average = limit // (shape.layers * shape.kv_heads)
+    constraint = request.constraints[-1]
+    n, average = constraint.cost.length, constraint.limit // (shape.layers * shape.kv_heads)
+    sizes_of = constraint.cost.table(shape, surrogate.rules, profile.min_window)
     costs = surrogate.costs()
     number = {rule: index for index, rule in enumerate(surrogate.rules)}
     rows = []
     for layer, rules in enumerate(plan.rules):
         native = shape.native_windows[layer]
-        table = RuleTable.of(surrogate.rules, profile.min_window, native)
-        sizes = table.slots(np.array(n)) * table.token_bytes(shape.head_dim, shape.head_dim, shape.dtype)
-        fits = sizes <= max(average, int(sizes.min()))
         for head, rule in enumerate(rules):
+            sizes = sizes_of[layer, head]
+            fits = sizes <= max(average, int(sizes.min()))
             at_average = float(costs[layer, head][fits].min())
             own = float(costs[layer, head, number[rule]]) if rule in number else None
             rows.append(

@@ -23,7 +23,7 @@ from moacompress.search.measure.trials import Tried, best_trial, log_ratio
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
-from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, versions
+from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, step_note, versions
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
 
@@ -160,7 +160,7 @@ def _made(tried: Sequence[Tried], stage: str, finished: bool) -> dict[str, Any]:
 
 
 def _noted_lengths(request: SearchRequest) -> set[int]:
-    return {*request.profile.lengths, *request.limits}
+    return {*request.profile.lengths, *request.lengths}
 
 
 def _with_notes(
@@ -185,7 +185,11 @@ def _with_notes(
     shared = recipe.shared(profile.source)
     shared["budget"] = list(request.asked)
     return plan.with_notes(
-        budget={"asked": list(request.asked), "bytes": bytes_note(plan, _noted_lengths(request))},
+        budget={
+            "asked": list(request.asked),
+            "bytes": bytes_note(plan, _noted_lengths(request)),
+            **step_note(request, plan),
+        },
         quality={
             **_rounding(profile),
             "predicted_harm": request.predicted(surrogate, plan),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
+from moacompress.rules.constraints import Latency
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
+from moacompress.rules.step_time import NS_PER_MS
 
 if TYPE_CHECKING:
-    pass
+    from moacompress.search.search_request import SearchRequest
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
 
@@ -33,6 +35,7 @@ class SearchResult:
         harm: mean KL in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
             candidate within the budget, the profile lacks what it is made from, or the time was up before it was measured).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
+        step_ms: see `step_note`; empty without a cost table.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
         classes: see `class_quality`; None where the search had no limit of them.
@@ -48,6 +51,7 @@ class SearchResult:
     seconds: float
     explanation: dict[str, Any]
     classes: dict[str, Any] | None = None
+    step_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @staticmethod
     def of(plan: Plan, path: Path | None, seconds: float, explanation: dict[str, Any] | None = None) -> SearchResult:
@@ -66,6 +70,7 @@ class SearchResult:
             seconds=seconds,
             explanation=explanation,
             classes=plan.quality.get("classes"),
+            step_ms=plan.budget.get("step_ms", {}),
         )
 
 
@@ -106,6 +111,33 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
 def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
     """Returns the KV bytes of a plan and of the dense model at each length."""
     return {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in sorted(set(lengths))}
+
+
+def step_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
+    """Returns the predicted time of a plan's step at every place that the cost table has; nothing without one.
+
+    Of each, in milliseconds: `predicted`, at `full_span`, of weights alone (`floor`) and the most that the budget allows
+    (`limit`); and how far the fit is off for plans that were measured and not fitted (`error`). Of layers that share nothing
+    is known.
+    """
+    if not request.step_times or any(plan.shares):
+        return {}
+    limits = {
+        (constraint.cost.length, constraint.cost.step.rows): constraint
+        for constraint in request.constraints
+        if isinstance(constraint.cost, Latency)
+    }
+    found = {}
+    for step in request.step_times:
+        constraint = limits.get((step.length, step.rows))
+        found[f"{step.length}x{step.rows}"] = {
+            "predicted": step.step_ms(plan),
+            "full_span": step.full_span_ms,
+            "floor": step.floor_ms,
+            "limit": None if constraint is None else step.floor_ms + constraint.limit / NS_PER_MS,
+            "error": step.check_error,
+        }
+    return {"step_ms": found}
 
 
 def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, Any]:

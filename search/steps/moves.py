@@ -80,7 +80,7 @@ def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) 
     """Returns the moves that are predicted to matter least: as many that take bytes as that give some back.
 
     Args:
-        knapsack: bytes and limits.
+        knapsack: what rules take, and its limits.
         costs: predicted KL of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         count: moves of each kind, of different KV heads.
@@ -109,7 +109,7 @@ def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Fl
     """Returns the choice with the best of the moves made, together within the limits.
 
     Args:
-        knapsack: bytes and limits.
+        knapsack: what rules take, and its limits.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
         moves: what was measured.
         ratios: measured log-ratio of the KL after a move to that before, `[moves, samples]`.

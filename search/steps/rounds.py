@@ -134,10 +134,10 @@ def moved(knapsack: Knapsack, form: Quadratic, parameters: Mapping[str, float], 
     """Returns the choice of lowest predicted KL within reach of the present one.
 
     Args:
-        knapsack: bytes and limits.
+        knapsack: what rules take, and its limits.
         form: predicts KL, or its change.
-        parameters: `moved` is the share of the longest length's limit that may change hands, `coherence` the weight of the form
-            beside the sum of what it says of single KV heads.
+        parameters: `moved` is the share of the last limit, of bytes that of the longest length, that may change hands;
+            `coherence` the weight of the form beside the sum of what it says of single KV heads.
         choice: the present rule of every KV head, `[layers, kv_heads]`.
 
     Returns:

@@ -6,12 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from moacompress.core.errors import BudgetError, InfeasibleBudgetError
-from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import (
     attention_flops,
-    budget_limits,
     byte_table,
     bytes_by_formats,
     floored,
@@ -56,21 +53,6 @@ def test_byte_table_agrees_with_the_plan(profiles: Profiles) -> None:
         plan = Plan.uniform(profile.shape, profile.rules[number], profile.min_window)
         for index, n in enumerate(lengths):
             assert table[index, :, :, number].sum() == plan.kv_bytes(n)
-
-
-def test_limits_and_the_smallest_budget(profiles: Profiles) -> None:
-    profile = profiles()
-    arguments = (profile.shape, profile.lengths, profile.rules, profile.min_window)
-    limits = budget_limits([Budget.parse("50%")], *arguments)
-    assert list(limits) == [256, 512]
-    assert [*limits.values()] == [profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths]
-    assert list(budget_limits([Budget.parse("50%@1k")], *arguments)) == [1024]
-    with pytest.raises(InfeasibleBudgetError, match="at least") as error:
-        budget_limits([Budget.parse("1%")], *arguments)
-    need = str(error.value).split("at least ")[1].split("%")[0]
-    budget_limits([Budget.parse(f"{need}%@256")], *arguments)
-    with pytest.raises(BudgetError, match="no budget"):
-        budget_limits([], *arguments)
 
 
 def test_smallest_plan_is_one_rule(profiles: Profiles) -> None:

@@ -87,7 +87,7 @@ def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) ->
             parameters = {**request.parameters.neutral, "coherence": coherence}
             plan = request.plan(request.surrogate, parameters)
             assert sum(one is not None for one in plan.shares) == (1 if share == "1" else 2)
-            assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())
+            assert all(constraint.holds(plan) for constraint in request.constraints)
             assert "sharing" not in parameters
 
 
@@ -126,4 +126,4 @@ def test_sharing_makes_smaller_budgets_possible(profiles: Profiles) -> None:
     assert least[1] < least[0]
     request = SearchRequest.of(profile, f"{least[1]}%", recipe)
     plan = request.plan(request.surrogate, request.parameters.neutral)
-    assert all(plan.kv_bytes(n) <= limit for n, limit in request.limits.items())
+    assert all(constraint.holds(plan) for constraint in request.constraints)

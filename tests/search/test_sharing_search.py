@@ -29,9 +29,7 @@ Search = Callable[..., tuple[Any, Any]]
 
 
 def fits(plan: Plan, profile: Profile, budget: str) -> bool:
-    return all(
-        plan.kv_bytes(n) <= limit for n, limit in SearchRequest.of(profile, budget, profile.recipe).limits.items()
-    )
+    return all(constraint.holds(plan) for constraint in SearchRequest.of(profile, budget, profile.recipe).constraints)
 
 
 def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:

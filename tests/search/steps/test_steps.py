@@ -55,7 +55,7 @@ def first(context: SearchContext) -> Incumbent:
 
 
 def fits(plan: Plan, context: SearchContext) -> bool:
-    return all(plan.kv_bytes(n) <= limit for n, limit in context.request.limits.items())
+    return all(constraint.holds(plan) for constraint in context.request.constraints)
 
 
 def names(context: SearchContext) -> list[str]:
