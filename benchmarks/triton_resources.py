@@ -4,9 +4,9 @@
 
 Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
 many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
-programs a processor holds at once by either (`at once`). Of `decode`, how many reads of 16 bytes the loop over tiles issues,
-ahead of use where the card can (`ahead`). Of `append`, which rounds to the bit, how many operations are contracted, or not
-rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
+programs a processor holds at once by either (`at once`). Of `decode` and `prefill`, how many reads of 16 bytes the loops over
+tiles issue, ahead of use where the card can (`ahead`). Of `append`, which rounds to the bit, how many operations are
+contracted, or not rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
+from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, select_kernels
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
+    NEWER,
     SELECT_WARPS,
     append_constants,
+    prefill_constants,
     select_constants,
     split_constants,
 )
@@ -45,10 +47,14 @@ GROUP = 4
 """Query heads of a KV head."""
 PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 """Bits of keys and values; 0 for the model's own numbers."""
-POINTERS = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Partial": "*fp32", "PartialLse": "*fp32"}
+POINTERS = {
+    **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "SinkLogits", "Out"), "*bf16"),
+    **dict.fromkeys(("Partial", "PartialLse", "Lse"), "*fp32"),
+    "Suspect": "*i32",
+}
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-KERNELS = ("decode", "append", "select")
+KERNELS = ("decode", "append", "select", "prefill")
 
 
 def main() -> None:
@@ -59,7 +65,12 @@ def main() -> None:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
-    resources = {"decode": decode_resources, "append": append_resources, "select": select_resources}
+    resources = {
+        "decode": decode_resources,
+        "append": append_resources,
+        "select": select_resources,
+        "prefill": prefill_resources,
+    }
     found = {
         kernel: [
             {"card": card, "dim": dim, "bits": "/".join(str(bits or 16) for bits in pair)}
@@ -119,6 +130,40 @@ def kv_parts_of(dim: int, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
     return KVPart(codes[0], dim, torch.bfloat16), KVPart(codes[1], dim, torch.bfloat16, values=True)
 
 
+def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel for chunks, of selected tokens too, for a card; returns what it takes."""
+    newer = not card.startswith("sm_") or int(card.removeprefix("sm_")) >= 10 * NEWER
+    tiles, constants = prefill_constants(
+        GROUP,
+        dim,
+        dim,
+        bits,
+        softcap=False,
+        logits=False,
+        cached=True,
+        passing=True,
+        wide=False,
+        item_size=2,
+        newer=newer,
+    )
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    found = compiled(
+        card,
+        prefill_kernels.attend_chunk,
+        {**constants, "CAREFUL": False},
+        pool_types(bits) | {"Out": "*fp32" if bits[1] else "*bf16"},
+        options,
+    )
+    taken, at_once = _taken(card, found, tiles.num_warps)
+    return {
+        "tokens": constants["TOKENS"],
+        "tile": tiles.TILE,
+        **taken,
+        "shared": found.metadata.shared,
+        "at once": at_once,
+    }
+
+
 def pool_types(bits: tuple[int, int]) -> dict[str, str]:
     """Returns the types of the pointers to keys and values."""
     return {name: "*u8" if each else "*bf16" for name, each in zip(("Keys", "Values"), bits, strict=True)}
@@ -137,7 +182,7 @@ def compiled(card: str, kernel: Any, constants: dict[str, Any], types: dict[str,
     places = {name: (at,) for at, name in enumerate(kernel.arg_names)}
     signature, aligned = {}, {}
     for name, place in places.items():
-        pointer, stride = name[0].isupper(), name.startswith(("key_", "value_"))
+        pointer, stride = name[0].isupper(), name.startswith(("query_", "key_", "value_"))
         number = "fp32" if name in FLOATS else "i32"
         signature[name] = {**POINTERS, **types}.get(name, "*i64") if pointer else number
         if pointer or stride:

@@ -61,6 +61,21 @@ def test_what_selecting_takes():
         assert row["card"] == "gfx942" or row["at once"] >= 8, row
 
 
+def test_what_chunks_take():
+    """No spills, and reads of 16 bytes ahead of use."""
+    for row in resources("sm_80,sm_90,sm_100", "64,128", "prefill"):
+        assert row["spilled"] == 0, row
+        assert row["ahead"] >= 8, row
+        assert row["at once"] >= 2, row
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("cards", "dims"), [("sm_80,sm_90,sm_100", "256"), ("gfx942", "64,128")])
+def test_what_chunks_of_large_heads_and_of_other_cards_take(cards, dims):
+    for row in resources(cards, dims, "prefill"):
+        assert row["spilled"] == 0, row
+
+
 @pytest.mark.heavy
 def test_what_large_heads_take():
     for row in resources("sm_80,sm_90,sm_100", "256", "decode"):

@@ -18,6 +18,10 @@ SELECT_WARPS = 4
 """Of a program of `select_kernels`."""
 SELECT_TILE = 512
 """Scores that such a program looks at at once."""
+PASSING_TILE = 16
+"""Selected tokens that a chunk attends to at once."""
+NEWER = 9
+"""Major version of CUDA's cards from which a processor keeps larger tiles of a chunk in its registers."""
 
 
 class TileSizes(NamedTuple):
@@ -88,6 +92,68 @@ def split_constants(
 def rotation_norm(dim: int) -> float:
     """Returns the factor of a rotation of vectors of so many numbers, as a float32."""
     return float(np.float32((dim & -dim) ** -0.5))
+
+
+def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, newer: bool) -> tuple[TileSizes, int]:
+    """Returns the tiles of a chunk, and how many queries one has, those of a group counted each.
+
+    Args:
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        item_size: bytes of what is multiplied: 4 where that is float32.
+        coded: whether keys or values have codes.
+        newer: whether the card is one of those since `NEWER`.
+    """
+    if max(head_dim, value_dim) > 128:
+        return TileSizes(32, 2, 8), SMALLEST
+    if newer:
+        tiles = decode_tiles(head_dim, value_dim, item_size, coded)
+        return tiles._replace(TILE=min(tiles.TILE, 32)) if coded else tiles, 64
+    return TileSizes(32, 2, 4), 32
+
+
+def prefill_constants(
+    group: int,
+    head_dim: int,
+    value_dim: int,
+    bits: tuple[int, int],
+    *,
+    softcap: bool,
+    logits: bool,
+    cached: bool,
+    passing: bool,
+    wide: bool,
+    item_size: int,
+    newer: bool,
+) -> tuple[TileSizes, dict[str, int | bool]]:
+    """Returns the tiles of `prefill_kernels.attend_chunk`, and all that it is compiled for but CAREFUL, by their names.
+
+    Args:
+        group: query heads of a KV head.
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        bits: of a code of keys and of values; 0 of native numbers.
+        softcap: whether scores have a bound.
+        logits: whether there are learned logits.
+        cached: whether some row has a past.
+        passing: whether there are selected tokens.
+        wide: whether products are in float32.
+        item_size: bytes of the query's numbers.
+        newer: see `prefill_tiles`.
+    """
+    _, constants = split_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide, item_size=item_size)
+    tiles, rows = prefill_tiles(head_dim, value_dim, 4 if wide else item_size, any(bits), newer)
+    together = 1 << (group - 1).bit_length()
+    return tiles, constants | {
+        "GROUP": together,
+        "TOKENS": max(rows // together, 1),
+        "LOGITS": logits,
+        "CACHED": cached,
+        "PASSING": passing,
+        "PASSING_TILE": PASSING_TILE,
+        "TILE": tiles.TILE,
+        "STAGES": tiles.num_stages,
+    }
 
 
 def padded(size: int) -> int:

@@ -76,7 +76,7 @@ def native_numbers(pool, offset, place, there, DIM: tl.constexpr, WIDTH: tl.cons
 def chunk_numbers(start, t, there, stride, DIM: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr):
     """Returns numbers from FIRST on of a chunk's tokens, `[tokens, WIDTH]`, 0 where there are none."""
     d = tl.arange(0, WIDTH)
-    at = start + (t * stride)[:, None] + (d + FIRST)[None, :]
+    at = start + (t.to(tl.int64) * stride)[:, None] + (d + FIRST)[None, :]
     return tl.load(at, mask=there[:, None] & (d + FIRST < DIM)[None, :], other=0.0)
 
 

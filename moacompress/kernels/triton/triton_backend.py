@@ -1,4 +1,4 @@
-"""Triton as a backend: decode steps by its kernels, and prompts by the reference."""
+"""Triton as a backend: all attention by its kernels, but where gradients are asked for: those are the reference's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moacompress.kernels.arguments import CacheView, Scores, SelectedView
+from moacompress.kernels.arguments import CacheView, Passing, Scores, SelectedView
 from moacompress.kernels.backend import Capabilities, Status, refuse_gradients
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
@@ -129,6 +129,54 @@ class TritonBackend(ReferenceBackend):
         from moacompress.kernels.triton import cache_writes
 
         cache_writes.move(kv_parts, (keys, values, scores), heads.numpy(), slots.numpy(), to.numpy())
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cache: CacheView,
+        past: torch.Tensor,
+        valid: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+        with_lse: bool = False,
+        passing: Passing | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend.prefill`; with gradients it is the reference's.
+
+        Raises:
+            UnsupportedError: a visible block is not in the table; a format is not known.
+        """
+        asked = [query, key, value] + ([] if scores.sink_logits is None else [scores.sink_logits])
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
+            return super().prefill(
+                query,
+                key,
+                value,
+                cache=cache,
+                past=past,
+                valid=valid,
+                rules=rules,
+                scores=scores,
+                with_lse=with_lse,
+                passing=passing,
+            )
+        from moacompress.kernels.triton.prefill import attend_chunk
+
+        return attend_chunk(
+            query,
+            key,
+            value,
+            cache=cache,
+            past=past,
+            valid=valid,
+            rules=RuleTable(rules.columns.cpu().numpy()),
+            scores=scores,
+            passing=passing,
+            wide=_is_wide(query),
+        )
 
 
 def _is_wide(query: torch.Tensor) -> bool:

@@ -1,0 +1,92 @@
+"""Prompts by the kernels in Triton, by its interpreter where there is no GPU; `test_backends` holds them to the definitions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from tests.kernels.test_triton import PAIRS
+
+REFERENCE = ReferenceBackend()
+LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture
+def triton(use_backend):
+    return use_backend("triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_as_the_reference(seed, dtype, triton, random_case, close):
+    """Selected tokens too, of blocks and of the chunk."""
+    sizes = {"tokens": (1, 5, 33, 70)[seed % 4], "rows": 1 + seed % 2, "group": (1, 2, 3, 5)[seed // 2]}
+    sizes |= {"dim": (16, 24, 64, 9)[seed // 2], "value_dim": (33, 16, 40, 64)[seed // 2]}
+    case = random_case(200 + seed, dtype, formats="any", **sizes).keeping(random.Random(seed))
+    close(case.prefilled(triton), case.prefilled(REFERENCE), dtype, lse_error=LSE_ERROR[dtype])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_windows_that_begin_anywhere_in_a_block(pair, triton, random_case, close):
+    sizes = {"rows": 1, "kv_heads": 1, "group": 2, "dim": 16, "value_dim": 16, "tokens": 20, "native_window": 0}
+    for start in range(16):
+        case = random_case(
+            start, torch.float32, past=70 + start, rules=[(4, 33, 0)], min_window=16, formats=[pair], **sizes
+        ).keeping(random.Random(start))
+        close(case.prefilled(triton), case.prefilled(REFERENCE), torch.float32)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_sinks_and_windows_that_end_within_the_chunk(pair, triton, random_case, close):
+    """A prompt without a past that is longer than its windows, and one of sinks alone."""
+    sizes = {"rows": 1, "kv_heads": 2, "group": 2, "dim": 16, "value_dim": 16, "past": 0, "native_window": 0}
+    for tokens in (1, 15, 65, 130):
+        case = random_case(
+            tokens,
+            torch.float32,
+            tokens=tokens,
+            rules=[(70, 33, 0), (4, 0, 0)],
+            min_window=16,
+            formats=[pair] * 2,
+            **sizes,
+        ).keeping(random.Random(tokens))
+        close(case.prefilled(triton), case.prefilled(REFERENCE), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "value_dim"), [(1, 32, 32), (16, 64, 64), (2, 256, 256), (3, 96, 100), (2, 9, 33), (5, 128, 128)]
+)
+def test_sizes(group, dim, value_dim, triton, random_case, close):
+    formats = [PAIRS[0], PAIRS[2], PAIRS[3]]
+    sizes = {"group": group, "dim": dim, "value_dim": value_dim, "kv_heads": 3, "rows": 1, "past": 60, "tokens": 20}
+    case = random_case(dim, torch.float32, formats=formats, **sizes).keeping(random.Random(dim))
+    close(case.prefilled(triton), case.prefilled(REFERENCE), torch.float32)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_selected_tokens_that_are_not_finite_reach_those_who_see_them(pair, number, triton, random_case):
+    """They may be seen by some queries of a tile and not by others."""
+    sizes = {
+        "rows": 1,
+        "kv_heads": 1,
+        "group": 2,
+        "dim": 16,
+        "value_dim": 16,
+        "tokens": 60,
+        "valid": 60,
+        "native_window": 0,
+    }
+    case = random_case(3, torch.float32, past=100, rules=[(4, 20, 0)], min_window=16, formats=[pair], **sizes)
+    case.value[0, 0, 7, 3] = number
+    case.key[0, 0, 11, 5] = number
+    case = case.keeping(random.Random(8))
+    found, wanted = (case.prefilled(backend) for backend in (triton, REFERENCE))
+    assert wanted[0].isfinite().any()
+    assert not wanted[0].isfinite().all()
+    for mine, right in zip(found, wanted, strict=True):
+        assert torch.equal(mine.isnan(), right.isnan())
+        assert torch.allclose(mine.nan_to_num(), right.nan_to_num(), atol=3e-5)
