@@ -214,15 +214,16 @@ def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[st
         slots=first + slots,
         to=first + pool.blocks * BLOCK + to,
     )
-    for part in ("keys", "values", "scores"):
-        for found, wanted in zip(getattr(pool, part), getattr(expected, part), strict=True):
+    for kind in ("keys", "values", "scores"):
+        for found, wanted in zip(getattr(pool, kind), getattr(expected, kind), strict=True):
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
 def test_triton_refuses_what_does_not_fit(use_backend: Callable[[str], Backend]) -> None:
     rules, triton = RuleTable.of([Rule(4, 0, 0, select_alpha=20)], MIN_WINDOW), use_backend("triton")
     pool = Pool(rules, torch.float32)
-    pool.put(12, *torch.zeros(2, ROWS, 1, WIDTH), torch.zeros(ROWS, 1, dtype=torch.int16))
+    nothing_there = torch.zeros(ROWS, 1, WIDTH)
+    pool.put(12, nothing_there, nothing_there, torch.zeros(ROWS, 1, dtype=torch.int16))
 
     def step(table: torch.Tensor, scores: list[torch.Tensor]) -> None:
         triton.decode_selecting(
