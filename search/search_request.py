@@ -13,7 +13,7 @@ from moacompress.calibration.data.samples import fingerprint_samples
 from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Ints
-from moacompress.core.errors import ArtefactError, UsageError
+from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.estimate.machine import this_machine
@@ -25,7 +25,7 @@ from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget
 from moacompress.rules.constraints import Constraints, budget_constraints, check_no_sharing, lengths_of, step_times
 from moacompress.rules.cost import layer_floors
-from moacompress.rules.cost_table import CostTable, command_for
+from moacompress.rules.cost_table import CostTable
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
@@ -82,14 +82,7 @@ def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
     if path is None:
         return None
     table = CostTable.load(path)
-    machine = this_machine(recipe.device, shape.dtype)
-    different = table.differences(shape, machine, (recipe.weights, recipe.head_weights))
-    if different:
-        command = command_for(path, [(cell.length, cell.rows) for cell in table.cells])
-        raise ArtefactError(
-            f"the cost table {path} was measured elsewhere: {'; '.join(different[:3])}; measure one here, {command} "
-            "--overwrite, or search where it was measured"
-        )
+    table.check(path, shape, this_machine(recipe.device, shape.dtype), (recipe.weights, recipe.head_weights))
     return table
 
 

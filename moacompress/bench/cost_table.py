@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,19 +32,22 @@ from moacompress.bench.sides import (
     vocabulary_size,
     weight_bytes,
 )
-from moacompress.core.errors import DataError, MoaCompressError
+from moacompress.core.errors import BudgetError, DataError, MoaCompressError, UnsupportedError, UsageError
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes
 from moacompress.estimate.machine import this_machine
-from moacompress.rules.budget import format_length
+from moacompress.models.stored_plan import stored_plan
+from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.cost_table import FORMAT, VERSION, CostTable, Use, head_groups
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
-from moacompress.runtime import attach
+from moacompress.rules.step_time import StepTime
+from moacompress.runtime import attach, detach
+from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 from moacompress.runtime.huge_pages import move_weights
 
 if TYPE_CHECKING:
@@ -244,6 +248,111 @@ def measure_cost_table(
         )
         table.save(out)
     return table
+
+
+def measure_against(
+    target: str | Path,
+    path: str | Path,
+    *,
+    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    tokens: int = 4,
+    repeats: int = 9,
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Measures what a cost table predicts of a compressed checkpoint: its step, in turns with full span's.
+
+    Args:
+        target: a compressed checkpoint, or a run's folder with one.
+        path: of the table.
+        lengths: of the cells; by default all that it has.
+        rows: likewise.
+        tokens: decode steps that are timed as one.
+        repeats: turns.
+        seed: of what is in the caches.
+        device: torch device.
+        trust_remote_code: run modelling code that comes with the model.
+        progress: told about every turn.
+        clock: seconds.
+
+    Returns:
+        `cost_table`, and `against`, for every cell: `length`, `rows`, `predicted_ms` and `measured_ms` of a step under the
+        plan, the `full_span_ms` that was measured in turns with it and `table_full_span_ms`, that of the table; the
+        `predicted_share` and the measured `share` of full span, and what the plan's budget `asked` for there, or None; and
+        predicted over measured, less 1: `error` of the time, and `share_error` of the share, in which cancels what the
+        machine is faster or slower by than when the table was measured.
+
+    Raises:
+        UsageError: `target` is not compressed, or the table has no such cell.
+        ArtefactError: the table cannot be read, or was measured on another model or machine.
+        UnsupportedError: layers of the checkpoint share attention.
+        MoaCompressError: not enough memory.
+    """
+    folder, table, progress = compressed_folder(Path(target)), CostTable.load(path), progress or SILENT
+    plan = stored_plan(folder)
+    if plan.shares:
+        raise UnsupportedError(
+            "cost tables say nothing of layers that share attention, and those of this checkpoint do"
+        )
+    dtype = table.configuration.model.dtype
+    plan = plan.in_dtype(dtype)
+    table.check(path, plan.model, this_machine(device, dtype))
+    cells = [
+        cell
+        for cell in table.cells
+        if (lengths is None or cell.length in lengths) and (rows is None or cell.rows in rows)
+    ]
+    if not cells:
+        raise UsageError(f"the cost table {path} has nothing at these --lengths and --batch; it has {table.cell_names}")
+    request = CostTableRequest(
+        tuple(cell.length for cell in cells), tuple(cell.rows for cell in cells), tokens, repeats, seed, device
+    )
+    checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
+    plan = replace(plan, gate_weights=checkpoint.plan.gate_weights)
+    dense = detach(checkpoint.model).requires_grad_(False)
+    found = [Probe("full span", "full_span", Plan.full(plan.model)), Probe("plan", "check", plan)]
+    planned = {Cell(dtype, cell.length, cell.rows): found for cell in cells}
+    _check_fits(planned, request)
+    warn_if_busy()
+    progress.start("measuring", len(cells) * (repeats + len(found)))
+    against = []
+    for cell, place in zip(cells, planned, strict=True):
+        timed = _timed(dense, place, found, request, progress, clock)
+        full, ours = (point["ms"] for point in timed["points"])
+        step = StepTime.fit(cell)
+        predicted = step.step_ms(plan)
+        asked = [one.share for one in _budgets(plan) if (one.length, one.rows) == (cell.length, cell.rows)]
+        against.append(
+            {
+                "length": cell.length,
+                "rows": cell.rows,
+                "predicted_ms": predicted,
+                "measured_ms": ours,
+                "error": predicted / ours - 1,
+                "full_span_ms": full,
+                "table_full_span_ms": step.full_span_ms,
+                "share_error": predicted / step.full_span_ms / (ours / full) - 1,
+                "predicted_share": predicted / step.full_span_ms,
+                "share": ours / full,
+                "asked": min((share for share in asked if share is not None), default=None),
+                "load_per_core": timed["load_per_core"],
+            }
+        )
+    progress.done()
+    return {"cost_table": str(path), "against": against}
+
+
+def _budgets(plan: Plan) -> list[Budget]:
+    """Returns the budgets of latency that a plan was searched for."""
+    found = []
+    for text in plan.budget.get("asked", ()):
+        with suppress(BudgetError):  # a form of budget that a plan of another version was found for
+            found.append(Budget.parse(text))
+    return [budget for budget in found if budget.rows is not None]
 
 
 def _inputs(source: SourceModel) -> int:

@@ -37,6 +37,7 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
     "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
     "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
     "moacompress bench path/to/model --cost-table costs.json --lengths 4k,8k --batch 8,32",
+    "moacompress bench runs/mine --against-cost-table costs.json",
     computes=True,
 )
 def bench(
@@ -128,6 +129,15 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against-cost-table",
+            metavar="FILE",
+            help="Instead of the table: measure the plan's step where the cost table FILE has been measured, and say how far "
+            "its prediction is off; --lengths and --batch choose among its places.",
+        ),
+    ] = None,
     weights: WeightsOption = None,
     head_weights: HeadWeightsOption = None,
     out: Annotated[
@@ -143,14 +153,16 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
-    if cost_table is not None:
+    if cost_table is not None or against is not None:
         _refuse(
-            "--cost-table",
+            "--cost-table" if cost_table is not None else "--against-cost-table",
             {"--sides": sides, "--prefill-repeats": prefill_repeats, "--out": out, "--serve": serve or None}
             | {"--compile": compile_ours or None, "--pack": pack or None, "--no-peak": None if peak else True}
             | {"--trace": trace or None, "--quick": quick or None, "--dry-run": dry_run or None}
             | {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate},
         )
+    if cost_table is not None:
+        _refuse("--cost-table", {"--against-cost-table": against})
         return _cost_table(
             run,
             path,
@@ -166,6 +178,8 @@ def bench(
     for name, value in {"--weights": weights, "--head-weights": head_weights}.items():
         if value is not None:
             raise UsageError(f"{name} goes with --cost-table, which loads a dense model; leave it out")
+    if against is not None:
+        return _against(run, path, against, lengths, batch, tokens, repeats, trust_remote_code)
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
     of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
@@ -290,3 +304,33 @@ def _cost_table(
     table = measure_cost_table(source, request, out, overwrite=overwrite, progress=run.progress)
     data = {"cost_table": str(out), **table.model_dump(mode="json"), "fitted": fitted_rows(table)}
     return Output(data, cost_table_tables(table))
+
+
+def _against(
+    run: CommandRun,
+    path: Path,
+    table: Path,
+    lengths: str | None,
+    batch: str | None,
+    tokens: int | None,
+    repeats: int | None,
+    trust_remote_code: bool,
+) -> Output:
+    from moacompress.bench.cost_table import measure_against
+    from moacompress.report.cost_table_tables import against_table
+    from moacompress.rules.budget import parse_lengths
+
+    recipe = run.recipe()
+    report = measure_against(
+        path,
+        table,
+        lengths=None if lengths is None else parse_lengths(lengths),
+        rows=None if batch is None else _rows(batch),
+        tokens=COST_TOKENS if tokens is None else tokens,
+        repeats=COST_REPEATS if repeats is None else repeats,
+        seed=recipe.seed,
+        device=recipe.device,
+        trust_remote_code=trust_remote_code,
+        progress=run.progress,
+    )
+    return Output(report, against_table(report))

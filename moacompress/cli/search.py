@@ -176,7 +176,8 @@ def search(
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables
-    from moacompress.report.summary_tables import kl_table, step_lines
+    from moacompress.report.summary_tables import kl_table
+    from moacompress.rules.step_time import step_lines
 
     return Output(
         {"plan": str(out), **_numbers(found)},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
 
 from moacompress.core.tables import readable_number, section
+from moacompress.rules.budget import format_length
 from moacompress.rules.cost_table import CostTable
 from moacompress.rules.step_time import StepTime
 
@@ -32,6 +34,34 @@ def fitted_rows(table: CostTable) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def against_table(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns what a cost table predicts of a checkpoint beside what was measured.
+
+    Args:
+        report: as `moacompress.bench.cost_table.measure_against` returns it.
+    """
+    return [
+        section(
+            "A step under the plan, ms, and as a share of full span's, measured in turns with it",
+            ("", "predicted", "measured", "error", "full span", "share predicted", "measured", "error", "asked for"),
+            [
+                (
+                    f"{format_length(row['length'])}x{row['rows']}",
+                    f"{row['predicted_ms']:.2f}",
+                    f"{row['measured_ms']:.2f}",
+                    f"{row['error']:+.1%}",
+                    f"{row['full_span_ms']:.2f}",
+                    f"{row['predicted_share']:.3f}",
+                    f"{row['share']:.3f}",
+                    f"{row['share_error']:+.1%}",
+                    readable_number(row["asked"], ".3g"),
+                )
+                for row in report["against"]
+            ],
+        )
+    ]
 
 
 def cost_table_tables(table: CostTable) -> list[RenderableType]:

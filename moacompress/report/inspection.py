@@ -22,6 +22,7 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
+from moacompress.rules.step_time import step_lines
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 """Lengths shown for a plan that does not say which it was made for."""
@@ -71,6 +72,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
+        "step_ms": dict(plan.budget.get("step_ms", {})),
         "healed": plan.provenance.get("heal"),
     }
 
@@ -140,6 +142,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     rows = {
         "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
         "budget": ", ".join(data["budget"]) or "none asked for",
+        **({"step": " ".join(step_lines(data["step_ms"]))} if data["step_ms"] else {}),
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",

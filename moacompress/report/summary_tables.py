@@ -13,6 +13,7 @@ from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
 from moacompress.report.search_tables import class_lines
 from moacompress.rules.budget import format_length
+from moacompress.rules.step_time import step_lines
 
 NAMES = {
     "plan": "this plan",
@@ -64,28 +65,6 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         *_weights(summary),
         f"Took {seconds}.",
     ]
-
-
-def step_lines(step_ms: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """Returns what a step under a plan is predicted to take, a line for each place of the cost table; none without one.
-
-    Args:
-        step_ms: by place, such as `8192x8` for 8 rows of 8,192 tokens; see `search_result.step_note`.
-    """
-    lines = []
-    for place, row in step_ms.items():
-        length, rows = place.split("x")
-        asked = "" if row["limit"] is None else f", at most {row['limit']:.4g} by the budget"
-        off = (
-            ""
-            if row["error"] is None
-            else f"; plans that were measured and not fitted are off by up to {row['error']:.1%}"
-        )
-        lines.append(
-            f"A step of {rows} rows at {format_length(int(length))} tokens: {row['predicted']:.4g} ms predicted{asked}; full "
-            f"span {row['full_span']:.4g}, weights alone {row['floor']:.4g}{off}."
-        )
-    return lines
 
 
 def _weights(summary: Mapping[str, Any]) -> list[str]:

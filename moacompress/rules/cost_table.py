@@ -254,6 +254,28 @@ class CostTable(Form):
             f"{name} {_said(theirs)} in the table, {_said(here)} here" for name, theirs, here in pairs if theirs != here
         ]
 
+    def check(
+        self, path: str | Path, shape: ModelShape, machine: Machine, weights: tuple[str, str | None] | None = None
+    ) -> None:
+        """Refuses another model or machine than the table was measured on.
+
+        Args:
+            path: of the table.
+            shape: see `differences`.
+            machine: likewise.
+            weights: likewise.
+
+        Raises:
+            ArtefactError: says what differs.
+        """
+        different = self.differences(shape, machine, weights)
+        if different:
+            command = command_for(path, [(cell.length, cell.rows) for cell in self.cells])
+            raise ArtefactError(
+                f"the cost table {path} was measured elsewhere: {'; '.join(different[:3])}; measure one here, {command} "
+                "--overwrite, or use it where it was measured"
+            )
+
 
 _TABLE = TypeAdapter(CostTable)
 

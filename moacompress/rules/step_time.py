@@ -22,6 +22,7 @@ import numpy as np
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import fingerprint
+from moacompress.rules.budget import format_length
 from moacompress.rules.cost_table import HeadGroup, Point, TimedCell
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
@@ -172,6 +173,26 @@ class StepTime:
             for keys in self.keys
             for values in self.values
         ]
+
+
+def step_lines(step_ms: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Returns what a step under a plan is predicted to take, a sentence for each place of the cost table; none without one.
+
+    Args:
+        step_ms: as a plan's notes have it: of each place, such as `8192x8` for 8 rows of 8,192 tokens, milliseconds
+            `predicted`, at `full_span`, of weights alone (`floor`) and the most by the budget (`limit`, or None), and the
+            fit's `error`.
+    """
+    lines = []
+    for place, row in step_ms.items():
+        length, rows = place.split("x")
+        asked = "" if row["limit"] is None else f", at most {row['limit']:.4g} by the budget"
+        off = "" if row["error"] is None else f"; plans that were not fitted are off by up to {row['error']:.1%}"
+        lines.append(
+            f"A step of {rows} rows at {format_length(int(length))} tokens: {row['predicted']:.4g} ms predicted{asked}; full "
+            f"span {row['full_span']:.4g}, weights alone {row['floor']:.4g}{off}."
+        )
+    return lines
 
 
 _NAMES = [*(("keys", name) for name in FORMATS), *(("values", name) for name in FORMATS), (GATE, GATE)]

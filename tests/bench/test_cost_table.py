@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import torch
 
 from moacompress.bench import cost_table
 from moacompress.bench.bench_request import Cell
-from moacompress.bench.cost_table import CostTableRequest, measure_cost_table, probes
+from moacompress.bench.cost_table import CostTableRequest, measure_against, measure_cost_table, probes
 from moacompress.bench.sides import FilledPlanCache, overlapping_kv
-from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UnsupportedError, UsageError
 from moacompress.models.source import SourceModel, load_source
+from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.cost_table import CostTable, head_groups
 from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import Share
+from tests.cost_tables import known_ns, known_table
 
 REQUEST = CostTableRequest((256,), (1, 3), tokens=2, repeats=2)
 
@@ -113,3 +118,66 @@ def test_what_does_not_fit(source: SourceModel, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MoaCompressError, match=r"1.0 MiB is available; choose shorter --lengths"):
         measure_cost_table(source, REQUEST, tmp_path / "c.json")
     assert not (tmp_path / "c.json").exists()
+
+
+class KnownClock:
+    """Seconds of runs that take what is said, in turn; each run is asked for at its begin and at its end."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.calls, self.now = seconds, 0, 0.0
+
+    def __call__(self) -> float:
+        if self.calls % 2:
+            self.now += self.seconds[self.calls // 2 % len(self.seconds)]
+        self.calls += 1
+        return self.now
+
+
+@pytest.fixture
+def known(compressed: Path, tmp_path: Path) -> tuple[Plan, Path]:
+    """The plan of the tiny checkpoint, and the file of a table of a machine whose times are known."""
+    plan = stored_plan(compressed / "model")
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(known_table(plan.model, (256, 320), (2,))))
+    return plan, path
+
+
+def test_predictions_are_measured_beside_full_span(
+    known: tuple[Plan, Path], compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that takes what it took, but a tenth longer: the share is right, the time is off by that."""
+    plan, path = known
+    asked = plan.with_notes(budget={"asked": ["25%", "latency=0.9@256x2", "latency=0.8@256x2"]})
+    monkeypatch.setattr(cost_table, "stored_plan", lambda folder: asked)
+    full, ours = (known_ns(one, 256, 2) / 1e9 for one in (Plan.full(plan.model), plan))
+    clock = KnownClock([1.1 * 3 * full, 1.1 * 3 * ours])
+    report = measure_against(compressed, path, lengths=[256], tokens=3, repeats=3, clock=clock)
+    (row,) = report["against"]
+    assert clock.calls == 2 * 2 * 3
+    assert row["full_span_ms"] == pytest.approx(1.1e3 * full)
+    assert row["table_full_span_ms"] == pytest.approx(1e3 * full)
+    assert row["measured_ms"] == pytest.approx(1.1e3 * ours)
+    assert row["predicted_ms"] == pytest.approx(1e3 * ours, rel=1e-3)
+    assert row["error"] == pytest.approx(1 / 1.1 - 1, abs=1e-3)
+    assert row["share_error"] == pytest.approx(0, abs=1e-3)
+    assert row["share"] == pytest.approx(ours / full)
+    assert row["asked"] == 0.8
+
+
+def test_predictions_that_cannot_be_measured(
+    known: tuple[Plan, Path], compressed: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, path = known
+    with pytest.raises(UsageError, match="it has 256x2, 320x2"):
+        measure_against(compressed, path, rows=[8])
+    with pytest.raises(UsageError, match="not a compressed one"):
+        measure_against(tiny_folder, path)
+    data = json.loads(path.read_text())
+    data["configuration"]["threads"] += 1
+    path.write_text(json.dumps(data))
+    with pytest.raises(ArtefactError, match="was measured elsewhere: threads"):
+        measure_against(compressed, path)
+    sharing = replace(plan, rules=(plan.rules[0],) * len(plan.rules), shares=(None, None, Share(1, (0, 1))))
+    monkeypatch.setattr(cost_table, "stored_plan", lambda folder: sharing)
+    with pytest.raises(UnsupportedError, match="layers that share attention"):
+        measure_against(compressed, path)

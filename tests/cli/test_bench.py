@@ -249,3 +249,20 @@ def test_what_goes_with_a_cost_table(tiny_folder: Path, compressed: Path, tmp_pa
     assert "batch 'x' is not a number of rows" in problem(tiny_folder, "--batch", "x", "--cost-table", out)
     assert "is compressed" in problem(compressed / "model", "--cost-table", out, exit_code=1)
     assert not out.exists()
+
+
+def test_a_plan_is_measured_against_a_cost_table(compressed: Path, tmp_path: Path) -> None:
+    from moacompress.models.stored_plan import stored_plan
+    from tests.cost_tables import known_table
+
+    table = tmp_path / "costs.json"
+    table.write_text(json.dumps(known_table(stored_plan(compressed / "model").model, (256,), (2,))))
+    asked = ("--against-cost-table", table, "--tokens", "2", "--repeats", "2")
+    result = invoke(compressed, *asked, "--json")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["against"]
+    assert (row["length"], row["rows"], row["asked"]) == (256, 2, None)
+    assert row["error"] == pytest.approx(row["predicted_ms"] / row["measured_ms"] - 1)
+    assert "256x2" in invoke(compressed, *asked, "-q").stdout
+    assert "goes without --against-cost-table" in problem(compressed, *asked, "--pack")
+    assert "goes without --cost-table" in problem(compressed, *asked, "--cost-table", tmp_path / "other.json")

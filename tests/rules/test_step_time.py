@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.rules.candidates import candidate_rules, gated_rules, in_formats
 from moacompress.rules.formats import CODED
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
-from moacompress.rules.step_time import StepTime
+from moacompress.rules.step_time import StepTime, step_lines
 from tests.cost_tables import BASES, FLOOR, GATE, SLOPES, known_ns, known_table, read
 
 SHAPE = ModelShape("llama", 3, 4, 2, 16, "float32", (None, 64, None), "0123456789abcdef")
@@ -97,3 +100,62 @@ def test_what_was_not_measured_is_refused() -> None:
         step.head_ns([Rule(4, 64, 0, "int8", "int4")], 16, None)
     with pytest.raises(ArtefactError, match="not measured gates"):
         step.head_ns([Rule(4, 64, 0, select_alpha=32)], 16, None)
+
+
+STEP_MS: dict[str, dict[str, float | None]] = {
+    "8192x8": {"predicted": 74.114, "full_span": 185.27, "floor": 24.59, "limit": 74.5, "error": 0.026},
+    "4096x32": {"predicted": 80.0, "full_span": 160.0, "floor": 30.0, "limit": None, "error": None},
+}
+
+
+def noted(step_ms: Any) -> dict[str, Any]:
+    plan = Plan.uniform(SHAPE, Rule(4, 64, 0), 16).with_notes(budget={"asked": ["latency=0.4@8kx8"], "bytes": {}})
+    data = plan.to_dict()
+    data["budget"]["step_ms"] = step_ms
+    return data
+
+
+def test_a_plan_says_what_its_step_is_predicted_to_take() -> None:
+    from rich.console import Console
+
+    from moacompress.exporter.card import model_card
+    from moacompress.report.inspection import inspect_plan, overview
+    from moacompress.report.page.findings import Findings
+    from moacompress.report.page.report_page import verdict
+
+    plan = Plan.from_dict(noted(STEP_MS))
+    assert plan.budget["step_ms"] == STEP_MS
+    lines = step_lines(STEP_MS)
+    assert lines == [
+        "A step of 8 rows at 8k tokens: 74.11 ms predicted, at most 74.5 by the budget; full span 185.3, weights alone 24.59; "
+        "plans that were not fitted are off by up to 2.6%.",
+        "A step of 32 rows at 4k tokens: 80 ms predicted; full span 160, weights alone 30.",
+    ]
+    console = Console(width=1000, file=io.StringIO())
+    data = inspect_plan(plan, [512])
+    console.print(overview(plan, data))
+    shown = [model_card(plan), console.file.getvalue(), verdict(Findings(Path("run"), plan))]  # type: ignore[attr-defined]
+    assert data["step_ms"] == STEP_MS
+    for text in shown:
+        assert all(line in text for line in lines)
+    bare = Plan.uniform(SHAPE, Rule(4, 64, 0), 16)
+    assert "step" not in overview(bare, inspect_plan(bare, [512])).renderables[0].plain  # type: ignore[union-attr]
+    assert "A step of" not in model_card(bare)
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "words"),
+    [
+        ([], "must be an object"),
+        ({"8kx8": STEP_MS["8192x8"]}, "lengths and rows such as '8192x8'"),
+        ({"0x8": STEP_MS["8192x8"]}, "lengths and rows such as '8192x8'"),
+        ({f"{n}x1": STEP_MS["8192x8"] for n in range(1, 300)}, "at most 256"),
+        ({"8192x8": {**STEP_MS["8192x8"], "predicted": "fast"}}, "predicted"),
+        ({"8192x8": {**STEP_MS["8192x8"], "predicted": -1.0}}, "predicted"),
+        ({"8192x8": {"predicted": 1.0}}, "lacks the key 'full_span'"),
+        ({"8192x8": {**STEP_MS["8192x8"], "more": 1}}, "unknown key 'more'"),
+    ],
+)
+def test_notes_that_nobody_may_trust(step_ms: Any, words: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(words)):
+        Plan.from_dict(noted(step_ms))
