@@ -2,7 +2,7 @@
 
     python benchmarks/decode_routes.py --json
     python benchmarks/decode_routes.py --quick
-    python benchmarks/decode_routes.py --models smollm2-135m --lengths 4k --situations "batch 1,a hook on one layer" --pack
+    python benchmarks/decode_routes.py --models smollm2-135m --lengths 4k --situations "batch 1,a hook on one layer"
 
 A situation is a batch, a kind of step, or something that others have put on the model; see `SITUATIONS`. Its first route is
 the one that is taken. The ones below it are forced by taking away all before them, down to plain attention with the kernels in
@@ -43,7 +43,7 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.runtime import PlanCache, attach, pack_weights
+from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.compat.alternates import cache_argument
@@ -243,15 +243,12 @@ class Steps:
         model: the dense model, which is left as it is.
         length: tokens of a row in the cache.
         steps: in a turn, after one that is not timed.
-        pack: whether the weights are packed.
     """
 
-    def __init__(self, situation: Situation, model: PreTrainedModel, length: int, steps: int, pack: bool) -> None:
+    def __init__(self, situation: Situation, model: PreTrainedModel, length: int, steps: int) -> None:
         shape, rows = model_shape(model), situation.rows
         plan = plan_for(shape, model.config.hidden_size, situation.gated)
         under_plan = attach(same_weights(model), plan)
-        if pack:
-            pack_weights(under_plan)
         self.situation, self.steps, self.length = situation, steps, length
         self.forward = situation.change(under_plan)
         end = length + (steps + 1) * situation.tokens
@@ -390,7 +387,6 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the thread's time on its core, on a busy machine"
     )
-    parser.add_argument("--pack", action="store_true", help="pack the weights, see docs/generation.md")
     parser.add_argument("--quick", action="store_true", help="the tiny model at 1k, not compiled, 4 steps, 5 turns")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     args = parser.parse_args()
@@ -413,13 +409,13 @@ def main() -> None:
             if situation.family not in dense:
                 size = MODELS[name] | ({"num_hidden_layers": args.layers} if args.layers else {})
                 dense[situation.family] = dense_model(situation.family, size, args.dtype)
-            steps = Steps(situation, dense[situation.family], length, args.steps, args.pack)
+            steps = Steps(situation, dense[situation.family], length, args.steps)
             row: dict[str, Any] = {"model": name, "length": length, "situation": said}
             rows.append({**row, "routes": measured(steps, args.turns, clock, args.below)})
             if not args.json:
                 print(f"{name}, {length} tokens, {said}", *map(shown, rows[-1]["routes"]), sep="\n  ", flush=True)
     if args.json:
-        settings = {"dtype": args.dtype, "threads": args.threads, "packed": args.pack}
+        settings = {"dtype": args.dtype, "threads": args.threads}
         print(json.dumps({**settings, "steps": args.steps, "turns": args.turns, "runs": rows}))
 
 

@@ -23,7 +23,7 @@ from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.models.source import load_source
 from moacompress.prompts.pools import Prose
 from moacompress.rules.budget import parse_lengths
-from moacompress.runtime.linear import pack_where_it_fits
+from moacompress.runtime.linear import use_kernels
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def side_scores(
 ) -> dict[str, list[Score]]:
     """Returns the scores of a dense model in a dtype, by task and length."""
     source = load_source(model, dtype=dtype)
-    pack_where_it_fits(source.model)
+    use_kernels(source.model)
     found = {}
     for task, length in asked:
         cases: list[Case] = make_cases(task, length, prompts, 0, source.tokenizer, resources)

@@ -101,3 +101,33 @@ def test_turns_beside_llama_cpp(
     script.measure(given, there, lambda: None)
     assert {side: len(found) for side, found in there.items()} == {"ours@8": 2, "other@8": 2}
     assert [json.loads(line)["seed"] for line in asked.getvalue().splitlines()] == [0, 1, 1]
+
+
+def test_products_of_weights_take_turns(load_script: Callable[[Path], Any]) -> None:
+    script, called = load_script(FOLDER / "linear.py"), []
+    found = script.medians_ms({name: lambda name=name: called.append(name) for name in "ab"}, 2)
+    assert called == list("ababab")
+    assert all(ms > 0 for ms in found.values())
+
+
+def test_a_checkpoint_of_random_blocks_loads(
+    load_script: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script(FOLDER / "loading_memory.py")
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(script, "SHAPE", {**script.SHAPE, **small, "vocab_size": 640})
+    for name in (*script.SCALES, script.NUMBERS):
+        script.write_checkpoint(tmp_path / name, 2, name)
+        found = script.loaded(tmp_path / name)
+        assert found["finite"]
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert set(config.get("weights", {}).values()) == {name} - {script.NUMBERS}
+
+
+@pytest.mark.heavy
+def test_loading_in_the_shape_of_8b_takes_the_memory_of_the_files(tmp_path: Path) -> None:
+    """Two layers with embedding and output layer, 1.07 GB; the script alone has 32."""
+    command = [sys.executable, str(FOLDER / "loading_memory.py"), str(tmp_path / "model"), "--layers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout.split("(")[1].split()[0]) <= 1.1
+    assert not (tmp_path / "model").exists()

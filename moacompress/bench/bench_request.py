@@ -50,7 +50,6 @@ class BenchRequest:
         repeats: turns of decoding, each side once in every turn.
         prefill_repeats: turns of prefilling; 0 for none.
         compile: also compile the decode step of `plan` and `full_span`.
-        pack: pack the weights of all sides, see `runtime.packing`.
         peak: measure peak memory, each side in a process of its own.
         trace: trace the decode steps of `plan`, in turns of their own.
         seed: of prompts and of what is in the caches.
@@ -65,7 +64,6 @@ class BenchRequest:
     repeats: int = 20
     prefill_repeats: int = 3
     compile: bool = False
-    pack: bool = False
     peak: bool = True
     trace: bool = False
     seed: int = 0
@@ -164,7 +162,6 @@ def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, weights: int,
     decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
     wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))
     prefill = dense + 6 * cell.batch * cell.length * wide * size if request.prefill_repeats or request.peak else 0
-    weights *= 1 + request.pack
     alone = weights + LIBRARY_BYTES if request.peak else 0
     return LIBRARY_BYTES + weights + max(decode, prefill + alone)
 

@@ -32,7 +32,7 @@ from moacompress.bench.sides import (
 )
 from moacompress.bench.step_trace import trace_steps
 from moacompress.bench.timing_rows import break_even, make_row
-from moacompress.core.errors import MoaCompressError, UsageError, one_line
+from moacompress.core.errors import MoaCompressError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.machine import processor_name
@@ -42,7 +42,6 @@ from moacompress.core.version import own_version
 from moacompress.kernels import dispatch
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.plan import Plan
-from moacompress.runtime import pack_weights
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
 if TYPE_CHECKING:
@@ -161,7 +160,6 @@ class _Benchmark:
     clock: Clock
     _models: dict[str, PreTrainedModel] = field(default_factory=dict)
     _dtype: str = ""
-    _packed: int = 0
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -203,7 +201,6 @@ class _Benchmark:
             found |= {
                 "sides": list(self.request.sides),
                 "weight_bytes": weight_bytes(models["dense"]),
-                "packed_bytes": self._packed,
                 "kernel": dispatch.backend_for(probe).name,
                 "load_per_core": load,
             }
@@ -228,12 +225,6 @@ class _Benchmark:
                 self.folder, dtype, self.request.device, trust_remote_code=self.request.trust_remote_code
             )
             self._models, self._dtype = make_models(checkpoint.model, checkpoint.plan), dtype
-            self._packed = pack_weights(*self._models.values()) if self.request.pack else 0
-            if self.request.pack and not self._packed:
-                raise UsageError(
-                    f"there is nothing to pack in {dtype} on {self.request.device}; weights are packed in float32 and "
-                    "bfloat16 on x86-64 processors, where torch has oneDNN: leave --pack out"
-                )
             self.store.begin()  # what can be wrong with the request was found by now
         return self._models
 

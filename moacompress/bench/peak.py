@@ -42,7 +42,7 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
         MoaCompressError: the process failed; most likely there was too little memory.
     """
     task = {"folder": str(folder), "side": side, "prefill": request.prefill_repeats > 0, **asdict(cell)}
-    task |= {"seed": request.seed, "device": request.device, "pack": request.pack}
+    task |= {"seed": request.seed, "device": request.device}
     task["trust_remote_code"] = request.trust_remote_code
     command = [sys.executable, "-m", "moacompress.bench.peak", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -67,15 +67,12 @@ def measure(task: dict[str, Any]) -> dict[str, int]:
         vocabulary_size,
     )
     from moacompress.runtime.checkpoint import load_checkpoint
-    from moacompress.runtime.linear import pack_weights
 
     cell = Cell(task["dtype"], task["length"], task["batch"])
     side, seed, device = task["side"], task["seed"], task["device"]
     trusted = bool(task["trust_remote_code"])
     checkpoint = load_checkpoint(Path(task["folder"]), cell.dtype, device, trust_remote_code=trusted)
     plan, model = checkpoint.plan, make_models(checkpoint.model, checkpoint.plan)[side]
-    if task["pack"]:
-        pack_weights(model)
     vocabulary = vocabulary_size(model)
     meter = _Meter(device)
     PrefillTurn(model, random_ids((1, 32), vocabulary, seed, device), device).run()  # what libraries take once

@@ -90,7 +90,6 @@ def make_row(
         "kv_bytes_dense": dense_kv,
         "bits": kept_bits(plan, cell.length),
         "weight_bytes": weights,
-        "packed_bytes": measured["packed_bytes"],
         "byte_ratio": (weights + dense_kv) / (weights + plan_kv),
         "peak_bytes_plan": None,
         "peak_bytes_dense": None,

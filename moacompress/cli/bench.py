@@ -32,7 +32,7 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
     "moacompress bench runs/mine --quick",
     "moacompress bench runs/mine --lengths 1k,4k --batch 1,8 --dtype float32,bfloat16 -o runs/mine/bench.json",
     "moacompress bench runs/mine/model --sides plan,dense --lengths 8k --prefill-repeats 0 --no-peak --json",
-    "moacompress bench runs/mine --compile --pack --tokens 32 --repeats 40",
+    "moacompress bench runs/mine --compile --tokens 32 --repeats 40",
     "moacompress bench runs/mine --sides plan --lengths 256,4k --prefill-repeats 0 --trace",
     "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
     "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
@@ -74,10 +74,6 @@ def bench(
     ] = None,
     compile_ours: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step of plan and full_span too.")
-    ] = False,
-    pack: Annotated[
-        bool,
-        typer.Option("--pack", help="Pack the weights of all sides (runtime.pack_weights); a second copy of them."),
     ] = False,
     peak: Annotated[
         bool, typer.Option("--peak/--no-peak", help="Measure peak memory, each side in a process of its own.")
@@ -157,7 +153,7 @@ def bench(
         _refuse(
             "--cost-table" if cost_table is not None else "--against-cost-table",
             {"--sides": sides, "--prefill-repeats": prefill_repeats, "--out": out, "--serve": serve or None}
-            | {"--compile": compile_ours or None, "--pack": pack or None, "--no-peak": None if peak else True}
+            | {"--compile": compile_ours or None, "--no-peak": None if peak else True}
             | {"--trace": trace or None, "--quick": quick or None, "--dry-run": dry_run or None}
             | {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate},
         )
@@ -184,7 +180,7 @@ def bench(
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
     of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
     of_table |= {"--prefill-repeats": prefill_repeats, "--quick": quick or None, "--compile": compile_ours or None}
-    of_table |= {"--pack": pack or None, "--no-peak": None if peak else True, "--trace": trace or None}
+    of_table |= {"--no-peak": None if peak else True, "--trace": trace or None}
     of_table |= {"--dry-run": (dry_run and serve) or None}
     of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
     if serve:
@@ -223,7 +219,6 @@ def bench(
         repeats=repeats if repeats is not None else QUICK_REPEATS if quick else REPEATS,
         prefill_repeats=PREFILL_REPEATS if prefill_repeats is None else prefill_repeats,
         compile=compile_ours,
-        pack=pack,
         peak=peak,
         trace=trace,
         seed=recipe.seed,

@@ -11,19 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from moacompress.runtime.linear import packed_bytes
-
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the weights, shared ones once, of their packed forms, and of these transposed, for gradients."""
+    """Returns the bytes of the weights, shared ones once."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    return own + 2 * packed_bytes(model)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _stored(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a tree but packed weights, which have no storage to ask for and count as weights."""
-    return (tensor for tensor in tree_iter(tree) if isinstance(tensor, Tensor) and not tensor.is_mkldnn)
+    """Yields the tensors of a tree."""
+    return (tensor for tensor in tree_iter(tree) if isinstance(tensor, Tensor))
 
 
 class LiveBytes(TorchDispatchMode):

@@ -10,7 +10,6 @@ from torch import nn
 
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
-from moacompress.runtime.linear import weight_of
 
 WARM = 16
 """Tokens of a first pass that is not timed: what is made once is made in it."""
@@ -89,7 +88,7 @@ def product_seconds(model: nn.Module, dtype: torch.dtype) -> float:
     """Returns the seconds of one of the model's largest products of matrices in a dtype: what two dtypes are compared by."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear))
     largest = max(layers, key=lambda layer: min(layer.in_features, layer.out_features))
-    device = weight_of(largest).device
+    device = largest.weight.device
     weight = torch.ones(largest.out_features, largest.in_features, dtype=dtype, device=device)
     x = torch.ones(ROWS, largest.in_features, dtype=dtype, device=device)
     return Stopwatch(weight.device).least(lambda: nn.functional.linear(x, weight), REPEATS)

@@ -10,7 +10,7 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import Rates, TimedRates
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
-from moacompress.runtime.linear import pack_where_it_fits
+from moacompress.runtime.linear import use_kernels
 
 ANSWER = 16
 """Tokens of an answer, mean over tasks."""
@@ -53,7 +53,7 @@ def estimate_eval(
         DataError: a length beyond the model's context.
     """
     checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
-    pack_where_it_fits(checkpoint.model)
+    use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
     rates = TimedRates(checkpoint.put_on(checkpoint.plan), device)

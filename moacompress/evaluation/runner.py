@@ -126,7 +126,7 @@ def evaluate(
             checkpoint, or is another process's at work.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
-    from moacompress.runtime.linear import pack_where_it_fits
+    from moacompress.runtime.linear import use_kernels
 
     progress = progress or SILENT
     folder = compressed_folder(Path(target))
@@ -139,7 +139,7 @@ def evaluate(
     if lm_eval:
         check_lm_eval(lm_eval)
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
-    pack_where_it_fits(checkpoint.model)
+    use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
     if dense is not None:
         checkpoint = with_dense(checkpoint, dense)

@@ -59,8 +59,7 @@ def machine_line(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
     loads = [found["load_per_core"] for found in rows if found["load_per_core"] is not None]
     busy = f", load up to {max(loads):.1f} a core before" if loads else ""
     threads = _threads(machine["threads"])
-    packed = ", weights packed on every side" if row.get("packed_bytes") else ""
-    return f"{machine['cpu']}, {threads}{busy}{packed}\ntorch {machine['torch']}, kernel {kernel}\n"
+    return f"{machine['cpu']}, {threads}{busy}\ntorch {machine['torch']}, kernel {kernel}\n"
 
 
 def _threads(count: int) -> str:

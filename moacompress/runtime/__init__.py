@@ -19,17 +19,16 @@ if TYPE_CHECKING:
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.hf.attaching import attach, detach
     from moacompress.runtime.hf.prefixes import keep_prefixes
-    from moacompress.runtime.linear import pack_weights, unpack_weights
+    from moacompress.runtime.linear import use_kernels
 
-__all__ = ["PlanCache", "attach", "detach", "keep_prefixes", "pack_weights", "unpack_weights"]
+__all__ = ["PlanCache", "attach", "detach", "keep_prefixes", "use_kernels"]
 
 _HOMES = {
     "PlanCache": "moacompress.runtime.cache.plan_cache",
     "attach": "moacompress.runtime.hf.attaching",
     "detach": "moacompress.runtime.hf.attaching",
     "keep_prefixes": "moacompress.runtime.hf.prefixes",
-    "pack_weights": "moacompress.runtime.linear",
-    "unpack_weights": "moacompress.runtime.linear",
+    "use_kernels": "moacompress.runtime.linear",
 }
 
 

@@ -223,7 +223,7 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
         ModelError, UsageError: it cannot be loaded.
     """
     from moacompress.models.source import load_source
-    from moacompress.runtime.linear import pack_where_it_fits
+    from moacompress.runtime.linear import use_kernels
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
     source = load_source(
@@ -231,5 +231,5 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     )
     checkpoint.plan.check_model(source.shape, weights=source.weights_like)
     model = source.model.eval().to(checkpoint.model.device)
-    pack_where_it_fits(model)
+    use_kernels(model)
     return replace(checkpoint, dense=model)

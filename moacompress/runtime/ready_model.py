@@ -6,11 +6,11 @@ from pathlib import Path
 
 from moacompress.models.source import SourceModel, load_source
 from moacompress.recipe import Recipe
-from moacompress.runtime.linear import pack_where_it_fits
+from moacompress.runtime.linear import use_kernels
 
 
 def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_code: bool = False) -> SourceModel:
-    """Returns MODEL loaded as a recipe says, its weights packed where there is memory for it, and a loaded model as it is.
+    """Returns MODEL loaded as a recipe says, its products by the kernels, and a loaded model as it is.
 
     Args:
         recipe: `dtype`, `device`, `weights` and `head_weights` count.
@@ -29,5 +29,5 @@ def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_c
         head_weights=recipe.head_weights,
         trust_remote_code=trust_remote_code,
     )
-    pack_where_it_fits(loaded.model)
+    use_kernels(loaded.model)
     return loaded

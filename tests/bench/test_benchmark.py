@@ -14,7 +14,6 @@ from moacompress.bench.bench_request import SIDES, BenchRequest, Cell
 from moacompress.bench.benchmark import run_bench
 from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UsageError
 from moacompress.rules.plan import Plan
-from moacompress.runtime.linear import can_pack
 
 SMALL = BenchRequest((96, 160), (1, 2), ("float32",), tokens=2, repeats=2, prefill_repeats=1, peak=False)
 ONE = replace(SMALL, lengths=(96,), batches=(2,))
@@ -189,25 +188,3 @@ def test_a_peak_that_fails_is_one_sentence(code, said, compressed, monkeypatch):
         peak.peak_bytes(compressed / "model", "plan", Cell("float32", 96, 1), ONE)
     assert said in str(caught.value)
     assert "--no-peak leaves it out" in str(caught.value)
-
-
-@pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
-def test_packed_weights_are_those_of_every_side(compressed, tmp_path):
-    request = replace(ONE, pack=True, compile=True, peak=True, sides=("plan", "full_span", "dense_best"))
-    report = run_bench(compressed, request, out=tmp_path / "bench.json")
-    layers = [
-        layer
-        for layer in benchmark.load_checkpoint(compressed / "model", "float32", "cpu").model.modules()
-        if isinstance(layer, torch.nn.Linear)
-    ]
-    for row in report["runs"]:
-        assert row["packed_bytes"] == sum(layer.weight.nbytes for layer in layers)
-        assert row["peak_bytes_plan"] > 0
-    (decode,) = (row for row in report["runs"] if row["phase"] == "decode")
-    assert all(found["graph_calls"] == found["steps"] for found in decode["graphs"].values())
-
-
-def test_what_cannot_be_packed_is_refused(compressed, tmp_path):
-    with pytest.raises(UsageError, match="nothing to pack in float16"):
-        run_bench(compressed, replace(ONE, pack=True, dtypes=("float16",)), out=tmp_path / "bench.json")
-    assert not list(tmp_path.iterdir())

@@ -23,7 +23,6 @@ def measured(seconds, proof=None, refused=None, sides=ALL):
         "refused": {} if refused is None else {"dense_static": refused},
         "kv_bytes": {},
         "weight_bytes": 1000,
-        "packed_bytes": 0,
         "kernel": "cpu",
         "routes": {"plan": ["all layers"]},
         "load_per_core": 0.1,

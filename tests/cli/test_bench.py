@@ -91,7 +91,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
             "dense": {"value": 2.0, "ci95": [1.9, 2.1]}, "dense_best": {"value": 0.9, "ci95": None}
         },
         "dense_best": "static cache, compiled", "dense_best_refused": None, "graphs": {}, "byte_ratio": 1.5,
-        "weight_bytes": 100, "packed_bytes": 0, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
+        "weight_bytes": 100, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
         "bits": {"keys": 10.0, "values": 6.25},
     }  # fmt: skip
     report = {
@@ -264,5 +264,5 @@ def test_a_plan_is_measured_against_a_cost_table(compressed: Path, tmp_path: Pat
     assert (row["length"], row["rows"], row["asked"]) == (256, 2, None)
     assert row["error"] == pytest.approx(row["predicted_ms"] / row["measured_ms"] - 1)
     assert "256x2" in invoke(compressed, *asked, "-q").stdout
-    assert "goes without --against-cost-table" in problem(compressed, *asked, "--pack")
+    assert "goes without --against-cost-table" in problem(compressed, *asked, "--trace")
     assert "goes without --cost-table" in problem(compressed, *asked, "--cost-table", tmp_path / "other.json")

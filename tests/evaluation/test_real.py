@@ -31,10 +31,10 @@ def tokenizer(smollm2: Path) -> Any:
 def model(smollm2: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from moacompress.runtime import pack_weights
+    from moacompress.runtime import use_kernels
 
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval().requires_grad_(False)
-    pack_weights(model)
+    use_kernels(model)
     return model
 
 

@@ -18,7 +18,7 @@ from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.source import load_source, model_shape
 from moacompress.rules.plan import Plan, may_be_same_weights, weights_version
 from moacompress.runtime import attach, detach
-from moacompress.runtime.linear import pack_weights
+from moacompress.runtime.linear import use_kernels
 
 OLD = "05177ce6c1efc8b7"
 """What the first version of moacompress wrote for `Made()`."""
@@ -153,10 +153,10 @@ def test_the_layout_in_memory_does_not_count() -> None:
     assert weights_fingerprint(spread) == weights_fingerprint(Made())
 
 
-def test_packing_and_plans_do_not_count(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> None:
+def test_kernels_and_plans_do_not_count(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> None:
     model = tiny_model("llama")
     before = weights_fingerprint(model)
-    pack_weights(model)
+    use_kernels(model)
     assert weights_fingerprint(model) == before
     attach(model, random_plan(model_shape(model), 1))
     assert weights_fingerprint(model) == before

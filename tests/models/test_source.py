@@ -20,7 +20,7 @@ from moacompress.models.source import load_source, locate_source, model_shape
 from moacompress.models.support import native_windows
 from moacompress.models.weight_files import gguf_dtype
 from moacompress.recipe import Recipe
-from moacompress.runtime.linear import PackedLinear, can_pack
+from moacompress.runtime.linear import KernelLinear
 from moacompress.runtime.ready_model import load_for
 
 TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -64,14 +64,13 @@ def test_a_folder_loads_with_shape_and_context(tiny_folder: Path) -> None:
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
 
 
-@pytest.mark.skipif(not can_pack(), reason="oneDNN is not there")
-def test_what_is_measured_is_packed(tiny_folder: Path) -> None:
+def test_what_is_measured_multiplies_by_the_kernels(tiny_folder: Path) -> None:
     recipe = Recipe.from_dict({"model": str(tiny_folder)})
-    plain, packed = load_source(tiny_folder).model, load_for(recipe, tiny_folder).model
-    assert {type(layer) for layer in packed.modules() if isinstance(layer, torch.nn.Linear)} == {PackedLinear}
+    plain, quick = load_source(tiny_folder).model, load_for(recipe, tiny_folder).model
+    assert {type(layer) for layer in quick.modules() if isinstance(layer, torch.nn.Linear)} == {KernelLinear}
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(quick(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", TINY_OTHERS)

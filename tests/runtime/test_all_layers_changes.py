@@ -11,7 +11,7 @@ from torch import nn
 
 from moacompress.models.modules import attention_modules
 from moacompress.runtime import attach, detach
-from moacompress.runtime.linear import pack_weights
+from moacompress.runtime.linear import use_kernels
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -143,7 +143,7 @@ def test_other_numbers_are_read_anew(model, calls, one_by_one, steps):
         lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data * 2),
         lambda layer: setattr(layer.mlp, "gate_proj", copy.deepcopy(layer.mlp.gate_proj)),
         lambda layer: setattr(layer.self_attn.o_proj, "weight", nn.Parameter(layer.self_attn.o_proj.weight * 2, False)),
-        lambda layer: pack_weights(layer),
+        lambda layer: use_kernels(layer),
     ):
         change(made.model.layers[1])
         before = calls["steps"]

@@ -19,7 +19,7 @@ from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
-from moacompress.runtime.linear import pack_weights
+from moacompress.runtime.linear import use_kernels
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -249,10 +249,10 @@ def test_gradient_checkpointing_goes_through_the_fused_class(model, calls):
     assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max()
 
 
-def test_packed_and_compiled(model, calls, steps):
+def test_with_products_by_kernels_and_compiled(model, calls, steps):
     made = model()
     expected = steps(made, 2, 5)
-    pack_weights(made)
+    use_kernels(made)
     assert (steps(made, 2, 5) - expected).abs().max() < 2e-5 * expected.abs().max()
     compiled = torch.compile(made.forward, backend="aot_eager", fullgraph=True)
     ids = torch.randint(3, made.config.vocab_size, (2, 55), generator=torch.Generator().manual_seed(2))

@@ -282,7 +282,7 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
     Raises:
         PlanError: it was made from another model.
     """
-    from moacompress.runtime.linear import pack_where_it_fits
+    from moacompress.runtime.linear import use_kernels
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
     folder, device = compressed_folder(Path(name)), str(checkpoint.model.device)
@@ -297,7 +297,7 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
             f"{made_from}, not {checkpoint.weights_like(made_from)}; give the model that both were made from "
             "(--dense MODEL), or evaluate it on its own"
         )
-    pack_where_it_fits(other.model)
+    use_kernels(other.model)
     return other
 
 

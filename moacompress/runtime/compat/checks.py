@@ -216,9 +216,9 @@ def counts_writes(holder: Any, attribute: str) -> str | None:
 
 
 def is_onednns(holder: Any, attribute: str) -> str | None:
-    """The name is an operator, where oneDNN is there to pack weights."""
+    """The name is an operator, where oneDNN is there."""
     import torch
 
-    if not torch.backends.mkldnn.is_available():  # then nothing is packed
+    if not torch.backends.mkldnn.is_available():
         return None
     return None if callable(getattr(holder, attribute)) else "is no operator"

@@ -348,10 +348,10 @@ _LAYERS = (
 )
 
 _TENSORS = (
-    PrivateName(f"{_MODULE}._apply", "dropping packed weights that are moved", checks.takes("fn")),
-    PrivateName("torch.Tensor._version", "telling whether a packed weight was changed", checks.counts_writes),
-    PrivateName("torch.ops.mkldnn._reorder_linear_weight", "packing weights", checks.is_onednns),
-    PrivateName("torch.ops.mkldnn._linear_pointwise", "products with packed weights", checks.is_onednns),
+    PrivateName(
+        "torch.Tensor._version", "telling whether weights that made a cache were changed", checks.counts_writes
+    ),
+    PrivateName("torch.ops.mkldnn._linear_pointwise", "products of many rows in float32 on AMD", checks.is_onednns),
     PrivateName("torch.library.get_ctx", "sizes that a compiled model does not know"),
     PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),

@@ -39,12 +39,12 @@ from moacompress.runtime.decode.all_layers import (
 from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import first_route, take
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
-from moacompress.runtime.linear import PackedLinear, has_few_rows, lies_ready
+from moacompress.runtime.linear import KernelLinear, has_few_rows, lies_ready
 from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
 _MODULE_CALL = nn.Module.__call__
-PLAIN = (nn.Linear, PackedLinear, BlockLinear)
+PLAIN = (nn.Linear, KernelLinear, BlockLinear)
 SILU = tuple({type(private_names.take(private_names.ACTIVATIONS)[name]) for name in ("silu", "swish")})
 NOTHING = object()
 """What nothing is: in the place of a part that is not what is known."""

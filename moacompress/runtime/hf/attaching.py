@@ -29,7 +29,7 @@ from moacompress.runtime.hf.generation import OVERRIDES
 from moacompress.runtime.hf.hooks import DecoderHook
 from moacompress.runtime.hf.layer_order import LayerOrder
 from moacompress.runtime.hf.prefixes import GENERATE, keep_prefixes, limit_in_environment
-from moacompress.runtime.linear import leave_few_rows, take_few_rows
+from moacompress.runtime.linear import leave, take
 from moacompress.runtime.sharing.projections import Dropped, drop_projections
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -106,7 +106,7 @@ def detach(model: Model) -> Model:
         unfuse(module)
     take_gates_off(attention_modules(model))
     if attachment.head is not None:
-        leave_few_rows(attachment.head)
+        leave(attachment.head)
     for name in (*OVERRIDES, GENERATE):
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
@@ -198,7 +198,7 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     for name, override in OVERRIDES.items():
         setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
-    taken = head if isinstance(head, torch.nn.Module) and take_few_rows(head) else None
+    taken = head if isinstance(head, torch.nn.Module) and take(head) else None
     model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken, dropped)
     if limit is not None:
         keep_prefixes(model, limit)

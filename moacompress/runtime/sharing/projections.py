@@ -20,7 +20,6 @@ from moacompress.core.errors import ModelError
 from moacompress.models.block_layers import kind_of, multiplied
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
-from moacompress.runtime.linear import weight_of
 
 SIDES = "qk"
 """Queries and keys, which a reuse layer takes from its anchor."""
@@ -43,7 +42,7 @@ class DroppedProjection(nn.Module):
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.kind = like.in_features, like.out_features, kind_of(like)
-        self.weight = _without_rows(weight_of(like))
+        self.weight = _without_rows(like.weight)
         self.register_parameter("bias", None if like.bias is None else _without_rows(like.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +68,7 @@ class PartProjection(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self._rows = like.in_features, like.out_features, tuple(rows.tolist())
         self.kind = kind_of(like)
-        self.weight = _rows_of(weight_of(like), self._rows)
+        self.weight = _rows_of(like.weight, self._rows)
         self.register_parameter("bias", None if like.bias is None else _rows_of(like.bias, self._rows))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
