@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 WINDOW_SHARES = (1 / 32, 1 / 4)
 """Windows of the fitted plans, as shares of the length."""
+NATIVE_SHARES = (*WINDOW_SHARES, 1 / 2)
+"""Those of native keys and values."""
 GATED_WINDOW = 64
 """Window of the fitted plans with gates, tokens."""
 SELECTED_SHARES = (1 / 16, 1 / 4)
@@ -141,7 +143,7 @@ def probes(shape: ModelShape, inputs: int, length: int, seed: int) -> list[Probe
     found = [Probe("full span", "full_span", Plan.full(shape))]
     for keys in FORMATS:
         for values in FORMATS:
-            for share in WINDOW_SHARES:
+            for share in NATIVE_SHARES if keys == values == NATIVE else WINDOW_SHARES:
                 rule = Rule(min(SINKS), window(share), 0, keys, values)
                 found.append(Probe(f"{keys}/{values}, {share:.3g}", "fit", Plan.uniform(shape, rule, MIN_WINDOW)))
     may_select = [native is None for native in shape.native_windows]

@@ -30,6 +30,7 @@ def fitted_rows(table: CostTable) -> list[dict[str, Any]]:
                 if fitted.gate is None
                 else {"us_per_head": fitted.gate.base / 1e3, "us_per_1000_tokens": fitted.gate.slope},
                 "fit_error": fitted.fit_error,
+                "median_error": fitted.median_error,
                 "check_error": fitted.check_error,
             }
         )
@@ -74,13 +75,14 @@ def cost_table_tables(table: CostTable) -> list[RenderableType]:
         f"{ours.processor}, {threads}\ntorch {ours.torch}, kernel {kernel}, {ours.model.dtype}\n",
         section(
             "A step, ms: of weights alone, at full span, the smallest share that a budget can ask for, and errors of the fit",
-            ("", "floor", "full span", "smallest share", "fitted plans", "mixed plans"),
+            ("", "floor", "full span", "smallest share", "fitted, median", "most", "mixed, most"),
             [
                 (
                     place,
                     f"{row['floor_ms']:.2f}",
                     f"{row['full_span_ms']:.2f}",
                     f"{row['smallest_share']:.3f}",
+                    f"{row['median_error']:.1%}",
                     f"{row['fit_error']:.1%}",
                     readable_number(row["check_error"], ".1%"),
                 )

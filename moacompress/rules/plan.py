@@ -154,13 +154,17 @@ class Plan:
         return self.shares[layer] if self.shares else None
 
     def in_dtype(self, dtype: str) -> Plan:
-        """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included."""
-        other = replace(self, model=replace(self.model, dtype=dtype))
+        """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included.
+
+        What its step was predicted to take is known of its own dtype alone.
+        """
+        known = {name: note for name, note in self.budget.items() if name != "step_ms" or dtype == self.model.dtype}
+        other = replace(self, model=replace(self.model, dtype=dtype), budget=known)
         stated = {
             length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}
             for length in self.budget.get("bytes", {})
         }
-        return other.with_notes(budget={**self.budget, "bytes": stated}) if stated else other
+        return other.with_notes(budget={**known, "bytes": stated}) if stated else other
 
     def kv_share(self, n: int) -> float:
         """Returns the cache's bytes at `n` tokens as a share of the dense model's."""

@@ -7,8 +7,9 @@ values are read one after the other, so the time of a pair of formats is that of
                                          + where a gate selects: base(gate) + slope(gate) * selected slots]
 
 All of these are at least 0, so keeping more never takes less. They are fitted by non-negative least squares to relative errors
-(Lawson and Hanson, 1974). The floor is the step of KV heads that keep nothing in the formats of the least base: what weights
-take, and everything else that is not attention to the cache.
+(Lawson and Hanson, 1974), in which plans that are far off count less (Huber, 1964): where in memory a cache happens to lie can
+make all steps of one plan slower. The floor is the step of KV heads that keep nothing in the formats of the least base: what
+weights take, and everything else that is not attention to the cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from moacompress.rules.rule_table import RuleTable
 
 GATE = "gate"
 NS_PER_MS = 1e6
+HUBER = 2.0
+"""Times the median error beyond which a plan counts less."""
+ROBUST_TURNS = 20
+"""Times that plans are weighed again."""
 
 
 class Line(NamedTuple):
@@ -62,6 +67,7 @@ class StepTime:
         floor_ms: a step that keeps nothing.
         full_span_ms: the measured step at full span, which budgets are a share of.
         fit_error: largest relative error over what was fitted.
+        median_error: median of these.
         check_error: largest relative error over plans that were measured and not fitted; None where there is none.
         fingerprint: of what was timed.
     """
@@ -74,20 +80,17 @@ class StepTime:
     floor_ms: float
     full_span_ms: float
     fit_error: float
+    median_error: float
     check_error: float | None
     fingerprint: str
 
     @staticmethod
     def fit(cell: TimedCell) -> StepTime:
         """Fits what was timed."""
-        from scipy.optimize import nnls
-
         fitted = [point for point in cell.points if point.use != "check"]
         rows = np.array([_features(point.groups) for point in fitted])
         ms = np.array([point.ms for point in fitted])
-        scale = np.maximum(rows.max(axis=0), 1.0)
-        found, _ = nnls(rows / scale / ms[:, None], np.ones(len(ms)), maxiter=100 * rows.shape[1])
-        parameters = found / scale
+        parameters = _robust_nnls(rows / ms[:, None])
         heads = sum(group.heads for group in fitted[0].groups)
         lines = {
             name: Line(*(NS_PER_MS * parameters[2 * number : 2 * number + 2]))
@@ -115,6 +118,7 @@ class StepTime:
             floor_ms=floor / NS_PER_MS,
             full_span_ms=cell.full_span.ms,
             fit_error=max(map(error, fitted)),
+            median_error=float(np.median([error(point) for point in fitted])),
             check_error=max(checks, default=None),
             fingerprint=fingerprint(cell.model_dump(mode="json")),
         )
@@ -197,6 +201,28 @@ def step_lines(step_ms: Mapping[str, Mapping[str, float | None]]) -> list[str]:
 
 _NAMES = [*(("keys", name) for name in FORMATS), *(("values", name) for name in FORMATS), (GATE, GATE)]
 """What has a time: a base and a slope each, in this order."""
+
+
+def _robust_nnls(rows: Floats) -> Floats:
+    """Returns the parameters, at least 0, at which the products of all rows with them are as near 1 as can be.
+
+    Rows that are further off than `HUBER` times the median count less, as in Huber's loss.
+
+    Args:
+        rows: `[points, parameters]`.
+    """
+    from scipy.optimize import nnls
+
+    scale = np.maximum(rows.max(axis=0), 1e-300)
+    scaled, weights = rows / scale, np.ones(len(rows))
+    found: Floats = np.zeros(rows.shape[1])
+    for _ in range(ROBUST_TURNS):
+        root = np.sqrt(weights)
+        found = nnls(scaled * root[:, None], root, maxiter=100 * rows.shape[1])[0]
+        off = np.abs(scaled @ found - 1)
+        near = max(HUBER * float(np.median(off)), 1e-9)
+        weights = np.minimum(1.0, near / np.maximum(off, 1e-300))
+    return np.asarray(found / scale, np.float64)
 
 
 def _features(groups: Sequence[HeadGroup]) -> Floats:

@@ -82,6 +82,18 @@ def test_errors_are_those_of_the_noise() -> None:
     assert step.check_error < 0.1
 
 
+def test_one_plan_that_was_slowed_down_does_not_bend_the_others() -> None:
+    data = known_table(SHAPE, (1024,), (4,))
+    points = data["cells"][0]["points"]
+    (slow,) = (point for point in points if point["name"] == "int8/int8, 0.25")
+    slow["ms"] *= 1.4
+    step, honest = StepTime.fit(read(data).cells[0]), fitted()
+    assert step.fit_error == pytest.approx(1 - 1 / 1.4, abs=1e-3)
+    assert step.median_error < 1e-3
+    for seed in range(6):
+        assert step.step_ms(random_plan(seed)) == pytest.approx(honest.step_ms(random_plan(seed)), rel=2e-3)
+
+
 def test_what_was_not_measured_is_refused() -> None:
     data: dict[str, Any] = known_table(SHAPE, (1024,), (4,))
     cell = data["cells"][0]
@@ -138,6 +150,8 @@ def test_a_plan_says_what_its_step_is_predicted_to_take() -> None:
     assert data["step_ms"] == STEP_MS
     for text in shown:
         assert all(line in text for line in lines)
+    assert plan.in_dtype(plan.model.dtype).budget["step_ms"] == STEP_MS
+    assert "step_ms" not in plan.in_dtype("bfloat16").budget
     bare = Plan.uniform(SHAPE, Rule(4, 64, 0), 16)
     assert "step" not in overview(bare, inspect_plan(bare, [512])).renderables[0].plain  # type: ignore[union-attr]
     assert "A step of" not in model_card(bare)
