@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton import work_lists
 from moacompress.kernels.triton.triton_backend import TritonBackend
+from moacompress.rules.windows import BLOCK
 
 PAIRS = [(0, 0), (1, 1), (1, 2), (2, 2)]
 REFERENCE = ReferenceBackend()
@@ -47,6 +49,21 @@ def test_sizes(group, dim, value_dim, triton, random_case, close):
     sizes = {"group": group, "dim": dim, "value_dim": value_dim, "kv_heads": 3, "rows": 2, "past": 100, "tokens": 1}
     case = random_case(dim, torch.float32, formats=formats, **sizes)
     close(case.decoded(triton), case.decoded(REFERENCE), torch.float32)
+
+
+@pytest.mark.parametrize("factor", [2.0**-14, 1.0, 2.0**9])
+@pytest.mark.parametrize("pair", PAIRS[1:], ids=str)
+def test_codes_of_small_and_of_large_numbers(pair, factor, triton, random_case):
+    """In float16 codes are multiplied as they lie: what is small is not lost, and what is large does not overflow."""
+    sizes = {"rows": 1, "kv_heads": 1, "group": 2, "dim": 64, "value_dim": 64, "tokens": 1, "native_window": 0}
+    case = random_case(7, torch.float16, past=300, rules=[(4, 0, 1024)], formats=[pair], logits=False, **sizes)
+    bits = KVPart(pair[1], 64, torch.float16, values=True).bits
+    for segment in case.values:
+        segment.view(torch.float16)[:, 64 * bits // 8 * BLOCK // 2 :].mul_(factor)
+    case = replace(case, query=case.query * 50)
+    (found, lse), (wanted, wanted_lse) = case.decoded(triton), case.to(torch.float32).decoded(REFERENCE)
+    assert (found.float() - wanted).abs().max() < 4e-3 * wanted.abs().max()
+    assert (lse - wanted_lse).abs().max() < 2e-2
 
 
 def test_stretches_add_up(triton, random_case, close, monkeypatch):

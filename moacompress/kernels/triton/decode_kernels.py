@@ -10,14 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import (
-    BLOCK,
-    add_codes,
-    cached_scores,
-    native_numbers,
-    softmax_step,
-    visible_bounds,
-)
+from moacompress.kernels.triton.half_codes import add_halves, code_scores, divided, largest_of
+from moacompress.kernels.triton.tiles import BLOCK, native_numbers, softmax_step, visible_bounds
 
 
 @triton.jit
@@ -122,18 +116,24 @@ def split(
         query_high = query
     if WIDE:
         query = query.to(tl.float32)
-        query_high = query_high.to(tl.float32)
-    query_sum = tl.zeros([GROUP], tl.float32)
+    CODES: tl.constexpr = tl.float32 if WIDE else tl.float16
     if KEY_BITS > 0:
-        query_sum += tl.sum(query.to(tl.float32), 1)
+        largest = tl.maximum(largest_of(query), largest_of(query_high))
+        query = divided(query, largest).to(CODES)
+        query_high = divided(query_high, largest).to(CODES)
+        query_sum = tl.sum(query.to(tl.float32), 1)
         if KEY_BITS == 4:
             query_sum += tl.sum(query_high.to(tl.float32), 1)
+        factor = scaling * largest[:, None]
+    else:
+        factor = scaling
 
     peak = tl.full([GROUP], float("-inf"), tl.float32)
     denominator = tl.zeros([GROUP], tl.float32)
     out = tl.zeros([GROUP, VALUE], tl.float32)
     out_high = tl.zeros([GROUP, VALUE if VALUE_BITS == 4 else 1], tl.float32)
     zeros = tl.zeros([GROUP], tl.float32)
+    unit = tl.zeros([GROUP], tl.float32)
 
     t = tl.arange(0, TILE)
     place = t % BLOCK
@@ -148,28 +148,35 @@ def split(
         seen = there & inside
         block_id = tl.load(table + block, mask=there, other=0)
         key_at = tl.load(KeyPlaces + block_id, mask=there, other=0)
-        score = cached_scores(query, query_high, query_sum, Keys, key_at, place, there, seen, HEAD_DIM, HEAD, KEY_BITS)
+        if KEY_BITS == 0:
+            key = native_numbers(Keys, key_at, place, seen, HEAD_DIM, HEAD).to(query.dtype)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        else:
+            score = code_scores(
+                query, query_high, query_sum, Keys, key_at, place, there, seen, HEAD_DIM, HEAD, KEY_BITS
+            )
         weight, shrunk, peak, denominator = softmax_step(
-            score, seen[None, :], peak, denominator, scaling, softcap, SOFTCAP
+            score, seen[None, :], peak, denominator, factor, softcap, SOFTCAP
         )
-        out = out * shrunk[:, None]
         value_at = tl.load(ValuePlaces + block_id, mask=there, other=0)
         if VALUE_BITS == 0:
             value = native_numbers(Values, value_at, place, seen, VALUE_DIM, VALUE)
-            out = tl.dot(weight.to(query.dtype), value.to(query.dtype), out, input_precision="ieee")
+            if WIDE:
+                value = value.to(tl.float32)
+            out = tl.dot(weight.to(value.dtype), value, out * shrunk[:, None], input_precision="ieee")
         else:
             quad_x = at + u // (BLOCK // 4)
             quad_there = quad_x < end
             quad_block = tl.where(quad_x < sinks, first_block + quad_x, window_block + quad_x - sinks)
             quad_id = tl.load(table + quad_block, mask=quad_there, other=0)
             quad_at = tl.load(ValuePlaces + quad_id, mask=quad_there, other=0)
-            out, out_high, zeros = add_codes(
+            out, out_high, zeros, unit = add_halves(
                 out,
-                out_high * shrunk[:, None],
+                out_high,
                 zeros,
+                unit,
                 weight,
                 shrunk,
-                seen[None, :],
                 seen,
                 Values,
                 value_at,
@@ -180,15 +187,15 @@ def split(
                 VALUE_DIM,
                 VALUE,
                 VALUE_BITS,
-                query.dtype,
+                CODES,
             )
 
     divisor = tl.where(denominator == 0, 1.0, denominator)
     if VALUE_BITS > 0:
-        out += zeros[:, None]
+        out = out * unit[:, None] + zeros[:, None]
     results = Partial + into * G * VALUE_DIM + g[:, None] * VALUE_DIM + v[None, :]
     if VALUE_BITS == 4:
-        out_high += zeros[:, None]
+        out_high = out_high * unit[:, None] + zeros[:, None]
         high_real = real & (v < VALUE_DIM - VALUE_HALF)[None, :]
         tl.store(results + VALUE_HALF, out_high / divisor[:, None], mask=high_real)
         tl.store(results, out / divisor[:, None], mask=real & (v < VALUE_HALF)[None, :])

@@ -48,8 +48,9 @@ def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool) -> 
         coded: whether keys or values have codes, which take more registers.
     """
     wide = max(head_dim, value_dim) * item_size
-    if wide <= (128 if coded else 256):
-        return TileSizes(LARGEST, 3, 4)
+    if wide <= 256:
+        # fewer warps repeat less of what is the same for all queries: scales, zero points and bounds
+        return TileSizes(LARGEST, 3, 2 if coded else 4)
     if wide <= 512:
         return TileSizes(32, 3, 4)
     return TileSizes(SMALLEST, 2, 4)

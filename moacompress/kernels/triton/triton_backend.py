@@ -180,8 +180,8 @@ class TritonBackend(ReferenceBackend):
 
 
 def _is_wide(query: torch.Tensor) -> bool:
-    """Whether products are in float32: the interpreter knows no others."""
-    return query.dtype == torch.float32 or _interpreted()
+    """Whether products are in float32: the interpreter does not know those of bfloat16."""
+    return query.dtype == torch.float32 or (query.dtype == torch.bfloat16 and _interpreted())
 
 
 def _interpreted() -> bool:

@@ -1,0 +1,197 @@
+"""Products with codes as they lie, in float16: a code in the low bits of 1024 is a number already, and nothing is converted.
+
+A code c of 8 bits at most, written into the mantissa of float16's 1024, is 1024 + c. Products take those numbers, and what 1024
+adds is taken off again by sums that are there anyway. Queries and weights are divided by a power of their row first, so that
+they are numbers of float16 too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moacompress.kernels.triton.tiles import UNIT, scale_and_zero
+from moacompress.rules import windows
+
+BLOCK = tl.constexpr(windows.BLOCK)
+MAGIC = tl.constexpr(0x64006400)
+"""1024 in both halves of a word, in float16."""
+OFFSET = tl.constexpr(1024.0)
+
+
+@triton.jit
+def halves(pairs):
+    """Returns the codes in the low bytes of both halves of words, `[..., words]`, as float16 `[..., words, 2]`, 1024 more."""
+    both = pairs | MAGIC
+    low = both.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
+    """Returns keys' codes, or their low nibbles, as float16, 1024 more, `[tokens, 4 * WORDS]`; and high nibbles likewise."""
+    w = tl.arange(0, WORDS)
+    at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
+    found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
+    if NIBBLES:
+        low = tl.join(halves(found & 0x000F000F), halves((found >> 8) & 0x000F000F))
+        high = tl.join(halves((found >> 4) & 0x000F000F), halves((found >> 12) & 0x000F000F))
+    else:
+        low = tl.join(halves(found & 0x00FF00FF), halves((found >> 8) & 0x00FF00FF))
+        high = low
+    return low.reshape(found.shape[0], 4 * WORDS), high.reshape(found.shape[0], 4 * WORDS)
+
+
+@triton.jit
+def value_halves(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, NIBBLES: tl.constexpr):
+    """Returns values' codes, or their low nibbles, as float16, 1024 more, `[4 * quads, WIDTH]`; and high nibbles likewise."""
+    b = tl.arange(0, WIDTH)
+    at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
+    found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)
+    if NIBBLES:
+        low = tl.join(halves(found & 0x000F000F), halves((found >> 8) & 0x000F000F))
+        high = tl.join(halves((found >> 4) & 0x000F000F), halves((found >> 12) & 0x000F000F))
+    else:
+        low = tl.join(halves(found & 0x00FF00FF), halves((found >> 8) & 0x00FF00FF))
+        high = low
+    low = tl.permute(low, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
+    high = tl.permute(high, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
+    return low, high
+
+
+@triton.jit
+def codes_in(numbers, dtype: tl.constexpr):
+    """Returns what is multiplied: codes and 1024 in float16, and codes alone in float32, whose sums would feel it."""
+    if dtype == tl.float32:
+        numbers = numbers.to(tl.float32) - OFFSET
+    return numbers
+
+
+@triton.jit
+def offset_in(dtype: tl.constexpr):
+    """Returns what `codes_in` has more than codes."""
+    offset = OFFSET
+    if dtype == tl.float32:
+        offset = 0.0
+    return offset
+
+
+@triton.jit
+def largest_of(x):
+    """Returns the largest number of each row, without its sign, float32 `[rows]`."""
+    return tl.max(tl.abs(x.to(tl.float32)), 1)
+
+
+@triton.jit
+def divided(x, by):
+    """Returns rows divided by numbers that are not below 0, float32; by 1 instead of 0."""
+    return x.to(tl.float32) / tl.where(by == 0, 1.0, by)[:, None]
+
+
+@triton.jit
+def code_scores(
+    query,
+    query_high,
+    query_sum,
+    Keys,
+    offset,
+    place,
+    there,
+    seen,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Products of queries with keys that have codes.
+
+    Args:
+        query: `[rows, WIDTH]` of float16, or float32; of 4 bits its first half.
+        query_high: its second half, of 4 bits.
+        query_sum: sums of whole queries, float32 `[rows]`.
+        Keys: see `tiles.cached_scores`; likewise the others.
+        offset: see Keys.
+        place: see Keys.
+        there: see Keys.
+        seen: see Keys.
+        DIM: see Keys.
+        WIDTH: see Keys.
+        BITS: of a code.
+
+    Returns:
+        float32 `[rows, tokens]`.
+    """
+    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    low, high = key_halves(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS == 4)
+    score = tl.dot(query, tl.trans(codes_in(low, query.dtype)), input_precision="ieee")
+    if BITS == 4:
+        score = tl.dot(query_high, tl.trans(codes_in(high, query.dtype)), score, input_precision="ieee")
+    scale, zero = scale_and_zero(Keys.to(tl.pointer_type(tl.float16)), offset, place, seen, BYTES)
+    return score * scale[None, :] + query_sum[:, None] * (zero - offset_in(query.dtype) * scale)[None, :]
+
+
+@triton.jit
+def add_halves(
+    out,
+    out_high,
+    zeros,
+    unit,
+    weight,
+    shrunk,
+    read,
+    Values,
+    offset,
+    place,
+    quad_offset,
+    quad,
+    quad_there,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Adds weighted values that have codes.
+
+    Args:
+        out: of the values, of 4 bits of their first halves, in units of `unit`, float32 `[rows, WIDTH]`.
+        out_high: of second halves, likewise.
+        zeros: of zero points, and what 1024 in codes takes off, float32 `[rows]`.
+        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are.
+        weight: of the tokens, 0 where they do not count, float32 `[rows, tokens]`.
+        shrunk: see `tiles.softmax_step`.
+        read: which count, bool `[tokens]`.
+        Values: see `tiles.add_codes`; likewise the others.
+        offset: see Values.
+        place: see Values.
+        quad_offset: see Values.
+        quad: see Values.
+        quad_there: see Values.
+        DIM: see Values.
+        WIDTH: see Values.
+        BITS: see Values.
+        dtype: that is multiplied in.
+
+    Returns:
+        `out, out_high, zeros, unit`.
+    """
+    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
+    wanted = weight * scale[None, :]
+    before = unit * shrunk
+    unit = tl.maximum(before, tl.max(wanted, 1))
+    inverse = 1 / tl.where(unit > 0, unit, 1.0)
+    scaled = (wanted * inverse[:, None]).to(dtype)
+    # the zero points are weighed by what the codes are: their errors cancel
+    real = scale > 0
+    of_codes = tl.where(real, zero / tl.where(real, scale, 1.0), 0.0) - offset_in(dtype)
+    alone = tl.where(real, 0.0, zero)
+    found = tl.sum(scaled.to(tl.float32) * of_codes[None, :], 1) * unit
+    zeros = zeros * shrunk + found + tl.sum(weight * alone[None, :], 1)
+    low, high = value_halves(
+        Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH, BITS == 4
+    )
+    change = before * inverse
+    out = tl.dot(scaled, codes_in(low, dtype), out * change[:, None], input_precision="ieee")
+    if BITS == 4:
+        out_high = tl.dot(scaled, codes_in(high, dtype), out_high * change[:, None], input_precision="ieee")
+    return out, out_high, zeros, unit
