@@ -32,16 +32,22 @@ def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None
 
 
 def make_healable(
-    place: Path, dense: Path, tokenizer: PreTrainedTokenizerBase, random_plan: Callable[..., Any], weights: str = "keep"
+    place: Path,
+    dense: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    random_plan: Callable[..., Any],
+    weights: str = "keep",
+    off: str = "down_proj.weight",
 ) -> dict[str, Path]:
-    """Writes a profile and a compressed model whose feed-forwards are off.
+    """Writes a profile and a compressed model some of whose weights are off.
 
     Args:
         place: where to.
-        dense: folder of the dense model.
+        dense: folder of the dense model, or its file.
         tokenizer: of the model.
         random_plan: makes the plan.
         weights: what the dense model's are rounded to.
+        off: what the names of these weights end with.
 
     Returns:
         The folders `dense`, `profile` and `model`.
@@ -66,7 +72,6 @@ def make_healable(
         profile(source, place / "profile", recipe)
     plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
     attach(source.model, plan)
-    off = "down_proj.weight" if weights == "keep" else "post_attention_layernorm.weight"  # blocks are constants
     for name, weight in source.model.named_parameters():
         if name.endswith(off):
             weight.data.mul_(0.6)

@@ -33,9 +33,12 @@ from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach
 from tests.healer.conftest import make_healable
 from tests.healer.test_healing import StopAfter
+from tests.weight_blocks import types_of, write_gguf
 
 Place = dict[str, Path]
 Make = Callable[..., Recipe]
+NORM = "post_attention_layernorm.weight"
+"""What is off in the models here: blocks are constants."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +47,7 @@ def in_blocks(
     tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_tokenizer: Any, random_plan: Callable[..., Any]
 ) -> Place:
     """Returns what `healable` does, of a model of which the linear layers are rounded to four bits."""
-    return make_healable(tmp_path_factory.mktemp("in_blocks"), tiny_folder, tiny_tokenizer, random_plan, "int4")
+    return make_healable(tmp_path_factory.mktemp("in_blocks"), tiny_folder, tiny_tokenizer, random_plan, "int4", NORM)
 
 
 def put_to_the_test(folder: Path, start: Path, trained: set[str], tmp_path: Path) -> Any:
@@ -102,6 +105,29 @@ def _samples(place: Place) -> Any:
     from moacompress.calibration.data.samples import load_samples
 
     return load_samples(place["profile"] / "validation.safetensors")[:6]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_types_of_a_gguf_file(
+    compute: str,
+    small: Make,
+    tmp_path: Path,
+    quick: None,
+    tiny_tokenizer: Any,
+    random_plan: Callable[..., Any],
+) -> None:
+    """Blocks of 256 numbers, several types, and what is computed in is not what is stored in."""
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf", types_of("Q4_K", token_embd="Q8_0", attn_v="Q5_K", ffn_down="Q6_K"))
+    place = make_healable(tmp_path, file, tiny_tokenizer, random_plan, off=NORM)
+    recipe = small(train="lora", lr=5e-3, steps=6, modules="v_proj,down_proj").override(dtype=compute)
+    done = heal(place["model"], tmp_path / "out", profile=place["profile"], recipe=recipe)
+    assert done.notes["improved"]
+    assert done.notes["computes_in"] == compute
+    model = put_to_the_test(done.folder, place["model"], {"v_proj", "down_proj"}, tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert set(weight_types(model).values()) == {"Q4_K", "Q8_0"}
+    assert done.notes["weight_bytes"]["after"] == stored_bytes(done.folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
