@@ -447,6 +447,11 @@ class Recipe(_Section):
         """Returns every choice, defaults included, as JSON values."""
         return self.model_dump(mode="json")
 
+    def of_any_machine(self) -> Recipe:
+        """Returns the recipe as profiles keep it: without the cost table, which is of one machine; a search names its own."""
+        search = self.search.model_copy(update={"cost_table": None})
+        return self.model_copy(update={"search": search})
+
     def shared(self, source: str) -> dict[str, Any]:
         """Returns `resolved` as it goes into plans and checkpoints, which leave the machine.
 

@@ -301,7 +301,8 @@ def profile(
         shape = _known_shape(out, source, overwrite)
         request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
         trains = around is None and any(rule.selects for rule in rules)
-        asked = Manifest(source.source, shape, rules, recipe, request, key, wording=calibration_wording())
+        kept = recipe.of_any_machine()
+        asked = Manifest(source.source, shape, rules, kept, request, key, wording=calibration_wording())
         if not overwrite:
             check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
         manifest = prepare(out, asked, overwrite)

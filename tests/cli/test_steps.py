@@ -92,6 +92,30 @@ def test_a_latency(place: Path, tiny_folder: Path, tmp_path: Path) -> None:
     assert "weights alone take" in message
 
 
+def test_a_profile_keeps_no_cost_table(place: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """It may be searched on another machine, or without a budget of latency."""
+    shutil.copytree(place / "profile", tmp_path / "profile")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("search: {cost_table: of-elsewhere.json, trials: 1, rounds: 0, moves: 0}\n")
+    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
+    run("profile", tiny_folder, "-o", tmp_path / "profile", "--recipe", recipe, "--lengths", "768", *small)
+    kept = json.loads((tmp_path / "profile" / "profile.json").read_text())["recipe"]["search"]
+    assert (kept["trials"], kept["cost_table"]) == (1, None)
+    assert "step_ms" not in run("search", tmp_path / "profile", "--budget", "50%", "-o", tmp_path / "plan.json")
+    message = run(
+        "search",
+        tmp_path / "profile",
+        "--budget",
+        "50%",
+        "--recipe",
+        recipe,
+        "-o",
+        tmp_path / "other.json",
+        exit_code=1,
+    )
+    assert "there is no cost table of-elsewhere.json" in message
+
+
 def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
     small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
