@@ -492,8 +492,8 @@ def ruler(folder: Path, minutes: float, out: Path) -> None:
     prompts = 100
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(
-        f"RULER at 4k, {prompts} prompts a task, of {folder} and the dense model: about twice {size / 2**30:.1f} GiB of memory, "
-        f"and the time of {2 * prompts} prompts of 4,096 tokens for each of its tasks; it can be stopped, and goes on where it was",
+        f"RULER at 4k, {prompts} prompts a task, of {folder} and the dense model: about twice {size / 2**30:.1f} GiB of memory "
+        f"and, for each task, the time of {2 * prompts} prompts of 4,096 tokens; stopped, it goes on where it was",
         flush=True,
     )
     command = [sys.executable, "-m", "moacompress", "eval", str(folder), "--against", "dense", "--tasks", "ruler"]
