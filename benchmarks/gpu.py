@@ -236,12 +236,13 @@ def correct(runner: Runner) -> Iterator[Row]:
     scores = Scores((runner.sizes.model["hidden_size"] // runner.sizes.model["num_attention_heads"]) ** -0.5)
     for pair in PAIRS:
         layer = layer_of(runner, 2, min(runner.sizes.prompts[0], 1000), pair)
-        rest: Row = {"cache": layer.cache, "lengths": layer.lengths, "rules": as_tensors(layer.rules), "scores": scores}
-        found, _ = backend.decode(layer.query, **rest)
+        rules = as_tensors(layer.rules)
+        found, _ = backend.decode(layer.query, cache=layer.cache, lengths=layer.lengths, rules=rules, scores=scores)
         wide = layer.cache._replace(
             keys=[_wide(one) for one in layer.cache.keys], values=[_wide(one) for one in layer.cache.values]
         )
-        wanted, _ = REFERENCE.decode(layer.query.float(), **{**rest, "cache": wide})
+        asked = layer.query.float()
+        wanted, _ = REFERENCE.decode(asked, cache=wide, lengths=layer.lengths, rules=rules, scores=scores)
         yield _error(f"decode {'/'.join(pair)}", backend.name, found, wanted, runner.dtype)
     for dtype in (torch.float32, torch.bfloat16):
         dense = runner.model(runner.sizes.layers, dtype)
