@@ -16,6 +16,8 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from moacompress.kernels.triton.tile_sizes import (
     NEWER,
     SELECT_WARPS,
     append_constants,
+    append_next_constants,
     prefill_constants,
     select_constants,
     split_constants,
@@ -54,7 +57,9 @@ POINTERS = {
 }
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-KERNELS = ("decode", "append", "select", "prefill")
+IN_RING = {"Table": "*i32", "Selected": "*i32", "Kept": "*i16", "GateScores": "*i16"}
+"""Types of pointers of the kernels of a step in rings."""
+KERNELS = ("decode", "append", "select", "prefill", "ring-decode", "ring-append", "ring-select")
 
 
 def main() -> None:
@@ -65,11 +70,14 @@ def main() -> None:
     parser.add_argument("--kernels", default=",".join(KERNELS), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
-    resources = {
+    resources: dict[str, Callable[[str, int, tuple[int, int]], dict[str, Any]]] = {
         "decode": decode_resources,
         "append": append_resources,
         "select": select_resources,
         "prefill": prefill_resources,
+        "ring-decode": partial(decode_resources, ring=True),
+        "ring-append": partial(append_resources, ring=True),
+        "ring-select": partial(select_resources, ring=True),
     }
     found = {
         kernel: [
@@ -93,20 +101,23 @@ def main() -> None:
         print()
 
 
-def decode_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+def decode_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the decode kernel for a card; returns what it takes."""
-    tiles, constants = split_constants(GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2)
+    tiles, constants = split_constants(GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2, ring=ring)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = compiled(card, decode_kernels.split, constants, pool_types(bits), options)
+    types = pool_types(bits) | (IN_RING if ring else {})
+    found = compiled(card, decode_kernels.split, constants, types, options)
     taken, at_once = _taken(card, found, tiles.num_warps)
     return {"tile": tiles.TILE, **taken, "shared": found.metadata.shared, "at once": at_once}
 
 
-def append_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the kernel that writes tokens for a card; returns what it takes, and how many operations are contracted."""
-    constants = append_constants(*kv_parts_of(dim, bits))
+    kernel, constants = append_kernels.append, append_constants(*kv_parts_of(dim, bits))
+    if ring:
+        kernel, constants = append_kernels.append_next, append_next_constants(*kv_parts_of(dim, bits), scored=True)
     options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
-    found = compiled(card, append_kernels.append, constants, pool_types(bits), options)
+    found = compiled(card, kernel, constants, pool_types(bits) | IN_RING, options)
     taken, at_once = _taken(card, found, APPEND_WARPS)
     inexact = (
         None if card.startswith("gfx") else len(re.findall(r"\b(?:fma|div\.full|div\.approx)\b", found.asm["ptx"]))
@@ -115,10 +126,11 @@ def append_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, An
     return {**taken, "shared": found.metadata.shared, "at once": at_once, "inexact": inexact}
 
 
-def select_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+def select_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the kernel that selects tokens for a card; returns what it takes."""
-    constants, options = select_constants(*kv_parts_of(dim, bits)), {"num_warps": SELECT_WARPS}
-    found = compiled(card, select_kernels.select, constants, {**pool_types(bits), "Kept": "*i16"}, options)
+    constants, options = select_constants(*kv_parts_of(dim, bits), ring=ring), {"num_warps": SELECT_WARPS}
+    types = pool_types(bits) | (IN_RING if ring else {"Kept": "*i16"})
+    found = compiled(card, select_kernels.select, constants, types, options)
     taken, at_once = _taken(card, found, SELECT_WARPS)
     del taken["ahead"], taken["read"]
     return {**taken, "shared": found.metadata.shared, "at once": at_once}

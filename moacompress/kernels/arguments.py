@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from moacompress.core.arrays import Ints
 from moacompress.rules.rule_table import RuleTable
 
 
@@ -135,6 +136,35 @@ class CacheState(NamedTuple):
     shared_values: Sequence[Sequence[torch.Tensor]] = ()
     selected: torch.Tensor | None = None
     left: torch.Tensor | None = None
+
+
+class RingState(NamedTuple):
+    """A layer's cache while steps are taken in on its device: what it holds of windows lies in rings of blocks.
+
+    With S blocks of sinks and a ring of K behind them, block b of a row and KV head is number b of its part of the table if
+    b < S, and else number S + (b - S) mod K. So the table stays as it is while rows grow: a new block takes the place of one
+    that no query sees any more. All tensors are on the device, and stay where they are.
+
+    Attributes:
+        keys: segments as of `CacheView`; written to.
+        values: likewise.
+        scores: as of `SelectedView`; written to. Empty where no rule selects.
+        table: block ids, int32 `[rows, kv_heads, width]`; -1 where no block will be asked for.
+        sizes: S and K of every KV head, int64 `[2, kv_heads]`, in numpy.
+        lengths: tokens of the rows, int64 `[rows]`; written to.
+        selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, any]`; None where no rule
+            selects.
+        counts: how many are selected, int64 `[rows, kv_heads]`; written to. None where no rule selects.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    scores: Sequence[torch.Tensor]
+    table: torch.Tensor
+    sizes: Ints
+    lengths: torch.Tensor
+    selected: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 class AllocationShortfall(NamedTuple):

@@ -19,6 +19,7 @@ from moacompress.kernels.arguments import (
     LayerWeights,
     Passing,
     Projections,
+    RingState,
     Rotary,
     Scores,
     SelectedView,
@@ -47,6 +48,7 @@ class Capabilities:
         cached_gradients: `decode`, and `prefill` over a cache, have gradients.
         decode_selecting: `Backend.decode_selecting`.
         step: `Backend.step`.
+        ring: `Backend.bind_ring`.
         step_hidden: `Backend.step_hidden`.
         step_layer: `Backend.step_layer`.
         stack: `Backend.read_layers`.
@@ -61,6 +63,7 @@ class Capabilities:
     cached_gradients: bool = False
     decode_selecting: bool = False
     step: bool = False
+    ring: bool = False
     step_hidden: bool = False
     step_layer: bool = False
     stack: bool = False
@@ -94,6 +97,35 @@ class PhaseTime(NamedTuple):
 
     seconds: float
     busy: float
+
+
+class BoundRing(ABC):
+    """A layer's cache as a backend has read it, for steps on its device. It keeps the tensors as long as it lives."""
+
+    @abstractmethod
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scores: Scores,
+        gate_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Puts one more token of every row into the cache and attends to it; without gradients.
+
+        The host waits for nothing, and nothing that is launched depends on the lengths of the rows.
+
+        Args:
+            query: `[rows, heads, 1, head_dim]`.
+            key: `[rows, kv_heads, 1, head_dim]`.
+            value: `[rows, kv_heads, 1, value_dim]`.
+            scores: how scores are made.
+            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
+
+        Returns:
+            `[rows, 1, heads, value_dim]`.
+        """
 
 
 class BoundCaches(ABC):
@@ -323,6 +355,19 @@ class Backend(ABC):
             `[rows, 1, heads, value_dim]` and None; or something, and what the cache lacks.
         """
         raise self._cannot("step")
+
+    def bind_ring(
+        self, ring: RingState, *, rules: RuleTable, kv_dims: tuple[int, int], dtype: torch.dtype
+    ) -> BoundRing:
+        """Reads a layer's cache whose windows lie in rings of blocks, for steps.
+
+        Args:
+            ring: the cache.
+            rules: of the KV heads, in numpy.
+            kv_dims: numbers of a key and of a value.
+            dtype: of the model.
+        """
+        raise self._cannot("bind_ring")
 
     def step_hidden(
         self,

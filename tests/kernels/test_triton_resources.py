@@ -51,6 +51,19 @@ def test_what_those_take_that_round():
 
 
 @pytest.mark.builds("triton")
+def test_what_a_step_in_rings_takes():
+    """As without rings."""
+    cards = "sm_80,sm_90,sm_100,gfx942"
+    for row in resources(cards, "64,128", "ring-decode"):
+        assert row["spilled"] == 0, row
+        assert row["card"] == "gfx942" or (row["ahead"] >= 4 and row["at once"] >= 3), row
+    for kernel in ("ring-append", "ring-select"):
+        for row in resources(cards, "128", kernel):
+            assert row["spilled"] == 0, row
+            assert not row.get("inexact"), row
+
+
+@pytest.mark.builds("triton")
 def test_what_selecting_takes():
     """No spills, and several programs to a processor."""
     for row in resources("sm_80,sm_90,sm_100,gfx942", "128", "select"):

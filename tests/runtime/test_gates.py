@@ -277,6 +277,7 @@ def test_models_step_on_a_gpus_kernels_as_they_read(
         use_backend("triton")
         cache = model(ids[:, :50]).cache
         parts = [model(ids[:, at : at + 1], cache=cache).logits for at in range(50, 54)]
+        assert cache.step_routes == {"ring step": 4 * 2}
         parts.append(model(ids[:, 54:], cache=cache).logits)
     assert (torch.cat(parts, 1) - whole[:, 50:]).abs().max() < 2e-3 * whole.abs().max()
 

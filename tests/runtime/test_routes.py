@@ -41,7 +41,14 @@ def fed(model):
 
 def test_all_are_in_the_list():
     names = [route.name for route in routes.ROUTES]
-    assert names == [*WITHOUT, "plain"]
+    assert [name for name in names if name != "ring step"] == [*WITHOUT, "plain"]
+    assert names.index("ring step") == names.index("commit and decode") - 1
+
+
+def test_on_a_gpus_kernels_steps_go_into_rings(fed, use_backend):
+    use_backend("triton")
+    _, cache = fed(steps=2)
+    assert cache.step_routes == {"ring step": 2 * LAYERS}
 
 
 @pytest.mark.usefixtures("compiled_kernels")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moacompress.kernels.reference import codes
-from moacompress.kernels.triton.tiles import BLOCK, UNIT
+from moacompress.kernels.triton.tiles import BLOCK, UNIT, in_ring, ring_of
 
 LARGEST = tl.constexpr(codes.LARGEST)
 NAN_BITS = tl.constexpr(0x7E00)
@@ -186,3 +186,91 @@ def append(
     value_from = Value + (row * value_row + head * value_head + column * value_column)[:, None] + v
     value = tl.load(value_from, mask=v < VALUE_DIM, other=0.0)
     write(value, Values, tl.load(ValuePlaces + block), place, there, VALUE_DIM, VALUE_BITS, VALUE_NORM, True)
+
+
+@triton.jit
+def append_next(
+    Key,
+    Value,
+    GateScores,
+    Keys,
+    Values,
+    Kept,
+    KeyPlaces,
+    ValuePlaces,
+    ScorePlaces,
+    Table,
+    Rings,
+    Lengths,
+    Heads,
+    Selecting,
+    heads,
+    kv_heads,
+    width,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    HEAD_DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    KEY_NORM: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
+    SCORED: tl.constexpr,
+):
+    """Writes one more token of every row, for KV heads of one pair of formats, behind those that its cache has.
+
+    Args:
+        Key: `[rows, kv_heads, HEAD_DIM]`; the numbers of a vector lie side by side.
+        Value: likewise.
+        GateScores: of the tokens, int16 `[rows, kv_heads]`.
+        Keys: the first segment of the pool whose keys are of this format; written to.
+        Values: likewise.
+        Kept: the first segment of scores, int16; written to.
+        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
+        ValuePlaces: likewise.
+        ScorePlaces: likewise.
+        Table: block ids, int32 `[rows, kv_heads, width]`.
+        Rings: how many blocks of sinks, then how many of the ring behind them, int64 `[2, kv_heads]`.
+        Lengths: tokens that the rows have, int64 `[rows]`.
+        Heads: KV heads of this pair of formats, int64 `[heads]`.
+        Selecting: which KV heads select, so that their blocks have scores, int64 `[kv_heads]`.
+        heads: how many.
+        kv_heads: of a row.
+        width: of the table.
+        key_row: numbers from a row to the next; likewise `key_head` and those of values.
+        key_head: see `key_row`.
+        value_row: see `key_row`.
+        value_head: see `key_row`.
+        HEAD_DIM: numbers of a key.
+        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
+        VALUE_DIM: numbers of a value.
+        VALUE: see HEAD.
+        KEY_BITS: of a code; 0 of native numbers.
+        VALUE_BITS: likewise.
+        KEY_NORM: factor of a rotation of keys; likewise VALUE_NORM.
+        VALUE_NORM: see KEY_NORM.
+        SCORED: whether some of them select.
+    """
+    one = tl.arange(0, 1)
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.load(Heads + tl.program_id(0) % heads)
+    n = tl.load(Lengths + row)
+    pair = row * kv_heads + head
+    sinks, size = ring_of(Rings, head, kv_heads, True)
+    block = tl.load(Table + pair * width + in_ring(n // BLOCK, sinks, size, True)).to(tl.int64) + one
+    place = n % BLOCK + one
+    there = one == 0
+    d = tl.arange(0, HEAD)[None, :]
+    v = tl.arange(0, VALUE)[None, :]
+    key = tl.load(Key + row * key_row + head * key_head + d, mask=d < HEAD_DIM, other=0.0)
+    value = tl.load(Value + row * value_row + head * value_head + v, mask=v < VALUE_DIM, other=0.0)
+    write(key, Keys, tl.load(KeyPlaces + block), place, there, HEAD_DIM, KEY_BITS, KEY_NORM, False)
+    write(value, Values, tl.load(ValuePlaces + block), place, there, VALUE_DIM, VALUE_BITS, VALUE_NORM, True)
+    if SCORED:
+        at = Kept + tl.load(ScorePlaces + block) * (UNIT // 2) + place
+        selects = tl.load(Selecting + head) + one > 0
+        tl.store(at, tl.load(GateScores + pair) + tl.zeros([1], tl.int16), mask=selects)

@@ -12,7 +12,13 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, SelectedView
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.triton import append_kernels, select_kernels
-from moacompress.kernels.triton.tile_sizes import APPEND_WARPS, SELECT_WARPS, append_constants, select_constants
+from moacompress.kernels.triton.tile_sizes import (
+    APPEND_WARPS,
+    SELECT_WARPS,
+    append_constants,
+    move_constants,
+    select_constants,
+)
 from moacompress.kernels.triton.work_lists import block_places, first_of, lie_in, sent
 from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
@@ -52,13 +58,13 @@ def append(
         _check(lie_in(segments, kv_part, slots // BLOCK))
         part = given.detach() if kv_part.bits else given.detach().to(kv_part.dtype)
         vectors.append(part if part.stride(-1) == 1 else part.contiguous())
-        memory.append(_memory(segments, kv_part))
+        memory.append(memory_of(segments, kv_part))
     (work,) = sent((np.stack((sources, slots)),), value.device)
     # without keys the values stand for them, and are not read
     append_kernels.append[(len(slots),)](
         vectors[0],
         vectors[-1],
-        *_by_kind(memory[0], memory[-1]),
+        *by_kind(memory[0], memory[-1]),
         work,
         len(slots),
         kv_heads,
@@ -97,11 +103,8 @@ def move(
         places = np.stack((slots[mine], to[mine]))
         memory = _selected_memory(pair, cache, places // BLOCK)
         (work,) = sent((places,), cache[0][0].device)
-        constants = select_constants(*pair)
-        del constants["TILE"]
-        select_kernels.move[(int(mine.sum()),)](
-            *_by_kind(*memory), work, int(mine.sum()), **constants, num_warps=SELECT_WARPS
-        )
+        count = int(mine.sum())
+        select_kernels.move[(count,)](*by_kind(*memory), work, count, **move_constants(*pair), num_warps=SELECT_WARPS)
 
 
 def select_next(
@@ -139,8 +142,10 @@ def select_next(
         memory = _selected_memory(pair, segments, np.concatenate((ids, others)))
         (of_pair,) = sent((mine,), cache.keys[0].device)
         select_kernels.select[(rows * len(mine),)](
-            *_by_kind(*memory),
+            *by_kind(*memory),
             windows,
+            windows,
+            places,
             places,
             row_lengths,
             columns,
@@ -166,9 +171,16 @@ def _ids_of(table: np.ndarray, rows: Ints, heads: Ints, first: Ints, count: Ints
     return found
 
 
-def _memory(segments: Sequence[torch.Tensor], kv_part: KVPart) -> Memory:
+def memory_of(segments: Sequence[torch.Tensor], kv_part: KVPart) -> Memory:
+    """Returns where the blocks of a pool lie, counted from the first one of a format."""
     base = first_of(segments, kv_part)
     return base, block_places(segments, base)
+
+
+def score_memory(scores: Sequence[torch.Tensor]) -> Memory:
+    """Returns where the scores of a pool's tokens lie; some segment has them."""
+    base = next(segment for segment in scores if segment.numel())
+    return base.view(torch.int16), block_places(scores, base)
 
 
 def _selected_memory(
@@ -182,15 +194,10 @@ def _selected_memory(
     there = np.array([segment.shape[1] == BLOCK * SCORE_BYTES for segment in scores])
     if len(scores) != len(keys) or not there[np.searchsorted(ends, ids, "right")].all():
         raise UnsupportedError("a block of a selected token has no scores of its tokens")
-    base = next(segment for segment in scores if segment.numel())
-    return (
-        _memory(keys, kv_parts[0]),
-        _memory(values, kv_parts[1]),
-        (base.view(torch.int16), block_places(scores, base)),
-    )
+    return memory_of(keys, kv_parts[0]), memory_of(values, kv_parts[1]), score_memory(scores)
 
 
-def _by_kind(*memory: Memory) -> list[torch.Tensor]:
+def by_kind(*memory: Memory) -> list[torch.Tensor]:
     """Returns where blocks are counted from of all sides, then where they lie."""
     return [*(base for base, _ in memory), *(places for _, places in memory)]
 

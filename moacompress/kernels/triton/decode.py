@@ -87,6 +87,7 @@ def attend_step(
                 block_places(cache.keys, keys),
                 block_places(cache.values, values),
                 table,
+                table,
                 row_lengths,
                 columns,
                 work,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from moacompress.kernels.triton.half_codes import add_halves, code_scores, divided, largest_of
-from moacompress.kernels.triton.tiles import BLOCK, native_numbers, softmax_step, visible_bounds
+from moacompress.kernels.triton.tiles import BLOCK, in_ring, native_numbers, ring_of, softmax_step, visible_bounds
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def split(
     KeyPlaces,
     ValuePlaces,
     Table,
+    Rings,
     Lengths,
     Rules,
     Work,
@@ -44,6 +45,7 @@ def split(
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    RING: tl.constexpr,
 ):
     """Attention of one group of queries over a stretch of the blocks that they see.
 
@@ -53,7 +55,8 @@ def split(
         Values: likewise.
         KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
         ValuePlaces: likewise.
-        Table: block ids, int64 `[rows, kv_heads, width]`.
+        Table: block ids, integers `[rows, kv_heads, width]`.
+        Rings: see `tiles.ring_of`, int64 `[2, kv_heads]`.
         Lengths: int64 `[rows]`.
         Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
         Work: row, KV head, number of the stretch, and where the result goes, int64 `[programs, 4]`.
@@ -76,6 +79,7 @@ def split(
         WIDE: whether products are in float32.
         TILE: tokens of a tile.
         STAGES: tiles that are read ahead.
+        RING: whether blocks behind the sinks' lie in rings; else block b of a row and KV head is number b of the table.
     """
     item = Work + tl.program_id(0) * 4
     row = tl.load(item)
@@ -139,6 +143,7 @@ def split(
     place = t % BLOCK
     u = tl.arange(0, TILE // 4)
     table = Table + (row * kv_heads + head) * width
+    ring_sinks, ring_size = ring_of(Rings, head, kv_heads, RING)
     for at in tl.range(begin, end, TILE // BLOCK, num_stages=STAGES):
         x = at + t // BLOCK
         block = tl.where(x < sinks, first_block + x, window_block + x - sinks)
@@ -146,7 +151,7 @@ def split(
         inside = ((position >= first) & (position < sink_end)) | ((position >= start) & (position < n))
         there = x < end
         seen = there & inside
-        block_id = tl.load(table + block, mask=there, other=0)
+        block_id = tl.load(table + in_ring(block, ring_sinks, ring_size, RING), mask=there, other=0)
         key_at = tl.load(KeyPlaces + block_id, mask=there, other=0)
         if KEY_BITS == 0:
             key = native_numbers(Keys, key_at, place, seen, HEAD_DIM, HEAD).to(query.dtype)
@@ -168,7 +173,8 @@ def split(
             quad_x = at + u // (BLOCK // 4)
             quad_there = quad_x < end
             quad_block = tl.where(quad_x < sinks, first_block + quad_x, window_block + quad_x - sinks)
-            quad_id = tl.load(table + quad_block, mask=quad_there, other=0)
+            quad_slot = in_ring(quad_block, ring_sinks, ring_size, RING)
+            quad_id = tl.load(table + quad_slot, mask=quad_there, other=0)
             quad_at = tl.load(ValuePlaces + quad_id, mask=quad_there, other=0)
             out, out_high, zeros, unit = add_halves(
                 out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import BLOCK, UNIT, visible_bounds
+from moacompress.kernels.triton.tiles import BLOCK, UNIT, in_ring, ring_of, visible_bounds
 
 NATIVE_WINDOW = tl.constexpr(4)
 """Row of a rule table; see `rules.rule_table.COLUMNS`."""
@@ -177,7 +177,9 @@ def select(
     ValuePlaces,
     ScorePlaces,
     Table,
+    Rings,
     Selected,
+    Counts,
     Lengths,
     Rules,
     Heads,
@@ -192,6 +194,7 @@ def select(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     TILE: tl.constexpr,
+    RING: tl.constexpr,
 ):
     """Lets the token compete that a window leaves behind when the next one comes; it is copied into the place that it wins.
 
@@ -205,8 +208,10 @@ def select(
         KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
         ValuePlaces: likewise.
         ScorePlaces: likewise.
-        Table: block ids of windows, int64 `[rows, kv_heads, width]`.
-        Selected: block ids of selected tokens by their places, int64 `[rows, kv_heads, selected_width]`.
+        Table: block ids of windows, integers `[rows, kv_heads, width]`.
+        Rings: see `tiles.ring_of`, int64 `[2, kv_heads]`.
+        Selected: block ids of selected tokens by their places, integers `[rows, kv_heads, selected_width]`.
+        Counts: with RING, how many are selected when the next token is there, int64 `[rows, kv_heads]`; written to.
         Lengths: tokens of the rows before the next one, int64 `[rows]`.
         Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
         Heads: KV heads of this pair of formats that select, int64 `[heads]`.
@@ -221,6 +226,7 @@ def select(
         KEY_BITS: of a code; 0 of native numbers.
         VALUE_BITS: likewise.
         TILE: scores that are looked at at once.
+        RING: whether blocks behind the sinks' lie in rings.
     """
     row = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.load(Heads + tl.program_id(0) % heads)
@@ -232,10 +238,14 @@ def select(
     beta_q = tl.load(rule + SELECT_BETA * kv_heads)
     count = tl.minimum(alpha + ((beta_q * left) >> 10), left)
     next_count = tl.minimum(alpha + ((beta_q * next_left) >> 10), next_left)
+    pair = row * kv_heads + head
+    if RING:
+        tl.store(Counts + pair, next_count)
     if (next_left > left) & (next_count > 0):
         position = tl.load(rule) + left
-        pair = row * kv_heads + head
-        source = tl.load(Table + pair * width + position // BLOCK) * BLOCK + position % BLOCK
+        sinks, size = ring_of(Rings, head, kv_heads, RING)
+        slot = in_ring(position // BLOCK, sinks, size, RING)
+        source = tl.load(Table + pair * width + slot).to(tl.int64) * BLOCK + position % BLOCK
         own = tl.load(Kept + tl.load(ScorePlaces + source // BLOCK) * (UNIT // 2) + source % BLOCK).to(tl.int64)
         selected = Selected + pair * selected_width
         least = tl.full([TILE], 1 << 62, tl.int64)
@@ -250,7 +260,7 @@ def select(
         wins = (count < next_count) | (own > (first >> 32))
         if wins:
             into = tl.where(count < next_count, count, first & 0xFFFFFFFF)
-            target = tl.load(selected + into // BLOCK) * BLOCK + into % BLOCK
+            target = tl.load(selected + into // BLOCK).to(tl.int64) * BLOCK + into % BLOCK
             copy_token(
                 Keys,
                 Values,

@@ -57,7 +57,15 @@ def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool) -> 
 
 
 def split_constants(
-    group: int, head_dim: int, value_dim: int, bits: tuple[int, int], *, softcap: bool, wide: bool, item_size: int
+    group: int,
+    head_dim: int,
+    value_dim: int,
+    bits: tuple[int, int],
+    *,
+    softcap: bool,
+    wide: bool,
+    item_size: int,
+    ring: bool = False,
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `decode_kernels.split`, and all that it is compiled for, by the names of its arguments.
 
@@ -69,6 +77,7 @@ def split_constants(
         softcap: whether scores have a bound.
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
+        ring: whether blocks lie in rings.
     """
     tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits))
     head, value = (
@@ -87,6 +96,7 @@ def split_constants(
         "WIDE": wide,
         "TILE": tiles.TILE,
         "STAGES": tiles.num_stages,
+        "RING": ring,
     }
 
 
@@ -171,24 +181,43 @@ def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
     """
     first = key or value
     return {
-        **_sizes(first, value),
+        **move_constants(first, value),
         "KEY_NORM": rotation_norm(first.dim),
         "VALUE_NORM": rotation_norm(value.dim),
         "WITH_KEYS": key is not None,
     }
 
 
-def select_constants(key: KVPart, value: KVPart) -> dict[str, Any]:
-    """Returns all that `select_kernels.select` is compiled for, by the names of its arguments; `move` has no TILE.
+def append_next_constants(key: KVPart, value: KVPart, *, scored: bool) -> dict[str, Any]:
+    """Returns all that `append_kernels.append_next` is compiled for, by the names of its arguments.
+
+    Args:
+        key: how keys are kept.
+        value: how values are kept.
+        scored: whether some KV heads select.
+    """
+    norms = {"KEY_NORM": rotation_norm(key.dim), "VALUE_NORM": rotation_norm(value.dim)}
+    return {**move_constants(key, value), **norms, "SCORED": scored}
+
+
+def select_constants(key: KVPart, value: KVPart, *, ring: bool = False) -> dict[str, Any]:
+    """Returns all that `select_kernels.select` is compiled for, by the names of its arguments.
+
+    Args:
+        key: how keys are kept.
+        value: how values are kept.
+        ring: whether blocks lie in rings.
+    """
+    return {**move_constants(key, value), "TILE": SELECT_TILE, "RING": ring}
+
+
+def move_constants(key: KVPart, value: KVPart) -> dict[str, Any]:
+    """Returns all that `select_kernels.move` is compiled for, by the names of its arguments.
 
     Args:
         key: how keys are kept.
         value: how values are kept.
     """
-    return {**_sizes(key, value), "TILE": SELECT_TILE}
-
-
-def _sizes(key: KVPart, value: KVPart) -> dict[str, Any]:
     return {
         "HEAD_DIM": key.dim,
         "HEAD": padded(key.dim),

@@ -28,6 +28,26 @@ def visible_bounds(n, sink, alpha, beta_q, min_window, native_window):
 
 
 @triton.jit
+def ring_of(Rings, head, kv_heads, RING: tl.constexpr):
+    """Returns how many blocks of sinks a KV head's table begins with, and how many its ring behind them has."""
+    sinks = 0
+    size = 1
+    if RING:
+        sinks = tl.load(Rings + head).to(tl.int32)
+        size = tl.load(Rings + kv_heads + head).to(tl.int32)
+    return sinks, size
+
+
+@triton.jit
+def in_ring(block, sinks, size, RING: tl.constexpr):
+    """Returns where a table has a block; see `ring_of`."""
+    if RING:
+        number = block.to(tl.int32)
+        block = tl.where(number < sinks, number, sinks + (number - sinks) % size)
+    return block
+
+
+@triton.jit
 def key_words(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr):
     """Returns the bytes of keys' codes as int32 `[tokens, 4 * WORDS]`; each four of a token lie beside those of the next."""
     w = tl.arange(0, WORDS)

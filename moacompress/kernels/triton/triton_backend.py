@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moacompress.kernels.arguments import CacheView, Passing, Scores, SelectedView
-from moacompress.kernels.backend import Capabilities, Status, refuse_gradients
+from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView
+from moacompress.kernels.backend import BoundRing, Capabilities, Status, refuse_gradients
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.work_lists import kinds_of
@@ -24,7 +24,7 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
     known = f"float32, bfloat16 and float16 on CUDA, and on the CPU where {INTERPRET}=1"
-    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True)
+    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True, ring=True)
 
     def status(self) -> Status:
         """See `Backend`."""
@@ -59,7 +59,7 @@ class TritonBackend(ReferenceBackend):
         from moacompress.kernels.triton.decode import attend_step
 
         in_numpy = RuleTable(rules.columns.cpu().numpy())
-        return attend_step(query, cache, lengths.numpy(), in_numpy, scores, wide=_is_wide(query))
+        return attend_step(query, cache, lengths.numpy(), in_numpy, scores, wide=_is_wide(query.dtype))
 
     def decode_selecting(
         self,
@@ -83,10 +83,18 @@ class TritonBackend(ReferenceBackend):
         in_numpy, numbers = RuleTable(rules.columns.cpu().numpy()), lengths.numpy()
         counts = in_numpy.selected(numbers)
         kept = CacheView(cache.keys, cache.values, selected.table, cache.value_dim), counts
-        out, _ = attend_step(query, cache, numbers, in_numpy, scores, wide=_is_wide(query), selected=kept)
+        out, _ = attend_step(query, cache, numbers, in_numpy, scores, wide=_is_wide(query.dtype), selected=kept)
         kinds = kinds_of(in_numpy, query.shape[-1], cache.size_of_values, query.dtype)
         cache_writes.select_next(kinds.of_head, cache, selected, numbers, in_numpy)
         return out
+
+    def bind_ring(
+        self, ring: RingState, *, rules: RuleTable, kv_dims: tuple[int, int], dtype: torch.dtype
+    ) -> BoundRing:
+        """See `Backend.bind_ring`."""
+        from moacompress.kernels.triton.ring_steps import RingSteps
+
+        return RingSteps(ring, rules, *kv_dims, dtype, wide=_is_wide(dtype))
 
     def append(
         self,
@@ -175,13 +183,13 @@ class TritonBackend(ReferenceBackend):
             rules=RuleTable(rules.columns.cpu().numpy()),
             scores=scores,
             passing=passing,
-            wide=_is_wide(query),
+            wide=_is_wide(query.dtype),
         )
 
 
-def _is_wide(query: torch.Tensor) -> bool:
+def _is_wide(dtype: torch.dtype) -> bool:
     """Whether products are in float32: the interpreter does not know those of bfloat16."""
-    return query.dtype == torch.float32 or (query.dtype == torch.bfloat16 and _interpreted())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _interpreted())
 
 
 def _interpreted() -> bool:

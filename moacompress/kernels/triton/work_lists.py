@@ -105,22 +105,36 @@ def work_lists(
         more = whole_blocks(selected[1]) // BLOCK
         check_table(selected[0], np.stack((np.zeros_like(more), more))[None], kinds.of_head, lengths)
     token_bytes = rules.token_bytes(head_dim, value_dim, str(dtype).removeprefix("torch."))
+    chunks, work, selected_work, begins = shares(blocks, more, token_bytes)
+    launches = []
+    for number, kv_parts in enumerate(kinds.pairs):
+        mine = kinds.number == number
+        picked = selected_work[mine[selected_work[:, 0] % len(rules)]]
+        launches.append(Launch(kv_parts, work[mine[work[:, 1]]], int(chunks[mine][0]), picked))
+    return WorkLists(launches, begins)
+
+
+def shares(blocks: Ints, more: Ints, token_bytes: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Shares out blocks among programs: stretches of about equally many bytes.
+
+    Args:
+        blocks: of sinks and windows, `[rows, kv_heads]`.
+        more: of selected tokens, likewise.
+        token_bytes: of a token of each KV head, `[kv_heads]`.
+
+    Returns:
+        Blocks of a stretch of each KV head; the work over windows and that over selected tokens, see `decode_kernels.split`, of
+        which the second has a row and KV head as a row of one; and where results begin, see `decode_kernels.merge`.
+    """
     longest = int(token_bytes.max()) * LONGEST
     share = max(1, min(longest, int(((blocks + more) * token_bytes).sum()) // PROGRAMS))
     chunks = np.maximum(1, -(-share // (token_bytes * WHOLE))) * WHOLE
     counts, more = -(-blocks // chunks), -(-more // chunks)
     begins = np.concatenate(([0], (counts + more).ravel().cumsum()))
     owner, *stretches = _stretches(counts, begins[:-1])
-    of_selected, *selected_stretches = _stretches(more, begins[:-1] + counts.ravel())
-    row, head = np.divmod(owner, len(rules))
-    launches = []
-    for number, kv_parts in enumerate(kinds.pairs):
-        mine = kinds.number == number
-        work = np.stack((row, head, *stretches), 1)[mine[head]]
-        selected_work = np.stack((of_selected, np.zeros_like(of_selected), *selected_stretches), 1)
-        picked = selected_work[mine[of_selected % len(rules)]]
-        launches.append(Launch(kv_parts, work, int(chunks[mine][0]), picked))
-    return WorkLists(launches, begins)
+    of_selected, *others = _stretches(more, begins[:-1] + counts.ravel())
+    work = np.stack((*np.divmod(owner, len(token_bytes)), *stretches), 1)
+    return chunks, work, np.stack((of_selected, np.zeros_like(of_selected), *others), 1), begins
 
 
 def _stretches(counts: Ints, first: Ints) -> tuple[Ints, Ints, Ints]:

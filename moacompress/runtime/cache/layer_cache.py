@@ -13,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView
+from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView, Scores
+from moacompress.kernels.backend import Backend
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.runtime.cache.block_runs import LAG
@@ -23,6 +24,7 @@ from moacompress.runtime.cache.join import join
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import Pool, SharedFormats
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.ring import Ring, ring_for
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
 from moacompress.runtime.cache.selected_tokens import go_back, remember
 
@@ -59,9 +61,14 @@ class CacheLayer(CacheLayerMixin):
         """Real tokens of every row, int64 `[rows]`; in a forward, until the layer has taken in its chunk, those before it."""
 
     @property
+    def rows(self) -> int:
+        """Rows in the cache."""
+        return len(self.lengths)
+
+    @property
     def batch_size(self) -> int:
         """Rows in the cache, -1 while it is empty."""
-        return len(self.lengths) if self.is_initialized else -1
+        return self.rows if self.is_initialized else -1
 
     @abstractmethod
     def select(self, rows: Ints) -> None:
@@ -132,8 +139,8 @@ class PlanCacheLayer(CacheLayer):
         reserve: tokens of a row for which memory is taken at once, or None.
         shared_values: formats of the values beside each KV head's own.
 
-    Attributes:
-        held: its blocks; None while it is empty.
+    Single tokens may go into rings of its blocks (`ring`), where the device counts them: what is held is known again once
+    the ring is left.
     """
 
     def __init__(self, rules: RuleTable, reserve: int | None = None, shared_values: SharedFormats = ()) -> None:
@@ -144,12 +151,30 @@ class PlanCacheLayer(CacheLayer):
 
     def _clear(self) -> None:
         self.columns = 0
-        self.held: LayerBlocks | None = None
+        self._ring: Ring | None = None
+        self._held: LayerBlocks | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._before: LayerBlocks | None = None
         self.lengths_before: Ints = np.zeros(0, np.int64)
         self.stepping = False
         self.is_initialized = False
+
+    @property
+    def held(self) -> LayerBlocks | None:
+        """Its blocks; None while it is empty."""
+        if self._ring is not None:
+            self._ring.leave()
+            self._ring = None
+        return self._held
+
+    @held.setter
+    def held(self, held: LayerBlocks | None) -> None:
+        self._ring, self._held = None, held
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache."""
+        return 0 if self._held is None else len(self._held.lengths)
 
     @property
     def lag(self) -> int:
@@ -167,7 +192,7 @@ class PlanCacheLayer(CacheLayer):
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that hold memory."""
-        return [] if self.held is None else self.held.pool.tensors
+        return [] if self._held is None else self._held.pool.tensors
 
     @property
     def blocks(self) -> int:
@@ -190,7 +215,7 @@ class PlanCacheLayer(CacheLayer):
             *args: ignored.
             **kwargs: ignored.
         """
-        if self.held is None:
+        if self._held is None:
             self.lazy_initialization(key_states, value_states)
         self.check_rows(key_states.shape[0])
         self._pending = key_states, value_states
@@ -207,8 +232,8 @@ class PlanCacheLayer(CacheLayer):
                 "this cache was left in the middle of a forward (an interrupt, or an attention that is not moacompress's); "
                 "start a new one"
             )
-        if rows != len(self.lengths):
-            raise UnsupportedError(f"the cache holds {len(self.lengths)} rows, the input has {rows}")
+        if rows != self.rows:
+            raise UnsupportedError(f"the cache holds {self.rows} rows, the input has {rows}")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the number of rows, the dimensions and the device; no memory yet."""
@@ -233,7 +258,7 @@ class PlanCacheLayer(CacheLayer):
             like: a tensor.
             scored: whether the call is given scores of the tokens, without which it knows of no gates.
         """
-        able = self.held is not None and not self.shared_values and self.held.has_memory_for(like)
+        able = self._held is not None and not self.shared_values and self._held.has_memory_for(like)
         return able and (not self.rules.selects or (scored and self._continues))
 
     @property
@@ -243,8 +268,8 @@ class PlanCacheLayer(CacheLayer):
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether a step through all layers can: of as many rows as the hidden states, and no forward was left in its midst."""
-        there = self.held is not None and self.held.has_memory_for(hidden) and self._continues
-        return there and self._pending is None and hidden.shape[0] == len(self.lengths)
+        there = self._held is not None and self._held.has_memory_for(hidden) and self._continues
+        return there and self._pending is None and hidden.shape[0] == self.rows
 
     def state(self, lag: int) -> CacheState:
         """Returns what a step through all layers reads and writes."""
@@ -278,6 +303,32 @@ class PlanCacheLayer(CacheLayer):
         self._pending = None
         return out
 
+    def step_in_ring(
+        self, query: torch.Tensor, scores: Scores, gate_scores: torch.Tensor | None, backend: Backend
+    ) -> torch.Tensor | None:
+        """Takes in the chunk of the running forward, one token of every row, all real, and attends to it on the device.
+
+        Args:
+            query: `[rows, heads, 1, head_dim]`.
+            scores: how scores are made.
+            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
+            backend: that can; see `can_step`.
+
+        Returns:
+            `[rows, 1, heads, value_dim]`; None, and nothing is done, where blocks are shared.
+        """
+        assert self._pending is not None
+        if self._ring is None or self._ring.is_full:
+            self._ring = ring_for(self.blocks_held(), self.reserve, self.lag, backend)
+        if self._ring is None:
+            return None
+        self.stepping = True
+        out = self._ring.step(query, *self._pending, scores, gate_scores)
+        self._pending = None
+        self.columns += 1
+        self.stepping = False
+        return out
+
     def arrays(self) -> tuple[Any, ...]:
         """Returns what a state and `can_step_rows` are made of: they say the same as long as these are the same objects."""
         held = self.blocks_held()
@@ -287,7 +338,8 @@ class PlanCacheLayer(CacheLayer):
     @property
     def lock(self) -> threading.RLock:
         """Of the memory, which forks share; held while a state is used."""
-        return self.blocks_held().pool.lock
+        assert self._held is not None
+        return self._held.pool.lock
 
     def commit(
         self, chunk: Chunk, scores: torch.Tensor | None = None, schedule: EvictionSchedule | None = None

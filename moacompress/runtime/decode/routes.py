@@ -10,6 +10,7 @@ SmolLM2-135M's shape (docs/lab/decode-routes.md, `benchmarks/decode_routes.py`):
 - one layer: a hook or an adapter on some layers, 1.17; eight rows compiled, 1.20; one row compiled in bfloat16, 1.31.
 - attention from hidden states: hooks on all attention, 1.12; LoRA on the feed-forward, 1.05, in bfloat16 1.11.
 - cache step: LoRA on queries and values, 1.28; other families, 1.19; gates and a hook, 1.82; more than eight rows.
+- ring step: on a GPU, where nothing has been measured yet.
 - commit and decode: eight rows of which some have ended and are fed padding, 1.19; backends without calls of a step.
 - plain: prompts, drafts, gradients; with the kernels in plain PyTorch drafts take 1.52.
 """
@@ -155,6 +156,26 @@ class CacheStep(Route[AttendRequest]):
         return cache.step_pending(
             lambda state: backend.step(*token, cache=state, rules=rules, scores=request.scores, gate_scores=gated)
         )
+
+
+class RingStep(Route[AttendRequest]):
+    """One real token a row: into rings of blocks and attended to on the device, while the host waits for nothing."""
+
+    name, takes = "ring step", AttendRequest
+
+    def can(self, request: AttendRequest) -> bool:
+        """Whether the backend has such a step; there must be no padding, no gradient, and a cache with memory."""
+        query, cache = request.query, request.cache
+        if not backend_for(query).capabilities.ring or request.tokens != 1 or request.learns:
+            return False
+        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
+        return able and request.chunk.real is None
+
+    def run(self, request: AttendRequest) -> torch.Tensor | None:
+        """Returns `[rows, 1, heads, value_dim]`; None where rows or caches share blocks."""
+        cache, of_gates = cast(PlanCacheLayer, request.cache), request.gate_scores
+        gated = None if of_gates is None else of_gates[:, :, 0]
+        return cache.step_in_ring(request.query, request.scores, gated, backend_for(request.query))
 
 
 class CommitAndDecode(Route[AttendRequest]):
@@ -372,7 +393,15 @@ def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
     return CacheView([keys], [values], table)
 
 
-ROUTES: tuple[Route[Any], ...] = (AllLayers(), OneLayer(), FromHidden(), CacheStep(), CommitAndDecode(), Plain())
+ROUTES: tuple[Route[Any], ...] = (
+    AllLayers(),
+    OneLayer(),
+    FromHidden(),
+    CacheStep(),
+    RingStep(),
+    CommitAndDecode(),
+    Plain(),
+)
 """All routes, in the order in which they are tried."""
 _said: set[str] = set()
 

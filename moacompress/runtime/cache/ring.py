@@ -1,0 +1,169 @@
+"""The windows of a layer's cache as rings of blocks, while single tokens are taken in on its device.
+
+A table of rings does not change while rows grow (`kernels.arguments.RingState`): a block that no query sees any more is written
+over by the one that takes its place. All blocks that will be asked for up to some length are taken before the first step, so
+the host does nothing in a step but count. What the layer holds then follows from how many tokens there are, by the arithmetic
+of `block_runs`: `Ring.leave` makes the block table again, and whoever wants to know what is held asks for that first. So forks,
+beams, drafts that are rolled back and chunks are what they are without rings, and no data is moved.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moacompress.core.arrays import Ints, ragged_ranges
+from moacompress.kernels.arguments import RingState, Scores
+from moacompress.kernels.backend import Backend
+from moacompress.rules.windows import BLOCK, whole_blocks
+from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs
+from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.pool import Ids
+
+AHEAD = 256
+"""Tokens that rings are made for at least, beyond those that there are."""
+LONGEST_LOOK = 4096
+"""Lengths before the last one at which the largest window is looked for; windows do not shrink."""
+
+
+class Ring:
+    """A layer's blocks in rings.
+
+    Args:
+        held: the layer's blocks; while the ring is used its tables name all blocks of the ring, in their places there.
+        until: tokens that a row may have.
+        lag: tokens that can be rolled back.
+        sizes: see `ring_sizes`.
+        backend: that makes the steps.
+
+    Attributes:
+        steps: how many tokens were taken in.
+    """
+
+    def __init__(self, held: LayerBlocks, until: int, lag: int, sizes: Ints, backend: Backend) -> None:
+        self._held, self._lag, self._sizes = held, lag, sizes
+        self._room = until - int(held.lengths.max(initial=0))
+        self.steps = 0
+        pool, rules, device = held.pool, held.rules, held.pool.device
+        with pool.lock:
+            held.table.ids = _ring_table(held, until, sizes)
+            if held.selected is not None:
+                _take_selected(held, until)
+            layout = pool.layout
+            table, lengths = (torch.from_numpy(each.copy()).to(device) for each in (held.table.ids, held.lengths))
+            state = RingState([*pool.keys], [*pool.values], [], table, sizes, lengths)
+            if held.selected is not None:
+                selected = torch.from_numpy(held.selected.ids.copy()).to(device)
+                counts = torch.from_numpy(np.ascontiguousarray(rules.selected(held.lengths))).to(device)
+                state = state._replace(scores=pool.value_sets()[0], selected=selected, counts=counts)
+        kv_dims = layout.kinds[0][0].dim, layout.value_dim
+        self._steps = backend.bind_ring(state, rules=rules, kv_dims=kv_dims, dtype=layout.dtype)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more tokens can be taken in."""
+        return self.steps >= self._room
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
+        gate_scores: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Takes in one more token of every row and attends to it; see `BoundRing.step`."""
+        out = self._steps.step(query, key, value, scores=scores, gate_scores=gate_scores)
+        self.steps += 1
+        return out
+
+    def leave(self) -> None:
+        """Makes the layer's block tables what they are without rings, and gives back the blocks that wait for tokens."""
+        held = self._held
+        lengths = held.lengths + self.steps
+        with held.pool.lock:
+            runs = kept_runs(held.rules, lengths, held.runs, self._lag)
+            rings, ids = held.table.ids, np.full((*runs.shape[2:], int(runs[:, END].max(initial=0))), -1, np.int32)
+            for begin, end in runs:
+                rows, heads, number = _owned(begin, end)
+                ids[rows, heads, number] = rings[rows, heads, _slots(number, heads, self._sizes)]
+            held.pool.release(np.setdiff1d(rings, ids).astype(np.int32))
+            held.table.ids, held.runs = ids, runs
+            if held.selected is not None:
+                kept = whole_blocks(held.rules.selected(lengths)) // BLOCK
+                beyond = np.arange(held.selected.ids.shape[-1]) >= kept[..., None]
+                held.pool.release(held.selected.ids[beyond])
+                held.selected.ids = np.where(beyond, -1, held.selected.ids).astype(np.int32)
+            held.move_to(lengths)
+
+
+def ring_sizes(held: LayerBlocks, until: int, lag: int) -> Ints | None:
+    """Returns how many blocks the sinks take of each KV head, and how many the largest window up to some length takes.
+
+    Args:
+        held: the layer's blocks.
+        until: tokens that a row may have.
+        lag: tokens that can be rolled back.
+
+    Returns:
+        int64 `[2, kv_heads]`; None where a block of them may not be written over: it is another row's or cache's, too.
+    """
+    named = held.named[held.named >= 0]
+    if held.pool.shared and (held.pool.refs[named] > 1).any():
+        return None
+    sinks = whole_blocks(held.rules.span.sink) // BLOCK
+    begin, end = held.runs[0]
+    if ((end > begin) & (end > sinks)).any():
+        return None
+    first = int(held.lengths.min(initial=until))
+    lengths = np.arange(max(first, until - LONGEST_LOOK), until + 1)
+    begin = held.rules.block_runs(np.maximum(lengths - lag, 0))[-1, BEGIN]
+    end = held.rules.block_runs(lengths)[-1, END]
+    most = (end - np.maximum(begin, sinks)).max(axis=0)
+    now = (held.runs[-1, END] - np.maximum(held.runs[-1, BEGIN], sinks)).max(axis=0, initial=1)
+    return np.stack((sinks, np.maximum(most, now)))
+
+
+def _ring_table(held: LayerBlocks, until: int, sizes: Ints) -> Ids:
+    """Returns the table of rings: the blocks that are held, and new ones for those that tokens up to `until` lie in."""
+    found = np.full((len(held.lengths), held.heads, int(sizes.sum(axis=0).max())), -1, np.int32)
+    for begin, end in held.runs:
+        rows, heads, number = _owned(begin, end)
+        found[rows, heads, _slots(number, heads, sizes)] = held.table.ids[rows, heads, number]
+    begin = np.broadcast_to(-(-held.lengths[:, None] // BLOCK), found.shape[:2])
+    end = np.minimum(-(-until // BLOCK), np.maximum(begin, sizes[0]) + sizes[1])
+    rows, heads, number = _owned(begin, end)
+    slots = _slots(number, heads, sizes)
+    missing = found[rows, heads, slots] < 0
+    found[rows[missing], heads[missing], slots[missing]] = held.pool.take(heads[missing])
+    return found
+
+
+def _take_selected(held: LayerBlocks, until: int) -> None:
+    """Takes blocks for all tokens that gates will select up to some length."""
+    assert held.selected is not None
+    wanted = whole_blocks(held.rules.selected(np.array([until])))[0] // BLOCK
+    held.selected.widen(int(wanted.max(initial=1)))
+    ids = held.selected.ids
+    rows, heads, number = np.nonzero((ids < 0) & (np.arange(ids.shape[-1]) < wanted[:, None]))
+    ids[rows, heads, number] = held.pool.take(heads)
+
+
+def _owned(begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
+    """Returns row, KV head and number of the blocks in the runs of every row and KV head, `[rows, heads]` each."""
+    owner, number = ragged_ranges(begin, end)
+    return *np.divmod(owner, begin.shape[1]), number
+
+
+def _slots(number: Ints, heads: Ints, sizes: Ints) -> Ints:
+    """Returns where blocks lie in the tables of KV heads, int64 `[blocks]`."""
+    sinks, ring = sizes[:, heads]
+    return np.where(number < sinks, number, sinks + (number - sinks) % ring)
+
+
+def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend) -> Ring | None:
+    """Returns rings of a layer's blocks, for as many tokens as were reserved or a few more; None where some are shared."""
+    until = max(reserve or 0, int(held.lengths.max(initial=0)) + AHEAD)
+    with held.pool.lock:
+        sizes = ring_sizes(held, until, lag)
+    return None if sizes is None else Ring(held, until, lag, sizes, backend)

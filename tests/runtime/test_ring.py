@@ -1,0 +1,300 @@
+"""Rings of blocks hold what block tables hold, after every step and whatever is done between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from moacompress.kernels.arguments import Scores, as_tensors
+from moacompress.kernels.dispatch import REFERENCE
+from moacompress.kernels.kv_parts import read_tokens
+from moacompress.kernels.reference.passing import merged
+from moacompress.kernels.selected_attention import attend_selected
+from moacompress.rules.formats import FORMATS
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
+from moacompress.runtime.cache import ring
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.real_tokens import Chunk
+from tests.pretend_device import KIND, PretendTensor
+
+DIM, GROUP, MIN_WINDOW = 16, 2, 16
+SCORES = Scores(DIM**-0.5)
+
+
+@pytest.fixture
+def triton(use_backend: Callable[[str], Any]) -> Any:
+    return use_backend("triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Blocks are full of NaN until something is written there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Pair:
+    """A layer's cache that steps in rings, and one that does not; both are fed the same."""
+
+    def __init__(
+        self, rules: RuleTable, rows: int, seed: int, reserve: int | None = None, drafts: bool = False
+    ) -> None:
+        self.rules, self.rows = rules, rows
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layers = [PlanCacheLayer(rules, reserve) for _ in range(2)]
+        for layer in self.layers:
+            layer.record_past = drafts
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns keys, values and scores of so many tokens, `[rows, kv_heads, count, ...]`."""
+        sizes = (self.rows, len(self.rules), count)
+        key, value = (torch.randn(*sizes, DIM, generator=self.generator) for _ in "kv")
+        scores = torch.randint(-9, 9, sizes, generator=self.generator).to(torch.int16)
+        return key, value, scores if self.rules.selects else None
+
+    def chunk(self, count: int, *padding: int) -> None:
+        """Feeds tokens, of which so many are padding at the front of the first rows."""
+        key, value, scores = self.tokens(count)
+        real = np.ones((self.rows, count), np.bool_)
+        for row, beginning in enumerate(padding):
+            real[row, :beginning] = False
+        for layer in self.layers:
+            layer.update(key, value)
+            layer.commit(Chunk(count, None if real.all() else real), scores)
+
+    def step(self, backend: Any) -> None:
+        """Feeds one token of every row, and compares what is attended to."""
+        key, value, scores = self.tokens(1)
+        query = torch.randn(self.rows, GROUP * len(self.rules), 1, DIM, generator=self.generator)
+        ringed, plain = self.layers
+        for layer in self.layers:
+            layer.update(key, value)
+        found = ringed.step_in_ring(query, SCORES, None if scores is None else scores[:, :, 0], backend)
+        assert found is not None
+        plain.commit(Chunk(1), scores)
+        held = plain.blocks_held()
+        lengths = held.lengths
+        wanted = REFERENCE.decode(
+            query[:, :, 0],
+            cache=held.view(),
+            lengths=torch.from_numpy(lengths),
+            rules=as_tensors(self.rules),
+            scores=SCORES,
+            with_lse=True,
+        )
+        assert wanted[1] is not None
+        if self.rules.selects:
+            more = attend_selected(
+                query[:, :, 0], held.view_selected(), self.rules.selected(lengths), self.rules, SCORES
+            )
+            wanted = merged((wanted[0], wanted[1]), more)
+        assert (found[:, 0] - wanted[0]).abs().max() < 1e-4
+
+    def compare(self) -> None:
+        """Compares what the two hold."""
+        ringed, plain = (layer.blocks_held() for layer in self.layers)
+        assert np.array_equal(ringed.lengths, plain.lengths)
+        assert np.array_equal(ringed.runs, plain.runs)
+        assert np.array_equal(ringed.left, plain.left)
+        assert ringed.used_bytes == plain.used_bytes
+        assert ringed.pool.used == plain.pool.used
+        for table, other in zip(ringed.tables, plain.tables, strict=True):
+            assert np.array_equal(np.argwhere(table.ids >= 0), np.argwhere(other.ids >= 0))
+        for held in zip(*(tokens_of(layer) for layer in (ringed, plain)), strict=True):
+            for ours, theirs in zip(*held, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def tokens_of(held: Any) -> Iterator[list[torch.Tensor]]:
+    """Yields keys, values and scores of the tokens that a layer holds, by row, KV head and where they are."""
+    selected = held.rules.selected(held.lengths)
+    for row, head in np.ndindex(*selected.shape):
+        positions = np.concatenate([np.arange(begin * BLOCK, end * BLOCK) for begin, end in held.runs[:, :, row, head]])
+        places = np.arange(selected[row, head])
+        for table, numbers in ((held.table, positions[positions < held.lengths[row]]), (held.selected, places)):
+            if table is None or not len(numbers):
+                continue
+            slots = table.slots(row, head, numbers)
+            ids, at = torch.from_numpy(slots // BLOCK), torch.from_numpy(slots % BLOCK)
+            parts = held.pool.layout.kinds[held.pool.layout.of_head[head]]
+            found = [
+                read_tokens(memory, part, ids[None, None], at)
+                for memory, part in zip((held.pool.keys, held.pool.values), parts, strict=True)
+            ]
+            assert all(each is not None and not each.isnan().any() for each in found)
+            scored = held.rules.selecting[head]
+            yield [*found, *([held.pool.read_scores(slots)] if scored else [])]  # type: ignore[list-item]
+
+
+RULE = st.builds(
+    Rule,
+    st.sampled_from((0, 4, 16, 64)),
+    st.sampled_from((0, 7, 20, 40)),
+    st.sampled_from((0, 0, 100, 700, 1024)),
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from(sorted(FORMATS)),
+)
+OPERATION = st.one_of(
+    st.tuples(st.just("step"), st.integers(1, 20)),
+    st.tuples(st.just("step"), st.integers(1, 20)),
+    st.tuples(st.sampled_from(("chunk", "draft", "read", "fork", "repeat")), st.integers(1, 40)),
+)
+
+
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.heavy)])
+def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the rules, lengths and padding; between steps chunks, drafts that are rolled back, forks and repeated rows."""
+    monkeypatch.setattr(ring, "AHEAD", 24)  # rings are full soon, and are made anew
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        phases=[Phase.generate],  # what is smaller takes as long to find again
+    )
+    @given(
+        st.lists(RULE, min_size=1, max_size=3),
+        st.sampled_from(((0, 0), (9, 0), (3, 300))),
+        st.sampled_from((None, None, 30)),
+        st.tuples(st.integers(1, 2), st.integers(1, 90), st.integers(0, 9)),
+        st.sampled_from((None, 200)),
+        st.lists(OPERATION, min_size=1, max_size=4),
+        st.integers(0, 99),
+    )
+    def check(
+        rules: list[Rule],
+        select: tuple[int, int],
+        native: int | None,
+        sizes: tuple[int, int, int],
+        reserve: int | None,
+        operations: list[tuple[str, int]],
+        seed: int,
+    ) -> None:
+        if native is None:
+            rules[0] = replace(rules[0], select_alpha=select[0], select_beta_q=select[1])
+        table = RuleTable.of(rules, MIN_WINDOW, native)
+        drafts = any(name == "draft" for name, _ in operations) and not table.selects
+        pair = Pair(table, sizes[0], seed, reserve, drafts)
+        pair.chunk(sizes[1], min(sizes[2], sizes[1] - 1))
+        others = []
+        for name, count in operations:
+            if name == "step":
+                shared = pair.layers[0].blocks_held().pool.shared
+                if shared:  # which rings do not take: blocks of another would be written over
+                    pair.chunk(1)
+                else:
+                    for _ in range(count):
+                        pair.step(triton)
+            elif name == "chunk":
+                pair.chunk(count)
+            elif name == "draft" and drafts:
+                for layer in pair.layers:
+                    layer.roll_back(np.full(pair.rows, min(count, int(layer.lengths.min()))), count)
+            elif name == "fork":
+                others += [layer.fork() for layer in pair.layers]
+            elif name == "repeat":
+                for layer in pair.layers:
+                    layer.select(np.arange(pair.rows).repeat(2)[:3])
+                pair.rows = min(2 * pair.rows, 3)
+            pair.compare()
+
+    check()
+
+
+@pytest.mark.parametrize("padding", [(0, 5, 11), pytest.param(tuple(range(16)), marks=pytest.mark.heavy)], ids=str)
+def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], triton: Any) -> None:
+    """From every place in a block: a window of a few blocks, until its ring has come round."""
+    pair = Pair(RuleTable.of([Rule(4, 20, 0, "int8", "int4", 9)], MIN_WINDOW), len(padding), 0)
+    pair.chunk(56, *padding)
+    for _ in range(26):
+        pair.step(triton)
+    held = pair.layers[0]._held
+    assert held is not None
+    assert held.table.ids.shape[-1] < 8  # of 6 blocks
+    pair.compare()
+
+
+def test_shared_blocks_are_not_written_over(triton: Any) -> None:
+    pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 1, 0)
+    pair.chunk(50)
+    fork = pair.layers[0].fork()
+    key, value, _ = pair.tokens(1)
+    pair.layers[0].update(key, value)
+    query = torch.randn(1, GROUP, 1, DIM)
+    assert pair.layers[0].step_in_ring(query, SCORES, None, triton) is None
+    assert fork.blocks == pair.layers[0].blocks
+
+
+def test_blocks_that_wait_are_given_back(triton: Any) -> None:
+    pair = Pair(RuleTable.of([Rule(4, 0, 1024), Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW), 1, 0, reserve=400)
+    pair.chunk(50)
+    pair.step(triton)
+    layer = pair.layers[0]
+    pool = layer._held.pool  # type: ignore[union-attr]
+    waiting = pool.used
+    assert waiting > layer.blocks
+    pair.step(triton)
+    assert pool.used == waiting
+    layer.reset()
+    assert pool.used == 0
+
+
+class _Launched:
+    """A kernel that takes tensors on the pretended device."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*given: Any, **constants: Any) -> None:
+            self.kernel[grid](*(each.held if isinstance(each, PretendTensor) else each for each in given), **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("select", [0, 9])
+def test_a_step_asks_the_host_for_nothing(
+    select: int, triton: Any, pretend_device: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy to the host; and none from it but of what a layer's first step reads of the rings."""
+    from moacompress.kernels.triton import append_kernels, decode_kernels, ring_steps, select_kernels
+
+    rules = RuleTable.of([Rule(4, 20, 0, "int8", "int4", select), Rule(4, 0, 1024)], MIN_WINDOW)
+    for module, names in (
+        (append_kernels, ("append", "append_next")),
+        (decode_kernels, ("split", "merge")),
+        (select_kernels, ("select", "move")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, _Launched(getattr(module, name)))
+    monkeypatch.setattr(triton, "supports", lambda device, dtype: True)
+    pair = Pair(rules, 2, 0)
+    layer = pair.layers[0]
+    with pretend_device() as device:
+        key, value, scores = pair.tokens(50)
+        layer.update(key.to(KIND), value.to(KIND))
+        layer.commit(Chunk(50), None if scores is None else scores.to(KIND))
+        for number in range(20):
+            key, value, scores = pair.tokens(1)
+            gated = None if scores is None else scores[:, :, 0].to(KIND)
+            query = torch.randn(2, 2 * GROUP, 1, DIM).to(KIND)
+            layer.update(key.to(KIND), value.to(KIND))
+            waits = len(device.waits)
+            if number == 1:
+                monkeypatch.setattr(ring_steps, "sent", None)
+                monkeypatch.setattr(torch, "from_numpy", None)
+            out = layer.step_in_ring(query, SCORES, gated, triton)
+            assert out is not None
+            assert out.device.type == KIND
+            assert len(device.waits) == waits
