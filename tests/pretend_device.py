@@ -130,6 +130,14 @@ class _Indexed(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _HostGenerator(torch.Generator):
+    """One on the CPU, whatever device is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> _HostGenerator:
+        """Returns it."""
+        return super().__new__(cls, "cpu")
+
+
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
     with _Indexed():  # which is off inside of a function that it looks at, and so in what that calls
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
@@ -202,6 +210,7 @@ def pretend_device() -> Iterator[PretendDevice]:
         mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
         mock.patch.object(torch, "inference_mode", _no_gradients),  # which knows no tensors of a kind of one's own
         mock.patch.object(torch.accelerator, "synchronize"),
+        mock.patch.object(torch, "Generator", _HostGenerator),
         torch.autograd.set_multithreading_enabled(False),
         PretendDevice() as mode,
         _Indexed(),

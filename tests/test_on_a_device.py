@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import moacompress
+from moacompress.bench.bench_request import BenchRequest
+from moacompress.bench.benchmark import run_bench
 from moacompress.models.source import model_shape
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
@@ -91,6 +93,20 @@ def test_what_fails_on_a_device_fails(pretend_device):
         assert there.sum().item() == 3
         assert (there * torch.tensor(2.0)).cpu().tolist() == [2, 2, 2]
         assert len(device.waits) == 2
+
+
+def test_bench(compressed, pretend_device):
+    """Steps and prompts of all sides that are not compiled."""
+    sides = ("plan", "full_span", "dense")
+    request = BenchRequest(
+        (96,), (2,), ("float32",), sides, tokens=2, repeats=1, prefill_repeats=1, peak=False, device=f"{KIND}:0"
+    )
+    with pretend_device():
+        decode, prefill = run_bench(compressed, request)["runs"]
+    plan = Plan.load(compressed / "model" / "plan.json")
+    assert decode["kv_bytes_plan"] == plan.kv_bytes(96, 2)
+    assert all(row[f"{side}_ms"] > 0 for row in (decode, prefill) for side in sides)
+    assert decode["kernel"] == "reference"
 
 
 @pytest.mark.heavy
