@@ -135,7 +135,7 @@ class _HostGenerator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> _HostGenerator:
         """Returns it."""
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:

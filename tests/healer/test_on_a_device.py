@@ -19,7 +19,8 @@ from tests.pretend_device import KIND
 @pytest.fixture
 def trainer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Returns a function that says which device transformers' Trainer takes, and that its optimizer is fused there."""
-    known, optimizer = transformers.TrainingArguments.device.fget, sys.modules["torch.optim.optimizer"]
+    property_of: Any = transformers.TrainingArguments.device
+    known, optimizer = property_of.fget, sys.modules["torch.optim.optimizer"]
 
     def choose(name: str) -> None:
         there = torch.device(name)
