@@ -65,7 +65,7 @@ def test_each_is_taken_where_those_before_it_cannot(fed, monkeypatch):
 def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
     script = load_script(BENCHMARK)
     dense = script.dense_model("llama", script.MODELS["tiny"] | {"num_hidden_layers": 2}, "float32")
-    steps = script.Steps(script.SITUATIONS["batch 8"], dense, 64, 1, False)
+    steps = script.Steps(script.SITUATIONS["batch 8"], dense, 64, 1)
     for _ in range(2):  # what was taken away is there again
         rows = script.measured(steps, 1)
         assert [row["route"] for row in rows] == [*WITHOUT, "plain", script.REFERENCE]
@@ -73,7 +73,7 @@ def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
         ("batch 8 with ended rows", ["commit and decode", "plain"]),
         ("gates and a hook on one layer", ["cache step", "commit and decode", "plain"]),
     ):
-        taken = script.Steps(script.SITUATIONS[name], dense, 64, 1, False).routes()
+        taken = script.Steps(script.SITUATIONS[name], dense, 64, 1).routes()
         assert [*taken] == [*expected, script.REFERENCE]
 
 
