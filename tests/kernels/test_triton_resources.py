@@ -47,7 +47,7 @@ def test_what_those_take_that_round():
     for row in resources("sm_80,sm_90,sm_100,gfx942", "96,128,256", "append"):
         assert row["spilled"] == 0, row
         assert not row["inexact"], row
-        assert row["card"] == "gfx942" or row["at once"] == 32, row
+        assert row["card"] == "gfx942" or row["at once"] >= 24, row
 
 
 @pytest.mark.builds("triton")
