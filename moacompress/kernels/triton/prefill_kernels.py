@@ -70,8 +70,8 @@ def chunk_scores(
 
 
 @triton.jit
-def passing_keys(
-    Keys,
+def passing_numbers(
+    Pool,
     offset,
     place,
     cached,
@@ -82,82 +82,46 @@ def passing_keys(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    VALUES: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Returns keys of selected tokens, `[tokens, WIDTH]` and of 4 bits their second halves; see `passing_values`."""
-    if BITS == 0:
-        low = native_numbers(Keys, offset, place, cached, DIM, WIDTH).to(dtype)
-        low += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, 0).to(dtype)
-        high = low
-    else:
-        BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
-        HALF: tl.constexpr = (DIM + 1) // 2
-        found = key_words(Keys.to(tl.pointer_type(tl.int32)), offset, place, cached, BYTES, WIDTH // 4)
-        scale, zero = scale_and_zero(Keys.to(tl.pointer_type(tl.float16)), offset, place, cached, BYTES)
-        if BITS == 4:
-            low = ((found & 15).to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            low += chunk_numbers(start, t, fresh, stride, HALF, WIDTH, 0).to(dtype)
-            high = ((found >> 4).to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            high += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, HALF).to(dtype)
-        else:
-            low = (found.to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            low += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, 0).to(dtype)
-            high = low
-    return low, high
-
-
-@triton.jit
-def passing_values(
-    Values,
-    offset,
-    place,
-    cached,
-    start,
-    t,
-    fresh,
-    stride,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Reads values of selected tokens, which lie anywhere.
+    """Reads keys or values of selected tokens, which lie anywhere.
 
     Args:
-        Values: see `add_codes`.
-        offset: see `cached_scores`.
+        Pool: see `Keys` of `cached_scores`.
+        offset: likewise.
         place: likewise.
         cached: which lie in cache blocks, bool `[tokens]`; of others the numbers there are 0.
-        start: values of the chunk, of the row and KV head.
+        start: keys or values of the chunk, of the row and KV head.
         t: their tokens there, `[tokens]`.
         fresh: which lie there, bool `[tokens]`; of others those numbers are 0.
         stride: between tokens of the chunk.
-        DIM: numbers of a value.
+        DIM: numbers of a vector.
         WIDTH: side of a product.
         BITS: of a code, 0 of native numbers.
+        VALUES: whether they are values.
         dtype: of the result.
 
     Returns:
         `[tokens, WIDTH]`, and likewise their second halves where codes have 4 bits.
     """
+    HALF: tl.constexpr = (DIM + 1) // 2 if BITS == 4 else DIM
+    low = chunk_numbers(start, t, fresh, stride, HALF, WIDTH, 0).to(dtype)
+    high = low
     if BITS == 0:
-        low = native_numbers(Values, offset, place, cached, DIM, WIDTH).to(dtype)
-        low += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, 0).to(dtype)
-        high = low
+        low += native_numbers(Pool, offset, place, cached, DIM, WIDTH).to(dtype)
     else:
         BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
-        HALF: tl.constexpr = (DIM + 1) // 2
-        found = value_bytes(Values.to(tl.pointer_type(tl.uint8)), offset, place, cached, BYTES, WIDTH)
-        scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, cached, BYTES)
-        if BITS == 4:
-            low = ((found & 15).to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            low += chunk_numbers(start, t, fresh, stride, HALF, WIDTH, 0).to(dtype)
-            high = ((found >> 4).to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            high += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, HALF).to(dtype)
+        if VALUES:
+            found = value_bytes(Pool.to(tl.pointer_type(tl.uint8)), offset, place, cached, BYTES, WIDTH)
         else:
-            low = (found.to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
-            low += chunk_numbers(start, t, fresh, stride, DIM, WIDTH, 0).to(dtype)
-            high = low
+            found = key_words(Pool.to(tl.pointer_type(tl.int32)), offset, place, cached, BYTES, WIDTH // 4)
+        scale, zero = scale_and_zero(Pool.to(tl.pointer_type(tl.float16)), offset, place, cached, BYTES)
+        if BITS == 4:
+            high = chunk_numbers(start, t, fresh, stride, DIM, WIDTH, HALF).to(dtype)
+            high += ((found >> 4).to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
+            found = found & 15
+        low += (found.to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype)
     return low, high
 
 
@@ -431,7 +395,7 @@ def attend_chunk(
                     passing_place = tl.where(pooled, slot % BLOCK, 0)
                     passing_own = tl.where(fresh, -1 - slot, 0)
                     passing_key_at = tl.load(KeyPlaces + passing_id, mask=pooled, other=0)
-                    low_keys, high_keys = passing_keys(
+                    low_keys, high_keys = passing_numbers(
                         Keys,
                         passing_key_at,
                         passing_place,
@@ -443,6 +407,7 @@ def attend_chunk(
                         HEAD_DIM,
                         HEAD,
                         KEY_BITS,
+                        False,
                         query.dtype,
                     )
                     score = tl.dot(query, tl.trans(low_keys), input_precision="ieee")
@@ -452,7 +417,7 @@ def attend_chunk(
                         score, seen, peak, denominator, scaling, softcap, SOFTCAP
                     )
                     passing_value_at = tl.load(ValuePlaces + passing_id, mask=pooled, other=0)
-                    low_values, high_values = passing_values(
+                    low_values, high_values = passing_numbers(
                         Values,
                         passing_value_at,
                         passing_place,
@@ -464,6 +429,7 @@ def attend_chunk(
                         VALUE_DIM,
                         VALUE,
                         VALUE_BITS,
+                        True,
                         query.dtype,
                     )
                     zeros = zeros * shrunk
