@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import pytest
 import torch
 
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.triton.tile_sizes import prefill_constants, split_constants
 from tests.kernels.test_triton import PAIRS
 
 REFERENCE = ReferenceBackend()
@@ -90,3 +92,18 @@ def test_selected_tokens_that_are_not_finite_reach_those_who_see_them(pair, numb
     for mine, right in zip(found, wanted, strict=True):
         assert torch.equal(mine.isnan(), right.isnan())
         assert torch.allclose(mine.nan_to_num(), right.nan_to_num(), atol=3e-5)
+
+
+def test_a_kernel_is_given_what_it_takes():
+    """The interpreter passes over other constants; a compiler does not."""
+    from moacompress.kernels.triton import decode_kernels, prefill_kernels
+
+    sizes = {"softcap": True, "wide": False, "item_size": 2}
+    _, decode = split_constants(4, 64, 64, (8, 4), **sizes)
+    _, prefill = prefill_constants(4, 64, 64, (8, 4), logits=True, cached=True, passing=True, newer=True, **sizes)
+    for kernel, constants in (
+        (decode_kernels.split, decode),
+        (prefill_kernels.attend_chunk, {**prefill, "CAREFUL": 1}),
+    ):
+        upper = {name for name in inspect.signature(kernel.fn).parameters if name.isupper()}
+        assert upper == constants.keys()

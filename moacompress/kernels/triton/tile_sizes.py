@@ -80,12 +80,25 @@ def split_constants(
         ring: whether blocks lie in rings.
     """
     tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits))
+    sides = _side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide)
+    return tiles, {
+        **sides,
+        "GROUP": padded(group),
+        "TILE": tiles.TILE,
+        "STAGES": tiles.num_stages,
+        "RING": ring,
+    }
+
+
+def _side_constants(
+    group: int, head_dim: int, value_dim: int, bits: tuple[int, int], *, softcap: bool, wide: bool
+) -> dict[str, int | bool]:
+    """Returns what all attention is compiled for; arguments as of `split_constants`."""
     head, value = (
         padded(-(-dim // 2) if each == 4 else dim) for dim, each in zip((head_dim, value_dim), bits, strict=True)
     )
-    return tiles, {
+    return {
         "G": group,
-        "GROUP": padded(group),
         "HEAD_DIM": head_dim,
         "HEAD": head,
         "VALUE_DIM": value_dim,
@@ -94,9 +107,6 @@ def split_constants(
         "VALUE_BITS": bits[1],
         "SOFTCAP": softcap,
         "WIDE": wide,
-        "TILE": tiles.TILE,
-        "STAGES": tiles.num_stages,
-        "RING": ring,
     }
 
 
@@ -118,8 +128,7 @@ def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, ne
     if max(head_dim, value_dim) > 128:
         return TileSizes(32, 2, 8), SMALLEST
     if newer:
-        tiles = decode_tiles(head_dim, value_dim, item_size, coded)
-        return tiles._replace(TILE=min(tiles.TILE, 32)) if coded else tiles, 64
+        return TileSizes(32, 3, 4) if coded else decode_tiles(head_dim, value_dim, item_size, False), 64
     return TileSizes(32, 2, 4), 32
 
 
@@ -152,10 +161,10 @@ def prefill_constants(
         item_size: bytes of the query's numbers.
         newer: see `prefill_tiles`.
     """
-    _, constants = split_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide, item_size=item_size)
     tiles, rows = prefill_tiles(head_dim, value_dim, 4 if wide else item_size, any(bits), newer)
     together = 1 << (group - 1).bit_length()
-    return tiles, constants | {
+    return tiles, {
+        **_side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide),
         "GROUP": together,
         "TOKENS": max(rows // together, 1),
         "LOGITS": logits,
