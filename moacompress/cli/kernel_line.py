@@ -17,14 +17,23 @@ def kernel_line(device: str | None) -> str:
     """
     import torch
 
-    from moacompress.kernels.dispatch import chosen
+    from moacompress.kernels import dispatch
     from moacompress.kernels.reference.reference_backend import ReferenceBackend
 
-    choice = chosen()
+    choice = dispatch.chosen()
+    if device is not None and not device.startswith("cpu"):
+        kind = device.partition(":")[0]
+        runs = [
+            backend
+            for backend in dispatch.backends()
+            if backend.status().works and backend.supports(kind, torch.bfloat16)
+        ]
+        name = choice.name if choice.asked else runs[0].name
+        if name == ReferenceBackend.name:
+            return f"kernels: plain PyTorch on {device}, which saves memory and no time"
+        return f"kernels: {name} on {device}, whose speed there has not been measured"
     if choice.name != ReferenceBackend.name:
         isa = f" ({choice.isa})" if choice.isa else ""
         return f"kernels: {choice.name}{isa}, {torch.get_num_threads()} threads"
-    if device is not None and not device.startswith("cpu"):
-        return f"kernels: plain PyTorch on {device}, which saves memory and no time"
     slower = f"a decode step takes {REFERENCE_TIMES} times as long as with compiled ones"
     return f"kernels: plain PyTorch, as {choice.reason}; {slower}"

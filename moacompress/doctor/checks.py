@@ -409,7 +409,7 @@ def _gpu_kernel(gpus: Sequence[str]) -> str | None:
     triton = next(backend for backend in dispatch.backends() if backend.name == "triton")
     status = triton.status()
     if status.works and triton.supports("cuda", torch.bfloat16):
-        return "triton for decode steps, plain PyTorch for prompts; their speed on a GPU has not been measured"
+        return "triton for all attention but gradients; its speed on a GPU has not been measured"
     return f"plain PyTorch, slower than the dense model's: {status.reason}"
 
 

@@ -28,6 +28,7 @@ from moacompress.core.tables import facts
 from moacompress.kernels import dispatch
 from moacompress.kernels.backend import Status
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.triton.triton_backend import TritonBackend
 from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -237,6 +238,16 @@ def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, 
     assert "kernels: plain PyTorch, as there is no compiler; a decode step takes 13 to 16 times as long" in text
     monkeypatch.setattr("moacompress.models.device.check_device", lambda name: None)
     assert "plain PyTorch on cuda, which saves memory and no time" in call_computing("--device", "cuda")
+    for status in (
+        Status(False, "there is no compiler"),
+        Status(True, "compiled"),
+    ):  # kernels of the CPU run nothing there
+        monkeypatch.setattr(CpuBackend, "status", lambda self, status=status: status)
+        monkeypatch.setattr(TritonBackend, "status", lambda self: Status(True, "there is a card"))
+        monkeypatch.setattr(TritonBackend, "supports", lambda self, device, dtype: device == "cuda")
+        dispatch.forget()
+        found = call_computing("--device", "cuda:1")
+        assert "kernels: triton on cuda:1, whose speed there has not been measured" in found
 
 
 def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
