@@ -94,7 +94,7 @@ def test_selected_tokens_that_are_not_finite_reach_those_who_see_them(pair, numb
         assert torch.allclose(mine.nan_to_num(), right.nan_to_num(), atol=3e-5)
 
 
-def test_a_kernel_is_given_what_it_takes():
+def test_a_kernel_is_given_what_it_takes(triton):
     """The interpreter passes over other constants; a compiler does not."""
     from moacompress.kernels.triton import decode_kernels, prefill_kernels
 
