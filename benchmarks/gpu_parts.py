@@ -23,7 +23,7 @@ from moacompress.bench.graphs import CompiledForward
 from moacompress.bench.sides import STATIC, DecodeTurn, filled_cache, random_ids, same_weights
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
-from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.backend import Backend, prefill_alone
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.models.source import model_shape
@@ -64,6 +64,21 @@ class Sizes(NamedTuple):
     copy: int
     repeats: int
     layers: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return self.model["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer."""
+        return self.model["num_key_value_heads"]
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a key, and of a value."""
+        return self.model["hidden_size"] // self.heads
 
 
 LARGE = Sizes(
@@ -114,6 +129,11 @@ class Runner:
         self.device, self.sizes = torch.device(device), sizes
         self.dtype = torch.bfloat16
         self._cold = torch.empty(min(sizes.copy, 1 << 28), dtype=torch.uint8, device=device)
+
+    @property
+    def backend(self) -> Backend:
+        """What runs attention there."""
+        return dispatch.backend_for(torch.empty(0, dtype=self.dtype, device=self.device))
 
     def seconds(self, run: Callable[[], Any], repeats: int | None = None) -> float:
         """Returns the median time of a call, s, each after what caches of the card hold was written over."""
@@ -179,9 +199,8 @@ class Layer(NamedTuple):
 
 def layer_of(runner: Runner, rows: int, tokens: int, pair: tuple[str, str], *, full: bool = False) -> Layer:
     """Returns a layer's cache under equal spans; blocks that no query sees are not there."""
-    shape, device, dtype = runner.sizes.model, runner.device, runner.dtype
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    dim = shape["hidden_size"] // heads
+    sizes, device, dtype = runner.sizes, runner.device, runner.dtype
+    heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.dim
     rule = replace(Rule.FULL if full else Rule(4, 0, SHARE), key_format=pair[0], value_format=pair[1])
     rules = RuleTable.of([rule] * kv_heads, MIN_WINDOW)
     lengths = torch.full((rows,), tokens, dtype=torch.int64, device="cpu")
@@ -211,8 +230,8 @@ def layer_of(runner: Runner, rows: int, tokens: int, pair: tuple[str, str], *, f
 
 def correct(runner: Runner) -> Iterator[Row]:
     """Yields how far kernels and logits are from plain PyTorch in float32 on the same device."""
-    backend = dispatch.backend_for(torch.empty(0, dtype=runner.dtype, device=runner.device))
-    scores = Scores((runner.sizes.model["hidden_size"] // runner.sizes.model["num_attention_heads"]) ** -0.5)
+    backend = runner.backend
+    scores = Scores(runner.sizes.dim**-0.5)
     for pair in PAIRS:
         layer = layer_of(runner, 2, min(runner.sizes.prompts[0], 1000), pair)
         rules = as_tensors(layer.rules)
@@ -283,8 +302,8 @@ def ceiling(runner: Runner) -> Iterator[Row]:
 
 def decode(runner: Runner) -> Iterator[Row]:
     """Yields a layer's attention of a step: as bytes/s, and beside SDPA over as many tokens, packed."""
-    scores = Scores((runner.sizes.model["hidden_size"] // runner.sizes.model["num_attention_heads"]) ** -0.5)
-    backend = dispatch.backend_for(torch.empty(0, dtype=runner.dtype, device=runner.device))
+    scores = Scores(runner.sizes.dim**-0.5)
+    backend = runner.backend
     for (rows, tokens), pair in itertools.product(runner.sizes.cells, PAIRS):
         layer = layer_of(runner, rows, tokens, pair)
         rules = as_tensors(layer.rules)
@@ -304,8 +323,7 @@ def decode(runner: Runner) -> Iterator[Row]:
 
 
 def _packed(runner: Runner, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
-    heads, kv_heads = (runner.sizes.model[name] for name in ("num_attention_heads", "num_key_value_heads"))
-    dim = runner.sizes.model["hidden_size"] // heads
+    heads, kv_heads, dim = runner.sizes.heads, runner.sizes.kv_heads, runner.sizes.dim
     query = torch.randn(rows, heads, 1, dim, dtype=runner.dtype, device=runner.device)
     key, value = (torch.randn(rows, kv_heads, tokens, dim, dtype=runner.dtype, device=runner.device) for _ in "kv")
     return query, key, value
@@ -313,10 +331,9 @@ def _packed(runner: Runner, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
 
 def prefill(runner: Runner) -> Iterator[Row]:
     """Yields a layer's attention of a prompt under spans, beside SDPA's causal attention of all."""
-    shape = runner.sizes.model
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    dim = shape["hidden_size"] // heads
-    backend = dispatch.backend_for(torch.empty(0, dtype=runner.dtype, device=runner.device))
+    sizes = runner.sizes
+    heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.dim
+    backend = runner.backend
     for tokens in runner.sizes.prompts:
         query = torch.randn(1, heads, tokens, dim, dtype=runner.dtype, device=runner.device)
         key, value = (torch.randn(1, kv_heads, tokens, dim, dtype=runner.dtype, device=runner.device) for _ in "kv")

@@ -22,13 +22,7 @@ def kernel_line(device: str | None) -> str:
 
     choice = dispatch.chosen()
     if device is not None and not device.startswith("cpu"):
-        kind = device.partition(":")[0]
-        runs = [
-            backend
-            for backend in dispatch.backends()
-            if backend.status().works and backend.supports(kind, torch.bfloat16)
-        ]
-        name = choice.name if choice.asked else runs[0].name
+        name = dispatch.backend_on(device.partition(":")[0], torch.bfloat16).name
         if name == ReferenceBackend.name:
             return f"kernels: plain PyTorch on {device}, which saves memory and no time"
         return f"kernels: {name} on {device}, whose speed there has not been measured"

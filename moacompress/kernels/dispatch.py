@@ -159,10 +159,15 @@ def _few_rows(device: str, dtype: torch.dtype) -> int:
     return _backends[name].few_rows(dtype) if name else FEW_ROWS
 
 
+def backend_on(device: str, dtype: torch.dtype) -> Backend:
+    """Returns the backend for tensors of a type of device and a dtype; the reference where the one asked for knows neither."""
+    name = _supporting_name(device, dtype)
+    return _backends[name] if name else REFERENCE
+
+
 def backend_on_host() -> Backend:
     """Returns the backend for what is computed in integers on the CPU, wherever the model is."""
-    name = _supporting_name("cpu", torch.float32)
-    return _backends[name] if name else REFERENCE
+    return backend_on("cpu", torch.float32)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -375,6 +375,12 @@ def unchanged_or_as() -> Callable[..., None]:
     return compare
 
 
+@pytest.fixture
+def triton(use_backend: Callable[[str], Backend]) -> Backend:
+    """The kernels in Triton, by its interpreter where there is no GPU; all attention of the test runs on them."""
+    return use_backend("triton")
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
     """One thread, unless a test sets another number: the tensors are small, and the machine may be busy."""

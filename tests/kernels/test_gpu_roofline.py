@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,8 +23,7 @@ ASSEMBLY = """
 
 
 @pytest.fixture
-def roofline(use_backend, monkeypatch):
-    use_backend("triton")  # kernels are the interpreter's from when they are imported first
+def roofline(triton, monkeypatch):  # kernels are the interpreter's from when they are imported first
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_roofline
 
@@ -60,8 +58,7 @@ def test_the_least_bound_counts(roofline):
 @pytest.mark.builds("triton")
 def test_codes_are_worth_their_bytes_in_the_model():
     """On an H100 no pair of formats is bound by instructions so much that fewer bytes are not faster."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+    pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [

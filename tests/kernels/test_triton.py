@@ -19,11 +19,6 @@ PAIRS = [(0, 0), (1, 1), (1, 2), (2, 2)]
 REFERENCE = ReferenceBackend()
 
 
-@pytest.fixture
-def triton(use_backend):
-    return use_backend("triton")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(12))
 def test_as_the_reference(seed, dtype, triton, random_case, close):

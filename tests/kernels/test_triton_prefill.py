@@ -16,11 +16,6 @@ REFERENCE = ReferenceBackend()
 LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@pytest.fixture
-def triton(use_backend):
-    return use_backend("triton")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(8))
 def test_as_the_reference(seed, dtype, triton, random_case, close):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
@@ -101,21 +102,50 @@ def attend_step(
                 **constants,
                 num_warps=tiles.num_warps,
             )
+    add_up((partial, partial_lse), begins, scores, out, lse)
+    return (turned_back(out, coded[1], group).to(query.dtype) if rotates else out), lse
+
+
+def add_up(
+    partial: tuple[torch.Tensor, torch.Tensor],
+    begins: torch.Tensor,
+    scores: Scores,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Adds up the parts of a step's attention.
+
+    Args:
+        partial: outputs and logs of denominators, as `decode_kernels.split` leaves them.
+        begins: see `decode_kernels.merge`.
+        scores: how scores are made.
+        out: `[rows, heads, value_dim]`; written to.
+        lse: float32 `[rows, heads]`; written to.
+    """
+    rows, heads, value_dim = out.shape
+    group = partial[0].shape[1]
     decode_kernels.merge[(rows * heads,)](
-        partial,
-        partial_lse,
+        *partial,
         lse if scores.sink_logits is None else scores.sink_logits.contiguous(),
         begins,
         out,
         lse,
-        kv_heads,
+        heads // group,
         G=group,
         VALUE_DIM=value_dim,
         VALUE=padded(value_dim),
         LOGITS=scores.sink_logits is not None,
         PARTS=PARTS,
     )
-    if rotates:
-        back = torch.from_numpy(coded[1].repeat(group)).to(device)[None, :, None]
-        out = torch.where(back, rotated(out), out).to(query.dtype)
-    return out, lse
+
+
+def turned_back(out: torch.Tensor, coded: np.ndarray, group: int) -> torch.Tensor:
+    """Returns outputs `[rows, heads, ..., value_dim]` that are in the rotated basis where values have codes, in the plain one.
+
+    Args:
+        out: float32.
+        coded: whether the values of each KV head have codes, bool `[kv_heads]`.
+        group: query heads of a KV head.
+    """
+    back = torch.from_numpy(coded.repeat(group)).to(out.device)
+    return torch.where(back.view(-1, *[1] * (out.ndim - 2)), rotated(out), out)

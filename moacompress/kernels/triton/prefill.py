@@ -10,6 +10,7 @@ from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.triton import prefill_kernels
+from moacompress.kernels.triton.decode import turned_back
 from moacompress.kernels.triton.tile_sizes import NEWER, prefill_constants
 from moacompress.kernels.triton.work_lists import block_places, check_table, first_of, kinds_of, sent
 from moacompress.rules.rule_table import RuleTable
@@ -53,7 +54,7 @@ def attend_chunk(
     kv_heads, value_dim = key.shape[1], value.shape[3]
     group = heads // kv_heads
     kinds = kinds_of(rules, head_dim, value_dim, query.dtype)
-    check_table(cache, chunk_runs(rules, past.numpy()), [*kinds.of_head], (past * (valid > 0)).numpy())
+    check_table(cache, chunk_runs(rules, past.numpy()), kinds.of_head, (past * (valid > 0)).numpy())
     coded = rules.format_codes != 0
     rotates = bool(coded[1].any())
     out = query.new_empty(rows, heads, tokens, value_dim, dtype=torch.float32 if rotates else query.dtype)
@@ -61,10 +62,8 @@ def attend_chunk(
     if not out.numel():
         return out.to(query.dtype), lse
     cached = bool((past > 0).any())
-    own, lists = (
-        [np.nonzero(kinds.number == number)[0] for number in range(len(kinds.pairs))],
-        passing or _nothing(past),
-    )
+    own = [np.nonzero(kinds.number == number)[0] for number in range(len(kinds.pairs))]
+    lists = passing or _nothing(past)
     numbers = (cache.table.numpy(), past.numpy(), valid.numpy(), rules.columns, *(part.numpy() for part in lists), *own)
     table, befores, valids, columns, begins, slots, admitted, evicted, *members = sent(numbers, device)
     plain, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
@@ -121,10 +120,7 @@ def attend_chunk(
                 CAREFUL=careful,
                 num_warps=tiles.num_warps,
             )
-    if rotates:
-        back = torch.from_numpy(coded[1].repeat(group)).to(device)[None, :, None, None]
-        out = torch.where(back, rotated(out), out).to(query.dtype)
-    return out, lse
+    return (turned_back(out, coded[1], group).to(query.dtype) if rotates else out), lse
 
 
 def chunk_runs(rules: RuleTable, past: Ints) -> Ints:

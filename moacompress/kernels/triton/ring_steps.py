@@ -17,12 +17,11 @@ from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
 from moacompress.kernels.triton.cache_writes import Memory, by_kind, memory_of, score_memory
-from moacompress.kernels.triton.decode import PARTS
+from moacompress.kernels.triton.decode import add_up
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
     SELECT_WARPS,
     append_next_constants,
-    padded,
     select_constants,
     split_constants,
 )
@@ -121,19 +120,7 @@ class RingSteps(BoundRing):
         for kind in self._kinds:
             self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, kv_heads, group)
         lse = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
-        decode_kernels.merge[(rows * heads,)](
-            *self._partial,
-            lse if scores.sink_logits is None else scores.sink_logits.contiguous(),
-            self._begins,
-            out,
-            lse,
-            kv_heads,
-            G=group,
-            VALUE_DIM=self._value_dim,
-            VALUE=padded(self._value_dim),
-            LOGITS=scores.sink_logits is not None,
-            PARTS=PARTS,
-        )
+        add_up(self._partial, self._begins, scores, out, lse)
         if self._turns_outputs:
             back = self._turned.bool().repeat_interleave(group, output_size=heads)[None, :, None]
             out = torch.where(back, rotated(out), out).to(query.dtype)
