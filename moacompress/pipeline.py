@@ -35,6 +35,7 @@ from moacompress.exporter.exporting import as_exported, check_reusable, export, 
 from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
 from moacompress.recipe import Recipe, shared_name
+from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model
 from moacompress.run_estimate import asked_length, estimate_run, measured_length
@@ -60,7 +61,7 @@ def compress(
     """Profiles, searches, exports and evaluates; steps that are done already are reused.
 
     Args:
-        recipe: names the model and the budget; the rest has defaults.
+        recipe: names the model, and the budget or the loss; the rest has defaults.
         out: the folder to fill with `profile/ plan.json model/ eval.json summary.json report.html`.
         overwrite: start from scratch: all that a run left in `out` is removed, and nothing else.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -70,14 +71,16 @@ def compress(
         The summary, as in `summary.json`.
 
     Raises:
-        RecipeError: no model or no budget in the recipe.
+        RecipeError: no model in the recipe, or neither a budget nor a loss.
         ArtefactError: `out` holds another run, or another process is filling it.
         MoaCompressError: from any of the steps.
     """
     if recipe.model is None:
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
-    if not recipe.budget:
-        raise RecipeError("no budget given; write --budget 25% or `budget: 25%` in the recipe")
+    if not recipe.budget and recipe.max_loss is None:
+        raise RecipeError(
+            "no budget given; write --budget 25% or `budget: 25%` in the recipe, or --max-loss 1% to have it found"
+        )
     out = Path(out)
     check_writable(out)
     check_recipe(recipe)
@@ -106,7 +109,7 @@ def fill(
     """Does what `compress` does, in a folder that this process owns.
 
     Args:
-        recipe: names the model and the budget.
+        recipe: names the model, and the budget or the loss.
         out: the folder.
         progress: is told of the steps.
         from_scratch: remove all that a run left in the folder, and do not resume a study that is in the recipe's own storage
@@ -145,7 +148,8 @@ def fill(
     )
     summary = {
         "model": shared_name(plan.provenance["source"]),
-        "budget": list(recipe.budget),
+        "budget": list(plan.budget["asked"]),
+        **({} if recipe.max_loss is None else {"max_loss": recipe.max_loss}),
         "reference_length": length,
         "kv_bytes": {
             "dense": plan.model.dense_kv_bytes(length),
@@ -207,6 +211,7 @@ def _produce(
 ) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profile.profiler import profile
+    from moacompress.search.plan_sets import find_smallest
     from moacompress.search.study import find_plan
 
     source = _begin(recipe, out, from_scratch, trust_remote_code)
@@ -215,18 +220,15 @@ def _produce(
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
-    found = clock.run(
-        "search",
-        lambda: find_plan(
-            profiled,
-            recipe.budget,
-            recipe=recipe,
-            out=plan_file,
-            overwrite=from_scratch,
-            model=source,
-            progress=progress,
-        ),
-    )
+    options: dict[str, Any] = {"recipe": recipe, "out": plan_file, "overwrite": from_scratch, "model": source}
+    options["progress"] = progress
+
+    def search() -> SearchResult:
+        if recipe.max_loss is not None:
+            return find_smallest(profiled, Loss.parse(recipe.max_loss), **options)
+        return find_plan(profiled, recipe.budget, **options)
+
+    found = clock.run("search", search)
     earlier = exported_plan(model)
     stale = earlier is not None and _is_earlier(earlier, found.plan)
     if stale:

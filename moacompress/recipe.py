@@ -27,6 +27,7 @@ from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.formats import CODED, FORMATS, NATIVE, dtype_name
+from moacompress.rules.loss import Loss
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,15 @@ def _formats(value: Any) -> Any:
 def _share(value: Any) -> Any:
     try:
         return AskedShares.parse("off" if value is False else value).text  # YAML reads off as False
+    except MoaCompressError as error:
+        raise ValueError(str(error)) from error
+
+
+def _loss(value: Any) -> Any:
+    if value is None or value == "":  # a flag cannot say None
+        return None
+    try:
+        return Loss.parse(str(value)).text
     except MoaCompressError as error:
         raise ValueError(str(error)) from error
 
@@ -336,6 +346,9 @@ class Recipe(_Section):
 
     model: str | None = Field(None, description="hub id, folder or .gguf file")
     budget: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), description="budgets that must all hold")
+    max_loss: Annotated[str | None, BeforeValidator(_loss)] = Field(
+        None, description="instead of a budget: most rise of the perplexity of dense's own answers, such as 1%"
+    )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
     )
@@ -371,6 +384,15 @@ class Recipe(_Section):
         if self.head_weights is not None and self.weights not in ("int8", "int4"):
             raise ValueError(
                 f"head_weights is {self.head_weights} but weights is {self.weights}; they are rounded with int8 or int4 alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Recipe:
+        if self.budget and self.max_loss is not None:
+            raise ValueError(
+                f"budget is {', '.join(self.budget)} and max_loss is {self.max_loss}; a loss finds the budget itself, so give "
+                "one of them"
             )
         return self
 

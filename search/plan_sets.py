@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import front_file, of_search, plan_named, scouts_folder
-from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError, UsageError
+from moacompress.core.artefact_names import explanation_file, front_file, of_search, plan_named, scouts_folder
+from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError
 from moacompress.core.files import remove, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import Progress
@@ -19,6 +17,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import label
 from moacompress.rules.cost import smallest_bytes
+from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
@@ -109,33 +108,6 @@ def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
     return front
 
 
-@dataclass(frozen=True)
-class Loss:
-    """How much worse a plan may be.
-
-    Attributes:
-        text: as it was given.
-        kl: nats. A share p stands for `log(1 + p)`: KL is the expected rise of the negative log-likelihood of what the
-            dense model says, so its perplexity then rises by that share at most.
-    """
-
-    text: str
-    kl: float
-
-    @staticmethod
-    def parse(text: str) -> Loss:
-        """Reads `1%` or `0.01`.
-
-        Raises:
-            UsageError: anything else, or not above 0.
-        """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
-        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-        if not 0 < share <= 1:
-            raise UsageError(f"loss {text!r} is not understood; write '1%' or '0.01', above 0 and at most 100%")
-        return Loss(text.strip(), math.log1p(share))
-
-
 def find_smallest(
     profile: Profile,
     loss: Loss,
@@ -156,8 +128,8 @@ def find_smallest(
     Args:
         profile: a finished profile.
         loss: the most KL.
-        recipe: the run; its budget does not count.
-        out: where the plan goes. The others are beside it, as `plan-25.json`.
+        recipe: the run; its own budget or loss does not count.
+        out: where the plan goes. The others are in a folder beside it, `plan.scouts`.
         overwrite: start from scratch: all of it is removed.
         model: the profile's model where it is loaded already.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -199,7 +171,7 @@ def _smallest(
     begun: set[Path] = set()
 
     def search(share: int, target: Path, **settings: Any) -> SearchResult:
-        resolved = recipe.override(budget=[f"{share}%"], **settings)
+        resolved = recipe.override(budget=[f"{share}%"], max_loss="", **settings)
         from_scratch = overwrite and target not in begun
         begun.add(target)
         options: dict[str, Any] = {"model": source, "progress": progress, "deadline": deadline}
@@ -231,7 +203,7 @@ def _smallest(
             middle = (bad + good) // 2
             bad, good = (bad, middle) if holds(scout(middle)) else (middle, good)
         for share in sorted({max(smallest, int(good * LOWER)), good}):
-            found = search(share, plan_named(out, str(share)))
+            found = search(share, scouts_folder(out) / f"whole-{share}.json")
             if holds(found):
                 return found
         return scout(good)  # the surrogate's own plan does
@@ -244,6 +216,8 @@ def _smallest(
         found = min(held, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
     plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
     plan.save(out)
+    if found.explanation:
+        write_json(explanation_file(out), found.explanation)
     return SearchResult.of(plan, out, found.seconds, found.explanation)
 
 

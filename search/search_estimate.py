@@ -29,6 +29,12 @@ FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
 
 
+SCOUTS = 8
+"""Budgets between the smallest and all bytes at which a loss is tried by the surrogate's own plan, at most."""
+SEARCHES = 2
+"""Whole searches of a loss, at most: somewhat below the smallest budget at which the surrogate's own plan held, and there."""
+
+
 def measurements(recipe: Recipe, samples: int) -> float:
     """Returns how many measurements a search takes, but for its rounds' profiles.
 
@@ -62,7 +68,8 @@ def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> flo
     samples = sum(count for count, _ in counted)
     whole = sum(count * seconds for count, seconds in counted)
     rounds = recipe.search.rounds * recipe.search.round_samples * PASSES * whole / samples
-    return measurements(recipe, samples) * whole + rounds
+    searched = measurements(recipe, samples) * whole + rounds
+    return searched if recipe.max_loss is None else SCOUTS * (1 + PRUNED) * whole + SEARCHES * searched
 
 
 def estimate_search(

@@ -1,6 +1,7 @@
 """The whole way on a tiny model: what is left on disk, what is reused, and what a kill costs."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -89,6 +90,22 @@ def test_a_budget_far_beyond_what_a_run_reads_is_measured_where_it_reads(recipe,
     assert sizes["measured_at"] == {"length": 800, "planned": plan.kv_bytes(800), "measured": plan.kv_bytes(800)}
     assert any("the cache is measured at 800 tokens" in text and "128k" in text for text in heard.said)
     assert any("Measured at 800 tokens" in str(part) for part in summary_tables(summary))
+
+
+def test_a_loss_finds_the_budget_of_a_run(recipe, tmp_path):
+    out = tmp_path / "out"
+    asked = recipe.override(budget=[], max_loss="30%")
+    summary = compress(asked, out)
+    plan = Plan.load(out / "plan.json")
+    assert (summary["max_loss"], summary["budget"]) == ("30%", plan.budget["asked"])
+    assert 0 < plan.kv_share(700) <= float(plan.budget["asked"][0][:-1]) / 100
+    assert plan.quality["measured_harm"]["plan"] <= math.log(1.3)
+    assert "the smallest for a loss of 30%" in str(summary_tables(summary)[0])
+    names = {path.name for path in out.iterdir()}
+    assert names <= {path.name for path in of_compress(out)} | {"profile", ".moacompress.owner"}
+    again = compress(asked, out)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    assert compress(asked, out, overwrite=True)["budget"] == summary["budget"]
 
 
 def test_the_snippet_that_a_run_ends_with_runs(finished, capsys):

@@ -49,6 +49,8 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"budget": "25"}, "budget: budget '25' is a bare number above 1; did you mean '25%'?"),
         ({"budget": 25}, "did you mean '25%'?"),
         ({"budget": ["25%", "abc"]}, "'abc' is not understood"),
+        ({"max_loss": "none"}, "max_loss: loss 'none' is not understood; write '1%' or '0.01'"),
+        ({"max_loss": "1%", "budget": "25%"}, "budget is 25% and max_loss is 1%"),
         ({"seed": -1}, "seed: "),
         ({"dtype": "int8"}, "dtype: "),
         ({"profile": {"formats": ["itn4"]}}, "profile.formats: unknown format 'itn4'; did you mean 'int4'?"),

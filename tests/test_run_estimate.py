@@ -50,6 +50,8 @@ def test_a_search_takes_what_its_steps_do() -> None:
     assert search_seconds(bare, [(10, 1.0), (2, 5.0), (0, 100.0)]) == pytest.approx(1.8 * 20)
     rounds = bare.override(search__rounds=2, search__round_trials=1, search__round_samples=6)
     assert search_seconds(rounds, [(10, 1.0)]) == pytest.approx((1.8 + 1.6) * 10 + 2 * 6 * 4 * 1.0)
+    by_loss = bare.override(max_loss="1%")
+    assert search_seconds(by_loss, [(10, 1.0)]) == pytest.approx((8 + 2) * 1.8 * 10)
 
 
 def test_an_evaluation_takes_what_its_answers_do() -> None:

@@ -28,6 +28,15 @@ Budgets = Annotated[
         "--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold."
     ),
 ]
+MaxLossOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-loss",
+        metavar="LOSS",
+        help="Instead of a budget: find the smallest one whose plan raises the perplexity of the dense model's own "
+        "answers by at most this, such as 1%.",
+    ),
+]
 LengthsOption = Annotated[
     str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
 ]
@@ -120,6 +129,15 @@ def required_model(given: str | None, recipe_model: str | None) -> str:
             "no model given; name one as MODEL (hub id, folder or .gguf file) or as `model:` in the recipe"
         )
     return model
+
+
+def one_limit(budget: list[str] | None, max_loss: str | None) -> dict[str, Any]:
+    """Returns the recipe form of `--budget` and `--max-loss`: each of them wins over the other one in a recipe's file."""
+    if budget is not None and max_loss is None:
+        return {"budget": budget, "max_loss": ""}
+    if max_loss is not None and budget is None:
+        return {"budget": [], "max_loss": max_loss}
+    return {"budget": budget, "max_loss": max_loss}
 
 
 def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:

@@ -13,10 +13,12 @@ from moacompress.cli.options import (
     ClassesOption,
     CostTableOption,
     FormatsOption,
+    MaxLossOption,
     Overwrite,
     RecipeFile,
     TrustRemoteCode,
     dry_run_option,
+    one_limit,
 )
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
@@ -50,14 +52,7 @@ def search(
             help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold; with commas: one plan each.",
         ),
     ] = None,
-    max_loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOSS",
-            help="Instead of a budget: find the smallest one whose plan raises the perplexity of the dense model's own "
-            "answers by at most this, such as 1%.",
-        ),
-    ] = None,
+    max_loss: MaxLossOption = None,
     front: Annotated[
         bool,
         typer.Option("--front", help="Search the front of KL and bytes between the smallest and the largest budget."),
@@ -128,7 +123,7 @@ def search(
     resolved = run.recipe(
         recipe,
         base=loaded.recipe,
-        budget=list(asked[0]) if len(asked) == 1 else None,
+        **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
         search__trials=trials,
         search__rounds=rounds,
         search__moves=moves,
@@ -144,8 +139,8 @@ def search(
         search__storage=storage,
     )
     if dry_run:
-        if front or max_loss is not None:
-            raise UsageError("--dry-run knows what a search of given budgets takes; leave out --front and --max-loss")
+        if front:
+            raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
         from moacompress.search.search_estimate import estimate_search
 
         plans = max(1, len(asked))
@@ -161,10 +156,11 @@ def search(
 
         shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
         return _several(loaded, find_front(loaded, shares, **options))
-    if max_loss is not None:
-        from moacompress.search.plan_sets import Loss, find_smallest
+    if resolved.max_loss is not None:
+        from moacompress.rules.loss import Loss
+        from moacompress.search.plan_sets import find_smallest
 
-        return _one(loaded, find_smallest(loaded, Loss.parse(max_loss), **options), out)
+        return _one(loaded, find_smallest(loaded, Loss.parse(resolved.max_loss), **options), out)
     if len(asked) > 1:
         from moacompress.search.plan_sets import find_plans
 

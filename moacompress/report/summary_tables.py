@@ -56,7 +56,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
     return [
-        f"{summary['model']}, budget {asked}",
+        f"{summary['model']}, budget {asked}{_for_loss(summary)}",
         size,
         *_measured_elsewhere(kv_bytes),
         quality,
@@ -65,6 +65,11 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         *_weights(summary),
         f"Took {seconds}.",
     ]
+
+
+def _for_loss(summary: Mapping[str, Any]) -> str:
+    """Returns which loss the budget was found for, where one was given."""
+    return f", the smallest for a loss of {summary['max_loss']}" if "max_loss" in summary else ""
 
 
 def _weights(summary: Mapping[str, Any]) -> list[str]:

@@ -17,10 +17,11 @@ from moacompress.core.artefact_names import of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
 from moacompress.rules.budget import label, split_budgets
+from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.search import front, study
 from moacompress.search.front import find_front
-from moacompress.search.plan_sets import Loss, find_plans, find_smallest, smallest_share
+from moacompress.search.plan_sets import find_plans, find_smallest, smallest_share
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -141,6 +142,8 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     assert (found.harm["plan"] or 0.0) <= loss.kl
     assert Plan.load(out) == found.plan
     assert found.plan.budget["max_loss"] == share
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.explain.json", "plan.scouts"}
+    assert json.loads((tmp_path / "plan.explain.json").read_text()) == found.explanation
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile):

@@ -1,0 +1,36 @@
+"""How much worse a plan may be than the dense model: what a search of the smallest budget goes by."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moacompress.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much worse a plan may be.
+
+    Attributes:
+        text: as it was given.
+        kl: nats. A share p stands for `log(1 + p)`: KL is the expected rise of the negative log-likelihood of what the
+            dense model says, so its perplexity then rises by that share at most.
+    """
+
+    text: str
+    kl: float
+
+    @staticmethod
+    def parse(text: str) -> Loss:
+        """Reads `1%` or `0.01`.
+
+        Raises:
+            UsageError: anything else, or not above 0.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+        if not 0 < share <= 1:
+            raise UsageError(f"loss {text!r} is not understood; write '1%' or '0.01', above 0 and at most 100%")
+        return Loss(text.strip(), math.log1p(share))
