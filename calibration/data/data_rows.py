@@ -24,8 +24,16 @@ COLUMNS: dict[RowKind, tuple[str, ...]] = {
 """The columns that each kind of row has, the first kind that fits counts."""
 ARTICLE = "article"
 """Column with the number of a question's article, of rows from a file in SQuAD's form."""
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _EVERY = 3
 """One row in three is kept for validation."""
+
+
+def rows_named(name: str) -> SourceRecipe | None:
+    """Returns the source that a name stands for: a file or folder, or a hub set; None where it is neither."""
+    if Path(name).suffix in SUFFIXES or Path(name).exists():
+        return SourceRecipe(path=name)
+    return SourceRecipe(dataset=name) if "/" in name else None
 
 
 def read_rows(source: SourceRecipe) -> Sequence[DataRow]:

@@ -15,6 +15,7 @@ from moacompress.core.errors import UsageError
 @command(
     "moacompress eval runs/mine --tasks needle-noise,key-value --lengths 1k,2k --prompts 50 -o runs/mine/eval.json",
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
+    "moacompress eval runs/mine --source mine.jsonl --lengths 4k --prompts 200",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
@@ -54,6 +55,14 @@ def evaluate(
     prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
     text: Text = None,
     squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD as JSON, for question answering.")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            metavar="FILE",
+            help="Rows of your own with answers (.jsonl, .json, .parquet) or a hub set, a task of its own; may be repeated.",
+        ),
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Profile that per-layer and split are made from; by default the run's own."),
@@ -88,7 +97,7 @@ def evaluate(
     """Measure a compressed model beside dense and others.
 
     All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
-    the tasks are needle-noise and, where --text is given, text; none of them where --lm-eval is.
+    the tasks are needle-noise and, where --text is given, text; none of them where --source or --lm-eval is.
     """
     if list_tasks:
         return _list_tasks()
@@ -111,12 +120,14 @@ def evaluate(
     from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
+    from moacompress.evaluation.tasks.own_rows import own_tasks
     from moacompress.report.evaluation_tables import csv_text, evaluation_tables
 
     chosen = recipe.evaluation.tasks
     if named is None:
-        chosen = () if harness else (*chosen, TEXT) if text is not None else chosen
-    thresholds = parse_thresholds(fail_under, task_names(chosen))
+        chosen = () if harness or source else (*chosen, TEXT) if text is not None else chosen
+    own, names = own_tasks(source or ()), task_names(chosen)
+    thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if dry_run:
         from moacompress.evaluation.baselines.compared_models import check_names
@@ -127,9 +138,10 @@ def evaluate(
         expected = estimate_eval(
             path,
             others,
-            task_names(chosen),
+            names,
             settings.lengths,
             settings.prompts,
+            own={name: len(task.given or ()) for name, task in own.items()},
             dtype=recipe.dtype,
             device=recipe.device,
             trust_remote_code=trust_remote_code,
@@ -144,6 +156,7 @@ def evaluate(
         prompts=recipe.evaluation.prompts,
         text=recipe.calibration.text,
         squad=squad,
+        sources=source or (),
         profile=profile,
         every_candidate=True,
         lm_eval=harness,

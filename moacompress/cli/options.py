@@ -92,8 +92,6 @@ TextSamples = Annotated[int | None, typer.Option(help="Samples of plain text fro
 ValidationSamples = Annotated[int | None, typer.Option(help="Samples on which plans are measured.")]
 Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-
 
 def dry_run_option(text: str) -> Any:
     """Returns the option `--dry-run` of a command that times the model to estimate what it takes, with its help."""
@@ -160,9 +158,10 @@ def _source(name: str) -> dict[str, Any]:
         return {"generator": task, **values}
     if kind in generators and haystack in ("noise", "prose"):
         return {"generator": kind, "haystack": haystack, **values}
-    if Path(name).suffix in DATA_SUFFIXES or Path(name).exists():
-        return {"path": name}
-    if "/" in name:
-        return {"dataset": name}
+    from moacompress.calibration.data.data_rows import rows_named
+
+    rows = rows_named(name)
+    if rows is not None:
+        return {"path": name} if rows.path else {"dataset": name}
     hint = did_you_mean(name, generators, f"it is a generator ({', '.join(generators)}), a file or a hub id")
     raise UsageError(f"unknown source {name!r}; {hint}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moacompress.core.tables import readable_seconds
@@ -39,13 +39,15 @@ def estimate_eval(
     lengths: Sequence[int],
     prompts: int,
     *,
+    own: Mapping[str, int] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Estimates an evaluation from one timed prompt of each length under the plan; nothing is written.
 
-    Arguments are those of `runner.evaluate`. Baselines without a sink of their own are tried with every sink. Tasks of
+    Arguments are those of `runner.evaluate`, but for `own`: the number of rows of each of the user's own tasks, which count
+    as if all were as long as the longest length. Baselines without a sink of their own are tried with every sink. Tasks of
     lm-evaluation-harness are not counted.
 
     Raises:
@@ -58,7 +60,9 @@ def estimate_eval(
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
     rates = TimedRates(checkpoint.put_on(checkpoint.plan), device)
     seconds = eval_seconds(len(tasks), lengths, prompts, models, rates)
-    answers = len(tasks) * len(lengths) * prompts * models
+    rows = sum(min(count, prompts) for count in (own or {}).values())
+    seconds += eval_seconds(1, [max(lengths)], rows, models, rates)
+    answers = (len(tasks) * len(lengths) * prompts + rows) * models
     return Estimate(
         seconds=seconds,
         text=(f"about {readable_seconds(seconds)} for {answers:,} answers of {models} models.",),

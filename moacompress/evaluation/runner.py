@@ -37,8 +37,10 @@ from moacompress.evaluation.scoring.text_rows import (
     text_result_rows,
 )
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
+from moacompress.evaluation.tasks.own_rows import own_tasks
 from moacompress.evaluation.tasks.registry import Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.prompts.pools import Prose
+from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def evaluate(
     prompts: int = 20,
     text: str | Path | None = None,
     squad: str | Path | None = None,
+    sources: Sequence[str] = (),
     profile: str | Path | None = None,
     every_candidate: bool = False,
     lm_eval: Sequence[str] = (),
@@ -90,6 +93,8 @@ def evaluate(
         prompts: prompts of each task and length.
         text: file or folder of long prose, for prose tasks and for `text`; its evaluation third is used.
         squad: SQuAD as JSON, for question answering.
+        sources: files of rows with answers of your own, or hub ids: each is a task more, of the rows that fit the longest of
+            `lengths`, at most `prompts` of them; see `tasks.own_rows`.
         profile: folder of the profile that `per-layer` and `split` are made from; the one beside `target` by default.
         every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
@@ -132,9 +137,10 @@ def evaluate(
     folder = compressed_folder(Path(target))
     read_batch_size(lm_eval_batch)
     check_names(against)
-    task_names(tasks)  # an unknown name is said before texts are read
-    resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad)
-    names = task_names(tasks, resources)
+    own = own_tasks(sources)
+    task_names(tasks, Resources(own=own))  # an unknown name is said before texts are read
+    resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad, own=own)
+    names = task_names((*own, *tasks), resources)
     check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
     if lm_eval:
         check_lm_eval(lm_eval)
@@ -157,14 +163,15 @@ def evaluate(
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None else Path(out)
-    wording = {name: find_task(name).wording for name in names if name != TEXT}
+    _warn_of_calibration(sources, checkpoint.plan)
+    wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
     with nullcontext() if path is None else own_file(path):
         if path is not None:
             _check_place(path, subject, wording, overwrite)
         records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
         bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
-        wanted = [(task, length) for task in names for length in sorted(set(lengths))]
+        wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
         steps = sum(bench.check(task, length) for task, length in wanted)
         if path is not None and overwrite:
             remove(of_evaluation(path))
@@ -178,6 +185,19 @@ def evaluate(
         if path is not None:
             write_json(path, report)
         return report
+
+
+def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
+    """Warns of rows that a plan was calibrated on, as far as the name of their file tells."""
+    recipe = plan.provenance.get("recipe") or {}
+    seen = {part.get(key) for part in recipe.get("calibration", {}).get("sources", ()) for key in ("path", "dataset")}
+    for name in sources:
+        if name in seen or Path(name).name in seen:
+            logger.warning(
+                "the plan was calibrated on rows of %s, so that its scores there are better than on others; hold rows back for "
+                "the evaluation, in a file of their own",
+                Path(name).name,
+            )
 
 
 def check_request(
@@ -295,7 +315,26 @@ class _Evaluation:
         if task == TEXT:
             self._windows(length)
             return len(self._readers(length)) * self.prompts
-        return len(self._answerers(self._cases(task, length, 1))) * self.prompts
+        given = find_task(task, self.resources).given
+        if given is None:
+            return len(self._answerers(self._cases(task, length, 1))) * self.prompts
+        cases = self._cases(task, length, self.prompts)
+        if not cases:
+            raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
+        if len(cases) < min(len(given), self.prompts):
+            logger.warning(
+                "%d of %d rows of %s do not fit into %s tokens, answers included, and are left out; longer --lengths takes "
+                "them in",
+                len(given) - len(cases),
+                len(given),
+                task,
+                f"{length:,}",
+            )
+        return len(self._answerers(cases)) * len(cases)
+
+    def lengths(self, task: str, asked: Sequence[int]) -> list[int]:
+        """Returns the lengths of those asked for at which a task is measured."""
+        return sorted(set(asked)) if task == TEXT else find_task(task, self.resources).lengths(asked)
 
     def measured(self, wanted: Iterable[tuple[str, int]]) -> dict[str, Any]:
         """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""

@@ -60,6 +60,7 @@ class PromptDraft:
         references: what is looked for in a generated answer.
         plain: the text goes to the model as it is, without the chat template.
         second_turn: the last message is a second turn, fed apart from what is before it.
+        system: what the system says before the user; empty for nothing.
     """
 
     messages: tuple[str, ...]
@@ -68,6 +69,7 @@ class PromptDraft:
     references: tuple[str, ...]
     plain: bool = False
     second_turn: bool = False
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft, messag
         turns = [
             text if index == 0 else f"{' ' if index % 2 else chr(10)}{text}" for index, text in enumerate(messages)
         ]
-        return "".join(turns)
+        return "".join([f"{draft.system}\n"] * bool(draft.system) + turns)
     roles = ("user", "assistant")
-    said = [{"role": roles[index % 2], "content": text} for index, text in enumerate(messages)]
+    said = [{"role": "system", "content": draft.system}] * bool(draft.system)
+    said += [{"role": roles[index % 2], "content": text} for index, text in enumerate(messages)]
     return render_messages(tokenizer, said, generate=len(messages) % 2 == 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from moacompress.prompts.pools import Prose
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from moacompress.evaluation.tasks.registry import EvaluationTask
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -28,10 +30,12 @@ class Resources:
     Attributes:
         prose: long text, the haystack of prose tasks.
         squad: file of SQuAD (v1.1 or v2), for question answering.
+        own: tasks of the user's own rows, by name; see `own_rows`.
     """
 
     prose: Prose | None = None
     squad: str | Path | None = None
+    own: Mapping[str, EvaluationTask] = field(default_factory=dict)
 
     @cached_property
     def questions(self) -> Questions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -66,6 +67,7 @@ class EvaluationTask:
         match: how an answer is compared, see `Case`.
         needs: the user's text that the task needs, or None.
         ruler: one of RULER's, whose sentences an installed package ships.
+        given: the prompts, where they are the user's own and no length is asked of them; None where they are written.
     """
 
     name: str
@@ -77,6 +79,7 @@ class EvaluationTask:
     match: Match = "all"
     needs: Need | None = None
     ruler: bool = False
+    given: tuple[PromptDraft, ...] | None = None
 
     @property
     def wording(self) -> str:
@@ -85,7 +88,12 @@ class EvaluationTask:
         Raises:
             UsageError: one of RULER's, and the package is not installed.
         """
-        return wording_of(self.sentences(), ADJECTIVES, NOUNS)
+        return wording_of(self.sentences(), *((ADJECTIVES, NOUNS) if self.given is None else ()))
+
+    def lengths(self, asked: Iterable[int]) -> list[int]:
+        """Returns the lengths at which it has prompts, of those asked for: those that are given are taken once."""
+        lengths = sorted(set(asked))
+        return lengths if self.given is None else lengths[-1:]
 
     @property
     def requirements(self) -> str:
@@ -282,16 +290,17 @@ TASKS: dict[str, EvaluationTask] = {task.name: task for task in (*_OURS, *_RULER
 GROUPS = ("ruler", "all")
 
 
-def find_task(name: str) -> EvaluationTask:
-    """Returns the task of that name.
+def find_task(name: str, resources: Resources | None = None) -> EvaluationTask:
+    """Returns the task of that name, one of the user's own rows first.
 
     Raises:
         UsageError: unknown; names the nearest known one.
     """
-    if name not in TASKS:
-        hint = did_you_mean(name, (*TASKS, *GROUPS), f"known tasks are {', '.join((*TASKS, *GROUPS))}")
+    own = {} if resources is None else resources.own
+    if name not in (*own, *TASKS):
+        hint = did_you_mean(name, (*own, *TASKS, *GROUPS), f"known tasks are {', '.join((*own, *TASKS, *GROUPS))}")
         raise UsageError(f"unknown task {name!r}; {hint}")
-    return TASKS[name]
+    return own.get(name) or TASKS[name]
 
 
 def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tuple[str, ...]:
@@ -311,10 +320,10 @@ def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tu
         elif name == "ruler":
             found |= dict.fromkeys(task.name for task in TASKS.values() if task.ruler)
         else:
-            found[find_task(name).name] = None
-    for task in map(find_task, found):
-        if task.ruler:
-            ruler.check_installed(task.name)
+            found[find_task(name, resources).name] = None
+    for task in found:
+        if find_task(task, resources).ruler:
+            ruler.check_installed(task)
     return tuple(found)
 
 
@@ -325,7 +334,7 @@ def check_resources(names: Iterable[str], resources: Resources) -> None:
         UsageError: unknown task, or one of RULER's whose sentences no installed package has.
         DataError: text is missing, or the SQuAD file cannot be used; says which task needs what.
     """
-    for task in map(find_task, names):
+    for task in (find_task(name, resources) for name in names):
         if not _has(resources, task):
             need = task.needs or "prose"
             raise DataError(f"task {task.name} needs {_WHAT[need]}: {_HOW[need]}")
@@ -355,7 +364,7 @@ def make_cases(
     Args:
         task: name of a task.
         length: tokens that prompt and generated answer may have.
-        prompts: how many.
+        prompts: how many; of prompts that are given at most so many, the first ones that fit the length.
         seed: the same gives the same prompts.
         tokenizer: the model's.
         resources: texts that some tasks need.
@@ -364,20 +373,25 @@ def make_cases(
         UsageError: unknown task.
         DataError: the length is too short for the task, or the text too short for the length or missing.
     """
-    known, resources = find_task(task), resources or Resources()
+    resources = resources or Resources()
+    known = find_task(task, resources)
     check_resources((task,), resources)
-    return [_make_case(known, length, index, seed, tokenizer, resources) for index in range(prompts)]
+
+    def request(index: int) -> PromptRequest:
+        rng = np.random.default_rng((seed, SPLITS.index("evaluation"), length, index))
+        return PromptRequest(task, length, index, seed, rng, tokenizer, known.new_tokens, resources)
+
+    if known.given is None:
+        return [_make_case(known, request(index), known.write(request(index))) for index in range(prompts)]
+    fitting = (draft for draft in known.given if request(0).tokens(draft) <= length)
+    return [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
 
 
-def _make_case(
-    task: EvaluationTask, length: int, index: int, seed: int, tokenizer: PreTrainedTokenizerBase, resources: Resources
-) -> Case:
-    rng = np.random.default_rng((seed, SPLITS.index("evaluation"), length, index))
-    draft = task.write(PromptRequest(task.name, length, index, seed, rng, tokenizer, task.new_tokens, resources))
-    ids = encode_draft(tokenizer, draft)
+def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft) -> Case:
+    ids = encode_draft(request.tokenizer, draft)
     return Case(
         task=task.name,
-        length=length,
+        length=request.length,
         prompt_ids=ids.prompt_ids,
         answer_ids=ids.answer_ids,
         is_value=ids.is_value,

@@ -1,0 +1,121 @@
+"""Tasks of the user's own rows: a file or a hub set whose prompts have answers.
+
+Rows are those that calibration takes (`moacompress.calibration.data.data_rows`), but here the answer is the row's and not the
+dense model's: `prompt` or `context` with `question`, and `answer`, a text or a list of texts any of which is right; or
+`messages` whose last turn is the assistant's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moacompress.calibration.data.data_rows import (
+    SUFFIXES,
+    DataRow,
+    RowKind,
+    field,
+    read_rows,
+    row_kind,
+    rows_named,
+    source_name,
+)
+from moacompress.core.errors import DataError, UsageError
+from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
+from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.registry import GROUPS, TASKS, EvaluationTask
+from moacompress.prompts.sentences import DOCUMENTS
+
+
+def own_tasks(names: Iterable[str]) -> dict[str, EvaluationTask]:
+    """Returns a task for each file or hub set, by its name: the file's without its ending.
+
+    Args:
+        names: files of rows, or hub ids.
+
+    Raises:
+        UsageError: neither a file nor a hub id; or a name that a task has, or two of them.
+        DataError: unreadable or empty; rows without an answer, or whose turns do not alternate, with the number of the row.
+    """
+    found: dict[str, EvaluationTask] = {}
+    for name in names:
+        task = _own_task(name)
+        if task.name in (*found, *TASKS, *GROUPS, "text"):
+            raise UsageError(f"{name} would be the task {task.name}, which there is already; rename it")
+        found[task.name] = task
+    return found
+
+
+def _own_task(place: str) -> EvaluationTask:
+    source = rows_named(place)
+    if source is None:
+        raise UsageError(
+            f"source {place!r} is no file ({', '.join(SUFFIXES)}) and no hub id; of what is a task give --tasks"
+        )
+    where = source_name(source)
+    rows = read_rows(source)
+    kind = row_kind(rows, where)
+    if kind == "text":
+        raise DataError(f"{where} is plain text, which has no answers; give it as --text, and the task text")
+    given = tuple(_draft(row, kind, where, index) for index, row in enumerate(rows))
+    name = re.sub(r"[^\w.-]+", "-", Path(place).stem)
+
+    def write(request: PromptRequest) -> PromptDraft:
+        return given[request.index]
+
+    return EvaluationTask(
+        name,
+        f"the rows of {where}",
+        write,
+        lambda: tuple((draft.system, draft.messages, draft.references) for draft in given),
+        is_number=False,
+        match="any",
+        given=given,
+    )
+
+
+def _draft(row: DataRow, kind: RowKind, where: str, index: int) -> PromptDraft:
+    if kind == "messages":
+        return _conversation(row, where, index)
+    if kind == "question":
+        user = DOCUMENTS.render([field(row, "context", where, index)], field(row, "question", where, index))
+        prefix = DOCUMENTS.answer
+    else:
+        user, prefix = field(row, "prompt", where, index), ""
+    return _answered((user,), prefix, _references(row, where, index))
+
+
+def _answered(messages: tuple[str, ...], prefix: str, references: tuple[str, ...], system: str = "") -> PromptDraft:
+    space = "" if (prefix or messages[-1])[-1:].isspace() else " "
+    # a prefix that is white space alone stands between a base model's prompt and the answer; a template ends by itself
+    if not prefix:
+        return PromptDraft(messages, space, Answer.of(references[0], before=""), references, system=system)
+    return PromptDraft(messages, prefix, Answer.of(references[0], before=space), references, system=system)
+
+
+def _references(row: DataRow, where: str, index: int) -> tuple[str, ...]:
+    value = row.get("answer")
+    texts: Sequence[object] = value if isinstance(value, list | tuple) else [value]
+    given = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    if not given or len(given) != len(texts):
+        raise DataError(
+            f"row {index} of {where} has no answer to measure against; give every row `answer`, a text or a list of texts "
+            "any of which is right"
+        )
+    return given
+
+
+def _conversation(row: DataRow, where: str, index: int) -> PromptDraft:
+    turns = row.get("messages")
+    said = [(turn.get("role"), turn.get("content")) for turn in turns or () if isinstance(turn, dict)]
+    system = str(said.pop(0)[1] or "") if said and said[0][0] == "system" else ""
+    roles = [role for role, _ in said]
+    alternate = roles == ["user", "assistant"] * (len(roles) // 2) and roles
+    if not alternate or not all(isinstance(text, str) and text.strip() for _, text in said):
+        raise DataError(
+            f"row {index} of {where} needs turns of user and assistant in turn under `messages`, the assistant's last, and "
+            f"before them at most one of the system; it has the roles {', '.join(map(str, roles)) or '(none)'}"
+        )
+    *messages, answer = (str(text) for _, text in said)
+    return _answered(tuple(messages), "", (answer,), system)

@@ -1,0 +1,149 @@
+"""Tasks of the user's own rows: every kind of row, what fits a length, refusals, and an evaluation by the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.core.errors import DataError, UsageError
+from moacompress.evaluation import evaluate
+from moacompress.evaluation.tasks.own_rows import own_tasks
+from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
+
+PROMPT = {"prompt": "The capital of France is", "answer": ["Paris", "the city of Paris"]}
+QUESTION = {"context": "Ada was born in 1815.", "question": "When was Ada born?", "answer": "1815"}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue"},
+    ]
+}
+
+
+def write(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_kind_of_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    for name, row, answer, says in (
+        ("prompts", PROMPT, "Paris", "The capital of France is"),
+        ("questions", QUESTION, "1815", "When was Ada born?"),
+        ("chats", CHAT, "Blue", "Be brief."),
+    ):
+        own = own_tasks([write(tmp_path / f"{name}.jsonl", [row])])
+        resources = Resources(own=own)
+        assert find_task(name, resources) is own[name]
+        (case,) = make_cases(name, 700, 5, 0, tiny_tokenizer, resources)
+        whole = tiny_tokenizer.decode(case.prompt_ids + case.answer_ids)
+        assert says in whole
+        assert whole.rstrip().endswith(answer)
+        assert tiny_tokenizer.decode(case.answer_ids).strip() == answer
+        assert any(case.is_value)
+        assert case.match == "any"
+    assert own_tasks([str(tmp_path / "prompts.jsonl")])["prompts"].given[0].references == tuple(PROMPT["answer"])  # type: ignore[index]
+    with pytest.raises(UsageError, match="unknown task 'prompts'"):
+        find_task("prompts")
+
+
+def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    rows = [{"prompt": f"{'long ' * (200 if n % 2 else 1)}number {n} is", "answer": str(n)} for n in range(8)]
+    resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", rows)]))
+    cases = make_cases("mine", 100, 8, 0, tiny_tokenizer, resources)
+    assert [case.references for case in cases] == [("0",), ("2",), ("4",), ("6",)]
+    assert all(case.tokens <= 100 for case in cases)
+    assert make_cases("mine", 100, 2, 5, tiny_tokenizer, resources) == cases[:2]  # whatever the seed
+    assert len(make_cases("mine", 10_000, 8, 0, tiny_tokenizer, resources)) == 8
+
+
+def test_other_rows_are_another_wording(tmp_path: Path) -> None:
+    first = own_tasks([write(tmp_path / "mine.jsonl", [PROMPT])])["mine"].wording
+    assert own_tasks([write(tmp_path / "mine.jsonl", [PROMPT])])["mine"].wording == first
+    for row in ({**PROMPT, "answer": "Lyon"}, {**PROMPT, "prompt": "The capital of Italy is"}):
+        assert own_tasks([write(tmp_path / "mine.jsonl", [row])])["mine"].wording != first
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "What?"}, "row 0 of file:mine.jsonl has no answer to measure against; give every row `answer`"),
+        ({"prompt": "What?", "answer": ""}, "has no answer"),
+        ({"prompt": "What?", "answer": ["so", 3]}, "has no answer"),
+        ({"prompt": "", "answer": "so"}, "has no text under 'prompt'"),
+        ({"text": "prose"}, "is plain text, which has no answers; give it as --text"),
+        ({"words": "?"}, "has the columns words; rows need"),
+        ({"messages": CHAT["messages"][:-1]}, "the assistant's last, .* it has the roles user, assistant, user"),
+        ({"messages": []}, r"it has the roles \(none\)"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "needs turns"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        own_tasks([write(tmp_path / "mine.jsonl", [row])])
+
+
+def test_names_that_cannot_be_used(tmp_path: Path) -> None:
+    for name in ("recall", "all", "text"):
+        with pytest.raises(UsageError, match=f"would be the task {name}, which there is already; rename it"):
+            own_tasks([write(tmp_path / f"{name}.jsonl", [PROMPT])])
+    (tmp_path / "b").mkdir()
+    twice = [write(tmp_path / "mine.jsonl", [PROMPT]), write(tmp_path / "b" / "mine.jsonl", [QUESTION])]
+    with pytest.raises(UsageError, match="rename it"):
+        own_tasks(twice)
+    with pytest.raises(UsageError, match="source 'needle' is no file"):
+        own_tasks(["needle"])
+    with pytest.raises(DataError, match=r"cannot read none\.jsonl"):
+        own_tasks(["none.jsonl"])
+
+
+def test_an_evaluation_of_own_rows(compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = [{"prompt": f"Word {n} of the list is", "answer": f"word{n}"} for n in range(5)]
+    mine = write(tmp_path / "mine.jsonl", [*short, {"prompt": "long " * 900, "answer": "so"}])
+    with caplog.at_level(logging.WARNING):
+        report = evaluate(compressed, tasks=(), sources=[mine], lengths=(300, 400), prompts=20, against=("dense",))
+    assert "1 of 6 rows of mine do not fit into 400 tokens" in caplog.text
+    rows = [row for row in report["results"] if row["metric"] == "nll"]
+    assert {(row["model"], row["task"], row["length"], row["prompts"]) for row in rows} == {
+        ("plan", "mine", 400, 5),
+        ("dense", "mine", 400, 5),
+    }
+    assert report["wording"]["mine"]
+    with pytest.raises(DataError, match="no row of mine fits into 8 tokens"):
+        evaluate(compressed, tasks=(), sources=[mine], lengths=(8,), prompts=20, against=())
+
+
+def test_rows_of_the_calibration_are_said(compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import moacompress.evaluation.runner as runner
+    from moacompress.rules.plan import Plan
+
+    plan = Plan.load(compressed / "model" / "plan.json")
+    sources = [{"path": "mine.jsonl", "dataset": None}]
+    seen = plan.with_notes(provenance={**plan.provenance, "recipe": {"calibration": {"sources": sources}}})
+    runner._warn_of_calibration(["some/where/mine.jsonl"], seen)
+    assert "calibrated on rows of mine.jsonl" in caplog.text
+    caplog.clear()
+    runner._warn_of_calibration(["other.jsonl"], seen)
+    assert not caplog.text
+
+
+def test_the_command(compressed: Path, tmp_path: Path) -> None:
+    mine = write(
+        tmp_path / "mine.jsonl", [QUESTION, {**QUESTION, "question": "Who was born in 1815?", "answer": "Ada"}]
+    )
+    ask = ["eval", str(compressed), "--source", mine, "--lengths", "400", "--against", "none", "--json"]
+    done = CliRunner().invoke(app, [*ask, "--fail-under", "mine:exact_match=1"])
+    found = json.loads(done.stdout)
+    assert {row["task"] for row in found["results"]} == {"mine"}
+    assert done.exit_code == int(bool(found["failures"]))
+    planned = json.loads(CliRunner().invoke(app, [*ask, "--dry-run"]).stdout)
+    assert planned["answers"] == 2
