@@ -30,7 +30,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # imports them where they are.
 VLLM := $(CACHE)/vllm
 
-.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format docs clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -113,6 +113,9 @@ test-versions: $(READY) ## the runtime's tests on every tested version of transf
 test-oldest: $(READY) ## the same on the oldest version alone
 	$(BIN)/python -m tests.versions --oldest --jobs $(JOBS)
 
+docs: $(READY) ## the documentation as a site: docs/_build/index.html
+	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
+
 lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -124,5 +127,5 @@ format: $(READY) ## sort imports and format
 	$(BIN)/ruff format .
 
 clean: ## remove what the tools made; .venv, .cache and runs stay
-	rm -rf build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

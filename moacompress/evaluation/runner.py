@@ -110,17 +110,20 @@ def evaluate(
         progress: told about every score.
 
     Returns:
-        `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
-        `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
-        `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
-            are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
-            `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
-            `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
-        `differences`: rows of the plan minus each other `model`, paired by prompt.
-        `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
-            differences there have `retention` too.
-        `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
-        `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each time.
+        A report with these parts:
+
+        - `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
+        - `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
+        - `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
+          are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
+          `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
+          `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
+        - `differences`: rows of the plan minus each other `model`, paired by prompt.
+        - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
+          differences there have `retention` too.
+        - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
+        - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
+          time.
 
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
