@@ -51,7 +51,7 @@ from moacompress.calibration.gates.training import (
     target,
 )
 from moacompress.calibration.profile.passes import answer_logits
-from moacompress.calibration.profile.profiler import token_influence
+from moacompress.calibration.profile.sample_statistics import token_influence
 from moacompress.models.kl import kl_divergence
 from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules

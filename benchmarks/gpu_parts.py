@@ -360,7 +360,7 @@ def profile(runner: Runner) -> Iterator[Row]:
 
     from moacompress.calibration.data.samples import Sample
     from moacompress.calibration.profile.passes import frozen
-    from moacompress.calibration.profile.profiler import sample_statistics
+    from moacompress.calibration.profile.sample_statistics import sample_statistics
     from moacompress.recipe import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules
 

@@ -52,7 +52,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
 
     from moacompress.calibration.data.samples import Sample
     from moacompress.calibration.profile.passes import frozen
-    from moacompress.calibration.profile.profiler import sample_statistics
+    from moacompress.calibration.profile.sample_statistics import sample_statistics
     from moacompress.kernels import dispatch
     from moacompress.models.source import load_source
     from moacompress.recipe import ProfileRecipe

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from torch.distributed.run import get_args_parser
 
 import moacompress
 from moacompress.cli import app
@@ -28,6 +29,13 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ]
+TORCHRUN = {
+    name
+    for action in get_args_parser()._actions
+    for option in action.option_strings
+    for name in (option, option.replace("_", "-"))
+}
+"""Options of `torchrun`."""
 
 
 def parse(command: str, *arguments: str) -> None:
@@ -47,6 +55,11 @@ def test_command(command: str) -> None:
     program, *arguments = itertools.dropwhile(lambda word: re.fullmatch(r"MOACOMPRESS_[A-Z_]+=\w+", word), words)
     if program == "moacompress":
         parse(*arguments)
+    elif program == "torchrun":
+        start = arguments.index("-m")
+        assert arguments[start + 1] == "moacompress"
+        assert set(re.findall(r"--[\w-]+", " ".join(arguments[:start]))) <= TORCHRUN
+        parse(*arguments[start + 2 :])
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments if "=" not in target)
@@ -59,7 +72,7 @@ def test_command(command: str) -> None:
         assert arguments[0] == "serve"
         assert options <= set(inspect.signature(Serve.__init__).parameters)
     else:
-        assert Path(program).name in ("pip", "python", "python3.11", "optuna-dashboard", "torchrun")
+        assert Path(program).name in ("pip", "python", "python3.11", "optuna-dashboard")
 
 
 def test_every_verb_is_in_the_table() -> None:

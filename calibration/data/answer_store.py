@@ -18,18 +18,18 @@ class AnswerStore:
     A batch is written as a whole before the next begins; what cannot be read is answered again.
     """
 
-    def __init__(self, path: str | Path, weights: str, dtype: str) -> None:
+    def __init__(self, path: str | Path | None, weights: str, dtype: str) -> None:
         """Reads what is there.
 
         Args:
-            path: the file, such as `profile/answers.jsonl`; it is made with the first batch.
+            path: the file, such as `profile/answers.jsonl`; it is made with the first batch. None keeps answers in memory.
             weights: fingerprint of the dense model's weights.
             dtype: what it computes in.
 
         Raises:
             ArtefactError: the file cannot be read.
         """
-        self._records, self._model = Records(Path(path), _answers), f"{weights} {dtype}"
+        self._records, self._model = Records(None if path is None else Path(path), _answers), f"{weights} {dtype}"
 
     def get(self, prompt: Sequence[int], room: int) -> list[int] | None:
         """Returns the answer to a prompt with room for so many tokens, or None if it is not known."""

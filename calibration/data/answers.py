@@ -11,6 +11,7 @@ import torch
 
 from moacompress.calibration.data.samples import Sample, SampleKind
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.processes import agreed, shared
 from moacompress.runtime.compat.alternates import cache_argument
 
 if TYPE_CHECKING:
@@ -99,12 +100,15 @@ def answer_drafts(
 ) -> list[Sample]:
     """Returns the drafts as samples, each ended by the dense model's own answer of at most `room` tokens.
 
+    Under `torchrun` the processes share the batches, and every process must call it with the same drafts.
+
     Args:
         model: the dense model.
         drafts: prompts; those of equal length and room are answered in one batch.
         progress: told about every draft.
         answers: batches of which all answers are in it are not answered again, and new ones are added to it. Batches
-            do not depend on it, so a run that was stopped ends with the answers of one that was not.
+            do not depend on it, so a run that was stopped ends with the answers of one that was not. That of the first process
+            counts.
 
     Raises:
         DataError: a sample is no longer than the largest sink.
@@ -112,12 +116,28 @@ def answer_drafts(
     """
     progress = progress or SILENT
     progress.start("the dense model's answers", len(drafts))
-    samples: dict[int, Sample] = {}
-    for members in _batches(drafts):
-        found = _answer_batch(model, [drafts[index].ids for index in members], drafts[members[0]].room, answers)
-        for index, answer in zip(members, found, strict=True):
+    batches, samples = _batches(drafts), dict[int, Sample]()
+
+    def finish(batch: int, found: Sequence[Sequence[int]]) -> None:
+        for index, answer in zip(batches[batch], found, strict=True):
             samples[index] = finish_sample(drafts[index], answer)
             progress.step(drafts[index].source)
+
+    def answer(batch: int) -> list[list[int]]:
+        room, prompts = _of_batch(drafts, batches[batch])
+        return generate_greedy(model, prompts, room)
+
+    def keep(batch: int, made: list[list[int]]) -> None:
+        if answers is not None:
+            room, prompts = _of_batch(drafts, batches[batch])
+            answers.add(prompts, room, made)
+        finish(batch, made)
+
+    known = agreed([_known(*_of_batch(drafts, members), answers) for members in batches])
+    for batch, found in enumerate(known):
+        if found is not None:
+            finish(batch, found)
+    shared([batch for batch, found in enumerate(known) if found is None], answer, keep)
     progress.done()
     return [samples[index] for index in range(len(drafts))]
 
@@ -134,19 +154,18 @@ def _batches(drafts: Sequence[SampleDraft]) -> list[list[int]]:
     return batches
 
 
-def _answer_batch(
-    model: PreTrainedModel, prompts: list[Sequence[int]], room: int, store: AnswerStore | None
-) -> list[list[int]]:
+def _of_batch(drafts: Sequence[SampleDraft], members: Sequence[int]) -> tuple[int, list[Sequence[int]]]:
+    """Returns the room of a batch's drafts, and their prompts."""
+    return drafts[members[0]].room, [drafts[index].ids for index in members]
+
+
+def _known(room: int, prompts: Sequence[Sequence[int]], store: AnswerStore | None) -> list[list[int]] | None:
+    """Returns the answers to a batch of prompts where there is nothing to be computed; otherwise None."""
     if not room:
         return [[] for _ in prompts]
     known = [store.get(prompt, room) for prompt in prompts] if store is not None else []
     found = [answer for answer in known if answer is not None]
-    if len(found) == len(prompts):
-        return found
-    made = generate_greedy(model, prompts, room)
-    if store is not None:
-        store.add(prompts, room, made)
-    return made
+    return found if len(found) == len(prompts) else None
 
 
 def finish_sample(draft: SampleDraft, answer: Sequence[int]) -> Sample:

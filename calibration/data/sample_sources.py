@@ -29,6 +29,8 @@ from moacompress.calibration.data.joined import joined_drafts
 from moacompress.calibration.data.plain import chop
 from moacompress.calibration.data.samples import SHORTEST, Sample
 from moacompress.core.errors import DataError
+from moacompress.core.ranks import rank
+from moacompress.models.processes import agreed
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
 from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, texts_of_part
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
@@ -56,6 +58,8 @@ def build_samples(
 ) -> list[Sample]:
     """Returns the samples of a split, spread evenly over the recipe's lengths and by weight over its sources.
 
+    Under `torchrun` every process must call it; they share the answering of what the first one drafts.
+
     Those of validation have `longer_samples` of twice the longest length beside them, where `longer_counts` finds room for
     them: whether windows grow as they should shows at a length that nothing was fitted to. After them come samples of plain
     text: `text_samples` for calibration, and as large a share of the validation samples.
@@ -71,7 +75,8 @@ def build_samples(
         DataError: from `make_drafts`.
         ArtefactError: answers cannot be written.
     """
-    return answer_drafts(source.model, make_drafts(source, recipe, split), progress, answers)
+    drafts = agreed(None if rank() else make_drafts(source, recipe, split))
+    return answer_drafts(source.model, drafts, progress, answers)
 
 
 def check_data(recipe: Recipe) -> None:

@@ -30,8 +30,10 @@ from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import rank, world_size
 from moacompress.models.least_squares import Normal, in_memory
 from moacompress.models.modules import attention_modules, given_hidden
+from moacompress.models.processes import gathered, shared
 from moacompress.rules.gate_weights import GateWeights
 
 if TYPE_CHECKING:
@@ -105,6 +107,9 @@ def train_gates(
 ) -> Gates:
     """Fits a gate for every KV head.
 
+    Under `torchrun` the processes share the samples of which the influence is found, and then the layers that are fitted;
+    every process must call it with the same samples.
+
     Args:
         model: dense.
         samples: calibration samples.
@@ -117,52 +122,54 @@ def train_gates(
     """
     if len(samples) < 2:
         raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
-    groups = fitted_together(model)
-    count = len(samples)
-    progress.start("training gates", len(groups) * (count + min(JUDGED, count)))
-    used: list[Sample] = []
-    of_tokens: list[Floats32] = []
-    first = _Sums()  # of the first group, whose inputs are kept as the influence is found
-    for index, sample in enumerate(samples):
-        with kept_inputs(model, groups[0]) as inputs:
-            found = influence(index)
-        if np.isfinite(found).all():
-            first.add(len(used), with_ones(inputs, groups[0]), found)
-            used.append(sample)
-            of_tokens.append(found)
-        progress.step(f"{len(sample.input_ids)} tokens")
-    if len(used) < 2:
+    groups, count = fitted_together(model), len(samples)
+    progress.start("training gates", count + len(groups) * (count + min(JUDGED, count)))
+    mine: dict[int, Floats32] = {}
+
+    def find(index: int) -> None:
+        mine[index] = influence(index)
+
+    shared(range(count), find, lambda index, _: progress.step(f"{len(samples[index].input_ids)} tokens"))
+    found = gathered(mine)
+    finite = [index for index in range(count) if np.isfinite(found[index]).all()]
+    if len(finite) < 2:
         raise DataError(
-            f"only {len(used)} of {count} samples for gates have finite influence, and two are needed; profile with "
+            f"only {len(finite)} of {count} samples for gates have finite influence, and two are needed; profile with "
             "--dtype float32, and check that the model is sound"
         )
+    used, of_tokens = [samples[index] for index in finite], [found[index] for index in finite]
     judged = [int(place) for place in np.linspace(0, len(used) - 1, min(JUDGED, len(used))).round()]
-    fitted, left = [], []
+    fitted: dict[int, tuple[Floats32, Floats]] = {}
     for group in groups:
-        sums = first if group is groups[0] else _Sums()
-        for index, sample in enumerate(used if group is not groups[0] else ()):
+        sums = _Sums()
+        for index, sample in enumerate(used):
             sums.add(index, attention_inputs(model, sample, group), of_tokens[index])
             progress.step(f"{len(sample.input_ids)} tokens")
-        left.append(_left(model, used, of_tokens, judged, sums.of_layers, progress))
-        for one, other in sums.of_layers.values():
+        left = _left(model, used, of_tokens, judged, sums.of_layers, progress)
+        for layer, (one, other) in sums.of_layers.items():
             one.gram += other.gram
             one.cross += other.cross
-            fitted.append(one.solve(PENALTY).T.float().cpu())
+            fitted[layer] = one.solve(PENALTY).T.float().cpu().numpy(), left[layer]
     progress.done()
-    found = torch.stack(fitted).numpy()
+    fitted = gathered(fitted)
+    weights = np.stack([fitted[layer][0] for layer in sorted(fitted)])
     report = {
         "samples": len(used),
         "tokens": sum(len(sample.input_ids) for sample in used),
         "judged": len(judged),
         "lag": LAG,
-        "left": _left_rows(np.concatenate(left, axis=1)),
+        "left": _left_rows(np.concatenate([fitted[layer][1] for layer in sorted(fitted)], axis=1)),
     }
-    return Gates(GateWeights(np.ascontiguousarray(found[..., :-1]), np.ascontiguousarray(found[..., -1])), report)
+    return Gates(GateWeights(np.ascontiguousarray(weights[..., :-1]), np.ascontiguousarray(weights[..., -1])), report)
 
 
 def fitted_together(model: PreTrainedModel) -> list[Sequence[int]]:
-    """Returns the layers of a model in groups whose gates are fitted in one go over the samples."""
-    return in_memory(range(len(attention_modules(model))), model.config.get_text_config(decoder=True).hidden_size + 1)
+    """Returns the layers of a model that this process fits, in groups whose gates are fitted in one go over the samples.
+
+    Processes of one run take turns layer by layer, so a gate is the same whatever their number.
+    """
+    layers = range(rank(), len(attention_modules(model)), world_size())
+    return in_memory(layers, model.config.get_text_config(decoder=True).hidden_size + 1)
 
 
 class _Sums:
@@ -192,18 +199,16 @@ def _left(
     judged: Sequence[int],
     halves: dict[int, tuple[Normal, Normal]],
     progress: Progress,
-) -> Floats:
-    """Returns `left_out` of some samples, all layers in one axis, by the gates of the other half of the samples."""
+) -> dict[int, Floats]:
+    """Returns `left_out` of some samples by layer, samples in front, by the gates of the other half of the samples."""
     gates = {layer: [normal.solve(PENALTY).float() for normal in both] for layer, both in halves.items()}
-    found = []
+    found: dict[int, list[Floats]] = {layer: [] for layer in halves}
     for index in judged:
-        of_layers = []
         for layer, x in attention_inputs(model, samples[index], list(halves)):
             scores = (x @ gates[layer][1 - index % 2]).T.cpu()
-            of_layers.append(left_out(torch.from_numpy(of_tokens[index][layer]), scores))
-        found.append(np.concatenate(of_layers))
+            found[layer].append(left_out(torch.from_numpy(of_tokens[index][layer]), scores))
         progress.step("what they leave")
-    return np.stack(found)
+    return {layer: np.stack(of_samples) for layer, of_samples in found.items()}
 
 
 def target(of_tokens: Tensor) -> Tensor:

@@ -228,8 +228,7 @@ class _Arithmetic:
 
     def _again(self, samples: int) -> int:
         """Returns how often samples that gates are fitted to or judged on go forward once more."""
-        groups = self._probe.gate_groups
-        return (groups - 1) * samples + groups * min(JUDGED, samples)
+        return self._probe.gate_groups * (samples + min(JUDGED, samples))
 
     def _answer_bytes(self, length: int, count: int) -> int:
         """Returns the bytes beside the weights that answering so many prompts takes."""

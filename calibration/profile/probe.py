@@ -19,7 +19,8 @@ from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSu
 from moacompress.calibration.profile.head_statistics import HeadSums
 from moacompress.calibration.profile.influence import TILE, Collector, attend, attend_backward
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
-from moacompress.calibration.profile.profiler import fisher_cotangent, rules_on_offer
+from moacompress.calibration.profile.profiler import rules_on_offer
+from moacompress.calibration.profile.sample_statistics import fisher_cotangent
 from moacompress.calibration.profile.sharing import Attended, CopySums, copyable
 from moacompress.estimate.live_bytes import Line, LiveBytes, weight_bytes
 from moacompress.estimate.rates import REPEATS, Rates

@@ -1,12 +1,7 @@
 """Profiling: how much the model's answers change if a KV head keeps less, for every head and candidate rule.
 
-What is predicted is the KL divergence to the dense model. Its gradient there is zero: its curvature is what counts.
-So each backward pass starts at the logits of the answer tokens from a random cotangent z with covariance
-diag(p) - p p^T, the Fisher matrix of the next-token distribution. Then the expected square of `sum_i d_i(r)` (see
-`influence`) is twice the KL of rule r to second order. A few draws of z serve a sample.
-
-Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
-term of what a change of rule does, beside half the curvature at the plan's own distribution.
+A profile is a folder that is filled sample by sample; what is computed of a sample is in `sample_statistics`. The processes of
+`torchrun` share the samples: each writes those that it takes, and the first one does everything else that touches the disk.
 """
 
 from __future__ import annotations
@@ -14,41 +9,43 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
+from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, answer_drafts
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
 from moacompress.calibration.gates.gate_samples import GATE_SEED, gate_drafts
-from moacompress.calibration.gates.training import LAG, Gates, train_gates
-from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
-from moacompress.calibration.profile.head_statistics import HeadSums
-from moacompress.calibration.profile.influence import Collector, GradientCollector
+from moacompress.calibration.gates.training import Gates, train_gates
 from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
-from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
-from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.rounding_loss import measure_rounding
-from moacompress.calibration.profile.sharing import CopySums, copyable
-from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.calibration.profile.sample_statistics import sample_statistics, token_influence
+from moacompress.calibration.profile.statistics import Floats32, Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.calibration.profile.wording import calibration_wording, check_wording
-from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
+from moacompress.core.artefact_names import (
+    ANSWERS_FILE,
+    CALIBRATION_FILE,
+    GATES_FILE,
+    MANIFEST_FILE,
+    SAMPLES_FOLDER,
+    VALIDATION_FILE,
+)
 from moacompress.core.errors import ArtefactError, DataError, PlanError
-from moacompress.core.files import digest_files
+from moacompress.core.files import digest_files, remove
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import rank, world_size
+from moacompress.core.version import own_version
 from moacompress.models.modules import attention_modules
+from moacompress.models.processes import agreed, check_alike, gathered, join, shared
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
@@ -62,68 +59,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 0.05
 """Share of the samples that may be left out because a number in them is not finite."""
-
-
-def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | None = None) -> Tensor:
-    """Draws a cotangent whose covariance is the Fisher matrix of the next-token distributions, averaged over tokens.
-
-    `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
-
-    Args:
-        logits: `[tokens, vocabulary]`.
-        generator: on the CPU, so that every device draws the same numbers.
-        tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
-
-    Returns:
-        Shape and dtype of `logits`.
-    """
-    p = torch.softmax(logits.float(), -1)
-    noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
-    z = noise - p * noise.sum(-1, keepdim=True)
-    return z.div((tokens or len(logits)) ** 0.5).to(logits.dtype)
-
-
-def _generator(seed: int, sample: int, draw: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {sample} {draw}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
-    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`; see `logit_cotangent`."""
-    return lambda logits, part: logit_cotangent(logits, generator, tokens)
-
-
-def label_cotangent(labels: Tensor) -> Cotangent:
-    """Returns the gradient of the mean cross-entropy of `labels`, int64 `[tokens]`, as MoA starts from it."""
-
-    def gradient(logits: Tensor, part: slice) -> Tensor:
-        p = torch.softmax(logits.float(), -1)
-        p.scatter_add_(1, labels[part, None], p.new_full((len(p), 1), -1.0))
-        return p.div_(len(labels)).to(logits.dtype)
-
-    return gradient
-
-
-class Divergence:
-    """The gradient of the mean KL(dense || model) at the model's logits; a `Cotangent`.
-
-    Args:
-        model: the model; only its output layer is used.
-        dense: what the dense model's output layer gets, `[tokens, hidden]`.
-
-    Attributes:
-        kl: the mean KL of the rows that it was called for, nats.
-    """
-
-    def __init__(self, model: PreTrainedModel, dense: Tensor) -> None:
-        self.model, self.dense, self.kl = model, dense, 0.0
-
-    def __call__(self, logits: Tensor, part: slice) -> Tensor:
-        """Returns the gradient at a chunk of rows, `[rows, vocabulary]`."""
-        with torch.no_grad():
-            p, q = (torch.log_softmax(of.float(), -1) for of in (output_logits(self.model, self.dense[part]), logits))
-            self.kl += float((p.exp() * (p - q)).sum()) / len(self.dense)
-            return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
 
 
 def check_around(source: SourceModel, plan: Plan) -> None:
@@ -140,124 +75,6 @@ def check_around(source: SourceModel, plan: Plan) -> None:
     gates_of(plan, source.model.config.get_text_config(decoder=True).hidden_size)
 
 
-def sample_statistics(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    table: RuleTable,
-    sample: Sample,
-    chosen: ProfileRecipe,
-    around: Plan | None,
-    seed: int,
-    index: int,
-    gates: GateWeights | None = None,
-) -> Statistics:
-    """Runs one sample forward and several times backward.
-
-    Args:
-        model: the dense model, weights frozen.
-        shape: its shape.
-        table: the rules.
-        sample: the sample.
-        chosen: how many cotangents, and which statistics beside the influence.
-        around: the plan to profile around, or None for the dense model.
-        seed: the run's seed.
-        index: number of the sample; with `seed` it decides the cotangents.
-        gates: what rules that select choose by, those of the plan too.
-
-    Returns:
-        See `store.Statistics`; the numbers may be not finite.
-    """
-    assert around is None or not around.selects or gates is not None
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids).to(model.device)
-    dense = None
-    if around is not None:
-        with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
-            dense = target_states(model, ids, rows)
-    size = shape.kv_heads, len(table), model.device
-    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates)
-    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
-    rounding = [
-        PrecisionSums(shape.kv_heads, chosen.formats, plan, model.device)
-        for plan in (recording.plans if chosen.formats else ())
-    ]
-    found: dict[str, Tensor] = {}
-    heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
-    copies = [
-        CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
-        for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
-        if recording.attended is not None
-    ]
-    with Tape(model, recording, ids, rows) as tape:
-        if dense is not None:
-            divergence = Divergence(model, dense)
-            tape.backward(divergence, _by_layer(influence, rounding), last=False)
-            sums = _stacked(influence) | (_stacked(rounding) if rounding else {})
-            found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
-            found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
-        if chosen.baselines:
-            baselines = [BaselineSums(*size) for _ in range(shape.layers)]
-            _reset(influence)
-            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
-            found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
-        drawn = []
-        for draw in range(chosen.draws):
-            _reset([*influence, *rounding])
-            cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
-            wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
-            tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
-            for copied in copies:
-                copied.end()
-            drawn.append(_stacked(influence) | (_stacked(rounding) if rounding else {}))
-    for name in drawn[0]:
-        every = torch.stack([one[name] for one in drawn])
-        found[name] = every if name in DRAWN else every.mean(0)
-    found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
-    return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
-
-
-def token_influence(
-    model: PreTrainedModel, shape: ModelShape, sample: Sample, draws: int, seed: int, index: int
-) -> Floats32:
-    """Returns what hiding single tokens would do, mean over draws, `[layers, kv_heads, tokens]`; see `collectors.TokenSums`.
-
-    Args:
-        model: the dense model, weights frozen.
-        shape: its shape.
-        sample: the sample.
-        draws: random cotangents.
-        seed: the run's seed.
-        index: number of the sample; with `seed` it decides the cotangents.
-    """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids).to(model.device)
-    sums = [TokenSums(shape.kv_heads, len(ids), LAG, model.device) for _ in range(shape.layers)]
-    with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
-        for draw in range(draws):
-            cotangent = fisher_cotangent(len(rows), _generator(seed, index, draw))
-            tape.backward(cotangent, _by_layer(sums), last=draw + 1 == draws)
-    found: Floats32 = (_stacked(sums)["of_tokens"] / draws).float().cpu().numpy()
-    return found
-
-
-def _by_layer(*collectors: Sequence[Collector | GradientCollector]) -> list[tuple[Collector | GradientCollector, ...]]:
-    """Returns the collectors of each layer, from lists with one of every layer, or with none at all."""
-    return list(zip(*filter(None, collectors), strict=True))
-
-
-def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
-    for sums in collectors:
-        sums.reset()
-
-
-def _stacked(
-    collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums | TokenSums],
-) -> dict[str, Tensor]:
-    """Returns the sums of all layers by name, layers in front."""
-    layers = [sums.tensors() for sums in collectors]
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-
-
 def profile(
     model: str | Path | SourceModel,
     out: str | Path,
@@ -269,6 +86,9 @@ def profile(
     progress: Progress | None = None,
 ) -> Profile:
     """Profiles a model into a folder, or takes up where an earlier run of the same request stopped.
+
+    Under `torchrun` its processes share the samples, and every process must call it alike; all return the profile. An earlier
+    run may have had another number of processes. Where machines do not share a disk, the folder of the first process is whole.
 
     Args:
         model: MODEL (hub id, folder, `.gguf` file), or a loaded model.
@@ -288,44 +108,91 @@ def profile(
     from moacompress.calibration.data.sample_sources import check_data
 
     out, progress = Path(out), progress or SILENT
-    check_writable(out)
-    check_data(recipe)
+    join()
+    if not rank():
+        check_writable(out)
+        check_data(recipe)
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
+    weights = source.shape.weights_fingerprint
+    check_alike({"moacompress": own_version(), "weights": weights, "dtype": source.computes_in})
     if around is not None:
         check_around(source, around)
-    check_samples(source, recipe, None if overwrite else out, around)
-    rules = rules_on_offer(recipe, around)
-    key = around.key() if around is not None else ""
-    files = _local_files(recipe)
-    with no_empty_folder(out), own_folder(out):
-        shape = _known_shape(out, source, overwrite)
-        request = request_fingerprint(shape, rules, recipe, files, key, source.computes_in)
-        trains = around is None and any(rule.selects for rule in rules)
-        kept = recipe.of_any_machine()
-        asked = Manifest(source.source, shape, rules, kept, request, key, wording=calibration_wording())
-        if not overwrite:
-            check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
-        manifest = prepare(out, asked, overwrite)
-        if manifest.complete and (not manifest.has_gates or _known_gates(out, manifest) is not None):
-            try:
-                return Profile.load(out)
-            except ArtefactError as error:
-                logger.warning("%s; repairing it", str(error).partition("; run")[0])
+    with _place(out):
+        found = None if rank() else _begin(out, source, recipe, around, overwrite)
+        made: Profile | None
+        manifest, trains, made = agreed(found)
+        if made is not None:
+            return made
+        if rank():
+            _follow(out, manifest, overwrite)
         # too little data is found before anything is answered
-        drafts = gate_drafts(source, manifest.recipe) if trains and _known_gates(out, manifest) is None else None
-        manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=drafts is not None)
+        untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
+        drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
+        manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=untrained)
         if around is None:
             measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
         gates = None
         if manifest.has_gates:
-            known = _known_gates(out, manifest) or (_kept_gates(out, manifest, around) if around is not None else None)
-            drafts = drafts or (gate_drafts(source, manifest.recipe) if known is None else [])
-            gates = (known or _train_gates(out, source, manifest, drafts, progress)).weights
+            gates = _gates(out, source, manifest, around, drafts, progress).weights
             manifest = replace(manifest, gates=gates.fingerprint)
-            manifest.write(out)
+            _write(out, manifest)
         statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
-        merge(out, manifest, samples, statistics)
-        return Profile.load(out)
+        if not rank():
+            merge(out, manifest, samples, statistics)
+            made = Profile.load(out)
+        made = agreed(made)
+        assert made is not None
+        return made
+
+
+@contextmanager
+def _place(out: Path) -> Iterator[None]:
+    """Makes the first process the lock holder of the profile's folder, as long as the block runs."""
+    if rank():
+        yield
+        return
+    with no_empty_folder(out), own_folder(out):
+        yield
+
+
+def _begin(
+    out: Path, source: SourceModel, recipe: Recipe, around: Plan | None, overwrite: bool
+) -> tuple[Manifest, bool, Profile | None]:
+    """Checks what is asked for, and makes the folder, or finds what an earlier run left there.
+
+    Returns:
+        The manifest, whether gates are to be known that a profile trains, and the profile where it is finished.
+    """
+    check_samples(source, recipe, None if overwrite else out, around)
+    rules = rules_on_offer(recipe, around)
+    key = around.key() if around is not None else ""
+    shape = _known_shape(out, source, overwrite)
+    request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key, source.computes_in)
+    trains = around is None and any(rule.selects for rule in rules)
+    kept = recipe.of_any_machine()
+    asked = Manifest(source.source, shape, rules, kept, request, key, wording=calibration_wording())
+    if not overwrite:
+        check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
+    manifest = prepare(out, asked, overwrite)
+    if manifest.complete and (not manifest.has_gates or _known_gates(out, manifest) is not None):
+        try:
+            return manifest, trains, Profile.load(out)
+        except ArtefactError as error:
+            logger.warning("%s; repairing it", str(error).partition("; run")[0])
+    return manifest, trains, None
+
+
+def _follow(out: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Makes a folder of another process that of the profile too, where its machine does not see the first one's."""
+    if overwrite:
+        remove([out / SAMPLES_FOLDER])
+    if not (out / MANIFEST_FILE).exists():
+        manifest.write(out)
+
+
+def _write(out: Path, manifest: Manifest) -> None:
+    if not rank():
+        manifest.write(out)
 
 
 def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
@@ -341,31 +208,47 @@ def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
     return found if found is not None and manifest.gates in ("", found.weights.fingerprint) else None
 
 
-def _kept_gates(out: Path, manifest: Manifest, around: Plan) -> Gates:
-    """Writes the gates of the plan that is profiled around into the profile's folder: rules on offer choose by them."""
-    assert around.gate_weights is not None
-    gates = Gates(around.gate_weights, {})
-    gates.save(out, manifest.fingerprint)
+def _gates(
+    out: Path,
+    source: SourceModel,
+    manifest: Manifest,
+    around: Plan | None,
+    drafts: Sequence[SampleDraft] | None,
+    progress: Progress,
+) -> Gates:
+    """Returns the gates in the folder of a profile, after they were put there, from the plan or by training."""
+    known: Gates | None = agreed(None if rank() else _known_gates(out, manifest))
+    if known is not None:
+        return known
+    if around is not None:
+        assert around.gate_weights is not None
+        gates = Gates(around.gate_weights, {})
+    else:
+        drafts = drafts or agreed(None if rank() else gate_drafts(source, manifest.recipe))
+        gates = _train_gates(out, source, manifest, drafts, progress)
+    if not rank():
+        gates.save(out, manifest.fingerprint)
     return gates
 
 
 def _train_gates(
     out: Path, source: SourceModel, manifest: Manifest, drafts: Sequence[SampleDraft], progress: Progress
 ) -> Gates:
-    """Trains gates on samples of their own, and writes them into the folder of the profile."""
-    from moacompress.calibration.data.answer_store import AnswerStore
-
+    """Trains gates on samples of their own."""
     check_room(attention_modules(source.model))
-    answers = AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in)
-    samples = answer_drafts(source.model, drafts, progress, answers)
+    samples = answer_drafts(source.model, drafts, progress, _answers(out, source, manifest))
 
     def influence(index: int) -> Floats32:
         draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + GATE_SEED
         return token_influence(source.model, source.shape, samples[index], draws, seed, index)
 
-    gates = train_gates(source.model, samples, influence, progress)
-    gates.save(out, manifest.fingerprint)
-    return gates
+    return train_gates(source.model, samples, influence, progress)
+
+
+def _answers(out: Path, source: SourceModel, manifest: Manifest) -> AnswerStore:
+    """Returns the answers in the folder of a profile; processes but the first one keep theirs in memory."""
+    path = None if rank() else out / ANSWERS_FILE
+    return AnswerStore(path, manifest.shape.weights_fingerprint, source.computes_in)
 
 
 def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
@@ -455,7 +338,7 @@ def _make_samples(
         validation_fingerprint=fingerprint_samples(validation),
         complete=False,
     )
-    manifest.write(out)
+    _write(out, manifest)
     missing = sorted(set(manifest.lengths) - {sample.length for sample in calibration})
     if missing:
         raise DataError(
@@ -469,22 +352,17 @@ def _stored_or_built(
     out: Path, split: Split, expected: str | None, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> list[Sample]:
     """Returns samples on disk of the expected fingerprint, any if that is empty; None builds them."""
-    from moacompress.calibration.data.answer_store import AnswerStore
     from moacompress.calibration.data.sample_sources import build_samples
 
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
-    samples = None if expected is None else read_samples(path, expected)
+    samples: list[Sample] | None = agreed(None if expected is None or rank() else read_samples(path, expected))
     if samples is None:
         recipe = manifest.recipe
         gates = recipe.profile.model_copy(update={"gates": manifest.has_gates})
-        samples = build_samples(
-            source,
-            recipe.model_copy(update={"profile": gates}),
-            split,
-            progress,
-            AnswerStore(out / ANSWERS_FILE, manifest.shape.weights_fingerprint, source.computes_in),
-        )
-        save_samples(path, samples)
+        recipe = recipe.model_copy(update={"profile": gates})
+        samples = build_samples(source, recipe, split, progress, _answers(out, source, manifest))
+        if not rank():
+            save_samples(path, samples)
     return samples
 
 
@@ -497,36 +375,79 @@ def _run_samples(
     gates: GateWeights | None,
     progress: Progress,
 ) -> tuple[list[Statistics], Manifest]:
-    """Returns the statistics of every sample; those on disk are read, the others are made and written one by one."""
+    """Returns the statistics of every sample; those on disk are read, the others are made and written one by one.
+
+    The first process returns them, the others none.
+    """
     table = RuleTable.of(manifest.rules, manifest.recipe.profile.min_window)
-    done, skipped, seconds = [], [], 0.0
-    progress.start("profiling", len(samples))
-    for index, sample in enumerate(samples):
-        found = read_sample(out, index, manifest.owner, manifest.array_shapes)
-        if found is None:
-            begin = time.perf_counter()
-            statistics = sample_statistics(
-                source.model,
-                source.shape,
-                table,
-                sample,
-                manifest.recipe.profile,
-                around,
-                manifest.recipe.seed,
-                index,
-                gates,
-            )
-            found = statistics, time.perf_counter() - begin
-            write_sample(out, index, statistics, manifest.owner, found[1])
-        done.append(found[0])
-        seconds += found[1]
-        if not found[0].finite:
+    finished: dict[int, tuple[Statistics, float]] = {}
+    skipped: list[int] = []
+
+    def finish(index: int, not_finite: str) -> None:
+        progress.step(f"{samples[index].length} tokens")
+        if not_finite:
             skipped.append(index)
-            logger.warning("sample %d (%s) is left out: %s is not finite", index, sample.source, found[0].not_finite())
+            logger.warning("sample %d (%s) is left out: %s is not finite", index, samples[index].source, not_finite)
             _check_skipped(skipped, samples)
-        progress.step(f"{sample.length} tokens")
+
+    def read(index: int) -> tuple[Statistics, float] | None:
+        return read_sample(out, index, manifest.owner, manifest.array_shapes)
+
+    def run(index: int) -> tuple[int, str]:
+        begin = time.perf_counter()
+        statistics = sample_statistics(
+            source.model,
+            source.shape,
+            table,
+            samples[index],
+            manifest.recipe.profile,
+            around,
+            manifest.recipe.seed,
+            index,
+            gates,
+        )
+        seconds = time.perf_counter() - begin
+        write_sample(out, index, statistics, manifest.owner, seconds)
+        if not rank():
+            finished[index] = statistics, seconds
+        return rank(), statistics.not_finite()
+
+    def ran(index: int, result: tuple[int, str]) -> None:
+        holders[index], not_finite = result
+        finish(index, not_finite)
+
+    progress.start("profiling", len(samples))
+    for index in range(len(samples) if not rank() else 0):
+        found = read(index)
+        if found is not None:
+            finished[index] = found
+            finish(index, found[0].not_finite())
+    missing: list[int] = agreed([index for index in range(len(samples)) if index not in finished])
+    # where machines share no disk, a sample that was finished before is on that of the process that ran it
+    holders: dict[int, int] = gathered({index: rank() for index in missing if rank() and read(index) is not None})
+    left = [index for index in missing if index not in holders]
+    if world_size() > 1:
+        left.sort(key=lambda index: -len(samples[index].input_ids))
+    shared(left, run, ran)
+    for index in missing if not rank() else ():
+        found = finished.get(index) or read(index)
+        if found is not None:
+            finished[index] = found
+    for index in agreed([index for index in missing if index not in finished]):
+        found = agreed(read(index) if rank() == holders[index] else None, of=holders[index])
+        if found is None:
+            raise ArtefactError(
+                f"rank {holders[index]} ran sample {index}, and its file is gone; start the same run again"
+            )
+        if not rank():
+            finished[index] = found
+            write_sample(out, index, found[0], manifest.owner, found[1])
+            if index not in left:
+                finish(index, found[0].not_finite())
     progress.done()
-    return done, replace(manifest, skipped=tuple(skipped), seconds=round(seconds, 3))
+    seconds = sum(finished[index][1] for index in sorted(finished))
+    statistics = [finished[index][0] for index in sorted(finished)]
+    return statistics, replace(manifest, skipped=tuple(sorted(skipped)), seconds=round(seconds, 3))
 
 
 def _check_skipped(skipped: list[int], samples: Sequence[Sample]) -> None:

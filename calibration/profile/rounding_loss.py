@@ -13,7 +13,9 @@ from moacompress.core.artefact_names import ROUNDING_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json, write_json
 from moacompress.core.progress import Progress
+from moacompress.core.ranks import rank
 from moacompress.models.kl import kl_divergence
+from moacompress.models.processes import agreed, shared
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_rounding import ROUNDED
 from moacompress.recipe import Recipe
@@ -31,6 +33,8 @@ def measure_rounding(
 ) -> None:
     """Writes KL(model || model with rounded weights) beside a profile, where its recipe rounds weights and it is not there.
 
+    Under `torchrun` every process must call it: they share the samples, and the first one writes.
+
     The model is loaded a second time, with the weights as they come.
 
     Args:
@@ -41,16 +45,27 @@ def measure_rounding(
         progress: is told of every sample.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
-    if recipe.weights not in ROUNDED or rounding_of(folder, source.shape.weights_fingerprint) is not None:
+    if recipe.weights not in ROUNDED:
+        return
+    if agreed(None if rank() else rounding_of(folder, source.shape.weights_fingerprint)) is not None:
         return
     plain = recipe.model_copy(update={"weights": "keep", "head_weights": None})
     before = load_for(plain, source.source, trust_remote_code=trust_remote_code)
     progress.start("measuring the rounded weights", len(samples))
-    kls = []
-    for sample in samples:
-        kls.append(kl_divergence(answer_logits(before.model, sample), answer_logits(source.model, sample)))
+    of_samples: dict[int, float] = {}
+
+    def measure(index: int) -> float:
+        return kl_divergence(*(answer_logits(each.model, samples[index]) for each in (before, source)))
+
+    def keep(index: int, kl: float) -> None:
+        of_samples[index] = kl
         progress.step()
+
+    shared(range(len(samples)), measure, keep)
     progress.done()
+    if rank():
+        return
+    kls = [of_samples[index] for index in range(len(samples))]
     write_json(
         folder / ROUNDING_FILE,
         {

@@ -25,6 +25,7 @@ from moacompress.cli.kernel_line import kernel_line
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
+from moacompress.core.ranks import named_rank, rank, world_size
 from moacompress.recipe import Recipe
 
 P = ParamSpec("P")
@@ -33,6 +34,8 @@ INTERRUPTED = "interrupted; what was written is kept, and the same command resum
 FROM_SCRATCH = INTERRUPTED + " without --overwrite, with which it starts from scratch"
 PROGRAM = "moacompress"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_FILE_ALONE = "file_alone"
+"""Attribute of records that only the file of `--log-file` gets: a person is told in another way."""
 WIDTH = 100
 """Columns of the output when it does not go to a terminal."""
 QUIET_LIBRARIES = {
@@ -66,7 +69,11 @@ class Common:
     ] = None
     log_file: Annotated[
         Path | None,
-        typer.Option("--log-file", metavar="FILE", help="Also log everything to FILE, behind what is there."),
+        typer.Option(
+            "--log-file",
+            metavar="FILE",
+            help="Also log everything to FILE, behind what is there; process 1 of a run logs to run.1.log for run.log.",
+        ),
     ] = None
 
 
@@ -78,13 +85,11 @@ class Output:
         data: the JSON object of `--json`.
         show: what a person sees instead.
         exit_code: 0, or 1 when the answer is no.
-        said_elsewhere: nothing is printed, as another process of the same run prints it.
     """
 
     data: Mapping[str, Any]
     show: list[RenderableType] = field(default_factory=list)
     exit_code: int = 0
-    said_elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class Command:
         examples: end its help.
         computes: whether it runs a model, so that its first line says with which kernels.
         on_device: whether `--device` has a meaning; it has one where a model runs.
+        shared: whether the processes of `torchrun` do it together. The first of them prints, and whichever fails first.
     """
 
     def __init__(
@@ -154,9 +160,10 @@ class Command:
         examples: tuple[str, ...],
         computes: bool = False,
         on_device: bool = False,
+        shared: bool = False,
     ) -> None:
         self._work: Callable[..., Output] = function
-        self._computes, self._on_device = computes, computes or on_device
+        self._computes, self._on_device, self._shared = computes, computes or on_device, shared
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -169,7 +176,7 @@ class Command:
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
         interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
         output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
-        if output.said_elsewhere:
+        if rank():
             pass
         elif common.as_json:
             print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
@@ -181,7 +188,16 @@ class Command:
             raise typer.Exit(output.exit_code)
 
     def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:
-        """Runs the command, once its device is known to be there."""
+        """Runs the command, once its device and the other processes of the run are known to be there."""
+        if world_size() > 1:
+            if not self._shared:
+                raise UsageError(
+                    f"{self.__name__} runs in one process, and this is one of {world_size()}; start it without torchrun "
+                    "(or unset WORLD_SIZE)"
+                )
+            from moacompress.models.processes import join
+
+            join()
         device = run.common.device
         if device is not None and device != "cpu":
             if not self._on_device:
@@ -193,10 +209,10 @@ class Command:
 
 
 def command(
-    *examples: str, computes: bool = False, on_device: bool = False
+    *examples: str, computes: bool = False, on_device: bool = False, shared: bool = False
 ) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
     """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Command(function, examples, computes, on_device)
+    return lambda function: Command(function, examples, computes, on_device, shared)
 
 
 def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
@@ -244,34 +260,67 @@ def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: 
     """Runs a command; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
     first = partial(kernel_line, common.device) if computes else None
-    progress = Progress() if common.quiet else RichProgress(console, first)
+    progress = Progress() if common.quiet or rank() else RichProgress(console, first)
     try:
         # what a library prints must not mix with the result
         run = CommandRun(common, progress)
         with _quiet_libraries(common, console), contextlib.redirect_stdout(sys.stderr):
-            return work(run)
+            try:
+                return work(run)
+            except Exception:
+                if common.log_file is not None:
+                    logger.exception("failed%s", named_rank(), extra={_FILE_ALONE: True})
+                raise
     except KeyboardInterrupt:
         progress.done()
-        say(interrupted)
+        if not rank():
+            say(interrupted)
         raise typer.Exit(130) from None
     except Exception as error:
         progress.done()
-        if common.debug:
-            traceback.print_exc()
-        if isinstance(error, MoaCompressError):
-            say(f"error: {error}")
-            raise typer.Exit(error.exit_code) from None
-        say(f"error: {type(error).__name__}: {error}" + ("" if common.debug else "; run again with --debug"))
-        raise typer.Exit(1) from None
+        with _alone_in_saying_why() as is_first:
+            if is_first:
+                _say_why(error, common.debug)
+        raise typer.Exit(error.exit_code if isinstance(error, MoaCompressError) else 1) from None
+    finally:
+        if world_size() > 1:
+            from moacompress.models.processes import leave
+
+            leave()
+
+
+def _say_why(error: Exception, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, MoaCompressError):
+        say(f"error{named_rank()}: {error}")
+    else:
+        say(f"error{named_rank()}: {type(error).__name__}: {error}" + ("" if debug else "; run again with --debug"))
+
+
+@contextlib.contextmanager
+def _alone_in_saying_why() -> Iterator[bool]:
+    """Yields whether this is the process of the run whose message counts; the others end after it was said."""
+    if world_size() == 1:
+        yield True
+        return
+    from moacompress.models import processes
+
+    first = processes.fails_first()
+    yield first
+    if first:
+        processes.said_why()
+    else:
+        processes.await_message()
 
 
 @contextlib.contextmanager
 def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
     level = logging.DEBUG if common.debug or common.verbose > 1 else logging.INFO if common.verbose else logging.WARNING
     handlers: list[logging.Handler] = [_ConsoleHandler(console)]
-    handlers[0].setLevel(logging.ERROR if common.quiet else level)
+    handlers[0].setLevel(logging.CRITICAL if rank() else logging.ERROR if common.quiet else level)
     if common.log_file is not None:
-        handlers.append(_log_to(common.log_file))
+        handlers.append(_log_to(_log_of_rank(common.log_file)))
     for handler in handlers:
         logger.addHandler(handler)
     before = logger.level, logger.propagate
@@ -289,6 +338,11 @@ def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
             logger.removeHandler(handler)
             handler.close()
         logger.level, logger.propagate = before
+
+
+def _log_of_rank(path: Path) -> Path:
+    """Returns where this process of a run logs: `run.1.log` for `run.log` and the second one."""
+    return path.with_name(f"{path.stem}.{rank()}{path.suffix}") if rank() else path
 
 
 def _log_to(path: Path) -> logging.Handler:
@@ -314,6 +368,8 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, _FILE_ALONE):
+            return
         try:
             text = f"moacompress: {record.levelname.lower()}: {record.getMessage()}"
             self._console.print(text, markup=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,6 @@ from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
-from moacompress.core.progress import SILENT
 
 
 @command(
@@ -20,6 +18,7 @@ from moacompress.core.progress import SILENT
     "moacompress heal runs/mine -o healed/ --train full --lr 2e-5 --steps 200 --max-minutes 30",
     "moacompress heal runs/mine -o healed/ --objective echoatt --samples 200 --text prose/ --json",
     computes=True,
+    shared=True,
 )
 def heal(
     run: CommandRun,
@@ -130,7 +129,6 @@ def heal(
 
     from moacompress.healer.healing import heal as heal_model
 
-    helper = os.environ.get("RANK", "0") != "0"
     healed = heal_model(
         path,
         out,
@@ -139,7 +137,7 @@ def heal(
         recipe=resolved,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-        progress=SILENT if helper else run.progress,
+        progress=run.progress,
     )
     from moacompress.report.heal_tables import heal_table
 
@@ -148,4 +146,4 @@ def heal(
         heal_table(healed.notes),
         f'Load it with AutoModelForCausalLM.from_pretrained("{healed.folder}")',
     ]
-    return Output(data, shown, said_elsewhere=helper)
+    return Output(data, shown)

@@ -30,6 +30,7 @@ from moacompress.cli.options import (
 )
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
+from moacompress.core.ranks import rank, world_size
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -61,6 +62,7 @@ AUDIT_KEYS = (
     "moacompress profile path/to/model -o audited/ --audit 120 --audit-plans 40 --budget 25%",
     "moacompress profile path/to/model -o around/ --around plan.json",
     computes=True,
+    shared=True,
 )
 def profile(
     run: CommandRun,
@@ -125,12 +127,18 @@ def profile(
 
     Writes a profile of MODEL at several lengths. A run that was stopped resumes with the same command. With --audit the
     predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples.
     """
     if around is not None and audit is not None:
         raise UsageError("--audit compares predictions for the dense model; run it without --around")
+    if audit is not None and world_size() > 1:
+        raise UsageError(
+            "--audit runs in one process: profile under torchrun first, then give the command with --audit alone"
+        )
     from moacompress.calibration.profile.manifest import recipe_in
+    from moacompress.models.processes import agreed
 
-    earlier = None if overwrite or recipe is not None else recipe_in(out, model)
+    earlier = agreed(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
     if earlier is not None:
         logger.info("%s holds a profile of this model: what no option says is as it was made", out)
     resolved = run.recipe(
@@ -171,8 +179,9 @@ def profile(
     from moacompress.calibration.profile.profiler import profile as profile_model
     from moacompress.core.place import check_writable
 
-    check_writable(out)
-    check_data(resolved)
+    if not rank():
+        check_writable(out)
+        check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     if audit is not None:
         from moacompress.search.audit.audit import check_audit

@@ -13,10 +13,10 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.memory import peak_rss
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import world_size
 from moacompress.core.tables import readable_bytes
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.stopwatch import Stopwatch
-from moacompress.healer import processes
 from moacompress.healer.distillation import soft_loss
 from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
@@ -57,7 +57,7 @@ def estimate_heal(
     answering = rates.answer(known.recipe.calibration.answer_tokens) if counts.new_answers else 0.0
     progress.step("an answer")
     progress.done()
-    world, evaluations = processes.world_size(), heal.evaluations + 1  # the start is measured too
+    world, evaluations = world_size(), heal.evaluations + 1  # the start is measured too
     seen = heal.steps * accumulation(request) * world
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
     mean = sum(lengths) / len(lengths) / len(sample.input_ids)  # of a sample, as a share of the one that was timed

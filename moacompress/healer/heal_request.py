@@ -11,7 +11,7 @@ from moacompress.calibration.data.samples import fingerprint_samples
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint
-from moacompress.healer import processes
+from moacompress.core.ranks import world_size
 from moacompress.healer.trained_weights import LEARNING_RATES, WeightBytes, check_installed, check_trainable
 from moacompress.healer.training_data import heal_lengths
 from moacompress.models.source import SourceModel, load_source
@@ -136,7 +136,7 @@ class HealRequest:
 def accumulation(request: HealRequest) -> int:
     """Returns how many samples each process takes for a step."""
     longest = max(heal_lengths(request.profile, request.recipe))
-    return max(1, round(request.heal.batch / longest / processes.world_size()))
+    return max(1, round(request.heal.batch / longest / world_size()))
 
 
 def _profile_folder(folder: Path, given: str | Path | None) -> Path:
@@ -193,6 +193,6 @@ def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str)
             "text": None if text is None else digest_files(Path(text)),
             "seed": recipe.seed,
             "computes_in": compute,
-            "processes": processes.world_size(),
+            "processes": world_size(),
         }
     )

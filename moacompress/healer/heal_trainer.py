@@ -19,11 +19,12 @@ from transformers import Trainer, TrainerCallback
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import ModelError
 from moacompress.core.progress import Progress
-from moacompress.healer import processes
+from moacompress.core.ranks import rank
 from moacompress.healer.distillation import hard_loss, hidden_loss, soft_loss
 from moacompress.healer.heal_history import Evaluated, HealHistory, save_best
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import as_written, written_tensors
+from moacompress.models import processes
 from moacompress.recipe import HealRecipe
 
 WARM_UP = 0.05
@@ -165,8 +166,8 @@ class HealTrainer(Trainer):
     def end_step(self) -> tuple[float, int]:
         """Returns the mean loss of the step that ended, and its tokens, over all processes; and begins the next."""
         mean = sum(self.step_losses) / max(len(self.step_losses), 1)
-        losses = processes.gathered({processes.rank(): mean})
-        tokens = processes.gathered({processes.rank(): float(self.step_tokens)})
+        losses = processes.gathered({rank(): mean})
+        tokens = processes.gathered({rank(): float(self.step_tokens)})
         self.step_losses, self.step_tokens = [], 0
         return sum(losses.values()) / len(losses), int(sum(tokens.values()))
 
@@ -197,7 +198,7 @@ class HealCallback(TrainerCallback):
         last = history.evaluations[-1].mark if history.evaluations else 0
         if mark > last and not stopped:
             better = history.add(parts.measure(self._trainer.model, state.global_step, mark))
-            if better and processes.rank() == 0:
+            if better and rank() == 0:
                 save_best(parts.work, written_tensors(self._trainer.model, parts.dtype))
             control.should_save = True
         history.finished = share >= 1 or history.fruitless() >= parts.heal.patience
@@ -210,7 +211,7 @@ class HealCallback(TrainerCallback):
         """Runs after a checkpoint was written."""
         self._saved = time.monotonic()
         self._parts.history.seconds = self._parts.training.seconds
-        if processes.rank() == 0:
+        if rank() == 0:
             self._parts.history.write(self._parts.work)
 
     def _note(self, loss: float) -> str:

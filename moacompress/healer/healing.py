@@ -32,14 +32,15 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.files import new_folder, read_json, remove, sweep_folders, write_json
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import rank, world_size
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
-from moacompress.healer import processes
 from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
 from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import distilled_layers, make_trainable, put_written
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
+from moacompress.models import processes
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, context_length
 from moacompress.recipe import Recipe
@@ -107,6 +108,7 @@ def heal(
         ArtefactError: `out` is something else, cannot be written, or another process is at it.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
+    processes.join()
     out, progress = Path(out), progress or SILENT
     request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
     done = _already_there(out, request, overwrite)
@@ -114,26 +116,26 @@ def heal(
         return done
     work = heal_folder(out)
     arguments = trainer_arguments(request, work)
-    with own_folder(work) if processes.rank() == 0 else nullcontext():
-        if processes.rank() == 0:
+    with own_folder(work) if rank() == 0 else nullcontext():
+        if rank() == 0:
             _claim(work, request, overwrite)
         data = _data(request, work, progress)
         history, model = _trained(request, data, arguments, work, progress)
         plan = _noted(request, data, history, model)
         if request.heal.train == "gates" and history.best is not None:
-            gates = _trained_gates(request, work) if processes.rank() == 0 else None
+            gates = _trained_gates(request, work) if rank() == 0 else None
             plan = plan.with_gates(processes.agreed(gates))
         result = HealResult(out, plan, tuple(history.losses))
-        if processes.rank() == 0:
+        if rank() == 0:
             _write(result, request, history, work, overwrite, progress)
-    if processes.rank() == 0:
+    if rank() == 0:
         _tidy(work)
     processes.agreed(None)  # no process ends before the checkpoint is there
     return result
 
 
 def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
-    """Returns the arguments of transformers' Trainer; under `torchrun` they bring up the process group.
+    """Returns the arguments of transformers' Trainer; under `torchrun` they join the process group.
 
     Args:
         request: what is asked for.
@@ -153,7 +155,7 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=request.compute == "bfloat16",
         use_cpu=request.recipe.device == "cpu",
-        ddp_backend="gloo" if request.recipe.device == "cpu" and processes.world_size() > 1 else None,
+        ddp_backend="gloo" if request.recipe.device == "cpu" and world_size() > 1 else None,
         ddp_timeout=24 * 3600,
         seed=request.recipe.seed,
         save_strategy="no",
@@ -209,16 +211,11 @@ def _tidy(work: Path) -> None:
 
 
 def _data(request: HealRequest, work: Path, progress: Progress) -> HealData:
-    """Returns the samples. The first process makes the answers, the others find them in the work folder."""
+    """Returns the samples. All processes make the answers, and the first one keeps them in the work folder."""
     teacher = request.teacher
-
-    def made(shown: Progress) -> HealData:
-        store = AnswerStore(work / ANSWERS_FILE, teacher.shape.weights_fingerprint, teacher.computes_in)
-        return make_heal_data(request.profile, teacher, request.recipe, shown, store)
-
-    data = made(progress) if processes.rank() == 0 else None
-    processes.agreed(None)
-    return data if data is not None else made(SILENT)
+    path = None if rank() else work / ANSWERS_FILE
+    store = AnswerStore(path, teacher.shape.weights_fingerprint, teacher.computes_in)
+    return make_heal_data(request.profile, teacher, request.recipe, progress, store)
 
 
 def _trained(
@@ -247,7 +244,7 @@ def _trained(
         history.start = Evaluated(0, 0, held_out.kls(request.checkpoint.model))
         progress.step(f"{history.start.mean:.4g}")
         progress.done()
-        if processes.rank() == 0:
+        if rank() == 0:
             history.write(work)
     model = make_trainable(request.checkpoint.model, request.plan, heal, request.recipe.seed)
     if history.finished:
@@ -308,7 +305,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "from_weights": request.checkpoint.weights,
         "computes_in": request.compute,
         "learning_rate": request.learning_rate,
-        "processes": processes.world_size(),
+        "processes": world_size(),
         "evaluations": [{"step": found.step, "kl": found.mean} for found in [history.start, *history.evaluations]],
         "recipe": {**request.recipe.shared(request.teacher.source)["heal"], "seed": request.recipe.seed},
     }

@@ -12,7 +12,8 @@ from torch import Tensor
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits, output_logits, target_states
 from moacompress.core.errors import ModelError
-from moacompress.healer import processes
+from moacompress.core.ranks import rank, world_size
+from moacompress.models import processes
 from moacompress.models.kl import kl_divergence
 
 
@@ -84,7 +85,7 @@ class HeldOut:
         training = model.training
         model.eval()
         found = {}
-        for number in range(processes.rank(), len(self.samples), processes.world_size()):
+        for number in range(rank(), len(self.samples), world_size()):
             sample = self.samples[number]
             ids = torch.from_numpy(sample.input_ids).to(model.device)
             dense = self.teacher.target_logits(f"held out {number}", ids, target_rows(sample).to(model.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from moacompress.core.errors import UsageError, did_you_mean, one_line
+from moacompress.core.ranks import local_rank
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that a message suggests; torch knows more."""
@@ -52,8 +53,11 @@ def _missing(name: str, kind: str) -> str | None:
         return f"torch {torch.__version__} finds no GPU that it can use; {use_cpu}"
     if kind == "mps" and not torch.backends.mps.is_available():
         return f"torch {torch.__version__} finds no Apple GPU; {use_cpu}"
-    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    if name == "cuda" and local_rank() >= count > 1:
+        return f"this is process {local_rank()} of this machine, which has {count} GPUs; start one process for each GPU"
+    if kind == "cuda" and (torch.device(name).index or 0) >= count:
+        last = count - 1
         return "there is one GPU, cuda:0" if last == 0 else f"the GPUs are cuda:0 to cuda:{last}"
     try:
         torch.zeros(1, device=name).add_(1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered
 from moacompress.calibration.profile.manifest import array_shapes
-from moacompress.calibration.profile.profiler import sample_statistics
+from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, read_sample, write_sample
 from moacompress.core.errors import ModelError

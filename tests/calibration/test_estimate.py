@@ -23,7 +23,7 @@ from moacompress.calibration.profile import passes, probe
 from moacompress.calibration.profile.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
 from moacompress.calibration.profile.influence import TILE
 from moacompress.calibration.profile.probe import AttentionSeconds, Gathered, Probe
-from moacompress.calibration.profile.profiler import sample_statistics
+from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.core.errors import DataError, ModelError, PlanError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
@@ -167,7 +167,7 @@ def test_times_of_parts_add_up() -> None:
     assert found.profile_seconds == 3 * of_sample + of_text
     of_gates = 2 * (0.5 * n + 0.125 * 8 + 4) + forward + 2 * (2 * 1 + math.ceil(8 / TILE) * 1)
     more = _Arithmetic(given, 8).with_gates(found, 6)
-    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + (2 * 6 + 3 * 6) * forward
+    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + (3 * 6 + 3 * 6) * forward
     assert more.answer_seconds - found.answer_seconds == 6 * (forward + 8 * n / 512)
     assert found.peak_bytes == 100 + max(
         16 * n + 1 + 2 * n + 8, 16 * n + 3 + 4 * n, n * min(8, max(1, BATCH_TOKENS // n))

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import profiler
-from moacompress.calibration.profile.profiler import profile, sample_statistics
+from moacompress.calibration.profile.profiler import profile
+from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.profile.store import Profile, sample_path
 from moacompress.core.artefact_names import MANIFEST_FILE, holder_of_folder, of_profile

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.profiler import logit_cotangent, sample_statistics
+from moacompress.calibration.profile.sample_statistics import logit_cotangent, sample_statistics
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import ProfileRecipe

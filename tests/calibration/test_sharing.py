@@ -20,7 +20,8 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes, profiler
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.influence import AttentionSpec, Tile, attend, attend_backward
-from moacompress.calibration.profile.profiler import fisher_cotangent, profile, sample_statistics
+from moacompress.calibration.profile.profiler import profile
+from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.core.errors import PlanError, UsageError
@@ -263,7 +264,7 @@ def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan:
     with attending(model, reference):
         logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, rows]
     for draw in range(chosen.draws):
-        cotangent = fisher_cotangent(len(rows), profiler._generator(7, 0, draw))(logits.detach(), slice(None))
+        cotangent = fisher_cotangent(len(rows), cotangent_generator(7, 0, draw))(logits.detach(), slice(None))
         pairs = list(reference.weights)
         deltas = torch.autograd.grad(logits, [reference.weights[pair] for pair in pairs], cotangent, retain_graph=True)
         for pair, delta in zip(pairs, deltas, strict=True):

@@ -63,6 +63,8 @@ def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest
     }
     result = HealResult(Path("out"), plan.with_notes(provenance={"heal": notes}))
     monkeypatch.setattr("moacompress.healer.healing.heal", lambda *args, **kwargs: result)
+    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert RUNNER.invoke(app, [*command, "--json"]).stdout.count("\n") == lines

@@ -25,7 +25,7 @@ from moacompress.calibration.profile.influence import (
     attend,
     attend_backward,
 )
-from moacompress.calibration.profile.profiler import sample_statistics
+from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library

@@ -63,7 +63,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Returns the numbers of the samples that are profiled from now on, not around a plan."""
-    from moacompress.calibration.profile.profiler import sample_statistics
+    from moacompress.calibration.profile.sample_statistics import sample_statistics
 
     numbers: list[int] = []
 

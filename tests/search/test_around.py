@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from moacompress.calibration.data.answers import SampleDraft
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile import profiler
 from moacompress.calibration.profile.profiler import profile as profile_model
+from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import PlanError
 from moacompress.core.progress import SILENT
@@ -158,7 +158,7 @@ def test_finished_samples_are_kept(
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        return profiler.sample_statistics(*arguments)  # type: ignore[arg-type]
+        return sample_statistics(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(around_module, "sample_statistics", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,217 @@
+"""The statistics of one sample: backward passes from random cotangents, which say what every rule would change.
+
+What is predicted is the KL divergence to the dense model. Its gradient there is zero: its curvature is what counts.
+So each backward pass starts at the logits of the answer tokens from a random cotangent z with covariance
+diag(p) - p p^T, the Fisher matrix of the next-token distribution. Then the expected square of `sum_i d_i(r)` (see
+`influence`) is twice the KL of rule r to second order. A few draws of z serve a sample.
+
+Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
+term of what a change of rule does, beside half the curvature at the plan's own distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.gates.training import LAG
+from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
+from moacompress.calibration.profile.head_statistics import HeadSums
+from moacompress.calibration.profile.influence import Collector, GradientCollector
+from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
+from moacompress.calibration.profile.precision import PrecisionSums
+from moacompress.calibration.profile.sharing import CopySums, copyable
+from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.recipe import ProfileRecipe
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.rule_table import RuleTable
+
+
+def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | None = None) -> Tensor:
+    """Draws a cotangent whose covariance is the Fisher matrix of the next-token distributions, averaged over tokens.
+
+    `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+        generator: on the CPU, so that every device draws the same numbers.
+        tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
+
+    Returns:
+        Shape and dtype of `logits`.
+    """
+    p = torch.softmax(logits.float(), -1)
+    noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
+    z = noise - p * noise.sum(-1, keepdim=True)
+    return z.div((tokens or len(logits)) ** 0.5).to(logits.dtype)
+
+
+def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
+    """Returns what a draw of a sample's cotangent comes from: the same one in whichever process and order samples are run."""
+    digest = hashlib.sha256(f"{seed} {sample} {draw}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
+    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`; see `logit_cotangent`."""
+    return lambda logits, part: logit_cotangent(logits, generator, tokens)
+
+
+def label_cotangent(labels: Tensor) -> Cotangent:
+    """Returns the gradient of the mean cross-entropy of `labels`, int64 `[tokens]`, as MoA starts from it."""
+
+    def gradient(logits: Tensor, part: slice) -> Tensor:
+        p = torch.softmax(logits.float(), -1)
+        p.scatter_add_(1, labels[part, None], p.new_full((len(p), 1), -1.0))
+        return p.div_(len(labels)).to(logits.dtype)
+
+    return gradient
+
+
+class Divergence:
+    """The gradient of the mean KL(dense || model) at the model's logits; a `Cotangent`.
+
+    Args:
+        model: the model; only its output layer is used.
+        dense: what the dense model's output layer gets, `[tokens, hidden]`.
+
+    Attributes:
+        kl: the mean KL of the rows that it was called for, nats.
+    """
+
+    def __init__(self, model: PreTrainedModel, dense: Tensor) -> None:
+        self.model, self.dense, self.kl = model, dense, 0.0
+
+    def __call__(self, logits: Tensor, part: slice) -> Tensor:
+        """Returns the gradient at a chunk of rows, `[rows, vocabulary]`."""
+        with torch.no_grad():
+            p, q = (torch.log_softmax(of.float(), -1) for of in (output_logits(self.model, self.dense[part]), logits))
+            self.kl += float((p.exp() * (p - q)).sum()) / len(self.dense)
+            return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
+
+
+def sample_statistics(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    table: RuleTable,
+    sample: Sample,
+    chosen: ProfileRecipe,
+    around: Plan | None,
+    seed: int,
+    index: int,
+    gates: GateWeights | None = None,
+) -> Statistics:
+    """Runs one sample forward and several times backward.
+
+    Args:
+        model: the dense model, weights frozen.
+        shape: its shape.
+        table: the rules.
+        sample: the sample.
+        chosen: how many cotangents, and which statistics beside the influence.
+        around: the plan to profile around, or None for the dense model.
+        seed: the run's seed.
+        index: number of the sample; with `seed` it decides the cotangents.
+        gates: what rules that select choose by, those of the plan too.
+
+    Returns:
+        See `store.Statistics`; the numbers may be not finite.
+    """
+    assert around is None or not around.selects or gates is not None
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
+    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    dense = None
+    if around is not None:
+        with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
+            dense = target_states(model, ids, rows)
+    size = shape.kv_heads, len(table), model.device
+    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates)
+    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
+    rounding = [
+        PrecisionSums(shape.kv_heads, chosen.formats, plan, model.device)
+        for plan in (recording.plans if chosen.formats else ())
+    ]
+    found: dict[str, Tensor] = {}
+    heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
+    copies = [
+        CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
+        for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
+        if recording.attended is not None
+    ]
+    with Tape(model, recording, ids, rows) as tape:
+        if dense is not None:
+            divergence = Divergence(model, dense)
+            tape.backward(divergence, _by_layer(influence, rounding), last=False)
+            sums = _stacked(influence) | (_stacked(rounding) if rounding else {})
+            found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
+            found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
+        if chosen.baselines:
+            baselines = [BaselineSums(*size) for _ in range(shape.layers)]
+            _reset(influence)
+            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
+            found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
+        drawn = []
+        for draw in range(chosen.draws):
+            _reset([*influence, *rounding])
+            cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
+            wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
+            tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
+            for copied in copies:
+                copied.end()
+            drawn.append(_stacked(influence) | (_stacked(rounding) if rounding else {}))
+    for name in drawn[0]:
+        every = torch.stack([one[name] for one in drawn])
+        found[name] = every if name in DRAWN else every.mean(0)
+    found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
+    return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
+
+
+def token_influence(
+    model: PreTrainedModel, shape: ModelShape, sample: Sample, draws: int, seed: int, index: int
+) -> Floats32:
+    """Returns what hiding single tokens would do, mean over draws, `[layers, kv_heads, tokens]`; see `collectors.TokenSums`.
+
+    Args:
+        model: the dense model, weights frozen.
+        shape: its shape.
+        sample: the sample.
+        draws: random cotangents.
+        seed: the run's seed.
+        index: number of the sample; with `seed` it decides the cotangents.
+    """
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
+    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    sums = [TokenSums(shape.kv_heads, len(ids), LAG, model.device) for _ in range(shape.layers)]
+    with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
+        for draw in range(draws):
+            cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
+            tape.backward(cotangent, _by_layer(sums), last=draw + 1 == draws)
+    found: Floats32 = (_stacked(sums)["of_tokens"] / draws).float().cpu().numpy()
+    return found
+
+
+def _by_layer(*collectors: Sequence[Collector | GradientCollector]) -> list[tuple[Collector | GradientCollector, ...]]:
+    """Returns the collectors of each layer, from lists with one of every layer, or with none at all."""
+    return list(zip(*filter(None, collectors), strict=True))
+
+
+def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
+    for sums in collectors:
+        sums.reset()
+
+
+def _stacked(
+    collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums | TokenSums],
+) -> dict[str, Tensor]:
+    """Returns the sums of all layers by name, layers in front."""
+    layers = [sums.tensors() for sums in collectors]
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
