@@ -5,8 +5,9 @@
 Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
 many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
 programs a processor holds at once by either (`at once`). Of `decode` and `prefill`, how many reads of 16 bytes the loops over
-tiles issue, ahead of use where the card can (`ahead`). Of `append`, which rounds to the bit, how many operations are
-contracted, or not rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
+tiles issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the attention, and
+`ring-reuse` reads them in place of keys. Of `append`, which rounds to the bit, how many operations are contracted, or not
+rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
 """
 
 from __future__ import annotations
@@ -50,16 +51,30 @@ GROUP = 4
 """Query heads of a KV head."""
 PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 """Bits of keys and values; 0 for the model's own numbers."""
+REUSED = "-"
+"""Bits of keys that are not read."""
 POINTERS = {
     **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "SinkLogits", "Out"), "*bf16"),
-    **dict.fromkeys(("Partial", "PartialLse", "Lse"), "*fp32"),
+    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept"), "*fp32"),
     "Suspect": "*i32",
 }
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-IN_RING = {"Table": "*i32", "Selected": "*i32", "Kept": "*i16", "GateScores": "*i16"}
+IN_RING = {"Table": "*i32", "Selected": "*i32", "GateScores": "*i16"}
 """Types of pointers of the kernels of a step in rings."""
-KERNELS = ("decode", "append", "select", "prefill", "ring-decode", "ring-append", "ring-select")
+OF_GATES = {"Kept": "*i16"}
+"""Types of pointers of the kernels that write and compare scores of tokens."""
+KERNELS = (
+    "decode",
+    "append",
+    "select",
+    "prefill",
+    "ring-decode",
+    "ring-keep",
+    "ring-reuse",
+    "ring-append",
+    "ring-select",
+)
 
 
 def main() -> None:
@@ -76,16 +91,18 @@ def main() -> None:
         "select": select_resources,
         "prefill": prefill_resources,
         "ring-decode": partial(decode_resources, ring=True),
+        "ring-keep": partial(decode_resources, ring=True, keep=True),
+        "ring-reuse": partial(decode_resources, ring=True, reuse=True),
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
     }
     found = {
         kernel: [
-            {"card": card, "dim": dim, "bits": "/".join(str(bits or 16) for bits in pair)}
+            {"card": card, "dim": dim, "bits": bits_of(pair, reused=kernel == "ring-reuse")}
             | resources[kernel](card, int(dim), pair)
             for card in given.cards.split(",")
             for dim in given.dims.split(",")
-            for pair in PAIRS
+            for pair in (PAIRS[:3] if kernel == "ring-reuse" else PAIRS)
         ]
         for kernel in given.kernels.split(",")
     }
@@ -101,9 +118,20 @@ def main() -> None:
         print()
 
 
-def decode_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
+def bits_of(pair: tuple[int, int], *, reused: bool) -> str:
+    """Returns the bits of keys and values as a row has them."""
+    key, value = (str(bits or 16) for bits in pair)
+    return f"{REUSED if reused else key}/{value}"
+
+
+def decode_resources(
+    card: str, dim: int, bits: tuple[int, int], *, ring: bool = False, keep: bool = False, reuse: bool = False
+) -> dict[str, Any]:
     """Compiles the decode kernel for a card; returns what it takes."""
-    tiles, constants = split_constants(GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2, ring=ring)
+    bits = (0, bits[1]) if reuse else bits
+    tiles, constants = split_constants(
+        GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2, ring=ring, keep=keep, reuse=reuse
+    )
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     types = pool_types(bits) | (IN_RING if ring else {})
     found = compiled(card, decode_kernels.split, constants, types, options)
@@ -117,7 +145,7 @@ def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool =
     if ring:
         kernel, constants = append_kernels.append_next, append_next_constants(*kv_parts_of(dim, bits), scored=True)
     options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
-    found = compiled(card, kernel, constants, pool_types(bits) | IN_RING, options)
+    found = compiled(card, kernel, constants, pool_types(bits) | IN_RING | OF_GATES, options)
     taken, at_once = _taken(card, found, APPEND_WARPS)
     inexact = (
         None if card.startswith("gfx") else len(re.findall(r"\b(?:fma|div\.full|div\.approx)\b", found.asm["ptx"]))
@@ -129,7 +157,7 @@ def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool =
 def select_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the kernel that selects tokens for a card; returns what it takes."""
     constants, options = select_constants(*kv_parts_of(dim, bits), ring=ring), {"num_warps": SELECT_WARPS}
-    types = pool_types(bits) | (IN_RING if ring else {"Kept": "*i16"})
+    types = pool_types(bits) | OF_GATES | (IN_RING if ring else {})
     found = compiled(card, select_kernels.select, constants, types, options)
     taken, at_once = _taken(card, found, SELECT_WARPS)
     del taken["ahead"], taken["read"]

@@ -155,6 +155,7 @@ class RingState(NamedTuple):
         selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, any]`; None where no rule
             selects.
         counts: how many are selected, int64 `[rows, kv_heads]`; written to. None where no rule selects.
+        shared_values: as of `CacheState`, of values; written to.
     """
 
     keys: Sequence[torch.Tensor]
@@ -165,6 +166,7 @@ class RingState(NamedTuple):
     lengths: torch.Tensor
     selected: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    shared_values: Sequence[Sequence[torch.Tensor]] = ()
 
 
 class AllocationShortfall(NamedTuple):

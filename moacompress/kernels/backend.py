@@ -111,6 +111,7 @@ class BoundRing(ABC):
         *,
         scores: Scores,
         gate_scores: torch.Tensor | None = None,
+        taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Puts one more token of every row into the cache and attends to it; without gradients.
 
@@ -122,6 +123,36 @@ class BoundRing(ABC):
             value: `[rows, kv_heads, 1, value_dim]`.
             scores: how scores are made.
             gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
+            taken: 1 where a row's token is real and 0 where it is padding, which is not put into the cache and sees what the
+                row's last real token sees, int64 `[rows]`; None where all are real. Rows have a real token.
+
+        Returns:
+            `[rows, 1, heads, value_dim]`.
+        """
+
+    @abstractmethod
+    def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
+        """Reads what a layer that shares the attention has beside the blocks' own values; after a first step.
+
+        Args:
+            head_map: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
+            value_sets: which of `RingState.shared_values` are those of each, likewise.
+            value_formats: code of the format of each, likewise.
+        """
+
+
+class BoundReuse(ABC):
+    """A layer that shares the attention of one with a cache in rings."""
+
+    @abstractmethod
+    def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
+        """Puts the values of a token beside those of the shared layer's step, which has been made, and attends as that did.
+
+        No key is read, and the host waits for nothing; without gradients.
+
+        Args:
+            value: `[rows, kv_heads, 1, value_dim]`.
+            scores: how scores were made; learned logits are those of the query heads whose attention each of its own has.
 
         Returns:
             `[rows, 1, heads, value_dim]`.

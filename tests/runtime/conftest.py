@@ -16,6 +16,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.decode import all_layers
+from tests.pretend_device import PretendTensor
 
 _MASKS: dict[int, torch.Tensor] = {}
 
@@ -162,3 +163,45 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch, steps: Callable[..., torch.Tenso
             return steps(*arguments)
 
     return run
+
+
+class _Launched:
+    """A kernel that takes tensors on the pretended device."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*given: Any, **constants: Any) -> None:
+            self.kernel[grid](*(each.held if isinstance(each, PretendTensor) else each for each in given), **constants)
+
+        return launch
+
+
+class _OnPretendDevice:
+    """Triton's kernels, which take tensors on the pretended device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels, triton_backend
+
+        self.patch = monkeypatch
+        for module, names in (
+            (append_kernels, ("append", "append_next")),
+            (decode_kernels, ("split", "merge")),
+            (select_kernels, ("select", "move")),
+        ):
+            for name in names:
+                monkeypatch.setattr(module, name, _Launched(getattr(module, name)))
+        monkeypatch.setattr(triton_backend.TritonBackend, "supports", lambda backend, device, dtype: True)
+
+    def forbid_copies(self) -> None:
+        """From now on what sends numbers from the host fails."""
+        from moacompress.kernels.triton import ring_steps
+
+        self.patch.setattr(ring_steps, "sent", None)
+        self.patch.setattr(torch, "from_numpy", None)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> _OnPretendDevice:
+    return _OnPretendDevice(monkeypatch)

@@ -24,7 +24,7 @@ from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache import ring
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
-from tests.pretend_device import KIND, PretendTensor
+from tests.pretend_device import KIND
 
 DIM, GROUP, MIN_WINDOW = 16, 2, 16
 SCORES = Scores(DIM**-0.5)
@@ -250,35 +250,12 @@ def test_blocks_that_wait_are_given_back(triton: Any) -> None:
     assert pool.used == 0
 
 
-class _Launched:
-    """A kernel that takes tensors on the pretended device."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.arg_names = kernel, kernel.arg_names
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*given: Any, **constants: Any) -> None:
-            self.kernel[grid](*(each.held if isinstance(each, PretendTensor) else each for each in given), **constants)
-
-        return launch
-
-
 @pytest.mark.parametrize("select", [0, 9])
 def test_a_step_asks_the_host_for_nothing(
-    select: int, triton: Any, pretend_device: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    select: int, triton: Any, launched: Any, pretend_device: Callable[[], Any]
 ) -> None:
     """No copy to the host; and none from it but of what a layer's first step reads of the rings."""
-    from moacompress.kernels.triton import append_kernels, decode_kernels, ring_steps, select_kernels
-
     rules = RuleTable.of([Rule(4, 20, 0, "int8", "int4", select), Rule(4, 0, 1024)], MIN_WINDOW)
-    for module, names in (
-        (append_kernels, ("append", "append_next")),
-        (decode_kernels, ("split", "merge")),
-        (select_kernels, ("select", "move")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, _Launched(getattr(module, name)))
-    monkeypatch.setattr(triton, "supports", lambda device, dtype: True)
     pair = Pair(rules, 2, 0)
     layer = pair.layers[0]
     with pretend_device() as device:
@@ -292,8 +269,7 @@ def test_a_step_asks_the_host_for_nothing(
             layer.update(key.to(KIND), value.to(KIND))
             waits = len(device.waits)
             if number == 1:
-                monkeypatch.setattr(ring_steps, "sent", None)
-                monkeypatch.setattr(torch, "from_numpy", None)
+                launched.forbid_copies()
             out = layer.step_in_ring(query, SCORES, gated, triton)
             assert out is not None
             assert out.device.type == KIND

@@ -202,6 +202,7 @@ def append_next(
     Table,
     Rings,
     Lengths,
+    Taken,
     Heads,
     Selecting,
     heads,
@@ -220,8 +221,10 @@ def append_next(
     KEY_NORM: tl.constexpr,
     VALUE_NORM: tl.constexpr,
     SCORED: tl.constexpr,
+    WITH_KEYS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
-    """Writes one more token of every row, for KV heads of one pair of formats, behind those that its cache has.
+    """Writes one more token of every row that is given one, for KV heads of one pair of formats, behind those of its cache.
 
     Args:
         Key: `[rows, kv_heads, HEAD_DIM]`; the numbers of a vector lie side by side.
@@ -236,7 +239,8 @@ def append_next(
         Table: block ids, int32 `[rows, kv_heads, width]`.
         Rings: how many blocks of sinks, then how many of the ring behind them, int64 `[2, kv_heads]`.
         Lengths: tokens that the rows have, int64 `[rows]`.
-        Heads: KV heads of this pair of formats, int64 `[heads]`.
+        Taken: whether each row is given one, int64 `[rows]`; of the others nothing is written.
+        Heads: KV heads of this pair of formats, and those in whose blocks they are, int64 `[2, heads]`.
         Selecting: which KV heads select, so that their blocks have scores, int64 `[kv_heads]`.
         heads: how many.
         kv_heads: of a row.
@@ -254,23 +258,32 @@ def append_next(
         KEY_NORM: factor of a rotation of keys; likewise VALUE_NORM.
         VALUE_NORM: see KEY_NORM.
         SCORED: whether some of them select.
+        WITH_KEYS: whether keys are written, and not values alone.
+        COUNTED: whether the lengths count these tokens already.
     """
     one = tl.arange(0, 1)
     row = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.load(Heads + tl.program_id(0) % heads)
+    number = tl.program_id(0) % heads
+    head = tl.load(Heads + number)
+    taken = tl.load(Taken + row)
     n = tl.load(Lengths + row)
-    pair = row * kv_heads + head
-    sinks, size = ring_of(Rings, head, kv_heads, True)
+    if COUNTED:
+        n -= taken
+    own = row * kv_heads + head
+    head_of_blocks = tl.load(Heads + heads + number)
+    pair = row * kv_heads + head_of_blocks
+    sinks, size = ring_of(Rings, head_of_blocks, kv_heads, True)
     block = tl.load(Table + pair * width + in_ring(n // BLOCK, sinks, size, True)).to(tl.int64) + one
     place = n % BLOCK + one
-    there = one == 0
+    there = taken + one > 0
     d = tl.arange(0, HEAD)[None, :]
     v = tl.arange(0, VALUE)[None, :]
-    key = tl.load(Key + row * key_row + head * key_head + d, mask=d < HEAD_DIM, other=0.0)
+    if WITH_KEYS:
+        key = tl.load(Key + row * key_row + head * key_head + d, mask=d < HEAD_DIM, other=0.0)
+        write(key, Keys, tl.load(KeyPlaces + block), place, there, HEAD_DIM, KEY_BITS, KEY_NORM, False)
     value = tl.load(Value + row * value_row + head * value_head + v, mask=v < VALUE_DIM, other=0.0)
-    write(key, Keys, tl.load(KeyPlaces + block), place, there, HEAD_DIM, KEY_BITS, KEY_NORM, False)
     write(value, Values, tl.load(ValuePlaces + block), place, there, VALUE_DIM, VALUE_BITS, VALUE_NORM, True)
     if SCORED:
         at = Kept + tl.load(ScorePlaces + block) * (UNIT // 2) + place
-        selects = tl.load(Selecting + head) + one > 0
-        tl.store(at, tl.load(GateScores + pair) + tl.zeros([1], tl.int16), mask=selects)
+        selects = there & (tl.load(Selecting + head) + one > 0)
+        tl.store(at, tl.load(GateScores + own) + tl.zeros([1], tl.int16), mask=selects)

@@ -19,13 +19,10 @@ from moacompress.kernels.triton.tile_sizes import (
     move_constants,
     select_constants,
 )
-from moacompress.kernels.triton.work_lists import block_places, first_of, lie_in, sent
+from moacompress.kernels.triton.work_lists import Memory, block_places, lie_in, memory_of, sent
 from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, selected, whole_blocks
-
-Memory = tuple[torch.Tensor, torch.Tensor]
-"""Where blocks are counted from, and where they lie from there on."""
 
 
 def append(
@@ -148,6 +145,7 @@ def select_next(
             places,
             places,
             row_lengths,
+            row_lengths,
             columns,
             of_pair,
             len(mine),
@@ -169,12 +167,6 @@ def _ids_of(table: np.ndarray, rows: Ints, heads: Ints, first: Ints, count: Ints
     found = np.full(len(owner), -1, np.int64)
     found[inside] = table[rows[owner][inside], heads[owner][inside], number[inside]]
     return found
-
-
-def memory_of(segments: Sequence[torch.Tensor], kv_part: KVPart) -> Memory:
-    """Returns where the blocks of a pool lie, counted from the first one of a format."""
-    base = first_of(segments, kv_part)
-    return base, block_places(segments, base)
 
 
 def score_memory(scores: Sequence[torch.Tensor]) -> Memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -9,13 +11,35 @@ from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import CacheView, Scores
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import decode_kernels
-from moacompress.kernels.triton.tile_sizes import padded, split_constants
-from moacompress.kernels.triton.work_lists import block_places, first_of, sent, work_lists
+from moacompress.kernels.triton.tile_sizes import TileSizes, padded, split_constants
+from moacompress.kernels.triton.work_lists import Memory, memory_of, sent, work_lists
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 PARTS = 16
 """Results of parts that are added up at once."""
+
+
+class Stretches(NamedTuple):
+    """What programs attend to; see `decode_kernels.split`.
+
+    Attributes:
+        work: which stretch of which row and KV head each has.
+        table: block ids.
+        rings: where blocks lie in the table.
+        lengths: tokens of the rows.
+        columns: of the rules.
+        kv_heads: of a row.
+        chunk: blocks of a stretch.
+    """
+
+    work: torch.Tensor
+    table: torch.Tensor
+    rings: torch.Tensor
+    lengths: torch.Tensor
+    columns: torch.Tensor
+    kv_heads: int
+    chunk: int
 
 
 def attend_step(
@@ -80,30 +104,57 @@ def attend_step(
             if not len(work):
                 continue
             table, row_lengths, columns = of_held[3 * number : 3 * number + 3]
-            keys, values = first_of(cache.keys, key), first_of(cache.values, value)
-            decode_kernels.split[(len(work),)](
-                turned if key.bits else plain,
-                keys,
-                values,
-                block_places(cache.keys, keys),
-                block_places(cache.values, values),
-                table,
-                table,
-                row_lengths,
-                columns,
-                work,
-                partial,
-                partial_lse,
-                float(scores.scaling),
-                float(scores.softcap),
-                1 if number else kv_heads,
-                table.shape[-1],
-                launch.chunk,
-                **constants,
-                num_warps=tiles.num_warps,
-            )
+            over = Stretches(work, table, table, row_lengths, columns, 1 if number else kv_heads, launch.chunk)
+            memory = memory_of(cache.keys, key), memory_of(cache.values, value)
+            asked = turned if key.bits else plain
+            launch_split(asked, memory, over, None, (partial, partial_lse), scores, (tiles, constants))
     add_up((partial, partial_lse), begins, scores, out, lse)
     return (turned_back(out, coded[1], group).to(query.dtype) if rotates else out), lse
+
+
+def launch_split(
+    query: torch.Tensor,
+    memory: tuple[Memory, Memory],
+    over: Stretches,
+    kept: torch.Tensor | None,
+    partial: tuple[torch.Tensor, torch.Tensor],
+    scores: Scores,
+    compiled_for: tuple[TileSizes, dict[str, int | bool]],
+) -> None:
+    """Attends to stretches of blocks.
+
+    Args:
+        query: see `decode_kernels.split`; likewise `kept` and `partial`.
+        memory: of keys and of values.
+        over: the stretches.
+        kept: None where no scores are kept or read.
+        partial: written to.
+        scores: how scores are made.
+        compiled_for: what `split_constants` returns.
+    """
+    tiles, constants = compiled_for
+    (keys, key_places), (values, value_places) = memory
+    decode_kernels.split[(len(over.work),)](
+        query,
+        keys,
+        values,
+        key_places,
+        value_places,
+        over.table,
+        over.rings,
+        over.lengths,
+        over.columns,
+        over.work,
+        partial[0] if kept is None else kept,
+        *partial,
+        float(scores.scaling),
+        float(scores.softcap),
+        over.kv_heads,
+        over.table.shape[-1],
+        over.chunk,
+        **constants,
+        num_warps=tiles.num_warps,
+    )
 
 
 def add_up(

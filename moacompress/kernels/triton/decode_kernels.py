@@ -26,6 +26,7 @@ def split(
     Lengths,
     Rules,
     Work,
+    Kept,
     Partial,
     PartialLse,
     scaling,
@@ -46,6 +47,8 @@ def split(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     RING: tl.constexpr,
+    KEEP: tl.constexpr,
+    REUSE: tl.constexpr,
 ):
     """Attention of one group of queries over a stretch of the blocks that they see.
 
@@ -60,6 +63,8 @@ def split(
         Lengths: int64 `[rows]`.
         Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
         Work: row, KV head, number of the stretch, and where the result goes, int64 `[programs, 4]`.
+        Kept: scores by the places of tokens under the table, float32 `[rows, kv_heads, G, width * 16]`; anything if not KEEP
+            or REUSE.
         Partial: `[places, G, VALUE_DIM]`, float32; in the rotated basis where values have codes.
         PartialLse: log of the sum of the exponentials, `[places, G]`, float32.
         scaling: factor on the scores.
@@ -80,6 +85,8 @@ def split(
         TILE: tokens of a tile.
         STAGES: tiles that are read ahead.
         RING: whether blocks behind the sinks' lie in rings; else block b of a row and KV head is number b of the table.
+        KEEP: whether scores are written to Kept, before a bound.
+        REUSE: whether scores are read from there: neither queries nor keys are.
     """
     item = Work + tl.program_id(0) * 4
     row = tl.load(item)
@@ -110,27 +117,30 @@ def split(
     g = tl.arange(0, GROUP)
     d = tl.arange(0, HEAD)
     v = tl.arange(0, VALUE)
-    asked = Query + (row * kv_heads * G + head * G) * HEAD_DIM + g[:, None] * HEAD_DIM + d[None, :]
     real = (g < G)[:, None]
-    if KEY_BITS == 4:
-        query = tl.load(asked, mask=real & (d < KEY_HALF)[None, :], other=0.0)
-        query_high = tl.load(asked + KEY_HALF, mask=real & (d < HEAD_DIM - KEY_HALF)[None, :], other=0.0)
-    else:
-        query = tl.load(asked, mask=real & (d < HEAD_DIM)[None, :], other=0.0)
-        query_high = query
-    if WIDE:
-        query = query.to(tl.float32)
     CODES: tl.constexpr = tl.float32 if WIDE else tl.float16
-    if KEY_BITS > 0:
-        largest = tl.maximum(largest_of(query), largest_of(query_high))
-        query = divided(query, largest).to(CODES)
-        query_high = divided(query_high, largest).to(CODES)
-        query_sum = tl.sum(query.to(tl.float32), 1)
+    factor = 1.0
+    if not REUSE:
+        asked = Query + (row * kv_heads * G + head * G) * HEAD_DIM + g[:, None] * HEAD_DIM + d[None, :]
         if KEY_BITS == 4:
-            query_sum += tl.sum(query_high.to(tl.float32), 1)
-        factor = scaling * largest[:, None]
-    else:
-        factor = scaling
+            query = tl.load(asked, mask=real & (d < KEY_HALF)[None, :], other=0.0)
+            query_high = tl.load(asked + KEY_HALF, mask=real & (d < HEAD_DIM - KEY_HALF)[None, :], other=0.0)
+        else:
+            query = tl.load(asked, mask=real & (d < HEAD_DIM)[None, :], other=0.0)
+            query_high = query
+        if WIDE:
+            query = query.to(tl.float32)
+        if KEY_BITS > 0:
+            largest = tl.maximum(largest_of(query), largest_of(query_high))
+            query = divided(query, largest).to(CODES)
+            query_high = divided(query_high, largest).to(CODES)
+            query_sum = tl.sum(query.to(tl.float32), 1)
+            if KEY_BITS == 4:
+                query_sum += tl.sum(query_high.to(tl.float32), 1)
+            factor = scaling * largest[:, None]
+        else:
+            factor = scaling
+    kept = Kept + ((row * kv_heads + head) * G + g[:, None]) * (width * BLOCK)
 
     peak = tl.full([GROUP], float("-inf"), tl.float32)
     denominator = tl.zeros([GROUP], tl.float32)
@@ -151,15 +161,22 @@ def split(
         inside = ((position >= first) & (position < sink_end)) | ((position >= start) & (position < n))
         there = x < end
         seen = there & inside
-        block_id = tl.load(table + in_ring(block, ring_sinks, ring_size, RING), mask=there, other=0)
-        key_at = tl.load(KeyPlaces + block_id, mask=there, other=0)
-        if KEY_BITS == 0:
-            key = native_numbers(Keys, key_at, place, seen, HEAD_DIM, HEAD).to(query.dtype)
-            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        slot = in_ring(block, ring_sinks, ring_size, RING)
+        block_id = tl.load(table + slot, mask=there, other=0)
+        under = slot * BLOCK + place
+        if REUSE:
+            score = tl.load(kept + under[None, :], mask=real & seen[None, :], other=0.0)
         else:
-            score = code_scores(
-                query, query_high, query_sum, Keys, key_at, place, there, seen, HEAD_DIM, HEAD, KEY_BITS
-            )
+            key_at = tl.load(KeyPlaces + block_id, mask=there, other=0)
+            if KEY_BITS == 0:
+                key = native_numbers(Keys, key_at, place, seen, HEAD_DIM, HEAD).to(query.dtype)
+                score = tl.dot(query, tl.trans(key), input_precision="ieee")
+            else:
+                score = code_scores(
+                    query, query_high, query_sum, Keys, key_at, place, there, seen, HEAD_DIM, HEAD, KEY_BITS
+                )
+            if KEEP:
+                tl.store(kept + under[None, :], score * factor, mask=real & seen[None, :])
         weight, shrunk, peak, denominator = softmax_step(
             score, seen[None, :], peak, denominator, factor, softcap, SOFTCAP
         )

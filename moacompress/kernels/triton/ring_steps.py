@@ -1,7 +1,9 @@
 """Decode steps over rings of blocks: all that they read lies on the device, and they ask the host for nothing.
 
 What a step is launched with does not depend on how long rows are: the tensors of a `RingState` and the parts of the sum stay
-where they are, and lengths grow on the device.
+where they are, and lengths grow on the device. A layer that others share attention with keeps its scores of a step, by the
+places of tokens under the table; those layers read them in place of queries and keys, so that they take 4 bytes a query head
+of a token rather than its key, whatever that is kept as.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import RingState, Scores
-from moacompress.kernels.backend import BoundRing
+from moacompress.kernels.backend import BoundReuse, BoundRing
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
-from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
-from moacompress.kernels.triton.cache_writes import Memory, by_kind, memory_of, score_memory
-from moacompress.kernels.triton.decode import add_up
+from moacompress.kernels.triton import append_kernels, select_kernels
+from moacompress.kernels.triton.cache_writes import by_kind, score_memory
+from moacompress.kernels.triton.decode import Stretches, add_up, launch_split
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
     SELECT_WARPS,
@@ -25,9 +28,13 @@ from moacompress.kernels.triton.tile_sizes import (
     select_constants,
     split_constants,
 )
-from moacompress.kernels.triton.work_lists import kinds_of, sent, shares
+from moacompress.kernels.triton.work_lists import Memory, kinds_of, memory_of, sent, shares
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import BLOCK
+
+KEPT_BYTES = 4
+"""Of a score that is kept for layers that share attention."""
 
 
 class _Kind(NamedTuple):
@@ -37,8 +44,8 @@ class _Kind(NamedTuple):
         kv_parts: how they keep keys and values.
         memory: of keys and of values.
         scores: memory of scores; None where none of them selects.
-        heads: all of them, int64.
-        selecting: those that select, likewise.
+        heads: all of them, see `append_kernels.append_next`.
+        selecting: those that select, int64.
         work: see `decode_kernels.split`.
         selected_work: the same over selected tokens, where a row and KV head is a row of one KV head.
         chunk: blocks of a stretch.
@@ -54,6 +61,24 @@ class _Kind(NamedTuple):
     chunk: int
 
 
+class _ReuseKind(NamedTuple):
+    """The KV heads of a layer that shares attention whose values lie in one set beside the blocks' own, in one format.
+
+    Attributes:
+        value: how they keep values.
+        memory: of those.
+        heads: all of them, see `append_kernels.append_next`.
+        work: see `decode_kernels.split`; KV heads are those whose scores are read.
+        chunk: blocks of a stretch.
+    """
+
+    value: KVPart
+    memory: Memory
+    heads: torch.Tensor
+    work: torch.Tensor
+    chunk: int
+
+
 class RingSteps(BoundRing):
     """The steps of a layer.
 
@@ -64,6 +89,16 @@ class RingSteps(BoundRing):
         value_dim: numbers of a value.
         dtype: of the model.
         wide: whether products are in float32.
+
+    Attributes:
+        ring: see above.
+        dims: numbers of a key and of a value.
+        dtype: see above.
+        wide: see above.
+        columns: of the rules, on the device.
+        rings: see `tiles.ring_of`.
+        kept: scores of the last step, see `decode_kernels.split`; None before it, and where no layer shares the attention.
+        taken: whether each row was given a token in the last step, int64 `[rows]`.
     """
 
     def __init__(
@@ -79,17 +114,20 @@ class RingSteps(BoundRing):
         token_bytes = rules.token_bytes(head_dim, value_dim, str(dtype).removeprefix("torch."))
         chunks, work, selected_work, begins = shares(blocks, more, token_bytes)
         full = RuleTable.of([Rule.FULL], 1).columns
-        self._ring, self._wide, self._value_dim, self._dtype = ring, wide, value_dim, dtype
-        self._columns, self._full, self._rings, self._begins = sent((rules.columns, full, ring.sizes, begins), device)
+        self.ring, self.wide, self.dims, self.dtype = ring, wide, (head_dim, value_dim), dtype
+        self.kept: torch.Tensor | None = None
+        numbers = (rules.columns, full, ring.sizes, begins, np.ones(rows, np.int64))
+        self.columns, self._full, self.rings, self._begins, self._all_rows = sent(numbers, device)
+        self.taken = self._all_rows
         self._kinds = []
         for number, pair in enumerate(kinds.pairs):
             mine = kinds.number == number
-            selecting = np.flatnonzero(mine & rules.selecting)
+            own, selecting = (np.flatnonzero(each) for each in (mine, mine & rules.selecting))
             works = work[mine[work[:, 1]]], selected_work[mine[selected_work[:, 0] % kv_heads]]
             memory = memory_of(ring.keys, pair[0]), memory_of(ring.values, pair[1])
             scores = score_memory(ring.scores) if len(selecting) else None
-            heads, gated, own, others = sent((np.flatnonzero(mine), selecting, *works), device)
-            self._kinds.append(_Kind(pair, memory, scores, heads, gated, own, others, int(chunks[mine][0])))
+            heads, gated, read, others = sent((np.stack((own, own)), selecting, *works), device)
+            self._kinds.append(_Kind(pair, memory, scores, heads, gated, read, others, int(chunks[mine][0])))
         coded = rules.format_codes != 0
         self._turns_queries, self._turns_outputs = (bool(side.any()) for side in coded)
         self._turned, self._selecting = sent((coded[1], rules.selecting), device)
@@ -104,46 +142,46 @@ class RingSteps(BoundRing):
         *,
         scores: Scores,
         gate_scores: torch.Tensor | None = None,
+        taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `BoundRing.step`."""
-        rows, heads = query.shape[:2]
-        kv_heads, ring = key.shape[1], self._ring
+        (rows, heads), kv_heads = query.shape[:2], key.shape[1]
         key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (key.detach(), value.detach()))
+        self.taken = self._all_rows if taken is None else taken
         self._write(key, value, gate_scores)
-        ring.lengths.add_(1)
-        group, out = heads // kv_heads, self._out(query)
+        self.ring.lengths.add_(self.taken)
+        group = heads // kv_heads
         if self._partial is None:
-            partial = torch.empty(self._places, group, self._value_dim, dtype=torch.float32, device=query.device)
-            self._partial = partial, partial.new_empty(partial.shape[:2])
+            self._partial = new_partial(self._places, group, self.dims[1], query.device)
+            if self.ring.shared_values:
+                tokens = self.ring.table.shape[-1] * BLOCK
+                self.kept = torch.empty(rows, kv_heads, group, tokens, dtype=torch.float32, device=query.device)
         plain = query[:, :, 0].contiguous()
         turned = rotated(plain).to(query.dtype) if self._turns_queries else plain
         for kind in self._kinds:
-            self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, kv_heads, group)
-        lse = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
-        add_up(self._partial, self._begins, scores, out, lse)
-        if self._turns_outputs:
-            back = self._turned.bool().repeat_interleave(group, output_size=heads)[None, :, None]
-            out = torch.where(back, rotated(out), out).to(query.dtype)
-        return out[:, None]
+            self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, group)
+        turns = self._turned if self._turns_outputs else None
+        return added_up(self._partial, self._begins, scores, turns, query[:, :, 0])
 
-    def _out(self, query: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if self._turns_outputs else query.dtype
-        return torch.empty(*query.shape[:2], self._value_dim, dtype=dtype, device=query.device)
+    def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
+        """See `BoundRing.reuse`."""
+        return ReuseSteps(self, head_map, value_sets, value_formats)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, gate_scores: torch.Tensor | None) -> None:
         """Lets tokens compete that windows leave behind, and writes the new ones, which may go into the places of others."""
-        ring = self._ring
+        ring = self.ring
         rows, kv_heads, width = ring.table.shape
         for kind in self._kinds:
             if kind.scores is not None and ring.selected is not None:
                 select_kernels.select[(rows * len(kind.selecting),)](
                     *by_kind(*kind.memory, kind.scores),
                     ring.table,
-                    self._rings,
+                    self.rings,
                     ring.selected,
                     ring.counts,
                     ring.lengths,
-                    self._columns,
+                    self.taken,
+                    self.columns,
                     kind.selecting,
                     len(kind.selecting),
                     kv_heads,
@@ -152,62 +190,165 @@ class RingSteps(BoundRing):
                     **select_constants(*kind.kv_parts, ring=True),
                     num_warps=SELECT_WARPS,
                 )
-            append_kernels.append_next[(rows * len(kind.heads),)](
-                key,
-                value,
-                self._rings if gate_scores is None else gate_scores.contiguous(),
-                *by_kind(*kind.memory, kind.scores or kind.memory[0]),
-                ring.table,
-                self._rings,
-                ring.lengths,
+            self.append(
+                (key, value, self.rings if gate_scores is None else gate_scores.contiguous()),
+                (*kind.memory, kind.scores or kind.memory[0]),
                 kind.heads,
-                self._selecting,
-                len(kind.heads),
-                kv_heads,
-                width,
-                *key.stride()[:2],
-                *value.stride()[:2],
-                **append_next_constants(*kind.kv_parts, scored=kind.scores is not None),
-                num_warps=APPEND_WARPS,
-                enable_fp_fusion=False,
+                append_next_constants(*kind.kv_parts, scored=kind.scores is not None),
             )
 
-    def _attend(self, kind: _Kind, query: torch.Tensor, scores: Scores, kv_heads: int, group: int) -> None:
+    def append(
+        self,
+        token: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        memory: tuple[Memory, Memory, Memory],
+        heads: torch.Tensor,
+        constants: dict[str, int | bool | float],
+    ) -> None:
+        """Writes one more token of the rows that are given one.
+
+        Args:
+            token: keys and values, `[rows, kv_heads, 1, dim]`, and scores of gates.
+            memory: where those go to.
+            heads: see `append_kernels.append_next`.
+            constants: what that is compiled for.
+        """
+        ring, (key, value, _) = self.ring, token
+        rows, kv_heads, width = ring.table.shape
+        append_kernels.append_next[(rows * heads.shape[1],)](
+            *token,
+            *by_kind(*memory),
+            ring.table,
+            self.rings,
+            ring.lengths,
+            self.taken,
+            heads,
+            self._selecting,
+            heads.shape[1],
+            kv_heads,
+            width,
+            *key.stride()[:2],
+            *value.stride()[:2],
+            **constants,
+            num_warps=APPEND_WARPS,
+            enable_fp_fusion=False,
+        )
+
+    def _attend(self, kind: _Kind, query: torch.Tensor, scores: Scores, group: int) -> None:
         """Attends to windows, and then to selected tokens: a row and KV head is a row of one there."""
-        ring, (key, value), partial = self._ring, kind.kv_parts, self._partial
+        ring, (key, value), partial = self.ring, kind.kv_parts, self._partial
         assert partial is not None
-        passes = [(kind.work, ring.table, self._rings, ring.lengths, self._columns, kv_heads)]
+        passes = [self.stretches(kind.work, kind.chunk)]
         if ring.selected is not None and ring.counts is not None and len(kind.selected_work):
-            passes.append((kind.selected_work, ring.selected, self._rings, ring.counts, self._full, 1))
-        for number, (work, table, rings, lengths, columns, heads) in enumerate(passes):
+            passes.append(
+                Stretches(kind.selected_work, ring.selected, self.rings, ring.counts, self._full, 1, kind.chunk)
+            )
+        for number, stretches in enumerate(passes):
             tiles, constants = split_constants(
                 group,
                 key.dim,
                 value.dim,
                 (key.bits, value.bits),
                 softcap=bool(scores.softcap),
-                wide=self._wide,
+                wide=self.wide,
                 item_size=query.element_size(),
                 ring=not number,
+                keep=self.kept is not None,
             )
-            (keys, key_places), (values, value_places) = kind.memory
-            decode_kernels.split[(len(work),)](
-                query,
-                keys,
-                values,
-                key_places,
-                value_places,
-                table,
-                rings,
-                lengths,
-                columns,
-                work,
-                *partial,
-                float(scores.scaling),
-                float(scores.softcap),
-                heads,
-                table.shape[-1],
-                kind.chunk,
-                **constants,
-                num_warps=tiles.num_warps,
+            launch_split(query, kind.memory, stretches, self.kept, partial, scores, (tiles, constants))
+
+    def stretches(self, work: torch.Tensor, chunk: int) -> Stretches:
+        """Returns stretches of windows; see `Stretches`."""
+        ring = self.ring
+        return Stretches(work, ring.table, self.rings, ring.lengths, self.columns, ring.table.shape[1], chunk)
+
+
+class ReuseSteps(BoundReuse):
+    """The steps of a layer that shares the attention of another.
+
+    Args:
+        anchor: the steps of that one.
+        head_map: KV head of that one whose attention each of its KV heads has, int64 `[kv_heads]`.
+        value_sets: which of the values beside the blocks' own are those of each, likewise.
+        value_formats: code of the format of each, likewise.
+    """
+
+    def __init__(self, anchor: RingSteps, head_map: Ints, value_sets: Ints, value_formats: Ints) -> None:
+        ring, (_, value_dim) = anchor.ring, anchor.dims
+        (rows, kv_heads, _), device = ring.table.shape, ring.table.device
+        group = 1 if anchor.kept is None else anchor.kept.shape[2]
+        places = np.stack((value_sets, value_formats))
+        found, number = np.unique(places, axis=1, return_inverse=True)
+        kv_parts = [KVPart(code, value_dim, anchor.dtype, values=True) for code in value_formats.tolist()]
+        token_bytes = np.array([each.nbytes // BLOCK for each in kv_parts], np.int64) + group * KEPT_BYTES
+        blocks = np.broadcast_to(ring.sizes.sum(0)[head_map], (rows, kv_heads))
+        chunks, work, _, begins = shares(blocks, np.zeros_like(blocks), token_bytes)
+        self._anchor, self._kinds = anchor, []
+        for at, (value_set, code) in enumerate(found.T.tolist()):
+            mine = number.reshape(-1) == at
+            own, parts = np.flatnonzero(mine), work[mine[work[:, 1]]]
+            parts[:, 1] = head_map[parts[:, 1]]
+            value = KVPart(code, value_dim, anchor.dtype, values=True)
+            memory = memory_of(ring.shared_values[value_set], value)
+            heads, read = sent((np.stack((own, head_map[own])), parts), device)
+            self._kinds.append(_ReuseKind(value, memory, heads, read, int(chunks[mine][0])))
+        coded = value_formats != 0
+        self._begins, self._turned = sent((begins, coded), device)
+        self._turns_outputs = bool(coded.any())
+        self._partial = new_partial(int(begins[-1]), group, value_dim, device)
+
+    def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
+        """See `BoundReuse.step`."""
+        anchor, value = self._anchor, value.detach()
+        assert anchor.kept is not None
+        (rows, kv_heads), group = value.shape[:2], anchor.kept.shape[2]
+        value = value if value.stride(-1) == 1 else value.contiguous()
+        for kind in self._kinds:
+            token, memory = (value, value, anchor.rings), (kind.memory,) * 3
+            anchor.append(token, memory, kind.heads, append_next_constants(None, kind.value, scored=False))
+            tiles, constants = split_constants(
+                group,
+                kind.value.dim,
+                kind.value.dim,
+                (0, kind.value.bits),
+                softcap=bool(scores.softcap),
+                wide=anchor.wide,
+                item_size=value.element_size(),
+                ring=True,
+                reuse=True,
             )
+            stretches = anchor.stretches(kind.work, kind.chunk)
+            launch_split(value, (kind.memory,) * 2, stretches, anchor.kept, self._partial, scores, (tiles, constants))
+        like = value.new_empty(()).expand(rows, kv_heads * group, kind.value.dim)
+        return added_up(self._partial, self._begins, scores, self._turned if self._turns_outputs else None, like)
+
+
+def new_partial(places: int, group: int, value_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns memory for the parts of a step's attention; see `decode_kernels.split`."""
+    partial = torch.empty(places, group, value_dim, dtype=torch.float32, device=device)
+    return partial, partial.new_empty(partial.shape[:2])
+
+
+def added_up(
+    partial: tuple[torch.Tensor, torch.Tensor],
+    begins: torch.Tensor,
+    scores: Scores,
+    turned: torch.Tensor | None,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the sum of the parts of a step's attention, `[rows, 1, heads, value_dim]`.
+
+    Args:
+        partial: see `decode.add_up`.
+        begins: likewise.
+        scores: how scores are made.
+        turned: which KV heads have values in the rotated basis, `[kv_heads]`; None where none has.
+        like: of the result's dtype, `[rows, heads, any]`.
+    """
+    (rows, heads), (parts, _) = like.shape[:2], partial
+    dtype = like.dtype if turned is None else torch.float32
+    out = torch.empty(rows, heads, parts.shape[2], dtype=dtype, device=parts.device)
+    add_up(partial, begins, scores, out, torch.empty(rows, heads, dtype=torch.float32, device=parts.device))
+    if turned is not None:
+        back = turned.bool().repeat_interleave(parts.shape[1], output_size=heads)[None, :, None]
+        out = torch.where(back, rotated(out), out).to(like.dtype)
+    return out[:, None]

@@ -181,6 +181,7 @@ def select(
     Selected,
     Counts,
     Lengths,
+    Taken,
     Rules,
     Heads,
     heads,
@@ -213,6 +214,7 @@ def select(
         Selected: block ids of selected tokens by their places, integers `[rows, kv_heads, selected_width]`.
         Counts: with RING, how many are selected when the next token is there, int64 `[rows, kv_heads]`; written to.
         Lengths: tokens of the rows before the next one, int64 `[rows]`.
+        Taken: with RING, whether each row is given a next one, int64 `[rows]`; of the others nothing changes.
         Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
         Heads: KV heads of this pair of formats that select, int64 `[heads]`.
         heads: how many.
@@ -240,7 +242,9 @@ def select(
     next_count = tl.minimum(alpha + ((beta_q * next_left) >> 10), next_left)
     pair = row * kv_heads + head
     if RING:
-        tl.store(Counts + pair, next_count)
+        taken = tl.load(Taken + row)
+        tl.store(Counts + pair, next_count, mask=taken > 0)
+        next_left = tl.where(taken > 0, next_left, left)
     if (next_left > left) & (next_count > 0):
         position = tl.load(rule) + left
         sinks, size = ring_of(Rings, head, kv_heads, RING)

@@ -66,6 +66,8 @@ def split_constants(
     wide: bool,
     item_size: int,
     ring: bool = False,
+    keep: bool = False,
+    reuse: bool = False,
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `decode_kernels.split`, and all that it is compiled for, by the names of its arguments.
 
@@ -78,8 +80,10 @@ def split_constants(
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
         ring: whether blocks lie in rings.
+        keep: whether scores are kept for layers that share the attention.
+        reuse: whether they are such a layer's, and no keys are read.
     """
-    tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits))
+    tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits) and not reuse)
     sides = _side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide)
     return tiles, {
         **sides,
@@ -87,6 +91,8 @@ def split_constants(
         "TILE": tiles.TILE,
         "STAGES": tiles.num_stages,
         "RING": ring,
+        "KEEP": keep,
+        "REUSE": reuse,
     }
 
 
@@ -197,16 +203,15 @@ def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
     }
 
 
-def append_next_constants(key: KVPart, value: KVPart, *, scored: bool) -> dict[str, Any]:
+def append_next_constants(key: KVPart | None, value: KVPart, *, scored: bool) -> dict[str, Any]:
     """Returns all that `append_kernels.append_next` is compiled for, by the names of its arguments.
 
     Args:
-        key: how keys are kept.
+        key: how keys are kept; None where a layer that shares them writes its values, after those whose they are.
         value: how values are kept.
         scored: whether some KV heads select.
     """
-    norms = {"KEY_NORM": rotation_norm(key.dim), "VALUE_NORM": rotation_norm(value.dim)}
-    return {**move_constants(key, value), **norms, "SCORED": scored}
+    return {**append_constants(key, value), "SCORED": scored, "COUNTED": key is None}
 
 
 def select_constants(key: KVPart, value: KVPart, *, ring: bool = False) -> dict[str, Any]:

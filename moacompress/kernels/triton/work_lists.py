@@ -28,6 +28,10 @@ WHOLE = LARGEST // BLOCK
 """Blocks that stretches are multiples of: no tile is cut."""
 
 
+Memory = tuple[torch.Tensor, torch.Tensor]
+"""Where blocks are counted from, and where they lie from there on."""
+
+
 class Launch(NamedTuple):
     """The KV heads of one pair of formats.
 
@@ -239,6 +243,12 @@ def block_places(segments: Sequence[torch.Tensor], base: torch.Tensor) -> torch.
         for part in segments
     )
     return _places(parts, base.data_ptr(), base.device)
+
+
+def memory_of(segments: Sequence[torch.Tensor], kv_part: KVPart) -> Memory:
+    """Returns where the blocks of a pool lie, counted from the first one of a format."""
+    base = first_of(segments, kv_part)
+    return base, block_places(segments, base)
 
 
 @lru_cache(maxsize=512)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView, Scores
 from moacompress.kernels.backend import Backend
@@ -258,7 +258,11 @@ class PlanCacheLayer(CacheLayer):
             like: a tensor.
             scored: whether the call is given scores of the tokens, without which it knows of no gates.
         """
-        able = self._held is not None and not self.shared_values and self._held.has_memory_for(like)
+        return not self.shared_values and self.can_step_in_ring(like, scored=scored)
+
+    def can_step_in_ring(self, like: torch.Tensor, *, scored: bool = False) -> bool:
+        """As `can_step`, of a step on the device, which knows of values beside a block's own."""
+        able = self._held is not None and self._held.has_memory_for(like)
         return able and (not self.rules.selects or (scored and self._continues))
 
     @property
@@ -303,27 +307,43 @@ class PlanCacheLayer(CacheLayer):
         self._pending = None
         return out
 
+    @property
+    def ring(self) -> Ring | None:
+        """The rings that its last token went into, or None."""
+        return self._ring
+
     def step_in_ring(
-        self, query: torch.Tensor, scores: Scores, gate_scores: torch.Tensor | None, backend: Backend
+        self,
+        query: torch.Tensor,
+        scores: Scores,
+        gate_scores: torch.Tensor | None,
+        backend: Backend,
+        real: Bools | None = None,
     ) -> torch.Tensor | None:
-        """Takes in the chunk of the running forward, one token of every row, all real, and attends to it on the device.
+        """Takes in the chunk of the running forward, one token of every row, and attends to it on the device.
 
         Args:
             query: `[rows, heads, 1, head_dim]`.
             scores: how scores are made.
             gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
-            backend: that can; see `can_step`.
+            backend: that can; see `can_step_in_ring`.
+            real: which of the tokens are, bool `[rows]`; None where all are. A padded query sees what its row's last real token
+                sees.
 
         Returns:
-            `[rows, 1, heads, value_dim]`; None, and nothing is done, where blocks are shared.
+            `[rows, 1, heads, value_dim]`; None, and nothing is done, where blocks are shared or a row has no real token.
         """
         assert self._pending is not None
         if self._ring is None or self._ring.is_full:
             self._ring = ring_for(self.blocks_held(), self.reserve, self.lag, backend)
         if self._ring is None:
             return None
+        before = self._ring.lengths
+        if real is not None and not (before + real).all():
+            return None
         self.stepping = True
-        out = self._ring.step(query, *self._pending, scores, gate_scores)
+        out = self._ring.step(query, *self._pending, scores, gate_scores, real)
+        self.lengths_before = before
         self._pending = None
         self.columns += 1
         self.stepping = False

@@ -10,11 +10,13 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView
+from moacompress.kernels.arguments import CacheView, Scores
+from moacompress.kernels.backend import BoundReuse
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.commit import write_shared_values
 from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.cache.ring import Ring
 
 
 class ReuseCacheLayer(CacheLayer):
@@ -38,6 +40,7 @@ class ReuseCacheLayer(CacheLayer):
         self._heads = np.array(share.head_map, np.int64), np.array(value_sets, np.int64)
         self.is_initialized = False
         self._pending: torch.Tensor | None = None
+        self._in_ring: tuple[Ring, BoundReuse] | None = None
 
     @property
     def _is_behind(self) -> bool:
@@ -48,6 +51,11 @@ class ReuseCacheLayer(CacheLayer):
     def lengths(self) -> Ints:
         """Cached tokens of every row, int64 `[rows]`: those of its anchor."""
         return self.anchor.lengths_before if self._is_behind else self.anchor.lengths
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache."""
+        return self.anchor.rows
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -64,7 +72,7 @@ class ReuseCacheLayer(CacheLayer):
         Raises:
             UnsupportedError: a forward was left in its midst, or the chunk has another number of rows.
         """
-        if self._pending is not None or not self._is_behind or rows != len(self.lengths):
+        if self._pending is not None or not self._is_behind or rows != self.rows:
             raise UnsupportedError("this cache was left in the middle of a forward (an interrupt); start a new one")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -79,6 +87,30 @@ class ReuseCacheLayer(CacheLayer):
     def can_step(self, like: torch.Tensor) -> bool:
         """No compiled call puts values beside others."""
         return False
+
+    @property
+    def can_step_in_ring(self) -> bool:
+        """Whether its anchor has taken in the token of the running forward into rings, and has not left them since."""
+        return self.anchor.ring is not None and self._is_behind
+
+    def step_in_ring(self, scores: Scores) -> torch.Tensor:
+        """Takes in the values of the token of the running forward, and attends to it as its anchor did; no key is read.
+
+        Args:
+            scores: how scores are made; see `BoundReuse.step`.
+
+        Returns:
+            `[rows, 1, heads, value_dim]`.
+        """
+        ring = self.anchor.ring
+        assert ring is not None
+        assert self._pending is not None
+        if self._in_ring is None or self._in_ring[0] is not ring:
+            self._in_ring = ring, ring.reuse(*self._heads)
+        out = self._in_ring[1].step(self._pending, scores=scores)
+        self.columns += 1
+        self._pending = None
+        return out
 
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether its anchor can step so many rows, and no forward was left in its midst."""
@@ -123,7 +155,7 @@ class ReuseCacheLayer(CacheLayer):
 
     def reset(self) -> None:
         """Empties the layer."""
-        self.columns, self._pending, self.is_initialized = 0, None, False
+        self.columns, self._pending, self.is_initialized, self._in_ring = 0, None, False, None
 
     def beside(self) -> ReuseCacheLayer:
         """Returns an empty layer for a cache beside this one, whose anchor it is to be given."""
@@ -150,4 +182,4 @@ class ReuseCacheLayer(CacheLayer):
     def __getstate__(self) -> dict[str, Any]:
         if self._pending is not None:
             raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
-        return {name: value for name, value in self.__dict__.items() if name != "anchor"}
+        return {name: value for name, value in self.__dict__.items() if name != "anchor"} | {"_in_ring": None}

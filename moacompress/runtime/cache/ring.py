@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Ints, ragged_ranges
+from moacompress.core.arrays import Bools, Ints, ragged_ranges
 from moacompress.kernels.arguments import RingState, Scores
-from moacompress.kernels.backend import Backend
+from moacompress.kernels.backend import Backend, BoundReuse
 from moacompress.rules.windows import BLOCK, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
@@ -37,13 +37,13 @@ class Ring:
         backend: that makes the steps.
 
     Attributes:
-        steps: how many tokens were taken in.
+        taken: how many tokens were taken in, int64 `[rows]`.
     """
 
     def __init__(self, held: LayerBlocks, until: int, lag: int, sizes: Ints, backend: Backend) -> None:
         self._held, self._lag, self._sizes = held, lag, sizes
-        self._room = until - int(held.lengths.max(initial=0))
-        self.steps = 0
+        self._until = until
+        self.taken = np.zeros(len(held.lengths), np.int64)
         pool, rules, device = held.pool, held.rules, held.pool.device
         with pool.lock:
             held.table.ids = _ring_table(held, until, sizes)
@@ -56,13 +56,20 @@ class Ring:
                 selected = torch.from_numpy(held.selected.ids.copy()).to(device)
                 counts = torch.from_numpy(np.ascontiguousarray(rules.selected(held.lengths))).to(device)
                 state = state._replace(scores=pool.value_sets()[0], selected=selected, counts=counts)
+            elif any(layout.shared_values):
+                state = state._replace(shared_values=pool.value_sets())
         kv_dims = layout.kinds[0][0].dim, layout.value_dim
         self._steps = backend.bind_ring(state, rules=rules, kv_dims=kv_dims, dtype=layout.dtype)
 
     @property
     def is_full(self) -> bool:
         """Whether no more tokens can be taken in."""
-        return self.steps >= self._room
+        return int(self.lengths.max(initial=0)) >= self._until
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of the rows, int64 `[rows]`."""
+        return np.asarray(self._held.lengths + self.taken)
 
     def step(
         self,
@@ -71,16 +78,40 @@ class Ring:
         value: torch.Tensor,
         scores: Scores,
         gate_scores: torch.Tensor | None,
+        real: Bools | None,
     ) -> torch.Tensor:
-        """Takes in one more token of every row and attends to it; see `BoundRing.step`."""
-        out = self._steps.step(query, key, value, scores=scores, gate_scores=gate_scores)
-        self.steps += 1
+        """Takes in one more token of every row and attends to it; see `BoundRing.step`.
+
+        Args:
+            query: `[rows, heads, 1, head_dim]`.
+            key: `[rows, kv_heads, 1, head_dim]`.
+            value: `[rows, kv_heads, 1, value_dim]`.
+            scores: how scores are made.
+            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
+            real: which tokens are, bool `[rows]`; None where all are.
+        """
+        counts = np.ones(len(self.taken), np.int64) if real is None else real.astype(np.int64)
+        taken = None if real is None else torch.from_numpy(counts).to(query.device)
+        out = self._steps.step(query, key, value, scores=scores, gate_scores=gate_scores, taken=taken)
+        self.taken = self.taken + counts
         return out
+
+    def reuse(self, head_map: Ints, value_sets: Ints) -> BoundReuse:
+        """Returns the steps of a layer that shares the attention; after a first step.
+
+        Args:
+            head_map: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
+            value_sets: which of the values beside the blocks' own are those of each, likewise.
+        """
+        layout = self._held.pool.layout
+        of_heads = zip(layout.of_head[head_map].tolist(), value_sets.tolist(), strict=True)
+        formats = np.array([layout.shared_values[kind][value_set].code for kind, value_set in of_heads], np.int64)
+        return self._steps.reuse(head_map=head_map, value_sets=value_sets, value_formats=formats)
 
     def leave(self) -> None:
         """Makes the layer's block tables what they are without rings, and gives back the blocks that wait for tokens."""
         held = self._held
-        lengths = held.lengths + self.steps
+        lengths = self.lengths
         with held.pool.lock:
             runs = kept_runs(held.rules, lengths, held.runs, self._lag)
             rings, ids = held.table.ids, np.full((*runs.shape[2:], int(runs[:, END].max(initial=0))), -1, np.int32)

@@ -35,6 +35,7 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
+from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.cache.selected_tokens import passing_tokens, schedule_of_chunk
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
@@ -159,23 +160,31 @@ class CacheStep(Route[AttendRequest]):
 
 
 class RingStep(Route[AttendRequest]):
-    """One real token a row: into rings of blocks and attended to on the device, while the host waits for nothing."""
+    """One token a row: into rings of blocks and attended to on the device, while the host waits for nothing.
+
+    A layer that shares attention has the probabilities of its anchor's step, and reads no keys.
+    """
 
     name, takes = "ring step", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """Whether the backend has such a step; there must be no padding, no gradient, and a cache with memory."""
+        """Whether the backend has such a step; there must be no gradient, and a cache with memory, or an anchor's step."""
         query, cache = request.query, request.cache
         if not backend_for(query).capabilities.ring or request.tokens != 1 or request.learns:
             return False
-        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
-        return able and request.chunk.real is None
+        if isinstance(cache, ReuseCacheLayer):
+            return cache.can_step_in_ring
+        return cache is not None and cache.can_step_in_ring(query, scored=request.gate_scores is not None)
 
     def run(self, request: AttendRequest) -> torch.Tensor | None:
         """Returns `[rows, 1, heads, value_dim]`; None where rows or caches share blocks."""
-        cache, of_gates = cast(PlanCacheLayer, request.cache), request.gate_scores
+        cache, of_gates, real = request.cache, request.gate_scores, request.chunk.real
+        if isinstance(cache, ReuseCacheLayer):
+            return cache.step_in_ring(request.scores)
+        assert cache is not None
         gated = None if of_gates is None else of_gates[:, :, 0]
-        return cache.step_in_ring(request.query, request.scores, gated, backend_for(request.query))
+        given = None if real is None else real[:, 0]
+        return cache.step_in_ring(request.query, request.scores, gated, backend_for(request.query), given)
 
 
 class CommitAndDecode(Route[AttendRequest]):

@@ -6,6 +6,7 @@ forward: no module and no cache keeps them. A layer that is computed again for i
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +34,9 @@ class SharedKeys(NamedTuple):
     def taken(self, share: Share) -> SharedKeys:
         """Returns what a reuse layer attends with, given what it takes."""
         kv_heads, heads = self.key.shape[1], self.query.shape[1]
-        key = self.key[:, list(share.head_map)]
-        group = heads // kv_heads
-        picked = [of * group + member for of in share.head_map for member in range(group)]
-        logits = None if self.sink_logits is None else self.sink_logits[picked]
-        return SharedKeys(self.query[:, picked], key, logits)
+        of_keys, of_queries = (_places(share.head_map, group, self.key.device) for group in (1, heads // kv_heads))
+        logits = None if self.sink_logits is None else self.sink_logits.index_select(0, of_queries)
+        return SharedKeys(self.query.index_select(1, of_queries), self.key.index_select(1, of_keys), logits)
 
 
 def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:
@@ -58,3 +57,27 @@ def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:
         )
     found: SharedKeys = shared_keys[share.anchor]
     return found.taken(share)
+
+
+def _places(head_map: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
+    """Returns which heads of an anchor those of a reuse layer attend as, int64 `[kv_heads * group]`.
+
+    They stay on the device from the first time on: a decode step copies nothing to it.
+
+    Args:
+        head_map: see `Share`.
+        group: heads of a KV head.
+        device: where.
+    """
+    if torch.compiler.is_compiling():
+        return _new_places(head_map, group, device)
+    return _kept_places(head_map, group, device)
+
+
+def _new_places(head_map: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
+    picked = [of * group + member for of in head_map for member in range(group)]
+    with torch.inference_mode(False):  # gradients may need it
+        return torch.tensor(picked, dtype=torch.int64, device=device)
+
+
+_kept_places = lru_cache(maxsize=1024)(_new_places)
